@@ -1,0 +1,1 @@
+"""Cache, deduplicate and replay calls to language models."""
