@@ -1,0 +1,48 @@
+"""Test doubles for code that calls language models: a real small model, a server, and more.
+
+Every name is imported when it is first used, so `import cachepipe.testing` costs nothing and needs
+nothing that the name in question does not need.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from cachepipe.testing.ngram import NGramModel
+    from cachepipe.testing.server import MockServer
+    from cachepipe.testing.server import Settings as MockSettings
+
+# Public name: its module in this package, and what it is called there. A new double gets a line here.
+_HOMES: Final = {
+    "FaultyStore": ("stores", "FaultyStore"),
+    "MockServer": ("server", "MockServer"),
+    "MockSettings": ("server", "Settings"),
+    "NGramModel": ("ngram", "NGramModel"),
+    "ScriptedModel": ("models", "ScriptedModel"),
+    "StoreContract": ("contract", "StoreContract"),
+}
+
+__all__ = [
+    "FaultyStore",
+    "MockServer",
+    "MockSettings",
+    "NGramModel",
+    "ScriptedModel",
+    "StoreContract",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Return the double of that name, importing its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"cachepipe.testing has no {name!r}; it has {', '.join(_HOMES)}.")
+    module, original = _HOMES[name]
+    value = getattr(import_module(f"{__name__}.{module}"), original)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
