@@ -62,6 +62,8 @@ END: Final = "<|end|>"
 """The token that ends an answer. It appears in distributions, never in texts."""
 
 _START: Final = ""  # what stands before the first token of a sentence; no token is empty
+# Read with the module, because a model may be made where blocking reads are forbidden: in an event loop.
+_TEXT: Final = files("cachepipe.testing").joinpath("data", "humaneval.jsonl").read_bytes()
 _TRIGRAM_SHARE: Final = 0.6
 _TOPIC: Final = 6.0  # a sentence that has all the known words of the prompt weighs 1 + this
 _OPENER_COUNT: Final = 6  # a word that opens fewer sentences of the training text opens no answer
@@ -409,8 +411,7 @@ def default_model() -> NGramModel:
 def _shipped_sentences() -> list[str]:
     """Return the sentences of the shipped problems: their docstrings without the examples."""
     sentences: list[str] = []
-    data = files("cachepipe.testing").joinpath("data", "humaneval.jsonl").read_bytes()
-    for line in data.splitlines():
+    for line in _TEXT.splitlines():
         docstrings = _DOCSTRING.findall(orjson.loads(line)["prompt"])
         if docstrings:
             prose = " ".join(_EXAMPLES.split("".join(docstrings[-1]))[0].split())

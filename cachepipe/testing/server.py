@@ -25,6 +25,7 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import logging
 import math
 import secrets
 import signal
@@ -36,6 +37,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+from urllib.parse import unquote
 
 import h11
 import orjson
@@ -62,6 +64,8 @@ FAULTS: Final[Mapping[str, str]] = {
 }
 """The kinds of faults, and what the client sees of each."""
 
+_logger: Final = logging.getLogger(__name__)
+_SECONDS: Final = "a number of seconds, 0 or more"
 _FAULT_STATUS: Final = {"rate_limit": 429, "error": 500, "unavailable": 503, "status": 500}
 _FINGERPRINT: Final = "fp_ngram_1"
 _JSON: Final = (b"content-type", b"application/json")
@@ -99,12 +103,19 @@ class Fault:
     message: str = "This failure was asked for in the settings of the mock server."
 
     def __post_init__(self) -> None:
-        if self.kind not in FAULTS:
-            raise ValueError(f"A fault is one of {', '.join(FAULTS)}, not {self.kind!r}.")
-        if not 0.0 <= self.probability <= 1.0:
-            raise ValueError(f"The probability of a fault is between 0 and 1, not {self.probability!r}.")
-        if self.status is not None and not 400 <= self.status <= 599:
-            raise ValueError(f"The status of a fault is between 400 and 599, not {self.status!r}.")
+        _check("kind", self.kind, f"one of {', '.join(FAULTS)}", self.kind in FAULTS)
+        share = self.probability
+        _check("probability", share, "a number from 0 to 1", _is_number(share) and 0 <= share <= 1)
+        status = self.status
+        good = status is None or (_is_integer(status) and 400 <= status <= 599)
+        _check("status", status, "a whole number from 400 to 599, or None", good)
+        wait = self.retry_after
+        _check("retry_after", wait, _SECONDS, wait is None or _is_seconds(wait))
+        for name in ("keep", "after"):
+            value = getattr(self, name)
+            _check(name, value, "a whole number, 0 or more, or None", value is None or _is_count(value, 0))
+        for name in ("path", "message"):
+            _check(name, getattr(self, name), "a string", isinstance(getattr(self, name), str))
 
     @classmethod
     def parse(cls, value: object) -> Fault:
@@ -174,28 +185,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("latency", "latency_per_token", "stream_delay"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value < math.inf:
-                raise ValueError(f"{name} is a number of seconds, zero or more, not {value!r}.")
+            _check(name, getattr(self, name), _SECONDS, _is_seconds(getattr(self, name)))
         for name in ("max_n", "max_tokens", "dimensions", "max_body"):
-            if not _is_integer(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is a whole number, 1 or more, not {getattr(self, name)!r}.")
-        if self.rate is not None and not (_is_number(self.rate) and self.rate > 0):
-            raise ValueError(f"rate is a number of requests per second above 0, or None, not {self.rate!r}.")
-        if self.burst is not None and not (_is_integer(self.burst) and self.burst >= 1):
-            raise ValueError(f"burst is a whole number, 1 or more, or None, not {self.burst!r}.")
-        if not isinstance(self.paused, bool):
-            raise ValueError(f"paused is true or false, not {self.paused!r}.")  # noqa: TRY004 - as above
+            _check(name, getattr(self, name), "a whole number, 1 or more", _is_count(getattr(self, name), 1))
+        rate, burst, seed, key = self.rate, self.burst, self.seed, self.api_key
+        good = rate is None or (_is_number(rate) and 0 < rate < math.inf)
+        _check("rate", rate, "a number of requests per second above 0, or None", good)
+        _check("burst", burst, "a whole number, 1 or more, or None", burst is None or _is_count(burst, 1))
+        _check("seed", seed, "a whole number or None", seed is None or _is_integer(seed))
+        _check("api_key", "something else", "a string or None", key is None or isinstance(key, str))
+        _check("paused", self.paused, "true or false", isinstance(self.paused, bool))
+        _check("log_size", self.log_size, "a whole number, 0 or more", _is_count(self.log_size, 0))
+        for name in ("faults", "script", "models"):
+            _check(name, getattr(self, name), "a list", isinstance(getattr(self, name), (list, tuple)))
         # Short forms become faults once; a tuple that is complete stays the same object, by which
         # the server knows a script that it has begun from a new one.
-        if not all(isinstance(fault, Fault) for fault in self.faults) or not isinstance(self.faults, tuple):
-            object.__setattr__(self, "faults", tuple(map(Fault.parse, self.faults)))
-        if not all(fault is None or isinstance(fault, Fault) for fault in self.script) or not isinstance(
-            self.script, tuple
-        ):
-            script = tuple(None if fault is None else Fault.parse(fault) for fault in self.script)
-            object.__setattr__(self, "script", script)
-        object.__setattr__(self, "models", tuple(self.models))
+        object.__setattr__(self, "faults", _complete(self.faults, Fault))
+        object.__setattr__(self, "script", _complete(self.script, (Fault, type(None))))
+        object.__setattr__(self, "models", tuple(map(str, self.models)))
 
     def updated(self, changes: Mapping[str, Any]) -> Settings:
         """Return the settings with the named fields changed, as ``POST /mock/settings`` does.
@@ -211,6 +218,34 @@ class Settings:
         values = asdict(self)
         values["api_key"] = self.api_key is not None
         return values
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < math.inf
+
+
+def _check(name: str, value: object, expected: str, good: bool) -> None:
+    if not good:
+        raise ValueError(f"{name} is {expected}, not {value!r}.")
+
+
+def _complete(values: Sequence[Any], kinds: Any) -> tuple[Any, ...]:
+    """Return a tuple of faults (None stays None), the very one given if it is that already."""
+    if isinstance(values, tuple) and all(isinstance(value, kinds) for value in values):
+        return values
+    return tuple(value if isinstance(value, kinds) else Fault.parse(value) for value in values)
 
 
 def _known_names(what: str, values: Iterable[str], kind: type[Any]) -> None:
@@ -300,7 +335,7 @@ class Stats:
             "max_in_flight": self.max_in_flight,
             "connections": self.connections,
             "max_connections": self.max_connections,
-            "log": [entry._asdict() for entry in self.log],
+            "log": [entry._asdict() for entry in list(self.log)],
         }
 
 
@@ -368,14 +403,6 @@ class _Call:
     stream: bool = False
     schema: Mapping[str, Any] | None = None
     tool: str | None = None
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _bad(param: str, expected: str, value: object) -> _RefusalError:
@@ -482,19 +509,20 @@ def _sampling(body: Mapping[str, Any], settings: Settings, *limits: str) -> dict
 def _forced_tool(body: Mapping[str, Any], schema_field: str) -> dict[str, Any]:
     """Return `tool` and `schema` of the tool that `tool_choice` demands, if it demands one."""
     choice = body.get("tool_choice")
-    wanted = None
+    forced, wanted = choice in ("required", "any"), None
     if isinstance(choice, dict):
-        wanted = choice.get("name") or (choice.get("function") or {}).get("name")
-    if (
-        wanted is None
-        and choice != "required"
-        and not (isinstance(choice, dict) and choice.get("type") == "any")
-    ):
+        function = choice.get("function")
+        wanted = choice.get("name") or (function.get("name") if isinstance(function, dict) else None)
+        forced = wanted is not None or choice.get("type") == "any"
+    if not forced:
         return {}
     for tool in body.get("tools") or ():
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if wanted in {None, function.get("name")}:
-            return {"tool": str(function.get("name")), "schema": function.get(schema_field) or {}}
+            return {
+                "tool": str(function.get("name")),
+                "schema": function.get(schema_field) or {"type": "object"},
+            }
     raise _bad("tool_choice", "one of the tools given in tools", choice)
 
 
@@ -507,7 +535,8 @@ def _json_format(value: object, param: str) -> dict[str, Any]:
     if value.get("type") == "json_object":
         return {"schema": {"type": "object", "properties": {"answer": {"type": "string"}}}}
     if value.get("type") == "json_schema":
-        return {"schema": value.get("schema") or (value.get("json_schema") or {}).get("schema") or {}}
+        inner = value.get("json_schema")
+        return {"schema": (inner if isinstance(inner, dict) else value).get("schema") or {"type": "object"}}
     return {}
 
 
@@ -572,6 +601,7 @@ def _completion_call(body: Mapping[str, Any], settings: Settings, model: NGramMo
 
 
 def _responses_call(body: Mapping[str, Any], settings: Settings) -> _Call:
+    """Return what a response is asked of. No state is kept: the input is all that is looked at."""
     arguments = _sampling(body, settings, "max_output_tokens")
     given = body.get("input")
     items: list[Any] = [{"role": "user", "content": given}] if isinstance(given, str) else _items(given)
@@ -580,7 +610,8 @@ def _responses_call(body: Mapping[str, Any], settings: Settings) -> _Call:
     context = flatten(items)
     include = body.get("include")
     listed = isinstance(include, list) and "message.output_text.logprobs" in include
-    arguments.update(_json_format((body.get("text") or {}).get("format"), "text.format"))
+    shape = body.get("text")
+    arguments.update(_json_format(shape.get("format") if isinstance(shape, dict) else shape, "text.format"))
     arguments.update(_forced_tool(body, "parameters"))
     return _Call(
         **arguments,
@@ -1050,7 +1081,10 @@ def _messages_stream(answer: _Answer) -> _Stream:
     for index, choice in enumerate(answer.choices):
         block = _messages_block(answer, choice)
         tool = answer.call.tool is not None
-        block.update({"input": {}} if tool else {"text": ""})
+        if tool:
+            block["input"] = {}
+        else:
+            block["text"] = ""
         content.append(_event({"type": "content_block_start", "index": index, "content_block": block}))
         content.append(_event({"type": "ping"}))
         for piece in choice.pieces:
@@ -1127,7 +1161,8 @@ class _Reply:
     """What to write, when, and what to count once it is written.
 
     `parts` is the whole body, or the events of a stream. With `broken`, the connection closes after
-    the last part, as if more were to come; with `status` 0 it closes without a byte.
+    the last part, as if more were to come; with `status` 0 it closes without a byte. What is `held` waits
+    while the server is paused.
     """
 
     status: int
@@ -1135,6 +1170,7 @@ class _Reply:
     headers: list[tuple[bytes, bytes]]
     stream: bool = False
     broken: bool = False
+    held: bool = False
     delay: float = 0.0
     pace: float = 0.0
     samples: int = 0
@@ -1185,6 +1221,7 @@ class MockServer:
         self._listener: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
         self._running = asyncio.Event()  # cleared while paused
+        self._stopping = False
         self._watchers: list[tuple[Callable[[Stats], bool], asyncio.Event]] = []
         self._script: deque[Fault | None] = deque()
         self._bucket: _Bucket | None = None
@@ -1218,7 +1255,8 @@ class MockServer:
     def settings(self) -> Settings:
         """How the server behaves. Assigning other settings takes effect with the next request.
 
-        `script`, `rate`, `burst` and `seed` begin anew only when they are given anew.
+        A script begins anew when it is another object, the rate limit when `rate` or `burst` changes,
+        the sequence of samples when `seed` does.
         """
         return self._settings
 
@@ -1261,7 +1299,7 @@ class MockServer:
         """Listen."""
         if self._listener is not None:
             raise RuntimeError("The mock server is listening already; make another one instead.")
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._stopping = asyncio.get_running_loop(), False
         self._listener = await self._loop.create_server(
             lambda: _Connection(self), self._host, self._port, backlog=4096
         )
@@ -1270,6 +1308,7 @@ class MockServer:
     async def stop(self) -> None:
         """Close the door and every connection; requests in flight are dropped."""
         if self._listener is not None:
+            self._stopping = True
             self._listener.close()
             closing = [connection.close() for connection in list(self._connections)]
             await asyncio.gather(*closing)
@@ -1373,6 +1412,11 @@ class MockServer:
             reply = self._routed(request, identity)
         except _RefusalError as refusal:
             reply = _refused(request.path, refusal)
+        except Exception as error:
+            # Bodies can be odd in more ways than are checked; a hanging client would tell less.
+            _logger.exception("The mock server failed on a request to %s.", request.path)
+            message = f"The mock server cannot read this request: {type(error).__name__}: {error}."
+            reply = _refused(request.path, _RefusalError(500, message, kind="server_error"))
         label = f"req_{identity}".encode()
         reply.headers += ((b"x-request-id", label), (b"request-id", label))
         return reply
@@ -1385,7 +1429,7 @@ class MockServer:
             return self._modelled(request, identity)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _allow(method, "GET")
-            return self._listed(path.removeprefix("/v1/models").removeprefix("/"))
+            return self._listed(unquote(path.removeprefix("/v1/models").removeprefix("/")))
         if path == "/mock/stats":
             _allow(method, "GET")
             return _json_reply(self.stats.as_json())
@@ -1445,25 +1489,25 @@ class MockServer:
         self._limit()
         fault = self._fault(request)
         settings = self._for(request)
+        reply = None
         if fault is not None:
             self.stats.faults[fault.kind] += 1
-            if (reply := _refused_by(fault, request.path, settings)) is not None:
-                return reply
-        try:
-            body = _parsed(request.body)
-            keep = fault.keep if fault is not None else None
-            short = fault is not None and fault.kind == "short"
-            if request.path == "/v1/embeddings":
-                reply = self._embedded(body, settings, short=short, keep=keep)
+            reply = _refused_by(fault, request.path)
+        if reply is None:
+            try:
+                body = _parsed(request.body)
+                if request.path == "/v1/embeddings":
+                    reply = self._embedded(body, settings, fault)
+                else:
+                    reply = self._answered(request, body, settings, identity, fault)
+            except _RefusalError as refusal:
+                reply = _refused(request.path, refusal)
             else:
-                reply = self._answered(request, body, settings, identity, fault)
-        except _RefusalError as refusal:
-            reply = _refused(request.path, refusal)
-        else:
-            if fault is not None:
-                _spoil(reply, fault, request.path)
+                if fault is not None:
+                    _spoil(reply, fault, request.path)
         reply.fault = fault.kind if fault is not None else None
         reply.delay = max(reply.delay, settings.latency)
+        reply.held = True
         return reply
 
     def _limit(self) -> None:
@@ -1487,6 +1531,8 @@ class MockServer:
         """Return what is to strike this request: what it asks for, else the script, else chance."""
         wanted = request.headers.get(b"x-mock-fault")
         if wanted is not None:
+            if wanted == b"none":
+                return None
             try:
                 value = orjson.loads(wanted) if wanted[:1] == b"{" else wanted.decode()
                 return Fault.parse(value)
@@ -1514,9 +1560,7 @@ class MockServer:
         except ValueError as error:
             raise _RefusalError(400, str(error)) from error
 
-    def _embedded(
-        self, body: Mapping[str, Any], settings: Settings, *, short: bool, keep: int | None
-    ) -> _Reply:
+    def _embedded(self, body: Mapping[str, Any], settings: Settings, fault: Fault | None) -> _Reply:
         texts, tokens = _texts(body.get("input"), "input", self.model)
         if not all(texts):
             raise _bad("input", "text that is not empty", body.get("input"))
@@ -1525,10 +1569,8 @@ class MockServer:
         encoding = body.get("encoding_format") or "float"
         if encoding not in {"float", "base64"}:
             raise _bad("encoding_format", "float or base64", encoding)
-        if short:
-            texts = texts[: len(texts) - 1 if keep is None else keep]
         data = []
-        for index, text in enumerate(texts):
+        for index, text in enumerate(texts[: _kept_of(len(texts), fault)]):
             vector = embed(text, size)
             value = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()
             data.append({"object": "embedding", "index": index, "embedding": value})
@@ -1536,7 +1578,7 @@ class MockServer:
         self.stats.tokens_in += tokens
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         reply = _json_reply({"object": "list", "data": data, "model": name, "usage": usage})
-        reply.samples = reply.n = len(data)
+        reply.n, reply.samples = len(texts), len(data)
         return reply
 
     def _answered(
@@ -1550,10 +1592,7 @@ class MockServer:
         dialect = _DIALECTS[request.path]
         call = dialect.read(body, settings, self.model)
         wanted = call.n * len(call.contexts)
-        kept = wanted
-        if fault is not None and fault.kind == "short":
-            kept = min(wanted, wanted - 1 if fault.keep is None else fault.keep)
-        samples, tokens_out = self._samples(call, kept)
+        samples, tokens_out = self._samples(call, _kept_of(wanted, fault))
         choices = [_choice(call, sample) for sample in samples]
         answer = _Answer(call, choices, identity, int(request.arrived), tokens_out)
         self.stats.tokens_in += call.tokens_in
@@ -1578,31 +1617,37 @@ class MockServer:
         samples: list[Sample] = []
         tokens_out = 0
         for context in call.contexts:
-            drawn: list[Sample] = []
-            for index in range(max(call.n, call.best_of)):
-                if len(samples) + min(len(drawn), call.n) >= count:
-                    break
-                random = self._random
-                if call.seed is not None:
-                    parts = (call.model, context, call.temperature, call.top_p, index)
-                    random = generator(call.seed, *parts)
-                drawn.append(
-                    self.model.sample(
-                        context,
-                        random,
-                        temperature=call.temperature,
-                        top_p=call.top_p,
-                        max_tokens=call.max_tokens,
-                        stop=call.stop,
-                    )
+            wanted = min(call.n, count - len(samples))
+            if wanted <= 0:
+                break
+            drawn = [
+                self.model.sample(
+                    context,
+                    self._randomness(call, context, index),
+                    temperature=call.temperature,
+                    top_p=call.top_p,
+                    max_tokens=call.max_tokens,
+                    stop=call.stop,
                 )
+                for index in range(call.best_of if call.best_of > call.n else wanted)
+            ]
             self.stats.samples_generated += len(drawn)
             tokens_out += sum(len(sample.tokens) for sample in drawn)
             if call.best_of > call.n:
                 drawn.sort(key=_mean_logprob, reverse=True)
-            samples += drawn[: min(call.n, count - len(samples))]
+            samples += drawn[:wanted]
         self.stats.tokens_out += tokens_out
         return samples, tokens_out
+
+    def _randomness(self, call: _Call, context: str, index: int) -> Random:
+        """Return what a choice is drawn with: with a seed, its own numbers, whatever else is asked for.
+
+        Neither `n` nor `max_tokens` takes part, so more choices begin with the same ones, and a
+        longer answer with the same words. The context does, nonces included.
+        """
+        if call.seed is None:
+            return self._random
+        return generator(call.seed, call.model, context, call.temperature, call.top_p, index)
 
 
 def _mean_logprob(sample: Sample) -> float:
@@ -1667,16 +1712,18 @@ def _fault_refusal(fault: Fault) -> _RefusalError:
     return _RefusalError(status, fault.message, kind=kind, code=code, headers=headers)
 
 
-def _refused_by(fault: Fault, path: str, settings: Settings) -> _Reply | None:
+def _refused_by(fault: Fault, path: str) -> _Reply | None:
     """Return the reply of a fault that leaves nothing of the answer, or None if it only spoils one."""
     if fault.kind == "drop":
-        reply = _Reply(status=0, parts=[], headers=[], broken=True)
-    elif fault.kind in _FAULT_STATUS:
-        reply = _refused(path, _fault_refusal(fault))
-    else:
-        return None
-    reply.delay, reply.fault = settings.latency, fault.kind
-    return reply
+        return _Reply(status=0, parts=[], headers=[], broken=True)
+    return _refused(path, _fault_refusal(fault)) if fault.kind in _FAULT_STATUS else None
+
+
+def _kept_of(count: int, fault: Fault | None) -> int:
+    """Return how many of so many choices the fault leaves."""
+    if fault is None or fault.kind != "short":
+        return count
+    return min(count, count - 1 if fault.keep is None else fault.keep)
 
 
 def _spoil(reply: _Reply, fault: Fault, path: str) -> None:
@@ -1733,6 +1780,7 @@ class _Connection(asyncio.Protocol):
         self._writable.set()
         self._head: h11.Request | None = None
         self._arrived = (0.0, 0.0)
+        self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
         self._size = 0
         self._answering: tuple[_Request, _Reply] | None = None
@@ -1752,6 +1800,8 @@ class _Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         server = self._server
         server._connections.add(self)  # noqa: SLF001 - one piece in two classes
+        if server._stopping:  # noqa: SLF001 - it was accepted just before the door was closed
+            self._transport.abort()
         stats = server.stats
         stats.connections += 1
         stats.max_connections = max(stats.max_connections, stats.connections)
@@ -1808,8 +1858,8 @@ class _Connection(asyncio.Protocol):
             self._head = event
             self._arrived = (time.time(), time.perf_counter())
             self._body, self._size = [], 0
-            declared = next((value for name, value in event.headers if name == b"content-length"), b"0")
-            if self._too_large(int(declared)):
+            self._headers = dict(event.headers)
+            if self._too_large(int(self._headers.get(b"content-length", b"0"))):
                 return
             if self._http.they_are_waiting_for_100_continue and self._transport is not None:
                 go_on = h11.InformationalResponse(status_code=100, headers=[])
@@ -1852,10 +1902,10 @@ class _Connection(asyncio.Protocol):
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
-        request = _Request(head.method.decode(), self._path(), dict(head.headers), body, *self._arrived)
+        request = _Request(head.method.decode(), self._path(), self._headers, body, *self._arrived)
         reply = self._server._reply(request)  # noqa: SLF001
         self._begin(request, reply)
-        if reply.delay or reply.pace or not self._server._running.is_set():  # noqa: SLF001
+        if reply.delay or reply.pace or (reply.held and not self._server._running.is_set()):  # noqa: SLF001
             self._task = asyncio.get_running_loop().create_task(self._later(reply))
         elif self._transport is not None:
             if reply.status:
@@ -1866,7 +1916,8 @@ class _Connection(asyncio.Protocol):
         """Write a reply when its time has come, event by event if it has a pace."""
         if reply.delay:
             await asyncio.sleep(reply.delay)
-        await self._server._running.wait()  # noqa: SLF001
+        if reply.held:
+            await self._server._running.wait()  # noqa: SLF001
         if reply.status and not reply.pace:
             self._write(self._whole(reply))
         elif reply.status:
