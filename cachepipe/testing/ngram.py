@@ -125,8 +125,8 @@ def embed(text: str, dimensions: int = 256) -> array[float]:
     Words and pairs of neighbouring words are hashed to a dimension and a sign each, so texts that
     share words lie close to each other. The text is read whole, nonces included.
     """
-    words = [token.strip().lower() for token in tokenise(text)]
-    features = Counter(word for word in words if word)
+    words = [word for token in tokenise(text) if (word := token.strip().lower())]
+    features = Counter(words)
     features.update(f"{first} {second}" for first, second in pairwise(words))
     vector = [0.0] * dimensions
     for feature, count in features.items():
