@@ -15,6 +15,11 @@ The order of things for one request: key, rate limit, fault, validation, samplin
 samples are drawn in order of arrival, and a server with a seed answers the same sequence of requests
 with the same sequence of samples, whatever the latency.
 
+Over HTTP: ``GET`` and ``POST /mock/settings`` (a JSON object of `Settings` to change), ``GET
+/mock/stats``, ``POST /mock/reset``. For one request alone, headers override the settings: x-mock-latency,
+x-mock-latency-per-token, x-mock-stream-delay, and x-mock-fault with a fault in any form that
+`Fault.parse` takes, or ``none``.
+
 Parameters that the model has no use for (penalties, `top_k`, `logit_bias` …) are accepted and ignored.
 So is the name of the model, except that it takes part in seeding.
 """
