@@ -1,0 +1,98 @@
+"""What can go wrong, each error a sentence: what was expected, what arrived, what to do.
+
+Errors of a model's own adapter are never wrapped: they reach the caller as the adapter raised them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class CachepipeError(Exception):
+    """The base of every error that cachepipe itself raises."""
+
+
+class CacheMiss(CachepipeError):  # noqa: N818 - the field calls it a miss
+    """Replay mode met a request whose samples are not all in the cache.
+
+    Attributes:
+        key: the key of the question.
+        namespace: the namespace that asked.
+        request: the request as it was asked, or None where the surface has none.
+    """
+
+    def __init__(self, key: str, namespace: str | None, request: Any = None, why: str = "") -> None:
+        self.key = key
+        self.namespace = namespace
+        self.request = request
+        self.why = why
+        super().__init__(key, namespace, request, why)
+
+    def __str__(self) -> str:
+        shown = repr(self.request)
+        shown = shown if len(shown) <= 300 else shown[:297] + "..."
+        reason = f" ({self.why})" if self.why else ""
+        return (
+            f"replay found no complete answer for key {self.key} in namespace {self.namespace!r}{reason}; "
+            f"the request was {shown}. Run it once with mode='read-write' to generate what is missing."
+        )
+
+
+class UnkeyableValue(CachepipeError, TypeError):  # noqa: N818 - names the value, as TypeError does
+    """A request holds a value from which no stable key can be made (NaN, a set, an unknown class …)."""
+
+
+class BadAnswer(CachepipeError):  # noqa: N818 - names the thing at fault
+    """A model answered with something that is not an answer; it is not cached."""
+
+
+class ShortAnswer(BadAnswer):
+    """A model kept returning fewer samples than were asked for."""
+
+
+class BatchMismatch(BadAnswer):
+    """A model returned another number of responses than it was sent requests."""
+
+
+class StageClosed(CachepipeError):  # noqa: N818 - names the state
+    """A request came to a stage or pipeline after it was closed."""
+
+
+class StoreError(CachepipeError):
+    """A store could not do what was asked of it."""
+
+
+class FormatError(StoreError):
+    """A folder holds a cache in a format that this version does not know."""
+
+
+class UnsafeRow(StoreError):  # noqa: N818 - names the thing at fault
+    """A row of the cache is in a form that cachepipe never writes and will not load, such as a pickle."""
+
+
+class NotStorable(CachepipeError, TypeError):  # noqa: N818 - names the value
+    """A sample holds a value that cannot be stored safely."""
+
+
+class CachepipeWarning(UserWarning):
+    """The base of every warning that cachepipe gives."""
+
+
+class SharedDraw(CachepipeWarning):
+    """Two processes that are alive at once made the same draw, and so share its samples."""
+
+
+class NotStored(CachepipeWarning):
+    """A sample was delivered but not stored; the message says why."""
+
+
+class EvictionDisabled(CachepipeWarning):
+    """A diskcache.Cache came with an eviction policy, which was switched off: it would delete paid samples."""
+
+
+class ReadOnlyStore(CachepipeWarning):
+    """A cache folder cannot be written: it serves hits, and what is generated now is not stored."""
+
+
+class FreshIds(CachepipeWarning):
+    """Most draws of a run have new request ids on questions that their namespace has drawn before."""

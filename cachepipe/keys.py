@@ -1,0 +1,205 @@
+"""Same question, same key: the canonical form of what is asked, and its digest.
+
+The key is the SHA-256 of the canonical JSON of ``[scope, document]``. The canonical form has one
+spelling for values that compare equal: whole floats become integers, tuples become lists, mapping
+keys are sorted. Everything else that differs gives another key. Values without a stable canonical
+form are refused before any money is spent.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from cachepipe.errors import UnkeyableValue
+from cachepipe.typedefs import Request, field_names
+
+FORMAT = "k1"
+"""The name of the key format: a change of it is a new name, and old keys stay readable."""
+
+_UNASKED = frozenset({"n", "request_id", "namespace"})
+_MARK = "\0"  # opens the names of the objects that stand for values JSON has no form for
+_INT64 = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, apart from how many samples are wanted and by whom.
+
+    Attributes:
+        key: the digest, a string such as ``k1-5f2c…``.
+        scope: whose answer it is: an endpoint's URL, an adapter's name, or None.
+        document: what was asked, as canonical JSON.
+        mergeable: whether several draws may share one call (not with ``seed`` or ``best_of``).
+        function: whether the answer is a function of the question (embeddings, moderations).
+    """
+
+    key: str
+    scope: str | None
+    document: bytes
+    mergeable: bool = True
+    function: bool = False
+
+
+def canonical(value: Any) -> Any:
+    """Return the canonical form of a JSON-like value: plain types that JSON spells in one way only.
+
+    Raises:
+        UnkeyableValue: for NaN, infinities, sets, mapping keys that are no strings, and objects
+            whose content cannot be told (classes, functions, files …).
+    """
+    kind = type(value)
+    if kind is str or kind is bool or value is None:
+        return value
+    if kind is int:
+        return value
+    if kind is float:
+        if value.is_integer():
+            return int(value)
+        if not math.isfinite(value):
+            raise UnkeyableValue(f"a key cannot be made from the number {value!r}; send a finite number")
+        return value
+    if kind is list or kind is tuple:
+        return [canonical(item) for item in value]
+    if kind is dict:
+        return _mapping(value)
+    return _unusual(value)
+
+
+def _mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
+    form = {}
+    for name, item in value.items():
+        if not isinstance(name, str):
+            raise UnkeyableValue(f"a key cannot be made from a mapping whose key is {name!r}; use strings")
+        form[_MARK + name if name.startswith(_MARK) else str.__str__(name)] = canonical(item)
+    return form
+
+
+def _unusual(value: Any) -> Any:
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and not hasattr(value, "denominator"):
+        return canonical(float(value))
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if isinstance(value, Mapping):
+        return _mapping(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {_MARK + "bytes": base64.b64encode(bytes(value)).decode()}
+    if not isinstance(value, type):
+        fields = _fields(value)
+        if fields is not None:
+            return {_MARK + "class": type(value).__qualname__, _MARK + "fields": _mapping(fields)}
+    raise UnkeyableValue(
+        f"a key cannot be made from {type(value).__qualname__} {value!r:.200}; "
+        "pass strings, numbers, lists, mappings, bytes, dataclasses or pydantic models"
+    )
+
+
+def _fields(value: Any) -> Mapping[str, Any] | None:
+    """Return the fields of a dataclass's or pydantic model's instance, else None."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(type(value), "model_fields") and hasattr(value, "__dict__"):
+        return {**value.__dict__, **(getattr(value, "__pydantic_extra__", None) or {})}
+    return None
+
+
+def encode(form: Any) -> bytes:
+    """Return the one JSON spelling of a canonical form: sorted keys, no blanks, UTF-8.
+
+    Whole numbers beyond 64 bits and lone surrogates, which orjson refuses, take the standard
+    library's spelling; a document with neither never does, so each document has one spelling.
+    """
+    try:
+        return orjson.dumps(form, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        return json.dumps(form, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(scope: str | None, document: bytes) -> str:
+    """Return the key of a canonical document within a scope."""
+    head = orjson.dumps(scope)
+    return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (head, document)).hexdigest()}"
+
+
+def asked(request: Request) -> dict[str, Any]:
+    """Return the fields of a request that are part of what is asked, in canonical form.
+
+    Fields that are None are left out, so that an optional field can be added without a new key.
+    """
+    form: dict[str, Any] = {}
+    for name in field_names(type(request)):
+        if name in _UNASKED:
+            continue
+        value = getattr(request, name)
+        if value is None:
+            continue
+        form[name] = value if type(value) is str else canonical(value)
+    return form
+
+
+def question(
+    request: Request,
+    scope: str | None = None,
+    hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+) -> Question:
+    """Return the question that a request asks of somebody's own adapter.
+
+    Args:
+        request: the request; its fields are what is asked.
+        scope: whose answer it is.
+        hash: a function from a request to a string which stands for the fields, for those who
+            decide themselves which requests are the same.
+    """
+    seed, best_of = request.seed, request.best_of
+    if hash is None:
+        document: dict[str, Any] = {"fields": asked(request)}
+    else:
+        name = hash(request)
+        if not isinstance(name, str):
+            raise UnkeyableValue(f"hash= must return a string for each request; it returned {name!r}")
+        document = {"hash": name}
+    if best_of is not None:
+        document["n"] = request.n
+    text = encode(document)
+    return Question(digest(scope, text), scope, text, seed is None and best_of is None)
+
+
+def provider_question(
+    scope: str, document: Mapping[str, Any], *, mergeable: bool = True, function: bool = False
+) -> Question:
+    """Return the question that goes to a provider: its endpoint's URL, and the body as it is sent.
+
+    Args:
+        scope: the full URL of the endpoint without credentials.
+        document: ``{"body": …}`` without ``n`` and transport fields, and ``"headers"`` when there are
+            any that change the answer.
+        mergeable: whether several draws may share one call.
+        function: whether the answer is a function of the question.
+    """
+    text = encode(canonical(document))
+    return Question(digest(scope, text), scope, text, mergeable, function)
+
+
+def scope_of(model: Any) -> str | None:
+    """Return the default scope of an adapter: its ``cache_scope``, else its ``model`` when a string."""
+    scope = getattr(model, "cache_scope", None)
+    if scope is None:
+        scope = getattr(model, "model", None)
+        if not isinstance(scope, str):
+            return None
+    if not isinstance(scope, str):
+        raise UnkeyableValue(f"a model's cache_scope must be a string; {model!r} has {scope!r}")
+    return scope

@@ -1,0 +1,305 @@
+"""Stages put together: for paid APIs, for models that batch on hardware, and for those in a fixed order.
+
+The order is deduplicator, cacher, batcher, model. The deduplicator comes first, so that it sees equal
+requests before they are told apart by their draws; the cacher comes before the batcher, so that a hit
+never waits for a batch window; what reaches the batcher has to be generated, for all draws and
+namespaces that need it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from cachepipe.stages.base import Stage
+from cachepipe.stages.batcher import AsyncBatcher
+from cachepipe.stages.cacher import AsyncCacher, Stats
+from cachepipe.stages.deduplicator import AsyncDeduplicator
+from cachepipe.stages.reorderer import RequestReorderer
+from cachepipe.stores.base import Store
+from cachepipe.typedefs import Batch, Mode, Repeat, Request, Response
+
+
+class Pipeline(Stage):
+    """A deduplicator and a cacher in front of the stage that asks the model.
+
+    Use it with ``async with``, or call ``close`` at the end. Closing never closes a cache that the
+    caller opened.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        below: Stage,
+        cache: Any,
+        *,
+        window: float,
+        mode: Mode,
+        scope: str | None,
+        repeat: Repeat,
+        hash: Callable[[Request], str] | None,  # noqa: A002 - CacheSaver's name
+        classes: Iterable[type],
+        durability: str,
+    ) -> None:
+        super().__init__(model)
+        self._cacher = AsyncCacher(
+            below,
+            cache,
+            mode=mode,
+            scope=scope,
+            repeat=repeat,
+            hash=hash,
+            classes=classes,
+            durability=durability,
+        )
+        self._head = AsyncDeduplicator(self._cacher, window=window)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._cacher!r}>"
+
+    @property
+    def store(self) -> Store:
+        """Where the samples are."""
+        return self._cacher.store
+
+    async def request(self, request: Request) -> Response:
+        """Return ``request.n`` samples of the request's own draw.
+
+        Raises:
+            CacheMiss: in replay mode, when not all of them are stored.
+            UnkeyableValue: when no stable key can be made from the request.
+        """
+        self._check_open()
+        return await self._head.request(request)
+
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+        """Return one response per request, in order, after all of them have ended.
+
+        Args:
+            batch: the requests.
+            return_exceptions: put the error of a request in its place; otherwise the first one is
+                raised, and what the other requests brought is in the cache.
+        """
+        self._check_open()
+        return await self._head.batch_request(batch, return_exceptions=return_exceptions)
+
+    def key(self, request: Request) -> str:
+        """Return the key of what a request asks."""
+        return self._cacher.question(request).key
+
+    def stats(self) -> Stats:
+        """Return what was done since the pipeline was opened: hits, misses, merged, generated …"""
+        return self._head.stats()
+
+    async def close(self) -> None:
+        """Wait for what is in flight on this loop and write it. Idempotent."""
+        self._closed = True
+        await self._head.close()
+
+    async def cleanup(self) -> None:
+        """Close the pipeline; the name that code written for CacheSaver calls."""
+        await self.close()
+
+
+class OnlineAPI(Pipeline):
+    """For paid APIs: each request gets its answer as it comes, as many in flight as are asked for.
+
+    Args:
+        model: the adapter; its ``request`` is used when it has both methods, so that one failure
+            among many takes nobody else's paid answer with it.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        batch_size: misses that leave together; 1 sends each at once.
+        timeout: seconds that a miss waits for others to fill its batch. It is no HTTP time-out.
+        allow_batch_overflow: send a request for more than ``batch_size`` samples in one call.
+        correctness: accepted from code written for CacheSaver; a rerun always gives the same here.
+        hash: a function from a request to a string that stands for its fields in the key.
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
+        scope: whose answers these are; default is the model's ``cache_scope``, or its ``model``.
+        repeat: ``"fresh"`` or ``"same"``.
+        window: seconds during which equal questions share one call; 0 is a turn of the event loop.
+        in_flight: batches in flight at most; None is no limit.
+        classes: dataclasses and pydantic models that may be stored as samples.
+        durability: ``"process"``, or ``"full"`` to survive the death of the machine.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any = None,
+        batch_size: int = 1,
+        timeout: float = 0.0,
+        allow_batch_overflow: bool = True,
+        correctness: bool = True,
+        hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+        *,
+        mode: Mode = "read-write",
+        scope: str | None = None,
+        repeat: Repeat = "fresh",
+        window: float = 0.0,
+        in_flight: int | None = None,
+        classes: Iterable[type] = (),
+        durability: str = "process",
+    ) -> None:
+        del correctness
+        super().__init__(
+            model,
+            AsyncBatcher(
+                model,
+                batch_size,
+                timeout,
+                in_flight=in_flight,
+                prefer="request",
+                allow_batch_overflow=allow_batch_overflow,
+            ),
+            cache,
+            window=window,
+            mode=mode,
+            scope=scope,
+            repeat=repeat,
+            hash=hash,
+            classes=classes,
+            durability=durability,
+        )
+
+
+class LocalAPI(Pipeline):
+    """For models that batch on hardware: misses reach ``batch_request`` in batches of samples.
+
+    Args:
+        model: the adapter; its ``batch_request`` is used when it has both methods.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        batch_size: samples in a batch at most; a request for more is cut.
+        timeout: seconds that a batch stays open for more after its first request.
+        allow_batch_overflow: send a request for more than ``batch_size`` samples whole.
+        correctness: accepted from code written for CacheSaver.
+        hash: as in ``OnlineAPI``.
+        mode: as in ``OnlineAPI``.
+        scope: as in ``OnlineAPI``.
+        repeat: as in ``OnlineAPI``.
+        window: as in ``OnlineAPI``.
+        in_flight: batches in flight at most: one that runs and one that is ready, unless told otherwise.
+        classes: as in ``OnlineAPI``.
+        durability: as in ``OnlineAPI``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any = None,
+        batch_size: int = 1,
+        timeout: float = 0.0,
+        allow_batch_overflow: bool = False,
+        correctness: bool = True,
+        hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+        *,
+        mode: Mode = "read-write",
+        scope: str | None = None,
+        repeat: Repeat = "fresh",
+        window: float = 0.0,
+        in_flight: int | None = 2,
+        classes: Iterable[type] = (),
+        durability: str = "process",
+    ) -> None:
+        del correctness
+        super().__init__(
+            model,
+            AsyncBatcher(
+                model,
+                batch_size,
+                timeout,
+                in_flight=in_flight,
+                allow_batch_overflow=allow_batch_overflow,
+            ),
+            cache,
+            window=window,
+            mode=mode,
+            scope=scope,
+            repeat=repeat,
+            hash=hash,
+            classes=classes,
+            durability=durability,
+        )
+
+
+class OrderedLocalAPI(Pipeline):
+    """For models whose batches must not depend on timing: misses are collected, sorted, then batched.
+
+    What has to be generated is collected until ``collection_batch_size`` samples are there or
+    ``timeout`` seconds have passed, sorted by request id ("2" before "10"), and cut into hardware
+    batches in that order. Hits do not wait for the collection.
+
+    Args:
+        model: the adapter; its ``batch_request`` is used when it has both methods.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        collection_batch_size: samples to collect at most.
+        hardware_batch_size: samples in a batch at most.
+        timeout: seconds that a collection stays open after its first request.
+        allow_batch_overflow: send a request for more than ``hardware_batch_size`` samples whole.
+        correctness: accepted from code written for CacheSaver.
+        hash: as in ``OnlineAPI``.
+        mode: as in ``OnlineAPI``.
+        scope: as in ``OnlineAPI``.
+        repeat: as in ``OnlineAPI``.
+        window: as in ``OnlineAPI``.
+        in_flight: hardware batches in flight at most.
+        classes: as in ``OnlineAPI``.
+        durability: as in ``OnlineAPI``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any = None,
+        collection_batch_size: int = 1,
+        hardware_batch_size: int = 1,
+        timeout: float = 0.0,
+        allow_batch_overflow: bool = False,
+        correctness: bool = True,
+        hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+        *,
+        mode: Mode = "read-write",
+        scope: str | None = None,
+        repeat: Repeat = "fresh",
+        window: float = 0.0,
+        in_flight: int | None = 2,
+        classes: Iterable[type] = (),
+        durability: str = "process",
+    ) -> None:
+        del correctness
+        hardware = AsyncBatcher(
+            model, hardware_batch_size, in_flight=in_flight, allow_batch_overflow=allow_batch_overflow
+        )
+        collection = AsyncBatcher(
+            RequestReorderer(hardware),
+            collection_batch_size,
+            timeout,
+            allow_batch_overflow=True,
+        )
+        super().__init__(
+            model,
+            _Cutting(collection, hardware),
+            cache,
+            window=window,
+            mode=mode,
+            scope=scope,
+            repeat=repeat,
+            hash=hash,
+            classes=classes,
+            durability=durability,
+        )
+
+
+class _Cutting(Stage):
+    """The collection, telling the cacher above how large the hardware's requests may be."""
+
+    def __init__(self, collection: AsyncBatcher, hardware: AsyncBatcher) -> None:
+        super().__init__(collection)
+        self._hardware = hardware
+        self.submit = collection.submit
+
+    @property
+    def cut_n(self) -> int | None:
+        return self._hardware.cut_n
+
+    async def request(self, request: Request) -> Response:
+        return await self.model.request(request)  # type: ignore[no-any-return]

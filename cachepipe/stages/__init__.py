@@ -1,0 +1,9 @@
+"""The stages: each usable alone around any model, each an async context manager."""
+
+from cachepipe.stages.base import Stage
+from cachepipe.stages.batcher import AsyncBatcher
+from cachepipe.stages.cacher import AsyncCacher, Stats
+from cachepipe.stages.deduplicator import AsyncDeduplicator
+from cachepipe.stages.reorderer import RequestReorderer
+
+__all__ = ["AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stage", "Stats"]

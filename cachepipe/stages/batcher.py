@@ -1,0 +1,264 @@
+"""The batcher: requests travel in batches, cut by samples and by a window in seconds.
+
+A batch leaves when it holds ``batch_size`` samples, or ``window`` seconds after its first request came.
+Batches do not wait for one another unless ``in_flight`` says so. Each request gets its own result or
+its own error, also when the batch as a whole fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
+
+from cachepipe.errors import StageClosed
+from cachepipe.stages.base import Stage, ask_batch, has_request, samples_of, together
+from cachepipe.typedefs import Request, Response
+
+
+class Ticket:
+    """A request's place in the queue or in a batch. Await it for the response."""
+
+    __slots__ = ("_batch", "_future", "_lane", "request")
+
+    def __init__(self, lane: _Lane, request: Request) -> None:
+        self.request = request
+        self._lane = lane
+        self._batch: _Batch | None = None
+        self._future: asyncio.Future[Response] = lane.loop.create_future()
+
+    def __await__(self) -> Generator[Any, None, Response]:
+        return self._future.__await__()
+
+    def withdraw(self) -> None:
+        """Give the place up. What has left in a batch with others comes back all the same."""
+        if self._future.done():
+            return
+        if self._batch is None:
+            self._lane.drop(self)
+            self._future.cancel()
+        else:
+            self._batch.leave(self)
+
+    def sent(self, batch: _Batch) -> None:
+        """Note that the request has left."""
+        self._batch = batch
+
+    def settle(self, answer: Response | BaseException) -> None:
+        """Deliver the answer or the error."""
+        if self._future.done():
+            return
+        if isinstance(answer, asyncio.CancelledError):
+            self._future.cancel()
+        elif isinstance(answer, BaseException):
+            self._future.set_exception(answer)
+        else:
+            self._future.set_result(answer)
+
+
+class _Batch:
+    """A batch in flight."""
+
+    def __init__(self, tickets: Sequence[Ticket]) -> None:
+        self.tickets = tickets
+        self.task: asyncio.Task[None] | None = None
+        self._left: set[int] = set()
+
+    def leave(self, ticket: Ticket) -> None:
+        """Note that nobody wants a ticket's answer; a batch that nobody wants is stopped."""
+        self._left.add(id(ticket))
+        if len(self._left) == len(self.tickets) and self.task is not None:
+            self.task.cancel()
+
+
+class _Lane:
+    """One event loop's queue and batches in flight."""
+
+    def __init__(self, batcher: AsyncBatcher, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._model = batcher.model
+        self._size = batcher.batch_size
+        self._window = batcher.window
+        self._most = batcher.in_flight
+        self._single = batcher.single
+        self._queue: list[Ticket] = []
+        self._samples = 0
+        self._ready: list[list[Ticket]] = []
+        self._timer: asyncio.Handle | None = None
+        self.flying: set[asyncio.Task[None]] = set()
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue) + sum(len(tickets) for tickets in self._ready)
+
+    def put(self, ticket: Ticket) -> None:
+        """Queue a request; it opens a batch of its own when it does not fit into the open one."""
+        n = ticket.request.n
+        if self._queue and self._samples + n > self._size:
+            self.cut()
+        self._queue.append(ticket)
+        self._samples += n
+        if self._samples >= self._size:
+            self.cut()
+        elif self._timer is None:
+            if self._window:
+                self._timer = self.loop.call_later(self._window, self.cut)
+            else:
+                self._timer = self.loop.call_soon(self.cut)
+
+    def drop(self, ticket: Ticket) -> None:
+        """Take a request out that has not left yet."""
+        if ticket in self._queue:
+            self._queue.remove(ticket)
+            self._samples -= ticket.request.n
+        else:
+            self._ready = [
+                left for batch in self._ready if (left := [one for one in batch if one is not ticket])
+            ]
+
+    def cut(self) -> None:
+        """Close the open batch and send it, or queue it when enough are in flight."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._queue:
+            self._ready.append(self._queue)
+            self._queue, self._samples = [], 0
+        self._send()
+
+    def _send(self) -> None:
+        while self._ready and (self._most is None or len(self.flying) < self._most):
+            batch = _Batch(self._ready.pop(0))
+            for ticket in batch.tickets:
+                ticket.sent(batch)
+            batch.task = task = self.loop.create_task(self._fly(batch))
+            self.flying.add(task)
+            task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self.flying.discard(task)
+        if not self.loop.is_closed():
+            self._send()
+
+    async def _fly(self, batch: _Batch) -> None:
+        try:
+            if self._single:
+                await together([self._alone(ticket) for ticket in batch.tickets], return_exceptions=True)
+            else:
+                answers = await ask_batch(self._model, [ticket.request for ticket in batch.tickets])
+                for ticket, answer in zip(batch.tickets, answers, strict=True):
+                    ticket.settle(answer)
+        except BaseException as error:
+            for ticket in batch.tickets:
+                ticket.settle(error)
+            if not isinstance(error, asyncio.CancelledError):
+                raise
+
+    async def _alone(self, ticket: Ticket) -> None:
+        try:
+            ticket.settle(await self._model.request(ticket.request))
+        except BaseException as error:  # noqa: BLE001 - it is this request's own
+            ticket.settle(error)
+
+    def abort(self) -> None:
+        """Refuse what has not left yet."""
+        waiting = [*self._queue, *(ticket for tickets in self._ready for ticket in tickets)]
+        self._queue, self._ready, self._samples = [], [], 0
+        for ticket in waiting:
+            ticket.settle(StageClosed("the batcher was closed before this request had left; send it again"))
+
+
+class AsyncBatcher(Stage):
+    """Collects requests into batches for a model.
+
+    Args:
+        model: what answers the batches; one that has only ``request`` is asked for each at once.
+        batch_size: samples in a batch at most. A request for more is cut into pieces, unless it has a
+            ``seed`` or ``best_of`` or ``allow_batch_overflow`` is set; then it travels alone.
+        timeout: the window: seconds that a batch stays open for more after its first request. 0 is
+            the turn of the event loop.
+        in_flight: batches in flight at most; None is no limit.
+        prefer: which of a model's methods is used when it has both. ``"request"`` delivers each answer
+            as it comes, ``"batch"`` needs them all.
+        allow_batch_overflow: send a request for more than ``batch_size`` samples whole.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int = 1,
+        timeout: float = 0.0,
+        *,
+        in_flight: int | None = None,
+        prefer: Literal["batch", "request"] = "batch",
+        allow_batch_overflow: bool = False,
+    ) -> None:
+        super().__init__(model)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is a number of samples, at least 1; got {batch_size!r}")
+        if timeout is None or not timeout >= 0:
+            raise ValueError(f"timeout is a number of seconds, at least 0; got {timeout!r}")
+        if in_flight is not None and in_flight < 1:
+            raise ValueError(f"in_flight is a number of batches, at least 1, or None; got {in_flight!r}")
+        self.batch_size = batch_size
+        self.window = timeout
+        self.in_flight = in_flight
+        self.single = prefer == "request" and has_request(model)
+        self._overflow = allow_batch_overflow
+        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        lanes = list(self._lanes.values())
+        queued, flying = sum(lane.queued for lane in lanes), sum(len(lane.flying) for lane in lanes)
+        return f"<AsyncBatcher {queued} queued, {flying} in flight>"
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request without waiting; await the ticket for its response, or withdraw it."""
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        lane = self._lanes.get(loop)
+        if lane is None:
+            lane = self._lanes[loop] = _Lane(self, loop)
+        ticket = Ticket(lane, request)
+        lane.put(ticket)
+        return ticket
+
+    @property
+    def cut_n(self) -> int | None:
+        """How many samples one request may ask for before it is cut."""
+        return None if self._overflow else self.batch_size
+
+    async def request(self, request: Request) -> Response:
+        """Return the response; a cancelled caller takes nobody else's with it."""
+        limits = [self.max_n]
+        if request.seed is None and request.best_of is None:
+            limits.append(self.cut_n)
+        limit = min((limit for limit in limits if limit), default=request.n)
+        if request.n <= limit:
+            return await self._one(request)
+        parts = [limit] * (request.n // limit)
+        if request.n % limit:
+            parts.append(request.n % limit)
+        answers = await together([self._one(request.asking(part)) for part in parts], return_exceptions=False)
+        return Response([sample for answer in answers for sample in samples_of(answer)])
+
+    async def _one(self, request: Request) -> Response:
+        ticket = self.submit(request)
+        try:
+            return await ticket
+        except asyncio.CancelledError:
+            ticket.withdraw()
+            raise
+
+    async def close(self) -> None:
+        """Send what is queued at once, wait for what is in flight on this loop, and refuse the rest."""
+        if not self._closed:
+            self._closed = True
+            lane = self._lanes.get(asyncio.get_running_loop())
+            if lane is not None:
+                lane.cut()
+                while lane.flying:
+                    await asyncio.wait(lane.flying)
+                lane.abort()
+        await super().close()

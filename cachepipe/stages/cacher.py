@@ -1,0 +1,889 @@
+"""The cacher: draws claim their samples from a store, and what the store lacks is generated once.
+
+A request becomes a draw. What the ledger holds for it is answered at once; otherwise the draws of one
+turn of the event loop are claimed in one transaction, and what they are to generate is asked for
+together. Generation belongs to no caller: it goes on while anyone waits for it, and its samples are
+durable before anyone sees them. The store decides which indices a draw gets (``cachepipe.ledger``);
+this stage performs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cachepipe import keys, runs
+from cachepipe.errors import (
+    CacheMiss,
+    FreshIds,
+    NotStorable,
+    NotStored,
+    SharedDraw,
+    StoreError,
+)
+from cachepipe.keys import Question
+from cachepipe.ledger import SHARED, Draw, Runs, label
+from cachepipe.stages.base import Stage, together
+from cachepipe.stages.generation import Call, Caller, Need
+from cachepipe.stores import open_store
+from cachepipe.stores.base import Claim, Commit, Committed, Forgo, Grant, Leave, Operation, Sample, Store
+from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
+from cachepipe.values import Codec
+
+_INLINE = 64  # operations that may be written on the loop's own thread at once
+_LOOK_FIRST, _LOOK_LAST = 0.005, 0.25  # seconds between looks at samples that other processes generate
+_ORPHAN_LOOKS = 6  # looks after which a sample of this process that nobody generates is taken over
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a cacher has done since it was opened, in samples unless said otherwise.
+
+    Attributes:
+        hits: delivered from the cache.
+        misses: generated on behalf of the request that got them.
+        merged: flagged as duplicated, by the deduplicator in front.
+        generated: returned by the model.
+        in_flight: being generated now.
+        unreported: generated, but never reported as such: their request failed or was cancelled, or
+            nobody had asked for them.
+        requests: requests begun.
+        calls: calls made to the model.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    merged: int = 0
+    generated: int = 0
+    in_flight: int = 0
+    unreported: int = 0
+    requests: int = 0
+    calls: int = 0
+
+    def __getitem__(self, name: str) -> int:
+        value: int = asdict(self)[name]
+        return value
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the figures by name."""
+        return asdict(self)
+
+
+class _Draw:
+    """A request on its way through the cacher."""
+
+    __slots__ = (
+        "awaited",
+        "claimed",
+        "complete",
+        "dead",
+        "future",
+        "generated",
+        "held",
+        "id",
+        "indices",
+        "lane",
+        "making",
+        "missing",
+        "mode",
+        "n",
+        "needs",
+        "occurrences",
+        "question",
+        "request",
+        "token",
+        "unsaved",
+        "user",
+        "values",
+    )
+
+    def __init__(self, lane: _Lane, request: Request, question: Question, mode: Mode) -> None:
+        self.lane = lane
+        self.request = request
+        self.question = question
+        self.mode = mode
+        self.n = request.n
+        self.id: Draw = None  # type: ignore[assignment]
+        self.occurrences: runs.Occurrences | None = None
+        self.user: str | None = None
+        self.token = f"{next(_tokens):x}"
+        self.indices: list[int] = []
+        self.values: list[Any] = [None] * self.n
+        self.missing: dict[int, int] = {}  # index -> position
+        self.generated: set[int] = set()  # positions
+        self.awaited: set[int] = set()  # indices that others generate
+        self.making: set[int] = set()  # indices that are generated on this draw's behalf
+        self.needs: list[_Need] = []
+        self.held: tuple[int, ...] = ()
+        self.claimed = False
+        self.complete = False
+        self.unsaved = False
+        self.dead = False
+        self.future: asyncio.Future[None] = lane.loop.create_future()
+
+    def response(self) -> Response:
+        return _response(
+            self.values,
+            [position not in self.generated for position in range(self.n)],
+            tuple(self.indices),
+            self.question.key,
+        )
+
+
+def _response(values: list[Any], cached: list[bool], indices: tuple[int, ...] | None, key: str) -> Response:
+    response = Response(values, cached)
+    response.indices = indices
+    response.key = key
+    return response
+
+
+_tokens = itertools.count(1)
+
+
+class _Need(Need):
+    """What a draw is to generate: the samples at these indices, in this order."""
+
+    __slots__ = ("draw", "engine")
+
+    def __init__(self, engine: _Engine, draw: _Draw, indices: Sequence[int]) -> None:
+        super().__init__(draw.request, draw.question.key if draw.question.mergeable else None, indices)
+        self.engine = engine
+        self.draw = draw
+
+    @property
+    def wanted(self) -> bool:
+        return not self.draw.dead or self.engine.board.anyone_waits(self.draw.question.key, self.slots)
+
+    def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:
+        for index, value in zip(slots, values, strict=True):
+            self.engine.store_sample(self.draw, index, value, call)
+
+    def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
+        self.engine.give_up(self.draw, slots, error)
+
+
+class Wanted(Need):
+    """A need whose samples go straight to the caller, not to a store."""
+
+    __slots__ = ("_owed", "future", "values")
+
+    def __init__(self, request: Request, group: Hashable | None = None) -> None:
+        super().__init__(request, group, range(request.n))
+        self.values: list[Any] = [None] * request.n
+        self._owed = request.n
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def wanted(self) -> bool:
+        return not self.future.done()
+
+    def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:  # noqa: ARG002 - not recorded
+        for slot, value in zip(slots, values, strict=True):
+            self.values[slot] = value
+        self._owed -= len(values)
+        if not self._owed and not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, slots: Sequence[int], error: BaseException | None) -> None:  # noqa: ARG002 - it fails as a whole
+        if self.future.done():
+            return
+        if error is None:
+            self.future.cancel()
+        else:
+            self.future.set_exception(error)
+
+    async def result(self) -> list[Any]:
+        """Return the samples; a cancelled caller withdraws calls that nobody else waits for."""
+        try:
+            await self.future
+        except asyncio.CancelledError:
+            self.future.cancel()
+            _withdraw(self)
+            raise
+        return self.values
+
+
+def _withdraw(need: Need) -> None:
+    for call in list(need.calls):
+        if not call.wanted:
+            call.withdraw()
+
+
+class Board:
+    """Who in this process generates what, and who waits for it: one per store, for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[tuple[str, int], _Lane] = {}
+        self._waiting: dict[tuple[str, int], list[tuple[_Engine, _Draw]]] = {}
+
+    def announce(self, lane: _Lane, key: str, indices: Iterable[int]) -> None:
+        """Note that a lane generates these samples."""
+        with self._lock:
+            for index in indices:
+                self._made[key, index] = lane
+
+    def maker(self, key: str, index: int) -> _Lane | None:
+        """Return the lane that generates a sample, if its loop lives."""
+        lane = self._made.get((key, index))
+        return None if lane is None or lane.loop.is_closed() else lane
+
+    def wait(self, engine: _Engine, draw: _Draw, index: int) -> None:
+        """Note that a draw waits for a sample."""
+        with self._lock:
+            self._waiting.setdefault((draw.question.key, index), []).append((engine, draw))
+
+    def unwait(self, draw: _Draw) -> None:
+        """Note that a draw waits for nothing any more."""
+        with self._lock:
+            for index in draw.awaited:
+                place = (draw.question.key, index)
+                left = [pair for pair in self._waiting.get(place, ()) if pair[1] is not draw]
+                if left:
+                    self._waiting[place] = left
+                else:
+                    self._waiting.pop(place, None)
+
+    def anyone_waits(self, key: str, indices: Iterable[int]) -> bool:
+        """Tell whether a draw waits for any of these samples."""
+        with self._lock:
+            return any((key, index) in self._waiting for index in indices)
+
+    def settle(self, key: str, index: int, sample: Sample | None) -> None:
+        """Tell those who wait that a sample is stored, or will not come from who was to generate it."""
+        with self._lock:
+            self._made.pop((key, index), None)
+            waiting = self._waiting.pop((key, index), ())
+        for engine, draw in waiting:
+            draw.lane.soon(engine.arrived, draw, index, sample)
+
+
+_boards: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
+_boards_lock = threading.Lock()
+
+
+def _board(identity: str) -> Board:
+    with _boards_lock:
+        board = _boards.get(identity)
+        if board is None:
+            board = _boards[identity] = Board()
+        return board
+
+
+class _Lane:
+    """One event loop's way to the store: what comes in one turn is written in one transaction."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, store: Store, caller: Caller) -> None:
+        self.loop = loop
+        self.caller = caller
+        self.needs: list[_Need] = []
+        self.strangers: dict[_Draw, float] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._store = store
+        self._operations: list[tuple[Operation, Callable[[Any], None]]] = []
+
+    def soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function on this lane's loop: now when it is the running one, else soon."""
+        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - the documented one raises
+            function(*arguments)
+            return
+        with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+    def put(self, operation: Operation, done: Callable[[Any], None]) -> None:
+        """Queue an operation for the end of this turn; ``done`` gets its result or error."""
+        self._operations.append((operation, done))
+        if len(self._operations) == 1:
+            try:
+                self.loop.call_soon(self._flush)
+            except RuntimeError:  # the loop is closed: this is the last chance
+                operations, self._operations = self._operations, []
+                self._store.apply_soon([operation for operation, _ in operations])
+
+    def _flush(self) -> None:
+        batch, self._operations = self._operations, []
+        if not batch:
+            return
+        results = None
+        if len(batch) <= _INLINE:
+            try:
+                results = self._store.apply_now([operation for operation, _ in batch])
+            except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+                if len(batch) == 1:
+                    batch[0][1](error)
+                    return
+        if results is None:
+            task = self.loop.create_task(self._apply(batch))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+            return
+        for (_, done), result in zip(batch, results, strict=True):
+            done(result)
+
+    async def _apply(self, batch: list[tuple[Operation, Callable[[Any], None]]]) -> None:
+        try:
+            results: list[Any] = list(await self._store.apply([operation for operation, _ in batch]))
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+            if len(batch) > 1:  # one of them is at fault: the others go on without it
+                for item in batch:
+                    await self._apply([item])
+                return
+            results = [error]
+        for (_, done), result in zip(batch, results, strict=True):
+            done(result)
+
+    async def drain(self) -> None:
+        """Wait until everything queued is written, and no call is in flight."""
+        while self._operations or self.tasks or self.caller.busy or self.needs:
+            if self.tasks:
+                await asyncio.wait(self.tasks)
+            elif self.caller.busy:
+                await self.caller.finish()
+            else:
+                await asyncio.sleep(0)
+
+
+class _Engine:
+    """All of a cacher but its handle, so that a cacher is gone when nobody refers to it any more."""
+
+    def __init__(self, model: Any, store: Store, codec: Codec) -> None:
+        self.model = model
+        self.store = store
+        self.codec = codec
+        self.window = 0.0
+        self.board = _board(store.identity)
+        self.merged = self.hits = self.misses = self.unreported = self.requests = 0
+        self._lock = threading.Lock()
+        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
+        self._present = getattr(model, "present", None)
+        self._callers: list[Caller] = []
+
+    def lane(self) -> _Lane:
+        """Return the running loop's lane."""
+        loop = asyncio.get_running_loop()
+        lane = self._lanes.get(loop)
+        if lane is None:
+            with self._lock:
+                caller = Caller(self.model, self.keep_extra)
+                self._callers.append(caller)
+                lane = self._lanes[loop] = _Lane(loop, self.store, caller)
+        return lane
+
+    @property
+    def lanes(self) -> list[_Lane]:
+        with self._lock:
+            return list(self._lanes.values())
+
+    def stats(self) -> Stats:
+        """Return what was done so far."""
+        callers = self._callers
+        return Stats(
+            hits=self.hits,
+            misses=self.misses,
+            merged=self.merged,
+            generated=sum(caller.generated for caller in callers),
+            in_flight=sum(caller.in_flight for caller in callers),
+            unreported=self.unreported,
+            requests=self.requests,
+            calls=sum(caller.calls for caller in callers),
+        )
+
+    # From request to draw.
+
+    def begin(self, request: Request, question: Question, mode: Mode, repeat: Repeat) -> Response | _Draw:
+        """Return the response when the ledger and the store have it all, else the draw to wait for."""
+        self.requests += 1
+        lane = self.lane()
+        namespace = label(request.namespace)
+        occurrences = runs.current(self.store.identity)
+        if repeat == "same" or question.function:
+            identity = Draw(SHARED, question.key, "", 0)
+            user = namespace
+        else:
+            request_id = request.request_id or ""
+            number = occurrences.take((namespace, question.key, request_id))
+            identity = Draw(namespace, question.key, request_id, number)
+            user = None
+        try:
+            if mode == "replay" or self.store.read_only:
+                return self._replay(lane, request, question, identity, mode, occurrences)
+            if mode == "read-write" and (user is None or (question.key, user) in occurrences.used):
+                grant = self.store.recall(identity, request.n)
+                if grant is not None:
+                    return self._known(request, question, grant, occurrences)
+        except BaseException:
+            if user is None:
+                occurrences.give_back(identity)
+            raise
+        draw = _Draw(lane, request.asking(request.n), question, mode)
+        draw.id, draw.user, draw.occurrences = identity, user, occurrences
+        self._claim(draw, refresh=mode == "refresh")
+        return draw
+
+    def _known(
+        self, request: Request, question: Question, grant: Grant, occurrences: runs.Occurrences
+    ) -> Response:
+        if grant.shared:
+            self._warn_shared(question, request, occurrences)
+        values = [self.decode(sample) for sample in grant.samples if sample is not None]
+        self.hits += request.n
+        return _response(values, [True] * request.n, tuple(grant.indices), question.key)
+
+    def _replay(
+        self,
+        lane: _Lane,
+        request: Request,
+        question: Question,
+        identity: Draw,
+        mode: Mode,
+        occurrences: runs.Occurrences,
+    ) -> Response | _Draw:
+        shared = identity.namespace == SHARED
+        taken = Runs() if shared else occurrences.taken(identity.namespace, question.key)
+        grant = None if mode == "refresh" else self.store.replay(identity, request.n, taken)
+        if grant is not None:
+            return self._known(request, question, grant, occurrences)
+        if mode == "replay":
+            raise CacheMiss(question.key, request.namespace, request)
+        draw = _Draw(lane, request.asking(request.n), question, mode)
+        draw.id, draw.occurrences, draw.unsaved = identity, occurrences, True
+        draw.missing = {-1 - position: position for position in range(draw.n)}
+        self._need(draw, list(draw.missing))
+        return draw
+
+    async def finish(self, draw: _Draw) -> Response:
+        """Return a draw's response; a cancelled caller gives back what it had claimed (C8)."""
+        try:
+            await draw.future
+        except BaseException:
+            if draw.complete or not draw.dead:
+                self._abandon(draw)
+            raise
+        self.hits += draw.n - len(draw.generated)
+        self.misses += len(draw.generated)
+        return draw.response()
+
+    # Claims.
+
+    def _claim(self, draw: _Draw, *, refresh: bool = False) -> None:
+        claim = Claim(draw.id, draw.n, draw.question, draw.token, refresh, draw.user)
+        draw.lane.put(claim, lambda result: self._granted(draw, result))
+
+    def _granted(self, draw: _Draw, grant: Grant | Exception) -> None:
+        if isinstance(grant, Exception):
+            if not draw.dead:
+                self._fail(draw, grant)
+            return
+        lane, key = draw.lane, draw.question.key
+        draw.claimed = True
+        draw.held = tuple({*draw.held, *grant.held})
+        if draw.dead:
+            self._leave(draw)
+            if grant.mine:
+                lane.put(Forgo(key, grant.mine), _unheard)
+            return
+        if draw.user is not None and draw.occurrences is not None:
+            draw.occurrences.used.add((key, draw.user))
+        self._warn(draw, grant)
+        mine = set(grant.mine)
+        draw.indices = grant.indices
+        draw.missing = {}
+        for position, (index, sample) in enumerate(zip(grant.indices, grant.samples, strict=True)):
+            if position in draw.generated:
+                continue
+            if sample is not None:
+                draw.values[position] = self.decode(sample)
+                continue
+            draw.missing[index] = position
+            if index not in mine and index not in draw.making and index not in draw.awaited:
+                draw.awaited.add(index)
+                self.board.wait(self, draw, index)
+                if self.board.maker(key, index) is None:
+                    self._watch(draw)
+        if mine:
+            self._need(draw, grant.mine)
+        if not draw.missing:
+            self._complete(draw)
+
+    def _need(self, draw: _Draw, indices: list[int]) -> None:
+        lane = draw.lane
+        need = _Need(self, draw, indices)
+        draw.needs.append(need)
+        draw.making.update(indices)
+        if not draw.unsaved:
+            self.board.announce(lane, draw.question.key, indices)
+        lane.needs.append(need)
+        if len(lane.needs) == 1:
+            # All claims of this turn are granted in one go; calls for them start right after it.
+            if self.window:
+                lane.loop.call_later(self.window, self._start, lane)
+            else:
+                lane.loop.call_soon(self._start, lane)
+
+    def _start(self, lane: _Lane) -> None:
+        needs, lane.needs = lane.needs, []
+        for need in needs:
+            if not need.wanted:
+                self.give_up(need.draw, need.slots, None)
+        lane.caller.start([need for need in needs if need.wanted])
+
+    # Samples that come, and samples that do not.
+
+    def store_sample(self, draw: _Draw, index: int, value: Any, call: Call) -> None:
+        """Commit a sample that a call has brought, then hand it to whoever waits for it."""
+        key = draw.question.key
+        if index < 0:  # a store that cannot be written
+            self._filled(draw, index, value)
+            return
+        try:
+            payload = self.codec.encode(value)
+        except NotStorable as error:
+            self._unstored(draw, index, value, error)
+            return
+        commit = Commit(
+            key, index, payload, {"at": round(time.time(), 3), "call": call.id, "s": round(call.seconds, 4)}
+        )
+
+        def done(result: Committed | Exception) -> None:
+            draw.making.discard(index)
+            if isinstance(result, Exception):
+                self._unstored(draw, index, value, result)
+                return
+            if not result.kept:
+                self.unreported += 1
+                self.board.settle(key, index, None)
+                if not draw.dead:
+                    self._claim(draw)
+                return
+            self.board.settle(key, index, result.sample)
+            if draw.dead:
+                self.unreported += 1
+            else:
+                self._filled(draw, index, value)
+
+        draw.lane.put(commit, done)
+
+    def keep_extra(self, need: Need, values: list[Any], call: Call) -> None:
+        """Store samples that nobody asked for; they serve whoever needs the next."""
+        if not isinstance(need, _Need) or need.draw.unsaved:
+            return
+        self.unreported += len(values)
+        for value in values:
+            try:
+                payload = self.codec.encode(value)
+            except NotStorable:
+                continue
+            meta = {"at": round(time.time(), 3), "call": call.id, "s": round(call.seconds, 4)}
+            need.draw.lane.put(Commit(need.draw.question.key, None, payload, meta), _unheard)
+
+    def _filled(self, draw: _Draw, index: int, value: Any) -> None:
+        if draw.dead:
+            self.unreported += 1
+            return
+        position = draw.missing.pop(index, None)
+        if position is None:  # the draw was laid anew meanwhile
+            self.unreported += 1
+            return
+        draw.values[position] = value if self._present is None else self._present(value)
+        draw.generated.add(position)
+        if not draw.missing:
+            self._complete(draw)
+
+    def _unstored(self, draw: _Draw, index: int, value: Any, error: Exception) -> None:
+        """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
+        warnings.warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2)
+        self.give_up(draw, [index], None, keep=True)
+        self._filled(draw, index, value)
+
+    def give_up(
+        self, draw: _Draw, indices: Sequence[int], error: BaseException | None, *, keep: bool = False
+    ) -> None:
+        """Free indices whose samples will not come; their draw fails, those who waited try once more."""
+        key = draw.question.key
+        draw.making.difference_update(indices)
+
+        def done(_result: Any) -> None:
+            for index in indices:
+                self.board.settle(key, index, None)
+
+        if indices and indices[0] >= 0:
+            draw.lane.put(Forgo(key, indices), done)
+        if keep or draw.dead:
+            return
+        if error is None:
+            # Its call was stopped from outside while somebody waited: ask again as a waiter would.
+            draw.future.cancel()
+            self._abandon(draw)
+        else:
+            self._fail(draw, error)
+
+    def arrived(self, draw: _Draw, index: int, sample: Sample | None) -> None:
+        """Take a sample that another draw generated, or try for it once more."""
+        draw.awaited.discard(index)
+        if draw.dead or index not in draw.missing:
+            return
+        if sample is None:
+            self._claim(draw)
+            return
+        position = draw.missing.pop(index)
+        draw.values[position] = self.decode(sample)
+        if not draw.missing:
+            self._complete(draw)
+
+    def decode(self, sample: Sample) -> Any:
+        """Return the value of a stored sample as the model's adapter presents it."""
+        value = self.codec.decode(sample.payload)
+        return value if self._present is None else self._present(value)
+
+    # Ends.
+
+    def _complete(self, draw: _Draw) -> None:
+        draw.complete = True
+        draw.lane.strangers.pop(draw, None)
+        if draw.held:
+            self._leave(draw)
+        if not draw.future.done():
+            draw.future.set_result(None)
+
+    def _fail(self, draw: _Draw, error: BaseException) -> None:
+        self._end(draw)
+        if not draw.future.done():
+            draw.future.set_exception(error)
+
+    def _abandon(self, draw: _Draw) -> None:
+        """Undo a draw whose caller has gone, and stop the calls that nobody waits for any more."""
+        if draw.complete:
+            self.unreported += len(draw.generated)
+            self._give_back(draw)
+            draw.dead = True
+            return
+        self._end(draw)
+        for need in draw.needs:
+            _withdraw(need)
+
+    def _end(self, draw: _Draw) -> None:
+        draw.dead = True
+        draw.lane.strangers.pop(draw, None)
+        self.unreported += len(draw.generated)
+        self.board.unwait(draw)
+        if draw.claimed:
+            self._leave(draw)
+        self._give_back(draw)
+
+    def _leave(self, draw: _Draw) -> None:
+        if draw.held:
+            draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete), _unheard)
+
+    def _give_back(self, draw: _Draw) -> None:
+        if draw.user is None and draw.occurrences is not None:
+            draw.occurrences.give_back(draw.id)
+
+    # Samples that other processes generate.
+
+    def _watch(self, draw: _Draw) -> None:
+        strangers = draw.lane.strangers
+        if not strangers:
+            draw.lane.loop.call_later(_LOOK_FIRST, self._look, draw.lane, _LOOK_FIRST, {})
+        strangers[draw] = 0.0
+
+    def _look(self, lane: _Lane, pause: float, orphans: dict[tuple[str, int], int]) -> None:
+        """See whether what this lane's draws await from elsewhere has come, or will not come."""
+        places = [
+            (draw, index)
+            for draw in lane.strangers
+            for index in draw.awaited
+            if self.board.maker(draw.question.key, index) is None
+        ]
+        seen: dict[tuple[str, int], int] = {}
+        again: dict[_Draw, None] = {}
+        try:
+            states = self.store.glance([(draw.question.key, index) for draw, index in places])
+        except StoreError:
+            states = []  # such as a checkpoint in the way; look again
+        for (draw, index), state in zip(places, states, strict=False):
+            place = (draw.question.key, index)
+            if state == "ours":
+                # Granted to another lane of this process that has not announced it yet, or lost with its loop.
+                seen[place] = orphans.get(place, 0) + 1
+                if seen[place] >= _ORPHAN_LOOKS:
+                    lane.put(Forgo(place[0], [index]), _unheard)
+                    again[draw] = None
+            elif state != "pending":
+                again[draw] = None
+        for draw in again:
+            self.board.unwait(draw)
+            draw.awaited.clear()
+            lane.strangers.pop(draw, None)
+            self._claim(draw)
+        if lane.strangers:
+            pause = min(pause * 1.5, _LOOK_LAST)
+            lane.loop.call_later(pause, self._look, lane, pause, seen)
+
+    # Warnings, each given once in a run.
+
+    def _warn(self, draw: _Draw, grant: Grant) -> None:
+        occurrences = draw.occurrences
+        if occurrences is None:
+            return
+        if grant.shared:
+            self._warn_shared(draw.question, draw.request, occurrences)
+        if grant.added and occurrences.most_ids_are_new(draw.id, fresh_id=grant.fresh_id):
+            warnings.warn(
+                "most requests of this run have new request ids on questions that their namespace has asked "
+                "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
+                "in each run: not made from hash(str), uuids or times",
+                FreshIds,
+                stacklevel=2,
+            )
+
+    def _warn_shared(self, question: Question, request: Request, occurrences: runs.Occurrences) -> None:
+        if occurrences.first_time("shared draw"):
+            warnings.warn(
+                f"another live process made the same draw (key {question.key}, namespace "
+                f"{request.namespace!r}, request id {request.request_id!r}) and has its samples too; workers "
+                "that mean independent samples need different request ids",
+                SharedDraw,
+                stacklevel=2,
+            )
+
+
+def _unheard(_result: Any) -> None:
+    """Take a result that nobody waits for; its failure shows in the next claim."""
+
+
+class AsyncCacher(Stage):
+    """A model whose samples are kept: each draw gets its own, and a rerun gets the same again.
+
+    Args:
+        model: what generates samples; asked only for what the store lacks.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder (see
+            ``cachepipe.stores.default_folder``).
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``, as in the contract.
+        scope: whose answers these are; default is the model's ``cache_scope``, or its ``model``.
+        repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: all requests for a
+            question share one draw.
+        hash: a function from a request to a string that stands for its fields in the key.
+        classes: dataclasses and pydantic models that may be stored as samples.
+        durability: ``"process"`` or ``"full"``, for a store that is opened here.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any = None,
+        *,
+        mode: Mode = "read-write",
+        scope: str | None = None,
+        repeat: Repeat = "fresh",
+        hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+        classes: Iterable[type] = (),
+        durability: str = "process",
+    ) -> None:
+        super().__init__(model)
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")
+        if repeat not in REPEATS:
+            raise ValueError(f"repeat is 'fresh' or 'same'; got {repeat!r}")
+        codec = Codec(classes)
+        self.store, self._owns_store = open_store(cache, durability=durability)
+        self.mode = mode
+        self.repeat = repeat
+        self.scope = scope if scope is not None else keys.scope_of(model)
+        self._hash = hash
+        self._question = getattr(model, "question", None)
+        self._engine = _Engine(model, self.store, codec)
+        runs.opened(self.store.identity, self)
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return f"<AsyncCacher {self.store!r} {stats.hits} hits, {stats.misses} misses, {stats.in_flight} in flight>"
+
+    def question(self, request: Request) -> Question:
+        """Return what a request asks, with its key.
+
+        Raises:
+            UnkeyableValue: when no stable key can be made from one of its values.
+        """
+        if not isinstance(request, Request):
+            raise TypeError(f"a pipeline takes a Request; got {request!r}. Write Request(prompt=...)")
+        if self._question is not None and self._hash is None:
+            question: Question = self._question(request, self.scope)
+            return question
+        return keys.question(request, self.scope, self._hash)
+
+    async def request(self, request: Request) -> Response:
+        """Return the samples of a draw; ``cached`` tells which were there already.
+
+        Raises:
+            CacheMiss: in replay mode, when not all of them are stored.
+            StoreError: when the store fails before anything is spent.
+        """
+        return await self.draw(request, self.question(request))
+
+    async def draw(self, request: Request, question: Question) -> Response:
+        """Return the samples of a draw of a question that is known already."""
+        self._check_open()
+        engine = self._engine
+        if self.mode == "bypass":
+            return await self._bypass(request, question)
+        begun = engine.begin(request, question, self.mode, self.repeat)
+        if type(begun) is Response:
+            return begun
+        return await engine.finish(begun)  # type: ignore[arg-type]
+
+    async def _bypass(self, request: Request, question: Question) -> Response:
+        engine = self._engine
+        caller = engine.lane().caller
+        engine.requests += 1
+        need = Wanted(request.asking(request.n))
+        caller.start([need])
+        values = await need.result()
+        engine.misses += request.n
+        present = engine._present  # noqa: SLF001 - its own engine
+        values = values if present is None else [present(value) for value in values]
+        return _response(values, [False] * request.n, None, question.key)
+
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+        """Return one response per request, claimed in one transaction."""
+        self._check_open()
+        questions = [self.question(request) for request in batch.requests]
+        return await together(
+            [
+                self.draw(request, question)
+                for request, question in zip(batch.requests, questions, strict=True)
+            ],
+            return_exceptions,
+        )
+
+    def widen(self, window: float) -> None:
+        """Let needs of one question that come within ``window`` seconds share a call."""
+        self._engine.window = max(self._engine.window, window)
+
+    def count_merged(self, samples: int) -> None:
+        """Count samples that the deduplicator in front flagged as duplicated."""
+        self._engine.merged += samples
+
+    def stats(self) -> Stats:
+        """Return what was done since the cacher was opened."""
+        return self._engine.stats()
+
+    async def close(self) -> None:
+        """Wait for what is in flight on this loop, write it, and close the store if it was opened here."""
+        if self._closed:
+            return
+        self._closed = True
+        runs.closed(self.store.identity, self)
+        with contextlib.suppress(RuntimeError):
+            await self._engine.lane().drain()
+        if isinstance(self.model, Stage):
+            await self.model.close()
+        if self._owns_store:
+            await asyncio.get_running_loop().run_in_executor(None, self.store.close)

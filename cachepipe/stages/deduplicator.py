@@ -1,0 +1,170 @@
+"""The deduplicator: identical requests of one namespace that are served together are one group.
+
+In front of a cacher it marks which samples were merged; the cacher gives each draw its own samples and
+asks for what is missing in shared calls. Alone around a model it asks for a group in one call with the
+summed ``n``, and hands each request its own part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from typing import Any
+
+from cachepipe import keys
+from cachepipe.ledger import label
+from cachepipe.stages.base import Stage, together
+from cachepipe.stages.cacher import AsyncCacher, Stats, Wanted
+from cachepipe.stages.generation import Call, Caller, Need
+from cachepipe.typedefs import Batch, Request, Response
+
+_Group = tuple[str, str]
+"""A key and the label of a namespace."""
+
+
+_TURN = 256  # requests served before the loop is given a turn
+
+
+class _Lane:
+    """What one event loop's requests share: the groups that are open now, and who opened them."""
+
+    def __init__(self, model: Any) -> None:
+        self.open: dict[_Group, tuple[object, object]] = {}
+        self.served = 0
+        self.caller = Caller(model, _dropped)
+        self.waiting: list[Wanted] = []
+
+
+class AsyncDeduplicator(Stage):
+    """Merges identical requests of a namespace that are in flight together.
+
+    Args:
+        model: a cacher, or any model.
+        window: seconds during which a group stays open; 0 is the turn of the event loop in which its
+            first request came.
+        scope: whose answers these are, when there is no cacher behind to say so.
+    """
+
+    def __init__(self, model: Any, *, window: float = 0.0, scope: str | None = None) -> None:
+        super().__init__(model)
+        if not window >= 0:
+            raise ValueError(f"window is a number of seconds, at least 0; got {window!r}")
+        self.window = window
+        self._cacher = model if isinstance(model, AsyncCacher) else None
+        self._scope = scope if scope is not None else keys.scope_of(model)
+        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
+        self._requests = self._merged = self._misses = 0
+        if self._cacher is not None:
+            self._cacher.widen(window)
+
+    def __repr__(self) -> str:
+        return f"<AsyncDeduplicator {self.stats().merged} samples merged>"
+
+    def stats(self) -> Stats:
+        """Return what was done since the stage was opened; with a cacher behind, its figures."""
+        if self._cacher is not None:
+            return self._cacher.stats()
+        callers = [lane.caller for lane in self._lanes.values()]
+        return Stats(
+            misses=self._misses,
+            merged=self._merged,
+            requests=self._requests,
+            generated=sum(caller.generated for caller in callers),
+            in_flight=sum(caller.in_flight for caller in callers),
+            calls=sum(caller.calls for caller in callers),
+        )
+
+    async def request(self, request: Request) -> Response:
+        """Return the request's own samples; ``duplicated`` tells which were merged into a group."""
+        return await self._serve(request, (asyncio.current_task(), None))
+
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+        """Return one response per request; equal ones of the batch are a group."""
+        self._check_open()
+        owner = (asyncio.current_task(), batch)
+        return await together([self._serve(request, owner) for request in batch.requests], return_exceptions)
+
+    async def _serve(self, request: Request, owner: tuple[object, object]) -> Response:
+        self._check_open()
+        lane = self._lane()
+        cacher = self._cacher
+        if cacher is None:
+            question = keys.question(request, self._scope)
+        else:
+            question = cacher.question(request)
+        first = self._joins(lane, (question.key, label(request.namespace)), owner)
+        duplicated = [True] * request.n
+        duplicated[0] = first
+        if cacher is None:
+            response = await self._merge(lane, request, question)
+        else:
+            response = await cacher.draw(request, question)
+            cacher.count_merged(request.n - (not first))
+        merged = Response(response.data, response.cached, duplicated)
+        merged.__dict__.update(response.__dict__)
+        lane.served += 1
+        if not lane.served % _TURN:
+            await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
+        return merged
+
+    def _lane(self) -> _Lane:
+        loop = asyncio.get_running_loop()
+        lane = self._lanes.get(loop)
+        if lane is None:
+            lane = self._lanes[loop] = _Lane(self.model)
+        return lane
+
+    def _joins(self, lane: _Lane, group: _Group, owner: tuple[object, object]) -> bool:
+        """Tell whether a request joins a group that is open, and open one if not.
+
+        One task that awaits request after request is not in flight with itself, even when all of it
+        happens within one turn of the loop.
+        """
+        opener = lane.open.get(group)
+        if opener is not None and (opener[0] is not owner[0] or opener[1] is owner[1] is not None):
+            return True
+        if not lane.open:
+            loop = asyncio.get_running_loop()
+            if self.window:
+                loop.call_later(self.window, lane.open.clear)
+            else:
+                loop.call_soon(lane.open.clear)
+        lane.open[group] = owner
+        return False
+
+    async def _merge(self, lane: _Lane, request: Request, question: keys.Question) -> Response:
+        group = (question.key, label(request.namespace)) if question.mergeable else None
+        need = Wanted(request.asking(request.n), group)
+        if not lane.waiting:
+            loop = asyncio.get_running_loop()
+            if self.window:
+                loop.call_later(self.window, _start, lane)
+            else:
+                loop.call_soon(_start, lane)
+        lane.waiting.append(need)
+        values = await need.result()
+        self._requests += 1
+        self._misses += request.n
+        self._merged += request.n - 1
+        response = Response(values)
+        response.key = question.key
+        return response
+
+    async def close(self) -> None:
+        """Wait for what is in flight on this loop and close the stages behind."""
+        self._closed = True
+        lane = self._lanes.get(asyncio.get_running_loop())
+        while lane is not None and (lane.waiting or lane.caller.busy):
+            if lane.waiting:
+                _start(lane)
+            await lane.caller.finish()
+        await super().close()
+
+
+def _start(lane: _Lane) -> None:
+    needs, lane.waiting = lane.waiting, []
+    lane.caller.start([need for need in needs if need.wanted])
+
+
+def _dropped(need: Need, values: list[Any], call: Call) -> None:
+    """Let go of samples that nobody asked for: without a store there is nowhere to keep them."""

@@ -1,0 +1,299 @@
+"""Calls to the model: which needs travel together, and what becomes of short and refused calls.
+
+Needs for one question that come together share calls with the summed ``n``, cut by the model's limit.
+A merged call that is refused, times out or is answered short is repeated as its callers wrote it
+before anyone sees an error, and the limit is lowered (C4). A model that returns fewer samples than
+asked is asked for the rest until a call brings nothing new three times in a row (C8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from cachepipe.errors import ShortAnswer
+from cachepipe.stages.base import ask_batch, has_request, limit_of, samples_of
+from cachepipe.stores.base import new_id
+from cachepipe.typedefs import Request
+
+_REFUSED = frozenset({400, 413, 422})
+_PATIENCE = 3  # calls in a row that bring nothing new before a model is given up
+
+
+class Need:
+    """One draw's need of samples of one question. Subclasses say where they go.
+
+    Attributes:
+        request: what is asked; its ``n`` is what the caller wrote.
+        group: needs of one group may share a call; None is a group of its own.
+        slots: where the samples go. Each is bound to a place in a call before the call is made, so
+            that the order of completion decides nothing (C5).
+        calls: the calls in flight for it.
+    """
+
+    __slots__ = ("calls", "group", "request", "slots")
+
+    def __init__(self, request: Request, group: Hashable | None, slots: Sequence[int]) -> None:
+        self.request = request
+        self.group = group
+        self.slots = slots
+        self.calls: set[Call] = set()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone waits for it."""
+        raise NotImplementedError
+
+    def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:
+        """Take samples that a call has brought."""
+        raise NotImplementedError
+
+    def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
+        """Learn that samples will not come; the error is None when the call was withdrawn."""
+        raise NotImplementedError
+
+
+Piece = tuple[Need, Sequence[int]]
+
+
+class Call:
+    """One call to the model: its id, for whom it is, and how it is withdrawn."""
+
+    __slots__ = ("empty", "id", "pieces", "seconds", "task", "ticket")
+
+    def __init__(self, pieces: list[Piece], empty: int = 0) -> None:
+        self.id = new_id()
+        self.pieces = pieces
+        self.empty = empty
+        self.seconds = 0.0
+        self.task: asyncio.Task[None] | None = None
+        self.ticket: Any = None
+
+    @property
+    def total(self) -> int:
+        """How many samples are asked for."""
+        return sum(len(slots) for _, slots in self.pieces)
+
+    @property
+    def request(self) -> Request:
+        """What the model is asked."""
+        request, total = self.pieces[0][0].request, self.total
+        return request if request.n == total else request.asking(total)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the call serves more than one need."""
+        return len(self.pieces) > 1
+
+    @property
+    def largest(self) -> int:
+        """How many samples the largest of its pieces asks for."""
+        return max(len(slots) for _, slots in self.pieces)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone waits for any of it."""
+        return any(need.wanted for need, _ in self.pieces)
+
+    def withdraw(self) -> None:
+        """Stop the call, unless it travels in a batch with others who still want theirs."""
+        if self.ticket is not None:
+            self.ticket.withdraw()
+        elif self.task is not None:
+            self.task.cancel()
+
+
+class Caller:
+    """Asks a model for what is needed, in as few calls as its limit allows.
+
+    Args:
+        model: the model or stage to ask.
+        extra: takes samples that a model returned beyond what it was asked, with a need of their group.
+    """
+
+    def __init__(self, model: Any, extra: Callable[[Need, list[Any], Call], None]) -> None:
+        self._model = model
+        self._extra = extra
+        self._lowered: int | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.calls = 0
+        self.generated = 0
+        self.in_flight = 0
+
+    def limit(self, *, mergeable: bool = True) -> int | None:
+        """Return how many samples one call may ask for.
+
+        The model's own limit; for needs that may be cut and merged at will also the stages' wish, and
+        what refused and short calls have taught.
+        """
+        limits = [limit_of(self._model)]
+        if mergeable:
+            limits += [getattr(self._model, "cut_n", None), self._lowered]
+        return min((limit for limit in limits if limit), default=None)
+
+    def start(self, needs: Sequence[Need]) -> None:
+        """Begin the calls for needs that came together."""
+        groups: dict[Hashable, list[Need]] = {}
+        for need in needs:
+            groups.setdefault(id(need) if need.group is None else need.group, []).append(need)
+        self._send([call for group in groups.values() for call in self._cut(group)])
+
+    def _cut(self, needs: Sequence[Need]) -> list[Call]:
+        """Return calls that together ask for what is needed, each within the limit."""
+        limit = self.limit(mergeable=needs[0].group is not None)
+        calls: list[Call] = []
+        pieces: list[Piece] = []
+        room = limit
+        for need in needs:
+            left = need.slots
+            while left:
+                part = left if room is None else left[:room]
+                pieces.append((need, part))
+                left = left[len(part) :]
+                if room is not None:
+                    room -= len(part)
+                    if not room:
+                        calls.append(Call(pieces))
+                        pieces, room = [], limit
+        if pieces:
+            calls.append(Call(pieces))
+        return calls
+
+    def _send(self, calls: list[Call]) -> None:
+        if has_request(self._model):
+            for call in calls:
+                self._spawn([call], self._single(call))
+        elif calls:
+            self._spawn(calls, self._batch(calls))
+
+    def _spawn(self, calls: list[Call], work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        for call in calls:
+            if len(calls) == 1:
+                call.task = task
+            for need, _ in call.pieces:
+                need.calls.add(call)
+
+    async def _single(self, call: Call) -> None:
+        total = call.total
+        request = call.request
+        self._begin(total)
+        begun = time.perf_counter()
+        try:
+            submit = getattr(self._model, "submit", None)
+            if submit is not None:
+                call.ticket = submit(request)
+                answer = await call.ticket
+            else:
+                answer = await self._model.request(request)
+            values = samples_of(answer)
+        except BaseException as error:
+            self.in_flight -= total
+            self._failed(call, error)
+            if isinstance(error, asyncio.CancelledError | Exception):
+                return
+            raise
+        self.in_flight -= total
+        call.seconds = time.perf_counter() - begun
+        self._answered(call, values)
+
+    async def _batch(self, calls: list[Call]) -> None:
+        total = sum(call.total for call in calls)
+        self._begin(total, len(calls))
+        begun = time.perf_counter()
+        try:
+            answers = await ask_batch(self._model, [call.request for call in calls])
+        except BaseException as error:
+            self.in_flight -= total
+            for call in calls:
+                self._failed(call, error)
+            if isinstance(error, asyncio.CancelledError):
+                return
+            raise
+        self.in_flight -= total
+        seconds = time.perf_counter() - begun
+        for call, answer in zip(calls, answers, strict=True):
+            call.seconds = seconds
+            try:
+                if isinstance(answer, BaseException):
+                    raise answer
+                values = samples_of(answer)
+            except Exception as error:  # noqa: BLE001 - it belongs to those who needed this call
+                self._failed(call, error)
+            else:
+                self._answered(call, values)
+
+    def _begin(self, total: int, calls: int = 1) -> None:
+        self.calls += calls
+        self.in_flight += total
+
+    def _answered(self, call: Call, values: list[Any]) -> None:
+        """Hand out what a call has brought, and ask again for what it has not."""
+        self.generated += len(values)
+        start = 0
+        missing: list[Piece] = []
+        for need, slots in call.pieces:
+            got = values[start : start + len(slots)]
+            start += len(slots)
+            if got:
+                need.deliver(slots[: len(got)], got, call)
+            if len(got) < len(slots):
+                missing.append((need, slots[len(got) :]))
+        if len(values) > start:
+            self._extra(call.pieces[0][0], values[start:], call)
+        _detach(call)
+        if not missing:
+            return
+        if call.merged:
+            self._lower(max(len(values), call.largest))
+            self._send([Call([piece]) for piece in missing])
+            return
+        rest = Call(missing, 0 if values else call.empty + 1)
+        if rest.empty < _PATIENCE:
+            self._send([rest])
+            return
+        need, slots = missing[0]
+        error = ShortAnswer(
+            f"asked for {need.request.n} samples, the model still owes {len(slots)} after {_PATIENCE} calls "
+            "in a row that brought none; see what it returns for n > 1, or set its max_n"
+        )
+        need.fail(slots, error)
+
+    def _failed(self, call: Call, error: BaseException) -> None:
+        _detach(call)
+        if call.merged and _repeatable(error):
+            self._lower(call.largest)
+            self._send([Call([piece]) for piece in call.pieces])
+            return
+        told = None if isinstance(error, asyncio.CancelledError | GeneratorExit) else error
+        for need, slots in call.pieces:
+            need.fail(slots, told)
+
+    def _lower(self, limit: int) -> None:
+        self._lowered = limit if self._lowered is None else min(limit, self._lowered)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is in flight."""
+        return bool(self._tasks)
+
+    async def finish(self) -> None:
+        """Wait until no call is in flight."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def _detach(call: Call) -> None:
+    for need, _ in call.pieces:
+        need.calls.discard(call)
+
+
+def _repeatable(error: BaseException) -> bool:
+    """Tell whether a merged call may have failed because it was merged: refused as sent, or timed out."""
+    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+        return True
+    return getattr(error, "status_code", getattr(error, "status", None)) in _REFUSED

@@ -1,0 +1,59 @@
+"""The reorderer: requests of a batch reach the model in the natural order of their ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from cachepipe.stages.base import Stage, ask, ask_batch
+from cachepipe.typedefs import Batch, Request, Response
+
+_NUMBERS = re.compile(r"(\d+)", re.ASCII)
+
+
+def natural(request_id: str | None) -> tuple[tuple[int, int, str], ...]:
+    """Return a sort key under which "2" comes before "10", and "a2" before "a10"."""
+    parts = _NUMBERS.split(request_id or "")
+    return tuple(
+        (0, int(part), part) if part.isdigit() and part.isascii() else (1, 0, part) for part in parts if part
+    )
+
+
+def in_order(requests: Iterable[Request]) -> list[int]:
+    """Return the places of requests in the natural order of their ids; equal ids keep their order."""
+    listed = list(requests)
+    return sorted(range(len(listed)), key=lambda place: natural(listed[place].request_id))
+
+
+class RequestReorderer(Stage):
+    """Sorts each batch by request id, naturally, and returns the responses in the batch's own order.
+
+    So a model that draws random numbers per batch sees the same batches in the same order, whatever
+    the order in which requests arrived. Ids may occur more than once.
+
+    Args:
+        model: what answers.
+    """
+
+    def __repr__(self) -> str:
+        return f"<RequestReorderer {self.model!r}>"
+
+    async def request(self, request: Request) -> Response:
+        """Return the model's response: one request has no order."""
+        self._check_open()
+        return await ask(self.model, request)
+
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+        """Return the model's responses in the batch's own order."""
+        self._check_open()
+        order = in_order(batch.requests)
+        answers: list[Any] = await ask_batch(self.model, [batch.requests[place] for place in order])
+        responses: list[Any] = [None] * len(order)
+        for place, answer in zip(order, answers, strict=True):
+            responses[place] = answer
+        if not return_exceptions:
+            for response in responses:
+                if isinstance(response, BaseException):
+                    raise response
+        return responses

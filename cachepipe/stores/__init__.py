@@ -1,0 +1,44 @@
+"""Where samples and the ledger live, and how a store is found for what the caller gave."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from cachepipe.stores.base import Store
+from cachepipe.stores.disk import DiskStore
+from cachepipe.stores.memory import MemoryStore
+
+__all__ = ["DiskStore", "MemoryStore", "Store", "default_folder", "open_store"]
+
+
+def default_folder() -> str:
+    """Return the folder of a cache that nobody named.
+
+    ``CACHEPIPE_DIR``, else ``caches/`` of the project at hand when there is one, else the user's
+    cache folder.
+    """
+    if named := os.environ.get("CACHEPIPE_DIR"):
+        return named
+    if os.path.isdir("caches"):  # noqa: PTH112 - a string is what is returned
+        return os.path.join("caches", "default")  # noqa: PTH118
+    import platformdirs  # noqa: PLC0415 - only when it is needed
+
+    return platformdirs.user_cache_dir("cachepipe", appauthor=False)
+
+
+def open_store(cache: Any = None, *, durability: str = "process") -> tuple[Store, bool]:
+    """Return the store for a path, a ``diskcache.Cache``, a store, or None for the default folder.
+
+    Returns:
+        The store, and whether it was opened here, and so is the opener's to close.
+    """
+    if cache is None:
+        return DiskStore(default_folder(), durability=durability), True  # type: ignore[arg-type]
+    if hasattr(cache, "apply_now") and hasattr(cache, "recall"):
+        return cache, False
+    if isinstance(cache, str | os.PathLike) or hasattr(cache, "directory"):
+        return DiskStore(cache, durability=durability), True  # type: ignore[arg-type]
+    raise TypeError(
+        f"cache= takes a folder, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"
+    )

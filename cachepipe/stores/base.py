@@ -1,0 +1,273 @@
+"""What a store does, in the contract's own verbs.
+
+A store applies operations, several at a time, each list as one transaction and, for a store
+elsewhere, one round trip: **claim** a draw, **commit** samples, **forgo** the lease of samples that
+will not come, **leave** a draw. The rest is reading: **recall** a draw that is complete, **glance**
+at samples that others generate, and iteration for people who look at a cache.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import orjson
+
+from cachepipe.keys import Question
+from cachepipe.ledger import Draw, Runs
+
+
+def new_id() -> str:
+    """Return a new permanent id: 96 random bits in hexadecimal."""
+    return secrets.token_hex(12)
+
+
+State = Literal["stored", "pending", "ours", "free"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One stored answer of a model.
+
+    Attributes:
+        index: its place in the key's sample list.
+        id: its permanent id.
+        payload: the encoded value (see ``cachepipe.values``).
+        header: JSON of when, by which call and run it was made, and how long that took.
+    """
+
+    index: int
+    id: str
+    payload: bytes
+    header: bytes
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The header as a mapping: ``id``, ``at`` (seconds since 1970), ``call``, ``seconds`` …"""
+        meta: dict[str, Any] = orjson.loads(self.header)
+        return meta
+
+
+@dataclass(slots=True)
+class Claim:
+    """Claim ``n`` samples for a draw.
+
+    Attributes:
+        draw: whose claim it is.
+        n: how many samples, from position 0.
+        question: what is asked, stored once per key.
+        token: names this claimant among those who may hold the draw at once.
+        refresh: replace the draw's samples by new ones.
+        user: the namespace's label that uses a shared draw; recorded, takes nothing.
+    """
+
+    draw: Draw
+    n: int
+    question: Question
+    token: str
+    refresh: bool = False
+    user: str | None = None
+
+
+@dataclass(slots=True)
+class Grant:
+    """What a claim got.
+
+    Attributes:
+        indices: the index of each position's sample; ``len(indices) == claim.n``.
+        samples: per position, the sample if it exists.
+        mine: the indices that the claimant is to generate; the other missing ones are awaited.
+        held: the segments of the ledger that the claimant holds until it leaves.
+        added: how many positions are new in the ledger.
+        fresh_id: True when the namespace had drawn this key before, and not this draw.
+        shared: True when another live process made this draw.
+    """
+
+    indices: list[int]
+    samples: list[Sample | None]
+    mine: list[int] = field(default_factory=list)
+    held: tuple[int, ...] = ()
+    added: int = 0
+    fresh_id: bool = False
+    shared: bool = False
+
+
+@dataclass(slots=True)
+class Commit:
+    """Store one sample.
+
+    Attributes:
+        key: the key of its question.
+        index: the index that was claimed for it, or None for one that nobody asked for.
+        payload: the encoded value.
+        meta: what else is recorded: ``at``, ``call``, ``seconds`` …
+        id: the sample's permanent id.
+    """
+
+    key: str
+    index: int | None
+    payload: bytes
+    meta: dict[str, Any]
+    id: str = field(default_factory=new_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Where a sample went.
+
+    Attributes:
+        sample: as it is stored now.
+        kept: False when its lease was lost and it was stored as an extra, at another index.
+    """
+
+    sample: Sample
+    kept: bool
+
+
+@dataclass(slots=True)
+class Forgo:
+    """Give up the leases of indices that will not be generated here."""
+
+    key: str
+    indices: Sequence[int]
+
+
+@dataclass(slots=True)
+class Leave:
+    """End a claimant's hold of a draw; undo the draw when it is incomplete and nobody else holds it."""
+
+    draw: Draw
+    token: str
+    held: tuple[int, ...]
+    complete: bool
+
+
+@dataclass(slots=True)
+class Discard:
+    """Mark a sample as discarded, on record: draws that had it get another at the same position."""
+
+    key: str
+    index: int
+    why: str
+
+
+Operation = Claim | Commit | Forgo | Leave | Discard
+Result = Grant | Committed | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """A key of the cache as a listing shows it."""
+
+    key: str
+    scope: str | None
+    at: float
+    samples: int
+    pending: int
+    namespaces: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredQuestion:
+    """What was asked, stored once per key: canonical JSON, its scope, and when."""
+
+    key: str
+    scope: str | None
+    document: bytes
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrawInfo:
+    """A draw as the ledger holds it: its indices by position, and how many were generated for it."""
+
+    draw: Draw
+    indices: tuple[int, ...]
+    generated: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceInfo:
+    """A namespace as a listing shows it: its draws, the samples that it drew and those generated for it."""
+
+    namespace: str | None
+    draws: int
+    samples: int
+    generated: int
+
+
+class Store(Protocol):
+    """Where samples, questions and the ledger live."""
+
+    identity: str
+    """Names what is stored: two stores in one process with one identity hold the same cache."""
+    read_only: bool
+    """Whether nothing can be written; ``why_read_only`` says why."""
+    why_read_only: str
+
+    def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
+        """Apply the operations in one transaction, or return None at once if that would wait."""
+        ...
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Apply the operations in one transaction, in order, without blocking the event loop.
+
+        Raises:
+            StoreError: when they could not be applied; then none was.
+        """
+        ...
+
+    def apply_soon(self, operations: Sequence[Operation]) -> None:
+        """Apply the operations without anyone waiting; also works where no event loop runs."""
+        ...
+
+    def recall(self, draw: Draw, n: int) -> Grant | None:
+        """Return the first n samples of a draw that the ledger holds whole, else None. Only reads."""
+        ...
+
+    def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
+        """Return what a claim would get if all of it is stored, else None. Only reads.
+
+        Args:
+            draw: whose claim it would be.
+            n: how many samples.
+            taken: indices that the namespace has taken beside those of the ledger.
+        """
+        ...
+
+    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+        """Tell of each (key, index) whether its sample is stored, being generated elsewhere or here, or free."""
+        ...
+
+    def keys(self, prefix: str = "") -> Iterator[KeyInfo]:
+        """Iterate over the keys that start with a prefix, in order of their first request."""
+        ...
+
+    def question(self, key: str) -> StoredQuestion | None:
+        """Return what was asked under a key."""
+        ...
+
+    def samples(self, key: str) -> Iterator[Sample]:
+        """Iterate over the samples of a key by index; discarded ones are left out."""
+        ...
+
+    def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
+        """Iterate over the ledger's draws, in order of their making; ``namespace`` is a label."""
+        ...
+
+    def namespaces(self) -> Iterator[NamespaceInfo]:
+        """Iterate over the namespaces, in order of their first draw."""
+        ...
+
+    def close(self) -> None:
+        """Write what is queued and release what the store opened itself. Idempotent."""
+        ...
+
+
+def new_meta(call: str, seconds: float) -> dict[str, Any]:
+    """Return what is recorded of a sample beside its value."""
+    return {"at": round(time.time(), 3), "call": call, "seconds": round(seconds, 6)}

@@ -1,0 +1,219 @@
+"""A store in a folder: samples in a diskcache, the ledger in an SQLite file beside them.
+
+Any number of processes may use one folder at once. Rows are diskcache's own, so that its tools can
+read them, and raw bytes, so that nothing is ever unpickled; nothing is ever evicted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import diskcache
+
+from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
+from cachepipe.stores import leases
+from cachepipe.stores.sql import SCHEMA, SqlStore, check_format
+
+Durability = Literal["process", "full"]
+
+_LEDGER = "ledger.db"
+_SHELF = "cache.db"
+
+
+class DiskStore(SqlStore):
+    """The samples and the ledger of one folder.
+
+    Args:
+        cache: the folder, made if there is none (private to the user), or an open ``diskcache.Cache``,
+            whose folder is used and which stays the caller's to close.
+        durability: ``"process"`` survives the death of any process; ``"full"`` waits for the disk at
+            each commit, and so survives that of the machine.
+        read_only: never write; None finds out whether the folder can be written.
+
+    Raises:
+        StoreError: when the folder cannot be made or opened, or is not a cache.
+        FormatError: when a newer version wrote it.
+    """
+
+    def __init__(
+        self,
+        cache: str | os.PathLike[str] | diskcache.Cache,
+        *,
+        durability: Durability = "process",
+        read_only: bool | None = None,
+    ) -> None:
+        if isinstance(cache, diskcache.FanoutCache | diskcache.Deque | diskcache.Index):
+            raise TypeError(f"a cache is a folder or a diskcache.Cache; got a {type(cache).__name__}")
+        if durability not in ("process", "full"):
+            raise ValueError(f"durability is 'process' or 'full'; got {durability!r}")
+        theirs = cache if isinstance(cache, diskcache.Cache) else None
+        folder = theirs.directory if theirs is not None else os.fspath(cache)
+        self.folder = Path(folder).expanduser().resolve()
+        self.identity = f"disk:{self.folder}"
+        self.durability = durability
+        self._holding: leases.Lease | None = None
+        if read_only is None:
+            self.why_read_only = _why_read_only(self.folder)
+        else:
+            self.why_read_only = "it was opened with read_only=True" if read_only else ""
+        self.read_only = bool(self.why_read_only)
+        super().__init__()
+        if self.read_only:
+            self._check_readable()
+            if not read_only:
+                warnings.warn(
+                    f"the cache {self.folder} cannot be written ({self.why_read_only}): it serves hits, and "
+                    "what is generated now is not stored",
+                    ReadOnlyStore,
+                    stacklevel=3,
+                )
+            return
+        try:
+            self._make(theirs)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"<DiskStore {self.folder}{' read-only' if self.read_only else ''}>"
+
+    def _make(self, theirs: diskcache.Cache | None) -> None:
+        """Make what is missing of the folder and its files, one process at a time."""
+        fresh = not self.folder.exists()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ours = fresh or not any(self.folder.iterdir()) or (self.folder / _SHELF).exists()
+        if ours and self.folder.stat().st_mode & 0o077:
+            with contextlib.suppress(PermissionError):  # somebody else's folder, shared with us
+                self.folder.chmod(0o700)
+        with leases.alone(self.folder):
+            for name in (_SHELF, _LEDGER):
+                # SQLite gives its side files the permissions of the database.
+                os.close(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600))
+            self._make_shelf(theirs)
+            ledger = self._connect(_LEDGER)
+            try:
+                ledger.execute("PRAGMA journal_mode = WAL")
+                ledger.executescript(SCHEMA)
+                check_format(ledger, str(self.folder))
+            finally:
+                ledger.close()
+
+    def _make_shelf(self, theirs: diskcache.Cache | None) -> None:
+        shelf = self._connect(_SHELF)
+        try:
+            settings = dict(shelf.execute("SELECT key, value FROM Settings"))
+        except sqlite3.OperationalError:
+            settings = {}
+        finally:
+            shelf.close()
+        policy = settings.get("eviction_policy")
+        if policy not in (None, "none"):
+            warnings.warn(
+                f"the diskcache in {self.folder} had the eviction policy {policy!r}, which deletes paid "
+                "samples when it grows; it is now 'none'. Open it with eviction_policy='none' to say so yourself",
+                EvictionDisabled,
+                stacklevel=5,
+            )
+        if policy != "none" or settings.get("cull_limit") != 0:
+            own = diskcache.Cache(str(self.folder), timeout=60, eviction_policy="none", cull_limit=0)
+            own.close()
+        if theirs is not None:
+            theirs.reset("eviction_policy", "none", update=False)
+            theirs.reset("cull_limit", 0, update=False)
+
+    def _check_readable(self) -> None:
+        try:
+            ledger, _ = self._readable()
+            check_format(ledger, str(self.folder))
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"the folder {self.folder} cannot be read as a cache: {error}. Check the path, or let one "
+                "process that may write open it first"
+            ) from error
+
+    def _connect(self, name: str, *, uri: str = "") -> sqlite3.Connection:
+        path = self.folder / name
+        return sqlite3.connect(
+            f"{path.as_uri()}{uri}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
+        )
+
+    def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        pair = []
+        for name in (_LEDGER, _SHELF):
+            if self.read_only:
+                connection = self._connect(name, uri="?mode=ro")
+                try:
+                    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                except sqlite3.OperationalError:
+                    # SQLite wants to make its side files, and cannot: read the file as it lies there.
+                    connection.close()
+                    connection = self._connect(name, uri="?immutable=1")
+            else:
+                connection = self._connect(name)
+                full = self.durability == "full"
+                connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+                connection.execute("PRAGMA wal_autocheckpoint = 0")
+                connection.execute("PRAGMA mmap_size = 67108864")
+            if write:
+                connection.execute("PRAGMA busy_timeout = 0")
+            else:
+                connection.execute("PRAGMA query_only = 1")
+            pair.append(connection)
+        return pair[0], pair[1]
+
+    # Leases.
+
+    def _lease_name(self) -> str:
+        if self._holding is None or self._holding.pid != os.getpid():
+            self._holding = leases.hold(self.folder)
+        return self._holding.name
+
+    def _own_lease_name(self) -> str | None:
+        return None if self._holding is None else self._holding.name
+
+    def _lease_alive(self, name: str) -> bool:
+        return leases.alive(self.folder, name)
+
+    def _lease_swept(self, name: str) -> None:
+        leases.sweep(self.folder, name)
+
+    def _end_lease(self) -> None:
+        holding, self._holding = self._holding, None
+        if holding is None or holding.pid != os.getpid() or not holding.release():
+            return
+        with contextlib.suppress(sqlite3.Error, StoreError):  # else it is reaped by the next who claims
+            if self._writing is not None:
+                self._writing[0].execute(
+                    "UPDATE leases SET ended = ? WHERE name = ?"
+                    " AND NOT EXISTS (SELECT 1 FROM pending WHERE lease = leases.id)"
+                    " AND NOT EXISTS (SELECT 1 FROM holders WHERE lease = leases.id)",
+                    (time.time(), holding.name),
+                )
+
+
+def _why_read_only(folder: Path) -> str:
+    """Return why nothing can be written to a folder, or an empty string."""
+    if not folder.exists():
+        return ""
+    if not folder.is_dir():
+        raise StoreError(f"a cache is a folder; {folder} is a file")
+    for name in (_SHELF, _LEDGER):
+        path = folder / name
+        if path.exists() and not os.access(path, os.W_OK):
+            return f"no permission to write {path.name}"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "no permission to write to the folder"
+    try:
+        probe = folder / f".probe-{os.getpid()}"
+        os.close(os.open(probe, os.O_RDWR | os.O_CREAT, 0o600))
+        probe.unlink()
+    except FileNotFoundError:
+        return ""  # another thread's probe
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -1,0 +1,128 @@
+"""Proof of life of a process that generates samples: an OS lock on a file of its own.
+
+The lock is released by the operating system when the process dies, however it dies, so no clock and
+no heartbeat decides. All stores that one process opens on one folder share its lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+
+    def _lock(descriptor: int, *, wait: bool) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+except ImportError:  # Windows
+    import msvcrt
+
+    def _lock(descriptor: int, *, wait: bool) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+
+
+_FOLDER = "leases"
+_guard = threading.Lock()
+_held: dict[Path, Lease] = {}
+
+
+class Lease:
+    """This process's lease on one cache folder. Get it with ``hold``; end it with ``release``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(6)}"
+        self._folder = folder
+        self._path = folder / _FOLDER / self.name
+        self._path.parent.mkdir(mode=0o700, exist_ok=True)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        self.holders = 1
+        self.pid = os.getpid()
+        _lock(self._descriptor, wait=True)
+
+    def release(self) -> bool:
+        """Give the lease back; the last one to do so ends it, and is told True."""
+        with _guard:
+            self.holders -= 1
+            if self.holders:
+                return False
+            if _held.get(self._folder) is self:
+                del _held[self._folder]
+            self.forget()
+            self._path.unlink(missing_ok=True)
+            return True
+
+    def forget(self) -> None:
+        """Close the file; in a forked child this leaves the parent's lock alone."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def hold(folder: Path) -> Lease:
+    """Return this process's lease on a folder, made if there is none."""
+    with _guard:
+        lease = _held.get(folder)
+        if lease is None:
+            lease = _held[folder] = Lease(folder)
+        else:
+            lease.holders += 1
+        return lease
+
+
+def alive(folder: Path, name: str) -> bool:
+    """Tell whether the process that holds a lease lives."""
+    with _guard:
+        own = _held.get(folder)
+    if own is not None and own.name == name:
+        return True
+    try:
+        descriptor = os.open(folder / _FOLDER / name, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove the file of a lease whose process is dead."""
+    (folder / _FOLDER / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's one lock for making and opening its files; waits for others who do."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _after_fork() -> None:
+    """Let a forked child begin without its parent's leases, which are not its own."""
+    global _guard  # noqa: PLW0603 - the parent may have held it while forking
+    _guard = threading.Lock()
+    for lease in _held.values():
+        lease.forget()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,67 @@
+"""A store that lives in memory and is gone with its last reference: for tests and for deduplication only."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+from cachepipe.ledger import Draw, Runs
+from cachepipe.stores.base import Grant, State
+from cachepipe.stores.sql import SCHEMA, SqlStore
+
+_SHELF = """
+CREATE TABLE Cache(
+    rowid INTEGER PRIMARY KEY, key BLOB, raw INTEGER, store_time REAL, expire_time REAL, access_time REAL,
+    access_count INTEGER, tag BLOB, size INTEGER, mode INTEGER, filename TEXT, value BLOB);
+CREATE UNIQUE INDEX Cache_key_raw ON Cache(key, raw);
+"""
+
+
+class MemoryStore(SqlStore):
+    """The ledger and the samples in memory, under the same rules as on disk."""
+
+    def __init__(self) -> None:
+        ledger, shelf = (
+            sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False) for _ in range(2)
+        )
+        ledger.executescript(SCHEMA)
+        shelf.executescript(_SHELF)
+        self._pair = (ledger, shelf)
+        self.identity = f"memory:{id(self):x}"
+        super().__init__()
+
+    def __repr__(self) -> str:
+        return f"<MemoryStore {self.totals()['samples']} samples>"
+
+    def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:  # noqa: ARG002 - one pair does both
+        return self._pair
+
+    def checkpoint(self) -> None:
+        """Do nothing: there is no log."""
+        self._rows = 0
+
+    def _lease_name(self) -> str:
+        return self.identity
+
+    def _own_lease_name(self) -> str | None:
+        return self.identity
+
+    def _lease_alive(self, name: str) -> bool:
+        return name == self.identity
+
+    # One pair of connections serves every thread, so a reader must not look into a transaction.
+
+    def recall(self, draw: Draw, n: int) -> Grant | None:
+        """Return the first n samples of a draw that the ledger holds whole, else None."""
+        with self._lock:
+            return super().recall(draw, n)
+
+    def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
+        """Return what a claim would get if all of it is stored, else None."""
+        with self._lock:
+            return super().replay(draw, n, taken)
+
+    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+        """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
+        with self._lock:
+            return super().glance(wanted)

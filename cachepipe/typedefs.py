@@ -1,0 +1,193 @@
+"""Requests, batches and responses, and the two protocols that models and pipelines speak."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Mode = Literal["read-write", "replay", "refresh", "bypass"]
+Repeat = Literal["fresh", "same"]
+
+MODES: tuple[Mode, ...] = ("read-write", "replay", "refresh", "bypass")
+REPEATS: tuple[Repeat, ...] = ("fresh", "same")
+
+_SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
+
+
+def by_value(value: Any) -> Any:
+    """Return an equal value of the same types that shares nothing mutable with the one given."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is dict:
+        return {key: by_value(item) for key, item in value.items()}
+    if kind is list:
+        return [by_value(item) for item in value]
+    if kind is tuple:
+        return tuple(by_value(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def _frozen_hash(value: Any) -> int:
+    """Hash a JSON-like value such that equal values hash alike, lists and mappings included."""
+    if isinstance(value, Mapping):
+        return hash(frozenset((key, _frozen_hash(item)) for key, item in value.items()))
+    if isinstance(value, list | tuple):
+        return hash(tuple(_frozen_hash(item) for item in value))
+    try:
+        return hash(value)
+    except TypeError:
+        return hash(type(value).__qualname__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question to a model, taken by value: what the caller changes later changes nothing here.
+
+    Subclass it as a frozen dataclass to add fields (``temperature`` …); they may lack defaults. Every
+    field but ``n``, ``request_id`` and ``namespace`` is part of what is asked, and so of the key. A
+    public field that the request does not have reads as None, so that an adapter can write
+    ``request.stop or None`` for requests with and without one.
+
+    Attributes:
+        prompt: a string, a list of chat messages, or any JSON-like value.
+        n: how many samples are wanted, at least 1.
+        request_id: which draw this is among equal questions of its namespace; None is the empty string.
+        namespace: the unit within which samples are independent, in practice one experiment.
+    """
+
+    prompt: Any
+    n: int = dataclasses.field(default=1, kw_only=True)
+    request_id: str | None = dataclasses.field(default=None, kw_only=True)
+    namespace: str | None = dataclasses.field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__hash__" not in cls.__dict__ and "__eq__" not in cls.__dict__:
+            # A dataclass would write a hash of its own that fails on a list of messages.
+            cls.__hash__ = Request.__hash__  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        for name in field_names(type(self)):
+            value = getattr(self, name)
+            if type(value) not in _SCALARS:
+                object.__setattr__(self, name, by_value(value))
+        n = self.n
+        if type(n) is not int:
+            if isinstance(n, bool) or not hasattr(n, "__index__"):
+                raise TypeError(f"n must be a whole number of samples, at least 1; got {n!r}")
+            n = n.__index__()
+            object.__setattr__(self, "n", n)
+        if n < 1:
+            raise ValueError(f"n must be a whole number of samples, at least 1; got {n!r}")
+        for name in ("request_id", "namespace"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return None
+
+    def __hash__(self) -> int:
+        return hash(tuple(_frozen_hash(getattr(self, name)) for name in field_names(type(self))))
+
+    def asking(self, n: int) -> Self:
+        """Return the same question for n samples, sharing nothing mutable with this request."""
+        return dataclasses.replace(self, n=n)
+
+
+_FIELDS: dict[type, tuple[str, ...]] = {}
+
+
+def field_names(kind: type[Request]) -> tuple[str, ...]:
+    """Return the names of a request class's fields, in order of definition."""
+    names = _FIELDS.get(kind)
+    if names is None:
+        names = _FIELDS[kind] = tuple(field.name for field in dataclasses.fields(kind))
+    return names
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are served together.
+
+    Attributes:
+        requests: the requests; the list is the batch's own.
+    """
+
+    requests: list[Request]
+
+    def __post_init__(self) -> None:
+        requests = list(self.requests)
+        for request in requests:
+            if not isinstance(request, Request):
+                raise TypeError(f"a Batch holds Requests; got {request!r}. Wrap it: Request(prompt=...)")
+        object.__setattr__(self, "requests", requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+
+class _Answer(NamedTuple):
+    data: Sequence[Any]
+    cached: list[bool] | None = None
+    duplicated: list[bool] | None = None
+
+
+class Response(_Answer):
+    """The samples that answer one request, and where each came from.
+
+    ``len(data) == request.n`` for what a pipeline returns; so have ``cached`` and ``duplicated``.
+
+    Attributes:
+        data: the samples, in the order of their positions in the draw.
+        cached: per sample, False exactly when it was generated on this request's behalf; None
+            without a cacher.
+        duplicated: per sample, True when it was merged into a group of identical requests served
+            together and is not the group's first; None without a deduplicator.
+        indices: per sample, its index in the key's sample list, or None.
+        key: the key of the question, or None.
+    """
+
+    indices: tuple[int, ...] | None = None
+    key: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Response(data={self.data!r}, cached={self.cached!r}, duplicated={self.duplicated!r})"
+
+    def _replace(self, **changes: Any) -> Self:
+        answer = super()._replace(**changes)
+        answer.__dict__.update(self.__dict__)
+        return answer
+
+
+@runtime_checkable
+class SingleRequestModel(Protocol):
+    """Anything that answers one request: a model's adapter, a stage or a pipeline."""
+
+    async def request(self, request: Request) -> Response:
+        """Return a response with ``request.n`` samples."""
+        ...
+
+
+@runtime_checkable
+class BatchRequestModel(Protocol):
+    """Anything that answers a batch of requests."""
+
+    async def batch_request(self, batch: Batch) -> list[Response]:
+        """Return one response per request of the batch, in its order."""
+        ...
+
+
+Model = SingleRequestModel | BatchRequestModel

@@ -1,0 +1,198 @@
+"""Samples as bytes, and back, equal to what went in.
+
+JSON, with one kind of marked object for what JSON has no form for: tuples, bytes, numbers beyond its
+range, mappings whose keys are no strings, and instances of classes that the caller has named. No class
+is ever looked up because the bytes name it, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import orjson
+
+from cachepipe.errors import NotStorable, StoreError
+
+_MARK = "\0"
+_MARKED = b'"\\u0000'  # how JSON spells the opening of a marked name
+_INT64 = (-(1 << 63), 1 << 64)
+
+
+class Codec:
+    """Turns samples into bytes and back.
+
+    Args:
+        classes: dataclasses and pydantic models whose instances may be stored; each is known by its
+            qualified name, so no two may share one.
+    """
+
+    def __init__(self, classes: Iterable[type] = ()) -> None:
+        self._classes: dict[str, type] = {}
+        for kind in classes:
+            if not (dataclasses.is_dataclass(kind) or hasattr(kind, "model_fields")):
+                raise TypeError(f"classes= takes dataclasses and pydantic models; got {kind!r}")
+            other = self._classes.setdefault(kind.__qualname__, kind)
+            if other is not kind:
+                raise ValueError(f"classes= names two classes {kind.__qualname__!r}; rename one of them")
+
+    def encode(self, value: Any) -> bytes:
+        """Return the bytes of a value.
+
+        Raises:
+            NotStorable: when the value could not be brought back equal to what it is.
+        """
+        if type(value) is str:
+            form = value
+        else:
+            try:
+                form = self._form(value)
+            except RecursionError:
+                raise NotStorable("a sample nests too deep, or holds itself; it cannot be stored") from None
+        try:
+            return orjson.dumps(form)
+        except TypeError:  # a lone surrogate in some string
+            return orjson.dumps(_without_surrogates(form))
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value whose bytes these are.
+
+        Raises:
+            StoreError: when they are no such bytes, or need a class that the caller has not named.
+        """
+        try:
+            form = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise StoreError(f"a sample of the cache is damaged: {error}; run `cachepipe verify`") from error
+        if _MARKED in data:
+            return self._value(form)
+        return form
+
+    def _form(self, value: Any) -> Any:  # noqa: PLR0911 - one return per kind of value
+        kind = type(value)
+        if kind is str or kind is bool or value is None:
+            return value
+        if kind is int:
+            return value if _INT64[0] <= value < _INT64[1] else {_MARK + "int": str(value)}
+        if kind is float:
+            return value if math.isfinite(value) else {_MARK + "float": repr(value)}
+        if kind is list:
+            return [self._form(item) for item in value]
+        if kind is dict:
+            return self._mapping(value)
+        if kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):
+            return {_MARK + "tuple": [self._form(item) for item in value]}
+        if kind is bytes:
+            return {_MARK + "bytes": base64.b64encode(value).decode()}
+        if kind.__qualname__ in self._classes:
+            return self._instance(value)
+        for plain in (bool, int, float, str, list, dict):
+            if isinstance(value, plain):  # str enums, OrderedDict …: equal to the plain value
+                bare = plain(value) if plain is not str else str.__str__(value)
+                if bare == value:
+                    return self._form(bare)
+        raise NotStorable(
+            f"a sample of type {kind.__qualname__} cannot be stored; return strings, numbers, lists, "
+            f"tuples, mappings or bytes, or name a dataclass or pydantic model: classes=[{kind.__name__}]"
+        )
+
+    def _mapping(self, value: Mapping[Any, Any]) -> Any:
+        form = {}
+        for name, item in value.items():
+            if type(name) is not str or name.startswith(_MARK):
+                return {_MARK + "map": [[self._form(k), self._form(v)] for k, v in value.items()]}
+            form[name] = self._form(item)
+        return form
+
+    def _instance(self, value: Any) -> Any:
+        kind = type(value)
+        name = kind.__qualname__
+        if self._classes[name] is not kind:
+            raise NotStorable(f"classes= names another class {name!r} than the one of this sample")
+        if dataclasses.is_dataclass(kind):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
+            extra: dict[str, Any] = {}
+        else:
+            fields = {field: value.__dict__[field] for field in kind.model_fields if field in value.__dict__}
+            extra = dict(value.__pydantic_extra__ or {})
+        form = {
+            _MARK + "class": name,
+            "fields": self._mapping(fields),
+            "extra": self._mapping(extra),
+            "set": sorted(getattr(value, "__pydantic_fields_set__", ())),
+        }
+        if self._value(orjson.loads(orjson.dumps(_without_surrogates(form)))) != value:
+            raise NotStorable(f"a {name} would not come back equal from its fields; it cannot be stored")
+        return form
+
+    def _value(self, form: Any) -> Any:
+        if type(form) is list:
+            return [self._value(item) for item in form]
+        if type(form) is not dict:
+            return form
+        for name, item in form.items():
+            if name.startswith(_MARK):
+                return self._marked(name[1:], item, form)
+        return {name: self._value(item) for name, item in form.items()}
+
+    def _marked(self, kind: str, item: Any, form: dict[str, Any]) -> Any:  # noqa: PLR0911 - one per kind
+        match kind:
+            case "tuple":
+                return tuple(self._value(part) for part in item)
+            case "bytes":
+                return base64.b64decode(item)
+            case "str":
+                return base64.b64decode(item).decode("utf-8", "surrogatepass")
+            case "int":
+                return int(item)
+            case "float":
+                return float(item)
+            case "map":
+                return {self._value(name): self._value(part) for name, part in item}
+            case "class":
+                return self._revived(item, form)
+        raise StoreError(
+            f"a sample of the cache holds a value of unknown form {kind!r}; use a newer cachepipe"
+        )
+
+    def _revived(self, name: str, form: dict[str, Any]) -> Any:
+        kind: Any = self._classes.get(name)
+        if kind is None:
+            raise StoreError(
+                f"a sample of the cache is an instance of {name}, which was not named; "
+                f"name it to the cacher: classes=[{name}]"
+            )
+        fields = {field: self._value(item) for field, item in form["fields"].items()}
+        if dataclasses.is_dataclass(kind):
+            value = object.__new__(kind)
+            for field, item in fields.items():
+                object.__setattr__(value, field, item)
+            return value
+        extra = {field: self._value(item) for field, item in form["extra"].items()}
+        return kind.model_construct(_fields_set=set(form["set"]), **fields, **extra)
+
+
+def _without_surrogates(form: Any) -> Any:
+    """Return a form in which strings that UTF-8 cannot spell are marked."""
+    if type(form) is str:
+        try:
+            form.encode()
+        except UnicodeEncodeError:
+            return {_MARK + "str": base64.b64encode(form.encode("utf-8", "surrogatepass")).decode()}
+        return form
+    if type(form) is list:
+        return [_without_surrogates(item) for item in form]
+    if type(form) is not dict:
+        return form
+    plain = {}
+    for name, item in form.items():
+        marked = _without_surrogates(name)
+        if marked is not name:
+            return {
+                _MARK + "map": [[_without_surrogates(k), _without_surrogates(v)] for k, v in form.items()]
+            }
+        plain[name] = _without_surrogates(item)
+    return plain
