@@ -1,0 +1,93 @@
+"""The wire layer: what providers' requests, answers and event streams mean, as pure functions.
+
+Each API is an object whose methods take and return JSON values and bytes; nothing here opens a connection,
+runs on a loop or imports an SDK. Clients, the proxy and batch files all stand on it, so that a sample which
+came through one of them is a hit on every other.
+
+    api = api_for("POST", url)
+    asks = api.split(body)                    # one per question; usually one
+    key = provider_question(scope_of(url), question_document(asks[0], headers))
+    samples = api.samples(upstream_answer)    # one per choice, each an answer of its own
+    api.answer(samples, asks[0])              # and together again
+"""
+
+from __future__ import annotations
+
+from cachepipe.wire.base import (
+    ANSWER_HEADERS,
+    TRANSPORT_VERSION,
+    Api,
+    Ask,
+    Body,
+    Sample,
+    answer_headers,
+    bills_prompt,
+    question_document,
+    scope_of,
+    usage_totals,
+)
+from cachepipe.wire.chat import CHAT
+from cachepipe.wire.completions import COMPLETIONS
+from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
+from cachepipe.wire.errors import BadAnswer, BadRequest, WireError
+from cachepipe.wire.messages import MESSAGES
+from cachepipe.wire.responses import RESPONSES
+from cachepipe.wire.sse import EventReader, ServerEvent, StreamEvent, StreamRecorder
+
+__all__ = [
+    "ANSWER_HEADERS",
+    "APIS",
+    "CHAT",
+    "COMPLETIONS",
+    "EMBEDDINGS",
+    "MESSAGES",
+    "MODERATIONS",
+    "RESPONSES",
+    "TRANSPORT_VERSION",
+    "Api",
+    "Ask",
+    "BadAnswer",
+    "BadRequest",
+    "Body",
+    "EventReader",
+    "Sample",
+    "ServerEvent",
+    "StreamEvent",
+    "StreamRecorder",
+    "WireError",
+    "answer_headers",
+    "api_for",
+    "bills_prompt",
+    "question_document",
+    "scope_of",
+    "usage_totals",
+]
+
+APIS: tuple[Api, ...] = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES)
+"""Every API that can be cached."""
+
+_BY_ENDING: dict[str, Api] = {
+    "completions": COMPLETIONS,
+    "responses": RESPONSES,
+    "embeddings": EMBEDDINGS,
+    "moderations": MODERATIONS,
+    "messages": MESSAGES,
+}
+_OTHERS = frozenset({"fim", "agents"})
+"""What precedes ``/completions`` in APIs of Mistral's that answer in another form."""
+
+
+def api_for(method: str, url: str) -> Api | None:
+    """Return the API that a request goes to, by the end of its URL or path; None if it is not cached.
+
+    Only creating requests are: no GET, no ``/responses/{id}``, no messages of an assistant's thread.
+    """
+    if method.upper() != "POST":
+        return None
+    *before, last = url.partition("?")[0].partition("#")[0].rstrip("/").split("/")
+    parent = before[-1] if before else ""
+    if last == "completions" and parent == "chat":
+        return CHAT
+    if parent in _OTHERS or (last == "messages" and "threads" in before):
+        return None
+    return _BY_ENDING.get(last)

@@ -1,0 +1,436 @@
+"""What all APIs of providers have in common: asks, samples, scopes, and the headers that count.
+
+A sample is an answer: exactly the JSON object that the provider would have sent to a call for this one
+sample alone. So a sample that is served alone is served as it is, byte for byte, and every surface that
+can read an answer can read a sample. The samples of one call share its prompt, which was billed once: all
+but the first then begin with a mark of ours, which `Api.answer` and `Api.answer_bytes` take off again.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit, urlunsplit
+
+import orjson
+
+from cachepipe.wire.errors import BadAnswer, BadRequest
+from cachepipe.wire.usage import COUNTS, token_counts
+
+if TYPE_CHECKING:
+    from cachepipe.wire.sse import StreamRecorder
+
+Body = Mapping[str, Any]
+"""A JSON object as a request or an answer holds it; it is only read."""
+
+Sample = dict[str, Any]
+"""One sample: the answer that a call for it alone would have got, perhaps with the mark in front."""
+
+MARK = "cachepipe"
+"""The first name of a sample whose prompt was billed with another sample of the same call."""
+
+_MARKED = {"prompt": "shared"}
+_MARKED_BYTES = b'{"cachepipe":{"prompt":"shared"},'
+
+TRANSPORT_VERSION = 1
+"""The version of the lists of transport fields: a change of them is a change of the key format."""
+
+OPENAI_TRANSPORT = frozenset(
+    {
+        "stream",
+        "stream_options",
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+    }
+)
+"""The fields of OpenAI's and compatible APIs that do not change what is sampled."""
+
+EMBEDDINGS_TRANSPORT = frozenset({"user", "encoding_format"})
+"""Those of embeddings; ``encoding_format`` counts where it is neither float nor base64."""
+
+MODERATIONS_TRANSPORT: frozenset[str] = frozenset()
+"""Those of moderations: there are none."""
+
+ANTHROPIC_TRANSPORT = frozenset({"stream", "metadata", "service_tier"})
+"""Those of Anthropic's messages."""
+
+ANSWER_HEADERS = ("anthropic-beta", "anthropic-version", "openai-beta")
+"""The request headers that change the answer."""
+
+_SECRET_PARAMETERS = frozenset(
+    {
+        "access_token",
+        "api-key",
+        "api_key",
+        "apikey",
+        "code",
+        "key",
+        "sig",
+        "signature",
+        "subscription-key",
+        "token",
+        "x-amz-credential",
+        "x-amz-security-token",
+        "x-amz-signature",
+    }
+)
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one question of a request wants.
+
+    Values are shared with the body that was split, so make the key before the caller can change it.
+
+    Attributes:
+        question: the body without the wanted number and without transport fields. With ``best_of`` the
+            number is part of it.
+        n: how many samples are wanted, at least 1.
+        stream: whether the answer is wanted as an event stream.
+        include_usage: whether that stream is to end with a chunk of usage.
+        mergeable: whether several draws may share one call (not with ``seed`` or ``best_of``).
+        function: whether the answer is a function of the question.
+        cacheable: whether the request may be answered from a cache; if not, pass it through.
+        reason: why not, as part of a sentence.
+        transport: the fields that are left out of the question, for the call upstream.
+    """
+
+    question: Body
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    mergeable: bool = True
+    function: bool = False
+    cacheable: bool = True
+    reason: str = ""
+    transport: Body = field(default_factory=dict)
+
+
+class Api(ABC):
+    """One API of a provider as pure functions between bodies, asks, samples and event streams.
+
+    Answers share values with the samples that they are made of: serialise them or leave them unchanged.
+
+    Attributes:
+        name: what the API is called in listings.
+        max_n: the most samples that the provider gives per call; servers may allow fewer.
+        transport: the names of the fields that are left out of the question.
+        listed: the field that may hold a list of questions, or None.
+        function: whether answers are functions of their questions.
+    """
+
+    name: ClassVar[str]
+    max_n: ClassVar[int] = 1
+    transport: ClassVar[frozenset[str]]
+    listed: ClassVar[str | None] = None
+    function: ClassVar[bool] = False
+    _streaming: ClassVar[frozenset[str]] = frozenset({"stream", "stream_options"})
+
+    def __repr__(self) -> str:
+        return f"<Api {self.name}>"
+
+    @abstractmethod
+    def split(self, body: Body) -> tuple[Ask, ...]:
+        """Return what a body asks: one ask, or one per item where it lists several prompts or inputs.
+
+        All of them want the same number of samples in the same way. The answer to the body is
+        ``answer(samples, asks[0])`` with the samples of all asks one after the other.
+
+        Raises:
+            BadRequest: when the body is no object, or its number of samples is no positive integer.
+        """
+
+    def join_body(
+        self, question: Body, n: int = 1, *, stream: bool = False, transport: Body | None = None
+    ) -> dict[str, Any]:
+        """Return the body that asks the provider for n samples of one question; see `merge_body`."""
+        return self.merge_body((question,), n, stream=stream, transport=transport)
+
+    def merge_body(
+        self, questions: Sequence[Body], n: int = 1, *, stream: bool = False, transport: Body | None = None
+    ) -> dict[str, Any]:
+        """Return the body that asks for n samples of each question, which differ in their item only.
+
+        Where a question holds its own number (``best_of``), that number is asked for.
+
+        Args:
+            questions: the questions, at least one; several only where the API has `listed`.
+            n: how many samples of each.
+            stream: whether to ask for an event stream; its usage is then asked for as well.
+            transport: fields of the caller's that are left out of questions: `Ask.transport`.
+        """
+        body = dict(questions[0])
+        if len(questions) > 1:
+            if self.listed is None:
+                raise ValueError(f"a call to {self.name} holds one question; got {len(questions)}")
+            body[self.listed] = [question[self.listed] for question in questions]
+            rest = {**body, self.listed: None}
+            if any({**question, self.listed: None} != rest for question in questions):
+                raise ValueError(f"questions share a call when they differ in {self.listed!r} only")
+        if n != 1 and self.max_n == 1:
+            raise ValueError(f"a call to {self.name} gives one sample; call it {n} times")
+        if n != 1 and "n" not in body:
+            body["n"] = n
+        body.update(transport or {})
+        if stream:
+            return self.inject_usage({**body, "stream": True})[0]
+        return {name: value for name, value in body.items() if name not in self._streaming}
+
+    @abstractmethod
+    def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:
+        """Return the samples of an upstream answer, in order of question and index.
+
+        Their shares of the call's completion tokens add up to it exactly, nested details included; each
+        carries the prompt's tokens whole, and all but the first per question are marked (`bills_prompt`).
+        An answer that is in order but holds no choice gives no samples.
+
+        Args:
+            answer: the body of the answer.
+            questions: what the call asked, where it merged several questions.
+
+        Raises:
+            BadAnswer: when it is malformed, holds an error, or its status says that it is no answer.
+        """
+
+    def answer(self, samples: Sequence[Sample], ask: Ask) -> dict[str, Any]:  # noqa: ARG002 - for the APIs with choices
+        """Return the answer that holds these samples, as the provider would have worded it.
+
+        A lone sample is returned as it is. Several are numbered from 0, within the envelope of the
+        first; their usage counts each question's prompt once and adds up the completions.
+        """
+        if len(samples) != 1:
+            raise ValueError(f"an answer of {self.name} holds one sample; got {len(samples)}")
+        return unmarked(samples[0])
+
+    def answer_bytes(self, samples: Sequence[bytes], ask: Ask) -> bytes:
+        """Return the JSON of `answer` from samples as ``orjson.dumps`` wrote them; of one, unparsed."""
+        if len(samples) == 1:
+            return unmarked_bytes(samples[0])
+        return orjson.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
+
+    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - for APIs with streams
+        """Return a new recorder for one event stream that answers these questions.
+
+        Raises:
+            BadRequest: when the API has no streams.
+        """
+        raise BadRequest(f"{self.name} has no event streams; leave out `stream`")
+
+    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:  # noqa: ARG002 - for APIs with streams
+        """Return the events of a stream that brings these samples, always the same for the same samples.
+
+        Recording it gives the samples back (of several, with the envelope of the first).
+
+        Raises:
+            BadRequest: when the API has no streams.
+        """
+        raise BadRequest(f"{self.name} has no event streams; leave out `stream`")
+
+    def inject_usage(self, body: Body) -> tuple[dict[str, Any], bool]:
+        """Return a body whose stream reports its usage, and whether that had to be asked for.
+
+        If so, take events with ``usage_only`` out of what the caller gets.
+        """
+        return dict(body), False
+
+    def summary(self, sample: Sample) -> dict[str, Any]:
+        """Return what a listing shows of a sample.
+
+        The names are ``text``, ``finish_reason``, ``model``, and the counts ``prompt_tokens``,
+        ``completion_tokens``, ``total_tokens``, ``cached_tokens`` and ``reasoning_tokens``, each None when
+        it is not known. Prompt tokens include those read from or written to a provider's cache.
+        """
+        text, finish = self._gist(sample)
+        return {
+            "text": text,
+            "finish_reason": finish,
+            "model": sample.get("model"),
+            **token_counts(sample.get("usage")),
+        }
+
+    def _weights(self, questions: Sequence[Body]) -> list[int]:
+        """Return how much of a call's prompt is each question's, by the length of what they differ in."""
+        if self.listed is None or not questions:
+            return [1]
+        return [len(orjson.dumps(question[self.listed])) for question in questions]
+
+    @abstractmethod
+    def _gist(self, sample: Sample) -> tuple[str, str | None]:
+        """Return the text of a sample, or what stands for it, and why it ended."""
+
+    def _parted(self, body: Body) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the question and the transport fields of a body."""
+        if not isinstance(body, Mapping):
+            raise BadRequest(f"the body of a request to {self.name} must be a JSON object; got {body!r:.200}")
+        left_out = self.transport
+        question, transport = {}, {}
+        for name, value in body.items():
+            if name in left_out:
+                transport[name] = value
+            else:
+                question[name] = value
+        return question, transport
+
+    def _asks(self, question: dict[str, Any], **facts: Any) -> tuple[Ask, ...]:
+        """Return one ask per item of the field that may list several."""
+        name = self.listed
+        if name is None or name not in question:
+            return (Ask(question, **facts),)
+        items = items_of(question[name])
+        if items is None:
+            reason = f"its {name} is a list of a form that cannot be told apart"
+            return (Ask(question, cacheable=False, reason=reason, **facts),)
+        return tuple(Ask({**question, name: item}, **facts) for item in items)
+
+
+def wanted(n: Any) -> int:
+    """Return how many samples a body wants that gives this number; None is 1.
+
+    Raises:
+        BadRequest: when it is no positive integer.
+    """
+    if n is None:
+        return 1
+    if type(n) is not int or n < 1:
+        raise BadRequest(f"n must be a whole number of samples, at least 1; got {n!r:.200}")
+    return n
+
+
+def items_of(value: Any) -> Sequence[Any] | None:
+    """Return the items of a prompt or input: strings or token lists, each a question of its own.
+
+    A string, null or one list of tokens is one item. None stands for a list of any other form.
+    """
+    if not isinstance(value, list | tuple):
+        return [value]
+    if not value:
+        return None
+    if all(isinstance(item, str) for item in value):
+        return value
+    if _tokens(value):
+        return [value]
+    return value if all(isinstance(item, list | tuple) and item and _tokens(item) for item in value) else None
+
+
+def _tokens(value: Sequence[Any]) -> bool:
+    return all(type(item) is int for item in value)
+
+
+def load(answer: bytes | Body) -> Body:
+    """Return the JSON object of an answer.
+
+    Raises:
+        BadAnswer: when it is none, or holds an error.
+    """
+    if isinstance(answer, bytes | bytearray | memoryview):
+        try:
+            answer = orjson.loads(answer)
+        except orjson.JSONDecodeError as error:
+            raise BadAnswer(f"the answer is no JSON: {error}; the connection may have been cut") from error
+    if not isinstance(answer, Mapping):
+        raise BadAnswer(f"the answer must be a JSON object; got {answer!r:.200}")
+    if answer.get("error"):
+        raise BadAnswer(f"the answer is an error: {answer['error']!r:.500}")
+    return answer
+
+
+def marked(sample: Sample) -> Sample:
+    """Return a sample that says that its prompt was billed with another one."""
+    return {MARK: _MARKED, **sample}
+
+
+def unmarked(sample: Sample) -> Sample:
+    """Return a sample as the provider would have worded it."""
+    if MARK not in sample:
+        return sample
+    return {name: value for name, value in sample.items() if name != MARK}
+
+
+def unmarked_bytes(sample: bytes) -> bytes:
+    """Return the JSON of a sample as the provider would have worded it."""
+    return b"{" + sample[len(_MARKED_BYTES) :] if sample.startswith(_MARKED_BYTES) else sample
+
+
+def bills_prompt(sample: Sample) -> bool:
+    """Return whether the prompt of a sample's call was billed with this sample."""
+    return MARK not in sample
+
+
+def usage_totals(samples: Iterable[Sample]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the logical and the billed token counts of samples, each summed.
+
+    Logical is what the samples would have cost one by one; billed counts the prompt of a call with its first
+    sample only. Besides the counts of `Api.summary` there are ``samples``, and ``unknown``: how many of
+    them came without usage and count as nothing.
+    """
+    logical = dict.fromkeys((*COUNTS, "samples", "unknown"), 0)
+    billed = dict(logical)
+    for sample in samples:
+        counts = token_counts(sample.get("usage"))
+        whole = {name: count or 0 for name, count in counts.items()}
+        whole.update(samples=1, unknown=int(counts["total_tokens"] is None))
+        own = dict(whole)
+        if not bills_prompt(sample):
+            own.update(
+                prompt_tokens=0, cached_tokens=0, total_tokens=whole["total_tokens"] - whole["prompt_tokens"]
+            )
+        for totals, added in ((logical, whole), (billed, own)):
+            for name, count in added.items():
+                totals[name] += count
+    return logical, billed
+
+
+def question_document(ask: Ask, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the document of which the key of an ask is made: its body, and the headers that count."""
+    counting = answer_headers(headers) if headers else {}
+    return {"body": ask.question, "headers": counting} if counting else {"body": ask.question}
+
+
+def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that change the answer, by lower-case name, sorted; credentials never."""
+    found = {name.lower(): value.strip() for name, value in headers.items() if name.lower() in ANSWER_HEADERS}
+    return dict(sorted(found.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def scope_of(url: str) -> str:
+    """Return the endpoint's URL in one spelling and without credentials.
+
+    Scheme and host are in lower case; the default port, the fragment, doubled and closing slashes, the user's
+    name and password, and query parameters that carry keys (``api-key``, ``sig`` …) are left out. The
+    rest of the query stays as it is.
+
+    Raises:
+        BadRequest: when the URL is not absolute.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise BadRequest(f"the URL of an endpoint cannot be read: {error}") from error
+    if not parts.scheme or not parts.netloc:
+        raise BadRequest(
+            f"the URL of an endpoint must begin with its scheme and host; got {parts.path!r:.200}"
+        )
+    scheme = parts.scheme.lower()
+    host = (
+        parts.netloc.rpartition("@")[2]
+        .lower()
+        .removesuffix(f":{_DEFAULT_PORTS.get(scheme)}")
+        .removesuffix(":")
+    )
+    path = re.sub("/{2,}", "/", parts.path).rstrip("/")
+    query = "&".join(
+        pair for pair in parts.query.split("&") if pair.partition("=")[0].lower() not in _SECRET_PARAMETERS
+    )
+    return urlunsplit((scheme, host, path, query, ""))

@@ -1,0 +1,317 @@
+"""What chat completions and legacy completions have in common: answers with several choices.
+
+One call gives up to `n` choices, so several draws may share it. Each choice becomes a sample of its own.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+import orjson
+
+from cachepipe.wire.base import (
+    OPENAI_TRANSPORT,
+    Api,
+    Ask,
+    Body,
+    Sample,
+    load,
+    marked,
+    unmarked,
+    wanted,
+)
+from cachepipe.wire.errors import BadAnswer
+from cachepipe.wire.sse import (
+    DONE,
+    Kind,
+    ServerEvent,
+    StreamRecorder,
+    extend,
+    merge,
+    pieces,
+    read_object,
+)
+from cachepipe.wire.usage import join_usage, split_usage
+
+_FAILED = frozenset({"error", "abort", "insufficient_system_resource"})
+"""Reasons to finish by which OpenRouter, vLLM and DeepSeek report a failure under status 200."""
+
+Lane = tuple[Callable[[str], Any], str]
+"""A text that is streamed, and what makes a delta of a piece of it."""
+
+_IN_EVERY_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
+
+
+class ChoicesApi(Api):
+    """An API whose answers hold choices.
+
+    Attributes:
+        content: the field of a choice that holds what was sampled.
+        delta: the field of a streamed choice that brings it in parts.
+        no_delta: what that field holds when nothing is brought.
+        chunk_object: what a streamed answer calls itself where an unstreamed one says `whole_object`.
+        whole_object: see `chunk_object`.
+    """
+
+    max_n = 128
+    transport = OPENAI_TRANSPORT
+    content: ClassVar[str]
+    delta: ClassVar[str]
+    no_delta: ClassVar[Any]
+    chunk_object: ClassVar[str]
+    whole_object: ClassVar[str]
+
+    def split(self, body: Body) -> tuple[Ask, ...]:
+        """Return what a body asks; see `Api.split`."""
+        question, transport = self._parted(body)
+        n = wanted(question.pop("n", None))
+        best_of = question.get("best_of") is not None
+        if best_of:
+            question["n"] = n
+        options = transport.get("stream_options")
+        return self._asks(
+            question,
+            n=n,
+            stream=bool(transport.get("stream")),
+            include_usage=isinstance(options, Mapping) and bool(options.get("include_usage")),
+            mergeable=not best_of and question.get("seed") is None,
+            transport=transport,
+        )
+
+    def inject_usage(self, body: Body) -> tuple[dict[str, Any], bool]:
+        """Return a body whose stream reports its usage, and whether that had to be asked for."""
+        options = body.get("stream_options") or {}
+        if not body.get("stream") or options.get("include_usage"):
+            return dict(body), False
+        return {**body, "stream_options": {**options, "include_usage": True}}, True
+
+    def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:
+        """Return the samples of an upstream answer; see `Api.samples`."""
+        body = load(answer)
+        choices = body.get("choices")
+        if not isinstance(choices, list):
+            raise BadAnswer(
+                f"an answer of {self.name} must hold a list of choices; it holds {sorted(body)!r:.200}"
+            )
+        for choice in choices:
+            self._check(choice)
+        if len(choices) == 1 and len(questions) < 2 and not choices[0].get("index"):
+            return [dict(body)]
+        prompts = self._weights(questions)
+        choices = _in_order(choices, len(prompts))
+        usage = body.get("usage")
+        if isinstance(usage, Mapping):
+            weights = [_length(choice[self.content]) + 1 for choice in choices]
+            parts: list[Any] = split_usage(usage, weights, prompts)
+        else:
+            parts = [usage] * len(choices)
+        samples = []
+        for number, (choice, part) in enumerate(zip(choices, parts, strict=True)):
+            sample = {**body, "choices": [{**choice, "index": 0}]}
+            if "usage" in body:
+                sample["usage"] = part
+            samples.append(marked(sample) if number % (len(choices) // len(prompts)) else sample)
+        return samples
+
+    def answer(self, samples: Sequence[Sample], ask: Ask) -> dict[str, Any]:
+        """Return the answer that holds these samples; see `Api.answer`."""
+        if len(samples) == 1:
+            return unmarked(samples[0])
+        if not samples:
+            raise ValueError(f"an answer of {self.name} holds at least one sample; got none")
+        whole = dict(unmarked(samples[0]))
+        whole["choices"] = [
+            {**sample["choices"][0], "index": number} for number, sample in enumerate(samples)
+        ]
+        usages = [sample.get("usage") for sample in samples]
+        if all(isinstance(usage, Mapping) for usage in usages):
+            whole["usage"] = join_usage(usages, ask.n)  # type: ignore[arg-type]  # all are mappings
+        elif any("usage" in sample for sample in samples):
+            whole["usage"] = None  # a sum that leaves some of it out would be taken for the whole
+        return whole
+
+    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:
+        """Return a new recorder for one event stream; see `Api.recorder`."""
+        return _ChoicesRecorder(self, questions)
+
+    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
+        """Return the events of a stream that brings these samples; see `Api.stream`."""
+        whole = self.answer(samples, ask)
+        head = {name: value for name, value in whole.items() if name not in ("choices", "usage")}
+        if head.get("object") == self.whole_object:
+            head["object"] = self.chunk_object
+        usual = {name: value for name, value in head.items() if name in _IN_EVERY_CHUNK}
+        if ask.include_usage:
+            head["usage"] = usual["usage"] = None
+        begin = b"data: " + orjson.dumps({**head, "choices": []})[:-2]
+        rest = b"data: " + orjson.dumps({**usual, "choices": []})[:-2]
+        for turn in zip_longest(*(self._chunks(choice) for choice in whole["choices"])):
+            for index, chunk in enumerate(turn):
+                if chunk is not None:
+                    yield begin + orjson.dumps({"index": index, **chunk}) + b"]}\n\n"
+                    begin = rest
+        if ask.include_usage and whole.get("usage") is not None:
+            yield b"data: " + orjson.dumps({**usual, "choices": [], "usage": whole["usage"]}) + b"\n\n"
+        yield DONE
+
+    def delta_of(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Return what a streamed choice adds to the content, as a mapping."""
+        raise NotImplementedError
+
+    def settle(self, content: dict[str, Any]) -> Any:
+        """Return the content that the deltas made."""
+        raise NotImplementedError
+
+    def _check(self, choice: Any) -> None:
+        kind = type(choice.get(self.content)) if isinstance(choice, dict) else None
+        if kind is not (str if self.content == "text" else dict):
+            raise BadAnswer(f"a choice of {self.name} must hold its {self.content}; got {choice!r:.200}")
+        if choice.get("error") or choice.get("finish_reason") in _FAILED:
+            raise BadAnswer(f"a choice of {self.name} failed: {choice!r:.500}")
+
+    def _chunks(self, choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return a choice as the choices of a stream's chunks, without their index."""
+        first, lanes = self._deltas(choice[self.content])
+        unsent = choice.get("logprobs")
+        plain = {"logprobs": None} if "logprobs" in choice else {}
+        chunks: list[dict[str, Any]] = []
+        for make, text in lanes:
+            parts = by_token(unsent, text)
+            if parts:
+                unsent = None
+            for part, own in parts or [(part, plain) for part in pieces(text)]:
+                chunks.append({self.delta: make(part), **own, "finish_reason": None})
+        head = {self.delta: first, **plain, "finish_reason": None}
+        if unsent is not None:
+            head["logprobs"] = unsent
+        rest = {
+            name: value for name, value in choice.items() if name not in ("index", self.content, "logprobs")
+        }
+        return [head, *chunks, {self.delta: self.no_delta, **plain, **rest}]
+
+    @abstractmethod
+    def _deltas(self, content: Any) -> tuple[Any, list[Lane]]:
+        """Return the first delta of a choice's content, and the texts that follow piece by piece."""
+
+
+class _ChoicesRecorder(StreamRecorder):
+    """Puts together the choices of a stream, however they alternate."""
+
+    def __init__(self, api: ChoicesApi, questions: Sequence[Body]) -> None:
+        super().__init__(lambda whole: api.samples(whole, questions))
+        self._api = api
+        self._head: dict[str, Any] = {}
+        self._usage: Any = None
+        self._choices: dict[int, dict[str, Any]] = {}
+
+    def _take(self, event: ServerEvent) -> Kind:
+        if event.data.startswith(b"[DONE]"):
+            return "terminal"
+        chunk = read_object(event)
+        choices = chunk.pop("choices", None) or []
+        usage = chunk.pop("usage", None)
+        for part in choices:
+            self._add(part)
+        for name, value in chunk.items():
+            if name != "obfuscation" and not self._head.get(name):
+                self._head[name] = value
+        if usage is not None:
+            self._usage = usage
+            return "" if choices else "usage"
+        return ""
+
+    def _add(self, part: dict[str, Any]) -> None:
+        """Take in one choice of a chunk."""
+        api = self._api
+        choice = self._choices.setdefault(part.get("index") or 0, {api.content: {}})
+        delta = api.delta_of(part)
+        if delta:
+            merge(choice[api.content], delta)
+            self.started = self.started or any(value and name != "role" for name, value in delta.items())
+        for name, value in part.items():
+            if name == "logprobs":
+                self._add_logprobs(choice, value, delta, part)
+            elif name not in ("index", "delta", "text") and (value is not None or name not in choice):
+                choice[name] = value
+
+    @staticmethod
+    def _add_logprobs(
+        choice: dict[str, Any], value: Any, delta: dict[str, Any], part: dict[str, Any]
+    ) -> None:
+        """Take in log probabilities: lists that grow, or one number per token as Together sends them."""
+        before = choice.setdefault("logprobs", None)
+        if value is None:
+            return
+        if isinstance(value, int | float):
+            token = delta.get("content", delta.get("text"))
+            value = {"tokens": [token], "token_logprobs": [value]}
+            if "token_id" in (part.get("delta") or part):
+                value["token_ids"] = [(part.get("delta") or part)["token_id"]]
+        if before is None:
+            choice["logprobs"] = value
+        else:
+            extend(before, value)
+
+    def _whole(self) -> dict[str, Any]:
+        api = self._api
+        choices = []
+        for index, choice in sorted(self._choices.items()):
+            if choice.get("finish_reason") is None:
+                raise BadAnswer(
+                    f"choice {index} of the stream has no finish_reason; it is not a whole answer"
+                )
+            choices.append({"index": index, **choice, api.content: api.settle(choice[api.content])})
+        if not choices:
+            raise BadAnswer("the stream brought no choice; ask again")
+        head = self._head
+        if head.get("object") == api.chunk_object:
+            head["object"] = api.whole_object
+        usual: dict[str, Any] = {
+            name: head.pop(name) for name in ("id", "object", "created", "model") if name in head
+        }
+        return {**usual, "choices": choices, "usage": self._usage, **head}
+
+
+def by_token(logprobs: Any, text: str) -> list[tuple[str, dict[str, Any]]] | None:
+    """Return the tokens of a text, each with its log probabilities, or None if they do not fit."""
+    if not isinstance(logprobs, Mapping):
+        return None
+    tokens = logprobs.get("tokens")
+    if tokens is None and isinstance(logprobs.get("content"), list):
+        tokens = [entry.get("token") for entry in logprobs["content"]]
+    if not tokens or not all(isinstance(token, str) for token in tokens) or "".join(tokens) != text:
+        return None
+    if any(value is not None and len(value) != len(tokens) for value in logprobs.values()):
+        return None
+    return [
+        (token, {"logprobs": {name: value and value[i : i + 1] for name, value in logprobs.items()}})
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _in_order(choices: list[dict[str, Any]], questions: int) -> list[dict[str, Any]]:
+    """Return choices by their index; with several questions, only if it says whose answer each is."""
+    indices = [choice.get("index") for choice in choices]
+    if all(isinstance(index, int) for index in indices):
+        choices = sorted(choices, key=lambda choice: choice["index"])
+        complete = [choice["index"] for choice in choices] == list(range(len(choices)))
+    else:
+        complete = not any(index is not None for index in indices)
+    if questions > 1 and (len(choices) % questions or not complete):
+        raise BadAnswer(
+            f"{len(choices)} choices with indices {indices!r:.200} cannot be told apart as answers to "
+            f"{questions} questions; ask one by one"
+        )
+    return choices
+
+
+def _length(content: Any) -> int:
+    """Return how many characters a choice's content has, by which a call's completion is shared out."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, Mapping):
+        return sum(_length(value) for value in content.values())
+    return sum(_length(value) for value in content) if isinstance(content, list) else 0

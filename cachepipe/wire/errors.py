@@ -1,0 +1,15 @@
+"""What can be wrong with bytes from the wire, each error a sentence."""
+
+from __future__ import annotations
+
+
+class WireError(ValueError):
+    """The base of the errors of the wire layer."""
+
+
+class BadRequest(WireError):  # noqa: N818 - names the thing at fault
+    """A request does not say what it wants in a form that can be understood; nothing was sent."""
+
+
+class BadAnswer(WireError):  # noqa: N818 - names the thing at fault
+    """What arrived is no whole answer: broken, an error under 200, failed or cut off. It is not cached."""

@@ -1,0 +1,169 @@
+"""Anthropic's messages, beta or not: one answer per call, streamed block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from cachepipe.wire.base import ANTHROPIC_TRANSPORT, Api, Ask, Body, Sample, load
+from cachepipe.wire.errors import BadAnswer
+from cachepipe.wire.sse import Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
+
+_TOLD_LAST = ("stop_reason", "stop_sequence", "stop_details", "container")
+"""The fields of a message that are known at its end only."""
+_COUNTED_LAST = ("output_tokens", "output_tokens_details", "server_tool_use")
+"""The fields of its usage that are."""
+
+
+class MessagesApi(Api):
+    """``POST …/messages``."""
+
+    name = "messages"
+    transport = ANTHROPIC_TRANSPORT
+
+    def split(self, body: Body) -> tuple[Ask]:
+        """Return the one ask of a body; not cacheable where it works in a container that is kept."""
+        question, transport = self._parted(body)
+        container = question.get("container")
+        kept = container.get("id") if isinstance(container, Mapping) else container
+        reason = "it works in a container that the server keeps" if kept else ""
+        stream = bool(transport.get("stream"))
+        return (Ask(question, stream=stream, cacheable=not reason, reason=reason, transport=transport),)
+
+    def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:  # noqa: ARG002 - one per call
+        """Return the answer as its one sample; see `Api.samples`."""
+        body = load(answer)
+        if not isinstance(body.get("content"), list):
+            raise BadAnswer(f"a message must hold a list as its content; it holds {sorted(body)!r:.200}")
+        if body.get("stop_reason") is None:
+            raise BadAnswer("the message has no stop_reason; it is not a whole answer")
+        return [dict(body)]
+
+    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
+        """Return a new recorder for one event stream; see `Api.recorder`."""
+        return _MessageRecorder(self.samples)
+
+    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
+        """Return the events of a stream that brings this sample; see `Api.stream`."""
+        whole = self.answer(samples, ask)
+        begun = {**whole, "content": [], **{name: None for name in _TOLD_LAST if name in whole}}
+        usage = whole.get("usage")
+        last: dict[str, Any] = {}
+        if isinstance(usage, Mapping):
+            last = {name: usage[name] for name in _COUNTED_LAST if usage.get(name) is not None}
+            begun["usage"] = {**usage, "output_tokens": 0} if "output_tokens" in usage else usage
+        yield typed_event({"type": "message_start", "message": begun})
+        for index, block in enumerate(whole["content"]):
+            opened, deltas = _opened(block)
+            yield typed_event({"type": "content_block_start", "index": index, "content_block": opened})
+            for delta in deltas:
+                yield typed_event({"type": "content_block_delta", "index": index, "delta": delta})
+            yield typed_event({"type": "content_block_stop", "index": index})
+        told = {name: whole[name] for name in _TOLD_LAST if name in whole}
+        yield typed_event({"type": "message_delta", "delta": told, "usage": last})
+        yield typed_event({"type": "message_stop"})
+
+    def _gist(self, sample: Sample) -> tuple[str, str | None]:
+        texts = []
+        for block in sample["content"]:
+            if isinstance(block.get("text"), str):
+                texts.append(block["text"])
+            elif "input" in block:
+                texts.append(f"{block.get('name')}({orjson.dumps(block['input']).decode()})")
+        return "\n".join(texts), sample.get("stop_reason")
+
+
+class _MessageRecorder(StreamRecorder):
+    """Puts a message together from the events of its blocks."""
+
+    def __init__(self, finish: Any) -> None:
+        super().__init__(finish)
+        self._message: dict[str, Any] = {}
+        self._blocks: dict[int, dict[str, Any]] = {}
+        self._parts: dict[int, dict[str, list[str]]] = {}
+
+    def _take(self, event: ServerEvent) -> Kind:
+        value = read_object(event)
+        match value.get("type"):
+            case "message_start":
+                self._message = value["message"]
+            case "content_block_start":
+                self.started = True
+                self._begin(value["index"], value["content_block"])
+            case "content_block_delta":
+                self._add(value["index"], value["delta"])
+            case "message_delta":
+                self._tell(value)
+            case "message_stop":
+                return "terminal"
+        return ""
+
+    def _begin(self, index: int, block: dict[str, Any]) -> None:
+        self._blocks[index] = block
+        self._parts[index] = {}
+        if block.get("type") == "fallback":  # the model that took over is the one that answered
+            self._message["model"] = block["to"]["model"]
+
+    def _add(self, index: int, delta: dict[str, Any]) -> None:
+        """Take in a delta: its strings grow, a citation joins the others, counts are the stream's own."""
+        block, parts = self._blocks[index], self._parts[index]
+        for name, value in delta.items():
+            if name == "citation":
+                block["citations"] = [*(block.get("citations") or ()), value]
+            elif name != "type" and isinstance(value, str):
+                parts.setdefault(name, []).append(value)
+
+    def _tell(self, value: dict[str, Any]) -> None:
+        """Take in what is known at the end; its counts are totals, so they replace the earlier ones."""
+        told = {name: item for name, item in value.items() if name not in ("type", "delta", "usage")}
+        for into, new in (
+            (self._message, {**told, **value["delta"]}),
+            (self._message.setdefault("usage", {}), value.get("usage") or {}),
+        ):
+            for name, item in new.items():
+                if item is not None or name not in into:
+                    into[name] = item
+
+    def _whole(self) -> dict[str, Any]:
+        for index, parts in self._parts.items():
+            block = self._blocks[index]
+            for name, texts in parts.items():
+                text = "".join(texts)
+                if name != "partial_json":
+                    block[name] = (block.get(name) or "") + text
+                elif text:
+                    block["input"] = self._input(text)
+        return {**self._message, "content": [block for _, block in sorted(self._blocks.items())]}
+
+    @staticmethod
+    def _input(text: str) -> Any:
+        try:
+            return orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise BadAnswer(f"the input of a tool call is no JSON: {text!r:.200}") from error
+
+
+def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a block as it is announced, and the deltas that fill it."""
+    opened = dict(block)
+    deltas: list[dict[str, Any]] = []
+    kind = block.get("type")
+    if kind in ("text", "thinking") and isinstance(block.get(kind), str):
+        opened[kind] = ""
+        deltas += [{"type": f"{kind}_delta", kind: piece} for piece in pieces(block[kind])]
+        if kind == "text" and block.get("citations"):
+            opened["citations"] = []
+            deltas += [{"type": "citations_delta", "citation": citation} for citation in block["citations"]]
+        if kind == "thinking" and isinstance(block.get("signature"), str):
+            opened["signature"] = ""
+            deltas.append({"type": "signature_delta", "signature": block["signature"]})
+    elif isinstance(block.get("input"), Mapping):
+        opened["input"] = {}
+        text = orjson.dumps(block["input"]).decode() if block["input"] else ""
+        deltas += [{"type": "input_json_delta", "partial_json": piece} for piece in pieces(text) or [""]]
+    return opened, deltas
+
+
+MESSAGES = MessagesApi()

@@ -1,0 +1,186 @@
+"""OpenAI's responses: one answer per call, streamed as typed, numbered events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cachepipe.wire.base import OPENAI_TRANSPORT, Api, Ask, Body, Sample, load
+from cachepipe.wire.errors import BadAnswer
+from cachepipe.wire.sse import Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
+
+_ANSWERS = ("completed", "incomplete", None)
+_TEXTS = {
+    "function_call": ("arguments", "function_call_arguments"),
+    "custom_tool_call": ("input", "custom_tool_call_input"),
+    "mcp_call": ("arguments", "mcp_call_arguments"),
+    "code_interpreter_call": ("code", "code_interpreter_call_code"),
+}
+"""Per kind of output item: the field that is streamed piece by piece, and how its events are called."""
+_PARTS = {
+    "output_text": ("text", "output_text"),
+    "refusal": ("refusal", "refusal"),
+    "reasoning_text": ("text", "reasoning_text"),
+}
+"""The same per kind of content part."""
+
+
+class ResponsesApi(Api):
+    """``POST …/responses``."""
+
+    name = "responses"
+    transport = OPENAI_TRANSPORT
+
+    def split(self, body: Body) -> tuple[Ask]:
+        """Return the one ask of a body; not cacheable where it works on what the server keeps."""
+        question, transport = self._parted(body)
+        options = transport.get("prompt_cache_options")
+        reason = ""
+        if question.get("background"):
+            reason = "it runs in the background and is polled"
+        elif question.get("conversation") is not None:
+            reason = "it adds to a conversation that the server keeps"
+        elif isinstance(options, Mapping) and options.get("prewarm"):
+            reason = "it prepares the provider's cache and generates nothing"
+        stream = bool(transport.get("stream"))
+        return (Ask(question, stream=stream, cacheable=not reason, reason=reason, transport=transport),)
+
+    def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:  # noqa: ARG002 - one per call
+        """Return the answer as its one sample; see `Api.samples`."""
+        body = load(answer)
+        if body.get("status") not in _ANSWERS:
+            raise BadAnswer(f"the response has status {body['status']!r:.100}; it is no answer")
+        if not isinstance(body.get("output"), list):
+            raise BadAnswer(f"a response must hold a list as its output; it holds {sorted(body)!r:.200}")
+        return [dict(body)]
+
+    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
+        """Return a new recorder for one event stream; see `Api.recorder`."""
+        return _ResponseRecorder(self.samples)
+
+    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
+        """Return the events of a stream that brings this sample; see `Api.stream`."""
+        whole = self.answer(samples, ask)
+        for number, event in enumerate(_events(whole)):
+            event["sequence_number"] = number
+            yield typed_event(event)
+
+    def _gist(self, sample: Sample) -> tuple[str, str | None]:
+        texts = []
+        for item in sample["output"]:
+            field = _TEXTS.get(item.get("type"))
+            if field is not None:
+                texts.append(f"{item.get('name') or item['type']}({item.get(field[0]) or ''})")
+            elif item.get("type") == "message":
+                texts += [part.get("text") or part.get("refusal") or "" for part in item.get("content") or ()]
+        details = sample.get("incomplete_details") or {}
+        return "\n".join(texts), details.get("reason") or sample.get("status")
+
+
+class _ResponseRecorder(StreamRecorder):
+    """Waits for the terminal event, which brings the whole response."""
+
+    def __init__(self, finish: Any) -> None:
+        super().__init__(finish)
+        self._items: dict[int, dict[str, Any]] = {}
+        self._response: dict[str, Any] = {}
+
+    def _take(self, event: ServerEvent) -> Kind:
+        value = read_object(event)
+        kind = value.get("type") or event.name
+        if kind in ("response.failed", "response.cancelled"):
+            raise BadAnswer(f"the stream ended with {kind}: {value!r:.500}")
+        if kind in ("response.completed", "response.incomplete"):
+            self._response = value["response"]
+            return "terminal"
+        if kind == "response.output_item.done":
+            self._items[value["output_index"]] = value["item"]
+        self.started = self.started or kind.endswith(".delta") or kind == "response.output_item.done"
+        return ""
+
+    def _whole(self) -> dict[str, Any]:
+        if self._response.get("output") is None:  # some servers leave it to the items that came before
+            return {**self._response, "output": [item for _, item in sorted(self._items.items())]}
+        return self._response
+
+
+def _events(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Return the events of a response's stream, without their numbers."""
+    status = whole.get("status") or "completed"
+    begun = {**whole, "status": "in_progress", "output": []}
+    for name in ("completed_at", "incomplete_details", "usage"):
+        if name in begun:
+            begun[name] = None
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
+    for index, item in enumerate(whole["output"]):
+        yield from _item_events(index, item)
+    yield {"type": f"response.{status}", "response": whole}
+
+
+def _item_events(index: int, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    place = {"item_id": item.get("id") or "", "output_index": index}
+    opened = {**item, "status": "in_progress"} if "status" in item else dict(item)
+    for name in ("content", "summary"):
+        if isinstance(item.get(name), list):
+            opened[name] = []
+    field, kind = _TEXTS.get(item.get("type", ""), ("", ""))
+    if isinstance(item.get(field), str):
+        opened[field] = ""
+    yield {"type": "response.output_item.added", "output_index": index, "item": opened}
+    for number, part in enumerate(item.get("summary") or ()):
+        at = {**place, "summary_index": number}
+        yield {"type": "response.reasoning_summary_part.added", **at, "part": {**part, "text": ""}}
+        yield from _text_events("reasoning_summary_text", "text", part["text"], at)
+        yield {"type": "response.reasoning_summary_part.done", **at, "part": part}
+    for number, part in enumerate(item.get("content") or ()):
+        yield from _part_events({**place, "content_index": number}, part)
+    if isinstance(item.get(field), str):
+        yield from _text_events(kind, field, item[field], place)
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+def _part_events(place: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    field, kind = _PARTS.get(part.get("type", ""), ("", ""))
+    opened = dict(part)
+    if field:
+        opened[field] = ""
+    for name in ("annotations", "logprobs"):
+        if part.get(name):
+            opened[name] = []
+    yield {"type": "response.content_part.added", **place, "part": opened}
+    if field:
+        yield from _text_events(kind, field, part[field], place, part)
+    yield {"type": "response.content_part.done", **place, "part": part}
+
+
+def _text_events(
+    kind: str, field: str, text: str, place: dict[str, Any], part: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Return the events that bring one text piece by piece, with its log probabilities and annotations."""
+    with_logprobs = kind == "output_text"
+    logprobs = (part or {}).get("logprobs") or []
+    tokens = [entry.get("token") for entry in logprobs]
+    if tokens and all(isinstance(token, str) for token in tokens) and "".join(tokens) == text:
+        parts = [(token, [entry]) for token, entry in zip(tokens, logprobs, strict=True)]
+    else:
+        parts = [(piece, []) for piece in pieces(text)]
+    for piece, own in parts:
+        yield {
+            "type": f"response.{kind}.delta",
+            **place,
+            "delta": piece,
+            **({"logprobs": own} if with_logprobs else {}),
+        }
+    for number, annotation in enumerate((part or {}).get("annotations") or ()):
+        added = {"annotation_index": number, "annotation": annotation}
+        yield {"type": "response.output_text.annotation.added", **place, **added}
+    yield {
+        "type": f"response.{kind}.done",
+        **place,
+        field: text,
+        **({"logprobs": logprobs} if with_logprobs else {}),
+    }
+
+
+RESPONSES = ResponsesApi()

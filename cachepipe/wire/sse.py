@@ -1,0 +1,317 @@
+"""Server-sent events: read in any chunking, written, and recorded until they make a whole answer.
+
+The reader keeps the bytes of every event as they came, so that whoever passes a stream on can do so event
+by event, hold the terminal one back until the sample is stored, and leave out what was not asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from cachepipe.wire.errors import BadAnswer
+
+DONE = b"data: [DONE]\n\n"
+"""The terminal event of OpenAI's chat and completions."""
+
+_IDENTITIES = frozenset({"role", "id", "type"})
+_PIECE = re.compile(r"\S+\s*|\s+")
+_BOM = b"\xef\xbb\xbf"
+
+
+class ServerEvent(NamedTuple):
+    """One event as it came: its bytes, its name (mostly empty) and its data, lines joined by newlines."""
+
+    raw: bytes
+    name: str
+    data: bytes
+
+
+class EventReader:
+    """Cuts a byte stream into events, whatever its chunks and line ends.
+
+    The bytes of the events, one after the other, are the bytes that were fed. A comment goes with the event
+    that follows, and a blank line without data is an event without data.
+    """
+
+    def __init__(self) -> None:
+        self._partial: list[bytes] = []  # pieces of a line whose end has not come
+        self._raw: list[bytes] = []  # lines of an event whose end has not come
+        self._name = b""
+        self._data: list[bytes] = []
+        self._after_return = False  # a newline that follows belongs to a line that has been read
+        self._fresh = True
+
+    def feed(self, chunk: bytes) -> list[ServerEvent]:
+        """Return the events that end within this chunk."""
+        if self._after_return and chunk:
+            self._after_return = False
+            if chunk.startswith(b"\n"):
+                self._raw.append(b"\n")
+                chunk = chunk[1:]
+        if b"\n" not in chunk and b"\r" not in chunk:
+            if chunk:
+                self._partial.append(chunk)
+            return []
+        self._partial.append(chunk)
+        lines = b"".join(self._partial).splitlines(keepends=True)
+        self._partial.clear()
+        self._after_return = chunk.endswith(b"\r")
+        if not chunk.endswith((b"\n", b"\r")):
+            self._partial.append(lines.pop())
+        return [event for line in lines if (event := self._line(line)) is not None]
+
+    def close(self) -> list[ServerEvent]:
+        """Return what is left at the end of the stream as an event, although its blank line is missing."""
+        if self._partial:
+            self._line(b"".join(self._partial))
+            self._partial.clear()
+        return [self._event()] if self._raw else []
+
+    def _line(self, line: bytes) -> ServerEvent | None:
+        self._raw.append(line)
+        line = line.rstrip(b"\r\n")
+        if self._fresh:
+            self._fresh = False
+            line = line.removeprefix(_BOM)
+        if not line:
+            return self._event()
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._name = value
+        return None
+
+    def _event(self) -> ServerEvent:
+        event = ServerEvent(b"".join(self._raw), self._name.decode(errors="replace"), b"\n".join(self._data))
+        self._raw.clear()
+        self._data.clear()
+        self._name = b""
+        return event
+
+
+class StreamEvent(NamedTuple):
+    """One event of a recorded stream, to be passed on.
+
+    Attributes:
+        raw: its bytes.
+        terminal: whether it makes the answer whole: store the samples before it is passed on.
+        usage_only: whether it brings usage and nothing else, as asked for by ``include_usage``.
+    """
+
+    raw: bytes
+    terminal: bool = False
+    usage_only: bool = False
+
+
+Kind = Literal["", "usage", "terminal"]
+
+
+class StreamRecorder(ABC):
+    """Puts the answer together that a stream brings, while the stream is passed on.
+
+    Feeding never raises: a stream that is not in order is passed on all the same, and gives no samples.
+
+    Attributes:
+        started: whether any content has come.
+        error: why there will be no samples, or None.
+    """
+
+    def __init__(self, finish: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
+        self.started = False
+        self.error: BadAnswer | None = None
+        self._finish = finish
+        self._samples: list[dict[str, Any]] | None = None
+        self._reader = EventReader()
+
+    def __repr__(self) -> str:
+        state = (
+            "complete"
+            if self.complete
+            else "failed"
+            if self.error
+            else "started"
+            if self.started
+            else "waiting"
+        )
+        return f"<{type(self).__name__} {state}>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the terminal event has come and the answer is whole."""
+        return self._samples is not None
+
+    def feed(self, chunk: bytes) -> list[StreamEvent]:
+        """Return the events that end within this chunk, as they are to be passed on."""
+        return [self._record(event) for event in self._reader.feed(chunk)]
+
+    def close(self) -> list[StreamEvent]:
+        """Return what is left when the stream has ended; without its terminal event there are no samples."""
+        events = [self._record(event) for event in self._reader.close()]
+        if not self.complete and self.error is None:
+            self.error = BadAnswer("the stream ended before its terminal event; it is not a whole answer")
+        return events
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Return the samples, equal to those of the same answer without a stream.
+
+        Raises:
+            BadAnswer: when the stream is not complete, or was not in order.
+        """
+        if self._samples is None:
+            raise self.error or BadAnswer("the stream has not come to its terminal event; feed it to its end")
+        return self._samples
+
+    def _record(self, event: ServerEvent) -> StreamEvent:
+        if not event.data or self.complete or self.error is not None:
+            return StreamEvent(event.raw)
+        kind: Kind = ""
+        try:
+            kind = self._take(event)
+            if kind == "terminal":
+                self._samples = self._finish(self._whole())
+        except BadAnswer as error:
+            self.error = error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            self.error = BadAnswer(f"an event of the stream has an unknown form: {event.data!r:.200}")
+            self.error.__cause__ = error
+        return StreamEvent(event.raw, terminal=self.complete, usage_only=kind == "usage")
+
+    @abstractmethod
+    def _take(self, event: ServerEvent) -> Kind:
+        """Take in an event with data; return what kind of event it is."""
+
+    @abstractmethod
+    def _whole(self) -> dict[str, Any]:
+        """Return the answer that has come."""
+
+
+def read_object(event: ServerEvent) -> dict[str, Any]:
+    """Return the JSON object that is the data of an event.
+
+    Raises:
+        BadAnswer: when it is none, or an error.
+    """
+    try:
+        value = orjson.loads(event.data)
+    except orjson.JSONDecodeError as error:
+        raise BadAnswer(f"an event of the stream is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadAnswer(f"an event of the stream must hold a JSON object; got {value!r:.200}")
+    if event.name == "error" or value.get("type") == "error" or value.get("error"):
+        raise BadAnswer(f"the stream brought an error: {value!r:.500}")
+    return value
+
+
+def data_event(value: Any) -> bytes:
+    """Return an event without a name."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def typed_event(value: dict[str, Any]) -> bytes:
+    """Return an event that is named after the type of its data."""
+    return b"event: " + str(value["type"]).encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n"
+
+
+def pieces(text: str) -> list[str]:
+    """Return a text cut into words, each with the blanks that follow it; joined they are the text."""
+    return _PIECE.findall(text)
+
+
+class _Text:
+    """A string that is still growing: its parts are joined once, however many there are."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, part: str) -> None:
+        self.parts = [part]
+
+
+def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Add a delta to what has come before it; `settled` makes plain values of the result.
+
+    Strings are appended, except identities and repeated names; numbers are replaced; mappings are merged by
+    name; lists whose entries have an index are merged by it, others are appended to. Null changes nothing.
+
+    Raises:
+        BadAnswer: when a value changes its kind midway, so that nobody can say what the whole is.
+    """
+    for name, value in delta.items():
+        before = into.get(name)
+        if isinstance(before, _Text) and not isinstance(value, str) and not any(before.parts):
+            before = None  # an empty string announces content of any kind
+        if value is None:
+            into.setdefault(name, None)
+        elif isinstance(value, str):
+            into[name] = _appended(name, before, value)
+        elif isinstance(value, dict) and isinstance(before, dict | None):
+            into[name] = before = {} if before is None else before
+            merge(before, value)
+        elif isinstance(value, list) and isinstance(before, list | None):
+            into[name] = before = [] if before is None else before
+            if name == "tool_calls" or any(isinstance(item, dict) and "index" in item for item in value):
+                _merge_indexed(before, value)
+            else:
+                before.extend(value)
+        elif before is None or type(before) is type(value) or isinstance(before, bool | int | float):
+            into[name] = value
+        else:
+            raise _changed(name)
+
+
+def _appended(name: str, before: Any, value: str) -> Any:
+    if name in _IDENTITIES:
+        return value or before or value
+    if isinstance(before, _Text):
+        if name != "name" or value != "".join(before.parts):  # some servers repeat a function's name
+            before.parts.append(value)
+        return before
+    if before is None or before == []:
+        return _Text(value)
+    if not value:
+        return before
+    raise _changed(name)
+
+
+def _changed(name: str) -> BadAnswer:
+    return BadAnswer(f"{name!r} changed its kind in mid-stream; what it is as a whole cannot be told")
+
+
+def _merge_indexed(entries: list[Any], deltas: list[Any]) -> None:
+    """Merge each delta into the latest entry of its index, unless its id says that it is another one."""
+    for delta in deltas:
+        index, identity = delta.get("index"), delta.get("id")
+        for entry in reversed(entries):
+            if entry.get("index") == index and identity in (None, "", entry.get("id")):
+                break
+        else:
+            entry = {}
+            entries.append(entry)
+        merge(entry, delta)
+
+
+def settled(value: Any) -> Any:
+    """Return a merged value with its growing strings joined."""
+    if isinstance(value, _Text):
+        return "".join(value.parts)
+    if isinstance(value, dict):
+        return {name: settled(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [settled(item) for item in value]
+    return value
+
+
+def extend(into: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Append the lists of a mapping to those that came before, as log probabilities arrive."""
+    for name, value in delta.items():
+        before = into.get(name)
+        if isinstance(before, list) and isinstance(value, list):
+            before.extend(value)
+        elif value is not None or name not in into:
+            into[name] = value

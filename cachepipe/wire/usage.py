@@ -1,0 +1,144 @@
+"""Tokens: a call's usage shared out to its samples, added up again, and counted.
+
+Providers report one usage per call. What is named ``completion…`` or ``output…`` belongs to the samples and
+is shared out between them; what is named ``prompt…`` or ``input…`` belongs to the question, and every
+sample carries it whole. The total is what is left of it, plus the sample's own share. Anything else, such
+as times, is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_OF_SAMPLE = ("completion", "output")
+_OF_QUESTION = ("prompt", "input")
+COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
+"""The names under which tokens of any provider are counted."""
+
+Usage = Mapping[str, Any]
+
+
+def shares(total: int, weights: Sequence[int]) -> list[int]:
+    """Return integers that add up to the total, in proportion to the weights to within 1.
+
+    Each is the difference of two rounded running sums, so that no remainder is left to hand out.
+    """
+    whole = sum(weights)
+    result, before, reached = [], 0, 0
+    for weight in weights:
+        reached += weight
+        after = total * reached // whole
+        result.append(after - before)
+        before = after
+    return result
+
+
+def _shared_out(value: Any, weights: Sequence[int]) -> list[Any]:
+    """Return one part per weight: of integers exact shares, of mappings by name, of the rest copies."""
+    if isinstance(value, bool):
+        return [value] * len(weights)
+    if isinstance(value, int):
+        return list(shares(value, weights))
+    if isinstance(value, float):
+        whole = sum(weights)
+        return [value * weight / whole for weight in weights]
+    if isinstance(value, Mapping):
+        columns = {name: _shared_out(item, weights) for name, item in value.items()}
+        return [{name: column[i] for name, column in columns.items()} for i in range(len(weights))]
+    return [value] * len(weights)
+
+
+def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the usage of each sample of a call.
+
+    Args:
+        usage: what the call reported.
+        weights: one positive number per sample: how much of the completion is its.
+        prompts: one positive number per question: how much of the prompt is its. Each question has
+            the same number of samples, in order.
+    """
+    per = len(weights) // len(prompts)
+    completion = _integer(usage.get("completion_tokens"))
+    columns: dict[str, list[Any]] = {}
+    for name, value in usage.items():
+        if name.startswith(_OF_SAMPLE):
+            columns[name] = _shared_out(value, weights)
+        elif name.startswith(_OF_QUESTION):
+            columns[name] = [part for part in _shared_out(value, prompts) for _ in range(per)]
+        elif name == "total_tokens" and isinstance(value, int):
+            rest = shares(value - completion, prompts)
+            own = shares(completion, weights)
+            columns[name] = [rest[i // per] + share for i, share in enumerate(own)]
+        else:
+            columns[name] = [value] * len(weights)
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(weights))]
+
+
+def join_usage(usages: Sequence[Usage], per: int) -> dict[str, Any]:
+    """Return the usage of an answer: each question's prompt once, the completions of all samples.
+
+    Args:
+        usages: one per sample.
+        per: how many samples each question has, in order.
+    """
+    joined = dict(usages[0])
+    for number, usage in enumerate(usages[1:], start=1):
+        first = number % per == 0
+        for name, value in usage.items():
+            if name.startswith(_OF_SAMPLE) or (first and name.startswith(_OF_QUESTION)):
+                joined[name] = _sum(joined.get(name), value)
+            elif name == "total_tokens":
+                prompt = 0 if first else _integer(usage.get("prompt_tokens"))
+                joined[name] = _integer(joined.get(name)) + _integer(value) - prompt
+    return joined
+
+
+def _sum(one: Any, other: Any) -> Any:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return {**other, **{name: _sum(value, other.get(name)) for name, value in one.items()}}
+    if _is_number(one) and _is_number(other):
+        return one + other
+    return other if one is None else one
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _integer(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def token_counts(usage: Any) -> dict[str, int | None]:
+    """Return the counts of any provider's usage under one set of names, None where one is not told.
+
+    Anthropic's ``input_tokens`` leave out what its cache read and wrote; ``prompt_tokens`` here does not.
+    """
+    if not isinstance(usage, Mapping):
+        return dict.fromkeys(COUNTS)
+    prompt = _first(usage, "prompt_tokens", "input_tokens")
+    completion = _first(usage, "completion_tokens", "output_tokens")
+    cached = _first(usage, "cache_read_input_tokens", "prompt_cache_hit_tokens")
+    reasoning = None
+    if prompt is not None:
+        prompt += _integer(usage.get("cache_read_input_tokens"))
+        prompt += _integer(usage.get("cache_creation_input_tokens"))
+    for name in ("prompt_tokens_details", "input_tokens_details"):
+        if cached is None and isinstance(usage.get(name), Mapping):
+            cached = _first(usage[name], "cached_tokens")
+    for name in ("completion_tokens_details", "output_tokens_details"):
+        if reasoning is None and isinstance(usage.get(name), Mapping):
+            reasoning = _first(usage[name], "reasoning_tokens", "thinking_tokens")
+    total = _first(usage, "total_tokens")
+    if total is None and (prompt is not None or completion is not None):
+        total = (prompt or 0) + (completion or 0)
+    return dict(zip(COUNTS, (prompt, completion, total, cached, reasoning), strict=True))
+
+
+def _first(values: Mapping[str, Any], *names: str) -> int | None:
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, int):
+            return value
+    return None
