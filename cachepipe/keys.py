@@ -28,7 +28,6 @@ FORMAT = "k1"
 
 _UNASKED = frozenset({"n", "request_id", "namespace"})
 _MARK = "\0"  # opens the names of the objects that stand for values JSON has no form for
-_INT64 = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +129,7 @@ def encode(form: Any) -> bytes:
 
 def digest(scope: str | None, document: bytes) -> str:
     """Return the key of a canonical document within a scope."""
-    head = orjson.dumps(scope)
-    return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (head, document)).hexdigest()}"
+    return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (orjson.dumps(scope), document)).hexdigest()}"
 
 
 def asked(request: Request) -> dict[str, Any]:
@@ -163,7 +161,9 @@ def question(
         hash: a function from a request to a string which stands for the fields, for those who
             decide themselves which requests are the same.
     """
-    seed, best_of = request.seed, request.best_of
+    names = field_names(type(request))
+    seed = request.seed if "seed" in names else None
+    best_of = request.best_of if "best_of" in names else None
     if hash is None:
         document: dict[str, Any] = {"fields": asked(request)}
     else:

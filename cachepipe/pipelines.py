@@ -30,7 +30,7 @@ class Pipeline(Stage):
     def __init__(
         self,
         model: Any,
-        below: Stage,
+        below: Any,
         cache: Any,
         *,
         window: float,
@@ -141,16 +141,18 @@ class OnlineAPI(Pipeline):
         durability: str = "process",
     ) -> None:
         del correctness
+        batcher = AsyncBatcher(
+            model,
+            batch_size,
+            timeout,
+            in_flight=in_flight,
+            prefer="request",
+            allow_batch_overflow=allow_batch_overflow,
+        )
+        alone = batch_size == 1 and not timeout and in_flight is None and allow_batch_overflow
         super().__init__(
             model,
-            AsyncBatcher(
-                model,
-                batch_size,
-                timeout,
-                in_flight=in_flight,
-                prefer="request",
-                allow_batch_overflow=allow_batch_overflow,
-            ),
+            model if alone and batcher.single else batcher,
             cache,
             window=window,
             mode=mode,

@@ -101,7 +101,15 @@ class Request:
 
     def asking(self, n: int) -> Self:
         """Return the same question for n samples, sharing nothing mutable with this request."""
-        return dataclasses.replace(self, n=n)
+        if n == self.n and all(type(getattr(self, name)) in _SCALARS for name in field_names(type(self))):
+            return self
+        twin = copy.copy(self)
+        for name in field_names(type(self)):
+            value = getattr(self, name)
+            if type(value) not in _SCALARS:
+                object.__setattr__(twin, name, by_value(value))
+        object.__setattr__(twin, "n", n)
+        return twin
 
 
 _FIELDS: dict[type, tuple[str, ...]] = {}

@@ -8,7 +8,6 @@ its own error, also when the batch as a whole fails.
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
@@ -206,7 +205,7 @@ class AsyncBatcher(Stage):
         self.in_flight = in_flight
         self.single = prefer == "request" and has_request(model)
         self._overflow = allow_batch_overflow
-        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
+        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
 
     def __repr__(self) -> str:
         lanes = list(self._lanes.values())
@@ -219,6 +218,8 @@ class AsyncBatcher(Stage):
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(loop)
         if lane is None:
+            for old in [old for old in self._lanes if old.is_closed()]:
+                del self._lanes[old]
             lane = self._lanes[loop] = _Lane(self, loop)
         ticket = Ticket(lane, request)
         lane.put(ticket)

@@ -90,6 +90,7 @@ class _Draw:
         "held",
         "id",
         "indices",
+        "joined",
         "lane",
         "making",
         "missing",
@@ -124,6 +125,7 @@ class _Draw:
         self.needs: list[_Need] = []
         self.held: tuple[int, ...] = ()
         self.claimed = False
+        self.joined = False
         self.complete = False
         self.unsaved = False
         self.dead = False
@@ -227,9 +229,8 @@ class Board:
 
     def announce(self, lane: _Lane, key: str, indices: Iterable[int]) -> None:
         """Note that a lane generates these samples."""
-        with self._lock:
-            for index in indices:
-                self._made[key, index] = lane
+        for index in indices:
+            self._made[key, index] = lane
 
     def maker(self, key: str, index: int) -> _Lane | None:
         """Return the lane that generates a sample, if its loop lives."""
@@ -261,6 +262,8 @@ class Board:
         """Tell those who wait that a sample is stored, or will not come from who was to generate it."""
         with self._lock:
             self._made.pop((key, index), None)
+            if not self._waiting:
+                return
             waiting = self._waiting.pop((key, index), ())
         for engine, draw in waiting:
             draw.lane.soon(engine.arrived, draw, index, sample)
@@ -309,24 +312,41 @@ class _Lane:
                 self._store.apply_soon([operation for operation, _ in operations])
 
     def _flush(self) -> None:
-        batch, self._operations = self._operations, []
+        """Write what has come: inline, a part per turn of the loop, or by the store's thread if it must wait."""
+        batch, self._operations = self._operations[:_INLINE], self._operations[_INLINE:]
         if not batch:
             return
-        results = None
-        if len(batch) <= _INLINE:
-            try:
-                results = self._store.apply_now([operation for operation, _ in batch])
-            except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
-                if len(batch) == 1:
-                    batch[0][1](error)
-                    return
+        if self._operations:
+            self.loop.call_soon(self._flush)
+        try:
+            results = self._store.apply_now([operation for operation, _ in batch])
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+            if len(batch) == 1:
+                batch[0][1](error)
+                return
+            results = None  # one of them is at fault: the others go on without it
         if results is None:
+            batch += self._operations
+            self._operations = []
+            batch = [item for item in batch if not self._recalled(*item)]
             task = self.loop.create_task(self._apply(batch))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
             return
         for (_, done), result in zip(batch, results, strict=True):
             done(result)
+
+    def _recalled(self, operation: Operation, done: Callable[[Any], None]) -> bool:
+        """Answer a claim that needs no writing: such a hit does not wait for whoever writes."""
+        if type(operation) is not Claim or operation.refresh or operation.user is not None:
+            return False
+        try:
+            grant = self._store.recall(operation.draw, operation.n)
+        except StoreError:
+            return False  # the claim will say so
+        if grant is not None:
+            done(grant)
+        return grant is not None
 
     async def _apply(self, batch: list[tuple[Operation, Callable[[Any], None]]]) -> None:
         try:
@@ -339,6 +359,11 @@ class _Lane:
             results = [error]
         for (_, done), result in zip(batch, results, strict=True):
             done(result)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued in this turn."""
+        return not self._operations
 
     async def drain(self) -> None:
         """Wait until everything queued is written, and no call is in flight."""
@@ -362,25 +387,27 @@ class _Engine:
         self.board = _board(store.identity)
         self.merged = self.hits = self.misses = self.unreported = self.requests = 0
         self._lock = threading.Lock()
-        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
+        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
+        self._last: _Lane | None = None
         self._present = getattr(model, "present", None)
         self._callers: list[Caller] = []
 
     def lane(self) -> _Lane:
         """Return the running loop's lane."""
         loop = asyncio.get_running_loop()
+        last = self._last
+        if last is not None and last.loop is loop:
+            return last
         lane = self._lanes.get(loop)
         if lane is None:
             with self._lock:
+                for old in [old for old in self._lanes if old.is_closed()]:
+                    del self._lanes[old]
                 caller = Caller(self.model, self.keep_extra)
                 self._callers.append(caller)
                 lane = self._lanes[loop] = _Lane(loop, self.store, caller)
+        self._last = lane
         return lane
-
-    @property
-    def lanes(self) -> list[_Lane]:
-        with self._lock:
-            return list(self._lanes.values())
 
     def stats(self) -> Stats:
         """Return what was done so far."""
@@ -415,7 +442,8 @@ class _Engine:
         try:
             if mode == "replay" or self.store.read_only:
                 return self._replay(lane, request, question, identity, mode, occurrences)
-            if mode == "read-write" and (user is None or (question.key, user) in occurrences.used):
+            # In a crowd the claims of this turn, in one transaction, also find what is known already.
+            if mode == "read-write" and lane.idle and (user is None or (question.key, user) in occurrences.used):
                 grant = self.store.recall(identity, request.n)
                 if grant is not None:
                     return self._known(request, question, grant, occurrences)
@@ -484,6 +512,7 @@ class _Engine:
             return
         lane, key = draw.lane, draw.question.key
         draw.claimed = True
+        draw.joined = draw.joined or grant.joined
         draw.held = tuple({*draw.held, *grant.held})
         if draw.dead:
             self._leave(draw)
@@ -530,10 +559,12 @@ class _Engine:
 
     def _start(self, lane: _Lane) -> None:
         needs, lane.needs = lane.needs, []
-        for need in needs:
-            if not need.wanted:
-                self.give_up(need.draw, need.slots, None)
-        lane.caller.start([need for need in needs if need.wanted])
+        if any(need.draw.dead for need in needs):
+            for need in needs:
+                if not need.wanted:
+                    self.give_up(need.draw, need.slots, None)
+            needs = [need for need in needs if need.wanted]
+        lane.caller.start(needs)
 
     # Samples that come, and samples that do not.
 
@@ -648,7 +679,7 @@ class _Engine:
     def _complete(self, draw: _Draw) -> None:
         draw.complete = True
         draw.lane.strangers.pop(draw, None)
-        if draw.held:
+        if draw.joined:
             self._leave(draw)
         if not draw.future.done():
             draw.future.set_result(None)

@@ -8,7 +8,6 @@ summed ``n``, and hands each request its own part.
 from __future__ import annotations
 
 import asyncio
-import weakref
 from typing import Any
 
 from cachepipe import keys
@@ -28,7 +27,8 @@ _TURN = 256  # requests served before the loop is given a turn
 class _Lane:
     """What one event loop's requests share: the groups that are open now, and who opened them."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, model: Any) -> None:
+        self.loop = loop
         self.open: dict[_Group, tuple[object, object]] = {}
         self.served = 0
         self.caller = Caller(model, _dropped)
@@ -52,7 +52,8 @@ class AsyncDeduplicator(Stage):
         self.window = window
         self._cacher = model if isinstance(model, AsyncCacher) else None
         self._scope = scope if scope is not None else keys.scope_of(model)
-        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
+        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
+        self._last: _Lane | None = None
         self._requests = self._merged = self._misses = 0
         if self._cacher is not None:
             self._cacher.widen(window)
@@ -109,9 +110,15 @@ class AsyncDeduplicator(Stage):
 
     def _lane(self) -> _Lane:
         loop = asyncio.get_running_loop()
+        last = self._last
+        if last is not None and last.loop is loop:
+            return last
         lane = self._lanes.get(loop)
         if lane is None:
-            lane = self._lanes[loop] = _Lane(self.model)
+            for old in [old for old in self._lanes if old.is_closed()]:
+                del self._lanes[old]
+            lane = self._lanes[loop] = _Lane(loop, self.model)
+        self._last = lane
         return lane
 
     def _joins(self, lane: _Lane, group: _Group, owner: tuple[object, object]) -> bool:

@@ -59,22 +59,18 @@ Piece = tuple[Need, Sequence[int]]
 
 
 class Call:
-    """One call to the model: its id, for whom it is, and how it is withdrawn."""
+    """One call to the model: its id, for whom it is, how much it asks for, and how it is withdrawn."""
 
-    __slots__ = ("empty", "id", "pieces", "seconds", "task", "ticket")
+    __slots__ = ("empty", "id", "pieces", "seconds", "task", "ticket", "total")
 
     def __init__(self, pieces: list[Piece], empty: int = 0) -> None:
         self.id = new_id()
         self.pieces = pieces
+        self.total = len(pieces[0][1]) if len(pieces) == 1 else sum(len(slots) for _, slots in pieces)
         self.empty = empty
         self.seconds = 0.0
         self.task: asyncio.Task[None] | None = None
         self.ticket: Any = None
-
-    @property
-    def total(self) -> int:
-        """How many samples are asked for."""
-        return sum(len(slots) for _, slots in self.pieces)
 
     @property
     def request(self) -> Request:
@@ -115,6 +111,8 @@ class Caller:
 
     def __init__(self, model: Any, extra: Callable[[Need, list[Any], Call], None]) -> None:
         self._model = model
+        self._single_requests = has_request(model)
+        self._submit = getattr(model, "submit", None)
         self._extra = extra
         self._lowered: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,6 +133,9 @@ class Caller:
 
     def start(self, needs: Sequence[Need]) -> None:
         """Begin the calls for needs that came together."""
+        if len(needs) == 1:
+            self._send(self._cut(needs))
+            return
         groups: dict[Hashable, list[Need]] = {}
         for need in needs:
             groups.setdefault(id(need) if need.group is None else need.group, []).append(need)
@@ -143,6 +144,8 @@ class Caller:
     def _cut(self, needs: Sequence[Need]) -> list[Call]:
         """Return calls that together ask for what is needed, each within the limit."""
         limit = self.limit(mergeable=needs[0].group is not None)
+        if limit is None or (len(needs) == 1 and len(needs[0].slots) <= limit):
+            return [Call([(need, need.slots) for need in needs])]
         calls: list[Call] = []
         pieces: list[Piece] = []
         room = limit
@@ -162,7 +165,7 @@ class Caller:
         return calls
 
     def _send(self, calls: list[Call]) -> None:
-        if has_request(self._model):
+        if self._single_requests:
             for call in calls:
                 self._spawn([call], self._single(call))
         elif calls:
@@ -171,7 +174,6 @@ class Caller:
     def _spawn(self, calls: list[Call], work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         for call in calls:
             if len(calls) == 1:
                 call.task = task
@@ -179,14 +181,19 @@ class Caller:
                 need.calls.add(call)
 
     async def _single(self, call: Call) -> None:
+        try:
+            await self._ask(call)
+        finally:
+            self._tasks.discard(asyncio.current_task())  # type: ignore[arg-type]
+
+    async def _ask(self, call: Call) -> None:
         total = call.total
         request = call.request
         self._begin(total)
         begun = time.perf_counter()
         try:
-            submit = getattr(self._model, "submit", None)
-            if submit is not None:
-                call.ticket = submit(request)
+            if self._submit is not None:
+                call.ticket = self._submit(request)
                 answer = await call.ticket
             else:
                 answer = await self._model.request(request)
@@ -202,6 +209,12 @@ class Caller:
         self._answered(call, values)
 
     async def _batch(self, calls: list[Call]) -> None:
+        try:
+            await self._ask_all(calls)
+        finally:
+            self._tasks.discard(asyncio.current_task())  # type: ignore[arg-type]
+
+    async def _ask_all(self, calls: list[Call]) -> None:
         total = sum(call.total for call in calls)
         self._begin(total, len(calls))
         begun = time.perf_counter()
@@ -234,6 +247,11 @@ class Caller:
     def _answered(self, call: Call, values: list[Any]) -> None:
         """Hand out what a call has brought, and ask again for what it has not."""
         self.generated += len(values)
+        if len(values) == call.total and not call.merged:
+            need, slots = call.pieces[0]
+            need.calls.discard(call)
+            need.deliver(slots, values, call)
+            return
         start = 0
         missing: list[Piece] = []
         for need, slots in call.pieces:
@@ -284,7 +302,7 @@ class Caller:
     async def finish(self) -> None:
         """Wait until no call is in flight."""
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(list(self._tasks))
 
 
 def _detach(call: Call) -> None:

@@ -8,6 +8,8 @@ at samples that others generate, and iteration for people who look at a cache.
 
 from __future__ import annotations
 
+import itertools
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -20,9 +22,18 @@ from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
 
 
+_ids = itertools.count()
+_prefix = ""
+_prefix_pid = 0
+
+
 def new_id() -> str:
-    """Return a new permanent id: 96 random bits in hexadecimal."""
-    return secrets.token_hex(12)
+    """Return a new permanent id: 80 bits drawn at random by this process, and a running number."""
+    global _prefix, _prefix_pid  # noqa: PLW0603 - a forked child draws its own
+    pid = os.getpid()
+    if pid != _prefix_pid:
+        _prefix, _prefix_pid = secrets.token_hex(10), pid
+    return f"{_prefix}{next(_ids):x}"
 
 
 State = Literal["stored", "pending", "ours", "free"]
@@ -84,6 +95,7 @@ class Grant:
         added: how many positions are new in the ledger.
         fresh_id: True when the namespace had drawn this key before, and not this draw.
         shared: True when another live process made this draw.
+        joined: True when others hold the draw too; then the claimant leaves it when it is complete.
     """
 
     indices: list[int]
@@ -93,6 +105,7 @@ class Grant:
     added: int = 0
     fresh_id: bool = False
     shared: bool = False
+    joined: bool = False
 
 
 @dataclass(slots=True)

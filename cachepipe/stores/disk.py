@@ -18,7 +18,8 @@ import diskcache
 
 from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
 from cachepipe.stores import leases
-from cachepipe.stores.sql import SCHEMA, SqlStore, check_format
+from cachepipe.stores.rows import SCHEMA, check_format
+from cachepipe.stores.sql import SqlStore
 
 Durability = Literal["process", "full"]
 
@@ -145,16 +146,17 @@ class DiskStore(SqlStore):
     def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         pair = []
         for name in (_LEDGER, _SHELF):
+            how = "?mode=ro" if self.read_only else ""
+            connection = self._connect(name, uri=how)
             if self.read_only:
-                connection = self._connect(name, uri="?mode=ro")
                 try:
                     connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 except sqlite3.OperationalError:
                     # SQLite wants to make its side files, and cannot: read the file as it lies there.
                     connection.close()
-                    connection = self._connect(name, uri="?immutable=1")
+                    how = "?immutable=1"
+                    connection = self._connect(name, uri=how)
             else:
-                connection = self._connect(name)
                 full = self.durability == "full"
                 connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
@@ -164,6 +166,8 @@ class DiskStore(SqlStore):
             else:
                 connection.execute("PRAGMA query_only = 1")
             pair.append(connection)
+        if not write:
+            pair[0].execute("ATTACH ? AS shelf", (f"{(self.folder / _SHELF).as_uri()}{how}",))
         return pair[0], pair[1]
 
     # Leases.
@@ -178,9 +182,6 @@ class DiskStore(SqlStore):
 
     def _lease_alive(self, name: str) -> bool:
         return leases.alive(self.folder, name)
-
-    def _lease_swept(self, name: str) -> None:
-        leases.sweep(self.folder, name)
 
     def _end_lease(self) -> None:
         holding, self._holding = self._holding, None

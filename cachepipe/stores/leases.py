@@ -89,19 +89,18 @@ def alive(folder: Path, name: str) -> bool:
         own = _held.get(folder)
     if own is not None and own.name == name:
         return True
+    path = folder / _FOLDER / name
     try:
-        descriptor = os.open(folder / _FOLDER / name, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
-        return not _lock(descriptor, wait=False)
+        if not _lock(descriptor, wait=False):
+            return True
+        path.unlink(missing_ok=True)  # names are never used again
+        return False
     finally:
         os.close(descriptor)
-
-
-def sweep(folder: Path, name: str) -> None:
-    """Remove the file of a lease whose process is dead."""
-    (folder / _FOLDER / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

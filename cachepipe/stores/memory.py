@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 from collections.abc import Sequence
 
 from cachepipe.ledger import Draw, Runs
 from cachepipe.stores.base import Grant, State
-from cachepipe.stores.sql import SCHEMA, SqlStore
+from cachepipe.stores.rows import SCHEMA
+from cachepipe.stores.sql import SqlStore
 
 _SHELF = """
 CREATE TABLE Cache(
@@ -21,22 +23,30 @@ class MemoryStore(SqlStore):
     """The ledger and the samples in memory, under the same rules as on disk."""
 
     def __init__(self) -> None:
-        ledger, shelf = (
-            sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False) for _ in range(2)
-        )
-        ledger.executescript(SCHEMA)
-        shelf.executescript(_SHELF)
-        self._pair = (ledger, shelf)
-        self.identity = f"memory:{id(self):x}"
+        self.identity = f"memory:{secrets.token_hex(8)}"
+        self._keep = self._open(write=True)  # the tables live as long as a connection to them
+        self._keep[0].executescript(SCHEMA)
+        self._keep[1].executescript(_SHELF)
         super().__init__()
 
     def __repr__(self) -> str:
         return f"<MemoryStore {self.totals()['samples']} samples>"
 
-    def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:  # noqa: ARG002 - one pair does both
-        return self._pair
+    def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        ledger, shelf = (
+            sqlite3.connect(
+                self._uri(name), uri=True, timeout=0, isolation_level=None, check_same_thread=False
+            )
+            for name in ("ledger", "shelf")
+        )
+        if not write:
+            ledger.execute(f"ATTACH '{self._uri('shelf')}' AS shelf")
+        return ledger, shelf
 
-    def checkpoint(self) -> None:
+    def _uri(self, name: str) -> str:
+        return f"file:{self.identity}-{name}?mode=memory&cache=shared"
+
+    def tidy(self) -> None:
         """Do nothing: there is no log."""
         self._rows = 0
 
@@ -49,7 +59,7 @@ class MemoryStore(SqlStore):
     def _lease_alive(self, name: str) -> bool:
         return name == self.identity
 
-    # One pair of connections serves every thread, so a reader must not look into a transaction.
+    # SQLite's shared memory has no snapshots, so a reader must not look into a transaction.
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
         """Return the first n samples of a draw that the ledger holds whole, else None."""

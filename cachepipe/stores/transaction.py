@@ -1,0 +1,664 @@
+"""One transaction on the ledger: the contract's verbs as rows.
+
+Small sets of indices are held in memory while nobody else writes (SQLite's ``data_version`` tells), and
+new rows are gathered and written many to a statement at the end. So a thousand draws claimed at once
+cost a few statements, and a lone draw of a known key costs three.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+
+from cachepipe.errors import StoreError
+from cachepipe.keys import Question
+from cachepipe.ledger import LISTED, SHARED, Draw, Runs, choose, is_in, laid, lowest_new, merged, split
+from cachepipe.stores.base import (
+    Claim,
+    Commit,
+    Committed,
+    Discard,
+    Forgo,
+    Grant,
+    Leave,
+    Operation,
+    Result,
+    Sample,
+)
+from cachepipe.stores.rows import DISCARDED, GONE, PUT, Discarded, pack, read_sample, unpack
+
+_SMALL = 64  # runs up to which a set is held in memory as a whole
+_REMEMBERED = 100_000  # keys, namespaces and sets remembered between transactions
+
+_DRAW = (
+    "SELECT namespace, part, position, indices, lease, token FROM segments"
+    " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3 AND namespace IN (?4,"
+    " (SELECT namespace FROM firsts WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3))"
+    " ORDER BY part"
+)
+_OTHERS = (
+    "SELECT namespace, position, indices FROM segments WHERE key = ? AND request_id = ?"
+    " AND occurrence = ? AND namespace != ? AND namespace IS NOT"
+    f" (SELECT id FROM namespaces WHERE label = '{SHARED}') ORDER BY at, namespace, part"
+)
+_PART = " WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ? AND part = ?"
+
+DrawRow = tuple[int, str, int]
+"""A draw's key, request id and occurrence, as the ledger writes them."""
+
+
+class Memory:
+    """What a store remembers between its transactions; worth nothing once somebody else has written."""
+
+    def __init__(
+        self,
+        leased: Callable[[], str],
+        lives: Callable[[int, str], bool],
+        shared: Callable[[set[int]], bool],
+    ) -> None:
+        self.leased = leased
+        self.lives = lives
+        self.shared = shared
+        self.version = -1
+        self.lease: int | None = None
+        self.reaped = 0.0
+        self.keys: dict[str, int] = {}
+        self.namespaces: dict[str, int] = {}
+        self.sets: dict[tuple[int, int], _Set | None] = {}
+
+    def forget(self) -> None:
+        """Forget everything: a transaction was rolled back, or somebody else has written."""
+        self.lease = None
+        self.keys.clear()
+        self.namespaces.clear()
+        self.sets.clear()
+
+
+class _Set(Runs):
+    """A set of indices with the rows that the ledger has of it."""
+
+    __slots__ = ("written",)
+
+    def __init__(self, written: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self._starts = [start for start, _ in written]
+        self._stops = [stop for _, stop in written]
+        self.written = written
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        return list(zip(self._starts, self._stops, strict=True))
+
+
+class Transaction:
+    """Applies operations inside ``BEGIN IMMEDIATE`` … ``COMMIT`` on the ledger's connection."""
+
+    def __init__(self, memory: Memory, ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> None:
+        self._memory = memory
+        self._ledger = ledger
+        self._shelf = shelf
+        self._now = time.time()
+        self._samples: dict[tuple[str, int], Sample] = {}
+        self._keys: list[tuple[int, str, str | None, bytes, float]] = []
+        self._segments: list[tuple[Any, ...]] = []
+        self._firsts: list[tuple[Any, ...]] = []
+        self._pending: list[tuple[int, int, int]] = []
+        self._spans: list[tuple[int, int, int, int]] = []
+        self._uses: list[tuple[int, int, float]] = []
+        self._touched: set[DrawRow] = set()
+        self._new_keys: set[int] = set()
+        self._claimed: set[int] = set()
+        self._dirty: dict[tuple[int, int], _Set] = {}
+        version = ledger.execute("PRAGMA data_version").fetchone()[0]
+        if version != memory.version or len(memory.sets) > _REMEMBERED or len(memory.keys) > _REMEMBERED:
+            memory.forget()
+            memory.version = version
+
+    def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Return the operations' results, after everything is written but the COMMIT."""
+        results: list[Result] = []
+        self._intern([operation.question.key for operation in operations if type(operation) is Claim])
+        place = 0
+        while place < len(operations):
+            operation = operations[place]
+            if type(operation) is Commit:
+                stop = place
+                while stop < len(operations) and type(operations[stop]) is Commit:
+                    stop += 1
+                results += self._commit_all(operations[place:stop])  # type: ignore[arg-type]
+                place = stop
+                continue
+            if type(operation) is Claim:
+                results.append(self._claim(operation))
+            else:
+                self._flush()
+                match operation:
+                    case Forgo():
+                        self._forgo(operation)
+                    case Leave():
+                        self._leave(operation)
+                    case Discard():
+                        self._discard(operation)
+                results.append(None)
+            place += 1
+        self._flush()
+        return results
+
+    # Claims.
+
+    def _claim(self, claim: Claim) -> Grant:
+        draw, n = claim.draw, claim.n
+        self._reap_the_dead()
+        key = self._key(claim.question)
+        namespace = self._namespace(draw.namespace)
+        if key in self._new_keys:
+            if key not in self._claimed:
+                return self._claim_first(claim, key, namespace)
+            self._flush()
+        if claim.user is not None:
+            self._uses.append((key, self._namespace(claim.user), self._now))
+        book = _Book(self, key)
+        place = (key, draw.request_id, draw.occurrence)
+        own, other = self._rows(place, namespace)
+        indices = laid((row[2], unpack(row[3])) for row in own)[:n]
+        known = draw.namespace != SHARED and book.run_at(namespace, 0) is not None
+        old = 0 if claim.refresh else len(indices)
+        samples: list[Sample | None] = []
+        coupled: list[int] | None = None
+        replaced: list[int] = []
+        mine: list[int] = []
+        for position in range(n):
+            sample: Sample | Discarded | None = GONE
+            if position < old:
+                sample = self._sample(draw.key, indices[position])
+                if sample is GONE:
+                    replaced.append(position)
+            listed = True
+            while sample is GONE:
+                if coupled is None:
+                    alone = claim.refresh or draw.namespace == SHARED
+                    coupled = [] if alone else self._coupled(place, namespace, other, bool(own))
+                preferred = coupled[position] if position < len(coupled) else None
+                index = choose(book, namespace, preferred, new=claim.refresh)
+                self._add(namespace, key, index)  # a discarded one stays taken: nothing comes back to it
+                indices[position : position + 1] = [index]
+                listed = is_in(book, LISTED, index)
+                sample = self._sample(draw.key, index) if listed else None
+            if not isinstance(sample, Sample):
+                sample = None
+                index = indices[position]
+                if self._gain(book, key, index, listed=listed):
+                    mine.append(index)
+            samples.append(sample)
+        missing = None in samples
+        token = claim.token if missing else None
+        parts = [row[1] for row in own]
+        part = parts[-1] + 1 if parts else 0
+        held = self._join(claim, place, namespace, own) if missing and own else []
+        added = [(position, [indices[position]]) for position in replaced]
+        if old < n:
+            added.append((old, indices[old:]))
+            if not own and not other and draw.namespace != SHARED:
+                self._firsts.append((*place, namespace))
+        for position, chosen in added:
+            generated = sum(index in chosen for index in mine)
+            row = (*place, namespace, part, position, pack(chosen), self._lease(), token, generated, self._now)
+            self._segments.append(row)
+            held.append(part)
+            part += 1
+        if added:
+            self._touched.add(place)
+        return Grant(
+            indices,
+            samples,
+            mine,
+            tuple(held) if missing else (),
+            len(added),
+            fresh_id=known and not own and bool(draw.request_id),
+            shared=bool(own) and self._memory.shared({row[4] for row in own}),
+            joined=missing and any(row[5] != token or row[4] != self._lease() for row in own),
+        )
+
+    def _claim_first(self, claim: Claim, key: int, namespace: int) -> Grant:
+        """Claim the first samples of a key that nobody has asked for before."""
+        draw, n, lease = claim.draw, claim.n, self._lease()
+        place = (key, draw.request_id, draw.occurrence)
+        indices = list(range(n))
+        self._segments.append(
+            (*place, namespace, 0, 0, 0 if n == 1 else pack(indices), lease, claim.token, n, self._now)
+        )
+        if draw.namespace != SHARED:
+            self._firsts.append((*place, namespace))
+        self._pending += [(key, index, lease) for index in indices]
+        self._spans.append((LISTED, key, n, 0))
+        self._spans.append((namespace, key, n, 0))
+        self._claimed.add(key)
+        if claim.user is not None:
+            self._uses.append((key, self._namespace(claim.user), self._now))
+        return Grant(indices, [None] * n, list(indices), (0,), 1)
+
+    def _rows(self, place: DrawRow, namespace: int) -> tuple[list[Any], list[Any]]:
+        """Return a draw's own rows, and those of the earliest namespace when that is another."""
+        if place in self._touched:
+            self._flush()
+        own, other = [], []
+        for row in self._ledger.execute(_DRAW, (*place, namespace)):
+            (own if row[0] == namespace else other).append(row)
+        return own, other
+
+    def _coupled(self, place: DrawRow, namespace: int, other: list[Any], own: bool) -> list[int]:  # noqa: FBT001 - two facts
+        """Return the indices that the same draw has in the earliest other namespace."""
+        if other:
+            return laid((row[2], unpack(row[3])) for row in other)
+        if not own:
+            return []
+        rows = self._ledger.execute(_OTHERS, (*place, namespace)).fetchall()
+        return laid((row[1], unpack(row[2])) for row in rows if row[0] == rows[0][0])
+
+    def _join(self, claim: Claim, place: DrawRow, namespace: int, own: list[Any]) -> list[int]:
+        """Hold the segments of a draw that others wrote and that are incomplete."""
+        held = []
+        for row in own:
+            if not self._incomplete(claim.draw.key, unpack(row[3])):
+                continue
+            if row[5] != claim.token or row[4] != self._lease():
+                self._ledger.execute(
+                    "INSERT OR IGNORE INTO holders VALUES(?, ?, ?, ?, ?, ?, ?)",
+                    (*place, namespace, row[1], claim.token, self._lease()),
+                )
+            held.append(row[1])
+        return held
+
+    def _gain(self, book: _Book, key: int, index: int, *, listed: bool) -> bool:
+        """Take the lease of an index without a sample, unless a live process has it."""
+        row = (key, index, self._lease())
+        if not listed and not is_in(book, LISTED, index):
+            self._pending.append(row)
+            self._add(LISTED, key, index)
+            return True
+        self._flush()
+        gained = self._ledger.execute("INSERT OR IGNORE INTO pending VALUES(?, ?, ?)", row).rowcount
+        if gained and not is_in(book, LISTED, index):
+            self._add(LISTED, key, index)
+        return bool(gained)
+
+    # Commits.
+
+    def _commit_all(self, commits: Sequence[Commit]) -> list[Result]:
+        """Store samples: all at once when every lease is still ours, else one by one."""
+        self._flush()
+        if any(commit.index is None for commit in commits):
+            return [self._commit(commit) for commit in commits]
+        lease = self._lease()
+        self._ledger.execute("SAVEPOINT commits")
+        gone = self._ledger.executemany(
+            "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?",
+            [(self._key_of(commit.key), commit.index, lease) for commit in commits],
+        ).rowcount
+        samples = [_sample(commit, commit.index or 0) for commit in commits]
+        if gone == len(commits) and self._put(list(zip(commits, samples, strict=True))):
+            self._ledger.execute("RELEASE commits")
+            return [Committed(sample, kept=True) for sample in samples]
+        self._ledger.execute("ROLLBACK TO commits")
+        self._ledger.execute("RELEASE commits")
+        return [self._commit(commit) for commit in commits]
+
+    def _put(self, samples: list[tuple[Commit, Sample]]) -> bool:
+        """Write rows to the shelf, durably; tell whether all of them were new."""
+        self._shelf.execute("BEGIN IMMEDIATE")
+        put = self._shelf.executemany(
+            PUT,
+            [
+                (f"{commit.key}/{sample.index}", self._now, self._now, sample.header + b"\n" + sample.payload)
+                for commit, sample in samples
+            ],
+        ).rowcount
+        if put != len(samples):
+            self._shelf.execute("ROLLBACK")
+            return False
+        self._shelf.execute("COMMIT")
+        return True
+
+    def _commit(self, commit: Commit) -> Committed:
+        key = self._key_of(commit.key)
+        book = _Book(self, key)
+        kept = commit.index is not None and self._still_ours(book, key, commit, commit.index)
+        there = read_sample(self._shelf, commit.key, commit.index) if commit.index is not None else None
+        if kept and isinstance(there, Sample):
+            return Committed(there, kept=True)  # written before, by a transaction that was cut short
+        index = commit.index
+        if index is None or not kept:
+            index = lowest_new(book, LISTED)
+            while read_sample(self._shelf, commit.key, index) is not None:
+                self._add(LISTED, key, index)  # stored, but not noted: its writer was killed in between
+                index = lowest_new(book, LISTED)
+            self._add(LISTED, key, index)
+        sample = _sample(commit, index)
+        if not self._put([(commit, sample)]):
+            raise StoreError(f"sample {index} of key {commit.key} was written by somebody else meanwhile")
+        return Committed(sample, kept)
+
+    def _still_ours(self, book: _Book, key: int, commit: Commit, index: int) -> bool:
+        """Take a committed index out of ``pending``; tell whether the lease on it was still ours."""
+        gone = self._ledger.execute(
+            "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?", (key, index, self._lease())
+        ).rowcount
+        there = read_sample(self._shelf, commit.key, index)
+        if there is not None:
+            return isinstance(there, Sample) and there.id == commit.id
+        if not gone:
+            pending = self._ledger.execute(
+                "SELECT 1 FROM pending WHERE key = ? AND sample = ?", (key, index)
+            ).fetchone()
+            if pending is not None:
+                return False
+        if not is_in(book, LISTED, index):
+            self._add(LISTED, key, index)
+        return True
+
+    # What else happens to a draw and to a sample.
+
+    def _forgo(self, forgo: Forgo) -> None:
+        key = self._key_of(forgo.key)
+        for index in forgo.indices:
+            gone = self._ledger.execute(
+                "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?", (key, index, self._lease())
+            ).rowcount
+            if gone and self._sample(forgo.key, index) is None:
+                self._remove(LISTED, key, index)
+
+    def _leave(self, leave: Leave) -> None:
+        """End a hold. An incomplete draw that nobody else holds gives back what it had added (C8)."""
+        key = self._key_of(leave.draw.key)
+        namespace = self._namespace(leave.draw.namespace)
+        place = (key, leave.draw.request_id, leave.draw.occurrence)
+        undoing = False
+        for part in sorted(leave.held):
+            where = (*place, namespace, part)
+            row = self._ledger.execute("SELECT indices, lease, token FROM segments" + _PART, where).fetchone()
+            if row is None:
+                continue
+            author = row[1] == self._lease() and row[2] == leave.token
+            if not author:
+                joined = self._ledger.execute(
+                    f"DELETE FROM holders{_PART} AND token = ? AND lease = ?",  # noqa: S608 - a constant
+                    (*where, leave.token, self._lease()),
+                ).rowcount
+                if not joined:
+                    continue
+            if leave.complete:
+                continue
+            if author:
+                self._ledger.execute("UPDATE segments SET token = NULL" + _PART, where)
+            if self._held_by_others(where, None if author else row[1:]):
+                continue
+            indices = unpack(row[0])
+            undoing = undoing or self._incomplete(leave.draw.key, indices)
+            if undoing:
+                self._ledger.execute("DELETE FROM segments" + _PART, where)
+                for index in indices:
+                    self._remove(namespace, key, index)
+        if undoing:
+            self._hand_on(place, namespace)
+
+    def _held_by_others(self, where: tuple[Any, ...], author: tuple[int, str | None] | None) -> bool:
+        """Tell whether a live claimant holds a segment: its author, or one that has joined."""
+        leases = {
+            row[0]
+            for row in self._ledger.execute("SELECT lease FROM holders" + _PART, where)
+        }
+        if author is not None and author[1] is not None:
+            leases.add(author[0])
+        return any(lease == self._lease() or self._alive(lease) for lease in leases)
+
+    def _hand_on(self, place: DrawRow, namespace: int) -> None:
+        """Let another namespace be the earliest of a draw that this one has no part of any more."""
+        left = self._ledger.execute(
+            "SELECT 1 FROM segments WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ?",
+            (*place, namespace),
+        ).fetchone()
+        if left is not None:
+            return
+        gone = self._ledger.execute(
+            "DELETE FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ?",
+            (*place, namespace),
+        ).rowcount
+        if gone:
+            row = self._ledger.execute(_OTHERS, (*place, namespace)).fetchone()
+            if row is not None:
+                self._ledger.execute("INSERT INTO firsts VALUES(?, ?, ?, ?)", (*place, row[0]))
+
+    def _discard(self, discard: Discard) -> None:
+        key = self._key_of(discard.key)
+        there = read_sample(self._shelf, discard.key, discard.index)
+        if there is None:
+            raise StoreError(f"there is no sample {discard.index} of key {discard.key} to discard")
+        if there is not GONE:
+            self._shelf.execute(
+                "UPDATE Cache SET value = CAST(? || value AS BLOB) WHERE key = ? AND raw = 1",
+                (DISCARDED, f"{discard.key}/{discard.index}"),
+            )
+        self._ledger.execute(
+            "INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", (key, discard.index, self._now, discard.why)
+        )
+
+    # Samples.
+
+    def _sample(self, key: str, index: int) -> Sample | Discarded | None:
+        return read_sample(self._shelf, key, index)
+
+    def _incomplete(self, key: str, indices: Sequence[int]) -> bool:
+        return any(self._sample(key, index) is None for index in indices)
+
+    # Sets.
+
+    def set_of(self, owner: int, key: int) -> _Set | None:
+        """Return a small set of indices, or None for one that has too many runs to hold."""
+        place = (owner, key)
+        sets = self._memory.sets
+        if place in sets:
+            return sets[place]
+        rows = self._ledger.execute(
+            "SELECT start, stop FROM spans WHERE owner = ? AND key = ? ORDER BY stop LIMIT ?",
+            (owner, key, _SMALL + 1),
+        ).fetchall()
+        small = sets[place] = None if len(rows) > _SMALL else _Set(rows)
+        return small
+
+    def run_at(self, owner: int, key: int, at: int) -> tuple[int, int] | None:
+        """Return the first run of a set whose stop is above ``at``."""
+        known = self.set_of(owner, key)
+        if known is not None:
+            return known.run_at(at)
+        run: tuple[int, int] | None = self._ledger.execute(
+            "SELECT start, stop FROM spans WHERE owner = ? AND key = ? AND stop > ? ORDER BY stop LIMIT 1",
+            (owner, key, at),
+        ).fetchone()
+        return run
+
+    def _add(self, owner: int, key: int, index: int) -> None:
+        known = self.set_of(owner, key)
+        if known is not None:
+            known.add(index)
+            self._dirty[owner, key] = known
+            return
+        near = self._ledger.execute(
+            "SELECT start, stop FROM spans WHERE owner = ? AND key = ? AND stop >= ? ORDER BY stop LIMIT 2",
+            (owner, key, index),
+        ).fetchall()
+        if any(run[0] <= index < run[1] for run in near):
+            return
+        gone, run = merged(near, index)
+        self._rewrite(owner, key, gone, [run])
+
+    def _remove(self, owner: int, key: int, index: int) -> None:
+        known = self.set_of(owner, key)
+        if known is not None:
+            known.remove(index)
+            self._dirty[owner, key] = known
+            return
+        run = self.run_at(owner, key, index)
+        if run is not None and run[0] <= index:
+            self._rewrite(owner, key, [run], split(run, index))
+
+    def _rewrite(self, owner: int, key: int, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
+        for _, stop in old:
+            self._ledger.execute("DELETE FROM spans WHERE owner = ? AND key = ? AND stop = ?", (owner, key, stop))
+        for start, stop in new:
+            self._ledger.execute("INSERT INTO spans VALUES(?, ?, ?, ?)", (owner, key, stop, start))
+
+    # What is gathered, and written many rows to a statement.
+
+    def _flush(self) -> None:
+        if self._keys:
+            self._ledger.executemany("INSERT INTO keys VALUES(?, ?, ?, ?, ?)", self._keys)
+            self._keys.clear()
+        if self._segments:
+            self._ledger.executemany(
+                "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._segments
+            )
+            self._segments.clear()
+            self._touched.clear()
+        if self._firsts:
+            self._ledger.executemany("INSERT INTO firsts VALUES(?, ?, ?, ?)", self._firsts)
+            self._firsts.clear()
+        if self._pending:
+            self._ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", self._pending)
+            self._pending.clear()
+        if self._spans:
+            self._ledger.executemany("INSERT INTO spans VALUES(?, ?, ?, ?)", self._spans)
+            self._spans.clear()
+        if self._uses:
+            self._ledger.executemany("INSERT OR IGNORE INTO uses VALUES(?, ?, ?)", self._uses)
+            self._uses.clear()
+        if self._dirty:
+            self._flush_sets()
+        self._new_keys.clear()
+        self._claimed.clear()
+
+    def _flush_sets(self) -> None:
+        gone: list[tuple[int, int, int]] = []
+        new: list[tuple[int, int, int, int]] = []
+        for (owner, key), known in self._dirty.items():
+            runs, written = known.runs, known.written
+            if runs == written:
+                continue
+            before, after = set(written), set(runs)
+            gone += [(owner, key, stop) for _, stop in before - after]
+            new += [(owner, key, stop, start) for start, stop in after - before]
+            known.written = runs
+            if len(runs) > _SMALL:
+                self._memory.sets[owner, key] = None
+        self._dirty.clear()
+        if gone:
+            self._ledger.executemany("DELETE FROM spans WHERE owner = ? AND key = ? AND stop = ?", gone)
+        if new:
+            self._ledger.executemany("INSERT INTO spans VALUES(?, ?, ?, ?)", new)
+
+    # Interned ids.
+
+    def _intern(self, keys: list[str]) -> None:
+        """Look up the ids of many keys in one statement."""
+        known = self._memory.keys
+        unknown = [key for key in keys if key not in known]
+        if len(unknown) > 8:
+            rows = self._ledger.execute(
+                "SELECT key, id FROM keys WHERE key IN (SELECT value FROM json_each(?))",
+                (orjson.dumps(unknown).decode(),),
+            )
+            known.update(rows)
+            for key in unknown:
+                known.setdefault(key, 0)
+
+    def _key(self, question: Question) -> int:
+        known = self._memory.keys
+        key = known.get(question.key)
+        if key is None:
+            row = self._ledger.execute("SELECT id FROM keys WHERE key = ?", (question.key,)).fetchone()
+            key = 0 if row is None else int(row[0])
+        if not key:
+            if self._keys:
+                key = self._keys[-1][0] + 1
+            else:
+                row = self._ledger.execute("SELECT max(id) FROM keys").fetchone()
+                key = (row[0] or 0) + 1
+            self._keys.append((key, question.key, question.scope, question.document, self._now))
+            self._new_keys.add(key)
+        known[question.key] = key
+        return key
+
+    def _key_of(self, name: str) -> int:
+        key = self._memory.keys.get(name)
+        if not key:
+            row = self._ledger.execute("SELECT id FROM keys WHERE key = ?", (name,)).fetchone()
+            if row is None:
+                raise StoreError(f"the cache knows no key {name}; claim a draw of it first")
+            key = self._memory.keys[name] = int(row[0])
+        return key
+
+    def _namespace(self, written: str) -> int:
+        known = self._memory.namespaces
+        namespace = known.get(written)
+        if namespace is None:
+            self._ledger.execute("INSERT OR IGNORE INTO namespaces VALUES(NULL, ?)", (written,))
+            row = self._ledger.execute("SELECT id FROM namespaces WHERE label = ?", (written,)).fetchone()
+            namespace = known[written] = int(row[0])
+        return namespace
+
+    # Leases.
+
+    def _lease(self) -> int:
+        lease = self._memory.lease
+        if lease is None:
+            name = self._memory.leased()
+            self._ledger.execute("INSERT OR IGNORE INTO leases VALUES(NULL, ?, ?, NULL)", (name, self._now))
+            row = self._ledger.execute("SELECT id FROM leases WHERE name = ?", (name,)).fetchone()
+            lease = self._memory.lease = int(row[0])
+        return lease
+
+    def _alive(self, lease: int) -> bool:
+        row = self._ledger.execute("SELECT name FROM leases WHERE id = ? AND ended IS NULL", (lease,)).fetchone()
+        return row is not None and self._memory.lives(lease, row[0])
+
+    def _reap_the_dead(self) -> None:
+        """Free what processes that have died were generating, and end their holds."""
+        now = time.monotonic()
+        if now - self._memory.reaped < 0.1:
+            return
+        self._memory.reaped = now
+        mine = self._lease()
+        for lease, name in self._ledger.execute(
+            "SELECT id, name FROM leases WHERE ended IS NULL AND id != ?", (mine,)
+        ).fetchall():
+            if self._memory.lives(lease, name):
+                continue
+            for key, name_of_key, index in self._ledger.execute(
+                "SELECT p.key, k.key, p.sample FROM pending p JOIN keys k ON k.id = p.key WHERE p.lease = ?",
+                (lease,),
+            ).fetchall():
+                if self._sample(name_of_key, index) is None:
+                    self._remove(LISTED, key, index)
+            self._ledger.execute("DELETE FROM pending WHERE lease = ?", (lease,))
+            self._ledger.execute("DELETE FROM holders WHERE lease = ?", (lease,))
+            self._ledger.execute("UPDATE leases SET ended = ? WHERE id = ?", (self._now, lease))
+
+
+class _Book:
+    """The sets of one key inside a transaction."""
+
+    __slots__ = ("_key", "_transaction")
+
+    def __init__(self, transaction: Transaction, key: int) -> None:
+        self._transaction = transaction
+        self._key = key
+
+    def run_at(self, owner: int, at: int) -> tuple[int, int] | None:
+        return self._transaction.run_at(owner, self._key, at)
+
+
+def _sample(commit: Commit, index: int) -> Sample:
+    return Sample(index, commit.id, commit.payload, orjson.dumps({"id": commit.id, **commit.meta}))

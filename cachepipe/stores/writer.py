@@ -1,0 +1,124 @@
+"""The thread that writes when the loop must not wait, what has gathered meanwhile as one transaction."""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from cachepipe.errors import StoreError
+from cachepipe.stores.base import Operation, Result
+
+LOCK_TIMEOUT = 60.0
+"""Seconds to wait for a lock that another process holds."""
+
+Done = Callable[["list[Result] | Exception"], None]
+_Item = tuple[Sequence[Operation], Done]
+
+
+class Locked(Exception):  # noqa: N818 - internal: says that a write would have to wait
+    """Another connection is writing."""
+
+
+class Writable(Protocol):
+    """What the thread writes to."""
+
+    identity: str
+
+    def write(self, operations: Sequence[Operation]) -> list[Result]:
+        """Apply operations in one transaction, or raise ``Locked``."""
+        ...
+
+    def tidy(self) -> None:
+        """Do what is better done when nobody waits."""
+        ...
+
+
+class Writer:
+    """A daemon thread, started when there is something to write first."""
+
+    def __init__(self, store: Writable) -> None:
+        self._store = store
+        self._queue: collections.deque[_Item] = collections.deque()
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._woken = False
+        self.busy = False
+        """Whether operations are queued or being written: later ones must queue behind them."""
+
+    def put(self, operations: Sequence[Operation], done: Done) -> None:
+        """Queue operations; ``done`` gets their results, or the error, in the writer's thread."""
+        with self._condition:
+            self._queue.append((operations, done))
+            self.busy = True
+            self._start()
+
+    def wake(self) -> None:
+        """Let the thread tidy up."""
+        with self._condition:
+            self._woken = True
+            self._start()
+
+    def stop(self) -> None:
+        """Write what is queued, then end the thread."""
+        with self._condition:
+            self._stopping = True
+            thread = self._thread
+            self._condition.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="cachepipe-writer", daemon=True)
+            self._thread.start()
+        self._condition.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._queue or self._stopping or self._woken):
+                    self.busy = False
+                    self._condition.wait()
+                items = list(self._queue)
+                self._queue.clear()
+                self._woken = False
+                if not items and self._stopping:
+                    self.busy = False
+                    return
+            if items:
+                self._write(items)
+            self._store.tidy()
+
+    def _write(self, items: list[_Item]) -> None:
+        try:
+            results = self._patiently([operation for operations, _ in items for operation in operations])
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+            if len(items) == 1:
+                items[0][1](error)
+                return
+            for item in items:  # one of them is at fault: the others go on without it
+                self._write([item])
+            return
+        start = 0
+        for operations, done in items:
+            done(results[start : start + len(operations)])
+            start += len(operations)
+
+    def _patiently(self, operations: Sequence[Operation]) -> list[Result]:
+        until = time.monotonic() + LOCK_TIMEOUT
+        pause = 0.0005
+        while True:
+            try:
+                return self._store.write(operations)
+            except Locked:
+                if time.monotonic() > until:
+                    raise StoreError(
+                        f"the cache {self._store.identity} has been locked by another process for "
+                        f"{LOCK_TIMEOUT:.0f} s; see which one writes there, then try again"
+                    ) from None
+                time.sleep(pause)
+                pause = min(pause * 2, 0.02)
