@@ -1,0 +1,601 @@
+"""What every store promises, as tests: subclass ``StoreContract``, say how the store is made, and run pytest.
+
+    class TestMyStore(StoreContract):
+        def make_store(self, tmp_path):
+            return MyStore(tmp_path)
+
+A new store is finished when it passes. The names of the tests are the promises; C1 to C9 are the
+clauses of the sampling contract.
+"""
+# ruff: noqa: D102, S101, S106 - the names of tests are their sentences, asserting is what they do, tokens are no secrets
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import pytest
+except ImportError as error:
+    raise ImportError("StoreContract needs pytest: pip install pytest") from error
+
+from cachepipe.errors import StoreError
+from cachepipe.keys import Question
+from cachepipe.ledger import SHARED, Draw, Runs, label
+from cachepipe.stores.base import (
+    Claim,
+    Commit,
+    Committed,
+    Discard,
+    Forgo,
+    Grant,
+    Leave,
+    Operation,
+    Result,
+    Sample,
+    Store,
+)
+
+KEY = "k1-" + "a" * 64
+OTHER = "k1-" + "b" * 64
+
+
+def asked(key: str = KEY) -> Question:
+    """Return a question that has this key."""
+    return Question(key, "https://api.example/v1", b'{"fields":{"prompt":"why?"}}')
+
+
+def drawn(request_id: str = "", *, namespace: str | None = None, key: str = KEY, occurrence: int = 0) -> Draw:
+    """Return the identity of a draw."""
+    return Draw(label(namespace), key, request_id, occurrence)
+
+
+class StoreContract:
+    """The semantics of the verbs of ``cachepipe.stores.base``, for any store."""
+
+    def make_store(self, tmp_path: Path) -> Store:
+        """Return a new and empty store; ``tmp_path`` is a folder of the test's own."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[Store]:
+        """Give each test a store of its own."""
+        store = self.make_store(tmp_path)
+        yield store
+        store.close()
+
+    # Shorthands. Override ``apply`` for a store that must stay on one event loop.
+
+    def apply(self, store: Store, *operations: Operation) -> list[Any]:
+        """Apply operations in one transaction and return their results."""
+        results: list[Result] | None = store.apply_now(operations)
+        if results is None:
+            results = asyncio.run(_applied(store, operations))
+        return list(results)
+
+    def claim(self, store: Store, draw: Draw, n: int = 1, **more: Any) -> Grant:
+        """Claim samples for a draw."""
+        more.setdefault("token", "one")
+        grant: Grant = self.apply(store, Claim(draw, n, asked(draw.key), **more))[0]
+        return grant
+
+    def commit(self, store: Store, index: int | None, text: str = "", key: str = KEY) -> Committed:
+        """Commit one sample whose payload tells which it is."""
+        payload = (text or f"sample {index}").encode()
+        result: Committed = self.apply(store, Commit(key, index, payload, {"at": 1.5, "call": "c"}))[0]
+        return result
+
+    def leave(self, store: Store, draw: Draw, grant: Grant, *, complete: bool, token: str = "one") -> None:  # noqa: S107 - names a holder
+        """End a hold."""
+        self.apply(store, Leave(draw, token, grant.held, complete))
+
+    def fill(self, store: Store, draw: Draw, n: int = 1, token: str = "one") -> Grant:  # noqa: S107 - names a holder
+        """Claim, generate what is the claimant's to generate, and leave the draw complete."""
+        grant = self.claim(store, draw, n, token=token)
+        for index in grant.mine:
+            self.commit(store, index, key=draw.key)
+        self.leave(store, draw, grant, complete=True, token=token)
+        return grant
+
+    # Claims.
+
+    def test_a_first_claim_is_to_generate_all_its_samples_from_the_front(self, store: Store) -> None:
+        grant = self.claim(store, drawn(), 3)
+        assert grant.indices == grant.mine == [0, 1, 2]
+        assert grant.samples == [None, None, None]
+        assert grant.added
+        assert grant.held
+        assert not grant.shared
+        assert not grant.fresh_id
+
+    def test_two_draws_of_a_namespace_never_get_the_same_index(self, store: Store) -> None:
+        """C1, also while nothing is generated yet."""
+        first, second = self.claim(store, drawn("a"), 2), self.claim(store, drawn("b"), 2)
+        again = self.claim(store, drawn("a", occurrence=1), 1)
+        assert [*first.indices, *second.indices, *again.indices] == [0, 1, 2, 3, 4]
+
+    def test_a_claim_gives_the_samples_that_exist(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 2)
+        grant = self.claim(store, drawn("a"), 2)
+        assert [sample and sample.payload for sample in grant.samples] == [b"sample 0", b"sample 1"]
+        assert (grant.mine, grant.added, grant.held) == ([], 0, ())
+
+    def test_a_larger_claim_gets_the_same_samples_then_more(self, store: Store) -> None:
+        """C2 and C4: with n wanted and k at hand, n - k are to be generated."""
+        self.fill(store, drawn("a"), 2)
+        self.fill(store, drawn("b"), 1)
+        grant = self.claim(store, drawn("a"), 4)
+        assert grant.indices == [0, 1, 3, 4]
+        assert grant.mine == [3, 4]
+        assert grant.added
+
+    def test_a_smaller_claim_gets_the_first_samples(self, store: Store) -> None:
+        """C2."""
+        self.fill(store, drawn("a"), 3)
+        assert self.claim(store, drawn("a"), 2).indices == [0, 1]
+        assert self.claim(store, drawn("a"), 3).indices == [0, 1, 2]
+
+    def test_another_namespace_reuses_from_the_front(self, store: Store) -> None:
+        """C3 and C4: nothing is generated while the list has samples that the namespace has not drawn."""
+        self.fill(store, drawn("a", namespace="first"), 3)
+        grant = self.claim(store, drawn("z", namespace="second"), 4)
+        assert grant.indices == [0, 1, 2, 3]
+        assert grant.mine == [3]
+
+    def test_a_second_namespace_repeats_the_first_in_any_order(self, store: Store) -> None:
+        """C3."""
+        for name in "abc":
+            self.fill(store, drawn(name, namespace="first"), 2)
+        got = {name: self.claim(store, drawn(name, namespace="second"), 2).indices for name in "cab"}
+        assert got == {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
+
+    def test_the_earliest_other_namespace_is_the_one_that_is_repeated(self, store: Store) -> None:
+        """C3: the second's own draws do not count, nor a later namespace's."""
+        self.fill(store, drawn("a", namespace="first"), 1)
+        self.fill(store, drawn("b", namespace="first"), 1)
+        self.fill(store, drawn("x", namespace="second"), 1)  # takes 0
+        assert self.claim(store, drawn("a", namespace="second"), 1).indices == [1]
+        assert self.claim(store, drawn("a", namespace="third"), 1).indices == [0]
+
+    def test_namespaces_none_and_empty_are_two(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace=None))
+        self.fill(store, drawn("b", namespace=None))
+        assert self.claim(store, drawn("b", namespace="")).indices == [1]
+        assert self.claim(store, drawn("c", namespace="")).indices == [0]
+
+    def test_a_sample_that_is_being_generated_is_awaited_not_generated_again(self, store: Store) -> None:
+        """C4."""
+        self.claim(store, drawn("a", namespace="first"), 2)
+        grant = self.claim(store, drawn("a", namespace="second"), 2, token="two")
+        assert (grant.indices, grant.mine, grant.samples) == ([0, 1], [], [None, None])
+        assert grant.held
+
+    def test_keys_have_lists_of_their_own(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 2)
+        assert self.claim(store, drawn("a", key=OTHER), 1).mine == [0]
+
+    def test_a_new_id_on_a_key_that_its_namespace_has_drawn_is_told(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace="first"))
+        assert self.claim(store, drawn("b", namespace="first")).fresh_id
+        assert not self.claim(store, drawn("a", namespace="first")).fresh_id
+        assert not self.claim(store, drawn("a", namespace="second")).fresh_id
+        assert not self.claim(store, drawn("", namespace="first")).fresh_id
+
+    def test_a_refresh_gets_new_indices_and_the_old_stay_taken(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 2)
+        grant = self.claim(store, drawn("a"), 2, refresh=True)
+        assert grant.indices == grant.mine == [2, 3]
+        for index in grant.mine:
+            self.commit(store, index)
+        self.leave(store, drawn("a"), grant, complete=True)
+        assert self.claim(store, drawn("a"), 2).indices == [2, 3]
+        assert self.claim(store, drawn("b"), 1).indices == [4]
+
+    def test_a_refresh_that_fails_leaves_the_old_samples(self, store: Store) -> None:
+        """C8: what it had added is free again."""
+        self.fill(store, drawn("a"), 2)
+        grant = self.claim(store, drawn("a"), 2, refresh=True)
+        self.apply(store, Forgo(KEY, grant.mine), Leave(drawn("a"), "one", grant.held, complete=False))
+        assert self.claim(store, drawn("a"), 2).indices == [0, 1]
+        assert self.claim(store, drawn("b"), 1).indices == [2]
+
+    def test_the_shared_draw_lies_outside_the_namespaces(self, store: Store) -> None:
+        """C1: it takes nothing from those who use it."""
+        shared = Draw(SHARED, KEY, "", 0)
+        self.fill(store, shared, 2)
+        for user in ("first", "second"):
+            assert self.claim(store, shared, 2, user=label(user)).indices == [0, 1]
+            assert self.claim(store, drawn("a", namespace=user), 1).indices == [0]
+
+    def test_a_question_is_stored_once_with_its_scope(self, store: Store) -> None:
+        self.claim(store, drawn("a"))
+        first = store.question(KEY)
+        self.claim(store, drawn("b"))
+        assert first is not None
+        assert store.question(KEY) == first
+        assert (first.key, first.scope, first.document) == (KEY, asked().scope, asked().document)
+        assert store.question(OTHER) is None
+
+    # Commits.
+
+    def test_a_committed_sample_comes_back_byte_for_byte(self, store: Store) -> None:
+        """C7, with its permanent id and what is recorded of it."""
+        payload = bytes(range(256)) * 3 + b'\n{"id":"x"}\n'
+        [grant] = self.apply(store, Claim(drawn(), 1, asked(), "one"))
+        [committed] = self.apply(store, Commit(KEY, 0, payload, {"at": 2.5, "call": "abc"}, id="me"))
+        assert committed.kept
+        recalled = store.recall(drawn(), 1)
+        assert recalled is not None
+        [sample] = recalled.samples
+        assert sample == committed.sample
+        assert isinstance(sample, Sample)
+        assert (sample.index, sample.id, sample.payload) == (grant.indices[0], "me", payload)
+        assert sample.meta == {"id": "me", "at": 2.5, "call": "abc"}
+
+    def test_an_empty_payload_is_a_sample(self, store: Store) -> None:
+        self.claim(store, drawn())
+        self.apply(store, Commit(KEY, 0, b"", {}))
+        [sample] = store.samples(KEY)
+        assert sample.payload == b""
+
+    def test_an_extra_sample_is_stored_behind_the_list_and_used_first(self, store: Store) -> None:
+        """C8: extra samples are stored and reused; C4: samples left over are used first."""
+        self.claim(store, drawn("a"), 2)
+        extra = self.commit(store, None, "extra")
+        assert (extra.sample.index, extra.kept) == (2, False)
+        grant = self.claim(store, drawn("b"), 1)
+        assert (grant.indices, grant.mine) == ([2], [])
+
+    def test_a_commit_after_the_lease_was_lost_is_kept_as_an_extra(self, store: Store) -> None:
+        """C6 and C7: what was bought twice is kept, at another index."""
+        self.claim(store, drawn("a"))
+        self.apply(store, Forgo(KEY, [0]))
+        assert self.claim(store, drawn("a"), token="two").mine == [0]
+        self.commit(store, 0, "on time")
+        late = self.commit(store, 0, "late")
+        assert not late.kept
+        assert late.sample.index == 1
+        assert [sample.payload for sample in store.samples(KEY)] == [b"on time", b"late"]
+
+    def test_a_commit_after_the_lease_was_given_up_keeps_its_place_when_nobody_took_it(
+        self, store: Store
+    ) -> None:
+        self.claim(store, drawn("a"))
+        self.apply(store, Forgo(KEY, [0]))
+        assert self.commit(store, 0).kept
+        assert [sample.index for sample in store.samples(KEY)] == [0]
+        assert self.claim(store, drawn("b")).indices == [1]
+
+    def test_committing_a_sample_twice_stores_it_once(self, store: Store) -> None:
+        """A transaction that was cut short may be applied again."""
+        self.claim(store, drawn("a"))
+        commit = Commit(KEY, 0, b"x", {}, id="same")
+        assert self.apply(store, commit)[0].kept
+        assert self.apply(store, commit)[0].kept
+        assert len(list(store.samples(KEY))) == 1
+
+    def test_a_commit_to_a_key_that_nobody_claimed_is_refused(self, store: Store) -> None:
+        with pytest.raises(StoreError, match="knows no key"):
+            self.commit(store, 0)
+        assert list(store.keys()) == []
+
+    def test_one_refused_operation_takes_its_whole_transaction_back(self, store: Store) -> None:
+        """Except that a sample may be down already: applied again, it is kept, and once only."""
+        self.claim(store, drawn("a"), 1)
+        commit = Commit(KEY, 0, b"x", {}, id="same")
+        with pytest.raises(StoreError):
+            self.apply(store, Claim(drawn("b"), 2, asked(), "two"), commit, Commit(OTHER, 0, b"y", {}))
+        assert [info.draw.request_id for info in store.draws()] == ["a"]
+        assert self.apply(store, commit)[0].kept
+        assert [sample.id for sample in store.samples(KEY)] == ["same"]
+        assert self.claim(store, drawn("b"), 1).indices == [1]
+
+    def test_operations_of_a_transaction_see_one_another(self, store: Store) -> None:
+        """A thousand misses of one turn of the loop are one transaction."""
+        results = self.apply(store, *(Claim(drawn(str(i)), 1, asked(), "one") for i in range(1000)))
+        assert [grant.indices for grant in results] == [[i] for i in range(1000)]
+        committed = self.apply(store, *(Commit(KEY, i, b"%d" % i, {}) for i in range(1000)))
+        assert all(one.kept for one in committed)
+        grants = self.apply(
+            store,
+            Claim(drawn("0", namespace="second"), 1, asked(), "two"),
+            Commit(KEY, None, b"extra", {}),
+            Claim(drawn("new"), 1, asked(), "two"),
+        )
+        assert grants[2].indices == [1000]
+        assert grants[2].samples[0].payload == b"extra"
+
+    # Giving up.
+
+    def test_a_forgone_index_is_free_and_the_next_who_needs_one_generates_it(self, store: Store) -> None:
+        grant = self.claim(store, drawn("a"), 2)
+        self.apply(store, Forgo(KEY, [0]), Leave(drawn("a"), "one", grant.held, complete=False))
+        assert store.glance([(KEY, 0), (KEY, 1)]) == ["free", "ours"]
+        grant = self.claim(store, drawn("b"), 2)
+        assert sorted(grant.indices) == [0, 1]
+        assert grant.mine == [0]
+
+    def test_forgoing_a_stored_sample_changes_nothing(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 1)
+        self.apply(store, Forgo(KEY, [0, 7]))
+        assert store.glance([(KEY, 0)]) == ["stored"]
+        assert self.claim(store, drawn("a"), 1).mine == []
+
+    def test_an_incomplete_draw_that_is_left_is_undone(self, store: Store) -> None:
+        """C8: its indices are free again, and what was stored of it serves others."""
+        grant = self.claim(store, drawn("a"), 3)
+        self.commit(store, 1)
+        self.apply(store, Forgo(KEY, [0, 2]), Leave(drawn("a"), "one", grant.held, complete=False))
+        assert list(store.draws()) == []
+        again = self.claim(store, drawn("b"), 2)
+        assert (again.indices, again.mine) == ([1, 0], [0])
+
+    def test_a_draw_whose_samples_are_all_stored_stands_whoever_leaves_it(self, store: Store) -> None:
+        """C8: delivered or not."""
+        grant = self.claim(store, drawn("a"), 2)
+        self.commit(store, 0)
+        self.commit(store, 1)
+        self.leave(store, drawn("a"), grant, complete=False)
+        assert store.recall(drawn("a"), 2) is not None
+        assert self.claim(store, drawn("b")).indices == [2]
+
+    def test_only_the_last_holder_undoes_a_draw(self, store: Store) -> None:
+        """C8."""
+        first = self.claim(store, drawn("a"), 2)
+        second = self.claim(store, drawn("a"), 2, token="two")
+        assert second.indices == first.indices
+        self.leave(store, drawn("a"), first, complete=False)
+        assert self.claim(store, drawn("b"), 1).indices == [2]
+        self.leave(store, drawn("a"), second, complete=False, token="two")
+        assert self.claim(store, drawn("c"), 1).indices == [0]
+
+    def test_undoing_an_extension_leaves_the_positions_before_it(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 2)
+        grant = self.claim(store, drawn("a"), 4)
+        self.apply(store, Forgo(KEY, grant.mine), Leave(drawn("a"), "one", grant.held, complete=False))
+        assert [info.indices for info in store.draws()] == [(0, 1)]
+        assert self.claim(store, drawn("b"), 1).indices == [2]
+
+    def test_a_joiner_that_wanted_more_and_fails_first_takes_its_own_part_back(self, store: Store) -> None:
+        """C8 and C2: no gap is left in a draw, however its holders end."""
+        first = self.claim(store, drawn("a"), 1)
+        second = self.claim(store, drawn("a"), 2, token="two")
+        self.commit(store, 1)
+        self.leave(store, drawn("a"), second, complete=False, token="two")
+        self.apply(store, Forgo(KEY, [0]), Leave(drawn("a"), "one", first.held, complete=False))
+        grant = self.fill(store, drawn("a"), 2)
+        recalled = store.recall(drawn("a"), 2)
+        assert recalled is not None
+        assert recalled.indices == grant.indices
+
+    def test_what_a_joiner_was_granted_stays_its_own_when_the_others_fail(self, store: Store) -> None:
+        """C1 and C2: the ledger holds what a request received."""
+        self.claim(store, drawn("a"), 1)
+        second = self.claim(store, drawn("a"), 2, token="two")
+        self.commit(store, 1)
+        third = self.claim(store, drawn("a"), 2, token="three")
+        self.leave(store, drawn("a"), second, complete=False, token="two")
+        self.commit(store, 0)
+        self.leave(store, drawn("a"), third, complete=True, token="three")
+        recalled = store.recall(drawn("a"), 2)
+        assert recalled is not None
+        assert recalled.indices == third.indices
+        assert self.claim(store, drawn("b"), 1).indices == [2]
+
+    def test_leaving_twice_changes_nothing(self, store: Store) -> None:
+        grant = self.claim(store, drawn("a"), 1)
+        self.claim(store, drawn("a"), 1, token="two")
+        for _ in range(2):
+            self.leave(store, drawn("a"), grant, complete=False)
+        assert [info.indices for info in store.draws()] == [(0,)]
+
+    # Reading.
+
+    def test_recall_knows_complete_draws_only(self, store: Store) -> None:
+        assert store.recall(drawn("a"), 1) is None
+        self.claim(store, drawn("a"), 2)
+        assert store.recall(drawn("a"), 1) is None
+        self.commit(store, 0)
+        assert store.recall(drawn("a"), 2) is None
+        recalled = store.recall(drawn("a"), 1)
+        assert recalled is not None
+        assert (recalled.indices, recalled.mine, recalled.added) == ([0], [], 0)
+        assert store.recall(drawn("a", namespace="other"), 1) is None
+        assert store.recall(drawn("a", occurrence=1), 1) is None
+        assert store.recall(drawn("a", key=OTHER), 1) is None
+
+    def test_a_replay_gets_what_a_claim_would_and_takes_it_in_memory_only(self, store: Store) -> None:
+        for name in "abc":
+            self.fill(store, drawn(name, namespace="first"), 1)
+        before = [info.draw for info in store.draws()]
+        taken = Runs()
+        got = []
+        for name in ("b", "x", "y"):
+            grant = store.replay(drawn(name, namespace="second"), 1, taken)
+            assert grant is not None
+            got += grant.indices
+        assert got == [1, 0, 2]
+        assert store.replay(drawn("z", namespace="second"), 1, taken) is None
+        assert [info.draw for info in store.draws()] == before
+        assert self.claim(store, drawn("z", namespace="second"), 1).indices == [0]
+
+    def test_a_replay_gives_a_draw_what_the_ledger_holds_for_it(self, store: Store) -> None:
+        """C2."""
+        self.fill(store, drawn("a"), 1)
+        self.fill(store, drawn("b"), 2)
+        grant = store.replay(drawn("b"), 2, Runs())
+        assert grant is not None
+        assert grant.indices == [1, 2]
+
+    def test_a_replay_of_a_pending_or_partial_draw_is_a_miss_and_claims_nothing(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace="first"), 2)
+        self.claim(store, drawn("b", namespace="first"), 1)
+        taken = Runs()
+        assert store.replay(drawn("x", namespace="second"), 3, taken) is None
+        assert taken.run_at(0) is None
+        assert store.replay(drawn("x", namespace="second"), 2, taken) is not None
+        assert store.replay(drawn("x", key=OTHER), 1, Runs()) is None
+
+    def test_a_glance_tells_stored_ours_and_free(self, store: Store) -> None:
+        self.claim(store, drawn("a"), 2)
+        self.commit(store, 0)
+        assert store.glance([(KEY, 1), (KEY, 0), (KEY, 2), (OTHER, 0)]) == ["ours", "stored", "free", "free"]
+        assert store.glance([]) == []
+
+    # Discards.
+
+    def test_a_discarded_sample_is_replaced_at_its_position(self, store: Store) -> None:
+        """C2: on record, the draw gets another at the same position."""
+        self.fill(store, drawn("a"), 3)
+        self.apply(store, Discard(KEY, 1, "a refusal"))
+        assert store.recall(drawn("a"), 3) is None
+        assert [sample.index for sample in store.samples(KEY)] == [0, 2]
+        grant = self.claim(store, drawn("a"), 3)
+        assert grant.indices == [0, 3, 2]
+        assert grant.mine == [3]
+        self.commit(store, 3)
+        self.leave(store, drawn("a"), grant, complete=True)
+        recalled = store.recall(drawn("a"), 3)
+        assert recalled is not None
+        assert recalled.indices == [0, 3, 2]
+
+    def test_a_discarded_sample_is_never_given_out_again(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace="first"), 2)
+        self.apply(store, Discard(KEY, 0, "malformed"))
+        assert self.claim(store, drawn("a", namespace="second"), 1).indices == [1]
+        grant = store.replay(drawn("a", namespace="third"), 1, Runs())
+        assert grant is not None
+        assert grant.indices == [1]
+        assert store.glance([(KEY, 0)]) != ["stored"]
+        self.apply(store, Discard(KEY, 0, "twice changes nothing"))
+
+    def test_discarding_what_is_not_there_is_refused(self, store: Store) -> None:
+        self.claim(store, drawn("a"), 1)
+        with pytest.raises(StoreError, match="no sample 0"):
+            self.apply(store, Discard(KEY, 0, "why not"))
+
+    # Looking at a cache.
+
+    def test_keys_are_listed_in_order_of_their_first_request(self, store: Store) -> None:
+        self.fill(store, drawn("a", key=OTHER, namespace="first"), 2)
+        self.fill(store, drawn("a", namespace="first"), 1)
+        self.claim(store, drawn("b", namespace="second"), 2)
+        infos = list(store.keys())
+        assert [(info.key, info.samples, info.pending, info.namespaces) for info in infos] == [
+            (OTHER, 2, 0, 1),
+            (KEY, 1, 1, 2),
+        ]
+        assert {info.scope for info in infos} == {asked().scope}
+        assert [info.key for info in store.keys("k1-b")] == [OTHER]
+        assert list(store.keys("k1-%")) == []
+
+    def test_samples_are_listed_by_index(self, store: Store) -> None:
+        self.claim(store, drawn("a"), 3)
+        for index in (2, 0):
+            self.commit(store, index)
+        assert [(sample.index, sample.payload) for sample in store.samples(KEY)] == [
+            (0, b"sample 0"),
+            (2, b"sample 2"),
+        ]
+        assert list(store.samples(OTHER)) == []
+
+    def test_draws_are_listed_by_key_and_namespace(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace="first"), 2)
+        self.fill(store, drawn("a", namespace="second"), 3)
+        self.fill(store, drawn("b", namespace="second", key=OTHER), 1)
+        everything = {info.draw: (info.indices, info.generated) for info in store.draws()}
+        assert everything == {
+            drawn("a", namespace="first"): ((0, 1), 2),
+            drawn("a", namespace="second"): ((0, 1, 2), 1),
+            drawn("b", namespace="second", key=OTHER): ((0,), 1),
+        }
+        assert [info.draw for info in store.draws(key=OTHER)] == [drawn("b", namespace="second", key=OTHER)]
+        assert len(list(store.draws(namespace=label("second")))) == 2
+        assert list(store.draws(KEY, label("none"))) == []
+
+    def test_namespaces_are_listed_in_order_of_their_first_draw(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace="first"), 2)
+        self.fill(store, drawn("a", namespace=None), 3)
+        self.fill(store, drawn("b", namespace="first", key=OTHER), 1)
+        self.fill(store, Draw(SHARED, KEY, "", 0), 1)
+        assert [(one.namespace, one.draws, one.samples, one.generated) for one in store.namespaces()] == [
+            ("first", 2, 3, 3),
+            (None, 1, 3, 1),
+        ]
+
+    # Many at once.
+
+    def test_apply_works_beside_apply_now(self, store: Store) -> None:
+        async def crowd() -> list[list[Result]]:
+            return await asyncio.gather(
+                *(store.apply([Claim(drawn(str(i)), 1, asked(), "one")]) for i in range(50))
+            )
+
+        grants = [results[0] for results in asyncio.run(crowd())]
+        indices = {grant.indices[0] for grant in grants if isinstance(grant, Grant)}
+        assert indices == set(range(50))
+        assert self.claim(store, drawn("last")).indices == [50]
+
+    def test_an_error_of_apply_reaches_only_its_own_caller(self, store: Store) -> None:
+        async def crowd() -> Sequence[Any]:
+            return await asyncio.gather(
+                store.apply([Claim(drawn("a"), 1, asked(), "one")]),
+                store.apply([Commit(OTHER, 0, b"x", {})]),
+                store.apply([Claim(drawn("b"), 1, asked(), "one")]),
+                return_exceptions=True,
+            )
+
+        first, second, third = asyncio.run(crowd())
+        assert isinstance(second, StoreError)
+        assert sorted([*first[0].indices, *third[0].indices]) == [0, 1]
+
+    def test_threads_claim_at_once_and_share_nothing(self, store: Store) -> None:
+        """C1."""
+        got: list[int] = []
+        start = threading.Barrier(8)
+
+        def work(name: int) -> None:
+            start.wait()
+            for occurrence in range(10):
+                grant = self.fill(store, drawn(str(name), occurrence=occurrence), 1, token=str(name))
+                got.extend(grant.indices)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(got) == list(range(80))
+        assert [sample.index for sample in store.samples(KEY)] == list(range(80))
+
+    # The end.
+
+    def test_what_is_applied_soon_is_applied_before_the_store_is_closed(self, store: Store) -> None:
+        store.apply_soon([Claim(drawn("a"), 1, asked(), "one"), Commit(KEY, 0, b"x", {})])
+        [grant] = asyncio.run(_applied(store, [Claim(drawn("a"), 1, asked(), "two")]))
+        assert isinstance(grant, Grant)
+        assert grant.samples[0] is not None
+        assert grant.samples[0].payload == b"x"
+
+    def test_a_closed_store_says_so(self, store: Store) -> None:
+        self.claim(store, drawn("a"))
+        store.close()
+        store.close()
+        with pytest.raises(StoreError, match="closed"):
+            self.claim(store, drawn("b"))
+        with pytest.raises(StoreError, match="closed"):
+            store.recall(drawn("a"), 1)
+        store.apply_soon([Claim(drawn("c"), 1, asked(), "one")])
+
+    def test_a_store_can_be_written(self, store: Store) -> None:
+        assert not store.read_only
+        assert store.why_read_only == ""
+        assert isinstance(store.identity, str)
+        assert store.identity
+
+
+async def _applied(store: Store, operations: Sequence[Operation]) -> list[Result]:
+    return await store.apply(operations)

@@ -1,0 +1,151 @@
+"""A store that fails, waits or is locked when a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from cachepipe.ledger import Draw, Runs
+from cachepipe.stores.base import (
+    DrawInfo,
+    Grant,
+    KeyInfo,
+    NamespaceInfo,
+    Operation,
+    Result,
+    Sample,
+    State,
+    Store,
+    StoredQuestion,
+)
+
+
+class FaultyStore:
+    """Another store's samples and ledger, behind faults that a test switches on and off.
+
+    What was applied is recorded, so that a test can count transactions and see what each held.
+
+    Args:
+        store: the store that does the work.
+
+    Attributes:
+        locked: while True, ``apply_now`` returns None, as if another process were writing.
+        transactions: the operations of each transaction that was applied, in order.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.locked = False
+        self.transactions: list[list[Operation]] = []
+        self._faults: list[tuple[type[Operation] | None, Exception]] = []
+        self._gate: asyncio.Event | None = None
+
+    def __repr__(self) -> str:
+        state = ["locked"] * self.locked + ["held"] * (self._gate is not None)
+        return f"<FaultyStore {self.store!r} {' '.join([*state, f'{len(self._faults)} faults to come'])}>"
+
+    # What a test says.
+
+    def fail_next(self, error: Exception, on: type[Operation] | None = None, *, times: int = 1) -> None:
+        """Let the next transaction that holds such an operation fail whole, and nothing of it be applied.
+
+        Args:
+            error: what is raised.
+            on: the class of the operation, such as ``Commit``; None is any.
+            times: how many transactions fail.
+        """
+        self._faults += [(on, error)] * times
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Be slow: what is applied inside the block waits until the block ends."""
+        gate = self._gate = asyncio.Event()
+        try:
+            yield
+        finally:
+            self._gate = None
+            gate.set()
+
+    # What the stages call.
+
+    @property
+    def identity(self) -> str:
+        """What is stored: the wrapped store's identity."""
+        return self.store.identity
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written."""
+        return self.store.read_only
+
+    @property
+    def why_read_only(self) -> str:
+        """Why nothing can be written, or an empty string."""
+        return self.store.why_read_only
+
+    def _fault(self, operations: Sequence[Operation]) -> None:
+        for place, (kind, error) in enumerate(self._faults):
+            if kind is None or any(type(operation) is kind for operation in operations):
+                del self._faults[place]
+                raise error
+
+    def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
+        """Apply the operations, unless the store is locked or held."""
+        if self.locked or self._gate is not None:
+            return None
+        self._fault(operations)
+        results = self.store.apply_now(operations)
+        if results is not None:
+            self.transactions.append(list(operations))
+        return results
+
+    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+        """Apply the operations, after the gate when there is one."""
+        while self._gate is not None:
+            await self._gate.wait()
+        self._fault(operations)
+        results = await self.store.apply(operations)
+        self.transactions.append(list(operations))
+        return results
+
+    def apply_soon(self, operations: Sequence[Operation]) -> None:
+        """Apply the operations without anyone waiting; faults do not touch them."""
+        self.transactions.append(list(operations))
+        self.store.apply_soon(operations)
+
+    def recall(self, draw: Draw, n: int) -> Grant | None:
+        """Return the first n samples of a draw that the ledger holds whole, else None."""
+        return self.store.recall(draw, n)
+
+    def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
+        """Return what a claim would get if all of it is stored, else None."""
+        return self.store.replay(draw, n, taken)
+
+    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+        """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
+        return self.store.glance(wanted)
+
+    def keys(self, prefix: str = "") -> Iterator[KeyInfo]:
+        """Iterate over the keys that start with a prefix."""
+        return self.store.keys(prefix)
+
+    def question(self, key: str) -> StoredQuestion | None:
+        """Return what was asked under a key."""
+        return self.store.question(key)
+
+    def samples(self, key: str) -> Iterator[Sample]:
+        """Iterate over the samples of a key by index."""
+        return self.store.samples(key)
+
+    def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
+        """Iterate over the ledger's draws."""
+        return self.store.draws(key, namespace)
+
+    def namespaces(self) -> Iterator[NamespaceInfo]:
+        """Iterate over the namespaces."""
+        return self.store.namespaces()
+
+    def close(self) -> None:
+        """Close the wrapped store."""
+        self.store.close()
