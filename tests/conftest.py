@@ -1,0 +1,65 @@
+"""What all tests share: the event loop, Hypothesis profiles, and stores to test on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from cachepipe import DiskStore, MemoryStore
+
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile(
+    "ci",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile(
+    "deep", max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="session")
+def anyio_backend():
+    """The backend that the async tests run on."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", params=["memory", "disk"])
+def new_store(request, tmp_path_factory):
+    """A function that opens a new, empty store: in memory, and in a folder."""
+    opened = []
+
+    def make():
+        store = MemoryStore() if request.param == "memory" else DiskStore(tmp_path_factory.mktemp("cache"))
+        opened.append(store)
+        return store
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(new_store):
+    """An empty store, in memory and in a folder."""
+    made = new_store()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def turns():
+    """A coroutine function that gives the event loop so many turns."""
+
+    async def give(count=1):
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    return give
