@@ -26,8 +26,8 @@ class ScriptedError(Exception):
     """
 
     def __init__(
-        self, message: str = "a failure that the test has ordered", *, status_code: int | None = None
-    ):
+        self, message: str = "the test ordered this failure", *, status_code: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status_code = status_code
 
@@ -232,6 +232,10 @@ class ScriptedModel:
         if self.fail is not None and (error := self.fail(request)) is not None:
             return error
         step = next(self._steps, None) if self._function is None else self._function(request)
+        return self._samples(step, request)
+
+    def _samples(self, step: Any, request: Request) -> Any:
+        """Return the samples that a step stands for, or the step itself when it stands for none."""
         count = request.n if step is None else step
         if isinstance(count, bool) or not isinstance(count, int):
             return step
@@ -243,18 +247,17 @@ class ScriptedModel:
             await call.passed()
             for _ in range(self.turns):
                 await asyncio.sleep(0)
-            step = call.step
-            if step is None or (isinstance(step, int) and not isinstance(step, bool)):
-                count = call.n if step is None else step
-                first, self._serial = self._serial, self._serial + count
-                step = [f"{call.request.prompt}#{serial}" for serial in range(first, self._serial)]
-            if isinstance(step, BaseException):
-                raise step
+            return self._answer(call)
         except BaseException as error:
             call.error = error
             raise
         finally:
             call.finished = self._tick()
+
+    def _answer(self, call: ScriptedCall) -> Any:
+        step = self._samples(call.step, call.request)
+        if isinstance(step, BaseException):
+            raise step
         if isinstance(step, list):
             call.samples = list(step)
             return Response(list(step))
