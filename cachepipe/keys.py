@@ -15,8 +15,7 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -30,8 +29,7 @@ _UNASKED = frozenset({"n", "request_id", "namespace"})
 _MARK = "\0"  # opens the names of the objects that stand for values JSON has no form for
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """What is asked, apart from how many samples are wanted and by whom.
 
     Attributes:

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 LISTED = 0
 """The owner of the set of listed indices; namespaces have positive numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """The identity of one request's claim on samples.
 
     Attributes:

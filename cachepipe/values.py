@@ -55,7 +55,10 @@ class Codec:
         try:
             return orjson.dumps(form)
         except TypeError:  # a lone surrogate in some string
-            return orjson.dumps(_without_surrogates(form))
+            try:
+                return orjson.dumps(_without_surrogates(form))
+            except (TypeError, RecursionError) as error:
+                raise NotStorable(f"a sample cannot be written as JSON: {error}") from error
 
     def decode(self, data: bytes) -> Any:
         """Return the value whose bytes these are.

@@ -108,8 +108,10 @@ def _overrides(model: Any, name: str) -> bool:
 
 def limit_of(model: Any) -> int | None:
     """Return a model's limit on ``n``, its attribute ``max_n``; None or 0 is no limit."""
-    limit = getattr(model, "max_n", None)
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+    limit: int | None = getattr(model, "max_n", None)
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise TypeError(f"max_n is a whole number of samples or None; {model!r} has {limit!r}")
     return limit or None
 

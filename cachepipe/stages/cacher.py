@@ -82,7 +82,6 @@ class _Draw:
 
     __slots__ = (
         "awaited",
-        "claimed",
         "complete",
         "dead",
         "future",
@@ -124,7 +123,6 @@ class _Draw:
         self.making: set[int] = set()  # indices that are generated on this draw's behalf
         self.needs: list[_Need] = []
         self.held: tuple[int, ...] = ()
-        self.claimed = False
         self.joined = False
         self.complete = False
         self.unsaved = False
@@ -322,7 +320,7 @@ class _Lane:
             results = self._store.apply_now([operation for operation, _ in batch])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             if len(batch) == 1:
-                batch[0][1](error)
+                self._tell(batch[0][1], error)
                 return
             results = None  # one of them is at fault: the others go on without it
         if results is None:
@@ -334,7 +332,16 @@ class _Lane:
             task.add_done_callback(self.tasks.discard)
             return
         for (_, done), result in zip(batch, results, strict=True):
+            self._tell(done, result)
+
+    def _tell(self, done: Callable[[Any], None], result: Any) -> None:
+        """Hand a result on; what goes wrong with one must not keep the others from theirs."""
+        try:
             done(result)
+        except Exception as error:  # noqa: BLE001 - reported, and its draw has failed already
+            self.loop.call_exception_handler(
+                {"message": "cachepipe could not hand a result of its store on", "exception": error}
+            )
 
     def _recalled(self, operation: Operation, done: Callable[[Any], None]) -> bool:
         """Answer a claim that needs no writing: such a hit does not wait for whoever writes."""
@@ -345,7 +352,7 @@ class _Lane:
         except StoreError:
             return False  # the claim will say so
         if grant is not None:
-            done(grant)
+            self._tell(done, grant)
         return grant is not None
 
     async def _apply(self, batch: list[tuple[Operation, Callable[[Any], None]]]) -> None:
@@ -358,7 +365,7 @@ class _Lane:
                 return
             results = [error]
         for (_, done), result in zip(batch, results, strict=True):
-            done(result)
+            self._tell(done, result)
 
     @property
     def idle(self) -> bool:
@@ -443,7 +450,11 @@ class _Engine:
             if mode == "replay" or self.store.read_only:
                 return self._replay(lane, request, question, identity, mode, occurrences)
             # In a crowd the claims of this turn, in one transaction, also find what is known already.
-            if mode == "read-write" and lane.idle and (user is None or (question.key, user) in occurrences.used):
+            if (
+                mode == "read-write"
+                and lane.idle
+                and (user is None or (question.key, user) in occurrences.used)
+            ):
                 grant = self.store.recall(identity, request.n)
                 if grant is not None:
                     return self._known(request, question, grant, occurrences)
@@ -511,11 +522,10 @@ class _Engine:
                 self._fail(draw, grant)
             return
         lane, key = draw.lane, draw.question.key
-        draw.claimed = True
         draw.joined = draw.joined or grant.joined
         draw.held = tuple({*draw.held, *grant.held})
         if draw.dead:
-            self._leave(draw)
+            self._leave(draw, _unheard)
             if grant.mine:
                 lane.put(Forgo(key, grant.mine), _unheard)
             return
@@ -529,7 +539,13 @@ class _Engine:
             if position in draw.generated:
                 continue
             if sample is not None:
-                draw.values[position] = self.decode(sample)
+                try:
+                    draw.values[position] = self.decode(sample)
+                except Exception as error:  # noqa: BLE001 - a damaged sample, or one of an unnamed class
+                    if mine:
+                        lane.put(Forgo(key, grant.mine), _unheard)
+                    self._fail(draw, error)
+                    return
                 continue
             draw.missing[index] = position
             if index not in mine and index not in draw.making and index not in draw.awaited:
@@ -664,8 +680,12 @@ class _Engine:
         if sample is None:
             self._claim(draw)
             return
-        position = draw.missing.pop(index)
-        draw.values[position] = self.decode(sample)
+        try:
+            draw.values[draw.missing[index]] = self.decode(sample)
+        except Exception as error:  # noqa: BLE001 - such as one of an unnamed class
+            self._fail(draw, error)
+            return
+        del draw.missing[index]
         if not draw.missing:
             self._complete(draw)
 
@@ -680,14 +700,18 @@ class _Engine:
         draw.complete = True
         draw.lane.strangers.pop(draw, None)
         if draw.joined:
-            self._leave(draw)
+            self._leave(draw, _unheard)
         if not draw.future.done():
             draw.future.set_result(None)
 
     def _fail(self, draw: _Draw, error: BaseException) -> None:
-        self._end(draw)
-        if not draw.future.done():
-            draw.future.set_exception(error)
+        """Undo a draw, then tell its caller."""
+
+        def told(_result: Any) -> None:
+            if not draw.future.done():
+                draw.future.set_exception(error)
+
+        self._end(draw, told)
 
     def _abandon(self, draw: _Draw) -> None:
         """Undo a draw whose caller has gone, and stop the calls that nobody waits for any more."""
@@ -700,18 +724,19 @@ class _Engine:
         for need in draw.needs:
             _withdraw(need)
 
-    def _end(self, draw: _Draw) -> None:
+    def _end(self, draw: _Draw, then: Callable[[Any], None] | None = None) -> None:
         draw.dead = True
         draw.lane.strangers.pop(draw, None)
         self.unreported += len(draw.generated)
         self.board.unwait(draw)
-        if draw.claimed:
-            self._leave(draw)
         self._give_back(draw)
+        self._leave(draw, _unheard if then is None else then)
 
-    def _leave(self, draw: _Draw) -> None:
+    def _leave(self, draw: _Draw, then: Callable[[Any], None]) -> None:
         if draw.held:
-            draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete), _unheard)
+            draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete), then)
+        else:
+            then(None)
 
     def _give_back(self, draw: _Draw) -> None:
         if draw.user is None and draw.occurrences is not None:

@@ -112,6 +112,7 @@ class Caller:
     def __init__(self, model: Any, extra: Callable[[Need, list[Any], Call], None]) -> None:
         self._model = model
         self._single_requests = has_request(model)
+        self._wish: int | None = getattr(model, "cut_n", None)
         self._submit = getattr(model, "submit", None)
         self._extra = extra
         self._lowered: int | None = None
@@ -126,10 +127,10 @@ class Caller:
         The model's own limit; for needs that may be cut and merged at will also the stages' wish, and
         what refused and short calls have taught.
         """
-        limits = [limit_of(self._model)]
-        if mergeable:
-            limits += [getattr(self._model, "cut_n", None), self._lowered]
-        return min((limit for limit in limits if limit), default=None)
+        own = limit_of(self._model)
+        if not mergeable or (self._wish is None and self._lowered is None):
+            return own
+        return min(limit for limit in (own, self._wish, self._lowered) if limit)
 
     def start(self, needs: Sequence[Need]) -> None:
         """Begin the calls for needs that came together."""
@@ -250,7 +251,7 @@ class Caller:
         if len(values) == call.total and not call.merged:
             need, slots = call.pieces[0]
             need.calls.discard(call)
-            need.deliver(slots, values, call)
+            _deliver(need, slots, values, call)
             return
         start = 0
         missing: list[Piece] = []
@@ -258,7 +259,7 @@ class Caller:
             got = values[start : start + len(slots)]
             start += len(slots)
             if got:
-                need.deliver(slots[: len(got)], got, call)
+                _deliver(need, slots[: len(got)], got, call)
             if len(got) < len(slots):
                 missing.append((need, slots[len(got) :]))
         if len(values) > start:
@@ -303,6 +304,14 @@ class Caller:
         """Wait until no call is in flight."""
         while self._tasks:
             await asyncio.wait(list(self._tasks))
+
+
+def _deliver(need: Need, slots: Sequence[int], values: list[Any], call: Call) -> None:
+    """Hand samples over; what goes wrong with them is the need's own failure, and hangs nobody."""
+    try:
+        need.deliver(slots, values, call)
+    except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+        need.fail(slots, error)
 
 
 def _detach(call: Call) -> None:

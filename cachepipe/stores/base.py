@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
 
@@ -39,8 +39,7 @@ def new_id() -> str:
 State = Literal["stored", "pending", "ours", "free"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One stored answer of a model.
 
     Attributes:
@@ -50,7 +49,7 @@ class Sample:
         header: JSON of when, by which call and run it was made, and how long that took.
     """
 
-    index: int
+    index: int  # type: ignore[assignment] - a sample is no sequence that one searches
     id: str
     payload: bytes
     header: bytes
@@ -127,8 +126,7 @@ class Commit:
     id: str = field(default_factory=new_id)
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """Where a sample went.
 
     Attributes:
@@ -230,7 +228,8 @@ class Store(Protocol):
         """Apply the operations in one transaction, in order, without blocking the event loop.
 
         Raises:
-            StoreError: when they could not be applied; then none was.
+            StoreError: when they could not be applied; then none was, but for samples that may lie on
+                the shelf already, where a repeated commit of the same id finds them.
         """
         ...
 

@@ -19,12 +19,13 @@ CREATE TABLE IF NOT EXISTS namespaces(id INTEGER PRIMARY KEY, label TEXT NOT NUL
 CREATE TABLE IF NOT EXISTS keys(
     id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, scope TEXT, document BLOB NOT NULL, at REAL NOT NULL);
 -- A draw's indices by position, one row per claim that added some; a later part overrides an earlier one.
+-- ``standing``: how many of them were delivered while the rest was missing, and so are never undone.
 CREATE TABLE IF NOT EXISTS segments(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, namespace INTEGER NOT NULL,
     part INTEGER NOT NULL, position INTEGER NOT NULL, indices NOT NULL, lease INTEGER NOT NULL,
-    token TEXT, generated INTEGER NOT NULL, at REAL NOT NULL,
+    token TEXT, generated INTEGER NOT NULL, at REAL NOT NULL, standing INTEGER NOT NULL,
     PRIMARY KEY(key, request_id, occurrence, namespace, part)) WITHOUT ROWID;
--- The earliest namespace of each draw, which later ones are coupled to.
+-- The earliest namespace of a draw that many namespaces have made: later ones are coupled to it.
 CREATE TABLE IF NOT EXISTS firsts(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, namespace INTEGER NOT NULL,
     PRIMARY KEY(key, request_id, occurrence)) WITHOUT ROWID;

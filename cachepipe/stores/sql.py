@@ -251,16 +251,17 @@ class SqlStore:
             if type(sample) is not Sample:
                 return None
             return Grant([index], [sample], shared=lease != self._memory.lease and self._shared({lease}))
-        indices = laid((row[0], unpack(row[1])) for row in rows)[:n]
+        indices = laid((row[0], unpack(row[1])) for row in rows)
         if len(indices) < n:
             return None
         samples: list[Sample | None] = []
-        for index in indices:
+        for index in indices:  # beyond n too: a draw that is incomplete may yet be undone
             found = read_sample(shelf, name, index)
             if type(found) is not Sample:
                 return None
             samples.append(found)
-        return Grant(indices, samples, shared=self._shared({row[2] for row in rows}))
+        shared = self._shared({row[2] for row in rows})
+        return Grant(indices[:n], samples[:n], shared=shared)
 
     def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None."""
@@ -499,11 +500,11 @@ class _Book:
 
 
 def _coupled(ledger: sqlite3.Connection, key: int, draw: Draw, owner: int) -> list[int]:
-    """Return the indices of the same draw in the earliest namespace, when that is not the owner's."""
+    """Return the indices of the same draw in the earliest other namespace."""
     rows = ledger.execute(
-        "SELECT position, indices FROM segments WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3"
-        " AND namespace = (SELECT namespace FROM firsts WHERE key = ?1 AND request_id = ?2"
-        " AND occurrence = ?3) AND namespace != ?4 ORDER BY part",
-        (key, draw.request_id, draw.occurrence, owner),
-    )
-    return laid((position, unpack(written)) for position, written in rows)
+        "SELECT s.namespace, s.position, s.indices FROM segments s JOIN namespaces n ON n.id = s.namespace"
+        " WHERE s.key = ? AND s.request_id = ? AND s.occurrence = ? AND s.namespace != ? AND n.label != ?"
+        " ORDER BY s.at, s.namespace, s.part",
+        (key, draw.request_id, draw.occurrence, owner, SHARED),
+    ).fetchall()
+    return laid((row[1], unpack(row[2])) for row in rows if row[0] == rows[0][0])

@@ -16,7 +16,7 @@ import orjson
 
 from cachepipe.errors import StoreError
 from cachepipe.keys import Question
-from cachepipe.ledger import LISTED, SHARED, Draw, Runs, choose, is_in, laid, lowest_new, merged, split
+from cachepipe.ledger import LISTED, SHARED, Runs, choose, is_in, laid, lowest_new, merged, split
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -34,15 +34,13 @@ from cachepipe.stores.rows import DISCARDED, GONE, PUT, Discarded, pack, read_sa
 _SMALL = 64  # runs up to which a set is held in memory as a whole
 _REMEMBERED = 100_000  # keys, namespaces and sets remembered between transactions
 
+_FEW = 8  # rows of one draw, of all namespaces together, up to which they are simply read
 _DRAW = (
-    "SELECT namespace, part, position, indices, lease, token FROM segments"
-    " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3 AND namespace IN (?4,"
-    " (SELECT namespace FROM firsts WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3))"
-    " ORDER BY part"
+    "SELECT namespace, part, position, indices, lease, token, at, standing FROM segments"
+    " WHERE key = ? AND request_id = ? AND occurrence = ?"
 )
 _OTHERS = (
-    "SELECT namespace, position, indices FROM segments WHERE key = ? AND request_id = ?"
-    " AND occurrence = ? AND namespace != ? AND namespace IS NOT"
+    f"{_DRAW} AND namespace != ? AND namespace IS NOT"
     f" (SELECT id FROM namespaces WHERE label = '{SHARED}') ORDER BY at, namespace, part"
 )
 _PART = " WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ? AND part = ?"
@@ -66,6 +64,7 @@ class Memory:
         self.version = -1
         self.lease: int | None = None
         self.reaped = 0.0
+        self.at = 0.0
         self.keys: dict[str, int] = {}
         self.namespaces: dict[str, int] = {}
         self.sets: dict[tuple[int, int], _Set | None] = {}
@@ -102,10 +101,9 @@ class Transaction:
         self._ledger = ledger
         self._shelf = shelf
         self._now = time.time()
-        self._samples: dict[tuple[str, int], Sample] = {}
+        self._at = max(self._now, memory.at)
         self._keys: list[tuple[int, str, str | None, bytes, float]] = []
         self._segments: list[tuple[Any, ...]] = []
-        self._firsts: list[tuple[Any, ...]] = []
         self._pending: list[tuple[int, int, int]] = []
         self._spans: list[tuple[int, int, int, int]] = []
         self._uses: list[tuple[int, int, float]] = []
@@ -163,7 +161,7 @@ class Transaction:
             self._uses.append((key, self._namespace(claim.user), self._now))
         book = _Book(self, key)
         place = (key, draw.request_id, draw.occurrence)
-        own, other = self._rows(place, namespace)
+        own, others = self._rows(place, namespace)
         indices = laid((row[2], unpack(row[3])) for row in own)[:n]
         known = draw.namespace != SHARED and book.run_at(namespace, 0) is not None
         old = 0 if claim.refresh else len(indices)
@@ -181,7 +179,7 @@ class Transaction:
             while sample is GONE:
                 if coupled is None:
                     alone = claim.refresh or draw.namespace == SHARED
-                    coupled = [] if alone else self._coupled(place, namespace, other, bool(own))
+                    coupled = [] if alone else self._coupled(place, namespace, others)
                 preferred = coupled[position] if position < len(coupled) else None
                 index = choose(book, namespace, preferred, new=claim.refresh)
                 self._add(namespace, key, index)  # a discarded one stays taken: nothing comes back to it
@@ -199,14 +197,15 @@ class Transaction:
         parts = [row[1] for row in own]
         part = parts[-1] + 1 if parts else 0
         held = self._join(claim, place, namespace, own) if missing and own else []
+        if own and not missing:
+            self._let_stand(claim, place, namespace, own)
         added = [(position, [indices[position]]) for position in replaced]
         if old < n:
             added.append((old, indices[old:]))
-            if not own and not other and draw.namespace != SHARED:
-                self._firsts.append((*place, namespace))
         for position, chosen in added:
             generated = sum(index in chosen for index in mine)
-            row = (*place, namespace, part, position, pack(chosen), self._lease(), token, generated, self._now)
+            lease, at = self._lease(), self._later()
+            row = (*place, namespace, part, position, pack(chosen), lease, token, generated, at, 0)
             self._segments.append(row)
             held.append(part)
             part += 1
@@ -217,11 +216,16 @@ class Transaction:
             samples,
             mine,
             tuple(held) if missing else (),
-            len(added),
+            sum(len(chosen) for _, chosen in added),
             fresh_id=known and not own and bool(draw.request_id),
             shared=bool(own) and self._memory.shared({row[4] for row in own}),
             joined=missing and any(row[5] != token or row[4] != self._lease() for row in own),
         )
+
+    def _later(self) -> float:
+        """Return a time that is later than that of every row before: the earliest namespace goes by it."""
+        self._at = self._memory.at = self._at + 1e-6
+        return self._at
 
     def _claim_first(self, claim: Claim, key: int, namespace: int) -> Grant:
         """Claim the first samples of a key that nobody has asked for before."""
@@ -229,41 +233,55 @@ class Transaction:
         place = (key, draw.request_id, draw.occurrence)
         indices = list(range(n))
         self._segments.append(
-            (*place, namespace, 0, 0, 0 if n == 1 else pack(indices), lease, claim.token, n, self._now)
+            (*place, namespace, 0, 0, 0 if n == 1 else pack(indices), lease, claim.token, n, self._later(), 0)
         )
-        if draw.namespace != SHARED:
-            self._firsts.append((*place, namespace))
         self._pending += [(key, index, lease) for index in indices]
         self._spans.append((LISTED, key, n, 0))
         self._spans.append((namespace, key, n, 0))
         self._claimed.add(key)
         if claim.user is not None:
             self._uses.append((key, self._namespace(claim.user), self._now))
-        return Grant(indices, [None] * n, list(indices), (0,), 1)
+        return Grant(indices, [None] * n, list(indices), (0,), n)
 
-    def _rows(self, place: DrawRow, namespace: int) -> tuple[list[Any], list[Any]]:
-        """Return a draw's own rows, and those of the earliest namespace when that is another."""
+    def _rows(self, place: DrawRow, namespace: int) -> tuple[list[Any], list[Any] | None]:
+        """Return a draw's rows in this namespace, and in the others, or None when those are many."""
         if place in self._touched:
             self._flush()
-        own, other = [], []
-        for row in self._ledger.execute(_DRAW, (*place, namespace)):
-            (own if row[0] == namespace else other).append(row)
-        return own, other
+        rows = self._ledger.execute(f"{_DRAW} LIMIT {_FEW + 1}", place).fetchall()
+        if len(rows) <= _FEW:
+            return [row for row in rows if row[0] == namespace], [row for row in rows if row[0] != namespace]
+        return self._ledger.execute(f"{_DRAW} AND namespace = ?", (*place, namespace)).fetchall(), None
 
-    def _coupled(self, place: DrawRow, namespace: int, other: list[Any], own: bool) -> list[int]:  # noqa: FBT001 - two facts
+    def _coupled(self, place: DrawRow, namespace: int, others: list[Any] | None) -> list[int]:
         """Return the indices that the same draw has in the earliest other namespace."""
-        if other:
-            return laid((row[2], unpack(row[3])) for row in other)
-        if not own:
+        if others is None:
+            first = self._first(place)
+            if first == namespace:
+                others = self._ledger.execute(_OTHERS, (*place, namespace)).fetchall()
+            else:
+                others = self._ledger.execute(f"{_DRAW} AND namespace = ?", (*place, first)).fetchall()
+        shared = self._namespace(SHARED)
+        others = [row for row in others if row[0] != shared]
+        if not others:
             return []
-        rows = self._ledger.execute(_OTHERS, (*place, namespace)).fetchall()
-        return laid((row[1], unpack(row[2])) for row in rows if row[0] == rows[0][0])
+        earliest = min(others, key=lambda row: (row[6], row[0]))[0]
+        return laid((row[2], unpack(row[3])) for row in others if row[0] == earliest)
+
+    def _first(self, place: DrawRow) -> int:
+        """Return the earliest namespace of a draw that many have made; it is noted once found."""
+        row = self._ledger.execute(
+            "SELECT namespace FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ?", place
+        ).fetchone()
+        if row is None:
+            row = self._ledger.execute(_OTHERS, (*place, -1)).fetchone()
+            self._ledger.execute("INSERT INTO firsts VALUES(?, ?, ?, ?)", (*place, row[0]))
+        return int(row[0])
 
     def _join(self, claim: Claim, place: DrawRow, namespace: int, own: list[Any]) -> list[int]:
-        """Hold the segments of a draw that others wrote and that are incomplete."""
-        held = []
+        """Hold the segments of a draw that others wrote, from the first incomplete one on."""
+        held: list[int] = []
         for row in own:
-            if not self._incomplete(claim.draw.key, unpack(row[3])):
+            if not held and not self._incomplete(claim.draw.key, unpack(row[3])):
                 continue
             if row[5] != claim.token or row[4] != self._lease():
                 self._ledger.execute(
@@ -272,6 +290,16 @@ class Transaction:
                 )
             held.append(row[1])
         return held
+
+    def _let_stand(self, claim: Claim, place: DrawRow, namespace: int, own: list[Any]) -> None:
+        """Note what is delivered now of segments that are incomplete: their makers may yet fail."""
+        for row in own:
+            indices = unpack(row[3])
+            standing = min(claim.n - row[2], len(indices))
+            if standing > row[7] and self._incomplete(claim.draw.key, indices):
+                self._ledger.execute(
+                    f"UPDATE segments SET standing = ?{_PART}", (standing, *place, namespace, row[1])
+                )
 
     def _gain(self, book: _Book, key: int, index: int, *, listed: bool) -> bool:
         """Take the lease of an index without a sample, unless a live process has it."""
@@ -379,7 +407,9 @@ class Transaction:
         undoing = False
         for part in sorted(leave.held):
             where = (*place, namespace, part)
-            row = self._ledger.execute("SELECT indices, lease, token FROM segments" + _PART, where).fetchone()
+            row = self._ledger.execute(
+                "SELECT indices, lease, token, standing FROM segments" + _PART, where
+            ).fetchone()
             if row is None:
                 continue
             author = row[1] == self._lease() and row[2] == leave.token
@@ -394,43 +424,29 @@ class Transaction:
                 continue
             if author:
                 self._ledger.execute("UPDATE segments SET token = NULL" + _PART, where)
-            if self._held_by_others(where, None if author else row[1:]):
-                continue
             indices = unpack(row[0])
             undoing = undoing or self._incomplete(leave.draw.key, indices)
-            if undoing:
+            if not undoing or self._held_by_others(where, None if author else row[1:3]):
+                continue
+            standing, undone = indices[: row[3]], indices[row[3] :]
+            if standing:
+                self._ledger.execute(f"UPDATE segments SET indices = ?{_PART}", (pack(standing), *where))
+            else:
                 self._ledger.execute("DELETE FROM segments" + _PART, where)
-                for index in indices:
-                    self._remove(namespace, key, index)
+            for index in undone:
+                self._remove(namespace, key, index)
         if undoing:
-            self._hand_on(place, namespace)
+            self._ledger.execute(
+                "DELETE FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ?",
+                (*place, namespace),
+            )
 
     def _held_by_others(self, where: tuple[Any, ...], author: tuple[int, str | None] | None) -> bool:
         """Tell whether a live claimant holds a segment: its author, or one that has joined."""
-        leases = {
-            row[0]
-            for row in self._ledger.execute("SELECT lease FROM holders" + _PART, where)
-        }
+        leases = {row[0] for row in self._ledger.execute("SELECT lease FROM holders" + _PART, where)}
         if author is not None and author[1] is not None:
             leases.add(author[0])
         return any(lease == self._lease() or self._alive(lease) for lease in leases)
-
-    def _hand_on(self, place: DrawRow, namespace: int) -> None:
-        """Let another namespace be the earliest of a draw that this one has no part of any more."""
-        left = self._ledger.execute(
-            "SELECT 1 FROM segments WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ?",
-            (*place, namespace),
-        ).fetchone()
-        if left is not None:
-            return
-        gone = self._ledger.execute(
-            "DELETE FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ?",
-            (*place, namespace),
-        ).rowcount
-        if gone:
-            row = self._ledger.execute(_OTHERS, (*place, namespace)).fetchone()
-            if row is not None:
-                self._ledger.execute("INSERT INTO firsts VALUES(?, ?, ?, ?)", (*place, row[0]))
 
     def _discard(self, discard: Discard) -> None:
         key = self._key_of(discard.key)
@@ -507,7 +523,9 @@ class Transaction:
 
     def _rewrite(self, owner: int, key: int, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
         for _, stop in old:
-            self._ledger.execute("DELETE FROM spans WHERE owner = ? AND key = ? AND stop = ?", (owner, key, stop))
+            self._ledger.execute(
+                "DELETE FROM spans WHERE owner = ? AND key = ? AND stop = ?", (owner, key, stop)
+            )
         for start, stop in new:
             self._ledger.execute("INSERT INTO spans VALUES(?, ?, ?, ?)", (owner, key, stop, start))
 
@@ -519,13 +537,10 @@ class Transaction:
             self._keys.clear()
         if self._segments:
             self._ledger.executemany(
-                "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._segments
+                "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._segments
             )
             self._segments.clear()
             self._touched.clear()
-        if self._firsts:
-            self._ledger.executemany("INSERT INTO firsts VALUES(?, ?, ?, ?)", self._firsts)
-            self._firsts.clear()
         if self._pending:
             self._ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", self._pending)
             self._pending.clear()
@@ -621,7 +636,9 @@ class Transaction:
         return lease
 
     def _alive(self, lease: int) -> bool:
-        row = self._ledger.execute("SELECT name FROM leases WHERE id = ? AND ended IS NULL", (lease,)).fetchone()
+        row = self._ledger.execute(
+            "SELECT name FROM leases WHERE id = ? AND ended IS NULL", (lease,)
+        ).fetchone()
         return row is not None and self._memory.lives(lease, row[0])
 
     def _reap_the_dead(self) -> None:
