@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import orjson
 
@@ -431,6 +431,8 @@ def scope_of(url: str) -> str:
     )
     path = re.sub("/{2,}", "/", parts.path).rstrip("/")
     query = "&".join(
-        pair for pair in parts.query.split("&") if pair.partition("=")[0].lower() not in _SECRET_PARAMETERS
+        pair
+        for pair in parts.query.split("&")
+        if unquote(pair.partition("=")[0]).lower() not in _SECRET_PARAMETERS
     )
     return urlunsplit((scheme, host, path, query, ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from cachepipe.wire.base import Sample
@@ -51,9 +51,9 @@ class ChatApi(ChoicesApi):
             text = content.get(name)
             if isinstance(text, str):
                 first[name] = ""
-                lanes.append((lambda piece, name=name: {name: piece}, text))  # type: ignore[misc]
+                lanes.append((_string_of(name), text))
         calls = content.get("tool_calls")
-        if calls and isinstance(calls, list):
+        if calls and isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
             first["tool_calls"] = [{"index": number, **_opened(call)} for number, call in enumerate(calls)]
             for number, call in enumerate(calls):
                 lanes.append((_arguments_of(number), _arguments(call)))
@@ -82,7 +82,11 @@ def _opened(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, "function": {**call["function"], "arguments": ""}} if _arguments(call) else call
 
 
-def _arguments_of(number: int) -> Any:
+def _string_of(name: str) -> Callable[[str], Any]:
+    return lambda piece: {name: piece}
+
+
+def _arguments_of(number: int) -> Callable[[str], Any]:
     return lambda piece: {"tool_calls": [{"index": number, "function": {"arguments": piece}}]}
 
 

@@ -84,7 +84,7 @@ class ChoicesApi(Api):
     def inject_usage(self, body: Body) -> tuple[dict[str, Any], bool]:
         """Return a body whose stream reports its usage, and whether that had to be asked for."""
         options = body.get("stream_options") or {}
-        if not body.get("stream") or options.get("include_usage"):
+        if not body.get("stream") or not isinstance(options, Mapping) or options.get("include_usage"):
             return dict(body), False
         return {**body, "stream_options": {**options, "include_usage": True}}, True
 
@@ -157,13 +157,13 @@ class ChoicesApi(Api):
             yield b"data: " + orjson.dumps({**usual, "choices": [], "usage": whole["usage"]}) + b"\n\n"
         yield DONE
 
+    @abstractmethod
     def delta_of(self, part: dict[str, Any]) -> dict[str, Any]:
         """Return what a streamed choice adds to the content, as a mapping."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self, content: dict[str, Any]) -> Any:
         """Return the content that the deltas made."""
-        raise NotImplementedError
 
     def _check(self, choice: Any) -> None:
         kind = type(choice.get(self.content)) if isinstance(choice, dict) else None
@@ -281,10 +281,11 @@ def by_token(logprobs: Any, text: str) -> list[tuple[str, dict[str, Any]]] | Non
         return None
     tokens = logprobs.get("tokens")
     if tokens is None and isinstance(logprobs.get("content"), list):
-        tokens = [entry.get("token") for entry in logprobs["content"]]
+        tokens = [entry.get("token") for entry in logprobs["content"] if isinstance(entry, Mapping)]
     if not tokens or not all(isinstance(token, str) for token in tokens) or "".join(tokens) != text:
         return None
-    if any(value is not None and len(value) != len(tokens) for value in logprobs.values()):
+    lists = [value for value in logprobs.values() if value is not None]
+    if any(not isinstance(value, list) or len(value) != len(tokens) for value in lists):
         return None
     return [
         (token, {"logprobs": {name: value and value[i : i + 1] for name, value in logprobs.items()}})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from cachepipe import errors
 
-class WireError(ValueError):
+
+class WireError(errors.CachepipeError, ValueError):
     """The base of the errors of the wire layer."""
 
 
@@ -11,5 +13,5 @@ class BadRequest(WireError):  # noqa: N818 - names the thing at fault
     """A request does not say what it wants in a form that can be understood; nothing was sent."""
 
 
-class BadAnswer(WireError):  # noqa: N818 - names the thing at fault
+class BadAnswer(errors.BadAnswer, WireError):  # noqa: N818 - names the thing at fault
     """What arrived is no whole answer: broken, an error under 200, failed or cut off. It is not cached."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import orjson
 
 from cachepipe.wire.base import ANTHROPIC_TRANSPORT, Api, Ask, Body, Sample, load
 from cachepipe.wire.errors import BadAnswer
-from cachepipe.wire.sse import Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
+from cachepipe.wire.sse import Finish, Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
 
 _TOLD_LAST = ("stop_reason", "stop_sequence", "stop_details", "container")
 """The fields of a message that are known at its end only."""
+_CUT_OFF = frozenset({"max_tokens", "model_context_window_exceeded"})
 _COUNTED_LAST = ("output_tokens", "output_tokens_details", "server_tool_use")
 """The fields of its usage that are."""
 
@@ -78,7 +80,7 @@ class MessagesApi(Api):
 class _MessageRecorder(StreamRecorder):
     """Puts a message together from the events of its blocks."""
 
-    def __init__(self, finish: Any) -> None:
+    def __init__(self, finish: Finish) -> None:
         super().__init__(finish)
         self._message: dict[str, Any] = {}
         self._blocks: dict[int, dict[str, Any]] = {}
@@ -118,13 +120,9 @@ class _MessageRecorder(StreamRecorder):
     def _tell(self, value: dict[str, Any]) -> None:
         """Take in what is known at the end; its counts are totals, so they replace the earlier ones."""
         told = {name: item for name, item in value.items() if name not in ("type", "delta", "usage")}
-        for into, new in (
-            (self._message, {**told, **value["delta"]}),
-            (self._message.setdefault("usage", {}), value.get("usage") or {}),
-        ):
-            for name, item in new.items():
-                if item is not None or name not in into:
-                    into[name] = item
+        _replace(self._message, {**told, **value["delta"]})
+        if value.get("usage"):
+            _replace(self._message.setdefault("usage", {}), value["usage"])
 
     def _whole(self) -> dict[str, Any]:
         for index, parts in self._parts.items():
@@ -137,12 +135,44 @@ class _MessageRecorder(StreamRecorder):
                     block["input"] = self._input(text)
         return {**self._message, "content": [block for _, block in sorted(self._blocks.items())]}
 
-    @staticmethod
-    def _input(text: str) -> Any:
+    def _input(self, text: str) -> Any:
+        """Return the input of a tool call; of one that the limit of tokens cut off, what is whole."""
         try:
             return orjson.loads(text)
         except orjson.JSONDecodeError as error:
+            if self._message.get("stop_reason") in _CUT_OFF:
+                return whole_members(text)
             raise BadAnswer(f"the input of a tool call is no JSON: {text!r:.200}") from error
+
+
+def _replace(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for name, item in new.items():
+        if item is not None or name not in into:
+            into[name] = item
+
+
+def whole_members(text: str) -> Any:
+    """Return the value of a JSON object that was cut off, without the member that is not whole."""
+    closing, whole, quoted, escaped = "", "{}", False, False
+    for position, character in enumerate(text):
+        if quoted:
+            quoted = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"':
+            quoted = True
+        elif character in "{[":
+            closing = ("}" if character == "{" else "]") + closing
+            whole = text[: position + 1] + closing
+        elif character in "}]":
+            closing = closing[1:]
+            whole = text[: position + 1] + closing
+        elif character == ",":
+            whole = text[:position] + closing
+    # What ends with a digit may have lost the next one; anything else that parses is whole.
+    for candidate in (whole,) if text[-1:].isdigit() else (text + closing, whole):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return orjson.loads(candidate)
+    raise BadAnswer(f"the input of a tool call is no JSON: {text!r:.200}")
 
 
 def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

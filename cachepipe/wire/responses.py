@@ -7,7 +7,7 @@ from typing import Any
 
 from cachepipe.wire.base import OPENAI_TRANSPORT, Api, Ask, Body, Sample, load
 from cachepipe.wire.errors import BadAnswer
-from cachepipe.wire.sse import Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
+from cachepipe.wire.sse import Finish, Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
 
 _ANSWERS = ("completed", "incomplete", None)
 _TEXTS = {
@@ -80,7 +80,7 @@ class ResponsesApi(Api):
 class _ResponseRecorder(StreamRecorder):
     """Waits for the terminal event, which brings the whole response."""
 
-    def __init__(self, finish: Any) -> None:
+    def __init__(self, finish: Finish) -> None:
         super().__init__(finish)
         self._items: dict[int, dict[str, Any]] = {}
         self._response: dict[str, Any] = {}

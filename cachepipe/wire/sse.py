@@ -111,6 +111,8 @@ class StreamEvent(NamedTuple):
 
 
 Kind = Literal["", "usage", "terminal"]
+Finish = Callable[[dict[str, Any]], list[dict[str, Any]]]
+"""What makes samples of a whole answer."""
 
 
 class StreamRecorder(ABC):
@@ -123,7 +125,7 @@ class StreamRecorder(ABC):
         error: why there will be no samples, or None.
     """
 
-    def __init__(self, finish: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
+    def __init__(self, finish: Finish) -> None:
         self.started = False
         self.error: BadAnswer | None = None
         self._finish = finish

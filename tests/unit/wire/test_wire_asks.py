@@ -1,0 +1,405 @@
+"""What a body asks: the question, how many samples, and what is left out of the key."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachepipe import errors
+from cachepipe.keys import provider_question
+from cachepipe.wire import (
+    APIS,
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    MESSAGES,
+    MODERATIONS,
+    RESPONSES,
+    BadRequest,
+    api_for,
+    question_document,
+    scope_of,
+)
+
+CHAT_BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0.5, "stop": None}
+MINIMAL = {
+    CHAT: {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
+    COMPLETIONS: {"model": "m", "prompt": "hi"},
+    RESPONSES: {"model": "m", "input": "hi"},
+    EMBEDDINGS: {"model": "m", "input": "hi"},
+    MODERATIONS: {"model": "m", "input": "hi"},
+    MESSAGES: {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]},
+}
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+field_names = st.sampled_from(["model", "messages", "temperature", "stop", "tools", "x"]) | st.text(
+    max_size=5
+)
+
+
+def key_of(api, body):
+    return [provider_question("s", question_document(ask)).key for ask in api.split(body)]
+
+
+def test_a_chat_body_is_one_question_without_n_and_transport_fields():
+    body = {**CHAT_BODY, "n": 3, "stream": True, "stream_options": {"include_usage": True}, "user": "me"}
+    [ask] = CHAT.split(body)
+    assert ask.question == CHAT_BODY
+    assert (ask.n, ask.stream, ask.include_usage) == (3, True, True)
+    assert (ask.mergeable, ask.function, ask.cacheable) == (True, False, True)
+    assert ask.transport == {"stream": True, "stream_options": {"include_usage": True}, "user": "me"}
+
+
+@pytest.mark.parametrize("n", [0, -1, True, False, 1.0, 1.5, "2", [1], {}])
+@pytest.mark.parametrize("api", [CHAT, COMPLETIONS], ids=str)
+def test_a_number_of_samples_that_is_no_positive_integer_is_refused_in_a_sentence(api, n):
+    with pytest.raises(BadRequest, match="n must be a whole number of samples, at least 1; got"):
+        api.split({**MINIMAL[api], "n": n})
+
+
+def test_errors_belong_to_both_families():
+    assert issubclass(BadRequest, ValueError)
+    assert issubclass(BadRequest, errors.CachepipeError)
+
+
+@pytest.mark.parametrize("api", APIS, ids=str)
+@pytest.mark.parametrize("body", [None, [], "x", 1])
+def test_a_body_that_is_no_object_is_refused(api, body):
+    with pytest.raises(BadRequest, match="must be a JSON object"):
+        api.split(body)
+
+
+def test_null_and_absent_n_are_one():
+    assert CHAT.split({**CHAT_BODY, "n": None}) == CHAT.split({**CHAT_BODY, "n": 1}) == CHAT.split(CHAT_BODY)
+
+
+@pytest.mark.parametrize(
+    ("extra", "mergeable"),
+    [
+        ({"seed": 0}, False),
+        ({"seed": None}, True),
+        ({"best_of": 2}, False),
+        ({"best_of": None}, True),
+        ({}, True),
+    ],
+)
+@pytest.mark.parametrize("api", [CHAT, COMPLETIONS], ids=str)
+def test_c4_a_seed_or_best_of_is_not_merged(api, extra, mergeable):
+    [ask] = api.split({**MINIMAL[api], **extra})
+    assert ask.mergeable is mergeable
+    assert extra.items() <= ask.question.items()
+
+
+def test_c4_with_best_of_the_number_is_part_of_the_question():
+    one, two = (COMPLETIONS.split({"prompt": "p", "best_of": 4, "n": n})[0] for n in (1, 2))
+    [absent] = COMPLETIONS.split({"prompt": "p", "best_of": 4})
+    assert (one.question["n"], two.question["n"]) == (1, 2)
+    assert absent == one
+    assert COMPLETIONS.join_body(two.question, 7) == {"prompt": "p", "best_of": 4, "n": 2}
+
+
+@pytest.mark.parametrize("api", APIS, ids=str)
+@given(data=st.data())
+def test_c9_any_change_but_of_transport_fields_and_n_changes_the_question(api, data):
+    body = dict(MINIMAL[api])
+    name = data.draw(field_names)
+    value = data.draw(json_values)
+    before = key_of(api, body)
+    changed = {**body, name: value}
+    if name in api.transport or (name == "n" and api.max_n > 1):
+        return
+    same = name in body and body[name] == value and type(body[name]) is type(value)
+    listed = name == api.listed and value in ([body[name]], (body[name],))
+    assert (key_of(api, changed) == before) is (same or listed)
+
+
+@pytest.mark.parametrize("api", APIS, ids=str)
+def test_c9_transport_fields_do_not_change_the_question(api):
+    before = key_of(api, MINIMAL[api])
+    values = {"encoding_format": "base64"}
+    for name in api.transport:
+        assert key_of(api, {**MINIMAL[api], name: values.get(name, {"any": 1})}) == before
+
+
+@pytest.mark.parametrize(
+    ("api", "expected"),
+    [
+        (
+            CHAT,
+            {"stream", "stream_options", "user", "metadata", "store", "service_tier", "safety_identifier"},
+        ),
+        (RESPONSES, {"prompt_cache_key", "prompt_cache_retention", "metadata", "store", "stream"}),
+        (MESSAGES, {"stream", "metadata", "service_tier"}),
+        (EMBEDDINGS, {"user", "encoding_format"}),
+    ],
+    ids=str,
+)
+def test_the_lists_of_transport_fields_hold_what_the_contract_names(api, expected):
+    assert expected <= api.transport
+
+
+@given(json_values)
+def test_c9_null_is_a_value_inside_provider_bodies(value):
+    with_null = key_of(CHAT, {**CHAT_BODY, "logit_bias": None})
+    assert with_null != key_of(CHAT, CHAT_BODY)
+    assert (key_of(CHAT, {**CHAT_BODY, "logit_bias": value}) == with_null) is (value is None)
+
+
+@pytest.mark.parametrize("api", [RESPONSES, EMBEDDINGS, MESSAGES, MODERATIONS], ids=str)
+def test_n_is_a_field_like_any_other_where_the_api_has_none(api):
+    [ask] = api.split({**MINIMAL[api], "n": 2})
+    assert ask.n == 1
+    assert ask.question["n"] == 2
+
+
+def test_splitting_leaves_the_body_as_it_is():
+    for api, body in MINIMAL.items():
+        full = {**body, "n": 1, "user": "u", "stream": True, "encoding_format": "float"}
+        kept = copy.deepcopy(full)
+        api.split(full)
+        assert full == kept
+
+
+@pytest.mark.parametrize(
+    ("value", "items"),
+    [
+        ("a", ["a"]),
+        (["a"], ["a"]),
+        (["a", "b", "a"], ["a", "b", "a"]),
+        (("a", "b"), ["a", "b"]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        (None, [None]),
+    ],
+)
+@pytest.mark.parametrize(("api", "field"), [(COMPLETIONS, "prompt"), (EMBEDDINGS, "input")], ids=str)
+def test_each_item_of_a_list_is_a_question_of_its_own_and_a_token_list_is_one_item(api, field, value, items):
+    asks = api.split({"model": "m", field: value})
+    assert [ask.question[field] for ask in asks] == items
+    assert all(ask.cacheable for ask in asks)
+
+
+@pytest.mark.parametrize(
+    "value", [[], ["a", 1], ["a", [1]], [[1], []], [True], [[1, True]], [1.5], [{"a": 1}]]
+)
+@pytest.mark.parametrize(("api", "field"), [(COMPLETIONS, "prompt"), (EMBEDDINGS, "input")], ids=str)
+def test_a_list_that_cannot_be_told_apart_passes_through_uncached(api, field, value):
+    [ask] = api.split({"model": "m", field: value})
+    assert ask.question[field] == value
+    assert not ask.cacheable
+    assert ask.reason
+
+
+def test_a_list_of_parts_is_one_input_to_a_moderation():
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]
+    [ask] = MODERATIONS.split({"input": parts})
+    assert ask.question == {"input": parts}
+    assert ask.cacheable
+    assert [ask.question["input"] for ask in MODERATIONS.split({"input": ["a", "b"]})] == ["a", "b"]
+
+
+@pytest.mark.parametrize("api", APIS, ids=str)
+def test_c1_only_embeddings_and_moderations_are_functions(api):
+    assert all(ask.function is (api in (EMBEDDINGS, MODERATIONS)) for ask in api.split(MINIMAL[api]))
+
+
+@pytest.mark.parametrize(
+    ("api", "extra"),
+    [
+        (RESPONSES, {"background": True}),
+        (RESPONSES, {"conversation": "conv_1"}),
+        (RESPONSES, {"conversation": {"id": "conv_1"}}),
+        (RESPONSES, {"prompt_cache_options": {"prewarm": True}}),
+        (MESSAGES, {"container": "container_1"}),
+        (MESSAGES, {"container": {"id": "container_1", "skills": []}}),
+    ],
+)
+def test_c8_what_changes_or_polls_server_state_passes_through(api, extra):
+    [ask] = api.split({**MINIMAL[api], **extra})
+    assert not ask.cacheable
+    assert ask.reason
+
+
+@pytest.mark.parametrize(
+    ("api", "extra"),
+    [
+        (RESPONSES, {"background": False, "conversation": None, "store": True}),
+        (RESPONSES, {"previous_response_id": "resp_1"}),
+        (MESSAGES, {"container": {"skills": [{"skill_id": "pdf"}]}}),
+        (CHAT, {"store": True}),
+    ],
+)
+def test_what_only_refers_to_state_is_cached(api, extra):
+    [ask] = api.split({**MINIMAL[api], **extra})
+    assert ask.cacheable
+
+
+def test_the_previous_response_is_part_of_the_question():
+    assert key_of(RESPONSES, {"input": "x", "previous_response_id": "a"}) != key_of(
+        RESPONSES, {"input": "x", "previous_response_id": "b"}
+    )
+
+
+@pytest.mark.parametrize("wanted", ["float", "base64", None])
+def test_embeddings_are_keyed_without_their_encoding(wanted):
+    assert key_of(EMBEDDINGS, {"input": "x", "encoding_format": wanted}) == key_of(EMBEDDINGS, {"input": "x"})
+
+
+def test_an_encoding_that_floats_cannot_give_counts():
+    body = {"input": "x", "encoding_format": "ubinary"}
+    assert key_of(EMBEDDINGS, body) != key_of(EMBEDDINGS, {"input": "x"})
+    [ask] = EMBEDDINGS.split(body)
+    assert EMBEDDINGS.join_body(ask.question, transport=ask.transport) == body
+
+
+@pytest.mark.parametrize("api", APIS, ids=str)
+def test_joining_what_was_split_gives_the_body_again(api):
+    plain = MINIMAL[api]
+    [ask] = api.split(plain)
+    assert api.join_body(ask.question, ask.n, transport=ask.transport) == plain
+
+
+@given(st.integers(1, 200))
+def test_a_joined_body_asks_for_n_samples_and_splits_into_the_same_question(n):
+    [ask] = CHAT.split({**CHAT_BODY, "n": 5, "user": "me", "stream": True})
+    body = CHAT.join_body(ask.question, n, transport=ask.transport)
+    assert CHAT.split(body)[0].question == ask.question
+    assert CHAT.split(body)[0].n == n
+    assert body["user"] == "me"
+    assert "stream" not in body
+    assert ("n" in body) is (n > 1)
+
+
+def test_a_joined_stream_asks_for_its_usage_and_keeps_other_options():
+    transport = {"stream": False, "stream_options": {"include_obfuscation": False}}
+    body = CHAT.join_body(CHAT_BODY, 2, stream=True, transport=transport)
+    assert body["stream"] is True
+    assert body["stream_options"] == {"include_obfuscation": False, "include_usage": True}
+    assert MESSAGES.join_body({"x": 1}, stream=True) == {"x": 1, "stream": True}
+
+
+@pytest.mark.parametrize("api", [RESPONSES, EMBEDDINGS, MESSAGES, MODERATIONS], ids=str)
+def test_an_api_without_n_gives_one_sample_per_call(api):
+    assert api.max_n == 1
+    with pytest.raises(ValueError, match="gives one sample"):
+        api.join_body(MINIMAL[api], 2)
+
+
+def test_several_questions_share_a_call_where_they_differ_in_their_item_only():
+    asks = COMPLETIONS.split({"model": "m", "prompt": ["a", "b", "c"], "n": 2, "user": "u"})
+    body = COMPLETIONS.merge_body([asks[0].question, asks[2].question], 2, transport=asks[0].transport)
+    assert body == {"model": "m", "prompt": ["a", "c"], "n": 2, "user": "u"}
+    with pytest.raises(ValueError, match="differ in 'prompt' only"):
+        COMPLETIONS.merge_body([{"model": "m", "prompt": "a"}, {"model": "other", "prompt": "b"}])
+    with pytest.raises(ValueError, match="holds one question"):
+        CHAT.merge_body([CHAT_BODY, CHAT_BODY])
+
+
+@pytest.mark.parametrize(
+    ("options", "injected"),
+    [
+        ({}, True),
+        ({"stream_options": None}, True),
+        ({"stream_options": {"include_usage": False}}, True),
+        ({"stream_options": {"include_usage": True}}, False),
+        ({"stream_options": "broken"}, False),
+    ],
+)
+def test_usage_is_asked_for_where_the_caller_did_not(options, injected):
+    body = {**CHAT_BODY, "stream": True, **options}
+    changed, was = CHAT.inject_usage(body)
+    assert was is injected
+    assert (changed == body) is not injected
+    if injected:
+        assert changed["stream_options"]["include_usage"] is True
+    assert CHAT.inject_usage(CHAT_BODY) == (CHAT_BODY, False)
+    assert RESPONSES.inject_usage({"stream": True}) == ({"stream": True}, False)
+
+
+def test_headers_that_change_the_answer_are_part_of_the_document_and_others_are_not():
+    [ask] = MESSAGES.split(MINIMAL[MESSAGES])
+    assert question_document(ask) == question_document(ask, {"x-api-key": "secret"}) == {"body": ask.question}
+    headers = {
+        "OpenAI-Beta": "x=v1 ",
+        "Anthropic-Version": "2023-06-01",
+        "anthropic-beta": " a, b",
+        "Authorization": "Bearer secret",
+        "x-stainless-lang": "python",
+    }
+    document = question_document(ask, headers)
+    expected = {"anthropic-beta": "a, b", "anthropic-version": "2023-06-01", "openai-beta": "x=v1"}
+    assert document == {"body": ask.question, "headers": expected}
+    assert list(document["headers"]) == sorted(expected)
+    assert "secret" not in json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("url", "scope"),
+    [
+        ("https://api.openai.com/v1/chat/completions", "https://api.openai.com/v1/chat/completions"),
+        ("HTTPS://API.OpenAI.com:443/v1//chat/completions/", "https://api.openai.com/v1/chat/completions"),
+        ("http://user:pa:ss@Host:80/v1/messages#top", "http://host/v1/messages"),
+        ("http://host:443/x", "http://host:443/x"),
+        ("https://host:8443/x", "https://host:8443/x"),
+        ("https://[2001:DB8::1]:443/x", "https://[2001:db8::1]/x"),
+        ("https://host:/x", "https://host/x"),
+        ("https://host", "https://host"),
+        ("https://host/Case/Counts", "https://host/Case/Counts"),
+        ("https://host/v1/messages?beta=true", "https://host/v1/messages?beta=true"),
+        (
+            "https://r.openai.azure.com/openai/deployments/d/chat/completions?api-version=1&API-Key=secret",
+            "https://r.openai.azure.com/openai/deployments/d/chat/completions?api-version=1",
+        ),
+        ("https://host/x?key=secret", "https://host/x"),
+        ("https://host/x?api%2Dkey=secret&b=2&a=1", "https://host/x?b=2&a=1"),
+    ],
+)
+def test_a_scope_is_the_endpoint_in_one_spelling_without_credentials(url, scope):
+    assert scope_of(url) == scope
+    assert scope_of(scope) == scope
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "api.openai.com/v1", "", "https://[broken/x"])
+def test_a_scope_needs_a_whole_url(url):
+    with pytest.raises(BadRequest, match="the URL of an endpoint"):
+        scope_of(url)
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "api"),
+    [
+        ("POST", "https://api.openai.com/v1/chat/completions", CHAT),
+        ("post", "/chat/completions", CHAT),
+        ("POST", "chat/completions", CHAT),
+        ("POST", "/openai/deployments/d/chat/completions?api-version=2024-06-01", CHAT),
+        ("POST", "/v1/completions", COMPLETIONS),
+        ("POST", "/v1/responses/", RESPONSES),
+        ("POST", "/v1/embeddings", EMBEDDINGS),
+        ("POST", "/v1/moderations", MODERATIONS),
+        ("POST", "https://api.anthropic.com/v1/messages?beta=true", MESSAGES),
+        ("POST", "/messages#x", MESSAGES),
+        ("GET", "/v1/chat/completions", None),
+        ("GET", "/v1/responses/resp_1", None),
+        ("DELETE", "/v1/responses", None),
+        ("POST", "/v1/responses/resp_1/cancel", None),
+        ("POST", "/v1/responses/input_tokens", None),
+        ("POST", "/v1/chat/completions/chatcmpl-1", None),
+        ("POST", "/v1/messages/count_tokens", None),
+        ("POST", "/v1/messages/batches", None),
+        ("POST", "/v1/threads/thread_1/messages", None),
+        ("POST", "/v1/fim/completions", None),
+        ("POST", "/v1/models", None),
+        ("POST", "/", None),
+        ("POST", "", None),
+    ],
+)
+def test_an_api_is_known_by_the_end_of_the_path_of_a_creating_request(method, url, api):
+    assert api_for(method, url) is api

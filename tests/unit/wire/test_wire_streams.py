@@ -1,0 +1,814 @@
+"""Event streams: recorded as whole answers or not at all, and replayed as what was recorded."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachepipe.wire import CHAT, COMPLETIONS, MESSAGES, RESPONSES, BadAnswer, EventReader
+from cachepipe.wire.messages import whole_members
+from cachepipe.wire.sse import merge, pieces, settled
+
+HEAD = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion.chunk",
+    "created": 1,
+    "model": "m",
+    "system_fingerprint": "fp",
+}
+USAGE = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+
+
+def sse(*values):
+    return b"".join(b"data: " + (v if isinstance(v, bytes) else orjson.dumps(v)) + b"\n\n" for v in values)
+
+
+def typed(*values):
+    return b"".join(b"event: " + v["type"].encode() + b"\ndata: " + orjson.dumps(v) + b"\n\n" for v in values)
+
+
+def chunk(delta, finish=None, index=0, **more):
+    return {**HEAD, "choices": [{"index": index, "delta": delta, "finish_reason": finish, **more}]}
+
+
+def recorded(api, stream, size=None, questions=()):
+    recorder = api.recorder(questions)
+    size = size or len(stream) or 1
+    events = []
+    for start in range(0, len(stream), size):
+        events += recorder.feed(stream[start : start + size])
+    events += recorder.close()
+    assert b"".join(event.raw for event in events) == stream
+    assert sum(event.terminal for event in events) == recorder.complete
+    return recorder
+
+
+# --------------------------------------------------------------------------------------------------
+# Events
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_events_are_read_whatever_the_chunks_and_line_ends(end, size):
+    lines = [
+        b"\xef\xbb\xbfdata: first",
+        b"",
+        b": a comment",
+        b"event: named",
+        b"id: 7",
+        "data:ä€😀".encode(),
+        b"data:  two",
+        b"data",
+        b"",
+        b"",
+        b": alone",
+        b"",
+        b"data: last",
+    ]
+    stream = end.join(lines)
+    reader = EventReader()
+    events = []
+    for start in range(0, len(stream), size):
+        events += reader.feed(stream[start : start + size])
+        events += reader.feed(b"")
+    assert [(event.name, event.data) for event in events] == [
+        ("", b"first"),
+        ("named", "ä€😀\n two\n".encode()),
+        ("", b""),
+        ("", b""),
+    ]
+    events += reader.close()
+    assert (events[-1].name, events[-1].data) == ("", b"last")
+    assert b"".join(event.raw for event in events) == stream
+    assert reader.close() == []
+
+
+@given(
+    st.lists(st.sampled_from([b"data: x", b"\r", b"\n", b"\r\n", b"\r\r", b"event: e", b": c"])), st.data()
+)
+def test_the_chunking_of_a_stream_does_not_matter(parts, data):
+    stream = b"".join(parts)
+    whole = EventReader()
+    expected = [event[1:] for event in (*whole.feed(stream), *whole.close()) if event.data]
+    reader = EventReader()
+    events = []
+    rest = stream
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        events += reader.feed(rest[:size])
+        rest = rest[size:]
+    events += reader.close()
+    assert [event[1:] for event in events if event.data] == expected
+    assert b"".join(event.raw for event in events) == stream
+
+
+@given(st.text())
+def test_pieces_joined_are_the_text(text):
+    assert "".join(pieces(text)) == text
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat, recorded
+# --------------------------------------------------------------------------------------------------
+
+STREAM = sse(
+    chunk({"role": "assistant", "content": "", "refusal": None}, logprobs=None),
+    chunk({"content": "Hel"}, logprobs=None),
+    chunk({"content": "lo 😀"}, logprobs=None),
+    chunk({}, "stop", logprobs=None),
+    {**HEAD, "choices": [], "usage": USAGE},
+    b"[DONE]",
+)
+WHOLE = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello 😀", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": USAGE,
+    "system_fingerprint": "fp",
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, None])
+def test_a_recorded_stream_is_the_sample_of_the_unstreamed_answer(size):
+    assert recorded(CHAT, STREAM, size).samples() == [WHOLE]
+
+
+def test_a_recorder_tells_when_content_came_and_when_all_came():
+    recorder = CHAT.recorder()
+    seen = []
+    for event in STREAM.split(b"\n\n")[:-1]:
+        assert not recorder.complete
+        with pytest.raises(BadAnswer, match="has not come to its terminal event"):
+            recorder.samples()
+        [passed] = recorder.feed(event + b"\n\n")
+        seen.append((recorder.started, passed.usage_only, passed.terminal))
+    assert [started for started, _, _ in seen] == [False, True, True, True, True, True]
+    assert [usage for _, usage, _ in seen] == [False, False, False, False, True, False]
+    assert [terminal for _, _, terminal in seen] == [False] * 5 + [True]
+    assert recorder.complete
+    [late] = recorder.feed(b"data: {}\n\n")
+    assert late.raw == b"data: {}\n\n"
+    assert recorder.samples() == [WHOLE]
+
+
+def test_c7_the_terminal_event_is_known_although_its_last_line_end_is_missing():
+    assert recorded(CHAT, STREAM.removesuffix(b"\n\n")).complete
+    assert recorded(CHAT, STREAM.removesuffix(b"\n")).complete
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_c7_a_truncated_stream_is_never_a_sample(cut):
+    events = STREAM.split(b"\n\n")
+    recorder = recorded(CHAT, b"\n\n".join(events[:cut]) + b"\n\n")
+    assert not recorder.complete
+    with pytest.raises(BadAnswer, match="ended before its terminal event"):
+        recorder.samples()
+
+
+@given(st.integers(0, len(STREAM) - 3))
+def test_c7_no_prefix_of_a_stream_is_complete(length):
+    recorder = recorded(CHAT, STREAM[:length])
+    assert recorder.complete is (length >= STREAM.index(b"[DONE]") + len(b"[DONE]"))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"error": {"message": "overloaded", "code": 503}},
+        b"{broken",
+        b"[1]",
+        {"choices": "none"},
+        {"choices": [1]},
+        {"choices": [{"index": 0, "delta": "x"}]},
+        {"choices": [{"index": 0, "message": {"content": "whole"}}]},
+        {"choices": [{"index": 0, "delta": {"content": ["parts"]}}]},
+    ],
+    ids=str,
+)
+def test_c8_a_stream_that_is_not_in_order_is_passed_on_and_gives_no_sample(event):
+    first, last = STREAM.split(b"\n\n")[1] + b"\n\n", sse(chunk({}, "stop"), b"[DONE]")
+    recorder = recorded(CHAT, first + sse(event) + last)
+    assert not recorder.complete
+    with pytest.raises(BadAnswer):
+        recorder.samples()
+
+
+def test_c8_a_named_error_event_gives_no_sample():
+    stream = STREAM.replace(sse(b"[DONE]"), b"event: error\ndata: {}\n\n" + sse(b"[DONE]"))
+    assert isinstance(recorded(CHAT, stream).error, BadAnswer)
+
+
+@pytest.mark.parametrize("finish", [None, "error"])
+def test_c7_a_stream_whose_choice_did_not_finish_is_never_a_sample(finish):
+    recorder = recorded(CHAT, sse(chunk({"content": "x"}), chunk({}, finish), b"[DONE]"))
+    assert not recorder.complete
+    with pytest.raises(BadAnswer):
+        recorder.samples()
+
+
+def test_a_stream_without_any_choice_is_no_sample():
+    with pytest.raises(BadAnswer, match="no choice"):
+        recorded(CHAT, sse({**HEAD, "choices": []}, b"[DONE]")).samples()
+
+
+def test_a_stream_without_usage_gives_a_sample_whose_usage_is_none():
+    [sample] = recorded(
+        CHAT, sse(chunk({"role": "assistant", "content": "x"}), chunk({}, "stop"), b"[DONE]")
+    ).samples()
+    assert sample["usage"] is None
+
+
+def test_choices_that_alternate_are_put_together_by_index():
+    stream = sse(
+        chunk({"role": "assistant", "content": ""}, index=1),
+        chunk({"role": "assistant", "content": ""}),
+        chunk({"content": "b"}, index=1),
+        chunk({"content": "a"}),
+        {
+            **HEAD,
+            "choices": [
+                chunk({"content": "A"})["choices"][0],
+                chunk({"content": "B"}, index=1)["choices"][0],
+            ],
+        },
+        chunk({}, "length", index=1),
+        chunk({}, "stop"),
+        {**HEAD, "choices": [], "usage": USAGE},
+        b"[DONE]",
+    )
+    samples = recorded(CHAT, stream).samples()
+    told = [(s["choices"][0]["message"]["content"], s["choices"][0]["finish_reason"]) for s in samples]
+    assert told == [("aA", "stop"), ("bB", "length")]
+    assert sum(sample["usage"]["completion_tokens"] for sample in samples) == 4
+
+
+def message_of(*deltas):
+    stream = sse(
+        chunk({"role": "assistant", "content": None}), *map(chunk, deltas), chunk({}, "stop"), b"[DONE]"
+    )
+    return recorded(CHAT, stream).samples()[0]["choices"][0]["message"]
+
+
+def test_tool_calls_are_put_together_by_index():
+    message = message_of(
+        {
+            "tool_calls": [
+                {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": ""}}
+            ]
+        },
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"x"'}}]},
+        {
+            "tool_calls": [
+                {"index": 1, "id": "b", "type": "function", "function": {"name": "g", "arguments": ""}}
+            ]
+        },
+        {
+            "tool_calls": [
+                {"index": 0, "function": {"arguments": ":1}"}},
+                {"index": 1, "function": {"arguments": "{}"}},
+            ]
+        },
+    )
+    assert message == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}},
+            {"id": "b", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+        ],
+    }
+
+
+def test_tool_calls_that_share_an_index_or_have_none_are_told_apart_by_id():
+    whole = [{"id": c, "type": "function", "function": {"name": c, "arguments": "{}"}} for c in "ab"]
+    assert message_of(*({"tool_calls": [{"index": 0, **call}]} for call in whole))["tool_calls"] == whole
+    assert message_of(*({"tool_calls": [call]} for call in whole))["tool_calls"] == whole
+    assert message_of({"tool_calls": whole})["tool_calls"] == whole
+
+
+def test_a_repeated_function_name_is_one_name():
+    parts = [
+        {"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": a}}]}
+        for a in ("{", "}")
+    ]
+    assert message_of(*parts)["tool_calls"] == [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def test_other_fields_of_a_delta_are_merged_by_their_kind():
+    message = message_of(
+        {"reasoning_content": "think ", "audio": {"id": "au", "transcript": "he"}, "score": 1},
+        {
+            "reasoning_content": "hard",
+            "audio": {"transcript": "y", "data": "AA"},
+            "score": 2,
+            "refusal": "no",
+        },
+        {
+            "refusal": " way",
+            "audio": {"data": "BB", "expires_at": 5},
+            "function_call": {"name": "f", "arguments": "{"},
+        },
+        {"function_call": {"arguments": "}"}, "citations": ["x"]},
+        {"citations": ["y"], "reasoning_details": [{"index": 0, "type": "text", "text": "a"}]},
+        {"reasoning_details": [{"index": 0, "type": "text", "text": "b"}]},
+    )
+    assert message == {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "think hard",
+        "audio": {"id": "au", "transcript": "hey", "data": "AABB", "expires_at": 5},
+        "score": 2,
+        "refusal": "no way",
+        "function_call": {"name": "f", "arguments": "{}"},
+        "citations": ["x", "y"],
+        "reasoning_details": [{"index": 0, "type": "text", "text": "ab"}],
+    }
+
+
+def test_a_long_answer_in_small_deltas_is_put_together_in_linear_time():
+    acc = {}
+    for _ in range(200_000):
+        merge(acc, {"content": "word "})
+    assert len(settled(acc)["content"]) == 1_000_000
+
+
+def test_log_probabilities_are_appended():
+    def part(token):
+        return {"content": [{"token": token, "logprob": -1.0, "top_logprobs": []}], "refusal": None}
+
+    stream = sse(
+        chunk({"role": "assistant", "content": ""}, logprobs=None),
+        chunk({"content": "a"}, logprobs=part("a")),
+        chunk({"content": "b"}, logprobs=part("b")),
+        chunk({}, "stop", logprobs=None),
+        b"[DONE]",
+    )
+    [sample] = recorded(CHAT, stream).samples()
+    merged = {"content": [*part("a")["content"], *part("b")["content"]], "refusal": None}
+    assert sample["choices"][0]["logprobs"] == merged
+
+
+def test_log_probabilities_of_together_become_the_lists_of_its_whole_answers():
+    stream = sse(
+        *(
+            chunk(
+                {"role": "assistant", "content": t, "token_id": i, "tool_calls": None}, logprobs=-0.5, text=t
+            )
+            for i, t in enumerate("ab")
+        ),
+        {**chunk({"content": "", "token_id": 2}, "eos", logprobs=None), "usage": USAGE},
+        b"[DONE]",
+    )
+    [sample] = recorded(CHAT, stream).samples()
+    assert sample["choices"][0] == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "ab", "tool_calls": None},
+        "logprobs": {"tokens": ["a", "b"], "token_logprobs": [-0.5, -0.5], "token_ids": [0, 1]},
+        "finish_reason": "eos",
+    }
+    assert sample["usage"] == USAGE
+
+
+def test_padding_and_first_empty_fields_of_chunks_do_not_reach_the_sample():
+    filtered = {
+        "id": "",
+        "object": "",
+        "created": 0,
+        "model": "",
+        "choices": [],
+        "prompt_filter_results": [{"a": 1}],
+    }
+    offsets = {
+        **HEAD,
+        "choices": [{"index": 0, "finish_reason": None, "content_filter_results": {"hate": {}}}],
+    }
+    stream = sse(
+        filtered,
+        {**chunk({"role": "assistant", "content": "x"}), "obfuscation": "Zm9v"},
+        offsets,
+        chunk({}, "stop"),
+        b"[DONE]",
+    )
+    [sample] = recorded(CHAT, stream).samples()
+    assert (sample["id"], sample["created"], sample["object"]) == ("chatcmpl-1", 1, "chat.completion")
+    assert sample["prompt_filter_results"] == [{"a": 1}]
+    assert sample["choices"][0]["content_filter_results"] == {"hate": {}}
+    assert "obfuscation" not in sample
+
+
+# --------------------------------------------------------------------------------------------------
+# Replayed, and recorded again
+# --------------------------------------------------------------------------------------------------
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abcde", min_size=1), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+extras = st.dictionaries(st.text("xyz", min_size=1, max_size=3), values, max_size=2)
+texts = st.text(max_size=30)
+
+
+@st.composite
+def chat_samples(draw):
+    message = {"role": "assistant", "content": draw(st.none() | texts)}
+    for name in ("refusal", "reasoning", "reasoning_content"):
+        if draw(st.booleans()):
+            message[name] = draw(st.none() | texts)
+    if draw(st.booleans()):
+        calls = [
+            {"id": f"call_{i}", "type": "function", "function": {"name": "f", "arguments": draw(texts)}}
+            for i in range(draw(st.integers(0, 3)))
+        ]
+        message["tool_calls"] = calls
+        if calls and draw(st.booleans()):
+            calls.append({"id": "call_c", "type": "custom", "custom": {"name": "g", "input": draw(texts)}})
+    if draw(st.booleans()):
+        message["function_call"] = {"name": "f", "arguments": draw(texts)}
+    if draw(st.booleans()):
+        message["audio"] = {"id": "a", "data": "AAAA", "transcript": draw(texts), "expires_at": 3}
+    message |= draw(extras)
+    tokens = draw(st.lists(st.text(min_size=1, max_size=3), max_size=4))
+    entries = [{"token": token, "logprob": -1.0, "bytes": None, "top_logprobs": []} for token in tokens]
+    if tokens and draw(st.booleans()):
+        message["content"] = "".join(tokens)
+    logprobs = draw(
+        st.sampled_from([None, {"content": entries, "refusal": None}, {"content": None, "refusal": []}])
+    )
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}
+    if draw(st.booleans()):
+        del choice["logprobs"]
+    choice |= draw(extras)
+    head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m"}
+    return {**head, "choices": [choice], "usage": draw(st.none() | st.just(USAGE)), **draw(extras)}
+
+
+@given(chat_samples(), st.integers(1, 99))
+def test_recording_the_stream_of_a_chat_sample_gives_the_sample(sample, size):
+    [ask] = CHAT.split({"stream": True, "stream_options": {"include_usage": True}})
+    stream = b"".join(CHAT.stream([sample], ask))
+    assert recorded(CHAT, stream, size).samples() == [sample]
+
+
+@st.composite
+def text_samples(draw):
+    tokens = draw(st.lists(st.text(min_size=1, max_size=3), max_size=4))
+    columns = {
+        "tokens": tokens,
+        "token_logprobs": [-1.0] * len(tokens),
+        "top_logprobs": [{token: -1.0, "index": -2.0} for token in tokens],
+        "text_offset": list(range(len(tokens))),
+    }
+    text = "".join(tokens) if draw(st.booleans()) else draw(texts)
+    logprobs = draw(st.sampled_from([None, columns, {**columns, "top_logprobs": None}, {"tokens": None}]))
+    choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": "stop", **draw(extras)}
+    return {"id": "cmpl-1", "object": "text_completion", "model": "m", "choices": [choice], "usage": USAGE}
+
+
+@given(text_samples(), st.integers(1, 99))
+def test_recording_the_stream_of_a_completion_gives_the_sample(sample, size):
+    [ask] = COMPLETIONS.split({"stream": True, "stream_options": {"include_usage": True}})
+    stream = b"".join(COMPLETIONS.stream([sample], ask))
+    assert recorded(COMPLETIONS, stream, size).samples() == [sample]
+
+
+@given(st.lists(chat_samples(), min_size=2, max_size=4))
+def test_the_stream_of_several_samples_is_the_stream_of_their_answer(samples):
+    [ask] = CHAT.split({"n": len(samples), "stream": True, "stream_options": {"include_usage": True}})
+    again = recorded(CHAT, b"".join(CHAT.stream(samples, ask))).samples()
+    whole = CHAT.answer(samples, ask)
+    assert CHAT.answer(again, ask) == whole
+
+
+def test_a_list_of_prompts_is_streamed_and_recorded_by_prompt():
+    asks = COMPLETIONS.split(
+        {"prompt": ["a", "b"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    )
+    choices = [{"index": i, "text": f"text {i}", "logprobs": None, "finish_reason": "stop"} for i in range(4)]
+    answer = {"id": "c", "object": "text_completion", "choices": choices, "usage": USAGE}
+    questions = [ask.question for ask in asks]
+    samples = COMPLETIONS.samples(answer, questions)
+    stream = b"".join(COMPLETIONS.stream(samples, asks[0]))
+    assert recorded(COMPLETIONS, stream, questions=questions).samples() == samples
+
+
+def test_a_stream_is_the_same_each_time_and_comes_in_words():
+    [ask] = CHAT.split({"stream": True})
+    sample = {
+        **WHOLE,
+        "choices": [{**WHOLE["choices"][0], "message": {"role": "assistant", "content": "a b  c\n"}}],
+    }
+    events = list(CHAT.stream([sample], ask))
+    assert events == list(CHAT.stream([sample], ask))
+    deltas = [orjson.loads(event[6:])["choices"][0]["delta"] for event in events[:-1]]
+    assert deltas == [
+        {"role": "assistant", "content": ""},
+        *({"content": c} for c in ("a ", "b  ", "c\n")),
+        {},
+    ]
+    assert events[-1] == b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_chunk_of_usage_comes_only_where_it_was_asked_for(wanted):
+    [ask] = CHAT.split({"stream": True, "stream_options": {"include_usage": wanted}})
+    chunks = [orjson.loads(event[6:]) for event in list(CHAT.stream([WHOLE], ask))[:-1]]
+    with_usage = [chunk for chunk in chunks if chunk.get("usage")]
+    assert len(with_usage) == wanted
+    assert all(("usage" in chunk) is wanted for chunk in chunks)
+    assert [chunk["choices"] for chunk in with_usage] == [[]] * wanted
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+
+
+def test_fields_of_the_envelope_that_are_not_in_every_chunk_come_once():
+    [ask] = CHAT.split({"stream": True})
+    chunks = [orjson.loads(event[6:]) for event in list(CHAT.stream([{**WHOLE, "prompt": []}], ask))[:-1]]
+    assert ["prompt" in chunk for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert all(chunk["system_fingerprint"] == "fp" for chunk in chunks)
+
+
+# --------------------------------------------------------------------------------------------------
+# Responses
+# --------------------------------------------------------------------------------------------------
+
+PART = {
+    "type": "output_text",
+    "text": "Hi there",
+    "annotations": [{"type": "file_path", "file_id": "f", "index": 0}],
+}
+ITEMS = [
+    {
+        "type": "reasoning",
+        "id": "rs_1",
+        "summary": [{"type": "summary_text", "text": "I think"}],
+        "content": [{"type": "reasoning_text", "text": "deep thoughts"}],
+        "status": "completed",
+    },
+    {
+        "type": "message",
+        "id": "msg_1",
+        "role": "assistant",
+        "status": "completed",
+        "content": [PART, {"type": "refusal", "refusal": "I would rather not"}],
+    },
+    {
+        "type": "function_call",
+        "id": "fc_1",
+        "call_id": "c",
+        "name": "f",
+        "arguments": '{"a": 1}',
+        "status": "completed",
+    },
+    {"type": "custom_tool_call", "id": "ct_1", "call_id": "d", "name": "g", "input": "free text"},
+    {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+    {"type": "code_interpreter_call", "id": "ci_1", "code": None, "status": "completed"},
+]
+RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1,
+    "status": "completed",
+    "error": None,
+    "incomplete_details": None,
+    "model": "m",
+    "output": ITEMS,
+    "usage": {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3},
+}
+
+
+def events_of(stream):
+    reader = EventReader()
+    return [orjson.loads(event.data) for event in reader.feed(stream)]
+
+
+@pytest.mark.parametrize("status", ["completed", "incomplete"])
+def test_a_response_is_streamed_in_numbered_events_and_recorded_from_the_last(status):
+    sample = {**RESPONSE, "status": status}
+    [ask] = RESPONSES.split({"stream": True})
+    stream = b"".join(RESPONSES.stream([sample], ask))
+    events = events_of(stream)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert (events[0]["type"], events[-1]["type"]) == ("response.created", f"response.{status}")
+    assert events[0]["response"]["output"] == []
+    assert events[0]["response"]["usage"] is None
+    recorder = recorded(RESPONSES, stream, 11)
+    assert recorder.started
+    assert recorder.samples() == [sample]
+
+
+def test_the_deltas_of_a_response_are_its_texts():
+    events = events_of(b"".join(RESPONSES.stream([RESPONSE], RESPONSES.split({})[0])))
+    told = {}
+    for event in events:
+        if event["type"].endswith(".delta"):
+            told[event["type"]] = told.get(event["type"], "") + event["delta"]
+    assert told == {
+        "response.reasoning_summary_text.delta": "I think",
+        "response.reasoning_text.delta": "deep thoughts",
+        "response.output_text.delta": "Hi there",
+        "response.refusal.delta": "I would rather not",
+        "response.function_call_arguments.delta": '{"a": 1}',
+        "response.custom_tool_call_input.delta": "free text",
+    }
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"type": "response.failed", "response": {**RESPONSE, "status": "failed"}},
+        {"type": "response.completed", "response": {**RESPONSE, "status": "in_progress"}},
+        {"type": "response.completed"},
+        {"type": "error", "code": "server_error", "message": "no"},
+        {"type": "response.output_text.delta", "delta": "x"},
+    ],
+    ids=str,
+)
+def test_c8_a_response_that_failed_or_did_not_end_is_never_a_sample(last):
+    recorder = recorded(RESPONSES, typed({"type": "response.created", "response": {}}, last))
+    assert not recorder.complete
+    with pytest.raises(BadAnswer):
+        recorder.samples()
+
+
+def test_a_terminal_event_without_output_is_completed_by_the_items_before_it():
+    items = [
+        {"type": "response.output_item.done", "output_index": i, "item": item} for i, item in enumerate(ITEMS)
+    ]
+    last = {"type": "response.completed", "response": {**RESPONSE, "output": None}}
+    assert recorded(RESPONSES, typed(*reversed(items), last)).samples() == [RESPONSE]
+
+
+# --------------------------------------------------------------------------------------------------
+# Messages
+# --------------------------------------------------------------------------------------------------
+
+CITATION = {"type": "char_location", "cited_text": "x", "document_index": 0}
+MESSAGE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude",
+    "content": [
+        {"type": "thinking", "thinking": "let me see", "signature": "c2ln"},
+        {"type": "redacted_thinking", "data": "b"},
+        {"type": "text", "text": "Hello there", "citations": [CITATION, CITATION]},
+        {"type": "text", "text": "", "citations": None},
+        {"type": "tool_use", "id": "t", "name": "f", "input": {"a": [1, {"b": "ä ö"}]}},
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"url": "u"}]},
+    ],
+    "stop_reason": "tool_use",
+    "stop_sequence": None,
+    "container": {"id": "c", "expires_at": "t"},
+    "usage": {
+        "input_tokens": 3,
+        "cache_read_input_tokens": 2,
+        "output_tokens": 17,
+        "server_tool_use": {"web_search_requests": 1},
+        "service_tier": "standard",
+    },
+}
+
+
+@pytest.mark.parametrize("size", [1, 13, None])
+def test_recording_the_stream_of_a_message_gives_the_sample(size):
+    [ask] = MESSAGES.split({"stream": True})
+    stream = b"".join(MESSAGES.stream([MESSAGE], ask))
+    recorder = recorded(MESSAGES, stream, size)
+    assert recorder.started
+    assert recorder.samples() == [MESSAGE]
+
+
+@given(st.dictionaries(st.text("ab", min_size=1), values, max_size=4), texts, extras)
+def test_recording_the_stream_of_any_message_gives_the_sample(given_input, text, more):
+    blocks = [
+        {"type": "text", "text": text},
+        {"type": "tool_use", "id": "t", "name": "f", "input": given_input, **more},
+    ]
+    sample = {**MESSAGE, "content": blocks, **more}
+    [ask] = MESSAGES.split({"stream": True})
+    assert recorded(MESSAGES, b"".join(MESSAGES.stream([sample], ask)), 17).samples() == [sample]
+
+
+START = {
+    "type": "message_start",
+    "message": {
+        **MESSAGE,
+        "content": [],
+        "stop_reason": None,
+        "usage": {"input_tokens": 3, "output_tokens": 1},
+    },
+}
+TOOL = {
+    "type": "content_block_start",
+    "index": 0,
+    "content_block": {"type": "tool_use", "id": "t", "input": {}},
+}
+
+
+def json_delta(text):
+    return {
+        "type": "content_block_delta",
+        "index": 0,
+        "delta": {"type": "input_json_delta", "partial_json": text},
+    }
+
+
+def message_end(reason, **more):
+    delta = {"stop_reason": reason, "stop_sequence": None}
+    return [
+        {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 9}, **more},
+        {"type": "message_stop"},
+    ]
+
+
+def test_counts_and_fields_told_at_the_end_replace_those_of_the_start():
+    ping = {"type": "ping"}
+    kept = {"applied_edits": []}
+    end = message_end("end_turn", context_management=kept)
+    [sample] = recorded(MESSAGES, typed(START, ping, *end)).samples()
+    assert sample["usage"] == {"input_tokens": 3, "output_tokens": 9}
+    assert sample["stop_reason"] == "end_turn"
+    assert sample["context_management"] == kept
+    assert sample["container"] == MESSAGE["container"]
+
+
+def test_the_model_that_took_over_in_mid_stream_is_the_one_that_answered():
+    fallback = {"type": "fallback", "from": {"model": "claude"}, "to": {"model": "other"}}
+    begin = {"type": "content_block_start", "index": 0, "content_block": fallback}
+    assert recorded(MESSAGES, typed(START, begin, *message_end("end_turn"))).samples()[0]["model"] == "other"
+
+
+def test_counts_in_a_delta_are_not_part_of_its_block():
+    begin = {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}}
+    delta = {"type": "thinking_delta", "thinking": "x", "estimated_tokens": 5}
+    more = {"type": "content_block_delta", "index": 0, "delta": delta}
+    [sample] = recorded(MESSAGES, typed(START, begin, more, *message_end("end_turn"))).samples()
+    assert sample["content"] == [{"type": "thinking", "thinking": "x"}]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [START, TOOL, json_delta('{"a": ')],
+        [START, {"type": "error", "error": {"type": "overloaded_error"}}, *message_end("end_turn")],
+        [START, TOOL, json_delta('{"a": '), *message_end("tool_use")],
+        [START, {"type": "message_stop"}],
+        [START, json_delta("{}"), *message_end("end_turn")],
+        [{"type": "message_stop"}],
+    ],
+    ids=range(6),
+)
+def test_c8_a_message_that_failed_or_did_not_end_is_never_a_sample(events):
+    recorder = recorded(MESSAGES, typed(*events))
+    assert not recorder.complete
+    with pytest.raises(BadAnswer):
+        recorder.samples()
+
+
+def test_c8_a_tool_call_that_the_limit_of_tokens_cut_off_keeps_its_whole_members():
+    stream = typed(START, TOOL, json_delta('{"a": [1, 2], "b": "cu'), *message_end("max_tokens"))
+    assert recorded(MESSAGES, stream).samples()[0]["content"][0]["input"] == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", {}),
+        ("{", {}),
+        ('{"a', {}),
+        ('{"a": ', {}),
+        ('{"a": tr', {}),
+        ('{"a": true', {"a": True}),
+        ('{"a": 12', {}),
+        ('{"a": 12,', {"a": 12}),
+        ('{"a": "x\\"', {}),
+        ('{"a": "x,{\\\\"', {"a": "x,{\\"}),
+        ('{"a": {"b": [1, {"c": 2}', {"a": {"b": [1, {"c": 2}]}}),
+    ],
+)
+def test_of_json_that_was_cut_off_the_whole_members_are_kept(text, value):
+    assert whole_members(text) == value
+
+
+@given(st.dictionaries(st.text(max_size=3), values, max_size=4), st.data())
+def test_any_json_object_that_was_cut_off_gives_a_part_of_it(value, data):
+    text = orjson.dumps(value).decode()
+    part = whole_members(text[: data.draw(st.integers(1, len(text)))])
+    assert part.keys() <= value.keys()
+    for name in list(part)[:-1]:
+        assert part[name] == value[name]
