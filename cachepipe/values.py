@@ -33,7 +33,8 @@ class Codec:
     def __init__(self, classes: Iterable[type] = ()) -> None:
         self._classes: dict[str, type] = {}
         for kind in classes:
-            if not (dataclasses.is_dataclass(kind) or hasattr(kind, "model_fields")):
+            named = isinstance(kind, type)
+            if not named or not (dataclasses.is_dataclass(kind) or hasattr(kind, "model_fields")):
                 raise TypeError(f"classes= takes dataclasses and pydantic models; got {kind!r}")
             other = self._classes.setdefault(kind.__qualname__, kind)
             if other is not kind:
@@ -69,10 +70,13 @@ class Codec:
         try:
             form = orjson.loads(data)
         except orjson.JSONDecodeError as error:
-            raise StoreError(f"a sample of the cache is damaged: {error}; run `cachepipe verify`") from error
-        if _MARKED in data:
+            raise StoreError(f"a sample of the cache is damaged: {error}; restore the cache, or delete the sample's row") from error
+        if _MARKED not in data:
+            return form
+        try:
             return self._value(form)
-        return form
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise StoreError(f"a sample of the cache is damaged: {error!r}; restore the cache, or delete the sample's row") from error
 
     def _form(self, value: Any) -> Any:  # noqa: PLR0911 - one return per kind of value
         kind = type(value)
@@ -146,9 +150,9 @@ class Codec:
             case "tuple":
                 return tuple(self._value(part) for part in item)
             case "bytes":
-                return base64.b64decode(item)
+                return base64.b64decode(item, validate=True)
             case "str":
-                return base64.b64decode(item).decode("utf-8", "surrogatepass")
+                return base64.b64decode(item, validate=True).decode("utf-8", "surrogatepass")
             case "int":
                 return int(item)
             case "float":

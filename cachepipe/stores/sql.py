@@ -500,7 +500,9 @@ class _Book:
 
 
 def _coupled(ledger: sqlite3.Connection, key: int, draw: Draw, owner: int) -> list[int]:
-    """Return the indices of the same draw in the earliest other namespace."""
+    """Return the indices of the same draw in the earliest other namespace; the shared draw has none."""
+    if draw.namespace == SHARED:
+        return []
     rows = ledger.execute(
         "SELECT s.namespace, s.position, s.indices FROM segments s JOIN namespaces n ON n.id = s.namespace"
         " WHERE s.key = ? AND s.request_id = ? AND s.occurrence = ? AND s.namespace != ? AND n.label != ?"

@@ -230,7 +230,8 @@ class Api(ABC):
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:  # noqa: ARG002 - for APIs with streams
         """Return the events of a stream that brings these samples, always the same for the same samples.
 
-        Recording it gives the samples back (of several, with the envelope of the first).
+        Recording it gives the samples back: of several, with the envelope of the first; without
+        `Ask.include_usage`, without usage; tool calls without an index of their own.
 
         Raises:
             BadRequest: when the API has no streams.

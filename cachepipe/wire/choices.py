@@ -248,8 +248,9 @@ class _ChoicesRecorder(StreamRecorder):
         if isinstance(value, int | float):
             token = delta.get("content", delta.get("text"))
             value = {"tokens": [token], "token_logprobs": [value]}
-            if "token_id" in (part.get("delta") or part):
-                value["token_ids"] = [(part.get("delta") or part)["token_id"]]
+            told = part.get("delta") or part
+            if "token_id" in told:
+                value["token_ids"] = [told["token_id"]]
         if before is None:
             choice["logprobs"] = value
         else:
@@ -259,7 +260,7 @@ class _ChoicesRecorder(StreamRecorder):
         api = self._api
         choices = []
         for index, choice in sorted(self._choices.items()):
-            if choice.get("finish_reason") is None:
+            if not choice.get("finish_reason"):
                 raise BadAnswer(
                     f"choice {index} of the stream has no finish_reason; it is not a whole answer"
                 )

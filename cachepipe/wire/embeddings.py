@@ -174,11 +174,13 @@ def packed(vector: Any) -> Any:
         return vector
     if not isinstance(vector, list):
         raise BadAnswer(f"an embedding must be a list of numbers or a string; got {vector!r:.200}")
+    if not vector or not all(type(number) is float for number in vector):
+        return vector  # integers are another encoding, or would come back as floats
     try:
         text = to_base64(vector)
-    except (struct.error, OverflowError):
+    except OverflowError:
         return vector
-    return text if vector and to_floats(text) == vector else vector
+    return text if to_floats(text) == vector else vector
 
 
 EMBEDDINGS = EmbeddingsApi()

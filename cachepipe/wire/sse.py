@@ -180,7 +180,7 @@ class StreamRecorder(ABC):
                 self._samples = self._finish(self._whole())
         except BadAnswer as error:
             self.error = error
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             self.error = BadAnswer(f"an event of the stream has an unknown form: {event.data!r:.200}")
             self.error.__cause__ = error
         return StreamEvent(event.raw, terminal=self.complete, usage_only=kind == "usage")

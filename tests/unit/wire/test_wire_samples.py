@@ -301,6 +301,15 @@ def test_a_vector_is_packed_only_where_nothing_is_lost(vector):
     assert form == vector or to_floats(form) == vector
 
 
+@pytest.mark.parametrize("vector", [[1, -2, 127], [0.5, 0], [0.1], [1e300], []])
+def test_a_vector_that_is_not_of_32_bit_floats_is_served_as_it_came(vector):
+    body = {"input": "x", "encoding_format": "int8"}
+    answer = {"data": [{"index": 0, "embedding": vector}], "model": "e"}
+    for wanted in (body, {"input": "x"}):
+        served = EMBEDDINGS.answer(EMBEDDINGS.samples(answer), ask_for(EMBEDDINGS, wanted))
+        assert orjson.dumps(served) == orjson.dumps(answer)
+
+
 @pytest.mark.parametrize("came", ["float", "base64"])
 @pytest.mark.parametrize("wanted", [None, "float", "base64"])
 @given(vectors=st.lists(st.lists(float32s, min_size=2, max_size=2), min_size=1, max_size=4))

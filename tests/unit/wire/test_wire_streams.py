@@ -194,8 +194,10 @@ def test_c7_no_prefix_of_a_stream_is_complete(length):
         {"choices": [{"index": 0, "delta": "x"}]},
         {"choices": [{"index": 0, "message": {"content": "whole"}}]},
         {"choices": [{"index": 0, "delta": {"content": ["parts"]}}]},
+        {"choices": [{"index": [1], "delta": {}}]},
+        b'{"choices":[{"index":0,"delta":{"x":' + b'{"x":' * 990 + b"1" + b"}" * 990 + b"}}]}",
     ],
-    ids=str,
+    ids=lambda event: str(event)[:50],
 )
 def test_c8_a_stream_that_is_not_in_order_is_passed_on_and_gives_no_sample(event):
     first, last = STREAM.split(b"\n\n")[1] + b"\n\n", sse(chunk({}, "stop"), b"[DONE]")
@@ -210,7 +212,7 @@ def test_c8_a_named_error_event_gives_no_sample():
     assert isinstance(recorded(CHAT, stream).error, BadAnswer)
 
 
-@pytest.mark.parametrize("finish", [None, "error"])
+@pytest.mark.parametrize("finish", [None, "", "error"])
 def test_c7_a_stream_whose_choice_did_not_finish_is_never_a_sample(finish):
     recorder = recorded(CHAT, sse(chunk({"content": "x"}), chunk({}, finish), b"[DONE]"))
     assert not recorder.complete
@@ -539,6 +541,59 @@ def test_fields_of_the_envelope_that_are_not_in_every_chunk_come_once():
     chunks = [orjson.loads(event[6:]) for event in list(CHAT.stream([{**WHOLE, "prompt": []}], ask))[:-1]]
     assert ["prompt" in chunk for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
     assert all(chunk["system_fingerprint"] == "fp" for chunk in chunks)
+
+
+names = st.sampled_from(
+    "choices index delta content tool_calls logprobs usage message type response output item output_index summary "
+    "content_block text input arguments citations finish_reason stop_reason id name function tokens".split()
+)
+kinds = st.sampled_from(
+    "response.completed response.output_item.done message_start content_block_start content_block_delta message_delta "
+    "message_stop output_text function_call reasoning thinking text".split()
+)
+odd_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.sampled_from(["", "a"]) | kinds,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("api", [CHAT, COMPLETIONS, RESPONSES, MESSAGES], ids=str)
+@given(
+    st.lists(odd_values | st.dictionaries(names, odd_values).map(lambda v: {**v, "type": "message_start"}))
+)
+def test_whatever_a_stream_brings_it_is_passed_on_without_an_error(api, events):
+    recorder = recorded(api, sse(*events, b"[DONE]") + typed({"type": "message_stop"}))
+    assert recorder.complete or isinstance(recorder.error, BadAnswer)
+
+
+@pytest.mark.parametrize("api", [CHAT, COMPLETIONS, RESPONSES, MESSAGES], ids=str)
+@given(
+    st.fixed_dictionaries(
+        {
+            "choices": st.lists(
+                st.dictionaries(names, odd_values).map(lambda v: {"message": {}, "text": "", **v}), max_size=3
+            )
+            | st.builds(lambda v: [{"message": v, "text": "a b"}], st.dictionaries(names, odd_values)),
+            "output": st.lists(st.dictionaries(names, odd_values)) | odd_values,
+            "content": st.lists(st.dictionaries(names, odd_values)) | odd_values,
+            "usage": odd_values,
+            "stop_reason": st.just("end_turn"),
+        }
+    )
+)
+def test_c8_whatever_an_answer_holds_it_can_be_served_listed_and_streamed_or_is_refused(api, answer):
+    [ask] = api.split({"stream": True, "stream_options": {"include_usage": True}})
+    try:
+        samples = api.samples(answer)
+    except BadAnswer:
+        return
+    for sample in samples:
+        assert api.answer([sample], ask)
+        assert api.summary(sample)["text"] is not None
+        assert list(api.stream([sample], ask))
+    if samples:
+        assert api.answer(samples, ask)
 
 
 # --------------------------------------------------------------------------------------------------
