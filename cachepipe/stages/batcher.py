@@ -32,8 +32,8 @@ class Ticket:
 
     def withdraw(self) -> None:
         """Give the place up. What has left in a batch with others comes back all the same."""
-        if self._future.done():
-            return
+        if self._future.done() and not self._future.cancelled():
+            return  # a cancelled awaiter has cancelled the future, and now gives the place up
         if self._batch is None:
             self._lane.drop(self)
             self._future.cancel()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import threading
 import time
 import warnings
@@ -271,6 +272,18 @@ _boards: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
 _boards_lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    """Let a forked child know that its parent's calls and waiters are not its own."""
+    global _boards_lock  # noqa: PLW0603 - the parent may have held it while forking
+    _boards_lock = threading.Lock()
+    for board in list(_boards.values()):
+        board.__init__()  # type: ignore[misc]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _board(identity: str) -> Board:
     with _boards_lock:
         board = _boards.get(identity)
@@ -514,7 +527,18 @@ class _Engine:
 
     def _claim(self, draw: _Draw, *, refresh: bool = False) -> None:
         claim = Claim(draw.id, draw.n, draw.question, draw.token, refresh, draw.user)
-        draw.lane.put(claim, lambda result: self._granted(draw, result))
+
+        def granted(result: Grant | Exception) -> None:
+            try:
+                self._granted(draw, result)
+            except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
+                if not draw.dead:
+                    unmade = [] if isinstance(result, Exception) else sorted({*result.mine} - draw.making)
+                    if unmade:
+                        draw.lane.put(Forgo(draw.question.key, unmade), _unheard)
+                    self._fail(draw, error)
+
+        draw.lane.put(claim, granted)
 
     def _granted(self, draw: _Draw, grant: Grant | Exception) -> None:
         if isinstance(grant, Exception):
@@ -539,13 +563,7 @@ class _Engine:
             if position in draw.generated:
                 continue
             if sample is not None:
-                try:
-                    draw.values[position] = self.decode(sample)
-                except Exception as error:  # noqa: BLE001 - a damaged sample, or one of an unnamed class
-                    if mine:
-                        lane.put(Forgo(key, grant.mine), _unheard)
-                    self._fail(draw, error)
-                    return
+                draw.values[position] = self.decode(sample)
                 continue
             draw.missing[index] = position
             if index not in mine and index not in draw.making and index not in draw.awaited:
@@ -646,9 +664,9 @@ class _Engine:
 
     def _unstored(self, draw: _Draw, index: int, value: Any, error: Exception) -> None:
         """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
-        warnings.warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2)
         self.give_up(draw, [index], None, keep=True)
         self._filled(draw, index, value)
+        warnings.warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2)
 
     def give_up(
         self, draw: _Draw, indices: Sequence[int], error: BaseException | None, *, keep: bool = False

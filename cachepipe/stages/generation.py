@@ -61,7 +61,7 @@ Piece = tuple[Need, Sequence[int]]
 class Call:
     """One call to the model: its id, for whom it is, how much it asks for, and how it is withdrawn."""
 
-    __slots__ = ("empty", "id", "pieces", "seconds", "task", "ticket", "total")
+    __slots__ = ("begun", "empty", "id", "pieces", "seconds", "settled", "task", "ticket", "total", "withdrawn")
 
     def __init__(self, pieces: list[Piece], empty: int = 0) -> None:
         self.id = new_id()
@@ -69,6 +69,7 @@ class Call:
         self.total = len(pieces[0][1]) if len(pieces) == 1 else sum(len(slots) for _, slots in pieces)
         self.empty = empty
         self.seconds = 0.0
+        self.begun = self.settled = self.withdrawn = False
         self.task: asyncio.Task[None] | None = None
         self.ticket: Any = None
 
@@ -95,9 +96,10 @@ class Call:
 
     def withdraw(self) -> None:
         """Stop the call, unless it travels in a batch with others who still want theirs."""
+        self.withdrawn = True
         if self.ticket is not None:
             self.ticket.withdraw()
-        elif self.task is not None:
+        elif self.task is not None and self.begun:
             self.task.cancel()
 
 
@@ -116,7 +118,7 @@ class Caller:
         self._submit = getattr(model, "submit", None)
         self._extra = extra
         self._lowered: int | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], list[Call]] = {}
         self.calls = 0
         self.generated = 0
         self.in_flight = 0
@@ -174,20 +176,24 @@ class Caller:
 
     def _spawn(self, calls: list[Call], work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = calls
+        task.add_done_callback(self._ended)
         for call in calls:
             if len(calls) == 1:
                 call.task = task
             for need, _ in call.pieces:
                 need.calls.add(call)
 
-    async def _single(self, call: Call) -> None:
-        try:
-            await self._ask(call)
-        finally:
-            self._tasks.discard(asyncio.current_task())  # type: ignore[arg-type]
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Let nobody wait for a call whose task was cancelled before it had begun."""
+        for call in self._tasks.pop(task):
+            if not call.settled:
+                self._failed(call, asyncio.CancelledError())
 
-    async def _ask(self, call: Call) -> None:
+    async def _single(self, call: Call) -> None:
+        if call.withdrawn and not call.wanted:
+            return
+        call.begun = True
         total = call.total
         request = call.request
         self._begin(total)
@@ -210,12 +216,6 @@ class Caller:
         self._answered(call, values)
 
     async def _batch(self, calls: list[Call]) -> None:
-        try:
-            await self._ask_all(calls)
-        finally:
-            self._tasks.discard(asyncio.current_task())  # type: ignore[arg-type]
-
-    async def _ask_all(self, calls: list[Call]) -> None:
         total = sum(call.total for call in calls)
         self._begin(total, len(calls))
         begun = time.perf_counter()
@@ -247,6 +247,7 @@ class Caller:
 
     def _answered(self, call: Call, values: list[Any]) -> None:
         """Hand out what a call has brought, and ask again for what it has not."""
+        call.settled = True
         self.generated += len(values)
         if len(values) == call.total and not call.merged:
             need, slots = call.pieces[0]
@@ -283,6 +284,7 @@ class Caller:
         need.fail(slots, error)
 
     def _failed(self, call: Call, error: BaseException) -> None:
+        call.settled = True
         _detach(call)
         if call.merged and _repeatable(error):
             self._lower(call.largest)

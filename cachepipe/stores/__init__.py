@@ -35,9 +35,9 @@ def open_store(cache: Any = None, *, durability: str = "process") -> tuple[Store
     """
     if cache is None:
         return DiskStore(default_folder(), durability=durability), True  # type: ignore[arg-type]
-    if hasattr(cache, "apply_now") and hasattr(cache, "recall"):
+    if hasattr(type(cache), "apply_now") and hasattr(type(cache), "recall"):
         return cache, False
-    if isinstance(cache, str | os.PathLike) or hasattr(cache, "directory"):
+    if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):
         return DiskStore(cache, durability=durability), True  # type: ignore[arg-type]
     raise TypeError(
         f"cache= takes a folder, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"

@@ -23,7 +23,8 @@ from cachepipe.stores.sql import SqlStore
 
 Durability = Literal["process", "full"]
 
-_LEDGER = "ledger.db"
+# diskcache's own repair removes files whose path lacks the name of its database.
+_LEDGER = "ledger.cache.db"
 _SHELF = "cache.db"
 
 
@@ -98,8 +99,9 @@ class DiskStore(SqlStore):
             self._make_shelf(theirs)
             ledger = self._connect(_LEDGER)
             try:
-                ledger.execute("PRAGMA journal_mode = WAL")
-                ledger.executescript(SCHEMA)
+                if not _has_table(ledger, "meta") or not ledger.execute("SELECT 1 FROM meta").fetchone():
+                    ledger.execute("PRAGMA journal_mode = WAL")
+                    ledger.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 check_format(ledger, str(self.folder))
             finally:
                 ledger.close()
@@ -107,9 +109,8 @@ class DiskStore(SqlStore):
     def _make_shelf(self, theirs: diskcache.Cache | None) -> None:
         shelf = self._connect(_SHELF)
         try:
-            settings = dict(shelf.execute("SELECT key, value FROM Settings"))
-        except sqlite3.OperationalError:
-            settings = {}
+            whole = _has_table(shelf, "Cache") and _has_table(shelf, "Settings_size_delete")
+            settings = dict(shelf.execute("SELECT key, value FROM Settings")) if whole else {}
         finally:
             shelf.close()
         policy = settings.get("eviction_policy")
@@ -118,9 +119,9 @@ class DiskStore(SqlStore):
                 f"the diskcache in {self.folder} had the eviction policy {policy!r}, which deletes paid "
                 "samples when it grows; it is now 'none'. Open it with eviction_policy='none' to say so yourself",
                 EvictionDisabled,
-                stacklevel=5,
+                stacklevel=6,
             )
-        if policy != "none" or settings.get("cull_limit") != 0:
+        if not whole or policy != "none" or settings.get("cull_limit") != 0:
             own = diskcache.Cache(str(self.folder), timeout=60, eviction_policy="none", cull_limit=0)
             own.close()
         if theirs is not None:
@@ -195,6 +196,11 @@ class DiskStore(SqlStore):
                     " AND NOT EXISTS (SELECT 1 FROM holders WHERE lease = leases.id)",
                     (time.time(), holding.name),
                 )
+
+
+def _has_table(connection: sqlite3.Connection, name: str) -> bool:
+    """Tell whether a database has a table, an index or a trigger of that name."""
+    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone() is not None
 
 
 def _why_read_only(folder: Path) -> str:

@@ -35,7 +35,7 @@ except ImportError:  # Windows
         return True
 
 
-_FOLDER = "leases"
+_FOLDER = "leases.cache.db"
 _guard = threading.Lock()
 _held: dict[Path, Lease] = {}
 
@@ -106,7 +106,7 @@ def alive(folder: Path, name: str) -> bool:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder's one lock for making and opening its files; waits for others who do."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(folder / "lock.cache.db", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         _lock(descriptor, wait=True)
         yield

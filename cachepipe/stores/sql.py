@@ -1,6 +1,6 @@
 """A store whose ledger and samples are SQLite tables.
 
-Two files, each in WAL mode: ``ledger.db`` holds small rows that one transaction must see together, and
+Two files, each in WAL mode: ``ledger.cache.db`` holds small rows that one transaction must see together, and
 diskcache's ``cache.db`` the samples, one row each, never rewritten. A commit puts the samples down
 first, while it holds the ledger's write lock, and then takes their indices out of ``pending``; so an
 index that is neither pending nor stored has no sample, whoever was killed when.
