@@ -1,0 +1,79 @@
+"""What is imported when, and what is public."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import cachepipe
+import cachepipe.testing
+
+HEAVY = [
+    "openai",
+    "together",
+    "anthropic",
+    "diskcache",
+    "pydantic",
+    "anyio",
+    "asyncio",
+    "rich",
+    "click",
+    "h11",
+]
+
+
+def loaded_by(code):
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-I", "-c", script], check=True, capture_output=True, text=True)
+    return set(json.loads(done.stdout))
+
+
+def test_importing_cachepipe_imports_nothing_heavy():
+    new = loaded_by("import cachepipe") - loaded_by("")
+    assert new.isdisjoint(HEAVY)
+    assert not any(module.startswith("cachepipe.") for module in new)
+
+
+def test_importing_the_test_doubles_imports_nothing_heavy_either():
+    new = loaded_by("import cachepipe.testing") - loaded_by("")
+    assert new.isdisjoint([*HEAVY, "pytest", "hypothesis"])
+
+
+def test_a_pipeline_needs_no_client_library():
+    loaded = loaded_by("from cachepipe import OnlineAPI, Request")
+    assert loaded.isdisjoint(
+        ["openai", "together", "anthropic", "pydantic", "rich", "click", "h11", "pytest"]
+    )
+
+
+def test_each_public_name_is_there_and_listed():
+    for name in cachepipe.__all__:
+        assert getattr(cachepipe, name).__name__ == name
+    assert set(cachepipe.__all__) <= set(dir(cachepipe))
+    assert cachepipe.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("name", ["FaultyStore", "StoreContract", "MockServer", "NGramModel"])
+def test_each_test_double_is_there(name):
+    assert getattr(cachepipe.testing, name).__name__ == name
+    assert name in dir(cachepipe.testing)
+
+
+@pytest.mark.parametrize("module", [cachepipe, cachepipe.testing])
+def test_a_name_that_is_not_there_is_an_attribute_error(module):
+    with pytest.raises(AttributeError, match="Nonsense"):
+        module.Nonsense  # noqa: B018 - the look-up is the case
+    assert not hasattr(module, "__wrapped__")
+
+
+def test_every_module_of_the_package_can_be_imported():
+    names = [info.name for info in pkgutil.walk_packages(cachepipe.__path__, "cachepipe.")]
+    assert len(names) > 20
+    for name in names:
+        if not name.endswith("__main__"):
+            importlib.import_module(name)
