@@ -346,6 +346,16 @@ def load(answer: bytes | Body) -> Body:
     return answer
 
 
+def objects(value: Any) -> list[dict[str, Any]]:
+    """Return the JSON objects that a list holds; none where it is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def text_of(value: Any) -> str:
+    """Return a string as it is, and anything else as the empty one."""
+    return value if isinstance(value, str) else ""
+
+
 def marked(sample: Sample) -> Sample:
     """Return a sample that says that its prompt was billed with another one."""
     return {MARK: _MARKED, **sample}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from cachepipe.wire.base import Sample
+from cachepipe.wire.base import Sample, objects, text_of
 from cachepipe.wire.choices import ChoicesApi, Lane
 from cachepipe.wire.errors import BadAnswer
 from cachepipe.wire.sse import settled
@@ -62,19 +62,20 @@ class ChatApi(ChoicesApi):
     def _gist(self, sample: Sample) -> tuple[str, str | None]:
         choice = sample["choices"][0]
         message = choice["message"]
-        text = message.get("content") or message.get("refusal")
-        if isinstance(text, list):
-            text = "".join(part.get("text") or "" for part in text if isinstance(part, Mapping))
-        if not text and message.get("tool_calls"):
-            text = "\n".join(_call_text(call) for call in message["tool_calls"])
-        return text or "", choice.get("finish_reason")
+        content = message.get("content")
+        text = (
+            text_of(content)
+            or "".join(text_of(part.get("text")) for part in objects(content))
+            or text_of(message.get("refusal"))
+            or "\n".join(_call_text(call) for call in objects(message.get("tool_calls")))
+        )
+        return text, choice.get("finish_reason")
 
 
 def _arguments(call: Any) -> str:
     """Return the arguments of a function call, empty where it has none that are text."""
     function = call.get("function")
-    text = function.get("arguments") if isinstance(function, Mapping) else None
-    return text if isinstance(text, str) else ""
+    return text_of(function.get("arguments")) if isinstance(function, Mapping) else ""
 
 
 def _opened(call: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -91,7 +92,9 @@ def _arguments_of(number: int) -> Callable[[str], Any]:
 
 
 def _call_text(call: Mapping[str, Any]) -> str:
-    function = call.get("function") or call.get("custom") or {}
+    function = call.get("function") or call.get("custom")
+    if not isinstance(function, Mapping):
+        return text_of(call.get("type"))
     return f"{function.get('name')}({function.get('arguments') or function.get('input') or ''})"
 
 

@@ -20,6 +20,7 @@ from cachepipe.wire.base import (
     Sample,
     load,
     marked,
+    text_of,
     unmarked,
     wanted,
 )
@@ -169,7 +170,7 @@ class ChoicesApi(Api):
         kind = type(choice.get(self.content)) if isinstance(choice, dict) else None
         if kind is not (str if self.content == "text" else dict):
             raise BadAnswer(f"a choice of {self.name} must hold its {self.content}; got {choice!r:.200}")
-        if choice.get("error") or choice.get("finish_reason") in _FAILED:
+        if choice.get("error") or text_of(choice.get("finish_reason")) in _FAILED:
             raise BadAnswer(f"a choice of {self.name} failed: {choice!r:.500}")
 
     def _chunks(self, choice: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from cachepipe.wire.base import ANTHROPIC_TRANSPORT, Api, Ask, Body, Sample, load
+from cachepipe.wire.base import ANTHROPIC_TRANSPORT, Api, Ask, Body, Sample, load, objects
 from cachepipe.wire.errors import BadAnswer
 from cachepipe.wire.sse import Finish, Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
 
@@ -37,8 +37,11 @@ class MessagesApi(Api):
     def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:  # noqa: ARG002 - one per call
         """Return the answer as its one sample; see `Api.samples`."""
         body = load(answer)
-        if not isinstance(body.get("content"), list):
-            raise BadAnswer(f"a message must hold a list as its content; it holds {sorted(body)!r:.200}")
+        content = body.get("content")
+        if not isinstance(content, list) or len(objects(content)) != len(content):
+            raise BadAnswer(
+                f"a message must hold a list of blocks as its content; it holds {sorted(body)!r:.200}"
+            )
         if body.get("stop_reason") is None:
             raise BadAnswer("the message has no stop_reason; it is not a whole answer")
         return [dict(body)]
@@ -183,7 +186,7 @@ def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
     if kind in ("text", "thinking") and isinstance(block.get(kind), str):
         opened[kind] = ""
         deltas += [{"type": f"{kind}_delta", kind: piece} for piece in pieces(block[kind])]
-        if kind == "text" and block.get("citations"):
+        if kind == "text" and objects(block.get("citations")):
             opened["citations"] = []
             deltas += [{"type": "citations_delta", "citation": citation} for citation in block["citations"]]
         if kind == "thinking" and isinstance(block.get("signature"), str):

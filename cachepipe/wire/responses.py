@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cachepipe.wire.base import OPENAI_TRANSPORT, Api, Ask, Body, Sample, load
+from cachepipe.wire.base import OPENAI_TRANSPORT, Api, Ask, Body, Sample, load, objects, text_of
 from cachepipe.wire.errors import BadAnswer
 from cachepipe.wire.sse import Finish, Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
 
@@ -50,8 +50,11 @@ class ResponsesApi(Api):
         body = load(answer)
         if body.get("status") not in _ANSWERS:
             raise BadAnswer(f"the response has status {body['status']!r:.100}; it is no answer")
-        if not isinstance(body.get("output"), list):
-            raise BadAnswer(f"a response must hold a list as its output; it holds {sorted(body)!r:.200}")
+        output = body.get("output")
+        if not isinstance(output, list) or len(objects(output)) != len(output):
+            raise BadAnswer(
+                f"a response must hold a list of items as its output; it holds {sorted(body)!r:.200}"
+            )
         return [dict(body)]
 
     def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
@@ -68,13 +71,15 @@ class ResponsesApi(Api):
     def _gist(self, sample: Sample) -> tuple[str, str | None]:
         texts = []
         for item in sample["output"]:
-            field = _TEXTS.get(item.get("type"))
+            field = _TEXTS.get(text_of(item.get("type")))
             if field is not None:
                 texts.append(f"{item.get('name') or item['type']}({item.get(field[0]) or ''})")
             elif item.get("type") == "message":
-                texts += [part.get("text") or part.get("refusal") or "" for part in item.get("content") or ()]
-        details = sample.get("incomplete_details") or {}
-        return "\n".join(texts), details.get("reason") or sample.get("status")
+                parts = objects(item.get("content"))
+                texts += [text_of(part.get("text")) or text_of(part.get("refusal")) for part in parts]
+        details = sample.get("incomplete_details")
+        reason = details.get("reason") if isinstance(details, Mapping) else None
+        return "\n".join(texts), reason or sample.get("status")
 
 
 class _ResponseRecorder(StreamRecorder):
@@ -124,16 +129,16 @@ def _item_events(index: int, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name in ("content", "summary"):
         if isinstance(item.get(name), list):
             opened[name] = []
-    field, kind = _TEXTS.get(item.get("type", ""), ("", ""))
+    field, kind = _TEXTS.get(text_of(item.get("type")), ("", ""))
     if isinstance(item.get(field), str):
         opened[field] = ""
     yield {"type": "response.output_item.added", "output_index": index, "item": opened}
-    for number, part in enumerate(item.get("summary") or ()):
+    for number, part in enumerate(objects(item.get("summary"))):
         at = {**place, "summary_index": number}
         yield {"type": "response.reasoning_summary_part.added", **at, "part": {**part, "text": ""}}
-        yield from _text_events("reasoning_summary_text", "text", part["text"], at)
+        yield from _text_events("reasoning_summary_text", "text", text_of(part.get("text")), at)
         yield {"type": "response.reasoning_summary_part.done", **at, "part": part}
-    for number, part in enumerate(item.get("content") or ()):
+    for number, part in enumerate(objects(item.get("content"))):
         yield from _part_events({**place, "content_index": number}, part)
     if isinstance(item.get(field), str):
         yield from _text_events(kind, field, item[field], place)
@@ -141,7 +146,7 @@ def _item_events(index: int, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _part_events(place: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    field, kind = _PARTS.get(part.get("type", ""), ("", ""))
+    field, kind = _PARTS.get(text_of(part.get("type")), ("", ""))
     opened = dict(part)
     if field:
         opened[field] = ""
@@ -150,7 +155,7 @@ def _part_events(place: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[s
             opened[name] = []
     yield {"type": "response.content_part.added", **place, "part": opened}
     if field:
-        yield from _text_events(kind, field, part[field], place, part)
+        yield from _text_events(kind, field, text_of(part.get(field)), place, part)
     yield {"type": "response.content_part.done", **place, "part": part}
 
 
@@ -159,9 +164,9 @@ def _text_events(
 ) -> Iterator[dict[str, Any]]:
     """Return the events that bring one text piece by piece, with its log probabilities and annotations."""
     with_logprobs = kind == "output_text"
-    logprobs = (part or {}).get("logprobs") or []
-    tokens = [entry.get("token") for entry in logprobs]
-    if tokens and all(isinstance(token, str) for token in tokens) and "".join(tokens) == text:
+    logprobs = objects((part or {}).get("logprobs"))
+    tokens = [text_of(entry.get("token")) for entry in logprobs]
+    if tokens and "".join(tokens) == text:
         parts = [(token, [entry]) for token, entry in zip(tokens, logprobs, strict=True)]
     else:
         parts = [(piece, []) for piece in pieces(text)]
@@ -172,7 +177,7 @@ def _text_events(
             "delta": piece,
             **({"logprobs": own} if with_logprobs else {}),
         }
-    for number, annotation in enumerate((part or {}).get("annotations") or ()):
+    for number, annotation in enumerate(objects((part or {}).get("annotations"))):
         added = {"annotation_index": number, "annotation": annotation}
         yield {"type": "response.output_text.annotation.added", **place, **added}
     yield {

@@ -543,14 +543,16 @@ def test_fields_of_the_envelope_that_are_not_in_every_chunk_come_once():
     assert all(chunk["system_fingerprint"] == "fp" for chunk in chunks)
 
 
-names = st.sampled_from(
-    "choices index delta content tool_calls logprobs usage message type response output item output_index summary "
-    "content_block text input arguments citations finish_reason stop_reason id name function tokens".split()
-)
-kinds = st.sampled_from(
-    "response.completed response.output_item.done message_start content_block_start content_block_delta message_delta "
-    "message_stop output_text function_call reasoning thinking text".split()
-)
+ODD_NAMES = """
+    choices index delta content tool_calls logprobs usage message type response output item output_index
+    summary content_block text input arguments citations finish_reason stop_reason id name function tokens annotations
+"""
+ODD_KINDS = """
+    response.completed response.output_item.done message_start content_block_start content_block_delta
+    message_delta message_stop output_text message function_call reasoning reasoning_text thinking text tool_use
+"""
+names = st.sampled_from(ODD_NAMES.split())
+kinds = st.sampled_from(ODD_KINDS.split())
 odd_values = st.recursive(
     st.none() | st.booleans() | st.integers(-1, 2) | st.sampled_from(["", "a"]) | kinds,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
