@@ -545,11 +545,13 @@ def test_fields_of_the_envelope_that_are_not_in_every_chunk_come_once():
 
 ODD_NAMES = """
     choices index delta content tool_calls logprobs usage message type response output item output_index
-    summary content_block text input arguments citations finish_reason stop_reason id name function tokens annotations
+    summary content_block text input arguments citations finish_reason stop_reason id name
+    function tokens annotations
 """
 ODD_KINDS = """
     response.completed response.output_item.done message_start content_block_start content_block_delta
-    message_delta message_stop output_text message function_call reasoning reasoning_text thinking text tool_use
+    message_delta message_stop output_text message function_call reasoning reasoning_text
+    thinking text tool_use
 """
 names = st.sampled_from(ODD_NAMES.split())
 kinds = st.sampled_from(ODD_KINDS.split())
