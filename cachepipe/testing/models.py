@@ -53,6 +53,7 @@ class ScriptedCall:
         self.error: BaseException | None = None
         self._step = step
         self._gate = asyncio.Event()
+        self._end = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<ScriptedCall {self.request.prompt!r} n={self.n} {self.state}>"
@@ -85,6 +86,15 @@ class ScriptedCall:
     async def passed(self) -> None:
         """Return when the call was released."""
         await self._gate.wait()
+
+    async def over(self) -> None:
+        """Return when the call has ended."""
+        await self._end.wait()
+
+    def end(self, finished: int) -> None:
+        """Note that the call has ended; the model does that."""
+        self.finished = finished
+        self._end.set()
 
     def fail(self, error: BaseException | None = None) -> None:
         """Let the call go on, and fail."""
@@ -252,7 +262,7 @@ class ScriptedModel:
             call.error = error
             raise
         finally:
-            call.finished = self._tick()
+            call.end(self._tick())
 
     def _answer(self, call: ScriptedCall) -> Any:
         step = self._samples(call.step, call.request)
