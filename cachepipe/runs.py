@@ -55,6 +55,11 @@ class Occurrences:
         with self._lock:
             heapq.heappush(self._returned.setdefault(identity, []), draw.occurrence)
 
+    @property
+    def replays(self) -> bool:
+        """Whether there are claims which live in memory only."""
+        return bool(self._taken)
+
     def taken(self, namespace: str, key: str) -> Runs:
         """Return the indices that claims which live in memory only have taken."""
         with self._lock:

@@ -54,6 +54,11 @@ class Stage:
         self._check_open()
         return await together([self.request(request) for request in batch.requests], return_exceptions)
 
+    def flush(self) -> None:
+        """Send what the stages below have queued, without waiting for it."""
+        if isinstance(self.model, Stage):
+            self.model.flush()
+
     async def close(self) -> None:
         """End what is in flight and close the stages below. Idempotent."""
         self._closed = True

@@ -252,6 +252,13 @@ class AsyncBatcher(Stage):
             ticket.withdraw()
             raise
 
+    def flush(self) -> None:
+        """Send what is queued on this loop, without waiting for its window."""
+        lane = self._lanes.get(asyncio.get_running_loop())
+        if lane is not None:
+            lane.cut()
+        super().flush()
+
     async def close(self) -> None:
         """Send what is queued at once, wait for what is in flight on this loop, and refuse the rest."""
         if not self._closed:

@@ -39,7 +39,7 @@ from cachepipe.stores.base import Claim, Commit, Committed, Forgo, Grant, Leave,
 from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
-_INLINE = 64  # operations that may be written on the loop's own thread at once
+_INLINE = 128  # operations that may be written on the loop's own thread at once
 _LOOK_FIRST, _LOOK_LAST = 0.005, 0.25  # seconds between looks at samples that other processes generate
 _ORPHAN_LOOKS = 6  # looks after which a sample of this process that nobody generates is taken over
 
@@ -174,13 +174,16 @@ class _Need(Need):
 class Wanted(Need):
     """A need whose samples go straight to the caller, not to a store."""
 
-    __slots__ = ("_owed", "future", "values")
+    __slots__ = ("_owed", "brought", "future", "values")
 
-    def __init__(self, request: Request, group: Hashable | None = None) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, request: Request, group: Hashable | None = None
+    ) -> None:
         super().__init__(request, group, range(request.n))
         self.values: list[Any] = [None] * request.n
         self._owed = request.n
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.brought = 0
+        self.future: asyncio.Future[None] = loop.create_future()
 
     @property
     def wanted(self) -> bool:
@@ -190,6 +193,7 @@ class Wanted(Need):
         for slot, value in zip(slots, values, strict=True):
             self.values[slot] = value
         self._owed -= len(values)
+        self.brought += len(values)
         if not self._owed and not self.future.done():
             self.future.set_result(None)
 
@@ -391,7 +395,7 @@ class _Lane:
             if self.tasks:
                 await asyncio.wait(self.tasks)
             elif self.caller.busy:
-                await self.caller.finish()
+                await self.caller.step()
             else:
                 await asyncio.sleep(0)
 
@@ -412,9 +416,8 @@ class _Engine:
         self._present = getattr(model, "present", None)
         self._callers: list[Caller] = []
 
-    def lane(self) -> _Lane:
-        """Return the running loop's lane."""
-        loop = asyncio.get_running_loop()
+    def lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
+        """Return an event loop's lane."""
         last = self._last
         if last is not None and last.loop is loop:
             return last
@@ -423,7 +426,7 @@ class _Engine:
             with self._lock:
                 for old in [old for old in self._lanes if old.is_closed()]:
                     del self._lanes[old]
-                caller = Caller(self.model, self.keep_extra)
+                caller = Caller(loop, self.model, self.keep_extra)
                 self._callers.append(caller)
                 lane = self._lanes[loop] = _Lane(loop, self.store, caller)
         self._last = lane
@@ -445,10 +448,11 @@ class _Engine:
 
     # From request to draw.
 
-    def begin(self, request: Request, question: Question, mode: Mode, repeat: Repeat) -> Response | _Draw:
+    def begin(
+        self, lane: _Lane, request: Request, question: Question, mode: Mode, repeat: Repeat
+    ) -> Response | _Draw:
         """Return the response when the ledger and the store have it all, else the draw to wait for."""
         self.requests += 1
-        lane = self.lane()
         namespace = label(request.namespace)
         occurrences = runs.current(self.store.identity)
         if repeat == "same" or question.function:
@@ -527,6 +531,8 @@ class _Engine:
 
     def _claim(self, draw: _Draw, *, refresh: bool = False) -> None:
         claim = Claim(draw.id, draw.n, draw.question, draw.token, refresh, draw.user)
+        if draw.occurrences is not None and draw.occurrences.replays:
+            claim.avoid = draw.occurrences.taken(draw.id.namespace, draw.question.key)
 
         def granted(result: Grant | Exception) -> None:
             try:
@@ -638,9 +644,9 @@ class _Engine:
 
     def keep_extra(self, need: Need, values: list[Any], call: Call) -> None:
         """Store samples that nobody asked for; they serve whoever needs the next."""
+        self.unreported += len(values)
         if not isinstance(need, _Need) or need.draw.unsaved:
             return
-        self.unreported += len(values)
         for value in values:
             try:
                 payload = self.codec.encode(value)
@@ -900,26 +906,31 @@ class AsyncCacher(Stage):
             CacheMiss: in replay mode, when not all of them are stored.
             StoreError: when the store fails before anything is spent.
         """
-        return await self.draw(request, self.question(request))
+        return await self.draw(request, self.question(request), asyncio.get_running_loop())
 
-    async def draw(self, request: Request, question: Question) -> Response:
-        """Return the samples of a draw of a question that is known already."""
+    async def draw(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Response:
+        """Return the samples of a draw of a question that is known already, on the running loop."""
         self._check_open()
         engine = self._engine
+        lane = engine.lane(loop)
         if self.mode == "bypass":
-            return await self._bypass(request, question)
-        begun = engine.begin(request, question, self.mode, self.repeat)
+            return await self._bypass(lane, request, question)
+        begun = engine.begin(lane, request, question, self.mode, self.repeat)
         if type(begun) is Response:
             return begun
         return await engine.finish(begun)  # type: ignore[arg-type]
 
-    async def _bypass(self, request: Request, question: Question) -> Response:
+    async def _bypass(self, lane: _Lane, request: Request, question: Question) -> Response:
         engine = self._engine
-        caller = engine.lane().caller
+        caller = lane.caller
         engine.requests += 1
-        need = Wanted(request.asking(request.n))
+        need = Wanted(lane.loop, request.asking(request.n))
         caller.start([need])
-        values = await need.result()
+        try:
+            values = await need.result()
+        except BaseException:
+            engine.unreported += need.brought
+            raise
         engine.misses += request.n
         present = engine._present  # noqa: SLF001 - its own engine
         values = values if present is None else [present(value) for value in values]
@@ -929,9 +940,10 @@ class AsyncCacher(Stage):
         """Return one response per request, claimed in one transaction."""
         self._check_open()
         questions = [self.question(request) for request in batch.requests]
+        loop = asyncio.get_running_loop()
         return await together(
             [
-                self.draw(request, question)
+                self.draw(request, question, loop)
                 for request, question in zip(batch.requests, questions, strict=True)
             ],
             return_exceptions,
@@ -956,7 +968,7 @@ class AsyncCacher(Stage):
         self._closed = True
         runs.closed(self.store.identity, self)
         with contextlib.suppress(RuntimeError):
-            await self._engine.lane().drain()
+            await self._engine.lane(asyncio.get_running_loop()).drain()
         if isinstance(self.model, Stage):
             await self.model.close()
         if self._owns_store:

@@ -31,7 +31,7 @@ class _Lane:
         self.loop = loop
         self.open: dict[_Group, tuple[object, object]] = {}
         self.served = 0
-        self.caller = Caller(model, _dropped)
+        self.caller = Caller(loop, model, _dropped)
         self.waiting: list[Wanted] = []
 
 
@@ -77,17 +77,24 @@ class AsyncDeduplicator(Stage):
 
     async def request(self, request: Request) -> Response:
         """Return the request's own samples; ``duplicated`` tells which were merged into a group."""
-        return await self._serve(request, (asyncio.current_task(), None))
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop() if task is None else task.get_loop()
+        return await self._serve(loop, request, (task, None))
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request; equal ones of the batch are a group."""
         self._check_open()
         owner = (asyncio.current_task(), batch)
-        return await together([self._serve(request, owner) for request in batch.requests], return_exceptions)
+        loop = asyncio.get_running_loop()
+        return await together(
+            [self._serve(loop, request, owner) for request in batch.requests], return_exceptions
+        )
 
-    async def _serve(self, request: Request, owner: tuple[object, object]) -> Response:
+    async def _serve(
+        self, loop: asyncio.AbstractEventLoop, request: Request, owner: tuple[object, object]
+    ) -> Response:
         self._check_open()
-        lane = self._lane()
+        lane = self._lane(loop)
         cacher = self._cacher
         if cacher is None:
             question = keys.question(request, self._scope)
@@ -98,8 +105,9 @@ class AsyncDeduplicator(Stage):
         duplicated[0] = first
         if cacher is None:
             response = await self._merge(lane, request, question)
+            self._merged += request.n - (not first)
         else:
-            response = await cacher.draw(request, question)
+            response = await cacher.draw(request, question, loop)
             cacher.count_merged(request.n - (not first))
         merged = Response(response.data, response.cached, duplicated)
         merged.__dict__.update(response.__dict__)
@@ -108,8 +116,7 @@ class AsyncDeduplicator(Stage):
             await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
         return merged
 
-    def _lane(self) -> _Lane:
-        loop = asyncio.get_running_loop()
+    def _lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
         last = self._last
         if last is not None and last.loop is loop:
             return last
@@ -131,7 +138,7 @@ class AsyncDeduplicator(Stage):
         if opener is not None and (opener[0] is not owner[0] or opener[1] is owner[1] is not None):
             return True
         if not lane.open:
-            loop = asyncio.get_running_loop()
+            loop = lane.loop
             if self.window:
                 loop.call_later(self.window, lane.open.clear)
             else:
@@ -141,9 +148,9 @@ class AsyncDeduplicator(Stage):
 
     async def _merge(self, lane: _Lane, request: Request, question: keys.Question) -> Response:
         group = (question.key, label(request.namespace)) if question.mergeable else None
-        need = Wanted(request.asking(request.n), group)
+        need = Wanted(lane.loop, request.asking(request.n), group)
         if not lane.waiting:
-            loop = asyncio.get_running_loop()
+            loop = lane.loop
             if self.window:
                 loop.call_later(self.window, _start, lane)
             else:
@@ -152,7 +159,6 @@ class AsyncDeduplicator(Stage):
         values = await need.result()
         self._requests += 1
         self._misses += request.n
-        self._merged += request.n - 1
         response = Response(values)
         response.key = question.key
         return response
@@ -164,7 +170,7 @@ class AsyncDeduplicator(Stage):
         while lane is not None and (lane.waiting or lane.caller.busy):
             if lane.waiting:
                 _start(lane)
-            await lane.caller.finish()
+            await lane.caller.step()
         await super().close()
 
 

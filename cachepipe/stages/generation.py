@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from cachepipe.errors import ShortAnswer
-from cachepipe.stages.base import ask_batch, has_request, limit_of, samples_of
+from cachepipe.stages.base import Stage, ask_batch, has_request, limit_of, samples_of
 from cachepipe.stores.base import new_id
 from cachepipe.typedefs import Request
 
@@ -61,7 +61,18 @@ Piece = tuple[Need, Sequence[int]]
 class Call:
     """One call to the model: its id, for whom it is, how much it asks for, and how it is withdrawn."""
 
-    __slots__ = ("begun", "empty", "id", "pieces", "seconds", "settled", "task", "ticket", "total", "withdrawn")
+    __slots__ = (
+        "begun",
+        "empty",
+        "id",
+        "pieces",
+        "seconds",
+        "settled",
+        "task",
+        "ticket",
+        "total",
+        "withdrawn",
+    )
 
     def __init__(self, pieces: list[Piece], empty: int = 0) -> None:
         self.id = new_id()
@@ -107,11 +118,18 @@ class Caller:
     """Asks a model for what is needed, in as few calls as its limit allows.
 
     Args:
+        loop: the event loop that it belongs to.
         model: the model or stage to ask.
         extra: takes samples that a model returned beyond what it was asked, with a need of their group.
     """
 
-    def __init__(self, model: Any, extra: Callable[[Need, list[Any], Call], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        model: Any,
+        extra: Callable[[Need, list[Any], Call], None],
+    ) -> None:
+        self._loop = loop
         self._model = model
         self._single_requests = has_request(model)
         self._wish: int | None = getattr(model, "cut_n", None)
@@ -175,7 +193,7 @@ class Caller:
             self._spawn(calls, self._batch(calls))
 
     def _spawn(self, calls: list[Call], work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        task: asyncio.Task[None] = self._loop.create_task(work)
         self._tasks[task] = calls
         task.add_done_callback(self._ended)
         for call in calls:
@@ -302,10 +320,12 @@ class Caller:
         """Whether a call is in flight."""
         return bool(self._tasks)
 
-    async def finish(self) -> None:
-        """Wait until no call is in flight."""
-        while self._tasks:
-            await asyncio.wait(list(self._tasks))
+    async def step(self) -> None:
+        """Send what the stages below have queued, and wait until a call in flight has ended."""
+        if isinstance(self._model, Stage):
+            self._model.flush()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), return_when=asyncio.FIRST_COMPLETED)
 
 
 def _deliver(need: Need, slots: Sequence[int], values: list[Any], call: Call) -> None:

@@ -9,7 +9,6 @@ at samples that others generate, and iteration for people who look at a cache.
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -18,22 +17,21 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
 
+from cachepipe import forks
 from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
 
 
 _ids = itertools.count()
-_prefix = ""
-_prefix_pid = 0
+_prefix: tuple[int, str] = (-1, "")
 
 
 def new_id() -> str:
     """Return a new permanent id: 80 bits drawn at random by this process, and a running number."""
-    global _prefix, _prefix_pid  # noqa: PLW0603 - a forked child draws its own
-    pid = os.getpid()
-    if pid != _prefix_pid:
-        _prefix, _prefix_pid = secrets.token_hex(10), pid
-    return f"{_prefix}{next(_ids):x}"
+    global _prefix  # noqa: PLW0603 - a forked child draws its own
+    if _prefix[0] != forks.count:
+        _prefix = (forks.count, secrets.token_hex(10))
+    return f"{_prefix[1]}{next(_ids):x}"
 
 
 State = Literal["stored", "pending", "ours", "free"]
@@ -72,6 +70,7 @@ class Claim:
         token: names this claimant among those who may hold the draw at once.
         refresh: replace the draw's samples by new ones.
         user: the namespace's label that uses a shared draw; recorded, takes nothing.
+        avoid: indices that the namespace has taken by claims which live in memory.
     """
 
     draw: Draw
@@ -80,6 +79,7 @@ class Claim:
     token: str
     refresh: bool = False
     user: str | None = None
+    avoid: Runs | None = None
 
 
 @dataclass(slots=True)

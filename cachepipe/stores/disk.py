@@ -16,6 +16,7 @@ from typing import Literal
 
 import diskcache
 
+from cachepipe import forks
 from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
 from cachepipe.stores import leases
 from cachepipe.stores.rows import SCHEMA, check_format
@@ -174,19 +175,19 @@ class DiskStore(SqlStore):
     # Leases.
 
     def _lease_name(self) -> str:
-        if self._holding is None or self._holding.pid != os.getpid():
+        if self._holding is None or self._holding.fork != forks.count:
             self._holding = leases.hold(self.folder)
         return self._holding.name
 
     def _own_lease_name(self) -> str | None:
-        return None if self._holding is None else self._holding.name
+        return leases.own(self.folder)
 
     def _lease_alive(self, name: str) -> bool:
         return leases.alive(self.folder, name)
 
     def _end_lease(self) -> None:
         holding, self._holding = self._holding, None
-        if holding is None or holding.pid != os.getpid() or not holding.release():
+        if holding is None or holding.fork != forks.count or not holding.release():
             return
         with contextlib.suppress(sqlite3.Error, StoreError):  # else it is reaped by the next who claims
             if self._writing is not None:

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from cachepipe import forks
+
 try:
     import fcntl
 
@@ -50,7 +52,7 @@ class Lease:
         self._path.parent.mkdir(mode=0o700, exist_ok=True)
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         self.holders = 1
-        self.pid = os.getpid()
+        self.fork = forks.count
         _lock(self._descriptor, wait=True)
 
     def release(self) -> bool:
@@ -83,11 +85,16 @@ def hold(folder: Path) -> Lease:
         return lease
 
 
+def own(folder: Path) -> str | None:
+    """Return the name of this process's lease on a folder, if it has one."""
+    with _guard:
+        lease = _held.get(folder)
+    return None if lease is None else lease.name
+
+
 def alive(folder: Path, name: str) -> bool:
     """Tell whether the process that holds a lease lives."""
-    with _guard:
-        own = _held.get(folder)
-    if own is not None and own.name == name:
+    if name == own(folder):
         return True
     path = folder / _FOLDER / name
     try:

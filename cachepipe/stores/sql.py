@@ -12,13 +12,13 @@ import asyncio
 import atexit
 import contextlib
 import itertools
-import os
 import sqlite3
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 
+from cachepipe import forks
 from cachepipe.errors import StoreError
 from cachepipe.ledger import LISTED, SHARED, Draw, Runs, choose, laid, namespace_of
 from cachepipe.stores.base import (
@@ -97,7 +97,7 @@ class SqlStore:
     # Connections. A forked child begins anew: SQLite's must not cross a fork.
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
+        self._fork = forks.count
         self._lock = threading.Lock()
         self._writing: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
         self._checkpointing: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
@@ -122,7 +122,7 @@ class SqlStore:
 
     def _readable(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         pair: tuple[sqlite3.Connection, sqlite3.Connection] | None
-        if self._pid == os.getpid() and (pair := getattr(self._reading, "pair", None)) is not None:
+        if self._fork == forks.count and (pair := getattr(self._reading, "pair", None)) is not None:
             return pair
         self._check()
         pair = self._reading.pair = self._open(write=False)
@@ -130,7 +130,7 @@ class SqlStore:
         return pair
 
     def _check(self) -> None:
-        if self._pid != os.getpid():
+        if self._fork != forks.count:
             self._reset()
         if self._closed:
             raise StoreError(f"the cache {self.identity} was closed; open it again")
@@ -407,7 +407,7 @@ class SqlStore:
 
     def close(self) -> None:
         """Write what is queued, end the lease and close the connections."""
-        if self._closed or self._pid != os.getpid():
+        if self._closed or self._fork != forks.count:
             self._closed = True
             return
         self._writer.stop()

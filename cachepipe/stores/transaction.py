@@ -159,7 +159,7 @@ class Transaction:
             self._flush()
         if claim.user is not None:
             self._uses.append((key, self._namespace(claim.user), self._now))
-        book = _Book(self, key)
+        book = _Book(self, key, claim.avoid)
         place = (key, draw.request_id, draw.occurrence)
         own, others = self._rows(place, namespace)
         indices = laid((row[2], unpack(row[3])) for row in own)[:n]
@@ -667,14 +667,20 @@ class Transaction:
 class _Book:
     """The sets of one key inside a transaction."""
 
-    __slots__ = ("_key", "_transaction")
+    __slots__ = ("_avoid", "_key", "_transaction")
 
-    def __init__(self, transaction: Transaction, key: int) -> None:
+    def __init__(self, transaction: Transaction, key: int, avoid: Runs | None = None) -> None:
         self._transaction = transaction
         self._key = key
+        self._avoid = avoid
 
     def run_at(self, owner: int, at: int) -> tuple[int, int] | None:
-        return self._transaction.run_at(owner, self._key, at)
+        run = self._transaction.run_at(owner, self._key, at)
+        if self._avoid is not None and owner != LISTED:
+            other = self._avoid.run_at(at)
+            if other is not None and (run is None or other[0] < run[0]):
+                return other
+        return run
 
 
 def _sample(commit: Commit, index: int) -> Sample:
