@@ -121,6 +121,7 @@ class ScriptedModel:
         whole: whether a batch fails as a whole when one of its requests does; otherwise the
             exception stands in the request's place.
         cache_scope: whose answers these are, as in the sampling contract.
+        name: what its samples begin with, to tell those of several models apart.
 
     Attributes:
         calls: every request that reached the model, in order of beginning.
@@ -137,7 +138,9 @@ class ScriptedModel:
         turns: int = 0,
         whole: bool = False,
         cache_scope: str | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.calls: list[ScriptedCall] = []
         self.batches = 0
         self.fail = fail
@@ -250,7 +253,7 @@ class ScriptedModel:
         if isinstance(count, bool) or not isinstance(count, int):
             return step
         first, self._serial = self._serial, self._serial + count
-        return [f"{request.prompt}#{serial}" for serial in range(first, self._serial)]
+        return [f"{self.name}{request.prompt}#{serial}" for serial in range(first, self._serial)]
 
     async def _serve(self, call: ScriptedCall) -> Any:
         try:

@@ -1,0 +1,411 @@
+"""Every store against an independent account of what was given, stored and delivered, in random order.
+
+Two processes use one store: claimants join and extend draws, fail, are cancelled, look away, and whole
+processes die with what they were generating. What is expected is worked out here from plain sets.
+"""
+
+from __future__ import annotations
+
+import collections
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from cachepipe import DiskStore, MemoryStore
+from cachepipe.keys import Question
+from cachepipe.ledger import Draw, Runs, label
+from cachepipe.stores import sql
+from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
+
+KEYS = ["k1-a", "k1-b"]
+draws = st.builds(
+    Draw,
+    st.sampled_from([label(None), label("x")]),
+    st.sampled_from(KEYS),
+    st.sampled_from(["", "r"]),
+    st.just(0),
+)
+
+
+class MortalStore(DiskStore):
+    """A store whose process is played: it has a lease of its own, and dies when it is told to."""
+
+    alive: set
+
+    def __init__(self, folder, name, alive):
+        self.name = name
+        self.alive = alive
+        alive.add(name)
+        super().__init__(folder)
+
+    def _lease_name(self):
+        return self.name
+
+    def _own_lease_name(self):
+        return self.name
+
+    def _lease_alive(self, name):
+        return name in self.alive
+
+
+class Claimed:
+    """A claimant: what it was granted, and what it still has to generate."""
+
+    def __init__(self, process, draw, n, token):
+        self.process = process
+        self.draw = draw
+        self.n = n
+        self.token = token
+        self.indices = []
+        self.mine = set()
+        self.held = ()
+        self.over = False
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Claims, commits, failures, deaths and discards, in any order."""
+
+    claimants = Bundle("claimants")
+
+    @initialize()
+    def begin(self):
+        self.serial = 0
+        self.stored = collections.defaultdict(dict)  # key -> index -> id
+        self.discarded = collections.defaultdict(set)
+        self.pending = {}  # (key, index) -> process
+        self.delivered = {}  # draw -> indices by position
+        self.ever = collections.defaultdict(dict)  # (namespace, key) -> index -> draw that received it
+        self.open = []
+        self.processes = self.start()
+
+    # What differs between stores.
+
+    def start(self):
+        self.memory = MemoryStore()
+        return [self.memory]
+
+    def teardown(self):
+        for process in getattr(self, "processes", ()):
+            process.close()
+
+    # The account.
+
+    def listed(self, key):
+        return {*self.stored[key], *(index for (name, index) in self.pending if name == key)}
+
+    def ledger(self, key):
+        """Return the ledger's draws of a key, by draw."""
+        return {info.draw: list(info.indices) for info in self.processes[0].draws(key)}
+
+    def complete(self, claimed):
+        return bool(claimed.indices) and all(
+            index in self.stored[claimed.draw.key] for index in claimed.indices
+        )
+
+    def holders(self, draw):
+        return [one for one in self.open if one.draw == draw and not one.over]
+
+    def expected(self, draw, n, ledger, listed):
+        """Work out which indices a claim gets, from sets (C2, C3, C4)."""
+        key = draw.key
+        taken = {
+            index
+            for other, indices in ledger.items()
+            if other.namespace == draw.namespace
+            for index in indices
+        }
+        taken |= {*self.ever[draw.namespace, key]} | self.discarded[key]
+        usable = listed - self.discarded[key]
+        held = ledger.get(draw, [])[:n]
+        others = [
+            indices
+            for other, indices in ledger.items()
+            if (other.request_id, other.occurrence) == (draw.request_id, draw.occurrence)
+            and other.namespace != draw.namespace
+        ]
+        coupled = others[0] if others else []
+        got = []
+        for position in range(n):
+            index = held[position] if position < len(held) else None
+            if index is None or index in self.discarded[key]:
+                wish = coupled[position] if position < len(coupled) else None
+                free = usable - taken
+                if wish in free:
+                    index = wish
+                elif free:
+                    index = min(free)
+                elif wish is not None and wish not in taken:
+                    index = wish
+                else:
+                    index = min({*range(200)} - taken - listed)
+                taken.add(index)
+            got.append(index)
+        return got
+
+    def at(self, number):
+        return self.processes[number % len(self.processes)]
+
+    def apply(self, process, *operations):
+        process._memory.reaped = 0.0  # the dead are looked for at each claim
+        return process.apply_now(operations)
+
+    # What happens.
+
+    @rule(target=claimants, process=st.integers(0, 1), draw=draws, n=st.integers(1, 3), refresh=st.booleans())
+    def claim(self, process, draw, n, refresh):
+        process = self.at(process)
+        refresh = refresh and self.serial % 4 == 0 and not self.holders(draw)
+        self.serial += 1
+        claimed = Claimed(process, draw, n, str(self.serial))
+        self.bury()
+        key, ledger, listed = draw.key, self.ledger(draw.key), self.listed(draw.key)
+        [grant] = self.apply(
+            process, Claim(draw, n, Question(key, None, b"{}"), claimed.token, refresh=refresh)
+        )
+        if refresh:
+            assert not {*grant.indices} & listed
+            assert len({*grant.indices}) == n
+            assert not {*grant.indices} & {*self.ever[draw.namespace, key]}
+            self.delivered.pop(draw, None)
+        else:
+            assert grant.indices == self.expected(draw, n, ledger, listed)
+        self.granted(claimed, grant)
+        return claimed
+
+    def granted(self, claimed, grant):
+        key = claimed.draw.key
+        assert [sample and sample.id for sample in grant.samples] == [
+            self.stored[key].get(index) for index in grant.indices
+        ]
+        missing = [index for index in grant.indices if index not in self.stored[key]]
+        assert grant.mine == [index for index in missing if (key, index) not in self.pending]
+        for index in grant.mine:
+            self.pending[key, index] = claimed.process
+        claimed.indices = grant.indices
+        claimed.mine |= {*grant.mine}
+        claimed.held = tuple({*claimed.held, *grant.held})
+        if missing:
+            assert grant.held
+            if claimed not in self.open:
+                self.open.append(claimed)
+        else:
+            self.deliver(claimed)
+
+    def bury(self):
+        """Do what the next claim does with what the dead were generating."""
+        for place, process in list(self.pending.items()):
+            if process not in self.processes:
+                del self.pending[place]
+
+    def deliver(self, claimed):
+        claimed.over = True
+        draw = claimed.draw
+        known = self.delivered.get(draw, [])
+        live = [index for index in known[: claimed.n] if index not in self.discarded[draw.key]]
+        assert [i for i in claimed.indices[: len(known)] if i in live] == live, "C2: a draw got other samples"
+        for index in claimed.indices:
+            owner = self.ever[draw.namespace, draw.key].setdefault(index, draw)
+            assert owner == draw, "C1: two draws of a namespace received one sample"
+        self.delivered[draw] = claimed.indices + known[claimed.n :]
+
+    @rule(claimed=claimants, which=st.integers(0, 2))
+    def commit(self, claimed, which):
+        if claimed.process not in self.processes or not claimed.mine:
+            return
+        index = sorted(claimed.mine)[which % len(claimed.mine)]
+        claimed.mine.discard(index)
+        key = claimed.draw.key
+        ours = self.pending.get((key, index)) is claimed.process
+        alone = (key, index) not in self.pending and index not in {**self.stored[key]} | dict.fromkeys(
+            self.discarded[key]
+        )
+        self.serial += 1
+        [result] = self.apply(claimed.process, Commit(key, index, b'"x"', {}, id=f"s{self.serial}"))
+        assert result.kept == (ours or alone)
+        if result.kept:
+            assert result.sample.index == index
+            self.pending.pop((key, index), None)
+        else:
+            assert result.sample.index not in self.listed(key) | self.discarded[key]
+        self.stored[key][result.sample.index] = result.sample.id
+
+    @rule(process=st.integers(0, 1), key=st.sampled_from(KEYS))
+    def commit_an_extra(self, process, key):
+        if not any(one.draw.key == key for one in self.open):
+            return
+        self.serial += 1
+        [result] = self.apply(self.at(process), Commit(key, None, b'"x"', {}, id=f"s{self.serial}"))
+        dead = {index for (name, index), process in self.pending.items() if name == key}
+        assert result.sample.index not in self.stored[key]
+        assert result.sample.index not in dead
+        self.stored[key][result.sample.index] = result.sample.id
+
+    @rule(claimed=claimants)
+    def receive(self, claimed):
+        """End well, when everything has come."""
+        if claimed.over or claimed.process not in self.processes or not self.complete(claimed):
+            return
+        if any(index in self.discarded[claimed.draw.key] for index in claimed.indices):
+            return
+        self.apply(claimed.process, Leave(claimed.draw, claimed.token, claimed.held, complete=True))
+        self.deliver(claimed)
+
+    @rule(claimed=claimants)
+    def look_again(self, claimed):
+        """Claim once more, as one does whose sample will not come from where it was awaited."""
+        if claimed.over or claimed.process not in self.processes:
+            return
+        self.bury()
+        [grant] = self.apply(
+            claimed.process,
+            Claim(claimed.draw, claimed.n, Question(claimed.draw.key, None, b"{}"), claimed.token),
+        )
+        self.granted(claimed, grant)
+
+    @rule(claimed=consumes(claimants))
+    def fail(self, claimed):
+        """Give up: what nobody else holds and nobody has received is free again (C8)."""
+        if claimed.over or claimed.process not in self.processes:
+            return
+        key = claimed.draw.key
+        whole = self.complete(claimed)
+        claimed.over = True
+        mine = sorted(claimed.mine)
+        self.apply(
+            claimed.process,
+            Forgo(key, mine),
+            Leave(claimed.draw, claimed.token, claimed.held, complete=False),
+        )
+        for index in mine:
+            if self.pending.get((key, index)) is claimed.process:
+                del self.pending[key, index]
+        left = self.ledger(key).get(claimed.draw, [])
+        if not whole and not self.holders(claimed.draw):
+            stored = [index in self.stored[key] or index in self.discarded[key] for index in left]
+            assert all(stored), "an incomplete draw that nobody holds was not undone"
+
+    @rule(key=st.sampled_from(KEYS), which=st.integers(0, 9))
+    def discard(self, key, which):
+        if not self.stored[key] or self.serial % 3:
+            return
+        index = sorted(self.stored[key])[which % len(self.stored[key])]
+        self.apply(self.at(which), Discard(key, index, "because"))
+        self.discarded[key].add(index)
+        del self.stored[key][index]
+
+    @rule(process=st.integers(0, 1), draw=draws, n=st.integers(1, 3))
+    def recall(self, process, draw, n):
+        grant = self.at(process).recall(draw, n)
+        indices = self.ledger(draw.key).get(draw, [])[:n]
+        whole = len(indices) == n and all(index in self.stored[draw.key] for index in indices)
+        assert (grant is not None) == whole
+        if grant is not None:
+            assert grant.indices == indices
+            assert [sample.id for sample in grant.samples] == [self.stored[draw.key][i] for i in indices]
+
+    @rule(process=st.integers(0, 1), draw=draws, n=st.integers(1, 3))
+    def replay(self, process, draw, n):
+        if any(one not in self.processes for one in self.pending.values()):
+            return  # what the dead were generating is looked after by the next claim
+        taken = Runs()
+        grant = self.at(process).replay(draw, n, taken)
+        indices = self.expected(draw, n, self.ledger(draw.key), self.listed(draw.key))
+        whole = all(index in self.stored[draw.key] for index in indices)
+        assert (grant is not None) == whole
+        if grant is not None:
+            assert grant.indices == indices
+        assert (taken.run_at(0) is not None) == whole
+
+    @rule(process=st.integers(0, 1), key=st.sampled_from(KEYS))
+    def glance(self, process, key):
+        process = self.at(process)
+        for index, state in enumerate(process.glance([(key, index) for index in range(12)])):
+            generating = self.pending.get((key, index))
+            if index in self.stored[key]:
+                assert state == "stored"
+            elif generating is process:
+                assert state == "ours"
+            else:
+                assert state == ("pending" if generating in self.processes else "free")
+
+    # What holds at any time.
+
+    @invariant()
+    def what_was_delivered_is_in_the_ledger(self):
+        """C2, but for what was discarded meanwhile."""
+        for draw, indices in getattr(self, "delivered", {}).items():
+            ledger = self.ledger(draw.key).get(draw, [])
+            for position, index in enumerate(indices):
+                if index not in self.discarded[draw.key]:
+                    assert ledger[position] == index
+
+    @invariant()
+    def no_two_draws_of_a_namespace_hold_one_sample(self):
+        """C1."""
+        for key in KEYS if hasattr(self, "processes") else ():
+            seen = collections.Counter(
+                (draw.namespace, index) for draw, indices in self.ledger(key).items() for index in indices
+            )
+            assert set(seen.values()) <= {1}
+
+    @invariant()
+    def the_list_is_what_is_stored(self):
+        for key in KEYS if hasattr(self, "processes") else ():
+            assert {sample.index: sample.id for sample in self.processes[0].samples(key)} == self.stored[key]
+
+
+class DiskMachine(StoreMachine):
+    """The same on disk, with a second process, and with processes that die."""
+
+    def start(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.alive = set()
+        self.names = 0
+        self.dead = []
+        return [self.another(), self.another()]
+
+    def another(self):
+        self.names += 1
+        return MortalStore(self.folder / "cache", f"process {self.names}", self.alive)
+
+    @precondition(lambda self: self.names < 5)
+    @rule(which=st.integers(0, 1))
+    def die(self, which):
+        """A process is gone, with its leases and holds; another one begins."""
+        process = self.processes[which]
+        self.alive.discard(process.name)
+        self.dead.append(process)
+        self.processes[which] = self.another()
+        for claimed in self.open:
+            claimed.over = claimed.over or claimed.process is process
+
+    def teardown(self):
+        super().teardown()
+        for process in getattr(self, "dead", ()):
+            process.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _ask_each_time_who_lives(monkeypatch):
+    monkeypatch.setattr(sql, "_ALIVE_FOR", -1.0)
+
+
+TestMemory = StoreMachine.TestCase
+TestDisk = DiskMachine.TestCase
+PHASES = [Phase.explicit, Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
+TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, phases=PHASES)
+TestDisk.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
