@@ -49,7 +49,7 @@ def asking(pipeline, *prompts, **more):
     return [asyncio.ensure_future(pipeline.request(Request(prompt, **more))) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", ["ledger.db", "cache.db"])
+@pytest.mark.parametrize("name", ["ledger.cache.db", "cache.db"])
 async def test_the_loop_turns_and_hits_are_served_while_a_file_is_locked(tmp_path, name):
     folder, model = tmp_path / "cache", Model()
     async with OnlineAPI(model, folder) as first:
@@ -78,7 +78,7 @@ def holding(tmp_path):
         "c.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.readline(); c.execute('ROLLBACK')"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "cache" / "ledger.db")],
+        [sys.executable, "-c", script, str(tmp_path / "cache" / "ledger.cache.db")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -106,7 +106,7 @@ async def test_a_pipeline_opens_on_an_existing_cache_while_a_file_is_locked(tmp_
     folder, model = tmp_path / "cache", Model()
     async with OnlineAPI(model, folder) as first:
         known = await first.request(Request("known"))
-    with locked(folder, "ledger.db"), locked(folder, "cache.db"):
+    with locked(folder, "ledger.cache.db"), locked(folder, "cache.db"):
         opening = asyncio.get_running_loop().run_in_executor(None, OnlineAPI, model, folder)
         async with asyncio.timeout(10):
             pipeline = await opening
@@ -186,7 +186,7 @@ async def test_a_lock_in_the_middle_of_a_request_costs_nothing_but_time(tmp_path
     pipeline = OnlineAPI(Gated(), store)
     with contextlib.ExitStack() as stack:
         if kind is Claim:
-            stack.enter_context(locked(tmp_path / "cache", "ledger.db"))
+            stack.enter_context(locked(tmp_path / "cache", "ledger.cache.db"))
         tasks = asking(pipeline, "a", n=3)
         await turns(50)
         if kind is Commit:

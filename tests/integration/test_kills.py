@@ -99,7 +99,7 @@ class Model:
 
 def check_ledger(folder):
     """What is taken is what draws hold, and what is listed is stored."""
-    ledger = sqlite3.connect(folder / "ledger.db")
+    ledger = sqlite3.connect(folder / "ledger.cache.db")
     assert ledger.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     spans = collections.defaultdict(set)
     for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM spans"):

@@ -121,7 +121,7 @@ def folder(tmp_path):
 
 def check_ledger(folder):
     """What is taken is what draws hold, and what is listed is stored or being generated."""
-    ledger = sqlite3.connect(folder / "ledger.db")
+    ledger = sqlite3.connect(folder / "ledger.cache.db")
     spans = collections.defaultdict(set)
     for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM spans"):
         assert spans[owner, key].isdisjoint(range(start, stop))

@@ -155,7 +155,7 @@ def test_pickled_keys_are_not_looked_at(folder, bomb):
 
 def test_a_pickle_in_the_ledger_is_not_loaded(folder, bomb):
     asked(folder, "q")
-    with contextlib.closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as ledger:
+    with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db", isolation_level=None)) as ledger:
         ledger.execute("UPDATE keys SET document = ?", (bomb,))
     assert asked(folder, "q")[0].cached == [True]
     with contextlib.closing(DiskStore(folder)) as store:
@@ -258,7 +258,7 @@ def test_the_folder_and_its_files_are_private(folder, umask):
     assert len(modes) >= 5
     assert {name: mode for name, mode in modes.items() if mode & 0o077} == {}
     assert modes["."] == 0o700
-    assert modes["cache.db"] == modes["ledger.db"] == 0o600
+    assert modes["cache.db"] == modes["ledger.cache.db"] == 0o600
     store.close()
 
 
@@ -313,14 +313,14 @@ def test_the_default_folder(tmp_path, monkeypatch):
 
 def test_a_newer_format_is_refused(folder):
     DiskStore(folder).close()
-    with contextlib.closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as ledger:
+    with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db", isolation_level=None)) as ledger:
         ledger.execute("UPDATE meta SET value = 99 WHERE name = 'format'")
     for read_only in (None, True):
         with pytest.raises(FormatError, match=r"format 99.*newer cachepipe"):
             DiskStore(folder, read_only=read_only)
 
 
-@pytest.mark.parametrize("name", ["ledger.db", "cache.db"])
+@pytest.mark.parametrize("name", ["ledger.cache.db", "cache.db"])
 def test_a_damaged_file_is_a_store_error(folder, name):
     asked(folder, *map(str, range(30)))
     path = folder / name
@@ -330,7 +330,7 @@ def test_a_damaged_file_is_a_store_error(folder, name):
         asked(folder, "0")
 
 
-@pytest.mark.parametrize("name", ["ledger.db", "cache.db"])
+@pytest.mark.parametrize("name", ["ledger.cache.db", "cache.db"])
 def test_a_file_that_is_damaged_inside_is_a_store_error_and_nobody_hangs(folder, name):
     asked(folder, *map(str, range(200)))
     path = folder / name
@@ -382,7 +382,9 @@ async def main():
         warnings.simplefilter("always")
         pipeline = OnlineAPI(Model(), sys.argv[1])
         answers = [
-            await pipeline.request(Request(p, namespace=ns)) for p in ("known", "new") for ns in (None, "x", "x")
+            await pipeline.request(Request(prompt, namespace=namespace))
+            for prompt in ("known", "new")
+            for namespace in (None, "x", "x")
         ]
         await pipeline.close()
     print(json.dumps([
@@ -703,8 +705,10 @@ def test_the_log_is_moved_into_the_file_in_the_background(folder):
         ]
         asyncio.run(store.apply(operations))
     store.close()
-    assert not (folder / "ledger.db-wal").exists() or (folder / "ledger.db-wal").stat().st_size == 0
-    with contextlib.closing(sqlite3.connect(folder / "ledger.db")) as ledger:
+    assert (
+        not (folder / "ledger.cache.db-wal").exists() or (folder / "ledger.cache.db-wal").stat().st_size == 0
+    )
+    with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as ledger:
         assert ledger.execute("SELECT count(*) FROM segments").fetchone() == (12_000,)
 
 
