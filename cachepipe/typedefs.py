@@ -101,7 +101,7 @@ class Request:
 
     def asking(self, n: int) -> Self:
         """Return the same question for n samples, sharing nothing mutable with this request."""
-        if n == self.n and all(type(getattr(self, name)) in _SCALARS for name in field_names(type(self))):
+        if n == self.n and _SCALARS.issuperset(map(type, self.__dict__.values())):
             return self
         twin = copy.copy(self)
         for name in field_names(type(self)):

@@ -70,13 +70,17 @@ class Codec:
         try:
             form = orjson.loads(data)
         except orjson.JSONDecodeError as error:
-            raise StoreError(f"a sample of the cache is damaged: {error}; restore the cache, or delete the sample's row") from error
+            raise StoreError(
+                f"a sample of the cache is damaged: {error}; restore the cache, or delete the sample's row"
+            ) from error
         if _MARKED not in data:
             return form
         try:
             return self._value(form)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise StoreError(f"a sample of the cache is damaged: {error!r}; restore the cache, or delete the sample's row") from error
+            raise StoreError(
+                f"a sample of the cache is damaged: {error!r}; restore the cache, or delete the sample's row"
+            ) from error
 
     def _form(self, value: Any) -> Any:  # noqa: PLR0911 - one return per kind of value
         kind = type(value)

@@ -130,17 +130,19 @@ class _Draw:
         self.dead = False
         self.future: asyncio.Future[None] = lane.loop.create_future()
 
-    def response(self) -> Response:
-        return _response(
-            self.values,
-            [position not in self.generated for position in range(self.n)],
-            tuple(self.indices),
-            self.question.key,
-        )
+    def response(self, duplicated: list[bool] | None) -> Response:
+        cached = [position not in self.generated for position in range(self.n)]
+        return _response(self.values, cached, duplicated, tuple(self.indices), self.question.key)
 
 
-def _response(values: list[Any], cached: list[bool], indices: tuple[int, ...] | None, key: str) -> Response:
-    response = Response(values, cached)
+def _response(
+    values: list[Any],
+    cached: list[bool],
+    duplicated: list[bool] | None,
+    indices: tuple[int, ...] | None,
+    key: str,
+) -> Response:
+    response = Response(values, cached, duplicated)
     response.indices = indices
     response.key = key
     return response
@@ -449,7 +451,13 @@ class _Engine:
     # From request to draw.
 
     def begin(
-        self, lane: _Lane, request: Request, question: Question, mode: Mode, repeat: Repeat
+        self,
+        lane: _Lane,
+        request: Request,
+        question: Question,
+        mode: Mode,
+        repeat: Repeat,
+        duplicated: list[bool] | None,
     ) -> Response | _Draw:
         """Return the response when the ledger and the store have it all, else the draw to wait for."""
         self.requests += 1
@@ -465,7 +473,7 @@ class _Engine:
             user = None
         try:
             if mode == "replay" or self.store.read_only:
-                return self._replay(lane, request, question, identity, mode, occurrences)
+                return self._replay(lane, request, question, identity, mode, occurrences, duplicated)
             # In a crowd the claims of this turn, in one transaction, also find what is known already.
             if (
                 mode == "read-write"
@@ -474,7 +482,7 @@ class _Engine:
             ):
                 grant = self.store.recall(identity, request.n)
                 if grant is not None:
-                    return self._known(request, question, grant, occurrences)
+                    return self._known(request, question, grant, occurrences, duplicated)
         except BaseException:
             if user is None:
                 occurrences.give_back(identity)
@@ -485,13 +493,18 @@ class _Engine:
         return draw
 
     def _known(
-        self, request: Request, question: Question, grant: Grant, occurrences: runs.Occurrences
+        self,
+        request: Request,
+        question: Question,
+        grant: Grant,
+        occurrences: runs.Occurrences,
+        duplicated: list[bool] | None,
     ) -> Response:
         if grant.shared:
             self._warn_shared(question, request, occurrences)
         values = [self.decode(sample) for sample in grant.samples if sample is not None]
         self.hits += request.n
-        return _response(values, [True] * request.n, tuple(grant.indices), question.key)
+        return _response(values, [True] * request.n, duplicated, tuple(grant.indices), question.key)
 
     def _replay(
         self,
@@ -501,12 +514,13 @@ class _Engine:
         identity: Draw,
         mode: Mode,
         occurrences: runs.Occurrences,
+        duplicated: list[bool] | None,
     ) -> Response | _Draw:
         shared = identity.namespace == SHARED
         taken = Runs() if shared else occurrences.taken(identity.namespace, question.key)
         grant = None if mode == "refresh" else self.store.replay(identity, request.n, taken)
         if grant is not None:
-            return self._known(request, question, grant, occurrences)
+            return self._known(request, question, grant, occurrences, duplicated)
         if mode == "replay":
             raise CacheMiss(question.key, request.namespace, request)
         draw = _Draw(lane, request.asking(request.n), question, mode)
@@ -515,7 +529,7 @@ class _Engine:
         self._need(draw, list(draw.missing))
         return draw
 
-    async def finish(self, draw: _Draw) -> Response:
+    async def finish(self, draw: _Draw, duplicated: list[bool] | None) -> Response:
         """Return a draw's response; a cancelled caller gives back what it had claimed (C8)."""
         try:
             await draw.future
@@ -525,7 +539,7 @@ class _Engine:
             raise
         self.hits += draw.n - len(draw.generated)
         self.misses += len(draw.generated)
-        return draw.response()
+        return draw.response(duplicated)
 
     # Claims.
 
@@ -908,19 +922,36 @@ class AsyncCacher(Stage):
         """
         return await self.draw(request, self.question(request), asyncio.get_running_loop())
 
-    async def draw(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Response:
-        """Return the samples of a draw of a question that is known already, on the running loop."""
+    async def draw(
+        self,
+        request: Request,
+        question: Question,
+        loop: asyncio.AbstractEventLoop,
+        duplicated: list[bool] | None = None,
+    ) -> Response:
+        """Return the samples of a draw of a question that is known already, on the running loop.
+
+        Args:
+            request: the request.
+            question: what it asks.
+            loop: the running loop.
+            duplicated: the flags that a deduplicator in front gives it.
+        """
         self._check_open()
         engine = self._engine
         lane = engine.lane(loop)
+        if duplicated is not None:
+            engine.merged += sum(duplicated)
         if self.mode == "bypass":
-            return await self._bypass(lane, request, question)
-        begun = engine.begin(lane, request, question, self.mode, self.repeat)
+            return await self._bypass(lane, request, question, duplicated)
+        begun = engine.begin(lane, request, question, self.mode, self.repeat, duplicated)
         if type(begun) is Response:
             return begun
-        return await engine.finish(begun)  # type: ignore[arg-type]
+        return await engine.finish(begun, duplicated)  # type: ignore[arg-type]
 
-    async def _bypass(self, lane: _Lane, request: Request, question: Question) -> Response:
+    async def _bypass(
+        self, lane: _Lane, request: Request, question: Question, duplicated: list[bool] | None
+    ) -> Response:
         engine = self._engine
         caller = lane.caller
         engine.requests += 1
@@ -934,7 +965,7 @@ class AsyncCacher(Stage):
         engine.misses += request.n
         present = engine._present  # noqa: SLF001 - its own engine
         values = values if present is None else [present(value) for value in values]
-        return _response(values, [False] * request.n, None, question.key)
+        return _response(values, [False] * request.n, duplicated, None, question.key)
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request, claimed in one transaction."""
@@ -952,10 +983,6 @@ class AsyncCacher(Stage):
     def widen(self, window: float) -> None:
         """Let needs of one question that come within ``window`` seconds share a call."""
         self._engine.window = max(self._engine.window, window)
-
-    def count_merged(self, samples: int) -> None:
-        """Count samples that the deduplicator in front flagged as duplicated."""
-        self._engine.merged += samples
 
     def stats(self) -> Stats:
         """Return what was done since the cacher was opened."""

@@ -8,6 +8,7 @@ summed ``n``, and hands each request its own part.
 from __future__ import annotations
 
 import asyncio
+from threading import get_ident
 from typing import Any
 
 from cachepipe import keys
@@ -29,6 +30,7 @@ class _Lane:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, model: Any) -> None:
         self.loop = loop
+        self.thread = get_ident()
         self.open: dict[_Group, tuple[object, object]] = {}
         self.served = 0
         self.caller = Caller(loop, model, _dropped)
@@ -77,9 +79,14 @@ class AsyncDeduplicator(Stage):
 
     async def request(self, request: Request) -> Response:
         """Return the request's own samples; ``duplicated`` tells which were merged into a group."""
-        task = asyncio.current_task()
-        loop = asyncio.get_running_loop() if task is None else task.get_loop()
-        return await self._serve(loop, request, (task, None))
+        # Asking for the running loop is a system call on some versions of Python; a loop that runs on
+        # this thread is the running one.
+        last = self._last
+        if last is not None and last.thread == get_ident() and last.loop.is_running():
+            loop = last.loop
+        else:
+            loop = asyncio.get_running_loop()
+        return await self._serve(loop, request, (asyncio.current_task(loop), None))
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request; equal ones of the batch are a group."""
@@ -104,27 +111,25 @@ class AsyncDeduplicator(Stage):
         duplicated = [True] * request.n
         duplicated[0] = first
         if cacher is None:
-            response = await self._merge(lane, request, question)
+            response = await self._merge(lane, request, question, duplicated)
             self._merged += request.n - (not first)
         else:
-            response = await cacher.draw(request, question, loop)
-            cacher.count_merged(request.n - (not first))
-        merged = Response(response.data, response.cached, duplicated)
-        merged.__dict__.update(response.__dict__)
+            response = await cacher.draw(request, question, loop, duplicated)
         lane.served += 1
         if not lane.served % _TURN:
             await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
-        return merged
+        return response
 
     def _lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
         last = self._last
-        if last is not None and last.loop is loop:
+        if last is not None and last.loop is loop and last.thread == get_ident():
             return last
         lane = self._lanes.get(loop)
         if lane is None:
             for old in [old for old in self._lanes if old.is_closed()]:
                 del self._lanes[old]
             lane = self._lanes[loop] = _Lane(loop, self.model)
+        lane.thread = get_ident()
         self._last = lane
         return lane
 
@@ -146,7 +151,9 @@ class AsyncDeduplicator(Stage):
         lane.open[group] = owner
         return False
 
-    async def _merge(self, lane: _Lane, request: Request, question: keys.Question) -> Response:
+    async def _merge(
+        self, lane: _Lane, request: Request, question: keys.Question, duplicated: list[bool]
+    ) -> Response:
         group = (question.key, label(request.namespace)) if question.mergeable else None
         need = Wanted(lane.loop, request.asking(request.n), group)
         if not lane.waiting:
@@ -159,7 +166,7 @@ class AsyncDeduplicator(Stage):
         values = await need.result()
         self._requests += 1
         self._misses += request.n
-        response = Response(values)
+        response = Response(values, None, duplicated)
         response.key = question.key
         return response
 
