@@ -12,11 +12,12 @@ import random
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cachepipe
 from cachepipe import OnlineAPI, Request
+from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 
 NAMESPACES = [None, "a", "b"]
@@ -41,13 +42,15 @@ class Person:
 class Crowd:
     """A store, pipelines with a model each, runs, and people; a schedule says what happens when."""
 
-    def __init__(self, store, *, pipelines=1, runs=1, max_n=None):
+    def __init__(self, store, *, pipelines=1, runs=1, max_n=None, locked=False):
         self.store = store
+        faulty = FaultyStore(store)
+        faulty.locked = locked
         self.models = [
             ScriptedModel(hold=True, max_n=max_n, cache_scope="m", name=f"{number}:")
             for number in range(pipelines)
         ]
-        self.pipelines = [OnlineAPI(model, store) for model in self.models]
+        self.pipelines = [OnlineAPI(model, faulty if locked else store) for model in self.models]
         self.runs = [contextvars.copy_context() for _ in range(runs)]
         for run in self.runs:
             run.run(lambda: cachepipe.run().__enter__())
@@ -319,6 +322,14 @@ def test_c8_failures_and_cancellations_leave_every_promise_whole(new_store, wish
 def test_c1_runs_that_share_draws_join_extend_and_take_over(new_store, wish, schedule, max_n, pipelines):
     """C1, C8: two runs make the same draws at once, of several lengths; undo, extension, join, takeover."""
     for crowd in run_crowd(new_store, wish, schedule, max_n=max_n, runs=2, pipelines=pipelines):
+        assert len(crowd.people) == len(wish)
+
+
+@settings(max_examples=40)
+@given(wish=wishes, schedule=schedules(*FAULTS), max_n=st.sampled_from([None, 1]))
+def test_c8_the_same_where_every_write_has_to_wait(new_store, wish, schedule, max_n):
+    """C1, C6, C7, C8: the store is locked by others, so each write takes a while in a thread."""
+    for crowd in run_crowd(new_store, wish, schedule, max_n=max_n, runs=2, locked=True):
         assert len(crowd.people) == len(wish)
 
 
