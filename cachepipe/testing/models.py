@@ -205,17 +205,26 @@ class ScriptedModel:
 
     async def request(self, request: Request) -> Any:
         """Return what the script says: ``request.n`` samples that are all different unless told otherwise."""
-        return await self._serve(self._begin(request, None))
+        call = self._begin(request, None)
+        answer = await self._serve(call)
+        _note(call, answer)
+        return answer
 
     async def batch_request(self, batch: Batch) -> list[Any]:
         """Return what the script says for each request; a failed one's exception stands in its place."""
         self.batches += 1
         calls = [self._begin(request, self.batches) for request in batch.requests]
-        answers = await asyncio.gather(*map(self._serve, calls), return_exceptions=True)
-        if self.whole:
-            for answer in answers:
-                if isinstance(answer, BaseException):
-                    raise answer
+        try:
+            answers = await asyncio.gather(*map(self._serve, calls), return_exceptions=True)
+        except BaseException as error:
+            _withhold(calls, error)
+            raise
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if self.whole and failures:
+            _withhold(calls, failures[0])
+            raise failures[0]
+        for call, answer in zip(calls, answers, strict=True):
+            _note(call, answer)
         return answers
 
     @property
@@ -271,16 +280,23 @@ class ScriptedModel:
         step = self._samples(call.step, call.request)
         if isinstance(step, BaseException):
             raise step
-        if isinstance(step, list):
-            call.samples = list(step)
-            return Response(list(step))
-        if isinstance(step, Response):
-            call.samples = list(step.data)
-        return step
+        return Response(list(step)) if isinstance(step, list) else step
 
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
+
+
+def _withhold(calls: Iterable[ScriptedCall], error: BaseException) -> None:
+    """Record that a batch has failed as a whole: none of its calls has returned anything to anybody."""
+    for call in calls:
+        call.error = call.error or error
+
+
+def _note(call: ScriptedCall, answer: Any) -> None:
+    """Record the samples of an answer that is about to be returned."""
+    if isinstance(answer, Response) and not isinstance(answer.data, str | bytes):
+        call.samples = list(answer.data)
 
 
 class _View:
