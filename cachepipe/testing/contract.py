@@ -395,17 +395,34 @@ class StoreContract:
     # Reading.
 
     def test_recall_knows_complete_draws_only(self, store: Store) -> None:
+        """A draw that is incomplete may yet be undone, so a part of it is got by a claim, and then stands."""
         assert store.recall(drawn("a"), 1) is None
-        self.claim(store, drawn("a"), 2)
+        grant = self.claim(store, drawn("a"), 2)
         assert store.recall(drawn("a"), 1) is None
         self.commit(store, 0)
         assert store.recall(drawn("a"), 2) is None
-        recalled = store.recall(drawn("a"), 1)
-        assert recalled is not None
-        assert (recalled.indices, recalled.mine, recalled.added) == ([0], [], 0)
+        assert store.recall(drawn("a"), 1) is None
+        self.commit(store, 1)
+        for n in (1, 2):
+            recalled = store.recall(drawn("a"), n)
+            assert recalled is not None
+            assert (recalled.indices, recalled.mine) == (grant.indices[:n], [])
+            assert not recalled.added
+        assert store.recall(drawn("a"), 3) is None
         assert store.recall(drawn("a", namespace="other"), 1) is None
         assert store.recall(drawn("a", occurrence=1), 1) is None
         assert store.recall(drawn("a", key=OTHER), 1) is None
+
+    def test_what_was_delivered_of_a_draw_stands_when_the_rest_of_it_fails(self, store: Store) -> None:
+        """C1 and C2: a shorter claim that was answered in the meantime keeps its samples."""
+        first = self.claim(store, drawn("a"), 3)
+        self.commit(store, 0)
+        short = self.claim(store, drawn("a"), 1, token="two")
+        assert (short.indices, short.mine, short.held) == ([0], [], ())
+        self.apply(store, Forgo(KEY, [1, 2]), Leave(drawn("a"), "one", first.held, complete=False))
+        assert [info.indices for info in store.draws()] == [(0,)]
+        assert self.claim(store, drawn("b"), 1).indices == [1]
+        assert self.claim(store, drawn("a"), 1).indices == [0]
 
     def test_a_replay_gets_what_a_claim_would_and_takes_it_in_memory_only(self, store: Store) -> None:
         for name in "abc":
