@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
 from blockbuster import blockbuster_ctx
@@ -41,8 +42,11 @@ def locked(folder, name):
 
 
 async def turns(count):
+    """Give the loop turns; none of them may be spent on waiting for a lock."""
+    begun = time.monotonic()
     for _ in range(count):
         await asyncio.sleep(0)
+    assert time.monotonic() - begun < 2, "the loop stood still"
 
 
 def asking(pipeline, *prompts, **more):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachepipe.ledger import (
@@ -80,7 +80,11 @@ def test_being_in_a_set(listed, index):
     assert is_in(Book(listed, set()), LISTED, index) == (index in listed)
 
 
-@given(sets, sets, st.none() | indices, st.booleans())
+@settings(max_examples=300)
+@given(st.sets(indices, min_size=3), sets, st.none() | indices, st.booleans())
+@example({0, 1, 2}, {0}, 2, False)
+@example({0, 1, 2}, {2}, 2, False)
+@example({0}, {0}, 2, False)
 def test_what_a_position_gets(listed, taken, coupled, new):
     """C3 and C4: the coupled sample, else the lowest free one, else one to generate."""
     free = listed - taken
