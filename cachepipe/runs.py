@@ -21,6 +21,10 @@ Identity = tuple[str, str, str]
 """The label of a namespace, a key and a request id."""
 
 
+_SEVERAL = 20  # draws before anything is said about most of them
+_TOUCHED = 100_000  # places remembered; by then all has been said
+
+
 class Occurrences:
     """One run's memory of one store. Every method may be called from any thread."""
 
@@ -30,7 +34,6 @@ class Occurrences:
         self._returned: dict[Identity, list[int]] = {}
         self._taken: dict[tuple[str, str], Runs] = {}
         self._touched: set[tuple[str, str]] = set()
-        self._draws = 0
         self._fresh_ids = 0
         self._warned: set[str] = set()
         self.used: set[tuple[str, str]] = set()
@@ -65,21 +68,19 @@ class Occurrences:
         with self._lock:
             return self._taken.setdefault((namespace, key), Runs())
 
-    def most_ids_are_new(self, draw: Draw, *, fresh_id: bool) -> bool:
-        """Count a draw that is new to the ledger; tell, once, when most are new ids on old keys.
+    def count(self, draw: Draw, *, fresh_id: bool) -> bool:
+        """Count a draw; tell, once, when most of the run's have new request ids on old keys.
 
-        Only the first draw of each namespace and key counts: replicates of one run are no sign.
+        Only the first draw of each namespace and key counts: replicates within one run are no sign.
         """
+        place = (draw.namespace, draw.key)
+        if place in self._touched or len(self._touched) > _TOUCHED:
+            return False
         with self._lock:
-            place = (draw.namespace, draw.key)
-            if place in self._touched or len(self._touched) > 100_000:
-                return False
             self._touched.add(place)
-            self._draws += 1
             self._fresh_ids += fresh_id
-            if self._draws < 20 or self._fresh_ids * 2 <= self._draws:
-                return False
-        return self.first_time("fresh ids")
+            few = len(self._touched) < _SEVERAL or self._fresh_ids * 2 <= len(self._touched)
+        return not few and self.first_time("fresh ids")
 
     def first_time(self, what: str) -> bool:
         """Tell whether this run asks about something for the first time: for warnings given once."""

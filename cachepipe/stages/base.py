@@ -158,7 +158,13 @@ async def ask_batch(model: Any, requests: Sequence[Request]) -> list[Response | 
     except Exception as error:
         if len(requests) == 1:
             return [error]
-        return [(await ask_batch(model, [request]))[0] for request in requests]
+        answers = []
+        for request in requests:
+            try:
+                answers += await ask_batch(model, [request])
+            except asyncio.CancelledError as stopped:  # what has come is paid for
+                return answers + [stopped] * (len(requests) - len(answers))
+        return answers
     if len(answers) != len(requests):
         mismatch = BatchMismatch(
             f"sent {len(requests)} requests, the model returned {len(answers)} responses; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from cachepipe.errors import StageClosed
@@ -133,10 +134,12 @@ class _Lane:
                 ticket.sent(batch)
             batch.task = task = self.loop.create_task(self._fly(batch))
             self.flying.add(task)
-            task.add_done_callback(self._landed)
+            task.add_done_callback(partial(self._landed, batch))
 
-    def _landed(self, task: asyncio.Task[None]) -> None:
+    def _landed(self, batch: _Batch, task: asyncio.Task[None]) -> None:
         self.flying.discard(task)
+        for ticket in batch.tickets:  # of a task that was cancelled before it had begun
+            ticket.settle(asyncio.CancelledError())
         if not self.loop.is_closed():
             self._send()
 

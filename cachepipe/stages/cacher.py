@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachepipe import keys, runs
 from cachepipe.errors import (
@@ -78,6 +78,15 @@ class Stats:
         return asdict(self)
 
 
+class Receipt(NamedTuple):
+    """What was given out for a draw."""
+
+    draw: Draw
+    occurrences: runs.Occurrences
+    n: int
+    generated: int
+
+
 class _Draw:
     """A request on its way through the cacher."""
 
@@ -100,6 +109,7 @@ class _Draw:
         "occurrences",
         "question",
         "request",
+        "retried",
         "token",
         "unsaved",
         "user",
@@ -128,6 +138,7 @@ class _Draw:
         self.complete = False
         self.unsaved = False
         self.dead = False
+        self.retried = False
         self.future: asyncio.Future[None] = lane.loop.create_future()
 
     def response(self, duplicated: list[bool] | None) -> Response:
@@ -263,15 +274,15 @@ class Board:
         with self._lock:
             return any((key, index) in self._waiting for index in indices)
 
-    def settle(self, key: str, index: int, sample: Sample | None) -> None:
-        """Tell those who wait that a sample is stored, or will not come from who was to generate it."""
+    def settle(self, key: str, index: int, sample: Sample | None, error: BaseException | None = None) -> None:
+        """Tell those who wait that a sample is stored, or will not come from who was to generate it, and why."""
         with self._lock:
             self._made.pop((key, index), None)
             if not self._waiting:
                 return
             waiting = self._waiting.pop((key, index), ())
         for engine, draw in waiting:
-            draw.lane.soon(engine.arrived, draw, index, sample)
+            draw.lane.soon(engine.arrived, draw, index, sample, error)
 
 
 _boards: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
@@ -458,6 +469,7 @@ class _Engine:
         mode: Mode,
         repeat: Repeat,
         duplicated: list[bool] | None,
+        receipts: list[Receipt] | None,
     ) -> Response | _Draw:
         """Return the response when the ledger and the store have it all, else the draw to wait for."""
         self.requests += 1
@@ -473,7 +485,10 @@ class _Engine:
             user = None
         try:
             if mode == "replay" or self.store.read_only:
-                return self._replay(lane, request, question, identity, mode, occurrences, duplicated)
+                replayed = self._replay(lane, request, question, identity, mode, occurrences, duplicated)
+                if receipts is not None and type(replayed) is Response:
+                    receipts.append(Receipt(identity, occurrences, request.n, 0))
+                return replayed
             # In a crowd the claims of this turn, in one transaction, also find what is known already.
             if (
                 mode == "read-write"
@@ -482,6 +497,9 @@ class _Engine:
             ):
                 grant = self.store.recall(identity, request.n)
                 if grant is not None:
+                    occurrences.count(identity, fresh_id=False)
+                    if receipts is not None:
+                        receipts.append(Receipt(identity, occurrences, request.n, 0))
                     return self._known(request, question, grant, occurrences, duplicated)
         except BaseException:
             if user is None:
@@ -529,7 +547,9 @@ class _Engine:
         self._need(draw, list(draw.missing))
         return draw
 
-    async def finish(self, draw: _Draw, duplicated: list[bool] | None) -> Response:
+    async def finish(
+        self, draw: _Draw, duplicated: list[bool] | None, receipts: list[Receipt] | None
+    ) -> Response:
         """Return a draw's response; a cancelled caller gives back what it had claimed (C8)."""
         try:
             await draw.future
@@ -539,7 +559,17 @@ class _Engine:
             raise
         self.hits += draw.n - len(draw.generated)
         self.misses += len(draw.generated)
+        if receipts is not None and draw.occurrences is not None:
+            receipts.append(Receipt(draw.id, draw.occurrences, draw.n, len(draw.generated)))
         return draw.response(duplicated)
+
+    def take_back(self, receipt: Receipt) -> None:
+        """Let a request whose response did not reach its caller be asked again as the same draw."""
+        self.hits -= receipt.n - receipt.generated
+        self.misses -= receipt.generated
+        self.unreported += receipt.generated
+        if receipt.draw.namespace != SHARED:
+            receipt.occurrences.give_back(receipt.draw)
 
     # Claims.
 
@@ -697,7 +727,7 @@ class _Engine:
 
         def done(_result: Any) -> None:
             for index in indices:
-                self.board.settle(key, index, None)
+                self.board.settle(key, index, None, error)
 
         if indices and indices[0] >= 0:
             draw.lane.put(Forgo(key, indices), done)
@@ -710,12 +740,16 @@ class _Engine:
         else:
             self._fail(draw, error)
 
-    def arrived(self, draw: _Draw, index: int, sample: Sample | None) -> None:
+    def arrived(self, draw: _Draw, index: int, sample: Sample | None, error: BaseException | None) -> None:
         """Take a sample that another draw generated, or try for it once more."""
         draw.awaited.discard(index)
         if draw.dead or index not in draw.missing:
             return
         if sample is None:
+            if error is not None and draw.retried:
+                self._fail(draw, error)  # the one further call was for all who had waited
+                return
+            draw.retried = draw.retried or error is not None
             self._claim(draw)
             return
         try:
@@ -829,7 +863,7 @@ class _Engine:
             return
         if grant.shared:
             self._warn_shared(draw.question, draw.request, occurrences)
-        if grant.added and occurrences.most_ids_are_new(draw.id, fresh_id=grant.fresh_id):
+        if occurrences.count(draw.id, fresh_id=grant.fresh_id):
             warnings.warn(
                 "most requests of this run have new request ids on questions that their namespace has asked "
                 "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
@@ -928,6 +962,7 @@ class AsyncCacher(Stage):
         question: Question,
         loop: asyncio.AbstractEventLoop,
         duplicated: list[bool] | None = None,
+        receipts: list[Receipt] | None = None,
     ) -> Response:
         """Return the samples of a draw of a question that is known already, on the running loop.
 
@@ -936,6 +971,7 @@ class AsyncCacher(Stage):
             question: what it asks.
             loop: the running loop.
             duplicated: the flags that a deduplicator in front gives it.
+            receipts: gets what ``take_back`` needs when the response does not reach its caller.
         """
         self._check_open()
         engine = self._engine
@@ -944,10 +980,15 @@ class AsyncCacher(Stage):
             engine.merged += sum(duplicated)
         if self.mode == "bypass":
             return await self._bypass(lane, request, question, duplicated)
-        begun = engine.begin(lane, request, question, self.mode, self.repeat, duplicated)
+        begun = engine.begin(lane, request, question, self.mode, self.repeat, duplicated, receipts)
         if type(begun) is Response:
             return begun
-        return await engine.finish(begun, duplicated)  # type: ignore[arg-type]
+        return await engine.finish(begun, duplicated, receipts)  # type: ignore[arg-type]
+
+    def take_back(self, receipts: Iterable[Receipt]) -> None:
+        """Let requests whose responses did not reach their caller be asked again as the same draws."""
+        for receipt in receipts:
+            self._engine.take_back(receipt)
 
     async def _bypass(
         self, lane: _Lane, request: Request, question: Question, duplicated: list[bool] | None
@@ -972,13 +1013,18 @@ class AsyncCacher(Stage):
         self._check_open()
         questions = [self.question(request) for request in batch.requests]
         loop = asyncio.get_running_loop()
-        return await together(
-            [
-                self.draw(request, question, loop)
-                for request, question in zip(batch.requests, questions, strict=True)
-            ],
-            return_exceptions,
-        )
+        receipts: list[Receipt] = []
+        try:
+            return await together(
+                [
+                    self.draw(request, question, loop, None, receipts)
+                    for request, question in zip(batch.requests, questions, strict=True)
+                ],
+                return_exceptions,
+            )
+        except BaseException:
+            self.take_back(receipts)
+            raise
 
     def widen(self, window: float) -> None:
         """Let needs of one question that come within ``window`` seconds share a call."""

@@ -14,7 +14,7 @@ from typing import Any
 from cachepipe import keys
 from cachepipe.ledger import label
 from cachepipe.stages.base import Stage, together
-from cachepipe.stages.cacher import AsyncCacher, Stats, Wanted
+from cachepipe.stages.cacher import AsyncCacher, Receipt, Stats, Wanted
 from cachepipe.stages.generation import Call, Caller, Need
 from cachepipe.typedefs import Batch, Request, Response
 
@@ -86,19 +86,34 @@ class AsyncDeduplicator(Stage):
             loop = last.loop
         else:
             loop = asyncio.get_running_loop()
-        return await self._serve(loop, request, (asyncio.current_task(loop), None))
+        return await self._serve(loop, request, (asyncio.current_task(loop), None), None)
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request; equal ones of the batch are a group."""
         self._check_open()
         owner = (asyncio.current_task(), batch)
         loop = asyncio.get_running_loop()
-        return await together(
-            [self._serve(loop, request, owner) for request in batch.requests], return_exceptions
-        )
+        receipts: list[Receipt] = []
+        try:
+            return await together(
+                [self._serve(loop, request, owner, receipts) for request in batch.requests],
+                return_exceptions,
+            )
+        except BaseException:
+            self._take_back(receipts)
+            raise
+
+    def _take_back(self, receipts: list[Receipt]) -> None:
+        """Let requests whose responses did not reach their caller be asked again as the same draws."""
+        if self._cacher is not None:
+            self._cacher.take_back(receipts)
 
     async def _serve(
-        self, loop: asyncio.AbstractEventLoop, request: Request, owner: tuple[object, object]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        request: Request,
+        owner: tuple[object, object],
+        receipts: list[Receipt] | None,
     ) -> Response:
         self._check_open()
         lane = self._lane(loop)
@@ -107,6 +122,7 @@ class AsyncDeduplicator(Stage):
             question = keys.question(request, self._scope)
         else:
             question = cacher.question(request)
+        lane.served += 1
         first = self._joins(lane, (question.key, label(request.namespace)), owner)
         duplicated = [True] * request.n
         duplicated[0] = first
@@ -114,10 +130,17 @@ class AsyncDeduplicator(Stage):
             response = await self._merge(lane, request, question, duplicated)
             self._merged += request.n - (not first)
         else:
-            response = await cacher.draw(request, question, loop, duplicated)
-        lane.served += 1
-        if not lane.served % _TURN:
-            await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
+            turn = not lane.served % _TURN
+            if turn and receipts is None:
+                receipts = []
+            response = await cacher.draw(request, question, loop, duplicated, receipts)
+            if turn:  # hits do not suspend: now and then others must have their turn
+                try:
+                    await asyncio.sleep(0)
+                except BaseException:
+                    if owner[1] is None and receipts is not None:
+                        self._take_back(receipts)
+                    raise
         return response
 
     def _lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:

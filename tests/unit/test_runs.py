@@ -84,7 +84,7 @@ def test_a_warning_is_given_once_in_a_run():
 def test_fresh_ids_are_told_when_they_are_most_of_twenty(fresh, warned):
     counted = Occurrences()
     told = [
-        counted.most_ids_are_new(Draw("-", str(number), "id", 0), fresh_id=number < fresh)
+        counted.count(Draw("-", str(number), "id", 0), fresh_id=number < fresh)
         for number in range(20)
     ]
     assert any(told) == warned
@@ -92,7 +92,7 @@ def test_fresh_ids_are_told_when_they_are_most_of_twenty(fresh, warned):
 
 def test_replicates_of_one_question_are_no_sign_of_fresh_ids():
     counted = Occurrences()
-    assert not any(counted.most_ids_are_new(Draw("-", "k", str(n), 0), fresh_id=n > 0) for n in range(200))
+    assert not any(counted.count(Draw("-", "k", str(n), 0), fresh_id=n > 0) for n in range(200))
 
 
 def test_a_run_lasts_until_no_pipeline_is_open():
