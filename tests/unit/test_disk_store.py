@@ -126,6 +126,17 @@ def test_a_row_that_cachepipe_did_not_write_is_refused_unread(folder, bomb, mode
                     list(store.samples(key))
 
 
+@pytest.mark.parametrize("mode", [4, 3, 2])
+def test_bytes_that_look_like_ours_are_refused_in_another_mode(folder, mode):
+    """What diskcache would make of them is not for us to try."""
+    asked(folder, "q")
+    connection = shelf(folder)
+    connection.execute("UPDATE Cache SET mode = ?", (mode,))
+    connection.close()
+    with pytest.raises(UnsafeRow, match=f"mode {mode}"):
+        asked(folder, "q")
+
+
 def test_a_pickle_in_a_file_of_its_own_is_refused_unread(folder, bomb):
     asked(folder, "q")
     (folder / "x.val").write_bytes(bomb)
