@@ -83,10 +83,7 @@ def test_a_warning_is_given_once_in_a_run():
 @pytest.mark.parametrize(("fresh", "warned"), [(20, True), (11, True), (10, False), (0, False)])
 def test_fresh_ids_are_told_when_they_are_most_of_twenty(fresh, warned):
     counted = Occurrences()
-    told = [
-        counted.count(Draw("-", str(number), "id", 0), fresh_id=number < fresh)
-        for number in range(20)
-    ]
+    told = [counted.count(Draw("-", str(number), "id", 0), fresh_id=number < fresh) for number in range(20)]
     assert any(told) == warned
 
 
