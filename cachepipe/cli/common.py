@@ -1,0 +1,270 @@
+"""What the commands share: options, a store to look at, and text that is safe to print.
+
+Samples and prompts are hostile text: whatever a terminal would obey is made visible before it is
+printed, as ``\\x1b``, and what a pipe would misread is too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import orjson
+
+from cachepipe.errors import StoreError
+
+if TYPE_CHECKING:
+    from cachepipe.stores import DiskStore
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+WIDTH: Final = 100
+"""How wide lines are kept where there is no terminal to ask."""
+
+# Controls, invisible marks that reorder or hide text, line separators, lone surrogates, tags.
+_OBEYED = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
+)
+_UNSAFE: Final = re.compile(f"[{_OBEYED}]")
+_UNSAFE_IN_LINE: Final = re.compile(f"[{_OBEYED}\t\n]")
+_NAMED: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """Return the text with everything that a terminal would obey written out, as ``\\x1b`` or ``\\u202e``.
+
+    Args:
+        text: any text, however hostile.
+        lines: keep line feeds and tabs.
+    """
+    return (_UNSAFE if lines else _UNSAFE_IN_LINE).sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    character = match[0]
+    code = ord(character)
+    if character in _NAMED:
+        return _NAMED[character]
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def json_text(value: Any) -> str:
+    """Return the JSON of a value on one line, equal to it when parsed, without a character to obey."""
+    try:
+        text = orjson.dumps(value).decode()
+    except TypeError:  # a lone surrogate, or a number beyond 64 bits
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _UNSAFE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return "".join(f"\\u{unit:04x}" for unit in _utf16(ord(match[0])))
+
+
+def _utf16(code: int) -> tuple[int, ...]:
+    if code < 0x10000:
+        return (code,)
+    return 0xD800 + ((code - 0x10000) >> 10), 0xDC00 + ((code - 0x10000) & 0x3FF)
+
+
+def beginning(text: str, width: int) -> str:
+    """Return the beginning of a text on one line: blanks run together, the rest visible, at most so wide."""
+    head = " ".join(text[: 8 * width + 64].split())
+    return shortened(visible(head), width)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text of one line cut to so many columns of a terminal, with an ellipsis where it was cut."""
+    if text.isascii():
+        return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
+    from rich.cells import cell_len, set_cell_size  # noqa: PLC0415 - wide characters are rare
+
+    return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0)).rstrip()}…"
+
+
+def when(at: float) -> str:
+    """Return a time (seconds since 1970) as the user's clock shows it, to the second."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (OverflowError, ValueError, OSError):
+        return str(at)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people say it: ``812 B``, ``3.4 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def share(part: float, whole: float) -> str:
+    """Return a part of a whole in per cent, never rounded up to all or down to nothing; a dash of nothing."""
+    if not whole:
+        return "-"
+    percent = 100 * part / whole
+    text = f"{percent:.1f}"
+    if text == "100.0" and part < whole:
+        return "99.9%"
+    if text == "0.0" and part > 0:
+        return "<0.1%"
+    return f"{text.removesuffix('.0')}%"
+
+
+# Options.
+
+
+def cache_option(command: Command) -> Command:
+    """Add ``--cache DIR``, which arrives as ``cache``: a folder, or None for the default one."""
+    return click.option(
+        "--cache",
+        metavar="DIR",
+        type=click.Path(),
+        help="The folder of the cache; by default CACHEPIPE_DIR, else caches/default where there is a "
+        "folder caches, else the user's cache folder.",
+    )(command)
+
+
+def json_option(what: str) -> Callable[[Command], Command]:
+    """Return what adds ``--json``, which arrives as ``as_json``.
+
+    Args:
+        what: what is printed then, as the rest of the sentence "Print …".
+    """
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what}.")
+
+
+# Stores.
+
+
+def folder_in_use(cache: str | None) -> tuple[Path, str]:
+    """Return the folder of the cache that a command uses, and how it was found."""
+    if cache is not None:
+        found, how = cache, "--cache"
+    else:
+        from cachepipe.stores import default_folder  # noqa: PLC0415 - help needs no store
+
+        found = default_folder()
+        if os.environ.get("CACHEPIPE_DIR"):
+            how = "CACHEPIPE_DIR"
+        else:
+            how = "user" if Path(found).is_absolute() else "project"
+    return Path(found).expanduser().resolve(), how
+
+
+_FOUND: Final = {
+    "--cache": "named by --cache",
+    "CACHEPIPE_DIR": "named by CACHEPIPE_DIR",
+    "project": "the default beside a folder caches",
+    "user": "the user's default",
+}
+
+
+@contextlib.contextmanager
+def opened(cache: str | None) -> Iterator[DiskStore]:
+    """Open the store of a folder for looking at it; nothing is made or written.
+
+    Raises:
+        StoreError: when there is no cache; it says which folder was looked at, and how to name another.
+    """
+    folder, how = folder_in_use(cache)
+    if not folder.is_dir() or not any(folder.glob("*.db")):
+        what = "is a file" if folder.is_file() else "is not there" if not folder.exists() else "holds none"
+        raise StoreError(
+            f"there is no cache to look at: the folder {folder} ({_FOUND[how]}) {what}. "
+            "Name another with --cache DIR or in CACHEPIPE_DIR, or fill it: cachepipe run --help"
+        )
+    from cachepipe.stores import DiskStore  # noqa: PLC0415 - help needs no store
+
+    store = DiskStore(folder, read_only=True)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+# Printing.
+
+
+def on_terminal() -> bool:
+    """Tell whether what is printed is read on a terminal."""
+    return sys.stdout.isatty()
+
+
+def styled(text: str, **style: Any) -> str:
+    """Return a text in a style (of ``click.style``) on a terminal without NO_COLOR, else as it is."""
+    if not on_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return click.style(text, **style)
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", total: bool = False
+) -> None:
+    """Print a table: ruled on a terminal, aligned with blanks elsewhere. Numbers stand to the right.
+
+    Args:
+        columns: the heads.
+        rows: the cells; text is made safe, whole numbers get their thousands apart on a terminal.
+        title: what the table is of.
+        total: the last row adds up the others.
+    """
+    numeric = [bool(rows) and all(_is_number(row[place]) for row in rows) for place in range(len(columns))]
+    cells = [[_cell(value) for value in row] for row in rows]
+    if on_terminal():
+        _print_ruled(columns, cells, numeric, title, total=total)
+        return
+    widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
+    if title:
+        click.echo(title)
+    for row in [list(columns), *cells]:
+        padded = [
+            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        click.echo("  ".join(padded).rstrip())
+
+
+def _print_ruled(
+    columns: Sequence[str], cells: list[list[str]], numeric: list[bool], title: str, *, total: bool
+) -> None:
+    from rich import box  # noqa: PLC0415 - only for people
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for name, right in zip(columns, numeric, strict=True):
+        table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
+    for place, row in enumerate(cells):
+        last = total and place == len(cells) - 1
+        table.add_row(*map(Text, row), style="bold" if last else "")
+    Console(highlight=False).print(table)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (
+        isinstance(value, str) and value != "" and (value == "-" or value[0].isdigit() or value[0] == "<")
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else visible(str(value))
+
+
+def _width(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # noqa: PLC0415 - wide characters are rare
+
+    return cell_len(text)

@@ -1,0 +1,152 @@
+"""The group `cachepipe`: which commands there are, and what becomes of their errors.
+
+Commands are imported when they are called, and help is written from the table below; so ``cachepipe
+--help`` imports no client library, and a broken optional part breaks its own command only.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import click
+
+from cachepipe import __version__
+from cachepipe.errors import CachepipeError, CachepipeWarning
+
+
+class Entry(NamedTuple):
+    """Where a command is, and what the group's help says of it."""
+
+    target: str
+    help: str
+
+
+COMMANDS: Final[dict[str, Entry]] = {
+    "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache where it can."),
+    "demo": Entry("cachepipe.cli.demo:demo", "See what a cache saves; needs no key and no network."),
+    "stats": Entry("cachepipe.cli.inspect:stats", "Count what is cached, and what each namespace saved."),
+    "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),
+    "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and who drew which."),
+    "path": Entry("cachepipe.cli.inspect:path", "Print the folder of the cache in use."),
+    "mock-server": Entry(
+        "cachepipe.testing.command:mock_server", "Serve the embedded model as an OpenAI-compatible server."
+    ),
+}
+"""The commands in the order of help: what one does first, then looking, then testing."""
+
+
+_NO_READER: Final = 128 + 13
+"""The exit code when what reads the output has gone away: that of a process which SIGPIPE ended."""
+
+
+class Failure(click.ClickException):
+    """An error that a command can explain in a sentence; the exit code is 2."""
+
+    exit_code = 2
+
+    def format_message(self) -> str:
+        """Return the sentence, with whatever a terminal would obey made visible."""
+        from cachepipe.cli.common import visible  # noqa: PLC0415 - only when something went wrong
+
+        return visible(self.message, lines=True)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called.
+
+    Args:
+        entries: per name, where the command is and what help says of it, in the order of help.
+    """
+
+    def __init__(self, *args: Any, entries: dict[str, Entry], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.entries = entries
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands, in the order of help."""
+        return [*self.entries, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command of that name, importing its module, or None when there is none."""
+        entry = self.entries.get(cmd_name)
+        if entry is None:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = entry.target.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing any."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in self.entries.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named; an error of cachepipe's becomes a sentence and the exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except CachepipeError as error:
+            raise Failure(str(error)) from error
+        except BrokenPipeError:
+            return ctx.exit(_NO_READER)
+
+
+@click.group(
+    cls=LazyGroup,
+    entries=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="cachepipe", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Cache, deduplicate and replay calls to language models, with samples that stay independent."""
+
+
+def start(arguments: Sequence[str] | None = None) -> None:
+    """Run a command as the process's own, and exit with its code.
+
+    A reader that has gone away (``cachepipe ls | head``) ends the command quietly, as it ends others.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
+    try:
+        cli.main(args=None if arguments is None else list(arguments), prog_name="cachepipe")
+    except SystemExit as leaving:
+        _leave(leaving.code)
+
+
+def _leave(code: Any) -> None:
+    """Exit with a code once all is written; with that of a broken pipe when nobody reads it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's own flush
+        code = _NO_READER
+    sys.exit(code)
+
+
+_show_others = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: Any = None,
+) -> None:
+    """Print a warning of cachepipe's as a sentence, without the line of code that gave it."""
+    if issubclass(category, CachepipeWarning) and file is None:
+        click.echo(f"Warning: {message}", err=True)
+    else:
+        _show_others(message, category, filename, lineno, file, line)
