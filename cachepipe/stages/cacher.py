@@ -282,7 +282,7 @@ class Board:
                 return
             waiting = self._waiting.pop((key, index), ())
         for engine, draw in waiting:
-            draw.lane.soon(engine.arrived, draw, index, sample, error)
+            draw.lane.soon(engine.arrived, draw, index, sample, error, last)
 
 
 _boards: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
@@ -727,7 +727,8 @@ class _Engine:
 
         def done(_result: Any) -> None:
             for index in indices:
-                self.board.settle(key, index, None, error)
+                # Who waited tries once more; when that call fails, its outcome is theirs.
+                self.board.settle(key, index, None, error, last=draw.retried)
 
         if indices and indices[0] >= 0:
             draw.lane.put(Forgo(key, indices), done)
@@ -740,14 +741,21 @@ class _Engine:
         else:
             self._fail(draw, error)
 
-    def arrived(self, draw: _Draw, index: int, sample: Sample | None, error: BaseException | None) -> None:
+    def arrived(
+        self,
+        draw: _Draw,
+        index: int,
+        sample: Sample | None,
+        error: BaseException | None,
+        last: bool,  # noqa: FBT001 - called back
+    ) -> None:
         """Take a sample that another draw generated, or try for it once more."""
         draw.awaited.discard(index)
         if draw.dead or index not in draw.missing:
             return
         if sample is None:
-            if error is not None and draw.retried:
-                self._fail(draw, error)  # the one further call was for all who had waited
+            if error is not None and last and draw.retried:
+                self._fail(draw, error)
                 return
             draw.retried = draw.retried or error is not None
             self._claim(draw)
