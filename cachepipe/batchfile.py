@@ -1,0 +1,912 @@
+"""Batch files: requests in, answers out in the same order, and a rerun that pays for nothing twice.
+
+Input lines are OpenAI's batch requests, or objects with ``prompt`` or ``messages``. The file is read twice:
+once to find whatever is wrong with it before the first call is made, once to ask. ``custom_id`` is the
+request id of a line's draw, so a rerun replays what was answered and asks for the rest only.
+
+The output is written beside its place and put there when it is complete. So it is never half a
+result, and a run that was killed is resumed by running it again: what it had paid for is in the cache.
+Memory is bounded: of the input a few lines per request in flight are held, of the ids a digest each,
+in a temporary database on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shutil
+import sqlite3
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final, Self
+from urllib.parse import unquote, urlsplit
+
+import orjson
+
+from cachepipe import runs, wire
+from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, ShortAnswer, StoreError
+from cachepipe.models.openai import ENDPOINTS, ListModel, OpenAIModel, WireRequest
+from cachepipe.stages import AsyncCacher, AsyncDeduplicator
+from cachepipe.stores import MemoryStore, open_store
+from cachepipe.stores.base import Store
+from cachepipe.typedefs import Batch, Mode, Repeat, Response
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows, where two runs into one file are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+WINDOW: Final = 4
+"""How many lines per request in flight are held at most: those that wait for a slower one before them."""
+
+SETTINGS: Final = frozenset(
+    {"model", "n", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop"}
+)
+"""The fields of a line with a prompt or messages that are part of what is asked."""
+
+_OWN: Final = frozenset({"id", "custom_id", "response", "error", "cachepipe"})
+_READ: Final = 256  # lines that are read at once
+_WRITE: Final = 1 << 18  # bytes that are written at once
+_RUN: Final = 10_000  # lines after which occurrences are counted anew: ids are unique, so each is the first
+_SHOWN: Final = 10  # problems of an input that are told at once
+_SECRET: Final = 6  # characters from which on a credential is blotted out
+
+
+class BatchFileError(CachepipeError):
+    """An input that cannot be run, or an output that cannot be written; nothing was asked."""
+
+
+class _LineError(ValueError):
+    """What is wrong with one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What lines that do not say it themselves ask for.
+
+    Attributes:
+        model: the model's name.
+        n: samples per line.
+        temperature: sent where the API has it, if not None.
+        max_tokens: sent as ``max_tokens``, or ``max_output_tokens`` where that is its name.
+        max_completion_tokens: sent to chat completions, if not None.
+        seed: sent to chat completions and completions, if not None.
+    """
+
+    model: str | None = None
+    n: int = 1
+    temperature: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    seed: int | None = None
+
+    def fill(self, api: wire.Api, body: dict[str, Any]) -> None:
+        """Add to a body what it lacks."""
+        if self.model is not None:
+            body.setdefault("model", self.model)
+        if api.function:
+            return
+        if self.temperature is not None:
+            body.setdefault("temperature", self.temperature)
+        if api is wire.RESPONSES:
+            if self.max_tokens is not None:
+                body.setdefault("max_output_tokens", self.max_tokens)
+            return
+        if self.seed is not None:
+            body.setdefault("seed", self.seed)
+        if "max_tokens" in body or "max_completion_tokens" in body:
+            return
+        if self.max_tokens is not None:
+            body["max_tokens"] = self.max_tokens
+        if self.max_completion_tokens is not None and api is wire.CHAT:
+            body["max_completion_tokens"] = self.max_completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One request of a batch file.
+
+    Attributes:
+        number: its line in the file, from 1.
+        custom_id: its name, which no other line of the file has.
+        api: where it goes.
+        asks: the questions of its body.
+        carried: fields that are written to its result as they are.
+    """
+
+    number: int
+    custom_id: str
+    api: wire.Api
+    asks: tuple[wire.Ask, ...]
+    carried: Mapping[str, Any]
+
+    def requests(self, namespace: str | None) -> list[WireRequest]:
+        """Return one request per question; its id is the line's."""
+        return [
+            WireRequest(
+                {**ask.question, **ask.transport},
+                n=ask.n,
+                request_id=self.custom_id,
+                namespace=namespace,
+                endpoint=ENDPOINTS[self.api],
+            )
+            for ask in self.asks
+        ]
+
+
+def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
+    """Return the request that a line holds.
+
+    Raises:
+        ValueError: when it holds none; the message says what was expected.
+    """
+    try:
+        fields = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise _LineError(f"it is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise _LineError(f"it must be a JSON object; got {fields!r:.80}")
+    named, custom_id = _custom_id(fields, number)
+    api, body, used = _asked(fields)
+    carried = {name: value for name, value in fields.items() if name not in used and name != named}
+    defaults.fill(api, body)
+    if "model" not in body and api is not wire.MODERATIONS:
+        raise _LineError("it names no model, and neither does --model")
+    n = body.pop("n", None) if api.max_n > 1 else None
+    if n is None:
+        n = 1 if api.function else defaults.n
+    if api.max_n == 1 and n != 1:
+        raise _LineError(
+            f"{api.name} gives one answer per request, and {n} are wanted; "
+            "repeat the line under other custom_ids"
+        )
+    try:
+        asks = api.split({**body, "n": n} if api.max_n > 1 else body)
+    except wire.BadRequest as error:
+        raise _LineError(str(error)) from error
+    if not asks[0].cacheable:
+        raise _LineError(f"it cannot be run from a file: {asks[0].reason}")
+    return Line(number, custom_id, api, asks, carried)
+
+
+def _custom_id(fields: Mapping[str, Any], number: int) -> tuple[str | None, str]:
+    """Return the field that names a line, and the name."""
+    for name in ("custom_id", "id", "task_id"):
+        value = fields.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise _LineError(f"{name} must be a string; got {value!r:.80}")
+        return (None if name == "task_id" else name), str(value)
+    return None, str(number)
+
+
+def _asked(fields: Mapping[str, Any]) -> tuple[wire.Api, dict[str, Any], frozenset[str]]:
+    """Return where a line's request goes, its body, and the fields that are not carried along."""
+    if "url" in fields or "method" in fields:
+        body = fields.get("body")
+        if not isinstance(body, dict):
+            raise _LineError(f"its body must be a JSON object; got {body!r:.80}")
+        return _api(fields), dict(body), frozenset({"method", "url", "body"})
+    body = {name: value for name, value in fields.items() if name in SETTINGS and value is not None}
+    if "messages" in fields:
+        messages = fields["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise _LineError(f"messages must be a list of messages; got {messages!r:.80}")
+        return wire.CHAT, {**body, "messages": messages}, frozenset({"messages"})
+    if "prompt" not in fields:
+        raise _LineError(
+            "it holds no request: neither prompt, nor messages, nor method, url and body; "
+            f"it has {', '.join(sorted(fields)) or 'no fields'}"
+        )
+    prompt = fields["prompt"]
+    if not isinstance(prompt, str):
+        raise _LineError(
+            f"prompt must be a string; got {prompt!r:.80}. A list of messages goes into messages"
+        )
+    return wire.CHAT, {**body, "messages": [{"role": "user", "content": prompt}]}, frozenset({"prompt"})
+
+
+def _api(fields: Mapping[str, Any]) -> wire.Api:
+    method, url = fields.get("method", "POST"), fields.get("url")
+    if method != "POST":
+        raise _LineError(f"method must be POST; got {method!r:.80}")
+    api = (
+        wire.api_for("POST", url) if isinstance(url, str) and url.startswith("/") and "?" not in url else None
+    )
+    if api is None or api not in ENDPOINTS:
+        known = ", ".join(f"/v1{endpoint}" for endpoint in ENDPOINTS.values())
+        raise _LineError(f"url must be one of {known}; got {url!r:.80}. The server is --base-url")
+    return api
+
+
+@dataclass
+class Report:
+    """How far a run is, and what it has cost; complete when `run_file` returns it.
+
+    Attributes:
+        requests: lines with a request in the input, or as many as were to be run.
+        done: those that have ended, failed ones included.
+        failed: those that became error lines.
+        hits: samples that came from the cache.
+        misses: samples that were generated for a line of this run.
+        generated: samples that the model returned.
+        calls: calls that were made; repetitions within the SDK are not counted.
+        in_flight: lines being answered now.
+        most_ahead: the most lines that were held at once, from the one that is written next.
+        seconds: how long it took.
+        errors: how often each error code came.
+        example: the message of the first error.
+        interrupted: whether it ended before all lines had.
+        output: where the results are, once they are complete.
+        partial: where the results of an interrupted run are, up to the first that is missing; None if
+            there are none.
+    """
+
+    requests: int = 0
+    done: int = 0
+    failed: int = 0
+    hits: int = 0
+    misses: int = 0
+    generated: int = 0
+    calls: int = 0
+    in_flight: int = 0
+    most_ahead: int = 0
+    seconds: float = 0.0
+    errors: dict[str, int] = field(default_factory=dict)
+    example: str = ""
+    interrupted: bool = False
+    output: Path | None = None
+    partial: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures by name, paths as strings."""
+        figures = dataclasses.asdict(self)
+        for name in ("output", "partial"):
+            figures[name] = None if figures[name] is None else str(figures[name])
+        del figures["in_flight"]
+        return figures
+
+
+def _nobody() -> None:
+    """Hear nothing."""
+
+
+class Stop:
+    """Asks a run to end. Its methods belong to the run's event loop, such as in a signal handler."""
+
+    def __init__(self) -> None:
+        self.asked = self.forced = False
+        self.heard: Callable[[], None] = _nobody
+
+    def soon(self) -> None:
+        """Begin no new request, and wait for those in flight."""
+        self.asked = True
+        self.heard()
+
+    def now(self) -> None:
+        """Wait for nothing any more."""
+        self.asked = self.forced = True
+        self.heard()
+
+
+async def run_file(
+    input: str | os.PathLike[str],  # noqa: A002 - the file's part in the matter
+    output: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    client: Any = None,
+    timeout: float | None = None,  # noqa: ASYNC109 - of the client's attempts, not of this call
+    max_retries: int | None = None,
+    max_n: int | None = None,
+    n: int = 1,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
+    seed: int | None = None,
+    cache: Any = None,
+    namespace: str | None = None,
+    mode: Mode = "read-write",
+    scope: str | None = None,
+    repeat: Repeat = "fresh",
+    durability: str = "process",
+    concurrency: int = 16,
+    limit: int | None = None,
+    progress: Callable[[Report], None] | None = None,
+    stop: Stop | None = None,
+    grace: float = 60.0,
+) -> Report:
+    """Return what became of the requests of a file; their answers are in ``output``, in input order.
+
+    A line that fails becomes an error line, and only those are asked again by a rerun.
+
+    Args:
+        input: the batch file.
+        output: where the results go, once all lines have ended.
+        model: the model of lines that name none.
+        base_url: where the API is.
+        api_key: its key; empty for servers that need none, and not needed in replay mode.
+        client: an ``openai.AsyncOpenAI`` to use instead.
+        timeout: seconds for one attempt of a call.
+        max_retries: how often the SDK repeats a failed call.
+        max_n: the most samples that the server gives in one call.
+        n: samples per line, for lines that do not say.
+        temperature: for lines that do not say.
+        max_tokens: for lines that do not say.
+        max_completion_tokens: for lines that do not say.
+        seed: for lines that do not say.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        namespace: the experiment; a rerun in the same one replays, another one shares its samples.
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
+        scope: what stands for the endpoint's URL in keys.
+        repeat: ``"fresh"``: equal questions of different lines get different samples; ``"same"``:
+            they share them.
+        durability: ``"process"`` or ``"full"``, for a cache that is opened here.
+        concurrency: lines in flight at most.
+        limit: run only so many lines, from the first.
+        progress: called with the report whenever a line has ended.
+        stop: asks the run to end early.
+        grace: seconds that requests in flight have after that.
+
+    Raises:
+        BatchFileError: before anything is asked, when the input cannot be run or the output not written.
+        StoreError: when the cache cannot be opened.
+    """
+    if concurrency < 1 or n < 1 or (limit is not None and limit < 1):
+        raise ValueError("concurrency, n and limit are whole numbers, at least 1")
+    defaults = Defaults(
+        model=model,
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        max_completion_tokens=max_completion_tokens,
+        seed=seed,
+    )
+    begun = time.perf_counter()
+    stop = stop or Stop()
+    results = _Output(Path(output), Path(input))
+    with _Input(Path(input), defaults, limit) as lines:
+        report = Report(requests=await asyncio.to_thread(lines.check, stop))
+        if stop.asked:
+            report.interrupted = True
+            return report
+        with results:
+            adapter = OpenAIModel(
+                model,
+                client=client,
+                base_url=base_url,
+                api_key=api_key,
+                timeout=timeout,
+                max_retries=max_retries,
+                max_n=max_n,
+                raw=True,
+            )
+            store, ours = (
+                (MemoryStore(), True) if mode == "bypass" else open_store(cache, durability=durability)
+            )
+            service = _Service(adapter, store, namespace, mode, scope, repeat, report)
+            secrets = _Secrets(
+                [base_url, os.environ.get("OPENAI_BASE_URL")],
+                [api_key, os.environ.get("OPENAI_API_KEY"), getattr(client, "api_key", None)],
+            )
+            run = _Run(lines, results, service, report, secrets, concurrency, progress)
+            try:
+                await run.drive(stop, grace)
+            finally:
+                await service.close()
+                if ours:
+                    await asyncio.to_thread(store.close)
+                report.seconds = time.perf_counter() - begun
+    return report
+
+
+class _Input:
+    """The batch file, read twice through one open file."""
+
+    def __init__(self, path: Path, defaults: Defaults, limit: int | None) -> None:
+        self.path = path
+        self._defaults = defaults
+        self._limit = limit
+        self._checksum = 0
+        self._left = 0
+        self._seen = 0
+        self._lines: Iterator[tuple[int, bytes]] = iter(())
+        self._ahead: collections.deque[tuple[int, bytes]] = collections.deque()
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = self.path.open("rb")
+        except OSError as error:
+            raise BatchFileError(f"{self.path} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self._file.close()
+            raise BatchFileError(f"{self.path} is no regular file; it is read twice, so save it to one")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def check(self, stop: Stop) -> int:
+        """Return how many requests there are to run, all of them in order. Reads the whole file.
+
+        Raises:
+            BatchFileError: naming each line that is not in order, up to ten of them.
+        """
+        problems: list[str] = []
+        count = checksum = 0
+        # An unnamed database is a temporary file, of which SQLite holds a few pages in memory.
+        with contextlib.closing(sqlite3.connect("", isolation_level=None)) as ids:
+            ids.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+            ids.execute("PRAGMA journal_mode = OFF")
+            ids.execute("BEGIN")
+            for number, text in self._numbered():
+                if stop.asked or len(problems) == _SHOWN:
+                    break
+                count += 1
+                checksum = zlib.crc32(text, checksum)
+                try:
+                    line = parse_line(text, number, self._defaults)
+                except ValueError as error:
+                    problems.append(f"line {number}: {error}")
+                    continue
+                digest = hashlib.blake2b(
+                    line.custom_id.encode(errors="surrogatepass"), digest_size=16
+                ).digest()
+                added = ids.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, number)).rowcount
+                if not added:
+                    (first,) = ids.execute("SELECT line FROM ids WHERE digest = ?", (digest,)).fetchone()
+                    problems.append(
+                        f"line {number}: custom_id {line.custom_id!r:.80} is that of line {first} already; "
+                        "each line needs one of its own"
+                    )
+        if problems:
+            more = " (there may be more)" if len(problems) == _SHOWN else ""
+            raise BatchFileError(
+                f"{self.path} cannot be run, and nothing was asked{more}:\n" + "\n".join(problems)
+            )
+        self._left, self._checksum = count, checksum
+        self._lines = self._numbered()
+        return count
+
+    async def next(self) -> Line | None:
+        """Return the next request, or None after the last.
+
+        Raises:
+            BatchFileError: when the file has changed since it was checked.
+        """
+        if not self._left:
+            if self._checksum:
+                raise BatchFileError(self._changed())
+            return None
+        if not self._ahead:
+            self._ahead.extend(await asyncio.to_thread(self._read))
+            if not self._ahead:
+                raise BatchFileError(self._changed())
+        number, text = self._ahead.popleft()
+        self._left -= 1
+        try:
+            return parse_line(text, number, self._defaults)
+        except ValueError as error:
+            raise BatchFileError(self._changed()) from error
+
+    def _read(self) -> list[tuple[int, bytes]]:
+        read = []
+        for number, text in self._lines:
+            self._seen = zlib.crc32(text, self._seen)
+            read.append((number, text))
+            if len(read) == min(_READ, self._left):
+                break
+        if len(read) == self._left and self._seen == self._checksum:
+            self._checksum = 0
+        return read
+
+    def _numbered(self) -> Iterator[tuple[int, bytes]]:
+        """Iterate over the lines that are not blank, with their numbers, from the start."""
+        self._file.seek(0)
+        served = 0
+        for number, line in enumerate(self._file, 1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if text.strip():
+                yield number, text
+                served += 1
+                if served == self._limit:
+                    return
+
+    def _changed(self) -> str:
+        return f"{self.path} has changed while it was run; run it again, and what was paid for is a hit"
+
+
+class _Output:
+    """The result file: written beside its place, and put there when it is complete."""
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self.path = path
+        # What is no regular file, such as a terminal or a pipe, takes the lines as they come.
+        self._direct = path.exists() and not path.is_file()
+        folder = path.parent
+        if path.is_dir():
+            raise BatchFileError(f"{path} is a folder; name a file for the results")
+        if not folder.is_dir():
+            raise BatchFileError(f"there is no folder {folder} for the results; make it first")
+        if path.exists() and source.exists() and path.samefile(source):
+            raise BatchFileError(f"{path} is the input too; name another file for the results")
+        self._target = path if self._direct else path.resolve()
+        self.partial = self._target.with_name(self._target.name + ".partial")
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._written = 0
+        self._complete = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = self._target.open("wb") if self._direct else self._alone()
+        except OSError as error:
+            raise BatchFileError(f"the results cannot be written to {self.path}: {error.strerror}") from error
+        return self
+
+    def _alone(self) -> IO[bytes]:
+        """Open the partial file for this process only, and empty it."""
+        while True:
+            file = self.partial.open("ab")
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it may have put it in place since it was opened.
+                if self.partial.exists() and os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
+                    file.truncate(0)
+                    return file
+            except BlockingIOError as error:
+                file.close()
+                raise BatchFileError(
+                    f"another run is writing {self.path}; wait for it, or name another file"
+                ) from error
+            file.close()
+
+    def __exit__(self, *_: object) -> None:
+        if not self._complete:
+            with contextlib.suppress(OSError):
+                self._write()
+        self._file.close()
+        if not self._complete and not self._direct and not self._written:
+            self.partial.unlink(missing_ok=True)
+
+    async def add(self, line: bytes) -> None:
+        """Take the next line."""
+        self._lines.append(line)
+        self._bytes += len(line)
+        if self._bytes >= _WRITE or self._direct:
+            await asyncio.to_thread(self._write)
+
+    def _write(self) -> None:
+        lines, self._lines, self._bytes = self._lines, [], 0
+        self._file.writelines(lines)
+        self._file.flush()
+        self._written += len(lines)
+
+    async def finish(self) -> None:
+        """Write what is left, and put the file in its place."""
+        await asyncio.to_thread(self._finish)
+
+    def _finish(self) -> None:
+        self._write()
+        self._complete = True
+        if self._direct:
+            return
+        os.fsync(self._file.fileno())
+        if self._target.exists():
+            shutil.copymode(self._target, self.partial)
+        if os.name == "nt":  # where an open file cannot be renamed
+            self._file.close()
+        self.partial.replace(self._target)
+
+    @property
+    def left(self) -> Path | None:
+        """Where the lines of an interrupted run are, if there are any."""
+        return self.partial if not self._direct and self._written + len(self._lines) else None
+
+
+class _Service:
+    """One pipeline per API, over one store and one client."""
+
+    def __init__(
+        self,
+        model: OpenAIModel,
+        store: Store,
+        namespace: str | None,
+        mode: Mode,
+        scope: str | None,
+        repeat: Repeat,
+        report: Report,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._namespace = namespace
+        self._mode = mode
+        self._scope = scope
+        self._repeat = repeat
+        self._report = report
+        self._stages: dict[wire.Api, tuple[AsyncDeduplicator, AsyncCacher]] = {}
+        # Claims that live in memory only are counted by the run, which then must not change.
+        self.one_run = mode == "replay" or store.read_only
+
+    def _stage(self, api: wire.Api) -> tuple[AsyncDeduplicator, AsyncCacher]:
+        stages = self._stages.get(api)
+        if stages is None:
+            model = self._model.at(ENDPOINTS[api])
+            cacher = AsyncCacher(
+                model if api.listed is None else ListModel(model),
+                self._store,
+                mode=self._mode,
+                scope=self._scope,
+                repeat=self._repeat,
+            )
+            stages = self._stages[api] = AsyncDeduplicator(cacher), cacher
+        return stages
+
+    def key(self, line: Line) -> list[str]:
+        """Return the keys of a line's questions."""
+        cacher = self._stage(line.api)[1]
+        return [cacher.question(request).key for request in line.requests(self._namespace)]
+
+    async def ask(self, line: Line) -> list[Response]:
+        """Return one response per question of a line."""
+        stage, _ = self._stage(line.api)
+        requests = line.requests(self._namespace)
+        if len(requests) == 1:
+            return [await stage.request(requests[0])]
+        return await stage.batch_request(Batch(list(requests)))
+
+    def count(self) -> None:
+        """Bring the report's figures of calls up to date."""
+        self._report.calls = self._model.calls
+        self._report.generated = sum(cacher.stats().generated for _, cacher in self._stages.values())
+
+    async def close(self) -> None:
+        """Wait for what is in flight, write it, and close the client if it was made here."""
+        for stage, _ in self._stages.values():
+            await stage.close()
+        self.count()
+        await self._model.close()
+
+
+class _Secrets:
+    """What must never be written or shown: keys, and the credentials within a URL."""
+
+    def __init__(self, urls: Sequence[str | None], keys: Sequence[str | None]) -> None:
+        found = {key for key in keys if isinstance(key, str)}
+        for url in urls:
+            parts = urlsplit(url or "")
+            found |= {part for part in (parts.password, parts.username) if part}
+        found |= {unquote(secret) for secret in found}
+        # As JSON writes it, so that it is found in bytes of JSON; the longest first.
+        texts = [orjson.dumps(secret)[1:-1] for secret in found if len(secret) >= _SECRET]
+        self._found = sorted(texts, key=len, reverse=True)
+
+    def blot(self, text: bytes) -> bytes:
+        """Return JSON in which each of them is blotted out."""
+        for secret in self._found:
+            text = text.replace(secret, b"***")
+        return text
+
+
+class _Run:
+    """Keeps as many lines in flight as are wanted, and writes what they bring in the order of the input."""
+
+    def __init__(
+        self,
+        lines: _Input,
+        results: _Output,
+        service: _Service,
+        report: Report,
+        secrets: _Secrets,
+        concurrency: int,
+        progress: Callable[[Report], None] | None,
+    ) -> None:
+        self._lines = lines
+        self._results = results
+        self._service = service
+        self._report = report
+        self._secrets = secrets
+        self._concurrency = concurrency
+        self._window = WINDOW * concurrency
+        self._progress = progress
+        self._ahead: collections.deque[asyncio.Task[bytes]] = collections.deque()
+        self._running: set[asyncio.Task[bytes]] = set()
+        self._wake = asyncio.Event()
+        self._more = True
+        self._begun = 0
+
+    async def drive(self, stop: Stop, grace: float) -> None:
+        """Ask all lines and write all results, or as many as there are when the run is stopped."""
+        stop.heard = self._wake.set
+        deadline: asyncio.TimerHandle | None = None
+        try:
+            with contextlib.ExitStack() as counting:
+                counting.enter_context(runs.run())
+                while self._more or self._ahead:
+                    self._wake.clear()
+                    await self._begin(stop, counting)
+                    await self._write()
+                    if stop.forced or (stop.asked and not self._running):
+                        break
+                    if stop.asked and deadline is None:
+                        deadline = asyncio.get_running_loop().call_later(grace, stop.now)
+                    if self._running:
+                        await self._wake.wait()
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+            stop.heard = _nobody
+            await self._end()
+        if self._more or self._ahead:
+            self._report.interrupted = True
+            self._report.partial = self._results.left
+        else:
+            await self._results.finish()
+            self._report.output = self._results.path
+
+    async def _begin(self, stop: Stop, counting: contextlib.ExitStack) -> None:
+        """Begin as many lines as may be in flight, none of them too far ahead of the slowest."""
+        while len(self._running) < self._concurrency and len(self._ahead) < self._window:
+            if not self._more or stop.asked:
+                return
+            line = await self._lines.next()
+            if line is None:
+                self._more = False
+                return
+            self._begun += 1
+            if not self._begun % _RUN and not self._service.one_run:
+                counting.close()
+                counting.enter_context(runs.run())
+            self._start(line)
+
+    def _start(self, line: Line) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer(line))
+        self._ahead.append(task)
+        self._running.add(task)
+        self._report.in_flight = len(self._running)
+        self._report.most_ahead = max(self._report.most_ahead, len(self._ahead))
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[bytes]) -> None:
+        self._running.discard(task)
+        self._report.in_flight = len(self._running)
+        self._wake.set()
+
+    async def _write(self) -> None:
+        while self._ahead and self._ahead[0].done():
+            await self._results.add(self._ahead.popleft().result())
+
+    async def _end(self) -> None:
+        """Let go of what is in flight, and write what has been answered without a gap before it."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        while self._ahead and self._ahead[0].done() and not self._ahead[0].cancelled():
+            await self._results.add(self._ahead.popleft().result())
+
+    async def _answer(self, line: Line) -> bytes:
+        """Return the result of a line, an error line if it failed."""
+        report = self._report
+        try:
+            responses = await self._service.ask(line)
+            result = _result(line, responses)
+        except Exception as error:  # noqa: BLE001 - one line's failure takes no other's answer with it
+            result = self._failure(line, error)
+        else:
+            cached = [flag for response in responses for flag in response.cached or ()]
+            report.hits += sum(cached)
+            report.misses += len(cached) - sum(cached)
+        report.done += 1
+        self._service.count()
+        if self._progress is not None:
+            self._progress(report)
+        return result
+
+    def _failure(self, line: Line, error: Exception) -> bytes:
+        report = self._report
+        code, message, response = _told(error)
+        code, message, response = orjson.loads(self._secrets.blot(orjson.dumps([code, message, response])))
+        report.failed += 1
+        report.errors[code] = report.errors.get(code, 0) + 1
+        report.example = report.example or message
+        keys: list[str] = []
+        with contextlib.suppress(CachepipeError, TypeError, ValueError):
+            keys = self._service.key(line)
+        return _line(line, keys, response, {"code": code, "message": message}, {})
+
+
+def _result(line: Line, responses: Sequence[Response]) -> bytes:
+    """Return the result line of an answer."""
+    samples = [sample for response in responses for sample in response.data]
+    body = line.api.answer(samples, line.asks[0])
+    identity = body.get("id")
+    response = {
+        "status_code": 200,
+        "request_id": identity if isinstance(identity, str) else "",
+        "body": body,
+    }
+    flags: dict[str, Any] = {
+        "cached": [flag for response in responses for flag in response.cached or ()],
+        "duplicated": [flag for response in responses for flag in response.duplicated or ()],
+    }
+    keys = [str(response.key) for response in responses]
+    flags["indices"] = [index for response in responses for index in response.indices or ()]
+    return _line(line, keys, response, None, flags)
+
+
+def _line(
+    line: Line,
+    keys: Sequence[str],
+    response: Any,
+    error: Mapping[str, str] | None,
+    flags: Mapping[str, Any],
+) -> bytes:
+    """Return a result line as bytes."""
+    named = hashlib.blake2b("\0".join([line.custom_id, *keys]).encode(errors="replace"), digest_size=12)
+    ours: dict[str, Any] = {"cached": [], "duplicated": [], "indices": [], **flags}
+    ours["key"] = keys[0] if len(keys) == 1 else None
+    if len(keys) > 1:
+        ours["keys"] = list(keys)
+    hidden = {name: value for name, value in line.carried.items() if name in _OWN}
+    if hidden:
+        ours["carried"] = hidden
+    result = {
+        "id": f"batch_req_{named.hexdigest()}",
+        "custom_id": line.custom_id,
+        "response": response,
+        "error": error,
+        "cachepipe": ours,
+        **{name: value for name, value in line.carried.items() if name not in _OWN},
+    }
+    return orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE)
+
+
+_CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (CacheMiss, "cache_miss"),
+    (ShortAnswer, "short_answer"),
+    (BadAnswer, "bad_answer"),
+    (StoreError, "store_error"),
+)
+
+
+def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
+    """Return an error's code, its message, and the response if the provider gave one."""
+    message = str(error) or type(error).__name__
+    status = getattr(error, "status_code", None)
+    answer = getattr(error, "response", None)
+    if isinstance(status, int) and answer is not None:
+        try:
+            body = orjson.loads(answer.content)
+        except orjson.JSONDecodeError:
+            body = answer.text
+        inner = body.get("error") if isinstance(body, dict) else None
+        code = inner.get("code") or inner.get("type") if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and isinstance(inner.get("message"), str):
+            message = inner["message"]
+        response = {
+            "status_code": status,
+            "request_id": answer.headers.get("x-request-id", ""),
+            "body": body,
+        }
+        return str(code or f"http_{status}"), message, response
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code, message, None
+    if error.__cause__ is not None and str(error.__cause__):
+        message = f"{message} {error.__cause__}"
+    name = type(error).__name__
+    if "Timeout" in name:
+        return "timeout", message, None
+    return ("connection_error" if "Connection" in name else name), message, None

@@ -1,0 +1,413 @@
+"""The command `run`: a batch file in, its answers out, and a rerun that costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import orjson
+
+from cachepipe.errors import CachepipeError, CachepipeWarning
+from cachepipe.typedefs import MODES, REPEATS
+
+if TYPE_CHECKING:
+    from cachepipe.batchfile import Report, Stop
+
+__all__ = ["run"]
+
+SOME_FAILED: Final = 1
+BAD_INPUT: Final = 2
+_SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
+_GRACE: Final = 60.0  # seconds that requests in flight have after the first Ctrl-C
+_PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
+_BAR_EVERY: Final = 0.1
+
+
+@click.command(
+    "run",
+    epilog="Exit status: 0 when all is well, 1 when requests failed, 2 when nothing could be run, 130 when "
+    "it was interrupted. Run the same command again to go on: what was paid for is not asked again.",
+)
+@click.argument("requests", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the results are written."
+)
+@click.option("--model", help="The model, for lines that name none.")
+@click.option("--base-url", help="The API's address, such as http://localhost:8000/v1.  [default: OpenAI's]")
+@click.option("--n", default=1, show_default=True, type=click.IntRange(min=1), help="Samples per request.")
+@click.option("--namespace", help="The experiment: within it, samples are independent.")
+@click.option(
+    "--concurrency", default=16, show_default=True, type=click.IntRange(min=1), help="Requests in flight."
+)
+@click.option("--cache", type=click.Path(path_type=Path), help="The cache's folder.")
+@click.option("--mode", type=click.Choice(MODES), help="How the cache is used.  [default: read-write]")
+@click.option("--replay", is_flag=True, help="Only replay: never call the model. The same as --mode replay.")
+@click.option("--refresh", is_flag=True, help="Generate all samples anew. The same as --mode refresh.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor write the cache. The same as --mode bypass.")
+@click.option("--scope", help="What stands for the endpoint's address in the cache's keys.")
+@click.option(
+    "--repeat",
+    default="fresh",
+    show_default=True,
+    type=click.Choice(REPEATS),
+    help="Whether equal questions of different lines get fresh samples or the same ones.",
+)
+@click.option(
+    "--api-key-env",
+    default="OPENAI_API_KEY",
+    show_default=True,
+    metavar="NAME",
+    help="The environment variable that holds the API key.",
+)
+@click.option("--temperature", type=float, help="For lines that do not say.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="For lines that do not say.")
+@click.option(
+    "--max-completion-tokens",
+    type=click.IntRange(min=1),
+    help="The same by its newer name, for models that want that.",
+)
+@click.option("--seed", type=int, help="For lines that do not say.")
+@click.option("--max-n", type=click.IntRange(min=1), help="The most samples the server gives in one call.")
+@click.option(
+    "--retries", type=click.IntRange(min=0), help="How often a failed call is repeated.  [default: 2]"
+)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for each attempt of a call."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Run only so many requests, from the first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on the standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but what went wrong.")
+@click.pass_context
+def run(context: click.Context, /, **options: Any) -> None:
+    """Answer the requests of a file, each line of it once.
+
+    REQUESTS holds one JSON object per line: OpenAI's batch requests (custom_id, method, url, body), or a
+    prompt, or messages. Fields model, n, temperature, top_p, max_tokens, max_completion_tokens, seed and
+    stop of a line with a prompt or messages are part of what it asks; all others are carried to its result.
+
+    The results are OpenAI's batch results, in the order of the requests. Each tells which of its samples
+    came from the cache.
+    """
+    context.exit(_run(context, options))
+
+
+def _run(context: click.Context, options: dict[str, Any]) -> int:
+    """Return the exit status."""
+    mode = _mode(options)
+    key = _key(options, mode)
+    screen = _Screen(quiet=options["quiet"])
+    try:
+        with _spoken_warnings(screen):
+            report, number = asyncio.run(_answer(options, mode, key, screen))
+    except (CachepipeError, OSError) as error:
+        click.echo(f"Error: {_blotted(str(error), key)}", err=True)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        click.echo(f"Stopped at once. To go on: {_again(context, options)}", err=True)
+        return _SIGNALLED + signal.SIGINT
+    if not options["quiet"]:
+        _table(report)
+    status = _SIGNALLED + number if report.interrupted else SOME_FAILED if report.failed else 0
+    for sentence in _last_words(context, options, mode, report):
+        click.echo(_blotted(sentence, key), err=True)
+    if options["as_json"]:
+        click.echo(orjson.dumps({**report.as_dict(), "exit_status": status}))
+    return status
+
+
+def _mode(options: dict[str, Any]) -> Any:
+    """Return the mode that the options ask for."""
+    asked = {
+        name: mode
+        for name, mode in (
+            ("--mode", options["mode"]),
+            ("--replay", "replay" if options["replay"] else None),
+            ("--refresh", "refresh" if options["refresh"] else None),
+            ("--no-cache", "bypass" if options["no_cache"] else None),
+        )
+        if mode is not None
+    }
+    if len(set(asked.values())) > 1:
+        raise click.UsageError(f"{' and '.join(asked)} ask for different modes; give one of them.")
+    if asked:
+        return next(iter(asked.values()))
+    return "bypass" if os.environ.get("CACHEPIPE_DISABLE", "") not in ("", "0") else "read-write"
+
+
+def _key(options: dict[str, Any], mode: str) -> str:
+    """Return the API key, empty where none is needed."""
+    name = options["api_key_env"]
+    key = os.environ.get(name)
+    if key is not None or mode == "replay":
+        return key or ""
+    elsewhere = options["base_url"] or os.environ.get("OPENAI_BASE_URL")
+    if not elsewhere or name != "OPENAI_API_KEY":
+        raise click.UsageError(
+            f"The environment variable {name} is not set. Put the API key into it, or nothing "
+            f"({name}=) for a server that needs none."
+        )
+    return ""
+
+
+async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen) -> tuple[Report, int]:
+    """Return the report of the run, and the number of the signal that stopped it."""
+    from cachepipe.batchfile import BatchFileError, Stop, run_file  # noqa: PLC0415 - so that --help is quick
+    from cachepipe.stores import default_folder  # noqa: PLC0415 - likewise
+
+    cache = options["cache"] or default_folder()
+    if mode == "replay" and not os.path.isdir(os.path.expanduser(cache)):  # noqa: ASYNC240, PTH111, PTH112 - one look before anything runs
+        raise BatchFileError(f"there is no cache in {cache} to replay from; name its folder with --cache")
+    stop = Stop()
+    with _signals(stop, screen) as caught:
+        ticking = asyncio.create_task(screen.tick())
+        try:
+            report = await run_file(
+                options["requests"],
+                options["output"],
+                model=options["model"],
+                base_url=options["base_url"],
+                api_key=key,
+                timeout=options["timeout"],
+                max_retries=options["retries"],
+                max_n=options["max_n"],
+                n=options["n"],
+                temperature=options["temperature"],
+                max_tokens=options["max_tokens"],
+                max_completion_tokens=options["max_completion_tokens"],
+                seed=options["seed"],
+                cache=cache,
+                namespace=options["namespace"],
+                mode=mode,
+                scope=options["scope"],
+                repeat=options["repeat"],
+                concurrency=options["concurrency"],
+                limit=options["limit"],
+                progress=screen.update,
+                stop=stop,
+                grace=_GRACE,
+            )
+        finally:
+            ticking.cancel()
+            screen.close()
+    return report, caught[0] if caught else signal.SIGINT
+
+
+@contextlib.contextmanager
+def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
+    """Let the first Ctrl-C or SIGTERM end the run in good order, the second at once."""
+    loop = asyncio.get_running_loop()
+    caught: list[int] = []
+
+    def hear(number: int) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            release()
+            stop.now()
+            return
+        stop.soon()
+        waiting = screen.report.in_flight if screen.report is not None else 0
+        if waiting:
+            screen.say(
+                f"Stopping: no new requests; waiting up to {_GRACE:.0f} s for the {waiting} in flight. "
+                "Press Ctrl-C again to stop at once."
+            )
+
+    def release() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, hear, number)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(hear, number))
+        except (RuntimeError, ValueError):  # not the main thread, which alone gets signals
+            pass
+    try:
+        yield caught
+    finally:
+        release()
+
+
+class _Screen:
+    """Shows how far a run is: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.report: Report | None = None
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._told = 0
+        self._begun = 0.0
+
+    def update(self, report: Report) -> None:
+        """Take the figures as they are now."""
+        self.report = report
+
+    def say(self, sentence: str) -> None:
+        """Write a sentence to the standard error, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        else:
+            click.echo(sentence, err=True)
+
+    async def tick(self) -> None:
+        """Show the figures again and again, until cancelled."""
+        if self._quiet:
+            return
+        loop = asyncio.get_running_loop()
+        self._begun = loop.time()
+        terminal = sys.stderr.isatty()
+        while True:
+            await asyncio.sleep(_BAR_EVERY if terminal else _PLAIN_EVERY)
+            if self.report is None:
+                continue
+            if terminal:
+                self._draw(self.report)
+            else:
+                self._tell(self.report, loop.time() - self._begun)
+
+    def _draw(self, report: Report) -> None:
+        if self._bar is None:
+            self._bar = _bar()
+            self._task = self._bar.add_task("", total=report.requests, hits=0, misses=0, failed=0)
+            self._bar.start()
+        self._bar.update(
+            self._task, completed=report.done, hits=report.hits, misses=report.misses, failed=report.failed
+        )
+
+    def _tell(self, report: Report, seconds: float) -> None:
+        if report.done == self._told:
+            return
+        self._told = report.done
+        rate = report.done / seconds
+        left = (report.requests - report.done) / rate
+        click.echo(
+            f"{report.done} of {report.requests} requests: {report.hits} hits, {report.misses} misses, "
+            f"{report.failed} failed; {rate:.1f}/s, {left:.0f} s left",
+            err=True,
+        )
+
+    def close(self) -> None:
+        """Draw the figures for the last time."""
+        if self._bar is not None and self.report is not None:
+            self._draw(self.report)
+            self._bar.stop()
+            self._bar = None
+
+
+def _bar() -> Any:
+    """Return a new bar on the standard error."""
+    from rich.console import Console  # noqa: PLC0415 - only where there is a terminal
+    from rich.progress import (  # noqa: PLC0415 - likewise
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text  # noqa: PLC0415 - likewise
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.1f}/s")
+
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[hits]} hits, {task.fields[misses]} misses, {task.fields[failed]} failed"),
+        Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _table(report: Report) -> None:
+    """Write what the run has done and cost."""
+    rows = {
+        "requests": f"{report.done}"
+        if report.done == report.requests
+        else f"{report.done} of {report.requests}",
+        "hits": f"{report.hits}",
+        "calls made": f"{report.calls}",
+        "samples generated": f"{report.generated}",
+        "errors": f"{report.failed}",
+        "time": f"{report.seconds:.1f} s",
+    }
+    width = max(map(len, rows.values()))
+    for name, value in rows.items():
+        click.echo(f"{name:<18} {value:>{width}}", err=True)
+
+
+def _last_words(context: click.Context, options: dict[str, Any], mode: str, report: Report) -> Iterator[str]:
+    """Yield what there is to say at the end."""
+    if report.failed:
+        kinds = ", ".join(f"{count} {code}" for code, count in sorted(report.errors.items()))
+        yield f"{report.failed} requests failed ({kinds}). The first said: {report.example}"
+    if report.interrupted:
+        if report.partial is not None:
+            yield f"The results so far are in {report.partial}."
+        kept = "Nothing was kept (--no-cache)." if mode == "bypass" else "What is paid for is in the cache."
+        yield f"Interrupted. {kept} To go on: {_again(context, options)}"
+    elif report.output is not None and not options["quiet"]:
+        yield f"The results are in {report.output}."
+        if report.failed and mode != "bypass":
+            yield f"To ask again for those that failed: {_again(context, options)}"
+
+
+def _again(context: click.Context, options: dict[str, Any]) -> str:
+    """Return the command that goes on where this one has ended, without credentials."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        name, value = parameter.name or "", options.get(parameter.name or "")
+        if context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        if value == "refresh" or name == "refresh":
+            continue  # a second refresh would generate all of it once more
+        if name == "base_url" and value is not None:
+            value = re.sub(r"//[^/@]*@", "//", str(value))
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        else:
+            words.append(parameter.opts[0])
+            if not getattr(parameter, "is_flag", False):
+                words.append(str(value))
+    return shlex.join(words)
+
+
+def _blotted(text: str, key: str) -> str:
+    """Return a text without the API key, and without credentials in a URL."""
+    if len(key) > 3:
+        text = text.replace(key, "***")
+    return re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
+
+
+@contextlib.contextmanager
+def _spoken_warnings(screen: _Screen) -> Iterator[None]:
+    """Say cachepipe's own warnings as sentences."""
+    with warnings.catch_warnings():
+        usual: Callable[..., None] = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, CachepipeWarning):
+                screen.say(f"Warning: {message}")
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,34 @@
+"""Adapters: a provider's calls as models, for pipelines and for the command line.
+
+Every name is imported when it is first used, so ``import cachepipe.models`` needs no SDK.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from cachepipe.models.openai import OpenAIModel as OpenAIModel
+    from cachepipe.models.openai import WireRequest as WireRequest
+
+# Public name: the module that it lives in. A new adapter gets a line here.
+_HOMES: Final = {
+    "OpenAIModel": "cachepipe.models.openai",
+    "WireRequest": "cachepipe.models.openai",
+}
+
+__all__ = ["OpenAIModel", "WireRequest"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return the adapter of that name, importing its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"cachepipe.models has no {name!r}; it has {', '.join(_HOMES)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

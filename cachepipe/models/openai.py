@@ -1,0 +1,428 @@
+"""OpenAI and every endpoint that is compatible with it, as a model: one call through the real SDK.
+
+A stored sample is what the wire layer makes of the answer, and the key is made of the endpoint's URL and the
+body as the provider gets it. So a sample that came through this adapter is a hit for the drop-in
+clients and the proxy, and theirs are hits here (C10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
+
+import orjson
+
+from cachepipe import wire
+from cachepipe.keys import Question, provider_question
+from cachepipe.typedefs import Batch, Request, Response, field_names
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+CHAT_COMPLETIONS: Final = "/chat/completions"
+"""The endpoint of requests that name none."""
+
+_DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
+_NO_KEY: Final = "EMPTY"  # servers that need no key get this; the SDK would refuse to send none
+_UNSENT: Final = frozenset({"prompt", "n", "request_id", "namespace"})
+_MOST_INPUTS: Final = 2048  # what OpenAI takes in one call for embeddings
+_REFUSED: Final = frozenset({400, 413, 422})
+
+
+@dataclass(frozen=True)
+class WireRequest(Request):
+    """A request in a provider's own words: ``prompt`` is the body without ``n``, and asks one question.
+
+    Attributes:
+        endpoint: the path below the base URL, such as ``/chat/completions``.
+        headers: headers to send with it; those that change the answer are part of the key.
+    """
+
+    endpoint: str = dataclasses.field(default=CHAT_COMPLETIONS, kw_only=True)
+    headers: Mapping[str, str] | None = dataclasses.field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a request wants of which API."""
+
+    api: wire.Api
+    ask: wire.Ask
+    endpoint: str
+    headers: Mapping[str, str]
+
+
+class _Connection:
+    """The SDK's client, made when it is first needed, and where it sends what."""
+
+    def __init__(
+        self, client: Any, base_url: str | None, api_key: str | None, settings: Mapping[str, Any]
+    ) -> None:
+        self.calls = 0
+        self.headers: dict[str, str] = {}
+        self._client = client
+        self._owns_client = client is None
+        self._api_key = api_key
+        self._settings = settings
+        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or _DEFAULT_BASE_URL
+        self._query = ""
+        self._by_deployment = False
+        self._answer_class: Any = None
+        if client is None:
+            return
+        self._base_url = str(client.base_url)
+        query = {name: value for name, value in client.default_query.items() if value is not None}
+        self._query = f"?{urlencode(query)}" if query else ""
+        headers = {name: value for name, value in client.default_headers.items() if isinstance(value, str)}
+        self.headers = wire.answer_headers(headers)
+        azure = any("Azure" in base.__name__ for base in type(client).__mro__)
+        self._by_deployment = azure and "/deployments" not in self._base_url
+
+    def scope_of(self, endpoint: str, model: Any) -> str:
+        """Return the full URL of an endpoint without credentials."""
+        deployment = f"/deployments/{model}" if self._by_deployment and model is not None else ""
+        return wire.scope_of(f"{self._base_url.rstrip('/')}{deployment}{endpoint}{self._query}")
+
+    async def post(self, endpoint: str, body: wire.Body, headers: Mapping[str, str]) -> bytes:
+        """Return the bytes of an answer with a status of success."""
+        if self._client is None:
+            self._client = self._connect()
+        client = self._client
+        if self._answer_class is None:
+            # The class of raw answers is that of the HTTP library the SDK is built on, as the URL's is.
+            library = type(client.base_url).__module__.partition(".")[0]
+            self._answer_class = importlib.import_module(library).Response
+        self.calls += 1
+        options = {"headers": dict(headers)} if headers else {}
+        answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
+        content: bytes = answer.content
+        return content
+
+    def _connect(self) -> Any:
+        import openai  # noqa: PLC0415 - a second of importing, and a replay needs none of it
+
+        key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
+        return openai.AsyncOpenAI(
+            base_url=self._base_url, api_key=_NO_KEY if key == "" else key, **self._settings
+        )
+
+    async def close(self) -> None:
+        """Close the client if it was made here."""
+        client = self._client
+        if client is not None and self._owns_client:
+            self._client = None
+            await client.close()
+
+
+class OpenAIModel:
+    """A model behind OpenAI's protocol, for every endpoint that speaks it.
+
+    It takes plain requests, whose ``prompt`` is a string (one user message) or a list of messages and whose
+    other fields go into the body unless they are None; and, with ``raw=True``, `WireRequest`.
+    Errors are the SDK's own, and ``cachepipe.BadAnswer`` for what is no answer under status 200.
+
+    Args:
+        model: the name of the model, for requests that have no field of that name.
+        client: an ``openai.AsyncOpenAI`` (or a subclass) to use; it stays the caller's to close.
+        base_url: where the API is; default is ``OPENAI_BASE_URL``, then OpenAI.
+        api_key: default is ``OPENAI_API_KEY``; an empty one is for servers that need none.
+        timeout: seconds for one attempt of a call; default is the SDK's.
+        max_retries: how often the SDK repeats a failed call; default is the SDK's.
+        endpoint: where plain requests go.
+        max_n: the most samples that the server gives in one call; default is OpenAI's own limit.
+        raw: whether ``Response.data`` holds samples as they are stored, mappings in the form of whole
+            answers, or else their text.
+
+    Attributes:
+        max_n: the most samples in one call.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        client: Any = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+        endpoint: str = CHAT_COMPLETIONS,
+        max_n: int | None = None,
+        raw: bool = False,
+    ) -> None:
+        given = {"timeout": timeout, "max_retries": max_retries}
+        settings = {name: value for name, value in given.items() if value is not None}
+        if client is not None and (settings or base_url is not None or api_key is not None):
+            raise TypeError(
+                "a client has its own base_url, api_key, timeout and max_retries; "
+                "set them there, or pass no client"
+            )
+        if max_n is not None and max_n < 1:
+            raise ValueError(f"max_n must be a whole number of samples, at least 1; got {max_n!r}")
+        self.model = model
+        self.raw = raw
+        self._limit = max_n
+        self._connection = _Connection(client, base_url, api_key, settings)
+        self._set_endpoint(endpoint)
+
+    def __repr__(self) -> str:
+        return f"<OpenAIModel {self.model!r} at {self.cache_scope}, {self.calls} calls>"
+
+    def _set_endpoint(self, endpoint: str) -> None:
+        self.endpoint = _normal(endpoint)
+        self.api = _api_of(self.endpoint)
+        self.max_n = self.api.max_n if self._limit is None else min(self._limit, self.api.max_n)
+        self.cache_scope = self._connection.scope_of(self.endpoint, self.model)
+
+    def at(self, endpoint: str) -> Self:
+        """Return this model at another endpoint, through the same client and with the same count of calls."""
+        twin = copy.copy(self)
+        twin._set_endpoint(endpoint)  # noqa: SLF001 - its own class
+        return twin
+
+    @property
+    def calls(self) -> int:
+        """How many calls were made; what the SDK repeats counts once."""
+        return self._connection.calls
+
+    # What is asked, and where.
+
+    def question(self, request: Request, scope: str | None = None) -> Question:
+        """Return what a request asks, keyed as the provider gets it.
+
+        Args:
+            request: a plain request, or a `WireRequest`.
+            scope: what stands for the endpoint's URL in the key, if anything else does.
+
+        Raises:
+            BadRequest: when it cannot be told what is asked, or it cannot be answered from a cache.
+        """
+        wanted = self._wanted(request)
+        if scope is None or scope == self.cache_scope:
+            scope = self._connection.scope_of(wanted.endpoint, wanted.ask.question.get("model"))
+        return provider_question(
+            scope,
+            wire.question_document(wanted.ask, {**self._connection.headers, **wanted.headers}),
+            mergeable=wanted.ask.mergeable,
+            function=wanted.ask.function,
+        )
+
+    def present(self, sample: wire.Sample) -> Any:
+        """Return what ``Response.data`` holds of a stored sample: its text; with ``raw=True``, all of it."""
+        return sample if self.raw else self.api.summary(sample)["text"]
+
+    def _wanted(self, request: Request) -> _Wanted:
+        if not isinstance(request, WireRequest):
+            return _Wanted(*self._ask(self.endpoint, self._body(request), request.n), self.endpoint, {})
+        if not self.raw:
+            raise TypeError(
+                "a WireRequest is answered with whole samples; make the OpenAIModel with raw=True"
+            )
+        if not isinstance(request.prompt, Mapping):
+            raise wire.BadRequest(f"the prompt of a WireRequest is a body; got {request.prompt!r:.200}")
+        endpoint = _normal(request.endpoint)
+        return _Wanted(*self._ask(endpoint, request.prompt, request.n), endpoint, request.headers or {})
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """Return the body of a plain request, without the number of samples."""
+        body: dict[str, Any] = {} if self.model is None else {"model": self.model}
+        prompt = request.prompt
+        if self.api is wire.CHAT:
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            elif not isinstance(prompt, list | tuple):
+                raise TypeError(f"a prompt is a string or a list of messages; got {prompt!r:.200}")
+            body["messages"] = _plain(prompt)
+        else:
+            body[self.api.listed or "input"] = _plain(prompt)
+        for name in field_names(type(request)):
+            value = None if name in _UNSENT else getattr(request, name)
+            if value is not None:
+                body[name] = _plain(value)
+        return body
+
+    def _ask(self, endpoint: str, body: wire.Body, n: int) -> tuple[wire.Api, wire.Ask]:
+        api = self.api if endpoint == self.endpoint else _api_of(endpoint)
+        asks = api.split({**body, "n": n} if api.max_n > 1 else body)
+        if len(asks) != 1:
+            raise wire.BadRequest(
+                f"a request to {api.name} asks one question here; got {len(asks)}. Send one request for each"
+            )
+        if not asks[0].cacheable:
+            raise wire.BadRequest(
+                f"a request to {api.name} cannot be answered from a cache: {asks[0].reason}"
+            )
+        return api, asks[0]
+
+    # Calls.
+
+    async def request(self, request: Request) -> Response:
+        """Return up to ``request.n`` samples as they are stored, whatever ``raw`` says.
+
+        Raises:
+            BadAnswer: when what arrived under status 200 is no answer.
+            openai.OpenAIError: whatever the SDK raises.
+        """
+        wanted = self._wanted(request)
+        questions = (wanted.ask.question,)
+        limit = self.max_n if wanted.api is self.api else wanted.api.max_n
+        if request.n <= limit:
+            return Response(await self._call(wanted, questions, request.n))
+        sizes = [min(limit, request.n - begun) for begun in range(0, request.n, limit)]
+        parts = await asyncio.gather(
+            *(self._call(wanted, questions, size) for size in sizes), return_exceptions=True
+        )
+        samples = [sample for part in parts if isinstance(part, list) for sample in part]
+        failures = [part for part in parts if isinstance(part, BaseException)]
+        if failures and not samples:
+            raise failures[0]
+        return Response(samples)  # if they are too few, the rest is asked for again
+
+    async def together(self, requests: Sequence[Request]) -> list[wire.Sample]:
+        """Return the samples of one call for requests that differ in the item of a list only."""
+        wanted = self._wanted(requests[0])
+        questions = [self._wanted(request).ask.question for request in requests]
+        return await self._call(wanted, questions, requests[0].n)
+
+    async def _call(self, wanted: _Wanted, questions: Sequence[wire.Body], n: int) -> list[wire.Sample]:
+        body = wanted.api.merge_body(questions, n, transport=wanted.ask.transport)
+        answer = await self._connection.post(wanted.endpoint, body, wanted.headers)
+        return wanted.api.samples(answer, questions if len(questions) > 1 else ())
+
+    async def close(self) -> None:
+        """Close the client if it was made here. Idempotent."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class ListModel:
+    """The same model for APIs that take a list of questions: what one caller needs travels in one call.
+
+    Requests of one batch share a call when they have the same request id and differ in their item only.
+    A shared call that is refused or times out is halved, until each question has failed on its own.
+
+    Args:
+        model: the adapter that makes the calls, with ``raw=True``.
+    """
+
+    def __init__(self, model: OpenAIModel) -> None:
+        self.model = model
+        self.question = model.question
+        self.present = model.present
+        self.cache_scope = model.cache_scope
+        self.max_n = model.max_n
+
+    def __repr__(self) -> str:
+        return f"<ListModel of {self.model!r}>"
+
+    async def batch_request(self, batch: Batch) -> list[Any]:
+        """Return a response or an error per request, in order."""
+        results: list[Any] = [None] * len(batch)
+        groups: dict[Any, list[int]] = {}
+        for place, request in enumerate(batch.requests):
+            wanted = self.model._wanted(request)  # noqa: SLF001 - its other half
+            groups.setdefault(_group(place, request, wanted), []).append(place)
+
+        async def serve(places: Sequence[int]) -> None:
+            requests = [batch.requests[place] for place in places]
+            try:
+                samples = await self.model.together(requests)
+            except Exception as error:  # noqa: BLE001 - it belongs to those who needed the call
+                if len(places) > 1 and _may_be_size(error):
+                    half = len(places) // 2
+                    await asyncio.gather(serve(places[:half]), serve(places[half:]))
+                    return
+                for place in places:
+                    results[place] = error
+                return
+            share = len(samples) // len(places)
+            for number, place in enumerate(places):
+                end = None if number + 1 == len(places) else (number + 1) * share
+                results[place] = Response(samples[number * share : end])
+
+        await asyncio.gather(
+            *(
+                serve(places[start : start + _MOST_INPUTS])
+                for places in groups.values()
+                for start in range(0, len(places), _MOST_INPUTS)
+            )
+        )
+        return results
+
+
+def _group(place: int, request: Request, wanted: _Wanted) -> Any:
+    """Return what requests that may share a call have in common."""
+    listed = wanted.api.listed
+    item = wanted.ask.question.get(listed) if listed is not None else None
+    if item is None or not wanted.ask.mergeable or not _is_item(item):
+        return place
+    rest = {name: value for name, value in wanted.ask.question.items() if name != listed}
+    parts = [rest, dict(wanted.ask.transport), dict(wanted.headers), type(item) is str]
+    return (
+        request.request_id,
+        request.namespace,
+        request.n,
+        wanted.endpoint,
+        orjson.dumps(parts, option=orjson.OPT_SORT_KEYS),
+    )
+
+
+def _is_item(item: Any) -> bool:
+    """Tell whether an item can stand in a list of items: a text, or the numbers of tokens."""
+    return isinstance(item, str) or (isinstance(item, list) and all(type(token) is int for token in item))
+
+
+def _may_be_size(error: BaseException) -> bool:
+    """Tell whether a call may have failed for holding too much, or one bad item among good ones."""
+    return "Timeout" in type(error).__name__ or getattr(error, "status_code", None) in _REFUSED
+
+
+def _normal(endpoint: str) -> str:
+    """Return an endpoint with the one leading slash that the SDK's own resources write."""
+    return "/" + endpoint.strip("/")
+
+
+def _api_of(endpoint: str) -> wire.Api:
+    api = wire.api_for("POST", endpoint)
+    if api is None:
+        known = ", ".join(sorted(ENDPOINTS.values()))
+        raise wire.BadRequest(
+            f"there is nothing that can be cached at {endpoint!r}; the endpoints are {known}"
+        )
+    return api
+
+
+ENDPOINTS: Final[Mapping[wire.Api, str]] = {
+    wire.CHAT: CHAT_COMPLETIONS,
+    wire.COMPLETIONS: "/completions",
+    wire.RESPONSES: "/responses",
+    wire.EMBEDDINGS: "/embeddings",
+    wire.MODERATIONS: "/moderations",
+}
+"""Where each of OpenAI's APIs is, below a base URL."""
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as the SDK would send it: pydantic models as the fields that were set."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "model_dump") and not isinstance(value, type):
+        return value.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return value
