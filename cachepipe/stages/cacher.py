@@ -274,8 +274,24 @@ class Board:
         with self._lock:
             return any((key, index) in self._waiting for index in indices)
 
-    def settle(self, key: str, index: int, sample: Sample | None, error: BaseException | None = None) -> None:
-        """Tell those who wait that a sample is stored, or will not come from who was to generate it, and why."""
+    def settle(
+        self,
+        key: str,
+        index: int,
+        sample: Sample | None,
+        error: BaseException | None = None,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Tell those who wait that a sample is stored, or will not come from who was to generate it.
+
+        Args:
+            key: the key of its question.
+            index: its index.
+            sample: the sample, or None.
+            error: what its call failed with, if it did.
+            last: whether that call was the one further try of those who had waited.
+        """
         with self._lock:
             self._made.pop((key, index), None)
             if not self._waiting:
