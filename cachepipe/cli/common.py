@@ -1,7 +1,7 @@
-"""What the commands share: options, a store to look at, and text that is safe to print.
+r"""What the commands share: options, a store to look at, and text that is safe to print.
 
 Samples and prompts are hostile text: whatever a terminal would obey is made visible before it is
-printed, as ``\\x1b``, and what a pipe would misread is too.
+printed, as ``\x1b``, and what a pipe would misread is too.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import contextlib
 import json
 import os
 import re
+import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -29,6 +30,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 WIDTH: Final = 100
 """How wide lines are kept where there is no terminal to ask."""
 
+_FLUSH: Final = 0.1  # seconds
+
 # Controls, invisible marks that reorder or hide text, line separators, lone surrogates, tags.
 _OBEYED = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
@@ -40,7 +43,7 @@ _NAMED: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """Return the text with everything that a terminal would obey written out, as ``\\x1b`` or ``\\u202e``.
+    r"""Return the text with everything that a terminal would obey written out, as ``\x1b`` or ``\u202e``.
 
     Args:
         text: any text, however hostile.
@@ -86,9 +89,9 @@ def shortened(text: str, width: int) -> str:
     """Return a text of one line cut to so many columns of a terminal, with an ellipsis where it was cut."""
     if text.isascii():
         return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
-    from rich.cells import cell_len, set_cell_size  # noqa: PLC0415 - wide characters are rare
+    from rich.cells import set_cell_size  # noqa: PLC0415 - wide characters are rare
 
-    return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0)).rstrip()}…"
+    return text if width_of(text) <= width else f"{set_cell_size(text, max(width - 1, 0)).rstrip()}…"
 
 
 def when(at: float) -> str:
@@ -139,9 +142,9 @@ def json_option(what: str) -> Callable[[Command], Command]:
     """Return what adds ``--json``, which arrives as ``as_json``.
 
     Args:
-        what: what is printed then, as the rest of the sentence "Print …".
+        what: what is printed then, in a few words.
     """
-    return click.option("--json", "as_json", is_flag=True, help=f"Print {what}.")
+    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {what}.")
 
 
 # Stores.
@@ -189,6 +192,10 @@ def opened(cache: str | None) -> Iterator[DiskStore]:
     store = DiskStore(folder, read_only=True)
     try:
         yield store
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"the cache {folder} cannot be read: {error}. Restore it, or name another"
+        ) from error
     finally:
         store.close()
 
@@ -208,61 +215,74 @@ def styled(text: str, **style: Any) -> str:
     return click.style(text, **style)
 
 
+def echo_lines(lines: Iterable[str]) -> None:
+    """Print lines as they come: the first at once, the others at least ten times a second."""
+    flushed = 0.0
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+        now = time.monotonic()
+        if now - flushed > _FLUSH:
+            sys.stdout.flush()
+            flushed = now
+    sys.stdout.flush()
+
+
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", total: bool = False
 ) -> None:
-    """Print a table: ruled on a terminal, aligned with blanks elsewhere. Numbers stand to the right.
+    """Print a table: ruled on a terminal, aligned with blanks elsewhere.
 
     Args:
-        columns: the heads.
-        rows: the cells; text is made safe, whole numbers get their thousands apart on a terminal.
+        columns: the heads; one that begins with ``>`` has its cells at the right.
+        rows: the cells; text is made safe, and whole numbers are grouped for people, not for pipes.
         title: what the table is of.
         total: the last row adds up the others.
     """
-    numeric = [bool(rows) and all(_is_number(row[place]) for row in rows) for place in range(len(columns))]
-    cells = [[_cell(value) for value in row] for row in rows]
-    if on_terminal():
-        _print_ruled(columns, cells, numeric, title, total=total)
+    heads = [name.removeprefix(">") for name in columns]
+    rights = [name.startswith(">") for name in columns]
+    people = on_terminal()
+    cells = [[_cell(value, people=people) for value in row] for row in rows]
+    if people:
+        _print_ruled(heads, cells, rights, title, total=total)
         return
-    widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
-    if title:
-        click.echo(title)
-    for row in [list(columns), *cells]:
+    widths = [max(map(width_of, column)) for column in zip(heads, *cells, strict=True)]
+    lines = [title] if title else []
+    for row in [heads, *cells]:
         padded = [
-            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
-            for cell, width, right in zip(row, widths, numeric, strict=True)
+            " " * (width - width_of(cell)) + cell if right else cell + " " * (width - width_of(cell))
+            for cell, width, right in zip(row, widths, rights, strict=True)
         ]
-        click.echo("  ".join(padded).rstrip())
+        lines.append("  ".join(padded).rstrip())
+    echo_lines(lines)
 
 
 def _print_ruled(
-    columns: Sequence[str], cells: list[list[str]], numeric: list[bool], title: str, *, total: bool
+    heads: Sequence[str], cells: list[list[str]], rights: list[bool], title: str, *, total: bool
 ) -> None:
     from rich import box  # noqa: PLC0415 - only for people
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
-    for name, right in zip(columns, numeric, strict=True):
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False
+    )
+    for name, right in zip(heads, rights, strict=True):
         table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for place, row in enumerate(cells):
         last = total and place == len(cells) - 1
+        if last:
+            table.add_section()
         table.add_row(*map(Text, row), style="bold" if last else "")
     Console(highlight=False).print(table)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (
-        isinstance(value, str) and value != "" and (value == "-" or value[0].isdigit() or value[0] == "<")
-    )
+def _cell(value: Any, *, people: bool) -> str:
+    return f"{value:,}" if isinstance(value, int) and people else visible(str(value))
 
 
-def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else visible(str(value))
-
-
-def _width(text: str) -> int:
+def width_of(text: str) -> int:
+    """Return how many columns of a terminal a text of one line takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len  # noqa: PLC0415 - wide characters are rare

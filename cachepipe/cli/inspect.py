@@ -1,0 +1,576 @@
+"""Commands that look at a cache: `stats`, `ls`, `show` and `path`. They write nothing and make no folder.
+
+What they print with ``--json`` is stable: fields are added, never renamed or taken away. Times are seconds
+since 1970, sizes bytes, and a namespace that is null is that of requests which name none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import orjson
+
+from cachepipe.cli import common
+from cachepipe.cli.common import (
+    WIDTH,
+    beginning,
+    echo_lines,
+    json_text,
+    on_terminal,
+    opened,
+    styled,
+    visible,
+    when,
+)
+from cachepipe.cli.group import Failure
+from cachepipe.errors import CachepipeError
+from cachepipe.keys import FORMAT
+from cachepipe.ledger import SHARED, label, namespace_of
+from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
+
+if TYPE_CHECKING:
+    from cachepipe.stores import DiskStore
+
+_SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of any real cache apart
+_BEGINNING: Final = 200  # characters of a prompt that `ls --json` gives
+_CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
+_NO_NAMESPACE: Final = "(none)"
+
+
+def _limit(default: int, what: str) -> Callable[[common.Command], common.Command]:
+    return click.option(
+        "--limit", type=click.IntRange(min=0), default=default, show_default=True, help=f"{what}; 0 for all."
+    )
+
+
+# path
+
+
+@click.command()
+@common.cache_option
+@common.json_option('an object with "path", "exists" and "named_by"')
+def path(*, cache: str | None, as_json: bool) -> None:
+    """Print the folder of the cache in use, whether there is one yet or not.
+
+    named_by tells how it was found: "--cache", "CACHEPIPE_DIR", "project" (a folder caches where one is) or
+    "user" (the user's cache folder).
+    """
+    folder, how = common.folder_in_use(cache)
+    if as_json:
+        click.echo(json_text({"path": str(folder), "exists": folder.is_dir(), "named_by": how}))
+    else:
+        click.echo(str(folder))
+
+
+# stats
+
+
+_STATS_JSON: Final = """\b
+With --json:
+  folder, bytes          where the cache is, and how large
+  keys, samples          different questions, and answers to them
+  pending, discarded     samples being generated now; samples taken back
+  draws                  requests that have drawn samples
+  drawn, generated, reused, saved
+                         over all namespaces; saved = reused / drawn, or null
+  namespaces             a list of namespace, draws, drawn, generated, reused, saved
+  shared                 draws, drawn, generated of answers for everybody
+  scopes                 a list of scope, keys, samples, pending
+"""
+
+
+@click.command(epilog=_STATS_JSON)
+@common.cache_option
+@_limit(50, "At most so many namespaces in the table")
+@common.json_option("one object; see below")
+def stats(*, cache: str | None, limit: int, as_json: bool) -> None:
+    """Count what is cached, and what each namespace paid and saved.
+
+    A namespace has drawn so many samples; some were generated for it, and the others were there: reused.
+    What one answer for everybody serves (embeddings, repeat="same") is counted apart, as it is not
+    written down how often it was.
+    """
+    with opened(cache) as store:
+        figures = _figures(store)
+    if as_json:
+        click.echo(json_text(figures))
+    else:
+        _print_stats(figures, limit)
+
+
+def _figures(store: DiskStore) -> dict[str, Any]:
+    totals = store.totals()
+    namespaces = [
+        {"namespace": info.namespace, "draws": info.draws, **_drawn(info.samples, info.generated)}
+        for info in store.namespaces()
+    ]
+    shared = {"draws": 0, "drawn": 0, "generated": 0}
+    if totals["draws"] > sum(namespace["draws"] for namespace in namespaces):
+        for draw in store.draws(namespace=SHARED):
+            shared["draws"] += 1
+            shared["drawn"] += len(draw.indices)
+            shared["generated"] += draw.generated
+    scopes: dict[str | None, dict[str, int]] = {}
+    for info in store.keys():  # noqa: SIM118 - a store is no mapping
+        counts = scopes.setdefault(info.scope, {"keys": 0, "samples": 0, "pending": 0})
+        counts["keys"] += 1
+        counts["samples"] += info.samples
+        counts["pending"] += info.pending
+    return {
+        "folder": str(store.folder),
+        "bytes": _bytes(store.folder),
+        **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
+        **_drawn(
+            sum(namespace["drawn"] for namespace in namespaces),
+            sum(namespace["generated"] for namespace in namespaces),
+        ),
+        "namespaces": namespaces,
+        "shared": shared,
+        "scopes": [{"scope": scope, **counts} for scope, counts in scopes.items()],
+    }
+
+
+def _drawn(drawn: int, generated: int) -> dict[str, Any]:
+    reused = max(drawn - generated, 0)
+    return {
+        "drawn": drawn,
+        "generated": generated,
+        "reused": reused,
+        "saved": round(reused / drawn, 6) if drawn else None,
+    }
+
+
+def _bytes(folder: Path) -> int:
+    """Return the size of all files below a folder; those that vanish meanwhile count as nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file() and not file.is_symlink():
+                total += file.stat().st_size
+    return total
+
+
+def _print_stats(figures: dict[str, Any], limit: int) -> None:
+    drawn, reused = figures["drawn"], figures["reused"]
+    extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
+    lines = [
+        ("cache", f"{figures['folder']} ({common.size(figures['bytes'])})"),
+        ("keys", f"{figures['keys']:,}"),
+        ("samples", ", ".join([f"{figures['samples']:,}", *extra])),
+        ("draws", f"{figures['draws']:,}"),
+        ("saved", f"{reused:,} of {drawn:,} samples drawn ({common.share(reused, drawn)})"),
+    ]
+    _print_facts(lines)
+    rows = [
+        [
+            _NO_NAMESPACE if each["namespace"] is None else each["namespace"],
+            each["draws"],
+            each["drawn"],
+            each["generated"],
+            each["reused"],
+            common.share(each["reused"], each["drawn"]),
+        ]
+        for each in figures["namespaces"]
+    ]
+    shown = rows[:limit] if limit else rows
+    if shared := figures["shared"]["draws"]:
+        counts = figures["shared"]
+        shown.append(["(for everybody)", shared, counts["drawn"], counts["generated"], "-", "-"])
+    if shown:
+        click.echo()
+        common.print_table(("namespace", ">draws", ">drawn", ">generated", ">reused", ">saved"), shown)
+    if len(rows) > limit > 0:
+        click.echo(f"and {len(rows) - limit:,} more namespaces; --limit 0 shows all")
+    if figures["scopes"]:
+        click.echo()
+        scopes = [
+            ["(none)" if each["scope"] is None else each["scope"], each["keys"], each["samples"]]
+            for each in figures["scopes"][: limit or None]
+        ]
+        common.print_table(("scope", ">keys", ">samples"), scopes)
+
+
+def _print_facts(facts: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in facts)
+    echo_lines(f"{styled(name.ljust(width), dim=True)}  {visible(fact)}" for name, fact in facts)
+
+
+# ls
+
+
+_LS_JSON: Final = """\b
+With --json, each line is an object:
+  key, scope             what the question is known by, and whose answer it is
+  at                     when it was first asked
+  samples, pending       answers stored, and being generated now
+  namespaces             how many namespaces have drawn any
+  prompt                 the beginning of what was asked, 200 characters at most
+"""
+
+
+@click.command(epilog=_LS_JSON)
+@common.cache_option
+@click.option("--scope", help="Only questions to this endpoint or adapter.")
+@click.option("--namespace", help="Only questions that this namespace has drawn.")
+@click.option("--prefix", default="", help="Only keys that begin so.")
+@_limit(0, "At most so many questions")
+@common.json_option("a line of JSON per question; see below")
+def ls(
+    *, cache: str | None, scope: str | None, namespace: str | None, prefix: str, limit: int, as_json: bool
+) -> None:
+    """List the questions in the cache, in the order in which they were first asked."""
+    with opened(cache) as store:
+        found = _listed(store, scope, namespace, _whole_prefix(prefix))
+        if limit:
+            found = itertools.islice(found, limit)
+        if as_json:
+            echo_lines(json_text(_listing(store, info)) for info in found)
+            return
+        first = next(found, None)
+        if first is None:
+            click.echo(f"no such question in {visible(str(store.folder))}", err=True)
+            return
+        echo_lines(_table_lines(store, itertools.chain([first], found)))
+
+
+def _whole_prefix(prefix: str) -> str:
+    """Return a prefix with the name of the key format, which may be left out."""
+    return prefix if FORMAT.startswith(prefix) or prefix.startswith(FORMAT) else f"{FORMAT}-{prefix}"
+
+
+def _listed(store: DiskStore, scope: str | None, namespace: str | None, prefix: str) -> Iterator[KeyInfo]:
+    """Iterate over the keys that are asked for; one at a time, however many there are."""
+    keys = (info for info in store.keys(prefix) if scope is None or info.scope == scope)
+    if namespace is None:
+        yield from keys
+        return
+    # Both come in the order of their keys' first requests, so one walk beside the other is enough.
+    drawn = (draw.draw.key for draw in store.draws(namespace=label(namespace)))
+    drawn = (key for key, _ in itertools.groupby(key for key in drawn if key.startswith(prefix)))
+    wanted = next(drawn, None)
+    for info in store.keys(prefix):
+        if wanted is None:
+            return
+        if info.key == wanted:
+            wanted = next(drawn, None)
+            if scope is None or info.scope == scope:
+                yield info
+
+
+def _listing(store: DiskStore, info: KeyInfo) -> dict[str, Any]:
+    return {
+        "key": info.key,
+        "scope": info.scope,
+        "at": info.at,
+        "samples": info.samples,
+        "pending": info.pending,
+        "namespaces": info.namespaces,
+        "prompt": _prompt(store.question(info.key))[:_BEGINNING],
+    }
+
+
+def _table_lines(store: DiskStore, found: Iterator[KeyInfo]) -> Iterator[str]:
+    heads = f"{'key':{_SHORT}}  {'first asked':19}  {'samples':>7}  {'pending':>7}  {'spaces':>6}  "
+    width = shutil.get_terminal_size().columns if on_terminal() else WIDTH + 32
+    width = max(width - len(heads), 20)
+    yield styled(f"{heads}prompt", bold=True)
+    for info in found:
+        prompt = beginning(_prompt(store.question(info.key)), width)
+        pending = f"{info.pending:7}" if info.pending else "      -"
+        key = styled(f"{visible(info.key[:_SHORT]):{_SHORT}}", fg="cyan")
+        yield (
+            f"{key}  {when(info.at):19}  {info.samples:7}  {pending}  {info.namespaces:6}  {prompt}"
+        ).rstrip()
+
+
+# What was asked.
+
+
+def _loaded(document: bytes) -> Any:
+    """Return what a document says, or None where it cannot be read."""
+    try:
+        return orjson.loads(document)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _prompt(question: StoredQuestion | None) -> str:
+    """Return the text that was asked: of several messages, the last one's of the user."""
+    document = None if question is None else _loaded(question.document)
+    if not isinstance(document, dict):
+        return ""
+    if isinstance(document.get("hash"), str):
+        return str(document["hash"])
+    asked = document.get("body", document.get("fields"))
+    if not isinstance(asked, dict):
+        return ""
+    for name in ("messages", "prompt", "input"):
+        if asked.get(name) is not None:
+            return _text(_last_said(asked[name]))
+    return _text(asked)
+
+
+def _last_said(value: Any) -> Any:
+    """Return the content of the last message of the user's, or of the last one; what is no list stays."""
+    if isinstance(value, list):
+        said = [item for item in value if isinstance(item, dict) and "content" in item]
+        users = [item for item in said if item.get("role") == "user"]
+        if said:
+            return (users or said)[-1]["content"]
+    return value
+
+
+def _text(value: Any) -> str:
+    """Return the text of a content: a string, the texts of its parts, or else its JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return "\n".join(
+            part["text"] if isinstance(part.get("text"), str) else f"[{part.get('type', 'part')}]"
+            for part in value
+        )
+    return json_text(value)
+
+
+# show
+
+
+_SHOW_JSON: Final = """\b
+With --json:
+  key, scope, at         as ls has them
+  counts                 an object of samples, pending and namespaces, as ls counts them
+  question               what was asked: an object with "body" (and "headers"), "fields" or "hash"
+  draws                  a list of namespace, shared (an answer for everybody), request_id,
+                         occurrence, indices (by position), generated, at
+  samples                a list of index, id, at, seconds and value (as it is stored); for the
+                         answer of a provider also text, finish_reason, model and its counts of
+                         tokens
+"""
+
+
+@click.command(epilog=_SHOW_JSON)
+@click.argument("key")
+@common.cache_option
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    help="At most so many samples and draws; 0 for all.  [default: 20; with --json all]",
+)
+@common.json_option("one object; see below")
+def show(*, key: str, cache: str | None, limit: int | None, as_json: bool) -> None:
+    """Show what was asked under KEY, its samples, and which draws took which.
+
+    The beginning of a key is enough when no other key begins so.
+    """
+    with opened(cache) as store:
+        info = _found(store, key)
+        if as_json:
+            _print_json(store, info, limit or None)
+        else:
+            echo_lines(_shown(store, info, 20 if limit is None else limit or None))
+
+
+def _found(store: DiskStore, key: str) -> KeyInfo:
+    """Return the key that begins so.
+
+    Raises:
+        Failure: when there is none, or more than one.
+    """
+    whole = _whole_prefix(key)
+    found = list(itertools.islice(store.keys(whole), _CANDIDATES + 1))
+    exact = [info for info in found if info.key == whole]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if not found:
+        raise Failure(
+            f"no key in {store.folder} begins with {key!r}; "
+            "`cachepipe ls` lists them, and --cache names another cache"
+        )
+    some = "\n".join(
+        f"  {info.key}  {beginning(_prompt(store.question(info.key)), 40)}" for info in found[:_CANDIDATES]
+    )
+    more = "\n  and more" if len(found) > _CANDIDATES else ""
+    raise Failure(f"several keys begin with {key!r}; write more of one:\n{some}{more}")
+
+
+def _print_json(store: DiskStore, info: KeyInfo, limit: int | None) -> None:
+    """Print one object, a piece at a time: a list of samples may be longer than memory."""
+    question = store.question(info.key)
+    head = {
+        "key": info.key,
+        "scope": info.scope,
+        "at": info.at,
+        "counts": {"samples": info.samples, "pending": info.pending, "namespaces": info.namespaces},
+        "question": None if question is None else _loaded(question.document),
+    }
+    out = sys.stdout
+    out.write(json_text(head)[:-1])
+    draws = (_draw_fields(draw) for draw in itertools.islice(store.draws(key=info.key), limit))
+    samples = (
+        _sample_fields(sample, info.scope) for sample in itertools.islice(store.samples(info.key), limit)
+    )
+    for name, items in (("draws", draws), ("samples", samples)):
+        out.write(f',"{name}":[')
+        for place, item in enumerate(items):
+            out.write(f"{',' if place else ''}{json_text(item)}")
+        out.write("]")
+    out.write("}\n")
+
+
+def _draw_fields(info: DrawInfo) -> dict[str, Any]:
+    draw = info.draw
+    return {
+        "namespace": namespace_of(draw.namespace),
+        "shared": draw.namespace == SHARED,
+        "request_id": draw.request_id,
+        "occurrence": draw.occurrence,
+        "indices": list(info.indices),
+        "generated": info.generated,
+        "at": info.at,
+    }
+
+
+def _sample_fields(sample: Sample, scope: str | None) -> dict[str, Any]:
+    meta = _loaded(sample.header)
+    meta = meta if isinstance(meta, dict) else {}
+    value = _loaded(sample.payload)
+    fields = {"index": sample.index, "id": sample.id, "at": meta.get("at"), "seconds": meta.get("seconds")}
+    return {**fields, "value": value, **(_summary(value, scope) or {})}
+
+
+_OBJECTS: Final = {
+    "chat.completion": "/chat/completions",
+    "text_completion": "/completions",
+    "response": "/responses",
+    "message": "/messages",
+}
+"""What answers of providers call themselves, and where they come from."""
+
+
+def _summary(value: Any, scope: str | None) -> dict[str, Any] | None:
+    """Return what the wire layer tells of a provider's answer, or None of any other value."""
+    if not isinstance(value, dict):
+        return None
+    from cachepipe import wire  # noqa: PLC0415 - only where there may be answers of providers
+
+    known = _OBJECTS.get(str(value.get("object") or value.get("type")), "")
+    api = wire.api_for("POST", scope or "") or wire.api_for("POST", known)
+    if api is None:
+        return None
+    try:
+        return api.summary(value)
+    except (CachepipeError, AttributeError, TypeError, ValueError, LookupError):
+        return None  # somebody's own adapter under a provider's name
+
+
+def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
+    yield styled(visible(info.key), bold=True, fg="cyan")
+    spaces = f"{info.namespaces} namespace{'s' * (info.namespaces != 1)}"
+    pending = f", {info.pending} pending" if info.pending else ""
+    yield f"first asked {when(info.at)}, {info.samples} samples{pending}, drawn by {spaces}"
+    if info.scope is not None:
+        yield f"scope {visible(info.scope)}"
+    yield ""
+    yield _heading("Asked")
+    question = store.question(info.key)
+    yield from _asked_lines(None if question is None else _loaded(question.document))
+    yield ""
+    yield _heading("Samples")
+    for sample in itertools.islice(store.samples(info.key), limit):
+        yield from _sample_lines(sample, info.scope)
+    if limit is not None and info.samples > limit:
+        yield f"  and {info.samples - limit:,} more; --limit 0 shows all"
+    yield ""
+    yield _heading("Draws")
+    yield from _draw_lines(store.draws(key=info.key), limit)
+
+
+def _heading(text: str) -> str:
+    return styled(text, bold=True)
+
+
+def _asked_lines(document: Any) -> Iterator[str]:
+    if not isinstance(document, dict):
+        yield "  (what was asked cannot be read)"
+        return
+    asked = document.get("body", document.get("fields"))
+    if not isinstance(asked, dict):
+        asked = document
+    elif document.get("headers"):
+        asked = {**asked, "headers": document["headers"]}
+    texts = [name for name in ("system", "instructions", "messages", "prompt", "input") if name in asked]
+    for name, value in asked.items():
+        if name not in texts:
+            fact = value if isinstance(value, str) else json_text(value)
+            yield f"  {styled(visible(name), dim=True)} {visible(fact)}"
+    for name in texts:
+        value = asked[name]
+        said = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
+        for speaker, content in [(item["role"], item) for item in value] if said else [(name, value)]:
+            yield f"  {styled(visible(str(speaker)), fg='green')}"
+            yield from _block(_content(content) if said else _text(content))
+
+
+def _content(message: dict[str, Any]) -> str:
+    """Return what a message says, with whatever else it holds as JSON."""
+    text = "" if message.get("content") is None else _text(message["content"])
+    rest = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return "\n".join(part for part in (text, json_text(rest) if rest else "") if part)
+
+
+def _block(text: str) -> Iterator[str]:
+    """Iterate over the lines of a text, indented; other line ends than feeds are made visible."""
+    for line in text.removesuffix("\n").split("\n"):
+        yield f"    {visible(line, lines=True)}".rstrip()
+
+
+def _sample_lines(sample: Sample, scope: str | None) -> Iterator[str]:
+    fields = _sample_fields(sample, scope)
+    facts = [
+        when(fields["at"]) if isinstance(fields["at"], int | float) else "",
+        str(fields.get("model") or ""),
+    ]
+    if isinstance(fields.get("completion_tokens"), int):
+        facts.append(f"{fields['completion_tokens']:,} tokens")
+    facts.append(str(fields.get("finish_reason") or ""))
+    number = styled(f"  #{sample.index}", fg="cyan")
+    yield f"{number}  {visible('  '.join(fact for fact in (sample.id, *facts) if fact))}"
+    yield from _block(fields["text"] if isinstance(fields.get("text"), str) else _value_text(sample))
+
+
+def _value_text(sample: Sample) -> str:
+    """Return a sample's own value as text: a string as it is, anything else as Python writes it."""
+    from cachepipe.values import Codec  # noqa: PLC0415
+
+    try:
+        value = Codec().decode(sample.payload)
+    except CachepipeError:  # an instance of a class that is not known here, or damaged bytes
+        return sample.payload.decode(errors="backslashreplace")
+    return value if isinstance(value, str) else repr(value)
+
+
+def _draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
+    for draw in itertools.islice(draws, limit):
+        if draw.draw.namespace == SHARED:
+            who = "for everybody"
+        else:
+            namespace = namespace_of(draw.draw.namespace)
+            who = "no namespace" if namespace is None else namespace or "''"
+        request = f" {draw.draw.request_id}" if draw.draw.request_id else ""
+        again = f" (time {draw.draw.occurrence + 1})" if draw.draw.occurrence else ""
+        took = ", ".join(f"#{index}" for index in draw.indices[:_BEGINNING])
+        took += ", …" if len(draw.indices) > _BEGINNING else ""
+        yield (
+            f"  {styled(visible(who), fg='green')}{visible(request)}{again}: {took}; "
+            f"{draw.generated} generated for it, {when(draw.at)}"
+        )
+    rest = sum(1 for _ in draws)
+    if rest:
+        yield f"  and {rest:,} more; --limit 0 shows all"
