@@ -410,6 +410,38 @@ async def run_file(
     return report
 
 
+class _Ids:
+    """The ids seen so far, with their lines, in a file of SQLite's that is gone when it is closed.
+
+    An id takes its digest's 16 bytes on disk; in memory there are a few pages, however many ids there are.
+    """
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def add(self, custom_id: str, number: int) -> int | None:
+        """Note the id of a line; return the line that has it already, if any."""
+        digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
+        try:
+            added = self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, number))
+        except sqlite3.Error as error:
+            raise BatchFileError(
+                f"the ids of the lines cannot be compared: {error}. It is done in a temporary file; set "
+                "SQLITE_TMPDIR to a folder with room for it"
+            ) from error
+        if added.rowcount:
+            return None
+        (line,) = self._database.execute("SELECT line FROM ids WHERE digest = ?", (digest,)).fetchone()
+        return int(line)
+
+    def close(self) -> None:
+        """Forget all of it."""
+        self._database.close()
+
+
 class _Input:
     """The batch file, read twice through one open file."""
 
@@ -444,36 +476,27 @@ class _Input:
         """
         problems: list[str] = []
         count = checksum = 0
-        # An unnamed database is a temporary file, of which SQLite holds a few pages in memory.
-        with contextlib.closing(sqlite3.connect("", isolation_level=None)) as ids:
-            ids.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
-            ids.execute("PRAGMA journal_mode = OFF")
-            ids.execute("BEGIN")
+        with contextlib.closing(_Ids()) as ids:
             for number, text in self._numbered():
                 if stop.asked or len(problems) == _SHOWN:
                     break
                 count += 1
                 checksum = zlib.crc32(text, checksum)
                 try:
-                    line = parse_line(text, number, self._defaults)
+                    custom_id = parse_line(text, number, self._defaults).custom_id
                 except ValueError as error:
                     problems.append(f"line {number}: {error}")
                     continue
-                digest = hashlib.blake2b(
-                    line.custom_id.encode(errors="surrogatepass"), digest_size=16
-                ).digest()
-                added = ids.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, number)).rowcount
-                if not added:
-                    (first,) = ids.execute("SELECT line FROM ids WHERE digest = ?", (digest,)).fetchone()
+                first = ids.add(custom_id, number)
+                if first is not None:
                     problems.append(
-                        f"line {number}: custom_id {line.custom_id!r:.80} is that of line {first} already; "
+                        f"line {number}: custom_id {custom_id!r:.80} is that of line {first} already; "
                         "each line needs one of its own"
                     )
         if problems:
             more = " (there may be more)" if len(problems) == _SHOWN else ""
-            raise BatchFileError(
-                f"{self.path} cannot be run, and nothing was asked{more}:\n" + "\n".join(problems)
-            )
+            told = "\n".join(problems)
+            raise BatchFileError(f"{self.path} cannot be run, and nothing was asked{more}:\n{told}")
         self._left, self._checksum = count, checksum
         self._lines = self._numbered()
         return count
@@ -574,9 +597,10 @@ class _Output:
 
     def __exit__(self, *_: object) -> None:
         if not self._complete:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(BatchFileError):
                 self._write()
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         if not self._complete and not self._direct and not self._written:
             self.partial.unlink(missing_ok=True)
 
@@ -589,8 +613,14 @@ class _Output:
 
     def _write(self) -> None:
         lines, self._lines, self._bytes = self._lines, [], 0
-        self._file.writelines(lines)
-        self._file.flush()
+        try:
+            self._file.writelines(lines)
+            self._file.flush()
+        except OSError as error:
+            raise BatchFileError(
+                f"the results cannot be written to {self.path}: {error.strerror}. "
+                "What was paid for is in the cache; run it again when that is mended"
+            ) from error
         self._written += len(lines)
 
     async def finish(self) -> None:
@@ -854,7 +884,7 @@ def _line(
     flags: Mapping[str, Any],
 ) -> bytes:
     """Return a result line as bytes."""
-    named = hashlib.blake2b("\0".join([line.custom_id, *keys]).encode(errors="replace"), digest_size=12)
+    named = hashlib.blake2b("\0".join([line.custom_id, *keys]).encode(), digest_size=12)
     ours: dict[str, Any] = {"cached": [], "duplicated": [], "indices": [], **flags}
     ours["key"] = keys[0] if len(keys) == 1 else None
     if len(keys) > 1:
@@ -874,7 +904,6 @@ def _line(
 
 
 _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
-    (CacheMiss, "cache_miss"),
     (ShortAnswer, "short_answer"),
     (BadAnswer, "bad_answer"),
     (StoreError, "store_error"),
@@ -901,6 +930,8 @@ def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
             "body": body,
         }
         return str(code or f"http_{status}"), message, response
+    if isinstance(error, CacheMiss):
+        return "cache_miss", f"not all samples of key {error.key} are in the cache for this namespace", None
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, message, None

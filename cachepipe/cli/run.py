@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import orjson
 
+from cachepipe.cli.common import visible
+from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
 from cachepipe.typedefs import MODES, REPEATS
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 SOME_FAILED: Final = 1
-BAD_INPUT: Final = 2
 _SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
 _GRACE: Final = 60.0  # seconds that requests in flight have after the first Ctrl-C
 _PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
@@ -92,8 +93,9 @@ def run(context: click.Context, /, **options: Any) -> None:
     """Answer the requests of a file, each line of it once.
 
     REQUESTS holds one JSON object per line: OpenAI's batch requests (custom_id, method, url, body), or a
-    prompt, or messages. Fields model, n, temperature, top_p, max_tokens, max_completion_tokens, seed and
-    stop of a line with a prompt or messages are part of what it asks; all others are carried to its result.
+    prompt, or messages. In lines with a prompt or messages, the fields model, n, temperature, top_p,
+    max_tokens, max_completion_tokens, seed and stop are part of what is asked. A line's own settings win
+    over the options. Other fields are carried along to the result.
 
     The results are OpenAI's batch results, in the order of the requests. Each tells which of its samples
     came from the cache.
@@ -109,9 +111,8 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
     try:
         with _spoken_warnings(screen):
             report, number = asyncio.run(_answer(options, mode, key, screen))
-    except (CachepipeError, OSError) as error:
-        click.echo(f"Error: {_blotted(str(error), key)}", err=True)
-        return BAD_INPUT
+    except CachepipeError as error:
+        raise Failure(_blotted(str(error), key)) from error
     except KeyboardInterrupt:
         click.echo(f"Stopped at once. To go on: {_again(context, options)}", err=True)
         return _SIGNALLED + signal.SIGINT
@@ -367,7 +368,9 @@ def _last_words(context: click.Context, options: dict[str, Any], mode: str, repo
     elif report.output is not None and not options["quiet"]:
         yield f"The results are in {report.output}."
         if report.failed and mode != "bypass":
-            yield f"To ask again for those that failed: {_again(context, options)}"
+            missing = report.errors.get("cache_miss")
+            aim = "generate what is missing" if missing else "ask again for those that failed"
+            yield f"To {aim}: {_again(context, options)}"
 
 
 def _again(context: click.Context, options: dict[str, Any]) -> str:
@@ -377,8 +380,8 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
         name, value = parameter.name or "", options.get(parameter.name or "")
         if context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
             continue
-        if value == "refresh" or name == "refresh":
-            continue  # a second refresh would generate all of it once more
+        if name in ("replay", "refresh") or (name == "mode" and value in ("replay", "refresh")):
+            continue  # replaying brings nothing more, and refreshing would generate all of it once more
         if name == "base_url" and value is not None:
             value = re.sub(r"//[^/@]*@", "//", str(value))
         if isinstance(parameter, click.Argument):
@@ -394,7 +397,7 @@ def _blotted(text: str, key: str) -> str:
     """Return a text without the API key, and without credentials in a URL."""
     if len(key) > 3:
         text = text.replace(key, "***")
-    return re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
+    return visible(re.sub(r"(\w://)[^/@\s]*@", r"\1", text), lines=True)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class WireRequest(Request):
     """
 
     endpoint: str = dataclasses.field(default=CHAT_COMPLETIONS, kw_only=True)
-    headers: Mapping[str, str] | None = dataclasses.field(default=None, kw_only=True)
+    headers: Mapping[str, str] | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,10 @@ class _Connection:
     async def post(self, endpoint: str, body: wire.Body, headers: Mapping[str, str]) -> bytes:
         """Return the bytes of an answer with a status of success."""
         if self._client is None:
-            self._client = self._connect()
+            # It takes a second, in which the loop goes on; and a replay never needs it.
+            sdk = await asyncio.to_thread(importlib.import_module, "openai")
+            if self._client is None:
+                self._client = self._connect(sdk)
         client = self._client
         if self._answer_class is None:
             # The class of raw answers is that of the HTTP library the SDK is built on, as the URL's is.
@@ -106,11 +109,9 @@ class _Connection:
         content: bytes = answer.content
         return content
 
-    def _connect(self) -> Any:
-        import openai  # noqa: PLC0415 - a second of importing, and a replay needs none of it
-
+    def _connect(self, sdk: Any) -> Any:
         key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
-        return openai.AsyncOpenAI(
+        return sdk.AsyncOpenAI(
             base_url=self._base_url, api_key=_NO_KEY if key == "" else key, **self._settings
         )
 
