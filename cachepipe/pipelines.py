@@ -13,8 +13,9 @@ from typing import Any
 
 from cachepipe.stages.base import Stage
 from cachepipe.stages.batcher import AsyncBatcher
-from cachepipe.stages.cacher import AsyncCacher, Stats
+from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
+from cachepipe.stages.engine import Stats
 from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Batch, Mode, Repeat, Request, Response

@@ -102,7 +102,8 @@ class Codec:
             return self._instance(value)
         for plain in (bool, int, float, str, list, dict):
             if isinstance(value, plain):  # str enums, OrderedDict …: equal to the plain value
-                bare = plain(value) if plain is not str else str.__str__(value)
+                make: Any = str.__str__ if plain is str else plain
+                bare = make(value)
                 if bare == value:
                     return self._form(bare)
         raise NotStorable(
@@ -178,7 +179,7 @@ class Codec:
             )
         fields = {field: self._value(item) for field, item in form["fields"].items()}
         if dataclasses.is_dataclass(kind):
-            value = object.__new__(kind)
+            value: Any = object.__new__(self._classes[name])
             for field, item in fields.items():
                 object.__setattr__(value, field, item)
             return value

@@ -2,8 +2,9 @@
 
 from cachepipe.stages.base import Stage
 from cachepipe.stages.batcher import AsyncBatcher
-from cachepipe.stages.cacher import AsyncCacher, Stats
+from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
+from cachepipe.stages.engine import Stats
 from cachepipe.stages.reorderer import RequestReorderer
 
 __all__ = ["AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stage", "Stats"]

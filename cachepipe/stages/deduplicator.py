@@ -14,8 +14,9 @@ from typing import Any
 from cachepipe import keys
 from cachepipe.ledger import label
 from cachepipe.stages.base import Stage, together
-from cachepipe.stages.cacher import AsyncCacher, Receipt, Stats, Wanted
-from cachepipe.stages.generation import Call, Caller, Need
+from cachepipe.stages.cacher import AsyncCacher
+from cachepipe.stages.engine import Receipt, Stats
+from cachepipe.stages.generation import Call, Caller, Need, Wanted
 from cachepipe.typedefs import Batch, Request, Response
 
 _Group = tuple[str, str]

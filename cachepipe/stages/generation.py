@@ -114,6 +114,51 @@ class Call:
             self.task.cancel()
 
 
+class Wanted(Need):
+    """A need whose samples go straight to the caller, not to a store."""
+
+    __slots__ = ("_owed", "brought", "future", "values")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, request: Request, group: Hashable | None = None
+    ) -> None:
+        super().__init__(request, group, range(request.n))
+        self.values: list[Any] = [None] * request.n
+        self._owed = request.n
+        self.brought = 0
+        self.future: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def wanted(self) -> bool:
+        return not self.future.done()
+
+    def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:  # noqa: ARG002 - not recorded
+        for slot, value in zip(slots, values, strict=True):
+            self.values[slot] = value
+        self._owed -= len(values)
+        self.brought += len(values)
+        if not self._owed and not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, slots: Sequence[int], error: BaseException | None) -> None:  # noqa: ARG002 - it fails as a whole
+        if self.future.done():
+            return
+        if error is None:
+            self.future.cancel()
+        else:
+            self.future.set_exception(error)
+
+    async def result(self) -> list[Any]:
+        """Return the samples; a cancelled caller withdraws calls that nobody else waits for."""
+        try:
+            await self.future
+        except asyncio.CancelledError:
+            self.future.cancel()
+            withdraw(self)
+            raise
+        return self.values
+
+
 class Caller:
     """Asks a model for what is needed, in as few calls as its limit allows.
 
@@ -346,3 +391,9 @@ def _repeatable(error: BaseException) -> bool:
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return True
     return getattr(error, "status_code", getattr(error, "status", None)) in _REFUSED
+
+
+def withdraw(need: Need) -> None:
+    for call in list(need.calls):
+        if not call.wanted:
+            call.withdraw()

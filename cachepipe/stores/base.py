@@ -47,7 +47,7 @@ class Sample(NamedTuple):
         header: JSON of when, by which call and run it was made, and how long that took.
     """
 
-    index: int  # type: ignore[assignment] - a sample is no sequence that one searches
+    index: int  # type: ignore[assignment]  # a sample is no sequence that one searches
     id: str
     payload: bytes
     header: bytes

@@ -123,7 +123,7 @@ class SqlStore:
     def _readable(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         pair: tuple[sqlite3.Connection, sqlite3.Connection] | None
         if self._fork == forks.count and (pair := getattr(self._reading, "pair", None)) is not None:
-            return pair
+            return pair  # type: ignore[no-any-return]
         self._check()
         pair = self._reading.pair = self._open(write=False)
         self._opened += pair

@@ -1,0 +1,112 @@
+"""Who in this process generates what, and who waits for it: across clients, loops and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from cachepipe.stores.base import Sample
+
+
+class Maker(Protocol):
+    """Where samples are generated: a lane."""
+
+    loop: asyncio.AbstractEventLoop
+
+
+Told = Callable[[int, "Sample | None", "BaseException | None", bool], None]
+"""Learns, from any thread, of an index: its sample, or why it will not come, and whether that was the last try."""
+
+
+class Board:
+    """Who in this process generates what, and who waits for it: one per store, for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[tuple[str, int], Maker] = {}
+        self._waiting: dict[tuple[str, int], list[tuple[object, Told]]] = {}
+
+    def announce(self, lane: Maker, key: str, indices: Iterable[int]) -> None:
+        """Note that a lane generates these samples."""
+        for index in indices:
+            self._made[key, index] = lane
+
+    def maker(self, key: str, index: int) -> Maker | None:
+        """Return the lane that generates a sample, if its loop lives."""
+        lane = self._made.get((key, index))
+        return None if lane is None or lane.loop.is_closed() else lane
+
+    def wait(self, key: str, index: int, waiter: object, told: Told) -> None:
+        """Note that somebody waits for a sample."""
+        with self._lock:
+            self._waiting.setdefault((key, index), []).append((waiter, told))
+
+    def unwait(self, key: str, indices: Iterable[int], waiter: object) -> None:
+        """Note that somebody waits for these samples no more."""
+        with self._lock:
+            for index in indices:
+                left = [pair for pair in self._waiting.get((key, index), ()) if pair[0] is not waiter]
+                if left:
+                    self._waiting[key, index] = left
+                else:
+                    self._waiting.pop((key, index), None)
+
+    def anyone_waits(self, key: str, indices: Iterable[int]) -> bool:
+        """Tell whether anybody waits for any of these samples."""
+        with self._lock:
+            return any((key, index) in self._waiting for index in indices)
+
+    def settle(
+        self,
+        key: str,
+        index: int,
+        sample: Sample | None,
+        error: BaseException | None = None,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Tell those who wait that a sample is stored, or will not come from who was to generate it.
+
+        Args:
+            key: the key of its question.
+            index: its index.
+            sample: the sample, or None.
+            error: what its call failed with, if it did.
+            last: whether that call was the one further try of those who had waited.
+        """
+        with self._lock:
+            self._made.pop((key, index), None)
+            if not self._waiting:
+                return
+            waiting = self._waiting.pop((key, index), ())
+        for _, told in waiting:
+            told(index, sample, error, last)
+
+
+_boards: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
+_boards_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Let a forked child know that its parent's calls and waiters are not its own."""
+    global _boards_lock  # noqa: PLW0603 - the parent may have held it while forking
+    _boards_lock = threading.Lock()
+    for board in list(_boards.values()):
+        board.__init__()  # type: ignore[misc]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def board_of(identity: str) -> Board:
+    """Return the board of a store, by the store's identity."""
+    with _boards_lock:
+        board = _boards.get(identity)
+        if board is None:
+            board = _boards[identity] = Board()
+        return board

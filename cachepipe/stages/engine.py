@@ -1,0 +1,659 @@
+"""What becomes of a draw: its claim, the samples that it awaits or has generated, and its end.
+
+An engine is all of a cacher but its handle, so that a cacher is gone, and its run may end, when nobody
+refers to it any more. Everything that concerns a draw happens on the loop of its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from cachepipe import runs
+from cachepipe.errors import CacheMiss, FreshIds, NotStorable, NotStored, SharedDraw, StoreError
+from cachepipe.keys import Question
+from cachepipe.ledger import SHARED, Draw, Runs, label
+from cachepipe.stages.board import board_of
+from cachepipe.stages.generation import Call, Caller, Need, withdraw
+from cachepipe.stages.lane import Lane
+from cachepipe.stores.base import Claim, Commit, Committed, Forgo, Grant, Leave, Sample, Store
+from cachepipe.typedefs import Mode, Repeat, Request, Response
+from cachepipe.values import Codec
+
+_LOOK_FIRST, _LOOK_LAST = 0.005, 0.25  # seconds between looks at samples that other processes generate
+_ORPHAN_LOOKS = 6  # looks after which a sample of this process that nobody generates is taken over
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a cacher has done since it was opened, in samples unless said otherwise.
+
+    Attributes:
+        hits: delivered from the cache.
+        misses: generated on behalf of the request that got them.
+        merged: flagged as duplicated, by the deduplicator in front.
+        generated: returned by the model.
+        in_flight: being generated now.
+        unreported: generated, but never reported as such: their request failed or was cancelled, or
+            nobody had asked for them.
+        requests: requests begun.
+        calls: calls made to the model.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    merged: int = 0
+    generated: int = 0
+    in_flight: int = 0
+    unreported: int = 0
+    requests: int = 0
+    calls: int = 0
+
+    def __getitem__(self, name: str) -> int:
+        value: int = asdict(self)[name]
+        return value
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the figures by name."""
+        return asdict(self)
+
+
+class Receipt(NamedTuple):
+    """What was given out for a draw."""
+
+    draw: Draw
+    occurrences: runs.Occurrences
+    n: int
+    generated: int
+
+
+class _Draw:
+    """A request on its way through the cacher."""
+
+    __slots__ = (
+        "awaited",
+        "complete",
+        "dead",
+        "future",
+        "generated",
+        "held",
+        "id",
+        "indices",
+        "joined",
+        "lane",
+        "making",
+        "missing",
+        "mode",
+        "n",
+        "needs",
+        "occurrences",
+        "question",
+        "request",
+        "retried",
+        "token",
+        "unsaved",
+        "user",
+        "values",
+    )
+
+    def __init__(self, lane: Lane, request: Request, question: Question, mode: Mode) -> None:
+        self.lane = lane
+        self.request = request
+        self.question = question
+        self.mode = mode
+        self.n = request.n
+        self.id: Draw = None  # type: ignore[assignment]
+        self.occurrences: runs.Occurrences | None = None
+        self.user: str | None = None
+        self.token = f"{next(_tokens):x}"
+        self.indices: list[int] = []
+        self.values: list[Any] = [None] * self.n
+        self.missing: dict[int, int] = {}  # index -> position
+        self.generated: set[int] = set()  # positions
+        self.awaited: set[int] = set()  # indices that others generate
+        self.making: set[int] = set()  # indices that are generated on this draw's behalf
+        self.needs: list[_Need] = []
+        self.held: tuple[int, ...] = ()
+        self.joined = False
+        self.complete = False
+        self.unsaved = False
+        self.dead = False
+        self.retried = False
+        self.future: asyncio.Future[None] = lane.loop.create_future()
+
+    def response(self, duplicated: list[bool] | None) -> Response:
+        cached = [position not in self.generated for position in range(self.n)]
+        return respond(self.values, cached, duplicated, tuple(self.indices), self.question.key)
+
+
+def respond(
+    values: list[Any],
+    cached: list[bool],
+    duplicated: list[bool] | None,
+    indices: tuple[int, ...] | None,
+    key: str,
+) -> Response:
+    response = Response(values, cached, duplicated)
+    response.indices = indices
+    response.key = key
+    return response
+
+
+_tokens = itertools.count(1)
+
+
+class _Need(Need):
+    """What a draw is to generate: the samples at these indices, in this order."""
+
+    __slots__ = ("draw", "engine")
+
+    def __init__(self, engine: Engine, draw: _Draw, indices: Sequence[int]) -> None:
+        super().__init__(draw.request, draw.question.key if draw.question.mergeable else None, indices)
+        self.engine = engine
+        self.draw = draw
+
+    @property
+    def wanted(self) -> bool:
+        return not self.draw.dead or self.engine.board.anyone_waits(self.draw.question.key, self.slots)
+
+    def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:
+        for index, value in zip(slots, values, strict=True):
+            self.engine.store_sample(self.draw, index, value, call)
+
+    def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
+        self.engine.give_up(self.draw, slots, error)
+
+
+class Engine:
+    """All of a cacher but its handle, so that a cacher is gone when nobody refers to it any more."""
+
+    def __init__(self, model: Any, store: Store, codec: Codec) -> None:
+        self.model = model
+        self.store = store
+        self.codec = codec
+        self.window = 0.0
+        self.board = board_of(store.identity)
+        self.merged = self.hits = self.misses = self.unreported = self.requests = 0
+        self._lock = threading.Lock()
+        self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
+        self._last: Lane | None = None
+        self._present = getattr(model, "present", None)
+        self._callers: list[Caller] = []
+
+    def lane(self, loop: asyncio.AbstractEventLoop) -> Lane:
+        """Return an event loop's lane."""
+        last = self._last
+        if last is not None and last.loop is loop:
+            return last
+        lane = self._lanes.get(loop)
+        if lane is None:
+            with self._lock:
+                for old in [old for old in self._lanes if old.is_closed()]:
+                    del self._lanes[old]
+                caller = Caller(loop, self.model, self.keep_extra)
+                self._callers.append(caller)
+                lane = self._lanes[loop] = Lane(loop, self.store, caller)
+        self._last = lane
+        return lane
+
+    def stats(self) -> Stats:
+        """Return what was done so far."""
+        callers = self._callers
+        return Stats(
+            hits=self.hits,
+            misses=self.misses,
+            merged=self.merged,
+            generated=sum(caller.generated for caller in callers),
+            in_flight=sum(caller.in_flight for caller in callers),
+            unreported=self.unreported,
+            requests=self.requests,
+            calls=sum(caller.calls for caller in callers),
+        )
+
+    # From request to draw.
+
+    def begin(
+        self,
+        lane: Lane,
+        request: Request,
+        question: Question,
+        mode: Mode,
+        repeat: Repeat,
+        duplicated: list[bool] | None,
+        receipts: list[Receipt] | None,
+    ) -> Response | _Draw:
+        """Return the response when the ledger and the store have it all, else the draw to wait for."""
+        self.requests += 1
+        namespace = label(request.namespace)
+        occurrences = runs.current(self.store.identity)
+        if repeat == "same" or question.function:
+            identity = Draw(SHARED, question.key, "", 0)
+            user = namespace
+        else:
+            request_id = request.request_id or ""
+            number = occurrences.take((namespace, question.key, request_id))
+            identity = Draw(namespace, question.key, request_id, number)
+            user = None
+        try:
+            if mode == "replay" or self.store.read_only:
+                replayed = self._replay(lane, request, question, identity, mode, occurrences, duplicated)
+                if receipts is not None and type(replayed) is Response:
+                    receipts.append(Receipt(identity, occurrences, request.n, 0))
+                return replayed
+            # In a crowd the claims of this turn, in one transaction, also find what is known already.
+            if (
+                mode == "read-write"
+                and lane.idle
+                and (user is None or (question.key, user) in occurrences.used)
+            ):
+                grant = self.store.recall(identity, request.n)
+                if grant is not None:
+                    occurrences.count(identity, fresh_id=False)
+                    if receipts is not None:
+                        receipts.append(Receipt(identity, occurrences, request.n, 0))
+                    return self._known(request, question, grant, occurrences, duplicated)
+        except BaseException:
+            if user is None:
+                occurrences.give_back(identity)
+            raise
+        draw = _Draw(lane, request.asking(request.n), question, mode)
+        draw.id, draw.user, draw.occurrences = identity, user, occurrences
+        self._claim(draw, refresh=mode == "refresh")
+        return draw
+
+    def _known(
+        self,
+        request: Request,
+        question: Question,
+        grant: Grant,
+        occurrences: runs.Occurrences,
+        duplicated: list[bool] | None,
+    ) -> Response:
+        if grant.shared:
+            self._warn_shared(question, request, occurrences)
+        values = [self.decode(sample) for sample in grant.samples if sample is not None]
+        self.hits += request.n
+        return respond(values, [True] * request.n, duplicated, tuple(grant.indices), question.key)
+
+    def _replay(
+        self,
+        lane: Lane,
+        request: Request,
+        question: Question,
+        identity: Draw,
+        mode: Mode,
+        occurrences: runs.Occurrences,
+        duplicated: list[bool] | None,
+    ) -> Response | _Draw:
+        shared = identity.namespace == SHARED
+        taken = Runs() if shared else occurrences.taken(identity.namespace, question.key)
+        grant = None if mode == "refresh" else self.store.replay(identity, request.n, taken)
+        if grant is not None:
+            return self._known(request, question, grant, occurrences, duplicated)
+        if mode == "replay":
+            raise CacheMiss(question.key, request.namespace, request)
+        draw = _Draw(lane, request.asking(request.n), question, mode)
+        draw.id, draw.occurrences, draw.unsaved = identity, occurrences, True
+        draw.missing = {-1 - position: position for position in range(draw.n)}
+        self._need(draw, list(draw.missing))
+        return draw
+
+    async def finish(
+        self, draw: _Draw, duplicated: list[bool] | None, receipts: list[Receipt] | None
+    ) -> Response:
+        """Return a draw's response; a cancelled caller gives back what it had claimed (C8)."""
+        try:
+            await draw.future
+        except BaseException:
+            if draw.complete or not draw.dead:
+                self._abandon(draw)
+            raise
+        self.hits += draw.n - len(draw.generated)
+        self.misses += len(draw.generated)
+        if receipts is not None and draw.occurrences is not None:
+            receipts.append(Receipt(draw.id, draw.occurrences, draw.n, len(draw.generated)))
+        return draw.response(duplicated)
+
+    def take_back(self, receipt: Receipt) -> None:
+        """Let a request whose response did not reach its caller be asked again as the same draw."""
+        self.hits -= receipt.n - receipt.generated
+        self.misses -= receipt.generated
+        self.unreported += receipt.generated
+        if receipt.draw.namespace != SHARED:
+            receipt.occurrences.give_back(receipt.draw)
+
+    # Claims.
+
+    def _claim(self, draw: _Draw, *, refresh: bool = False) -> None:
+        claim = Claim(draw.id, draw.n, draw.question, draw.token, refresh, draw.user)
+        if draw.occurrences is not None and draw.occurrences.replays:
+            claim.avoid = draw.occurrences.taken(draw.id.namespace, draw.question.key)
+
+        def granted(result: Grant | Exception) -> None:
+            try:
+                self._granted(draw, result)
+            except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
+                if not draw.dead:
+                    unmade = [] if isinstance(result, Exception) else sorted({*result.mine} - draw.making)
+                    if unmade:
+                        draw.lane.put(Forgo(draw.question.key, unmade), _unheard)
+                    self._fail(draw, error)
+
+        draw.lane.put(claim, granted)
+
+    def _granted(self, draw: _Draw, grant: Grant | Exception) -> None:
+        if isinstance(grant, Exception):
+            if not draw.dead:
+                self._fail(draw, grant)
+            return
+        lane, key = draw.lane, draw.question.key
+        draw.joined = draw.joined or grant.joined
+        draw.held = tuple({*draw.held, *grant.held})
+        if draw.dead:
+            self._leave(draw, _unheard)
+            if grant.mine:
+                lane.put(Forgo(key, grant.mine), _unheard)
+            return
+        if draw.user is not None and draw.occurrences is not None:
+            draw.occurrences.used.add((key, draw.user))
+        self._warn(draw, grant)
+        mine = set(grant.mine)
+        draw.indices = grant.indices
+        draw.missing = {}
+        for position, (index, sample) in enumerate(zip(grant.indices, grant.samples, strict=True)):
+            if position in draw.generated:
+                continue
+            if sample is not None:
+                draw.values[position] = self.decode(sample)
+                continue
+            draw.missing[index] = position
+            if index not in mine and index not in draw.making and index not in draw.awaited:
+                draw.awaited.add(index)
+                self.board.wait(key, index, draw, partial(self._told, draw))
+                if self.board.maker(key, index) is None:
+                    self._watch(draw)
+        if mine:
+            self._need(draw, grant.mine)
+        if not draw.missing:
+            self._complete(draw)
+
+    def _need(self, draw: _Draw, indices: list[int]) -> None:
+        lane = draw.lane
+        need = _Need(self, draw, indices)
+        draw.needs.append(need)
+        draw.making.update(indices)
+        if not draw.unsaved:
+            self.board.announce(lane, draw.question.key, indices)
+        lane.needs.append(need)
+        if len(lane.needs) == 1:
+            # All claims of this turn are granted in one go; calls for them start right after it.
+            if self.window:
+                lane.loop.call_later(self.window, self._start, lane)
+            else:
+                lane.loop.call_soon(self._start, lane)
+
+    def _start(self, lane: Lane) -> None:
+        needs, lane.needs = lane.needs, []
+        if any(need.draw.dead for need in needs):
+            for need in needs:
+                if not need.wanted:
+                    self.give_up(need.draw, need.slots, None)
+            needs = [need for need in needs if need.wanted]
+        lane.caller.start(needs)
+
+    # Samples that come, and samples that do not.
+
+    def store_sample(self, draw: _Draw, index: int, value: Any, call: Call) -> None:
+        """Commit a sample that a call has brought, then hand it to whoever waits for it."""
+        key = draw.question.key
+        if index < 0:  # a store that cannot be written
+            self._filled(draw, index, value)
+            return
+        try:
+            payload = self.codec.encode(value)
+        except NotStorable as error:
+            self._unstored(draw, index, value, error)
+            return
+        commit = Commit(
+            key, index, payload, {"at": round(time.time(), 3), "call": call.id, "s": round(call.seconds, 4)}
+        )
+
+        def done(result: Committed | Exception) -> None:
+            draw.making.discard(index)
+            if isinstance(result, Exception):
+                self._unstored(draw, index, value, result)
+                return
+            if not result.kept:
+                self.unreported += 1
+                self.board.settle(key, index, None)
+                if not draw.dead:
+                    self._claim(draw)
+                return
+            self.board.settle(key, index, result.sample)
+            if draw.dead:
+                self.unreported += 1
+            else:
+                self._filled(draw, index, value)
+
+        draw.lane.put(commit, done)
+
+    def keep_extra(self, need: Need, values: list[Any], call: Call) -> None:
+        """Store samples that nobody asked for; they serve whoever needs the next."""
+        self.unreported += len(values)
+        if not isinstance(need, _Need) or need.draw.unsaved:
+            return
+        for value in values:
+            try:
+                payload = self.codec.encode(value)
+            except NotStorable:
+                continue
+            meta = {"at": round(time.time(), 3), "call": call.id, "s": round(call.seconds, 4)}
+            need.draw.lane.put(Commit(need.draw.question.key, None, payload, meta), _unheard)
+
+    def _filled(self, draw: _Draw, index: int, value: Any) -> None:
+        if draw.dead:
+            self.unreported += 1
+            return
+        position = draw.missing.pop(index, None)
+        if position is None:  # the draw was laid anew meanwhile
+            self.unreported += 1
+            return
+        draw.values[position] = value if self._present is None else self._present(value)
+        draw.generated.add(position)
+        if not draw.missing:
+            self._complete(draw)
+
+    def _unstored(self, draw: _Draw, index: int, value: Any, error: Exception) -> None:
+        """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
+        self.give_up(draw, [index], None, keep=True)
+        self._filled(draw, index, value)
+        warnings.warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2)
+
+    def give_up(
+        self, draw: _Draw, indices: Sequence[int], error: BaseException | None, *, keep: bool = False
+    ) -> None:
+        """Free indices whose samples will not come; their draw fails, those who waited try once more."""
+        key = draw.question.key
+        draw.making.difference_update(indices)
+
+        def done(_result: Any) -> None:
+            for index in indices:
+                # Who waited tries once more; when that call fails, its outcome is theirs.
+                self.board.settle(key, index, None, error, last=draw.retried)
+
+        if indices and indices[0] >= 0:
+            draw.lane.put(Forgo(key, indices), done)
+        if keep or draw.dead:
+            return
+        if error is None:
+            # Its call was stopped from outside while somebody waited: ask again as a waiter would.
+            draw.future.cancel()
+            self._abandon(draw)
+        else:
+            self._fail(draw, error)
+
+    def _told(
+        self, draw: _Draw, index: int, sample: Sample | None, error: BaseException | None, last: bool
+    ) -> None:
+        """Learn on any thread of a sample that is awaited; take it on the draw's own loop."""
+        draw.lane.soon(self.arrived, draw, index, sample, error, last)
+
+    def arrived(
+        self,
+        draw: _Draw,
+        index: int,
+        sample: Sample | None,
+        error: BaseException | None,
+        last: bool,
+    ) -> None:
+        """Take a sample that another draw generated, or try for it once more."""
+        draw.awaited.discard(index)
+        if draw.dead or index not in draw.missing:
+            return
+        if sample is None:
+            if error is not None and last and draw.retried:
+                self._fail(draw, error)
+                return
+            draw.retried = draw.retried or error is not None
+            self._claim(draw)
+            return
+        try:
+            draw.values[draw.missing[index]] = self.decode(sample)
+        except Exception as error:  # noqa: BLE001 - such as one of an unnamed class
+            self._fail(draw, error)
+            return
+        del draw.missing[index]
+        if not draw.missing:
+            self._complete(draw)
+
+    def decode(self, sample: Sample) -> Any:
+        """Return the value of a stored sample as the model's adapter presents it."""
+        value = self.codec.decode(sample.payload)
+        return value if self._present is None else self._present(value)
+
+    # Ends.
+
+    def _complete(self, draw: _Draw) -> None:
+        draw.complete = True
+        draw.lane.strangers.pop(draw, None)
+        if draw.joined:
+            self._leave(draw, _unheard)
+        if not draw.future.done():
+            draw.future.set_result(None)
+
+    def _fail(self, draw: _Draw, error: BaseException) -> None:
+        """Undo a draw, then tell its caller."""
+
+        def told(_result: Any) -> None:
+            if not draw.future.done():
+                draw.future.set_exception(error)
+
+        self._end(draw, told)
+
+    def _abandon(self, draw: _Draw) -> None:
+        """Undo a draw whose caller has gone, and stop the calls that nobody waits for any more."""
+        if draw.complete:
+            self.unreported += len(draw.generated)
+            self._give_back(draw)
+            draw.dead = True
+            return
+        self._end(draw)
+        for need in draw.needs:
+            withdraw(need)
+
+    def _end(self, draw: _Draw, then: Callable[[Any], None] | None = None) -> None:
+        draw.dead = True
+        draw.lane.strangers.pop(draw, None)
+        self.unreported += len(draw.generated)
+        self.board.unwait(draw.question.key, draw.awaited, draw)
+        self._give_back(draw)
+        self._leave(draw, _unheard if then is None else then)
+
+    def _leave(self, draw: _Draw, then: Callable[[Any], None]) -> None:
+        if draw.held:
+            draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete), then)
+        else:
+            then(None)
+
+    def _give_back(self, draw: _Draw) -> None:
+        if draw.user is None and draw.occurrences is not None:
+            draw.occurrences.give_back(draw.id)
+
+    # Samples that other processes generate.
+
+    def _watch(self, draw: _Draw) -> None:
+        strangers = draw.lane.strangers
+        if not strangers:
+            draw.lane.loop.call_later(_LOOK_FIRST, self._look, draw.lane, _LOOK_FIRST, {})
+        strangers[draw] = None
+
+    def _look(self, lane: Lane, pause: float, orphans: dict[tuple[str, int], int]) -> None:
+        """See whether what this lane's draws await from elsewhere has come, or will not come."""
+        places = [
+            (draw, index)
+            for draw in lane.strangers
+            for index in draw.awaited
+            if self.board.maker(draw.question.key, index) is None
+        ]
+        seen: dict[tuple[str, int], int] = {}
+        again: dict[_Draw, None] = {}
+        try:
+            states = self.store.glance([(draw.question.key, index) for draw, index in places])
+        except StoreError:
+            states = []  # such as a checkpoint in the way; look again
+        for (draw, index), state in zip(places, states, strict=False):
+            place = (draw.question.key, index)
+            if state == "ours":
+                # Granted to another lane of this process that has not announced it yet, or lost with its loop.
+                seen[place] = orphans.get(place, 0) + 1
+                if seen[place] >= _ORPHAN_LOOKS:
+                    lane.put(Forgo(place[0], [index]), _unheard)
+                    again[draw] = None
+            elif state != "pending":
+                again[draw] = None
+        for draw in again:
+            self.board.unwait(draw.question.key, draw.awaited, draw)
+            draw.awaited.clear()
+            lane.strangers.pop(draw, None)
+            self._claim(draw)
+        if lane.strangers:
+            pause = min(pause * 1.5, _LOOK_LAST)
+            lane.loop.call_later(pause, self._look, lane, pause, seen)
+
+    # Warnings, each given once in a run.
+
+    def _warn(self, draw: _Draw, grant: Grant) -> None:
+        occurrences = draw.occurrences
+        if occurrences is None:
+            return
+        if grant.shared:
+            self._warn_shared(draw.question, draw.request, occurrences)
+        if occurrences.count(draw.id, fresh_id=grant.fresh_id):
+            warnings.warn(
+                "most requests of this run have new request ids on questions that their namespace has asked "
+                "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
+                "in each run: not made from hash(str), uuids or times",
+                FreshIds,
+                stacklevel=2,
+            )
+
+    def _warn_shared(self, question: Question, request: Request, occurrences: runs.Occurrences) -> None:
+        if occurrences.first_time("shared draw"):
+            warnings.warn(
+                f"another live process made the same draw (key {question.key}, namespace "
+                f"{request.namespace!r}, request id {request.request_id!r}) and has its samples too; workers "
+                "that mean independent samples need different request ids",
+                SharedDraw,
+                stacklevel=2,
+            )
+
+
+def _unheard(_result: Any) -> None:
+    """Take a result that nobody waits for; its failure shows in the next claim."""

@@ -1,0 +1,120 @@
+"""One event loop's way to a store: what comes in one turn is written in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from cachepipe.errors import StoreError
+from cachepipe.stages.generation import Caller
+from cachepipe.stores.base import Claim, Operation, Store
+
+_INLINE = 128  # operations that may be written on the loop's own thread at once
+
+
+class Lane:
+    """One event loop's way to the store: what comes in one turn is written in one transaction."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, store: Store, caller: Caller) -> None:
+        self.loop = loop
+        self.caller = caller
+        self.needs: list[Any] = []
+        """What is to be asked of the model at the end of this turn, or of the window."""
+        self.strangers: dict[Any, None] = {}
+        """The draws that await samples which other processes generate, in order."""
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._store = store
+        self._operations: list[tuple[Operation, Callable[[Any], None]]] = []
+
+    def soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function on this lane's loop: now when it is the running one, else soon."""
+        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - the documented one raises
+            function(*arguments)
+            return
+        with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+    def put(self, operation: Operation, done: Callable[[Any], None]) -> None:
+        """Queue an operation for the end of this turn; ``done`` gets its result or error."""
+        self._operations.append((operation, done))
+        if len(self._operations) == 1:
+            try:
+                self.loop.call_soon(self._flush)
+            except RuntimeError:  # the loop is closed: this is the last chance
+                operations, self._operations = self._operations, []
+                self._store.apply_soon([operation for operation, _ in operations])
+
+    def _flush(self) -> None:
+        """Write what has come: inline, a part per turn of the loop, or by the store's thread if it must wait."""
+        batch, self._operations = self._operations[:_INLINE], self._operations[_INLINE:]
+        if not batch:
+            return
+        if self._operations:
+            self.loop.call_soon(self._flush)
+        try:
+            results = self._store.apply_now([operation for operation, _ in batch])
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+            if len(batch) == 1:
+                self._tell(batch[0][1], error)
+                return
+            results = None  # one of them is at fault: the others go on without it
+        if results is None:
+            batch += self._operations
+            self._operations = []
+            batch = [item for item in batch if not self._recalled(*item)]
+            task = self.loop.create_task(self._apply(batch))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+            return
+        for (_, done), result in zip(batch, results, strict=True):
+            self._tell(done, result)
+
+    def _tell(self, done: Callable[[Any], None], result: Any) -> None:
+        """Hand a result on; what goes wrong with one must not keep the others from theirs."""
+        try:
+            done(result)
+        except Exception as error:  # noqa: BLE001 - reported, and its draw has failed already
+            self.loop.call_exception_handler(
+                {"message": "cachepipe could not hand a result of its store on", "exception": error}
+            )
+
+    def _recalled(self, operation: Operation, done: Callable[[Any], None]) -> bool:
+        """Answer a claim that needs no writing: such a hit does not wait for whoever writes."""
+        if type(operation) is not Claim or operation.refresh or operation.user is not None:
+            return False
+        try:
+            grant = self._store.recall(operation.draw, operation.n)
+        except StoreError:
+            return False  # the claim will say so
+        if grant is not None:
+            self._tell(done, grant)
+        return grant is not None
+
+    async def _apply(self, batch: list[tuple[Operation, Callable[[Any], None]]]) -> None:
+        try:
+            results: list[Any] = list(await self._store.apply([operation for operation, _ in batch]))
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+            if len(batch) > 1:  # one of them is at fault: the others go on without it
+                for item in batch:
+                    await self._apply([item])
+                return
+            results = [error]
+        for (_, done), result in zip(batch, results, strict=True):
+            self._tell(done, result)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued in this turn."""
+        return not self._operations
+
+    async def drain(self) -> None:
+        """Wait until everything queued is written, and no call is in flight."""
+        while self._operations or self.tasks or self.caller.busy or self.needs:
+            if self.tasks:
+                await asyncio.wait(self.tasks)
+            elif self.caller.busy:
+                await self.caller.step()
+            else:
+                await asyncio.sleep(0)
