@@ -87,7 +87,7 @@ class NotStored(CachepipeWarning):
 
 
 class EvictionDisabled(CachepipeWarning):
-    """A diskcache.Cache came with an eviction policy, which was switched off: it would delete paid samples."""
+    """A diskcache.Cache came with an eviction policy, now switched off: it would delete paid samples."""
 
 
 class ReadOnlyStore(CachepipeWarning):

@@ -1,4 +1,4 @@
-"""How many forks this process descends from: what must not cross a fork compares it, without a system call."""
+"""How many forks this process descends from: compared, without a system call, by what must not cross one."""
 
 from __future__ import annotations
 

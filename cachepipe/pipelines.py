@@ -89,7 +89,7 @@ class Pipeline(Stage):
         return self._cacher.question(request).key
 
     def stats(self) -> Stats:
-        """Return what was done since the pipeline was opened: hits, misses, merged, generated …"""
+        """Return what was done since the pipeline was opened: hits, misses, merged, generated and more."""
         return self._head.stats()
 
     async def close(self) -> None:

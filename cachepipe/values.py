@@ -150,7 +150,7 @@ class Codec:
                 return self._marked(name[1:], item, form)
         return {name: self._value(item) for name, item in form.items()}
 
-    def _marked(self, kind: str, item: Any, form: dict[str, Any]) -> Any:  # noqa: PLR0911 - one per kind
+    def _marked(self, kind: str, item: Any, form: dict[str, Any]) -> Any:
         match kind:
             case "tuple":
                 return tuple(self._value(part) for part in item)

@@ -155,7 +155,7 @@ async def ask_batch(model: Any, requests: Sequence[Request]) -> list[Response | 
         return list(await model.batch_request(batch, return_exceptions=True))
     try:
         answers = list(await model.batch_request(batch))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it belongs to those who asked
         if len(requests) == 1:
             return [error]
         answers = []

@@ -19,7 +19,7 @@ class Maker(Protocol):
 
 
 Told = Callable[[int, "Sample | None", "BaseException | None", bool], None]
-"""Learns, from any thread, of an index: its sample, or why it will not come, and whether that was the last try."""
+"""Learns, on any thread, of an index: its sample, or why none comes, and whether that was the last try."""
 
 
 class Board:

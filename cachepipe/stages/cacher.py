@@ -70,7 +70,8 @@ class AsyncCacher(Stage):
 
     def __repr__(self) -> str:
         stats = self.stats()
-        return f"<AsyncCacher {self.store!r} {stats.hits} hits, {stats.misses} misses, {stats.in_flight} in flight>"
+        figures = f"{stats.hits} hits, {stats.misses} misses, {stats.in_flight} in flight"
+        return f"<AsyncCacher {self.store!r} {figures}>"
 
     def question(self, request: Request) -> Question:
         """Return what a request asks, with its key.

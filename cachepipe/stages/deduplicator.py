@@ -119,10 +119,7 @@ class AsyncDeduplicator(Stage):
         self._check_open()
         lane = self._lane(loop)
         cacher = self._cacher
-        if cacher is None:
-            question = keys.question(request, self._scope)
-        else:
-            question = cacher.question(request)
+        question = keys.question(request, self._scope) if cacher is None else cacher.question(request)
         lane.served += 1
         first = self._joins(lane, (question.key, label(request.namespace)), owner)
         duplicated = [True] * request.n

@@ -140,6 +140,7 @@ def respond(
     indices: tuple[int, ...] | None,
     key: str,
 ) -> Response:
+    """Return a response with all that is known of its samples."""
     response = Response(values, cached, duplicated)
     response.indices = indices
     response.key = key
@@ -526,8 +527,8 @@ class Engine:
             return
         try:
             draw.values[draw.missing[index]] = self.decode(sample)
-        except Exception as error:  # noqa: BLE001 - such as one of an unnamed class
-            self._fail(draw, error)
+        except Exception as unreadable:  # noqa: BLE001 - such as one of an unnamed class
+            self._fail(draw, unreadable)
             return
         del draw.missing[index]
         if not draw.missing:
@@ -611,7 +612,7 @@ class Engine:
         for (draw, index), state in zip(places, states, strict=False):
             place = (draw.question.key, index)
             if state == "ours":
-                # Granted to another lane of this process that has not announced it yet, or lost with its loop.
+                # Granted to another lane of this process that has not announced it yet, or is gone.
                 seen[place] = orphans.get(place, 0) + 1
                 if seen[place] >= _ORPHAN_LOOKS:
                     lane.put(Forgo(place[0], [index]), _unheard)

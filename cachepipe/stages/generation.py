@@ -130,9 +130,11 @@ class Wanted(Need):
 
     @property
     def wanted(self) -> bool:
+        """Whether the caller still waits."""
         return not self.future.done()
 
     def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:  # noqa: ARG002 - not recorded
+        """Put samples in their places."""
         for slot, value in zip(slots, values, strict=True):
             self.values[slot] = value
         self._owed -= len(values)
@@ -141,6 +143,7 @@ class Wanted(Need):
             self.future.set_result(None)
 
     def fail(self, slots: Sequence[int], error: BaseException | None) -> None:  # noqa: ARG002 - it fails as a whole
+        """Fail as a whole."""
         if self.future.done():
             return
         if error is None:
@@ -297,7 +300,7 @@ class Caller:
             call.seconds = seconds
             try:
                 if isinstance(answer, BaseException):
-                    raise answer
+                    raise answer  # noqa: TRY301 - handled as what samples_of raises
                 values = samples_of(answer)
             except Exception as error:  # noqa: BLE001 - it belongs to those who needed this call
                 self._failed(call, error)
@@ -394,6 +397,7 @@ def _repeatable(error: BaseException) -> bool:
 
 
 def withdraw(need: Need) -> None:
+    """Stop the calls for a need that nobody else waits for."""
     for call in list(need.calls):
         if not call.wanted:
             call.withdraw()

@@ -47,7 +47,7 @@ class Lane:
                 self._store.apply_soon([operation for operation, _ in operations])
 
     def _flush(self) -> None:
-        """Write what has come: inline, a part per turn of the loop, or by the store's thread if it must wait."""
+        """Write what has come: inline, a part per turn of the loop, or on the store's thread if it must."""
         batch, self._operations = self._operations[:_INLINE], self._operations[_INLINE:]
         if not batch:
             return

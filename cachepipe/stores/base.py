@@ -21,7 +21,6 @@ from cachepipe import forks
 from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
 
-
 _ids = itertools.count()
 _prefix: tuple[int, str] = (-1, "")
 
@@ -54,7 +53,7 @@ class Sample(NamedTuple):
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The header as a mapping: ``id``, ``at`` (seconds since 1970), ``call``, ``seconds`` …"""
+        """The header as a mapping: ``id``, ``at`` (seconds since 1970), ``call`` and more."""
         meta: dict[str, Any] = orjson.loads(self.header)
         return meta
 
@@ -252,7 +251,7 @@ class Store(Protocol):
         ...
 
     def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
-        """Tell of each (key, index) whether its sample is stored, being generated elsewhere or here, or free."""
+        """Tell of each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         ...
 
     def keys(self, prefix: str = "") -> Iterator[KeyInfo]:

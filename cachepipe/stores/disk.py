@@ -118,7 +118,7 @@ class DiskStore(SqlStore):
         if policy not in (None, "none"):
             warnings.warn(
                 f"the diskcache in {self.folder} had the eviction policy {policy!r}, which deletes paid "
-                "samples when it grows; it is now 'none'. Open it with eviction_policy='none' to say so yourself",
+                "samples when it grows; it is now 'none'. Open it with eviction_policy='none' yourself",
                 EvictionDisabled,
                 stacklevel=6,
             )

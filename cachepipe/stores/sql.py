@@ -32,7 +32,7 @@ from cachepipe.stores.base import (
     State,
     StoredQuestion,
 )
-from cachepipe.stores.rows import GONE, Discarded, locked, parse_sample, read_sample, unpack
+from cachepipe.stores.rows import GONE, locked, parse_sample, read_sample, unpack
 from cachepipe.stores.transaction import Memory, Transaction
 from cachepipe.stores.writer import Locked, Writer
 

@@ -415,7 +415,7 @@ class Transaction:
             author = row[1] == self._lease() and row[2] == leave.token
             if not author:
                 joined = self._ledger.execute(
-                    f"DELETE FROM holders{_PART} AND token = ? AND lease = ?",  # noqa: S608 - a constant
+                    f"DELETE FROM holders{_PART} AND token = ? AND lease = ?",
                     (*where, leave.token, self._lease()),
                 ).rowcount
                 if not joined:

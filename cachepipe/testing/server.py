@@ -657,7 +657,7 @@ def _messages_call(body: Mapping[str, Any], settings: Settings) -> _Call:
     )
 
 
-def _instance(  # noqa: PLR0911 - one return per keyword of JSON Schema reads best
+def _instance(
     schema: object, text: str, root: Mapping[str, Any], depth: int = 0
 ) -> Any:
     """Return a small value that fits a JSON schema, with the text wherever a string is wanted.
