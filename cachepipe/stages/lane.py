@@ -104,6 +104,10 @@ class Lane:
         for (_, done), result in zip(batch, results, strict=True):
             self._tell(done, result)
 
+    def claiming(self) -> set[str]:
+        """Return the keys of which draws are queued."""
+        return {operation.draw.key for operation, _ in self._operations if type(operation) is Claim}
+
     @property
     def idle(self) -> bool:
         """Whether nothing is queued in this turn."""

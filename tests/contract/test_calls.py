@@ -235,3 +235,13 @@ async def test_c5_short_answers_first_is_not_how_a_list_is_filled(store):
         assert [len(sample) for sample in (await task).data] == lengths
         few = await pipeline.request(Request("p", namespace="few"))
     assert len(few.data[0]) == lengths[0]
+
+
+@pytest.mark.anyio
+async def test_c4_a_crowd_larger_than_a_transaction_still_shares_one_call(store):
+    """Its claims are written in several parts; what they need is asked for when the last one is known."""
+    model = ScriptedModel()
+    async with OnlineAPI(model, store) as pipeline:
+        requests = [Request("p", namespace=f"{k % 3}", request_id=f"{k}") for k in range(1000)]
+        await asyncio.gather(*(pipeline.request(request) for request in requests))
+    assert model.asked == [334]
