@@ -401,7 +401,7 @@ class Engine:
                 lane.loop.call_soon(self._start, lane)
 
     def _start(self, lane: Lane) -> None:
-        """Ask for what this turn's draws need, but for questions of which more draws are yet to be claimed."""
+        """Ask for what this turn needs, but for questions of which more draws are yet to be claimed."""
         needs, lane.needs = lane.needs, []
         if claiming := lane.claiming():
             lane.needs = [need for need in needs if need.draw.question.key in claiming]

@@ -10,9 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from cachepipe.testing.contract import StoreContract
+    from cachepipe.testing.models import ScriptedCall, ScriptedError, ScriptedModel
     from cachepipe.testing.ngram import NGramModel
     from cachepipe.testing.server import MockServer
     from cachepipe.testing.server import Settings as MockSettings
+    from cachepipe.testing.stores import FaultyStore
 
 # Public name: its module in this package, and what it is called there. A new double gets a line here.
 _HOMES: Final = {
@@ -20,6 +23,8 @@ _HOMES: Final = {
     "MockServer": ("server", "MockServer"),
     "MockSettings": ("server", "Settings"),
     "NGramModel": ("ngram", "NGramModel"),
+    "ScriptedCall": ("models", "ScriptedCall"),
+    "ScriptedError": ("models", "ScriptedError"),
     "ScriptedModel": ("models", "ScriptedModel"),
     "StoreContract": ("contract", "StoreContract"),
 }
@@ -29,6 +34,8 @@ __all__ = [
     "MockServer",
     "MockSettings",
     "NGramModel",
+    "ScriptedCall",
+    "ScriptedError",
     "ScriptedModel",
     "StoreContract",
 ]
