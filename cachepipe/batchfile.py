@@ -151,7 +151,7 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
     try:
         fields = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise _LineError(f"it is no JSON: {error}") from error
+        raise _LineError(f"it is no JSON: {error.msg} (column {error.colno})") from error
     if not isinstance(fields, dict):
         raise _LineError(f"it must be a JSON object; got {fields!r:.80}")
     named, custom_id = _custom_id(fields, number)

@@ -9,7 +9,7 @@ namespaces that need it together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from cachepipe.stages.base import Stage
 from cachepipe.stages.batcher import AsyncBatcher
@@ -20,6 +20,28 @@ from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Batch, Mode, Repeat, Request, Response
 
+Hash = Callable[[Request], str] | None
+
+
+class Options(TypedDict, total=False):
+    """What every pipeline takes by keyword.
+
+    Attributes:
+        mode: ``"read-write"`` (default), ``"replay"``, ``"refresh"`` or ``"bypass"``.
+        scope: whose answers these are; default is the model's ``cache_scope``, or its ``model``.
+        repeat: ``"fresh"`` (default): a repeated request gets fresh samples; ``"same"``: all share one draw.
+        window: seconds during which equal questions share one call; 0 (default) is a turn of the event loop.
+        classes: dataclasses and pydantic models that may be stored as samples.
+        durability: ``"process"`` (default), or ``"full"`` to survive the death of the machine.
+    """
+
+    mode: Mode
+    scope: str | None
+    repeat: Repeat
+    window: float
+    classes: Iterable[type]
+    durability: str
+
 
 class Pipeline(Stage):
     """A deduplicator and a cacher in front of the stage that asks the model.
@@ -28,31 +50,11 @@ class Pipeline(Stage):
     caller opened.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        below: Any,
-        cache: Any,
-        *,
-        window: float,
-        mode: Mode,
-        scope: str | None,
-        repeat: Repeat,
-        hash: Callable[[Request], str] | None,  # noqa: A002 - CacheSaver's name
-        classes: Iterable[type],
-        durability: str,
-    ) -> None:
+    def __init__(self, model: Any, below: Any, cache: Any, hash: Hash, options: Options) -> None:  # noqa: A002 - CacheSaver's name
         super().__init__(model)
-        self._cacher = AsyncCacher(
-            below,
-            cache,
-            mode=mode,
-            scope=scope,
-            repeat=repeat,
-            hash=hash,
-            classes=classes,
-            durability=durability,
-        )
+        for_cacher: dict[str, Any] = dict(options)
+        window = for_cacher.pop("window", 0.0)
+        self._cacher = AsyncCacher(below, cache, hash=hash, **for_cacher)
         self._head = AsyncDeduplicator(self._cacher, window=window)
 
     def __repr__(self) -> str:
@@ -114,13 +116,8 @@ class OnlineAPI(Pipeline):
         allow_batch_overflow: send a request for more than ``batch_size`` samples in one call.
         correctness: accepted from code written for CacheSaver; a rerun always gives the same here.
         hash: a function from a request to a string that stands for its fields in the key.
-        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
-        scope: whose answers these are; default is the model's ``cache_scope``, or its ``model``.
-        repeat: ``"fresh"`` or ``"same"``.
-        window: seconds during which equal questions share one call; 0 is a turn of the event loop.
         in_flight: batches in flight at most; None is no limit.
-        classes: dataclasses and pydantic models that may be stored as samples.
-        durability: ``"process"``, or ``"full"`` to survive the death of the machine.
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability`` (see ``Options``).
     """
 
     def __init__(
@@ -131,15 +128,10 @@ class OnlineAPI(Pipeline):
         timeout: float = 0.0,
         allow_batch_overflow: bool = True,
         correctness: bool = True,
-        hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+        hash: Hash = None,  # noqa: A002 - CacheSaver's name
         *,
-        mode: Mode = "read-write",
-        scope: str | None = None,
-        repeat: Repeat = "fresh",
-        window: float = 0.0,
         in_flight: int | None = None,
-        classes: Iterable[type] = (),
-        durability: str = "process",
+        **options: Unpack[Options],
     ) -> None:
         del correctness
         batcher = AsyncBatcher(
@@ -155,13 +147,8 @@ class OnlineAPI(Pipeline):
             model,
             model if alone and batcher.single else batcher,
             cache,
-            window=window,
-            mode=mode,
-            scope=scope,
-            repeat=repeat,
-            hash=hash,
-            classes=classes,
-            durability=durability,
+            hash,
+            options,
         )
 
 
@@ -176,13 +163,8 @@ class LocalAPI(Pipeline):
         allow_batch_overflow: send a request for more than ``batch_size`` samples whole.
         correctness: accepted from code written for CacheSaver.
         hash: as in ``OnlineAPI``.
-        mode: as in ``OnlineAPI``.
-        scope: as in ``OnlineAPI``.
-        repeat: as in ``OnlineAPI``.
-        window: as in ``OnlineAPI``.
         in_flight: batches in flight at most: one that runs and one that is ready, unless told otherwise.
-        classes: as in ``OnlineAPI``.
-        durability: as in ``OnlineAPI``.
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability`` (see ``Options``).
     """
 
     def __init__(
@@ -193,15 +175,10 @@ class LocalAPI(Pipeline):
         timeout: float = 0.0,
         allow_batch_overflow: bool = False,
         correctness: bool = True,
-        hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+        hash: Hash = None,  # noqa: A002 - CacheSaver's name
         *,
-        mode: Mode = "read-write",
-        scope: str | None = None,
-        repeat: Repeat = "fresh",
-        window: float = 0.0,
         in_flight: int | None = 2,
-        classes: Iterable[type] = (),
-        durability: str = "process",
+        **options: Unpack[Options],
     ) -> None:
         del correctness
         super().__init__(
@@ -214,13 +191,8 @@ class LocalAPI(Pipeline):
                 allow_batch_overflow=allow_batch_overflow,
             ),
             cache,
-            window=window,
-            mode=mode,
-            scope=scope,
-            repeat=repeat,
-            hash=hash,
-            classes=classes,
-            durability=durability,
+            hash,
+            options,
         )
 
 
@@ -240,13 +212,8 @@ class OrderedLocalAPI(Pipeline):
         allow_batch_overflow: send a request for more than ``hardware_batch_size`` samples whole.
         correctness: accepted from code written for CacheSaver.
         hash: as in ``OnlineAPI``.
-        mode: as in ``OnlineAPI``.
-        scope: as in ``OnlineAPI``.
-        repeat: as in ``OnlineAPI``.
-        window: as in ``OnlineAPI``.
         in_flight: hardware batches in flight at most.
-        classes: as in ``OnlineAPI``.
-        durability: as in ``OnlineAPI``.
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability`` (see ``Options``).
     """
 
     def __init__(
@@ -258,15 +225,10 @@ class OrderedLocalAPI(Pipeline):
         timeout: float = 0.0,
         allow_batch_overflow: bool = False,
         correctness: bool = True,
-        hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
+        hash: Hash = None,  # noqa: A002 - CacheSaver's name
         *,
-        mode: Mode = "read-write",
-        scope: str | None = None,
-        repeat: Repeat = "fresh",
-        window: float = 0.0,
         in_flight: int | None = 2,
-        classes: Iterable[type] = (),
-        durability: str = "process",
+        **options: Unpack[Options],
     ) -> None:
         del correctness
         hardware = AsyncBatcher(
@@ -282,13 +244,8 @@ class OrderedLocalAPI(Pipeline):
             model,
             _Cutting(collection, hardware),
             cache,
-            window=window,
-            mode=mode,
-            scope=scope,
-            repeat=repeat,
-            hash=hash,
-            classes=classes,
-            durability=durability,
+            hash,
+            options,
         )
 
 
