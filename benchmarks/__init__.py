@@ -1,0 +1,1 @@
+"""How fast cachepipe is, against floors and controls that are measured in the same run."""

@@ -1,0 +1,213 @@
+"""Interleaved rounds of things to time, their medians, and ratios between what one round measured.
+
+A benchmark is a module with ``tables``, an async context manager: it builds what is needed and yields
+``Table``s. Each has ``Entry``s, which take turns: A B C, A B C … So what the machine does meanwhile
+falls on all of them, and a ratio of two entries is the median of the ratios within the rounds.
+
+Around each timed region, and never in it, an entry prepares its input and checks what came back.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import gc
+import importlib.metadata
+import inspect
+import os
+import platform
+import sqlite3
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+NOISY = 0.2
+"""A reference whose rounds vary by more than this share makes a table worth measuring again."""
+
+_UNITS = {"µs": 1e6, "ms": 1e3}
+_PACKAGES = ("cachepipe", "diskcache", "orjson", "openai")
+
+
+class WrongAnswer(Exception):  # noqa: N818 - says what it is
+    """What came back is not what should have; its time is worth nothing."""
+
+
+def expect(condition: bool, sentence: str) -> None:
+    """Raise ``WrongAnswer`` unless a condition holds; unlike ``assert``, under ``python -O`` too."""
+    if not condition:
+        raise WrongAnswer(sentence)
+
+
+def equal(got: Sequence[Any], wanted: Sequence[Any]) -> None:
+    """Raise ``WrongAnswer`` unless two sequences are equal; says where they differ first."""
+    expect(len(got) == len(wanted), f"{len(got)} results came back where {len(wanted)} were due")
+    for place, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        expect(one == other, f"result {place} is {one!r:.80} and should be {other!r:.80}")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done.
+
+    Attributes:
+        check: tiny sizes, to see that the code works.
+        large: the sizes that take long too.
+    """
+
+    check: bool = False
+    large: bool = False
+
+    def pick(self, full: int, tiny: int) -> int:
+        """Return the size that is wanted."""
+        return tiny if self.check else full
+
+
+def _nothing(_round: int) -> None:
+    """Prepare nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to time.
+
+    Attributes:
+        name: what it is, in a few words; other entries refer to it by that.
+        call: what is timed; gets what ``prepare`` returned. A coroutine function is awaited.
+        check: gets what ``call`` returned and what ``prepare`` returned; raises ``WrongAnswer``.
+        operations: how many operations a call is; times are given per operation.
+        role: a floor is what no cache on disk can do without, a control shows one part of the cost,
+            a subject is cachepipe.
+        against: entries of the same table to divide by, with the goal (at most so many times), or None.
+        prepare: called before each round with its number; the warm-up round has number 0.
+    """
+
+    name: str
+    call: Callable[[Any], Any]
+    check: Callable[[Any, Any], Any]
+    operations: int = 1
+    role: Literal["floor", "control", "subject"] = "subject"
+    against: dict[str, float | None] = field(default_factory=dict)
+    prepare: Callable[[int], Any] = _nothing
+
+
+@dataclass(frozen=True)
+class Table:
+    """Entries that are measured together, and the question that they answer."""
+
+    title: str
+    entries: list[Entry]
+    unit: Literal["µs", "ms"] = "µs"
+
+
+async def once(entry: Entry, number: int) -> float:
+    """Run an entry once and check what came back; return the seconds that it took."""
+    prepared = await _settled(entry.prepare(number))
+    gc.collect()
+    start = time.perf_counter()
+    result = entry.call(prepared)
+    if inspect.isawaitable(result):
+        result = await result
+    seconds = time.perf_counter() - start
+    try:
+        await _settled(entry.check(result, prepared))
+    except WrongAnswer as wrong:
+        raise WrongAnswer(f"{entry.name}: {wrong}") from wrong
+    return seconds
+
+
+async def _settled(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+async def measure(table: Table, rounds: int) -> dict[str, Any]:
+    """Return a table's figures, as JSON can hold them, from so many rounds after one that warms up."""
+    times: dict[str, list[float]] = {entry.name: [] for entry in table.entries}
+    for number in range(rounds + 1):
+        for entry in table.entries:
+            seconds = await once(entry, number)
+            if number:
+                times[entry.name].append(seconds / entry.operations * _UNITS[table.unit])
+    return {
+        "title": table.title,
+        "unit": table.unit,
+        "entries": [
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "operations": entry.operations,
+                "median": round(statistics.median(times[entry.name]), 3),
+                "spread": round(spread(times[entry.name]), 3),
+                "ratios": [
+                    _ratio(times[entry.name], times[other], other, goal)
+                    for other, goal in entry.against.items()
+                ],
+                "rounds": [round(value, 3) for value in times[entry.name]],
+            }
+            for entry in table.entries
+        ],
+    }
+
+
+def _ratio(mine: list[float], theirs: list[float], other: str, goal: float | None) -> dict[str, Any]:
+    ratio = statistics.median(one / two for one, two in zip(mine, theirs, strict=True))
+    return {
+        "to": other,
+        "ratio": round(ratio, 3),
+        "goal": goal,
+        "holds": None if goal is None else ratio <= goal,
+    }
+
+
+def spread(times: Sequence[float]) -> float:
+    """Return how far apart the rounds are but for the best and worst tenth, as a share of their median."""
+    if len(times) < 2:
+        return 0.0
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return (deciles[-1] - deciles[0]) / statistics.median(times)
+
+
+def noisy(measured: dict[str, Any]) -> list[str]:
+    """Return the entries that others are divided by and whose rounds varied too much."""
+    used = {ratio["to"] for entry in measured["entries"] for ratio in entry["ratios"]}
+    return [
+        entry["name"] for entry in measured["entries"] if entry["name"] in used and entry["spread"] > NOISY
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """Return what somebody who reads the figures later wants to know of where they come from."""
+    return {
+        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "sqlite": sqlite3.sqlite_version,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
+
+
+def _commit() -> str | None:
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
