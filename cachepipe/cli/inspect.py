@@ -82,15 +82,16 @@ With --json:
                          over all namespaces; saved = reused / drawn, or null
   namespaces             a list of namespace, draws, drawn, generated, reused, saved
   shared                 draws, drawn, generated of answers for everybody
-  scopes                 a list of scope, keys, samples, pending
+  scopes                 with --scopes a list of scope, keys, samples, pending; else null
 """
 
 
 @click.command(epilog=_STATS_JSON)
 @common.cache_option
-@_limit(50, "At most so many namespaces in the table")
+@click.option("--scopes", is_flag=True, help="Count per scope as well, which reads every key.")
+@_limit(50, "At most so many rows in a table")
 @common.json_option("one object; see below")
-def stats(*, cache: str | None, limit: int, as_json: bool) -> None:
+def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None:
     """Count what is cached, and what each namespace paid and saved.
 
     A namespace has drawn so many samples; some were generated for it, and the others were there: reused.
@@ -98,14 +99,14 @@ def stats(*, cache: str | None, limit: int, as_json: bool) -> None:
     written down how often it was.
     """
     with opened(cache) as store:
-        figures = _figures(store)
+        figures = _figures(store, scopes=scopes)
     if as_json:
         click.echo(json_text(figures))
     else:
         _print_stats(figures, limit)
 
 
-def _figures(store: DiskStore) -> dict[str, Any]:
+def _figures(store: DiskStore, *, scopes: bool) -> dict[str, Any]:
     totals = store.totals()
     namespaces = [
         {"namespace": info.namespace, "draws": info.draws, **_drawn(info.samples, info.generated)}
@@ -117,12 +118,6 @@ def _figures(store: DiskStore) -> dict[str, Any]:
             shared["draws"] += 1
             shared["drawn"] += len(draw.indices)
             shared["generated"] += draw.generated
-    scopes: dict[str | None, dict[str, int]] = {}
-    for info in store.keys():  # noqa: SIM118 - a store is no mapping
-        counts = scopes.setdefault(info.scope, {"keys": 0, "samples": 0, "pending": 0})
-        counts["keys"] += 1
-        counts["samples"] += info.samples
-        counts["pending"] += info.pending
     return {
         "folder": str(store.folder),
         "bytes": _bytes(store.folder),
@@ -133,8 +128,18 @@ def _figures(store: DiskStore) -> dict[str, Any]:
         ),
         "namespaces": namespaces,
         "shared": shared,
-        "scopes": [{"scope": scope, **counts} for scope, counts in scopes.items()],
+        "scopes": _scopes(store) if scopes else None,
     }
+
+
+def _scopes(store: DiskStore) -> list[dict[str, Any]]:
+    found: dict[str | None, dict[str, int]] = {}
+    for info in store.keys():  # noqa: SIM118 - a store is no mapping
+        counts = found.setdefault(info.scope, {"keys": 0, "samples": 0, "pending": 0})
+        counts["keys"] += 1
+        counts["samples"] += info.samples
+        counts["pending"] += info.pending
+    return [{"scope": scope, **counts} for scope, counts in found.items()]
 
 
 def _drawn(drawn: int, generated: int) -> dict[str, Any]:
@@ -472,9 +477,9 @@ def _summary(value: Any, scope: str | None) -> dict[str, Any] | None:
 
 def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield styled(visible(info.key), bold=True, fg="cyan")
-    spaces = f"{info.namespaces} namespace{'s' * (info.namespaces != 1)}"
     pending = f", {info.pending} pending" if info.pending else ""
-    yield f"first asked {when(info.at)}, {info.samples} samples{pending}, drawn by {spaces}"
+    samples, spaces = _counted(info.samples, "sample"), _counted(info.namespaces, "namespace")
+    yield f"first asked {when(info.at)}, {samples}{pending}, drawn by {spaces}"
     if info.scope is not None:
         yield f"scope {visible(info.scope)}"
     yield ""
@@ -490,6 +495,10 @@ def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield ""
     yield _heading("Draws")
     yield from _draw_lines(store.draws(key=info.key), limit)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _heading(text: str) -> str:

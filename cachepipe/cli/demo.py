@@ -1,0 +1,357 @@
+"""The command `demo`: what a cache saves, shown on real prompts and a real model that costs nothing.
+
+The prompts are HumanEval's, the client is OpenAI's own, the code is that of `cachepipe run`. Only the
+server is small: the embedded model, in a thread. What was paid is read from the server's counters, not
+from the cache's; so the verdict is the word of the party that would have sent the bill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import orjson
+
+from cachepipe.cli import common
+
+if TYPE_CHECKING:
+    from cachepipe.batchfile import Report
+    from cachepipe.testing import MockServer
+
+_PROMPTS: Final = 164
+_MORE: Final = 2  # samples that the last step asks for beyond n
+_CHANGED: Final = 0.03  # the share of prompts that one step changes
+_MAX_TOKENS: Final = 64
+_LATENCY: Final = 0.25  # seconds: a fast provider
+_CONCURRENCY: Final = 8
+_MODEL: Final = "ngram-1"
+_NOT_HELD: Final = 1
+
+Lines = list[dict[str, Any]]
+Answers = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What the server has counted: calls that arrived, samples that it made, tokens in and out."""
+
+    calls: int
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One run of the demo, and what it cost.
+
+    Attributes:
+        name: what was done.
+        report: what the run says of itself.
+        bill: what the server says of it.
+        answers: the answer of each request that was answered, by its id.
+        asked: the samples that were asked for.
+    """
+
+    name: str
+    report: Report
+    bill: Bill
+    answers: Answers
+    asked: int
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that the answers would have cost without a cache."""
+        return sum(answer["usage"]["total_tokens"] for answer in self.answers.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures by name."""
+        return {
+            "step": self.name,
+            "requests": self.report.requests,
+            "failed": self.report.failed,
+            "hits": self.report.hits,
+            "seconds": round(self.report.seconds, 3),
+            **_figures(self.asked, self.tokens, self.bill),
+        }
+
+
+def _figures(asked: int, tokens: int, bill: Bill) -> dict[str, Any]:
+    return {
+        "asked": asked,
+        "calls": bill.calls,
+        "generated": bill.samples,
+        "saved": _saved(bill.samples, asked),
+        "tokens_asked": tokens,
+        "tokens_generated": bill.tokens,
+        "tokens_saved": _saved(bill.tokens, tokens),
+    }
+
+
+def _saved(paid: int, whole: int) -> float:
+    return round(1 - paid / whole, 6) if whole else 0.0
+
+
+_JSON: Final = """\b
+With --json:
+  prompts, n, changed    how many prompts, samples of each, and prompts that were changed
+  steps                  a list of step, requests, failed, hits, seconds, asked, calls, generated,
+                         saved, tokens_asked, tokens_generated, tokens_saved; calls and what was
+                         generated are the server's own counts
+  total                  the same, added up
+  promises               a list of promise and held
+  held                   whether all of them were; if not, the exit code is 1
+"""
+
+
+@click.command(epilog=_JSON)
+@click.option(
+    "--prompts", default=40, show_default=True, type=click.IntRange(1, _PROMPTS), help="Prompts of HumanEval."
+)
+@click.option("--n", default=3, show_default=True, type=click.IntRange(1, 64), help="Samples of each prompt.")
+@click.option("--cache", metavar="DIR", type=click.Path(), help="Keep the cache here, to look at it later.")
+@common.json_option("one object; see below")
+@click.pass_context
+def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, as_json: bool) -> None:
+    """See what a cache saves; needs no key and no network.
+
+    A small model server is started on this machine, and real prompts are sent to it with OpenAI's client:
+    once, once more, under another namespace, with a few prompts changed, and with more samples of each.
+    What the server then says it was asked is held against what cachepipe promises.
+    """
+    with tempfile.TemporaryDirectory(prefix="cachepipe-demo-") as made:
+        scratch = Path(made)
+        steps, promises = asyncio.run(_play(_read_prompts(prompts), n, cache or scratch / "cache", scratch))
+    held = all(kept for _, kept in promises)
+    if as_json:
+        total = _total(steps)
+        told = [{"promise": promise, "held": kept} for promise, kept in promises]
+        figures: dict[str, Any] = {"prompts": prompts, "n": n, "changed": len(_changed_places(prompts))}
+        figures |= {
+            "steps": [step.as_dict() for step in steps],
+            "total": total,
+            "promises": told,
+            "held": held,
+        }
+        click.echo(common.json_text(figures))
+    else:
+        _print_report(steps, promises, cache)
+    context.exit(0 if held else _NOT_HELD)
+
+
+# What is done.
+
+
+def _read_prompts(count: int) -> Lines:
+    """Return the first prompts of HumanEval, as lines of a batch file."""
+    text = resources.files("cachepipe.testing").joinpath("data/humaneval.jsonl").read_bytes()
+    found: Lines = []
+    for line in text.splitlines()[:count]:
+        fields = orjson.loads(line)
+        found.append({"task_id": fields["task_id"], "prompt": fields["prompt"]})
+    return found
+
+
+def _changed_places(count: int) -> range:
+    """Return the places of the prompts that are changed: 3 in 100, at least one, spread evenly."""
+    changed = max(1, round(_CHANGED * count))
+    return range(0, count, -(-count // changed))[:changed]
+
+
+def _changed(lines: Lines) -> Lines:
+    """Return the same lines with a few prompts changed."""
+    places = set(_changed_places(len(lines)))
+    return [
+        {**line, "prompt": f"{line['prompt']}    # Do not use recursion.\n"} if place in places else line
+        for place, line in enumerate(lines)
+    ]
+
+
+async def _play(
+    lines: Lines, n: int, cache: str | Path, scratch: Path
+) -> tuple[list[Step], list[tuple[str, bool]]]:
+    """Return the steps, and which promises they kept."""
+    import openai  # noqa: PLC0415 - takes a while, and help needs none of it
+
+    from cachepipe.testing import MockServer, MockSettings  # noqa: PLC0415
+
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(MockServer.in_thread(MockSettings(latency=_LATENCY)))
+        # A proxy that the environment names is for the network, and there is none here.
+        http = openai.DefaultAsyncHttpxClient(trust_env=False)
+        client = openai.AsyncOpenAI(base_url=server.base_url, api_key="none", http_client=http)
+        async with client:
+            player = _Player(server, client, cache, scratch)
+            first = await player.step("first run", lines, n, "demo-1")
+            again = await player.step("the same again", lines, n, "demo-1")
+            other = await player.step("another namespace", lines, n, "demo-2")
+            few = len(_changed_places(len(lines)))
+            name = f"{few} prompt{'s' * (few != 1)} changed"
+            changed = await player.step(name, _changed(lines), n, "demo-3")
+            more = await player.step(f"n = {n + _MORE} instead of {n}", lines, n + _MORE, "demo-1")
+    steps = [first, again, other, changed, more]
+    return steps, _promises(steps, n, few)
+
+
+class _Player:
+    """Runs files against the server and takes note of what it counts."""
+
+    def __init__(self, server: MockServer, client: Any, cache: str | Path, scratch: Path) -> None:
+        self._server = server
+        self._client = client
+        self._cache = cache
+        self._scratch = scratch
+        # A port may have been that of an earlier demo whose cache is used again.
+        self._scope = f"{server.base_url}/chat/completions?demo={secrets.token_hex(4)}"
+
+    async def step(self, name: str, lines: Lines, n: int, namespace: str) -> Step:
+        """Return what became of the lines, asked in a run of its own."""
+        from cachepipe.batchfile import run_file  # noqa: PLC0415 - help needs none of it
+
+        requests, results = self._scratch / "requests.jsonl", self._scratch / "results.jsonl"
+        requests.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        before = await self._bill()
+        with _shown_progress(name, len(lines)) as progress:
+            report = await run_file(
+                requests,
+                results,
+                model=_MODEL,
+                client=self._client,
+                n=n,
+                max_tokens=_MAX_TOKENS,
+                cache=self._cache,
+                namespace=namespace,
+                scope=self._scope,
+                concurrency=_CONCURRENCY,
+                progress=progress,
+            )
+        after = await self._bill()
+        bill = Bill(after.calls - before.calls, after.samples - before.samples, after.tokens - before.tokens)
+        found = [orjson.loads(line) for line in results.read_bytes().splitlines()]
+        answers = {line["custom_id"]: line["response"]["body"] for line in found if line["error"] is None}
+        return Step(name, report, bill, answers, n * len(lines))
+
+    async def _bill(self) -> Bill:
+        """Return the server's counts once nothing is under way."""
+        await asyncio.to_thread(self._server.wait_until, lambda stats: stats.in_flight == 0)
+        stats = self._server.stats
+        return Bill(stats.requests, stats.samples_generated, stats.tokens_in + stats.tokens_out)
+
+
+def _promises(steps: list[Step], n: int, few: int) -> list[tuple[str, bool]]:
+    """Return what cachepipe promises, and whether the server's counts and the answers agree."""
+    first, again, other, changed, more = steps
+    count = len(first.answers)
+    kept = [name for name in first.answers if changed.answers.get(name) == first.answers[name]]
+    grown = [
+        name
+        for name in first.answers
+        if name in more.answers and _texts(more.answers[name])[:n] == _texts(first.answers[name])
+    ]
+    free = Bill(0, 0, 0)
+    return [
+        (
+            "every request was answered",
+            all(step.report.failed == 0 and len(step.answers) == count for step in steps),
+        ),
+        (
+            "the first run pays for what it asks, once",
+            first.bill.samples == first.report.misses == first.asked - first.report.hits,
+        ),
+        ("the same again costs nothing", again.bill == free),
+        ("another namespace costs nothing", other.bill == free),
+        ("and both get the same answers", again.answers == first.answers == other.answers),
+        (
+            f"of changed prompts only those are paid for ({few} of {count})",
+            (changed.bill.calls, changed.bill.samples) == (few, few * n) and len(kept) == count - few,
+        ),
+        (
+            f"where {n} samples are cached and {n + _MORE} wanted, those {n} stay and {_MORE} are paid for",
+            more.bill.samples == _MORE * count and len(grown) == count,
+        ),
+    ]
+
+
+def _texts(answer: dict[str, Any]) -> list[Any]:
+    return [choice["message"] for choice in answer["choices"]]
+
+
+# What is shown.
+
+
+@contextlib.contextmanager
+def _shown_progress(name: str, total: int) -> Iterator[Callable[[Report], None] | None]:
+    """Show a bar while a step runs, where people read the errors' stream."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # noqa: PLC0415 - only for people
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda report: bar.update(task, completed=report.done)
+
+
+def _total(steps: list[Step]) -> dict[str, Any]:
+    """Return the figures of all steps, added up."""
+    bill = Bill(
+        sum(step.bill.calls for step in steps),
+        sum(step.bill.samples for step in steps),
+        sum(step.bill.tokens for step in steps),
+    )
+    return {
+        "requests": sum(step.report.requests for step in steps),
+        "failed": sum(step.report.failed for step in steps),
+        "hits": sum(step.report.hits for step in steps),
+        "seconds": round(sum(step.report.seconds for step in steps), 3),
+        **_figures(sum(step.asked for step in steps), sum(step.tokens for step in steps), bill),
+    }
+
+
+def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: str | None) -> None:
+    total = _total(steps)
+    rows = [
+        [
+            figures["step"],
+            figures["requests"],
+            figures["calls"],
+            figures["generated"],
+            figures["hits"],
+            f"{figures['seconds']:.2f} s",
+            common.share(figures["asked"] - figures["generated"], figures["asked"]),
+            common.share(figures["tokens_asked"] - figures["tokens_generated"], figures["tokens_asked"]),
+        ]
+        for figures in [*(step.as_dict() for step in steps), {"step": "together", **total}]
+    ]
+    heads = (">requests", ">calls", ">generated", ">hits", ">time", ">saved", ">tokens saved")
+    common.print_table(("step", *heads), rows, total=True)
+    click.echo()
+    for promise, kept in promises:
+        mark = common.styled("held", fg="green") if kept else common.styled("NOT HELD", fg="red", bold=True)
+        click.echo(f"{mark}  {promise}")
+    click.echo()
+    for step in steps:
+        if step.report.failed:
+            click.echo(
+                f"{step.report.failed} requests of {step.name!r} failed: {step.report.example}", err=True
+            )
+    asked, generated = total["asked"], total["generated"]
+    verdict = (
+        f"The server was asked for {generated:,} samples where {asked:,} were delivered: "
+        f"{common.share(asked - generated, asked)} of them cost nothing."
+    )
+    broken = sum(not kept for _, kept in promises)
+    if broken:
+        verdict = f"{broken} of {len(promises)} promises were not held; this is a bug of cachepipe's."
+    click.echo(common.styled(verdict, bold=True))
+    if cache is not None:
+        click.echo(f"The cache is kept: cachepipe stats --cache {common.visible(cache)}")
