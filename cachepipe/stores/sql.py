@@ -324,10 +324,11 @@ class SqlStore:
             "SELECT k.key, k.scope, k.at,"
             " (SELECT coalesce(sum(stop - start), 0) FROM spans WHERE owner = 0 AND key = k.id),"
             " (SELECT count(*) FROM pending WHERE key = k.id),"
-            " (SELECT count(DISTINCT owner) FROM spans WHERE key = k.id AND owner > 0),"
+            " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
+            "  (SELECT id FROM namespaces WHERE label = ?)),"
             " (SELECT count(*) FROM discards WHERE key = k.id)"
-            " FROM keys k WHERE substr(k.key, 1, ?) = ? ORDER BY k.id",
-            (len(prefix), prefix),
+            " FROM keys k WHERE ? = '' OR k.id IN (SELECT id FROM keys WHERE key >= ? AND key < ?) ORDER BY k.id",
+            (SHARED, prefix, prefix, prefix + "\U0010ffff"),
         )
         for key, scope, at, listed, pending, namespaces, discards in rows:
             yield KeyInfo(key, scope, at, listed - pending - discards, pending, namespaces)
@@ -372,17 +373,19 @@ class SqlStore:
     def namespaces(self) -> Iterator[NamespaceInfo]:
         """Iterate over the namespaces, in order of their first draw; the shared draws are left out."""
         ledger, _ = self._readable()
-        rows = ledger.execute(
-            "SELECT n.label,"
-            " (SELECT count(*) FROM (SELECT DISTINCT key, request_id, occurrence FROM segments"
-            "  WHERE namespace = n.id)),"
-            " (SELECT coalesce(sum(stop - start), 0) FROM spans WHERE owner = n.id),"
-            " (SELECT coalesce(sum(generated), 0) FROM segments WHERE namespace = n.id)"
-            " FROM namespaces n WHERE n.label != ? ORDER BY n.id",
-            (SHARED,),
+        taken = dict(
+            ledger.execute("SELECT owner, sum(stop - start) FROM spans WHERE owner > 0 GROUP BY owner")
         )
-        for written, draws, samples, generated in rows:
-            yield NamespaceInfo(namespace_of(written), draws, samples, generated)
+        drawn = {
+            namespace: (draws, generated)
+            for namespace, draws, generated in ledger.execute(
+                "SELECT namespace, sum(part = 0), sum(generated) FROM segments GROUP BY namespace"
+            )
+        }
+        for namespace, written in ledger.execute("SELECT id, label FROM namespaces ORDER BY id").fetchall():
+            if written != SHARED:
+                draws, generated = drawn.get(namespace, (0, 0))
+                yield NamespaceInfo(namespace_of(written), draws, taken.get(namespace, 0), generated)
 
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
@@ -391,7 +394,7 @@ class SqlStore:
             "SELECT (SELECT count(*) FROM keys),"
             " (SELECT coalesce(sum(stop - start), 0) FROM spans WHERE owner = 0),"
             " (SELECT count(*) FROM pending),"
-            " (SELECT count(*) FROM (SELECT DISTINCT key, request_id, occurrence, namespace FROM segments)),"
+            " (SELECT count(*) FROM segments WHERE part = 0),"
             " (SELECT count(*) FROM namespaces WHERE label != ?), (SELECT count(*) FROM discards)",
             (SHARED,),
         ).fetchone()
