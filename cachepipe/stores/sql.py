@@ -327,7 +327,8 @@ class SqlStore:
             " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
             "  (SELECT id FROM namespaces WHERE label = ?)),"
             " (SELECT count(*) FROM discards WHERE key = k.id)"
-            " FROM keys k WHERE ? = '' OR k.id IN (SELECT id FROM keys WHERE key >= ? AND key < ?) ORDER BY k.id",
+            " FROM keys k"
+            " WHERE ? = '' OR k.id IN (SELECT id FROM keys WHERE key >= ? AND key < ?) ORDER BY k.id",
             (SHARED, prefix, prefix, prefix + "\U0010ffff"),
         )
         for key, scope, at, listed, pending, namespaces, discards in rows:
