@@ -354,7 +354,7 @@ async def run_file(
         durability: ``"process"`` or ``"full"``, for a cache that is opened here.
         concurrency: lines in flight at most.
         limit: run only so many lines, from the first.
-        progress: called with the report whenever a line has ended.
+        progress: called with the report when the input has been checked, and whenever a line has ended.
         stop: asks the run to end early.
         grace: seconds that requests in flight have after that.
 
@@ -380,6 +380,8 @@ async def run_file(
         if stop.asked:
             report.interrupted = True
             return report
+        if progress is not None:
+            progress(report)
         with results:
             adapter = OpenAIModel(
                 model,

@@ -217,11 +217,10 @@ def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
             return
         stop.soon()
         waiting = screen.report.in_flight if screen.report is not None else 0
-        if waiting:
-            screen.say(
-                f"Stopping: no new requests; waiting up to {_GRACE:.0f} s for the {waiting} in flight. "
-                "Press Ctrl-C again to stop at once."
-            )
+        screen.say(
+            f"Stopping: no new requests; waiting up to {_GRACE:.0f} s for the {waiting} in flight. "
+            "Press Ctrl-C again to stop at once."
+        )
 
     def release() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

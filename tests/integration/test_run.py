@@ -1,0 +1,548 @@
+"""`cachepipe run` against the mock server, through the real openai client, and in real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cachepipe import DiskStore
+from cachepipe.cli.group import cli
+from cachepipe.testing import MockServer, MockSettings
+from cachepipe.testing.server import Fault
+
+HUMANEVAL = files("cachepipe.testing") / "data" / "humaneval.jsonl"
+KEY = "sk-never-to-be-seen"
+N = 5
+ALL = 164 * N
+
+
+@pytest.fixture
+def server():
+    with MockServer.in_thread(MockSettings(seed=1)) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    """A folder of the test's own, and an API key."""
+    for name in ("OPENAI_BASE_URL", "CACHEPIPE_DIR", "CACHEPIPE_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.chdir(tmp_path)
+
+
+def options(server, **more):
+    """The command's arguments for all HumanEval prompts; an option that is None is left out."""
+    values = {
+        "output": "out.jsonl",
+        "model": "ngram-1",
+        "base-url": server.base_url,
+        "n": N,
+        "namespace": "a",
+        "concurrency": 8,
+        "cache": "cache",
+        "retries": 0,
+        **{name.replace("_", "-"): value for name, value in more.items()},
+    }
+    source = values.pop("requests", str(HUMANEVAL))
+    words = [str(source)]
+    for name, value in values.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None:
+            words += ["-o" if name == "output" else f"--{name}", str(value)]
+    return words
+
+
+def invoke(words):
+    """Run the command in this process."""
+    done = CliRunner().invoke(cli, ["run", *words], prog_name="cachepipe")
+    assert "Traceback" not in done.output
+    return done
+
+
+def called(server, status=0, **more):
+    """Run the command in this process; return its figures."""
+    done = invoke([*options(server, **more), "--json", "--quiet"])
+    assert done.exit_code == status, (done.output, done.exception)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refused(server, **more):
+    """Run the command in this process, which must refuse to begin; return what it said."""
+    done = invoke(options(server, **more))
+    assert done.exit_code == 2, done.output
+    assert server.stats.requests == 0
+    return " ".join(done.stderr.split())
+
+
+@contextlib.contextmanager
+def started(words):
+    """The command in a process of its own."""
+    command = [sys.executable, "-c", "from cachepipe.cli import main; main()", "run", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process, text):
+    """Read the process's standard error up to a line that holds a text."""
+    for line in process.stderr:
+        if text in line:
+            return line
+    raise AssertionError(f"it ended without saying {text!r}")
+
+
+def write(name, lines):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    Path(name).write_text("".join(f"{text}\n" for text in texts))
+    return name
+
+
+def results(name="out.jsonl"):
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def names():
+    """What the folder of the test holds."""
+    return sorted(path.name for path in Path().iterdir())
+
+
+def texts(line):
+    return [choice["message"]["content"] for choice in line["response"]["body"]["choices"]]
+
+
+def stored(folder="cache"):
+    """The samples of a cache: per key, their texts by index."""
+    store = DiskStore(folder, read_only=True)
+    try:
+        return {
+            info.key: {
+                sample.index: json.loads(sample.payload[sample.payload.index(b"{") :])["choices"][0][
+                    "message"
+                ]["content"]
+                for sample in store.samples(info.key)
+            }
+            for info in store.keys()  # noqa: SIM118 - a store is no mapping
+        }
+    finally:
+        store.close()
+
+
+def pause(server, *, paused=True):
+    server.settings = replace(server.settings, paused=paused)
+
+
+# The main job.
+
+
+def test_all_humaneval_prompts_are_answered_once_and_a_new_namespace_costs_nothing(server):
+    first = called(server)
+    assert (first["requests"], first["misses"], first["generated"], first["calls"]) == (164, ALL, ALL, 164)
+    assert server.stats.samples_generated == ALL
+    lines = results()
+    with HUMANEVAL.open() as file:
+        prompts = [json.loads(line) for line in file]
+    assert [line["custom_id"] for line in lines] == [prompt["task_id"] for prompt in prompts]
+    assert [line["entry_point"] for line in lines] == [prompt["entry_point"] for prompt in prompts]
+    assert all(line["cachepipe"]["cached"] == [False] * N for line in lines)
+    assert all(line["cachepipe"]["duplicated"] == [False, *[True] * (N - 1)] for line in lines)
+    for line in lines:
+        assert line["error"] is None
+        assert [choice["index"] for choice in line["response"]["body"]["choices"]] == list(range(N))
+    server.stats.reset()
+    second = called(server, namespace="b", output="b.jsonl")
+    assert (second["calls"], second["generated"], second["hits"]) == (0, 0, ALL)
+    assert server.stats.requests == 0
+    again = results("b.jsonl")
+    for line in again:
+        assert line["cachepipe"].pop("cached") == [True] * N
+    for line in lines:
+        line["cachepipe"].pop("cached")
+    assert again == lines
+    larger = called(server, n=7)
+    assert (larger["hits"], larger["generated"], server.stats.samples_generated) == (ALL, 164 * 2, 164 * 2)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_c7_a_run_that_was_killed_is_resumed_by_running_it_again(server, share):
+    words = options(server)
+    with started(words) as process:
+        server.wait_until(lambda stats: stats.samples_delivered >= share * ALL, 60)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = stored()
+    assert not Path("out.jsonl").exists()
+    figures = called(server)
+    assert figures["failed"] == 0
+    assert server.stats.samples_generated <= ALL + 8 * N
+    assert figures["hits"] >= sum(map(len, before.values())) > 0
+    after = {line["cachepipe"]["key"]: texts(line) for line in results()}
+    assert len(after) == 164
+    for key, samples in before.items():
+        assert {index: after[key][index] for index in samples} == samples
+    assert names() == ["cache", "out.jsonl"]
+    server.stats.reset()
+    assert called(server, namespace="b")["calls"] == server.stats.requests == 0
+
+
+def test_c7_ctrl_c_ends_in_good_order_keeps_what_is_paid_and_says_how_to_go_on(server):
+    with started([*options(server), "--json"]) as process:
+        server.wait_until(lambda stats: stats.samples_delivered >= 100, 60)
+        pause(server)
+        server.wait_until(lambda stats: stats.in_flight == 8)
+        process.send_signal(signal.SIGINT)
+        assert "waiting up to 60 s for the 8 in flight" in said(process, "Stopping")
+        asked = server.stats.requests
+        pause(server, paused=False)
+        told = process.stderr.read()
+        figures = json.loads(process.stdout.read())
+        assert process.wait() == figures["exit_status"] == 130
+    assert "Traceback" not in told
+    assert server.stats.requests == asked
+    paid = server.stats.samples_generated
+    assert 0 < paid < ALL
+    assert paid == figures["generated"] == sum(map(len, stored().values()))
+    assert figures["interrupted"]
+    assert [line["custom_id"] for line in results(figures["partial"])] == [
+        f"HumanEval/{i}" for i in range(figures["done"])
+    ]
+    assert not Path("out.jsonl").exists()
+    command = shlex.split(told.partition("To go on: ")[2])
+    assert command == ["cachepipe", "run", *options(server), "--json"]
+    done = invoke(command[2:])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout.splitlines()[-1])["hits"] == paid
+    assert server.stats.samples_generated == ALL
+    assert len(results()) == 164
+
+
+def test_a_second_ctrl_c_waits_for_nothing(server):
+    pause(server)
+    with started([*options(server), "--quiet"]) as process:
+        server.wait_until(lambda stats: stats.in_flight == 8, 60)
+        process.send_signal(signal.SIGINT)
+        said(process, "Stopping")
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        assert process.wait() == 130
+    assert "To go on: cachepipe run" in told
+    assert "Traceback" not in told
+    assert names() == ["cache"]
+    pause(server, paused=False)
+    assert called(server)["failed"] == 0
+
+
+def test_a_termination_is_as_orderly(server):
+    pause(server)
+    with started(options(server)) as process:
+        server.wait_until(lambda stats: stats.in_flight == 8, 60)
+        process.send_signal(signal.SIGTERM)
+        said(process, "Stopping")
+        pause(server, paused=False)
+        assert "To go on" in process.stderr.read()
+        assert process.wait() == 128 + signal.SIGTERM
+    assert sum(map(len, stored().values())) == server.stats.samples_generated == 8 * N
+
+
+def test_the_order_of_the_input_is_kept_whatever_the_order_of_the_answers(server):
+    server.settings = replace(server.settings, latency_per_token=0.001)
+    figures = called(server, n=2, concurrency=16)
+    assert 16 < figures["most_ahead"] <= 64
+    assert [line["custom_id"] for line in results()] == [f"HumanEval/{i}" for i in range(164)]
+
+
+# Failures.
+
+FAULTS = {
+    "error": ("server_error", 500),
+    "rate_limit": ("rate_limit_exceeded", 429),
+    "unavailable": ("server_error", 503),
+    "drop": ("connection_error", None),
+    "cut": ("connection_error", None),
+    "truncate": ("connection_error", None),
+    "error_200": ("bad_answer", None),
+    "malformed": ("bad_answer", None),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_c8_requests_that_fail_become_error_lines_and_a_rerun_asks_only_those(server, kind):
+    server.settings = replace(server.settings, script=tuple([None, Fault(kind=kind), None, None] * 5))
+    source = write("in.jsonl", [{"id": i, "prompt": f"question {i}"} for i in range(20)])
+    figures = called(server, status=1, requests=source, concurrency=1)
+    assert (figures["failed"], figures["done"], figures["interrupted"]) == (5, 20, False)
+    failed = [line for line in results() if line["error"]]
+    code, status = FAULTS[kind]
+    assert {line["custom_id"] for line in failed} == {"1", "5", "9", "13", "17"}
+    assert {(line["response"] or {}).get("status_code") for line in failed} == {status}
+    assert {line["error"]["code"] for line in failed} == set(figures["errors"]) == {code}
+    assert all(line["error"]["message"] for line in failed)
+    if status is not None:
+        assert failed[0]["response"]["request_id"].startswith("req_")
+        assert failed[0]["response"]["body"]["error"]["message"] == failed[0]["error"]["message"]
+    whole = {line["custom_id"]: texts(line) for line in results() if not line["error"]}
+    server.stats.reset()
+    again = called(server, requests=source, concurrency=1)
+    assert (again["calls"], again["failed"], again["hits"]) == (5, 0, 15 * N)
+    assert server.stats.requests == 5
+    assert {line["custom_id"]: texts(line) for line in results()}.items() >= whole.items()
+
+
+def test_failures_are_told_with_the_command_that_asks_only_them(server):
+    server.settings = replace(server.settings, script=(Fault(kind="error", message="out of \x1b[31mbeans"),))
+    source = write("in.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    done = invoke(options(server, requests=source, concurrency=1))
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert "1 requests failed (1 server_error). The first said: out of \\x1b[31mbeans" in done.stderr
+    command = ["cachepipe", "run", *options(server, requests=source, concurrency=1)]
+    assert f"To ask again for those that failed: {shlex.join(command)}" in done.stderr
+
+
+def test_the_sdk_repeats_failed_calls_as_often_as_it_is_told(server):
+    faults = (Fault(kind="rate_limit", retry_after=0.001), Fault(kind="unavailable", retry_after=0.001), None)
+    server.settings = replace(server.settings, script=faults * 3)
+    source = write("in.jsonl", [{"prompt": text} for text in "abc"])
+    figures = called(server, requests=source, concurrency=1, retries=2)
+    assert (figures["failed"], figures["calls"], server.stats.requests) == (0, 3, 9)
+
+
+# Input.
+
+
+def test_what_is_wrong_with_the_input_is_told_by_line_before_any_call(server):
+    source = write("bad.jsonl", [{"prompt": "a"}, "{", {"id": "1", "prompt": "b"}, {"prompt": 1}])
+    told = refused(server, requests=source)
+    assert "line 2: it is no JSON" in told
+    assert "line 3: custom_id '1' is that of line 1 already" in told
+    assert "line 4: prompt must be a string" in told
+    assert names() == ["bad.jsonl"]
+    assert "none.jsonl cannot be read: No such file" in refused(server, requests="none.jsonl")
+    assert "there is no folder nowhere" in refused(server, output="nowhere/out.jsonl")
+    assert "line 1: it names no model" in refused(server, model=None)
+
+
+def test_batch_requests_of_every_api_run_side_by_side(server):
+    chat = {"model": "ngram-1", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    words = {"model": "e", "input": ["a", "b", "a"], "dimensions": 4}
+    bodies = {
+        "chat": ("/v1/chat/completions", {**chat, "n": 2, "user": "me", "stream": True}),
+        "seeded": ("/v1/chat/completions", {**chat, "seed": 1}),
+        "completions": (
+            "/v1/completions",
+            {"model": "ngram-1", "prompt": ["Given", "Return"], "n": 2, "max_tokens": 3},
+        ),
+        "responses": ("/v1/responses", {"model": "ngram-1", "input": "hi", "max_output_tokens": 4}),
+        "embeddings": ("/v1/embeddings", words),
+        "packed": ("/v1/embeddings", {**words, "input": "b", "encoding_format": "base64"}),
+    }
+    source = write(
+        "in.jsonl",
+        [
+            {"custom_id": name, "method": "POST", "url": url, "body": body}
+            for name, (url, body) in bodies.items()
+        ],
+    )
+    first = called(server, requests=source, n=1)
+    assert first["failed"] == 0, results()
+    lines = {line["custom_id"]: line for line in results()}
+    assert list(lines) == list(bodies)
+    body = {name: line["response"]["body"] for name, line in lines.items()}
+    assert [len(body[name]["choices"]) for name in ("chat", "seeded", "completions")] == [2, 1, 4]
+    assert [choice["index"] for choice in body["completions"]["choices"]] == [0, 1, 2, 3]
+    assert body["responses"]["status"] in ("completed", "incomplete")
+    vectors = [item["embedding"] for item in body["embeddings"]["data"]]
+    assert [item["index"] for item in body["embeddings"]["data"]] == [0, 1, 2]
+    assert [len(vector) for vector in vectors] == [4, 4, 4]
+    assert vectors[0] == vectors[2] != vectors[1]
+    assert isinstance(body["packed"]["data"][0]["embedding"], str)
+    assert len(lines["embeddings"]["cachepipe"]["keys"]) == 3
+    asked = server.stats.requests
+    again = called(server, requests=source, n=1, namespace="b")
+    assert (again["calls"], server.stats.requests) == (0, asked)
+    assert [line["response"] for line in results()] == [line["response"] for line in lines.values()]
+
+
+# Modes and options.
+
+
+def test_replay_needs_neither_key_nor_server_and_a_miss_is_an_error_line(server, monkeypatch):
+    called(server, limit=3)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    asked = server.stats.requests
+    assert called(server, limit=3, replay=True)["hits"] == 3 * N
+    figures = called(server, status=1, limit=4, mode="replay")
+    assert (figures["failed"], figures["errors"], figures["calls"]) == (1, {"cache_miss": 1}, 0)
+    line = results()[-1]
+    assert (line["error"]["code"], line["response"]) == ("cache_miss", None)
+    assert line["cachepipe"]["key"] in line["error"]["message"]
+    assert server.stats.requests == asked
+    done = invoke(options(server, limit=4, replay=True))
+    assert "To generate what is missing: cachepipe run" in done.stderr
+    assert "replay" not in done.stderr.partition("To generate")[2]
+
+
+def test_replay_without_a_cache_makes_none(server):
+    assert "there is no cache in cache to replay from" in refused(server, replay=True)
+    assert names() == []
+
+
+def test_refresh_generates_anew_and_later_runs_replay_that(server):
+    called(server, limit=2)
+    old = [texts(line) for line in results()]
+    assert called(server, limit=2, refresh=True)["generated"] == 2 * N
+    new = [texts(line) for line in results()]
+    assert called(server, limit=2)["hits"] == 2 * N
+    assert [texts(line) for line in results()] == new
+    assert old != new
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_without_the_cache_nothing_is_kept(server, monkeypatch, how):
+    if how == "environment":
+        monkeypatch.setenv("CACHEPIPE_DISABLE", "1")
+    more = {"no_cache": True} if how == "option" else {}
+    for _ in range(2):
+        assert called(server, limit=2, **more)["generated"] == 2 * N
+    assert names() == ["out.jsonl"]
+
+
+def test_modes_that_contradict_each_other_are_refused(server):
+    assert "--replay and --refresh ask for different modes" in refused(server, replay=True, refresh=True)
+
+
+def test_equal_questions_get_fresh_samples_unless_told_otherwise(server):
+    source = write("in.jsonl", [{"prompt": "same"}] * 4)
+    assert called(server, requests=source, n=1)["generated"] == 4
+    same = called(server, requests=source, n=1, repeat="same", cache="other")
+    assert same["generated"] == 1
+    assert len({texts(line)[0] for line in results()}) == 1
+
+
+def test_a_line_s_own_settings_win_over_the_options(server):
+    lines = [{"prompt": "a"}, {"prompt": "a", "model": "ngram-2", "n": 2, "temperature": 0, "max_tokens": 3}]
+    source = write("in.jsonl", lines)
+    called(server, requests=source, n=3, temperature=0.5, max_tokens=4, seed=9)
+    store = DiskStore("cache", read_only=True)
+    questions = [json.loads(store.question(line["cachepipe"]["key"]).document)["body"] for line in results()]
+    store.close()
+    message = [{"role": "user", "content": "a"}]
+    settings = {"max_tokens": 4, "messages": message, "model": "ngram-1", "seed": 9, "temperature": 0.5}
+    assert questions[0] == settings
+    assert questions[1] == {**settings, "max_tokens": 3, "model": "ngram-2", "temperature": 0}
+    assert [len(texts(line)) for line in results()] == [3, 2]
+
+
+def test_a_scope_stands_for_the_address(server):
+    called(server, limit=1, scope="mine")
+    with MockServer.in_thread() as elsewhere:
+        assert called(elsewhere, limit=1, scope="mine")["hits"] == N
+        assert called(elsewhere, limit=1)["generated"] == N
+
+
+def test_a_server_that_gives_less_at_once_is_called_more_often(server):
+    server.settings = replace(server.settings, max_n=2)
+    assert called(server, limit=1, max_n=2)["calls"] == 3
+    assert [entry.n for entry in server.stats.log] == [2, 2, 1]
+
+
+def test_the_key_is_read_from_the_variable_that_is_named(server, monkeypatch):
+    server.settings = replace(server.settings, api_key="another-key")
+    assert called(server, status=1, limit=1)["failed"] == 1
+    assert "The environment variable OTHER is not set" in " ".join(
+        invoke(options(server, api_key_env="OTHER")).stderr.split()
+    )
+    monkeypatch.setenv("OTHER", "another-key")
+    assert called(server, limit=1, api_key_env="OTHER")["failed"] == 0
+
+
+@pytest.mark.parametrize("key", ["", None])
+def test_a_server_of_one_s_own_needs_no_key_and_openai_does(server, monkeypatch, key):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    if key is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert called(server, limit=1)["failed"] == 0
+    server.stats.reset()
+    if key is None:
+        assert "OPENAI_API_KEY is not set" in refused(server, base_url=None)
+
+
+# What is said, and what never is.
+
+
+def test_without_a_terminal_there_are_plain_lines_and_a_table_on_standard_error(server, monkeypatch):
+    monkeypatch.setattr("cachepipe.cli.run._PLAIN_EVERY", 0.0)
+    done = invoke(options(server, limit=20))
+    assert done.exit_code == 0
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert any(" of 20 requests: 0 hits, " in line and " s left" in line for line in lines)
+    table = dict(line.rsplit(None, 1) for line in lines if line and line[0].islower())
+    assert table["requests"] == "20"
+    assert (table["calls made"], table["samples generated"]) == ("20", "100")
+    assert "\x1b" not in done.stderr
+    assert lines[-1] == "The results are in out.jsonl."
+
+
+def test_quiet_says_nothing_when_all_is_well(server):
+    done = invoke([*options(server, limit=2), "--quiet"])
+    assert (done.exit_code, done.output) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_on_a_terminal_there_is_a_bar(server):
+    server.settings = replace(server.settings, latency=0.02)
+    command = [sys.executable, "-c", "from cachepipe.cli import main; main()", "run", *options(server, n=1)]
+    ours, theirs = os.openpty()
+    shown = b""
+    with subprocess.Popen(
+        command, stderr=theirs, stdout=theirs, env={**os.environ, "COLUMNS": "120"}
+    ) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"/164" in shown
+    assert b"0 hits, " in shown
+    assert b"/s" in shown
+    assert b"calls made           164" in shown
+
+
+def test_neither_the_key_nor_credentials_of_the_url_are_written_or_said(server):
+    server.settings = replace(
+        server.settings, script=(None, Fault(kind="status", status=401, message=f"bad key {KEY}"))
+    )
+    base_url = server.base_url.replace("//", "//someone:password1@")
+    source = write("in.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    words = options(server, requests=source, base_url=base_url, concurrency=1)
+    done = invoke([*words, "--json"])
+    assert done.exit_code == 1, done.output
+    written = done.output.encode()
+    for path in Path().rglob("*"):
+        written += path.read_bytes() if path.is_file() else b""
+    assert b"bad key ***" in written
+    assert b"chat/completions" in written
+    for secret in (KEY, "password1", "someone", "Bearer", "uthorization"):
+        assert secret.encode() not in written
+
+
+def test_help_tells_the_exit_codes(server):
+    told = " ".join(invoke(["--help"]).output.split())
+    assert "0 when all is well, 1 when requests failed, 2 when nothing could be run, 130 when it was" in told
