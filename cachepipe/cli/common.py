@@ -265,14 +265,18 @@ def _print_ruled(
     from rich.text import Text  # noqa: PLC0415
 
     table = Table(
-        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for name, right in zip(heads, rights, strict=True):
         table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for place, row in enumerate(cells):
         last = total and place == len(cells) - 1
-        if last:
-            table.add_section()
         table.add_row(*map(Text, row), style="bold" if last else "")
     Console(highlight=False).print(table)
 

@@ -332,7 +332,7 @@ def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: st
         ]
         for figures in [*(step.as_dict() for step in steps), {"step": "together", **total}]
     ]
-    heads = (">requests", ">calls", ">generated", ">hits", ">time", ">saved", ">tokens saved")
+    heads = (">requests", ">calls", ">generated", ">hits", ">time", ">saved", ">in tokens")
     common.print_table(("step", *heads), rows, total=True)
     click.echo()
     for promise, kept in promises:

@@ -192,7 +192,7 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
         click.echo()
         common.print_table(("namespace", ">draws", ">drawn", ">generated", ">reused", ">saved"), shown)
     if len(rows) > limit > 0:
-        click.echo(f"and {len(rows) - limit:,} more namespaces; --limit 0 shows all")
+        click.echo(f"and {_counted(len(rows) - limit, 'more namespace')}; --limit 0 shows all")
     if figures["scopes"]:
         click.echo()
         scopes = [

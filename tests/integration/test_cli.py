@@ -1,0 +1,398 @@
+"""The commands that look at a cache, and the demo, as a user meets them."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cachepipe import Batch, OnlineAPI, Request, Response
+from cachepipe.cli import demo, inspect
+from cachepipe.cli.group import cli
+from cachepipe.models import OpenAIModel
+from cachepipe.stores import DiskStore
+from cachepipe.testing import MockServer, MockSettings
+
+HOSTILE = "roll\x1b[31m\x07\nsecond\u202eline\r"
+ESCAPES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
+
+
+class Dice:
+    model = "dice"
+
+    def __init__(self):
+        self.rolls = 0
+
+    async def request(self, request):
+        self.rolls += request.n
+        return Response([f"{HOSTILE} {self.rolls - k}" for k in reversed(range(request.n))])
+
+
+async def fill(folder):
+    """Four questions: two drawn by two namespaces, one by none, one for everybody."""
+    async with OnlineAPI(Dice(), folder) as pipeline:
+        for namespace in ("a", "b"):
+            questions = [
+                Request(f"question {k}", n=2, request_id=f"r{k}", namespace=namespace) for k in (1, 2)
+            ]
+            await pipeline.batch_request(Batch(questions))
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{HOSTILE}?"}]
+        await pipeline.request(Request(messages))
+    async with OnlineAPI(Dice(), folder, repeat="same", scope="other") as pipeline:
+        await pipeline.request(Request("the same for all", namespace="c"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filled") / "cache"
+    asyncio.run(fill(folder))
+    return str(folder)
+
+
+def called(*arguments, code=0):
+    result = CliRunner().invoke(cli, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    assert not ESCAPES.search(result.output)
+    return result
+
+
+def as_json(*arguments):
+    return json.loads(called(*arguments, "--json").stdout)
+
+
+def listed(*arguments):
+    return [json.loads(line) for line in called("ls", *arguments, "--json").stdout.splitlines()]
+
+
+def process(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "cachepipe", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        **options,
+    )
+
+
+# path
+
+
+def test_path_prints_the_folder_in_use_and_makes_none(tmp_path):
+    folder = tmp_path / "not yet"
+    assert called("path", "--cache", str(folder)).stdout == f"{folder}\n"
+    assert as_json("path", "--cache", str(folder)) == {
+        "path": str(folder),
+        "exists": False,
+        "named_by": "--cache",
+    }
+    assert not folder.exists()
+
+
+# stats
+
+
+def test_stats_tell_what_each_namespace_paid_and_reused(cache):
+    figures = as_json("stats", "--cache", cache, "--scopes")
+    assert figures["namespaces"] == [
+        {"namespace": "a", "draws": 2, "drawn": 4, "generated": 4, "reused": 0, "saved": 0.0},
+        {"namespace": "b", "draws": 2, "drawn": 4, "generated": 0, "reused": 4, "saved": 1.0},
+        {"namespace": None, "draws": 1, "drawn": 1, "generated": 1, "reused": 0, "saved": 0.0},
+        {"namespace": "c", "draws": 0, "drawn": 0, "generated": 0, "reused": 0, "saved": None},
+    ]
+    assert figures["shared"] == {"draws": 1, "drawn": 1, "generated": 1}
+    totals = {name: figures[name] for name in ("keys", "samples", "pending", "discarded", "draws")}
+    assert totals == {"keys": 4, "samples": 6, "pending": 0, "discarded": 0, "draws": 6}
+    assert (figures["drawn"], figures["generated"], figures["reused"]) == (9, 5, 4)
+    assert figures["saved"] == round(4 / 9, 6)
+    assert figures["folder"] == cache
+    assert figures["bytes"] > 10_000
+    assert figures["scopes"] == [
+        {"scope": "dice", "keys": 3, "samples": 5, "pending": 0},
+        {"scope": "other", "keys": 1, "samples": 1, "pending": 0},
+    ]
+
+
+def test_stats_read_no_keys_unless_scopes_are_wanted(cache, monkeypatch):
+    def refuse(self, prefix=""):
+        raise AssertionError(prefix)
+
+    monkeypatch.setattr(DiskStore, "keys", refuse)
+    assert as_json("stats", "--cache", cache)["scopes"] is None
+
+
+def test_stats_are_a_table_for_people(cache):
+    output = called("stats", "--cache", cache, "--limit", "2").stdout
+    assert re.search(r"^saved +4 of 9 samples drawn \(44.4%\)$", output, re.MULTILINE)
+    assert re.search(r"^b +2 +4 +0 +4 +100%$", output, re.MULTILINE)
+    assert re.search(r"^\(for everybody\) +1 +1 +1 +- +-$", output, re.MULTILINE)
+    assert "and 2 more namespaces; --limit 0 shows all" in output
+
+
+# ls
+
+
+def test_ls_lists_questions_in_the_order_of_asking(cache):
+    found = listed("--cache", cache)
+    assert [each["prompt"] for each in found] == [
+        "question 1",
+        "question 2",
+        f"{HOSTILE}?",
+        "the same for all",
+    ]
+    assert [each["samples"] for each in found] == [2, 2, 1, 1]
+    assert found[0]["namespaces"] == 2
+    assert list(found[0]) == ["key", "scope", "at", "samples", "pending", "namespaces", "prompt"]
+    lines = called("ls", "--cache", cache).stdout.splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith(found[0]["key"][:15])
+    assert lines[3].endswith(r"roll\x1b[31m\x07 second\u202eline ?")
+
+
+def test_ls_can_be_narrowed(cache):
+    everything = [each["key"] for each in listed("--cache", cache)]
+    assert [each["key"] for each in listed("--cache", cache, "--limit", "2")] == everything[:2]
+    assert [each["key"] for each in listed("--cache", cache, "--scope", "other")] == everything[3:]
+    assert [each["key"] for each in listed("--cache", cache, "--namespace", "b")] == everything[:2]
+    assert listed("--cache", cache, "--namespace", "b", "--scope", "other") == []
+    assert [each["key"] for each in listed("--cache", cache, "--prefix", everything[1][:12])] == everything[
+        1:2
+    ]
+    assert [each["key"] for each in listed("--cache", cache, "--prefix", everything[1][3:12])] == everything[
+        1:2
+    ]
+    both = listed("--cache", cache, "--namespace", "a", "--prefix", everything[1][:12])
+    assert [each["key"] for each in both] == everything[1:2]
+
+
+def test_ls_of_nothing_prints_nothing_and_says_so(cache):
+    result = called("ls", "--cache", cache, "--prefix", "zz")
+    assert result.stdout == ""
+    assert result.stderr == f"no such question in {cache}\n"
+    assert listed("--cache", cache, "--prefix", "zz") == []
+
+
+def test_ls_prints_the_first_question_before_it_has_read_the_second(cache, capsys, monkeypatch):
+    real = DiskStore.keys
+
+    def keys(self, prefix=""):
+        for place, info in enumerate(real(self, prefix)):
+            if place == 1:
+                assert "question 1" in capsys.readouterr().out
+            yield info
+
+    monkeypatch.setattr(DiskStore, "keys", keys)
+    monkeypatch.setattr("cachepipe.cli.common._FLUSH", 0.0)
+    inspect.ls.main(["--cache", cache], standalone_mode=False)
+    assert "question 2" in capsys.readouterr().out
+
+
+def test_a_cache_that_is_not_there_is_one_sentence_and_exit_code_2(tmp_path):
+    for command in (["stats"], ["ls"], ["show", "k1-5f2c"]):
+        result = called(*command, "--cache", str(tmp_path / "none"), code=2)
+        assert result.stdout == ""
+        assert result.stderr.startswith("Error: there is no cache to look at: the folder ")
+        assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_changes_no_table(cache):
+    def tables():
+        return {name: (Path(cache) / name).read_bytes() for name in ("ledger.cache.db", "cache.db")}
+
+    before = tables()
+    for command in (["stats"], ["ls"], ["show", listed("--cache", cache)[0]["key"]]):
+        called(*command, "--cache", cache)
+    assert tables() == before
+
+
+# show
+
+
+def test_show_tells_what_was_asked_its_samples_and_who_drew_which(cache):
+    first = listed("--cache", cache)[0]
+    shown = as_json("show", first["key"][:14], "--cache", cache)
+    assert list(shown) == ["key", "scope", "at", "counts", "question", "draws", "samples"]
+    assert shown["question"] == {"fields": {"prompt": "question 1"}}
+    assert [
+        (draw["namespace"], draw["request_id"], draw["indices"], draw["generated"]) for draw in shown["draws"]
+    ] == [("a", "r1", [0, 1], 2), ("b", "r1", [0, 1], 0)]
+    assert [sample["index"] for sample in shown["samples"]] == [0, 1]
+    assert all(sample["value"].startswith(HOSTILE) for sample in shown["samples"])
+    assert len({sample["id"] for sample in shown["samples"]}) == 2
+    output = called("show", first["key"], "--cache", cache).stdout
+    assert "    roll\\x1b[31m\\x07\n    second\\u202eline\\r 1" in output
+    assert "  b r1: #0, #1; 0 generated for it" in output
+
+
+def test_show_writes_messages_by_speaker(cache):
+    key = listed("--cache", cache)[2]["key"]
+    output = called("show", key[3:20], "--cache", cache).stdout
+    assert "  system\n    Be brief.\n  user\n    roll\\x1b[31m\\x07\n" in output
+    assert "  no namespace: #0; 1 generated for it" in output
+
+
+def test_show_names_an_answer_for_everybody(cache):
+    key = listed("--cache", cache, "--scope", "other")[0]["key"]
+    assert "  for everybody: #0; 1 generated" in called("show", key, "--cache", cache).stdout
+    (draw,) = as_json("show", key, "--cache", cache)["draws"]
+    assert (draw["shared"], draw["namespace"]) == (True, None)
+
+
+def test_show_of_an_ambiguous_prefix_lists_the_candidates(cache):
+    result = called("show", "k1", "--cache", cache, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: several keys begin with 'k1'; write more of one:\n")
+    for each in listed("--cache", cache):
+        assert each["key"] in result.stderr
+
+
+def test_show_of_an_unknown_key_says_how_to_find_one(cache):
+    assert "`cachepipe ls` lists them" in called("show", "zz\x1b", "--cache", cache, code=2).stderr
+
+
+def test_show_limits_samples_and_says_how_many_more_there_are(tmp_path):
+    async def many():
+        async with OnlineAPI(Dice(), tmp_path / "many") as pipeline:
+            await pipeline.request(Request("often", n=30))
+
+    asyncio.run(many())
+    cache = str(tmp_path / "many")
+    key = listed("--cache", cache)[0]["key"]
+    assert "  and 10 more; --limit 0 shows all" in called("show", key, "--cache", cache).stdout
+    assert "more;" not in called("show", key, "--cache", cache, "--limit", "0").stdout
+    assert len(as_json("show", key, "--cache", cache)["samples"]) == 30
+    assert len(as_json("show", key, "--cache", cache, "--limit", "3")["samples"]) == 3
+
+
+@pytest.mark.parametrize("scope", [None, "my own scope"])
+def test_show_gives_a_providers_answer_as_its_text_and_tokens(tmp_path, scope):
+    async def ask(base_url):
+        model = OpenAIModel("ngram-1", base_url=base_url, api_key="none", max_retries=0)
+        async with model, OnlineAPI(model, tmp_path / "cache", scope=scope) as pipeline:
+            return await pipeline.request(Request("Write a function.", n=2))
+
+    with MockServer.in_thread(MockSettings(seed=3)) as server:
+        texts = asyncio.run(ask(server.base_url)).data
+    cache = str(tmp_path / "cache")
+    (found,) = listed("--cache", cache)
+    assert found["prompt"] == "Write a function."
+    shown = as_json("show", found["key"], "--cache", cache)
+    assert [sample["text"] for sample in shown["samples"]] == texts
+    assert all(sample["completion_tokens"] > 0 for sample in shown["samples"])
+    output = called("show", found["key"], "--cache", cache).stdout
+    assert "  model ngram-1\n  user\n    Write a function.\n" in output
+    assert f"ngram-1  {shown['samples'][0]['completion_tokens']} tokens  stop" in output
+    assert texts[1].splitlines()[0] in output
+
+
+def test_show_gives_values_that_json_has_no_form_for(tmp_path):
+    class Odd:
+        async def request(self, request):
+            return Response([("tuple", b"\x1b", {1: 2.5})])
+
+    async def ask():
+        async with OnlineAPI(Odd(), tmp_path / "cache") as pipeline:
+            await pipeline.request(Request({"any": ["value"]}))
+
+    asyncio.run(ask())
+    cache = str(tmp_path / "cache")
+    assert listed("--cache", cache)[0]["prompt"] == '{"any":["value"]}'
+    output = called("show", "k1", "--cache", cache).stdout
+    assert r"    ('tuple', b'\x1b', {1: 2.5})" in output
+    assert as_json("show", "k1", "--cache", cache)["samples"][0]["value"]["\0tuple"][0] == "tuple"
+
+
+# As a process.
+
+
+def test_python_m_is_the_console_script(cache):
+    ran = process("ls", "--cache", cache, "--json")
+    assert ran.returncode == 0
+    assert [json.loads(line) for line in ran.stdout.splitlines()] == listed("--cache", cache)
+
+
+def test_an_error_of_a_process_is_a_sentence_without_a_traceback(tmp_path):
+    ran = process("stats", env={**os.environ, "CACHEPIPE_DIR": str(tmp_path / "none")})
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "(named by CACHEPIPE_DIR) is not there" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_text_that_the_output_cannot_hold_is_written_out(tmp_path):
+    async def ask():
+        async with OnlineAPI(Dice(), tmp_path / "cache") as pipeline:
+            await pipeline.request(Request("日本語?"))
+
+    asyncio.run(ask())
+    ran = process("ls", "--cache", str(tmp_path / "cache"), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ran.returncode == 0
+    assert r"\u65e5\u672c\u8a9e?" in ran.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
+def test_a_reader_that_goes_away_ends_the_listing_quietly(cache):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(
+        [sys.executable, "-m", "cachepipe", "ls", "--cache", cache],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, "")
+
+
+# demo
+
+
+def test_the_demo_keeps_its_promises_by_the_servers_own_counts(tmp_path):
+    begun = time.monotonic()
+    ran = process("demo", "--json", cwd=tmp_path, env={**os.environ, "http_proxy": "http://127.0.0.1:9"})
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert time.monotonic() - begun < 30
+    told = json.loads(ran.stdout)
+    assert told["held"]
+    assert all(promise["held"] for promise in told["promises"])
+    first, again, other, changed, more = told["steps"]
+    assert (first["calls"], first["generated"], first["hits"]) == (40, 120, 0)
+    for free in (again, other):
+        assert (free["calls"], free["generated"], free["hits"], free["tokens_generated"]) == (0, 0, 120, 0)
+    assert (changed["calls"], changed["generated"], told["changed"]) == (1, 3, 1)
+    assert (more["generated"], more["hits"], more["asked"]) == (80, 120, 200)
+    assert told["total"]["generated"] == 120 + 3 + 80
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_keeps_its_cache_where_it_is_told_and_can_be_shown_again(tmp_path):
+    cache = str(tmp_path / "kept")
+    for times in (1, 2):
+        output = called("demo", "--prompts", "3", "--n", "1", "--cache", cache).stdout
+        assert output.count("held  ") == 7
+        assert "NOT HELD" not in output
+        assert f"The cache is kept: cachepipe stats --cache {cache}" in output
+        assert as_json("stats", "--cache", cache)["keys"] == 4 * times
+
+
+def test_the_demo_exits_with_1_when_a_promise_is_broken(monkeypatch):
+    async def forgetful(self, name, lines, n, namespace, real=demo._Player.step):
+        self._cache = f"{self._scratch}/{name}"  # nothing is remembered from step to step
+        return await real(self, name, lines, n, namespace)
+
+    monkeypatch.setattr(demo._Player, "step", forgetful)
+    told = json.loads(called("demo", "--prompts", "2", "--n", "1", "--json", code=1).stdout)
+    assert not told["held"]
+    broken = [promise["promise"] for promise in told["promises"] if not promise["held"]]
+    assert "the same again costs nothing" in broken
+    output = called("demo", "--prompts", "2", "--n", "1", code=1).stdout
+    assert "NOT HELD  another namespace costs nothing" in output
