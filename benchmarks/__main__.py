@@ -95,7 +95,7 @@ def _dumped(figures: dict[str, Any]) -> str:
     import re  # noqa: PLC0415 - only for files
 
     written = json.dumps(figures, indent=1, ensure_ascii=False)
-    return re.sub(r"\[[\d\s.,]+\]", lambda found: " ".join(found[0].split()), written) + "\n"
+    return re.sub(r"\[[\d\s.,]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", written) + "\n"
 
 
 # Tables.

@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +75,21 @@ def test_entries_take_turns_after_a_round_that_warms_up(harness):
     ]
     asyncio.run(harness.measure(harness.Table("turns", entries), 2))
     assert calls == [("A", 0), ("B", 0), ("A", 1), ("B", 1), ("A", 2), ("B", 2)]
+
+
+def test_the_readme_has_the_figures_of_the_committed_run():
+    """Ratios of one table of the README are in the results that it names."""
+    readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    [name] = set(re.findall(r"\(results/([\w.-]+)\)", readme))
+    figures = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+    measured = {
+        (f"{ratio['ratio']:.2f}", "holds" if ratio["holds"] else "**missed**")
+        for tables in figures["benchmarks"].values()
+        for table in tables
+        for entry in table["entries"]
+        for ratio in entry["ratios"]
+        if ratio["goal"] is not None
+    }
+    told = re.findall(r"\| ([\d.]+) \| (holds|\*\*missed\*\*) \|", readme)
+    assert len(told) >= 10
+    assert set(told) <= measured
