@@ -89,9 +89,16 @@ def shortened(text: str, width: int) -> str:
     """Return a text of one line cut to so many columns of a terminal, with an ellipsis where it was cut."""
     if text.isascii():
         return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
-    from rich.cells import set_cell_size  # noqa: PLC0415 - wide characters are rare
+    from rich.cells import get_character_cell_size  # noqa: PLC0415 - wide characters are rare
 
-    return text if width_of(text) <= width else f"{set_cell_size(text, max(width - 1, 0)).rstrip()}…"
+    used = kept = 0
+    for place, character in enumerate(text):
+        used += get_character_cell_size(character)
+        if used > width:
+            return f"{text[:kept]}…"
+        if used < width:
+            kept = place + 1
+    return text
 
 
 def when(at: float) -> str:

@@ -147,6 +147,8 @@ def _show_warning(
 ) -> None:
     """Print a warning of cachepipe's as a sentence, without the line of code that gave it."""
     if issubclass(category, CachepipeWarning) and file is None:
-        click.echo(f"Warning: {message}", err=True)
+        from cachepipe.cli.common import visible  # noqa: PLC0415 - only when something is odd
+
+        click.echo(f"Warning: {visible(str(message), lines=True)}", err=True)
     else:
         _show_others(message, category, filename, lineno, file, line)
