@@ -1,0 +1,111 @@
+"""What can be told of a response beside the response itself, which stays as the SDK makes it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachepipe import wire
+from cachepipe.typedefs import Response
+
+
+@dataclass(frozen=True)
+class Info:
+    """Where the samples of a response came from.
+
+    Attributes:
+        key: the key of the question; of several questions, of the first.
+        keys: the key of each question of the request.
+        namespace: the namespace that drew the samples.
+        request_id: the request id of the draw.
+        complete: whether all samples are there; a stream's are when it has come to its end.
+        cached: per sample, False exactly when it was generated on this request's behalf.
+        duplicated: None, since there is no deduplicator before a client's cache.
+        indices: per sample, its index in the sample list of its key; None while that is not known.
+        usage: token counts of all samples, as if each had been asked for alone.
+        billed: token counts of those that were generated on this request's behalf.
+    """
+
+    key: str
+    keys: tuple[str, ...]
+    namespace: str | None
+    request_id: str | None
+    complete: bool = True
+    cached: tuple[bool, ...] = ()
+    duplicated: tuple[bool, ...] | None = None
+    indices: tuple[int, ...] | None = None
+    usage: Mapping[str, int] = field(default_factory=dict)
+    billed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def saved(self) -> dict[str, int]:
+        """The token counts that the cache has saved: those of ``usage`` less those of ``billed``."""
+        return {name: count - self.billed.get(name, 0) for name, count in self.usage.items()}
+
+
+class Record:
+    """What is known of a request so far."""
+
+    def __init__(self, keys: tuple[str, ...], namespace: str | None, request_id: str | None) -> None:
+        self.keys = keys
+        self.namespace = namespace
+        self.request_id = request_id
+        self.responses: Sequence[Response] | None = None
+
+    def info(self) -> Info:
+        """Return what is known now."""
+        responses = self.responses
+        if responses is None:
+            return Info(self.keys[0], self.keys, self.namespace, self.request_id, complete=False)
+        samples = [sample for response in responses for sample in response.data]
+        cached = tuple(flag for response in responses for flag in response.cached or ())
+        known = all(response.indices is not None for response in responses)
+        usage, _ = wire.usage_totals(samples)
+        _, billed = wire.usage_totals(
+            [sample for sample, flag in zip(samples, cached, strict=True) if not flag]
+        )
+        return Info(
+            self.keys[0],
+            self.keys,
+            self.namespace,
+            self.request_id,
+            cached=cached,
+            indices=tuple(index for response in responses for index in response.indices or ())
+            if known
+            else None,
+            usage=usage,
+            billed=billed,
+        )
+
+
+_records: dict[int, tuple[weakref.ref[Any], Record]] = {}
+
+
+def note(thing: Any, record: Record) -> None:
+    """Note where a response came from, for as long as it lives; it is not touched, or need be hashable."""
+    name = id(thing)
+
+    def gone(reference: weakref.ref[Any]) -> None:
+        entry = _records.get(name)
+        if entry is not None and entry[0] is reference:
+            del _records[name]
+
+    try:
+        _records[name] = (weakref.ref(thing, gone), record)
+    except TypeError:  # None, a string or a list: the answer to an unusual `cast_to`
+        return
+
+
+def info(response: Any) -> Info | None:
+    """Return where the samples of a client's response came from; None for what no cached call returned.
+
+    Args:
+        response: what a call returned: a model, a stream, or a raw response.
+    """
+    for thing in (response, getattr(response, "http_response", None), getattr(response, "response", None)):
+        entry = _records.get(id(thing))
+        if entry is not None and entry[0]() is thing:
+            return entry[1].info()
+    return None

@@ -1,0 +1,240 @@
+"""What makes a cached client of an SDK's own: two mixins, and the signatures of the SDK with ours added."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Self
+
+from cachepipe.clients import info, seam
+from cachepipe.clients.calls import Call, Surface, SyncCall, receiving
+from cachepipe.clients.portal import portal
+from cachepipe.clients.seam import Arrived
+from cachepipe.typedefs import Mode, Repeat
+
+OURS: Final = ("cache", "namespace", "mode", "scope", "repeat")
+"""The parameters that a cached client has beside the SDK's."""
+NO_KEY: Final = "none-needed-to-replay"
+"""The API key of a client in replay mode that was given none."""
+
+_OPTIONS: Final[Mapping[str, tuple[Any, Any]]] = {
+    "cache": (Any, None),
+    "namespace": (str | None, None),
+    "mode": (Mode, "read-write"),
+    "scope": (str | None, None),
+    "repeat": (Repeat, "fresh"),
+}
+
+
+class _Cached:
+    """What both kinds of clients have."""
+
+    _cachepipe: Surface
+
+    def in_namespace(self, namespace: str | None) -> Self:
+        """Return this client in another namespace: connections, cache and calls in flight are shared."""
+        client: Any = self
+        twin: Self = client.copy(cache=self._cachepipe.named(namespace))
+        return twin
+
+
+class AsyncCached(_Cached):
+    """Goes in front of an asynchronous client's class."""
+
+    async def request(
+        self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
+    ) -> Any:
+        """Return what the SDK makes of the answer, from the cache or not."""
+        sdk: Any = super()
+        call = Call.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
+        if call is None:
+            token = receiving.set(None)
+            try:
+                return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+            finally:
+                receiving.reset(token)
+        arrived = call.known()
+        if arrived is None:
+            arrived = await call.drawn()
+        result = await sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
+        if call.kept:
+            info.note(result, call.record)
+        return result
+
+    async def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
+        """Return the response of a call as it arrives, by way of the SDK."""
+        sdk: Any = super()
+        receiving.set(self)  # in a task of its own, whose context nobody else has
+        return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+
+    async def _process_response(
+        self,
+        *,
+        cast_to: Any,
+        options: Any,
+        response: Any,
+        stream: bool,
+        stream_cls: Any,
+        retries_taken: int = 0,
+    ) -> Any:
+        details = {
+            "cast_to": cast_to,
+            "options": options,
+            "stream": stream,
+            "stream_cls": stream_cls,
+            "retries_taken": retries_taken,
+        }
+        if receiving.get() is not self:
+            sdk: Any = super()
+            return await sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
+        if stream:
+            return Arrived(response, details)
+        if not seam.unread(self, response):
+            return Arrived(response, details, response.content)
+        content = await response.aread()
+        return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
+
+    async def close(self) -> None:
+        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too."""
+        await self._cachepipe.backing.close()
+        sdk: Any = super()
+        await sdk.close()
+
+
+class SyncCached(_Cached):
+    """Goes in front of a synchronous client's class."""
+
+    def request(self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None) -> Any:
+        """Return what the SDK makes of the answer, from the cache or not."""
+        sdk: Any = super()
+        call = SyncCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
+        if call is None:
+            token = receiving.set(None)
+            try:
+                return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+            finally:
+                receiving.reset(token)
+        arrived = call.known()
+        if arrived is None:
+            arrived = call.wait()
+        result = sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
+        if call.kept:
+            info.note(result, call.record)
+        return result
+
+    def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
+        """Return the response of a call as it arrives, by way of the SDK."""
+        sdk: Any = super()
+        receiving.set(self)  # in a context of its own
+        return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+
+    def _process_response(
+        self,
+        *,
+        cast_to: Any,
+        options: Any,
+        response: Any,
+        stream: bool,
+        stream_cls: Any,
+        retries_taken: int = 0,
+    ) -> Any:
+        details = {
+            "cast_to": cast_to,
+            "options": options,
+            "stream": stream,
+            "stream_cls": stream_cls,
+            "retries_taken": retries_taken,
+        }
+        if receiving.get() is not self:
+            sdk: Any = super()
+            return sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
+        if stream:
+            return Arrived(response, details)
+        if not seam.unread(self, response):
+            return Arrived(response, details, response.content)
+        content = response.read()
+        return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
+
+    def close(self) -> None:
+        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too."""
+        surface = getattr(self, "_cachepipe", None)
+        if surface is not None and not surface.backing.closed:
+            asyncio.run_coroutine_threadsafe(surface.backing.close(), portal()).result()
+        sdk: Any = super()
+        sdk.close()
+
+
+def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Exception]) -> None:
+    """Give a class the SDK's constructor and ``copy`` with our parameters after the SDK's own.
+
+    They are made when the module is imported, so that they have the parameters of the version at hand.
+
+    Args:
+        kind: our class.
+        sdk: the SDK's class that it is a subclass of.
+        credentials: what a client that was given no credentials gets in replay mode.
+        error: what the SDK raises for a client without credentials.
+    """
+    missing: Any = inspect.signature(sdk.copy).parameters["max_retries"].default
+
+    def __init__(self: Any, **options: Any) -> None:  # noqa: N807 - it becomes the constructor
+        ours = {name: options.pop(name, default) for name, (_, default) in _OPTIONS.items()}
+        cache = ours.pop("cache")
+        surface = cache if isinstance(cache, Surface) else None
+        replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
+        try:
+            sdk.__init__(self, **options)
+        except error:
+            if not replays or any(options.get(name) is not None for name in credentials):
+                raise
+            sdk.__init__(self, **{**options, **credentials})
+        self._cachepipe = Surface.of(cache, **ours) if surface is None else surface
+
+    def copy(self: Any, **options: Any) -> Any:
+        changes = {name: options.pop(name) for name in OURS if options.get(name, missing) is not missing}
+        options = {name: value for name, value in options.items() if name not in OURS}
+        cache = changes.pop("cache", None)
+        surface = self._cachepipe
+        if isinstance(cache, Surface):
+            surface = cache
+        elif cache is not None:
+            kept = {name: getattr(surface, name) for name in OURS[1:]}
+            surface = Surface.of(cache, **{**kept, **changes})
+        else:
+            surface = surface.changed(**changes)
+        extra = {**options.pop("_extra_kwargs", {}), "cache": surface}
+        return sdk.copy(self, **options, _extra_kwargs=extra)
+
+    _sign(__init__, sdk.__init__, _OPTIONS, kind)
+    kind.__init__ = __init__
+    own = {
+        name: (annotation if annotation is Any else annotation | type(missing), missing)
+        for name, (annotation, _) in _OPTIONS.items()
+    }
+    _sign(copy, sdk.copy, own, kind)
+    kind.copy = kind.with_options = copy
+
+
+def _sign(made: Callable[..., Any], like: Callable[..., Any], own: Mapping[str, Any], kind: type) -> None:
+    """Give a function the name, annotations and signature of another, with our parameters last."""
+    functools.update_wrapper(made, like, updated=())
+    del made.__wrapped__  # type: ignore[attr-defined]  # its signature is not that of the other
+    made.__qualname__ = f"{kind.__name__}.{like.__name__}"
+    made.__module__ = kind.__module__
+    try:
+        hints = typing.get_type_hints(like)
+    except NameError:  # a name that the SDK imports for type checkers only
+        hints = dict(like.__annotations__)
+    returned = {"return": hints.pop("return")} if "return" in hints else {}
+    added = {name: annotation for name, (annotation, _) in own.items()}
+    made.__annotations__ = {**hints, **added, **returned}
+    parameters = list(inspect.signature(like).parameters.values())
+    parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in own.items()
+    ]
+    made.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # as documented

@@ -1,0 +1,203 @@
+"""Where the clients meet the SDKs: every name of theirs that is not public is used in this module only.
+
+The SDKs are made by one generator and have in common: ``request(cast_to, options, *, stream, stream_cls)``,
+which all resources call; ``_process_response(...)``, which it ends in, and which makes models, streams and
+raw responses of an HTTP response; ``_maybe_override_cast_to``; the HTTP client ``_client``; and the default
+headers as they were given, ``_custom_headers``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
+"""The methods of an SDK's client on which the clients stand."""
+ATTRIBUTES = ("_client", "_custom_headers")
+"""Its attributes likewise."""
+
+_DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"})
+"""Headers that told of the bytes on the wire, not of those that are handed on."""
+
+RAW = "x-stainless-raw-response"
+"""The header by which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
+_OWN = frozenset({RAW, "x-stainless-helper-method", "x-stainless-stream-helper"})
+
+
+class Arrived(NamedTuple):
+    """A response that the SDK has received and not yet made anything of.
+
+    Attributes:
+        response: the HTTP response.
+        details: the other arguments of ``_process_response``.
+        content: its body; empty when it is a stream.
+    """
+
+    response: Any
+    details: dict[str, Any]
+    content: bytes = b""
+
+
+def library_of(client: Any) -> Any:
+    """Return the HTTP library that a client runs on, ``httpx2`` or ``httpx``."""
+    kinds = (*type(client._client).__mro__, type(client.base_url))  # noqa: SLF001 - this is the place
+    roots = (kind.__module__.partition(".")[0] for kind in kinds)
+    return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
+
+
+def own_headers(client: Any) -> Mapping[str, Any]:
+    """Return the default headers that a client was given."""
+    headers: Mapping[str, Any] = getattr(client, "_custom_headers", None) or {}
+    return headers
+
+
+def call_headers(options: Any) -> dict[str, str]:
+    """Return the headers of one call; those that stand for "leave it out" are left out."""
+    headers = options.headers
+    if not isinstance(headers, Mapping):
+        return {}
+    return {name: value for name, value in headers.items() if isinstance(value, str)}
+
+
+def is_plain(options: Any) -> bool:
+    """Tell whether a call has nothing of its own beside its body, so that it may share one with others."""
+    if isinstance(options.headers, Mapping) and any(name.lower() not in _OWN for name in options.headers):
+        return False
+    if options.params or isinstance(options.timeout, int | float) or options.timeout is None:
+        return False
+    return not isinstance(options.max_retries, int) and options.idempotency_key is None
+
+
+def with_body(options: Any, body: Mapping[str, Any]) -> Any:
+    """Return options that send this body and are else the same."""
+    return options.model_copy(update={"json_data": body, "extra_json": None})
+
+
+def overridden(client: Any, cast_to: Any, options: Any) -> tuple[Any, Any]:
+    """Return what a response is to be cast to and the options for it, the caller's own left unchanged."""
+    options = options.model_copy()
+    return client._maybe_override_cast_to(cast_to, options), options  # noqa: SLF001 - this is the place
+
+
+def made_details(client: Any, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> dict[str, Any]:
+    """Return the arguments of ``_process_response`` for a response that no call has brought."""
+    cast_to, options = overridden(client, cast_to, options)
+    return {
+        "cast_to": cast_to,
+        "options": options,
+        "stream": stream,
+        "stream_cls": stream_cls,
+        "retries_taken": 0,
+    }
+
+
+def kept_headers(response: Any) -> list[tuple[str, str]]:
+    """Return the headers of a response that still hold when its body is handed on decoded."""
+    return [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _DROPPED]
+
+
+class Source:
+    """Where the body of a response that is made here comes from: bytes at hand.
+
+    Subclasses read a recorded stream.
+    """
+
+    def __init__(self, chunks: Iterable[bytes] = ()) -> None:
+        self.chunks = chunks
+
+    def read(self) -> Iterator[bytes]:
+        """Iterate over the body in a thread."""
+        return iter(self.chunks)
+
+    async def aread(self) -> AsyncIterator[bytes]:
+        """Iterate over the body on a loop."""
+        for chunk in self.chunks:
+            yield chunk
+
+    def leave(self) -> None:
+        """Learn that the reader has stopped."""
+
+
+@functools.lru_cache(maxsize=8)
+def _body_class(library: Any) -> Callable[[Source], Any]:
+    """Return the class of bodies that a library's responses take."""
+
+    class Body(library.SyncByteStream, library.AsyncByteStream):  # type: ignore[misc]  # chosen at run time
+        def __init__(self, source: Source) -> None:
+            self.source = source
+
+        def __iter__(self) -> Iterator[bytes]:
+            return self.source.read()
+
+        def __aiter__(self) -> AsyncIterator[bytes]:
+            return self.source.aread()
+
+        def close(self) -> None:
+            self.source.leave()
+
+        async def aclose(self) -> None:
+            self.source.leave()
+
+    return Body
+
+
+def made_response(client: Any, url: str, options: Any, content: bytes | Source) -> Any:
+    """Return a response that no call has brought, with the request that it would have answered.
+
+    Neither credentials nor the SDK's own preparations are needed for it.
+    """
+    library = library_of(client)
+    request = library.Request(options.method.upper(), url, headers=call_headers(options))
+    raw = call_headers(options).get(RAW) or call_headers(options).get("X-Stainless-Raw-Response")
+    if isinstance(content, bytes):
+        headers = {"content-type": "application/json"}
+        if raw != "stream":
+            return library.Response(200, headers=headers, content=content, request=request)
+        content = Source([content])
+    else:
+        headers = {"content-type": "text/event-stream; charset=utf-8"}
+    return library.Response(200, headers=headers, stream=_body_class(library)(content), request=request)
+
+
+def handed_on(client: Any, response: Any, source: Source) -> Any:
+    """Return a response like the one that arrived, whose body comes from a source."""
+    library = library_of(client)
+    made = library.Response(
+        response.status_code,
+        headers=kept_headers(response),
+        stream=_body_class(library)(source),
+        request=response.request,
+        extensions=response.extensions,
+    )
+    made.history = response.history
+    weakref.finalize(made, source.leave).atexit = False  # a stream that nobody reads or closes
+    return made
+
+
+def unread(client: Any, response: Any) -> bool:
+    """Tell whether the body of a response is still to be read."""
+    library = library_of(client)
+    try:
+        response.content  # noqa: B018 - it raises
+    except library.ResponseNotRead:
+        return True
+    return False
+
+
+def url_of(client: Any, options: Any) -> str:
+    """Return the full URL of a call, with the query that it is sent with."""
+    path = str(options.url)
+    url = path if "://" in path else f"{str(client.base_url).rstrip('/')}/{path.lstrip('/')}"
+    query = {**client.default_query, **(options.params or {})}
+    query = {name: value for name, value in query.items() if _is_given(value)}
+    if not query:
+        return url
+    text = client.qs.stringify(query)
+    return f"{url}{'&' if '?' in url else '?'}{text}" if text else url
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and type(value).__name__ not in ("NotGiven", "Omit")

@@ -1,0 +1,243 @@
+"""Streams that are recorded while they pass: what the reader gets is what came, and the sample is kept.
+
+A tape reads one piece of the upstream at a time, as its reader asks for more. When the terminal event
+has come the samples are stored, and only then is that event passed on. A reader that stops after some
+content leaves the rest to be read in the background; one that stops before any withdraws the call. When
+another draw waits for the sample, the tape reads ahead of its reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from cachepipe import wire
+from cachepipe.clients.seam import Source
+
+ABANDONED_SECONDS = 120.0
+"""How long the rest of a stream is read whose reader has stopped."""
+_LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
+
+
+class Tape(Source):
+    """What the two kinds of tapes have in common.
+
+    Args:
+        response: the upstream's response, its body unread.
+        recorder: what puts the answer together.
+        hide_usage: whether the reader did not ask for the chunk of usage.
+        awaited: tells whether another draw waits for the sample.
+    """
+
+    def __init__(
+        self, response: Any, recorder: wire.StreamRecorder, *, hide_usage: bool, awaited: Callable[[], bool]
+    ) -> None:
+        super().__init__()
+        self.upstream = response
+        self.recorder = recorder
+        self.draw: asyncio.Task[Any] | None = None
+        self._hide_usage = hide_usage
+        self._awaited = awaited
+        self._events: deque[wire.StreamEvent] = deque()
+        self._ended = False
+        self._left = False
+        self._ahead = False
+        self._error: BaseException | None = None
+
+    def watch(self, draw: asyncio.Task[Any]) -> None:
+        """Note the draw that the samples are for."""
+        self.draw = draw
+
+    def _shown(self, event: wire.StreamEvent) -> bool:
+        return not (event.usage_only and self._hide_usage)
+
+    def _finish(self) -> list[wire.Sample]:
+        """Return the samples.
+
+        Raises:
+            BadAnswer: when the stream brought no whole answer.
+        """
+        if self._error is not None:
+            raise self._error
+        return self.recorder.samples()
+
+
+class AsyncTape(Tape):
+    """A tape on an event loop; `run` is the call that the cache has asked for."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._demand = asyncio.Event()
+
+    async def run(self) -> list[wire.Sample]:
+        """Return the samples when the terminal event has come."""
+        try:
+            async for chunk in self.upstream.aiter_bytes():
+                self._events.extend(self.recorder.feed(chunk))
+                self._news.set()
+                if self.recorder.complete:
+                    break
+                await self._until_wanted()
+            self._events.extend(self.recorder.close())
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._ended = True
+            self._news.set()
+            await self.upstream.aclose()
+        return self._finish()
+
+    async def _until_wanted(self) -> None:
+        while self._events and not self._ahead:
+            self._demand.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK):
+                    await self._demand.wait()
+            self._ahead = self._ahead or self._awaited()
+
+    async def aread(self) -> AsyncIterator[bytes]:
+        """Iterate over the events for the reader."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                if event.terminal and self.draw is not None:
+                    await asyncio.wait([self.draw])  # the sample is stored before anyone sees its end
+                if self._shown(event):
+                    yield event.raw
+            if self._ended:
+                break
+            self._news.clear()
+            self._demand.set()
+            await self._news.wait()
+        if self._error is not None:
+            if isinstance(self._error, asyncio.CancelledError):
+                raise ConnectionResetError("the call that this stream came from was stopped")
+            raise self._error
+
+    def leave(self) -> None:
+        """Read on in the background, or withdraw the call when nothing has come yet."""
+        if self._loop.is_closed():
+            return
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here:
+            self._leave()
+        else:  # such as from the garbage collector
+            self._loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        draw = self.draw
+        if self._left or self._ended or draw is None or draw.done():
+            return
+        self._left = self._ahead = True
+        if not self.recorder.started:
+            draw.cancel()
+            return
+        timer = self._loop.call_later(ABANDONED_SECONDS, draw.cancel)
+        draw.add_done_callback(lambda _: timer.cancel())
+        self._demand.set()
+
+
+class SyncTape(Tape):
+    """A tape that the reader's own thread reads; the cache waits for it on the portal's loop."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._reading = threading.Lock()
+        self._stored = threading.Event()
+        self._chunks = self.upstream.iter_bytes()
+
+    async def run(self) -> list[wire.Sample]:
+        """Return the samples when the terminal event has come."""
+        while not self._done.done():
+            await asyncio.wait([self._done], timeout=None if self._ahead else _LOOK)
+            if not self._ahead and not self._done.done() and self._awaited():
+                self._read_on()
+        return self._finish()
+
+    def watch(self, draw: asyncio.Task[Any]) -> None:
+        """Note the draw that the samples are for, and tell the reader's thread when it has ended."""
+        super().watch(draw)
+        draw.add_done_callback(lambda _: self._stored.set())
+
+    def _pull(self, *, reader: bool) -> None:
+        """Read one piece, in whichever thread has come first."""
+        with self._reading:
+            if self._ended or (reader and self._events):
+                return
+            try:
+                chunk = next(self._chunks, None)
+                events = self.recorder.close() if chunk is None else self.recorder.feed(chunk)
+            except BaseException as error:
+                self._error = error
+                self._end()
+                if not isinstance(error, Exception):
+                    raise
+                return
+            self._events.extend(events)
+            if chunk is None or self.recorder.complete:
+                self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        with contextlib.suppress(Exception):  # it is of no use any more
+            self.upstream.close()
+        with contextlib.suppress(RuntimeError):  # the portal has gone with its process
+            self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def read(self) -> Iterator[bytes]:
+        """Iterate over the events for the reader."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                if event.terminal:
+                    self._stored.wait()  # the sample is stored before anyone sees its end
+                if self._shown(event):
+                    yield event.raw
+            if self._ended and not self._events:
+                break
+            self._pull(reader=True)
+        if self._error is not None:
+            raise self._error
+
+    def leave(self) -> None:
+        """Read on in the background, or withdraw the call when nothing has come yet."""
+        if self._left or self._ended:
+            return
+        self._left = True
+        if self.recorder.started:
+            self._read_on()
+            return
+        self._error = ConnectionResetError("the reader of this stream has left before any content came")
+        self._end()
+        if self.draw is not None:
+            self._loop.call_soon_threadsafe(self.draw.cancel)
+
+    def _read_on(self) -> None:
+        """Read the rest in a thread of its own."""
+        self._ahead = True
+        threading.Thread(target=self._rest, name="cachepipe-stream", daemon=True).start()
+
+    def _rest(self) -> None:
+        deadline = time.monotonic() + ABANDONED_SECONDS
+        while not self._ended:
+            self._pull(reader=False)
+            if self._left and time.monotonic() > deadline and not self._ended:
+                self._error = TimeoutError("the rest of an abandoned stream took too long")
+                self._end()

@@ -1,0 +1,74 @@
+"""What holds for the calls made within a block: whose draws they are, and how the cache is used.
+
+    with cachepipe.using(namespace="run-2", request_id="q17"):
+        client.chat.completions.create(...)
+
+It follows tasks and threads as context variables do, and goes before what a client was made with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
+
+from cachepipe.typedefs import MODES, Mode
+
+
+class Inherited:
+    """Stands for what a block leaves as it was; None is a namespace like any other."""
+
+    def __repr__(self) -> str:
+        return "INHERITED"
+
+
+INHERITED: Final = Inherited()
+"""The default of ``using``: whatever holds outside."""
+
+
+class Using(NamedTuple):
+    """What the innermost blocks have set; what they have not is `INHERITED`."""
+
+    namespace: str | Inherited | None = INHERITED
+    request_id: str | Inherited | None = INHERITED
+    mode: Mode | Inherited = INHERITED
+
+
+_NOTHING: Final = Using()
+_current: ContextVar[Using] = ContextVar("cachepipe_using", default=_NOTHING)
+
+
+def current() -> Using:
+    """Return what holds for a call made now."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def using(
+    *,
+    namespace: str | Inherited | None = INHERITED,
+    request_id: str | Inherited | None = INHERITED,
+    mode: Mode | Inherited = INHERITED,
+) -> Iterator[None]:
+    """Set the namespace, request id and mode of the clients' calls made within the block.
+
+    Args:
+        namespace: the unit within which samples are independent.
+        request_id: which draw a call is among equal questions of its namespace.
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
+    """
+    names: dict[str, Any] = {"namespace": namespace, "request_id": request_id}
+    for name, value in names.items():
+        if value is not INHERITED and value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
+    if not isinstance(mode, Inherited):
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")
+        names["mode"] = mode
+    given = {name: value for name, value in names.items() if value is not INHERITED}
+    token = _current.set(_current.get()._replace(**given))
+    try:
+        yield
+    finally:
+        _current.reset(token)
