@@ -56,6 +56,9 @@ if TYPE_CHECKING:
         StoreError as StoreError,
     )
     from cachepipe.errors import (
+        StoreLocked as StoreLocked,
+    )
+    from cachepipe.errors import (
         UnkeyableValue as UnkeyableValue,
     )
     from cachepipe.errors import (
@@ -124,6 +127,7 @@ _HOMES = {
         "ShortAnswer",
         "StageClosed",
         "StoreError",
+        "StoreLocked",
         "UnkeyableValue",
         "UnsafeRow",
     ),

@@ -619,10 +619,7 @@ class _Output:
             self._file.writelines(lines)
             self._file.flush()
         except OSError as error:
-            raise BatchFileError(
-                f"the results cannot be written to {self.path}: {error.strerror}. "
-                "What was paid for is in the cache; run it again when that is mended"
-            ) from error
+            raise self._failure(error) from error
         self._written += len(lines)
 
     async def finish(self) -> None:
@@ -631,15 +628,25 @@ class _Output:
 
     def _finish(self) -> None:
         self._write()
-        self._complete = True
         if self._direct:
+            self._complete = True
             return
-        os.fsync(self._file.fileno())
-        if self._target.exists():
-            shutil.copymode(self._target, self.partial)
-        if os.name == "nt":  # where an open file cannot be renamed
-            self._file.close()
-        self.partial.replace(self._target)
+        try:
+            os.fsync(self._file.fileno())
+            if self._target.exists():
+                shutil.copymode(self._target, self.partial)
+            if os.name == "nt":  # where an open file cannot be renamed
+                self._file.close()
+            self.partial.replace(self._target)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._complete = True
+
+    def _failure(self, error: OSError) -> BatchFileError:
+        return BatchFileError(
+            f"the results cannot be written to {self.path}: {error.strerror}. "
+            "What was paid for is in the cache; run it again when that is mended"
+        )
 
     @property
     def left(self) -> Path | None:
@@ -769,6 +776,7 @@ class _Run:
                     self._wake.clear()
                     await self._begin(stop, counting)
                     await self._write()
+                    self._service.count()
                     if stop.forced or (stop.asked and not self._running):
                         break
                     if stop.asked and deadline is None:
@@ -841,7 +849,6 @@ class _Run:
             report.hits += sum(cached)
             report.misses += len(cached) - sum(cached)
         report.done += 1
-        self._service.count()
         if self._progress is not None:
             self._progress(report)
         return result

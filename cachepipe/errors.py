@@ -62,6 +62,10 @@ class StoreError(CachepipeError):
     """A store could not do what was asked of it."""
 
 
+class StoreLocked(StoreError):  # noqa: N818 - names the state
+    """Another process has held the store's lock for too long."""
+
+
 class FormatError(StoreError):
     """A folder holds a cache in a format that this version does not know."""
 

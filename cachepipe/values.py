@@ -87,7 +87,7 @@ class Codec:
         if kind is str or kind is bool or value is None:
             return value
         if kind is int:
-            return value if _INT64[0] <= value < _INT64[1] else {_MARK + "int": str(value)}
+            return value if _INT64[0] <= value < _INT64[1] else {_MARK + "int": hex(value)}
         if kind is float:
             return value if math.isfinite(value) else {_MARK + "float": repr(value)}
         if kind is list:
@@ -159,7 +159,7 @@ class Codec:
             case "str":
                 return base64.b64decode(item, validate=True).decode("utf-8", "surrogatepass")
             case "int":
-                return int(item)
+                return int(item, 0)
             case "float":
                 return float(item)
             case "map":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import orjson
 
-from cachepipe.cli.common import visible
+from cachepipe.cli.common import cache_option, folder_in_use, visible
 from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
 from cachepipe.typedefs import MODES, REPEATS
@@ -50,7 +50,7 @@ _BAR_EVERY: Final = 0.1
 @click.option(
     "--concurrency", default=16, show_default=True, type=click.IntRange(min=1), help="Requests in flight."
 )
-@click.option("--cache", type=click.Path(path_type=Path), help="The cache's folder.")
+@cache_option
 @click.option("--mode", type=click.Choice(MODES), help="How the cache is used.  [default: read-write]")
 @click.option("--replay", is_flag=True, help="Only replay: never call the model. The same as --mode replay.")
 @click.option("--refresh", is_flag=True, help="Generate all samples anew. The same as --mode refresh.")
@@ -163,11 +163,12 @@ def _key(options: dict[str, Any], mode: str) -> str:
 async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen) -> tuple[Report, int]:
     """Return the report of the run, and the number of the signal that stopped it."""
     from cachepipe.batchfile import BatchFileError, Stop, run_file  # noqa: PLC0415 - so that --help is quick
-    from cachepipe.stores import default_folder  # noqa: PLC0415 - likewise
 
-    cache = options["cache"] or default_folder()
-    if mode == "replay" and not os.path.isdir(os.path.expanduser(cache)):  # noqa: ASYNC240, PTH111, PTH112 - one look before anything runs
-        raise BatchFileError(f"there is no cache in {cache} to replay from; name its folder with --cache")
+    folder, _ = folder_in_use(options["cache"])
+    if mode == "replay" and not folder.is_dir():
+        raise BatchFileError(
+            f"there is no cache in {folder} to replay from; name another folder with --cache"
+        )
     stop = Stop()
     with _signals(stop, screen) as caught:
         ticking = asyncio.create_task(screen.tick())
@@ -186,7 +187,7 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
                 max_tokens=options["max_tokens"],
                 max_completion_tokens=options["max_completion_tokens"],
                 seed=options["seed"],
-                cache=cache,
+                cache=folder,
                 namespace=options["namespace"],
                 mode=mode,
                 scope=options["scope"],
@@ -358,7 +359,7 @@ def _last_words(context: click.Context, options: dict[str, Any], mode: str, repo
     """Yield what there is to say at the end."""
     if report.failed:
         kinds = ", ".join(f"{count} {code}" for code, count in sorted(report.errors.items()))
-        yield f"{report.failed} requests failed ({kinds}). The first said: {report.example}"
+        yield f"{report.failed} requests failed ({kinds}). The first said: {report.example[:500]}"
     if report.interrupted:
         if report.partial is not None:
             yield f"The results so far are in {report.partial}."

@@ -21,7 +21,7 @@ import orjson
 
 from cachepipe import wire
 from cachepipe.keys import Question, provider_question
-from cachepipe.typedefs import Batch, Request, Response, field_names
+from cachepipe.typedefs import Request, Response, field_names
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -311,11 +311,21 @@ class OpenAIModel:
         await self.close()
 
 
+class _Group:
+    """Requests that came in one turn of the loop and share a call, and who waits for each."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.futures: list[asyncio.Future[Response]] = []
+        self.task: asyncio.Task[None] | None = None
+
+
 class ListModel:
     """The same model for APIs that take a list of questions: what one caller needs travels in one call.
 
-    Requests of one batch share a call when they have the same request id and differ in their item only.
-    A shared call that is refused or times out is halved, until each question has failed on its own.
+    Requests that come in one turn of the loop share a call when they have the same request id and differ
+    in their item only. A shared call that is refused or times out is halved, until each question has
+    failed on its own.
 
     Args:
         model: the adapter that makes the calls, with ``raw=True``.
@@ -327,53 +337,66 @@ class ListModel:
         self.present = model.present
         self.cache_scope = model.cache_scope
         self.max_n = model.max_n
+        self._open: dict[Any, _Group] = {}
 
     def __repr__(self) -> str:
         return f"<ListModel of {self.model!r}>"
 
-    async def batch_request(self, batch: Batch) -> list[Any]:
-        """Return a response or an error per request, in order."""
-        results: list[Any] = [None] * len(batch)
-        groups: dict[Any, list[int]] = {}
-        for place, request in enumerate(batch.requests):
-            wanted = self.model._wanted(request)  # noqa: SLF001 - its other half
-            groups.setdefault(_group(place, request, wanted), []).append(place)
+    async def request(self, request: Request) -> Response:
+        """Return up to ``request.n`` samples as they are stored; see `OpenAIModel.request`."""
+        wanted = self.model._wanted(request)  # noqa: SLF001 - its other half
+        rest = _rest(request, wanted)
+        if rest is None:
+            return await self.model.request(request)
+        loop = asyncio.get_running_loop()
+        group = self._open.get((loop, rest))
+        if group is None or len(group.requests) == _MOST_INPUTS:
+            group = self._open[loop, rest] = _Group()
+            loop.call_soon(self._start, loop, rest, group)
+        future: asyncio.Future[Response] = loop.create_future()
+        group.requests.append(request)
+        group.futures.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if group.task is not None and all(waiting.done() for waiting in group.futures):
+                group.task.cancel()
+            raise
 
-        async def serve(places: Sequence[int]) -> None:
-            requests = [batch.requests[place] for place in places]
-            try:
-                samples = await self.model.together(requests)
-            except Exception as error:  # noqa: BLE001 - it belongs to those who needed the call
-                if len(places) > 1 and _may_be_size(error):
-                    half = len(places) // 2
-                    await asyncio.gather(serve(places[:half]), serve(places[half:]))
-                    return
-                for place in places:
-                    results[place] = error
+    def _start(self, loop: asyncio.AbstractEventLoop, rest: Any, group: _Group) -> None:
+        if self._open.get((loop, rest)) is group:
+            del self._open[loop, rest]
+        group.task = loop.create_task(self._serve(group.requests, group.futures))
+
+    async def _serve(self, requests: Sequence[Request], futures: Sequence[asyncio.Future[Response]]) -> None:
+        try:
+            samples = await self.model.together(requests)
+        except Exception as error:  # noqa: BLE001 - it belongs to those who needed the call
+            half = len(requests) // 2
+            if half and _may_be_size(error):
+                await asyncio.gather(
+                    self._serve(requests[:half], futures[:half]), self._serve(requests[half:], futures[half:])
+                )
                 return
-            share = len(samples) // len(places)
-            for number, place in enumerate(places):
-                end = None if number + 1 == len(places) else (number + 1) * share
-                results[place] = Response(samples[number * share : end])
-
-        await asyncio.gather(
-            *(
-                serve(places[start : start + _MOST_INPUTS])
-                for places in groups.values()
-                for start in range(0, len(places), _MOST_INPUTS)
-            )
-        )
-        return results
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        share = len(samples) // len(requests)
+        for number, future in enumerate(futures):
+            end = None if number + 1 == len(futures) else (number + 1) * share
+            if not future.done():
+                future.set_result(Response(samples[number * share : end]))
 
 
-def _group(place: int, request: Request, wanted: _Wanted) -> Any:
-    """Return what requests that may share a call have in common."""
+def _rest(request: Request, wanted: _Wanted) -> Any:
+    """Return what requests that may share a call have in common, or None if this one goes alone."""
     listed = wanted.api.listed
     item = wanted.ask.question.get(listed) if listed is not None else None
     if item is None or not wanted.ask.mergeable or not _is_item(item):
-        return place
-    rest = {name: value for name, value in wanted.ask.question.items() if name != listed}
-    parts = [rest, dict(wanted.ask.transport), dict(wanted.headers), type(item) is str]
+        return None
+    others = {name: value for name, value in wanted.ask.question.items() if name != listed}
+    parts = [others, dict(wanted.ask.transport), dict(wanted.headers), type(item) is str]
     return (
         request.request_id,
         request.namespace,

@@ -81,11 +81,19 @@ class Stage:
 
 def check_model(model: Any) -> None:
     """Refuse what is no model before anything is asked of it."""
+    limit_of(model)
     if isinstance(model, type) or not (has_request(model) or has_batch(model)):
         raise TypeError(
             "a model has `async request(Request) -> Response` or `async batch_request(Batch) -> "
             f"list[Response]`; got {model!r}"
         )
+
+
+def adapter_of(model: Any) -> Any:
+    """Return the model's adapter at the end of a chain of stages: it knows what goes to a provider, and how."""
+    while isinstance(model, Stage):
+        model = model.model
+    return model
 
 
 def has_request(model: Any) -> bool:
@@ -113,10 +121,12 @@ def _overrides(model: Any, name: str) -> bool:
 
 def limit_of(model: Any) -> int | None:
     """Return a model's limit on ``n``, its attribute ``max_n``; None or 0 is no limit."""
-    limit: int | None = getattr(model, "max_n", None)
+    limit: Any = getattr(model, "max_n", None)
     if limit is None:
         return None
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+    if type(limit) is not int and not isinstance(limit, bool) and hasattr(limit, "__index__"):
+        limit = limit.__index__()
+    if type(limit) is not int or limit < 0:
         raise TypeError(f"max_n is a whole number of samples or None; {model!r} has {limit!r}")
     return limit or None
 

@@ -221,8 +221,9 @@ class AsyncBatcher(Stage):
         loop = asyncio.get_running_loop()
         lane = self._lanes.get(loop)
         if lane is None:
-            for old in [old for old in self._lanes if old.is_closed()]:
-                del self._lanes[old]
+            for old in list(self._lanes):
+                if old.is_closed():
+                    self._lanes.pop(old, None)
             lane = self._lanes[loop] = _Lane(self, loop)
         ticket = Ticket(lane, request)
         lane.put(ticket)

@@ -16,7 +16,7 @@ from typing import Any
 
 from cachepipe import keys, runs
 from cachepipe.keys import Question
-from cachepipe.stages.base import Stage, together
+from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.engine import Engine, Receipt, Stats, respond
 from cachepipe.stages.generation import Wanted
 from cachepipe.stages.lane import Lane
@@ -64,7 +64,7 @@ class AsyncCacher(Stage):
         self.repeat = repeat
         self.scope = scope if scope is not None else keys.scope_of(model)
         self._hash = hash
-        self._question = getattr(model, "question", None)
+        self._question = getattr(adapter_of(model), "question", None)
         self._engine = Engine(model, self.store, codec)
         runs.opened(self.store.identity, self)
 
@@ -135,12 +135,12 @@ class AsyncCacher(Stage):
         engine = self._engine
         caller = lane.caller
         engine.requests += 1
-        need = Wanted(lane.loop, request.asking(request.n))
+        need = Wanted(lane.loop, request.asking(request.n), late=engine.count_unreported)
         caller.start([need])
         try:
             values = await need.result()
         except BaseException:
-            engine.unreported += need.brought
+            engine.count_unreported(need.brought)
             raise
         engine.misses += request.n
         present = engine._present  # noqa: SLF001 - its own engine

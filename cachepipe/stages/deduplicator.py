@@ -13,7 +13,7 @@ from typing import Any
 
 from cachepipe import keys
 from cachepipe.ledger import label
-from cachepipe.stages.base import Stage, together
+from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.engine import Receipt, Stats
 from cachepipe.stages.generation import Call, Caller, Need, Wanted
@@ -119,7 +119,7 @@ class AsyncDeduplicator(Stage):
         self._check_open()
         lane = self._lane(loop)
         cacher = self._cacher
-        question = keys.question(request, self._scope) if cacher is None else cacher.question(request)
+        question = self._ask(request) if cacher is None else cacher.question(request)
         lane.served += 1
         first = self._joins(lane, (question.key, label(request.namespace)), owner)
         duplicated = [True] * request.n
@@ -141,14 +141,23 @@ class AsyncDeduplicator(Stage):
                     raise
         return response
 
+    def _ask(self, request: Request) -> keys.Question:
+        """Return what a request asks, as a cacher would key it."""
+        own = getattr(adapter_of(self.model), "question", None)
+        question: keys.Question = (
+            keys.question(request, self._scope) if own is None else own(request, self._scope)
+        )
+        return question
+
     def _lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
         last = self._last
         if last is not None and last.loop is loop and last.thread == get_ident():
             return last
         lane = self._lanes.get(loop)
         if lane is None:
-            for old in [old for old in self._lanes if old.is_closed()]:
-                del self._lanes[old]
+            for old in list(self._lanes):
+                if old.is_closed():
+                    self._lanes.pop(old, None)
             lane = self._lanes[loop] = _Lane(loop, self.model)
         lane.thread = get_ident()
         self._last = lane

@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from cachepipe import runs
-from cachepipe.errors import CacheMiss, FreshIds, NotStorable, NotStored, SharedDraw, StoreError
+from cachepipe.errors import CacheMiss, FreshIds, NotStored, SharedDraw, StoreError
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
+from cachepipe.stages.base import adapter_of
 from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
 from cachepipe.stages.lane import Lane
@@ -72,6 +73,7 @@ class Receipt(NamedTuple):
     occurrences: runs.Occurrences
     n: int
     generated: int
+    remembered: tuple[int, ...] = ()
 
 
 class _Draw:
@@ -185,8 +187,8 @@ class Engine:
         self._lock = threading.Lock()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._last: Lane | None = None
-        self._present = getattr(model, "present", None)
-        self._callers: list[Caller] = []
+        self._present = getattr(adapter_of(model), "present", None)
+        self._calls = self._generated = 0  # of loops that are closed
 
     def lane(self, loop: asyncio.AbstractEventLoop) -> Lane:
         """Return an event loop's lane."""
@@ -197,25 +199,27 @@ class Engine:
         if lane is None:
             with self._lock:
                 for old in [old for old in self._lanes if old.is_closed()]:
-                    del self._lanes[old]
+                    past = self._lanes.pop(old).caller
+                    self._calls += past.calls
+                    self._generated += past.generated
                 caller = Caller(loop, self.model, self.keep_extra)
-                self._callers.append(caller)
                 lane = self._lanes[loop] = Lane(loop, self.store, caller)
         self._last = lane
         return lane
 
     def stats(self) -> Stats:
         """Return what was done so far."""
-        callers = self._callers
+        with self._lock:
+            callers = [lane.caller for lane in self._lanes.values()]
         return Stats(
             hits=self.hits,
             misses=self.misses,
             merged=self.merged,
-            generated=sum(caller.generated for caller in callers),
+            generated=self._generated + sum(caller.generated for caller in callers),
             in_flight=sum(caller.in_flight for caller in callers),
             unreported=self.unreported,
             requests=self.requests,
-            calls=sum(caller.calls for caller in callers),
+            calls=self._calls + sum(caller.calls for caller in callers),
         )
 
     # From request to draw.
@@ -246,7 +250,8 @@ class Engine:
             if mode == "replay" or self.store.read_only:
                 replayed = self._replay(lane, request, question, identity, mode, occurrences, duplicated)
                 if receipts is not None and type(replayed) is Response:
-                    receipts.append(Receipt(identity, occurrences, request.n, 0))
+                    remembered = replayed.indices or ()
+                    receipts.append(Receipt(identity, occurrences, request.n, 0, remembered))
                 return replayed
             # In a crowd the claims of this turn, in one transaction, also find what is known already.
             if (
@@ -257,9 +262,10 @@ class Engine:
                 grant = self.store.recall(identity, request.n)
                 if grant is not None:
                     occurrences.count(identity, fresh_id=False)
+                    known = self._known(request, question, grant, occurrences, duplicated)
                     if receipts is not None:
                         receipts.append(Receipt(identity, occurrences, request.n, 0))
-                    return self._known(request, question, grant, occurrences, duplicated)
+                    return known
         except BaseException:
             if user is None:
                 occurrences.give_back(identity)
@@ -329,6 +335,14 @@ class Engine:
         self.unreported += receipt.generated
         if receipt.draw.namespace != SHARED:
             receipt.occurrences.give_back(receipt.draw)
+            if receipt.remembered:
+                taken = receipt.occurrences.taken(receipt.draw.namespace, receipt.draw.key)
+                for index in receipt.remembered:
+                    taken.remove(index)
+
+    def count_unreported(self, samples: int) -> None:
+        """Count samples that were generated and reached nobody."""
+        self.unreported += samples
 
     # Claims.
 
@@ -378,7 +392,7 @@ class Engine:
             if index not in mine and index not in draw.making and index not in draw.awaited:
                 draw.awaited.add(index)
                 self.board.wait(key, index, draw, partial(self._told, draw))
-                if self.board.maker(key, index) is None:
+                if self.board.maker(key, index) is not lane:  # another loop may end with its call
                     self._watch(draw)
         if mine:
             self._need(draw, grant.mine)
@@ -408,6 +422,13 @@ class Engine:
             if lane.needs:
                 needs = [need for need in needs if need.draw.question.key not in claiming]
                 lane.loop.call_soon(self._start, lane)
+        try:
+            self._ask_for(lane, needs)
+        except Exception as error:  # noqa: BLE001 - such as a limit that is none
+            for need in needs:
+                need.fail(need.slots, error)
+
+    def _ask_for(self, lane: Lane, needs: list[_Need]) -> None:
         if any(need.draw.dead for need in needs):
             for need in needs:
                 if not need.wanted:
@@ -425,7 +446,7 @@ class Engine:
             return
         try:
             payload = self.codec.encode(value)
-        except NotStorable as error:
+        except Exception as error:  # noqa: BLE001 - whatever a value does to its encoder, it is paid for
             self._unstored(draw, index, value, error)
             return
         commit = Commit(
@@ -459,7 +480,7 @@ class Engine:
         for value in values:
             try:
                 payload = self.codec.encode(value)
-            except NotStorable:
+            except Exception:  # noqa: BLE001, S112 - nobody asked for it
                 continue
             meta = {"at": round(time.time(), 3), "call": call.id, "s": round(call.seconds, 4)}
             need.draw.lane.put(Commit(need.draw.question.key, None, payload, meta), _unheard)
@@ -472,7 +493,12 @@ class Engine:
         if position is None:  # the draw was laid anew meanwhile
             self.unreported += 1
             return
-        draw.values[position] = value if self._present is None else self._present(value)
+        try:
+            draw.values[position] = value if self._present is None else self._present(value)
+        except Exception as error:  # noqa: BLE001 - the adapter's own; the sample is stored
+            self.unreported += 1
+            self._fail(draw, error)
+            return
         draw.generated.add(position)
         if not draw.missing:
             self._complete(draw)
@@ -613,8 +639,10 @@ class Engine:
         again: dict[_Draw, None] = {}
         try:
             states = self.store.glance([(draw.question.key, index) for draw, index in places])
-        except StoreError:
-            states = []  # such as a checkpoint in the way; look again
+        except StoreError as error:
+            for draw in list(lane.strangers):
+                self._fail(draw, error)
+            return
         for (draw, index), state in zip(places, states, strict=False):
             place = (draw.question.key, index)
             if state == "ours":

@@ -117,14 +117,19 @@ class Call:
 class Wanted(Need):
     """A need whose samples go straight to the caller, not to a store."""
 
-    __slots__ = ("_owed", "brought", "future", "values")
+    __slots__ = ("_late", "_owed", "brought", "future", "values")
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, request: Request, group: Hashable | None = None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        request: Request,
+        group: Hashable | None = None,
+        late: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(request, group, range(request.n))
         self.values: list[Any] = [None] * request.n
         self._owed = request.n
+        self._late = late
         self.brought = 0
         self.future: asyncio.Future[None] = loop.create_future()
 
@@ -138,6 +143,8 @@ class Wanted(Need):
         for slot, value in zip(slots, values, strict=True):
             self.values[slot] = value
         self._owed -= len(values)
+        if self.future.done() and self._late is not None:
+            self._late(len(values))
         self.brought += len(values)
         if not self._owed and not self.future.done():
             self.future.set_result(None)
@@ -155,7 +162,7 @@ class Wanted(Need):
         """Return the samples; a cancelled caller withdraws calls that nobody else waits for."""
         try:
             await self.future
-        except asyncio.CancelledError:
+        except BaseException:
             self.future.cancel()
             withdraw(self)
             raise
@@ -336,7 +343,7 @@ class Caller:
             return
         if call.merged:
             self._lower(max(len(values), call.largest))
-            self._send([Call([piece]) for piece in missing])
+            self._send_each(missing)
             return
         rest = Call(missing, 0 if values else call.empty + 1)
         if rest.empty < _PATIENCE:
@@ -354,11 +361,21 @@ class Caller:
         _detach(call)
         if call.merged and _repeatable(error):
             self._lower(call.largest)
-            self._send([Call([piece]) for piece in call.pieces])
+            self._send_each(call.pieces)
             return
         told = None if isinstance(error, asyncio.CancelledError | GeneratorExit) else error
         for need, slots in call.pieces:
             need.fail(slots, told)
+
+    def _send_each(self, pieces: Sequence[Piece]) -> None:
+        """Ask for pieces as their callers wrote them, but for callers that have gone."""
+        wanted = []
+        for need, slots in pieces:
+            if need.wanted:
+                wanted.append(Call([(need, slots)]))
+            else:
+                need.fail(slots, None)
+        self._send(wanted)
 
     def _lower(self, limit: int) -> None:
         self._lowered = limit if self._lowered is None else min(limit, self._lowered)

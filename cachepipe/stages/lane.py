@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from cachepipe.errors import StoreError
+from cachepipe.errors import StoreError, StoreLocked
 from cachepipe.stages.generation import Caller
 from cachepipe.stores.base import Claim, Operation, Store
 
+_LOOK = 0.01  # seconds between looks whether what others generate has come
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 
 
@@ -96,11 +97,13 @@ class Lane:
         try:
             results: list[Any] = list(await self._store.apply([operation for operation, _ in batch]))
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
-            if len(batch) > 1:  # one of them is at fault: the others go on without it
+            if len(batch) > 1 and not isinstance(
+                error, StoreLocked
+            ):  # one of them is at fault: the others go on without it
                 for item in batch:
                     await self._apply([item])
                 return
-            results = [error]
+            results = [error] * len(batch)
         for (_, done), result in zip(batch, results, strict=True):
             self._tell(done, result)
 
@@ -115,10 +118,12 @@ class Lane:
 
     async def drain(self) -> None:
         """Wait until everything queued is written, and no call is in flight."""
-        while self._operations or self.tasks or self.caller.busy or self.needs:
+        while self._operations or self.tasks or self.caller.busy or self.needs or self.strangers:
             if self.tasks:
                 await asyncio.wait(self.tasks)
             elif self.caller.busy:
                 await self.caller.step()
+            elif self.strangers and not self._operations and not self.needs:
+                await asyncio.sleep(_LOOK)
             else:
                 await asyncio.sleep(0)

@@ -22,9 +22,12 @@ from cachepipe import forks
 from cachepipe.errors import StoreError
 from cachepipe.ledger import LISTED, SHARED, Draw, Runs, choose, laid, namespace_of
 from cachepipe.stores.base import (
+    Claim,
     DrawInfo,
+    Forgo,
     Grant,
     KeyInfo,
+    Leave,
     NamespaceInfo,
     Operation,
     Result,
@@ -54,6 +57,21 @@ def _close_all() -> None:
     """Write what is still queued when the interpreter ends."""
     for store in list(_stores):
         store.close()
+
+
+class _Readers:
+    """One thread's connections for reading; they are closed when it ends."""
+
+    def __init__(self, pair: tuple[sqlite3.Connection, sqlite3.Connection]) -> None:
+        self.pair = pair
+
+    def close(self) -> None:
+        """Close both."""
+        for connection in self.pair:
+            connection.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class SqlStore:
@@ -102,6 +120,7 @@ class SqlStore:
         self._writing: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
         self._checkpointing: tuple[sqlite3.Connection, sqlite3.Connection] | None = None
         self._reading = threading.local()
+        self._readers: weakref.WeakSet[_Readers] = weakref.WeakSet()
         self._opened: list[sqlite3.Connection] = []
         self._closed = False
         self._writer = Writer(self)
@@ -121,13 +140,14 @@ class SqlStore:
         return self._writing
 
     def _readable(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
-        pair: tuple[sqlite3.Connection, sqlite3.Connection] | None
-        if self._fork == forks.count and (pair := getattr(self._reading, "pair", None)) is not None:
-            return pair  # type: ignore[no-any-return]
+        if self._fork == forks.count and not self._closed:
+            readers: _Readers | None = getattr(self._reading, "readers", None)
+            if readers is not None:
+                return readers.pair
         self._check()
-        pair = self._reading.pair = self._open(write=False)
-        self._opened += pair
-        return pair
+        readers = self._reading.readers = _Readers(self._open(write=False))
+        self._readers.add(readers)
+        return readers.pair
 
     def _check(self) -> None:
         if self._fork != forks.count:
@@ -159,19 +179,35 @@ class SqlStore:
 
         def settle(results: list[Result] | Exception) -> None:
             if future.done():
-                return
-            if isinstance(results, Exception):
+                self._undo(operations, results)
+            elif isinstance(results, Exception):
                 future.set_exception(results)
             else:
                 future.set_result(results)
 
         def done(results: list[Result] | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            try:
                 loop.call_soon_threadsafe(settle, results)
+            except RuntimeError:  # the loop was closed: nobody waits any more
+                self._undo(operations, results)
 
         self._check()
         self._writer.put(operations, done)
         return await future
+
+    def _undo(self, operations: Sequence[Operation], results: list[Result] | Exception) -> None:
+        """Give back what was granted to claimants that are gone."""
+        if isinstance(results, Exception):
+            return
+        back: list[Operation] = []
+        for operation, result in zip(operations, results, strict=True):
+            if isinstance(operation, Claim) and isinstance(result, Grant):
+                if result.mine:
+                    back.append(Forgo(operation.draw.key, result.mine))
+                if result.held:
+                    back.append(Leave(operation.draw, operation.token, result.held, complete=False))
+        if back:
+            self.apply_soon(back)
 
     def apply_soon(self, operations: Sequence[Operation]) -> None:
         """Apply the operations on the writer thread, without anyone waiting."""
@@ -230,7 +266,20 @@ class SqlStore:
     # Reading.
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw that the ledger holds whole, else None."""
+        """Return the first n samples of a draw that the ledger holds whole, else None.
+
+        Raises:
+            StoreError: when the files cannot be read.
+        """
+        try:
+            return self._recall(draw, n)
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: sqlite3.Error) -> StoreError:
+        return StoreError(f"the cache {self.identity} could not be read: {error}")
+
+    def _recall(self, draw: Draw, n: int) -> Grant | None:
         ledger, shelf = self._readable()
         key = self._key_ids.get(draw.key)
         namespace = self._namespace_ids.get(draw.namespace)
@@ -264,7 +313,17 @@ class SqlStore:
         return Grant(indices[:n], samples[:n], shared=shared)
 
     def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
-        """Return what a claim would get if all of it is stored, else None."""
+        """Return what a claim would get if all of it is stored, else None.
+
+        Raises:
+            StoreError: when the files cannot be read.
+        """
+        try:
+            return self._replay(draw, n, taken)
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+
+    def _replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
         ledger, shelf = self._readable()
         key = self._key_id(ledger, draw.key)
         if key is None:
@@ -297,7 +356,17 @@ class SqlStore:
         return Grant(indices, samples)
 
     def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
-        """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
+        """Tell of each (key, index) whether its sample is stored, generated elsewhere or here, or free.
+
+        Raises:
+            StoreError: when the files cannot be read.
+        """
+        try:
+            return self._glance(wanted)
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+
+    def _glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         ledger, shelf = self._readable()
         states: list[State] = []
         for key, index in wanted:
@@ -421,6 +490,8 @@ class SqlStore:
             for connection in self._opened:
                 connection.close()
             self._opened.clear()
+            for readers in list(self._readers):
+                readers.close()
 
     # Ids that readers remember; only rows of finished transactions are seen by them.
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from cachepipe.errors import StoreError
+from cachepipe.errors import StoreLocked
 from cachepipe.stores.base import Operation, Result
 
 LOCK_TIMEOUT = 60.0
@@ -97,8 +97,9 @@ class Writer:
         try:
             results = self._patiently([operation for operations, _ in items for operation in operations])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
-            if len(items) == 1:
-                items[0][1](error)
+            if len(items) == 1 or isinstance(error, StoreLocked):
+                for _, done in items:
+                    done(error)
                 return
             for item in items:  # one of them is at fault: the others go on without it
                 self._write([item])
@@ -116,7 +117,7 @@ class Writer:
                 return self._store.write(operations)
             except Locked:
                 if time.monotonic() > until:
-                    raise StoreError(
+                    raise StoreLocked(
                         f"the cache {self._store.identity} has been locked by another process for "
                         f"{LOCK_TIMEOUT:.0f} s; see which one writes there, then try again"
                     ) from None
