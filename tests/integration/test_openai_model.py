@@ -298,6 +298,10 @@ def inputs(texts, request_id="a", **fields):
     ]
 
 
+async def each(model, requests):
+    return await asyncio.gather(*map(model.request, requests), return_exceptions=True)
+
+
 async def test_questions_of_one_caller_share_a_call_and_only_new_ones_are_asked(server):
     async with adapter(server, raw=True, endpoint="/embeddings") as model:
         store = MemoryStore()
@@ -315,17 +319,52 @@ async def test_questions_of_one_caller_share_a_call_and_only_new_ones_are_asked(
 async def test_a_list_that_is_refused_is_halved_until_each_has_failed_alone(server, status):
     async with adapter(server, raw=True, endpoint="/embeddings") as model:
         script(server, Fault.parse(status))
-        responses = await ListModel(model).batch_request(Batch(inputs("abcd")))
+        responses = await each(ListModel(model), inputs("abcd"))
         assert [len(response.data) for response in responses] == [1] * 4
         assert server.stats.requests == 1 + 2
         script(server, *[Fault.parse(status)] * 7)
-        failed = await ListModel(model).batch_request(Batch(inputs("abcd")))
+        failed = await each(ListModel(model), inputs("abcd"))
         assert [error.status_code for error in failed] == [int(status)] * 4
         assert server.stats.requests == 3 + 1 + 2 + 4
         script(server, Fault(kind="error"))
-        failed = await ListModel(model).batch_request(Batch(inputs("ab")))
+        failed = await each(ListModel(model), inputs("ab"))
         assert [type(error) for error in failed] == [openai.InternalServerError] * 2
     assert server.stats.requests == 10 + 1
+
+
+async def test_a_shared_call_goes_on_while_anyone_waits_and_is_stopped_when_nobody_does(server):
+    server.settings = replace(server.settings, paused=True)
+    async with adapter(server, raw=True, endpoint="/embeddings") as model:
+        listing = ListModel(model)
+        first, second = (asyncio.create_task(listing.request(request)) for request in inputs("ab"))
+        await server.until(lambda stats: stats.in_flight == 1)
+        first.cancel()
+        await asyncio.wait([first])
+        server.settings = replace(server.settings, paused=False)
+        assert len((await second).data) == 1
+        server.settings = replace(server.settings, paused=True)
+        both = [asyncio.create_task(listing.request(request)) for request in inputs("cd")]
+        await server.until(lambda stats: stats.in_flight == 1)
+        for task in both:
+            task.cancel()
+        await server.until(lambda stats: stats.in_flight == 0)
+        await asyncio.wait(both)
+
+
+async def test_a_slow_caller_s_list_keeps_no_other_waiting(server):
+    slow = [replace(request, headers={"x-mock-latency": "60"}) for request in inputs("ab", "slow")]
+    async with (
+        adapter(server, raw=True, endpoint="/embeddings") as model,
+        AsyncCacher(ListModel(model), MemoryStore()) as cacher,
+    ):
+        waiting = asyncio.create_task(cacher.batch_request(Batch(slow)))
+        quick = await cacher.batch_request(Batch(inputs("cd", "quick")))
+        assert [len(response.data) for response in quick] == [1, 1]
+        assert not waiting.done()
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+    assert server.stats.requests == 2
 
 
 async def test_prompts_with_a_seed_are_asked_one_by_one(server):
@@ -338,10 +377,10 @@ async def test_prompts_with_a_seed_are_asked_one_by_one(server):
         ]
 
     async with adapter(server, raw=True, endpoint="/completions") as model:
-        responses = await ListModel(model).batch_request(Batch(prompts()))
+        responses = await each(ListModel(model), prompts())
         assert server.stats.requests == 1
         assert [len(response.data) for response in responses] == [2, 2]
-        await ListModel(model).batch_request(Batch(prompts(seed=1)))
+        await each(ListModel(model), prompts(seed=1))
     assert server.stats.requests == 3
 
 

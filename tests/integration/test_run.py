@@ -398,7 +398,7 @@ def test_replay_needs_neither_key_nor_server_and_a_miss_is_an_error_line(server,
 
 
 def test_replay_without_a_cache_makes_none(server):
-    assert "there is no cache in cache to replay from" in refused(server, replay=True)
+    assert "/cache to replay from; name another folder with --cache" in refused(server, replay=True)
     assert names() == []
 
 

@@ -7,8 +7,8 @@ import contextlib
 import json
 import os
 import threading
+from importlib import import_module
 
-import httpx2
 import openai
 import orjson
 import pytest
@@ -19,6 +19,10 @@ from cachepipe.errors import BadAnswer, StoreError
 
 pytestmark = pytest.mark.anyio
 
+# The HTTP library that the SDK is built on: httpx2, or httpx before its third version.
+http = import_module(
+    type(openai.AsyncOpenAI(base_url="http://m", api_key="k").base_url).__module__.partition(".")[0]
+)
 HI = [{"role": "user", "content": "hi"}]
 SECRET = "sk-never-to-be-seen"
 
@@ -27,7 +31,7 @@ class Client(openai.AsyncOpenAI):
     """The SDK's client, its calls answered here: at once, or when the test opens their gate."""
 
     def __init__(self, answer=None):
-        super().__init__(base_url="http://model/v1", api_key=SECRET, http_client=httpx2.AsyncClient())
+        super().__init__(base_url="http://model/v1", api_key=SECRET, http_client=http.AsyncClient())
         self.bodies = []
         self.answer = answer
         self.gates = {}
@@ -398,8 +402,8 @@ async def test_a_result_is_openai_s_with_flags_and_carried_fields(paths, client)
 
 
 def api_error(kind, status, body, headers=()):
-    request = httpx2.Request("POST", "http://model/v1")
-    response = httpx2.Response(status, content=body, request=request, headers=dict(headers))
+    request = http.Request("POST", "http://model/v1")
+    response = http.Response(status, content=body, request=request, headers=dict(headers))
     return kind("told", response=response, body=None)
 
 
@@ -414,13 +418,13 @@ def api_error(kind, status, body, headers=()):
         ),
         (api_error(openai.InternalServerError, 502, b"<html>"), "http_502", "told", 502),
         (
-            openai.APITimeoutError(request=httpx2.Request("POST", "http://model")),
+            openai.APITimeoutError(request=http.Request("POST", "http://model")),
             "timeout",
             "Request timed out.",
             None,
         ),
         (
-            openai.APIConnectionError(request=httpx2.Request("POST", "http://model")),
+            openai.APIConnectionError(request=http.Request("POST", "http://model")),
             "connection_error",
             "Connection error.",
             None,
@@ -455,7 +459,7 @@ async def test_c8_whatever_fails_becomes_an_error_line_and_the_others_are_answer
 
 async def test_a_cause_is_told_where_the_sdk_only_says_that_it_failed(paths, client):
     source, target = paths
-    error = openai.APIConnectionError(request=httpx2.Request("POST", "http://model"))
+    error = openai.APIConnectionError(request=http.Request("POST", "http://model"))
     error.__cause__ = OSError("no route to it")
     client.answer = lambda *_: error
     write(source, [{"prompt": "a"}])
