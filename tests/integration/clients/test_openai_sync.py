@@ -1,0 +1,351 @@
+"""OpenAI with a cache, in threads: the SDK runs in the caller's, the cache on a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import inspect
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from openai import Stream
+from pydantic import BaseModel
+
+from cachepipe import CacheMiss, MemoryStore
+from cachepipe.clients import AsyncOpenAI, OpenAI
+from cachepipe.clients.info import info
+from cachepipe.context import using
+from cachepipe.testing import MockServer, MockSettings
+
+HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
+
+
+@pytest.fixture
+def server():
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with OpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore(), max_retries=0) as made:
+        yield made
+
+
+def texts(response):
+    return [choice.message.content for choice in response.choices]
+
+
+def ask(client, prompt=None, **options):
+    messages = HELLO if prompt is None else [{"role": "user", "content": prompt}]
+    return client.chat.completions.create(**{"model": "m", "messages": messages, **options})
+
+
+def read(stream):
+    """The content of each choice of a stream, joined."""
+    parts = {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            parts[choice.index] = parts.get(choice.index, "") + (choice.delta.content or "")
+    return [parts[index] for index in sorted(parts)]
+
+
+def test_it_is_the_sdks_own_class(client):
+    assert isinstance(client, openai.OpenAI)
+    assert type(ask(client)) is openai.types.chat.ChatCompletion
+
+
+def test_n_is_topped_up_exactly(server, client):
+    two = ask(client, n=2)
+    five = ask(client.in_namespace("b"), n=5)
+    assert [entry.n for entry in server.stats.log] == [2, 3]
+    assert texts(five)[:2] == texts(two)
+    assert [choice.index for choice in five.choices] == list(range(5))
+    assert five.usage.total_tokens == five.usage.prompt_tokens + five.usage.completion_tokens
+
+
+def test_c1_eight_threads_get_samples_of_their_own(server, client):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: ask(client, n=2), range(40)))
+    indices = sorted(index for answer in answers for index in info(answer).indices)
+    assert indices == list(range(80))
+    assert server.stats.samples_generated == 80
+    with ThreadPoolExecutor(8) as pool:
+        again = list(pool.map(lambda _: ask(client.in_namespace("b"), n=2), range(40)))
+    assert server.stats.samples_generated == 80
+    assert sorted(map(str, map(texts, answers))) == sorted(map(str, map(texts, again)))
+
+
+def test_eight_threads_and_a_loop_share_one_folder(server, tmp_path):
+    questions = [(f"Write {i % 10}", f"r{i // 10}", i % 2 == 0) for i in range(80)]
+
+    def sync(client, namespace):
+        def one(question):
+            prompt, request_id, stream = question
+            with using(namespace=namespace, request_id=request_id):
+                answer = ask(client, prompt, stream=stream)
+                return read(answer) if stream else texts(answer)
+
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(one, questions))
+
+    async def concurrently(client, namespace):
+        async def one(prompt, request_id, stream):
+            with using(namespace=namespace, request_id=request_id):
+                answer = await ask(client, prompt, stream=stream)
+                if not stream:
+                    return texts(answer)
+                parts = [chunk.choices[0].delta.content or "" async for chunk in answer]
+                return ["".join(parts)]
+
+        return await asyncio.gather(*(one(*question) for question in questions))
+
+    async def both(namespace):
+        async with AsyncOpenAI(base_url=server.base_url, api_key="k", cache=tmp_path) as theirs:
+            with OpenAI(base_url=server.base_url, api_key="k", cache=tmp_path) as client:
+                threads = asyncio.to_thread(sync, client, "s" + namespace)
+                first, second = await asyncio.gather(threads, concurrently(theirs, "a" + namespace))
+                return first, second
+
+    before = asyncio.run(both("1"))
+    generated = server.stats.samples_generated
+    after = asyncio.run(both("2"))
+    assert server.stats.samples_generated == generated
+    assert before == after
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_streamed_and_unstreamed_requests_share_samples(server, client, first):
+    def get(who, stream):
+        answer = ask(who, n=2, stream=stream)
+        assert (type(answer) is Stream) is stream
+        return read(answer) if stream else texts(answer)
+
+    before = get(client, first)
+    assert get(client.in_namespace("b"), not first) == before
+    assert get(client.in_namespace("c"), first) == before
+    assert server.stats.requests == 1
+
+
+def test_c7_the_rest_of_an_abandoned_stream_is_read_and_stored(server, client):
+    server.settings = server.settings.updated({"stream_delay": 0.01})
+    stream = ask(client, stream=True)
+    next(stream)
+    next(stream)
+    stream.close()
+    assert info(ask(client.in_namespace("b"))).cached == (True,)
+    assert server.stats.requests == 1
+
+
+def test_c7_a_stream_that_nobody_holds_is_read_to_its_end(server, client):
+    server.settings = server.settings.updated({"stream_delay": 0.01})
+    stream = ask(client, stream=True)
+    next(stream)
+    next(stream)
+    del stream
+    gc.collect()
+    ask(client.in_namespace("b"))
+    assert server.stats.requests == 1
+
+
+def test_c7_a_stalled_reader_does_not_block_others(server, client):
+    server.settings = server.settings.updated({"stream_delay": 0.005})
+    stalled = ask(client, stream=True)
+    next(stalled)
+    other = texts(ask(client.in_namespace("b")))
+    assert server.stats.requests == 1
+    assert other[0].endswith(read(stalled)[0])
+
+
+def test_a_stream_that_is_left_before_any_content_is_undone(server, client):
+    server.settings = server.settings.updated({"latency": 0.0, "stream_delay": 0.2})
+    stream = ask(client, stream=True)
+    stream.close()
+    server.settings = server.settings.updated({"stream_delay": 0.0})
+    assert len(texts(ask(client))) == 1
+
+
+def test_closing_the_client_ends_what_is_in_flight(server):
+    server.settings = server.settings.updated({"stream_delay": 0.01})
+    store = MemoryStore()
+    with OpenAI(base_url=server.base_url, api_key="k", cache=store) as client:
+        stream = ask(client, stream=True)
+        next(stream)
+        next(stream)
+    with OpenAI(base_url=server.base_url, api_key="k", cache=store, mode="replay", namespace="b") as client:
+        assert texts(ask(client))
+
+
+def test_errors_are_the_sdks_own_and_not_cached(server, client):
+    server.settings = server.settings.updated({"script": (400, 429, "error", "drop")})
+    for kind in (
+        openai.BadRequestError,
+        openai.RateLimitError,
+        openai.InternalServerError,
+        openai.APIConnectionError,
+    ):
+        with pytest.raises(kind):
+            ask(client)
+    assert info(ask(client)).indices == (0,)
+
+
+def test_the_sdks_retries_are_unchanged_on_a_miss(server, client):
+    server.settings = server.settings.updated({"script": ({"kind": "rate_limit", "retry_after": 0.0}, None)})
+    raw = client.with_options(max_retries=2).chat.completions.with_raw_response.create(
+        model="m", messages=HELLO
+    )
+    assert raw.retries_taken == 1
+    hit = client.in_namespace("b").chat.completions.with_raw_response.create(model="m", messages=HELLO)
+    assert hit.retries_taken == 0
+    assert hit.parse() == raw.parse()
+
+
+def test_streaming_responses_on_miss_and_hit(server, client):
+    for who in (client, client.in_namespace("b")):
+        with who.chat.completions.with_streaming_response.create(model="m", messages=HELLO) as response:
+            assert b"chat.completion" in b"".join(response.iter_bytes())
+        with who.chat.completions.with_streaming_response.create(
+            model="m", messages=HELLO, stream=True
+        ) as response:
+            assert read(response.parse())
+    assert server.stats.requests == 2
+
+
+class Word(BaseModel):
+    word: str
+
+
+def test_parse_and_the_stream_helper(server, client):
+    server.settings = server.settings.updated({"max_tokens": 200})
+    for who in (client, client.in_namespace("b")):
+        parsed = who.chat.completions.parse(model="m", messages=HELLO, response_format=Word)
+        assert isinstance(parsed.choices[0].message.parsed, Word)
+        with who.chat.completions.stream(model="m", messages=HELLO, response_format=Word) as stream:
+            for _ in stream:
+                pass
+            assert isinstance(stream.get_final_completion().choices[0].message.parsed, Word)
+        who.responses.create(model="m", input="hello")
+    assert server.stats.requests == 3
+
+
+def test_embeddings_are_cached_per_item(server, client):
+    first = client.embeddings.create(model="m", input=["a", "b"])
+    again = client.in_namespace("x").embeddings.create(model="m", input=["b", "c", "a"])
+    assert server.stats.samples_generated == 3
+    assert again.data[2].embedding == first.data[0].embedding
+
+
+def test_replay_needs_no_key(server, monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with OpenAI(base_url=server.base_url, api_key="k", cache=tmp_path) as client:
+        stored = ask(client)
+    with OpenAI(base_url=server.base_url, cache=tmp_path, mode="replay") as client:
+        assert ask(client) == stored
+        with pytest.raises(CacheMiss):
+            ask(client, "Something new")
+
+
+def test_a_callable_key_is_not_called_on_a_hit(server):
+    calls = []
+
+    def key():
+        calls.append(1)
+        return "k"
+
+    with OpenAI(base_url=server.base_url, api_key=key, cache=MemoryStore()) as client:
+        ask(client)
+        ask(client.in_namespace("b"))
+    assert calls == [1]
+
+
+def test_the_sdk_runs_in_the_callers_thread_and_context(client):
+    variable = contextvars.ContextVar("variable")
+    seen = []
+    client._client.event_hooks["request"].append(
+        lambda _: seen.append((threading.get_ident(), variable.get(None)))
+    )
+    variable.set("here")
+    ask(client)
+    read(ask(client, stream=True))
+    assert seen == [(threading.get_ident(), "here")] * 2
+
+
+def test_a_known_draw_is_answered_in_the_calling_thread(server, client, monkeypatch):
+    ask(client)
+    ask(client.in_namespace("b"))
+    import cachepipe  # noqa: PLC0415 - only here
+
+    def refuse():
+        raise AssertionError("a hit must not need the portal")
+
+    monkeypatch.setattr("cachepipe.clients.calls.portal", refuse)
+    with cachepipe.run():
+        assert info(ask(client.in_namespace("b"))).cached == (True,)
+
+
+def test_it_works_where_a_loop_runs(client):
+    async def notebook():
+        return texts(ask(client)), read(ask(client, stream=True))
+
+    assert all(asyncio.run(notebook()))
+
+
+def test_an_interrupted_call_is_undone_and_its_answer_kept(server, client):
+    server.settings = server.settings.updated({"paused": True})
+
+    def interrupt():
+        server.wait_until(lambda stats: stats.in_flight == 1)
+        os.kill(os.getpid(), 2)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        ask(client)
+    thread.join()
+    server.settings = server.settings.updated({"paused": False})
+    assert info(ask(client)).indices == (0,)
+
+
+SCRIPT = """
+import atexit, sys
+from cachepipe.clients import OpenAI
+client = OpenAI(base_url=sys.argv[1], api_key="k", cache=sys.argv[2])
+def ask(prompt):
+    answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": prompt}])
+    print(answer.choices[0].message.content)
+atexit.register(ask, "at exit")
+ask("before")
+"""
+
+
+def test_calls_at_interpreter_exit_are_answered(server, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCRIPT, server.base_url, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["__init__", "copy", "with_options"])
+def test_signatures_are_the_sdks_with_ours_last(name):
+    ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (OpenAI, openai.OpenAI))
+    added = ["cache", "namespace", "mode", "scope", "repeat"]
+    assert list(ours.parameters) == [*theirs.parameters, *added]
+
+
+def test_copies_in_a_crowd_share_the_cache(server, client):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: ask(client.with_options(timeout=10 + i), f"{i % 4}"), range(32)))
+    assert server.stats.samples_generated == 32
+    answers = [info(ask(client.copy(namespace="b"), f"{i % 4}")) for i in range(32)]
+    assert all(told.cached == (True,) for told in answers)
