@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cachepipe.clients.info import Info as Info
+    from cachepipe.clients.openai import AsyncAzureOpenAI as AsyncAzureOpenAI
     from cachepipe.clients.openai import AsyncOpenAI as AsyncOpenAI
+    from cachepipe.clients.openai import AzureOpenAI as AzureOpenAI
     from cachepipe.clients.openai import OpenAI as OpenAI
+    from cachepipe.clients.together import AsyncTogether as AsyncTogether
+    from cachepipe.clients.together import Together as Together
 
 _WHERE = {
+    "AsyncAzureOpenAI": "cachepipe.clients.openai",
     "AsyncOpenAI": "cachepipe.clients.openai",
+    "AsyncTogether": "cachepipe.clients.together",
+    "AzureOpenAI": "cachepipe.clients.openai",
     "Info": "cachepipe.clients.info",
     "OpenAI": "cachepipe.clients.openai",
+    "Together": "cachepipe.clients.together",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same

@@ -326,21 +326,24 @@ class Call:
         taken: list[Draw] = []
         grants: list[Grant] = []
         user = label(self.namespace)
-        for ask, question in zip(self.asks, self.questions, strict=True):
-            if question.function or self.surface.repeat == "same":
-                identity = Draw(SHARED, question.key, "", 0)
-                known = (question.key, user) in occurrences.used
-            else:
-                place = (user, question.key, self.request_id or "")
-                identity = Draw(*place, occurrences.take(place))
-                taken.append(identity)
-                known = True
-            grant = store.recall(identity, ask.n) if known else None
-            if grant is None or grant.shared:
+        try:
+            for ask, question in zip(self.asks, self.questions, strict=True):
+                if question.function or self.surface.repeat == "same":
+                    identity = Draw(SHARED, question.key, "", 0)
+                    if (question.key, user) not in occurrences.used:
+                        return None
+                else:
+                    place = (user, question.key, self.request_id or "")
+                    identity = Draw(*place, occurrences.take(place))
+                    taken.append(identity)
+                grant = store.recall(identity, ask.n)
+                if grant is None or grant.shared:
+                    return None
+                grants.append(grant)
+        finally:
+            if len(grants) < len(self.asks):  # the cacher begins anew, with the same numbers
                 for draw in taken:
                     occurrences.give_back(draw)
-                return None
-            grants.append(grant)
         for draw in taken:
             occurrences.count(draw, fresh_id=False)
         samples = [sample for grant in grants for sample in grant.samples if sample is not None]

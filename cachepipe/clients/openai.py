@@ -157,5 +157,76 @@ class OpenAI(SyncCached, openai.OpenAI):
         with_options = copy
 
 
-for _kind, _sdk in ((AsyncOpenAI, openai.AsyncOpenAI), (OpenAI, openai.OpenAI)):
+class AsyncAzureOpenAI(AsyncCached, openai.AsyncAzureOpenAI):
+    """``openai.AsyncAzureOpenAI`` with a cache. See `AsyncOpenAI`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            azure_endpoint: str | None = None,
+            azure_deployment: str | None = None,
+            api_version: str | None = None,
+            api_key: str | Callable[[], Awaitable[str]] | None = None,
+            azure_ad_token: str | None = None,
+            azure_ad_token_provider: Callable[[], str | Awaitable[str]] | None = None,
+            organization: str | None = None,
+            project: str | None = None,
+            webhook_secret: str | None = None,
+            websocket_base_url: Any = None,
+            base_url: str | None = None,
+            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
+            max_retries: int = openai.DEFAULT_MAX_RETRIES,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            http_client: Any = None,
+            _strict_response_validation: bool = False,
+            cache: Any = None,
+            namespace: str | None = None,
+            mode: Mode = "read-write",
+            scope: str | None = None,
+            repeat: Repeat = "fresh",
+        ) -> None: ...
+
+
+class AzureOpenAI(SyncCached, openai.AzureOpenAI):
+    """``openai.AzureOpenAI`` with a cache. See `OpenAI`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            azure_endpoint: str | None = None,
+            azure_deployment: str | None = None,
+            api_version: str | None = None,
+            api_key: str | Callable[[], str] | None = None,
+            azure_ad_token: str | None = None,
+            azure_ad_token_provider: Callable[[], str] | None = None,
+            organization: str | None = None,
+            project: str | None = None,
+            webhook_secret: str | None = None,
+            websocket_base_url: Any = None,
+            base_url: str | None = None,
+            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
+            max_retries: int = openai.DEFAULT_MAX_RETRIES,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            http_client: Any = None,
+            _strict_response_validation: bool = False,
+            cache: Any = None,
+            namespace: str | None = None,
+            mode: Mode = "read-write",
+            scope: str | None = None,
+            repeat: Repeat = "fresh",
+        ) -> None: ...
+
+
+for _kind, _sdk in (
+    (AsyncOpenAI, openai.AsyncOpenAI),
+    (OpenAI, openai.OpenAI),
+    (AsyncAzureOpenAI, openai.AsyncAzureOpenAI),
+    (AzureOpenAI, openai.AzureOpenAI),
+):
     equip(_kind, _sdk, credentials={"api_key": NO_KEY}, error=openai.OpenAIError)

@@ -8,6 +8,7 @@ headers as they were given, ``_custom_headers``.
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 import importlib
 import weakref
@@ -24,6 +25,8 @@ _DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"}
 
 RAW = "x-stainless-raw-response"
 """The header by which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
+_BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
+"""The endpoints that Azure has once per deployment, which is named by ``model``."""
 _OWN = frozenset({RAW, "x-stainless-helper-method", "x-stainless-stream-helper"})
 
 
@@ -48,6 +51,31 @@ def library_of(client: Any) -> Any:
     return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
 
 
+def error_of(kind: Any) -> type[Exception]:
+    """Return the base of the errors of the SDK that a class is from."""
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    if "openai" in roots:
+        error: type[Exception] = importlib.import_module("openai").OpenAIError
+    else:
+        error = importlib.import_module("together").TogetherError
+    return error
+
+
+def drop_resources(client: Any, original: Any) -> None:
+    """Let a client that has the attributes of another make resources of its own: theirs call the other."""
+    cached = {
+        name
+        for base in type(client).__mro__
+        for name, value in vars(base).items()
+        if isinstance(value, functools.cached_property)
+    }
+    for name, value in list(vars(client).items()):
+        if name in cached:
+            del vars(client)[name]
+        elif getattr(value, "_client", None) is original:  # as older SDKs keep them
+            setattr(client, name, type(value)(client))
+
+
 def own_headers(client: Any) -> Mapping[str, Any]:
     """Return the default headers that a client was given."""
     headers: Mapping[str, Any] = getattr(client, "_custom_headers", None) or {}
@@ -66,9 +94,9 @@ def is_plain(options: Any) -> bool:
     """Tell whether a call has nothing of its own beside its body, so that it may share one with others."""
     if isinstance(options.headers, Mapping) and any(name.lower() not in _OWN for name in options.headers):
         return False
-    if options.params or isinstance(options.timeout, int | float) or options.timeout is None:
-        return False
-    return not isinstance(options.max_retries, int) and options.idempotency_key is None
+    return not options.params and not any(
+        _is_given(value) for value in (options.timeout, options.max_retries, options.idempotency_key)
+    )
 
 
 def with_body(options: Any, body: Mapping[str, Any]) -> Any:
@@ -152,14 +180,18 @@ def made_response(client: Any, url: str, options: Any, content: bytes | Source) 
     library = library_of(client)
     request = library.Request(options.method.upper(), url, headers=call_headers(options))
     raw = call_headers(options).get(RAW) or call_headers(options).get("X-Stainless-Raw-Response")
-    if isinstance(content, bytes):
-        headers = {"content-type": "application/json"}
-        if raw != "stream":
-            return library.Response(200, headers=headers, content=content, request=request)
-        content = Source([content])
+    headers = {"content-type": "application/json"}
+    if isinstance(content, bytes) and raw != "stream":
+        response = library.Response(200, headers=headers, content=content, request=request)
     else:
-        headers = {"content-type": "text/event-stream; charset=utf-8"}
-    return library.Response(200, headers=headers, stream=_body_class(library)(content), request=request)
+        if isinstance(content, bytes):
+            content = Source([content])
+        else:
+            headers = {"content-type": "text/event-stream; charset=utf-8"}
+        body = _body_class(library)(content)
+        response = library.Response(200, headers=headers, stream=body, request=request)
+    response.elapsed = dt.timedelta(0)
+    return response
 
 
 def handed_on(client: Any, response: Any, source: Source) -> Any:
@@ -190,7 +222,10 @@ def unread(client: Any, response: Any) -> bool:
 def url_of(client: Any, options: Any) -> str:
     """Return the full URL of a call, with the query that it is sent with."""
     path = str(options.url)
-    url = path if "://" in path else f"{str(client.base_url).rstrip('/')}/{path.lstrip('/')}"
+    base = str(client.base_url).rstrip("/")
+    if path in _BY_DEPLOYMENT and "/deployments" not in base and _is_azure(client):
+        path = f"/deployments/{(options.json_data or {}).get('model')}{path}"
+    url = path if "://" in path else f"{base}/{path.lstrip('/')}"
     query = {**client.default_query, **(options.params or {})}
     query = {name: value for name, value in query.items() if _is_given(value)}
     if not query:
@@ -199,5 +234,10 @@ def url_of(client: Any, options: Any) -> str:
     return f"{url}{'&' if '?' in url else '?'}{text}" if text else url
 
 
+def _is_azure(client: Any) -> bool:
+    return any(base.__module__ == "openai.lib.azure" for base in type(client).__mro__)
+
+
 def _is_given(value: Any) -> bool:
+    """Tell whether a value is none of those by which the SDKs say that there is none."""
     return value is not None and type(value).__name__ not in ("NotGiven", "Omit")

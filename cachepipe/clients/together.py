@@ -1,0 +1,73 @@
+"""Together's clients with a cache: change the import, and every call that can be cached is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import together
+
+from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.typedefs import Mode, Repeat
+
+
+class AsyncTogether(AsyncCached, together.AsyncTogether):
+    """``together.AsyncTogether`` with a cache, which the parameters after the SDK's own describe.
+
+    Args:
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        namespace: the unit within which samples are independent, in practice one experiment.
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
+        scope: what stands for the endpoint's URL in keys.
+        repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            project_id: str | None = None,
+            api_key: str | None = None,
+            base_url: Any = None,
+            timeout: float | together.Timeout | together.NotGiven | None = together.not_given,
+            max_retries: int = together.DEFAULT_MAX_RETRIES,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            http_client: Any = None,
+            _strict_response_validation: bool = False,
+            cache: Any = None,
+            namespace: str | None = None,
+            mode: Mode = "read-write",
+            scope: str | None = None,
+            repeat: Repeat = "fresh",
+        ) -> None: ...
+
+
+class Together(SyncCached, together.Together):
+    """``together.Together`` with a cache; it may be used from any number of threads. See `AsyncTogether`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            project_id: str | None = None,
+            api_key: str | None = None,
+            base_url: Any = None,
+            timeout: float | together.Timeout | together.NotGiven | None = together.not_given,
+            max_retries: int = together.DEFAULT_MAX_RETRIES,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            http_client: Any = None,
+            _strict_response_validation: bool = False,
+            cache: Any = None,
+            namespace: str | None = None,
+            mode: Mode = "read-write",
+            scope: str | None = None,
+            repeat: Repeat = "fresh",
+        ) -> None: ...
+
+
+for _kind, _sdk in ((AsyncTogether, together.AsyncTogether), (Together, together.Together)):
+    equip(_kind, _sdk, credentials={"api_key": NO_KEY}, error=together.TogetherError)

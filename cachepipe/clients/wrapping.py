@@ -1,0 +1,70 @@
+"""A cache for a client that exists already."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, TypeVar
+
+from cachepipe.clients import seam
+from cachepipe.clients.calls import Surface
+from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.typedefs import Mode, Repeat
+
+C = TypeVar("C")
+
+
+def wrap(
+    client: C,
+    *,
+    cache: Any = None,
+    namespace: str | None = None,
+    mode: Mode = "read-write",
+    scope: str | None = None,
+    repeat: Repeat = "fresh",
+) -> C:
+    """Return a client like the one given, with a cache; they share connections, and so their closing.
+
+    The client given stays as it is. What is returned is an instance of its class, and has what is set on it.
+
+    Args:
+        client: a client of the openai or together package, of any class.
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        namespace: the unit within which samples are independent, in practice one experiment.
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
+        scope: what stands for the endpoint's URL in keys.
+        repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
+
+    Raises:
+        TypeError: for anything else, and for a client that has a cache already.
+    """
+    made: Any = object.__new__(_cached_class(_checked(client)))
+    vars(made).update(vars(client))
+    seam.drop_resources(made, client)
+    made._cachepipe = Surface.of(cache, namespace, mode, scope, repeat)  # noqa: SLF001 - it is ours
+    wrapped: C = made
+    return wrapped
+
+
+def _checked(client: Any) -> Any:
+    kind: Any = type(client)
+    if isinstance(client, AsyncCached | SyncCached):
+        raise TypeError(
+            f"this {kind.__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
+        )
+    sdks = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    if not sdks & {"openai", "together"} or not all(
+        callable(getattr(kind, name, None)) for name in seam.NAMES
+    ):
+        raise TypeError(f"wrap() takes a client of the openai or together package; got {client!r:.200}")
+    return kind
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_class(kind: Any) -> Any:
+    """Return the class of cached clients that is a subclass of the class given."""
+    mixin = AsyncCached if inspect.iscoroutinefunction(kind.request) else SyncCached
+    about = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    made = type(kind.__name__, (mixin, kind), about)
+    equip(made, kind, credentials={"api_key": NO_KEY}, error=seam.error_of(kind))
+    return made

@@ -1,0 +1,155 @@
+"""The clients of Azure and Together, and `wrap` around clients that exist."""
+
+from __future__ import annotations
+
+import functools
+import typing
+
+import openai
+import pytest
+import together
+
+from cachepipe import MemoryStore
+from cachepipe.clients import AsyncAzureOpenAI, AsyncTogether, AzureOpenAI, OpenAI, Together
+from cachepipe.clients.info import info
+from cachepipe.clients.seam import ATTRIBUTES, NAMES
+from cachepipe.clients.wrapping import wrap
+from cachepipe.testing import MockServer, MockSettings
+
+HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
+
+
+@pytest.fixture
+def server():
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
+        yield running
+
+
+def texts(response):
+    return [choice.message.content for choice in response.choices]
+
+
+def ask(client, **options):
+    return client.chat.completions.create(**{"model": "m", "messages": HELLO, **options})
+
+
+def read(stream):
+    return "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+
+
+@pytest.mark.parametrize("kind", [openai.OpenAI, together.Together, "own"])
+def test_a_wrapped_client_is_of_its_own_class_and_cached(server, kind):
+    class Own(openai.OpenAI):
+        greeting = "hello"
+
+        @functools.cached_property
+        def whole(self):
+            return ask(self)
+
+    kind = Own if kind == "own" else kind
+    address = server.url if kind is together.Together else server.base_url
+    with kind(base_url=address, api_key="k") as plain:
+        before = ask(plain)
+        client = wrap(plain, cache=MemoryStore(), namespace="a")
+        assert isinstance(client, kind)
+        assert type(client).__name__ == kind.__name__
+        first = ask(client, n=2)
+        assert info(first).cached == (False, False)
+        assert texts(ask(client.in_namespace("b"), n=2)) == texts(first)
+        assert read(ask(client.with_options(timeout=5).in_namespace("c"), stream=True)) == texts(first)[0]
+        assert info(before) is None
+        assert info(ask(plain)) is None
+        assert server.stats.requests == 3
+
+
+@pytest.mark.anyio
+async def test_an_async_client_is_wrapped(server):
+    async with openai.AsyncOpenAI(base_url=server.base_url, api_key="k") as plain:
+        client = wrap(plain, cache=MemoryStore())
+        assert isinstance(client, openai.AsyncOpenAI)
+        first = await ask(client)
+        assert await ask(client.in_namespace("b")) == first
+        assert server.stats.requests == 1
+
+
+def test_only_clients_are_wrapped(server):
+    with pytest.raises(TypeError, match="takes a client"):
+        wrap("client", cache=MemoryStore())
+    with (
+        OpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore()) as client,
+        pytest.raises(TypeError, match="has a cache already"),
+    ):
+        wrap(client, cache=MemoryStore())
+
+
+def test_together_shares_samples_with_openai(server):
+    store = MemoryStore()
+    with Together(base_url=server.url, api_key="k", cache=store) as client:
+        assert isinstance(client, together.Together)
+        assert type(first := ask(client, n=2)).__module__.startswith("together.")
+        text = client.completions.create(model="m", prompt="Given a")
+        assert client.in_namespace("b").completions.create(model="m", prompt="Given a") == text
+        assert read(ask(client.in_namespace("b"), n=1, stream=True)) == texts(first)[0]
+        raw = client.in_namespace("c").chat.completions.with_raw_response.create(model="m", messages=HELLO)
+        assert texts(raw.parse()) == texts(first)[:1]
+        streamed = read(ask(client, stream=True, temperature=0.5))
+    with OpenAI(base_url=server.base_url, api_key="k", cache=store, namespace="d") as client:
+        assert texts(ask(client, n=2)) == texts(first)
+        assert texts(ask(client, temperature=0.5)) == [streamed]
+    assert server.stats.requests == 3
+
+
+def test_together_replays_without_a_key(server, monkeypatch):
+    monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
+    store = MemoryStore()
+    with Together(base_url=server.url, api_key="k", cache=store) as client:
+        first = ask(client)
+    with pytest.raises(together.TogetherError):
+        Together(base_url=server.url, cache=store)
+    with Together(base_url=server.url, cache=store, mode="replay") as client:
+        assert ask(client) == first
+
+
+@pytest.mark.anyio
+async def test_async_together(server):
+    async with AsyncTogether(base_url=server.url, api_key="k", cache=MemoryStore()) as client:
+        stream = await ask(client, stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        assert texts(await ask(client.in_namespace("b"))) == [text]
+        vectors = [
+            (await who.embeddings.create(model="m", input=["a", "b"])).data[1].embedding
+            for who in (client, client.in_namespace("b"))
+        ]
+        assert vectors[0] == vectors[1]
+    assert server.stats.requests == 2
+
+
+@pytest.mark.parametrize("kind", [AzureOpenAI, AsyncAzureOpenAI])
+def test_azures_deployments_are_part_of_the_scope(kind):
+    client = kind(
+        azure_endpoint="https://name.openai.azure.com",
+        api_version="2024-10-21",
+        api_key="k",
+        cache=MemoryStore(),
+    )
+    from cachepipe.clients import seam  # noqa: PLC0415 - only here
+
+    options = openai._models.FinalRequestOptions.construct(
+        method="post", url="/chat/completions", json_data={"model": "m", "messages": HELLO}
+    )
+    assert isinstance(client, kind.__mro__[2])
+    assert seam.url_of(client, options) == str(client._build_request(options.model_copy()).url)
+    assert client.copy(namespace="b")._cachepipe.namespace == "b"
+    assert "azure_ad_token" in typing.get_type_hints(kind.copy)
+
+
+@pytest.mark.parametrize(
+    "kind", [openai.OpenAI, openai.AsyncOpenAI, together.Together, together.AsyncTogether]
+)
+def test_the_sdks_still_have_what_the_clients_stand_on(kind):
+    """The names on which the clients stand; an SDK without one of them needs another seam."""
+    client = kind(api_key="k")
+    for name in NAMES:
+        assert callable(getattr(kind, name)), name
+    for name in ATTRIBUTES:
+        assert hasattr(client, name), name
