@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from cachepipe import forks
 from cachepipe.ledger import Draw, Runs
 
 Identity = tuple[str, str, str]
@@ -95,11 +96,17 @@ class Run:
     """A run of its own, begun by ``with cachepipe.run():``; it covers every store."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._fork = forks.count
         self._lock = threading.Lock()
         self._stores: dict[str, Occurrences] = {}
 
     def of(self, store: str) -> Occurrences:
         """Return this run's memory of a store, by the store's identity."""
+        if self._fork != forks.count:
+            self._begin()
         with self._lock:
             return self._stores.setdefault(store, Occurrences())
 
@@ -131,6 +138,7 @@ def opened(store: str, user: object) -> None:
         if not users:
             _runs[store] = Occurrences()
         users.add(weakref.ref(user, lambda reference: _gone(store, reference)))
+        _open[store] = users  # a finaliser may have run in between, and found the set empty
 
 
 def closed(store: str, user: object) -> None:
@@ -139,12 +147,15 @@ def closed(store: str, user: object) -> None:
 
 
 def _gone(store: str, reference: weakref.ref[Any]) -> None:
-    # A finaliser may run in the middle of ``opened``: discarding is atomic, and the set may stay empty.
+    # A finaliser may run in the middle of ``opened``, so this takes no lock; each step is atomic.
     users = _open.get(store)
     if users is not None:
         for known in list(users):
             if known is reference or (known() is not None and known() is reference()):
                 users.discard(known)
+        if not users:
+            _open.pop(store, None)
+            _runs.pop(store, None)
 
 
 def current(store: str) -> Occurrences:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shlex
 import signal
 import sys
@@ -112,7 +111,7 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
         with _spoken_warnings(screen):
             report, number = asyncio.run(_answer(options, mode, key, screen))
     except CachepipeError as error:
-        raise Failure(_blotted(str(error), key)) from error
+        raise Failure(_blotted(str(error), options, key)) from error
     except KeyboardInterrupt:
         click.echo(f"Stopped at once. To go on: {_again(context, options)}", err=True)
         return _SIGNALLED + signal.SIGINT
@@ -120,7 +119,7 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
         _table(report)
     status = _SIGNALLED + number if report.interrupted else SOME_FAILED if report.failed else 0
     for sentence in _last_words(context, options, mode, report):
-        click.echo(_blotted(sentence, key), err=True)
+        click.echo(_blotted(sentence, options, key), err=True)
     if options["as_json"]:
         click.echo(orjson.dumps({**report.as_dict(), "exit_status": status}))
     return status
@@ -383,7 +382,8 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
         if name in ("replay", "refresh") or (name == "mode" and value in ("replay", "refresh")):
             continue  # replaying brings nothing more, and refreshing would generate all of it once more
         if name == "base_url" and value is not None:
-            value = re.sub(r"//[^/@]*@", "//", str(value))
+            scheme, mark, rest = str(value).rpartition("//")
+            value = f"{scheme}{mark}{rest.rpartition('@')[2]}"
         if isinstance(parameter, click.Argument):
             words.append(str(value))
         else:
@@ -393,11 +393,14 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _blotted(text: str, key: str) -> str:
-    """Return a text without the API key, and without credentials in a URL."""
-    if len(key) > 3:
-        text = text.replace(key, "***")
-    return visible(re.sub(r"(\w://)[^/@\s]*@", r"\1", text), lines=True)
+def _blotted(text: str, options: dict[str, Any], key: str) -> str:
+    """Return a text without the API key and the credentials within the address, safe to print."""
+    address = options["base_url"] or os.environ.get("OPENAI_BASE_URL") or ""
+    credentials = address.rpartition("@")[0].rpartition("//")[2]
+    for secret in (key, f"{credentials}@", credentials.rpartition(":")[2]):
+        if len(secret) > 3:
+            text = text.replace(secret, "***")
+    return visible(text, lines=True)
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def check_model(model: Any) -> None:
 
 
 def adapter_of(model: Any) -> Any:
-    """Return the model's adapter at the end of a chain of stages: it knows what goes to a provider, and how."""
+    """Return the adapter at the end of a chain of stages: it knows what goes to a provider."""
     while isinstance(model, Stage):
         model = model.model
     return model

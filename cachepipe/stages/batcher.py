@@ -265,12 +265,11 @@ class AsyncBatcher(Stage):
 
     async def close(self) -> None:
         """Send what is queued at once, wait for what is in flight on this loop, and refuse the rest."""
-        if not self._closed:
-            self._closed = True
-            lane = self._lanes.get(asyncio.get_running_loop())
-            if lane is not None:
-                lane.cut()
-                while lane.flying:
-                    await asyncio.wait(lane.flying)
-                lane.abort()
+        self._closed = True
+        lane = self._lanes.get(asyncio.get_running_loop())
+        if lane is not None:
+            lane.cut()
+            while lane.flying:
+                await asyncio.wait(lane.flying)
+            lane.abort()
         await super().close()

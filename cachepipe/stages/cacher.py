@@ -10,7 +10,6 @@ this stage performs it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,7 +58,10 @@ class AsyncCacher(Stage):
         if repeat not in REPEATS:
             raise ValueError(f"repeat is 'fresh' or 'same'; got {repeat!r}")
         codec = Codec(classes)
-        self.store, self._owns_store = open_store(cache, durability=durability)
+        self.store, self._owns_store = open_store(
+            cache, durability=durability, read_only=True if mode == "replay" else None
+        )
+        self._ended = False
         self.mode = mode
         self.repeat = repeat
         self.scope = scope if scope is not None else keys.scope_of(model)
@@ -174,13 +176,18 @@ class AsyncCacher(Stage):
         return self._engine.stats()
 
     async def close(self) -> None:
-        """Wait for what is in flight on this loop, write it, and close the store if it was opened here."""
-        if self._closed:
-            return
+        """Wait for what is in flight, write it, and close the store if it was opened here."""
         self._closed = True
+        if self._ended:
+            return
         runs.closed(self.store.identity, self)
-        with contextlib.suppress(RuntimeError):
-            await self._engine.lane(asyncio.get_running_loop()).drain()
+        here = asyncio.get_running_loop()
+        for lane in self._engine.lanes():
+            if lane.loop is here:
+                await lane.drain()
+            elif lane.loop.is_running():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(), lane.loop))
+        self._ended = True
         if isinstance(self.model, Stage):
             await self.model.close()
         if self._owns_store:

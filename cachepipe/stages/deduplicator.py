@@ -172,12 +172,10 @@ class AsyncDeduplicator(Stage):
         opener = lane.open.get(group)
         if opener is not None and (opener[0] is not owner[0] or opener[1] is owner[1] is not None):
             return True
-        if not lane.open:
-            loop = lane.loop
-            if self.window:
-                loop.call_later(self.window, lane.open.clear)
-            else:
-                loop.call_soon(lane.open.clear)
+        if self.window:
+            lane.loop.call_later(self.window, lane.open.pop, group, None)
+        elif not lane.open:
+            lane.loop.call_soon(lane.open.clear)
         lane.open[group] = owner
         return False
 

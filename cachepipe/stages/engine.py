@@ -207,10 +207,14 @@ class Engine:
         self._last = lane
         return lane
 
+    def lanes(self) -> list[Lane]:
+        """Return the lanes of the loops that have made requests."""
+        with self._lock:
+            return list(self._lanes.values())
+
     def stats(self) -> Stats:
         """Return what was done so far."""
-        with self._lock:
-            callers = [lane.caller for lane in self._lanes.values()]
+        callers = [lane.caller for lane in self.lanes()]
         return Stats(
             hits=self.hits,
             misses=self.misses,

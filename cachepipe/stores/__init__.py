@@ -27,18 +27,20 @@ def default_folder() -> str:
     return platformdirs.user_cache_dir("cachepipe", appauthor=False)
 
 
-def open_store(cache: Any = None, *, durability: str = "process") -> tuple[Store, bool]:
+def open_store(
+    cache: Any = None, *, durability: str = "process", read_only: bool | None = None
+) -> tuple[Store, bool]:
     """Return the store for a path, a ``diskcache.Cache``, a store, or None for the default folder.
 
     Returns:
         The store, and whether it was opened here, and so is the opener's to close.
     """
     if cache is None:
-        return DiskStore(default_folder(), durability=durability), True  # type: ignore[arg-type]
+        cache = default_folder()
     if hasattr(type(cache), "apply_now") and hasattr(type(cache), "recall"):
         return cache, False
     if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):
-        return DiskStore(cache, durability=durability), True  # type: ignore[arg-type]
+        return DiskStore(cache, durability=durability, read_only=read_only), True  # type: ignore[arg-type]
     raise TypeError(
         f"cache= takes a folder, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"
     )

@@ -11,6 +11,8 @@ import os
 import sqlite3
 import time
 import warnings
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,7 @@ import diskcache
 from cachepipe import forks
 from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
 from cachepipe.stores import leases
+from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.rows import SCHEMA, check_format
 from cachepipe.stores.sql import SqlStore
 
@@ -27,6 +30,7 @@ Durability = Literal["process", "full"]
 # diskcache's own repair removes files whose path lacks the name of its database.
 _LEDGER = "ledger.cache.db"
 _SHELF = "cache.db"
+_LARGE = 16 << 20  # bytes of a write-ahead log above which opening makes a checkpoint
 
 
 class DiskStore(SqlStore):
@@ -61,6 +65,7 @@ class DiskStore(SqlStore):
         self.identity = f"disk:{self.folder}"
         self.durability = durability
         self._holding: leases.Lease | None = None
+        self._theirs = None if theirs is None else weakref.ref(theirs)
         if read_only is None:
             self.why_read_only = _why_read_only(self.folder)
         else:
@@ -81,6 +86,9 @@ class DiskStore(SqlStore):
             self._make(theirs)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
+        if any(_size(self.folder / f"{name}-wal") > _LARGE for name in (_SHELF, _LEDGER)):
+            self._rows = _LARGE
+            self._writer.wake()  # other processes have left much in the logs
 
     def __repr__(self) -> str:
         return f"<DiskStore {self.folder}{' read-only' if self.read_only else ''}>"
@@ -172,6 +180,19 @@ class DiskStore(SqlStore):
             pair[0].execute("ATTACH ? AS shelf", (f"{(self.folder / _SHELF).as_uri()}{how}",))
         return pair[0], pair[1]
 
+    def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
+        """Apply the operations in one transaction, or return None at once if that would wait.
+
+        With ``durability="full"`` it would wait for the disk.
+        """
+        return None if self.durability == "full" else super().apply_now(operations)
+
+    def _inherit(self) -> None:
+        theirs = None if self._theirs is None else self._theirs()
+        if theirs is not None:
+            theirs.close()  # it opens again by itself
+        super()._inherit()
+
     # Leases.
 
     def _lease_name(self) -> str:
@@ -197,6 +218,14 @@ class DiskStore(SqlStore):
                     " AND NOT EXISTS (SELECT 1 FROM holders WHERE lease = leases.id)",
                     (time.time(), holding.name),
                 )
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file, 0 for one that is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _has_table(connection: sqlite3.Connection, name: str) -> bool:

@@ -46,7 +46,7 @@ class MemoryStore(SqlStore):
     def _uri(self, name: str) -> str:
         return f"file:{self.identity}-{name}?mode=memory&cache=shared"
 
-    def tidy(self) -> None:
+    def checkpoint(self) -> None:
         """Do nothing: there is no log."""
         self._rows = 0
 

@@ -12,6 +12,7 @@ import asyncio
 import atexit
 import contextlib
 import itertools
+import os
 import sqlite3
 import threading
 import time
@@ -57,6 +58,41 @@ def _close_all() -> None:
     """Write what is still queued when the interpreter ends."""
     for store in list(_stores):
         store.close()
+
+
+_forking: list[SqlStore] = []
+
+
+def _before_fork() -> None:
+    """Let no transaction be under way while the process forks."""
+    _forking[:] = list(_stores)
+    for store in _forking:
+        store._lock.acquire()  # noqa: SLF001 - of this module
+
+
+def _after_fork_in_parent() -> None:
+    for store in _forking:
+        store._lock.release()  # noqa: SLF001 - of this module
+    _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    """Close what was inherited, before anything is opened.
+
+    While an inherited connection is open, SQLite takes its locks for locks of this process, and a new
+    connection to the same file would take none of its own.
+    """
+    for store in _forking:
+        store._inherit()  # noqa: SLF001 - of this module
+    _forking.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class _Readers:
@@ -130,6 +166,16 @@ class SqlStore:
         self._leases: dict[int, tuple[bool, float]] = {}
         self._rows = 0
 
+    def _inherit(self) -> None:
+        """Begin anew in a forked child."""
+        closed = self._closed
+        for connection in self._opened:
+            connection.close()
+        for readers in list(self._readers):
+            readers.close()
+        self._reset()
+        self._closed = closed
+
     def _writable(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         self._check()
         if self.read_only:
@@ -150,8 +196,6 @@ class SqlStore:
         return readers.pair
 
     def _check(self) -> None:
-        if self._fork != forks.count:
-            self._reset()
         if self._closed:
             raise StoreError(f"the cache {self.identity} was closed; open it again")
 
@@ -249,12 +293,12 @@ class SqlStore:
         return results
 
     def tidy(self) -> None:
-        """Move what the write-ahead logs hold into the files, as far as no reader is in the way.
+        """Make a checkpoint when enough was written, on connections of its own: nobody has to wait."""
+        if self._rows > _CHECKPOINT_ROWS:
+            self.checkpoint()
 
-        On connections of its own, so that nobody who writes meanwhile has to wait.
-        """
-        if self._rows <= _CHECKPOINT_ROWS:
-            return
+    def checkpoint(self) -> None:
+        """Move what the write-ahead logs hold into the files, as far as no reader is in the way."""
         self._rows = 0
         if self._checkpointing is None:
             self._checkpointing = self._open(write=True)
@@ -484,6 +528,8 @@ class SqlStore:
             self._closed = True
             return
         self._writer.stop()
+        if self._rows and not self.read_only:
+            self.checkpoint()
         with self._lock:
             self._closed = True
             self._end_lease()

@@ -14,6 +14,8 @@ from cachepipe.stores.base import Operation, Result
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for a lock that another process holds."""
 
+_IDLE = 2.0  # seconds without work after which the thread ends
+
 Done = Callable[["list[Result] | Exception"], None]
 _Item = tuple[Sequence[Operation], Done]
 
@@ -82,7 +84,9 @@ class Writer:
             with self._condition:
                 while not (self._queue or self._stopping or self._woken):
                     self.busy = False
-                    self._condition.wait()
+                    if not self._condition.wait(_IDLE):
+                        self._thread = None  # so that a store nobody refers to can go
+                        return
                 items = list(self._queue)
                 self._queue.clear()
                 self._woken = False

@@ -657,9 +657,7 @@ def _messages_call(body: Mapping[str, Any], settings: Settings) -> _Call:
     )
 
 
-def _instance(
-    schema: object, text: str, root: Mapping[str, Any], depth: int = 0
-) -> Any:
+def _instance(schema: object, text: str, root: Mapping[str, Any], depth: int = 0) -> Any:
     """Return a small value that fits a JSON schema, with the text wherever a string is wanted.
 
     Types, properties, items, enumerations, constants, alternatives and local references are

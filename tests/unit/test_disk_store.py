@@ -63,7 +63,7 @@ def asked(folder, *prompts, model=None, mode="read-write", **more):
 
 
 def claim(store, request_id="", n=1, namespace="-"):
-    return store.apply_now([Claim(Draw(namespace, KEY, request_id, 0), n, QUESTION, "t")])[0]
+    return store.write([Claim(Draw(namespace, KEY, request_id, 0), n, QUESTION, "t")])[0]
 
 
 def shelf(folder):
