@@ -35,7 +35,7 @@ from cachepipe import runs, wire
 from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, ShortAnswer, StoreError
 from cachepipe.models.openai import ENDPOINTS, ListModel, OpenAIModel, WireRequest
 from cachepipe.stages import AsyncCacher, AsyncDeduplicator
-from cachepipe.stores import MemoryStore, open_store
+from cachepipe.stores import DiskStore, MemoryStore, default_folder, open_store
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Batch, Mode, Repeat, Response
 
@@ -393,9 +393,7 @@ async def run_file(
                 max_n=max_n,
                 raw=True,
             )
-            store, ours = (
-                (MemoryStore(), True) if mode == "bypass" else open_store(cache, durability=durability)
-            )
+            store, ours = _store(cache, mode, durability)
             service = _Service(adapter, store, namespace, mode, scope, repeat, report)
             secrets = _Secrets(
                 [base_url, os.environ.get("OPENAI_BASE_URL")],
@@ -410,6 +408,15 @@ async def run_file(
                     await asyncio.to_thread(store.close)
                 report.seconds = time.perf_counter() - begun
     return report
+
+
+def _store(cache: Any, mode: Mode, durability: str) -> tuple[Store, bool]:
+    """Return the store, and whether it is ours to close. A replay changes no folder, a bypass needs none."""
+    if mode == "bypass":
+        return MemoryStore(), True
+    if mode == "replay" and (cache is None or isinstance(cache, str | os.PathLike)):
+        return DiskStore(default_folder() if cache is None else cache, read_only=True), True
+    return open_store(cache, durability=durability)
 
 
 class _Ids:

@@ -218,7 +218,8 @@ async def test_c4_more_than_the_server_gives_in_one_call_is_asked_in_several(ser
         alone = await model.request(Asked("hi", n=9))
     assert len(response.data) == 10
     assert len(alone.data) == 9
-    assert [entry.n for entry in server.stats.log] == [4, 4, 2, 4, 4, 1]
+    asked = [entry.n for entry in server.stats.log]
+    assert (sorted(asked[:3]), sorted(asked[3:])) == ([2, 4, 4], [1, 4, 4])
     assert model.calls == 6
 
 
@@ -455,15 +456,15 @@ class DiskStoreAt:
         self.store.close()
 
 
-def test_the_sdk_is_imported_with_the_first_call_and_not_for_a_replay(tmp_path):
-    script = f"""
+def test_the_sdk_is_imported_with_the_first_call_and_not_for_a_replay():
+    script = """
 import asyncio, sys
-from cachepipe import CacheMiss, OnlineAPI, Request
+from cachepipe import CacheMiss, MemoryStore, OnlineAPI, Request
 import cachepipe.models
 print("openai" in sys.modules, "cachepipe.models.openai" in sys.modules)
 from cachepipe.models import OpenAIModel
 async def main():
-    async with OnlineAPI(OpenAIModel("m"), {str(tmp_path / "cache")!r}, mode="replay") as pipeline:
+    async with OnlineAPI(OpenAIModel("m"), MemoryStore(), mode="replay") as pipeline:
         try:
             await pipeline.request(Request("hi"))
         except CacheMiss:
