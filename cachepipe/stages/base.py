@@ -181,7 +181,16 @@ async def ask_batch(model: Any, requests: Sequence[Request]) -> list[Response | 
             "return one response or exception per request"
         )
         return [mismatch for _ in requests]
-    return answers
+    return [_raisable(answer) for answer in answers]
+
+
+def _raisable(answer: Any) -> Any:
+    """Return an answer; a StopIteration, which no future takes, becomes what a coroutine makes of it."""
+    if not isinstance(answer, StopIteration):
+        return answer
+    error = RuntimeError("a model's batch_request returned a StopIteration for one of its requests")
+    error.__cause__ = answer
+    return error
 
 
 def samples_of(answer: Any) -> list[Any]:

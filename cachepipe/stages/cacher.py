@@ -181,12 +181,12 @@ class AsyncCacher(Stage):
         if self._ended:
             return
         runs.closed(self.store.identity, self)
-        here = asyncio.get_running_loop()
+        here, start = asyncio.get_running_loop(), self._engine.start
         for lane in self._engine.lanes():
             if lane.loop is here:
-                await lane.drain()
+                await lane.drain(start)
             elif lane.loop.is_running():
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(), lane.loop))
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(start), lane.loop))
         self._ended = True
         if isinstance(self.model, Stage):
             await self.model.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +22,8 @@ from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import adapter_of
 from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
-from cachepipe.stages.lane import Lane
-from cachepipe.stores.base import Claim, Commit, Committed, Forgo, Grant, Leave, Sample, Store
+from cachepipe.stages.lane import MANY, Lane
+from cachepipe.stores.base import Claim, Commit, Committed, Forgo, Grant, Leave, Sample, Store, new_meta
 from cachepipe.typedefs import Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
@@ -261,6 +260,7 @@ class Engine:
             if (
                 mode == "read-write"
                 and lane.idle
+                and request.n <= MANY
                 and (user is None or (question.key, user) in occurrences.used)
             ):
                 grant = self.store.recall(identity, request.n)
@@ -414,18 +414,18 @@ class Engine:
         if len(lane.needs) == 1:
             # All claims of this turn are granted in one go; calls for them start right after it.
             if self.window:
-                lane.loop.call_later(self.window, self._start, lane)
+                lane.loop.call_later(self.window, self.start, lane)
             else:
-                lane.loop.call_soon(self._start, lane)
+                lane.loop.call_soon(self.start, lane)
 
-    def _start(self, lane: Lane) -> None:
+    def start(self, lane: Lane) -> None:
         """Ask for what this turn needs, but for questions of which more draws are yet to be claimed."""
         needs, lane.needs = lane.needs, []
         if claiming := lane.claiming():
             lane.needs = [need for need in needs if need.draw.question.key in claiming]
             if lane.needs:
                 needs = [need for need in needs if need.draw.question.key not in claiming]
-                lane.loop.call_soon(self._start, lane)
+                lane.loop.call_soon(self.start, lane)
         try:
             self._ask_for(lane, needs)
         except Exception as error:  # noqa: BLE001 - such as a limit that is none
@@ -453,9 +453,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever a value does to its encoder, it is paid for
             self._unstored(draw, index, value, error)
             return
-        commit = Commit(
-            key, index, payload, {"at": round(time.time(), 3), "call": call.id, "s": round(call.seconds, 4)}
-        )
+        commit = Commit(key, index, payload, new_meta(call.id, call.seconds))
 
         def done(result: Committed | Exception) -> None:
             draw.making.discard(index)
@@ -486,7 +484,7 @@ class Engine:
                 payload = self.codec.encode(value)
             except Exception:  # noqa: BLE001, S112 - nobody asked for it
                 continue
-            meta = {"at": round(time.time(), 3), "call": call.id, "s": round(call.seconds, 4)}
+            meta = new_meta(call.id, call.seconds)
             need.draw.lane.put(Commit(need.draw.question.key, None, payload, meta), _unheard)
 
     def _filled(self, draw: _Draw, index: int, value: Any) -> None:

@@ -9,10 +9,20 @@ from typing import Any
 
 from cachepipe.errors import StoreError, StoreLocked
 from cachepipe.stages.generation import Caller
-from cachepipe.stores.base import Claim, Operation, Store
+from cachepipe.stores.base import Claim, Commit, Operation, Store
 
+MANY = 1000
+"""Samples of one draw above which even reading them is left to the store's thread."""
+_BYTES = 1 << 20  # of their weight in bytes
 _LOOK = 0.01  # seconds between looks whether what others generate has come
 _INLINE = 128  # operations that may be written on the loop's own thread at once
+
+
+def _weight(operation: Operation) -> int:
+    """Return about how many bytes an operation makes the store read or write."""
+    if type(operation) is Commit:
+        return len(operation.payload)
+    return operation.n * 1000 if type(operation) is Claim else 0
 
 
 class Lane:
@@ -55,7 +65,10 @@ class Lane:
         if self._operations:
             self.loop.call_soon(self._flush)
         try:
-            results = self._store.apply_now([operation for operation, _ in batch])
+            weight = sum(_weight(operation) for operation, _ in batch)
+            results = (
+                self._store.apply_now([operation for operation, _ in batch]) if weight <= _BYTES else None
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             if len(batch) == 1:
                 self._tell(batch[0][1], error)
@@ -83,7 +96,12 @@ class Lane:
 
     def _recalled(self, operation: Operation, done: Callable[[Any], None]) -> bool:
         """Answer a claim that needs no writing: such a hit does not wait for whoever writes."""
-        if type(operation) is not Claim or operation.refresh or operation.user is not None:
+        if (
+            type(operation) is not Claim
+            or operation.refresh
+            or operation.user is not None
+            or operation.n > MANY
+        ):
             return False
         try:
             grant = self._store.recall(operation.draw, operation.n)
@@ -116,9 +134,15 @@ class Lane:
         """Whether nothing is queued in this turn."""
         return not self._operations
 
-    async def drain(self) -> None:
-        """Wait until everything queued is written, and no call is in flight."""
+    async def drain(self, start: Callable[[Lane], None]) -> None:
+        """Wait until everything queued is written, and no call is in flight.
+
+        Args:
+            start: asks for what waits for the end of its window.
+        """
         while self._operations or self.tasks or self.caller.busy or self.needs or self.strangers:
+            if self.needs:
+                start(self)
             if self.tasks:
                 await asyncio.wait(self.tasks)
             elif self.caller.busy:

@@ -101,6 +101,8 @@ def alive(folder: Path, name: str) -> bool:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return False
+    except PermissionError:
+        return True  # another user's: it cannot be told, and taking over would buy twice
     try:
         if not _lock(descriptor, wait=False):
             return True

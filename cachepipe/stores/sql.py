@@ -42,6 +42,7 @@ from cachepipe.stores.writer import Locked, Writer
 
 _ALIVE_FOR = 0.25  # seconds for which a lease that was found alive is taken to be so
 _CHECKPOINT_ROWS = 4000  # written rows after which the writer thread moves the WAL into the file
+_FEW = 64  # samples that are looked at one by one to see whether they are there
 _IDS = 200_000  # interned keys and namespaces that readers remember
 
 _RECALL = (
@@ -289,6 +290,8 @@ class SqlStore:
             raise StoreError(f"the cache {self.identity} could not be written: {error}") from error
         except sqlite3.DatabaseError as error:
             raise StoreError(f"the cache {self.identity} is damaged: {error}") from error
+        except OSError as error:
+            raise StoreError(f"the cache {self.identity} could not be written: {error}") from error
         self._rows += len(operations)
         return results
 
@@ -347,8 +350,14 @@ class SqlStore:
         indices = laid((row[0], unpack(row[1])) for row in rows)
         if len(indices) < n:
             return None
+        # What lies beyond n must be there too: a draw that is incomplete may yet be undone.
+        beyond = indices[n:]
+        if len(beyond) > _FEW:
+            if not _whole(ledger, key, min(beyond), max(beyond)):
+                return None
+            beyond = []
         samples: list[Sample | None] = []
-        for index in indices:  # beyond n too: a draw that is incomplete may yet be undone
+        for index in [*indices[:n], *beyond]:
             found = read_sample(shelf, name, index)
             if type(found) is not Sample:
                 return None
@@ -584,6 +593,18 @@ class SqlStore:
         lives = self._lease_alive(name)
         self._leases[lease] = (lives, now)
         return lives
+
+
+def _whole(ledger: sqlite3.Connection, key: int, first: int, last: int) -> bool:
+    """Tell whether all samples from the first index to the last are stored, by the ledger alone."""
+    run = ledger.execute(
+        "SELECT start, stop FROM spans WHERE owner = 0 AND key = ? AND stop > ? ORDER BY stop LIMIT 1",
+        (key, first),
+    ).fetchone()
+    pending = ledger.execute(
+        "SELECT 1 FROM pending WHERE key = ? AND sample BETWEEN ? AND ? LIMIT 1", (key, first, last)
+    ).fetchone()
+    return run is not None and run[0] <= first and last < run[1] and pending is None
 
 
 def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text: str) -> int | None:
