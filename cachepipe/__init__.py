@@ -10,6 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cachepipe.clients.info import info as info
+    from cachepipe.clients.wrapping import wrap as wrap
+    from cachepipe.context import using as using
     from cachepipe.errors import (
         BadAnswer as BadAnswer,
     )
@@ -111,6 +114,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "cachepipe.clients.info": ("info",),
+    "cachepipe.clients.wrapping": ("wrap",),
+    "cachepipe.context": ("using",),
     "cachepipe.errors": (
         "BadAnswer",
         "BatchMismatch",
