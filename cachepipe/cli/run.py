@@ -141,7 +141,9 @@ def _mode(options: dict[str, Any]) -> Any:
         raise click.UsageError(f"{' and '.join(asked)} ask for different modes; give one of them.")
     if asked:
         return next(iter(asked.values()))
-    return "bypass" if os.environ.get("CACHEPIPE_DISABLE", "") not in ("", "0") else "read-write"
+    from cachepipe.stores import switched_off  # noqa: PLC0415 - help needs none of it
+
+    return "bypass" if switched_off() else "read-write"
 
 
 def _key(options: dict[str, Any], mode: str) -> str:

@@ -19,7 +19,7 @@ from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.engine import Engine, Receipt, Stats, respond
 from cachepipe.stages.generation import Wanted
 from cachepipe.stages.lane import Lane
-from cachepipe.stores import open_store
+from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
@@ -31,7 +31,8 @@ class AsyncCacher(Stage):
         model: what generates samples; asked only for what the store lacks.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder (see
             ``cachepipe.stores.default_folder``).
-        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``, as in the contract.
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``, as in the contract. With
+            ``CACHEPIPE_DISABLE=1`` in the environment ``"read-write"`` is ``"bypass"``.
         scope: whose answers these are; default is the model's ``cache_scope``, or its ``model``.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: all requests for a
             question share one draw.
@@ -58,6 +59,8 @@ class AsyncCacher(Stage):
         if repeat not in REPEATS:
             raise ValueError(f"repeat is 'fresh' or 'same'; got {repeat!r}")
         codec = Codec(classes)
+        if mode == "read-write" and switched_off():
+            mode, cache = "bypass", MemoryStore()
         self.store, self._owns_store = open_store(
             cache, durability=durability, read_only=True if mode == "replay" else None
         )

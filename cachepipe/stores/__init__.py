@@ -9,7 +9,12 @@ from cachepipe.stores.base import Store
 from cachepipe.stores.disk import DiskStore
 from cachepipe.stores.memory import MemoryStore
 
-__all__ = ["DiskStore", "MemoryStore", "Store", "default_folder", "open_store"]
+__all__ = ["DiskStore", "MemoryStore", "Store", "default_folder", "open_store", "switched_off"]
+
+
+def switched_off() -> bool:
+    """Tell whether the environment switches caching off: ``CACHEPIPE_DISABLE=1``."""
+    return os.environ.get("CACHEPIPE_DISABLE", "") not in ("", "0")
 
 
 def default_folder() -> str:

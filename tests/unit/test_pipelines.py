@@ -602,3 +602,18 @@ def test_stages_can_be_put_together_by_hand():
         assert sorted(model.calls) == [("a", 1), ("b", 2)]
 
     asyncio.run(main())
+
+
+def test_the_environment_switches_caching_off(tmp_path, monkeypatch):
+    """Then nothing is read or written, not even the folder; a replay is still a replay."""
+    monkeypatch.setenv("CACHEPIPE_DISABLE", "1")
+
+    async def main():
+        async with OnlineAPI(Both(), tmp_path / "c") as api:
+            first, again = [await api.request(Request("p")) for _ in range(2)]
+        assert (first.cached, again.cached) == ([False], [False])
+        with pytest.raises(StoreError):
+            OnlineAPI(Both(), tmp_path / "c", mode="replay")
+
+    asyncio.run(main())
+    assert not (tmp_path / "c").exists()
