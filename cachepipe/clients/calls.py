@@ -602,6 +602,10 @@ class SyncCall(Call):
                 return
             if error is None and arrived is not None:
                 future.set_result(arrived)
+            elif isinstance(error, StopIteration):  # futures refuse it, as coroutines do
+                refused = RuntimeError("the call raised StopIteration")
+                refused.__cause__ = error
+                future.set_exception(refused)
             elif isinstance(error, Exception):
                 future.set_exception(error)
             else:

@@ -349,3 +349,9 @@ def test_copies_in_a_crowd_share_the_cache(server, client):
     assert server.stats.samples_generated == 32
     answers = [info(ask(client.copy(namespace="b"), f"{i % 4}")) for i in range(32)]
     assert all(told.cached == (True,) for told in answers)
+
+
+def test_a_hook_that_raises_stop_iteration_hangs_nobody(client):
+    client._client.event_hooks["request"].append(lambda _: next(iter(())))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        ask(client)
