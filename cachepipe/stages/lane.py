@@ -17,6 +17,8 @@ _BYTES = 1 << 20  # of their weight in bytes
 _LOOK = 0.01  # seconds between looks whether what others generate has come
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 
+_Queued = tuple[Operation, Callable[[Any], None]]
+
 
 def _weight(operation: Operation) -> int:
     """Return about how many bytes an operation makes the store read or write."""
@@ -37,7 +39,7 @@ class Lane:
         """The draws that await samples which other processes generate, in order."""
         self.tasks: set[asyncio.Task[None]] = set()
         self._store = store
-        self._operations: list[tuple[Operation, Callable[[Any], None]]] = []
+        self._operations: list[_Queued] = []
 
     def soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function on this lane's loop: now when it is the running one, else soon."""
@@ -62,8 +64,13 @@ class Lane:
         batch, self._operations = self._operations[:_INLINE], self._operations[_INLINE:]
         if not batch:
             return
-        if self._operations:
-            self.loop.call_soon(self._flush)
+        try:
+            self._write(batch)
+        finally:
+            if self._operations:  # behind the calls for what was granted just now
+                self.loop.call_soon(self._flush)
+
+    def _write(self, batch: list[_Queued]) -> None:
         try:
             weight = sum(_weight(operation) for operation, _ in batch)
             results = (
@@ -111,7 +118,7 @@ class Lane:
             self._tell(done, grant)
         return grant is not None
 
-    async def _apply(self, batch: list[tuple[Operation, Callable[[Any], None]]]) -> None:
+    async def _apply(self, batch: list[_Queued]) -> None:
         try:
             results: list[Any] = list(await self._store.apply([operation for operation, _ in batch]))
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
