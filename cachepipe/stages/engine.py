@@ -613,7 +613,7 @@ class Engine:
 
     def _leave(self, draw: _Draw, then: Callable[[Any], None]) -> None:
         if draw.held:
-            draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete), then)
+            draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete, draw.n), then)
         else:
             then(None)
 

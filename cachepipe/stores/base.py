@@ -147,12 +147,21 @@ class Forgo:
 
 @dataclass(slots=True)
 class Leave:
-    """End a claimant's hold of a draw; undo the draw when it is incomplete and nobody else holds it."""
+    """End a claimant's hold of a draw; undo the draw when it is incomplete and nobody else holds it.
+
+    Attributes:
+        draw: the draw.
+        token: who held it.
+        held: the segments that it held.
+        complete: whether the claimant had what it wanted.
+        n: how many samples it was given, when it was complete: these stand.
+    """
 
     draw: Draw
     token: str
     held: tuple[int, ...]
     complete: bool
+    n: int = 0
 
 
 @dataclass(slots=True)

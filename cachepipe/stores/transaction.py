@@ -400,7 +400,7 @@ class Transaction:
                 self._remove(LISTED, key, index)
 
     def _leave(self, leave: Leave) -> None:
-        """End a hold. An incomplete draw that nobody else holds gives back what it had added (C8)."""
+        """End a hold. What is incomplete and held by nobody else is undone, but what was delivered (C8)."""
         key = self._key_of(leave.draw.key)
         namespace = self._namespace(leave.draw.namespace)
         place = (key, leave.draw.request_id, leave.draw.occurrence)
@@ -408,7 +408,7 @@ class Transaction:
         for part in sorted(leave.held):
             where = (*place, namespace, part)
             row = self._ledger.execute(
-                "SELECT indices, lease, token, standing FROM segments" + _PART, where
+                "SELECT indices, lease, token, standing, position FROM segments" + _PART, where
             ).fetchone()
             if row is None:
                 continue
@@ -420,17 +420,21 @@ class Transaction:
                 ).rowcount
                 if not joined:
                     continue
-            if leave.complete:
-                continue
-            if author:
-                self._ledger.execute("UPDATE segments SET token = NULL" + _PART, where)
             indices = unpack(row[0])
+            standing = row[3]
+            if leave.complete:
+                standing = max(standing, min(leave.n - row[4], len(indices)))
+                if standing == len(indices):
+                    continue
+                self._ledger.execute(f"UPDATE segments SET standing = ?{_PART}", (standing, *where))
+            elif author:
+                self._ledger.execute("UPDATE segments SET token = NULL" + _PART, where)
             undoing = undoing or self._incomplete(leave.draw.key, indices)
             if not undoing or self._held_by_others(where, None if author else row[1:3]):
                 continue
-            standing, undone = indices[: row[3]], indices[row[3] :]
-            if standing:
-                self._ledger.execute(f"UPDATE segments SET indices = ?{_PART}", (pack(standing), *where))
+            kept, undone = indices[:standing], indices[standing:]
+            if kept:
+                self._ledger.execute(f"UPDATE segments SET indices = ?{_PART}", (pack(kept), *where))
             else:
                 self._ledger.execute("DELETE FROM segments" + _PART, where)
             for index in undone:
