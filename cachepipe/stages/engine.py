@@ -7,6 +7,7 @@ refers to it any more. Everything that concerns a draw happens on the loop of it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import warnings
@@ -529,7 +530,8 @@ class Engine:
             return
         if error is None:
             # Its call was stopped from outside while somebody waited: ask again as a waiter would.
-            draw.future.cancel()
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
+                draw.future.cancel()
             self._abandon(draw)
         else:
             self._fail(draw, error)
