@@ -196,6 +196,3 @@ class BatchRequestModel(Protocol):
     async def batch_request(self, batch: Batch) -> list[Response]:
         """Return one response per request of the batch, in its order."""
         ...
-
-
-Model = SingleRequestModel | BatchRequestModel

@@ -529,7 +529,7 @@ class Engine:
         if keep or draw.dead:
             return
         if error is None:
-            # Its call was stopped from outside while somebody waited: ask again as a waiter would.
+            # Its call was stopped from outside: the request is cancelled with it, and undone.
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
                 draw.future.cancel()
             self._abandon(draw)

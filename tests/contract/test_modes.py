@@ -28,7 +28,7 @@ def contents(store):
     return (
         [(info.draw, info.indices, info.generated) for info in store.draws()],
         [(info.key, info.samples, info.pending, info.namespaces) for info in store.keys()],  # noqa: SIM118 - a store's method
-        [(sample.index, sample.id) for info in store.keys() for sample in store.samples(info.key)],  # noqa: SIM118
+        [(sample.index, sample.id) for info in store.keys() for sample in store.samples(info.key)],  # noqa: SIM118 - likewise
         list(store.namespaces()),
     )
 
