@@ -46,9 +46,9 @@ def same(first, second):
     if type(first) is not type(second):
         return False
     if isinstance(first, float):
-        return math.copysign(1, first) == math.copysign(1, second) and (
-            first == second or (math.isnan(first) and math.isnan(second))
-        )
+        if math.isnan(first):  # whose sign means nothing
+            return math.isnan(second)
+        return first == second and math.copysign(1, first) == math.copysign(1, second)
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     if isinstance(first, dict):
