@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 from cachepipe.clients import info, seam
-from cachepipe.clients.calls import Call, Surface, SyncCall, receiving
+from cachepipe.clients.calls import Call, SyncCall, receiving
+from cachepipe.clients.exchange import Surface
 from cachepipe.clients.portal import portal
 from cachepipe.clients.seam import Arrived
 from cachepipe.typedefs import Mode, Repeat
@@ -56,9 +57,10 @@ class AsyncCached(_Cached):
                 return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
             finally:
                 receiving.reset(token)
-        arrived = call.known()
-        if arrived is None:
-            arrived = await call.drawn()
+        answer = call.known()
+        if answer is None:
+            answer = await call.drawn()
+        arrived = call.arrived(answer)
         result = await sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
         if call.kept:
             info.note(result, call.record)
@@ -117,9 +119,10 @@ class SyncCached(_Cached):
                 return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
             finally:
                 receiving.reset(token)
-        arrived = call.known()
-        if arrived is None:
-            arrived = call.wait()
+        answer = call.known()
+        if answer is None:
+            answer = call.wait()
+        arrived = call.arrived(answer)
         result = sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
         if call.kept:
             info.note(result, call.record)

@@ -7,7 +7,7 @@ import inspect
 from typing import Any, TypeVar
 
 from cachepipe.clients import seam
-from cachepipe.clients.calls import Surface
+from cachepipe.clients.exchange import Surface
 from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
 
