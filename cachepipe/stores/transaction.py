@@ -29,11 +29,12 @@ from cachepipe.stores.base import (
     Result,
     Sample,
 )
-from cachepipe.stores.rows import DISCARDED, GONE, PUT, Discarded, pack, read_sample, unpack
+from cachepipe.stores.rows import DISCARDED, GONE, PUT, Discarded, pack, parse_sample, read_sample, unpack
 
 _SMALL = 64  # runs up to which a set is held in memory as a whole
 _REMEMBERED = 100_000  # keys, namespaces and sets remembered between transactions
 
+_SEVERAL = 8  # claims from which on what they look at is read in a few statements
 _FEW = 8  # rows of one draw, of all namespaces together, up to which they are simply read
 _DRAW = (
     "SELECT namespace, part, position, indices, lease, token, at, standing FROM segments"
@@ -42,6 +43,23 @@ _DRAW = (
 _OTHERS = (
     f"{_DRAW} AND namespace != ? AND namespace IS NOT"
     f" (SELECT id FROM namespaces WHERE label = '{SHARED}') ORDER BY at, namespace, part"
+)
+_ROWS = 32  # rows to a statement that looks many draws up at once
+_DRAWS = (
+    "WITH w(k, r, o) AS (VALUES " + ", ".join(["(?, ?, ?)"] * _ROWS) + ")"
+    " SELECT w.k, w.r, w.o, s.namespace, s.part, s.position, s.indices, s.lease, s.token, s.at, s.standing"
+    " FROM w CROSS JOIN segments s ON s.key = w.k AND s.request_id = w.r AND s.occurrence = w.o"
+    " AND s.namespace <= ifnull((SELECT t.namespace FROM segments t WHERE t.key = w.k AND t.request_id = w.r"
+    f" AND t.occurrence = w.o LIMIT 1 OFFSET {_FEW}), 9223372036854775807)"
+)
+_SETS = (
+    "SELECT s.key, s.start, s.stop FROM json_each(?2) j CROSS JOIN spans s ON s.owner = ?1 AND s.key = j.value"
+    " AND s.stop <= ifnull((SELECT t.stop FROM spans t WHERE t.owner = ?1 AND t.key = j.value"
+    f" ORDER BY t.stop LIMIT 1 OFFSET {_SMALL}), 9223372036854775807) ORDER BY s.key, s.stop"
+)
+_SAMPLES = (
+    "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
+    " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
 )
 _PART = " WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ? AND part = ?"
 
@@ -111,6 +129,8 @@ class Transaction:
         self._new_keys: set[int] = set()
         self._claimed: set[int] = set()
         self._dirty: dict[tuple[int, int], _Set] = {}
+        self._found: dict[DrawRow, list[Any]] = {}
+        self._seen: dict[tuple[str, int], Sample | Discarded] = {}
         version = ledger.execute("PRAGMA data_version").fetchone()[0]
         if version != memory.version or len(memory.sets) > _REMEMBERED or len(memory.keys) > _REMEMBERED:
             memory.forget()
@@ -119,7 +139,12 @@ class Transaction:
     def apply(self, operations: Sequence[Operation]) -> list[Result]:
         """Return the operations' results, after everything is written but the COMMIT."""
         results: list[Result] = []
-        self._intern([operation.question.key for operation in operations if type(operation) is Claim])
+        claims = [operation for operation in operations if type(operation) is Claim]
+        self._intern([claim.question.key for claim in claims])
+        if claims:
+            self._reap_the_dead()
+        if len(claims) >= _SEVERAL:
+            self._look_ahead(claims)
         place = 0
         while place < len(operations):
             operation = operations[place]
@@ -134,6 +159,8 @@ class Transaction:
                 results.append(self._claim(operation))
             else:
                 self._flush()
+                self._found.clear()
+                self._seen.clear()
                 match operation:
                     case Forgo():
                         self._forgo(operation)
@@ -146,11 +173,61 @@ class Transaction:
         self._flush()
         return results
 
+    def _look_ahead(self, claims: Sequence[Claim]) -> None:
+        """Read in a few statements what the claims will most likely look at: rows, sets and samples."""
+        known = self._memory.keys
+        old = [claim for claim in claims if known.get(claim.draw.key)]
+        if len(old) < _SEVERAL:
+            return
+        places = {(known[claim.draw.key], claim.draw.request_id, claim.draw.occurrence): None for claim in old}
+        self._found = {place: [] for place in places}
+        wanted = list(places)
+        for at in range(0, len(wanted), _ROWS):
+            part = [value for place in wanted[at : at + _ROWS] for value in place]
+            part += [None] * (3 * _ROWS - len(part))
+            for row in self._ledger.execute(_DRAWS, part):
+                self._found[row[:3]].append(row[3:])
+        owners: dict[int, set[int]] = {LISTED: set()}
+        for claim in old:
+            key = known[claim.draw.key]
+            owners[LISTED].add(key)
+            owners.setdefault(self._namespace(claim.draw.namespace), set()).add(key)
+        sets = self._memory.sets
+        for owner, keys in owners.items():
+            runs: dict[int, list[tuple[int, int]]] = {key: [] for key in keys if (owner, key) not in sets}
+            if len(runs) >= _SEVERAL:
+                for key, start, stop in self._ledger.execute(_SETS, (owner, orjson.dumps([*runs]).decode())):
+                    runs[key].append((start, stop))
+                for key, rows in runs.items():
+                    sets[owner, key] = None if len(rows) > _SMALL else _Set(rows)
+        self._look_at_samples(old)
+
+    def _look_at_samples(self, claims: Sequence[Claim]) -> None:
+        """Read the samples that claims will most likely get: their own, the coupled, or the first free."""
+        wanted: dict[str, tuple[str, int]] = {}
+        for claim in claims:
+            draw = claim.draw
+            if claim.n > _FEW:
+                continue
+            key, namespace = self._memory.keys[draw.key], self._namespace(draw.namespace)
+            rows = self._found[key, draw.request_id, draw.occurrence]
+            taken = self.run_at(namespace, key, 0)
+            first = 0 if taken is None or taken[0] else taken[1]
+            indices = range(first, first + claim.n)
+            if rows:
+                others = {row[0]: row for row in reversed(rows)}
+                row = others.get(namespace) or min(others.values(), key=lambda row: (row[6], row[0]))
+                if row[2] == 0:
+                    indices = unpack(row[3])[: claim.n]
+            for index in indices:
+                wanted[f"{draw.key}/{index}"] = (draw.key, index)
+        for name, mode, filename, value in self._shelf.execute(_SAMPLES, (orjson.dumps([*wanted]).decode(),)):
+            self._seen[wanted[name]] = parse_sample(*wanted[name], mode, filename, value)
+
     # Claims.
 
     def _claim(self, claim: Claim) -> Grant:
         draw, n = claim.draw, claim.n
-        self._reap_the_dead()
         key = self._key(claim.question)
         namespace = self._namespace(draw.namespace)
         if key in self._new_keys:
@@ -162,8 +239,17 @@ class Transaction:
         book = _Book(self, key, claim.avoid)
         place = (key, draw.request_id, draw.occurrence)
         own, others = self._rows(place, namespace)
-        indices = laid((row[2], unpack(row[3])) for row in own)[:n]
         known = draw.namespace != SHARED and book.run_at(namespace, 0) is not None
+        if n == 1 and not own and not claim.refresh and draw.namespace != SHARED:
+            coupled = self._coupled(place, namespace, others)
+            index = choose(book, namespace, coupled[0] if coupled else None)
+            sample = self._sample(draw.key, index)
+            if type(sample) is Sample:  # the usual one: stored, and new to its namespace
+                self._add(namespace, key, index)
+                row = (*place, namespace, 0, 0, index, self._lease(), None, 0, self._later(), 0)
+                self._write(place, row)
+                return Grant([index], [sample], [], (), 1, known and bool(draw.request_id))
+        indices = laid((row[2], unpack(row[3])) for row in own)[:n]
         old = 0 if claim.refresh else len(indices)
         samples: list[Sample | None] = []
         coupled: list[int] | None = None
@@ -205,12 +291,11 @@ class Transaction:
         for position, chosen in added:
             generated = sum(index in chosen for index in mine)
             lease, at = self._lease(), self._later()
-            row = (*place, namespace, part, position, pack(chosen), lease, token, generated, at, 0)
-            self._segments.append(row)
+            self._write(
+                place, (*place, namespace, part, position, pack(chosen), lease, token, generated, at, 0)
+            )
             held.append(part)
             part += 1
-        if added:
-            self._touched.add(place)
         return Grant(
             indices,
             samples,
@@ -221,6 +306,12 @@ class Transaction:
             shared=bool(own) and self._memory.shared({row[4] for row in own}),
             joined=missing and any(row[5] != token or row[4] != self._lease() for row in own),
         )
+
+    def _write(self, place: DrawRow, row: tuple[Any, ...]) -> None:
+        """Write a segment of a draw, at the latest before the draw is looked up again."""
+        self._segments.append(row)
+        self._touched.add(place)
+        self._found.pop(place, None)
 
     def _later(self) -> float:
         """Return a time that is later than that of every row before: the earliest namespace goes by it."""
@@ -247,7 +338,9 @@ class Transaction:
         """Return a draw's rows in this namespace, and in the others, or None when those are many."""
         if place in self._touched:
             self._flush()
-        rows = self._ledger.execute(f"{_DRAW} LIMIT {_FEW + 1}", place).fetchall()
+        rows = self._found.get(place)
+        if rows is None:
+            rows = self._ledger.execute(f"{_DRAW} LIMIT {_FEW + 1}", place).fetchall()
         if len(rows) <= _FEW:
             return [row for row in rows if row[0] == namespace], [row for row in rows if row[0] != namespace]
         return self._ledger.execute(f"{_DRAW} AND namespace = ?", (*place, namespace)).fetchall(), None
@@ -297,6 +390,7 @@ class Transaction:
             indices = unpack(row[3])
             standing = min(claim.n - row[2], len(indices))
             if standing > row[7] and self._incomplete(claim.draw.key, indices):
+                self._found.pop(place, None)
                 self._ledger.execute(
                     f"UPDATE segments SET standing = ?{_PART}", (standing, *place, namespace, row[1])
                 )
@@ -319,6 +413,7 @@ class Transaction:
     def _commit_all(self, commits: Sequence[Commit]) -> list[Result]:
         """Store samples: all at once when every lease is still ours, else one by one."""
         self._flush()
+        self._seen.clear()
         if any(commit.index is None for commit in commits):
             return [self._commit(commit) for commit in commits]
         lease = self._lease()
@@ -469,7 +564,8 @@ class Transaction:
     # Samples.
 
     def _sample(self, key: str, index: int) -> Sample | Discarded | None:
-        return read_sample(self._shelf, key, index)
+        sample = self._seen.get((key, index))
+        return read_sample(self._shelf, key, index) if sample is None else sample
 
     def _incomplete(self, key: str, indices: Sequence[int]) -> bool:
         return any(self._sample(key, index) is None for index in indices)
