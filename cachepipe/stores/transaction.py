@@ -53,8 +53,9 @@ _DRAWS = (
     f" AND t.occurrence = w.o LIMIT 1 OFFSET {_FEW}), 9223372036854775807)"
 )
 _SETS = (
-    "SELECT s.key, s.start, s.stop FROM json_each(?2) j CROSS JOIN spans s ON s.owner = ?1 AND s.key = j.value"
-    " AND s.stop <= ifnull((SELECT t.stop FROM spans t WHERE t.owner = ?1 AND t.key = j.value"
+    "SELECT s.key, s.start, s.stop FROM json_each(?2) j"
+    " CROSS JOIN spans s ON s.owner = ?1 AND s.key = j.value AND s.stop <= ifnull("
+    "(SELECT t.stop FROM spans t WHERE t.owner = ?1 AND t.key = j.value"
     f" ORDER BY t.stop LIMIT 1 OFFSET {_SMALL}), 9223372036854775807) ORDER BY s.key, s.stop"
 )
 _SAMPLES = (
@@ -179,11 +180,11 @@ class Transaction:
         old = [claim for claim in claims if known.get(claim.draw.key)]
         if len(old) < _SEVERAL:
             return
-        places = {(known[claim.draw.key], claim.draw.request_id, claim.draw.occurrence): None for claim in old}
-        self._found = {place: [] for place in places}
-        wanted = list(places)
+        draws = [claim.draw for claim in old]
+        self._found = {(known[draw.key], draw.request_id, draw.occurrence): [] for draw in draws}
+        wanted = list(self._found)
         for at in range(0, len(wanted), _ROWS):
-            part = [value for place in wanted[at : at + _ROWS] for value in place]
+            part: list[Any] = [value for place in wanted[at : at + _ROWS] for value in place]
             part += [None] * (3 * _ROWS - len(part))
             for row in self._ledger.execute(_DRAWS, part):
                 self._found[row[:3]].append(row[3:])
@@ -213,7 +214,7 @@ class Transaction:
             rows = self._found[key, draw.request_id, draw.occurrence]
             taken = self.run_at(namespace, key, 0)
             first = 0 if taken is None or taken[0] else taken[1]
-            indices = range(first, first + claim.n)
+            indices = list(range(first, first + claim.n))
             if rows:
                 others = {row[0]: row for row in reversed(rows)}
                 row = others.get(namespace) or min(others.values(), key=lambda row: (row[6], row[0]))
@@ -240,15 +241,9 @@ class Transaction:
         place = (key, draw.request_id, draw.occurrence)
         own, others = self._rows(place, namespace)
         known = draw.namespace != SHARED and book.run_at(namespace, 0) is not None
-        if n == 1 and not own and not claim.refresh and draw.namespace != SHARED:
-            coupled = self._coupled(place, namespace, others)
-            index = choose(book, namespace, coupled[0] if coupled else None)
-            sample = self._sample(draw.key, index)
-            if type(sample) is Sample:  # the usual one: stored, and new to its namespace
-                self._add(namespace, key, index)
-                row = (*place, namespace, 0, 0, index, self._lease(), None, 0, self._later(), 0)
-                self._write(place, row)
-                return Grant([index], [sample], [], (), 1, known and bool(draw.request_id))
+        stored = None if own else self._claim_stored(claim, book, place, namespace, others, fresh=known)
+        if stored is not None:
+            return stored
         indices = laid((row[2], unpack(row[3])) for row in own)[:n]
         old = 0 if claim.refresh else len(indices)
         samples: list[Sample | None] = []
@@ -306,6 +301,29 @@ class Transaction:
             shared=bool(own) and self._memory.shared({row[4] for row in own}),
             joined=missing and any(row[5] != token or row[4] != self._lease() for row in own),
         )
+
+    def _claim_stored(
+        self,
+        claim: Claim,
+        book: _Book,
+        place: DrawRow,
+        namespace: int,
+        others: list[Any] | None,
+        *,
+        fresh: bool,
+    ) -> Grant | None:
+        """Claim the one sample of a draw that is new to its namespace, if that is stored: the usual case."""
+        draw = claim.draw
+        if claim.n > 1 or claim.refresh or draw.namespace == SHARED:
+            return None
+        coupled = self._coupled(place, namespace, others)
+        index = choose(book, namespace, coupled[0] if coupled else None)
+        sample = self._sample(draw.key, index)
+        if type(sample) is not Sample:
+            return None
+        self._add(namespace, place[0], index)
+        self._write(place, (*place, namespace, 0, 0, index, self._lease(), None, 0, self._later(), 0))
+        return Grant([index], [sample], [], (), 1, fresh and bool(draw.request_id))
 
     def _write(self, place: DrawRow, row: tuple[Any, ...]) -> None:
         """Write a segment of a draw, at the latest before the draw is looked up again."""
