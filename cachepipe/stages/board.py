@@ -60,6 +60,11 @@ class Board:
         with self._lock:
             return any((key, index) in self._waiting for index in indices)
 
+    def anyone_waits_for(self, key: str) -> bool:
+        """Tell whether anybody waits for any sample of a key."""
+        with self._lock:
+            return any(place[0] == key for place in self._waiting)
+
     def settle(
         self,
         key: str,

@@ -174,6 +174,10 @@ class AsyncCacher(Stage):
         """Let needs of one question that come within ``window`` seconds share a call."""
         self._engine.window = max(self._engine.window, window)
 
+    def awaited(self, key: str) -> bool:
+        """Tell whether a draw of this process waits for a sample of this key that another generates."""
+        return self._engine.board.anyone_waits_for(key)
+
     def stats(self) -> Stats:
         """Return what was done since the cacher was opened."""
         return self._engine.stats()

@@ -187,7 +187,10 @@ class Engine:
         self._lock = threading.Lock()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._last: Lane | None = None
-        self._present = getattr(adapter_of(model), "present", None)
+        adapter = adapter_of(model)
+        self._present = getattr(adapter, "present", None)
+        self._pack = getattr(adapter, "pack", None)
+        self._unpack = getattr(adapter, "unpack", None)
         self._calls = self._generated = 0  # of loops that are closed
 
     def lane(self, loop: asyncio.AbstractEventLoop) -> Lane:
@@ -450,11 +453,10 @@ class Engine:
             self._filled(draw, index, value)
             return
         try:
-            payload = self.codec.encode(value)
+            commit = self._commit(key, index, value, call)
         except Exception as error:  # noqa: BLE001 - whatever a value does to its encoder, it is paid for
             self._unstored(draw, index, value, error)
             return
-        commit = Commit(key, index, payload, new_meta(call.id, call.seconds))
 
         def done(result: Committed | Exception) -> None:
             draw.making.discard(index)
@@ -482,11 +484,18 @@ class Engine:
             return
         for value in values:
             try:
-                payload = self.codec.encode(value)
+                commit = self._commit(need.draw.question.key, None, value, call)
             except Exception:  # noqa: BLE001, S112 - nobody asked for it
                 continue
-            meta = new_meta(call.id, call.seconds)
-            need.draw.lane.put(Commit(need.draw.question.key, None, payload, meta), _unheard)
+            need.draw.lane.put(commit, _unheard)
+
+    def _commit(self, key: str, index: int | None, value: Any, call: Call) -> Commit:
+        """Return what stores a value, as the model's adapter packs it: its bytes, and what is noted of it."""
+        meta = new_meta(call.id, call.seconds)
+        if self._pack is None:
+            return Commit(key, index, self.codec.encode(value), meta)
+        payload, noted = self._pack(value)
+        return Commit(key, index, payload, {**meta, **noted})
 
     def _filled(self, draw: _Draw, index: int, value: Any) -> None:
         if draw.dead:
@@ -571,7 +580,9 @@ class Engine:
             self._complete(draw)
 
     def decode(self, sample: Sample) -> Any:
-        """Return the value of a stored sample as the model's adapter presents it."""
+        """Return the value of a stored sample as the model's adapter unpacks or presents it."""
+        if self._unpack is not None:
+            return self._unpack(sample)
         value = self.codec.decode(sample.payload)
         return value if self._present is None else self._present(value)
 
