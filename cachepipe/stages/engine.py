@@ -280,7 +280,7 @@ class Engine:
             raise
         draw = _Draw(lane, request.asking(request.n), question, mode)
         draw.id, draw.user, draw.occurrences = identity, user, occurrences
-        self._claim(draw, refresh=mode == "refresh")
+        self._claim(draw, refresh=mode == "refresh", alone=request.n <= MANY and lane.alone())
         return draw
 
     def _known(
@@ -354,7 +354,7 @@ class Engine:
 
     # Claims.
 
-    def _claim(self, draw: _Draw, *, refresh: bool = False) -> None:
+    def _claim(self, draw: _Draw, *, refresh: bool = False, alone: bool = False) -> None:
         claim = Claim(draw.id, draw.n, draw.question, draw.token, refresh, draw.user)
         if draw.occurrences is not None and draw.occurrences.replays:
             claim.avoid = draw.occurrences.taken(draw.id.namespace, draw.question.key)
@@ -369,7 +369,10 @@ class Engine:
                         draw.lane.put(Forgo(draw.question.key, unmade), _unheard)
                     self._fail(draw, error)
 
-        draw.lane.put(claim, granted)
+        if alone:
+            draw.lane.put_now(claim, granted)
+        else:
+            draw.lane.put(claim, granted)
 
     def _granted(self, draw: _Draw, grant: Grant | Exception) -> None:
         if isinstance(grant, Exception):
@@ -420,7 +423,7 @@ class Engine:
             if self.window:
                 lane.loop.call_later(self.window, self.start, lane)
             else:
-                lane.loop.call_soon(self.start, lane)
+                lane.after_claims(self.start, lane)
 
     def start(self, lane: Lane) -> None:
         """Ask for what this turn needs, but for questions of which more draws are yet to be claimed."""

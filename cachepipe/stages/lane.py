@@ -40,6 +40,8 @@ class Lane:
         self.tasks: set[asyncio.Task[None]] = set()
         self._store = store
         self._operations: list[_Queued] = []
+        self._first: object = None
+        self._at_once = False
 
     def soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function on this lane's loop: now when it is the running one, else soon."""
@@ -58,6 +60,39 @@ class Lane:
             except RuntimeError:  # the loop is closed: this is the last chance
                 operations, self._operations = self._operations, []
                 self._store.apply_soon([operation for operation, _ in operations])
+
+    def put_now(self, operation: Operation, done: Callable[[Any], None]) -> None:
+        """Apply an operation at once if that cannot wait, else queue it."""
+        try:
+            results: list[Any] | None = self._store.apply_now([operation])
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
+            results = [error]
+        if results is None:
+            self.put(operation, done)
+            return
+        self._at_once = True
+        self._tell(done, results[0])
+        self._at_once = False
+
+    def after_claims(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function when the claims of this turn are granted: what they need goes together."""
+        if self._at_once:
+            self.loop.call_soon(self.loop.call_soon, function, *arguments)
+        else:
+            self.loop.call_soon(function, *arguments)
+
+    def alone(self) -> bool:
+        """Tell whether only the task that runs has asked for anything in this turn of the loop."""
+        if self._operations:
+            return False
+        task = asyncio.current_task(self.loop)
+        if self._first is None:
+            self._first = task
+            self.loop.call_soon(self._turned)
+        return self._first is task
+
+    def _turned(self) -> None:
+        self._first = None
 
     def _flush(self) -> None:
         """Write what has come: inline, a part per turn of the loop, or on the store's thread if it must."""
