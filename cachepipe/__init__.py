@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from cachepipe.clients.info import info as info
     from cachepipe.clients.wrapping import wrap as wrap
     from cachepipe.context import using as using
+    from cachepipe.conversations import Conversation as Conversation
+    from cachepipe.conversations import Message as Message
     from cachepipe.errors import (
         BadAnswer as BadAnswer,
     )
@@ -117,6 +119,7 @@ _HOMES = {
     "cachepipe.clients.info": ("info",),
     "cachepipe.clients.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
+    "cachepipe.conversations": ("Conversation", "Message"),
     "cachepipe.errors": (
         "BadAnswer",
         "BatchMismatch",

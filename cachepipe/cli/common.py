@@ -21,6 +21,9 @@ import click
 import orjson
 
 from cachepipe.errors import StoreError
+from cachepipe.terminal import UNSAFE, shows_colours
+from cachepipe.terminal import on_terminal as on_terminal
+from cachepipe.terminal import visible as visible
 
 if TYPE_CHECKING:
     from cachepipe.stores import DiskStore
@@ -32,33 +35,6 @@ WIDTH: Final = 100
 
 _FLUSH: Final = 0.1  # seconds
 
-# Controls, invisible marks that reorder or hide text, line separators, lone surrogates, tags.
-_OBEYED = (
-    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
-    "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
-)
-_UNSAFE: Final = re.compile(f"[{_OBEYED}]")
-_UNSAFE_IN_LINE: Final = re.compile(f"[{_OBEYED}\t\n]")
-_NAMED: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def visible(text: str, *, lines: bool = False) -> str:
-    r"""Return the text with everything that a terminal would obey written out, as ``\x1b`` or ``\u202e``.
-
-    Args:
-        text: any text, however hostile.
-        lines: keep line feeds and tabs.
-    """
-    return (_UNSAFE if lines else _UNSAFE_IN_LINE).sub(_written_out, text)
-
-
-def _written_out(match: re.Match[str]) -> str:
-    character = match[0]
-    code = ord(character)
-    if character in _NAMED:
-        return _NAMED[character]
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
 
 def json_text(value: Any) -> str:
     """Return the JSON of a value on one line, equal to it when parsed, without a character to obey."""
@@ -66,7 +42,7 @@ def json_text(value: Any) -> str:
         text = orjson.dumps(value).decode()
     except TypeError:  # a lone surrogate, or a number beyond 64 bits
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return _UNSAFE.sub(_escaped, text)
+    return UNSAFE.sub(_escaped, text)
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -210,14 +186,9 @@ def opened(cache: str | None) -> Iterator[DiskStore]:
 # Printing.
 
 
-def on_terminal() -> bool:
-    """Tell whether what is printed is read on a terminal."""
-    return sys.stdout.isatty()
-
-
 def styled(text: str, **style: Any) -> str:
     """Return a text in a style (of ``click.style``) on a terminal without NO_COLOR, else as it is."""
-    if not on_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if not shows_colours():
         return text
     return click.style(text, **style)
 

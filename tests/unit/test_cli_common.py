@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepipe
+from cachepipe import terminal
 from cachepipe.cli import common
 from cachepipe.cli.group import COMMANDS, cli
 from cachepipe.errors import StoreError
@@ -54,7 +55,7 @@ def test_json_is_equal_when_parsed_and_holds_nothing_to_obey(value):
     text = common.json_text(value)
     assert json.loads(text) == value
     assert "\n" not in text
-    assert not common._UNSAFE.search(text)
+    assert not common.UNSAFE.search(text)
 
 
 def test_json_of_a_hostile_text_is_printable():
@@ -152,7 +153,7 @@ def test_styles_are_for_terminals_without_no_color(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert common.styled("text", bold=True) == "text"
-    monkeypatch.setattr(common, "on_terminal", lambda: True)
+    monkeypatch.setattr(terminal, "on_terminal", lambda: True)
     assert common.styled("text", bold=True) == click.style("text", bold=True)
     monkeypatch.setenv("NO_COLOR", "1")
     assert common.styled("text", bold=True) == "text"

@@ -1,0 +1,279 @@
+"""Messages and conversations: who said what, in an order that a chat model takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from cachepipe import terminal
+from cachepipe.typedefs import by_value
+
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+"""The roles that a message may have."""
+
+_OPENING: Final = ("system", "developer")
+_COLOURS: Final = {"system": "35", "developer": "35", "user": "32", "assistant": "34", "tool": "33"}
+_WIDTH: Final = 80
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side of a conversation says.
+
+    Attributes:
+        role: ``"system"``, ``"developer"``, ``"user"``, ``"assistant"`` or ``"tool"``.
+        content: the text, or a list of parts such as texts and images; None for an assistant that only
+            calls tools.
+        name: the name of the participant, where there are several of one role.
+        tool_calls: the calls of tools that an assistant makes, as the provider's JSON has them.
+        tool_call_id: the call that a tool's message answers.
+
+    Raises:
+        ValueError: for a role that does not exist.
+        TypeError: for a content that is none.
+    """
+
+    role: str
+    content: str | list[dict[str, Any]] | None
+    name: str | None = field(default=None, kw_only=True)
+    tool_calls: list[dict[str, Any]] | None = field(default=None, kw_only=True)
+    tool_call_id: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"the role of a message is one of {', '.join(ROLES)}; got {self.role!r:.100}")
+        content: Any = self.content
+        if isinstance(content, list | tuple):
+            object.__setattr__(self, "content", by_value(list(content)))
+        elif content is None:
+            if self.role != "assistant":
+                raise TypeError(f"the content of a message by {self.role!r} is a string; got None")
+        elif not isinstance(content, str):
+            raise TypeError(f"the content of a message is a string or a list of parts; got {content!r:.100}")
+        if self.tool_calls is not None:
+            object.__setattr__(self, "tool_calls", by_value(list(self.tool_calls)))
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message by 'tool' answers a call: give it tool_call_id=")
+
+    def __hash__(self) -> int:
+        return hash((self.role, self.text, self.tool_call_id))
+
+    @property
+    def text(self) -> str:
+        """The content as text: of parts, those that are texts; empty when there is none."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(str(part.get("text", "")) for part in self.content or ())
+
+    @classmethod
+    def of(cls, said: Message | Mapping[str, Any] | str) -> Self:
+        """Return the message that is meant: a message, a mapping, or ``"role:content"``.
+
+        Raises:
+            ValueError: for a text that does not begin with a role and a colon.
+            TypeError: for anything else.
+        """
+        if isinstance(said, cls):
+            return said
+        if isinstance(said, str):
+            role, colon, content = said.partition(":")
+            if not colon or role not in ROLES:
+                raise ValueError(
+                    "a message as text begins with its role and a colon, such as 'user:Hello'; "
+                    f"got {said!r:.100}"
+                )
+            return cls(role, content)
+        if not isinstance(said, Mapping):
+            raise TypeError(f"a message is a Message, a mapping or a text 'role:content'; got {said!r:.100}")
+        if "role" not in said:
+            raise ValueError(f"a message as a mapping has a 'role' and a 'content'; got {said!r:.100}")
+        names = {item.name for item in dataclasses.fields(cls)}
+        unknown = [name for name, value in said.items() if name not in names and value is not None]
+        if unknown:
+            raise ValueError(f"a message has {', '.join(sorted(names))}; got {', '.join(map(str, unknown))}")
+        given = {name: value for name, value in said.items() if name in names}
+        return cls(**{"content": None, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the message as a provider takes it; what is None is left out, but for the content."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {
+            name: by_value(value) for name, value in fields.items() if value is not None or name == "content"
+        }
+
+
+@dataclass
+class Conversation:
+    """Messages in the order in which they were said.
+
+    Attributes:
+        messages: the messages. The list may be changed freely; only `add_message` checks an order.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.messages = [Message.of(message) for message in self.messages]
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self.messages)
+
+    def add_message(self, message: Message | Mapping[str, Any] | str) -> Self:
+        """Add a message at the end, if its role may come next; return the conversation.
+
+        Raises:
+            ValueError: when another role was expected; the message says which.
+        """
+        message = Message.of(message)
+        expected = self.expected_roles()
+        if message.role not in expected:
+            after = f"after a message by {self.messages[-1].role!r}" if self.messages else "at the start"
+            wanted = " or ".join(map(repr, expected))
+            raise ValueError(
+                f"{after} a conversation expects a message by {wanted}; got one by {message.role!r}"
+            )
+        if message.role == "tool" and message.tool_call_id not in self._unanswered():
+            raise ValueError(
+                f"no open call of a tool has the id {message.tool_call_id!r}; open are "
+                f"{', '.join(map(repr, self._unanswered()))}"
+            )
+        self.messages.append(message)
+        return self
+
+    def expected_roles(self) -> tuple[str, ...]:
+        """Return the roles that the next message may have.
+
+        Instructions open a conversation; then user and assistant take turns. An assistant may speak
+        right after the instructions. Calls of tools are answered before anything else is said.
+        """
+        last = self.messages[-1].role if self.messages else None
+        if last is None:
+            return (*_OPENING, "user")
+        if last in _OPENING:
+            return (*_OPENING, "user", "assistant")
+        if self._unanswered():
+            return ("tool",)
+        return ("user",) if last == "assistant" else ("assistant",)
+
+    def _unanswered(self) -> list[str]:
+        """Return the ids of the calls of tools that no message has answered."""
+        answered = set()
+        for message in reversed(self.messages):
+            if message.role == "assistant":
+                called = [str(call.get("id")) for call in message.tool_calls or ()]
+                return [identifier for identifier in called if identifier not in answered]
+            answered.add(message.tool_call_id)
+        return []
+
+    def copy(self) -> Self:
+        """Return a conversation with the same messages, to go on in another way."""
+        return type(self)(list(self.messages))
+
+    def to_messages(self) -> list[dict[str, Any]]:
+        """Return the messages as a provider takes them."""
+        return [message.to_dict() for message in self.messages]
+
+    def to_json(self) -> str:
+        """Return the conversation as JSON on one line: ``{"messages": […]}``."""
+        return _dumped({"messages": self.to_messages()})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Return the conversation that a JSON text holds: ``{"messages": […]}``, or the list alone.
+
+        Raises:
+            ValueError: when it holds none.
+        """
+        value = json.loads(text)
+        messages = value.get("messages") if isinstance(value, dict) else value
+        if not isinstance(messages, list):
+            raise ValueError(  # noqa: TRY004 - it is the text that is wrong
+                f'a conversation as JSON is {{"messages": [...]}} or a list; got {text!r:.100}'
+            )
+        return cls([Message.of(message) for message in messages])
+
+    def to_jsonl(self) -> str:
+        """Return the conversation with one message per line, as JSON."""
+        return "".join(f"{_dumped(message.to_dict())}\n" for message in self.messages)
+
+    @classmethod
+    def from_jsonl(cls, lines: str | bytes | Iterable[str | bytes]) -> Self:
+        """Return the conversation that lines hold, one message each; empty lines are left out.
+
+        Args:
+            lines: a text, or an open file.
+
+        Raises:
+            ValueError: for a line that is no message; it says which.
+        """
+        if isinstance(lines, bytes):
+            lines = lines.decode()
+        if isinstance(lines, str):
+            lines = lines.split("\n")  # never at the other line separators, which JSON may hold
+        messages = []
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    messages.append(Message.of(_mapping(json.loads(line))))
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"line {number} is no message: {error}") from error
+        return cls(messages)
+
+    def to_pretty_string(self, *, color: bool | None = None) -> str:
+        """Return the conversation for people: each role in a colour of its own, with separators between.
+
+        Args:
+            color: whether to; None where colours are shown: on a terminal, without NO_COLOR.
+        """
+        color = terminal.shows_colours() if color is None else color
+        blocks = []
+        for message in self.messages:
+            codes = _COLOURS[message.role]
+            name = f" ({terminal.visible(message.name)})" if message.name else ""
+            head = f"── {message.role}{name} "
+            head += "─" * max(_WIDTH - len(head), 2)
+            lines = [terminal.coloured(head, f"1;{codes}", color=color)]
+            lines += [
+                terminal.coloured(terminal.visible(text, lines=True), codes, color=color)
+                for text in _shown(message)
+            ]
+            blocks.append("\n".join(lines))
+        return "\n\n".join(blocks)
+
+    def __str__(self) -> str:
+        return self.to_pretty_string(color=False)
+
+
+def _shown(message: Message) -> Iterator[str]:
+    """Iterate over what a message says, parts that are no text and calls of tools included."""
+    if isinstance(message.content, str):
+        yield message.content
+    for part in message.content if isinstance(message.content, list) else ():
+        yield str(part["text"]) if "text" in part else f"[{part.get('type', 'part')}]"
+    for call in message.tool_calls or ():
+        function = call.get("function") or {}
+        yield f"→ {function.get('name')}({function.get('arguments', '')})"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected an object; got {value!r:.100}")
+    return value
+
+
+def _dumped(value: Any) -> str:
+    try:
+        return _encodable(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    except UnicodeEncodeError:  # a lone surrogate, which no file takes
+        return json.dumps(value, separators=(",", ":"))
+
+
+def _encodable(text: str) -> str:
+    text.encode()
+    return text
