@@ -271,6 +271,10 @@ class Store(Protocol):
         """Return what was asked under a key."""
         ...
 
+    def sample(self, key: str, index: int) -> Sample | None:
+        """Return one sample of a key; None when it is not there, or discarded."""
+        ...
+
     def samples(self, key: str) -> Iterator[Sample]:
         """Iterate over the samples of a key by index; discarded ones are left out."""
         ...

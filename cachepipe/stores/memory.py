@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Sequence
 
 from cachepipe.ledger import Draw, Runs
-from cachepipe.stores.base import Grant, State
+from cachepipe.stores.base import Grant, Sample, State
 from cachepipe.stores.rows import SCHEMA
 from cachepipe.stores.sql import SqlStore
 
@@ -75,3 +75,8 @@ class MemoryStore(SqlStore):
         """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
         with self._lock:
             return super().glance(wanted)
+
+    def sample(self, key: str, index: int) -> Sample | None:
+        """Return one sample of a key; None when it is not there, or discarded."""
+        with self._lock:
+            return super().sample(key, index)

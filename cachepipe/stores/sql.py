@@ -465,6 +465,12 @@ class SqlStore:
         ).fetchone()
         return None if row is None else StoredQuestion(key, row[0], row[1], row[2])
 
+    def sample(self, key: str, index: int) -> Sample | None:
+        """Return one sample of a key; None when it is not there, or discarded."""
+        _, shelf = self._readable()
+        sample = read_sample(shelf, key, index)
+        return sample if isinstance(sample, Sample) else None
+
     def samples(self, key: str) -> Iterator[Sample]:
         """Iterate over the samples of a key by index; discarded ones are left out."""
         ledger, shelf = self._readable()

@@ -519,6 +519,12 @@ class StoreContract:
         ]
         assert list(store.samples(OTHER)) == []
 
+    def test_one_sample_is_found_by_its_index(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 3)
+        self.apply(store, Discard(KEY, 2, "a refusal"))
+        assert store.sample(KEY, 1) == list(store.samples(KEY))[1]
+        assert [store.sample(KEY, 2), store.sample(KEY, 3), store.sample(OTHER, 0)] == [None] * 3
+
     def test_draws_are_listed_by_key_and_namespace(self, store: Store) -> None:
         self.fill(store, drawn("a", namespace="first"), 2)
         self.fill(store, drawn("a", namespace="second"), 3)

@@ -134,6 +134,10 @@ class FaultyStore:
         """Return what was asked under a key."""
         return self.store.question(key)
 
+    def sample(self, key: str, index: int) -> Sample | None:
+        """Return one sample of a key."""
+        return self.store.sample(key, index)
+
     def samples(self, key: str) -> Iterator[Sample]:
         """Iterate over the samples of a key by index."""
         return self.store.samples(key)
