@@ -81,6 +81,7 @@ class _Draw:
 
     __slots__ = (
         "awaited",
+        "cached",
         "complete",
         "dead",
         "future",
@@ -117,11 +118,13 @@ class _Draw:
         self.token = f"{next(_tokens):x}"
         self.indices: list[int] = []
         self.values: list[Any] = [None] * self.n
+        self.cached = [True] * self.n  # by position: False once it was generated on this draw's behalf
+        self.generated = 0  # how many were
         self.missing: dict[int, int] = {}  # index -> position
-        self.generated: set[int] = set()  # positions
-        self.awaited: set[int] = set()  # indices that others generate
-        self.making: set[int] = set()  # indices that are generated on this draw's behalf
-        self.needs: list[_Need] = []
+        # Most draws have none of these, so what holds them is made when the first one comes.
+        self.awaited: set[int] = _NONE  # indices that others generate
+        self.making: set[int] = _NONE  # indices that are generated on this draw's behalf
+        self.needs: tuple[_Need, ...] = ()
         self.held: tuple[int, ...] = ()
         self.joined = False
         self.complete = False
@@ -131,8 +134,7 @@ class _Draw:
         self.future: asyncio.Future[None] = lane.loop.create_future()
 
     def response(self, duplicated: list[bool] | None) -> Response:
-        cached = [position not in self.generated for position in range(self.n)]
-        return respond(self.values, cached, duplicated, tuple(self.indices), self.question.key)
+        return respond(self.values, self.cached, duplicated, tuple(self.indices), self.question.key)
 
 
 def respond(
@@ -150,6 +152,7 @@ def respond(
 
 
 _tokens = itertools.count(1)
+_NONE: Any = frozenset()
 
 
 class _Need(Need):
@@ -330,10 +333,10 @@ class Engine:
             if draw.complete or not draw.dead:
                 self._abandon(draw)
             raise
-        self.hits += draw.n - len(draw.generated)
-        self.misses += len(draw.generated)
+        self.hits += draw.n - draw.generated
+        self.misses += draw.generated
         if receipts is not None and draw.occurrences is not None:
-            receipts.append(Receipt(draw.id, draw.occurrences, draw.n, len(draw.generated)))
+            receipts.append(Receipt(draw.id, draw.occurrences, draw.n, draw.generated))
         return draw.response(duplicated)
 
     def take_back(self, receipt: Receipt) -> None:
@@ -359,20 +362,20 @@ class Engine:
         if draw.occurrences is not None and draw.occurrences.replays:
             claim.avoid = draw.occurrences.taken(draw.id.namespace, draw.question.key)
 
-        def granted(result: Grant | Exception) -> None:
-            try:
-                self._granted(draw, result)
-            except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
-                if not draw.dead:
-                    unmade = [] if isinstance(result, Exception) else sorted({*result.mine} - draw.making)
-                    if unmade:
-                        draw.lane.put(Forgo(draw.question.key, unmade), _unheard)
-                    self._fail(draw, error)
-
         if alone:
-            draw.lane.put_now(claim, granted)
+            draw.lane.put_now(claim, self._on_grant, draw)
         else:
-            draw.lane.put(claim, granted)
+            draw.lane.put(claim, self._on_grant, draw)
+
+    def _on_grant(self, draw: _Draw, result: Grant | Exception) -> None:
+        try:
+            self._granted(draw, result)
+        except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
+            if not draw.dead:
+                unmade = [] if isinstance(result, Exception) else sorted({*result.mine} - draw.making)
+                if unmade:
+                    draw.lane.put(Forgo(draw.question.key, unmade), _unheard)
+                self._fail(draw, error)
 
     def _granted(self, draw: _Draw, grant: Grant | Exception) -> None:
         if isinstance(grant, Exception):
@@ -381,7 +384,7 @@ class Engine:
             return
         lane, key = draw.lane, draw.question.key
         draw.joined = draw.joined or grant.joined
-        draw.held = tuple({*draw.held, *grant.held})
+        draw.held = tuple({*draw.held, *grant.held}) if draw.held else grant.held
         if draw.dead:
             self._leave(draw, _unheard)
             if grant.mine:
@@ -390,17 +393,19 @@ class Engine:
         if draw.user is not None and draw.occurrences is not None:
             draw.occurrences.used.add((key, draw.user))
         self._warn(draw, grant)
-        mine = set(grant.mine)
+        mine = grant.mine if len(grant.mine) < 2 else set(grant.mine)
         draw.indices = grant.indices
         draw.missing = {}
         for position, (index, sample) in enumerate(zip(grant.indices, grant.samples, strict=True)):
-            if position in draw.generated:
+            if not draw.cached[position]:
                 continue
             if sample is not None:
                 draw.values[position] = self.decode(sample)
                 continue
             draw.missing[index] = position
             if index not in mine and index not in draw.making and index not in draw.awaited:
+                if not draw.awaited:
+                    draw.awaited = set()
                 draw.awaited.add(index)
                 self.board.wait(key, index, draw, partial(self._told, draw))
                 if self.board.maker(key, index) is not lane:  # another loop may end with its call
@@ -413,8 +418,8 @@ class Engine:
     def _need(self, draw: _Draw, indices: list[int]) -> None:
         lane = draw.lane
         need = _Need(self, draw, indices)
-        draw.needs.append(need)
-        draw.making.update(indices)
+        draw.needs += (need,)
+        draw.making = draw.making.union(indices) if draw.making else set(indices)
         if not draw.unsaved:
             self.board.announce(lane, draw.question.key, indices)
         lane.needs.append(need)
@@ -461,24 +466,22 @@ class Engine:
             self._unstored(draw, index, value, error)
             return
 
-        def done(result: Committed | Exception) -> None:
-            draw.making.discard(index)
-            if isinstance(result, Exception):
-                self._unstored(draw, index, value, result)
-                return
-            if not result.kept:
-                self.unreported += 1
-                self.board.settle(key, index, None)
-                if not draw.dead:
-                    self._claim(draw)
-                return
-            self.board.settle(key, index, result.sample)
-            if draw.dead:
-                self.unreported += 1
-            else:
-                self._filled(draw, index, value)
+        draw.lane.put(commit, self._stored, draw, index, value)
 
-        draw.lane.put(commit, done)
+    def _stored(self, draw: _Draw, index: int, value: Any, result: Committed | Exception) -> None:
+        draw.making -= {index}
+        key = draw.question.key
+        if isinstance(result, Exception):
+            self._unstored(draw, index, value, result)
+            return
+        if not result.kept:
+            self.unreported += 1
+            self.board.settle(key, index, None)
+            if not draw.dead:
+                self._claim(draw)
+            return
+        self.board.settle(key, index, result.sample)
+        self._filled(draw, index, value)
 
     def keep_extra(self, need: Need, values: list[Any], call: Call) -> None:
         """Store samples that nobody asked for; they serve whoever needs the next."""
@@ -514,7 +517,8 @@ class Engine:
             self.unreported += 1
             self._fail(draw, error)
             return
-        draw.generated.add(position)
+        draw.cached[position] = False
+        draw.generated += 1
         if not draw.missing:
             self._complete(draw)
 
@@ -529,7 +533,7 @@ class Engine:
     ) -> None:
         """Free indices whose samples will not come; their draw fails, those who waited try once more."""
         key = draw.question.key
-        draw.making.difference_update(indices)
+        draw.making -= {*indices}
 
         def done(_result: Any) -> None:
             for index in indices:
@@ -563,7 +567,7 @@ class Engine:
         last: bool,
     ) -> None:
         """Take a sample that another draw generated, or try for it once more."""
-        draw.awaited.discard(index)
+        draw.awaited -= {index}
         if draw.dead or index not in draw.missing:
             return
         if sample is None:
@@ -611,7 +615,7 @@ class Engine:
     def _abandon(self, draw: _Draw) -> None:
         """Undo a draw whose caller has gone, and stop the calls that nobody waits for any more."""
         if draw.complete:
-            self.unreported += len(draw.generated)
+            self.unreported += draw.generated
             self._give_back(draw)
             draw.dead = True
             return
@@ -622,7 +626,7 @@ class Engine:
     def _end(self, draw: _Draw, then: Callable[[Any], None] | None = None) -> None:
         draw.dead = True
         draw.lane.strangers.pop(draw, None)
-        self.unreported += len(draw.generated)
+        self.unreported += draw.generated
         self.board.unwait(draw.question.key, draw.awaited, draw)
         self._give_back(draw)
         self._leave(draw, _unheard if then is None else then)
@@ -673,7 +677,7 @@ class Engine:
                 again[draw] = None
         for draw in again:
             self.board.unwait(draw.question.key, draw.awaited, draw)
-            draw.awaited.clear()
+            draw.awaited = _NONE
             lane.strangers.pop(draw, None)
             self._claim(draw)
         if lane.strangers:

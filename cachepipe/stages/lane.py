@@ -17,7 +17,8 @@ _BYTES = 1 << 20  # of their weight in bytes
 _LOOK = 0.01  # seconds between looks whether what others generate has come
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 
-_Queued = tuple[Operation, Callable[[Any], None]]
+_Queued = tuple[Operation, Callable[..., None], tuple[Any, ...]]
+"""An operation, and who gets its result, after arguments of their own."""
 
 
 def _weight(operation: Operation) -> int:
@@ -51,27 +52,27 @@ class Lane:
         with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
             self.loop.call_soon_threadsafe(function, *arguments)
 
-    def put(self, operation: Operation, done: Callable[[Any], None]) -> None:
-        """Queue an operation for the end of this turn; ``done`` gets its result or error."""
-        self._operations.append((operation, done))
+    def put(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
+        """Queue an operation for the end of this turn; ``done`` gets its result or error as last argument."""
+        self._operations.append((operation, done, arguments))
         if len(self._operations) == 1:
             try:
                 self.loop.call_soon(self._flush)
             except RuntimeError:  # the loop is closed: this is the last chance
                 operations, self._operations = self._operations, []
-                self._store.apply_soon([operation for operation, _ in operations])
+                self._store.apply_soon([item[0] for item in operations])
 
-    def put_now(self, operation: Operation, done: Callable[[Any], None]) -> None:
+    def put_now(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
         """Apply an operation at once if that cannot wait, else queue it."""
         try:
             results: list[Any] | None = self._store.apply_now([operation])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             results = [error]
         if results is None:
-            self.put(operation, done)
+            self.put(operation, done, *arguments)
             return
         self._at_once = True
-        self._tell(done, results[0])
+        self._tell(done, arguments, results[0])
         self._at_once = False
 
     def after_claims(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -107,13 +108,12 @@ class Lane:
 
     def _write(self, batch: list[_Queued]) -> None:
         try:
-            weight = sum(_weight(operation) for operation, _ in batch)
-            results = (
-                self._store.apply_now([operation for operation, _ in batch]) if weight <= _BYTES else None
-            )
+            operations = [item[0] for item in batch]
+            light = sum(map(_weight, operations)) <= _BYTES
+            results = self._store.apply_now(operations) if light else None
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             if len(batch) == 1:
-                self._tell(batch[0][1], error)
+                self._tell(*batch[0][1:], error)
                 return
             results = None  # one of them is at fault: the others go on without it
         if results is None:
@@ -124,19 +124,21 @@ class Lane:
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
             return
-        for (_, done), result in zip(batch, results, strict=True):
-            self._tell(done, result)
+        for (_, done, arguments), result in zip(batch, results, strict=True):
+            self._tell(done, arguments, result)
 
-    def _tell(self, done: Callable[[Any], None], result: Any) -> None:
+    def _tell(self, done: Callable[..., None], arguments: tuple[Any, ...], result: Any) -> None:
         """Hand a result on; what goes wrong with one must not keep the others from theirs."""
         try:
-            done(result)
+            done(*arguments, result)
         except Exception as error:  # noqa: BLE001 - reported, and its draw has failed already
             self.loop.call_exception_handler(
                 {"message": "cachepipe could not hand a result of its store on", "exception": error}
             )
 
-    def _recalled(self, operation: Operation, done: Callable[[Any], None]) -> bool:
+    def _recalled(
+        self, operation: Operation, done: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> bool:
         """Answer a claim that needs no writing: such a hit does not wait for whoever writes."""
         if (
             type(operation) is not Claim
@@ -150,12 +152,12 @@ class Lane:
         except StoreError:
             return False  # the claim will say so
         if grant is not None:
-            self._tell(done, grant)
+            self._tell(done, arguments, grant)
         return grant is not None
 
     async def _apply(self, batch: list[_Queued]) -> None:
         try:
-            results: list[Any] = list(await self._store.apply([operation for operation, _ in batch]))
+            results: list[Any] = list(await self._store.apply([item[0] for item in batch]))
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             if len(batch) > 1 and not isinstance(
                 error, StoreLocked
@@ -164,12 +166,15 @@ class Lane:
                     await self._apply([item])
                 return
             results = [error] * len(batch)
-        for (_, done), result in zip(batch, results, strict=True):
-            self._tell(done, result)
+        for (_, done, arguments), result in zip(batch, results, strict=True):
+            self._tell(done, arguments, result)
 
     def claiming(self) -> set[str]:
         """Return the keys of which draws are queued."""
-        return {operation.draw.key for operation, _ in self._operations if type(operation) is Claim}
+        if not self._operations:
+            return set()
+        claims = [item[0] for item in self._operations]
+        return {claim.draw.key for claim in claims if type(claim) is Claim}
 
     @property
     def idle(self) -> bool:
