@@ -9,7 +9,7 @@ however many are taken.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 LISTED = 0
@@ -55,13 +55,17 @@ class Book(Protocol):
 
 
 class Runs:
-    """A set of indices in memory, as maximal runs."""
+    """A set of indices in memory, as maximal runs; it iterates over them, and is made of them again."""
 
     __slots__ = ("_starts", "_stops")
 
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._stops: list[int] = []
+    def __init__(self, runs: Iterable[tuple[int, int]] = ()) -> None:
+        ordered = list(runs)
+        self._starts = [start for start, _ in ordered]
+        self._stops = [stop for _, stop in ordered]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._starts, self._stops, strict=True)
 
     def run_at(self, at: int) -> tuple[int, int] | None:
         """Return the first run whose stop is above ``at``."""

@@ -2,62 +2,190 @@
 
 A run lasts from the opening of the first pipeline or client on a store in this process until none is
 open; ``with cachepipe.run():`` begins another. A forked child is another process, so another run.
+
+Memory is bounded: of the identities that a run has counted, those used last are in memory, and the others in
+a temporary file, about 30 bytes each.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
+import hashlib
+import itertools
 import os
+import sqlite3
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from bisect import insort
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final, TypeVar
+
+import orjson
 
 from cachepipe import forks
+from cachepipe.errors import StoreError
 from cachepipe.ledger import Draw, Runs
 
 Identity = tuple[str, str, str]
 """The label of a namespace, a key and a request id."""
 
 
-_SEVERAL = 20  # draws before anything is said about most of them
-_TOUCHED = 100_000  # places remembered; by then all has been said
+KEPT: Final = 50_000
+"""How many identities a run counts in memory; about 300 bytes each."""
+_PART: Final = 256  # identities that move to the file at once: about a millisecond
+_SEVERAL: Final = 20  # draws before anything is said about most of them
+_TOUCHED: Final = 20_000  # places remembered; by then all has been said
+_USED: Final = 50_000  # uses of shared draws remembered; one that is forgotten is looked up again
+
+_K = TypeVar("_K", bound=tuple[str, ...])
+_V = TypeVar("_V")
+
+
+class Spilling(dict[_K, _V]):
+    """A mapping that holds so many entries in memory, and older ones in a temporary file.
+
+    Reading a missing one brings it back; who has put something in calls ``trim``. Nothing is ever
+    deleted: an entry is set to what a new one would be. Not for several threads at once.
+
+    Args:
+        new: returns the value of what was never set.
+        dump: returns a value as SQLite can hold it.
+        load: returns the value again.
+        kept: how many entries stay in memory.
+    """
+
+    def __init__(
+        self, new: Callable[[], _V], dump: Callable[[_V], Any], load: Callable[[Any], _V], kept: int
+    ) -> None:
+        super().__init__()
+        self._new, self._dump, self._load = new, dump, load
+        self.kept = kept
+        self._file: sqlite3.Connection | None = None
+
+    def __missing__(self, key: _K) -> _V:
+        if self._file is None:
+            return self._new()
+        try:
+            row = self._file.execute("SELECT value FROM spilled WHERE digest = ?", (_digest(key),)).fetchone()
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"what this run has counted cannot be read from its temporary file: {error}. "
+                "Begin another run"
+            ) from error
+        return self._new() if row is None else self._load(row[0])
+
+    def trim(self) -> None:
+        """Move the oldest entries to the file, if there are too many in memory."""
+        if len(self) <= self.kept:
+            return
+        oldest = list(itertools.islice(self, _PART))
+        rows = sorted((_digest(key), self._dump(self[key])) for key in oldest)
+        try:
+            with self._opened() as file:
+                file.execute("BEGIN")
+                file.executemany("INSERT OR REPLACE INTO spilled VALUES (?, ?)", rows)
+        except sqlite3.Error:  # no room for it: they stay where they are
+            self.kept = sys.maxsize
+            return
+        for key in oldest:
+            del self[key]
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._file is None:
+            # The empty name is a file of SQLite's own, which is gone when it is closed.
+            file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+            file.execute("PRAGMA journal_mode = MEMORY")
+            file.execute("CREATE TABLE spilled (digest BLOB PRIMARY KEY, value) WITHOUT ROWID")
+            self._file = file
+            _files[id(self)] = self
+        return self._file
+
+    @property
+    def spilled(self) -> bool:
+        """Whether anything has moved to the file."""
+        return self._file is not None
+
+    def inherit(self) -> None:
+        """Leave the file to the parent process, in a forked child; closing it could wait for ever."""
+        _inherited.append(self._file)
+        self._file = None
+
+
+_files: weakref.WeakValueDictionary[int, Spilling[Any, Any]] = weakref.WeakValueDictionary()
+_inherited: list[Any] = []
+
+
+def _digest(key: tuple[str, ...]) -> bytes:
+    """Return 16 bytes that stand for strings, whatever they contain."""
+    text = ":".join((*map(str, map(len, key)), *key))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class _Recent(set[tuple[str, str]]):
+    """A set that begins anew when it is large."""
+
+    def add(self, place: tuple[str, str]) -> None:
+        if len(self) >= _USED:
+            self.clear()
+        super().add(place)
 
 
 class Occurrences:
-    """One run's memory of one store. Every method may be called from any thread."""
+    """One run's memory of one store. Every method may be called from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        kept: how many identities are counted in memory.
+    """
+
+    def __init__(self, kept: int = KEPT) -> None:
         self._lock = threading.Lock()
-        self._next: dict[Identity, int] = {}
-        self._returned: dict[Identity, list[int]] = {}
-        self._taken: dict[tuple[str, str], Runs] = {}
+        self._next: Spilling[Identity, int] = Spilling(int, int, int, kept)
+        self._returned: dict[Identity, list[int]] = {}  # ascending, all below the next
+        self._taken: Spilling[tuple[str, str], Runs] = Spilling(
+            Runs, lambda taken: orjson.dumps(list(taken)), lambda row: Runs(orjson.loads(row)), kept
+        )
         self._touched: set[tuple[str, str]] = set()
+        self._told = False
         self._fresh_ids = 0
         self._warned: set[str] = set()
-        self.used: set[tuple[str, str]] = set()
-        """The shared draws whose use by a namespace is on record."""
+        self.used: set[tuple[str, str]] = _Recent()
+        """Shared draws whose use by a namespace is on record: those used last."""
 
     def take(self, identity: Identity) -> int:
         """Return the occurrence number of the next request of this identity."""
+        counted = self._next
         with self._lock:
-            returned = self._returned.get(identity)
-            if returned:
-                number = heapq.heappop(returned)
+            if self._returned and (returned := self._returned.get(identity)):
+                number = returned.pop(0)
                 if not returned:
                     del self._returned[identity]
                 return number
-            number = self._next.get(identity, 0)
-            self._next[identity] = number + 1
+            number = counted[identity]
+            counted[identity] = number + 1
+            if len(counted) > counted.kept:
+                counted.trim()
             return number
 
     def give_back(self, draw: Draw) -> None:
         """Take back the number of a draw that was not delivered: its retry is the same draw."""
         identity = (draw.namespace, draw.key, draw.request_id)
         with self._lock:
-            heapq.heappush(self._returned.setdefault(identity, []), draw.occurrence)
+            number, returned = draw.occurrence, self._returned.get(identity, [])
+            following = self._next[identity]
+            if number + 1 < following:
+                insort(returned, number)
+            elif number + 1 == following:
+                while returned and returned[-1] == number - 1:
+                    number = returned.pop()
+                self._next[identity] = number
+                if not number and not self._next.spilled:
+                    del self._next[identity]
+            if returned:
+                self._returned[identity] = returned
+            else:
+                self._returned.pop(identity, None)
 
     @property
     def replays(self) -> bool:
@@ -65,22 +193,32 @@ class Occurrences:
         return bool(self._taken)
 
     def taken(self, namespace: str, key: str) -> Runs:
-        """Return the indices that claims which live in memory only have taken."""
+        """Return the indices that claims which are not in the ledger have taken; may be added to at once."""
+        place = (namespace, key)
         with self._lock:
-            return self._taken.setdefault((namespace, key), Runs())
+            taken = self._taken[place]
+            self._taken.pop(place, None)
+            self._taken[place] = taken  # the newest now
+            self._taken.trim()
+            return taken
 
     def count(self, draw: Draw, *, fresh_id: bool) -> bool:
         """Count a draw; tell, once, when most of the run's have new request ids on old keys.
 
         Only the first draw of each namespace and key counts: replicates within one run are no sign.
         """
+        if self._told:
+            return False
         place = (draw.namespace, draw.key)
-        if place in self._touched or len(self._touched) > _TOUCHED:
+        if place in self._touched:
             return False
         with self._lock:
             self._touched.add(place)
             self._fresh_ids += fresh_id
             few = len(self._touched) < _SEVERAL or self._fresh_ids * 2 <= len(self._touched)
+            if not few or len(self._touched) >= _TOUCHED:
+                self._told = True
+                self._touched = set()
         return not few and self.first_time("fresh ids")
 
     def first_time(self, what: str) -> bool:
@@ -173,6 +311,8 @@ def current(store: str) -> Occurrences:
 def _after_fork() -> None:
     global _lock  # noqa: PLW0603 - the parent may have held it while forking
     _lock = threading.Lock()
+    for spilling in list(_files.values()):
+        spilling.inherit()
     for store in _runs:
         _runs[store] = Occurrences()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import sqlite3
 import threading
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepipe
-from cachepipe import AsyncCacher, MemoryStore, OnlineAPI, Request, Response
+from cachepipe import AsyncCacher, MemoryStore, OnlineAPI, Request, Response, runs
 from cachepipe.ledger import Draw
 from cachepipe.runs import Occurrences
 
@@ -59,6 +61,98 @@ def test_no_number_is_held_twice_at_once(steps, random):
             held.append(number)
         else:
             counted.give_back(draw(held.pop(random.randrange(len(held)))))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60), st.integers(1, 3), st.randoms())
+def test_numbers_are_the_same_whether_they_are_kept_in_memory_or_in_a_file(steps, kept, random):
+    """Identities of a few characters that differ only in where one string ends and the next begins."""
+    names = [
+        ("-", "k", "r"),
+        ("-", "kr", ""),
+        ("-k", "r", ""),
+        ("-", "k", "r2"),
+        ("=\udc80", "", ""),
+        ("", "", ""),
+    ]
+    few, many, held = Occurrences(kept), Occurrences(), []
+    for which, taking in steps:
+        if taking or not held:
+            number = few.take(names[which])
+            assert number == many.take(names[which])
+            held.append(Draw(*names[which], number))
+        else:
+            back = held.pop(random.randrange(len(held)))
+            few.give_back(back)
+            many.give_back(back)
+        assert len(few._next) <= kept + 1
+
+
+def test_identities_beyond_those_used_last_are_not_in_memory():
+    counted = Occurrences(kept=1000)
+    for _ in range(2):
+        for number in range(3000):
+            counted.take(("-", str(number), "r"))
+    assert len(counted._next) <= 1000
+    assert [counted.take(("-", str(number), "r")) for number in (0, 1500, 2999)] == [2, 2, 2]
+
+
+def test_failures_that_are_not_asked_again_take_no_memory():
+    counted = Occurrences()
+    for number in range(1000):
+        identity = ("-", str(number), "r")
+        assert counted.take(identity) == 0
+        counted.give_back(Draw(*identity, 0))
+    assert not counted._next
+    assert not counted._returned
+
+
+def test_claims_in_memory_beyond_those_used_last_are_in_the_file():
+    """C1: what a replay has taken stays taken, however many keys there are."""
+    counted = Occurrences(kept=100)
+    for _ in range(2):
+        for number in range(1000):
+            taken = counted.taken("-", str(number))
+            index = 2 * sum(1 for _ in taken)
+            assert taken.run_at(index) is None
+            taken.add(index)
+    assert len(counted._taken) <= 100
+    assert counted.replays
+    assert [list(counted.taken("-", str(number))) for number in (0, 999)] == [[(0, 1), (2, 3)]] * 2
+
+
+def test_counting_goes_on_in_memory_when_there_is_no_room_for_a_file(monkeypatch):
+    def full(*_arguments, **_options):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    counted = Occurrences(kept=10)
+    assert [counted.take(("-", str(number), "")) for number in [*range(500), *range(500)]] == [0] * 500 + [
+        1
+    ] * 500
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_leaves_the_file_to_its_parent():
+    counted = Occurrences(kept=1)
+    for number in range(1000):
+        counted.take(("-", str(number), "r"))
+    child = os.fork()
+    if not child:
+        for number in range(1000, 3000):  # would write to the file that both have open
+            counted.take(("-", str(number), "r"))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [counted.take(("-", str(number), "r")) for number in range(1000)] == [1] * 1000
+
+
+def test_uses_of_shared_draws_are_forgotten_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(runs, "_USED", 10)
+    counted = Occurrences()
+    for number in range(95):
+        counted.used.add((str(number), "-"))
+        assert len(counted.used) <= 10
+        assert (str(number), "-") in counted.used
 
 
 def test_numbers_are_given_once_to_any_number_of_threads():
