@@ -18,7 +18,7 @@ import orjson
 
 from cachepipe import context, wire
 from cachepipe.clients import info, seam
-from cachepipe.clients.exchange import Answer, Exchange, Surface
+from cachepipe.clients.exchange import Answer, Exchange, Surface, id_header
 from cachepipe.clients.portal import portal
 from cachepipe.clients.seam import Arrived
 from cachepipe.clients.tape import SyncTape
@@ -144,7 +144,8 @@ class Call(Exchange):
             details = seam.made_details(
                 self.client, self.cast_to, self.options, stream=self.stream, stream_cls=self.stream_cls
             )
-            response = seam.made_response(self.client, self.url, self.options, content)
+            named = {} if answer.made_by is None else {id_header(self.api): answer.made_by}
+            response = seam.made_response(self.client, self.url, self.options, content, named)
             arrived = Arrived(response, details)
         elif isinstance(content, seam.Source):
             arrived = Arrived(seam.handed_on(self.client, arrived.response, content), arrived.details)

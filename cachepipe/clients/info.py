@@ -59,7 +59,7 @@ class Record:
         responses = self.responses
         if responses is None:
             return Info(self.keys[0], self.keys, self.namespace, self.request_id, complete=False)
-        samples = [sample for response in responses for sample in response.data]
+        samples = [sample.value for response in responses for sample in response.data]
         cached = tuple(flag for response in responses for flag in response.cached or ())
         known = all(response.indices is not None for response in responses)
         usage, _ = wire.usage_totals(samples)

@@ -172,22 +172,25 @@ def _body_class(library: Any) -> Callable[[Source], Any]:
     return Body
 
 
-def made_response(client: Any, url: str, options: Any, content: bytes | Source) -> Any:
+def made_response(
+    client: Any, url: str, options: Any, content: bytes | Source, named: Mapping[str, str]
+) -> Any:
     """Return a response that no call has brought, with the request that it would have answered.
 
-    Neither credentials nor the SDK's own preparations are needed for it.
+    Its headers tell its type and, where that is known, which call made its samples: ``named``. Neither
+    credentials nor the SDK's own preparations are needed for it.
     """
     library = library_of(client)
     request = library.Request(options.method.upper(), url, headers=call_headers(options))
     raw = call_headers(options).get(RAW) or call_headers(options).get("X-Stainless-Raw-Response")
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", **named}
     if isinstance(content, bytes) and raw != "stream":
         response = library.Response(200, headers=headers, content=content, request=request)
     else:
         if isinstance(content, bytes):
             content = Source([content])
         else:
-            headers = {"content-type": "text/event-stream; charset=utf-8"}
+            headers["content-type"] = "text/event-stream; charset=utf-8"
         body = _body_class(library)(content)
         response = library.Response(200, headers=headers, stream=body, request=request)
     response.elapsed = dt.timedelta(0)
