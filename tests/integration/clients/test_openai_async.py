@@ -229,7 +229,7 @@ async def test_c8_a_stream_that_is_cut_is_not_stored(server, client):
             seen.append(caught.type)
     assert seen[0] is seen[1]
     assert info(await ask(client)).indices == (0,)
-    assert server.stats.requests == 3
+    assert server.stats.requests == 4
 
 
 async def test_errors_are_the_sdks_own_and_not_cached(server, client):
