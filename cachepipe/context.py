@@ -9,7 +9,7 @@ It follows tasks and threads as context variables do, and goes before what a cli
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
@@ -72,3 +72,35 @@ def using(
         yield
     finally:
         _current.reset(token)
+
+
+class Attempt:
+    """One attempt at a call, where a stage above makes further ones; adapters tell it what they see.
+
+    Attributes:
+        number: how many were made before.
+        sole: whether the adapter is to make no further attempts by itself.
+        headers: those of the answer, if the adapter tells.
+    """
+
+    __slots__ = ("headers", "number", "sole")
+
+    def __init__(self, number: int = 0, *, sole: bool = False) -> None:
+        self.number = number
+        self.sole = sole
+        self.headers: Mapping[str, Any] | None = None
+
+
+attempt: ContextVar[Attempt | None] = ContextVar("cachepipe_attempt", default=None)
+"""The attempt that a call made now is, if a stage above counts them."""
+
+
+@contextlib.contextmanager
+def attempting(number: int) -> Iterator[Attempt]:
+    """Let what is called within the block know that it is an attempt, after so many others."""
+    made = Attempt(number, sole=True)
+    token = attempt.set(made)
+    try:
+        yield made
+    finally:
+        attempt.reset(token)

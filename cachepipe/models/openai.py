@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 
 import orjson
 
-from cachepipe import wire
+from cachepipe import context, wire
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import Request, Response, field_names
 
@@ -104,8 +104,13 @@ class _Connection:
             library = type(client.base_url).__module__.partition(".")[0]
             self._answer_class = importlib.import_module(library).Response
         self.calls += 1
-        options = {"headers": dict(headers)} if headers else {}
+        options: dict[str, Any] = {"headers": dict(headers)} if headers else {}
+        attempt = context.attempt.get()
+        if attempt is not None and attempt.sole:
+            options["max_retries"] = 0
         answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
+        if attempt is not None:
+            attempt.headers = answer.headers
         content: bytes = answer.content
         return content
 

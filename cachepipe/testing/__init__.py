@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from cachepipe.testing.clock import FakeClock
     from cachepipe.testing.contract import StoreContract
     from cachepipe.testing.models import ScriptedCall, ScriptedError, ScriptedModel
     from cachepipe.testing.ngram import NGramModel
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Public name: its module in this package, and what it is called there. A new double gets a line here.
 _HOMES: Final = {
+    "FakeClock": ("clock", "FakeClock"),
     "FaultyStore": ("stores", "FaultyStore"),
     "MockServer": ("server", "MockServer"),
     "MockSettings": ("server", "Settings"),
@@ -30,6 +32,7 @@ _HOMES: Final = {
 }
 
 __all__ = [
+    "FakeClock",
     "FaultyStore",
     "MockServer",
     "MockSettings",

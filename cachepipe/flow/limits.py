@@ -1,0 +1,594 @@
+"""The limits of an endpoint: who may call now, and in which order the others wait.
+
+One object is shared by everything that calls the endpoint, from any loop and thread of the process. What
+it decides takes no time and no I/O: quotas (`windows`), what the provider's answers teach (`adaptive`),
+and the queue. Whoever waits is woken on its own loop.
+
+The queue is fair between namespaces, by start-time fair queueing (Goyal et al. 1996): each call is tagged
+with the virtual time at which its namespace would have had its turn, and the lowest tag goes first. So
+a namespace that wants little waits for about one call of each other, however many thousands one of them
+has queued. A call that does not fit yet holds back those behind it, or large ones would wait for ever,
+but only those of its own model where only that model's limits are in the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from cachepipe import forks
+from cachepipe.flow.adaptive import Adaptive
+from cachepipe.flow.clock import CLOCK, Clock
+from cachepipe.flow.headers import hints, retry_after
+from cachepipe.flow.windows import Use, Window
+
+_COLD = 5.0  # seconds that a request may be on its way before any answer has come
+_OVERLOADED = frozenset({408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What may be used within any interval.
+
+    Attributes:
+        max_requests: calls per interval; None is no limit.
+        max_tokens: tokens per interval, those of prompts and of answers together; None is no limit.
+        interval: seconds.
+        max_concurrency: calls at once; None is no limit.
+    """
+
+    max_requests: float | None = None
+    max_tokens: float | None = None
+    interval: float = 60.0
+    max_concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "max_tokens", "max_concurrency"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value >= 1):
+                raise ValueError(f"{name} is a number, at least 1, or None for no limit; got {value!r}")
+        if not (_is_number(self.interval) and 0 < self.interval < math.inf):
+            raise ValueError(f"interval is a number of seconds above 0; got {self.interval!r}")
+
+    @classmethod
+    def of(cls, value: Quota | Mapping[str, Any]) -> Quota:
+        """Return a quota that may be given by the names of its fields."""
+        return value if isinstance(value, Quota) else cls(**value)
+
+    def windows(self) -> tuple[Window | None, Window | None]:
+        """Return the window of requests and that of tokens."""
+        return (
+            None if self.max_requests is None else Window(self.max_requests, self.interval),
+            None if self.max_tokens is None else Window(self.max_tokens, self.interval),
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+@dataclass
+class FlowStats:
+    """What went through limits since they were made.
+
+    Attributes:
+        calls: calls let go, attempts that were repeated included.
+        answered: those that were answered.
+        refused: those refused for coming too fast (429).
+        overloaded: those that failed because the provider had too much to do, was not reached, or timed out.
+        failed: those that failed for another reason.
+        retries: attempts made again.
+        tokens: tokens used, as the answers told, else as estimated.
+        queue_seconds: time that calls have waited to be let go, added up.
+        call_seconds: time that calls have taken from then on, added up.
+        waiting: calls that wait now.
+        in_flight: calls under way now.
+    """
+
+    calls: int = 0
+    answered: int = 0
+    refused: int = 0
+    overloaded: int = 0
+    failed: int = 0
+    retries: int = 0
+    tokens: float = 0.0
+    queue_seconds: float = 0.0
+    call_seconds: float = 0.0
+    waiting: int = 0
+    in_flight: int = 0
+
+    def __getitem__(self, name: str) -> float:
+        value: float = asdict(self)[name]
+        return value
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the figures by name."""
+        return asdict(self)
+
+
+class Slot:
+    """Leave to make one call. End it with `end`, or use it with ``with``.
+
+    Attributes:
+        model: what is known of the model that is called.
+        uses: what it takes of which window.
+        tokens: how many tokens the call is thought to use.
+        begun: when the call was really made.
+        queued: seconds that it waited.
+        ended: whether its end was told.
+        spent: how many requests and tokens were spent on the model when it was let go.
+    """
+
+    __slots__ = ("_limits", "begun", "ended", "model", "queued", "spent", "tokens", "uses")
+
+    def __init__(self, limits: Limits, model: _Model, uses: list[tuple[Window, Use]], tokens: float) -> None:
+        self._limits = limits
+        self.model = model
+        self.uses = uses
+        self.tokens = tokens
+        self.begun = self.queued = 0.0
+        self.ended = False
+        self.spent = (0.0, 0.0)
+
+    def end(
+        self,
+        *,
+        tokens: float | None = None,
+        headers: Mapping[str, Any] | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Say that the call has ended. Idempotent.
+
+        Args:
+            tokens: how many tokens it has used, where that is known.
+            headers: those of the answer.
+            error: what it failed with; headers and status are read from it.
+        """
+        if not self.ended:
+            self.ended = True
+            self._limits._end(self, tokens, headers, error)  # noqa: SLF001 - its other half
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(error=error)
+
+
+class _Model:
+    """What is known of one model, and who waits for it."""
+
+    __slots__ = ("adaptive", "in_flight", "queue", "windows")
+
+    def __init__(self, quota: Quota | None, most: float, *, learns: bool) -> None:
+        if quota is not None and quota.max_concurrency is not None:
+            most = min(most, quota.max_concurrency)
+        self.windows = (None, None) if quota is None else quota.windows()
+        self.adaptive = Adaptive(most, learns=learns)
+        self.in_flight = 0
+        self.queue: list[_Ticket] = []
+
+    def head(self) -> _Ticket | None:
+        """Return who is next."""
+        queue = self.queue
+        while queue and (queue[0].left or queue[0].loop.is_closed()):
+            heapq.heappop(queue)
+        return queue[0] if queue else None
+
+
+class _Ticket:
+    """A place in the queue."""
+
+    __slots__ = ("future", "left", "loop", "model", "order", "since", "slot", "tokens")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        model: _Model,
+        order: tuple[float, int],
+        tokens: float,
+        since: float,
+    ) -> None:
+        self.loop = loop
+        self.model = model
+        self.order = order
+        self.tokens = tokens
+        self.since = since
+        self.left = False
+        self.slot: Slot | None = None
+        self.future: asyncio.Future[None] = loop.create_future()
+
+    def __lt__(self, other: _Ticket) -> bool:
+        return self.order < other.order
+
+    def wake(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)
+
+
+class _Timer:
+    """When a loop is to look again."""
+
+    __slots__ = ("before", "handle", "when")
+
+    def __init__(self, when: float, before: _Timer | None) -> None:
+        self.when = when
+        self.before = before
+        self.handle: Any = None
+
+
+class Limits:
+    """Limits on calls, shared by all who call one endpoint. Every method may be used from any thread.
+
+    Args:
+        max_requests: calls within any interval; None is no limit.
+        max_tokens: tokens within any interval; None is no limit.
+        interval: seconds.
+        max_concurrency: calls at once; None is no limit.
+        per_model: further limits by the name of the model, as `Quota` or as a mapping of its fields.
+        adaptive: whether 429s and overloads slow calls down; Retry-After and the provider's headers
+            are honoured in any case.
+        transit: seconds that a request may be on its way to the provider; default is a quarter of the
+            interval, at most 1. See ``cachepipe.flow.windows``.
+        shared: what holds the limits together with other processes (see ``cachepipe.flow.shared``).
+        clock: tells the time.
+    """
+
+    def __init__(
+        self,
+        max_requests: float | None = None,
+        max_tokens: float | None = None,
+        interval: float = 60.0,
+        *,
+        max_concurrency: int | None = None,
+        per_model: Mapping[str, Quota | Mapping[str, Any]] | None = None,
+        adaptive: bool = True,
+        transit: float | None = None,
+        shared: Any = None,
+        clock: Clock = CLOCK,
+    ) -> None:
+        self.quota = Quota(max_requests, max_tokens, interval, max_concurrency)
+        self.per_model = {name: Quota.of(quota) for name, quota in (per_model or {}).items()}
+        if transit is not None and not (_is_number(transit) and transit >= 0):
+            raise ValueError(f"transit is a number of seconds, 0 or more; got {transit!r}")
+        self.transit = transit
+        self.adaptive = adaptive
+        self.clock = clock
+        self._shared = shared
+        self._reset()
+
+    def _reset(self) -> None:
+        self._fork = forks.count
+        self._lock = threading.RLock()  # a coroutine that is collected may leave the queue at any point
+        self._dispatching = self._again = False
+        self._windows = self.quota.windows()
+        self._models: dict[str | None, _Model] = {}
+        self._orders = itertools.count()
+        self._virtual = 0.0
+        self._finishes: dict[tuple[str | None, str | None], float] = {}
+        self._timers: dict[asyncio.AbstractEventLoop, _Timer] = {}
+        self._warm = False
+        self._stats = FlowStats()
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return f"<Limits {self.describe()}, {stats.waiting} waiting, {stats.in_flight} in flight>"
+
+    def describe(self) -> str:
+        """Return the limits in words."""
+        quota = self.quota
+        parts = []
+        if quota.max_requests is not None:
+            parts.append(f"{quota.max_requests:g} requests")
+        if quota.max_tokens is not None:
+            parts.append(f"{quota.max_tokens:g} tokens")
+        words = f"{' and '.join(parts)} per {quota.interval:g} s" if parts else "no quota"
+        return words if quota.max_concurrency is None else f"{words}, {quota.max_concurrency} at once"
+
+    def stats(self) -> FlowStats:
+        """Return what went through since they were made."""
+        with self._lock:
+            waiting = sum(not ticket.left for model in self._models.values() for ticket in model.queue)
+            return replace(self._stats, waiting=waiting)
+
+    def learned(self) -> dict[str | None, dict[str, float | None]]:
+        """Return what was learned of each model: ``concurrency``, and ``pace`` in calls per second."""
+        with self._lock:
+            return {
+                name: {"concurrency": model.adaptive.concurrency, "pace": model.adaptive.pace}
+                for name, model in self._models.items()
+            }
+
+    # Coming in.
+
+    async def enter(
+        self,
+        *,
+        namespace: str | None = None,
+        model: str | None = None,
+        tokens: float = 0.0,
+        ahead: bool = False,
+    ) -> Slot:
+        """Wait until a call may be made, and return the leave to make it; its end must be told.
+
+        Args:
+            namespace: whose call it is.
+            model: the name of the model that is called.
+            tokens: how many tokens it is thought to use.
+            ahead: go before all who wait: the call was let go before, and is made again.
+        """
+        loop = asyncio.get_running_loop()
+        if self._fork != forks.count:
+            self._reset()  # what was under way is the parent's
+        with self._lock:
+            ticket = self._queue(loop, namespace, model, tokens, ahead=ahead)
+            self._dispatch()
+        if ticket.slot is None:
+            try:
+                await ticket.future
+            except BaseException:
+                self._leave(ticket)
+                raise
+        slot = ticket.slot
+        if slot is None:  # the loop is ending
+            raise asyncio.CancelledError
+        self._begin(slot, ticket)
+        return slot
+
+    def _queue(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        namespace: str | None,
+        name: str | None,
+        tokens: float,
+        *,
+        ahead: bool,
+    ) -> _Ticket:
+        model = self._models.get(name)
+        if model is None:
+            most = math.inf if self.quota.max_concurrency is None else self.quota.max_concurrency
+            model = self._models[name] = _Model(self.per_model.get(name or ""), most, learns=self.adaptive)
+        flow = (name, namespace)
+        if ahead:
+            start = -math.inf
+            self._stats.retries += 1
+        else:
+            start = max(self._virtual, self._finishes.get(flow, 0.0))
+            self._finishes[flow] = start + self._cost(tokens)
+        ticket = _Ticket(loop, model, (start, next(self._orders)), tokens, self.clock.now())
+        heapq.heappush(model.queue, ticket)
+        return ticket
+
+    def _cost(self, tokens: float) -> float:
+        """Return what share of the quotas a call takes: of the one that it takes most of."""
+        requests, most = self.quota.max_requests, self.quota.max_tokens
+        return max(1 / requests if requests else 0.001, tokens / most if most else 0.0)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """Give up a place, or the leave that came too late."""
+        with self._lock:
+            ticket.left = True
+            slot = ticket.slot
+            if slot is not None and not slot.ended:
+                slot.ended = True
+                for window, use in slot.uses:
+                    window.give_back(use)
+                self._release(slot)
+                self._stats.calls -= 1
+            self._dispatch()
+
+    # Being let go.
+
+    def _dispatch(self) -> None:
+        """Let go all who may be, in order, and see that the rest is looked at in time. Holds the lock."""
+        self._again = True
+        if self._dispatching:
+            return
+        self._dispatching = True
+        try:
+            while self._again:
+                self._again = False
+                self._let_go_all(self.clock.now())
+        finally:
+            self._dispatching = False
+
+    def _let_go_all(self, now: float) -> None:
+        held: set[int] = set()
+        soonest = math.inf
+        while True:
+            ticket = min(
+                (head for model in self._models.values() if id(model) not in held and (head := model.head())),
+                default=None,
+            )
+            if ticket is None:
+                break
+            wait = self._wait_for_model(ticket, now)
+            if wait > 0:
+                held.add(id(ticket.model))
+                soonest = min(soonest, now + wait)
+                continue
+            wait = self._wait_for_all(ticket, now)
+            if wait > 0:
+                soonest = min(soonest, now + wait)
+                break
+            self._let_go(ticket, now)
+        if soonest < math.inf:
+            self._arm(soonest)
+        if len(self._finishes) > 1000:
+            self._finishes = {flow: end for flow, end in self._finishes.items() if end > self._virtual}
+
+    def _wait_for_model(self, ticket: _Ticket, now: float) -> float:
+        model = ticket.model
+        adaptive = model.adaptive
+        requests, tokens = model.windows
+        wait = adaptive.wait(model.in_flight, now)
+        wait = max(wait, adaptive.requests.wait(1, now), adaptive.tokens.wait(ticket.tokens, now))
+        if requests is not None:
+            wait = max(wait, requests.wait(1, now))
+        if tokens is not None:
+            wait = max(wait, tokens.wait(ticket.tokens, now))
+        return wait
+
+    def _wait_for_all(self, ticket: _Ticket, now: float) -> float:
+        most = self.quota.max_concurrency
+        if most is not None and self._stats.in_flight >= most:
+            return math.inf
+        requests, tokens = self._windows
+        wait = 0.0 if requests is None else requests.wait(1, now)
+        return wait if tokens is None else max(wait, tokens.wait(ticket.tokens, now))
+
+    def _let_go(self, ticket: _Ticket, now: float) -> None:
+        model = ticket.model
+        heapq.heappop(model.queue)
+        uses: list[tuple[Window, Use]] = []
+        for requests, tokens in (self._windows, model.windows):
+            if requests is not None:
+                uses.append((requests, requests.take(1)))
+            if tokens is not None:
+                uses.append((tokens, tokens.take(ticket.tokens)))
+        slot = ticket.slot = Slot(self, model, uses, ticket.tokens)
+        slot.begun = now
+        model.adaptive.sent(ticket.tokens, now)
+        slot.spent = (model.adaptive.requests.spent, model.adaptive.tokens.spent)
+        model.in_flight += 1
+        self._virtual = max(self._virtual, ticket.order[0])
+        stats = self._stats
+        stats.in_flight += 1
+        stats.calls += 1
+        self._on(ticket.loop, ticket.wake)
+
+    def _on(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> bool:
+        """Call back on a loop, at once if it is the one that runs here; tell whether it can."""
+        if _running() is loop:
+            callback()
+            return True
+        try:
+            loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # it is closed, and with it everything that waited on it
+            return False
+        return True
+
+    def _arm(self, when: float) -> None:
+        """See that the loops on which someone waits look again at a time."""
+        loops = {model.queue[0].loop for model in self._models.values() if model.queue}
+        loops.update(self._timers)
+        here = _running()
+        if here is not None:
+            loops.add(here)
+        for loop in loops:
+            timer = self._timers.get(loop)
+            if loop.is_closed():
+                self._timers.pop(loop, None)
+            elif timer is None or timer.when > when:
+                timer = self._timers[loop] = _Timer(when, timer)
+                self._on(loop, partial(self._start, loop, timer))
+
+    def _start(self, loop: asyncio.AbstractEventLoop, timer: _Timer) -> None:
+        with self._lock:
+            if timer.before is not None and timer.before.handle is not None:
+                timer.before.handle.cancel()
+            timer.before = None
+            if self._timers.get(loop) is timer:
+                timer.handle = self.clock.call_at(loop, timer.when, partial(self._due, loop, timer))
+
+    def _due(self, loop: asyncio.AbstractEventLoop, timer: _Timer) -> None:
+        with self._lock:
+            if self._timers.get(loop) is timer:
+                del self._timers[loop]
+            self._dispatch()
+
+    # Going out.
+
+    def _begin(self, slot: Slot, ticket: _Ticket) -> None:
+        """Note when a call is really made: its loop may have been busy since it was let go."""
+        with self._lock:
+            now = self.clock.now()
+            slot.begun = now
+            slot.queued = now - ticket.since
+            self._stats.queue_seconds += slot.queued
+            for window, use in slot.uses:
+                window.expire(use, now + self._transit(window) + window.interval)
+
+    def _transit(self, window: Window) -> float:
+        if self.transit is not None:
+            return self.transit
+        usual = min(1.0, window.interval / 4)
+        return usual if self._warm else max(usual, _COLD)
+
+    def _end(
+        self,
+        slot: Slot,
+        tokens: float | None,
+        headers: Mapping[str, Any] | None,
+        error: BaseException | None,
+    ) -> None:
+        if headers is None and error is not None:
+            headers = getattr(getattr(error, "response", None), "headers", None)
+        status = status_of(error)
+        with self._lock:
+            now = self.clock.now()
+            stats, adaptive = self._stats, slot.model.adaptive
+            stats.call_seconds += now - slot.begun
+            in_flight = slot.model.in_flight
+            self._release(slot)
+            used = tokens if tokens is not None else (slot.tokens if error is None else None)
+            stats.tokens += used or 0.0
+            for window, use in slot.uses:
+                if tokens is not None and window in (self._windows[1], slot.model.windows[1]):
+                    window.correct(use, tokens)
+                window.expire(use, now + window.interval)
+            for hint in hints(headers):
+                budget = adaptive.requests if hint.kind == "requests" else adaptive.tokens
+                budget.learn(hint, slot.spent[hint.kind != "requests"], slot.begun, now)
+            if error is None:
+                self._warm = True
+                stats.answered += 1
+                adaptive.answered(slot.begun, in_flight, now)
+            elif status == 429:
+                stats.refused += 1
+                adaptive.refused(slot.begun, retry_after(headers), now)
+            elif status in _OVERLOADED or is_connection_error(error):
+                stats.overloaded += 1
+                adaptive.overloaded(slot.begun, retry_after(headers), now)
+            elif isinstance(error, Exception):
+                stats.failed += 1
+            self._dispatch()
+
+    def _release(self, slot: Slot) -> None:
+        slot.model.in_flight -= 1
+        self._stats.in_flight -= 1
+
+
+def _running() -> asyncio.AbstractEventLoop | None:
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    return None
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status that an error of a model's adapter stands for, whichever library it is from."""
+    for source in (error, getattr(error, "response", None)):
+        for name in ("status_code", "status"):
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def is_connection_error(error: BaseException | None) -> bool:
+    """Tell whether a call did not reach the provider, or no answer came back in time."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    names = {base.__name__ for base in type(error).__mro__}
+    return not names.isdisjoint({"APIConnectionError", "TransportError", "ClientConnectionError", "Timeout"})

@@ -1,0 +1,209 @@
+"""The limiter and the retrier as stages: between what generates samples and the model.
+
+There they see only what has to be asked of the model. Hits, and those who wait for somebody else's
+sample, never come by. The retrier goes above the limiter, so that each attempt waits for its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from cachepipe import context, wire
+from cachepipe.flow.limits import FlowStats, Limits, Quota
+from cachepipe.flow.retries import Retries
+from cachepipe.flow.tokens import Estimate, Estimator
+from cachepipe.stages.base import Stage, adapter_of, ask, ask_batch, has_batch, together
+from cachepipe.typedefs import Batch, Request, Response, field_names
+
+T = TypeVar("T")
+
+
+class AsyncLimiter(Stage):
+    """A model that is called no faster than its limits allow; calls beyond them wait.
+
+    A call is a request, or a batch where the model takes batches. Its tokens are estimated beforehand, and
+    put right when the samples tell their usage.
+
+    Args:
+        model: the model.
+        max_requests: calls within any ``interval``; None is no limit.
+        max_tokens: tokens within any ``interval``; None is no limit.
+        interval: seconds.
+        max_concurrency: calls at once; None is no limit.
+        limits: limits that others share, instead of those above.
+        estimator: what estimates tokens; default is one of its own.
+        options: further arguments of `Limits`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_requests: float | None = None,
+        max_tokens: float | None = None,
+        interval: float = 60.0,
+        *,
+        max_concurrency: int | None = None,
+        limits: Limits | None = None,
+        estimator: Estimator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model)
+        own = Quota(max_requests, max_tokens, interval, max_concurrency)
+        if limits is not None and (own != Quota() or options):
+            raise TypeError("limits that are shared have quotas of their own; set them there")
+        if limits is None:
+            limits = Limits(max_requests, max_tokens, interval, max_concurrency=max_concurrency, **options)
+        self.limits = limits
+        self.estimator = Estimator() if estimator is None else estimator
+        self._adapter = adapter_of(model)
+        self._gated = _Gated(self._call, model)
+
+    def __repr__(self) -> str:
+        return f"<AsyncLimiter {self.limits!r}>"
+
+    def stats(self) -> FlowStats:
+        """Return what went through the limits."""
+        return self.limits.stats()
+
+    async def request(self, request: Request) -> Response:
+        """Return the response, once the call was let go and has ended."""
+        self._check_open()
+
+        async def make() -> list[Response]:
+            return [await ask(self.model, request)]
+
+        return (await self._call([request], make))[0]
+
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+        """Return one response per request, in order; a model that takes batches is called once."""
+        self._check_open()
+        if not has_batch(self._adapter):
+            return await super().batch_request(batch, return_exceptions=return_exceptions)
+        return await together(map(given, await ask_batch(self._gated, batch.requests)), return_exceptions)
+
+    async def _call(self, requests: Sequence[Request], make: Callable[[], Awaitable[list[T]]]) -> list[T]:
+        """Make a call for requests when it is let go, and learn from what it brings."""
+        estimates = [self.estimator.estimate(self._body(request), request.n) for request in requests]
+        above = context.attempt.get()
+        attempt = context.Attempt() if above is None else above
+        slot = await self.limits.enter(
+            namespace=requests[0].namespace,
+            model=estimates[0].model,
+            tokens=sum(estimate.total for estimate in estimates),
+            ahead=attempt.number > 0,
+        )
+        token = context.attempt.set(attempt)
+        answers: Sequence[T] = ()
+        failure: BaseException | None = None
+        try:
+            answers = await make()
+            failure = next((answer for answer in answers if isinstance(answer, BaseException)), None)
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            context.attempt.reset(token)
+            slot.end(tokens=self._used(answers, estimates), headers=attempt.headers, error=failure)
+        return list(answers)
+
+    def _used(self, answers: Sequence[Any], estimates: Sequence[Estimate]) -> float | None:
+        """Return the tokens of a call if its samples tell them, and learn from them."""
+        used = 0.0
+        for answer, estimate in zip(answers, estimates, strict=False):
+            data = getattr(answer, "data", None)
+            samples = [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+            _, usage = wire.usage_totals(samples)
+            if not usage["total_tokens"]:
+                return None
+            used += usage["total_tokens"]
+            self.estimator.learn(estimate, usage["prompt_tokens"], usage["completion_tokens"])
+        return used if answers else None
+
+    def _body(self, request: Request) -> Mapping[str, Any]:
+        fields = {name: getattr(request, name) for name in field_names(type(request))}
+        if isinstance(request.prompt, Mapping):
+            fields |= request.prompt
+        fields["model"] = fields.get("model") or getattr(self._adapter, "model", None)
+        return fields
+
+
+class _Gated:
+    """A model each of whose batches is let go first: those that are repeated one by one, too."""
+
+    def __init__(self, call: Callable[..., Awaitable[list[Any]]], model: Any) -> None:
+        self._call = call
+        self._model = model
+
+    async def batch_request(self, batch: Batch) -> list[Any]:
+        """Return what the model answers, errors among it."""
+        options = {"return_exceptions": True} if isinstance(self._model, Stage) else {}
+
+        async def make() -> list[Any]:
+            return list(await self._model.batch_request(batch, **options))
+
+        return await self._call(batch.requests, make)
+
+
+class AsyncRetrier(Stage):
+    """A model whose failed calls are made again, where that may help; see `Retries`.
+
+    An adapter that calls a provider with an SDK lets it make no attempts of its own meanwhile.
+
+    Args:
+        model: the model.
+        max_retries: how often a call is made again at most.
+        max_time: seconds from a call's first failure after which it is not made again.
+        retries: what decides, instead of those above.
+        options: further arguments of `Retries`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_retries: int = 8,
+        max_time: float = 600.0,
+        *,
+        retries: Retries | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model)
+        self.retries = Retries(max_retries, max_time, **options) if retries is None else retries
+
+    def __repr__(self) -> str:
+        return f"<AsyncRetrier {self.retries!r}>"
+
+    async def request(self, request: Request) -> Response:
+        """Return the response of the first attempt that has one, or raise the last one's error."""
+        self._check_open()
+        return await self.retries.run(lambda: ask(self.model, request))
+
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+        """Return one response per request, in order; those that failed are asked for again together."""
+        self._check_open()
+        attempts = [self.retries.begin() for _ in batch.requests]
+        answers: list[Any] = [None] * len(batch)
+        left = list(range(len(batch)))
+        number = 0
+        while left:
+            with context.attempting(number):
+                brought = await ask_batch(self.model, [batch.requests[place] for place in left])
+            wait, failed = 0.0, []
+            for place, answer in zip(left, brought, strict=True):
+                answers[place] = answer
+                again = attempts[place].after(answer) if isinstance(answer, BaseException) else None
+                if again is not None:
+                    failed.append(place)
+                    wait = max(wait, again)
+            left = failed
+            number += 1
+            if left:
+                await self.retries.clock.sleep(wait)
+        return await together(map(given, answers), return_exceptions)
+
+
+async def given(answer: Any) -> Any:
+    """Return an answer, or raise it if it is an error."""
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
