@@ -56,7 +56,9 @@ def _checked(client: Any) -> Any:
     if not sdks & {"openai", "together"} or not all(
         callable(getattr(kind, name, None)) for name in seam.NAMES
     ):
-        raise TypeError(f"wrap() takes a client of the openai or together package; got {client!r:.200}")
+        raise TypeError(
+            f"wrap() takes a client of openai>=1.60 or together>=2; got {client!r:.200} of {kind.__module__}"
+        )
     return kind
 
 

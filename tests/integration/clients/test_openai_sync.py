@@ -224,14 +224,21 @@ class Word(BaseModel):
 def test_parse_and_the_stream_helper(server, client):
     server.settings = server.settings.updated({"max_tokens": 200})
     for who in (client, client.in_namespace("b")):
-        parsed = who.chat.completions.parse(model="m", messages=HELLO, response_format=Word)
+        chat = who.chat if hasattr(who.chat.completions, "parse") else who.beta.chat  # before openai 1.92
+        parsed = chat.completions.parse(model="m", messages=HELLO, response_format=Word)
         assert isinstance(parsed.choices[0].message.parsed, Word)
-        with who.chat.completions.stream(model="m", messages=HELLO, response_format=Word) as stream:
+        with chat.completions.stream(model="m", messages=HELLO, response_format=Word) as stream:
             for _ in stream:
                 pass
             assert isinstance(stream.get_final_completion().choices[0].message.parsed, Word)
-        who.responses.create(model="m", input="hello")
-    assert server.stats.requests == 3
+    assert server.stats.requests == 2
+
+
+@pytest.mark.skipif(not hasattr(openai.types, "responses"), reason="came with openai 1.66")
+def test_responses(server, client):
+    first = client.responses.create(model="m", input="hello")
+    assert client.in_namespace("b").responses.create(model="m", input="hello") == first
+    assert server.stats.requests == 1
 
 
 def test_embeddings_are_cached_per_item(server, client):
@@ -251,6 +258,7 @@ def test_replay_needs_no_key(server, monkeypatch, tmp_path):
             ask(client, "Something new")
 
 
+@pytest.mark.skipif(not hasattr(openai.OpenAI, "_refresh_api_key"), reason="came with openai 1.106")
 def test_a_callable_key_is_not_called_on_a_hit(server):
     calls = []
 
@@ -353,5 +361,6 @@ def test_copies_in_a_crowd_share_the_cache(server, client):
 
 def test_a_hook_that_raises_stop_iteration_hangs_nobody(client):
     client._client.event_hooks["request"].append(lambda _: next(iter(())))
-    with pytest.raises(RuntimeError, match="StopIteration"):
+    with pytest.raises((RuntimeError, openai.APIConnectionError)) as caught:  # the latter before openai 3.1
         ask(client)
+    assert isinstance(caught.value.__cause__, StopIteration)

@@ -1,4 +1,4 @@
-"""The clients of Azure and Together, and `wrap` around clients that exist."""
+"""The clients of Azure, and `wrap` around clients that exist."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import typing
 
 import openai
 import pytest
-import together
 
 from cachepipe import MemoryStore
-from cachepipe.clients import AsyncAzureOpenAI, AsyncTogether, AzureOpenAI, OpenAI, Together
+from cachepipe.clients import AsyncAzureOpenAI, AzureOpenAI, OpenAI
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
 from cachepipe.clients.wrapping import wrap
@@ -37,7 +36,7 @@ def read(stream):
     return "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
 
 
-@pytest.mark.parametrize("kind", [openai.OpenAI, together.Together, "own"])
+@pytest.mark.parametrize("kind", [openai.OpenAI, "own"])
 def test_a_wrapped_client_is_of_its_own_class_and_cached(server, kind):
     class Own(openai.OpenAI):
         greeting = "hello"
@@ -47,8 +46,7 @@ def test_a_wrapped_client_is_of_its_own_class_and_cached(server, kind):
             return ask(self)
 
     kind = Own if kind == "own" else kind
-    address = server.url if kind is together.Together else server.base_url
-    with kind(base_url=address, api_key="k") as plain:
+    with kind(base_url=server.base_url, api_key="k") as plain:
         before = ask(plain)
         client = wrap(plain, cache=MemoryStore(), namespace="a")
         assert isinstance(client, kind)
@@ -82,48 +80,6 @@ def test_only_clients_are_wrapped(server):
         wrap(client, cache=MemoryStore())
 
 
-def test_together_shares_samples_with_openai(server):
-    store = MemoryStore()
-    with Together(base_url=server.url, api_key="k", cache=store) as client:
-        assert isinstance(client, together.Together)
-        assert type(first := ask(client, n=2)).__module__.startswith("together.")
-        text = client.completions.create(model="m", prompt="Given a")
-        assert client.in_namespace("b").completions.create(model="m", prompt="Given a") == text
-        assert read(ask(client.in_namespace("b"), n=1, stream=True)) == texts(first)[0]
-        raw = client.in_namespace("c").chat.completions.with_raw_response.create(model="m", messages=HELLO)
-        assert texts(raw.parse()) == texts(first)[:1]
-        streamed = read(ask(client, stream=True, temperature=0.5))
-    with OpenAI(base_url=server.base_url, api_key="k", cache=store, namespace="d") as client:
-        assert texts(ask(client, n=2)) == texts(first)
-        assert texts(ask(client, temperature=0.5)) == [streamed]
-    assert server.stats.requests == 3
-
-
-def test_together_replays_without_a_key(server, monkeypatch):
-    monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
-    store = MemoryStore()
-    with Together(base_url=server.url, api_key="k", cache=store) as client:
-        first = ask(client)
-    with pytest.raises(together.TogetherError):
-        Together(base_url=server.url, cache=store)
-    with Together(base_url=server.url, cache=store, mode="replay") as client:
-        assert ask(client) == first
-
-
-@pytest.mark.anyio
-async def test_async_together(server):
-    async with AsyncTogether(base_url=server.url, api_key="k", cache=MemoryStore()) as client:
-        stream = await ask(client, stream=True)
-        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-        assert texts(await ask(client.in_namespace("b"))) == [text]
-        vectors = [
-            (await who.embeddings.create(model="m", input=["a", "b"])).data[1].embedding
-            for who in (client, client.in_namespace("b"))
-        ]
-        assert vectors[0] == vectors[1]
-    assert server.stats.requests == 2
-
-
 @pytest.mark.parametrize("kind", [AzureOpenAI, AsyncAzureOpenAI])
 def test_azures_deployments_are_part_of_the_scope(kind):
     client = kind(
@@ -143,9 +99,7 @@ def test_azures_deployments_are_part_of_the_scope(kind):
     assert "azure_ad_token" in typing.get_type_hints(kind.copy)
 
 
-@pytest.mark.parametrize(
-    "kind", [openai.OpenAI, openai.AsyncOpenAI, together.Together, together.AsyncTogether]
-)
+@pytest.mark.parametrize("kind", [openai.OpenAI, openai.AsyncOpenAI])
 def test_the_sdks_still_have_what_the_clients_stand_on(kind):
     """The names on which the clients stand; an SDK without one of them needs another seam."""
     client = kind(api_key="k")

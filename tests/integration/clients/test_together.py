@@ -1,0 +1,131 @@
+"""The clients of Together, from version 2 of its package on, and what users of version 1 are told."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import together
+
+from cachepipe import MemoryStore
+from cachepipe.clients import OpenAI
+from cachepipe.clients.info import info
+from cachepipe.clients.seam import ATTRIBUTES, NAMES
+from cachepipe.clients.wrapping import wrap
+from cachepipe.testing import MockServer, MockSettings
+
+if hasattr(together, "TogetherError"):
+    from cachepipe.clients import AsyncTogether, Together
+
+since_2 = pytest.mark.skipif(not hasattr(together, "TogetherError"), reason="this is together 1")
+HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
+
+
+@pytest.fixture
+def server():
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
+        yield running
+
+
+@pytest.fixture
+def address(server):
+    """The server as the package wants it: version 2 has `/v1` in the base URL, version 3 in its paths."""
+    base = together.Together(api_key="k").base_url
+    return server.base_url if base.path.startswith("/v1") else server.url
+
+
+def texts(response):
+    return [choice.message.content for choice in response.choices]
+
+
+def ask(client, **options):
+    return client.chat.completions.create(**{"model": "m", "messages": HELLO, **options})
+
+
+def read(stream):
+    return "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+
+
+def test_version_1_is_refused_with_what_to_do_instead(monkeypatch):
+    monkeypatch.delattr(together, "TogetherError", raising=False)
+    monkeypatch.setattr(together, "__version__", "1.5.35", raising=False)
+    for module in ("cachepipe.clients", "cachepipe.clients.together"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    clients = importlib.import_module("cachepipe.clients")
+    with pytest.raises(ImportError, match=r"together>=2.*1\.5\.35.*OpenAI\(base_url="):
+        clients.AsyncTogether  # noqa: B018 - it is imported when it is named
+
+    class Old:
+        __module__ = "together.client"
+
+    with pytest.raises(TypeError, match="together>=2"):
+        wrap(Old())
+
+
+@since_2
+def test_together_shares_samples_with_openai(server, address):
+    store = MemoryStore()
+    with Together(base_url=address, api_key="k", cache=store) as client:
+        assert isinstance(client, together.Together)
+        assert type(first := ask(client, n=2)).__module__.startswith("together.")
+        text = client.completions.create(model="m", prompt="Given a")
+        assert client.in_namespace("b").completions.create(model="m", prompt="Given a") == text
+        assert read(ask(client.in_namespace("b"), n=1, stream=True)) == texts(first)[0]
+        raw = client.in_namespace("c").chat.completions.with_raw_response.create(model="m", messages=HELLO)
+        assert texts(raw.parse()) == texts(first)[:1]
+        streamed = read(ask(client, stream=True, temperature=0.5))
+    with OpenAI(base_url=server.base_url, api_key="k", cache=store, namespace="d") as client:
+        assert texts(ask(client, n=2)) == texts(first)
+        assert texts(ask(client, temperature=0.5)) == [streamed]
+    assert server.stats.requests == 3
+
+
+@since_2
+def test_together_replays_without_a_key(address, monkeypatch):
+    monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
+    store = MemoryStore()
+    with Together(base_url=address, api_key="k", cache=store) as client:
+        first = ask(client)
+    with pytest.raises(together.TogetherError):
+        Together(base_url=address, cache=store)
+    with Together(base_url=address, cache=store, mode="replay") as client:
+        assert ask(client) == first
+
+
+@since_2
+@pytest.mark.anyio
+async def test_async_together(server, address):
+    async with AsyncTogether(base_url=address, api_key="k", cache=MemoryStore()) as client:
+        stream = await ask(client, stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        assert texts(await ask(client.in_namespace("b"))) == [text]
+        vectors = [
+            (await who.embeddings.create(model="m", input=["a", "b"])).data[1].embedding
+            for who in (client, client.in_namespace("b"))
+        ]
+        assert vectors[0] == vectors[1]
+    assert server.stats.requests == 2
+
+
+@since_2
+def test_a_wrapped_client_is_cached(address, server):
+    with together.Together(base_url=address, api_key="k") as plain:
+        client = wrap(plain, cache=MemoryStore(), namespace="a")
+        assert isinstance(client, together.Together)
+        first = ask(client, n=2)
+        assert texts(ask(client.in_namespace("b"), n=2)) == texts(first)
+        assert info(ask(plain)) is None
+    assert server.stats.requests == 2
+
+
+@since_2
+@pytest.mark.parametrize("name", ["Together", "AsyncTogether"])
+def test_the_sdk_still_has_what_the_clients_stand_on(name):
+    """The names on which the clients stand; an SDK without one of them needs another seam."""
+    kind = getattr(together, name)
+    client = kind(api_key="k")
+    for name in NAMES:
+        assert callable(getattr(kind, name)), name
+    for name in ATTRIBUTES:
+        assert hasattr(client, name), name
