@@ -72,6 +72,7 @@ FAULTS: Final[Mapping[str, str]] = {
 _logger: Final = logging.getLogger(__name__)
 _SECONDS: Final = "a number of seconds, 0 or more"
 _FAULT_STATUS: Final = {"rate_limit": 429, "error": 500, "unavailable": 503, "status": 500}
+_FRAGMENT: Final = 16  # characters of JSON in an event of a stream
 _FINGERPRINT: Final = "fp_ngram_1"
 _JSON: Final = (b"content-type", b"application/json")
 _SSE: Final = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -165,6 +166,8 @@ class Settings:
         burst: How many may come at once when the limit has rested; by default the rate, rounded up.
         api_key: The only key to accept; any, or none, when not set.
         seed: Makes the samples of unseeded requests, and the faults, a repeatable sequence.
+        uses_tools: Whether a tool that is offered is called; else only one that is demanded is. Of several,
+            the first that the conversation has not called yet.
         models: The models that are listed. Any other name is answered too.
         dimensions: The length of an embedding that does not ask for one.
         max_body: The largest request body in bytes; larger ones get 413.
@@ -183,6 +186,7 @@ class Settings:
     burst: int | None = None
     api_key: str | None = field(default=None, repr=False)
     seed: int | None = None
+    uses_tools: bool = False
     models: tuple[str, ...] = ("ngram-1", "ngram-1-embedding")
     dimensions: int = 256
     max_body: int = 16 * 2**20
@@ -199,7 +203,8 @@ class Settings:
         _check("burst", burst, "a whole number, 1 or more, or None", burst is None or _is_count(burst, 1))
         _check("seed", seed, "a whole number or None", seed is None or _is_integer(seed))
         _check("api_key", "something else", "a string or None", key is None or isinstance(key, str))
-        _check("paused", self.paused, "true or false", isinstance(self.paused, bool))
+        for name in ("paused", "uses_tools"):
+            _check(name, getattr(self, name), "true or false", isinstance(getattr(self, name), bool))
         _check("log_size", self.log_size, "a whole number, 0 or more", _is_count(self.log_size, 0))
         for name in ("faults", "script", "models"):
             _check(name, getattr(self, name), "a list", isinstance(getattr(self, name), (list, tuple)))
@@ -511,24 +516,40 @@ def _sampling(body: Mapping[str, Any], settings: Settings, *limits: str) -> dict
     }
 
 
-def _forced_tool(body: Mapping[str, Any], schema_field: str) -> dict[str, Any]:
-    """Return `tool` and `schema` of the tool that `tool_choice` demands, if it demands one."""
-    choice = body.get("tool_choice")
-    forced, wanted = choice in ("required", "any"), None
+def _tool(body: Mapping[str, Any], settings: Settings, schema_field: str) -> dict[str, Any]:
+    """Return `tool` and `schema` of the tool that is to be called, if one is."""
+    choice = body.get("tool_choice") or "auto"
+    wanted, kind = None, choice
     if isinstance(choice, dict):
         function = choice.get("function")
         wanted = choice.get("name") or (function.get("name") if isinstance(function, dict) else None)
-        forced = wanted is not None or choice.get("type") == "any"
-    if not forced:
+        kind = choice.get("type")
+    forced = wanted is not None or kind in ("required", "any")
+    if not forced and not (kind == "auto" and settings.uses_tools):
         return {}
-    for tool in body.get("tools") or ():
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if wanted in {None, function.get("name")}:
-            return {
-                "tool": str(function.get("name")),
-                "schema": function.get(schema_field) or {"type": "object"},
-            }
-    raise _bad("tool_choice", "one of the tools given in tools", choice)
+    tools = [tool.get("function", tool) for tool in body.get("tools") or () if isinstance(tool, dict)]
+    tools = [tool for tool in tools if wanted in {None, tool.get("name")}]
+    if forced and not tools:
+        raise _bad("tool_choice", "one of the tools given in tools", body.get("tool_choice"))
+    called = set(_called(body.get("messages", body.get("input"))))
+    left = [tool for tool in tools if tool.get("name") not in called] or (tools[-1:] if forced else [])
+    if not left:
+        return {}
+    return {"tool": str(left[0].get("name")), "schema": left[0].get(schema_field) or {"type": "object"}}
+
+
+def _called(messages: object) -> Iterator[object]:
+    """Yield the names of the tools that a conversation has called, in any of the protocols."""
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict):
+            continue
+        blocks = message.get("content")
+        for item in [message, *(blocks if isinstance(blocks, list) else ())]:
+            if isinstance(item, dict) and item.get("type") in ("function_call", "tool_use"):
+                yield item.get("name")
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") if isinstance(call, dict) else None
+            yield function.get("name") if isinstance(function, dict) else None
 
 
 def _json_format(value: object, param: str) -> dict[str, Any]:
@@ -557,7 +578,7 @@ def _chat_call(body: Mapping[str, Any], settings: Settings) -> _Call:
         if alternatives is None and body.get("top_logprobs"):
             raise _bad("logprobs", "true when top_logprobs is set", wanted)
     arguments.update(_json_format(body.get("response_format"), "response_format"))
-    arguments.update(_forced_tool(body, "parameters"))
+    arguments.update(_tool(body, settings, "parameters"))
     return _Call(
         **arguments,
         contexts=(context,),
@@ -617,7 +638,7 @@ def _responses_call(body: Mapping[str, Any], settings: Settings) -> _Call:
     listed = isinstance(include, list) and "message.output_text.logprobs" in include
     shape = body.get("text")
     arguments.update(_json_format(shape.get("format") if isinstance(shape, dict) else shape, "text.format"))
-    arguments.update(_forced_tool(body, "parameters"))
+    arguments.update(_tool(body, settings, "parameters"))
     return _Call(
         **arguments,
         contexts=(context,),
@@ -648,7 +669,7 @@ def _messages_call(body: Mapping[str, Any], settings: Settings) -> _Call:
     if body.get("system"):
         messages = [*_messages([{"role": "system", "content": body["system"]}], "system"), *messages]
     context = flatten(messages)
-    arguments.update(_forced_tool(body, "input_schema"))
+    arguments.update(_tool(body, settings, "input_schema"))
     return _Call(
         **arguments,
         contexts=(context,),
@@ -740,7 +761,7 @@ def _event(value: Mapping[str, Any]) -> bytes:
 def _choice(call: _Call, sample: Sample) -> _Choice:
     if call.schema is not None:
         text = orjson.dumps(_instance(call.schema, sample.text, call.schema)).decode()
-        return _Choice(sample, text, [text])
+        return _Choice(sample, text, [text[at : at + _FRAGMENT] for at in range(0, len(text), _FRAGMENT)])
     pieces = list(sample.tokens)
     if pieces and sample.stop is not None:  # the last token may reach beyond the stop sequence
         pieces[-1] = sample.text[sum(map(len, pieces[:-1])) :]
@@ -845,7 +866,11 @@ def _chat_stream(answer: _Answer) -> _Stream:
     for index, choice, position, piece in _in_turn(answer):
         delta: dict[str, Any] = {"content": piece}
         if call.tool is not None:
-            delta = {"tool_calls": [{"index": 0, **_tool_calls(answer, index, choice)[0]}]}
+            part: dict[str, Any] = {"index": 0, "function": {"arguments": piece}}
+            if position == 0:  # the first says what is called, and how the call is named
+                part = {"index": 0, **_tool_calls(answer, index, choice)[0]}
+                part["function"]["arguments"] = piece
+            delta = {"tool_calls": [part]}
         logprobs = _chat_logprobs(call, choice.sample, slice(position, position + 1))
         content.append(chunk(index, delta, None, logprobs))
     ending = [chunk(i, {}, _chat_finish(call, choice), None) for i, choice in enumerate(answer.choices)]
@@ -1019,7 +1044,10 @@ def _responses_stream(answer: _Answer) -> _Stream:
         place = {"item_id": item["id"], "output_index": 0}
         content.append(event("output_item.added", output_index=0, item=_responses_item(answer, whole=False)))
         if answer.call.tool is not None:
-            content.append(event("function_call_arguments.delta", **place, delta=text))
+            content += [
+                event("function_call_arguments.delta", **place, delta=piece)
+                for piece in answer.choices[0].pieces
+            ]
             done = {**place, "name": answer.call.tool, "arguments": text}
             ending.append(event("function_call_arguments.done", **done))
         else:
@@ -1912,7 +1940,9 @@ class _Connection(asyncio.Protocol):
             self._task = asyncio.get_running_loop().create_task(self._later(reply))
         elif self._transport is not None:
             if reply.status:
-                self._transport.write(self._whole(reply))
+                whole = self._whole(reply)
+                self._done(reply.status)  # first, so that whoever has the answer finds it counted
+                self._transport.write(whole)
             self._finish(reply)
 
     async def _later(self, reply: _Reply) -> None:
@@ -1922,13 +1952,17 @@ class _Connection(asyncio.Protocol):
         if reply.held:
             await self._server._running.wait()  # noqa: SLF001
         if reply.status and not reply.pace:
-            self._write(self._whole(reply))
+            whole = self._whole(reply)
+            self._done(reply.status)
+            self._write(whole)
         elif reply.status:
             self._write(self._start(reply))
             for number, part in enumerate(reply.parts):
                 if number:
                     await asyncio.sleep(reply.pace)
                 await self._writable.wait()
+                if number == len(reply.parts) - 1:
+                    self._done(reply.status)
                 self._write(self._http.send(h11.Data(data=part)) or b"")
             if not reply.broken:
                 self._write(self._http.send(h11.EndOfMessage()) or b"")

@@ -26,7 +26,7 @@ from scipy.stats import chisquare
 from cachepipe.testing import MockServer, MockSettings, NGramModel
 from cachepipe.testing.command import mock_server
 from cachepipe.testing.ngram import default_model, flatten
-from cachepipe.testing.server import FAULTS, Fault
+from cachepipe.testing.server import FAULTS, Fault, _Connection
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
 CHAT = "/v1/chat/completions"
@@ -346,6 +346,37 @@ async def test_embeddings_are_a_function_in_either_encoding():
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("pace", [{}, {"latency": 1e-6}, {"stream_delay": 1e-6}])
+async def test_an_answer_is_counted_before_anybody_has_it(pace):
+    """Its last bytes are written when the log has it, so a client in another thread finds it there."""
+    server = MockServer(MockSettings(seed=1, **pace))
+    logged = []
+
+    class Transport(asyncio.Transport):
+        def write(self, data):
+            logged.append(len(server.stats.log))
+
+        def resume_reading(self):
+            finished.set()
+
+        def pause_reading(self):
+            pass
+
+        def close(self):
+            pass
+
+    finished = asyncio.Event()
+    connection = _Connection(server)
+    connection.connection_made(Transport())
+    body = json.dumps(chat(stream=bool(pace.get("stream_delay")), max_tokens=3)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: h\r\ncontent-length: {len(body)}\r\n\r\n"
+    connection.data_received(head.encode() + body)
+    await finished.wait()
+    assert logged[-1] == 1
+    assert logged[-2:] == [1, 1] or len(logged) == 1
+
+
+@pytest.mark.anyio
 async def test_a_forced_tool_is_called_with_arguments_that_fit_its_schema():
     forced = {"type": "function", "function": {"name": "lookup"}}
     async with serving_openai() as (_, client):
@@ -375,11 +406,68 @@ async def test_a_forced_tool_is_called_with_arguments_that_fit_its_schema():
     assert isinstance(arguments["count"], int)
     assert arguments["unit"] in {"a", "b"}
     assert arguments["tags"][0] in {True, False}
-    streamed = [delta.tool_calls[0].function.arguments for delta in deltas if delta.tool_calls]
-    assert "".join(streamed) == call.function.arguments
+    streamed = [delta.tool_calls[0] for delta in deltas if delta.tool_calls]
+    assert "".join(part.function.arguments for part in streamed) == call.function.arguments
+    assert [(part.function.name, part.id is None) for part in streamed[:2]] == [
+        ("lookup", False),
+        (None, True),
+    ]
     assert response.output[0].type == final.output[0].type == "function_call"
     assert set(json.loads(final.output[0].arguments)) == set(arguments)
     assert free.choices[0].message.content
+
+
+@pytest.mark.anyio
+async def test_offered_tools_are_called_once_each_where_that_is_set():
+    other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object"}}}
+    tools = [LOOKUP, other]
+    flat = [{"type": "function", **tool["function"]} for tool in tools]
+    blocks = [{"name": tool["name"], "input_schema": tool["parameters"]} for tool in flat]
+    async with (
+        MockServer(MockSettings(seed=1, uses_tools=True)) as server,
+        openai.AsyncOpenAI(base_url=server.base_url, api_key="any") as client,
+        anthropic.AsyncAnthropic(base_url=server.url, api_key="any") as claude,
+    ):
+
+        async def chats(choice):
+            messages, called = list(HELLO), []
+            for _ in range(3):
+                reply = await client.chat.completions.create(
+                    model="m", messages=messages, tools=tools, tool_choice=choice
+                )
+                messages.append(reply.choices[0].message.model_dump(exclude_none=True))
+                if not reply.choices[0].message.tool_calls:
+                    return called
+                call = reply.choices[0].message.tool_calls[0]
+                called.append(call.function.name)
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": "found"})
+            return called
+
+        async def responds():
+            items, called = list(HELLO), []
+            while True:
+                reply = await client.responses.create(model="m", input=items, tools=flat)
+                if (call := reply.output[0]).type != "function_call":
+                    return called
+                called.append(call.name)
+                items += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "found"}]
+
+        async def claude_says():
+            messages, called = list(HELLO), []
+            while True:
+                reply = await claude.messages.create(model="m", max_tokens=9, messages=messages, tools=blocks)
+                if (use := reply.content[0]).type != "tool_use":
+                    return called
+                called.append(use.name)
+                result = {"type": "tool_result", "tool_use_id": use.id, "content": "found"}
+                messages += [
+                    {"role": "assistant", "content": reply.content},
+                    {"role": "user", "content": [result]},
+                ]
+
+        assert await chats("auto") == await responds() == await claude_says() == ["lookup", "other"]
+        assert await chats("required") == ["lookup", "other", "other"]
+        assert await chats("none") == []
 
 
 @pytest.mark.anyio
