@@ -114,6 +114,7 @@ class Call(Exchange):
             else using.namespace,
             request_id=None if isinstance(using.request_id, context.Inherited) else using.request_id,
         )
+        self.max_retries = seam.own_retries(options)
 
     @classmethod
     def of(cls, client: Any, surface: Surface, cast_to: Any, options: Any, **how: Any) -> Self | None:
@@ -163,7 +164,7 @@ class Call(Exchange):
     def _arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
         return {
             "cast_to": self.cast_to,
-            "options": seam.with_body(self.options, body),
+            "options": seam.with_body(self.options, body, once=self.surface.flow is not None),
             "stream": stream,
             "stream_cls": self.stream_cls if stream else None,
         }

@@ -25,6 +25,7 @@ from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
 from cachepipe.errors import CacheMiss, CachepipeError
+from cachepipe.flow.flow import Flow, Passage
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, label
 from cachepipe.stages.base import together
@@ -124,7 +125,10 @@ class Backing:
             await cacher.close()
         runs.closed(self.store.identity, self)
         if self.owned:
-            await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+            except RuntimeError:  # the interpreter is exiting, and starts no threads any more
+                self.store.close()
 
 
 @dataclass(eq=False)
@@ -140,9 +144,12 @@ class Surface:
     mode: Mode
     scope: str | None
     repeat: Repeat
+    service: Any = None
     cachers: dict[tuple[Mode, Repeat], AsyncCacher] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.service is not None and not isinstance(getattr(self.service, "flow", None), Flow):
+            raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {self.service!r}")
         for name in ("namespace", "scope"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -162,17 +169,31 @@ class Surface:
         return f"<Surface {self.backing.store!r} namespace={self.namespace!r} mode={self.mode!r}>"
 
     def _identity(self) -> tuple[Any, ...]:
-        return id(self.backing), self.namespace, self.mode, self.scope, self.repeat
+        return id(self.backing), self.namespace, self.mode, self.scope, self.repeat, id(self.service)
 
     @classmethod
-    def of(cls, cache: Any, namespace: str | None, mode: Mode, scope: str | None, repeat: Repeat) -> Self:
+    def of(
+        cls,
+        cache: Any,
+        namespace: str | None,
+        mode: Mode,
+        scope: str | None,
+        repeat: Repeat,
+        service: Any = None,
+    ) -> Self:
         """Return the surface for what a client was made with."""
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
+        made.service = service
         made.cachers = {}
         made.__post_init__()  # before anything is opened
         made.backing = Backing(cache)
         return made
+
+    @property
+    def flow(self) -> Flow | None:
+        """How calls upstream are made; None where nothing limits them."""
+        return None if self.service is None else self.service.flow
 
     def changed(self, **changes: Any) -> Self:
         """Return the surface of a copy that differs in these; it shares no calls with this one."""
@@ -283,6 +304,7 @@ class Exchange:
         self.brought: list[tuple[Arrived, list[Any]]] = []
         self.live: asyncio.Future[tuple[Tape, Arrived]] | None = None
         self.task: asyncio.Task[Response] | None = None
+        self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
         self._quiet = 0
@@ -457,7 +479,9 @@ class Exchange:
         body: Mapping[str, Any] = self.body
         if self.stream or len(asks) != len(self.asks) or n != self.asks[0].n:
             body = self.api.merge_body(questions, n, transport=self.asks[0].transport)
-        arrived = await self.send(body, stream=False)
+        passage, arrived = await self._upstream(body, stream=False)
+        if passage is not None:
+            passage.end(usage=_usage_of(arrived.content), headers=_headers_of(arrived))
         try:
             samples = self.api.samples(arrived.content, questions if len(asks) > 1 else ())
         except wire.BadAnswer as error:
@@ -471,6 +495,19 @@ class Exchange:
         made_by = arrived.response.headers.get(id_header(self.api))
         noted = orjson.dumps({"request": made_by}) if made_by else b""
         return [Kept(_codec.encode(sample), noted) for sample in samples]
+
+    async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[Passage | None, Arrived]:
+        """Make a call; where there is flow control, when and as often as that lets it."""
+        flow = self.surface.flow
+        if flow is None:
+            return None, await self.send(body, stream=stream)
+        return await flow.call(
+            lambda: self.send(body, stream=stream),
+            body,
+            namespace=self.namespace,
+            samples=0 if self.asks[0].function else None,
+            max_retries=self.max_retries,
+        )
 
     async def _collected(self, asked: Asked) -> list[Any]:
         """Return the samples of one item of a list; what the cache lacks of the list travels in one call."""
@@ -511,11 +548,24 @@ class Exchange:
     async def _recorded(self, live: asyncio.Future[tuple[Tape, Arrived]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""
         body, asked_for_usage = self.api.inject_usage(self.body)
-        arrived = await self.send(body, stream=True)
+        passage, arrived = await self._upstream(body, stream=True)
+        if passage is None:
+            return self._packed(await self._taped(arrived, live, hide_usage=asked_for_usage), arrived)
+        try:
+            samples = await self._taped(arrived, live, hide_usage=asked_for_usage)
+        except BaseException as error:
+            passage.end(headers=_headers_of(arrived), error=error)
+            raise
+        passage.end(usage=wire.usage_totals(samples)[1], headers=_headers_of(arrived))
+        return self._packed(samples, arrived)
+
+    async def _taped(
+        self, arrived: Arrived, live: asyncio.Future[tuple[Tape, Arrived]], *, hide_usage: bool
+    ) -> list[Any]:
         tape = self.tape(
             arrived.response,
             self.api.recorder(),
-            hide_usage=asked_for_usage,
+            hide_usage=hide_usage,
             awaited=partial(self.surface.cacher(self.mode).awaited, self.questions[0].key),
         )
         self.surface.backing.tapes.add(tape)
@@ -525,13 +575,27 @@ class Exchange:
             tape.leave()
         else:
             live.set_result((tape, arrived))
-        return self._packed(await tape.run(), arrived)
+        samples: list[Any] = await tape.run()
+        return samples
 
     tape: Callable[..., Any] = AsyncTape
 
 
 _tasks: set[asyncio.Task[Any]] = set()
 """Draws of streams, which go on when their readers have stopped."""
+
+
+def _headers_of(arrived: Arrived) -> Any:
+    return getattr(arrived.response, "headers", None)
+
+
+def _usage_of(content: bytes) -> Any:
+    """Return the usage that an answer tells, or None."""
+    try:
+        answer = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return None
+    return answer.get("usage") if isinstance(answer, dict) else None
 
 
 def _same(one: Any, other: Any) -> bool:

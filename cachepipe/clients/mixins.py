@@ -9,14 +9,16 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
+from cachepipe import context
 from cachepipe.clients import info, seam
-from cachepipe.clients.calls import Call, SyncCall, receiving
+from cachepipe.clients.calls import Call, SyncCall, body_of, receiving
 from cachepipe.clients.exchange import Surface
-from cachepipe.clients.portal import portal
+from cachepipe.clients.portal import in_portal, portal
 from cachepipe.clients.seam import Arrived
+from cachepipe.flow.flow import Flow
 from cachepipe.typedefs import Mode, Repeat
 
-OURS: Final = ("cache", "namespace", "mode", "scope", "repeat")
+OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
 """The parameters that a cached client has beside the SDK's."""
 NO_KEY: Final = "none-needed-to-replay"
 """The API key of a client in replay mode that was given none."""
@@ -27,6 +29,7 @@ _OPTIONS: Final[Mapping[str, tuple[Any, Any]]] = {
     "mode": (Mode, "read-write"),
     "scope": (str | None, None),
     "repeat": (Repeat, "fresh"),
+    "service": (Any, None),
 }
 
 
@@ -42,6 +45,18 @@ class _Cached:
         return twin
 
 
+    def _limiting(self, options: Any) -> Flow | None:
+        """Return what limits a call that is not cached, if it is one that may generate something."""
+        return self._cachepipe.flow if options.method.lower() == "post" else None
+
+    def _passing(self, options: Any) -> dict[str, Any]:
+        """Return what the flow control is told of a call."""
+        using = context.current().namespace
+        namespace = self._cachepipe.namespace if isinstance(using, context.Inherited) else using
+        body = body_of(options) or {}
+        return {"body": body, "namespace": namespace, "max_retries": seam.own_retries(options)}
+
+
 class AsyncCached(_Cached):
     """Goes in front of an asynchronous client's class."""
 
@@ -54,7 +69,7 @@ class AsyncCached(_Cached):
         if call is None:
             token = receiving.set(None)
             try:
-                return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+                return await self._uncached(sdk.request, cast_to, options, stream, stream_cls)
             finally:
                 receiving.reset(token)
         answer = call.known()
@@ -64,6 +79,20 @@ class AsyncCached(_Cached):
         result = await sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
         if call.kept:
             info.note(result, call.record)
+        return result
+
+    async def _uncached(
+        self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any
+    ) -> Any:
+        """Make a call that has nothing to do with the cache; if it generates, by the service's limits."""
+        flow = self._limiting(options)
+        if flow is None:
+            return await request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        once = seam.sent_once(options)
+        passage, result = await flow.call(
+            lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls), **self._passing(options)
+        )
+        passage.end(usage=getattr(result, "usage", None))
         return result
 
     async def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
@@ -116,7 +145,7 @@ class SyncCached(_Cached):
         if call is None:
             token = receiving.set(None)
             try:
-                return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+                return self._uncached(sdk.request, cast_to, options, stream, stream_cls)
             finally:
                 receiving.reset(token)
         answer = call.known()
@@ -126,6 +155,20 @@ class SyncCached(_Cached):
         result = sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
         if call.kept:
             info.note(result, call.record)
+        return result
+
+    def _uncached(self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any) -> Any:
+        """Make a call that has nothing to do with the cache; if it generates, by the service's limits."""
+        flow = self._limiting(options)
+        if flow is None:
+            return request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        once = seam.sent_once(options)
+        passage, result = flow.call_in_thread(
+            lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls),
+            wait=in_portal,
+            **self._passing(options),
+        )
+        passage.end(usage=getattr(result, "usage", None))
         return result
 
     def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
@@ -187,6 +230,9 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
         ours = {name: options.pop(name, default) for name, (_, default) in _OPTIONS.items()}
         cache = ours.pop("cache")
         surface = cache if isinstance(cache, Surface) else None
+        if surface is None and hasattr(ours["service"], "client_options"):
+            given = {name: value for name, value in options.items() if value is not None}
+            options = {**ours["service"].client_options(seam.package_of(sdk)), **given}
         replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
         try:
             sdk.__init__(self, **options)

@@ -26,6 +26,8 @@ class AsyncOpenAI(AsyncCached, openai.AsyncOpenAI):
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
         scope: what stands for the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
+        service: the endpoint and its limits, such as ``cachepipe.Services.OpenAI(max_requests=500)``; calls
+            of the API then wait for their turn and are retried by it, not by the SDK.
     """
 
     if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class AsyncOpenAI(AsyncCached, openai.AsyncOpenAI):
             mode: Mode = "read-write",
             scope: str | None = None,
             repeat: Repeat = "fresh",
+            service: Any = None,
         ) -> None: ...
 
         def copy(
@@ -84,6 +87,7 @@ class AsyncOpenAI(AsyncCached, openai.AsyncOpenAI):
             mode: Mode | openai.NotGiven = openai.not_given,
             scope: str | openai.NotGiven | None = openai.not_given,
             repeat: Repeat | openai.NotGiven = openai.not_given,
+            service: Any = openai.not_given,
         ) -> Self:
             """Return a client with the same options, but for those given; it shares connections and cache."""
             ...
@@ -121,6 +125,7 @@ class OpenAI(SyncCached, openai.OpenAI):
             mode: Mode = "read-write",
             scope: str | None = None,
             repeat: Repeat = "fresh",
+            service: Any = None,
         ) -> None: ...
 
         def copy(
@@ -150,6 +155,7 @@ class OpenAI(SyncCached, openai.OpenAI):
             mode: Mode | openai.NotGiven = openai.not_given,
             scope: str | openai.NotGiven | None = openai.not_given,
             repeat: Repeat | openai.NotGiven = openai.not_given,
+            service: Any = openai.not_given,
         ) -> Self:
             """Return a client with the same options, but for those given; it shares connections and cache."""
             ...
@@ -187,6 +193,7 @@ class AsyncAzureOpenAI(AsyncCached, openai.AsyncAzureOpenAI):
             mode: Mode = "read-write",
             scope: str | None = None,
             repeat: Repeat = "fresh",
+            service: Any = None,
         ) -> None: ...
 
 
@@ -220,6 +227,7 @@ class AzureOpenAI(SyncCached, openai.AzureOpenAI):
             mode: Mode = "read-write",
             scope: str | None = None,
             repeat: Repeat = "fresh",
+            service: Any = None,
         ) -> None: ...
 
 

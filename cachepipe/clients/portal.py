@@ -9,6 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -25,6 +29,16 @@ def portal() -> asyncio.AbstractEventLoop:
             threading.Thread(target=loop.run_forever, name="cachepipe-portal", daemon=True).start()
             _loop = loop
         return _loop
+
+
+def in_portal(work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine does on the loop, waiting for it in this thread."""
+    future = asyncio.run_coroutine_threadsafe(work, portal())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
 
 def _after_fork() -> None:

@@ -61,6 +61,12 @@ def error_of(kind: Any) -> type[Exception]:
     return error
 
 
+def package_of(kind: Any) -> str:
+    """Return the name of the SDK that a class is from."""
+    roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    return next((root for root in ("openai", "together", "anthropic") if root in roots), "")
+
+
 def drop_resources(client: Any, original: Any) -> None:
     """Let a client that has the attributes of another make resources of its own: theirs call the other."""
     cached = {
@@ -99,9 +105,21 @@ def is_plain(options: Any) -> bool:
     )
 
 
-def with_body(options: Any, body: Mapping[str, Any]) -> Any:
-    """Return options that send this body and are else the same."""
-    return options.model_copy(update={"json_data": body, "extra_json": None})
+def with_body(options: Any, body: Mapping[str, Any], *, once: bool = False) -> Any:
+    """Return options that send this body and are else the same, but for the SDK's own retries if ``once``."""
+    changes = {"json_data": body, "extra_json": None}
+    return options.model_copy(update={**changes, "max_retries": 0} if once else changes)
+
+
+def sent_once(options: Any) -> Any:
+    """Return options for a call that the SDK does not make again by itself."""
+    return options.model_copy(update={"max_retries": 0})
+
+
+def own_retries(options: Any) -> int | None:
+    """Return how often a call says that it may be made again, if it says so itself."""
+    wanted = options.max_retries
+    return wanted if _is_given(wanted) and isinstance(wanted, int) else None
 
 
 def overridden(client: Any, cast_to: Any, options: Any) -> tuple[Any, Any]:

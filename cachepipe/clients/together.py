@@ -27,6 +27,8 @@ class AsyncTogether(AsyncCached, together.AsyncTogether):
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
         scope: what stands for the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
+        service: the endpoint and its limits, such as ``cachepipe.Services.OpenAI(max_requests=500)``; calls
+            of the API then wait for their turn and are retried by it, not by the SDK.
     """
 
     if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class AsyncTogether(AsyncCached, together.AsyncTogether):
             mode: Mode = "read-write",
             scope: str | None = None,
             repeat: Repeat = "fresh",
+            service: Any = None,
         ) -> None: ...
 
 
@@ -73,6 +76,7 @@ class Together(SyncCached, together.Together):
             mode: Mode = "read-write",
             scope: str | None = None,
             repeat: Repeat = "fresh",
+            service: Any = None,
         ) -> None: ...
 
 

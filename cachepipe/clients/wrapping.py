@@ -22,6 +22,7 @@ def wrap(
     mode: Mode = "read-write",
     scope: str | None = None,
     repeat: Repeat = "fresh",
+    service: Any = None,
 ) -> C:
     """Return a client like the one given, with a cache; they share connections, and so their closing.
 
@@ -34,6 +35,7 @@ def wrap(
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
         scope: what stands for the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
+        service: what limits and retries the client's calls; they go where the client sends them.
 
     Raises:
         TypeError: for anything else, and for a client that has a cache already.
@@ -41,7 +43,7 @@ def wrap(
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
     seam.drop_resources(made, client)
-    made._cachepipe = Surface.of(cache, namespace, mode, scope, repeat)  # noqa: SLF001 - it is ours
+    made._cachepipe = Surface.of(cache, namespace, mode, scope, repeat, service)  # noqa: SLF001 - it is ours
     wrapped: C = made
     return wrapped
 

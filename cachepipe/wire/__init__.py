@@ -33,6 +33,7 @@ from cachepipe.wire.errors import BadAnswer, BadRequest, WireError
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
 from cachepipe.wire.sse import EventReader, ServerEvent, StreamEvent, StreamRecorder
+from cachepipe.wire.usage import token_counts
 
 __all__ = [
     "ANSWER_HEADERS",
@@ -60,6 +61,7 @@ __all__ = [
     "bills_prompt",
     "question_document",
     "scope_of",
+    "token_counts",
     "usage_totals",
 ]
 
