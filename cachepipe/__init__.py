@@ -97,6 +97,46 @@ if TYPE_CHECKING:
     from cachepipe.stores import DiskStore as DiskStore
     from cachepipe.stores import MemoryStore as MemoryStore
     from cachepipe.stores import open_store as open_store
+    from cachepipe.talk.chat import Chat as Chat
+    from cachepipe.talk.chat import ToolLoopError as ToolLoopError
+    from cachepipe.talk.completions import (
+        CompletionsFailed as CompletionsFailed,
+    )
+    from cachepipe.talk.completions import (
+        TextCompletion as TextCompletion,
+    )
+    from cachepipe.talk.completions import (
+        TokenLogProb as TokenLogProb,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completion as generate_text_completion,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completion_for_conversation as generate_text_completion_for_conversation,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completion_for_conversation_sync as generate_text_completion_for_conversation_sync,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completion_sync as generate_text_completion_sync,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completions as generate_text_completions,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completions_for_conversations as generate_text_completions_for_conversations,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completions_for_conversations_sync as generate_text_completions_for_conversations_sync,
+    )
+    from cachepipe.talk.completions import (
+        generate_text_completions_sync as generate_text_completions_sync,
+    )
+    from cachepipe.talk.history import History as History
+    from cachepipe.talk.tables import from_jsonl as from_jsonl
+    from cachepipe.talk.tables import side_by_side as side_by_side
+    from cachepipe.talk.tables import to_dataframe as to_dataframe
+    from cachepipe.talk.tables import to_jsonl as to_jsonl
     from cachepipe.typedefs import (
         Batch as Batch,
     )
@@ -144,6 +184,22 @@ _HOMES = {
     "cachepipe.runs": ("run",),
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
+    "cachepipe.talk.chat": ("Chat", "ToolLoopError"),
+    "cachepipe.talk.completions": (
+        "CompletionsFailed",
+        "TextCompletion",
+        "TokenLogProb",
+        "generate_text_completion",
+        "generate_text_completion_for_conversation",
+        "generate_text_completion_for_conversation_sync",
+        "generate_text_completion_sync",
+        "generate_text_completions",
+        "generate_text_completions_for_conversations",
+        "generate_text_completions_for_conversations_sync",
+        "generate_text_completions_sync",
+    ),
+    "cachepipe.talk.history": ("History",),
+    "cachepipe.talk.tables": ("from_jsonl", "side_by_side", "to_dataframe", "to_jsonl"),
     "cachepipe.typedefs": ("Batch", "BatchRequestModel", "Request", "Response", "SingleRequestModel"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}

@@ -58,6 +58,11 @@ class Message:
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message by 'tool' answers a call: give it tool_call_id=")
 
+    def __repr__(self) -> str:
+        fields = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
+        shown = ", ".join(f"{name}={value!r}" for name, value in fields if value is not None)
+        return f"Message({shown})"
+
     def __hash__(self) -> int:
         return hash((self.role, self.text, self.tool_call_id))
 

@@ -1,0 +1,347 @@
+"""Where a completion is asked for: what the caller gave, else the environment, made into a client.
+
+A client that nobody gave is made once for each cache, endpoint and mode, and stays open as long as the
+process: so its connections are reused, and all that a program asks is one run, also where it calls
+``asyncio.run`` several times. It lives on the loop of `cachepipe.clients.portal`, which has a thread of its
+own: so there is one way for callers with a loop, without one, and in notebooks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import anyio.to_thread
+
+from cachepipe import context
+from cachepipe.clients.mixins import AsyncCached, SyncCached
+from cachepipe.clients.portal import portal
+from cachepipe.context import INHERITED, Inherited
+from cachepipe.stores import default_folder
+from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat
+
+T = TypeVar("T")
+
+DEFAULT_MODEL: Final = "gpt-4o-mini"
+"""The model that is asked when neither the caller nor ``CACHEPIPE_MODEL`` names one."""
+
+NAMES: Final = (
+    "cache",
+    "namespace",
+    "service",
+    "client",
+    "api_key",
+    "base_url",
+    "mode",
+    "repeat",
+    "request_id",
+)
+"""The options that say where and how to ask; all others go into the request."""
+
+_CLOSING_SECONDS: Final = 10.0
+_OLLAMA_PORT: Final = 11434
+
+
+class ServiceLike(Protocol):
+    """What is needed of a service: drop-in clients bound to it."""
+
+    def client(self, **options: Any) -> Any:
+        """Return an asynchronous client; ``cache=``, ``mode=`` and ``repeat=`` are given to it."""
+        ...
+
+
+class Access:
+    """Where and how to ask.
+
+    Args:
+        options: the options of `NAMES`; what is missing is looked up.
+        environment: what is looked at before the environment of the process.
+
+    Raises:
+        TypeError, ValueError: for options that exclude each other, or are none.
+    """
+
+    def __init__(self, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> None:
+        self._environment = environment or {}
+        self._opened: Any = None
+        self.client: Any = options.get("client")
+        self.service: ServiceLike | None = options.get("service")
+        self.mode: Mode | None = options.get("mode")
+        self.repeat: Repeat | None = options.get("repeat")
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}; got {self.mode!r}")
+        if self.repeat is not None and self.repeat not in REPEATS:
+            raise ValueError(f"repeat is 'fresh' or 'same'; got {self.repeat!r}")
+        self.request_id: str | Inherited | None = options.get("request_id", INHERITED)
+        self._cache = options.get("cache")
+        if self._cache is None and self.client is None:
+            self._cache = self.found("CACHEPIPE_DIR") or default_folder()
+        if isinstance(self._cache, str | os.PathLike):
+            self._cache = str(Path(self._cache).expanduser().resolve())
+        self.namespace = self._namespace(options)
+        where = [name for name in ("client", "service") if options.get(name) is not None]
+        where += [name for name in ("api_key", "base_url") if options.get(name) is not None]
+        if len(where) > 1 and where != ["api_key", "base_url"]:
+            raise TypeError(f"give {where[0]}= or {where[1]}=, not both: the first knows where to ask")
+        self.api_key = self.base_url = None
+        if self.client is not None:
+            self._take_client()
+        elif self.service is None:
+            self.api_key, self.base_url = self._endpoint(options)
+
+    def __repr__(self) -> str:
+        return f"<Access namespace={self.namespace!r} mode={self.mode!r}>"  # never a key, nor a URL with one
+
+    # What was given.
+
+    def found(self, name: str) -> str | None:
+        """Return a setting by its name in the environment; None where it is not set, or empty."""
+        value = self._environment.get(name)
+        return str(value) if value else os.environ.get(name) or None
+
+    def _namespace(self, options: Mapping[str, Any]) -> str | Inherited | None:
+        if "namespace" in options:
+            given: str | None = options["namespace"]
+            return given
+        if not isinstance(context.current().namespace, Inherited) or self.client is not None:
+            return INHERITED
+        return self.found("CACHEPIPE_NAMESPACE") or INHERITED
+
+    def _endpoint(self, options: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """Return the key and the base URL.
+
+        Where no OpenAI key or URL is found, ``OLLAMA_HOST`` is asked, as which a host, ``host:port`` or a
+        URL will do; ``AUTH`` holds its credentials, when it is reached through a gateway that wants some.
+        """
+        key = options.get("api_key") or self.found("OPENAI_API_KEY")
+        url = options.get("base_url") or self.found("OPENAI_BASE_URL")
+        host = self.found("OLLAMA_HOST")
+        if key is not None or url is not None or host is None:
+            return key, None if url is None else str(url)
+        secret = self.found("AUTH")
+        scheme, separator, rest = host.rpartition("://")
+        rest = rest.rstrip("/")
+        if not separator:
+            scheme = "http" if secret is None else "https"
+            if secret is None and ":" not in rest:
+                rest = f"{rest}:{_OLLAMA_PORT}"
+        if secret is not None and "@" not in rest:
+            rest = f"{secret}@{rest}"
+        rest = rest.removesuffix("/v1")
+        return secret or "ollama", f"{scheme}://{rest}/v1"
+
+    def _take_client(self) -> None:
+        self._is_async = inspect.iscoroutinefunction(getattr(type(self.client), "request", None))
+        if not hasattr(getattr(self.client, "chat", None), "completions"):
+            raise TypeError(
+                f"client= takes a client of the openai or together package, or one of cachepipe.clients; "
+                f"got {self.client!r:.200}"
+            )
+        cached = isinstance(self.client, AsyncCached | SyncCached)
+        if cached:
+            if self._cache is not None:
+                raise TypeError(
+                    "the client has a cache already: leave out cache=, or use client.copy(cache=...)"
+                )
+            if self.repeat is not None:
+                self.client = self.client.copy(repeat=self.repeat)
+        else:
+            self.client = _wrapped(self.client, self._cache, self.mode, self.repeat)
+
+    # Asking.
+
+    @property
+    def on_portal(self) -> bool:
+        """Whether calls are made on the portal's loop, else on the caller's."""
+        return self.client is None or not self._is_async
+
+    async def opened(self) -> Any:
+        """Return the client, on the loop where its calls are made."""
+        if self.client is not None:
+            return self.client
+        mode = self.mode
+        if mode is None:
+            inherited = context.current().mode
+            mode = "read-write" if isinstance(inherited, Inherited) else inherited
+        cache = self._cache
+        name = (
+            cache if isinstance(cache, str) else id(cache),
+            id(self.service),
+            self.api_key,
+            self.base_url,
+            mode,
+            self.repeat or "fresh",
+        )
+        known = _clients.get(name)
+        if known is None:
+            ours: dict[str, Any] = {"cache": cache, "mode": mode, "repeat": self.repeat or "fresh"}
+            if self.service is not None:
+                client = self.service.client(**ours)
+            else:
+                from cachepipe.clients.openai import AsyncOpenAI  # noqa: PLC0415 - now it is needed
+
+                client = AsyncOpenAI(api_key=self.api_key, base_url=self.base_url, **ours)
+            # What an id stands for is kept with it, so that it stands for nothing else.
+            known = _clients[name] = (client, self.service, cache)
+        return known[0]
+
+    @contextlib.contextmanager
+    def using(self, request_id: str | Inherited | None = INHERITED) -> Iterator[None]:
+        """Let the calls of a block be the draws that the caller means.
+
+        Args:
+            request_id: goes before the one that was given.
+        """
+        if isinstance(request_id, Inherited):
+            request_id = self.request_id
+        mode = INHERITED if self.mode is None else self.mode
+        with context.using(namespace=self.namespace, request_id=request_id, mode=mode):
+            yield
+
+    async def ask(self, body: Mapping[str, Any], request_id: str | Inherited | None = INHERITED) -> Any:
+        """Return what the client makes of the answer to a chat request."""
+        client = self._opened = await self.opened()
+        with self.using(request_id):
+            if self.client is None or self._is_async:
+                return await client.chat.completions.create(**body)
+            return await anyio.to_thread.run_sync(
+                lambda: client.chat.completions.create(**body), abandon_on_cancel=True, limiter=_threads()
+            )
+
+    def generated(self, key: str, index: int | None) -> tuple[float, float] | None:
+        """Return when the generation of a sample began and ended, in seconds since 1970.
+
+        None where it is not stored, or was brought here by somebody who did not tell.
+        """
+        if index is None or index < 0:
+            return None
+        sample = self._opened._cachepipe.backing.store.sample(key, index)  # noqa: SLF001 - it is ours
+        meta = {} if sample is None else sample.meta
+        at, seconds = meta.get("at"), meta.get("seconds")
+        return None if at is None or seconds is None else (at - seconds, at)
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what a coroutine returns, which runs where calls are made."""
+        return await on_portal(work()) if self.on_portal else await work()
+
+    def wait(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what a coroutine returns, which runs on the portal's loop, to a caller without a loop."""
+        if not self.on_portal:
+            raise TypeError(
+                f"the functions and methods that wait take no asynchronous client, whose loop is not theirs; "
+                f"got {type(self.client).__name__}. Give a synchronous client, or await the asynchronous twin"
+            )
+        return wait_on_portal(work())
+
+
+def model_of(access: Access, model: str | None) -> str:
+    """Return the model to ask."""
+    if model is not None and not isinstance(model, str):
+        raise TypeError(f"model= is the name of a model; got {model!r:.100}")
+    return model or access.found("CACHEPIPE_MODEL") or DEFAULT_MODEL
+
+
+# The portal.
+
+
+async def on_portal(work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns that runs on the portal's loop, in the caller's context."""
+    loop = portal()
+    if asyncio.get_running_loop() is loop:
+        return await work
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+
+
+def wait_on_portal(work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns that runs on the portal's loop, to a thread that waits for it."""
+    loop = portal()
+    if _running_loop() is loop:
+        work.close()
+        raise RuntimeError(
+            "this would wait for the loop that it runs on; await the asynchronous twin instead"
+        )
+    future = asyncio.run_coroutine_threadsafe(work, loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()  # such as for a keyboard interrupt; of no effect when it is done
+        raise
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+_clients: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+"""The clients that nobody gave, with what keeps their names their own. Touched on the portal's loop only."""
+_wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -> Any:
+    """Return a plain client with a cache: the same each time, so that what it is asked is one run."""
+    from cachepipe.clients.wrapping import wrap  # noqa: PLC0415 - now it is needed
+
+    folder = cache if cache is not None else default_folder()
+    name = (os.fspath(folder) if isinstance(folder, str | os.PathLike) else id(folder), mode, repeat)
+    with _lock:
+        known = _wrappers.setdefault(client, {})
+        if name not in known:
+            known[name] = (
+                wrap(client, cache=cache, mode=mode or "read-write", repeat=repeat or "fresh"),
+                cache,
+            )
+        return known[name][0]
+
+
+_limiters: weakref.WeakKeyDictionary[Any, anyio.CapacityLimiter] = weakref.WeakKeyDictionary()
+
+
+def _threads() -> anyio.CapacityLimiter:
+    """Return a limiter that does not limit: how many ask at once, the caller says."""
+    loop = asyncio.get_running_loop()
+    limiter = _limiters.get(loop)
+    if limiter is None:
+        limiter = _limiters[loop] = anyio.CapacityLimiter(float("inf"))
+    return limiter
+
+
+async def close_clients() -> None:
+    """Wait for what is in flight, and close the clients that nobody gave; asking anew opens others."""
+
+    async def close() -> None:
+        clients = [client for client, *_ in _clients.values()]
+        _clients.clear()
+        await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
+
+    await on_portal(close())
+
+
+@atexit.register
+def _at_exit() -> None:
+    if _clients:
+        with contextlib.suppress(Exception):  # nobody is left to be told
+            work: Awaitable[None] = asyncio.wait_for(close_clients(), _CLOSING_SECONDS)
+            wait_on_portal(work)  # type: ignore[arg-type]  # wait_for is a coroutine
+
+
+def _after_fork() -> None:
+    """Let a forked child open clients of its own: it shares no connections with its parent."""
+    global _lock  # noqa: PLW0603 - the parent may have held it while forking
+    _lock = threading.Lock()
+    _clients.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,267 @@
+"""A chat: a conversation that grows by what the user says, what the model answers, and tools in between."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from typing import Any, Final, Self, Unpack
+
+import anyio.to_thread
+import pydantic
+
+from cachepipe.conversations import Conversation, Message
+from cachepipe.errors import CachepipeError
+from cachepipe.talk import tools
+from cachepipe.talk.access import Access, wait_on_portal
+from cachepipe.talk.completions import Options, Plan, TextCompletion, checked
+
+MOST_ROUNDS: Final = 8
+"""How often a model may call tools before it answers, by default."""
+
+
+class ToolLoopError(CachepipeError):
+    """A model went on calling tools, or called one that is not there to be called."""
+
+
+class Chat:
+    """A conversation with a model.
+
+        chat = Chat(model="llama3.1:8b")
+        chat.add("system:I tell the country and you tell me the capital.")
+        chat.add("user:Italy")
+        print(chat.complete())
+
+    Messages are taken in any order: histories of requests that came at once interleave.
+
+    Args:
+        environment: what is looked at before the environment of the process, such as the arguments of a
+            serverless action: ``OPENAI_API_KEY``, ``OPENAI_BASE_URL``, ``OLLAMA_HOST``, ``AUTH``,
+            ``CACHEPIPE_DIR``, ``CACHEPIPE_NAMESPACE``, ``CACHEPIPE_MODEL``.
+        messages: messages to begin with.
+        max_rounds: how often the model may call tools before it answers.
+        **options: see `cachepipe.talk.completions.Options`. Tools that are functions are called.
+
+    Attributes:
+        conversation: what has been said.
+        completions: what the model has answered, with times, tokens and flags; of a round of tools too.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, Any] | None = None,
+        /,
+        *,
+        messages: Any = (),
+        max_rounds: int = MOST_ROUNDS,
+        **options: Unpack[Options],
+    ) -> None:
+        if environment is not None and not isinstance(environment, Mapping):
+            raise TypeError(
+                f"Chat takes a mapping of settings, and options by name; got {environment!r:.100}"
+            )
+        if type(max_rounds) is not int or max_rounds < 0:
+            raise ValueError(f"max_rounds= is a whole number, at least 0; got {max_rounds!r:.100}")
+        self._plan = Plan(options, environment)
+        self.conversation = Conversation(list(messages))
+        self.completions: list[TextCompletion] = []
+        self.max_rounds = max_rounds
+
+    def __repr__(self) -> str:
+        return f"<Chat {len(self.conversation)} messages, model={self._plan.model!r}>"
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages, in order; the list itself."""
+        return self.conversation.messages
+
+    @property
+    def model(self) -> str:
+        """The model that is asked."""
+        return self._plan.model
+
+    def add(self, message: Message | Mapping[str, Any] | str) -> Self:
+        """Add a message: a `Message`, a mapping, or a text such as ``"user:Hello"``.
+
+        Raises:
+            ValueError: for a text that does not begin with a role and a colon.
+        """
+        self.messages.append(Message.of(message))
+        return self
+
+    def complete(self) -> Any:
+        """Return the model's answer, which is added to the messages; tools are called meanwhile.
+
+        The text, or with ``response_format=`` the instance of that class. Where it fails the messages
+        stay as they are.
+
+        Raises:
+            ToolLoopError: when the model calls tools for too many rounds.
+        """
+        with contextlib.closing(self._spoken(streams=False)) as spoken:
+            for _ in spoken:
+                pass
+            return spoken.result
+
+    async def acomplete(self) -> Any:
+        """Do what `complete` does, without blocking the loop."""
+        async with contextlib.aclosing(self._spoken(streams=False)) as spoken:
+            async for _ in spoken:
+                pass
+            return spoken.result
+
+    def stream(self) -> Spoken:
+        """Return the model's answer as it comes: iterate over its text with ``for`` or ``async for``.
+
+        At its end it is added to the messages. A reader that stops early leaves the messages as they
+        are; what the model has begun is read to its end in the background and stored.
+        """
+        return self._spoken(streams=True)
+
+    def _spoken(self, *, streams: bool) -> Spoken:
+        return Spoken(self._turns(checked(self.conversation), streams=streams), self._plan.access)
+
+    async def _turns(
+        self, said: Conversation, *, streams: bool
+    ) -> AsyncGenerator[str | _Due | TextCompletion, None]:
+        """Iterate over the text of an answer, the calls of tools to make before it goes on, and it itself."""
+        begun = said
+        added: list[Message] = []
+        done: list[TextCompletion] = []
+        for left in range(self.max_rounds, -1, -1):
+            if streams:
+                async with contextlib.aclosing(self._plan.streamed(said)) as parts:
+                    async for part in parts:
+                        if isinstance(part, str):
+                            yield part
+                        else:
+                            completion = part
+            else:
+                completion = await self._plan.complete(said)
+            done.append(completion)
+            added.append(completion.to_message())
+            calls = completion.tool_calls if self._plan.functions else []
+            if not calls:
+                break
+            if not left:
+                raise ToolLoopError(
+                    f"the model still called tools after {self.max_rounds} rounds; raise max_rounds=, "
+                    "or tell it when to stop"
+                )
+            for call in calls:
+                due = _Due(call, self._plan.functions)
+                yield due
+                added.append(Message("tool", due.result, tool_call_id=str(call.get("id"))))
+            said = Conversation([*begun.messages, *added])
+        self.messages.extend(added)
+        self.completions.extend(done)
+        yield completion
+
+
+class Spoken:
+    """The text of an answer as it comes: iterate with ``for`` or with ``async for``, once.
+
+    Attributes:
+        completion: the answer, with its times and flags, when it has come to its end; else None.
+    """
+
+    def __init__(self, turns: AsyncGenerator[str | _Due | TextCompletion, None], access: Access) -> None:
+        self._turns = turns
+        self._access = access
+        self.completion: TextCompletion | None = None
+
+    def __repr__(self) -> str:
+        return f"<Spoken {'under way' if self.completion is None else 'complete'}>"
+
+    @property
+    def result(self) -> Any:
+        """The text, or what was made of it by ``response_format``; None while it is under way."""
+        whole = self.completion
+        return None if whole is None else whole.message if whole.parsed is None else whole.parsed
+
+    async def _next(self) -> str | _Due | TextCompletion | None:
+        return await anext(self._turns, None)
+
+    async def _end(self) -> None:
+        with contextlib.suppress(RuntimeError):  # what is being cancelled ends by itself
+            await self._turns.aclose()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while (item := self._access.wait(self._next)) is not None:
+            if isinstance(item, str):
+                return item
+            if isinstance(item, TextCompletion):
+                self.completion = item
+            else:
+                item.make()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop; what the model has begun is read on in the background and stored."""
+        self._access.wait(self._end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        while (item := await self._access.run(self._next)) is not None:
+            if isinstance(item, str):
+                return item
+            if isinstance(item, TextCompletion):
+                self.completion = item
+            else:
+                await item.amake()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Do what `close` does, on an event loop."""
+        await self._access.run(self._end)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class _Due:
+    """A call of a tool that is to be made before the conversation goes on, where its caller is."""
+
+    def __init__(self, call: Mapping[str, Any], functions: Mapping[str, tools.Tool]) -> None:
+        function = call.get("function") or {}
+        self.name = str(function.get("name"))
+        self.arguments = str(function.get("arguments") or "")
+        self.tool = functions.get(self.name)
+        self.known = ", ".join(functions)
+        self.result = f"There is no tool {self.name!r}; there are: {self.known}."
+
+    def _given(self) -> Callable[[], Any] | None:
+        """Return what is to be called; None when the model is to be told what it did wrong."""
+        if self.tool is None:
+            return None
+        try:
+            return self.tool.given(self.arguments)
+        except pydantic.ValidationError as error:
+            self.result = f"The arguments do not fit: {error}"
+            return None
+
+    def make(self) -> None:
+        """Call the tool, in this thread; what it raises passes."""
+        if (call := self._given()) is not None:
+            result = call()
+            self.result = tools.as_text(wait_on_portal(result) if inspect.iscoroutine(result) else result)
+
+    async def amake(self) -> None:
+        """Call the tool, without blocking the loop; what it raises passes."""
+        if (call := self._given()) is not None:
+            result = await (call() if inspect.iscoroutinefunction(call) else anyio.to_thread.run_sync(call))
+            self.result = tools.as_text(result)

@@ -1,0 +1,740 @@
+"""Completions of prompts and conversations: one or many at once, with times, tokens and probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Self, TypedDict, Unpack, overload
+
+import anyio.to_thread
+import pydantic
+
+from cachepipe import context, progress, terminal
+from cachepipe.clients.info import Info, info
+from cachepipe.context import INHERITED, Inherited
+from cachepipe.conversations import Conversation, Message
+from cachepipe.errors import BadAnswer, CachepipeError
+from cachepipe.talk import tools
+from cachepipe.talk.access import NAMES, Access, ServiceLike, model_of
+from cachepipe.typedefs import Mode, Repeat
+
+_MOST_ALTERNATIVES: Final = 20
+_COLOURS: Final = ((0.9, "32"), (0.6, "92"), (0.3, "33"), (0.1, "91"), (0.0, "31"))
+"""From which probability on a token has which colour: from green over yellow to red."""
+
+
+class Options(TypedDict, total=False):
+    """What every function here takes beside what it completes.
+
+    What else the SDK's ``chat.completions.create`` takes is taken too.
+
+    Attributes:
+        model: the model; else ``CACHEPIPE_MODEL`` of the environment, else `DEFAULT_MODEL`.
+        log_probs: whether to get the log probabilities of the tokens.
+        top_log_probs: how many of the most probable tokens to get at each position, at most 20.
+        response_format: a class of pydantic's, of which ``completion.parsed`` will be; or a mapping as the
+            provider takes it.
+        tools: Python functions that the model may call, or mappings as the provider takes them. A
+            completion tells of the calls in ``tool_calls``; `Chat` makes them.
+        cache: a folder, a store, or a ``diskcache.Cache``; else ``CACHEPIPE_DIR``, else the default folder.
+        namespace: the unit within which samples are independent; else ``CACHEPIPE_NAMESPACE``.
+        request_id: which draw this is among equal questions of the namespace.
+        mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
+        repeat: ``"fresh"``: a repeated request gets a fresh sample; ``"same"``: it gets the same again.
+        service: what limits and retries, of which the client is had.
+        client: a client to use, with a cache or without.
+        api_key: the key; else ``OPENAI_API_KEY``.
+        base_url: where the API is; else ``OPENAI_BASE_URL``. Where neither URL nor key is found,
+            ``OLLAMA_HOST``.
+        temperature: how much the samples vary.
+        top_p: from how much of the probability they are drawn.
+        max_tokens: the most tokens of an answer, by its old name.
+        max_completion_tokens: the most tokens of an answer.
+        stop: where an answer ends.
+        seed: passed on; it makes no two draws the same.
+        frequency_penalty: passed on.
+        presence_penalty: passed on.
+        logit_bias: passed on.
+        reasoning_effort: passed on.
+        tool_choice: passed on.
+        extra_body: what else goes into the request's body.
+        extra_headers: headers of this request.
+        timeout: seconds after which a call is given up.
+    """
+
+    model: str | None
+    log_probs: bool
+    top_log_probs: int | None
+    response_format: type[pydantic.BaseModel] | Mapping[str, Any] | None
+    tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None
+    cache: Any
+    namespace: str | None
+    request_id: str | None
+    mode: Mode | None
+    repeat: Repeat | None
+    service: ServiceLike | None
+    client: Any
+    api_key: str | None
+    base_url: str | None
+    temperature: float
+    top_p: float
+    max_tokens: int
+    max_completion_tokens: int
+    stop: str | Sequence[str]
+    seed: int
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[str, int]
+    reasoning_effort: str
+    tool_choice: Any
+    extra_body: Mapping[str, Any]
+    extra_headers: Mapping[str, str]
+    timeout: float
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """A token and how probable it was.
+
+    Attributes:
+        token: the token.
+        log_prob: the natural logarithm of its probability.
+    """
+
+    token: str
+    log_prob: float
+
+    @property
+    def probability(self) -> float:
+        """The probability, from 0 to 1."""
+        return math.exp(self.log_prob)
+
+
+@dataclass(frozen=True)
+class TextCompletion:
+    """An answer of a model, how it came about, and what it cost.
+
+    Times are seconds since 1970. Those of the generation are kept with the sample: a cached completion has
+    the times of the call that made it, and its retrieval is told apart.
+
+    Attributes:
+        conversation: what was completed.
+        model: the model that was asked.
+        message: the text of the answer; empty when there is none, such as beside calls of tools.
+        start_time: when its generation began.
+        end_time: when its generation was over.
+        cached: whether it was in the cache, or somebody else's at the time; False exactly when it was
+            generated on this request's behalf.
+        retrieval_start_time: when it was asked for here.
+        retrieval_end_time: when it was there.
+        token_log_probs: the tokens of the answer with their log probabilities; None if not asked for.
+        full_token_log_probs: at each position the most probable tokens; None if not asked for.
+        usage: token counts, as if it had been asked for alone.
+        cost: what it costs in US dollars, as if it had been asked for alone; None where no price is known.
+        finish_reason: why it ended, in the provider's words.
+        refusal: what the model said in place of an answer, if the provider tells the two apart.
+        tool_calls: the calls of tools that the model wants, as the provider's JSON has them.
+        parsed: the answer as an instance of ``response_format``, if that was a class.
+        key: the key of the question; None when it was not cached.
+        index: the sample's index in the list of its key.
+        namespace: whose draw it is.
+        request_id: which draw it is among equal questions.
+    """
+
+    conversation: Conversation
+    model: str
+    message: str
+    start_time: float
+    end_time: float
+    cached: bool = False
+    retrieval_start_time: float = 0.0
+    retrieval_end_time: float = 0.0
+    token_log_probs: list[TokenLogProb] | None = field(default=None, repr=False)
+    full_token_log_probs: list[list[TokenLogProb]] | None = field(default=None, repr=False)
+    usage: Mapping[str, int] = field(default_factory=dict)
+    cost: float | None = None
+    finish_reason: str | None = None
+    refusal: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    parsed: Any = None
+    key: str | None = None
+    index: int | None = None
+    namespace: str | None = None
+    request_id: str | None = None
+
+    @property
+    def duration(self) -> float:
+        """How long its generation took, in seconds."""
+        return self.end_time - self.start_time
+
+    @property
+    def retrieval_duration(self) -> float:
+        """How long it took to get it here, in seconds: of a cached one, from the cache."""
+        return self.retrieval_end_time - self.retrieval_start_time
+
+    def to_message(self) -> Message:
+        """Return the answer as a message of the assistant."""
+        text = self.message or self.refusal or (None if self.tool_calls else "")
+        return Message("assistant", text, tool_calls=self.tool_calls or None)
+
+    def to_pretty_string(self, *, color: bool | None = None) -> str:
+        """Return the conversation with the answer, for people. See `Conversation.to_pretty_string`."""
+        whole = Conversation([*self.conversation.messages, self.to_message()])
+        return whole.to_pretty_string(color=color)
+
+    def to_pretty_log_probs_string(
+        self, *, show_probabilities: bool = False, color: bool | None = None
+    ) -> str:
+        """Return the answer's tokens, each coloured by its probability: green where it was sure, else red.
+
+        Args:
+            show_probabilities: write the probability behind each token, such as ``Paris[0.9731]``.
+            color: whether to colour; None where colours are shown: on a terminal, without NO_COLOR.
+
+        Raises:
+            ValueError: when the completion has no log probabilities.
+        """
+        if self.token_log_probs is None:
+            raise ValueError("this completion has no log probabilities; ask for it with log_probs=True")
+        color = terminal.shows_colours() if color is None else color
+        pieces = []
+        for token in self.token_log_probs:
+            probability = token.probability
+            codes = next((codes for least, codes in _COLOURS if probability >= least), _COLOURS[-1][1])
+            pieces.append(terminal.coloured(terminal.visible(token.token, lines=True), codes, color=color))
+            if show_probabilities:
+                pieces.append(terminal.coloured(f"[{probability:.4f}]", "2", color=color))
+        return "".join(pieces)
+
+
+class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N818 - names what happened
+    """Some of several completions failed; the others are there.
+
+    Attributes:
+        results: in input order, completions, and errors in the place of those that failed.
+    """
+
+    results: list[TextCompletion | Exception]
+
+    @classmethod
+    def of(cls, results: list[TextCompletion | Exception]) -> Self:
+        """Return the error that tells of the failures among results."""
+        errors = [result for result in results if isinstance(result, Exception)]
+        made = cls(
+            f"{len(errors)} of {len(results)} completions failed; the others are in .results, and cached: "
+            "a rerun generates what is missing. return_exceptions=True returns errors in their places",
+            errors,
+        )
+        made.results = results
+        return made
+
+    def derive(self, excs: Sequence[Any], /) -> Any:
+        """Return a group of some of the errors, as ``except*`` makes it."""
+        made = type(self)(self.message, excs)
+        made.results = getattr(self, "results", [])
+        return made
+
+
+# One question.
+
+
+class Plan:
+    """What every completion with the same options has in common.
+
+    Args:
+        options: see `Options`.
+        environment: what is looked at before the environment of the process.
+
+    Raises:
+        TypeError, ValueError: for options that are none; nothing has been asked then.
+    """
+
+    def __init__(self, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> None:
+        self.access = Access({name: options[name] for name in NAMES if name in options}, environment)
+        body = {name: value for name, value in options.items() if name not in NAMES}
+        for name in ("n", "stream", "messages", "prompt"):
+            if name in body:
+                raise TypeError(
+                    f"{name}= is not taken here: ask several times for several samples, Chat streams"
+                )
+        self.model = model_of(self.access, body.pop("model", None))
+        self.kind: type[pydantic.BaseModel] | None = None
+        self.functions: dict[str, tools.Tool] = {}
+        wanted, top = body.pop("log_probs", None), body.pop("top_log_probs", None)
+        if (form := body.pop("response_format", None)) is not None:
+            body["response_format"], self.kind = tools.response_format(form)
+        if given := body.pop("tools", None):
+            body["tools"], self.functions = tools.as_tools(given)
+        self.body = {**body, **self._log_probs(wanted, top)}
+
+    def _log_probs(self, wanted: Any, top: Any) -> dict[str, Any]:
+        if top is not None and (type(top) is not int or not 0 <= top <= _MOST_ALTERNATIVES):
+            raise ValueError(
+                f"top_log_probs= is a whole number from 0 to {_MOST_ALTERNATIVES}; got {top!r:.100}"
+            )
+        if not (wanted or top):
+            return {}
+        if wanted is False:
+            raise ValueError("top_log_probs= needs log_probs=True; got log_probs=False")
+        client = self.access.client
+        if any(kind.__module__.partition(".")[0] == "together" for kind in type(client).__mro__):
+            return {"logprobs": top or 1}  # Together's form: a number of alternatives
+        return {"logprobs": True} if top is None else {"logprobs": True, "top_logprobs": top}
+
+    async def complete(
+        self, conversation: Conversation, request_id: str | Inherited | None = INHERITED
+    ) -> TextCompletion:
+        """Return the completion of a conversation."""
+        begun = time.time()
+        body = {"model": self.model, "messages": conversation.to_messages(), **self.body}
+        answer = await self.access.ask(body, request_id)
+        choices = answer.choices
+        if not choices:
+            raise BadAnswer("the provider answered with no choice; expected one")
+        said = choices[0].message
+        made = Answered(str(said.content or ""), choices[0].finish_reason, getattr(said, "refusal", None))
+        made.tool_calls = [_dumped(call) for call in getattr(said, "tool_calls", None) or ()]
+        made.add_log_probs(choices[0].logprobs)
+        if answer.usage is not None:
+            made.usage = _dumped(answer.usage)
+        return self.completion(conversation, made, info(answer), begun)
+
+    async def streamed(self, conversation: Conversation) -> AsyncGenerator[str | TextCompletion, None]:
+        """Iterate over the text of a completion as it comes, and then the completion."""
+        begun = time.time()
+        body = {"model": self.model, "messages": conversation.to_messages(), **self.body, "stream": True}
+        answer = await self.access.ask(body)
+        made = Answered()
+        try:
+            async for chunk in _chunks(answer):
+                if text := made.add(chunk):
+                    yield text
+        finally:
+            ended = answer.close() if hasattr(answer, "__aiter__") else anyio.to_thread.run_sync(answer.close)
+            await ended
+        if made.finish_reason is None:
+            raise BadAnswer("the stream ended before the answer did; expected a choice with a finish_reason")
+        yield self.completion(conversation, made, info(answer), begun)
+
+    def completion(
+        self, conversation: Conversation, made: Answered, noted: Info | None, begun: float
+    ) -> TextCompletion:
+        """Return the completion that an answer is.
+
+        Args:
+            conversation: what was completed; later changes of it change nothing here.
+            made: the answer.
+            noted: what the client tells of it.
+            begun: when it was asked for.
+        """
+        ended = time.time()
+        start, end = begun, ended
+        place: dict[str, Any] = {}
+        usage = made.usage
+        if noted is not None and noted.complete:
+            index = None if noted.indices is None else noted.indices[0]
+            place = {
+                "cached": bool(noted.cached) and all(noted.cached),
+                "cost": getattr(noted, "cost", None),
+                "key": noted.key,
+                "index": index,
+                "namespace": noted.namespace,
+                "request_id": noted.request_id,
+            }
+            usage = noted.usage or usage
+            start, end = self.access.generated(noted.key, index) or (begun, ended)
+        parsed = self._parsed(made, place) if self.kind is not None else None
+        return TextCompletion(
+            conversation=conversation.copy(),
+            model=self.model,
+            message=made.text,
+            start_time=start,
+            end_time=end,
+            retrieval_start_time=begun,
+            retrieval_end_time=ended,
+            token_log_probs=made.log_probs,
+            full_token_log_probs=made.alternatives,
+            usage={name: count for name, count in usage.items() if name.endswith("_tokens")},
+            finish_reason=made.finish_reason,
+            refusal=made.refusal,
+            tool_calls=made.tool_calls,
+            parsed=parsed,
+            **place,
+        )
+
+    def _parsed(self, made: Answered, place: Mapping[str, Any]) -> Any:
+        if made.refusal or made.tool_calls or self.kind is None:
+            return None
+        try:
+            return self.kind.model_validate_json(made.text)
+        except pydantic.ValidationError as error:
+            cut = " (it was cut off: raise max_completion_tokens)" if made.finish_reason == "length" else ""
+            raise BadAnswer(
+                f"the answer is no {self.kind.__name__}{cut}: {made.text!r:.200}. It stays in the cache as "
+                f"sample {place.get('index')} of key {place.get('key')}; another request_id draws another"
+            ) from error
+
+
+class Answered:
+    """What a model answered, whole or put together from a stream."""
+
+    def __init__(self, text: str = "", finish_reason: str | None = None, refusal: str | None = None) -> None:
+        self.text = text
+        self.finish_reason = finish_reason
+        self.refusal = refusal
+        self.tool_calls: list[dict[str, Any]] = []
+        self.log_probs: list[TokenLogProb] | None = None
+        self.alternatives: list[list[TokenLogProb]] | None = None
+        self.usage: Mapping[str, Any] = {}
+
+    def add(self, chunk: Any) -> str:
+        """Add a chunk of a stream; return the text that it brings."""
+        if chunk.usage is not None:
+            self.usage = _dumped(chunk.usage)
+        if not chunk.choices:
+            return ""
+        choice = chunk.choices[0]
+        self.finish_reason = choice.finish_reason or self.finish_reason
+        self.add_log_probs(choice.logprobs)
+        delta = choice.delta
+        if getattr(delta, "refusal", None):
+            self.refusal = (self.refusal or "") + delta.refusal
+        for call in getattr(delta, "tool_calls", None) or ():
+            self._add_call(_dumped(call))
+        text = str(delta.content or "")
+        self.text += text
+        return text
+
+    def _add_call(self, part: Mapping[str, Any]) -> None:
+        place = part.get("index") or 0
+        while len(self.tool_calls) <= place:
+            self.tool_calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = self.tool_calls[place], part.get("function") or {}
+        call["id"] = part.get("id") or call["id"]
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+
+    def add_log_probs(self, told: Any) -> None:
+        """Add the log probabilities that a choice or a part of one tells."""
+        told = None if told is None else _dumped(told)
+        if not told:
+            return
+        entries = told.get("content")
+        if entries is None and told.get("tokens"):  # Together's form
+            tops = told.get("top_logprobs") or [{}] * len(told["tokens"])
+            entries = [
+                {"token": token, "logprob": value, "top_logprobs": _listed(top)}
+                for token, value, top in zip(told["tokens"], told["token_logprobs"], tops, strict=False)
+            ]
+        if entries is None:
+            return
+        self.log_probs = self.log_probs or []
+        self.alternatives = self.alternatives or []
+        for entry in entries:
+            self.log_probs.append(TokenLogProb(entry["token"], entry["logprob"]))
+            tops = entry.get("top_logprobs") or ()
+            self.alternatives.append([TokenLogProb(top["token"], top["logprob"]) for top in tops])
+
+
+def _listed(top: Any) -> list[dict[str, Any]]:
+    return [{"token": token, "logprob": value} for token, value in (top or {}).items()]
+
+
+def _dumped(thing: Any) -> dict[str, Any]:
+    """Return the fields of an SDK's object."""
+    dumped: dict[str, Any] = thing if isinstance(thing, dict) else thing.model_dump(exclude_none=True)
+    return dumped
+
+
+async def _chunks(stream: Any) -> AsyncIterator[Any]:
+    """Iterate over a stream of an SDK; over a synchronous one in threads."""
+    if hasattr(stream, "__aiter__"):
+        async for chunk in stream:
+            yield chunk
+        return
+    while (chunk := await anyio.to_thread.run_sync(next, stream, None)) is not None:
+        yield chunk
+
+
+def conversation_of(prompt: Any) -> Conversation:
+    """Return the conversation that a prompt begins.
+
+    Raises:
+        TypeError: for what is no string.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"a prompt is a string; got {prompt!r:.100}. For messages there is Conversation")
+    return Conversation([Message("user", prompt)])
+
+
+def checked(conversation: Any) -> Conversation:
+    """Return a conversation that can be completed: a copy of the one given.
+
+    Raises:
+        TypeError: for what is no conversation.
+        ValueError: for one without messages.
+    """
+    if not isinstance(conversation, Conversation):
+        raise TypeError(f"expected a Conversation; got {conversation!r:.100}")
+    if not conversation.messages:
+        raise ValueError("the conversation has no messages; there is nothing to complete")
+    return conversation.copy()
+
+
+async def generate_text_completion(prompt: str, **options: Unpack[Options]) -> TextCompletion:
+    """Return a completion of a prompt.
+
+    Args:
+        prompt: what the user says.
+        **options: see `Options`.
+
+    Raises:
+        BadAnswer: when the answer does not fit ``response_format``.
+    """
+    return await generate_text_completion_for_conversation(conversation_of(prompt), **options)
+
+
+async def generate_text_completion_for_conversation(
+    conversation: Conversation, **options: Unpack[Options]
+) -> TextCompletion:
+    """Return a completion of a conversation, which itself stays as it is. See `generate_text_completion`."""
+    plan, conversation = Plan(options), checked(conversation)
+    return await plan.access.run(lambda: plan.complete(conversation))
+
+
+def generate_text_completion_sync(prompt: str, **options: Unpack[Options]) -> TextCompletion:
+    """Do what `generate_text_completion` does, and wait for it; in any thread, notebooks included."""
+    return generate_text_completion_for_conversation_sync(conversation_of(prompt), **options)
+
+
+def generate_text_completion_for_conversation_sync(
+    conversation: Conversation, **options: Unpack[Options]
+) -> TextCompletion:
+    """Do what `generate_text_completion_for_conversation` does, and wait for it."""
+    plan, conversation = Plan(options), checked(conversation)
+    return plan.access.wait(lambda: plan.complete(conversation))
+
+
+# Many.
+
+
+@overload
+async def generate_text_completions(
+    prompts: Iterable[str],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> list[TextCompletion]: ...
+@overload
+async def generate_text_completions(
+    prompts: Iterable[str],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options],
+) -> list[TextCompletion | Exception]: ...
+async def generate_text_completions(
+    prompts: Iterable[str],
+    *,
+    n_parallel: int = 5,
+    show_progress: bool = True,
+    return_exceptions: bool = False,
+    **options: Unpack[Options],
+) -> Any:
+    """Return the completions of prompts, in their order.
+
+    A prompt that stands in the list several times gets as many independent samples, and a rerun gets them
+    again in the same order. A failure of one loses none of the others.
+
+    Args:
+        prompts: what the user says in each.
+        n_parallel: how many are asked for at once.
+        show_progress: show a progress bar, in terminals and notebooks.
+        return_exceptions: return errors in the place of completions; else they are raised together when all
+            have ended.
+        **options: see `Options`.
+
+    Raises:
+        CompletionsFailed: when some have failed; it holds the others.
+    """
+    return await _many(_begun(prompts), options, n_parallel, show_progress, return_exceptions)
+
+
+@overload
+async def generate_text_completions_for_conversations(
+    conversations: Iterable[Conversation],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> list[TextCompletion]: ...
+@overload
+async def generate_text_completions_for_conversations(
+    conversations: Iterable[Conversation],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options],
+) -> list[TextCompletion | Exception]: ...
+async def generate_text_completions_for_conversations(
+    conversations: Iterable[Conversation],
+    *,
+    n_parallel: int = 5,
+    show_progress: bool = True,
+    return_exceptions: bool = False,
+    **options: Unpack[Options],
+) -> Any:
+    """Return the completions of conversations, in their order. See `generate_text_completions`."""
+    return await _many(list(conversations), options, n_parallel, show_progress, return_exceptions)
+
+
+@overload
+def generate_text_completions_sync(
+    prompts: Iterable[str],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> list[TextCompletion]: ...
+@overload
+def generate_text_completions_sync(
+    prompts: Iterable[str],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options],
+) -> list[TextCompletion | Exception]: ...
+def generate_text_completions_sync(
+    prompts: Iterable[str],
+    *,
+    n_parallel: int = 5,
+    show_progress: bool = True,
+    return_exceptions: bool = False,
+    **options: Unpack[Options],
+) -> Any:
+    """Do what `generate_text_completions` does, and wait for it."""
+    return _many_waited(_begun(prompts), options, n_parallel, show_progress, return_exceptions)
+
+
+@overload
+def generate_text_completions_for_conversations_sync(
+    conversations: Iterable[Conversation],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> list[TextCompletion]: ...
+@overload
+def generate_text_completions_for_conversations_sync(
+    conversations: Iterable[Conversation],
+    *,
+    n_parallel: int = ...,
+    show_progress: bool = ...,
+    return_exceptions: bool,
+    **options: Unpack[Options],
+) -> list[TextCompletion | Exception]: ...
+def generate_text_completions_for_conversations_sync(
+    conversations: Iterable[Conversation],
+    *,
+    n_parallel: int = 5,
+    show_progress: bool = True,
+    return_exceptions: bool = False,
+    **options: Unpack[Options],
+) -> Any:
+    """Do what `generate_text_completions_for_conversations` does, and wait for it."""
+    return _many_waited(list(conversations), options, n_parallel, show_progress, return_exceptions)
+
+
+def _begun(prompts: Any) -> list[Conversation]:
+    if isinstance(prompts, str):
+        raise TypeError(
+            "prompts is a list of strings; got one string. For one there is generate_text_completion"
+        )
+    return [conversation_of(prompt) for prompt in prompts]
+
+
+class _Crowd:
+    """Conversations to complete, a few at once."""
+
+    def __init__(self, conversations: list[Any], options: Mapping[str, Any], n_parallel: int) -> None:
+        if type(n_parallel) is not int or n_parallel < 1:
+            raise ValueError(f"n_parallel= is a whole number, at least 1; got {n_parallel!r:.100}")
+        self.plan = Plan(options)
+        self.conversations = [checked(conversation) for conversation in conversations]
+        self.n_parallel = n_parallel
+
+    def request_ids(self) -> list[str | Inherited | None]:
+        """Return the request id of each: equal ones are told apart, by their order, whoever comes first."""
+        given = self.plan.access.request_id
+        if isinstance(given, Inherited):
+            given = context.current().request_id
+        seen: collections.Counter[str] = collections.Counter()
+        ids: list[str | Inherited | None] = []
+        for conversation in self.conversations:
+            text = conversation.to_json()
+            base = "" if isinstance(given, Inherited) or given is None else given
+            ids.append(f"{base}#{seen[text] + 1}" if seen[text] else given)
+            seen[text] += 1
+        return ids
+
+    def work(
+        self, tick: progress.Tick
+    ) -> Callable[[], Coroutine[Any, Any, list[TextCompletion | Exception]]]:
+        """Return what completes them all, and its results in input order."""
+        ids = self.request_ids()
+
+        async def complete() -> list[TextCompletion | Exception]:
+            results: list[Any] = [None] * len(self.conversations)
+            todo = iter(enumerate(zip(self.conversations, ids, strict=True)))
+
+            async def some() -> None:
+                for place, (conversation, request_id) in todo:
+                    try:
+                        results[place] = await self.plan.complete(conversation, request_id)
+                    except Exception as error:  # noqa: BLE001 - it belongs to this one
+                        results[place] = error
+                    failed = isinstance(results[place], Exception)
+                    tick(cached=not failed and results[place].cached, failed=failed)
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.n_parallel, len(results))):
+                    group.create_task(some())
+            return results
+
+        return complete
+
+
+def _outcome(results: list[TextCompletion | Exception], *, return_exceptions: bool) -> Any:
+    if not return_exceptions and any(isinstance(result, Exception) for result in results):
+        raise CompletionsFailed.of(results)
+    return results
+
+
+async def _many(
+    conversations: list[Any], options: Mapping[str, Any], n_parallel: int, show: bool, return_exceptions: bool
+) -> Any:
+    crowd = _Crowd(conversations, options, n_parallel)
+    with progress.shown(len(conversations), "completions", show=show) as tick:
+        results = await crowd.plan.access.run(crowd.work(tick))
+    return _outcome(results, return_exceptions=return_exceptions)
+
+
+def _many_waited(
+    conversations: list[Any], options: Mapping[str, Any], n_parallel: int, show: bool, return_exceptions: bool
+) -> Any:
+    crowd = _Crowd(conversations, options, n_parallel)
+    with progress.shown(len(conversations), "completions", show=show) as tick:
+        results = crowd.plan.access.wait(crowd.work(tick))
+    return _outcome(results, return_exceptions=return_exceptions)

@@ -1,0 +1,253 @@
+"""What was said in a conversation, kept between requests: on a Redis or Valkey server, or in a folder.
+
+Each conversation has a random id that nobody can guess, and expires. Messages are appended, several at once
+or one by one, and never rewritten: what two requests of one conversation save at once is kept both,
+in an order that is the same for every reader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import anyio.to_thread
+
+from cachepipe.conversations import Conversation, Message
+from cachepipe.errors import StoreError
+from cachepipe.stores import default_folder
+
+if TYPE_CHECKING:
+    from cachepipe.talk.chat import Chat
+
+DAY: Final = 86_400
+"""Seconds after its last message that a conversation is kept for, by default."""
+PREFIX: Final = "cachepipe:"
+"""What the names of keys on a server begin with, by default."""
+FILE: Final = "histories.cache.db"
+"""The file of a folder that holds conversations."""
+
+_ID: Final = re.compile(r"[A-Za-z0-9_-]{8,128}")
+_PATIENCE: Final = 30.0  # seconds to wait for another process that writes
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS histories(id TEXT PRIMARY KEY, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS histories_expire ON histories(expires);
+CREATE TABLE IF NOT EXISTS messages(
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, message TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS messages_of ON messages(id);
+"""
+
+
+class Keeper(Protocol):
+    """Where messages are kept."""
+
+    def append(self, name: str, lines: Sequence[str], ttl: int) -> None:
+        """Append lines to what is kept under a name, all at once, and keep it for so many seconds more."""
+        ...
+
+    def read(self, name: str) -> list[str]:
+        """Return the lines that are kept under a name; none when it is unknown or has expired."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Forget what is kept under a name."""
+        ...
+
+
+class History:
+    """The messages of a conversation, kept under a random id.
+
+        history = History(state=request.get("state"))  # None begins a new conversation
+        chat = history.load(Chat())
+        chat.add("user:Italy")
+        answer = chat.complete()
+        history.save("user:Italy", f"assistant:{answer}")
+        return answer, history.id()
+
+    Args:
+        environment: what is looked at before the environment of the process, such as the arguments of a
+            serverless action: ``REDIS_URL``, ``REDIS_PREFIX``, ``CACHEPIPE_DIR``, and ``state``.
+        state: the id of a conversation to go on with.
+        url: the server, such as ``redis://…``, ``rediss://…`` or ``valkey://…``; else ``REDIS_URL``.
+        prefix: what the names of all keys begin with; else ``REDIS_PREFIX``, else ``"cachepipe:"``.
+        ttl: seconds after its last message that the conversation is kept for.
+        cache: without a server, the folder where the conversation is kept; else ``CACHEPIPE_DIR``, else the
+            default folder.
+
+    Raises:
+        ValueError: for an id, URL, prefix or time that is none.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, Any] | None = None,
+        /,
+        *,
+        state: str | None = None,
+        url: str | None = None,
+        prefix: str | None = None,
+        ttl: int = DAY,
+        cache: Any = None,
+    ) -> None:
+        if environment is not None and not isinstance(environment, Mapping):
+            raise TypeError(
+                f"History takes a mapping of settings, and options by name; got {type(environment).__name__}"
+            )
+        settings = {**os.environ, **{name: value for name, value in (environment or {}).items() if value}}
+        state = state or (environment or {}).get("state") or secrets.token_urlsafe(18)
+        if not isinstance(state, str) or not _ID.fullmatch(state):
+            raise ValueError(
+                "the id of a history has 8 to 128 letters, digits, '-' and '_'; got something else"
+            )
+        if type(ttl) is not int or ttl < 1:
+            raise ValueError(f"ttl= is a whole number of seconds, at least 1; got {ttl!r:.100}")
+        self._id = state
+        self.ttl = ttl
+        url = url or settings.get("REDIS_URL")
+        self._keeper: Keeper
+        if url:
+            from cachepipe.talk.server import ServerKeeper  # noqa: PLC0415 - it needs redis
+
+            prefix = settings.get("REDIS_PREFIX", PREFIX) if prefix is None else prefix
+            self._keeper = ServerKeeper(str(url), str(prefix))
+        else:
+            self._keeper = FolderKeeper(_folder(cache or settings.get("CACHEPIPE_DIR")))
+
+    def __repr__(self) -> str:
+        return f"<History {self._keeper!r}>"  # not its id, which lets everybody read it
+
+    def id(self) -> str:
+        """Return the id, by which the conversation is found again; whoever knows it can read it."""
+        return self._id
+
+    def save(self, *messages: Message | Mapping[str, Any] | str) -> None:
+        """Append messages, all at once: `Message`, mappings, or texts such as ``"user:Hello"``.
+
+        Raises:
+            ValueError: for what is no message; nothing is saved then.
+            StoreError: when they could not be saved.
+        """
+        said = [Message.of(message).to_dict() for message in messages]
+        # A client may send again what it does not know to have arrived: by the mark it is read once.
+        lines = [json.dumps([secrets.token_hex(8), message]) for message in said]
+        if lines:
+            self._keeper.append(self._id, lines, self.ttl)
+
+    def conversation(self) -> Conversation:
+        """Return what has been said; empty when nothing was saved, or it has expired.
+
+        Raises:
+            StoreError: when it could not be read.
+        """
+        return Conversation(list(dict(map(json.loads, self._keeper.read(self._id))).values()))
+
+    def load(self, chat: Chat) -> Chat:
+        """Add what has been said to a chat, and return the chat.
+
+        Raises:
+            StoreError: when it could not be read.
+        """
+        chat.messages.extend(self.conversation().messages)
+        return chat
+
+    def delete(self) -> None:
+        """Forget what has been said.
+
+        Raises:
+            StoreError: when it could not be done.
+        """
+        self._keeper.delete(self._id)
+
+    async def asave(self, *messages: Message | Mapping[str, Any] | str) -> None:
+        """Do what `save` does, without blocking the loop."""
+        await anyio.to_thread.run_sync(self.save, *messages)
+
+    async def aload(self, chat: Chat) -> Chat:
+        """Do what `load` does, without blocking the loop."""
+        return await anyio.to_thread.run_sync(self.load, chat)
+
+
+class FolderKeeper:
+    """Messages in an SQLite file of a folder, which any number of processes may use.
+
+    Args:
+        folder: the folder, made if there is none, private to the user.
+        clock: tells the time, in seconds since 1970.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
+        self.path = Path(folder).expanduser().resolve() / FILE
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"in {self.path.parent}"
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        try:
+            if not self.path.exists():
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            with contextlib.closing(
+                sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+            ) as connection:
+                if not connection.execute("PRAGMA table_info(messages)").fetchall():
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+                yield connection
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the histories in {self.path} cannot be used: {error}") from error
+
+    def append(self, name: str, lines: Sequence[str], ttl: int) -> None:
+        """Append lines in one transaction, which also forgets what has expired."""
+        now = self._clock()
+        with self._opened() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(
+                "DELETE FROM messages WHERE id IN (SELECT id FROM histories WHERE expires <= ?)", (now,)
+            )
+            connection.execute("DELETE FROM histories WHERE expires <= ?", (now,))
+            connection.execute("INSERT OR REPLACE INTO histories VALUES(?, ?)", (name, now + ttl))
+            connection.executemany(
+                "INSERT INTO messages(id, message) VALUES(?, ?)", [(name, line) for line in lines]
+            )
+            connection.execute("COMMIT")
+
+    def read(self, name: str) -> list[str]:
+        """Return the lines of a name in their order."""
+        if not self.path.exists():
+            return []
+        with self._opened() as connection:
+            rows = connection.execute(
+                "SELECT message FROM messages JOIN histories USING(id) WHERE id = ? AND expires > ?"
+                " ORDER BY number",
+                (name, self._clock()),
+            )
+            return [line for (line,) in rows]
+
+    def delete(self, name: str) -> None:
+        """Forget the lines of a name."""
+        if self.path.exists():
+            with self._opened() as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("DELETE FROM messages WHERE id = ?", (name,))
+                connection.execute("DELETE FROM histories WHERE id = ?", (name,))
+                connection.execute("COMMIT")
+
+
+def _folder(cache: Any) -> str | os.PathLike[str]:
+    """Return the folder of what stands for a cache."""
+    if cache is None:
+        return default_folder()
+    folder = getattr(cache, "folder", None) or getattr(cache, "directory", None) or cache
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"cache= of a history is a folder, or a cache in one; got {cache!r:.100}")
+    return folder

@@ -1,0 +1,224 @@
+"""Completions as tables: data frames, lines of JSON, and side by side for people."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from cachepipe import terminal
+from cachepipe.conversations import Conversation
+from cachepipe.talk.completions import TextCompletion, TokenLogProb
+
+COLUMNS: Final = (
+    "prompt",
+    "message",
+    "model",
+    "cached",
+    "start_time",
+    "end_time",
+    "duration",
+    "retrieval_duration",
+    "prompt_tokens",
+    "completion_tokens",
+    "cost",
+    "finish_reason",
+    "mean_log_prob",
+    "key",
+    "index",
+    "namespace",
+    "request_id",
+    "error",
+)
+"""The columns of a data frame."""
+
+_WIDTH: Final = 100
+_NARROWEST: Final = 24
+
+
+def to_dataframe(
+    completions: Iterable[TextCompletion | BaseException], library: Literal["pandas", "polars"] | None = None
+) -> Any:
+    """Return completions as a data frame, one row each, in their order.
+
+    ``prompt`` is the last message that was completed, times are seconds since 1970, and the row of an error
+    has only ``error``.
+
+    Args:
+        completions: completions, and errors in the place of those that failed.
+        library: ``"pandas"`` or ``"polars"``; None is the first of them that is installed.
+
+    Raises:
+        ImportError: when none is installed.
+    """
+    rows = [_row(completion) for completion in completions]
+    if library not in (None, "pandas", "polars"):
+        raise ValueError(f"library= is 'pandas', 'polars' or None; got {library!r:.100}")
+    names = [name for name in ("pandas", "polars") if importlib.util.find_spec(name)]
+    if library is None and not names:
+        raise ImportError("a data frame needs pandas or polars: pip install 'cachepipe[pandas]'")
+    if library is not None and library not in names:
+        raise ImportError(f"{library} is not installed: pip install 'cachepipe[{library}]'")
+    made = importlib.import_module(library or names[0])
+    columns = {name: [row.get(name) for row in rows] for name in COLUMNS}
+    return made.DataFrame(columns)
+
+
+def _row(completion: TextCompletion | BaseException) -> dict[str, Any]:
+    if isinstance(completion, BaseException):
+        return {"error": f"{type(completion).__name__}: {completion}"}
+    row = {name: getattr(completion, name) for name in COLUMNS if hasattr(completion, name)}
+    row["prompt"] = completion.conversation.messages[-1].text
+    for name in ("prompt_tokens", "completion_tokens"):
+        row[name] = completion.usage.get(name)
+    if completion.token_log_probs:
+        logs = [token.log_prob for token in completion.token_log_probs]
+        row["mean_log_prob"] = sum(logs) / len(logs)
+    return row
+
+
+def to_jsonl(
+    completions: Iterable[TextCompletion | BaseException], path: str | os.PathLike[str] | None = None
+) -> str:
+    """Return completions as lines of JSON with all that is known of each; an error's has only ``error``.
+
+    Args:
+        completions: completions, and errors in the place of those that failed.
+        path: a file to write them to as well.
+    """
+    text = "".join(f"{json.dumps(_document(completion))}\n" for completion in completions)
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def _document(completion: TextCompletion | BaseException) -> dict[str, Any]:
+    if isinstance(completion, BaseException):
+        return _row(completion)
+    document = dict(vars(completion))
+    document["conversation"] = completion.conversation.to_messages()
+    document["usage"] = dict(completion.usage)
+    if completion.parsed is not None:
+        document["parsed"] = completion.parsed.model_dump(mode="json")
+    for name in ("token_log_probs", "full_token_log_probs"):
+        document[name] = _plain(document[name])
+    return document
+
+
+def _plain(tokens: Any) -> Any:
+    if isinstance(tokens, TokenLogProb):
+        return {"token": tokens.token, "log_prob": tokens.log_prob}
+    return [_plain(token) for token in tokens] if isinstance(tokens, list) else tokens
+
+
+def from_jsonl(text: str | os.PathLike[str]) -> list[TextCompletion | dict[str, Any]]:
+    """Return the completions that lines of JSON hold, in their order; of errors, what was told of them.
+
+    ``parsed`` is left as a mapping.
+
+    Args:
+        text: the lines, or the path of a file (not a string) that holds them.
+
+    Raises:
+        ValueError: for a line that is no completion; it says which.
+    """
+    lines = (text if isinstance(text, str) else Path(text).read_text(encoding="utf-8")).split("\n")
+    found: list[TextCompletion | dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_read(json.loads(line)))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"line {number} is no completion: {error!r}") from error
+    return found
+
+
+def _read(document: Mapping[str, Any]) -> TextCompletion | dict[str, Any]:
+    if "conversation" not in document and "error" in document:
+        return dict(document)
+    fields = dict(document)
+    fields["conversation"] = Conversation(list(document["conversation"]))
+    tokens, alternatives = document.get("token_log_probs"), document.get("full_token_log_probs")
+    if tokens is not None:
+        fields["token_log_probs"] = [TokenLogProb(**token) for token in tokens]
+    if alternatives is not None:
+        fields["full_token_log_probs"] = [[TokenLogProb(**token) for token in top] for top in alternatives]
+    return TextCompletion(**fields)
+
+
+def side_by_side(
+    completions: Sequence[TextCompletion | BaseException],
+    *,
+    labels: Sequence[str] | None = None,
+    width: int | None = None,
+    color: bool | None = None,
+) -> str:
+    """Return samples beside each other for people, under their prompt; as many in a row as fit.
+
+    Args:
+        completions: completions, and errors in the place of those that failed. Where their prompts differ,
+            each sample has its own above it.
+        labels: what stands above each; by default its number, model, and whether it was cached.
+        width: columns to use; by default those of the terminal, and 100 where there is none.
+        color: whether to; None where colours are shown: on a terminal, without NO_COLOR.
+
+    Raises:
+        ValueError: when there are not as many labels as completions.
+    """
+    from rich import box  # noqa: PLC0415 - only for people
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    completions = list(completions)
+    labels = [_label(place, one) for place, one in enumerate(completions)] if labels is None else labels
+    if len(labels) != len(completions):
+        raise ValueError(
+            f"side_by_side takes a label for each: {len(completions)} are shown, got {len(labels)}"
+        )
+    color = terminal.shows_colours() if color is None else color
+    if width is None:
+        width = os.get_terminal_size().columns if terminal.on_terminal() else _WIDTH
+    prompts = ["" if isinstance(one, BaseException) else _row(one)["prompt"] for one in completions]
+    alike = len(set(prompts)) == 1
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        highlight=False,
+        legacy_windows=False,
+        force_jupyter=False,
+    )
+    if alike and prompts[0]:
+        console.print(Text(terminal.visible(prompts[0], lines=True), style="bold"))
+    per_row = max(width // _NARROWEST, 1)
+    for start in range(0, len(completions), per_row):
+        chosen = range(start, min(start + per_row, len(completions)))
+        table = Table(box=box.ROUNDED, width=width)
+        for place in chosen:
+            table.add_column(Text(terminal.visible(str(labels[place]))), ratio=1, overflow="fold")
+        if not alike:
+            table.add_row(*(Text(terminal.visible(prompts[place], lines=True), "bold") for place in chosen))
+        table.add_row(*(_cell(completions[place], Text) for place in chosen))
+        console.print(table)
+    shown: str = console.file.getvalue()  # type: ignore[attr-defined]  # it is the one given above
+    return shown.rstrip("\n")
+
+
+def _label(place: int, one: TextCompletion | BaseException) -> str:
+    if isinstance(one, BaseException):
+        return f"{place + 1} failed"
+    return f"{place + 1} {one.model}{' cached' if one.cached else ''}"
+
+
+def _cell(one: TextCompletion | BaseException, text: Any) -> Any:
+    if isinstance(one, BaseException):
+        return text(terminal.visible(_row(one)["error"], lines=True), "red")
+    return text(terminal.visible(one.to_message().text, lines=True))

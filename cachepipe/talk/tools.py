@@ -1,0 +1,130 @@
+"""Plain Python functions as tools: what a model is told of them, and calling them with what it says."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import orjson
+import pydantic
+
+from cachepipe.clients.calls import plain
+
+
+class Tool:
+    """A function that a model may call.
+
+    Its schema is made of its annotations, by pydantic; ``Annotated[str, Field(description="…")]`` describes
+    a parameter, and the docstring the function.
+
+    Args:
+        function: the function, synchronous or not; parameters can be given by name.
+
+    Raises:
+        TypeError: for what is no function, or one whose parameters have no JSON schema.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        name = getattr(function, "__name__", None)
+        if (
+            not callable(function)
+            or isinstance(function, type)
+            or not isinstance(name, str)
+            or name == "<lambda>"
+        ):
+            raise TypeError(
+                "a tool is a function with a name, or a mapping as the provider takes it; "
+                f"got {function!r:.100}"
+            )
+        self.name = name
+        self.function = function
+        try:
+            # A stand-in with the same parameters: so what a call raises is never taken for a wrong argument.
+            given: Any = functools.wraps(function)(lambda *args, **named: (args, named))
+            self._adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(given)
+            self.parameters = self._adapter.json_schema()
+        except pydantic.errors.PydanticUserError as error:
+            raise TypeError(f"the parameters of the tool {name} have no JSON schema: {error}") from error
+        if self.parameters.get("type") != "object":
+            raise TypeError(
+                f"the tool {name} has parameters that cannot be given by name; drop the '/' or '*args'"
+            )
+
+    def __repr__(self) -> str:
+        return f"<Tool {self.name}>"
+
+    @functools.cached_property
+    def description(self) -> str:
+        """What the function's docstring says."""
+        return inspect.getdoc(self.function) or ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tool as a provider takes it."""
+        function: dict[str, Any] = {"name": self.name, "parameters": self.parameters}
+        if self.description:
+            function["description"] = self.description
+        return {"type": "function", "function": function}
+
+    def given(self, arguments: str) -> Callable[[], Any]:
+        """Return the function with its arguments, which are JSON as the model wrote it.
+
+        Raises:
+            pydantic.ValidationError: when they do not fit.
+        """
+        args, named = self._adapter.validate_json(arguments or "{}")
+        return functools.partial(self.function, *args, **named)
+
+
+def as_tools(
+    tools: Iterable[Callable[..., Any] | Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, Tool]]:
+    """Return tools as a provider takes them, and those that are functions by their names.
+
+    Args:
+        tools: functions, and mappings as the provider takes them.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for two tools of one name.
+    """
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools= is a list of functions; got {tools!r:.100}")
+    told, functions = [], {}
+    for tool in tools:
+        if isinstance(tool, Mapping):
+            told.append(dict(tool))
+            continue
+        made = Tool(tool)
+        if made.name in functions:
+            raise ValueError(f"two tools have the name {made.name!r}; a model could not tell them apart")
+        functions[made.name] = made
+        told.append(made.to_dict())
+    return told, functions
+
+
+def as_text(result: Any) -> str:
+    """Return what a tool's function returned as the model gets it: a string as it is, all else as JSON."""
+    return result if isinstance(result, str) else orjson.dumps(plain(result), default=str).decode()
+
+
+def response_format(wanted: Any) -> tuple[Any, type[pydantic.BaseModel] | None]:
+    """Return a response format as a provider takes it, and the class that answers are made of, if any.
+
+    A pydantic class gives what the SDK's own ``parse`` sends, and so the same key.
+
+    Raises:
+        TypeError: for what is neither a class of pydantic's nor a mapping.
+    """
+    if isinstance(wanted, Mapping):
+        return dict(wanted), None
+    if not (isinstance(wanted, type) and issubclass(wanted, pydantic.BaseModel)):
+        raise TypeError(f"response_format= is a pydantic model's class, or a mapping; got {wanted!r:.100}")
+    import openai  # noqa: PLC0415 - now it is needed
+
+    schema = openai.pydantic_function_tool(wanted)["function"]["parameters"]
+    return {
+        "type": "json_schema",
+        "json_schema": {"schema": schema, "name": wanted.__name__, "strict": True},
+    }, wanted
