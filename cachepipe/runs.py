@@ -261,7 +261,13 @@ def run() -> Iterator[Run]:
 
     It follows tasks and threads as context variables do.
     """
-    begun = Run()
+    with within(Run()) as begun:
+        yield begun
+
+
+@contextlib.contextmanager
+def within(begun: Run) -> Iterator[Run]:
+    """Make what is asked inside the block part of a run that has begun before."""
     token = _current.set(begun)
     try:
         yield begun
