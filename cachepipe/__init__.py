@@ -69,6 +69,18 @@ if TYPE_CHECKING:
     from cachepipe.errors import (
         UnsafeRow as UnsafeRow,
     )
+    from cachepipe.flow import (
+        AsyncLimiter as AsyncLimiter,
+    )
+    from cachepipe.flow import (
+        AsyncRetrier as AsyncRetrier,
+    )
+    from cachepipe.flow import (
+        Limits as Limits,
+    )
+    from cachepipe.flow import (
+        Retries as Retries,
+    )
     from cachepipe.pipelines import (
         LocalAPI as LocalAPI,
     )
@@ -79,6 +91,8 @@ if TYPE_CHECKING:
         OrderedLocalAPI as OrderedLocalAPI,
     )
     from cachepipe.runs import run as run
+    from cachepipe.services import Service as Service
+    from cachepipe.services import Services as Services
     from cachepipe.stages import (
         AsyncBatcher as AsyncBatcher,
     )
@@ -180,8 +194,10 @@ _HOMES = {
         "UnkeyableValue",
         "UnsafeRow",
     ),
+    "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
     "cachepipe.runs": ("run",),
+    "cachepipe.services": ("Service", "Services"),
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
     "cachepipe.talk.chat": ("Chat", "ToolLoopError"),

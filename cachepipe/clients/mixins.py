@@ -230,10 +230,13 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
         ours = {name: options.pop(name, default) for name, (_, default) in _OPTIONS.items()}
         cache = ours.pop("cache")
         surface = cache if isinstance(cache, Surface) else None
+        replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
         if surface is None and hasattr(ours["service"], "client_options"):
             given = {name: value for name, value in options.items() if value is not None}
-            options = {**ours["service"].client_options(seam.package_of(sdk)), **given}
-        replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
+            its = ours["service"].client_options(seam.package_of(sdk), replays=replays)
+            if "default_headers" in its:
+                its["default_headers"] |= given.pop("default_headers", {})
+            options = {**its, **given}
         try:
             sdk.__init__(self, **options)
         except error:

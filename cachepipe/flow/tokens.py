@@ -8,14 +8,14 @@ this model have had so far, with room. Both are multiplied by what experience sh
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cachepipe.errors import CachepipeWarning
-
+_logger = logging.getLogger(__name__)
 _MESSAGE = 4  # tokens around a message
 _UNKNOWN = 256.0  # tokens of an answer of which nothing is known
 _SMOOTH = 0.1  # weight of a new answer in the means
@@ -49,38 +49,32 @@ def counter(name: str | Any | None) -> Callable[[str], int]:
 
 
 class _Counter:
-    """Counts with tiktoken, which it loads when it is first needed; without it, it estimates."""
+    """Counts with tiktoken once that has its encoding, which may be a download; until then it estimates.
+
+    It is loaded in a thread of its own, by the first text that is to be counted.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._encode: Callable[..., Any] | None = None
-        self._tried = False
+        self._begun = False
         self._lock = threading.Lock()
 
     def __call__(self, text: str) -> int:
+        if self._encode is not None:
+            return len(self._encode(text, disallowed_special=()))
         with self._lock:
-            if not self._tried:
-                self._tried = True
-                self._load()
-        return estimated(text) if self._encode is None else len(self._encode(text, disallowed_special=()))
+            begun, self._begun = self._begun, True
+        if not begun and importlib.util.find_spec("tiktoken") is not None:
+            threading.Thread(target=self.load, name="cachepipe-tiktoken", daemon=True).start()
+        return estimated(text)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Load the encoding; where that fails, estimates go on."""
         try:
-            import tiktoken  # noqa: PLC0415 - an extra
-        except ImportError:
-            return
-        try:
-            self._encode = tiktoken.get_encoding(self._name).encode
-        except ValueError:
-            raise
-        except Exception as error:  # noqa: BLE001 - it fetches a file, which may fail in any way
-            warnings.warn(
-                CachepipeWarning(
-                    f"tiktoken could not load the encoding {self._name!r} ({type(error).__name__}); "
-                    "token counts are estimated from the length of texts until usage comes back"
-                ),
-                stacklevel=2,
-            )
+            self._encode = importlib.import_module("tiktoken").get_encoding(self._name).encode
+        except Exception as error:  # noqa: BLE001 - it may fetch a file, which fails in any way
+            _logger.info("tokens are estimated: tiktoken has no encoding %r (%s)", self._name, error)
 
 
 class _Seen:

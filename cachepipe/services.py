@@ -1,0 +1,300 @@
+"""Endpoints with their limits: made once, shared by the clients, pipelines and sessions that call them.
+
+    service = Services.OpenAI(max_requests=500, max_tokens=200_000)
+    client = service.client(cache="caches/exp", namespace="run-1")
+
+What is shared is the object: two services have two sets of limits, even for the same endpoint, unless
+``shared=`` names a folder in which all processes of the machine keep one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
+from cachepipe.flow.clock import CLOCK
+from cachepipe.flow.flow import Flow
+from cachepipe.typedefs import Mode, Repeat
+
+_CLIENTS: Final = {
+    "openai": ("AsyncOpenAI", "OpenAI"),
+    "together": ("AsyncTogether", "Together"),
+    "anthropic": ("AsyncAnthropic", "Anthropic"),
+}
+_NO_KEY: Final = "none-needed"
+_WITH_VERSION: Final = frozenset(
+    {"openai"}
+)  # SDKs whose base URL ends in /v1; the others' paths begin with it
+
+
+class Service:
+    """An endpoint, and how fast it may be called by all who share this object.
+
+    Args:
+        base_url: where the API is. A user and a key in it (``https://user:key@host/v1``) are sent as HTTP
+            Basic credentials; they are never shown, stored or part of a cache key.
+        api_key: the key; default is that of the environment variable named by ``key_scheme``.
+        key_scheme: the name of that variable; None where the endpoint needs no key.
+        name: what it is called where it is shown; default is the host.
+        sdk: whose clients it makes: ``"openai"``, ``"together"`` or ``"anthropic"``.
+        model: the model of sessions that name none.
+        max_requests: calls within any interval; None is no limit.
+        max_tokens: tokens within any interval; None is no limit.
+        interval: seconds.
+        max_concurrency: calls at once; None is no limit.
+        per_model: further limits by the name of the model: mappings of ``max_requests``, ``max_tokens``,
+            ``interval`` and ``max_concurrency``.
+        adaptive: whether 429s and overloads slow the calls down.
+        transit: seconds that a request may be on its way; see ``cachepipe.flow.Limits``.
+        max_retries: how often a failed call is made again at most. The SDK makes none again by itself.
+        max_time: seconds from a call's first failure after which it is not made again.
+        token_encoding_name: the encoding by which tiktoken, where it is installed, counts tokens.
+        shared: a folder in which the processes of this machine share the quotas; None is this object alone.
+        clock: tells the time.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        key_scheme: str | None = None,
+        name: str | None = None,
+        sdk: str = "openai",
+        model: str | None = None,
+        max_requests: float | None = 1000,
+        max_tokens: float | None = 100_000,
+        interval: float = 60.0,
+        max_concurrency: int | None = None,
+        per_model: Mapping[str, Quota | Mapping[str, Any]] | None = None,
+        adaptive: bool = True,
+        transit: float | None = None,
+        max_retries: int = 8,
+        max_time: float = 600.0,
+        token_encoding_name: Any = "cl100k_base",  # noqa: S107 - tokens of text
+        clock: Clock = CLOCK,
+    ) -> None:
+        if sdk not in _CLIENTS:
+            raise ValueError(f"sdk is one of {', '.join(_CLIENTS)}; got {sdk!r}")
+        self.base_url, self._basic = _parted(base_url)
+        if self._basic is not None and api_key is not None:
+            raise ValueError(
+                "the base URL has credentials in it already; leave them out there, or api_key here"
+            )
+        self.key_scheme = key_scheme
+        self.name = name if name is not None else urlsplit(self.base_url).netloc
+        self.sdk = sdk
+        self.model = model
+        self._api_key = api_key
+        limits = Limits(
+            max_requests,
+            max_tokens,
+            interval,
+            max_concurrency=max_concurrency,
+            per_model=per_model,
+            adaptive=adaptive,
+            transit=transit,
+            clock=clock,
+        )
+        self.flow = Flow(limits, Retries(max_retries, max_time, clock=clock), Estimator(token_encoding_name))
+        self._lent: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, Any]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"<Service {self.name} at {self.base_url}, {self.flow.limits.describe()}; "
+            f"{stats.waiting} waiting, {stats.in_flight} in flight>"
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Service holds a key and live limits, so it is not pickled; make another one there")
+
+    def stats(self) -> FlowStats:
+        """Return what went through: calls, refusals, retries, tokens, time in the queue and in calls."""
+        return self.flow.limits.stats()
+
+    # Clients.
+
+    def client(
+        self,
+        cache: Any = None,
+        namespace: str | None = None,
+        *,
+        mode: Mode = "read-write",
+        scope: str | None = None,
+        repeat: Repeat = "fresh",
+        sdk: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return a new asynchronous drop-in client of this endpoint, bound to its limits.
+
+        Args:
+            cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+            namespace: the unit within which samples are independent, in practice one experiment.
+            mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
+            scope: what stands for the endpoint's URL in keys.
+            repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
+            sdk: whose client, if not the service's own choice; the endpoint must speak its protocol.
+            options: further arguments of the SDK's client.
+
+        Raises:
+            ValueError: when there is no key, and one is needed.
+        """
+        return self._made(0, sdk, cache, namespace, mode, scope, repeat, options)
+
+    def sync_client(
+        self,
+        cache: Any = None,
+        namespace: str | None = None,
+        *,
+        mode: Mode = "read-write",
+        scope: str | None = None,
+        repeat: Repeat = "fresh",
+        sdk: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return a new synchronous drop-in client of this endpoint, bound to its limits; see `client`."""
+        return self._made(1, sdk, cache, namespace, mode, scope, repeat, options)
+
+    def _made(
+        self,
+        which: int,
+        sdk: str | None,
+        cache: Any,
+        namespace: str | None,
+        mode: Mode,
+        scope: str | None,
+        repeat: Repeat,
+        options: Mapping[str, Any],
+    ) -> Any:
+        from cachepipe import clients  # noqa: PLC0415 - each needs its SDK
+
+        sdk = self.sdk if sdk is None else sdk
+        if sdk not in _CLIENTS:
+            raise ValueError(f"sdk is one of {', '.join(_CLIENTS)}; got {sdk!r}")
+        kind = getattr(clients, _CLIENTS[sdk][which])
+        return kind(
+            cache=cache, namespace=namespace, mode=mode, scope=scope, repeat=repeat, service=self, **options
+        )
+
+    def client_options(self, sdk: str = "openai", *, replays: bool = False) -> dict[str, Any]:
+        """Return what a client of an SDK is made with to reach this endpoint; it holds the key.
+
+        Args:
+            sdk: whose client.
+            replays: whether it will make no calls, so that a missing key does not matter.
+
+        Raises:
+            ValueError: when there is no key, and one is needed.
+        """
+        url = self.base_url if sdk in _WITH_VERSION else self.base_url.removesuffix("/v1")
+        options: dict[str, Any] = {"base_url": url}
+        if self._basic is not None:
+            return {**options, "api_key": _NO_KEY, "default_headers": {"Authorization": self._basic}}
+        key = self._api_key
+        if key is None and self.key_scheme is not None:
+            key = os.environ.get(self.key_scheme)
+            if not key and not replays:
+                raise ValueError(
+                    f"{self.name} needs a key: set the environment variable {self.key_scheme}, "
+                    "or pass api_key=, or the name of another variable as key_scheme="
+                )
+        return {**options, "api_key": key or _NO_KEY}
+
+    def lent(self, cache: Any, mode: Mode, repeat: Repeat) -> Any:
+        """Return the OpenAI client that all sessions on this loop share, for a store."""
+        clients = self._lent.setdefault(asyncio.get_running_loop(), {})
+        name = (id(cache), mode, repeat)
+        if name not in clients:
+            clients[name] = self.client(cache, mode=mode, repeat=repeat, sdk="openai")
+        return clients[name]
+
+    async def close(self) -> None:
+        """Close the clients that sessions on this loop have used. Others are their makers' to close."""
+        for client in self._lent.pop(asyncio.get_running_loop(), {}).values():
+            await client.close()
+
+
+def _parted(url: str) -> tuple[str, str | None]:
+    """Return a URL without what it says of a user, and the header that says it instead."""
+    if not isinstance(url, str):
+        raise TypeError(f"base_url is a string such as 'https://host/v1'; got {type(url).__name__}")
+    try:
+        parts = urlsplit(url.strip())
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if host is None or parts.scheme not in ("http", "https"):
+        raise ValueError(
+            "base_url must be of the form https://host/v1; what was given is not (it is not shown here)"
+        )
+    user, at, place = parts.netloc.rpartition("@")
+    bare = urlunsplit((parts.scheme, place, parts.path.rstrip("/"), parts.query, ""))
+    if not at:
+        return bare, None
+    name, _, word = user.partition(":")
+    credentials = f"{unquote(name)}:{unquote(word)}".encode()
+    return bare, f"Basic {base64.b64encode(credentials).decode()}"
+
+
+class Services:
+    """The endpoints that are known. Each takes what `Service` takes; the limits are those of its defaults."""
+
+    @staticmethod
+    def OpenAI(**options: Any) -> Service:  # noqa: N802 - a name, as the providers write it
+        """Return OpenAI, or what ``OPENAI_BASE_URL`` names; the key is that of ``OPENAI_API_KEY``."""
+        return _service("OpenAI", "OPENAI", "https://api.openai.com/v1", "gpt-4-1106-preview", options)
+
+    @staticmethod
+    def OpenRouter(**options: Any) -> Service:  # noqa: N802 - likewise
+        """Return OpenRouter; the key is that of ``OPENROUTER_API_KEY``."""
+        url, model = "https://openrouter.ai/api/v1", "openai/gpt-4-1106-preview"
+        return _service("OpenRouter", "OPENROUTER", url, model, options)
+
+    @staticmethod
+    def Together(**options: Any) -> Service:  # noqa: N802 - likewise
+        """Return Together; the key is that of ``TOGETHER_API_KEY``."""
+        return _service("Together", "TOGETHER", "https://api.together.xyz/v1", None, options)
+
+    @staticmethod
+    def Anthropic(**options: Any) -> Service:  # noqa: N802 - likewise
+        """Return Anthropic; the key is that of ``ANTHROPIC_API_KEY``. Its clients are Anthropic's."""
+        options = {"sdk": "anthropic", **options}
+        return _service("Anthropic", "ANTHROPIC", "https://api.anthropic.com/v1", None, options)
+
+    @staticmethod
+    def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise
+        """Return an Ollama on this machine, or where ``OLLAMA_HOST`` says; it has no key and no quota."""
+        host = os.environ.get("OLLAMA_HOST") or "http://localhost:11434"
+        url = host if "://" in host else f"http://{host}"
+        path = urlsplit(url).path.rstrip("/")
+        free = {"max_requests": None, "max_tokens": None, "key_scheme": None}
+        options = {"name": "Ollama", "base_url": url if path else f"{url.rstrip('/')}/v1", **free, **options}
+        return Service(**options)
+
+    @staticmethod
+    def custom(base_url: str, **options: Any) -> Service:
+        """Return any endpoint that speaks OpenAI's protocol.
+
+        Args:
+            base_url: where it is, usually ending in ``/v1``.
+            options: as for `Service`; no key is sent unless ``api_key`` or ``key_scheme`` is given.
+        """
+        return Service(base_url, **options)
+
+
+def _service(name: str, prefix: str, url: str, model: str | None, options: Mapping[str, Any]) -> Service:
+    """Return a service with the defaults of a provider; its own variable may name another URL."""
+    url = os.environ.get(f"{prefix}_BASE_URL") or url
+    if prefix in ("TOGETHER", "ANTHROPIC") and not urlsplit(url).path.rstrip("/"):
+        url = f"{url.rstrip('/')}/v1"  # as their SDKs have it
+    known = {"base_url": url, "key_scheme": f"{prefix}_API_KEY", "name": name, "model": model}
+    return Service(**{**known, **options})
