@@ -24,7 +24,7 @@ from cachepipe import keys, runs, wire
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
-from cachepipe.errors import CacheMiss, CachepipeError
+from cachepipe.errors import CacheMiss, CachepipeError, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, label
@@ -404,6 +404,11 @@ class Exchange:
             if self.stream and unkept.__cause__ is not None:
                 raise unkept.__cause__ from None
             return Answer(unkept.arrived.content, unkept.arrived, kept=False)
+        except ShortAnswer:
+            if self.stream or not self.brought:
+                raise
+            arrived = self.brought[-1][0]
+            return Answer(arrived.content, arrived, kept=False)
         except CacheMiss as miss:
             raise CacheMiss(miss.key, miss.namespace, self.body, miss.why) from None
         return self._delivered(responses)

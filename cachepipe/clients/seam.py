@@ -166,6 +166,10 @@ class Source:
     def leave(self) -> None:
         """Learn that the reader has stopped."""
 
+    async def aleave(self) -> None:
+        """Learn that the reader has stopped, on a loop."""
+        self.leave()
+
 
 @functools.lru_cache(maxsize=8)
 def _body_class(library: Any) -> Callable[[Source], Any]:
@@ -185,7 +189,7 @@ def _body_class(library: Any) -> Callable[[Source], Any]:
             self.source.leave()
 
         async def aclose(self) -> None:
-            self.source.leave()
+            await self.source.aleave()
 
     return Body
 

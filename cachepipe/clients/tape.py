@@ -21,6 +21,9 @@ from cachepipe.clients.seam import Source
 
 ABANDONED_SECONDS = 120.0
 """How long the rest of a stream is read whose reader has stopped."""
+_DRAINED_SECONDS = 0.1
+"""How long the end of a response is awaited after its terminal event, so that its connection is reused."""
+_TURNS = 8  # turns of the loop that a leaving reader waits for what has come already
 _LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
 
 
@@ -78,11 +81,12 @@ class AsyncTape(Tape):
 
     async def run(self) -> list[wire.Sample]:
         """Return the samples when the terminal event has come."""
+        chunks = self.upstream.aiter_bytes()
         try:
-            async for chunk in self.upstream.aiter_bytes():
+            async for chunk in chunks:
                 self._events.extend(self.recorder.feed(chunk))
                 self._news.set()
-                if self.recorder.complete:
+                if self.recorder.ended:
                     break
                 await self._until_wanted()
             self._events.extend(self.recorder.close())
@@ -92,8 +96,31 @@ class AsyncTape(Tape):
         finally:
             self._ended = True
             self._news.set()
-            await self.upstream.aclose()
+            if self._error is None and self.recorder.ended:
+                task = self._loop.create_task(self._drained(chunks))
+                _drains.add(task)
+                task.add_done_callback(_drains.discard)
+            else:
+                await self.upstream.aclose()
         return self._finish()
+
+    async def _drained(self, chunks: AsyncIterator[bytes]) -> None:
+        """Read what follows the terminal event, for a moment, then close the response."""
+        try:
+            with contextlib.suppress(Exception):  # it is of no use any more
+                async with asyncio.timeout(_DRAINED_SECONDS):
+                    async for _ in chunks:
+                        pass
+        finally:
+            await self.upstream.aclose()
+
+    async def aleave(self) -> None:
+        """Learn that the reader has stopped; what has come already is read before it goes on."""
+        self.leave()
+        for _ in range(_TURNS):
+            if self.upstream.is_closed:
+                break
+            await asyncio.sleep(0)
 
     async def _until_wanted(self) -> None:
         while self._events and not self._ahead:
@@ -148,6 +175,10 @@ class AsyncTape(Tape):
         self._demand.set()
 
 
+_drains: set[asyncio.Task[None]] = set()
+"""Responses of which only the end is to come."""
+
+
 class SyncTape(Tape):
     """A tape that the reader's own thread reads; the cache waits for it on the portal's loop."""
 
@@ -187,7 +218,7 @@ class SyncTape(Tape):
                     raise
                 return
             self._events.extend(events)
-            if chunk is None or self.recorder.complete:
+            if chunk is None or self.recorder.ended:
                 self._end()
 
     def _end(self) -> None:

@@ -193,7 +193,7 @@ class Api(ABC):
 
         Their shares of the call's completion tokens add up to it exactly, nested details included; each
         carries the prompt's tokens whole, and all but the first per question are marked (`bills_prompt`).
-        An answer that is in order but holds no choice gives no samples.
+        An answer that is in order but holds no choice gives no samples, if it says what it has used.
 
         Args:
             answer: the body of the answer.

@@ -97,6 +97,8 @@ class ChoicesApi(Api):
             raise BadAnswer(
                 f"an answer of {self.name} must hold a list of choices; it holds {sorted(body)!r:.200}"
             )
+        if not choices and body.get("usage") is None:
+            raise BadAnswer(f"an answer of {self.name} holds no choice, and no usage: nothing was generated")
         for choice in choices:
             self._check(choice)
         if len(choices) == 1 and len(questions) < 2 and not choices[0].get("index"):

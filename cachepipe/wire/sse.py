@@ -122,11 +122,13 @@ class StreamRecorder(ABC):
 
     Attributes:
         started: whether any content has come.
+        ended: whether the terminal event has come, be the answer whole or not.
         error: why there will be no samples, or None.
     """
 
     def __init__(self, finish: Finish) -> None:
         self.started = False
+        self.ended = False
         self.error: BadAnswer | None = None
         self._finish = finish
         self._samples: list[dict[str, Any]] | None = None
@@ -171,12 +173,14 @@ class StreamRecorder(ABC):
         return self._samples
 
     def _record(self, event: ServerEvent) -> StreamEvent:
+        self.ended = self.ended or event.data == b"[DONE]"
         if not event.data or self.complete or self.error is not None:
             return StreamEvent(event.raw)
         kind: Kind = ""
         try:
             kind = self._take(event)
             if kind == "terminal":
+                self.ended = True
                 self._samples = self._finish(self._whole())
         except BadAnswer as error:
             self.error = error

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from cachepipe import CacheMiss, MemoryStore, OnlineAPI, Request
 from cachepipe.clients import AsyncOpenAI
 from cachepipe.clients.info import info
-from cachepipe.clients.seam import ATTRIBUTES, NAMES
+from cachepipe.clients.seam import ATTRIBUTES, NAMES, library_of
 from cachepipe.context import using
 from cachepipe.models import OpenAIModel
 from cachepipe.testing import MockServer, MockSettings
@@ -566,3 +566,71 @@ async def test_the_request_id_of_a_hit_is_that_of_the_call_which_made_it(server,
     )
     assert stream.response.headers["x-request-id"] == first._request_id
     assert server.stats.requests == 3
+
+
+def answering(*answers):
+    """An HTTP client that gives these answers, the last one for ever, and what it was asked."""
+    library = library_of(openai.AsyncOpenAI(api_key=KEY))
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        made = answers[min(len(asked), len(answers)) - 1]
+        return made if isinstance(made, library.Response) else library.Response(200, json=made)
+
+    return library.AsyncClient(transport=library.MockTransport(answer)), asked
+
+
+EMPTY = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": []}
+
+
+async def test_an_answer_of_nothing_is_handed_on_as_the_sdk_would_and_not_kept():
+    http, asked = answering(EMPTY)
+    async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
+        for _ in range(2):
+            assert (await ask(client)).choices == []
+        assert len(asked) == 2
+
+
+async def test_c8_an_answer_that_used_tokens_and_holds_no_choice_is_asked_for_again():
+    usage = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "here"}}
+    http, asked = answering({**EMPTY, "usage": usage}, {**EMPTY, "usage": usage, "choices": [choice]})
+    async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
+        assert texts(await ask(client)) == ["here"]
+        assert len(asked) == 2
+    http, asked = answering({**EMPTY, "usage": usage})
+    async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
+        answer = await ask(client)
+        assert answer.choices == []
+        assert info(answer) is None
+        assert len(asked) == 3
+
+
+async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_a_leaving_reader():
+    chunk = {**EMPTY, "object": "chat.completion.chunk"}
+    chunk["choices"] = [{"index": 0, "delta": {"content": "hello"}, "finish_reason": None}]
+    over = asyncio.Event()
+
+    async def body(*, stall):
+        yield b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
+        try:
+            if stall:
+                await asyncio.get_running_loop().create_future()
+        finally:
+            over.set()
+
+    for stall in (False, True):
+        library = library_of(openai.AsyncOpenAI(api_key=KEY))
+        upstream = library.Response(
+            200, content=body(stall=stall), headers={"content-type": "text/event-stream"}
+        )
+        http, _ = answering(upstream)
+        async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
+            stream = await ask(client, stream=True)
+            async for _ in stream:
+                break
+            await stream.close()
+            await over.wait()
+            await asyncio.sleep(0)
+            assert upstream.is_closed
