@@ -1,0 +1,499 @@
+"""Completions for people who write scripts: what they tell, what they cost, and how they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import openai
+import pytest
+from pydantic import BaseModel, Field
+
+import cachepipe
+from cachepipe import (
+    BadAnswer,
+    CacheMiss,
+    CompletionsFailed,
+    Conversation,
+    MemoryStore,
+    Message,
+    TextCompletion,
+    TokenLogProb,
+    generate_text_completion,
+    generate_text_completion_for_conversation,
+    generate_text_completion_for_conversation_sync,
+    generate_text_completion_sync,
+    generate_text_completions,
+    generate_text_completions_for_conversations,
+    generate_text_completions_for_conversations_sync,
+    generate_text_completions_sync,
+    terminal,
+)
+from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
+from cachepipe.talk import access
+from cachepipe.talk.access import Access, close_clients, wait_on_portal
+from cachepipe.testing import MockServer, MockSettings
+from cachepipe.testing.ngram import default_model, flatten
+
+pytestmark = pytest.mark.anyio
+FRANCE = "What is the capital of France?"
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=48)) as running:
+        for name in ("OLLAMA_HOST", "AUTH", "CACHEPIPE_NAMESPACE", "CACHEPIPE_MODEL", "CACHEPIPE_DISABLE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("OPENAI_BASE_URL", running.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", "made-up")
+        monkeypatch.setenv("CACHEPIPE_DIR", str(tmp_path / "cache"))
+        yield running
+        wait_on_portal(close_clients())
+
+
+def texts(completions):
+    return [completion.message for completion in completions]
+
+
+# What a completion tells.
+
+
+async def test_a_completion_tells_what_was_asked_and_answered(server):
+    before = time.time() - 1
+    completion = await generate_text_completion(FRANCE, model="ngram-1", temperature=0.5)
+    assert type(completion) is TextCompletion
+    assert completion.conversation == Conversation([Message("user", FRANCE)])
+    assert (completion.model, completion.cached, completion.finish_reason) == ("ngram-1", False, "stop")
+    assert before < completion.start_time <= completion.end_time <= completion.retrieval_end_time
+    assert completion.duration == completion.end_time - completion.start_time
+    assert completion.usage["completion_tokens"] == server.stats.tokens_out
+    assert completion.usage["total_tokens"] == server.stats.tokens_in + server.stats.tokens_out
+    assert completion.to_message() == Message("assistant", completion.message)
+
+
+async def test_a_cached_completion_keeps_the_times_of_its_generation(server):
+    first = await generate_text_completion(FRANCE)
+    with cachepipe.run():
+        again = await generate_text_completion(FRANCE)
+    assert (first.cached, again.cached, server.stats.requests) == (False, True, 1)
+    assert (again.message, again.usage) == (first.message, first.usage)
+    assert (again.start_time, again.end_time) == (first.start_time, first.end_time)
+    assert again.retrieval_start_time >= first.retrieval_end_time
+    assert again.retrieval_duration >= 0
+    assert (again.key, again.index) == (first.key, 0)
+
+
+async def test_asking_again_in_one_run_draws_another_sample(server):
+    """C1, across calls that each open and close nothing."""
+    indices = [(await generate_text_completion(FRANCE)).index for _ in range(3)]
+    assert indices == [0, 1, 2]
+    same = [await generate_text_completion(FRANCE, repeat="same", namespace="app") for _ in range(2)]
+    assert same[0].message == same[1].message
+    assert server.stats.samples_generated == 3
+
+
+def test_a_run_spans_several_loops(server):
+    indices = [asyncio.run(generate_text_completion(FRANCE)).index for _ in range(2)]
+    assert indices == [0, 1]
+    assert server.stats.connections == 1
+
+
+async def test_bypassed_completions_have_their_own_times_and_no_key(server):
+    completion = await generate_text_completion(FRANCE, mode="bypass")
+    assert (completion.key, completion.cached) == (None, False)
+    assert completion.start_time == completion.retrieval_start_time
+    assert completion.usage["total_tokens"] > 0
+
+
+async def test_replay_needs_no_key_and_calls_nobody(server, monkeypatch):
+    first = await generate_text_completion(FRANCE)
+    await close_clients()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(openai.OpenAIError, match="api_key"):
+        await generate_text_completion(FRANCE)
+    replayed = await generate_text_completion(FRANCE, mode="replay")
+    assert (replayed.message, replayed.cached) == (first.message, True)
+    with cachepipe.using(mode="replay"), pytest.raises(CacheMiss):
+        await generate_text_completion("Something else?")
+    assert server.stats.requests == 1
+
+
+# Log probabilities.
+
+
+async def test_printed_probabilities_are_those_of_the_model(server):
+    """What the pretty printer shows agrees with the embedded model's known distribution, token by token."""
+    completion = await generate_text_completion(FRANCE, log_probs=True, top_log_probs=10, temperature=0.7)
+    printed = completion.to_pretty_log_probs_string(show_probabilities=True)
+    pairs = re.findall(r"(.+?)\[([01]\.\d{4})\]", printed, re.DOTALL)
+    assert "".join(token for token, _ in pairs) == completion.message
+    model, context = default_model(), flatten([{"role": "user", "content": FRANCE}])
+    assert len(pairs) > 3
+    for place, (token, probability) in enumerate(pairs):
+        before = [token for token, _ in pairs[:place]]
+        table = model.distribution(context, before, temperature=0.7)
+        assert float(probability) == pytest.approx(table[token], abs=5.1e-5)
+        best = sorted(table.values(), reverse=True)[:10]
+        shown = [top.probability for top in completion.full_token_log_probs[place]]
+        assert shown == pytest.approx(best)
+
+
+async def test_tokens_are_coloured_by_their_probability(server, monkeypatch):
+    completion = await generate_text_completion(FRANCE, log_probs=True)
+    plain = completion.to_pretty_log_probs_string()
+    assert plain == completion.message
+    coloured = completion.to_pretty_log_probs_string(color=True)
+    assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
+    sure, unsure = (
+        TextCompletion(**{**vars(completion), "token_log_probs": [TokenLogProb("x", math.log(p))]})
+        for p in (0.99, 0.05)
+    )
+    assert sure.to_pretty_log_probs_string(color=True) == "\x1b[32mx\x1b[0m"
+    assert unsure.to_pretty_log_probs_string(color=True) == "\x1b[31mx\x1b[0m"
+    monkeypatch.setattr(terminal, "on_terminal", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert completion.to_pretty_log_probs_string() == plain
+
+
+async def test_without_log_probabilities_printing_them_says_what_to_do(server):
+    completion = await generate_text_completion(FRANCE)
+    assert completion.token_log_probs is completion.full_token_log_probs is None
+    with pytest.raises(ValueError, match="log_probs=True"):
+        completion.to_pretty_log_probs_string()
+
+
+async def test_together_takes_log_probabilities_in_its_own_form(server):
+    async with AsyncTogether(api_key="made-up", base_url=server.url, cache=MemoryStore()) as client:
+        completion = await generate_text_completion(FRANCE, client=client, model="m", top_log_probs=3)
+    assert "".join(token.token for token in completion.token_log_probs) == completion.message
+
+
+# Many.
+
+
+async def test_results_come_in_input_order_and_no_more_than_asked_are_under_way(server):
+    server.settings = MockSettings(seed=1, paused=True)
+    prompts = [f"Question {place}?" for place in range(9)]
+    asked = asyncio.ensure_future(generate_text_completions(prompts, n_parallel=3, show_progress=False))
+    await asyncio.to_thread(server.wait_until, lambda stats: stats.in_flight == 3)
+    server.settings = MockSettings(seed=1)
+    completions = await asked
+    assert [completion.conversation.messages[0].content for completion in completions] == prompts
+    assert server.stats.max_in_flight == 3
+
+
+async def test_equal_prompts_are_independent_samples_and_a_rerun_gets_each_again(server):
+    prompts = ["Cats?", "Dogs?", "Cats?", "Cats?"]
+    first = await generate_text_completions(prompts, show_progress=False)
+    with cachepipe.run():
+        again = await generate_text_completions(prompts, n_parallel=1, show_progress=False)
+    assert sorted(first[place].index for place in (0, 2, 3)) == [0, 1, 2]
+    assert texts(again) == texts(first)
+    assert all(completion.cached for completion in again)
+    assert server.stats.samples_generated == 4
+
+
+async def test_one_that_fails_loses_no_others(server):
+    server.settings = MockSettings(seed=1, script=(None, 400, None))
+    prompts = ["One?", "Two?", "Three?"]
+    with pytest.raises(CompletionsFailed, match="1 of 3 completions failed") as caught:
+        await generate_text_completions(prompts, n_parallel=1, show_progress=False)
+    first, error, third = caught.value.results
+    assert isinstance(error, openai.BadRequestError)
+    assert caught.value.exceptions == (error,)
+    with cachepipe.run():
+        again = await generate_text_completions(prompts, n_parallel=1, show_progress=False)
+    assert (again[0].message, again[2].message) == (first.message, third.message)
+    assert [completion.cached for completion in again] == [True, False, True]
+
+
+async def test_errors_are_returned_in_their_places_when_that_is_asked_for(server):
+    server.settings = MockSettings(seed=1, script=(400,))
+    results = await generate_text_completions(
+        ["One?", "Two?"], n_parallel=1, show_progress=False, return_exceptions=True
+    )
+    assert [type(result) for result in results] == [openai.BadRequestError, TextCompletion]
+
+
+async def test_a_group_of_failures_can_be_handled_by_kind(server):
+    server.settings = MockSettings(seed=1, script=(400, 404))
+    told = []
+    try:
+        await generate_text_completions(["One?", "Two?"], n_parallel=1, show_progress=False)
+    except* openai.NotFoundError as group:
+        told.append(group.exceptions)
+    except* openai.BadRequestError as group:
+        told.append(group.exceptions)
+    assert [len(errors) for errors in told] == [1, 1]
+
+
+async def test_no_prompts_give_no_completions(server):
+    assert await generate_text_completions([]) == []
+    assert server.stats.requests == 0
+
+
+async def test_conversations_are_completed_and_left_as_they_are(server):
+    conversation = Conversation([Message("system", "Be brief."), Message("user", FRANCE)])
+    one = await generate_text_completion_for_conversation(conversation)
+    two = await generate_text_completions_for_conversations([conversation, conversation], show_progress=False)
+    assert len(conversation) == 2
+    conversation.add_message("assistant:Paris.")
+    assert len(one.conversation) == 2
+    assert sorted([one.index, two[0].index, two[1].index]) == [0, 1, 2]
+    assert one.to_pretty_string().count("──") > 3
+
+
+# Synchronous twins.
+
+
+async def test_the_synchronous_twins_work_in_a_thread_whose_loop_runs(server):
+    """As in a notebook."""
+    conversation = Conversation([Message("user", FRANCE)])
+    completions = [
+        generate_text_completion_sync(FRANCE),
+        generate_text_completion_for_conversation_sync(conversation),
+        *generate_text_completions_sync([FRANCE] * 2, show_progress=False),
+        *generate_text_completions_for_conversations_sync([conversation], show_progress=False),
+    ]
+    assert sorted(completion.index for completion in completions) == [0, 1, 2, 3, 4]
+
+
+def test_the_synchronous_twins_work_in_many_threads(server):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(generate_text_completion_sync(FRANCE).index))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(8))
+
+
+async def test_waiting_on_the_loop_that_is_waited_for_is_refused():
+    async def wait():
+        wait_on_portal(asyncio.sleep(0))
+
+    with pytest.raises(RuntimeError, match="await the asynchronous twin"):
+        await access.on_portal(wait())
+
+
+# Clients.
+
+
+async def test_any_client_will_do(server):
+    """C10: what one has asked, all have."""
+    store = MemoryStore()
+    shared = {"base_url": server.base_url, "api_key": "made-up"}
+    async with AsyncOpenAI(cache=store, **shared) as cached:
+        first = await generate_text_completion(FRANCE, client=cached, namespace="a")
+    with OpenAI(cache=store, **shared) as cached:
+        second = await generate_text_completion(FRANCE, client=cached, namespace="b")
+        third = generate_text_completion_sync(FRANCE, client=cached, namespace="c")
+    async with openai.AsyncOpenAI(**shared) as plain:
+        fourth = await generate_text_completion(FRANCE, client=plain, cache=store, namespace="d")
+        fifth = await generate_text_completion(FRANCE, client=plain, cache=store, namespace="d")
+    with openai.OpenAI(**shared) as plain:
+        sixth = generate_text_completion_sync(FRANCE, client=plain, cache=store, namespace="e")
+    same = [first, second, third, fourth, sixth]
+    assert {completion.message for completion in same} == {first.message}
+    assert [completion.index for completion in same] == [0] * 5
+    assert fifth.index == 1
+    assert server.stats.samples_generated == 2
+
+
+async def test_a_client_that_was_wrapped_is_let_go(server):
+    plain = openai.AsyncOpenAI(base_url=server.base_url, api_key="made-up")
+    await generate_text_completion(FRANCE, client=plain, cache=MemoryStore())
+    await plain.close()
+    gone = weakref.ref(plain)
+    del plain
+    gc.collect()
+    assert gone() is None
+
+
+class Double:
+    """A service as far as completions know it."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.made = []
+
+    def client(self, **options):
+        self.made.append(options)
+        return AsyncOpenAI(**self.options, **options)
+
+
+async def test_a_service_gives_the_client(server, tmp_path):
+    service = Double(base_url=server.base_url, api_key="made-up")
+    for _ in range(2):
+        await generate_text_completion(FRANCE, service=service, cache=tmp_path)
+    assert service.made == [{"cache": str(tmp_path), "mode": "read-write", "repeat": "fresh"}]
+    assert server.stats.requests == 2
+
+
+async def test_an_asynchronous_client_is_not_for_functions_that_wait(server):
+    async with AsyncOpenAI(base_url=server.base_url, api_key="x", cache=MemoryStore()) as client:
+        with pytest.raises(TypeError, match="await the asynchronous twin"):
+            generate_text_completion_sync(FRANCE, client=client)
+
+
+# Where it is asked.
+
+
+@pytest.mark.parametrize(
+    ("environment", "key", "url"),
+    [
+        ({"OPENAI_API_KEY": "k"}, "k", None),
+        ({"OPENAI_API_KEY": "k", "OLLAMA_HOST": "o"}, "k", None),
+        ({"OLLAMA_HOST": "localhost"}, "ollama", "http://localhost:11434/v1"),
+        ({"OLLAMA_HOST": "localhost:1"}, "ollama", "http://localhost:1/v1"),
+        ({"OLLAMA_HOST": "https://o.example/"}, "ollama", "https://o.example/v1"),
+        ({"OLLAMA_HOST": "o.example", "AUTH": "me:secret"}, "me:secret", "https://me:secret@o.example/v1"),
+    ],
+)
+def test_what_is_not_given_is_found(environment, key, url, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OLLAMA_HOST", "AUTH"):
+        monkeypatch.delenv(name, raising=False)
+    found = Access({}, environment)
+    assert (found.api_key, found.base_url) == (key, url)
+    assert "secret" not in repr(found)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (Access({}).api_key, Access({}).base_url) == (key, url)
+    assert Access({"api_key": "own"}).api_key == "own"
+
+
+async def test_namespaces_come_from_the_argument_then_the_block_then_the_environment(server, monkeypatch):
+    monkeypatch.setenv("CACHEPIPE_NAMESPACE", "outside")
+    monkeypatch.setenv("CACHEPIPE_MODEL", "ngram-1")
+    found = [await generate_text_completion(FRANCE)]
+    with cachepipe.using(namespace="block", request_id="q7"):
+        found.append(await generate_text_completion(FRANCE))
+        found.append(await generate_text_completion(FRANCE, namespace=None, request_id="own"))
+    assert [completion.namespace for completion in found] == ["outside", "block", None]
+    assert [completion.request_id for completion in found] == [None, "q7", "own"]
+    assert {completion.model for completion in found} == {"ngram-1"}
+
+
+async def test_no_credentials_are_stored(server, tmp_path):
+    url = server.base_url.replace("://", "://me:hidden-secret@")
+    await generate_text_completion(FRANCE, base_url=url, api_key="hidden-secret-key")
+    await close_clients()
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert b"capital" in stored
+    assert b"hidden-secret" not in stored
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"prompts": "one string"}, TypeError, "list of strings"),
+        ({"prompts": ["a", 3]}, TypeError, "a prompt is a string; got 3"),
+        ({"n_parallel": 0}, ValueError, "n_parallel= is a whole number"),
+        ({"n": 3}, TypeError, "n= is not taken here"),
+        ({"top_log_probs": 21}, ValueError, "from 0 to 20; got 21"),
+        ({"top_log_probs": 2, "log_probs": False}, ValueError, "needs log_probs=True"),
+        ({"model": 3}, TypeError, "name of a model"),
+        ({"mode": "fast"}, ValueError, "mode is one of"),
+        ({"repeat": "never"}, ValueError, "repeat is"),
+        ({"response_format": "json"}, TypeError, "pydantic model's class"),
+        ({"tools": ["hammer"]}, TypeError, "a tool is a function"),
+        ({"client": "x"}, TypeError, "client= takes a client"),
+        ({"service": Double(), "base_url": "http://x"}, TypeError, "give service= or base_url=, not both"),
+    ],
+)
+async def test_wrong_options_are_refused_before_anything_is_asked(server, options, error, told):
+    with pytest.raises(error, match=told):
+        await generate_text_completions(**{"prompts": ["a"], "show_progress": False, **options})
+    assert server.stats.requests == 0
+
+
+async def test_an_option_that_the_sdk_does_not_have_is_refused(server):
+    with pytest.raises(TypeError, match="temprature"):
+        await generate_text_completion(FRANCE, temprature=1)
+    with pytest.raises(ValueError, match="no messages"):
+        await generate_text_completion_for_conversation(Conversation())
+    assert server.stats.requests == 0
+
+
+# Structures and tools.
+
+
+async def test_an_answer_is_made_into_a_model_of_pydantics(server):
+    completion = await generate_text_completion("Who is it?", response_format=Person)
+    assert type(completion.parsed) is Person
+    assert Person.model_validate_json(completion.message) == completion.parsed
+
+
+async def test_a_structured_completion_has_the_key_of_the_sdks_own_parse(server):
+    """C10."""
+    async with AsyncOpenAI(base_url=server.base_url, api_key="x", cache=MemoryStore()) as client:
+        parse = getattr(client.chat.completions, "parse", None) or client.beta.chat.completions.parse
+        answer = await parse(
+            model="m", messages=[{"role": "user", "content": "Who?"}], response_format=Person
+        )
+        completion = await generate_text_completion(
+            "Who?", model="m", response_format=Person, client=client, namespace="b"
+        )
+    assert completion.cached
+    assert completion.parsed == answer.choices[0].message.parsed
+
+
+async def test_an_answer_that_does_not_fit_is_kept_and_the_error_says_where(server):
+    class Never(BaseModel):
+        age: int = Field(gt=10**9)
+
+    with pytest.raises(BadAnswer, match=r"the answer is no Never.*sample 0 of key k1-"):
+        await generate_text_completion("Who?", response_format=Never)
+
+
+async def test_calls_of_tools_are_told(server):
+    def weather(city: str) -> str:
+        """Return the weather."""
+        return city
+
+    completion = await generate_text_completion("Rain?", tools=[weather], tool_choice="required")
+    [call] = completion.tool_calls
+    assert call["function"]["name"] == "weather"
+    assert completion.message == ""
+    assert completion.to_message().tool_calls == [call]
+
+
+# The end of the process.
+
+
+def test_a_script_leaves_nothing_open(server, tmp_path):
+    code = (
+        "import asyncio, cachepipe\n"
+        "print(asyncio.run(cachepipe.generate_text_completion('Hi?')).index)\n"
+        "print(cachepipe.generate_text_completion_sync('Hi?').index)\n"
+        "stream = iter(cachepipe.Chat(messages=['user:Tell me.']).stream())\n"
+        "next(stream)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("0\n1\n", "", 0)
+    replayed = cachepipe.Chat(messages=["user:Tell me."], mode="replay").complete()
+    assert replayed  # the stream that was left was read on and stored
