@@ -159,8 +159,8 @@ async def test_tokens_are_coloured_by_their_probability(server, monkeypatch):
     coloured = completion.to_pretty_log_probs_string(color=True)
     assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
     sure, unsure = (
-        TextCompletion(**{**vars(completion), "token_log_probs": [TokenLogProb("x", math.log(p))]})
-        for p in (0.99, 0.05)
+        dataclasses.replace(completion, token_log_probs=[TokenLogProb("x", math.log(probability))])
+        for probability in (0.99, 0.05)
     )
     assert sure.to_pretty_log_probs_string(color=True) == "\x1b[32mx\x1b[0m"
     assert unsure.to_pretty_log_probs_string(color=True) == "\x1b[31mx\x1b[0m"
