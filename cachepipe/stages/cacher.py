@@ -10,7 +10,7 @@ this stage performs it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from cachepipe import keys, runs
@@ -117,17 +117,27 @@ class AsyncCacher(Stage):
             duplicated: the flags that a deduplicator in front gives it.
             receipts: gets what ``take_back`` needs when the response does not reach its caller.
         """
+        begun = self.begin(request, question, loop, duplicated, receipts)
+        return begun if isinstance(begun, Response) else await begun
+
+    def begin(
+        self,
+        request: Request,
+        question: Question,
+        loop: asyncio.AbstractEventLoop,
+        duplicated: list[bool] | None = None,
+        receipts: list[Receipt] | None = None,
+    ) -> Response | Coroutine[Any, Any, Response]:
+        """Begin a draw as ``draw`` does: return the response if all of it is there, else what to await."""
         self._check_open()
         engine = self._engine
         lane = engine.lane(loop)
         if duplicated is not None:
             engine.merged += sum(duplicated)
         if self.mode == "bypass":
-            return await self._bypass(lane, request, question, duplicated)
+            return self._bypass(lane, request, question, duplicated)
         begun = engine.begin(lane, request, question, self.mode, self.repeat, duplicated, receipts)
-        if type(begun) is Response:
-            return begun
-        return await engine.finish(begun, duplicated, receipts)  # type: ignore[arg-type]
+        return begun if isinstance(begun, Response) else engine.finish(begun, duplicated, receipts)
 
     def take_back(self, receipts: Iterable[Receipt]) -> None:
         """Let requests whose responses did not reach their caller be asked again as the same draws."""

@@ -8,6 +8,7 @@ summed ``n``, and hands each request its own part.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from threading import get_ident
 from typing import Any
 
@@ -87,7 +88,8 @@ class AsyncDeduplicator(Stage):
             loop = last.loop
         else:
             loop = asyncio.get_running_loop()
-        return await self._serve(loop, request, (asyncio.current_task(loop), None), None)
+        begun = self._begin(loop, request, (asyncio.current_task(loop), None), None)
+        return begun if isinstance(begun, Response) else await begun
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request; equal ones of the batch are a group."""
@@ -114,8 +116,19 @@ class AsyncDeduplicator(Stage):
         loop: asyncio.AbstractEventLoop,
         request: Request,
         owner: tuple[object, object],
-        receipts: list[Receipt] | None,
+        receipts: list[Receipt],
     ) -> Response:
+        begun = self._begin(loop, request, owner, receipts)
+        return begun if isinstance(begun, Response) else await begun
+
+    def _begin(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        request: Request,
+        owner: tuple[object, object],
+        receipts: list[Receipt] | None,
+    ) -> Response | Coroutine[Any, Any, Response]:
+        """Return the response if the cacher has it, else what to await."""
         self._check_open()
         lane = self._lane(loop)
         cacher = self._cacher
@@ -125,20 +138,30 @@ class AsyncDeduplicator(Stage):
         duplicated = [True] * request.n
         duplicated[0] = first
         if cacher is None:
-            response = await self._merge(lane, request, question, duplicated)
-            self._merged += request.n - (not first)
-        else:
-            turn = not lane.served % _TURN
-            if turn and receipts is None:
-                receipts = []
-            response = await cacher.draw(request, question, loop, duplicated, receipts)
-            if turn:  # hits do not suspend: now and then others must have their turn
-                try:
-                    await asyncio.sleep(0)
-                except BaseException:
-                    if owner[1] is None and receipts is not None:
-                        self._take_back(receipts)
-                    raise
+            return self._merge(lane, request, question, duplicated)
+        if lane.served % _TURN:
+            return cacher.begin(request, question, loop, duplicated, receipts)
+        # Hits do not suspend: now and then others must have their turn.
+        single = receipts is None
+        receipts = [] if receipts is None else receipts
+        begun = cacher.begin(request, question, loop, duplicated, receipts)
+        return self._pause(begun, receipts, single=single)
+
+    async def _pause(
+        self,
+        begun: Response | Coroutine[Any, Any, Response],
+        receipts: list[Receipt],
+        *,
+        single: bool,
+    ) -> Response:
+        """Give the loop a turn after a response."""
+        response = begun if isinstance(begun, Response) else await begun
+        try:
+            await asyncio.sleep(0)
+        except BaseException:
+            if single:
+                self._take_back(receipts)
+            raise
         return response
 
     def _ask(self, request: Request) -> keys.Question:
@@ -192,6 +215,7 @@ class AsyncDeduplicator(Stage):
                 loop.call_soon(_start, lane)
         lane.waiting.append(need)
         values = await need.result()
+        self._merged += request.n - (not duplicated[0])
         self._requests += 1
         self._misses += request.n
         response = Response(values, None, duplicated)

@@ -136,9 +136,7 @@ class Lane:
                 {"message": "cachepipe could not hand a result of its store on", "exception": error}
             )
 
-    def _recalled(
-        self, operation: Operation, done: Callable[..., None], arguments: tuple[Any, ...]
-    ) -> bool:
+    def _recalled(self, operation: Operation, done: Callable[..., None], arguments: tuple[Any, ...]) -> bool:
         """Answer a claim that needs no writing: such a hit does not wait for whoever writes."""
         if (
             type(operation) is not Claim
