@@ -245,8 +245,11 @@ class Run:
         """Return this run's memory of a store, by the store's identity."""
         if self._fork != forks.count:
             self._begin()
-        with self._lock:
-            return self._stores.setdefault(store, Occurrences())
+        occurrences = self._stores.get(store)
+        if occurrences is None:
+            with self._lock:
+                occurrences = self._stores.setdefault(store, Occurrences())
+        return occurrences
 
 
 _current: ContextVar[Run | None] = ContextVar("cachepipe_run", default=None)
