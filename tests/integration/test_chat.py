@@ -1,0 +1,322 @@
+"""Chats: what grows, what is streamed, what is left, and tools in between."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from typing import Annotated
+
+import openai
+import pytest
+from pydantic import BaseModel, Field, ValidationError
+
+import cachepipe
+from cachepipe import Chat, MemoryStore, Message, ToolLoopError
+from cachepipe.clients import AsyncOpenAI, OpenAI
+from cachepipe.talk import tools
+from cachepipe.talk.access import close_clients, wait_on_portal
+from cachepipe.testing import MockServer, MockSettings
+
+pytestmark = pytest.mark.anyio
+CALL = [Message("user", "Italy")]
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=64)) as running:
+        for name in ("OLLAMA_HOST", "AUTH", "CACHEPIPE_NAMESPACE", "CACHEPIPE_MODEL", "CACHEPIPE_DISABLE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("OPENAI_BASE_URL", running.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", "made-up")
+        monkeypatch.setenv("CACHEPIPE_DIR", str(tmp_path / "cache"))
+        yield running
+        wait_on_portal(close_clients())
+
+
+def weather(city: Annotated[str, Field(description="Which city")], days: int = 3) -> dict[str, object]:
+    """Return the weather of a city."""
+    return {"city": city, "days": days, "thread": threading.get_ident()}
+
+
+# Growing.
+
+
+async def test_answers_are_added_to_the_messages(server):
+    chat = Chat(messages=["system:Be brief."], model="ngram-1")
+    chat.add("user:Italy").add({"role": "user", "content": "Rome?"})
+    answer = await chat.acomplete()
+    assert [message.role for message in chat.messages] == ["system", "user", "user", "assistant"]
+    assert chat.messages[-1].content == answer == chat.completions[0].message
+    assert chat.complete() == chat.messages[-1].content
+    assert len(chat.messages) == 5
+    assert repr(chat) == "<Chat 5 messages, model='ngram-1'>"
+
+
+async def test_a_chat_replays_whole(server):
+    def talk():
+        chat = Chat(messages=["system:Be brief."])
+        said = [chat.add(f"user:{country}").complete() for country in ("Italy", "France")]
+        said.append("".join(chat.add("user:Spain").stream()))
+        return said, [completion.cached for completion in chat.completions]
+
+    first, flags = await asyncio.to_thread(talk)
+    with cachepipe.run():
+        again, replayed = await asyncio.to_thread(talk)
+    assert (again, flags, replayed) == (first, [False] * 3, [True] * 3)
+    assert server.stats.requests == 3
+
+
+async def test_a_failure_leaves_the_messages_as_they_are(server):
+    server.settings = MockSettings(script=(400, "truncate"))
+    chat = Chat(messages=CALL)
+    with pytest.raises(openai.BadRequestError):
+        await chat.acomplete()
+    with pytest.raises(Exception, match=r"ended|complete|truncated|finish"):
+        _ = [text async for text in chat.stream()]
+    assert (chat.messages, chat.completions) == (CALL, [])
+    assert await chat.acomplete() == chat.messages[-1].content
+
+
+async def test_an_answer_may_be_a_model_of_pydantics(server):
+    class Capital(BaseModel):
+        name: str
+
+    chat = Chat(messages=CALL, response_format=Capital)
+    assert type(await chat.acomplete()) is Capital
+    spoken = chat.add("user:France").stream()
+    text = "".join([part async for part in spoken])
+    assert spoken.result == Capital.model_validate_json(text)
+
+
+# Streams.
+
+
+async def test_a_stream_brings_what_complete_does(server):
+    """C10, over synchronous and asynchronous iteration."""
+    whole = await Chat(messages=CALL, namespace="a").acomplete()
+    chat = Chat(messages=CALL, namespace="b")
+    spoken = chat.stream()
+    assert (spoken.result, repr(spoken)) == (None, "<Spoken under way>")
+    parts = [text async for text in spoken]
+    assert (spoken.result, repr(spoken)) == (whole, "<Spoken complete>")
+    assert "".join(parts) == "".join(Chat(messages=CALL, namespace="c").stream()) == whole
+    assert spoken.completion.cached
+    assert spoken.completion.usage == chat.completions[0].usage
+    assert spoken.completion.usage["completion_tokens"] > 0
+    assert server.stats.requests == 1
+
+
+async def test_text_comes_before_the_answer_is_complete(server):
+    server.settings = MockSettings(seed=1, stream_delay=0.02)
+    spoken = Chat(messages=CALL).stream()
+    assert await anext(spoken)
+    assert server.stats.in_flight == 1
+    await spoken.aclose()
+
+
+@pytest.mark.parametrize("own", [None, AsyncOpenAI, OpenAI])
+async def test_a_reader_that_stops_early_loses_nothing(server, own, tmp_path):
+    """C7: what the model has begun is read to its end and stored; the messages stay as they are."""
+    server.settings = MockSettings(seed=1, stream_delay=0.01)
+    store = MemoryStore()
+    options = {"cache": store}
+    if own is not None:
+        options = {"client": own(base_url=server.base_url, api_key="x", cache=store)}
+    chat = Chat(messages=CALL, **options)
+    async with chat.stream() as spoken:
+        async for _ in spoken:
+            break
+    assert chat.messages == CALL
+    with cachepipe.run():
+        again = Chat(messages=CALL, cache=store, base_url=server.base_url, api_key="x")
+        assert await again.acomplete()  # it waits for what is read in the background
+    assert again.completions[0].cached
+    assert server.stats.requests == 1
+    if own is AsyncOpenAI:
+        await options["client"].close()
+    elif own is OpenAI:
+        options["client"].close()
+
+
+def test_a_loop_that_is_left_leaves_nothing_behind(server):
+    server.settings = MockSettings(seed=1, stream_delay=0.005)
+    chat = Chat(messages=CALL)
+    for _ in chat.stream():
+        break
+    gc.collect()
+    server.wait_until(lambda stats: stats.in_flight == 0)
+    wait_on_portal(close_clients())
+    assert len([thread for thread in threading.enumerate() if thread.name == "cachepipe-stream"]) == 0
+    assert Chat(messages=CALL, mode="replay").complete()
+    with chat.stream() as spoken:
+        next(spoken)
+    assert chat.messages == CALL
+
+
+async def test_a_reader_that_is_cancelled_is_cancelled(server):
+    server.settings = MockSettings(seed=1, paused=True)
+    chat = Chat(messages=CALL)
+    reading = asyncio.ensure_future(chat.acomplete())
+    await asyncio.to_thread(server.wait_until, lambda stats: stats.in_flight == 1)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    server.settings = MockSettings(seed=1)
+    assert await chat.acomplete()
+    assert len(chat.messages) == 2
+
+
+# Tools.
+
+
+async def test_tools_are_called_and_told_until_the_model_answers(server):
+    server.settings = MockSettings(seed=1, uses_tools=True)
+
+    async def add(a: int, b: int) -> int:
+        """Add."""
+        await asyncio.sleep(0)
+        return a + b
+
+    loops = []
+
+    async def where() -> str:
+        loops.append(asyncio.get_running_loop())
+        return "here"
+
+    chat = Chat(messages=CALL, tools=[weather, add, where])
+    answer = await chat.acomplete()
+    roles = [message.role for message in chat.messages]
+    assert roles == ["user", *["assistant", "tool"] * 3, "assistant"]
+    assert chat.messages[-1].content == answer
+    assert loops == [asyncio.get_running_loop()]
+    called = [message.tool_calls[0]["function"]["name"] for message in chat.messages[1:-1:2]]
+    assert called == ["weather", "add", "where"]
+    assert chat.messages[4].content.isdigit()
+    assert [message.tool_call_id for message in chat.messages[2:7:2]] == [
+        message.tool_calls[0]["id"] for message in chat.messages[1:6:2]
+    ]
+    with cachepipe.run():
+        streamed = Chat(messages=CALL, tools=[weather, add, where])
+        assert "".join([text async for text in streamed.stream()]) == answer
+    assert [message.role for message in streamed.messages] == roles
+
+
+def test_a_tool_of_complete_is_called_in_the_callers_thread(server):
+    server.settings = MockSettings(seed=1, uses_tools=True)
+    threads = []
+
+    def look() -> str:
+        threads.append(threading.get_ident())
+        return generate_inside()
+
+    def generate_inside():
+        return cachepipe.generate_text_completion_sync("Inside?").message
+
+    async def later() -> str:
+        return "later"
+
+    chat = Chat(messages=CALL, tools=[look, later])
+    assert chat.complete()
+    assert threads == [threading.get_ident()]
+    assert "".join(Chat(messages=["user:France"], tools=[look, later]).stream())
+    assert threads == [threading.get_ident()] * 2
+
+
+async def test_a_model_that_does_not_stop_calling_is_stopped(server):
+    chat = Chat(messages=CALL, tools=[weather], tool_choice="required", max_rounds=2)
+    with pytest.raises(ToolLoopError, match="after 2 rounds; raise max_rounds="):
+        await chat.acomplete()
+    assert chat.messages == CALL
+    assert server.stats.requests == 3
+
+
+async def test_what_a_tool_raises_reaches_the_caller(server):
+    def broken(city: str) -> str:
+        raise ValidationError.from_exception_data("own", [])
+
+    server.settings = MockSettings(seed=1, uses_tools=True)
+    chat = Chat(messages=CALL, tools=[broken])
+    with pytest.raises(ValidationError, match="own"):
+        await chat.acomplete()
+    assert chat.messages == CALL
+
+
+async def test_a_wrong_call_is_told_to_the_model(server):
+    server.settings = MockSettings(seed=1, uses_tools=True)
+
+    def grow(size: Annotated[int, Field(gt=10**9)]) -> str:
+        raise AssertionError("never called")
+
+    chat = Chat(messages=CALL, tools=[grow])
+    assert await chat.acomplete()
+    assert "greater than 1000000000" in chat.messages[2].content
+    stranger = {"type": "function", "function": {"name": "stranger", "parameters": {"type": "object"}}}
+    chat = Chat(messages=CALL, tools=[weather, stranger])
+    await chat.acomplete()
+    assert "There is no tool 'stranger'; there are: weather." in [
+        message.content for message in chat.messages
+    ]
+
+
+def test_what_a_model_is_told_of_a_function():
+    told = tools.Tool(weather).to_dict()["function"]
+    assert (told["name"], told["description"]) == ("weather", "Return the weather of a city.")
+    assert told["parameters"]["required"] == ["city"]
+    assert told["parameters"]["properties"]["city"]["description"] == "Which city"
+    assert tools.as_text({"a": [1]}) == '{"a":[1]}'
+    assert tools.as_text("as it is") == "as it is"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "told"),
+    [
+        ([lambda: 1], TypeError, "a function with a name"),
+        ([dict], TypeError, "a function with a name"),
+        ([weather, weather], ValueError, "two tools have the name 'weather'"),
+        (weather, TypeError, "tools= is a list"),
+    ],
+)
+def test_what_is_no_tool_is_refused(wrong, error, told):
+    with pytest.raises(error, match=told):
+        tools.as_tools(wrong)
+
+
+def test_parameters_that_cannot_be_given_by_name_are_refused():
+    def first(a, /):
+        return a
+
+    with pytest.raises(TypeError, match="cannot be given by name"):
+        tools.Tool(first)
+
+
+# Wrong use.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "told"),
+    [
+        (lambda: Chat("user:Hello"), TypeError, "a mapping of settings"),
+        (lambda: Chat(max_rounds=-1), ValueError, "max_rounds="),
+        (lambda: Chat(n=2), TypeError, "n= is not taken"),
+        (lambda: Chat().complete(), ValueError, "no messages"),
+        (lambda: Chat().add("Hello"), ValueError, "begins with its role"),
+        (lambda: Chat(messages=["Hello"]), ValueError, "begins with its role"),
+    ],
+)
+def test_wrong_use_is_refused(server, wrong, error, told):
+    with pytest.raises(error, match=told):
+        wrong()
+    assert server.stats.requests == 0
+
+
+def test_settings_may_come_as_a_mapping(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    host = server.base_url.removesuffix("/v1")
+    chat = Chat(
+        {"OLLAMA_HOST": host, "CACHEPIPE_MODEL": "llama3.1:8b", "CACHEPIPE_NAMESPACE": "n", "AUTH": None}
+    )
+    chat.add("user:Italy")
+    assert chat.complete()
+    assert (chat.model, chat.completions[0].namespace) == ("llama3.1:8b", "n")
