@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cachepipe.calling import alcall as alcall
+    from cachepipe.calling import lcall as lcall
     from cachepipe.clients.info import info as info
     from cachepipe.clients.wrapping import wrap as wrap
     from cachepipe.context import using as using
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from cachepipe.runs import run as run
     from cachepipe.services import Service as Service
     from cachepipe.services import Services as Services
+    from cachepipe.sessions import Session as Session
     from cachepipe.stages import (
         AsyncBatcher as AsyncBatcher,
     )
@@ -170,6 +173,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "cachepipe.calling": ("alcall", "lcall"),
     "cachepipe.clients.info": ("info",),
     "cachepipe.clients.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
@@ -198,6 +202,7 @@ _HOMES = {
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),
+    "cachepipe.sessions": ("Session",),
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
     "cachepipe.talk.chat": ("Chat", "ToolLoopError"),
