@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cachepipe.clients.anthropic import Anthropic as Anthropic
+    from cachepipe.clients.anthropic import AsyncAnthropic as AsyncAnthropic
     from cachepipe.clients.info import Info as Info
     from cachepipe.clients.openai import AsyncAzureOpenAI as AsyncAzureOpenAI
     from cachepipe.clients.openai import AsyncOpenAI as AsyncOpenAI
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from cachepipe.clients.together import Together as Together
 
 _WHERE = {
+    "Anthropic": "cachepipe.clients.anthropic",
+    "AsyncAnthropic": "cachepipe.clients.anthropic",
     "AsyncAzureOpenAI": "cachepipe.clients.openai",
     "AsyncOpenAI": "cachepipe.clients.openai",
     "AsyncTogether": "cachepipe.clients.together",

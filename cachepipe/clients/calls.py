@@ -98,14 +98,14 @@ class Call(Exchange):
         self.url = seam.url_of(client, options)
         self.context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
-        headers = {**seam.own_headers(client), **seam.call_headers(options)}
+        self.receive = client._receive  # noqa: SLF001 - its other half
         super().__init__(
             surface,
             api,
             body,
             asks,
             self.url,
-            {name: value for name, value in headers.items() if isinstance(value, str)},
+            seam.sent_headers(client, options),
             stream=stream,
             alone=not seam.is_plain(options),
             mode=mode,
@@ -157,7 +157,7 @@ class Call(Exchange):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
         """Return what the SDK receives, in the context of the caller."""
         loop = asyncio.get_running_loop()
-        work = self.client._receive(**self._arguments(body, stream=stream))  # noqa: SLF001 - its other half
+        work = self.receive(**self._arguments(body, stream=stream))
         arrived: Arrived = await loop.create_task(work, context=self.context.copy())
         return arrived
 
@@ -227,7 +227,7 @@ class SyncCall(Call):
         def job() -> None:
             arrived, failure = None, None
             try:
-                arrived = self.context.copy().run(lambda: self.client._receive(**arguments))  # noqa: SLF001 - its other half
+                arrived = self.context.copy().run(lambda: self.receive(**arguments))
             except BaseException as error:
                 failure = error
                 if not isinstance(error, Exception):

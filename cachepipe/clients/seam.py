@@ -20,6 +20,9 @@ NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 ATTRIBUTES = ("_client", "_custom_headers")
 """Its attributes likewise."""
 
+_ERRORS = {"openai": "OpenAIError", "together": "TogetherError", "anthropic": "AnthropicError"}
+"""The SDKs, and the bases of their errors."""
+
 _DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"})
 """Headers that told of the bytes on the wire, not of those that are handed on."""
 
@@ -51,20 +54,17 @@ def library_of(client: Any) -> Any:
     return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
 
 
+def package_of(kind: Any) -> str:
+    """Return the name of the SDK that a class is from, or an empty string."""
+    roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    return next((name for name in _ERRORS if name in roots), "")
+
+
 def error_of(kind: Any) -> type[Exception]:
     """Return the base of the errors of the SDK that a class is from."""
-    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
-    if "openai" in roots:
-        error: type[Exception] = importlib.import_module("openai").OpenAIError
-    else:
-        error = importlib.import_module("together").TogetherError
+    package = package_of(kind)
+    error: type[Exception] = getattr(importlib.import_module(package), _ERRORS[package])
     return error
-
-
-def package_of(kind: Any) -> str:
-    """Return the name of the SDK that a class is from."""
-    roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
-    return next((root for root in ("openai", "together", "anthropic") if root in roots), "")
 
 
 def drop_resources(client: Any, original: Any) -> None:
@@ -80,11 +80,24 @@ def drop_resources(client: Any, original: Any) -> None:
             del vars(client)[name]
         elif getattr(value, "_client", None) is original:  # as older SDKs keep them
             setattr(client, name, type(value)(client))
+    if getattr(client, "_middleware_chain", None) is not None:
+        client._middleware_chain = client._build_middleware_chain()  # noqa: SLF001 - likewise; it ends in the other
 
 
-def own_headers(client: Any) -> Mapping[str, Any]:
-    """Return the default headers that a client was given."""
-    headers: Mapping[str, Any] = getattr(client, "_custom_headers", None) or {}
+def sent_headers(client: Any, options: Any) -> dict[str, str]:
+    """Return the headers that a call is known to be sent with, by lower-case name.
+
+    They are the default headers that the client was given, with those that Anthropic's always sends, and
+    the call's own; a header that a later one of these leaves out is left out.
+    """
+    own = client.default_headers if package_of(type(client)) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
+    headers: dict[str, str] = {}
+    for layer in (own, options.headers):
+        for name, value in layer.items() if isinstance(layer, Mapping) else ():
+            if isinstance(value, str):
+                headers[name.lower()] = value
+            elif type(value).__name__ == "Omit":
+                headers.pop(name.lower(), None)
     return headers
 
 

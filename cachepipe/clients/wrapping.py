@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from typing import Any, TypeVar
 
@@ -29,7 +30,8 @@ def wrap(
     The client given stays as it is. What is returned is an instance of its class, and has what is set on it.
 
     Args:
-        client: a client of the openai or together package, of any class.
+        client: a client of the openai, together or anthropic package, of any class that sends its calls as
+            they are made: not those for Bedrock, Vertex and Google Cloud.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
@@ -54,21 +56,33 @@ def _checked(client: Any) -> Any:
         raise TypeError(
             f"this {kind.__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
         )
-    sdks = {base.__module__.partition(".")[0] for base in kind.__mro__}
-    if not sdks & {"openai", "together"} or not all(
-        callable(getattr(kind, name, None)) for name in seam.NAMES
-    ):
+    package = seam.package_of(kind)
+    if not package or not all(callable(getattr(kind, name, None)) for name in seam.NAMES):
         raise TypeError(
-            f"wrap() takes a client of openai>=1.60 or together>=2; got {client!r:.200} of {kind.__module__}"
+            "wrap() takes a client of openai>=1.60, together>=2 or anthropic>=0.49; "
+            f"got {client!r:.200} of {kind.__module__}"
         )
+    if package == "anthropic":
+        _layered().check_wrappable(kind)
     return kind
+
+
+def _layered() -> Any:
+    """Return the module of Anthropic's clients, which the others do without."""
+    return importlib.import_module("cachepipe.clients.anthropic")
 
 
 @functools.lru_cache(maxsize=64)
 def _cached_class(kind: Any) -> Any:
     """Return the class of cached clients that is a subclass of the class given."""
-    mixin = AsyncCached if inspect.iscoroutinefunction(kind.request) else SyncCached
+    asynchronous = inspect.iscoroutinefunction(kind.request)
+    mixin: Any = AsyncCached if asynchronous else SyncCached
+    credentials: dict[str, Any] = {"api_key": NO_KEY}
+    if seam.package_of(kind) == "anthropic":
+        layered = _layered()
+        mixin = layered.AsyncLayered if asynchronous else layered.SyncLayered
+        credentials = layered.CREDENTIALS
     about = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     made = type(kind.__name__, (mixin, kind), about)
-    equip(made, kind, credentials={"api_key": NO_KEY}, error=seam.error_of(kind))
+    equip(made, kind, credentials=credentials, error=seam.error_of(kind))
     return made

@@ -1,0 +1,348 @@
+"""Anthropic's clients with a cache: change the import, and every message that can be cached is.
+
+``client = Anthropic(cache="caches/exp", namespace="run-1")``
+
+This SDK has layers of its own between a call and the HTTP request that it becomes: tracing, retries and
+middleware, which may change what is asked. So the cache lies below them, where one attempt is made
+(``_attempt_request``): the key is that of what would be sent, and hits pass through the layers as answers of
+the provider do. Versions without them are served as the other SDKs are.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+try:
+    import anthropic
+except ImportError as error:
+    raise ImportError(
+        "the cached Anthropic clients need anthropic: pip install 'cachepipe[anthropic]'"
+    ) from error
+
+import anthropic._client
+
+from cachepipe.clients import info, seam
+from cachepipe.clients.calls import Call, SyncCall
+from cachepipe.clients.exchange import Answer
+from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.clients.portal import in_portal
+from cachepipe.clients.seam import Arrived
+from cachepipe.errors import CachepipeError
+from cachepipe.typedefs import Mode, Repeat
+
+CREDENTIALS: dict[str, Any] = {
+    "api_key": NO_KEY,
+    "auth_token": None,
+    "credentials": None,
+    "config": None,
+    "profile": None,
+}
+"""What a client in replay mode that was given no credentials gets where the SDK finds none that work."""
+
+_AT_ITS_PLACE = frozenset({"anthropic.lib.aws", "anthropic.lib.foundry"})
+"""Where classes are from that send to ``/v1/messages`` of their base URL what they are given."""
+
+
+@dataclass
+class _Request:
+    """One call of a method of the SDK, which is one or more attempts.
+
+    Attributes:
+        max_retries: how often it may be made again, if it says so itself.
+        records: what came of the attempts that were answered.
+    """
+
+    max_retries: int | None
+    records: list[info.Record] = field(default_factory=list)
+
+
+_request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("cachepipe_request", default=None)
+"""The call whose attempts are being made."""
+
+
+class Refused(CachepipeError):  # noqa: N818 - it never reaches a caller
+    """An attempt brought an error's status; the SDK judges it.
+
+    Attributes:
+        status_code: the status.
+        response: the response, its body read.
+        prepared: the options that it was sent with.
+    """
+
+    def __init__(self, response: Any, prepared: Any) -> None:
+        super().__init__(f"the provider answered with status {response.status_code}")
+        self.status_code: int = response.status_code
+        self.response = response
+        self.prepared = prepared
+
+
+def _noted(result: Any, request: _Request) -> Any:
+    """Return what a call returns, noting where its last answer came from."""
+    for record in request.records[-1:]:
+        info.note(result, record)
+    return result
+
+
+def _passed(call: Call, answer: Answer, options: Any) -> tuple[Any, Any]:
+    """Return the response of an attempt that was answered, and the options that it was made with."""
+    arrived = call.arrived(answer)
+    request = _request.get()
+    if call.kept and request is not None:
+        request.records.append(call.record)
+    return arrived.response, options if answer.arrived is None else arrived.details["options"]
+
+
+class _Layered:
+    """What both kinds of clients have whose cache lies below the SDK's layers."""
+
+    def _call(self, kind: Any, options: Any, details: dict[str, Any]) -> Any:
+        """Return one attempt as a call of the cache's, or None when it is not to be cached."""
+        client: Any = self
+        call = kind.of(client, client._cachepipe, None, options, stream=details["stream"], stream_cls=None)  # noqa: SLF001 - its other half
+        if call is not None:
+            call.receive = functools.partial(client._receive_attempt, **details)  # noqa: SLF001 - likewise
+            call.max_retries = self._retries(options)
+        return call
+
+    @staticmethod
+    def _retries(options: Any) -> int | None:
+        """Return how often a call says that it may be made again; the SDK's options may have been changed."""
+        request = _request.get()
+        return seam.own_retries(options) if request is None else request.max_retries
+
+
+class AsyncLayered(_Layered, AsyncCached):
+    """Goes in front of an asynchronous client's class."""
+
+    async def request(
+        self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
+    ) -> Any:
+        """Return what the SDK makes of the answer, from the cache or not."""
+        sdk: Any = super(AsyncCached, self)
+        if not hasattr(sdk, "_attempt_request"):
+            return await super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        request = _Request(seam.own_retries(options))
+        if self._limiting(options) is not None:
+            options = seam.sent_once(options)
+        token = _request.set(request)
+        try:
+            return _noted(await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls), request)
+        finally:
+            _request.reset(token)
+
+    async def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
+        """Return the response of one attempt, and the options that it was made with."""
+        call = self._call(Call, options, details)
+        flow = self._limiting(options)
+        try:
+            if call is not None:
+                return _passed(call, call.known() or await call.drawn(), options)
+            if flow is None:
+                sdk: Any = super()
+                attempt: tuple[Any, Any] = await sdk._attempt_request(options, **details)  # noqa: SLF001 - see above
+                return attempt
+            about = {**self._passing(options), "max_retries": self._retries(options)}
+            passage, arrived = await flow.call(lambda: self._receive_attempt(options, **details), **about)
+        except Refused as refused:
+            return refused.response, refused.prepared
+        passage.end()
+        return arrived.response, arrived.details["options"]
+
+    async def _receive_attempt(
+        self, options: Any, *, stream: bool, cast_to: Any = None, stream_cls: Any = None, **details: Any
+    ) -> Arrived:
+        """Return the response of an attempt as it arrives.
+
+        Raises:
+            Refused: when it has the status of an error.
+        """
+        del cast_to, stream_cls  # these are for `_receive`
+        sdk: Any = super()
+        response, prepared = await sdk._attempt_request(options, stream=stream, **details)  # noqa: SLF001 - see above
+        if not response.is_success:
+            await response.aread()
+            raise Refused(response, prepared)
+        made_with = {"options": prepared}
+        if stream:
+            return Arrived(response, made_with)
+        if not seam.unread(self, response):
+            return Arrived(response, made_with, response.content)
+        content = await response.aread()
+        return Arrived(seam.handed_on(self, response, seam.Source([content])), made_with, content)
+
+
+class SyncLayered(_Layered, SyncCached):
+    """Goes in front of a synchronous client's class."""
+
+    def request(self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None) -> Any:
+        """Return what the SDK makes of the answer, from the cache or not."""
+        sdk: Any = super(SyncCached, self)
+        if not hasattr(sdk, "_attempt_request"):
+            return super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        request = _Request(seam.own_retries(options))
+        if self._limiting(options) is not None:
+            options = seam.sent_once(options)
+        token = _request.set(request)
+        try:
+            return _noted(sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls), request)
+        finally:
+            _request.reset(token)
+
+    def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
+        """Return the response of one attempt, and the options that it was made with."""
+        call = self._call(SyncCall, options, details)
+        flow = self._limiting(options)
+        try:
+            if call is not None:
+                return _passed(call, call.known() or call.wait(), options)
+            if flow is None:
+                sdk: Any = super()
+                attempt: tuple[Any, Any] = sdk._attempt_request(options, **details)  # noqa: SLF001 - see above
+                return attempt
+            about = {**self._passing(options), "max_retries": self._retries(options), "wait": in_portal}
+            passage, arrived = flow.call_in_thread(lambda: self._receive_attempt(options, **details), **about)
+        except Refused as refused:
+            return refused.response, refused.prepared
+        passage.end()
+        return arrived.response, arrived.details["options"]
+
+    def _receive_attempt(
+        self, options: Any, *, stream: bool, cast_to: Any = None, stream_cls: Any = None, **details: Any
+    ) -> Arrived:
+        """Return the response of an attempt as it arrives.
+
+        Raises:
+            Refused: when it has the status of an error.
+        """
+        del cast_to, stream_cls  # these are for `_receive`
+        sdk: Any = super()
+        response, prepared = sdk._attempt_request(options, stream=stream, **details)  # noqa: SLF001 - see above
+        if not response.is_success:
+            response.read()
+            raise Refused(response, prepared)
+        made_with = {"options": prepared}
+        if stream:
+            return Arrived(response, made_with)
+        if not seam.unread(self, response):
+            return Arrived(response, made_with, response.content)
+        content = response.read()
+        return Arrived(seam.handed_on(self, response, seam.Source([content])), made_with, content)
+
+
+class AsyncAnthropic(AsyncLayered, anthropic.AsyncAnthropic):
+    """``anthropic.AsyncAnthropic`` with a cache, which the parameters after the SDK's own describe.
+
+    Args:
+        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
+        namespace: the unit within which samples are independent, in practice one experiment.
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
+        scope: what stands for the endpoint's URL in keys.
+        repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
+        service: the endpoint and its limits, such as ``cachepipe.Services.Anthropic(max_requests=50)``; calls
+            of the API then wait for their turn and are retried by it, not by the SDK.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            api_key: str | None = None,
+            auth_token: str | None = None,
+            credentials: Any = None,
+            config: Mapping[str, Any] | None = None,
+            profile: str | None = None,
+            webhook_key: str | None = None,
+            base_url: Any = None,
+            timeout: float | anthropic.Timeout | anthropic.NotGiven | None = anthropic.not_given,
+            max_retries: int = anthropic.DEFAULT_MAX_RETRIES,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            open_telemetry: Any = None,
+            http_client: Any = None,
+            middleware: Sequence[Any] | None = None,
+            _strict_response_validation: bool = False,
+            cache: Any = None,
+            namespace: str | None = None,
+            mode: Mode = "read-write",
+            scope: str | None = None,
+            repeat: Repeat = "fresh",
+            service: Any = None,
+        ) -> None: ...
+
+
+class Anthropic(SyncLayered, anthropic.Anthropic):
+    """``anthropic.Anthropic`` with a cache, for any number of threads. See `AsyncAnthropic`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            api_key: str | None = None,
+            auth_token: str | None = None,
+            credentials: Any = None,
+            config: Mapping[str, Any] | None = None,
+            profile: str | None = None,
+            webhook_key: str | None = None,
+            base_url: Any = None,
+            timeout: float | anthropic.Timeout | anthropic.NotGiven | None = anthropic.not_given,
+            max_retries: int = anthropic.DEFAULT_MAX_RETRIES,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            open_telemetry: Any = None,
+            http_client: Any = None,
+            middleware: Sequence[Any] | None = None,
+            _strict_response_validation: bool = False,
+            cache: Any = None,
+            namespace: str | None = None,
+            mode: Mode = "read-write",
+            scope: str | None = None,
+            repeat: Repeat = "fresh",
+            service: Any = None,
+        ) -> None: ...
+
+
+def check_wrappable(kind: Any) -> None:
+    """Refuse the clients of platforms where a call is sent elsewhere, or in another form, than it says.
+
+    Raises:
+        TypeError: for those of Bedrock, Vertex and Google Cloud.
+    """
+    own = {base.__module__ for base in kind.__mro__ if base.__module__.startswith("anthropic.")}
+    elsewhere = {name for name in own if name.startswith("anthropic.lib.")}
+    direct = {anthropic.Anthropic, anthropic.AsyncAnthropic} & set(kind.__mro__)
+    if not direct or not all(name.startswith(tuple(_AT_ITS_PLACE)) for name in elsewhere):
+        raise TypeError(
+            f"calls of {kind.__name__} cannot be cached: it rewrites them for its platform after they are "
+            "made. Use cachepipe.clients.AsyncAnthropic or Anthropic, or wrap a client of Anthropic, "
+            "AnthropicAWS or AnthropicFoundry"
+        )
+
+
+def _stand_for_the_sdks() -> None:
+    """Let our clients find credentials as the classes do that they stand for, which it tells by their type.
+
+    Without it neither profiles nor workload identity would be looked for.
+    """
+    module: Any = anthropic._client  # noqa: SLF001 - there is no other way
+    original = getattr(module, "_is_base_client", None)
+    if original is None:  # older versions know no such credentials
+        return
+
+    @functools.wraps(original)
+    def is_base_client(client: object) -> bool:
+        first, *others = type(client).__bases__
+        ours = issubclass(first, _Layered) and others in ([anthropic.Anthropic], [anthropic.AsyncAnthropic])
+        return ours or original(client)
+
+    module._is_base_client = is_base_client  # noqa: SLF001 - likewise
+
+
+_stand_for_the_sdks()
+for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anthropic.Anthropic)):
+    equip(_kind, _sdk, credentials=CREDENTIALS, error=anthropic.AnthropicError)
