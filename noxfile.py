@@ -1,8 +1,10 @@
 """Environments that the tests need beside the main one, each with other versions of what stands around us.
 
     nox                        everything below
-    nox -s "sdks(openai-1)"    the clients' tests on one set of SDKs; `nox -l` lists the sets
+    nox -s sdks                the clients' tests on each set of SDKs
+    nox -s "frameworks(dspy)"  the tests of one framework on our clients; `nox -l` lists them all
 
+Each is an environment of its own because they do not go together: litellm, under DSPy, wants openai 2.
 uv makes the environments, a few seconds each; its index and certificates are those that pip was told.
 """
 
@@ -29,14 +31,28 @@ SDKS = {
 }
 """What the installed SDKs are; the newest ones are in the main environment."""
 
+FRAMEWORKS = {
+    "agents": "openai-agents",
+    "dspy": "dspy",
+    "instructor": "instructor",
+    "langchain_openai": "langchain-openai",
+    "pydantic_ai": "pydantic-ai-slim[openai]",
+}
+"""What is imported, and what is installed for it: the newest release, with the SDKs that it takes."""
+
 
 @nox.session
 @nox.parametrize("sdks", [nox.param(what, id=name) for name, what in SDKS.items()])
 def sdks(session: nox.Session, sdks: tuple[str, ...]) -> None:
     """Run the clients' tests on other versions of the SDKs."""
-    _run(session, sdks, ON_THE_SDKS)
+    session.install("-e", ".[anthropic,test]", *sdks)
+    session.run("pytest", "-q", *ON_THE_SDKS, *session.posargs, env={"TOGETHER_NO_BANNER": "1"})
 
 
-def _run(session: nox.Session, what: tuple[str, ...], tests: tuple[str, ...]) -> None:
-    session.install("-e", ".[anthropic,test]", *what)
-    session.run("pytest", "-q", *tests, *session.posargs, env={"TOGETHER_NO_BANNER": "1"})
+@nox.session
+@nox.parametrize("framework", [nox.param(name, id=name) for name in FRAMEWORKS])
+def frameworks(session: nox.Session, framework: str) -> None:
+    """Run the tests of one framework on our clients; what it warns of is its own business."""
+    session.install("-e", ".[test]", FRAMEWORKS[framework])
+    tests = f"tests/integration/frameworks/test_{framework}.py"
+    session.run("pytest", "-q", "-W", "default", tests, *session.posargs)

@@ -803,7 +803,9 @@ def _part(sample: Sample, only: slice) -> Sample:
 
 
 def _chat_finish(call: _Call, choice: _Choice) -> str:
-    return "tool_calls" if call.tool is not None else choice.sample.finish_reason
+    if call.tool is not None:
+        return "tool_calls"
+    return choice.sample.finish_reason if call.schema is None else "stop"  # JSON is always whole
 
 
 def _tool_calls(answer: _Answer, index: int, choice: _Choice) -> list[dict[str, Any]]:
