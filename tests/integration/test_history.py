@@ -213,7 +213,7 @@ def test_settings_come_from_the_mapping_then_the_environment(valkey, tmp_path, m
 # What is refused, and what is not told.
 
 
-@pytest.mark.parametrize("state", ["short", "x" * 129, "../../etc/passwd", "a b c d e f", 12345678, "name*name"])
+@pytest.mark.parametrize("state", ["short", "x" * 129, "../../passwd", "a b c d e f", 12345678, "name*name"])
 def test_an_id_that_is_none_is_refused(state, tmp_path):
     with pytest.raises(ValueError, match="8 to 128 letters"):
         History(state=state, cache=tmp_path)

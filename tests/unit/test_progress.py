@@ -1,0 +1,65 @@
+"""The progress bar: where people are, and nowhere else."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from cachepipe import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def put(monkeypatch):
+    """A function that puts a stream in the place of standard error, once the test has begun."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def put(stream):
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream
+
+    return put
+
+
+def test_a_terminal_shows_how_many_are_done_cached_and_failed(put):
+    terminal = put(Terminal())
+    with progress.shown(4, "completions") as tick:
+        tick()
+        tick(cached=True)
+        tick(cached=True)
+        tick(failed=True)
+    shown = terminal.getvalue()
+    assert "completions" in shown
+    assert "4/4" in shown
+    assert "2 cached, 1 failed" in shown
+
+
+def test_bars_at_once_do_not_disturb_each_other(put):
+    terminal = put(Terminal())
+    with progress.shown(1, "one") as one, progress.shown(1, "two") as two:
+        one()
+        two()
+    assert "1/1" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("total", "show"), [(0, True), (3, False)])
+def test_nothing_is_shown_where_nothing_is_wanted(put, total, show):
+    terminal = put(Terminal())
+    with progress.shown(total, "completions", show=show) as tick:
+        tick()
+    assert terminal.getvalue() == ""
+
+
+def test_a_pipe_gets_nothing(put):
+    pipe = put(io.StringIO())
+    with progress.shown(3, "completions") as tick:
+        tick(cached=True)
+    assert pipe.getvalue() == ""
