@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, Unpack
 
-from cachepipe.stages.base import Stage
+from cachepipe.stages.base import Stage, has_request
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
 from cachepipe.stages.engine import Stats
 from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
-from cachepipe.typedefs import Batch, Mode, Repeat, Request, Response
+from cachepipe.typedefs import Batch, Mode, Repeat, Request, Response, SingleRequestModel
 
 Hash = Callable[[Request], str] | None
 
@@ -33,6 +33,8 @@ class Options(TypedDict, total=False):
         window: seconds during which equal questions share one call; 0 (default) is a turn of the event loop.
         classes: dataclasses and pydantic models that may be stored as samples.
         durability: ``"process"`` (default), or ``"full"`` to survive the death of the machine.
+        service: what limits the calls of the model and makes them again, such as ``Services.OpenAI()``;
+            it stands between the batches and the model, so that hits know nothing of it.
     """
 
     mode: Mode
@@ -41,6 +43,7 @@ class Options(TypedDict, total=False):
     window: float
     classes: Iterable[type]
     durability: str
+    service: Any
 
 
 class Pipeline(Stage):
@@ -117,7 +120,8 @@ class OnlineAPI(Pipeline):
         correctness: accepted from code written for CacheSaver; a rerun always gives the same here.
         hash: a function from a request to a string that stands for its fields in the key.
         in_flight: batches in flight at most; None is no limit.
-        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability`` (see ``Options``).
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``, ``service`` (see
+            ``Options``).
     """
 
     def __init__(
@@ -134,6 +138,7 @@ class OnlineAPI(Pipeline):
         **options: Unpack[Options],
     ) -> None:
         del correctness
+        model = _limited(model, options)
         batcher = AsyncBatcher(
             model,
             batch_size,
@@ -164,7 +169,8 @@ class LocalAPI(Pipeline):
         correctness: accepted from code written for CacheSaver.
         hash: as in ``OnlineAPI``.
         in_flight: batches in flight at most: one that runs and one that is ready, unless told otherwise.
-        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability`` (see ``Options``).
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``, ``service`` (see
+            ``Options``).
     """
 
     def __init__(
@@ -181,6 +187,7 @@ class LocalAPI(Pipeline):
         **options: Unpack[Options],
     ) -> None:
         del correctness
+        model = _limited(model, options)
         super().__init__(
             model,
             AsyncBatcher(
@@ -213,7 +220,8 @@ class OrderedLocalAPI(Pipeline):
         correctness: accepted from code written for CacheSaver.
         hash: as in ``OnlineAPI``.
         in_flight: hardware batches in flight at most.
-        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability`` (see ``Options``).
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``, ``service`` (see
+            ``Options``).
     """
 
     def __init__(
@@ -231,6 +239,7 @@ class OrderedLocalAPI(Pipeline):
         **options: Unpack[Options],
     ) -> None:
         del correctness
+        model = _limited(model, options)
         hardware = AsyncBatcher(
             model, hardware_batch_size, in_flight=in_flight, allow_batch_overflow=allow_batch_overflow
         )
@@ -247,6 +256,33 @@ class OrderedLocalAPI(Pipeline):
             hash,
             options,
         )
+
+
+def _limited(model: Any, options: Options) -> Any:
+    """Return the model behind the limits of the service, if there is one among the options."""
+    service = options.pop("service", None)
+    if service is None:
+        return model
+    from cachepipe.flow import AsyncLimiter, AsyncRetrier  # noqa: PLC0415 - for those who ask for it
+    from cachepipe.flow.flow import Flow  # noqa: PLC0415 - likewise
+
+    flow = getattr(service, "flow", None)
+    if not isinstance(flow, Flow):
+        raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {service!r}")
+    limited = AsyncRetrier(
+        AsyncLimiter(model, limits=flow.limits, estimator=flow.estimator), retries=flow.retries
+    )
+    return limited if has_request(model) else _Batches(limited)
+
+
+class _Batches(Stage):
+    """A model that takes batches only, behind stages that take requests as well."""
+
+    request = SingleRequestModel.request
+
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+        answers: list[Response] = await self.model.batch_request(batch, return_exceptions=return_exceptions)
+        return answers
 
 
 class _Cutting(Stage):

@@ -120,7 +120,7 @@ class Adaptive:
 
     def wait(self, in_flight: int, now: float) -> float:
         """Return 0 when a call may be made now, else in how many seconds it is worth asking again."""
-        if in_flight >= math.floor(self.room + 1e-9):
+        if in_flight + 1 > self.room + 1e-9:
             return math.inf
         wait = max(0.0, self.paused_until - now)
         pace = self.pace

@@ -1,0 +1,100 @@
+"""Tokens told beforehand, and put right by experience."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import tiktoken
+
+from cachepipe.flow.tokens import Estimator, _Counter, estimated
+
+TEXT = "Rate limits hold over every interval, not only on average. " * 20
+
+
+def letters():
+    """A real encoding of tiktoken's, in which each byte is a token, made without a download."""
+    ranks = {bytes([number]): number for number in range(256)}
+    return tiktoken.Encoding("letters", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+
+
+def test_the_estimate_without_tiktoken_is_near_for_english_and_high_for_other_scripts():
+    assert 240 <= estimated(TEXT) <= 300
+    assert 6 <= estimated("速度制限を守る") <= 8
+    assert estimated("") == 0
+
+
+def test_tiktoken_counts_where_it_is_given():
+    estimator = Estimator(letters())
+    body = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 10}
+    estimate = estimator.estimate(body)
+    assert estimate.prompt == 4 + len("user") + len("abc")
+    assert estimate.total == estimate.prompt + 10
+
+
+def test_tiktoken_is_loaded_by_name_and_until_then_it_is_estimated(monkeypatch):
+    counter = _Counter("letters")
+    fake = types.SimpleNamespace(get_encoding=lambda name: {"letters": letters()}[name])
+    monkeypatch.setitem(sys.modules, "tiktoken", fake)
+    counter._begun = True  # no thread in this test
+    assert counter("abcdefgh") == 2
+    counter.load()
+    assert counter("abcdefgh") == 8
+
+
+def test_an_encoding_that_cannot_be_had_leaves_the_estimate(monkeypatch):
+    def fetch(name):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=fetch))
+    counter = _Counter("cl100k_base")
+    counter._begun = True
+    counter.load()
+    assert counter("abcdefgh") == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "completion"),
+    [
+        ({"max_tokens": 100}, 100),
+        ({"max_completion_tokens": 50, "n": 4}, 200),
+        ({"max_output_tokens": 30}, 30),
+        ({"max_tokens": 10, "n": 2, "best_of": 5}, 50),
+    ],
+)
+def test_what_is_to_come_is_what_the_request_allows(body, completion):
+    assert Estimator(None).estimate({"prompt": "x", **body}).completion == completion
+
+
+def test_without_a_limit_experience_tells_what_is_to_come():
+    estimator = Estimator(None)
+    body = {"model": "m", "prompt": "x"}
+    assert estimator.estimate(body).completion == 256
+    for _ in range(100):
+        estimator.learn(estimator.estimate(body), 1, 40)
+    assert 40 <= estimator.estimate(body).completion <= 45
+    assert estimator.estimate({**body, "n": 3}).completion == pytest.approx(
+        3 * estimator.estimate(body).completion
+    )
+    assert estimator.estimate({"model": "other", "prompt": "x"}).completion == 256
+
+
+def test_prompts_are_put_right_by_their_usage():
+    estimator = Estimator(None)
+    body = {"model": "m", "prompt": TEXT}
+    first = estimator.estimate(body).prompt
+    for _ in range(100):
+        estimator.learn(estimator.estimate(body), int(first * 1.5), None)
+    assert estimator.estimate(body).prompt == pytest.approx(first * 1.5, rel=0.02)
+
+
+def test_pictures_are_not_counted_by_the_letters_of_their_encoding():
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, picture]}]}
+    assert Estimator(None).estimate(body).prompt < 2000
+
+
+def test_prompts_of_token_numbers_are_counted():
+    assert Estimator(None).estimate({"prompt": [1, 2, 3]}).prompt == 3
+    assert Estimator(None).estimate({"input": [[1, 2], [3]]}, 0).total == 3
