@@ -3,8 +3,9 @@
     nox                        everything below
     nox -s sdks                the clients' tests on each set of SDKs
     nox -s "frameworks(dspy)"  the tests of one framework on our clients; `nox -l` lists them all
+    nox -s types               what pyright makes of code on our clients (mypy reads it with the package)
 
-Each is an environment of its own because they do not go together: litellm, under DSPy, wants openai 2.
+Each has an environment of its own because they do not go together: litellm, under DSPy, wants openai 2.
 uv makes the environments, a few seconds each; its index and certificates are those that pip was told.
 """
 
@@ -56,3 +57,10 @@ def frameworks(session: nox.Session, framework: str) -> None:
     session.install("-e", ".[test]", FRAMEWORKS[framework])
     tests = f"tests/integration/frameworks/test_{framework}.py"
     session.run("pytest", "-q", "-W", "default", tests, *session.posargs)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Let pyright read code that uses the clients in place of the SDKs'."""
+    session.install("-e", ".[anthropic]", "pyright")
+    session.run("pyright", "tests/typing")
