@@ -150,6 +150,8 @@ class Occurrences:
         self._told = False
         self._fresh_ids = 0
         self._warned: set[str] = set()
+        self.replaying = threading.Lock()
+        """Held by threads that replay at once, while they take what lives in memory."""
         self.used: set[tuple[str, str]] = _Recent()
         """Shared draws whose use by a namespace is on record: those used last."""
 

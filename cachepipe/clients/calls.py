@@ -23,7 +23,8 @@ from cachepipe.clients.portal import portal
 from cachepipe.clients.seam import Arrived
 from cachepipe.clients.tape import SyncTape
 
-_STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
+STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
+"""How JSON values are told from others: those have no JSON by this."""
 
 receiving: contextvars.ContextVar[Any] = contextvars.ContextVar("cachepipe_receiving", default=None)
 """The client whose response is to be handed over as it arrives, before the SDK makes anything of it."""
@@ -53,7 +54,7 @@ def body_of(options: Any) -> dict[str, Any] | None:
             return None
         body = {**body, **extra}
     try:
-        orjson.dumps(body, option=_STRICT)
+        orjson.dumps(body, option=STRICT)
     except TypeError:
         body = plain(body)
     return dict(body)
@@ -95,7 +96,7 @@ class Call(Exchange):
         self.cast_to = cast_to
         self.options = options
         self.stream_cls = stream_cls
-        self.url = seam.url_of(client, options)
+        self.url = seam.url_of(client, options, body)
         self.context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
         self.receive = client._receive  # noqa: SLF001 - its other half

@@ -27,7 +27,7 @@ from cachepipe.clients.tape import AsyncTape, Tape
 from cachepipe.errors import CacheMiss, CachepipeError, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.keys import Question
-from cachepipe.ledger import SHARED, Draw, label
+from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stores import open_store
@@ -334,7 +334,15 @@ class Exchange:
     # Hits.
 
     def known(self) -> Answer | None:
-        """Return the answer when the ledger and the store have it all; nothing is written."""
+        """Return the answer when the ledger and the store have it all; nothing is written.
+
+        It may be called from any thread.
+
+        Raises:
+            CacheMiss: in replay mode, where there is no other answer than a known one.
+        """
+        if self.mode == "replay":
+            return self._replayed()
         store = self.surface.backing.store
         if self.mode != "read-write" or store.read_only:
             return None
@@ -362,6 +370,36 @@ class Exchange:
                     occurrences.give_back(draw)
         for draw in taken:
             occurrences.count(draw, fresh_id=False)
+        return self._granted(grants)
+
+    def _replayed(self) -> Answer:
+        """Return the answer when all of it is stored, claimed in memory only; see `known`."""
+        store = self.surface.backing.store
+        occurrences = runs.current(store.identity)
+        user = label(self.namespace)
+        done: list[tuple[Draw, Runs, Grant | None]] = []
+        grants: list[Grant] = []
+        with occurrences.replaying:
+            for ask, question in zip(self.asks, self.questions, strict=True):
+                if question.function or self.surface.repeat == "same":
+                    identity, taken = Draw(SHARED, question.key, "", 0), Runs()
+                else:
+                    place = (user, question.key, self.request_id or "")
+                    identity = Draw(*place, occurrences.take(place))
+                    taken = occurrences.taken(user, question.key)
+                grant = None
+                try:
+                    grant = store.replay(identity, ask.n, taken)
+                finally:
+                    done.append((identity, taken, grant))
+                    if grant is None:
+                        _unclaim(done, occurrences)
+                if grant is None:
+                    raise CacheMiss(question.key, self.namespace, self.body)
+                grants.append(grant)
+        return self._granted(grants)
+
+    def _granted(self, grants: Sequence[Grant]) -> Answer:
         responses = [_cached(question, grant) for question, grant in zip(self.questions, grants, strict=True)]
         self.record.responses = responses
         return self._made([sample for response in responses for sample in response.data])
@@ -381,11 +419,7 @@ class Exchange:
     # Draws.
 
     async def drawn(self) -> Answer:
-        """Return the answer when the samples are drawn, or the stream that will bring them.
-
-        Raises:
-            CacheMiss: in replay mode.
-        """
+        """Return the answer when the samples are drawn, or the stream that will bring them."""
         cacher = self.surface.cacher(self.mode)
         loop = asyncio.get_running_loop()
         whose = {"request_id": self.request_id, "namespace": self.namespace}
@@ -409,8 +443,6 @@ class Exchange:
                 raise
             arrived = self.brought[-1][0]
             return Answer(arrived.content, arrived, kept=False)
-        except CacheMiss as miss:
-            raise CacheMiss(miss.key, miss.namespace, self.body, miss.why) from None
         return self._delivered(responses)
 
     async def _several(
@@ -614,6 +646,15 @@ def _cached(question: Question, grant: Grant) -> Response:
     response.indices = tuple(grant.indices)
     response.key = question.key
     return response
+
+
+def _unclaim(done: Sequence[tuple[Draw, Runs, Grant | None]], occurrences: runs.Occurrences) -> None:
+    """Give back what was claimed in memory for a request that cannot be answered."""
+    for draw, taken, grant in done:
+        if draw.namespace != SHARED:
+            occurrences.give_back(draw)
+        for index in () if grant is None else grant.indices:
+            taken.remove(index)
 
 
 def id_header(api: wire.Api) -> str:

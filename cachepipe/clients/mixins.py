@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 from cachepipe import context
-from cachepipe.clients import info, seam
+from cachepipe.clients import info, quick, seam
 from cachepipe.clients.calls import Call, SyncCall, body_of, receiving
-from cachepipe.clients.exchange import Surface
+from cachepipe.clients.exchange import Answer, Surface
 from cachepipe.clients.portal import in_portal, portal
 from cachepipe.clients.seam import Arrived
 from cachepipe.flow.flow import Flow
@@ -44,7 +44,6 @@ class _Cached:
         twin: Self = client.copy(cache=self._cachepipe.named(namespace))
         return twin
 
-
     def _limiting(self, options: Any) -> Flow | None:
         """Return what limits a call that is not cached, if it is one that may generate something."""
         return self._cachepipe.flow if options.method.lower() == "post" else None
@@ -65,6 +64,9 @@ class AsyncCached(_Cached):
     ) -> Any:
         """Return what the SDK makes of the answer, from the cache or not."""
         sdk: Any = super()
+        taught = quick.lesson.get()
+        if taught is not None:
+            taught.learn(cast_to, options, stream=stream)
         call = Call.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
         if call is None:
             token = receiving.set(None)
@@ -75,15 +77,18 @@ class AsyncCached(_Cached):
         answer = call.known()
         if answer is None:
             answer = await call.drawn()
+        return await self._processed(call, answer)
+
+    async def _processed(self, call: Call, answer: Answer) -> Any:
+        """Return what the SDK makes of an answer."""
+        sdk: Any = super()
         arrived = call.arrived(answer)
         result = await sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
         if call.kept:
             info.note(result, call.record)
         return result
 
-    async def _uncached(
-        self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any
-    ) -> Any:
+    async def _uncached(self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any) -> Any:
         """Make a call that has nothing to do with the cache; if it generates, by the service's limits."""
         flow = self._limiting(options)
         if flow is None:
@@ -141,6 +146,9 @@ class SyncCached(_Cached):
     def request(self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None) -> Any:
         """Return what the SDK makes of the answer, from the cache or not."""
         sdk: Any = super()
+        taught = quick.lesson.get()
+        if taught is not None:
+            taught.learn(cast_to, options, stream=stream)
         call = SyncCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
         if call is None:
             token = receiving.set(None)
@@ -151,6 +159,11 @@ class SyncCached(_Cached):
         answer = call.known()
         if answer is None:
             answer = call.wait()
+        return self._processed(call, answer)
+
+    def _processed(self, call: Call, answer: Answer) -> Any:
+        """Return what the SDK makes of an answer."""
+        sdk: Any = super()
         arrived = call.arrived(answer)
         result = sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
         if call.kept:
@@ -268,6 +281,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     }
     _sign(copy, sdk.copy, own, kind)
     kind.copy = kind.with_options = copy
+    quick.equip(kind, sdk)
 
 
 def _sign(made: Callable[..., Any], like: Callable[..., Any], own: Mapping[str, Any], kind: type) -> None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import importlib
+import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
@@ -30,6 +32,9 @@ RAW = "x-stainless-raw-response"
 """The header by which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
 _BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
 """The endpoints that Azure has once per deployment, which is named by ``model``."""
+_ABSENT = frozenset({"NotGiven", "Omit"})
+"""The classes of the values by which the SDKs say that there is none."""
+_EXTRAS = frozenset({"extra_headers", "extra_query", "extra_body"})
 _OWN = frozenset({RAW, "x-stainless-helper-method", "x-stainless-stream-helper"})
 
 
@@ -54,6 +59,7 @@ def library_of(client: Any) -> Any:
     return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
 
 
+@functools.lru_cache(maxsize=256)
 def package_of(kind: Any) -> str:
     """Return the name of the SDK that a class is from, or an empty string."""
     roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
@@ -247,6 +253,53 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
     return made
 
 
+def is_own(function: Any, kind: Any) -> bool:
+    """Tell whether a method is the SDK's own, with nothing that somebody has put in front of it."""
+    code = getattr(function, "__code__", None)
+    package = sys.modules.get(package_of(kind))
+    return (
+        code is not None
+        and package is not None
+        and Path(package.__file__).parent in Path(code.co_filename).parents
+    )
+
+
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a resource without those that stand for "not given"."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if type(value).__name__ not in _ABSENT and not (value is None and name in _EXTRAS)
+    }
+
+
+def client_of(resource: Any) -> Any:
+    """Return the client that a resource is of."""
+    return resource._client  # noqa: SLF001 - this is the place
+
+
+def is_strict(client: Any) -> bool:
+    """Tell whether a client is to refuse answers that its models do not fit."""
+    strict: bool = client._strict_response_validation  # noqa: SLF001 - this is the place
+    return strict
+
+
+def validated(cast_to: Any, content: bytes, options: Any, made_by: str | None) -> Any:
+    """Return the model that the SDK would make of an answer, or None where that takes the SDK itself.
+
+    The SDK constructs without looking; an answer that fits its model strictly gives the same object.
+    """
+    if _is_given(getattr(options, "post_parser", None)):
+        return None
+    try:
+        made = cast_to.model_validate_json(content, strict=True)
+    except (AttributeError, ValueError):
+        return None
+    if package_of(cast_to) == "openai":
+        made._request_id = made_by  # noqa: SLF001 - this is the place
+    return made
+
+
 def unread(client: Any, response: Any) -> bool:
     """Tell whether the body of a response is still to be read."""
     library = library_of(client)
@@ -257,12 +310,12 @@ def unread(client: Any, response: Any) -> bool:
     return False
 
 
-def url_of(client: Any, options: Any) -> str:
-    """Return the full URL of a call, with the query that it is sent with."""
+def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
+    """Return the full URL of a call with this body, with the query that it is sent with."""
     path = str(options.url)
     base = str(client.base_url).rstrip("/")
     if path in _BY_DEPLOYMENT and "/deployments" not in base and _is_azure(client):
-        path = f"/deployments/{(options.json_data or {}).get('model')}{path}"
+        path = f"/deployments/{body.get('model')}{path}"
     url = path if "://" in path else f"{base}/{path.lstrip('/')}"
     query = {**client.default_query, **(options.params or {})}
     query = {name: value for name, value in query.items() if _is_given(value)}
@@ -278,4 +331,4 @@ def _is_azure(client: Any) -> bool:
 
 def _is_given(value: Any) -> bool:
     """Tell whether a value is none of those by which the SDKs say that there is none."""
-    return value is not None and type(value).__name__ not in ("NotGiven", "Omit")
+    return value is not None and type(value).__name__ not in _ABSENT

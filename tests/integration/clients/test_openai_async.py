@@ -610,9 +610,7 @@ async def test_c8_an_answer_that_used_tokens_and_holds_no_choice_is_asked_for_ag
 async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_a_leaving_reader():
     chunk = {**EMPTY, "object": "chat.completion.chunk"}
     chunk["choices"] = [{"index": 0, "delta": {"content": "hello"}, "finish_reason": None}]
-    over = asyncio.Event()
-
-    async def body(*, stall):
+    async def body(over, *, stall):
         yield b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
         try:
             if stall:
@@ -621,9 +619,10 @@ async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_
             over.set()
 
     for stall in (False, True):
+        over = asyncio.Event()
         library = library_of(openai.AsyncOpenAI(api_key=KEY))
         upstream = library.Response(
-            200, content=body(stall=stall), headers={"content-type": "text/event-stream"}
+            200, content=body(over, stall=stall), headers={"content-type": "text/event-stream"}
         )
         http, _ = answering(upstream)
         async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
@@ -632,5 +631,6 @@ async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_
                 break
             await stream.close()
             await over.wait()
-            await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0)
             assert upstream.is_closed

@@ -94,7 +94,7 @@ def test_azures_deployments_are_part_of_the_scope(kind):
         method="post", url="/chat/completions", json_data={"model": "m", "messages": HELLO}
     )
     assert isinstance(client, kind.__mro__[2])
-    assert seam.url_of(client, options) == str(client._build_request(options.model_copy()).url)
+    assert seam.url_of(client, options, options.json_data) == str(client._build_request(options.model_copy()).url)
     assert client.copy(namespace="b")._cachepipe.namespace == "b"
     assert "azure_ad_token" in typing.get_type_hints(kind.copy)
 

@@ -1,0 +1,248 @@
+"""The fast path: plain calls of a resource's ``create`` are answered without the SDK's preparations.
+
+Three quarters of a ``create()`` go into the transformation of its parameters, and most of the rest into a
+response object that nobody looks at. Of a call with nothing but JSON values the transformed body equals
+the arguments. So the first call with certain parameters goes the SDK's own way, and what that has made of
+them (the options of the request, the order of the body's fields) is learned as a `Shape`; later calls
+with the same parameters use it. Everything else goes the SDK's own way always.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from cachepipe import context, wire
+from cachepipe.clients import info, seam
+from cachepipe.clients.calls import STRICT, Call, SyncCall
+from cachepipe.clients.exchange import Answer
+
+_MOST_SHAPES = 256
+_RESOURCES: Final = (("chat", "completions"), ("embeddings",))
+"""Where the resources are whose ``create`` is quickened."""
+
+
+class Shape(NamedTuple):
+    """What the SDK makes of a call with certain parameters.
+
+    Attributes:
+        options: its description of the request, without a body.
+        cast_to: what it makes of the answer.
+        api: what API the request goes to.
+        names: the fields of the body in order.
+        added: the fields that it adds to the arguments.
+    """
+
+    options: Any
+    cast_to: Any
+    api: wire.Api
+    names: tuple[str, ...]
+    added: Mapping[str, Any]
+
+
+class Lesson:
+    """A call that goes the SDK's own way, from which a shape may be learned."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+        self.shape: Shape | None = None
+
+    def learn(self, cast_to: Any, options: Any, *, stream: bool) -> None:
+        """Learn what the SDK has made of the arguments, if they are recognisably in it."""
+        api = wire.api_for(options.method, str(options.url))
+        body = options.json_data
+        if api is None or stream or not seam.is_plain(options) or not isinstance(body, Mapping):
+            return
+        if options.extra_json is not None or getattr(options, "content", None) is not None or options.files:
+            return
+        if "encoding_format" in self.arguments or not _is_json(self.arguments):
+            return  # the parser of embeddings knows the format
+        added = {name: value for name, value in body.items() if name not in self.arguments}
+        if len(body) - len(added) != len(self.arguments) or any(
+            body[name] != value for name, value in self.arguments.items()
+        ):
+            return
+        self.shape = Shape(seam.with_body(options, {}), cast_to, api, tuple(body), added)
+
+
+lesson: contextvars.ContextVar[Lesson | None] = contextvars.ContextVar("cachepipe_lesson", default=None)
+"""The lesson that the call being made is part of."""
+
+
+def quicken(resource: Any, names: tuple[str, ...]) -> Any:
+    """Return a resource of a client whose ``create``, there or below, takes the fast path."""
+    last = resource
+    for name in names:
+        last = getattr(last, name, None)
+    kind: Any = type(last)
+    if seam.is_own(getattr(kind, "create", None), kind):
+        last.__class__ = _quick_class(kind)
+    return resource
+
+
+@functools.lru_cache(maxsize=64)
+def _quick_class(kind: Any) -> Any:
+    """Return a subclass of a resource's class whose ``create`` takes the fast path."""
+    own = kind.create
+    make = _async_create if inspect.iscoroutinefunction(inspect.unwrap(own)) else _sync_create
+    create = functools.wraps(own)(make(kind, own))
+    about = {"create": create, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), {**about, "__qualname__": kind.__qualname__})
+
+
+def _async_create(kind: Any, own: Any) -> Callable[..., Any]:
+    shapes: dict[tuple[str, ...], Shape] = {}
+
+    async def create(self: Any, **arguments: Any) -> Any:
+        if kind.create is not own:  # somebody has put something in front of it since
+            return await kind.create(self, **arguments)
+        given = seam.given(arguments)
+        shape = shapes.get(tuple(given))
+        if shape is None:
+            taught = Lesson(given)
+            token = lesson.set(taught)
+            try:
+                return await own(self, **arguments)
+            finally:
+                lesson.reset(token)
+                _note_shape(shapes, taught)
+        call = _call(Call, seam.client_of(self), shape, given)
+        if call is None:
+            return await own(self, **arguments)
+        answer = call.known()
+        if answer is None:
+            answer = await call.drawn()
+        made = _built(call, answer)
+        if made is None:
+            made = await call.client._processed(call, answer)  # noqa: SLF001 - it is ours
+        return made
+
+    return create
+
+
+def _sync_create(kind: Any, own: Any) -> Callable[..., Any]:
+    shapes: dict[tuple[str, ...], Shape] = {}
+
+    def create(self: Any, **arguments: Any) -> Any:
+        if kind.create is not own:
+            return kind.create(self, **arguments)
+        given = seam.given(arguments)
+        shape = shapes.get(tuple(given))
+        if shape is None:
+            taught = Lesson(given)
+            token = lesson.set(taught)
+            try:
+                return own(self, **arguments)
+            finally:
+                lesson.reset(token)
+                _note_shape(shapes, taught)
+        call = _call(SyncCall, seam.client_of(self), shape, given)
+        if call is None:
+            return own(self, **arguments)
+        answer = call.known()
+        if answer is None:
+            answer = call.wait()
+        made = _built(call, answer)
+        if made is None:
+            made = call.client._processed(call, answer)  # noqa: SLF001 - it is ours
+        return made
+
+    return create
+
+
+def _note_shape(shapes: dict[tuple[str, ...], Shape], taught: Lesson) -> None:
+    if taught.shape is not None and len(shapes) < _MOST_SHAPES:
+        shapes[tuple(taught.arguments)] = taught.shape
+
+
+def _call(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
+    """Return the call that these arguments make, or None if they are for the SDK."""
+    surface = client._cachepipe  # noqa: SLF001 - it is ours
+    using = context.current()
+    mode = surface.mode if isinstance(using.mode, context.Inherited) else using.mode
+    if mode == "bypass" or surface.backing.closed or seam.is_strict(client):
+        return None
+    if not _is_json(given) or not _is_usual(kind_of(client)) or "request" in vars(client):
+        return None
+    added = shape.added
+    body = {name: given[name] if name in given else added[name] for name in shape.names}
+    try:
+        asks = shape.api.split(body)
+    except wire.BadRequest:
+        return None
+    if any(not ask.cacheable or ask.stream for ask in asks):
+        return None
+    return kind(
+        client,
+        surface,
+        shape.cast_to,
+        shape.options,
+        stream=False,
+        stream_cls=None,
+        api=shape.api,
+        body=body,
+        asks=asks,
+        mode=mode,
+        using=using,
+    )
+
+
+def kind_of(client: Any) -> Any:
+    """Return the class of a client."""
+    return type(client)
+
+
+def _is_json(value: Any) -> bool:
+    """Tell whether a value is made of nothing but what JSON has."""
+    try:
+        orjson.dumps(value, option=STRICT)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=64)
+def _is_usual(kind: Any) -> bool:
+    """Tell whether a class of clients makes its calls as ours do: a subclass of it may not."""
+    return all(
+        getattr(kind, name).__module__ == "cachepipe.clients.mixins"
+        for name in ("request", "_process_response")
+    )
+
+
+def _built(call: Call, answer: Answer) -> Any:
+    """Return the SDK's object for an answer, or None where only the SDK itself can make it."""
+    if answer.arrived is not None or type(answer.content) is not bytes:
+        return None
+    made = seam.validated(call.cast_to, answer.content, call.options, answer.made_by)
+    if made is not None:
+        info.note(made, call.record)
+    return made
+
+
+def property_of(sdk: Any, name: str, names: tuple[str, ...]) -> Any:
+    """Return a cached property like one of an SDK's client, whose resource is quickened; None without one."""
+    own = inspect.getattr_static(sdk, name, None)
+    if not isinstance(own, functools.cached_property):
+        return None
+    make: Any = own.func
+
+    def get(self: Any) -> Any:
+        return quicken(make(self), names)
+
+    get.__doc__ = own.__doc__
+    return functools.cached_property(get)
+
+
+def equip(kind: Any, sdk: Any) -> None:
+    """Give a class of clients resources whose ``create`` takes the fast path."""
+    for name, *rest in _RESOURCES:
+        made = property_of(sdk, name, tuple(rest))
+        if made is not None:
+            made.__set_name__(kind, name)
+            setattr(kind, name, made)
