@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,9 +44,10 @@ class Tool:
         try:
             # A stand-in with the same parameters: so what a call raises is never taken for a wrong argument.
             given: Any = functools.wraps(function)(lambda *args, **named: (args, named))
+            given.__annotations__ = typing.get_type_hints(function, include_extras=True)
             self._adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(given)
             self.parameters = self._adapter.json_schema()
-        except pydantic.errors.PydanticUserError as error:
+        except (pydantic.errors.PydanticUserError, NameError) as error:
             raise TypeError(f"the parameters of the tool {name} have no JSON schema: {error}") from error
         if self.parameters.get("type") != "object":
             raise TypeError(

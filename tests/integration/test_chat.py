@@ -282,6 +282,21 @@ def test_what_is_no_tool_is_refused(wrong, error, told):
         tools.as_tools(wrong)
 
 
+def test_annotations_may_be_strings_of_a_module_that_cannot_be_imported():
+    """As in a notebook, or in code that is executed; this file's own are strings too."""
+    names = {"__name__": "nowhere"}
+    code = (
+        "from typing import Annotated as A\nclass C:\n  pass\ndef count(size: 'A[int, 7]' = 1): return size"
+    )
+    exec(code, names)  # noqa: S102
+    tool = tools.Tool(names["count"])
+    assert tool.parameters["properties"]["size"]["type"] == "integer"
+    assert tool.given('{"size": "3"}')() == 3
+    exec("def lost(size: 'Missing'): return size", names)  # noqa: S102
+    with pytest.raises(TypeError, match=r"the tool lost have no JSON schema: .*Missing"):
+        tools.Tool(names["lost"])
+
+
 def test_parameters_that_cannot_be_given_by_name_are_refused():
     def first(a, /):
         return a
