@@ -140,11 +140,7 @@ class Access:
 
     def _take_client(self) -> None:
         self._is_async = inspect.iscoroutinefunction(getattr(type(self.client), "request", None))
-        if not hasattr(getattr(self.client, "chat", None), "completions"):
-            raise TypeError(
-                f"client= takes a client of the openai or together package, or one of cachepipe.clients; "
-                f"got {self.client!r:.200}"
-            )
+        _check_completes(self.client, "client= takes a client of openai, together or cachepipe.clients")
         cached = isinstance(self.client, AsyncCached | SyncCached)
         if cached:
             if self._cache is not None:
@@ -185,6 +181,7 @@ class Access:
             ours: dict[str, Any] = {"cache": cache, "mode": mode, "repeat": self.repeat or "fresh"}
             if self.service is not None:
                 client = self.service.client(**ours)
+                _check_completes(client, "service= takes a service of chat completions")
             else:
                 from cachepipe.clients.openai import AsyncOpenAI  # noqa: PLC0415 - now it is needed
 
@@ -209,6 +206,9 @@ class Access:
     async def ask(self, body: Mapping[str, Any], request_id: str | Inherited | None = INHERITED) -> Any:
         """Return what the client makes of the answer to a chat request."""
         client = self._opened = await self.opened()
+        if "logprobs" in body and _is_of("together", client):  # it takes one number for both
+            body = {**body, "logprobs": body.get("top_logprobs") or 1}
+            del body["top_logprobs"]
         with self.using(request_id):
             if self.client is None or self._is_async:
                 return await client.chat.completions.create(**body)
@@ -242,11 +242,23 @@ class Access:
         return wait_on_portal(work())
 
 
+def _check_completes(client: Any, told: str) -> None:
+    """Refuse a client that has no chat completions."""
+    if not hasattr(getattr(client, "chat", None), "completions"):
+        raise TypeError(f"{told}, with chat.completions; got {client!r:.200}")
+
+
+def _is_of(sdk: str, client: Any) -> bool:
+    """Tell whether a client is one of an SDK's."""
+    return any(kind.__module__.partition(".")[0] == sdk for kind in type(client).__mro__)
+
+
 def model_of(access: Access, model: str | None) -> str:
     """Return the model to ask."""
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model= is the name of a model; got {model!r:.100}")
-    return model or access.found("CACHEPIPE_MODEL") or DEFAULT_MODEL
+    own: str | None = getattr(access.service, "model", None)
+    return model or own or access.found("CACHEPIPE_MODEL") or DEFAULT_MODEL
 
 
 # The portal.

@@ -280,9 +280,6 @@ class Plan:
             return {}
         if wanted is False:
             raise ValueError("top_log_probs= needs log_probs=True; got log_probs=False")
-        client = self.access.client
-        if any(kind.__module__.partition(".")[0] == "together" for kind in type(client).__mro__):
-            return {"logprobs": top or 1}  # Together's form: a number of alternatives
         return {"logprobs": True} if top is None else {"logprobs": True, "top_logprobs": top}
 
     async def complete(

@@ -39,6 +39,7 @@ from cachepipe import (
     terminal,
 )
 from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
+from cachepipe.services import Service
 from cachepipe.talk import access
 from cachepipe.talk.access import Access, close_clients, wait_on_portal
 from cachepipe.testing import MockServer, MockSettings
@@ -339,12 +340,35 @@ class Double:
         return AsyncOpenAI(**self.options, **options)
 
 
-async def test_a_service_gives_the_client(server, tmp_path):
+async def test_a_service_gives_one_client_for_each_cache(server, tmp_path):
     service = Double(base_url=server.base_url, api_key="made-up")
     for _ in range(2):
         await generate_text_completion(FRANCE, service=service, cache=tmp_path)
     assert service.made == [{"cache": str(tmp_path), "mode": "read-write", "repeat": "fresh"}]
     assert server.stats.requests == 2
+
+
+async def test_a_service_limits_what_is_asked_and_names_the_model(server):
+    service = Service(
+        server.base_url, api_key="made-up", model="ngram-1", max_concurrency=2, max_requests=None
+    )
+    prompts = [f"Question {place}?" for place in range(6)]
+    server.settings = MockSettings(seed=1, latency=0.01)
+    first = await generate_text_completions(prompts, service=service, n_parallel=6, show_progress=False)
+    assert server.stats.max_in_flight <= 2
+    assert {completion.model for completion in first} == {"ngram-1"}
+    with cachepipe.run():
+        again = generate_text_completions_sync(prompts, service=service, show_progress=False)
+    assert texts(again) == texts(first)
+    assert server.stats.requests == 6
+
+
+async def test_a_service_of_another_kind_is_used_in_its_own_way_or_refused(server):
+    service = Service(server.base_url, api_key="x", sdk="together")
+    completion = await generate_text_completion(FRANCE, service=service, model="m", top_log_probs=2)
+    assert len(completion.token_log_probs) > 1
+    with pytest.raises(TypeError, match=r"a service of chat completions, with chat\.completions; got"):
+        await generate_text_completion(FRANCE, service=Service(server.base_url, api_key="x", sdk="anthropic"))
 
 
 async def test_an_asynchronous_client_is_not_for_functions_that_wait(server):
