@@ -29,6 +29,8 @@ class Entry(NamedTuple):
 
 COMMANDS: Final[dict[str, Entry]] = {
     "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache where it can."),
+    "serve": Entry("cachepipe.cli.serve:serve", "Serve an API that answers from the cache, for any tool."),
+    "new-run": Entry("cachepipe.cli.serve:new_run", "Let a proxy count equal requests from the front again."),
     "demo": Entry("cachepipe.cli.demo:demo", "See what a cache saves; needs no key and no network."),
     "stats": Entry("cachepipe.cli.inspect:stats", "Count what is cached, and what each namespace saved."),
     "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),

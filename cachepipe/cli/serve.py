@@ -1,0 +1,198 @@
+"""The commands `serve`, which runs the proxy, and `new-run`, which lets one count from the front again."""
+
+from __future__ import annotations
+
+import http.client
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import click
+import orjson
+
+from cachepipe.cli.common import cache_option, json_option, json_text, visible
+from cachepipe.cli.group import Failure
+
+if TYPE_CHECKING:
+    from cachepipe.proxy.settings import Settings
+
+_MIB: Final = 1 << 20
+_SECONDS: Final = 30.0
+
+_EPILOG: Final = """\b
+Clients take one of these as their base URL:
+  http://127.0.0.1:8080/v1              in the namespace of --namespace
+  http://127.0.0.1:8080/ns/NAME/v1      in the namespace NAME
+  http://127.0.0.1:8080/ns/NAME@RUN/v1  there, counted afresh for each new label RUN
+  http://127.0.0.1:8080/up/OTHER/v1     to the upstream OTHER
+Anthropic's take the same without /v1. What is going on: /cachepipe, /metrics.
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.option(
+    "--upstream",
+    "upstreams",
+    metavar="[NAME=]URL",
+    multiple=True,
+    help="The base URL of a provider, such as https://api.openai.com/v1. May be repeated, with names; the "
+    "first is asked where a path names none.",
+)
+@cache_option
+@click.option("--config", type=click.Path(dir_okay=False), help="A TOML file; options go before it.")
+@click.option("--host", help="The address to listen on; by default 127.0.0.1, this machine only.")
+@click.option("--port", type=click.IntRange(0, 65535), help="The port, 0 for any; by default 8080.")
+@click.option("--replay", is_flag=True, help="Answer from the cache only: needs no key and no network.")
+@click.option(
+    "--api-key-env",
+    metavar="NAME",
+    help="The variable that holds the first upstream's key; clients need none.",
+)
+@click.option("--token-env", metavar="NAME", help="The variable that holds the token clients must show.")
+@click.option("--namespace", help="The namespace of requests that name none.")
+@click.option(
+    "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further name that clients call this by."
+)
+@click.option("--max-body", type=click.IntRange(min=1), help="MiB of a request that can be cached; 128.")
+@click.option("--max-connections", type=click.IntRange(min=1), help="Connections at once; 2000.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for upstream; 600."
+)
+@click.option(
+    "--log",
+    type=click.Choice(["all", "calls", "errors", "off"]),
+    help="Requests to log, as JSON lines: by default those that were no hits.",
+)
+@json_option('once it listens, an object with "url" and "base_url"')
+def serve(
+    *,
+    upstreams: tuple[str, ...],
+    cache: str | None,
+    config: str | None,
+    replay: bool,
+    api_key_env: str | None,
+    token_env: str | None,
+    hosts: tuple[str, ...],
+    max_body: int | None,
+    as_json: bool,
+    **others: Any,
+) -> None:
+    """Serve an OpenAI-compatible API that answers from the cache, and asks the provider for the rest.
+
+    A tool in any language uses it by its base URL. Its own key goes upstream with what the cache lacks,
+    and is never stored. Stop it with Ctrl-C: what is in flight is finished first.
+    """
+    try:
+        from cachepipe.proxy import server, settings  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise Failure(f"serving needs more packages: pip install 'cachepipe[proxy]' ({error})") from error
+
+    chosen = settings.from_file(config) if config else settings.Settings()
+    key = settings.secret(api_key_env) if api_key_env else None
+    made = []
+    for place, text in enumerate(upstreams):
+        name, url = settings.named(text)
+        name = name or ("upstream" if place == 0 else f"upstream-{place + 1}")
+        made.append(settings.Upstream.of(name, url, api_key=key if place == 0 else None))
+    chosen = settings.with_upstreams(chosen, made)
+    if key and not made:
+        if not chosen.upstreams:
+            raise Failure("--api-key-env is the key of an upstream; name one with --upstream or --config")
+        first, *rest = chosen.upstreams
+        chosen = replace(chosen, upstreams=(replace(first, api_key=key), *rest))
+    given = {name: value for name, value in others.items() if value is not None}
+    if max_body is not None:
+        given["max_body"] = max_body * _MIB
+    if token_env:
+        given["token"] = settings.secret(token_env)
+    if hosts:
+        given["hosts"] = (*chosen.hosts, *hosts)
+    if cache is not None:
+        given["cache"] = cache
+    chosen = replace(chosen, replay=replay or chosen.replay, **given)
+    if chosen.replay and not chosen.upstreams:
+        chosen = settings.with_upstreams(chosen, _remembered(chosen))
+    server.serve(chosen, lambda url: _say(url, chosen, as_json=as_json))
+
+
+def _remembered(chosen: Settings) -> list[Any]:
+    """Return the upstreams whose answers a cache holds, so that a replay need not be told of them."""
+    from cachepipe.cli.common import opened  # noqa: PLC0415 - only here
+    from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
+    from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
+
+    bases: dict[tuple[str, str], int] = {}
+    with opened(chosen.cache) as store:
+        for info in store.keys():  # noqa: SIM118 - a store is no mapping
+            url = (info.scope or "").partition("?")[0]
+            api = api_for("POST", url)
+            if api is None or not url.startswith(("http://", "https://")):
+                continue
+            theirs = api is MESSAGES
+            ending = (
+                "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]
+            )
+            place = (url.removesuffix(ending), "anthropic" if theirs else "openai")
+            bases[place] = bases.get(place, 0) + 1
+    if not bases:
+        raise Failure("there is nothing in the cache that could be replayed; see `cachepipe stats`")
+    most = sorted(bases, key=lambda place: -bases[place])
+    return [
+        Upstream.of("upstream" if not number else f"upstream-{number + 1}", base, kind=kind)
+        for number, (base, kind) in enumerate(most)
+    ]
+
+
+def _say(url: str, chosen: Settings, *, as_json: bool) -> None:
+    first = chosen.upstreams[0]
+    base = f"{url}{first.mount}"
+    if as_json:
+        click.echo(json_text({"url": url, "base_url": base}))
+        return
+    how = "replaying what came from" if chosen.replay else "in front of"
+    click.echo(f"Serving {base} {how} {first.url}. Stop with Ctrl-C.")
+    for other in chosen.upstreams[1:]:
+        click.echo(f"  {url}/up/{other.name}{other.mount} {how} {other.url}")
+    if first.kind == "openai":
+        click.echo(f"Use it:  export OPENAI_BASE_URL={base}")
+
+
+@click.command("new-run")
+@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="Where the proxy serves.")
+@click.option("--namespace", help="Only the run of this namespace; by default of all.")
+@click.option("--token-env", metavar="NAME", help="The variable that holds the proxy's token.")
+@json_option("what the proxy answered")
+def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: bool) -> None:
+    """Begin a new run of a proxy: equal requests are counted from the front again, so a rerun replays."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Failure(f"--url is where the proxy serves, such as http://127.0.0.1:8080; got {url!r}")
+    headers = {"content-type": "application/json"}
+    if token_env:
+        token = os.environ.get(token_env, "").strip()
+        if not token:
+            raise Failure(f"the environment variable {token_env} is not set; it holds the proxy's token")
+        headers["x-cachepipe-token"] = token
+    body = orjson.dumps({} if namespace is None else {"namespace": namespace})
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    try:
+        connection = kind(parts.hostname, parts.port, timeout=_SECONDS)
+        connection.request("POST", "/cachepipe/runs", body, headers)
+        answer = connection.getresponse()
+        content = answer.read(65_536)
+        connection.close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Failure(f"no proxy answers at {url}: {error}. Start one: cachepipe serve") from error
+    try:
+        told = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        told = None
+    if answer.status != 201 or not isinstance(told, dict):
+        message = told.get("error", {}).get("message") if isinstance(told, dict) else None
+        raise Failure(f"{url} has begun no run: status {answer.status}{f', {message}' if message else ''}")
+    if as_json:
+        click.echo(json_text(told))
+    else:
+        whose = "all namespaces" if namespace is None else f"namespace {visible(namespace)}"
+        click.echo(f"A new run of {whose} has begun.")

@@ -1,0 +1,93 @@
+"""Who may use a proxy: what calls it by its own name, is no page of another site, and shows the token."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+from contextlib import suppress
+from typing import Final
+from urllib.parse import urlsplit
+
+from cachepipe.proxy.headers import KEYS
+from cachepipe.proxy.settings import Settings, is_loopback
+from cachepipe.proxy.turn import Refused, Turn
+
+_FREE: Final = frozenset({"/healthz", "/readyz"})
+_CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="cachepipe"'), (b"www-authenticate", b"Bearer")]
+
+
+class Access:
+    """Lets requests in.
+
+    Args:
+        settings: the token, and the names of the server.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._names = settings.hosts
+        self._token = None if settings.token is None else settings.token.encode()
+        self._any_name = settings.token is not None or not is_loopback(settings.host)
+
+    def check(self, turn: Turn, path: str) -> None:
+        """Let a request in; a token that it shows as a key is taken from what goes upstream.
+
+        Raises:
+            Refused: when it is not for this server, or shows no token.
+        """
+        if turn.method in ("CONNECT", "TRACE"):
+            raise Refused(405, "bad_method", f"{turn.method} is not served here")
+        if turn.named.get(b"upgrade", b"").strip().lower() == b"websocket":
+            raise Refused(
+                501, "no_websockets", "WebSockets are not passed on; connect to the provider itself"
+            )
+        if not self._any_name:
+            self._check_names(turn)
+        if self._token is not None and path not in _FREE:
+            self._check_token(turn, self._token)
+
+    def _check_names(self, turn: Turn) -> None:
+        """Refuse what a page of another site may have sent by way of a browser on this machine."""
+        host = turn.says(b"host")
+        if host is not None and not self._is_ours(f"//{host}"):
+            raise Refused(
+                403,
+                "bad_host",
+                f"this server is not called {host[:200]!r}; allow that name with --allow-host",
+            )
+        origin = turn.says(b"origin")
+        if origin is not None and not self._is_ours(origin):
+            raise Refused(403, "bad_origin", f"pages of {origin[:200]!r} may not use this server")
+
+    def _is_ours(self, url: str) -> bool:
+        try:
+            name = urlsplit(url).hostname or ""
+        except ValueError:
+            return False
+        return is_loopback(name) or name in self._names
+
+    @staticmethod
+    def _check_token(turn: Turn, token: bytes) -> None:
+        for name in (b"x-cachepipe-token", *KEYS):
+            shown = turn.named.get(name)
+            if shown is not None and hmac.compare_digest(_bare(shown), token):
+                if name in KEYS:
+                    turn.headers = [pair for pair in turn.headers if pair[0] != name]
+                return
+        raise Refused(
+            401,
+            "bad_token",
+            "show the proxy's token: as the API key, or in the header x-cachepipe-token beside the API key",
+            _CHALLENGE,
+        )
+
+
+def _bare(shown: bytes) -> bytes:
+    """Return the secret that a header shows: bare, as a bearer's token or as a password."""
+    scheme, blank, value = shown.strip().partition(b" ")
+    if blank and scheme.lower() == b"bearer":
+        return value.strip()
+    if blank and scheme.lower() == b"basic":
+        with suppress(binascii.Error):
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    return shown.strip()

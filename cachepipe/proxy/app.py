@@ -1,0 +1,715 @@
+"""The proxy as an ASGI application: whom it serves, what each request is, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+from urllib.parse import quote
+
+import cachepipe
+from cachepipe import runs, wire
+from cachepipe.clients.exchange import Answer, Backing, Surface, id_header
+from cachepipe.clients.seam import Source
+from cachepipe.context import Inherited
+from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, StoreError, UnkeyableValue
+from cachepipe.ledger import label
+from cachepipe.proxy import browse, headers, paths
+from cachepipe.proxy.access import Access
+from cachepipe.proxy.bodies import read_object
+from cachepipe.proxy.counters import Counters, Outcome
+from cachepipe.proxy.headers import listed
+from cachepipe.proxy.joins import ServedRun, Ticket
+from cachepipe.proxy.log import Log
+from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.turn import JSON, ClientGone, Receive, Refused, Send, Turn
+from cachepipe.proxy.upstream import Caller, Served, UpstreamRefusal, UpstreamTimeout, UpstreamUnreachable
+from cachepipe.stores import MemoryStore, open_store, switched_off
+from cachepipe.typedefs import MODES, Mode
+
+_EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
+_HIT: Final = (b"cache-status", b"cachepipe; hit")
+_NEVER_AGAIN: Final = (b"x-should-retry", b"false")
+_SURFACES: Final = 1024  # credentials whose calls are kept apart, in memory at once
+_LABELS: Final = 10_000  # labelled runs of a server's life
+_LONGEST_KEY: Final = 1000  # characters of an idempotency key
+_MESSAGES: Final = re.compile(r"/v1/messages(/|$)")
+_OWN: Final = frozenset({"/", "/healthz", "/readyz", "/metrics"})
+
+
+class _Route(NamedTuple):
+    """Where requests with one path go."""
+
+    place: paths.Place
+    upstream: Upstream | None
+    url: str
+    api: wire.Api | None
+
+
+class Proxy:
+    """The application; ``startup``, or the first request, opens its cache and ``shutdown`` closes it.
+
+    Args:
+        settings: how it is set.
+        log: takes what is logged of each request; None for standard error.
+
+    Raises:
+        BadSettings: when it could not work, or would not be safe.
+    """
+
+    def __init__(self, settings: Settings, log: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.settings = settings.checked()
+        self.upstreams = {upstream.name: upstream for upstream in settings.upstreams}
+        self.mode: Mode = "replay" if settings.replay else "bypass" if switched_off() else "read-write"
+        self.log = Log(settings.log, log)
+        self.ready = False
+        self._open = False
+        self._default = ServedRun()
+        self._named: dict[str | None, ServedRun] = {}
+        self._labelled: dict[tuple[str | None, str], ServedRun] = {}
+        self._serving: dict[tuple[str, str], int] = {}
+        self._surfaces: OrderedDict[bytes, Surface] = OrderedDict()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._route = functools.lru_cache(4096)(self._routed)
+        self._first = settings.upstreams[0]
+        self._anthropic = next((each for each in settings.upstreams if each.kind == "anthropic"), None)
+        self._access = Access(settings)
+
+    def __repr__(self) -> str:
+        return f"<Proxy {', '.join(self.upstreams)}{' replay' if self.settings.replay else ''}>"
+
+    # Life.
+
+    async def startup(self) -> None:
+        """Open the cache.
+
+        Raises:
+            StoreError: when that fails.
+        """
+        if self._open:
+            return
+        settings = self.settings
+        if self.mode == "bypass":
+            self.store, self._owned = open_store(MemoryStore())
+        else:
+            self.store, self._owned = open_store(
+                settings.cache, durability=settings.durability, read_only=True if settings.replay else None
+            )
+        self._open = True
+        self.surface = Surface.of(self.store, settings.namespace, self.mode, None, settings.repeat)
+        self.backing: Backing = self.surface.backing
+        self.caller = Caller(settings)
+        self.counters = Counters(self.caller)
+        self.ready = True
+
+    async def shutdown(self) -> None:
+        """Finish and store what is in flight, as long as ``shutdown_timeout`` allows, and close the cache."""
+        if not self._open:
+            return
+        self._open = self.ready = False
+        try:
+            async with asyncio.timeout(self.settings.shutdown_timeout):
+                await self.backing.close()
+                while self._background:
+                    await asyncio.wait(self._background)
+        except TimeoutError:
+            for task in list(self._background):
+                task.cancel()
+        await self.caller.close()
+        if self._owned:
+            await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+        self.log.flush()
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one request, or the server's own start and end."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        if not self._open:
+            await self.startup()
+        turn = Turn(scope, receive, send, self.settings.client_timeout)
+        self.counters.in_flight += 1
+        try:
+            await self._serve(turn)
+        finally:
+            self.counters.in_flight -= 1
+            turn.close()
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    await self.startup()
+                except CachepipeError as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.shutdown()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    # One request.
+
+    async def _serve(self, turn: Turn) -> None:
+        outcome: Outcome = "refused"
+        route: _Route | None = None
+        namespace = self.settings.namespace
+        try:
+            raw = turn.scope.get("raw_path") or quote(turn.scope["path"]).encode()
+            try:
+                route = self._route(raw)
+            except paths.BadPath as error:
+                raise Refused(400, "bad_path", f"{error}; got {raw[:200]!r}") from None
+            self._access.check(turn, route.place.rest)
+            if route.upstream is None:
+                await self._own(turn, route.place.rest)
+                return
+            namespace = self._namespace(turn, route.place)
+            outcome = await self._asked(turn, route, namespace)
+        except Refused as refusal:
+            await self._refuse(turn, route, refusal)
+        except ClientGone:
+            turn.status = turn.status or 499
+        except UpstreamRefusal as refusal:
+            outcome = "error"
+            pairs = [*refusal.headers, self._status(f"fwd=miss; fwd-status={refusal.status_code}")]
+            await turn.answer(refusal.status_code, pairs, refusal.content)
+        except Exception as error:  # noqa: BLE001 - a server outlives whatever is wrong with one request
+            outcome = "error"
+            await self._refuse(turn, route, self._failure(turn, error))
+        if outcome in ("hit", "miss", "partial", "passed", "error") or route is not None:
+            self.counters.ended(namespace, outcome)
+        if outcome != "hit":
+            self.counters.seconds.observe(self.log.seconds(turn))
+        self.log.request(turn, route.place if route else None, namespace, outcome)
+
+    def _failure(self, turn: Turn, error: Exception) -> Refused:
+        """Return what a client learns of an error that is not the upstream's answer."""
+        if isinstance(error, UpstreamTimeout):
+            return Refused(504, "upstream_timeout", str(error))
+        if isinstance(error, UpstreamUnreachable):
+            return Refused(502, "upstream_unreachable", str(error))
+        if isinstance(error, BadAnswer):
+            return Refused(502, "bad_answer", str(error))
+        if isinstance(error, CacheMiss):
+            turn.facts["key"] = error.key
+            message = (
+                f"replay found no complete answer for key {error.key} in namespace {error.namespace!r}; "
+                "run it once without --replay to generate what is missing"
+            )
+            key = (b"x-cachepipe-key", error.key.encode())
+            return Refused(404, "cache_miss", message, [_NEVER_AGAIN, key])
+        if isinstance(error, StoreError):
+            self.log.failed("the cache failed", error)
+            return Refused(503, "cache_failed", "the cache could not do what was asked of it; see the log")
+        self.log.failed("a request failed", error)
+        return Refused(500, "internal_error", "the proxy failed; see its log")
+
+    async def _refuse(self, turn: Turn, route: _Route | None, refusal: Refused) -> None:
+        """Answer with an error, in the words of the API that was asked."""
+        turn.facts["error"] = refusal.code
+        if turn.status:  # an answer has begun: without its end, the client sees that it is broken
+            return
+        kind = "invalid_request_error" if refusal.status < 500 else "api_error"
+        error = {"type": kind, "message": refusal.message, "code": refusal.code}
+        if route is not None and route.api is wire.MESSAGES:
+            await turn.tell({"type": "error", "error": error}, refusal.status, refusal.pairs)
+        else:
+            await turn.tell({"error": {**error, "param": None}}, refusal.status, refusal.pairs)
+
+    @staticmethod
+    def _status(text: str) -> tuple[bytes, bytes]:
+        return b"cache-status", f"cachepipe; {text}".encode()
+
+    # Where it goes.
+
+    def _routed(self, raw: bytes) -> _Route:
+        place = paths.place(raw)
+        rest = place.rest
+        own = place.upstream is None and isinstance(place.namespace, Inherited)
+        if own and (rest in _OWN or rest == "/cachepipe" or rest.startswith("/cachepipe/")):
+            return _Route(place, None, "", None)
+        if place.upstream is not None:
+            upstream = self.upstreams.get(place.upstream)
+            if upstream is None:
+                known = ", ".join(self.upstreams)
+                raise paths.BadPath(f"there is no upstream {place.upstream!r}; there are {known}")
+        elif self._anthropic is not None and _MESSAGES.match(rest):
+            upstream = self._anthropic
+        else:
+            upstream = self._first
+        mount = upstream.mount
+        if rest != mount and not rest.startswith(f"{mount}/"):
+            raise paths.BadPath(
+                f"paths of the upstream {upstream.name!r} begin with {mount}; the base URL ends with it"
+            )
+        return _Route(place, upstream, upstream.url + rest[len(mount) :], wire.api_for("POST", rest))
+
+    def _namespace(self, turn: Turn, place: paths.Place) -> str | None:
+        told = turn.says(b"x-cachepipe-namespace")
+        if told is not None:
+            return told
+        return self.settings.namespace if isinstance(place.namespace, Inherited) else place.namespace
+
+    def _mode(self, turn: Turn) -> Mode:
+        told = turn.says(b"x-cachepipe-mode")
+        if told is None:
+            return self.mode
+        if told not in MODES:
+            raise Refused(
+                400, "bad_mode", f"x-cachepipe-mode is one of {', '.join(MODES)}; got {told[:50]!r}"
+            )
+        if self.settings.replay and told != "replay":
+            raise Refused(400, "bad_mode", f"this server only replays; it cannot {told}", [_NEVER_AGAIN])
+        return "bypass" if self.mode == "bypass" else told
+
+    def _run(self, namespace: str | None, run: str | None) -> ServedRun:
+        """Return the run that a request belongs to."""
+        if run is None:
+            return self._named.get(namespace) or self._default
+        found = self._labelled.get((namespace, run))
+        if found is None:
+            if len(self._labelled) >= _LABELS:
+                raise Refused(
+                    503,
+                    "too_many_runs",
+                    f"{_LABELS} run labels have been used since the server was started; restart it",
+                    [_NEVER_AGAIN],
+                )
+            found = self._labelled[namespace, run] = ServedRun()
+        return found
+
+    # What it asks.
+
+    async def _asked(self, turn: Turn, route: _Route, namespace: str | None) -> Outcome:
+        mode = self._mode(turn)
+        why = ""
+        if turn.method != "POST":
+            why = "fwd=method"
+        elif route.api is None or mode == "bypass" or b"content-encoding" in turn.named:
+            why = "fwd=bypass"
+        if why:
+            return await self._passed(turn, route, why, None)
+        assert route.api is not None  # noqa: S101 - told above
+        content = await turn.body(self.settings.max_body)
+        body = read_object(content)
+        try:
+            asks = () if body is None else route.api.split(body)
+        except wire.BadRequest:
+            asks = ()  # the provider says what is wrong with it
+        if body is None or not asks or not all(ask.cacheable for ask in asks):
+            return await self._passed(turn, route, "fwd=bypass", content)
+        try:
+            exchange = self._exchange(turn, route, body, asks, mode, namespace)
+        except (UnkeyableValue, RecursionError, wire.BadRequest):
+            return await self._passed(turn, route, "fwd=bypass", content)
+        return await self._drawn(turn, route, exchange)
+
+    def _exchange(
+        self,
+        turn: Turn,
+        route: _Route,
+        body: dict[str, Any],
+        asks: Sequence[wire.Ask],
+        mode: Mode,
+        namespace: str | None,
+    ) -> Served:
+        assert route.upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
+        assert route.api is not None  # noqa: S101 - likewise
+        query = turn.scope["query_string"]
+        counting = {}
+        for name in wire.ANSWER_HEADERS:
+            key = name.encode()
+            if key in turn.named:
+                values = [headers.text_of(value) for each, value in turn.headers if each == key]
+                counting[name] = ", ".join(values)
+        return Served(
+            self.caller,
+            route.upstream,
+            f"{route.url}?{query.decode('latin-1')}" if query else route.url,
+            [],
+            surface=self.surface,
+            api=route.api,
+            body=body,
+            asks=asks,
+            headers=counting,
+            stream=asks[0].stream,
+            alone=False,
+            mode=mode,
+            namespace=namespace,
+            request_id=turn.says(b"x-cachepipe-request-id"),
+        )
+
+    async def _drawn(self, turn: Turn, route: _Route, exchange: Served) -> Outcome:
+        run = self._run(exchange.namespace, route.place.run)
+        key = turn.says(b"idempotency-key")
+        retry = turn.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
+        if key is None and not retry:
+            with runs.within(run):
+                answer = exchange.known()
+            if answer is not None:
+                ahead = [self._serving.get(group, 0) for group in self._groups(exchange)]
+                await self._hand_on(turn, exchange, answer, ahead)
+                return self._count(exchange)
+        entry = None
+        if key is not None:
+            entry = self._entry(run, exchange, key)
+        assert route.upstream is not None  # noqa: S101 - as in `_exchange`
+        exchange.pairs = self._credited(headers.of_question(turn.headers), route.upstream)
+        exchange.surface = self._surface(headers.who_asks(route.upstream.name, exchange.pairs))
+        ticket = Ticket(run, retry=retry, entry=entry)
+        groups = self._groups(exchange)
+        ahead = [self._serving.get(group, 0) for group in groups]
+        for group in groups:
+            self._serving[group] = self._serving.get(group, 0) + 1
+        with runs.within(ticket):
+            task = asyncio.get_running_loop().create_task(exchange.drawn())
+        task.add_done_callback(lambda _: self._served(groups))
+        return await self._await(turn, exchange, ticket, task, ahead)
+
+    def _entry(self, run: ServedRun, exchange: Served, key: str) -> Any:
+        """Return what an idempotency key stands for.
+
+        Raises:
+            Refused: when it stands for another request.
+        """
+        if len(key) > _LONGEST_KEY:
+            raise Refused(
+                400, "bad_idempotency_key", f"an Idempotency-Key has at most {_LONGEST_KEY} characters"
+            )
+        questions = exchange.record.keys
+        entry = run.entry(label(exchange.namespace), key, (*questions, exchange.request_id or ""))
+        if entry.questions != (*questions, exchange.request_id or ""):
+            raise Refused(
+                422,
+                "idempotency_key_reused",
+                "this Idempotency-Key was used with another request; each request has its own",
+                [_NEVER_AGAIN],
+            )
+        return entry
+
+    @staticmethod
+    def _groups(exchange: Served) -> list[tuple[str, str]]:
+        who = label(exchange.namespace)
+        return [(who, question.key) for question in exchange.questions]
+
+    def _served(self, groups: Sequence[tuple[str, str]]) -> None:
+        for group in groups:
+            left = self._serving[group] - 1
+            if left:
+                self._serving[group] = left
+            else:
+                del self._serving[group]
+
+    def _credited(self, pairs: list[tuple[bytes, bytes]], upstream: Upstream) -> list[tuple[bytes, bytes]]:
+        """Return headers with the upstream's own key, where there is one, in place of the client's."""
+        shown = upstream.shown_key
+        if shown is None:
+            return pairs
+        pairs = [pair for pair in pairs if pair[0] not in headers.KEYS]
+        return [*pairs, (upstream.key_header.encode(), shown.encode())]
+
+    def _surface(self, who: bytes) -> Surface:
+        """Return the surface of requests that may share calls."""
+        surface = self._surfaces.get(who)
+        if surface is None:
+            surface = self._surfaces[who] = self.surface.changed()
+            if len(self._surfaces) > _SURFACES:
+                self._surfaces.popitem(last=False)
+        else:
+            self._surfaces.move_to_end(who)
+        return surface
+
+    async def _await(
+        self,
+        turn: Turn,
+        exchange: Served,
+        ticket: Ticket,
+        task: asyncio.Task[Answer],
+        ahead: Sequence[int],
+    ) -> Outcome:
+        """Hand on what a draw brings, or let it go on when the client leaves."""
+        try:
+            here = await turn.or_gone(task)
+        except BaseException:  # the server stops
+            self._leave(exchange, ticket, task)
+            raise
+        if not here:
+            self._leave(exchange, ticket, task)
+            raise ClientGone
+        try:
+            answer = task.result()
+        except asyncio.CancelledError:
+            raise UpstreamUnreachable("the call was stopped") from None
+        if isinstance(answer.content, Source):
+            return await self._streamed(turn, exchange, ticket, answer, answer.content, ahead)
+        await self._hand_on(turn, exchange, answer, ahead)
+        ticket.delivered()
+        return self._count(exchange) if answer.kept else "error"
+
+    def _leave(self, exchange: Served, ticket: Ticket, task: asyncio.Task[Answer]) -> None:
+        """Let a draw go on whose client has gone: what it brings is stored, for who asks next."""
+        if exchange.stream and not task.done():
+            task.cancel()  # nothing has come of the stream
+            return
+        ticket.left()
+        self.counters.background += 1
+        self._background.add(task)
+
+        def ended(task: asyncio.Task[Answer]) -> None:
+            self._background.discard(task)
+            self.counters.background -= 1
+            ticket.ended()
+            if not task.cancelled() and task.exception() is None:
+                content = task.result().content
+                if isinstance(content, Source):
+                    content.leave()
+                elif exchange.record.responses is not None:
+                    self.counters.drew(exchange.namespace, exchange.record.responses)
+
+        task.add_done_callback(ended)
+
+    async def _streamed(
+        self,
+        turn: Turn,
+        exchange: Served,
+        ticket: Ticket,
+        answer: Answer,
+        source: Source,
+        ahead: Sequence[int],
+    ) -> Outcome:
+        if answer.arrived is None:
+            await self._hand_on(turn, exchange, answer, ahead)
+            ticket.delivered()
+            return self._count(exchange)
+        drawing = exchange.task
+        pairs = headers.of_answer(answer.arrived.response.pairs)
+        pairs += self._told(exchange, answer, ahead)
+        broken: Exception | None = None
+        whole = False
+        try:
+            await turn.start(answer.arrived.response.status, pairs)
+            whole = await turn.stream(source.aread())
+        except UpstreamUnreachable as error:
+            broken = error
+        finally:
+            source.leave()
+            if drawing is None or drawing.done():
+                self._stream_ended(exchange, ticket, drawing)
+            else:
+                self.counters.background += 1
+                drawing.add_done_callback(functools.partial(self._abandoned, exchange, ticket))
+        if broken is not None:
+            turn.facts["error"] = "upstream_broke_off"
+            return "error"
+        if not whole:
+            raise ClientGone
+        return "miss" if drawing is not None and _succeeded(drawing) else "error"
+
+    def _abandoned(self, exchange: Served, ticket: Ticket, drawing: asyncio.Task[Any]) -> None:
+        self.counters.background -= 1
+        self._stream_ended(exchange, ticket, drawing)
+
+    def _stream_ended(self, exchange: Served, ticket: Ticket, drawing: asyncio.Task[Any] | None) -> None:
+        if drawing is not None and _succeeded(drawing):
+            ticket.delivered()
+            self.counters.drew(exchange.namespace, [drawing.result()])
+        else:
+            ticket.ended()
+
+    # What is answered.
+
+    async def _hand_on(self, turn: Turn, exchange: Served, answer: Answer, ahead: Sequence[int]) -> None:
+        content, arrived = answer.content, answer.arrived
+        if arrived is None:
+            status = 200
+            pairs = [_EVENTS if isinstance(content, Source) else JSON]
+            if answer.made_by is not None:
+                pairs.append((id_header(exchange.api).encode(), answer.made_by.encode("latin-1", "replace")))
+        else:
+            status = arrived.response.status
+            pairs = headers.of_answer(arrived.response.pairs)
+        pairs += self._told(exchange, answer, ahead)
+        if isinstance(content, Source):
+            content = b"".join(content.read())
+        turn.facts["key"] = exchange.record.keys[0]
+        await turn.answer(status, pairs, content)
+
+    def _told(self, exchange: Served, answer: Answer, ahead: Sequence[int]) -> list[tuple[bytes, bytes]]:
+        """Return the headers that say where an answer comes from."""
+        if not answer.kept:
+            return [self._status("fwd=miss")]
+        responses = exchange.record.responses
+        pairs = listed(b"x-cachepipe-key", exchange.record.keys)
+        flags = [
+            flag for before, ask in zip(ahead, exchange.asks, strict=True) for flag in _merged(before, ask.n)
+        ]
+        pairs += listed(b"x-cachepipe-duplicated", [_WORDS[flag] for flag in flags])
+        if responses is None:  # a stream that this request alone generates
+            pairs += [
+                self._status("fwd=miss; stored"),
+                *listed(b"x-cachepipe-cached", ["false"] * len(flags)),
+            ]
+            return pairs
+        if len(responses) == 1 and responses[0].cached is not None:
+            cached: Sequence[bool] = responses[0].cached
+            indices: Sequence[int] | None = responses[0].indices
+        else:
+            cached = [flag for response in responses for flag in response.cached or ()]
+            every = [response.indices for response in responses]
+            indices = None if None in every else [index for each in every for index in each or ()]
+        pairs += listed(b"x-cachepipe-cached", [_WORDS[flag] for flag in cached])
+        if indices is not None:
+            pairs += listed(b"x-cachepipe-indices", list(map(str, indices)))
+        if all(cached):
+            pairs.append(_HIT)
+        else:
+            stored = "" if self.store.read_only else "; stored"
+            pairs.append(self._status(f"fwd={'partial' if any(cached) else 'miss'}{stored}"))
+        return pairs
+
+    def _count(self, exchange: Served) -> Outcome:
+        responses = exchange.record.responses or ()
+        self.counters.drew(exchange.namespace, responses)
+        flags = [flag for response in responses for flag in response.cached or ()]
+        return "hit" if all(flags) else "partial" if any(flags) else "miss"
+
+    # What is passed through.
+
+    async def _passed(self, turn: Turn, route: _Route, why: str, content: bytes | None) -> Outcome:
+        """Pass a request on as it came, and its answer back as it comes."""
+        if self.settings.replay or turn.says(b"x-cachepipe-mode") == "replay":
+            raise Refused(
+                404,
+                "not_cached",
+                "this request cannot be answered from a cache, and only replays are served",
+                [_NEVER_AGAIN],
+            )
+        upstream = route.upstream
+        assert upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
+        pairs = self._credited(headers.to_upstream(turn.headers), upstream)
+        length = turn.named.get(b"content-length")
+        sent: Any = content
+        if content is None:
+            if length is not None and length != b"0":
+                pairs.append((b"content-length", length))
+                sent = turn.chunks()
+            elif b"transfer-encoding" in turn.named:
+                sent = turn.chunks()
+        query = turn.scope["query_string"]
+        url = f"{route.url}?{query.decode('latin-1')}" if query else route.url
+        work = asyncio.get_running_loop().create_task(
+            self.caller.call(upstream, turn.method, url, pairs, sent)
+        )
+        try:  # a client is watched only once its body has been read
+            here = await turn.or_gone(work) if sent is content else True
+            reader = await work if here else None
+        except BaseException:
+            work.cancel()
+            raise
+        if reader is None:
+            work.cancel()
+            raise ClientGone
+        try:
+            await turn.start(reader.status, [*headers.from_upstream(reader.pairs), self._status(why)])
+            if not await turn.stream(reader.aiter_raw()):
+                raise ClientGone
+        finally:
+            await reader.aclose()
+        return "passed"
+
+    # The proxy's own.
+
+    async def _own(self, turn: Turn, path: str) -> None:
+        if path == "/cachepipe/runs":
+            await self._new_run(turn)
+            return
+        if turn.method not in ("GET", "HEAD"):
+            raise Refused(405, "bad_method", f"{path} is read with GET", [(b"allow", b"GET, HEAD")])
+        if path == "/healthz":
+            await turn.tell({"status": "ok"})
+        elif path == "/readyz":
+            await turn.tell({"status": "ok" if self.ready else "stopping"}, 200 if self.ready else 503)
+        elif path == "/metrics":
+            kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+            await turn.answer(200, [kind], self.counters.metrics())
+        elif path in ("/", "/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
+            await turn.tell(self._state())
+        elif path == "/cachepipe/api/counters":
+            await turn.tell(self.counters.as_json())
+        elif path.startswith("/cachepipe/api/"):
+            await self._browse(turn, path.removeprefix("/cachepipe/api"))
+        else:
+            raise Refused(404, "not_found", f"there is nothing at {path[:200]}; see /cachepipe")
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "cachepipe": cachepipe.__version__,
+            "cache": str(getattr(self.store, "folder", self.store)),
+            "read_only": self.store.read_only,
+            "mode": self.mode,
+            "namespace": self.settings.namespace,
+            "upstreams": [
+                {"name": each.name, "url": each.url, "kind": each.kind, "mount": each.mount}
+                for each in self.settings.upstreams
+            ],
+            "see": [
+                "/cachepipe/api/counters",
+                "/cachepipe/api/namespaces",
+                "/cachepipe/api/keys",
+                "/metrics",
+            ],
+        }
+
+    async def _new_run(self, turn: Turn) -> None:
+        """Begin another run: of every namespace, or of one."""
+        if turn.method != "POST":
+            raise Refused(405, "bad_method", "a run is begun with POST", [(b"allow", b"POST")])
+        content = await turn.body(65_536)
+        options = read_object(content) if content.strip() else {}
+        if options is None or not {*options} <= {"namespace"}:
+            raise Refused(400, "bad_run", 'a run is begun with nothing, or with {"namespace": "NAME"}')
+        if "namespace" in options:
+            namespace = options["namespace"]
+            if namespace is not None and not isinstance(namespace, str):
+                raise Refused(400, "bad_run", f"a namespace is a text or null; got {namespace!r:.100}")
+            if len(self._named) >= _LABELS:
+                raise Refused(
+                    503, "too_many_runs", "too many namespaces have runs of their own; restart the server"
+                )
+            self._named[namespace] = ServedRun()
+        else:
+            self._default = ServedRun()
+            self._named.clear()
+        await turn.tell({"run": secrets.token_hex(8), **options}, 201)
+
+    async def _browse(self, turn: Turn, path: str) -> None:
+        query = turn.scope["query_string"].decode("latin-1")
+        try:
+            found = await asyncio.to_thread(browse.answer, self.store, path, query)
+        except browse.BadQuery as error:
+            raise Refused(400, "bad_query", str(error)) from None
+        except browse.NotThere as error:
+            raise Refused(404, "not_found", str(error)) from None
+        await turn.tell(found)
+
+
+_WORDS: Final = {True: "true", False: "false"}
+
+
+def _merged(before: int, n: int) -> list[bool]:
+    """Return per sample whether it belongs to a group of equal questions and is not its first."""
+    return [before > 0] + [True] * (n - 1)
+
+
+def _succeeded(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

@@ -1,0 +1,259 @@
+"""What can be looked at through a proxy, as JSON: keys, questions, samples and draws. It only reads.
+
+    /cachepipe/api/status                 what is served, and how
+    /cachepipe/api/counters               hits, misses, spent and saved since the start, by namespace
+    /cachepipe/api/namespaces             what the ledger holds of each namespace
+    /cachepipe/api/keys                   ?search= ?prefix= ?scope= ?namespace= ?after= ?limit=
+    /cachepipe/api/keys/KEY               what was asked, how many samples there are
+    /cachepipe/api/keys/KEY/samples       ?from= ?limit=
+    /cachepipe/api/keys/KEY/draws         ?namespace= ?after= ?limit=
+
+A listing is ``{"items": […], "next": …}``; ``next`` is null, or the ``after`` (or ``from``) of the next page.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
+
+import orjson
+
+from cachepipe import wire
+from cachepipe.ledger import SHARED, label, namespace_of
+from cachepipe.stores.base import KeyInfo, Sample, Store, StoredQuestion
+from cachepipe.values import Codec
+
+_MOST: Final = 200  # items of a listing
+_USUAL: Final = 50
+_SECONDS: Final = 0.25  # of looking, after which a search gives what it has found
+_BEGINNING: Final = 300  # characters of a prompt or an answer in a listing
+_codec = Codec()
+
+
+class BadQuery(ValueError):  # noqa: N818 - names the thing at fault
+    """A query that cannot be answered; the message says why."""
+
+
+class NotThere(LookupError):  # noqa: N818 - names the thing at fault
+    """What was asked for is not in the cache."""
+
+
+def answer(store: Store, path: str, query: str, clock: Callable[[], float] = time.monotonic) -> Any:
+    """Return the JSON value at a path below ``/cachepipe/api``; it blocks while it reads.
+
+    Args:
+        store: the cache.
+        path: the path, decoded: ``/namespaces``, ``/keys`` …
+        query: the query as it came.
+        clock: tells seconds, by which searches are kept short.
+
+    Raises:
+        BadQuery: when the query is not understood.
+        NotThere: when there is no such thing.
+    """
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=20, errors="strict")
+    except ValueError as error:
+        raise BadQuery(f"the query cannot be read: {error}") from error
+    options = dict(pairs)
+    parts = path.strip("/").split("/")
+    match parts:
+        case ["namespaces"]:
+            _known(options)
+            return {
+                "items": [
+                    info._asdict() if hasattr(info, "_asdict") else _fields(info)
+                    for info in store.namespaces()
+                ],
+                "next": None,
+            }
+        case ["keys"]:
+            _known(options, "search", "prefix", "scope", "namespace", "after", "limit")
+            return _keys(store, options, clock)
+        case ["keys", key]:
+            _known(options)
+            return _key(store, key)
+        case ["keys", key, "samples"]:
+            _known(options, "from", "limit")
+            return _samples(store, key, options)
+        case ["keys", key, "draws"]:
+            _known(options, "namespace", "after", "limit")
+            return _draws(store, key, options)
+    raise NotThere("there is nothing here; see /cachepipe/api")
+
+
+def _fields(info: Any) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in type(info).__dataclass_fields__}
+
+
+def _known(options: Mapping[str, str], *names: str) -> None:
+    if unknown := sorted({*options} - {*names}):
+        raise BadQuery(f"unknown in the query: {', '.join(unknown)}; known are {', '.join(names) or 'none'}")
+
+
+def _number(options: Mapping[str, str], name: str, default: int, most: int | None = None) -> int:
+    text = options.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise BadQuery(f"{name} is a whole number; got {text[:50]!r}")
+    return int(text) if most is None else min(int(text), most)
+
+
+def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) -> dict[str, Any]:
+    """List keys, the latest page by page; a search stops after a while and tells where to go on."""
+    limit = _number(options, "limit", _USUAL, _MOST) or 1
+    skip = _number(options, "after", 0)
+    search = options.get("search", "").casefold()
+    scope, wanted = options.get("scope"), options.get("namespace")
+    drawn = None
+    if wanted is not None:
+        drawn = {draw.draw.key for draw in store.draws(namespace=label(wanted or None))}
+    until = clock() + _SECONDS
+    items: list[dict[str, Any]] = []
+    place = skip
+    for info in itertools.islice(store.keys(options.get("prefix", "")), skip, None):
+        if len(items) == limit or clock() > until:
+            return {"items": items, "next": place}
+        place += 1
+        if (scope is not None and info.scope != scope) or (drawn is not None and info.key not in drawn):
+            continue
+        question = store.question(info.key)
+        if search and (question is None or search not in _searched(question)):
+            continue
+        items.append(_listing(info, question))
+    return {"items": items, "next": None}
+
+
+def _searched(question: StoredQuestion) -> str:
+    """Return the text of a question that is searched: JSON as people read it."""
+    return question.document.decode(errors="replace").casefold()
+
+
+def _listing(info: KeyInfo, question: StoredQuestion | None) -> dict[str, Any]:
+    asked = _asked(question)
+    return {
+        "key": info.key,
+        "scope": info.scope,
+        "at": info.at,
+        "samples": info.samples,
+        "pending": info.pending,
+        "namespaces": info.namespaces,
+        "model": asked.get("model") if isinstance(asked.get("model"), str) else None,
+        "prompt": prompt_of(asked)[:_BEGINNING],
+    }
+
+
+def _asked(question: StoredQuestion | None) -> dict[str, Any]:
+    """Return the fields that were asked."""
+    try:
+        document = {} if question is None else orjson.loads(question.document)
+    except orjson.JSONDecodeError:
+        return {}
+    asked = document.get("body", document.get("fields")) if isinstance(document, dict) else None
+    return asked if isinstance(asked, dict) else {}
+
+
+def prompt_of(asked: Mapping[str, Any]) -> str:
+    """Return the text that was asked: the last message of the user's, or the prompt."""
+    for name in ("messages", "prompt", "input"):
+        value = asked.get(name)
+        if isinstance(value, list):
+            said = [item for item in value if isinstance(item, dict) and "content" in item]
+            users = [item for item in said if item.get("role") == "user"] or said
+            return _text(users[-1]["content"] if users else value)
+        if value is not None:
+            return _text(value)
+    return ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        texts = [item.get("text") for item in value if isinstance(item, dict)]
+        if any(isinstance(text, str) for text in texts):
+            return "\n".join(text for text in texts if isinstance(text, str))
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:
+        return ""
+
+
+def _key(store: Store, key: str) -> dict[str, Any]:
+    question = store.question(key)
+    if question is None:
+        raise NotThere("there is no such key in the cache")
+    info = next((info for info in store.keys(key) if info.key == key), None)
+    try:
+        document = orjson.loads(question.document)
+    except orjson.JSONDecodeError:
+        document = None
+    return {
+        "key": key,
+        "scope": question.scope,
+        "at": question.at,
+        "samples": info.samples if info else 0,
+        "pending": info.pending if info else 0,
+        "namespaces": info.namespaces if info else 0,
+        "document": document,
+    }
+
+
+def _samples(store: Store, key: str, options: Mapping[str, str]) -> dict[str, Any]:
+    first = _number(options, "from", 0)
+    limit = _number(options, "limit", 20, _MOST) or 1
+    question = store.question(key)
+    if question is None:
+        raise NotThere("there is no such key in the cache")
+    # The paths of scopes end as those of URLs do.
+    api = wire.api_for("POST", urlsplit(question.scope).path) if question.scope else None
+    found = list(itertools.islice(_from(store, key, first), limit + 1))
+    more = found[limit].index if len(found) > limit else None
+    return {"items": [_sample(sample, api) for sample in found[:limit]], "next": more}
+
+
+def _from(store: Store, key: str, first: int) -> Iterable[Sample]:
+    return (sample for sample in store.samples(key) if sample.index >= first)
+
+
+def _sample(sample: Sample, api: wire.Api | None) -> dict[str, Any]:
+    value = _codec.decode(sample.payload)
+    summary = None
+    if api is not None and isinstance(value, dict):
+        try:
+            summary = api.summary(value)
+        except (AttributeError, LookupError, TypeError, ValueError):  # another writer's
+            summary = None
+    plain = (
+        {name: item for name, item in value.items() if name != "cachepipe"}
+        if isinstance(value, dict)
+        else value
+    )
+    return {"index": sample.index, "id": sample.id, "meta": sample.meta, "summary": summary, "value": plain}
+
+
+def _draws(store: Store, key: str, options: Mapping[str, str]) -> dict[str, Any]:
+    after = _number(options, "after", 0)
+    limit = _number(options, "limit", _USUAL, _MOST) or 1
+    wanted = options.get("namespace")
+    if store.question(key) is None:
+        raise NotThere("there is no such key in the cache")
+    draws = store.draws(key, None if wanted is None else label(wanted or None))
+    found = list(itertools.islice(draws, after, after + limit + 1))
+    items = [
+        {
+            "namespace": namespace_of(info.draw.namespace),
+            "shared": info.draw.namespace == SHARED,
+            "request_id": info.draw.request_id,
+            "occurrence": info.draw.occurrence,
+            "indices": list(info.indices),
+            "generated": info.generated,
+            "at": info.at,
+        }
+        for info in found[:limit]
+    ]
+    return {"items": items, "next": after + limit if len(found) > limit else None}

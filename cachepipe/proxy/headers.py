@@ -1,0 +1,134 @@
+"""Which headers go where: what is one hop's own stays there, and what is ours is added.
+
+Headers are pairs of bytes with lower-case names, as the ASGI specification has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+Pairs = Sequence[tuple[bytes, bytes]]
+
+_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-authentication-info",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    }
+)
+_NOT_UPSTREAM: Final = frozenset({b"host", b"expect", b"content-length"})
+_NOT_BACK: Final = frozenset({b"date", b"server"})
+_OF_BODY: Final = frozenset({b"content-length", b"content-encoding"})
+_OURS: Final = b"x-cachepipe-"
+KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
+"""The headers in which a client shows its key."""
+
+_OF_ONE_CALL: Final = frozenset(
+    {
+        b"accept",
+        b"accept-encoding",
+        b"accept-language",
+        b"baggage",
+        b"content-type",
+        b"cookie",
+        b"idempotency-key",
+        b"origin",
+        b"priority",
+        b"referer",
+        b"traceparent",
+        b"tracestate",
+        b"user-agent",
+        b"x-client-request-id",
+        b"x-irid",
+        b"x-request-id",
+    }
+)
+_FAMILIES: Final = (b"x-stainless-", b"sec-", b"x-b3-", b"x-datadog-")
+_LONGEST: Final = 4000  # bytes of a header of ours: with more, clients refuse the whole answer
+
+
+def to_upstream(headers: Pairs) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a request that go on: no hop's own, none of ours, neither host nor length."""
+    own = _named_by_connection(headers)
+    return [
+        (name, value)
+        for name, value in headers
+        if name not in _HOP and name not in _NOT_UPSTREAM and name not in own and not name.startswith(_OURS)
+    ]
+
+
+def of_question(headers: Pairs) -> list[tuple[bytes, bytes]]:
+    """Return those that go upstream with a question, whose body and answer are the proxy's to write."""
+    left_out = (b"cookie", b"accept-encoding", b"content-type", b"idempotency-key", b"content-encoding")
+    return [pair for pair in to_upstream(headers) if pair[0] not in left_out]
+
+
+def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an upstream's answer that are handed on beside its bytes as they came."""
+    pairs = [(name.lower(), value) for name, value in headers]
+    own = _named_by_connection(pairs)
+    return [
+        (name, value)
+        for name, value in pairs
+        if name not in _HOP
+        and name not in _NOT_BACK
+        and name not in own
+        and not name.startswith(_OURS)
+        and name != b"cache-status"
+    ]
+
+
+def of_answer(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return those that still hold beside a body which was read and decoded; cookies are one client's."""
+    return [
+        (name, value)
+        for name, value in from_upstream(headers)
+        if name not in _OF_BODY and name != b"set-cookie"
+    ]
+
+
+def _named_by_connection(headers: Pairs) -> frozenset[bytes]:
+    """Return the names that ``Connection`` makes one hop's own."""
+    return frozenset(
+        token.strip().lower()
+        for name, value in headers
+        if name == b"connection"
+        for token in value.split(b",")
+    )
+
+
+def who_asks(upstream: str, headers: Pairs) -> bytes:
+    """Return what tells apart requests that may not share a call: a digest, never a key itself.
+
+    It covers the upstream's name and every header that goes there, but for those which are of one call
+    and neither grant nor change anything.
+    """
+    digest = hashlib.blake2b(upstream.encode(), digest_size=16)
+    for name, value in sorted(headers):
+        if name not in _OF_ONE_CALL and not name.startswith(_FAMILIES):
+            digest.update(b"%d:%b%d:%b" % (len(name), name, len(value), value))
+    return digest.digest()
+
+
+def listed(name: bytes, values: Sequence[str]) -> list[tuple[bytes, bytes]]:
+    """Return a header that lists values; none where the list is longer than clients take."""
+    text = ", ".join(values).encode()
+    return [(name, text)] if text and len(text) <= _LONGEST else []
+
+
+def text_of(value: bytes) -> str:
+    """Return what a header says: UTF-8, or where it is none Latin-1."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")

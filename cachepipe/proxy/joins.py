@@ -1,0 +1,216 @@
+"""Which draw a request is: the next of its kind, or one that an earlier try of the same request made.
+
+A run counts equal requests by their order of arrival (`cachepipe.runs`). A client that tries again means the
+draw which it has not got yet. It says so with an ``Idempotency-Key``, or by counting its tries
+(``x-stainless-retry-count``); and a number whose draw failed, or whose client left before the answer came,
+is given back at once, so that the next request of its kind gets it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from cachepipe.ledger import Draw, Runs
+from cachepipe.runs import Identity, Occurrences, Run
+
+_KEYS: Final = 50_000  # idempotency keys remembered per run, about 400 bytes each
+_OWED: Final = 10_000
+
+
+@dataclass(slots=True)
+class _Live:
+    """A draw that requests in flight hold."""
+
+    holders: int = 0
+    delivered: bool = False
+    given_back: bool = False
+    keyed: bool = False
+
+
+@dataclass(slots=True)
+class Entry:
+    """What the requests with one idempotency key draw.
+
+    Attributes:
+        questions: the keys of what is asked.
+        numbers: per identity, the occurrence numbers in order.
+        delivered: whether one of them has got its answer.
+    """
+
+    questions: tuple[str, ...]
+    numbers: dict[Identity, list[int]] = field(default_factory=dict)
+    delivered: bool = False
+
+
+class ServedRun(Run):
+    """A run of a proxy: what it has counted, and who holds what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Occurrences()
+        self.live: dict[Identity, dict[int, _Live]] = {}
+        self.owed: dict[Identity, int] = {}  # numbers given back whose next try has not come
+        self.entries: OrderedDict[tuple[str, str], Entry] = OrderedDict()
+
+    def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store
+        """Return what this run has counted."""
+        return self.counted
+
+    def entry(self, label: str, key: str, questions: tuple[str, ...]) -> Entry:
+        """Return what the requests with an idempotency key draw, in a namespace by its label."""
+        entry = self.entries.get((label, key))
+        if entry is None:
+            entry = self.entries[label, key] = Entry(questions)
+            if len(self.entries) > _KEYS:
+                self.entries.popitem(last=False)
+        else:
+            self.entries.move_to_end((label, key))
+        return entry
+
+
+class Ticket(Run):
+    """One request's place in a run; the cacher takes its numbers through it.
+
+    Args:
+        run: the run.
+        retry: whether the request says that it is a further try.
+        entry: what its idempotency key stands for, if it has one.
+    """
+
+    def __init__(self, run: ServedRun, *, retry: bool = False, entry: Entry | None = None) -> None:
+        super().__init__()
+        self.run = run
+        self.retry = retry
+        self.entry = entry
+        self._held: list[tuple[Identity, int]] = []
+        self._taking = _Taking(self)
+
+    def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store
+        """Return what takes numbers for this request."""
+        return self._taking
+
+    def take(self, identity: Identity) -> int:
+        """Return the number of this request's draw."""
+        run, entry = self.run, self.entry
+        number = self._joined(identity)
+        if number is None:
+            number = run.counted.take(identity)
+        live = run.live.setdefault(identity, {}).setdefault(number, _Live())
+        live.holders += 1
+        live.given_back = False
+        if entry is not None:
+            live.keyed = True
+            live.delivered = live.delivered or entry.delivered
+            numbers = entry.numbers.setdefault(identity, [])
+            if number not in numbers:
+                numbers.append(number)
+        self._held.append((identity, number))
+        return number
+
+    def _joined(self, identity: Identity) -> int | None:
+        """Return the number of an earlier try's draw, if this request joins one."""
+        run = self.run
+        mine = [number for held, number in self._held if held == identity]
+        if self.entry is not None:
+            earlier = self.entry.numbers.get(identity, ())
+            return next((number for number in earlier if number not in mine), None)
+        if not self.retry:
+            return None
+        if owed := run.owed.get(identity, 0):  # its number was given back, so it is the next one
+            if owed == 1:
+                del run.owed[identity]
+            else:
+                run.owed[identity] = owed - 1
+            return None
+        undelivered = (
+            number
+            for number, live in run.live.get(identity, {}).items()
+            if number not in mine and not (live.delivered or live.given_back or live.keyed)
+        )
+        return min(undelivered, default=None)
+
+    def give_back(self, draw: Draw) -> None:
+        """Take back the number of a draw that was undone."""
+        identity = (draw.namespace, draw.key, draw.request_id)
+        if (identity, draw.occurrence) in self._held:
+            self._held.remove((identity, draw.occurrence))
+            self._release(identity, draw.occurrence, undone=True)
+
+    def delivered(self) -> None:
+        """Note that the client has its answer."""
+        if self.entry is not None:
+            self.entry.delivered = True
+        for identity, number in self._held:
+            self.run.live[identity][number].delivered = True
+        self.ended()
+
+    def left(self) -> None:
+        """Note that the client has gone while its draw goes on: the next of its kind is this one."""
+        for identity, number in self._held:
+            live = self.run.live[identity][number]
+            if live.holders == 1 and not (live.delivered or live.given_back or live.keyed):
+                live.given_back = True
+                self._return(identity, number)
+
+    def ended(self) -> None:
+        """Note that nothing of this request is in flight any more."""
+        held, self._held = self._held, []
+        for identity, number in held:
+            self._release(identity, number, undone=False)
+
+    def _release(self, identity: Identity, number: int, *, undone: bool) -> None:
+        lives = self.run.live[identity]
+        live = lives[number]
+        live.holders -= 1
+        if live.holders:
+            return
+        del lives[number]
+        if not lives:
+            del self.run.live[identity]
+        if undone and not live.delivered and not live.given_back:
+            self._return(identity, number)
+            if self.entry is not None:
+                self.entry.numbers[identity].remove(number)
+
+    def _return(self, identity: Identity, number: int) -> None:
+        owed = self.run.owed
+        if len(owed) > _OWED:
+            owed.clear()
+        owed[identity] = owed.get(identity, 0) + 1
+        self.run.counted.give_back(Draw(*identity, number))
+
+
+class _Taking(Occurrences):
+    """What the cacher sees of a ticket: the run's memory, but numbers come through the ticket."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+        self._counted = ticket.run.counted
+        self.used = self._counted.used
+
+    def take(self, identity: Identity) -> int:
+        """Return the number of this request's draw."""
+        return self._ticket.take(identity)
+
+    def give_back(self, draw: Draw) -> None:
+        """Take back the number of a draw that was undone."""
+        self._ticket.give_back(draw)
+
+    @property
+    def replays(self) -> bool:
+        """Whether there are claims which live in memory only."""
+        return self._counted.replays
+
+    def taken(self, namespace: str, key: str) -> Runs:
+        """Return the indices that claims which are not in the ledger have taken."""
+        return self._counted.taken(namespace, key)
+
+    def count(self, draw: Draw, *, fresh_id: bool) -> bool:
+        """Count a draw for the run."""
+        return self._counted.count(draw, fresh_id=fresh_id)
+
+    def first_time(self, what: str) -> bool:
+        """Tell whether the run asks about something for the first time."""
+        return self._counted.first_time(what)

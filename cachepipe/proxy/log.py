@@ -1,0 +1,96 @@
+"""What a proxy writes of its requests: one line of JSON each, never a key, a header, a query or a text."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import orjson
+
+from cachepipe.proxy.paths import Place
+from cachepipe.proxy.turn import Turn
+
+_DELAY: Final = 0.05  # seconds that lines are gathered
+_LEVELS: Final = {
+    "all": frozenset({"hit", "miss", "partial", "passed", "error", "refused"}),
+    "calls": frozenset({"miss", "partial", "passed", "error", "refused"}),
+    "errors": frozenset({"error", "refused"}),
+    "off": frozenset[str](),
+}
+
+
+class Log:
+    """Writes what has become of requests.
+
+    Args:
+        level: which are written: ``"all"``, ``"calls"``, ``"errors"`` or ``"off"``.
+        write: takes each; None for lines on standard error.
+    """
+
+    def __init__(self, level: str, write: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self._wanted = _LEVELS[level]
+        self._write = write if write is not None else self._gather
+        self._lines: list[bytes] = []
+
+    @staticmethod
+    def seconds(turn: Turn) -> float:
+        """Return how long a request has taken so far."""
+        return time.perf_counter() - turn.begun
+
+    def request(self, turn: Turn, place: Place | None, namespace: str | None, outcome: str) -> None:
+        """Write what has become of a request."""
+        if outcome not in self._wanted or (outcome == "refused" and turn.status == 200):
+            return
+        self._write(
+            {
+                "at": round(time.time(), 3),
+                "method": turn.method,
+                "path": place.rest if place is not None else None,
+                "upstream": place.upstream if place is not None else None,
+                "namespace": namespace,
+                "status": turn.status,
+                "outcome": outcome,
+                "ms": round(self.seconds(turn) * 1000, 1),
+                "bytes": turn.sent,
+                **turn.facts,
+            }
+        )
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """Write an error that is nobody's but ours: where it was raised, without what it holds."""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
+        message = (
+            str(error)[:300]
+            if isinstance(error, OSError) or type(error).__module__.startswith("cachepipe")
+            else ""
+        )
+        self._write(
+            {
+                "at": round(time.time(), 3),
+                "level": "error",
+                "message": what,
+                "error": type(error).__name__,
+                "says": message,
+                "where": where,
+            }
+        )
+
+    def _gather(self, event: Mapping[str, Any]) -> None:
+        self._lines.append(orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE))
+        if len(self._lines) == 1:
+            try:
+                asyncio.get_running_loop().call_later(_DELAY, self.flush)
+            except RuntimeError:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what has gathered."""
+        lines, self._lines = self._lines, []
+        if lines:
+            sys.stderr.write(b"".join(lines).decode(errors="replace"))
+            sys.stderr.flush()

@@ -1,0 +1,107 @@
+"""Where a request goes, told by its path alone.
+
+    /ns/NAME/v1/…            in the namespace NAME
+    /ns/NAME@RUN/v1/…        there, in the run labelled RUN
+    /up/UPSTREAM/v1/…        to the upstream of that name
+    /v1/…                    to the first one
+    /cachepipe/…             the proxy's own
+
+The rest of a path goes upstream as it came, percent-encoding included, so anything that two servers may read
+differently is refused: dot segments however they are encoded, backslashes, control characters.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from cachepipe.context import INHERITED, Inherited
+
+_MOST: Final = 16_384  # bytes of a path; longer ones are no provider's
+_DEPTH: Final = 4  # how often percent-encoding is taken off to look for dot segments
+_PLAIN: Final = re.compile(rb"[!$&'()*+,;=:@/A-Za-z0-9._~%|\"<>^`{}\[\]-]*")
+_BROKEN: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+class BadPath(ValueError):  # noqa: N818 - names the thing at fault
+    """A path that nothing may be asked for at."""
+
+
+class Place(NamedTuple):
+    """Where a request goes.
+
+    Attributes:
+        rest: the path without what is the proxy's, beginning with a slash, as it came.
+        namespace: whose draws are made there; `INHERITED` when the path does not say.
+        run: the label of a run, or None.
+        upstream: the name of the upstream, or None.
+    """
+
+    rest: str
+    namespace: str | Inherited | None = INHERITED
+    run: str | None = None
+    upstream: str | None = None
+
+
+def place(raw: bytes) -> Place:
+    """Return where a path leads.
+
+    Args:
+        raw: the path as it came, without the query.
+
+    Raises:
+        BadPath: when it is not fit to be sent on; the message says why.
+    """
+    if not raw.startswith(b"/"):
+        raise BadPath("a request names a path that begins with a slash, and no other server")
+    if len(raw) > _MOST:
+        raise BadPath(f"a path has at most {_MOST} bytes")
+    if not _PLAIN.fullmatch(raw) or _BROKEN.search(raw):
+        raise BadPath("the path holds characters that must be percent-encoded, or a broken encoding")
+    text = raw
+    for _ in range(_DEPTH):
+        if any(segment in (b".", b"..") for segment in re.split(rb"[/\\]", text)) or _unsafe(text):
+            raise BadPath("a path holds no '.' or '..' segments, backslashes or control characters")
+        decoded = unquote_to_bytes(text)
+        if decoded == text:
+            break
+        text = decoded
+    else:
+        raise BadPath("the path is percent-encoded over and over")
+    found = Place(raw.decode("ascii"))
+    while True:
+        head, name, rest = _split(found.rest)
+        if head == "ns" and found.namespace is INHERITED:
+            spelled, at, label = name.rpartition("@")
+            if not at:
+                spelled, label = name, ""
+            if not (spelled or label) or not rest:
+                raise BadPath("a namespace is named as in /ns/NAME/v1, a run as in /ns/NAME@RUN/v1")
+            namespace = _decoded(spelled) if spelled else None
+            found = found._replace(rest=rest, namespace=namespace, run=_decoded(label) if label else None)
+        elif head == "up" and found.upstream is None:
+            if not name or not rest:
+                raise BadPath("an upstream is named as in /up/NAME/v1")
+            found = found._replace(rest=rest, upstream=_decoded(name))
+        else:
+            return found
+
+
+def _unsafe(text: bytes) -> bool:
+    return b"\\" in text or any(byte < 0x20 or byte == 0x7F for byte in text)
+
+
+def _split(path: str) -> tuple[str, str, str]:
+    """Return the first segment, the second, and what is left, which begins with a slash or is empty."""
+    parts = path.split("/", 3)
+    head = parts[1] if len(parts) > 1 else ""
+    name = parts[2] if len(parts) > 2 else ""
+    return head, name, f"/{parts[3]}" if len(parts) > 3 else ""
+
+
+def _decoded(name: str) -> str:
+    try:
+        return unquote_to_bytes(name).decode()
+    except UnicodeDecodeError as error:
+        raise BadPath("the names of namespaces, runs and upstreams are UTF-8") from error

@@ -1,0 +1,245 @@
+"""The proxy as a server: uvicorn, with what it leaves open closed, in a process or a thread of one's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+import threading
+from asyncio.events import TimerHandle
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from cachepipe.errors import CachepipeError
+from cachepipe.proxy.app import Proxy
+from cachepipe.proxy.settings import BadSettings, Settings
+
+try:
+    import uvicorn
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+except ImportError as error:  # pragma: no cover - it is in the extra
+    raise ImportError("the proxy needs more packages: pip install 'cachepipe[proxy]'") from error
+
+_HEAD: Final = 65_536  # bytes of a request's line and headers
+_HEAD_SECONDS: Final = 30.0
+_IDLE_SECONDS: Final = 75
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, for strangers: heads have a limit and come in time, targets are paths."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._head = 0  # bytes that may be of a head
+        self._in_head = True
+        self._late: TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give a new connection so long for the head of its first request."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing any more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(_HEAD_SECONDS, self._too_late)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _too_late(self) -> None:
+        self._late = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; what is no HTTP is answered with 400 and the end of the connection."""
+        if self.transport.is_closing() or self.parser is None:
+            return
+        if self._in_head:
+            self._head += len(data)
+        super().data_received(data)
+        if self._in_head and self._head > _HEAD and not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                b"content-length: 0\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        self._in_head = True
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """Begin to serve a request whose head is whole.
+
+        Raises:
+            ValueError: when it names another server; the connection is then ended.
+        """
+        self._stop_waiting()
+        self._in_head, self._head = False, 0
+        if not self.url.startswith(b"/") or self.url.startswith(b"//"):
+            raise ValueError("a request names a path")
+        if sum(name == b"host" for name, _ in self.headers) > 1:
+            raise ValueError("a request names one host")
+        lengths = [name for name, _ in self.headers if name in (b"content-length", b"transfer-encoding")]
+        if len(lengths) > 1:
+            raise ValueError("the length of a body is told once")
+        super().on_headers_complete()
+
+
+class Server(uvicorn.Server):
+    """A server for one proxy.
+
+    Args:
+        proxy: the application.
+        told: is called once with the server's address when it listens.
+    """
+
+    def __init__(self, proxy: Proxy, told: Callable[[str], None] | None = None) -> None:
+        settings = proxy.settings
+        super().__init__(
+            uvicorn.Config(
+                proxy,
+                http=Protocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=settings.max_connections,
+                timeout_keep_alive=_IDLE_SECONDS,
+                timeout_graceful_shutdown=int(settings.shutdown_timeout) or 1,
+                backlog=2048,
+            )
+        )
+        self.proxy = proxy
+        self.url = ""
+        self._told = told
+
+    async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.proxy.startup()
+        try:
+            await super()._serve(sockets)
+        finally:
+            await self.proxy.shutdown()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        if sockets and self.started:
+            self.url = _url(sockets[0])
+            if self._told is not None:
+                self._told(self.url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, and finish those that are there."""
+        self.proxy.ready = False
+        await super().shutdown(sockets)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return a socket that listens where the settings say.
+
+    Raises:
+        BadSettings: when it cannot.
+    """
+    host = settings.host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        family = socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, settings.port))
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        raise BadSettings(
+            f"{settings.host}:{settings.port} cannot be listened on: {error}; give another --host or --port"
+        ) from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None:
+    """Serve until the process is told to stop (SIGINT, SIGTERM), then finish what is in flight.
+
+    Args:
+        settings: how the proxy is set.
+        told: is called once with the server's address when it listens.
+
+    Raises:
+        BadSettings: when it cannot be started so.
+        StoreError: when the cache cannot be opened.
+    """
+    logging.getLogger("uvicorn.error").addHandler(logging.NullHandler())
+    logging.getLogger("uvicorn.error").propagate = False
+    proxy = Proxy(settings)
+    listener = listen(settings)
+    try:
+        Server(proxy, told).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+@contextlib.contextmanager
+def running(settings: Settings, log: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[Server]:
+    """Run a proxy on a loop of its own, in a thread, while the context is entered.
+
+    Args:
+        settings: how it is set.
+        log: takes what is logged.
+
+    Raises:
+        BadSettings: when it cannot be started so.
+        StoreError: when the cache cannot be opened.
+    """
+    logging.getLogger("uvicorn.error").addHandler(logging.NullHandler())
+    logging.getLogger("uvicorn.error").propagate = False
+    listener = listen(settings)
+    listening = threading.Event()
+    failures: list[BaseException] = []
+    try:
+        server = Server(Proxy(settings, log), lambda _: listening.set())
+    except BaseException:
+        listener.close()
+        raise
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listener])
+        except BaseException as error:  # noqa: BLE001 - it is raised where it can be heard
+            failures.append(error)
+        finally:
+            listener.close()
+            listening.set()
+
+    thread = threading.Thread(target=run, name="cachepipe-proxy", daemon=True)
+    thread.start()
+    listening.wait()
+    try:
+        if failures:
+            raise failures[0]
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
+    if failures:
+        raise CachepipeError("the proxy has failed") from failures[0]

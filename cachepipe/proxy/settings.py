@@ -1,0 +1,309 @@
+"""What a proxy is set to: its upstreams, its cache, whom it serves and how much it takes at once."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+from urllib.parse import urlsplit
+
+from cachepipe.errors import CachepipeError
+
+Kind = Literal["openai", "anthropic"]
+Log = Literal["all", "calls", "errors", "off"]
+KINDS: Final = ("openai", "anthropic")
+LOGS: Final = ("all", "calls", "errors", "off")
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_MOUNT = re.compile(r"(/[A-Za-z0-9_.~-]+)*")
+
+
+class BadSettings(CachepipeError, ValueError):  # noqa: N818 - names the thing at fault
+    """A proxy cannot be started as it is set."""
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A provider to ask.
+
+    Attributes:
+        name: what it is called in paths (``/up/NAME/v1``), listings and metrics.
+        url: its base URL, such as ``https://api.openai.com/v1``.
+        kind: whose dialect it speaks, which decides how a key is shown: ``"openai"`` or ``"anthropic"``.
+            ``/v1/messages`` goes to the first of kind ``anthropic`` where no other is named.
+        mount: the path at the proxy that ``url`` stands for: ``/v1``, unless the URL has no path.
+        api_key: the key to show it; None where clients bring their own.
+        key_header: the header that shows a key.
+    """
+
+    name: str
+    url: str
+    kind: Kind = "openai"
+    mount: str = "/v1"
+    api_key: str | None = field(default=None, repr=False)
+    key_header: str = "authorization"
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        url: str,
+        *,
+        kind: str | None = None,
+        mount: str | None = None,
+        api_key: str | None = None,
+        key_header: str | None = None,
+    ) -> Self:
+        """Return an upstream, what is not given told by its URL.
+
+        Raises:
+            BadSettings: when it cannot be one.
+        """
+        what = f"the upstream {name!r}"
+        if not _NAME.fullmatch(name):
+            raise BadSettings(
+                f"an upstream's name is made of letters, digits, '_', '.' and '-'; got {name!r}"
+            )
+        parts = _url(what, url)
+        if kind is None:
+            kind = "anthropic" if (parts.hostname or "").endswith("anthropic.com") else "openai"
+        if kind not in KINDS:
+            raise BadSettings(f"{what}: kind is one of {', '.join(KINDS)}; got {kind!r}")
+        if mount is None:
+            mount = "/v1" if parts.path.strip("/") else ""
+        mount = mount.rstrip("/")
+        if not _MOUNT.fullmatch(mount):
+            raise BadSettings(f"{what}: mount is a path such as /v1; got {mount!r}")
+        header = (key_header or ("x-api-key" if kind == "anthropic" else "authorization")).lower()
+        if not _HEADER.fullmatch(header):
+            raise BadSettings(f"{what}: key_header is the name of a header; got {key_header!r}")
+        return cls(name, url.rstrip("/"), kind, mount, api_key, header)  # type: ignore[arg-type]  # checked above
+
+    @property
+    def shown_key(self) -> str | None:
+        """The value of the header that shows the key."""
+        if self.api_key is None:
+            return None
+        return f"Bearer {self.api_key}" if self.key_header == "authorization" else self.api_key
+
+
+def _url(what: str, url: Any) -> Any:
+    if not isinstance(url, str):
+        raise BadSettings(f"{what}: url is a text such as https://api.openai.com/v1; got {url!r}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise BadSettings(f"{what}: its URL {url!r} cannot be read: {error}") from error
+    del port
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadSettings(f"{what}: its URL begins with http:// or https:// and a host; got {url!r}")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise BadSettings(
+            f"{what}: its URL holds no user, query or fragment; a key comes from the environment, "
+            "by --api-key-env NAME or api_key_env"
+        )
+    return parts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a proxy is set; see `checked`, which every proxy calls.
+
+    Attributes:
+        upstreams: the providers, by which the first is asked where a path names none.
+        cache: a folder, a store, or None for the default folder.
+        host: the address to listen on.
+        port: the port, 0 for any free one.
+        replay: answer from the cache only; nothing is written, and no upstream is asked.
+        token: what clients must show; needed on every address but loopback.
+        namespace: the namespace of requests that name none.
+        repeat: ``"fresh"``, or ``"same"`` for one draw per question.
+        durability: ``"process"``, or ``"full"`` to survive the death of the machine.
+        hosts: names by which clients may call it, beside its address; only loopback's are checked.
+        max_body: bytes of a request that may be answered from the cache; others are not limited.
+        max_connections: connections at once; further ones are refused with 503.
+        max_calls: calls to each upstream at once; further ones wait.
+        connect_timeout: seconds until a connection to an upstream is made.
+        timeout: seconds without a byte from an upstream.
+        client_timeout: seconds without a byte from a client, or taken by it.
+        shutdown_timeout: seconds in which what is in flight may end when the server stops.
+        log: which requests are logged: ``"all"``, ``"calls"`` upstream and errors, ``"errors"`` or ``"off"``.
+    """
+
+    upstreams: tuple[Upstream, ...] = ()
+    cache: Any = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    replay: bool = False
+    token: str | None = field(default=None, repr=False)
+    namespace: str | None = None
+    repeat: Literal["fresh", "same"] = "fresh"
+    durability: Literal["process", "full"] = "process"
+    hosts: tuple[str, ...] = ()
+    max_body: int = 128 << 20
+    max_connections: int = 2000
+    max_calls: int = 1000
+    connect_timeout: float = 15.0
+    timeout: float = 600.0
+    client_timeout: float = 120.0
+    shutdown_timeout: float = 60.0
+    log: Log = "calls"
+
+    def checked(self) -> Self:
+        """Return these settings.
+
+        Raises:
+            BadSettings: when a proxy with them could not work, or would not be safe.
+        """
+        if not self.upstreams:
+            raise BadSettings("a proxy needs an upstream: --upstream https://api.openai.com/v1")
+        names = [upstream.name for upstream in self.upstreams]
+        if len({*names}) < len(names):
+            raise BadSettings(f"upstreams have different names; got {', '.join(names)}")
+        if self.token is not None and not self.token.strip():
+            raise BadSettings("the token that clients must show is empty; set it to a long random text")
+        if self.token is None and not is_loopback(self.host):
+            raise BadSettings(
+                f"a proxy on {self.host} can be reached by others, so clients must show a token: name the "
+                "environment variable that holds it with --token-env, or listen on 127.0.0.1"
+            )
+        if not 0 <= self.port <= 65535:
+            raise BadSettings(f"a port is a number from 0 to 65535; got {self.port}")
+        if self.repeat not in ("fresh", "same"):
+            raise BadSettings(f"repeat is 'fresh' or 'same'; got {self.repeat!r}")
+        if self.durability not in ("process", "full"):
+            raise BadSettings(f"durability is 'process' or 'full'; got {self.durability!r}")
+        if self.log not in LOGS:
+            raise BadSettings(f"log is one of {', '.join(LOGS)}; got {self.log!r}")
+        for name in ("max_body", "max_connections", "max_calls"):
+            if getattr(self, name) < 1:
+                raise BadSettings(f"{name} is at least 1; got {getattr(self, name)}")
+        for name in ("connect_timeout", "timeout", "client_timeout", "shutdown_timeout"):
+            if not getattr(self, name) > 0:
+                raise BadSettings(f"{name} is a number of seconds above 0; got {getattr(self, name)}")
+        return self
+
+
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "cache": (str,),
+    "host": (str,),
+    "port": (int,),
+    "replay": (bool,),
+    "namespace": (str,),
+    "repeat": (str,),
+    "durability": (str,),
+    "hosts": (list,),
+    "max_body": (int,),
+    "max_connections": (int,),
+    "max_calls": (int,),
+    "connect_timeout": (int, float),
+    "timeout": (int, float),
+    "client_timeout": (int, float),
+    "shutdown_timeout": (int, float),
+    "log": (str,),
+}
+_OF_UPSTREAM: Final = ("url", "kind", "mount", "api_key_env", "key_header")
+
+
+def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings that a TOML file holds, not yet checked as a whole.
+
+    Beside the names of `Settings` there are ``token_env``, ``default`` (the name of the upstream that is
+    asked where a path names none) and the tables ``[upstreams.NAME]`` with ``url``, ``kind``, ``mount``,
+    ``api_key_env`` and ``key_header``. Keys themselves are never in the file.
+
+    Raises:
+        BadSettings: when it cannot be read, or holds what is not known.
+    """
+    environment = os.environ if environment is None else environment
+    file = Path(path)
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadSettings(f"the configuration {file} cannot be read: {error}") from error
+    known = {*_TYPES, "token_env", "default", "upstreams"}
+    if unknown := sorted({*table} - known):
+        raise BadSettings(
+            f"{file} holds {', '.join(map(repr, unknown))}, which is not known; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    values: dict[str, Any] = {}
+    for name, kinds in _TYPES.items():
+        if name in table:
+            value = table[name]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise BadSettings(f"{file}: {name} is of type {wanted}; got {value!r}")
+            values[name] = tuple(str(host) for host in table[name]) if name == "hosts" else value
+    tables = table.get("upstreams", {})
+    if not isinstance(tables, dict) or not all(isinstance(each, dict) for each in tables.values()):
+        raise BadSettings(f"{file}: upstreams are tables, each [upstreams.NAME] with a url")
+    upstreams = [_upstream(file, name, each, environment) for name, each in tables.items()]
+    if "default" in table:
+        if table["default"] not in tables:
+            raise BadSettings(f"{file}: default is the name of an upstream; got {table['default']!r}")
+        upstreams.sort(key=lambda upstream: upstream.name != table["default"])
+    if "token_env" in table:
+        values["token"] = secret(table["token_env"], environment)
+    return Settings(upstreams=tuple(upstreams), **values)
+
+
+def _upstream(file: Path, name: str, table: Mapping[str, Any], environment: Mapping[str, str]) -> Upstream:
+    if unknown := sorted({*table} - {*_OF_UPSTREAM}):
+        raise BadSettings(
+            f"{file}: the upstream {name!r} holds {', '.join(map(repr, unknown))}; known are "
+            f"{', '.join(_OF_UPSTREAM)}"
+        )
+    for option, value in table.items():
+        if not isinstance(value, str):
+            raise BadSettings(f"{file}: {option} of the upstream {name!r} is a text; got {value!r}")
+    options = {option: table.get(option) for option in ("kind", "mount", "key_header")}
+    key = secret(table["api_key_env"], environment) if "api_key_env" in table else None
+    return Upstream.of(name, table.get("url", ""), api_key=key, **options)
+
+
+def secret(variable: str, environment: Mapping[str, str] | None = None) -> str:
+    """Return what an environment variable holds, for keys and tokens.
+
+    Raises:
+        BadSettings: when it is not set, or is not what a header can hold.
+    """
+    value = (os.environ if environment is None else environment).get(variable, "").strip()
+    if not value:
+        raise BadSettings(f"the environment variable {variable} is not set, or empty; set it to the secret")
+    if not (value.isascii() and value.isprintable()):
+        raise BadSettings(f"the environment variable {variable} holds characters that no header can")
+    return value
+
+
+def named(text: str) -> tuple[str | None, str]:
+    """Return the name and the URL of ``NAME=URL``; the name is None where there is only a URL."""
+    name, equals, url = text.partition("=")
+    return (name, url) if equals and "/" not in name else (None, text)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is of this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def with_upstreams(settings: Settings, upstreams: list[Upstream]) -> Settings:
+    """Return settings whose upstreams are these, then those that they had."""
+    own = {upstream.name for upstream in upstreams}
+    kept = [upstream for upstream in settings.upstreams if upstream.name not in own]
+    return replace(settings, upstreams=(*upstreams, *kept))
+
+
+assert {*_TYPES} | {"upstreams", "token"} == {each.name for each in fields(Settings)}  # noqa: S101 - by hand

@@ -1,0 +1,224 @@
+"""One request to the proxy and its answer, as ASGI has them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Final
+
+import orjson
+
+from cachepipe.proxy.headers import text_of
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON: Final = (b"content-type", b"application/json")
+_PRIVATE: Final = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+
+
+class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it would be an error
+    """The client has left, or takes nothing any more."""
+
+
+class Refused(Exception):  # noqa: N818 - names what happened
+    """A request is answered with an error of the proxy's own.
+
+    Args:
+        status: the status.
+        code: a short name that programs may look for.
+        message: what was expected, what arrived, what to do.
+        pairs: further headers.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, pairs: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.pairs = pairs
+
+
+class Turn:
+    """One request: what it says, and what has become of it.
+
+    Args:
+        scope: the ASGI scope.
+        receive: gives the body, and the client's leaving.
+        send: takes the answer.
+        patience: seconds without a byte from or to the client.
+    """
+
+    __slots__ = (
+        "_watch",
+        "begun",
+        "facts",
+        "headers",
+        "method",
+        "named",
+        "patience",
+        "receive",
+        "scope",
+        "send_message",
+        "sent",
+        "status",
+    )
+
+    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, patience: float) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send_message = send
+        self.patience = patience
+        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.named = dict(self.headers)
+        self.method: str = scope["method"]
+        self.begun = time.perf_counter()
+        self.status = 0
+        self.sent = 0
+        self.facts: dict[str, Any] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    def says(self, name: bytes) -> str | None:
+        """Return what a header says, or None where it is missing."""
+        value = self.named.get(name)
+        return None if value is None else text_of(value)
+
+    # The request's body.
+
+    async def body(self, most: int) -> bytes:
+        """Return the whole body.
+
+        Args:
+            most: how many bytes it may have.
+
+        Raises:
+            Refused: when it has more, or takes too long.
+            ClientGone: when it does not come to its end.
+        """
+        told = self.named.get(b"content-length", b"0")
+        if not told.isdigit() or int(told) > most:
+            raise self.too_large(most)
+        message = await self._received()
+        content: bytes = message.get("body", b"")
+        if not message.get("more_body", False) and len(content) <= most:
+            return content
+        parts, size = [content], len(content)
+        while size <= most:
+            message = await self._received()
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if not message.get("more_body", False) and size <= most:
+                return b"".join(parts)
+        raise self.too_large(most)
+
+    @staticmethod
+    def too_large(most: int) -> Refused:
+        """Return the refusal of a body that is too large."""
+        close = [(b"connection", b"close")]
+        return Refused(413, "too_large", f"a request that can be cached has at most {most} bytes", close)
+
+    async def _received(self) -> Message:
+        try:
+            async with asyncio.timeout(self.patience):
+                message = await self.receive()
+        except TimeoutError:
+            close = [(b"connection", b"close")]
+            raise Refused(408, "too_slow", "the body of the request has not come to its end", close) from None
+        if message["type"] != "http.request":
+            raise ClientGone
+        return message
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Iterate over the body as it comes."""
+        while True:
+            message = await self._received()
+            if message.get("body"):
+                yield message["body"]
+            if not message.get("more_body", False):
+                return
+
+    # The client's leaving; only once the body has been read.
+
+    async def or_gone(self, *work: asyncio.Future[Any]) -> bool:
+        """Wait until some work is done, or the client has gone; tell whether work is done."""
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().create_task(self._gone())
+        await asyncio.wait((*work, self._watch), return_when=asyncio.FIRST_COMPLETED)
+        return any(each.done() for each in work)
+
+    async def _gone(self) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client is known to have gone."""
+        return self._watch is not None and self._watch.done()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self._watch is not None:
+            self._watch.cancel()
+
+    # The answer.
+
+    async def start(self, status: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Send the status and the headers."""
+        self.status = status
+        await self.send_message({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def write(self, chunk: bytes, *, more: bool = True) -> None:
+        """Send a part of the body, waiting until the client has room for it.
+
+        Raises:
+            ClientGone: when it takes nothing for too long.
+        """
+        self.sent += len(chunk)
+        try:
+            async with asyncio.timeout(self.patience):
+                await self.send_message({"type": "http.response.body", "body": chunk, "more_body": more})
+        except TimeoutError:
+            raise ClientGone from None
+
+    async def answer(self, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
+        """Send a whole answer; it is small enough to wait in memory for a slow client."""
+        self.status = status
+        self.sent += len(content)
+        pairs.append((b"content-length", b"%d" % len(content)))
+        await self.send_message({"type": "http.response.start", "status": status, "headers": pairs})
+        await self.send_message({"type": "http.response.body", "body": content})
+
+    async def tell(self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Answer with JSON of the proxy's own."""
+        content = orjson.dumps(value, default=repr, option=orjson.OPT_NON_STR_KEYS)
+        await self.answer(status, [JSON, *_PRIVATE, *pairs], content)
+
+    async def stream(self, source: AsyncIterator[bytes]) -> bool:
+        """Send what a source brings as it comes; tell whether the client took all of it.
+
+        What the source raises is raised once what came before has been sent.
+        """
+        pump = asyncio.get_running_loop().create_task(self._pump(source))
+        try:
+            if await self.or_gone(pump):
+                pump.result()
+                return True
+        except ClientGone:
+            pass
+        finally:
+            if not pump.done():
+                pump.cancel()
+                await asyncio.wait([pump])
+            with contextlib.suppress(RuntimeError):  # it is being closed already
+                await source.aclose()  # type: ignore[attr-defined]  # sources are generators
+        return False
+
+    async def _pump(self, source: AsyncIterator[bytes]) -> None:
+        async for chunk in source:
+            await self.write(chunk)
+        await self.write(b"", more=False)

@@ -1,0 +1,210 @@
+"""Calls to the providers: the connections, what can go wrong with them, and the exchange that makes them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, Final
+
+from cachepipe.clients.exchange import Exchange, dump
+from cachepipe.clients.seam import Arrived
+from cachepipe.errors import CachepipeError
+from cachepipe.proxy import headers
+from cachepipe.proxy.settings import Settings, Upstream
+
+try:
+    import httpx2 as httpx
+except ImportError as error:  # pragma: no cover - it is in the extra
+    raise ImportError("the proxy needs more packages: pip install 'cachepipe[proxy]'") from error
+
+_JSON: Final = (b"content-type", b"application/json")
+_PLAIN: Final = (b"accept-encoding", b"identity")  # compressed events would arrive in clumps
+_PACKED: Final = (b"accept-encoding", b"gzip, deflate")
+
+
+class UpstreamRefusal(CachepipeError):  # noqa: N818 - names what it holds
+    """An upstream answered with a status that is no success; it is handed on as it came.
+
+    Attributes:
+        status_code: the status.
+        headers: the headers.
+        content: the body.
+    """
+
+    def __init__(self, upstream: str, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
+        super().__init__(f"the upstream {upstream!r} answered with status {status}")
+        self.status_code = status
+        self.headers = pairs
+        self.content = content
+
+
+class UpstreamUnreachable(CachepipeError):  # noqa: N818 - names what happened
+    """An upstream could not be reached, or broke off before its answer was whole."""
+
+
+class UpstreamTimeout(UpstreamUnreachable):
+    """An upstream took too long."""
+
+
+class Reader:
+    """A response of an upstream whose body is read as it comes; it holds its place among the calls."""
+
+    def __init__(self, response: Any, upstream: str, release: Callable[[], None]) -> None:
+        self.response = response
+        self.headers = response.headers
+        self.upstream = upstream
+        self._release = release
+
+    @property
+    def status(self) -> int:
+        """The status."""
+        status: int = self.response.status_code
+        return status
+
+    @property
+    def pairs(self) -> list[tuple[bytes, bytes]]:
+        """The headers as they came, by lower-case names."""
+        return [(name.lower(), value) for name, value in self.response.headers.raw]
+
+    async def aiter_bytes(self) -> AsyncIterator[bytes]:
+        """Iterate over the body, decoded."""
+        async with _explained(self.upstream):
+            async for chunk in self.response.aiter_bytes():
+                yield chunk
+
+    async def aiter_raw(self) -> AsyncIterator[bytes]:
+        """Iterate over the body as it came."""
+        async with _explained(self.upstream):
+            async for chunk in self.response.aiter_raw():
+                yield chunk
+
+    async def aread(self) -> bytes:
+        """Return the whole body, decoded."""
+        async with _explained(self.upstream):
+            content: bytes = await self.response.aread()
+            return content
+
+    async def aclose(self) -> None:
+        """Let go of the connection."""
+        self._release()
+        with contextlib.suppress(httpx.HTTPError):
+            await self.response.aclose()
+
+
+@contextlib.asynccontextmanager
+async def _explained(upstream: str) -> AsyncIterator[None]:
+    """Make an error of the connection one of ours; it holds no header."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise UpstreamTimeout(
+            f"the upstream {upstream!r} took too long ({type(error).__name__}); try again, or raise --timeout"
+        ) from None
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError) as error:
+        raise UpstreamUnreachable(
+            f"the upstream {upstream!r} could not be reached, or broke off: {type(error).__name__}: {error}"
+        ) from None
+
+
+class Caller:
+    """The connections to the upstreams of a proxy."""
+
+    def __init__(self, settings: Settings) -> None:
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=settings.max_calls, keepalive_expiry=30.0
+        )
+        timeout = httpx.Timeout(settings.timeout, connect=settings.connect_timeout, pool=None)
+        self._client = httpx.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
+        # A jar would show the cookies of one client to another.
+        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._client.headers.clear()
+        self._places = {
+            upstream.name: asyncio.Semaphore(settings.max_calls) for upstream in settings.upstreams
+        }
+        self.calls = dict.fromkeys(self._places, 0)
+        self.in_flight = dict.fromkeys(self._places, 0)
+
+    async def call(
+        self,
+        upstream: Upstream,
+        method: str,
+        url: str,
+        pairs: Sequence[tuple[bytes, bytes]],
+        content: bytes | AsyncIterator[bytes] | None,
+    ) -> Reader:
+        """Return an upstream's answer with its body unread; whoever gets it closes it.
+
+        Raises:
+            UpstreamUnreachable: when there is none.
+        """
+        name = upstream.name
+        place = self._places[name]
+        await place.acquire()
+        self.calls[name] += 1
+        self.in_flight[name] += 1
+        held = True
+
+        def release() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self.in_flight[name] -= 1
+                place.release()
+
+        try:
+            async with _explained(name):
+                request = self._client.build_request(method, url, headers=list(pairs), content=content)
+                response = await self._client.send(request, stream=True)
+        except BaseException:
+            release()
+            raise
+        return Reader(response, name, release)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+
+class Served(Exchange):
+    """A request to the proxy whose answer may come from the cache.
+
+    Args:
+        caller: the connections.
+        upstream: whom it is for.
+        url: where it goes.
+        pairs: the headers that go with it, credentials included.
+        arguments: those of `Exchange`.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        upstream: Upstream,
+        url: str,
+        pairs: list[tuple[bytes, bytes]],
+        **arguments: Any,
+    ) -> None:
+        super().__init__(url=url, **arguments)
+        self.caller = caller
+        self.upstream = upstream
+        self.url = url
+        self.pairs = pairs
+        self.calls = 0
+
+    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
+        """Make a call with this request's own headers."""
+        pairs = [*self.pairs, _JSON, _PLAIN if stream else _PACKED]
+        self.calls += 1
+        reader = await self.caller.call(self.upstream, "POST", self.url, pairs, dump(body))
+        if stream and 200 <= reader.status < 300:
+            return Arrived(reader, {})
+        try:
+            content = await reader.aread()
+        finally:
+            await reader.aclose()
+        if not 200 <= reader.status < 300:
+            raise UpstreamRefusal(self.upstream.name, reader.status, headers.of_answer(reader.pairs), content)
+        return Arrived(reader, {}, content)
