@@ -21,7 +21,7 @@ _TEXT = (
     "that the their them then there these they thing think this time to two under up us use very was way we"
 )
 _WORDS = _TEXT.split()
-_SYSTEM = "You are a careful assistant. Think step by step, then give the answer on a line of its own."
+SYSTEM = "You are a careful assistant. Think step by step, then give the answer on a line of its own."
 SIZE = 1000
 
 
@@ -51,7 +51,7 @@ def question(name: str, *, chat: bool = True) -> dict[str, Any]:
     """
     return {
         "prompt": [
-            {"role": "system", "content": _SYSTEM},
+            {"role": "system", "content": SYSTEM},
             {"role": "user", "content": text(f"question {name}:", 800)},
         ]
         if chat

@@ -56,14 +56,30 @@ class Sizes:
     Attributes:
         check: tiny sizes, to see that the code works.
         large: the sizes that take long too.
+        peers: the other caches to measure in the same run, each in a process of its own environment.
+        keep: a folder whose caches are used again, or None.
     """
 
     check: bool = False
     large: bool = False
+    peers: tuple[str, ...] = ()
+    keep: Path | None = None
 
     def pick(self, full: int, tiny: int) -> int:
         """Return the size that is wanted."""
         return tiny if self.check else full
+
+
+Goals = dict[str, float | None]
+Role = Literal["floor", "control", "subject", "peer"]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a call returns that was timed elsewhere, such as in a worker's process."""
+
+    seconds: float
+    result: Any
 
 
 def _nothing(_round: int) -> None:
@@ -80,8 +96,10 @@ class Entry:
         check: gets what ``call`` returned and what ``prepare`` returned; raises ``WrongAnswer``.
         operations: how many operations a call is; times are given per operation.
         role: a floor is what no cache on disk can do without, a control shows one part of the cost,
-            a subject is cachepipe.
+            a subject is cachepipe, a peer is another cache.
         against: entries of the same table to divide by, with the goal (at most so many times), or None.
+        faster: entries of the same table that are divided by this one, with the goal (at least so many
+            times), or None; those that are not in the table are left out.
         prepare: called before each round with its number; the warm-up round has number 0.
     """
 
@@ -89,8 +107,9 @@ class Entry:
     call: Callable[[Any], Any]
     check: Callable[[Any, Any], Any]
     operations: int = 1
-    role: Literal["floor", "control", "subject"] = "subject"
-    against: dict[str, float | None] = field(default_factory=dict)
+    role: Role = "subject"
+    against: Goals = field(default_factory=dict)
+    faster: Goals = field(default_factory=dict)
     prepare: Callable[[int], Any] = _nothing
 
 
@@ -103,6 +122,75 @@ class Table:
     unit: Literal["µs", "ms"] = "µs"
 
 
+@dataclass(frozen=True)
+class Count:
+    """One thing whose figures are counted, not timed.
+
+    Attributes:
+        name: what it is.
+        count: returns its figures by column.
+        role: as an entry's.
+        goals: columns that should be exactly so much; or at most so much, as ``("≤", so much)``; or at most
+            so many times what another row has, as ``(so many, name of the row)``.
+    """
+
+    name: str
+    count: Callable[[], Any]
+    role: Role = "subject"
+    goals: dict[str, float | tuple[str, float] | tuple[float, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts that belong together; each is made once."""
+
+    title: str
+    columns: list[str]
+    entries: list[Count]
+
+
+async def counted(tally: Tally) -> dict[str, Any]:
+    """Return a tally's figures, as JSON can hold them."""
+    figures: dict[str, dict[str, float]] = {}
+    for entry in tally.entries:
+        try:
+            figures[entry.name] = await _settled(entry.count())
+        except WrongAnswer as wrong:
+            raise WrongAnswer(f"{entry.name}: {wrong}") from wrong
+    return {
+        "title": tally.title,
+        "columns": tally.columns,
+        "entries": [
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "figures": figures[entry.name],
+                "goals": [
+                    _reached(column, goal, entry.name, figures) for column, goal in entry.goals.items()
+                ],
+            }
+            for entry in tally.entries
+        ],
+    }
+
+
+def _reached(column: str, goal: Any, name: str, figures: dict[str, dict[str, float]]) -> dict[str, Any]:
+    value = figures[name][column]
+    if isinstance(goal, tuple) and goal[0] == "≤":
+        return {"column": column, "goal": goal[1], "most": True, "holds": value <= goal[1]}
+    if isinstance(goal, tuple):
+        factor, other = goal
+        ratio = value / figures[other][column]
+        return {
+            "column": column,
+            "to": other,
+            "ratio": round(ratio, 3),
+            "goal": factor,
+            "holds": ratio <= factor,
+        }
+    return {"column": column, "goal": goal, "holds": value == goal}
+
+
 async def once(entry: Entry, number: int) -> float:
     """Run an entry once and check what came back; return the seconds that it took."""
     prepared = await _settled(entry.prepare(number))
@@ -112,6 +200,8 @@ async def once(entry: Entry, number: int) -> float:
     if inspect.isawaitable(result):
         result = await result
     seconds = time.perf_counter() - start
+    if isinstance(result, Timed):
+        seconds, result = result.seconds, result.result
     try:
         await _settled(entry.check(result, prepared))
     except WrongAnswer as wrong:
@@ -142,8 +232,15 @@ async def measure(table: Table, rounds: int) -> dict[str, Any]:
                 "median": round(statistics.median(times[entry.name]), 3),
                 "spread": round(spread(times[entry.name]), 3),
                 "ratios": [
-                    _ratio(times[entry.name], times[other], other, goal)
-                    for other, goal in entry.against.items()
+                    *(
+                        _ratio(times[entry.name], times[other], other, goal)
+                        for other, goal in entry.against.items()
+                    ),
+                    *(
+                        _ratio(times[other], times[entry.name], other, goal, least=True)
+                        for other, goal in entry.faster.items()
+                        if other in times
+                    ),
                 ],
                 "rounds": [round(value, 3) for value in times[entry.name]],
             }
@@ -152,13 +249,16 @@ async def measure(table: Table, rounds: int) -> dict[str, Any]:
     }
 
 
-def _ratio(mine: list[float], theirs: list[float], other: str, goal: float | None) -> dict[str, Any]:
-    ratio = statistics.median(one / two for one, two in zip(mine, theirs, strict=True))
+def _ratio(
+    one: list[float], other: list[float], name: str, goal: float | None, *, least: bool = False
+) -> dict[str, Any]:
+    ratio = statistics.median(mine / theirs for mine, theirs in zip(one, other, strict=True))
     return {
-        "to": other,
+        "to": name,
+        "kind": "times faster" if least else "times",
         "ratio": round(ratio, 3),
         "goal": goal,
-        "holds": None if goal is None else ratio <= goal,
+        "holds": None if goal is None else ratio >= goal if least else ratio <= goal,
     }
 
 
@@ -172,6 +272,8 @@ def spread(times: Sequence[float]) -> float:
 
 def noisy(measured: dict[str, Any]) -> list[str]:
     """Return the entries that others are divided by and whose rounds varied too much."""
+    if "columns" in measured:
+        return []
     used = {ratio["to"] for entry in measured["entries"] for ratio in entry["ratios"]}
     return [
         entry["name"] for entry in measured["entries"] if entry["name"] in used and entry["spread"] > NOISY

@@ -7,6 +7,7 @@ one request at a time (*alone*) and for 64 at once (*in crowds*).
 Floor of a known draw: the SHA-256 of the request as sorted JSON, diskcache's ``get`` of that key as
 bytes, and the parsing of what it gives. Floor of a new draw: one SQLite row read and one ledger row
 written in one WAL file, without a key and without parsing; 64 of them to a transaction for crowds.
+With ``--peers``, CacheSaver's pipeline around a model that answers at once, in a process of its own.
 Controls: the same over a dict and an SQLite row, the floor of a new draw with key and parsing, the
 bare model call, and ``asyncio.gather`` over it.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -25,11 +27,13 @@ import orjson
 
 import cachepipe
 from benchmarks import data, floors
-from benchmarks.harness import Entry, Sizes, Table, equal, expect
+from benchmarks.harness import Entry, Goals, Sizes, Table, Timed, equal, expect
+from benchmarks.peers import TITLES, Worker, workers
 from cachepipe.ledger import label
 from cachepipe.typedefs import Batch, Response
 
 CROWD = 64
+_PEER = TITLES["cachesaver-pipeline"]
 
 
 class _Hits:
@@ -75,15 +79,46 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
     await hits.fill()
     await strings.fill()
     with (
+        workers(["cachesaver-pipeline"] if "cachesaver" in sizes.peers else []) as there,
         floors.open_diskcache(hits.folder / "diskcache") as opened,
         contextlib.closing(floors.connect(hits.folder / "floor.db")) as connection,
     ):
         async with hits.open(hits.folder / "cache") as chat, strings.open(strings.folder / "cache") as string:
             yield [
-                Table("a known draw, one at a time", _known(hits, opened, connection, chat, strings, string)),
-                Table("a new draw, alone", _new(hits, strings, 1)),
-                Table(f"a new draw, in crowds of {CROWD}", _new(hits, strings, CROWD)),
+                Table(
+                    "a known draw, one at a time",
+                    [*_known(hits, opened, connection, chat, strings, string), *_peer(hits, there, 1)],
+                ),
+                Table("a new draw, alone", [*_new(hits, strings, 1), *_peer(hits, there, 1, new=True)]),
+                Table(
+                    f"a new draw, in crowds of {CROWD}",
+                    [*_new(hits, strings, CROWD), *_peer(hits, there, CROWD, new=True)],
+                ),
             ]
+
+
+def _peer(hits: _Hits, there: dict[str, Worker], in_flight: int, *, new: bool = False) -> list[Entry]:
+    """Return the entry of CacheSaver's pipeline around a model that answers at once, if it is measured."""
+    worker = there.get("cachesaver-pipeline")
+    if worker is None:
+        return []
+    wanted = [{"messages": asked["prompt"], "n": 1} for asked in hits.questions]
+    namespaces = itertools.count()
+
+    def opened(_: int) -> None:
+        worker.call(
+            "open", folder=str(hits.folder / "peer"), base_url="", in_flight=in_flight
+        )  # another run: its cursors are in memory
+
+    def call(_: Any) -> Timed:
+        return worker.ask(wanted, f"new {next(namespaces)}" if new else "known", in_flight)
+
+    def right(got: list[list[str]], _: Any) -> None:
+        equal(got, [[f"answer to {asked['prompt'][-1]['content']}"] for asked in hits.questions])
+
+    opened(0)
+    worker.ask(wanted, "known")
+    return [Entry(worker.title, call, right, len(wanted), "peer", prepare=opened)]
 
 
 def _replaying(hits: _Hits) -> Callable[[cachepipe.OnlineAPI], Any]:
@@ -149,6 +184,7 @@ def _known(
             hits.responses,
             count,
             against={floor: 2.0},
+            faster={_PEER: 20.0},
             prepare=lambda _: pipeline,
         ),
         Entry(
@@ -247,20 +283,26 @@ def _new(hits: _Hits, strings: _Hits, crowd: int) -> list[Entry]:
         Entry(keyed, keyed_rows, written(lambda value: value), count, "control", prepare=copy_of_floor),
     ]
     if crowd == 1:
-        goals: dict[str, float | None] = {floor: 3.0, keyed: None}
+        goals: Goals = {floor: 3.0, keyed: None}
     else:
         goals = {floor: 1.7, keyed: None}
         entries.append(Entry("asyncio.gather over the bare model", bare, bare_right, count, "control"))
         entries.append(_draw("new draw, batch_request", hits, crowd, goals, batch=True))
     return [
         *entries,
-        _draw("new draw", hits, crowd, goals),
+        _draw("new draw", hits, crowd, goals, faster={_PEER: 7.0}),
         _draw("new draw, its prompt a string", strings, crowd, goals),
     ]
 
 
 def _draw(
-    name: str, hits: _Hits, crowd: int, goals: dict[str, float | None], *, batch: bool = False
+    name: str,
+    hits: _Hits,
+    crowd: int,
+    goals: Goals,
+    *,
+    batch: bool = False,
+    faster: Goals | None = None,
 ) -> Entry:
     """Return the entry in which a second namespace asks all questions of a copy of the filled cache."""
     count = len(hits.questions)
@@ -293,7 +335,7 @@ def _draw(
         hits.responses(got, None)
         expect(drawn == count, f"the ledger has {drawn} of {count} draws")
 
-    return Entry(name, draw, check, count, against=goals, prepare=prepare)
+    return Entry(name, draw, check, count, against=goals, faster=faster or {}, prepare=prepare)
 
 
 def _remove(connection: sqlite3.Connection) -> None:

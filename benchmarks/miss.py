@@ -1,4 +1,4 @@
-"""What does a miss cost beside the call that it makes, when 1,000 come at once and when they come one by one?
+"""What does a miss cost beside the call that it makes: 1,000 at once, one by one, and through the client?
 
 At once: the model sleeps 50 ms, as one that answers from far away; the floor is ``asyncio.gather``
 over the bare model, and a control writes the 1,000 answers to a diskcache in one transaction after it.
@@ -6,8 +6,12 @@ Requests are chat messages; one entry has strings of the same length instead.
 One by one: the model answers at once, so that only the overhead is left; the floor is the bare call
 with diskcache's ``get`` before and ``set`` after it.
 
-After each round, and before the pipeline is closed, another process replays all draws without a model
-and counts the rows with diskcache: what was delivered is durable.
+Through the drop-in client, the floor is the bare client against the same server, with 100 and with 1,000 in
+flight, and answers at once or after 50 ms. Each client is a process of its own (see ``worker.py``); the
+server counts what it was asked.
+
+After each round of the first two, and before the pipeline is closed, another process replays all draws
+without a model and counts the rows with diskcache: what was delivered is durable.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ import orjson
 
 import cachepipe
 from benchmarks import data, floors
-from benchmarks.harness import ROOT, Entry, Sizes, Table, equal, expect
+from benchmarks.client import asks
+from benchmarks.harness import ROOT, Entry, Goals, Role, Sizes, Table, Timed, equal, expect
+from benchmarks.peers import Server, Worker, workers
 from cachepipe.typedefs import Batch, Request, Response
 
 DELAY = 0.05
@@ -97,14 +103,23 @@ def _read_elsewhere(folder: Path, questions: list[dict[str, Any]]) -> dict[str, 
 
 @contextlib.asynccontextmanager
 async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
-    """Yield both cases."""
+    """Yield the cases."""
     count = sizes.pick(1000, 70)
     questions = [data.question(str(number)) for number in range(count)]
     strings = [data.question(str(number), chat=False) for number in range(count)]
     slow = _Misses(folder, _SlowModel, questions)
     slow_strings = _Misses(folder, _SlowModel, strings)
     alone = _Misses(folder, data.InstantModel, questions)
-    yield [
+    with Server() as server, workers(["bare", "cachepipe", *sizes.peers]) as there:
+        through = [
+            _Through(there, server, folder, in_flight, delay, sizes.pick(max(in_flight, 500), 10))
+            for in_flight, delay in ((100, 0.0), (100, DELAY), (1000, DELAY))
+        ]
+        yield [*_tables(count, slow, slow_strings, alone), *(each.table() for each in through)]
+
+
+def _tables(count: int, slow: _Misses, slow_strings: _Misses, alone: _Misses) -> list[Table]:
+    return [
         Table(f"{count:,} at once around a model that sleeps 50 ms", _at_once(slow, slow_strings), "ms"),
         Table("one at a time around a model that answers at once", _alone(alone)),
     ]
@@ -180,3 +195,56 @@ def _alone(misses: _Misses) -> list[Entry]:
         Entry(floor, get_and_set, misses.stored, count, "floor", prepare=misses.diskcache),
         Entry("miss", ask, misses.durable, count, against={floor: None}, prepare=misses.pipeline),
     ]
+
+
+class _Through:
+    """Misses through clients: new questions in each round, so many in flight."""
+
+    def __init__(
+        self,
+        there: dict[str, Worker],
+        server: Server,
+        folder: Path,
+        in_flight: int,
+        delay: float,
+        count: int,
+    ) -> None:
+        self.there, self.server, self.folder = there, server, folder
+        self.in_flight, self.delay, self.count = in_flight, delay, count
+
+    def table(self) -> Table:
+        bare = self.there["bare"].title
+        least = 1.3 if self.in_flight == 100 else 1.0
+        peers: dict[str, float | None] = {worker.title: None for worker in self.there.values()}
+        faster = {**peers, bare: least}
+        del faster["cachepipe"]
+        return Table(
+            f"through the client, {self.in_flight:,} in flight, answered after {self.delay * 1000:.0f} ms",
+            [
+                self._entry(
+                    worker,
+                    "floor" if name == "bare" else "subject" if name == "cachepipe" else "peer",
+                    faster if name == "cachepipe" else {},
+                )
+                for name, worker in self.there.items()
+            ],
+        )
+
+    def _entry(self, worker: Worker, role: Role, faster: Goals) -> Entry:
+        def prepare(number: int) -> list[dict[str, Any]]:
+            self.server.delay(self.delay)
+            where = self.folder / f"{worker.name}-{self.in_flight}-{self.delay}"
+            worker.call("open", folder=str(where), base_url=self.server.base_url, in_flight=self.in_flight)
+            worker.ask(asks(2, 2, f"round {number}, before"), in_flight=2)  # what is made with the first call
+            self.server.reset()
+            return asks(self.count, 2, f"round {number}")
+
+        def call(wanted: list[dict[str, Any]]) -> Timed:
+            return worker.ask(wanted, in_flight=self.in_flight)
+
+        def right(got: list[list[str]], _: Any) -> None:
+            told = self.server.reset()
+            expect(told["calls"] == self.count, f"{told['calls']} calls were made for {self.count} misses")
+            expect(len({text for texts in got for text in texts}) == self.count, "an answer came twice")
+
+        return Entry(worker.title, call, right, self.count, role, faster=faster, prepare=prepare)

@@ -24,16 +24,20 @@ def run(*arguments):
     )
 
 
-def test_every_benchmark_gets_the_right_answers():
-    done = run("--check")
+def test_benchmarks_get_the_right_answers():
+    """Those that start few processes; ``python -m benchmarks --check`` runs all of them."""
+    done = run("hit", "growth", "crowd", "--check")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["hit", "miss", "growth", "imports"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["hit", "growth", "crowd"]
 
 
 def test_a_name_that_no_benchmark_has_is_refused():
     done = run("hits")
     assert done.returncode == 2
-    assert "there is no benchmark hits; there are hit, miss, growth, imports" in done.stderr
+    assert (
+    assert "there is no benchmark hits; there are hit, client, miss, spend, crowd, growth" in done.stderr
+        in done.stderr
+    )
 
 
 @pytest.fixture
@@ -65,6 +69,44 @@ def test_figures_have_medians_ratios_and_goals(harness):
     floor, ours = measured["entries"]
     assert (floor["ratios"], len(floor["rounds"]), len(ours["rounds"])) == ([], 3, 3)
     assert [(ratio["to"], ratio["holds"]) for ratio in ours["ratios"]] == [("floor", True)]
+
+
+def test_who_should_be_faster_is_compared_the_other_way_round(harness):
+    slow, fast = harness.Timed(2.0, 1), harness.Timed(0.5, 1)
+    right = lambda result, _: harness.equal([result], [1])  # noqa: E731
+    entries = [
+        harness.Entry("peer", lambda _: slow, right, role="peer"),
+        harness.Entry("ours", lambda _: fast, right, faster={"peer": 3, "absent": 9}),
+        harness.Entry("other", lambda _: fast, right, faster={"peer": 5}),
+    ]
+    measured = asyncio.run(harness.measure(harness.Table("a question", entries), 2))
+    told = [
+        (ratio["to"], ratio["ratio"], ratio["holds"])
+        for each in measured["entries"]
+        for ratio in each["ratios"]
+    ]
+    assert told == [("peer", 4.0, True), ("peer", 4.0, False)]
+
+
+def test_counts_have_goals_that_are_exact_or_at_most(harness):
+    rows = [
+        harness.Count("small", lambda: {"MB": 10, "lost": 0}, goals={"lost": 0, "MB": ("≤", 9)}),
+        harness.Count("large", lambda: {"MB": 14, "lost": 1}, goals={"lost": 0, "MB": (1.5, "small")}),
+    ]
+    told = asyncio.run(harness.counted(harness.Tally("a question", ["MB", "lost"], rows)))
+    goals = [(goal["column"], goal["holds"]) for entry in told["entries"] for goal in entry["goals"]]
+    assert goals == [("lost", True), ("MB", False), ("lost", False), ("MB", True)]
+
+
+def test_a_peer_that_cannot_be_installed_is_told_with_the_reason(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    peers = importlib.import_module("benchmarks.peers")
+    monkeypatch.setenv("CACHEPIPE_BENCHMARKS", str(tmp_path))
+    monkeypatch.setattr(peers, "REQUIRES", {"cachesaver": (str(tmp_path / "no such package"),)})
+    there, missing = peers.available()
+    assert there == {}
+    assert "no such package" in missing["cachesaver"]
+    assert not list(tmp_path.glob("*/installed"))
 
 
 def test_entries_take_turns_after_a_round_that_warms_up(harness):

@@ -1,0 +1,227 @@
+"""How much memory do ``cachepipe run`` and a long run of a pipeline take, and does it grow with their length?
+
+``cachepipe run`` is a process of its own; its peak is the resident set that the system counts, with the pages
+of the cache's files that are mapped. Lines are prompts of 1 KB whose answers of 1 KB are in the cache, 10,000
+against 1,000,000; and misses, which a server on the loopback interface answers at once, 2,000 against 20,000.
+
+A long run draws different questions from one pipeline, each once: new draws of stored samples in a process of
+its own. What counts is what is resident at the end, and by how much that grows per draw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+import cachepipe
+from benchmarks import data
+from benchmarks.harness import ROOT, Count, Sizes, Tally, expect
+from benchmarks.peers import Server
+from cachepipe.batchfile import Defaults, parse_line, run_file
+from cachepipe.ledger import Draw, label
+from cachepipe.models.openai import OpenAIModel
+from cachepipe.stages import AsyncCacher
+from cachepipe.stores import DiskStore, MemoryStore
+from cachepipe.stores.base import Claim, Commit
+from cachepipe.typedefs import Request, Response
+
+_NAMESPACE, _SCOPE, _MODEL = "memory", "benchmark", "mock"
+_PROMPT = data.text("question", 900)
+_GROUP = 100
+
+
+def _line(number: int) -> bytes:
+    """Return a line of a batch file."""
+    return orjson.dumps({"custom_id": str(number), "prompt": f"{number}: {_PROMPT}"})
+
+
+def _write(path: Path, lines: range) -> None:
+    with path.open("wb") as file:
+        file.writelines(_line(number) + b"\n" for number in lines)
+
+
+async def fill(folder: Path, lines: int, base_url: str) -> None:
+    """Write what a run of so many lines would have left in a cache, with the store's own verbs."""
+    model = OpenAIModel(_MODEL, base_url=base_url, api_key="none", raw=True).at("/chat/completions")
+    cacher = AsyncCacher(model, MemoryStore(), scope=_SCOPE)
+    payload = await _payload(base_url)
+    defaults = Defaults(model=_MODEL)
+    meta = {"at": 0.0, "call": "benchmark", "s": 0.0}
+    with contextlib.closing(DiskStore(folder)) as store:
+        for start in range(0, lines, _GROUP):
+            some = [
+                parse_line(_line(number), number, defaults)
+                for number in range(start, min(start + _GROUP, lines))
+            ]
+            questions = [cacher.question(line.requests(_NAMESPACE)[0]) for line in some]
+            claims = [
+                Claim(Draw(label(_NAMESPACE), each.key, line.custom_id, 0), 1, each, "fill")
+                for line, each in zip(some, questions, strict=True)
+            ]
+            await store.apply(claims)
+            await store.apply([Commit(each.key, 0, payload, meta) for each in questions])
+    await cacher.close()
+
+
+async def _payload(base_url: str) -> bytes:
+    """Return an answer as a run stores it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, store = Path(folder) / "in.jsonl", MemoryStore()
+        _write(source, range(1))
+        await run_file(
+            source, Path(folder) / "out.jsonl", model=_MODEL, base_url=base_url, api_key="none", cache=store
+        )
+        [info] = store.keys()
+        return next(iter(store.samples(info.key))).payload
+
+
+def _peak(command: Sequence[str]) -> tuple[bytes, float]:
+    """Return what a process wrote, and its peak of memory in MB."""
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        told = out.read()
+    expect(process.returncode == 0, f"{command[2]} ended with exit status {process.returncode}")
+    return told, used.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+class _Runs:
+    def __init__(self, folder: Path, keep: Path, server: Server) -> None:
+        self.folder, self.keep, self.server = folder, keep, server
+
+    async def hits(self, lines: int) -> dict[str, float]:
+        cache = self.keep / f"run-{lines}"
+        if not (cache / "filled").exists():
+            shutil.rmtree(cache, ignore_errors=True)
+            await fill(cache, lines, self.server.base_url)
+            (cache / "filled").touch()
+        self.server.reset()
+        return self._run(cache, lines, calls=0)
+
+    def misses(self, lines: int) -> dict[str, float]:
+        cache = self.folder / f"misses-{lines}"
+        self.server.reset()
+        figures = self._run(cache, lines, calls=lines)
+        shutil.rmtree(cache)
+        return figures
+
+    def _run(self, cache: Path, lines: int, *, calls: int) -> dict[str, float]:
+        source, target = self.folder / "in.jsonl", self.folder / "out.jsonl"
+        _write(source, range(lines))
+        options = {
+            "--output": str(target),
+            "--cache": str(cache),
+            "--namespace": _NAMESPACE,
+            "--scope": _SCOPE,
+            "--model": _MODEL,
+            "--base-url": self.server.base_url,
+            "--api-key-env": "CACHEPIPE_BENCHMARK_KEY",
+        }
+        os.environ["CACHEPIPE_BENCHMARK_KEY"] = "none"
+        words = [word for option in options.items() for word in option]
+        told, peak = _peak(
+            [sys.executable, "-m", "cachepipe", "run", str(source), *words, "--json", "--quiet"]
+        )
+        report = orjson.loads(told)
+        expect(
+            (report["done"], report["failed"], report["calls"]) == (lines, 0, calls),
+            f"of {lines} lines {report['done']} were done in {report['calls']} calls",
+        )
+        with target.open("rb") as written:
+            ids = [orjson.loads(line)["custom_id"] for line in written]
+        expect(ids == [*map(str, range(lines))], "the results are not those of the lines, in their order")
+        return {"peak, MB": round(peak, 1), "µs a line": round(report["seconds"] / lines * 1e6, 1)}
+
+
+def _drawn(folder: Path, draws: int) -> dict[str, float]:
+    told, peak = _peak([sys.executable, "-m", "benchmarks.memory", str(folder), str(draws)])
+    resident = float(told)
+    shutil.rmtree(folder)
+    return {"at the end, MB": round(resident, 1), "peak, MB": round(peak, 1)}
+
+
+class _Answering:
+    cache_scope = _SCOPE
+
+    async def request(self, request: Request) -> Response:
+        return Response([f"answer to {request.prompt}"] * request.n)
+
+
+async def _draw(folder: str, draws: int) -> None:
+    """Draw so many different questions, then print the MB that are resident."""
+    async with cachepipe.OnlineAPI(_Answering(), folder) as pipeline:
+        for start in range(0, draws, _GROUP):
+            numbers = range(start, min(start + _GROUP, draws))
+            got = await asyncio.gather(
+                *(
+                    pipeline.request(Request(f"question {number}", request_id=str(number)))
+                    for number in numbers
+                )
+            )
+            wanted = [[f"answer to question {number}"] for number in numbers]
+            expect([response.data for response in got] == wanted, "an answer is another question's")
+        print(_resident())
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@contextlib.asynccontextmanager
+async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Tally]]:
+    """Yield a tally of runs of files, and one of draws where the system tells what is resident."""
+    keep = folder if sizes.keep is None or sizes.check else sizes.keep / "memory"
+    keep.mkdir(parents=True, exist_ok=True)
+    columns = ["peak, MB", "µs a line"]
+    with Server() as server:
+        runs = _Runs(folder, keep, server)
+        yield [
+            Tally(
+                "cachepipe run, all lines hits",
+                columns,
+                [*_pair(runs.hits, "lines", sizes.pick(10_000, 100), sizes.pick(1_000_000, 300), sizes)],
+            ),
+            Tally(
+                "cachepipe run, all lines misses",
+                columns,
+                [*_pair(runs.misses, "lines", sizes.pick(2000, 30), sizes.pick(20_000, 60), sizes)],
+            ),
+            *([_draws(folder, sizes)] if sys.platform == "linux" else []),
+        ]
+
+
+def _draws(folder: Path, sizes: Sizes) -> Tally:
+    few, many = sizes.pick(100_000, 100), sizes.pick(500_000, 200)
+
+    def count(draws: int) -> dict[str, float]:
+        return _drawn(folder / f"draws-{draws}", draws)
+
+    return Tally(
+        "draws of different questions from one pipeline",
+        ["at the end, MB", "peak, MB"],
+        [*_pair(count, "draws", few, many, sizes)],
+    )
+
+
+def _pair(count: Any, what: str, few: int, many: int, sizes: Sizes) -> Iterator[Count]:
+    """Yield a short and a long run; the long one should need little more."""
+    yield Count(f"{few:,} {what}", lambda: count(few), "control")
+    goals: dict[str, Any] = {} if sizes.check else {"peak, MB": (1.5, f"{few:,} {what}")}
+    yield Count(f"{many:,} {what}", lambda: count(many), "subject", goals)
+
+
+if __name__ == "__main__":
+    asyncio.run(_draw(sys.argv[1], int(sys.argv[2])))
