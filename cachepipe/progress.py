@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import threading
+import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Final, Protocol
+
+_WIDTH: Final = 40  # characters of the bar in a notebook
+_REFRESH: Final = 0.1  # seconds
 
 
 class Tick(Protocol):
@@ -34,7 +40,11 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
     from rich.console import Console  # noqa: PLC0415 - only for people
 
     console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
+    if console.is_jupyter:
+        with _in_notebook(total, label) as tick:
+            yield tick
+        return
+    if not console.is_terminal:
         yield _silent
         return
     from rich.progress import (  # noqa: PLC0415 - likewise
@@ -45,7 +55,7 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
         TimeRemainingColumn,
     )
 
-    counts = {"cached": 0, "failed": 0}
+    counts = _Counts()
     told = TextColumn("[dim]{task.fields[told]}")
     columns = (
         TextColumn("{task.description}"),
@@ -57,10 +67,48 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, told="")
 
-        def tick(*, cached: bool = False, failed: bool = False) -> None:
-            counts["cached"] += cached
-            counts["failed"] += failed
-            told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-            progress.update(task, advance=1, told=told)
+        def tick_bar(*, cached: bool = False, failed: bool = False) -> None:
+            progress.update(task, advance=1, told=counts.added(cached=cached, failed=failed))
 
-        yield tick
+        yield tick_bar
+
+
+@contextlib.contextmanager
+def _in_notebook(total: int, label: str) -> Iterator[Tick]:
+    """Show a line of text below the cell, which needs no widgets."""
+    display: Any = importlib.import_module("IPython.display").display
+    counts, lock = _Counts(), threading.Lock()
+    shown = 0.0
+
+    def line(told: str) -> dict[str, str]:
+        filled = _WIDTH * counts.done // total
+        bar = "█" * filled + "░" * (_WIDTH - filled)
+        return {"text/plain": f"{label} {bar} {counts.done}/{total}{told and f'  {told}'}"}
+
+    handle = display(line(""), raw=True, display_id=True)
+
+    def tick(*, cached: bool = False, failed: bool = False) -> None:
+        nonlocal shown
+        with lock:
+            told = counts.added(cached=cached, failed=failed)
+            now = time.monotonic()
+            if now - shown >= _REFRESH or counts.done == total:
+                shown = now
+                handle.update(line(told), raw=True)
+
+    yield tick
+
+
+class _Counts:
+    """How many are done, and how many of them were cached or failed."""
+
+    def __init__(self) -> None:
+        self.done = self.cached = self.failed = 0
+
+    def added(self, *, cached: bool, failed: bool) -> str:
+        """Count one more; return in words how many were cached and failed."""
+        self.done += 1
+        self.cached += cached
+        self.failed += failed
+        told = [f"{self.cached} cached"] * bool(self.cached) + [f"{self.failed} failed"] * bool(self.failed)
+        return ", ".join(told)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+import types
 
 import pytest
+import rich.console
 
 from cachepipe import progress
 
@@ -48,6 +50,26 @@ def test_bars_at_once_do_not_disturb_each_other(put):
         one()
         two()
     assert "1/1" in terminal.getvalue()
+
+
+def test_a_notebook_shows_a_line_that_changes_and_needs_no_widgets(monkeypatch):
+    lines = []
+
+    class Handle:
+        def update(self, shown, raw):
+            lines.append(shown["text/plain"])
+
+    def display(shown, raw, display_id):
+        lines.append(shown["text/plain"])
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    with progress.shown(2, "completions") as tick:
+        tick()
+        tick(cached=True)
+    assert lines[0] == f"completions {'░' * 40} 0/2"
+    assert lines[-1] == f"completions {'█' * 40} 2/2  1 cached"
 
 
 @pytest.mark.parametrize(("total", "show"), [(0, True), (3, False)])
