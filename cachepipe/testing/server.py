@@ -669,6 +669,9 @@ def _messages_call(body: Mapping[str, Any], settings: Settings) -> _Call:
     if body.get("system"):
         messages = [*_messages([{"role": "system", "content": body["system"]}], "system"), *messages]
     context = flatten(messages)
+    shape = body.get("output_config")
+    shape = shape.get("format") if isinstance(shape, dict) else body.get("output_format")
+    arguments.update(_json_format(shape, "output_config.format"))
     arguments.update(_tool(body, settings, "input_schema"))
     return _Call(
         **arguments,
@@ -1073,7 +1076,7 @@ def _stop_reason(answer: _Answer) -> str | None:
     sample = answer.choices[0].sample
     if answer.call.tool is not None:
         return "tool_use"
-    if sample.finish_reason == "length":
+    if sample.finish_reason == "length" and answer.call.schema is None:  # JSON is always whole
         return "max_tokens"
     return "end_turn" if sample.stop is None else "stop_sequence"
 
