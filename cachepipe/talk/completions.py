@@ -60,7 +60,11 @@ class Options(TypedDict, total=False):
         presence_penalty: passed on.
         logit_bias: passed on.
         reasoning_effort: passed on.
+        verbosity: passed on.
         tool_choice: passed on.
+        parallel_tool_calls: passed on.
+        user: passed on, and no part of the question, as is the next.
+        service_tier: passed on.
         extra_body: what else goes into the request's body.
         extra_headers: headers of this request.
         timeout: seconds after which a call is given up.
@@ -90,7 +94,11 @@ class Options(TypedDict, total=False):
     presence_penalty: float
     logit_bias: Mapping[str, int]
     reasoning_effort: str
+    verbosity: str
     tool_choice: Any
+    parallel_tool_calls: bool
+    user: str
+    service_tier: str
     extra_body: Mapping[str, Any]
     extra_headers: Mapping[str, str]
     timeout: float

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -38,7 +39,8 @@ COLUMNS: Final = (
 """The columns of a data frame."""
 
 _WIDTH: Final = 100
-_NARROWEST: Final = 24
+_NARROWEST: Final = 24  # columns of a sample, where there is more than one in a row
+_LEAST: Final = 10
 
 
 def to_dataframe(
@@ -169,7 +171,7 @@ def side_by_side(
         color: whether to; None where colours are shown: on a terminal, without NO_COLOR.
 
     Raises:
-        ValueError: when there are not as many labels as completions.
+        ValueError: when there are not as many labels as completions, or too few columns.
     """
     from rich import box  # noqa: PLC0415 - only for people
     from rich.console import Console  # noqa: PLC0415
@@ -184,7 +186,9 @@ def side_by_side(
         )
     color = terminal.shows_colours() if color is None else color
     if width is None:
-        width = os.get_terminal_size().columns if terminal.on_terminal() else _WIDTH
+        width = shutil.get_terminal_size((_WIDTH, 1)).columns if terminal.on_terminal() else _WIDTH
+    if width < _LEAST:
+        raise ValueError(f"width= is a number of columns, at least {_LEAST}; got {width!r}")
     prompts = ["" if isinstance(one, BaseException) else _row(one)["prompt"] for one in completions]
     alike = len(set(prompts)) == 1
     console = Console(

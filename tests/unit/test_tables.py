@@ -137,6 +137,14 @@ def test_failures_stand_in_their_places_and_nothing_is_obeyed(monkeypatch):
     assert "\x1b" not in side_by_side(SOME, width=90)
 
 
+def test_the_width_is_that_of_the_terminal_and_enough(monkeypatch):
+    monkeypatch.setattr(terminal, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "48")
+    assert {len(line) for line in side_by_side(SOME, color=False).splitlines() if "│" in line} == {48}
+    with pytest.raises(ValueError, match="at least 10; got 5"):
+        side_by_side(SOME, width=5)
+
+
 def test_labels_are_as_many_as_samples():
     with pytest.raises(ValueError, match="a label for each: 3 are shown, got 1"):
         side_by_side(SOME, labels=["a"])
