@@ -17,6 +17,10 @@ class Maker(Protocol):
 
     loop: asyncio.AbstractEventLoop
 
+    def claims(self, key: str) -> bool:
+        """Tell, on any thread, whether it may be about to generate samples of a key."""
+        ...
+
 
 Told = Callable[[int, "Sample | None", "BaseException | None", bool], None]
 """Learns, on any thread, of an index: its sample, or why none comes, and whether that was the last try."""
@@ -29,6 +33,18 @@ class Board:
         self._lock = threading.Lock()
         self._made: dict[tuple[str, int], Maker] = {}
         self._waiting: dict[tuple[str, int], list[tuple[object, Told]]] = {}
+        self._makers: weakref.WeakSet[Maker] = weakref.WeakSet()
+
+    def join(self, lane: Maker) -> None:
+        """Note a lane that may generate samples."""
+        with self._lock:
+            self._makers.add(lane)
+
+    def anyone_claims(self, key: str) -> bool:
+        """Tell whether a lane may yet announce that it generates samples of a key: its loop may be busy."""
+        with self._lock:
+            makers = list(self._makers)
+        return any(lane.claims(key) for lane in makers if not lane.loop.is_closed())
 
     def announce(self, lane: Maker, key: str, indices: Iterable[int]) -> None:
         """Note that a lane generates these samples."""

@@ -210,6 +210,7 @@ class Engine:
                     self._generated += past.generated
                 caller = Caller(loop, self.model, self.keep_extra)
                 lane = self._lanes[loop] = Lane(loop, self.store, caller)
+                self.board.join(lane)
         self._last = lane
         return lane
 
@@ -669,7 +670,7 @@ class Engine:
             place = (draw.question.key, index)
             if state == "ours":
                 # Granted to another lane of this process that has not announced it yet, or is gone.
-                seen[place] = orphans.get(place, 0) + 1
+                seen[place] = 0 if self.board.anyone_claims(place[0]) else orphans.get(place, 0) + 1
                 if seen[place] >= _ORPHAN_LOOKS:
                     lane.put(Forgo(place[0], [index]), _unheard)
                     again[draw] = None

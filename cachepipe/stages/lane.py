@@ -41,6 +41,7 @@ class Lane:
         self.tasks: set[asyncio.Task[None]] = set()
         self._store = store
         self._operations: list[_Queued] = []
+        self._sent: list[list[_Queued]] = []
         self._first: object = None
         self._at_once = False
 
@@ -154,6 +155,13 @@ class Lane:
         return grant is not None
 
     async def _apply(self, batch: list[_Queued]) -> None:
+        self._sent.append(batch)
+        try:
+            await self._write_elsewhere(batch)
+        finally:
+            self._sent.remove(batch)
+
+    async def _write_elsewhere(self, batch: list[_Queued]) -> None:
         try:
             results: list[Any] = list(await self._store.apply([item[0] for item in batch]))
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
@@ -161,7 +169,7 @@ class Lane:
                 error, StoreLocked
             ):  # one of them is at fault: the others go on without it
                 for item in batch:
-                    await self._apply([item])
+                    await self._write_elsewhere([item])
                 return
             results = [error] * len(batch)
         for (_, done, arguments), result in zip(batch, results, strict=True):
@@ -173,6 +181,11 @@ class Lane:
             return set()
         claims = [item[0] for item in self._operations]
         return {claim.draw.key for claim in claims if type(claim) is Claim}
+
+    def claims(self, key: str) -> bool:
+        """Tell, on any thread, whether draws of a key are queued, or granted and not yet heard of here."""
+        queued = [item[0] for batch in [*self._sent, self._operations] for item in list(batch)]
+        return any(type(operation) is Claim and operation.draw.key == key for operation in queued)
 
     @property
     def idle(self) -> bool:

@@ -31,6 +31,7 @@ from cachepipe import (
 )
 from cachepipe.keys import provider_question
 from cachepipe.ledger import Draw, Runs
+from cachepipe.stages import engine
 from cachepipe.stores.base import Forgo
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 
@@ -534,3 +535,54 @@ async def test_a_window_is_open_as_long_from_the_first_request_of_each_group(mon
         answers = await asyncio.gather(*tasks)
         await stage.close()
     assert [answer.duplicated for answer in answers] == [[False], [False], [True]]
+
+
+def test_c4_a_loop_that_is_busy_loses_its_claim_to_no_other_loop(tmp_path, monkeypatch):
+    """The writer's thread has claimed for it; another loop looks at the claim again and again meanwhile."""
+    model = ScriptedModel()
+    pipeline = OnlineAPI(model, tmp_path)
+    asyncio.run(pipeline.request(Request("another")))
+    blocker = sqlite3.connect(
+        tmp_path / "ledger.cache.db", isolation_level=None, check_same_thread=False, timeout=0
+    )
+    blocker.execute("BEGIN IMMEDIATE")
+    request = Request("p", namespace="a")
+    place = [(pipeline.key(request), 0)]
+    queued, looked = threading.Event(), threading.Event()
+    looks = []
+    glance = pipeline.store.glance
+
+    def counting(wanted):
+        if looked.is_set() or not wanted:
+            return glance(wanted)
+        looks.append(wanted)
+        if len(looks) > 3 * engine._ORPHAN_LOOKS:
+            looked.set()
+        return glance(wanted)
+
+    async def busy():
+        task = asyncio.create_task(pipeline.request(request))
+        for _ in range(20):  # turns of the loop, until the writer's thread has it
+            await asyncio.sleep(0)
+        blocker.execute("ROLLBACK")
+        queued.set()
+        assert looked.wait(20), "the other loop never looked"
+        return await task
+
+    async def other():
+        return await pipeline.request(Request("p", namespace="b"))
+
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(asyncio.run(busy())))
+    thread.start()
+    assert queued.wait(20)
+    while glance(place) == ["free"]:
+        threading.Event().wait(0.001)
+    monkeypatch.setattr(engine, "_LOOK_LAST", 0.005)
+    monkeypatch.setattr(pipeline.store, "glance", counting)
+    answers.append(asyncio.run(other()))
+    thread.join()
+    blocker.close()
+    asyncio.run(pipeline.close())
+    assert answers[0].data == answers[1].data
+    assert model.generated == 2, "the other question's, and one for both"
