@@ -228,6 +228,8 @@ def _print(name: str, measured: dict[str, Any]) -> None:
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
             print("  ".join(cells).rstrip())
+    for peer, why in measured["failed"].items():
+        print(f"{peer} failed: {why[:200]}")
     for reference in noisy(measured):
         print(f"noisy: the rounds of {reference!r} vary by more than {NOISY:.0%}; measure again")
 

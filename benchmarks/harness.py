@@ -152,14 +152,18 @@ class Tally:
 async def counted(tally: Tally) -> dict[str, Any]:
     """Return a tally's figures, as JSON can hold them."""
     figures: dict[str, dict[str, float]] = {}
+    failed: dict[str, str] = {}
     for entry in tally.entries:
         try:
             figures[entry.name] = await _settled(entry.count())
-        except WrongAnswer as wrong:
-            raise WrongAnswer(f"{entry.name}: {wrong}") from wrong
+        except (WrongAnswer, RuntimeError) as wrong:
+            if entry.role != "peer":
+                raise WrongAnswer(f"{entry.name}: {wrong}") from wrong
+            failed[entry.name] = str(wrong)
     return {
         "title": tally.title,
         "columns": tally.columns,
+        "failed": failed,
         "entries": [
             {
                 "name": entry.name,
@@ -170,6 +174,7 @@ async def counted(tally: Tally) -> dict[str, Any]:
                 ],
             }
             for entry in tally.entries
+            if entry.name in figures
         ],
     }
 
@@ -214,16 +219,30 @@ async def _settled(value: Any) -> Any:
 
 
 async def measure(table: Table, rounds: int) -> dict[str, Any]:
-    """Return a table's figures, as JSON can hold them, from so many rounds after one that warms up."""
+    """Return a table's figures, as JSON can hold them, from so many rounds after one that warms up.
+
+    A peer that fails is left out from then on, and the reason is told.
+    """
     times: dict[str, list[float]] = {entry.name: [] for entry in table.entries}
+    failed: dict[str, str] = {}
     for number in range(rounds + 1):
         for entry in table.entries:
-            seconds = await once(entry, number)
+            if entry.name in failed:
+                continue
+            try:
+                seconds = await once(entry, number)
+            except (WrongAnswer, RuntimeError) as wrong:
+                if entry.role != "peer":
+                    raise
+                failed[entry.name] = str(wrong).removeprefix(f"{entry.name}: ")
+                del times[entry.name]
+                continue
             if number:
                 times[entry.name].append(seconds / entry.operations * _UNITS[table.unit])
     return {
         "title": table.title,
         "unit": table.unit,
+        "failed": failed,
         "entries": [
             {
                 "name": entry.name,
@@ -245,6 +264,7 @@ async def measure(table: Table, rounds: int) -> dict[str, Any]:
                 "rounds": [round(value, 3) for value in times[entry.name]],
             }
             for entry in table.entries
+            if entry.name in times
         ],
     }
 

@@ -42,11 +42,14 @@ class _Spend:
         for prefix in ("", "rerun "):
             self.server.reset()
             with Worker(self.name) as worker:
-                texts = self.open(worker, "rerun", len(wanted)).ask(wanted, in_flight=len(wanted)).result
+                self.open(worker, "rerun", len(wanted))
+                answers = worker.call("ask", asks=wanted, namespace="n", in_flight=len(wanted))
+            texts = [each for each in answers["texts"] if each is not None]
             told = self.server.reset()
             expect(all(len(each) == 1 for each in texts), "an ask for one sample brought another number")
             figures |= {f"{prefix}calls": told["calls"], f"{prefix}samples": told["samples"]}
             figures[f"{prefix}distinct"] = len({each[0] for each in texts})
+            figures[f"{prefix}failed"] = len(wanted) - len(texts)
         return figures
 
     def namespaces(self) -> dict[str, int]:
@@ -106,7 +109,7 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Tally]]:
                 Count("cachepipe", getattr(ours, method), goals=dict(named)),
             ]
 
-        first = ["calls", "samples", "distinct"]
+        first = ["calls", "samples", "distinct", "failed"]
         yield [
             Tally(
                 f"{prompts} prompts x 10 draws, all at once, and a rerun in another process",
@@ -116,6 +119,7 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Tally]]:
                     calls=prompts,
                     samples=10 * prompts,
                     distinct=10 * prompts,
+                    failed=0,
                     rerun_samples=0,
                     rerun_distinct=10 * prompts,
                 ),
