@@ -175,6 +175,7 @@ class SyncCall(Call):
     """A call of a synchronous client: the cacher is on the portal's loop, the SDK in the caller's thread."""
 
     tape = SyncTape
+    in_turns = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

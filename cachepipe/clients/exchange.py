@@ -146,6 +146,8 @@ class Surface:
     repeat: Repeat
     service: Any = None
     cachers: dict[tuple[Mode, Repeat], AsyncCacher] = dataclasses.field(default_factory=dict)
+    served: dict[tuple[Any, str, str | None], tuple[Any, int]] = dataclasses.field(default_factory=dict)
+    """Who asked last in a loop's turn for a key and a namespace, and how many samples are asked for."""
 
     def __post_init__(self) -> None:
         if self.service is not None and not isinstance(getattr(self.service, "flow", None), Flow):
@@ -185,7 +187,7 @@ class Surface:
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
         made.service = service
-        made.cachers = {}
+        made.cachers, made.served = {}, {}
         made.__post_init__()  # before anything is opened
         made.backing = Backing(cache)
         return made
@@ -197,7 +199,7 @@ class Surface:
 
     def changed(self, **changes: Any) -> Self:
         """Return the surface of a copy that differs in these; it shares no calls with this one."""
-        return dataclasses.replace(self, cachers={}, **changes)
+        return dataclasses.replace(self, cachers={}, served={}, **changes)
 
     def named(self, namespace: str | None) -> Self:
         """Return the surface of the same client in another namespace; they share calls."""
@@ -319,7 +321,8 @@ class Exchange:
             )
             for ask in asks
         ]
-        self.record = info.Record(tuple(question.key for question in self.questions), namespace, request_id)
+        names = tuple(question.key for question in self.questions)
+        self.record = info.Record(names, namespace, request_id, url)
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
         """Make a call; what it raises reaches exactly the requests that needed it.
@@ -400,9 +403,29 @@ class Exchange:
         return self._granted(grants)
 
     def _granted(self, grants: Sequence[Grant]) -> Answer:
-        responses = [_cached(question, grant) for question, grant in zip(self.questions, grants, strict=True)]
+        responses = [
+            _cached(self.questions[place], grant, self._flags(place)) for place, grant in enumerate(grants)
+        ]
         self.record.responses = responses
         return self._made([sample for response in responses for sample in response.data])
+
+    in_turns = True
+    """Whether requests come from an event loop, in whose turns equal ones are served together."""
+
+    def _flags(self, place: int) -> list[bool]:
+        """Return of each sample of a question whether it is merged with one before it (C6)."""
+        n, before = self.asks[place].n, 0
+        if self.in_turns:
+            loop = asyncio.get_running_loop()
+            served, group = self.surface.served, (loop, self.questions[place].key, self.namespace)
+            task = asyncio.current_task(loop)
+            opened = served.get(group)
+            if opened is None:
+                loop.call_soon(served.pop, group, None)
+            elif opened[0] is not task:  # one task's own requests come one after the other
+                before = opened[1]
+            served[group] = (task, before + n)
+        return [number > 0 for number in range(before, before + n)]
 
     def _made(self, samples: Sequence[Kept]) -> Answer:
         """Return an answer put together from samples."""
@@ -431,7 +454,7 @@ class Exchange:
             if self.stream and len(requests) == 1:
                 return await self._streamed(cacher, requests[0], loop)
             if len(requests) == 1:
-                responses = [await cacher.draw(requests[0], self.questions[0], loop)]
+                responses = [await cacher.draw(requests[0], self.questions[0], loop, self._flags(0))]
             else:
                 responses = await self._several(cacher, requests, loop)
         except Unkept as unkept:
@@ -452,8 +475,8 @@ class Exchange:
         try:
             return await together(
                 [
-                    cacher.draw(request, question, loop, None, receipts)
-                    for request, question in zip(requests, self.questions, strict=True)
+                    cacher.draw(request, self.questions[place], loop, self._flags(place), receipts)
+                    for place, request in enumerate(requests)
                 ],
                 False,
             )
@@ -474,7 +497,7 @@ class Exchange:
     async def _streamed(self, cacher: AsyncCacher, request: Asked, loop: asyncio.AbstractEventLoop) -> Answer:
         """Return the stream itself when this request is the one that generates it, else a replay of it."""
         live = self.live = loop.create_future()
-        task = self.task = loop.create_task(cacher.draw(request, self.questions[0], loop))
+        task = self.task = loop.create_task(cacher.draw(request, self.questions[0], loop, self._flags(0)))
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
         try:
@@ -639,10 +662,10 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _cached(question: Question, grant: Grant) -> Response:
+def _cached(question: Question, grant: Grant, duplicated: list[bool]) -> Response:
     """Return the response that a grant from the ledger is."""
     samples = [Kept(sample.payload, sample.header) for sample in grant.samples if sample is not None]
-    response = Response(samples, [True] * len(samples), None)
+    response = Response(samples, [True] * len(samples), duplicated)
     response.indices = tuple(grant.indices)
     response.key = question.key
     return response

@@ -5,10 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from cachepipe import wire
+from cachepipe import prices, wire
 from cachepipe.typedefs import Response
+
+
+class Spent(NamedTuple):
+    """The token counts of the samples of one model: of all, and of those that the request was billed."""
+
+    model: str | None
+    url: str
+    usage: Mapping[str, int]
+    billed: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -22,10 +31,12 @@ class Info:
         request_id: the request id of the draw.
         complete: whether all samples are there; a stream's are when it has come to its end.
         cached: per sample, False exactly when it was generated on this request's behalf.
-        duplicated: None, since there is no deduplicator before a client's cache.
+        duplicated: per sample, whether it was merged into the equal requests of its namespace that were
+            served in the same turn of the event loop, and is not the first sample of theirs.
         indices: per sample, its index in the sample list of its key; None while that is not known.
         usage: token counts of all samples, as if each had been asked for alone.
         billed: token counts of those that were generated on this request's behalf.
+        spent: both by model, for their price.
     """
 
     key: str
@@ -34,22 +45,46 @@ class Info:
     request_id: str | None
     complete: bool = True
     cached: tuple[bool, ...] = ()
-    duplicated: tuple[bool, ...] | None = None
+    duplicated: tuple[bool, ...] = ()
     indices: tuple[int, ...] | None = None
     usage: Mapping[str, int] = field(default_factory=dict)
     billed: Mapping[str, int] = field(default_factory=dict)
+    spent: tuple[Spent, ...] = field(default=(), repr=False)
 
     @property
     def saved(self) -> dict[str, int]:
         """The token counts that the cache has saved: those of ``usage`` less those of ``billed``."""
         return {name: count - self.billed.get(name, 0) for name, count in self.usage.items()}
 
+    @property
+    def cost(self) -> float | None:
+        """The price of ``usage`` in US dollars; None where it is not known (see `cachepipe.prices`)."""
+        return self._sum([prices.cost_of(spent.usage, spent.model, spent.url) for spent in self.spent])
+
+    @property
+    def billed_cost(self) -> float | None:
+        """The price of ``billed`` in US dollars; None where it is not known."""
+        return self._sum([prices.cost_of(spent.billed, spent.model, spent.url) for spent in self.spent])
+
+    @property
+    def saved_cost(self) -> float | None:
+        """What the cache has saved in US dollars; None where that is not known."""
+        whole, billed = self.cost, self.billed_cost
+        return None if whole is None or billed is None else whole - billed
+
+    def _sum(self, costs: Sequence[float | None]) -> float | None:
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if costs and len(known) == len(costs) and not self.usage["unknown"] else None
+
 
 class Record:
     """What is known of a request so far."""
 
-    def __init__(self, keys: tuple[str, ...], namespace: str | None, request_id: str | None) -> None:
+    def __init__(
+        self, keys: tuple[str, ...], namespace: str | None, request_id: str | None, url: str
+    ) -> None:
         self.keys = keys
+        self.url = url
         self.namespace = namespace
         self.request_id = request_id
         self.responses: Sequence[Response] | None = None
@@ -62,9 +97,18 @@ class Record:
         samples = [sample.value for response in responses for sample in response.data]
         cached = tuple(flag for response in responses for flag in response.cached or ())
         known = all(response.indices is not None for response in responses)
+        new = [sample for sample, flag in zip(samples, cached, strict=True) if not flag]
         usage, _ = wire.usage_totals(samples)
-        _, billed = wire.usage_totals(
-            [sample for sample, flag in zip(samples, cached, strict=True) if not flag]
+        _, billed = wire.usage_totals(new)
+        models = dict.fromkeys(sample.get("model") for sample in samples)
+        spent = tuple(
+            Spent(
+                model,
+                self.url,
+                wire.usage_totals([sample for sample in samples if sample.get("model") == model])[0],
+                wire.usage_totals([sample for sample in new if sample.get("model") == model])[1],
+            )
+            for model in models
         )
         return Info(
             self.keys[0],
@@ -72,11 +116,13 @@ class Record:
             self.namespace,
             self.request_id,
             cached=cached,
+            duplicated=tuple(flag for response in responses for flag in response.duplicated or ()),
             indices=tuple(index for response in responses for index in response.indices or ())
             if known
             else None,
             usage=usage,
             billed=billed,
+            spent=spent,
         )
 
 

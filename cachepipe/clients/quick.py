@@ -167,7 +167,7 @@ def _call(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any])
     mode = surface.mode if isinstance(using.mode, context.Inherited) else using.mode
     if mode == "bypass" or surface.backing.closed or seam.is_strict(client):
         return None
-    if not _is_json(given) or not _is_usual(kind_of(client)) or "request" in vars(client):
+    if not _is_json(given) or not _is_usual(seam.kind_of(client)) or "request" in vars(client):
         return None
     added = shape.added
     body = {name: given[name] if name in given else added[name] for name in shape.names}
@@ -190,11 +190,6 @@ def _call(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any])
         mode=mode,
         using=using,
     )
-
-
-def kind_of(client: Any) -> Any:
-    """Return the class of a client."""
-    return type(client)
 
 
 def _is_json(value: Any) -> bool:

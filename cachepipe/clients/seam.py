@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cachepipe import wire
+
 NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 """The methods of an SDK's client on which the clients stand."""
 ATTRIBUTES = ("_client", "_custom_headers")
@@ -30,8 +32,6 @@ _DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"}
 
 RAW = "x-stainless-raw-response"
 """The header by which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
-_BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
-"""The endpoints that Azure has once per deployment, which is named by ``model``."""
 _ABSENT = frozenset({"NotGiven", "Omit"})
 """The classes of the values by which the SDKs say that there is none."""
 _EXTRAS = frozenset({"extra_headers", "extra_query", "extra_body"})
@@ -96,7 +96,7 @@ def sent_headers(client: Any, options: Any) -> dict[str, str]:
     They are the default headers that the client was given, with those that Anthropic's always sends, and
     the call's own; a header that a later one of these leaves out is left out.
     """
-    own = client.default_headers if package_of(type(client)) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
+    own = client.default_headers if package_of(kind_of(client)) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
     headers: dict[str, str] = {}
     for layer in (own, options.headers):
         for name, value in layer.items() if isinstance(layer, Mapping) else ():
@@ -253,10 +253,15 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
     return made
 
 
+def kind_of(client: Any) -> Any:
+    """Return the class of a client."""
+    return type(client)
+
+
 def is_own(function: Any, kind: Any) -> bool:
     """Tell whether a method is the SDK's own, with nothing that somebody has put in front of it."""
     code = getattr(function, "__code__", None)
-    package = sys.modules.get(package_of(kind))
+    package: Any = sys.modules.get(package_of(kind))
     return (
         code is not None
         and package is not None
@@ -314,9 +319,12 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
     """Return the full URL of a call with this body, with the query that it is sent with."""
     path = str(options.url)
     base = str(client.base_url).rstrip("/")
-    if path in _BY_DEPLOYMENT and "/deployments" not in base and _is_azure(client):
-        path = f"/deployments/{body.get('model')}{path}"
-    url = path if "://" in path else f"{base}/{path.lstrip('/')}"
+    if "://" in path:
+        url = path
+    elif _is_azure(kind_of(client)):
+        url = wire.azure_url(base, path, body.get("model"), client)
+    else:
+        url = f"{base}/{path.lstrip('/')}"
     query = {**client.default_query, **(options.params or {})}
     query = {name: value for name, value in query.items() if _is_given(value)}
     if not query:
@@ -325,8 +333,9 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
     return f"{url}{'&' if '?' in url else '?'}{text}" if text else url
 
 
-def _is_azure(client: Any) -> bool:
-    return any(base.__module__ == "openai.lib.azure" for base in type(client).__mro__)
+@functools.lru_cache(maxsize=64)
+def _is_azure(kind: Any) -> bool:
+    return any(base.__module__ == "openai.lib.azure" for base in kind.__mro__)
 
 
 def _is_given(value: Any) -> bool:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 CHAT_COMPLETIONS: Final = "/chat/completions"
 """The endpoint of requests that name none."""
 
-_DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
 _NO_KEY: Final = "EMPTY"  # servers that need no key get this; the SDK would refuse to send none
 _UNSENT: Final = frozenset({"prompt", "n", "request_id", "namespace"})
 _MOST_INPUTS: Final = 2048  # what OpenAI takes in one call for embeddings
@@ -42,11 +41,11 @@ class WireRequest(Request):
     """A request in a provider's own words: ``prompt`` is the body without ``n``, and asks one question.
 
     Attributes:
-        endpoint: the path below the base URL, such as ``/chat/completions``.
+        endpoint: the path below the base URL, such as ``/chat/completions``; None is the model's own.
         headers: headers to send with it; those that change the answer are part of the key.
     """
 
-    endpoint: str = dataclasses.field(default=CHAT_COMPLETIONS, kw_only=True)
+    endpoint: str | None = dataclasses.field(default=None, kw_only=True)
     headers: Mapping[str, str] | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
 
@@ -60,7 +59,7 @@ class _Wanted:
     headers: Mapping[str, str]
 
 
-class _Connection:
+class Connection:
     """The SDK's client, made when it is first needed, and where it sends what."""
 
     def __init__(
@@ -72,33 +71,31 @@ class _Connection:
         self._owns_client = client is None
         self._api_key = api_key
         self._settings = settings
-        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or _DEFAULT_BASE_URL
+        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self._query = ""
-        self._by_deployment = False
+        self._azure: Any = None
         self._answer_class: Any = None
-        if client is None:
-            return
+        if client is not None:
+            self._learn(client)
+
+    def _learn(self, client: Any) -> None:
+        """Take from a client where it sends what, and with which headers that count."""
         self._base_url = str(client.base_url)
         query = {name: value for name, value in client.default_query.items() if value is not None}
         self._query = f"?{urlencode(query)}" if query else ""
         headers = {name: value for name, value in client.default_headers.items() if isinstance(value, str)}
         self.headers = wire.answer_headers(headers)
-        azure = any("Azure" in base.__name__ for base in type(client).__mro__)
-        self._by_deployment = azure and "/deployments" not in self._base_url
+        self._azure = client if wire.azure_kinds(client) else None
 
     def scope_of(self, endpoint: str, model: Any) -> str:
         """Return the full URL of an endpoint without credentials."""
-        deployment = f"/deployments/{model}" if self._by_deployment and model is not None else ""
-        return wire.scope_of(f"{self._base_url.rstrip('/')}{deployment}{endpoint}{self._query}")
+        if self._azure is None:
+            return wire.scope_of(f"{self._base_url.rstrip('/')}{endpoint}{self._query}")
+        return wire.scope_of(wire.azure_url(self._base_url, endpoint, model, self._azure) + self._query)
 
     async def post(self, endpoint: str, body: wire.Body, headers: Mapping[str, str]) -> bytes:
         """Return the bytes of an answer with a status of success."""
-        if self._client is None:
-            # It takes a second, in which the loop goes on; and a replay never needs it.
-            sdk = await asyncio.to_thread(importlib.import_module, "openai")
-            if self._client is None:
-                self._client = self._connect(sdk)
-        client = self._client
+        client = await self._connected()
         if self._answer_class is None:
             # The class of raw answers is that of the HTTP library the SDK is built on, as the URL's is.
             library = type(client.base_url).__module__.partition(".")[0]
@@ -114,11 +111,17 @@ class _Connection:
         content: bytes = answer.content
         return content
 
-    def _connect(self, sdk: Any) -> Any:
-        key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
-        return sdk.AsyncOpenAI(
-            base_url=self._base_url, api_key=_NO_KEY if key == "" else key, **self._settings
-        )
+    async def _connected(self) -> Any:
+        """Return the client, made now if it has not been: replays never need it."""
+        if self._client is None:
+            # It takes a second, in which the loop goes on.
+            sdk = await asyncio.to_thread(importlib.import_module, "openai")
+            if self._client is None:
+                key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
+                self._client = sdk.AsyncOpenAI(
+                    base_url=self._base_url, api_key=_NO_KEY if key == "" else key, **self._settings
+                )
+        return self._client
 
     async def close(self) -> None:
         """Close the client if it was made here."""
@@ -126,6 +129,55 @@ class _Connection:
         if client is not None and self._owns_client:
             self._client = None
             await client.close()
+
+
+class EagerConnection(Connection):
+    """The client of an SDK that alone knows where it sends what, so it is made at once.
+
+    Without credentials there are keys and replays, and the SDK's own error when a call is made.
+
+    Args:
+        package: the SDK's package.
+        name: the client's class in it.
+        client: the caller's own client, or None.
+        base_url: where the API is.
+        api_key: the key.
+        settings: other parameters of the class.
+    """
+
+    def __init__(
+        self,
+        package: str,
+        name: str,
+        client: Any,
+        base_url: str | None,
+        api_key: str | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(client, base_url, api_key, settings)
+        self._refusal: Exception | None = None
+        if client is not None:
+            return
+        try:
+            kind = getattr(importlib.import_module(package), name)
+        except ImportError as error:
+            raise ImportError(
+                f"this adapter needs {package}: pip install 'cachepipe[{package}]'"
+            ) from error
+        given = {"base_url": base_url, "api_key": _NO_KEY if api_key == "" else api_key, **settings}
+        try:
+            self._client = kind(**given)
+        except Exception as error:
+            if api_key is not None:
+                raise
+            self._refusal = error
+            self._client = kind(**{**given, "api_key": _NO_KEY})
+        self._learn(self._client)
+
+    async def _connected(self) -> Any:
+        if self._refusal is not None:
+            raise self._refusal
+        return self._client
 
 
 class OpenAIModel:
@@ -176,17 +228,24 @@ class OpenAIModel:
         self.model = model
         self.raw = raw
         self._limit = max_n
-        self._connection = _Connection(client, base_url, api_key, settings)
+        self._connection = self._connect(client, base_url, api_key, settings)
         self._set_endpoint(endpoint)
 
+    def _connect(self, *given: Any) -> Connection:
+        return Connection(*given)
+
     def __repr__(self) -> str:
-        return f"<OpenAIModel {self.model!r} at {self.cache_scope}, {self.calls} calls>"
+        return f"<{type(self).__name__} {self.model!r} at {self.cache_scope}, {self.calls} calls>"
 
     def _set_endpoint(self, endpoint: str) -> None:
-        self.endpoint = _normal(endpoint)
+        self.endpoint = self._path(endpoint)
         self.api = _api_of(self.endpoint)
         self.max_n = self.api.max_n if self._limit is None else min(self._limit, self.api.max_n)
         self.cache_scope = self._connection.scope_of(self.endpoint, self.model)
+
+    def _path(self, endpoint: str) -> str:
+        """Return an endpoint as the SDK's own resources write it."""
+        return _normal(endpoint)
 
     def at(self, endpoint: str) -> Self:
         """Return this model at another endpoint, through the same client and with the same count of calls."""
@@ -230,11 +289,11 @@ class OpenAIModel:
             return _Wanted(*self._ask(self.endpoint, self._body(request), request.n), self.endpoint, {})
         if not self.raw:
             raise TypeError(
-                "a WireRequest is answered with whole samples; make the OpenAIModel with raw=True"
+                f"a WireRequest is answered with whole samples; make the {type(self).__name__} with raw=True"
             )
         if not isinstance(request.prompt, Mapping):
             raise wire.BadRequest(f"the prompt of a WireRequest is a body; got {request.prompt!r:.200}")
-        endpoint = _normal(request.endpoint)
+        endpoint = self.endpoint if request.endpoint is None else self._path(request.endpoint)
         return _Wanted(*self._ask(endpoint, request.prompt, request.n), endpoint, request.headers or {})
 
     def _body(self, request: Request) -> dict[str, Any]:

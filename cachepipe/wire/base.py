@@ -84,6 +84,8 @@ _SECRET_PARAMETERS = frozenset(
         "x-amz-signature",
     }
 )
+_BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
+"""The endpoints that Azure has once per deployment."""
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
@@ -293,6 +295,29 @@ class Api(ABC):
             reason = f"its {name} is a list of a form that cannot be told apart"
             return (Ask(question, cacheable=False, reason=reason, **facts),)
         return tuple(Ask({**question, name: item}, **facts) for item in items)
+
+
+def azure_url(base: str, path: str, model: Any, client: Any) -> str:
+    """Return where a client of Azure's sends a path: some are once per deployment, which ``model`` names.
+
+    Args:
+        base: the client's base URL.
+        path: the path below it.
+        model: the field of the body.
+        client: the client; one that was made for a deployment leaves it out for the other paths.
+    """
+    base = base.rstrip("/")
+    if path in _BY_DEPLOYMENT:
+        return base + path if "/deployments" in base or model is None else f"{base}/deployments/{model}{path}"
+    deployment = getattr(client, "_azure_deployment", None)
+    if deployment and any("_prepare_url" in vars(kind) for kind in azure_kinds(client)):
+        base = base.replace(f"/deployments/{deployment}", "")
+    return base + path
+
+
+def azure_kinds(client: Any) -> list[type]:
+    """Return the classes of Azure's SDK that a client is an instance of."""
+    return [kind for kind in type(client).__mro__ if kind.__module__ == "openai.lib.azure"]
 
 
 def wanted(n: Any) -> int:

@@ -174,6 +174,12 @@ async def test_the_scope_is_the_url_that_the_client_calls(server):
             called = wire.scope_of(str(caught.value.response.request.url))
             assert model.question(Asked("hi")).scope == called
             assert model.question(Asked("hi"), model.cache_scope).scope == called
+            responses = model.at("/responses")
+            with pytest.raises(openai.NotFoundError) as caught:
+                await responses.request(Asked("hi"))
+            assert responses.question(Asked("hi")).scope == wire.scope_of(
+                str(caught.value.response.request.url)
+            )
 
 
 async def test_what_cannot_be_asked_is_refused_before_a_call(server):

@@ -610,6 +610,7 @@ async def test_c8_an_answer_that_used_tokens_and_holds_no_choice_is_asked_for_ag
 async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_a_leaving_reader():
     chunk = {**EMPTY, "object": "chat.completion.chunk"}
     chunk["choices"] = [{"index": 0, "delta": {"content": "hello"}, "finish_reason": None}]
+
     async def body(over, *, stall):
         yield b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
         try:
@@ -634,3 +635,25 @@ async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_
             for _ in range(20):
                 await asyncio.sleep(0)
             assert upstream.is_closed
+
+
+async def test_c6_merged_samples_are_flagged_as_the_pipeline_flags_them(server, client):
+    answers = await asyncio.gather(ask(client, n=2), ask(client), ask(client, temperature=0.5))
+    assert [info(answer).duplicated for answer in answers] == [(False, True), (True,), (False,)]
+    again = client.in_namespace("again")
+    assert info(await ask(again, n=2)).duplicated == (False, True)
+    assert info(await ask(again)).duplicated == (False,)
+
+
+async def test_saved_money_is_told_where_the_price_is_known():
+    usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "here"}}
+    for model, cost in (("gpt-4o-mini", 1000 * 0.15e-6 + 100 * 0.6e-6), ("of-our-own", None)):
+        http, _ = answering({**EMPTY, "model": model, "usage": usage, "choices": [choice]})
+        async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
+            first = info(await ask(client))
+            again = info(await ask(client.in_namespace("b")))
+        assert first.cost == again.cost == (None if cost is None else pytest.approx(cost))
+        assert first.billed_cost == again.saved_cost == first.cost
+        assert (first.saved_cost, again.billed_cost) == ((None, None) if cost is None else (0, 0))
+        assert again.saved["total_tokens"] == 1100

@@ -82,19 +82,19 @@ def test_only_clients_are_wrapped(server):
 
 @pytest.mark.parametrize("kind", [AzureOpenAI, AsyncAzureOpenAI])
 def test_azures_deployments_are_part_of_the_scope(kind):
-    client = kind(
-        azure_endpoint="https://name.openai.azure.com",
-        api_version="2024-10-21",
-        api_key="k",
-        cache=MemoryStore(),
-    )
+    azure = {"azure_endpoint": "https://name.openai.azure.com", "api_version": "2024-10-21", "api_key": "k"}
+    client = kind(**azure, cache=MemoryStore())
     from cachepipe.clients import seam  # noqa: PLC0415 - only here
 
     options = openai._models.FinalRequestOptions.construct(
         method="post", url="/chat/completions", json_data={"model": "m", "messages": HELLO}
     )
     assert isinstance(client, kind.__mro__[2])
-    assert seam.url_of(client, options, options.json_data) == str(client._build_request(options.model_copy()).url)
+    for path in ("/chat/completions", "/responses"):
+        for made in (client, kind(azure_deployment="mine", cache=MemoryStore(), **azure)):
+            options.url = path
+            url = seam.url_of(made, options, options.json_data)
+            assert url == str(made._build_request(options.model_copy()).url)
     assert client.copy(namespace="b")._cachepipe.namespace == "b"
     assert "azure_ad_token" in typing.get_type_hints(kind.copy)
 
