@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import pytest
 import together
 
-from cachepipe import MemoryStore
+from cachepipe import MemoryStore, clients
 from cachepipe.clients import OpenAI
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
@@ -50,9 +49,8 @@ def read(stream):
 def test_version_1_is_refused_with_what_to_do_instead(monkeypatch):
     monkeypatch.delattr(together, "TogetherError", raising=False)
     monkeypatch.setattr(together, "__version__", "1.5.35", raising=False)
-    for module in ("cachepipe.clients", "cachepipe.clients.together"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    clients = importlib.import_module("cachepipe.clients")
+    monkeypatch.delitem(sys.modules, "cachepipe.clients.together", raising=False)
+    monkeypatch.delitem(vars(clients), "AsyncTogether", raising=False)
     with pytest.raises(ImportError, match=r"together>=2.*1\.5\.35.*OpenAI\(base_url="):
         clients.AsyncTogether  # noqa: B018 - it is imported when it is named
 
