@@ -344,7 +344,7 @@ class Plan:
             index = None if noted.indices is None else noted.indices[0]
             place = {
                 "cached": bool(noted.cached) and all(noted.cached),
-                "cost": getattr(noted, "cost", None),
+                "cost": noted.cost,
                 "key": noted.key,
                 "index": index,
                 "namespace": noted.namespace,

@@ -36,6 +36,7 @@ from cachepipe import (
     generate_text_completions_for_conversations,
     generate_text_completions_for_conversations_sync,
     generate_text_completions_sync,
+    prices,
     terminal,
 )
 from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
@@ -96,6 +97,15 @@ async def test_a_cached_completion_keeps_the_times_of_its_generation(server):
     assert again.retrieval_start_time >= first.retrieval_end_time
     assert again.retrieval_duration >= 0
     assert (again.key, again.index) == (first.key, 0)
+
+
+async def test_a_cached_completion_tells_what_its_generation_cost(server, monkeypatch):
+    assert (await generate_text_completion(FRANCE)).cost is None  # nobody knows what this server takes
+    monkeypatch.setattr(prices, "cost_of", lambda counts, model, url: counts["total_tokens"] / 1000)
+    with cachepipe.run():
+        cached = await generate_text_completion(FRANCE)
+    assert cached.cached
+    assert cached.cost == cached.usage["total_tokens"] / 1000 > 0
 
 
 async def test_asking_again_in_one_run_draws_another_sample(server):
