@@ -2,8 +2,8 @@
 
 Providers report one usage per call. What is named ``completion…`` or ``output…`` belongs to the samples and
 is shared out between them; what is named ``prompt…`` or ``input…`` belongs to the question, and every
-sample carries it whole. The total is what is left of it, plus the sample's own share. Anything else, such
-as times, is copied.
+sample carries it whole. The total is that plus the sample's share of what is left. Anything else, such as
+times, is copied.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) ->
             the same number of samples, in order.
     """
     per = len(weights) // len(prompts)
-    completion = _integer(usage.get("completion_tokens"))
+    prompt = _integer(usage.get("prompt_tokens"))
     columns: dict[str, list[Any]] = {}
     for name, value in usage.items():
         if name.startswith(_OF_SAMPLE):
@@ -67,8 +67,8 @@ def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) ->
         elif name.startswith(_OF_QUESTION):
             columns[name] = [part for part in _shared_out(value, prompts) for _ in range(per)]
         elif name == "total_tokens" and isinstance(value, int):
-            rest = shares(value - completion, prompts)
-            own = shares(completion, weights)
+            rest = shares(prompt, prompts)
+            own = shares(value - prompt, weights)
             columns[name] = [rest[i // per] + share for i, share in enumerate(own)]
         else:
             columns[name] = [value] * len(weights)

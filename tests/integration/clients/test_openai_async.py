@@ -11,6 +11,7 @@ import pickle
 import typing
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from openai import AsyncStream
@@ -657,3 +658,19 @@ async def test_saved_money_is_told_where_the_price_is_known():
         assert first.billed_cost == again.saved_cost == first.cost
         assert (first.saved_cost, again.billed_cost) == ((None, None) if cost is None else (0, 0))
         assert again.saved["total_tokens"] == 1100
+
+
+@pytest.mark.skipif(library_of(openai.AsyncOpenAI(api_key=KEY)) is httpx, reason="this SDK runs on httpx")
+async def test_a_legacy_http_client_is_taken_as_by_the_sdk(server):
+    async with AsyncOpenAI(
+        base_url=server.base_url, api_key=KEY, cache=MemoryStore(), http_client=httpx.AsyncClient()
+    ) as client:
+        first, streamed = await ask(client), await read(await ask(client, stream=True))
+        again = client.in_namespace("again")
+        assert await ask(again) == first
+        assert await read(await ask(again, stream=True)) == streamed
+        other = client.in_namespace("raw").chat.completions
+        raw = await other.with_raw_response.create(model="m", messages=HELLO)
+        assert type(raw.http_response) is httpx.Response
+        assert raw.parse() == first
+    assert server.stats.requests == 2

@@ -102,3 +102,10 @@ def test_the_prompt_of_a_call_is_billed_once_and_counts_logically_for_each_sampl
     rest = {"cached_tokens": 0, "reasoning_tokens": 0, "samples": 4, "unknown": 1}
     assert billed == {**usage, **rest}
     assert logical == {"prompt_tokens": 300, "completion_tokens": 30, "total_tokens": 330, **rest}
+
+
+@given(total=st.integers(0, 30), prompt=st.integers(0, 9), completion=st.integers(0, 9))
+def test_a_total_that_is_no_sum_comes_back_as_it_was(total, prompt, completion):
+    """Some servers count reasoning in the total only."""
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+    assert join_usage(split_usage(usage, [1, 5, 2], [1]), 3) == usage
