@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cachepipe.ledger import Draw, Runs
-from cachepipe.stores.base import Grant, Sample, State
+from cachepipe.stores.base import (
+    DrawInfo,
+    Grant,
+    KeyInfo,
+    NamespaceInfo,
+    Sample,
+    State,
+    StoredQuestion,
+)
 from cachepipe.stores.rows import SCHEMA
 from cachepipe.stores.sql import SqlStore
 
@@ -80,3 +88,33 @@ class MemoryStore(SqlStore):
         """Return one sample of a key; None when it is not there, or discarded."""
         with self._lock:
             return super().sample(key, index)
+
+    def question(self, key: str) -> StoredQuestion | None:
+        """Return what was asked under a key."""
+        with self._lock:
+            return super().question(key)
+
+    def keys(self, prefix: str = "") -> Iterator[KeyInfo]:
+        """Iterate over the keys that start with a prefix, as they are now."""
+        with self._lock:
+            return iter(list(super().keys(prefix)))
+
+    def samples(self, key: str) -> Iterator[Sample]:
+        """Iterate over the samples of a key by index, as they are now; discarded ones are left out."""
+        with self._lock:
+            return iter(list(super().samples(key)))
+
+    def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
+        """Iterate over the ledger's draws, as they are now; ``namespace`` is a label."""
+        with self._lock:
+            return iter(list(super().draws(key, namespace)))
+
+    def namespaces(self) -> Iterator[NamespaceInfo]:
+        """Iterate over the namespaces, as they are now; the shared draws are left out."""
+        with self._lock:
+            return iter(list(super().namespaces()))
+
+    def totals(self) -> dict[str, int]:
+        """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
+        with self._lock:
+            return super().totals()
