@@ -600,21 +600,20 @@ class StoreContract:
         written = threading.Event()
 
         def write() -> None:
-            for number in range(200):
+            for number in range(40):
                 self.fill(store, drawn(key=f"k1-{number}"))
             written.set()
 
         writer = threading.Thread(target=write)
         writer.start()
         while not written.is_set():
-            for info in store.keys():
+            for info in list(store.keys()):
                 assert store.question(info.key) is not None
                 assert len(list(store.samples(info.key))) <= 1
-            assert len(list(store.draws())) <= 200
+            assert len(list(store.draws())) <= 40
             assert len(list(store.namespaces())) <= 1
-            assert store.totals()["keys"] <= 200
         writer.join()
-        assert len(list(store.keys())) == 200
+        assert len(list(store.keys())) == 40
 
     def test_what_is_applied_soon_is_applied_before_the_store_is_closed(self, store: Store) -> None:
         store.apply_soon([Claim(drawn("a"), 1, asked(), "one"), Commit(KEY, 0, b"x", {})])
