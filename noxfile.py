@@ -22,7 +22,11 @@ for _pips, _uvs in (("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), ("PIP_CERT", "SSL_CER
     if _pips in os.environ:
         os.environ.setdefault(_uvs, os.environ[_pips])
 
-ON_THE_SDKS = ("tests/integration/clients", "tests/integration/test_openai_model.py")
+ON_THE_SDKS = (
+    "tests/integration/clients",
+    "tests/integration/test_openai_model.py",
+    "--ignore=tests/integration/clients/test_crowd.py",  # it is about processes, and takes its time
+)
 
 SDKS = {
     "oldest": ("--resolution=lowest-direct",),  # the lower bounds of pyproject.toml, of all dependencies
