@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 
-from cachepipe import Services
+from cachepipe import Services, alcall
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Figures:
 
 
 async def ask(base_url: str, calls: int, rate: float, burst: int, folder: str) -> Figures:
-    """Make the calls, all at once as their callers see it."""
+    """Make the calls."""
     service = Services.custom(base_url, max_requests=None, max_tokens=None)
     client = service.client(cache=folder)
 
@@ -47,7 +47,7 @@ async def ask(base_url: str, calls: int, rate: float, burst: int, folder: str) -
         )
 
     began = time.perf_counter()
-    results = await asyncio.gather(*[one(number) for number in range(calls)], return_exceptions=True)
+    results = await alcall(range(calls), one, max_concurrent=500, return_exceptions=True)
     seconds = time.perf_counter() - began
     await client.close()
     stats = service.stats()
