@@ -334,11 +334,12 @@ def _stand_for_the_sdks() -> None:
     if original is None:  # older versions know no such credentials
         return
 
+    stood_for = {(anthropic.Anthropic,), (anthropic.AsyncAnthropic,)}
+
     @functools.wraps(original)
     def is_base_client(client: object) -> bool:
-        first, *others = type(client).__bases__
-        ours = issubclass(first, _Layered) and others in ([anthropic.Anthropic], [anthropic.AsyncAnthropic])
-        return ours or original(client)
+        bases = type(client).__bases__
+        return original(client) or (issubclass(bases[0], _Layered) and bases[1:] in stood_for)
 
     module._is_base_client = is_base_client  # noqa: SLF001 - likewise
 
