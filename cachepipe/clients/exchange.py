@@ -12,8 +12,9 @@ import asyncio
 import copy
 import dataclasses
 import json
+import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -221,6 +222,7 @@ class Asked(Request):
 
     exchange: Any = dataclasses.field(default=None, kw_only=True, repr=False)
     place: int = dataclasses.field(default=0, kw_only=True, repr=False)
+    own: bool = dataclasses.field(default=True, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Take the values as they are: `Exchange` keeps them."""
@@ -230,8 +232,13 @@ class Asked(Request):
         self.exchange.keep()
         if n == self.n:
             return self
+        return self.merging(n)
+
+    def merging(self, n: int) -> Self:
+        """Return the same question for n samples that are not, or not all, this request's own."""
         twin = copy.copy(self)
         object.__setattr__(twin, "n", n)
+        object.__setattr__(twin, "own", False)
         return twin
 
 
@@ -260,6 +267,33 @@ def dump(value: Any) -> bytes:
         return json.dumps(value).encode()
 
 
+def questions_of(
+    api: wire.Api,
+    asks: Sequence[wire.Ask],
+    url: str,
+    headers: Mapping[str, str],
+    *,
+    scope: str | None = None,
+    alone: bool = False,
+) -> list[Question]:
+    """Return the questions of a request with their keys; the arguments are those of `Exchange`.
+
+    Raises:
+        UnkeyableValue: when no stable key can be made from one of its values.
+    """
+    scope = scope if scope is not None else wire.scope_of(url)
+    alone = alone or api.max_n == 1 or len(asks) > 1
+    return [
+        keys.provider_question(
+            scope,
+            wire.question_document(ask, headers),
+            mergeable=ask.mergeable and not alone,
+            function=ask.function,
+        )
+        for ask in asks
+    ]
+
+
 class Exchange:
     """One request whose answer may come from the cache. Subclasses define `send`.
 
@@ -278,6 +312,7 @@ class Exchange:
         mode: how the cache is used.
         namespace: whose draw it is.
         request_id: which draw it is among equal questions.
+        questions: the questions with their keys, where an equal request has had them made before.
     """
 
     def __init__(
@@ -294,6 +329,7 @@ class Exchange:
         mode: Mode,
         namespace: str | None,
         request_id: str | None,
+        questions: list[Question] | None = None,
     ) -> None:
         self.surface = surface
         self.api = api
@@ -305,22 +341,12 @@ class Exchange:
         self.request_id = request_id
         self.brought: list[tuple[Arrived, list[Any]]] = []
         self.live: asyncio.Future[tuple[Tape, Arrived]] | None = None
-        self.task: asyncio.Task[Response] | None = None
+        self.task: asyncio.Future[Response] | None = None
         self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
         self._quiet = 0
-        scope = surface.scope if surface.scope is not None else wire.scope_of(url)
-        alone = alone or stream or api.max_n == 1 or len(asks) > 1
-        self.questions = [
-            keys.provider_question(
-                scope,
-                wire.question_document(ask, headers),
-                mergeable=ask.mergeable and not alone,
-                function=ask.function,
-            )
-            for ask in asks
-        ]
+        self.questions = questions or questions_of(api, asks, url, headers, scope=surface.scope, alone=alone)
         names = tuple(question.key for question in self.questions)
         self.record = info.Record(names, namespace, request_id, url)
 
@@ -445,7 +471,7 @@ class Exchange:
         """Return the answer when the samples are drawn, or the stream that will bring them."""
         cacher = self.surface.cacher(self.mode)
         loop = asyncio.get_running_loop()
-        whose = {"request_id": self.request_id, "namespace": self.namespace}
+        whose: dict[str, Any] = {"request_id": self.request_id, "namespace": self.namespace}
         requests = [
             Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
             for place, ask in enumerate(self.asks)
@@ -475,7 +501,9 @@ class Exchange:
         try:
             return await together(
                 [
-                    cacher.draw(request, self.questions[place], loop, self._flags(place), receipts)
+                    _begun(
+                        cacher.draw(request, self.questions[place], loop, self._flags(place), receipts), loop
+                    )
                     for place, request in enumerate(requests)
                 ],
                 False,
@@ -497,7 +525,7 @@ class Exchange:
     async def _streamed(self, cacher: AsyncCacher, request: Asked, loop: asyncio.AbstractEventLoop) -> Answer:
         """Return the stream itself when this request is the one that generates it, else a replay of it."""
         live = self.live = loop.create_future()
-        task = self.task = loop.create_task(cacher.draw(request, self.questions[0], loop, self._flags(0)))
+        task = self.task = _begun(cacher.draw(request, self.questions[0], loop, self._flags(0)), loop)
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
         try:
@@ -510,7 +538,7 @@ class Exchange:
             return Answer(*live.result())
         return self._delivered([task.result()])
 
-    def _stream_drawn(self, task: asyncio.Task[Response]) -> None:
+    def _stream_drawn(self, task: asyncio.Future[Response]) -> None:
         _tasks.discard(task)
         if not task.cancelled() and task.exception() is None:
             self.record.responses = [task.result()]
@@ -529,7 +557,7 @@ class Exchange:
         if len(self.asks) > 1:
             return await self._collected(asked)
         live = self.live
-        if live is not None and asked.n == self.asks[0].n and not live.done():
+        if live is not None and asked.own and not live.done():
             return await self._recorded(live)
         return await self._called((self.asks[asked.place],), asked.n)
 
@@ -641,8 +669,47 @@ class Exchange:
     tape: Callable[..., Any] = AsyncTape
 
 
-_tasks: set[asyncio.Task[Any]] = set()
+_tasks: set[asyncio.Future[Any]] = set()
 """Draws of streams, which go on when their readers have stopped."""
+
+
+def _begun(work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
+    """Return the result of a coroutine that is run up to where it first waits at once, then in a task.
+
+    So a draw takes its number when its request is made, not a turn of the loop later.
+    """
+    begun: asyncio.Future[Any] = loop.create_future()
+    try:
+        waiting = work.send(None)
+    except StopIteration as ended:
+        begun.set_result(ended.value)
+        return begun
+    except Exception as error:  # noqa: BLE001 - it belongs to whoever waits
+        begun.set_exception(error)
+        return begun
+
+    async def rest() -> Any:
+        return await _resumed(work, waiting)
+
+    task = loop.create_task(rest())
+    task.add_done_callback(lambda _: work.close())  # where it was cancelled before it went on
+    return task
+
+
+@types.coroutine
+def _resumed(work: Coroutine[Any, Any, Any], waiting: Any) -> Generator[Any, Any, Any]:
+    """Go on with a coroutine that waits for something."""
+    while True:
+        try:
+            value = yield waiting
+        except BaseException as error:  # noqa: BLE001 - it goes to the coroutine
+            step = partial(work.throw, error)
+        else:
+            step = partial(work.send, value)
+        try:
+            waiting = step()
+        except StopIteration as ended:
+            return ended.value
 
 
 def _headers_of(arrived: Arrived) -> Any:

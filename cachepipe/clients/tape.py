@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import threading
 import time
 from collections import deque
@@ -43,7 +44,7 @@ class Tape(Source):
         super().__init__()
         self.upstream = response
         self.recorder = recorder
-        self.draw: asyncio.Task[Any] | None = None
+        self.draw: asyncio.Future[Any] | None = None
         self._hide_usage = hide_usage
         self._awaited = awaited
         self._events: deque[wire.StreamEvent] = deque()
@@ -52,7 +53,7 @@ class Tape(Source):
         self._ahead = False
         self._error: BaseException | None = None
 
-    def watch(self, draw: asyncio.Task[Any]) -> None:
+    def watch(self, draw: asyncio.Future[Any]) -> None:
         """Note the draw that the samples are for."""
         self.draw = draw
 
@@ -117,6 +118,9 @@ class AsyncTape(Tape):
     async def aleave(self) -> None:
         """Learn that the reader has stopped; what has come already is read before it goes on."""
         self.leave()
+        task = asyncio.current_task()
+        if task is None or not inspect.iscoroutine(task.get_coro()):
+            return  # the garbage collector closes a stream and what it reads from at once
         for _ in range(_TURNS):
             if self.upstream.is_closed:
                 break
@@ -198,7 +202,7 @@ class SyncTape(Tape):
                 self._read_on()
         return self._finish()
 
-    def watch(self, draw: asyncio.Task[Any]) -> None:
+    def watch(self, draw: asyncio.Future[Any]) -> None:
         """Note the draw that the samples are for, and tell the reader's thread when it has ended."""
         super().watch(draw)
         draw.add_done_callback(lambda _: self._stored.set())

@@ -88,6 +88,9 @@ class Call:
     def request(self) -> Request:
         """What the model is asked."""
         request, total = self.pieces[0][0].request, self.total
+        if self.merged and hasattr(type(request), "merging"):  # it wants to know whose samples these are
+            merged: Request = request.merging(total)
+            return merged
         return request if request.n == total else request.asking(total)
 
     @property

@@ -674,3 +674,42 @@ async def test_a_legacy_http_client_is_taken_as_by_the_sdk(server):
         assert type(raw.http_response) is httpx.Response
         assert raw.parse() == first
     assert server.stats.requests == 2
+
+
+async def test_c4_concurrent_streams_of_one_question_share_a_call(server, client):
+    streamed, usage = {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = []
+
+    async def one(**options):
+        read = [chunk async for chunk in await ask(client, **options)]
+        chunks.append([chunk.usage for chunk in read if chunk.usage])
+        return [
+            "".join(c.delta.content or "" for chunk in read for c in chunk.choices if c.index == index)
+            for index in range(options.get("n", 1))
+        ]
+
+    told = await asyncio.gather(one(**streamed), one(**usage, n=2), ask(client), one(**streamed))
+    assert [entry.n for entry in server.stats.log] == [5]
+    assert sorted(map(len, chunks)) == [0, 0, 1]
+    again = client.in_namespace("again")
+    whole = texts(await ask(again, n=5))
+    assert [told[0] + told[1] + texts(told[2]) + told[3]] == [whole]
+    assert server.stats.requests == 1
+
+
+async def test_a_stream_of_stored_and_missing_samples_is_one_stream(server, client):
+    first = texts(await ask(client, n=2))
+    options = {"stream": True, "stream_options": {"include_usage": True}, "n": 4}
+    chunks = [chunk async for chunk in await ask(client.in_namespace("more"), **options)]
+    assert [entry.n for entry in server.stats.log] == [2, 2]
+    said = dict.fromkeys(range(4), "")
+    for chunk in chunks:
+        for choice in chunk.choices:
+            said[choice.index] += choice.delta.content or ""
+    assert [said[0], said[1]] == first
+    assert all(said.values())
+    (used,) = [chunk.usage for chunk in chunks if chunk.usage]
+    assert used.total_tokens == used.prompt_tokens + used.completion_tokens
+    ends = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert sorted(ends) == [0, 1, 2, 3]
+    assert texts(await ask(client.in_namespace("whole"), n=4)) == list(said.values())
