@@ -241,7 +241,7 @@ def test_other_kinds_of_diskcache_are_refused(tmp_path, kind):
     (cache if kind is diskcache.FanoutCache else cache.cache).close()
 
 
-@pytest.mark.parametrize("cache", [5, object(), ["folder"], b"folder"], ids=repr)
+@pytest.mark.parametrize("cache", [5, object(), ["folder"], b"folder"])
 def test_what_is_no_cache_is_refused(cache):
     with pytest.raises(TypeError, match=r"takes a folder|folder or a"):
         open_store(cache)

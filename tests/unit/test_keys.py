@@ -242,7 +242,6 @@ def test_booleans_of_numpy_are_no_numbers():
         sys,
         iter([1]),
     ],
-    ids=repr,
 )
 def test_values_without_a_stable_form_are_refused(value):
     for prompt in (value, [value], {"a": {"b": [value]}}):

@@ -140,7 +140,7 @@ def test_c9_transport_fields_do_not_change_the_question(api):
         (MESSAGES, {"stream", "metadata", "service_tier"}),
         (EMBEDDINGS, {"user", "encoding_format"}),
     ],
-    ids=str,
+    ids=["chat", "responses", "messages", "embeddings"],
 )
 def test_the_lists_of_transport_fields_hold_what_the_contract_names(api, expected):
     assert expected <= api.transport
