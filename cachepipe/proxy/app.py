@@ -7,20 +7,20 @@ import functools
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 import cachepipe
 from cachepipe import runs, wire
-from cachepipe.clients.exchange import Answer, Backing, Surface, id_header
+from cachepipe.clients.exchange import Answer, Backing, Surface, id_header, questions_of
 from cachepipe.clients.seam import Source
 from cachepipe.context import Inherited
 from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, StoreError, UnkeyableValue
 from cachepipe.ledger import label
 from cachepipe.proxy import browse, headers, paths
 from cachepipe.proxy.access import Access
-from cachepipe.proxy.bodies import read_object
+from cachepipe.proxy.bodies import Memory, Read, read_object
 from cachepipe.proxy.counters import Counters, Outcome
 from cachepipe.proxy.headers import listed
 from cachepipe.proxy.joins import ServedRun, Ticket
@@ -71,7 +71,7 @@ class Proxy:
         self._default = ServedRun()
         self._named: dict[str | None, ServedRun] = {}
         self._labelled: dict[tuple[str | None, str], ServedRun] = {}
-        self._serving: dict[tuple[str, str], int] = {}
+        self._memory = Memory()
         self._surfaces: OrderedDict[bytes, Surface] = OrderedDict()
         self._background: set[asyncio.Task[Any]] = set()
         self._route = functools.lru_cache(4096)(self._routed)
@@ -168,7 +168,8 @@ class Proxy:
             try:
                 route = self._route(raw)
             except paths.BadPath as error:
-                raise Refused(400, "bad_path", f"{error}; got {raw[:200]!r}") from None
+                status = 404 if isinstance(error, paths.NoPlace) else 400
+                raise Refused(status, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
             self._access.check(turn, route.place.rest)
             if route.upstream is None:
                 await self._own(turn, route.place.rest)
@@ -242,14 +243,14 @@ class Proxy:
             upstream = self.upstreams.get(place.upstream)
             if upstream is None:
                 known = ", ".join(self.upstreams)
-                raise paths.BadPath(f"there is no upstream {place.upstream!r}; there are {known}")
+                raise paths.NoPlace(f"there is no upstream {place.upstream!r}; there are {known}")
         elif self._anthropic is not None and _MESSAGES.match(rest):
             upstream = self._anthropic
         else:
             upstream = self._first
         mount = upstream.mount
         if rest != mount and not rest.startswith(f"{mount}/"):
-            raise paths.BadPath(
+            raise paths.NoPlace(
                 f"paths of the upstream {upstream.name!r} begin with {mount}; the base URL ends with it"
             )
         return _Route(place, upstream, upstream.url + rest[len(mount) :], wire.api_for("POST", rest))
@@ -301,53 +302,53 @@ class Proxy:
             return await self._passed(turn, route, why, None)
         assert route.api is not None  # noqa: S101 - told above
         content = await turn.body(self.settings.max_body)
-        body = read_object(content)
-        try:
-            asks = () if body is None else route.api.split(body)
-        except wire.BadRequest:
-            asks = ()  # the provider says what is wrong with it
-        if body is None or not asks or not all(ask.cacheable for ask in asks):
-            return await self._passed(turn, route, "fwd=bypass", content)
-        try:
-            exchange = self._exchange(turn, route, body, asks, mode, namespace)
-        except (UnkeyableValue, RecursionError, wire.BadRequest):
-            return await self._passed(turn, route, "fwd=bypass", content)
-        return await self._drawn(turn, route, exchange)
-
-    def _exchange(
-        self,
-        turn: Turn,
-        route: _Route,
-        body: dict[str, Any],
-        asks: Sequence[wire.Ask],
-        mode: Mode,
-        namespace: str | None,
-    ) -> Served:
-        assert route.upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
-        assert route.api is not None  # noqa: S101 - likewise
-        query = turn.scope["query_string"]
+        query = turn.scope["query_string"].decode("latin-1")
+        url = f"{route.url}?{query}" if query else route.url
         counting = {}
         for name in wire.ANSWER_HEADERS:
-            key = name.encode()
-            if key in turn.named:
-                values = [headers.text_of(value) for each, value in turn.headers if each == key]
-                counting[name] = ", ".join(values)
-        return Served(
+            if name.encode() in turn.named:
+                counting[name] = ", ".join(headers.said(turn.headers, name.encode()))
+        read = self._read(route.api, url, counting, content)
+        if read is None:  # the provider says what is wrong with it, if anything
+            return await self._passed(turn, route, "fwd=bypass", content)
+        assert route.upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
+        exchange = Served(
             self.caller,
             route.upstream,
-            f"{route.url}?{query.decode('latin-1')}" if query else route.url,
-            [],
+            url,
             surface=self.surface,
             api=route.api,
-            body=body,
-            asks=asks,
+            body=read.body,
+            asks=read.asks,
+            questions=read.questions,
             headers=counting,
-            stream=asks[0].stream,
+            stream=read.asks[0].stream,
             alone=False,
             mode=mode,
             namespace=namespace,
             request_id=turn.says(b"x-cachepipe-request-id"),
         )
+        return await self._drawn(turn, route, exchange)
+
+    def _read(self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes) -> Read | None:
+        """Return what a body asks; None where it is nothing that may come from the cache."""
+        name = (url, *counting.items(), content)
+        read = self._memory.get(name)
+        if read is not None:
+            return read
+        body = read_object(content)
+        if body is None:
+            return None
+        try:
+            asks = api.split(body)
+            if not asks or not all(ask.cacheable for ask in asks):
+                return None
+            questions = questions_of(api, asks, url, counting)
+        except (UnkeyableValue, RecursionError, wire.BadRequest):
+            return None
+        read = Read(body, asks, questions)
+        self._memory.put(name, read)
+        return read
 
     async def _drawn(self, turn: Turn, route: _Route, exchange: Served) -> Outcome:
         run = self._run(exchange.namespace, route.place.run)
@@ -357,8 +358,7 @@ class Proxy:
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
-                ahead = [self._serving.get(group, 0) for group in self._groups(exchange)]
-                await self._hand_on(turn, exchange, answer, ahead)
+                await self._hand_on(turn, exchange, answer)
                 return self._count(exchange)
         entry = None
         if key is not None:
@@ -367,14 +367,9 @@ class Proxy:
         exchange.pairs = self._credited(headers.of_question(turn.headers), route.upstream)
         exchange.surface = self._surface(headers.who_asks(route.upstream.name, exchange.pairs))
         ticket = Ticket(run, retry=retry, entry=entry)
-        groups = self._groups(exchange)
-        ahead = [self._serving.get(group, 0) for group in groups]
-        for group in groups:
-            self._serving[group] = self._serving.get(group, 0) + 1
         with runs.within(ticket):
             task = asyncio.get_running_loop().create_task(exchange.drawn())
-        task.add_done_callback(lambda _: self._served(groups))
-        return await self._await(turn, exchange, ticket, task, ahead)
+        return await self._await(turn, exchange, ticket, task)
 
     def _entry(self, run: ServedRun, exchange: Served, key: str) -> Any:
         """Return what an idempotency key stands for.
@@ -396,19 +391,6 @@ class Proxy:
                 [_NEVER_AGAIN],
             )
         return entry
-
-    @staticmethod
-    def _groups(exchange: Served) -> list[tuple[str, str]]:
-        who = label(exchange.namespace)
-        return [(who, question.key) for question in exchange.questions]
-
-    def _served(self, groups: Sequence[tuple[str, str]]) -> None:
-        for group in groups:
-            left = self._serving[group] - 1
-            if left:
-                self._serving[group] = left
-            else:
-                del self._serving[group]
 
     def _credited(self, pairs: list[tuple[bytes, bytes]], upstream: Upstream) -> list[tuple[bytes, bytes]]:
         """Return headers with the upstream's own key, where there is one, in place of the client's."""
@@ -435,7 +417,6 @@ class Proxy:
         exchange: Served,
         ticket: Ticket,
         task: asyncio.Task[Answer],
-        ahead: Sequence[int],
     ) -> Outcome:
         """Hand on what a draw brings, or let it go on when the client leaves."""
         try:
@@ -451,8 +432,8 @@ class Proxy:
         except asyncio.CancelledError:
             raise UpstreamUnreachable("the call was stopped") from None
         if isinstance(answer.content, Source):
-            return await self._streamed(turn, exchange, ticket, answer, answer.content, ahead)
-        await self._hand_on(turn, exchange, answer, ahead)
+            return await self._streamed(turn, exchange, ticket, answer, answer.content)
+        await self._hand_on(turn, exchange, answer)
         ticket.delivered()
         return self._count(exchange) if answer.kept else "error"
 
@@ -485,15 +466,14 @@ class Proxy:
         ticket: Ticket,
         answer: Answer,
         source: Source,
-        ahead: Sequence[int],
     ) -> Outcome:
         if answer.arrived is None:
-            await self._hand_on(turn, exchange, answer, ahead)
+            await self._hand_on(turn, exchange, answer)
             ticket.delivered()
             return self._count(exchange)
         drawing = exchange.task
         pairs = headers.of_answer(answer.arrived.response.pairs)
-        pairs += self._told(exchange, answer, ahead)
+        pairs += self._told(exchange, answer)
         broken: Exception | None = None
         whole = False
         try:
@@ -515,11 +495,11 @@ class Proxy:
             raise ClientGone
         return "miss" if drawing is not None and _succeeded(drawing) else "error"
 
-    def _abandoned(self, exchange: Served, ticket: Ticket, drawing: asyncio.Task[Any]) -> None:
+    def _abandoned(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any]) -> None:
         self.counters.background -= 1
         self._stream_ended(exchange, ticket, drawing)
 
-    def _stream_ended(self, exchange: Served, ticket: Ticket, drawing: asyncio.Task[Any] | None) -> None:
+    def _stream_ended(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any] | None) -> None:
         if drawing is not None and _succeeded(drawing):
             ticket.delivered()
             self.counters.drew(exchange.namespace, [drawing.result()])
@@ -528,7 +508,7 @@ class Proxy:
 
     # What is answered.
 
-    async def _hand_on(self, turn: Turn, exchange: Served, answer: Answer, ahead: Sequence[int]) -> None:
+    async def _hand_on(self, turn: Turn, exchange: Served, answer: Answer) -> None:
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
@@ -538,35 +518,29 @@ class Proxy:
         else:
             status = arrived.response.status
             pairs = headers.of_answer(arrived.response.pairs)
-        pairs += self._told(exchange, answer, ahead)
+        pairs += self._told(exchange, answer)
         if isinstance(content, Source):
             content = b"".join(content.read())
         turn.facts["key"] = exchange.record.keys[0]
         await turn.answer(status, pairs, content)
 
-    def _told(self, exchange: Served, answer: Answer, ahead: Sequence[int]) -> list[tuple[bytes, bytes]]:
+    def _told(self, exchange: Served, answer: Answer) -> list[tuple[bytes, bytes]]:
         """Return the headers that say where an answer comes from."""
         if not answer.kept:
             return [self._status("fwd=miss")]
         responses = exchange.record.responses
         pairs = listed(b"x-cachepipe-key", exchange.record.keys)
-        flags = [
-            flag for before, ask in zip(ahead, exchange.asks, strict=True) for flag in _merged(before, ask.n)
-        ]
-        pairs += listed(b"x-cachepipe-duplicated", [_WORDS[flag] for flag in flags])
         if responses is None:  # a stream that this request alone generates
-            pairs += [
-                self._status("fwd=miss; stored"),
-                *listed(b"x-cachepipe-cached", ["false"] * len(flags)),
-            ]
-            return pairs
-        if len(responses) == 1 and responses[0].cached is not None:
-            cached: Sequence[bool] = responses[0].cached
-            indices: Sequence[int] | None = responses[0].indices
-        else:
-            cached = [flag for response in responses for flag in response.cached or ()]
-            every = [response.indices for response in responses]
-            indices = None if None in every else [index for each in every for index in each or ()]
+            n = exchange.asks[0].n
+            pairs += listed(b"x-cachepipe-cached", ["false"] * n)
+            pairs += listed(b"x-cachepipe-duplicated", ["false", *["true"] * (n - 1)])
+            return [*pairs, self._status("fwd=miss; stored")]
+        one = responses[0]
+        cached, merged, indices = one.cached or [], one.duplicated or [], one.indices
+        for other in responses[1:]:
+            cached, merged = cached + (other.cached or []), merged + (other.duplicated or [])
+            indices = None if indices is None or other.indices is None else indices + other.indices
+        pairs += listed(b"x-cachepipe-duplicated", [_WORDS[flag] for flag in merged])
         pairs += listed(b"x-cachepipe-cached", [_WORDS[flag] for flag in cached])
         if indices is not None:
             pairs += listed(b"x-cachepipe-indices", list(map(str, indices)))
@@ -706,10 +680,5 @@ class Proxy:
 _WORDS: Final = {True: "true", False: "false"}
 
 
-def _merged(before: int, n: int) -> list[bool]:
-    """Return per sample whether it belongs to a group of equal questions and is not its first."""
-    return [before > 0] + [True] * (n - 1)
-
-
-def _succeeded(task: asyncio.Task[Any]) -> bool:
+def _succeeded(task: asyncio.Future[Any]) -> bool:
     return task.done() and not task.cancelled() and task.exception() is None

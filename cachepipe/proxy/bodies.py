@@ -4,19 +4,74 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
 
-_LONG_NUMBER: Final = re.compile(rb"\d{19}")  # orjson reads longer ones as floats
+from cachepipe import wire
+from cachepipe.keys import Question
+
+_ZEROS: Final = bytes(0x30 if byte in b"0123456789" else byte for byte in range(256))
+_LONG_NUMBER: Final = (
+    b"0" * 19
+)  # orjson reads whole numbers of so many digits as floats, if they are too large
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A request's body as it was read; shared between equal requests, so nobody changes it.
+
+    Attributes:
+        body: the body.
+        asks: what it asks.
+        questions: the questions with their keys.
+    """
+
+    body: dict[str, Any]
+    asks: Sequence[wire.Ask]
+    questions: list[Question]
+
+
+class Memory:
+    """The bodies read last: an evaluation asks the same questions again and again.
+
+    Args:
+        size: bytes that the remembered bodies may have together.
+        largest: bytes of the largest one that is remembered.
+    """
+
+    def __init__(self, size: int = 16 << 20, largest: int = 32 << 10) -> None:
+        self._size = size
+        self._largest = largest
+        self._held = 0
+        self._read: OrderedDict[tuple[Any, ...], Read] = OrderedDict()
+
+    def get(self, name: tuple[Any, ...]) -> Read | None:
+        """Return what was read of a body; its name ends with its bytes."""
+        read = self._read.get(name)
+        if read is not None:
+            self._read.move_to_end(name)
+        return read
+
+    def put(self, name: tuple[Any, ...], read: Read) -> None:
+        """Remember what was read of a body, in place of the one that was used longest ago."""
+        if len(name[-1]) > self._largest or name in self._read:
+            return
+        self._read[name] = read
+        self._held += len(name[-1])
+        while self._held > self._size:
+            oldest, _ = self._read.popitem(last=False)
+            self._held -= len(oldest[-1])
 
 
 def read_object(content: bytes) -> dict[str, Any] | None:
     """Return the JSON object that a body is; None when it is none, as for NaN, other encodings and lists."""
     value: Any = None
     try:
-        value = orjson.loads(content) if _LONG_NUMBER.search(content) is None else _loads(content)
+        value = _loads(content) if _LONG_NUMBER in content.translate(_ZEROS) else orjson.loads(content)
     except ValueError:
         try:
             value = _loads(content)  # lone surrogates

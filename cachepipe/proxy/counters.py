@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
+import orjson
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -31,11 +32,26 @@ class Tokens:
     completion: int = 0
     total: int = 0
 
-    def add(self, counts: dict[str, int], less: dict[str, int] | None = None) -> None:
-        """Add counts, less others."""
-        for name in ("prompt", "completion", "total"):
-            count = counts[f"{name}_tokens"] - (less[f"{name}_tokens"] if less else 0)
-            setattr(self, name, getattr(self, name) + count)
+    def add(self, prompt: int, completion: int, total: int) -> None:
+        """Add counts."""
+        self.prompt += prompt
+        self.completion += completion
+        self.total += total
+
+
+def _tokens(payload: bytes) -> tuple[int, int, int, bool]:
+    """Return the tokens of a sample: prompt, completion, total; and whether its prompt was billed with it."""
+    sample = orjson.loads(payload)
+    usage = sample.get("usage")
+    try:  # as most say it
+        prompt, completion, total = usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
+    except (KeyError, TypeError):
+        logical, _ = wire.usage_totals([sample])
+        prompt, completion = logical["prompt_tokens"], logical["completion_tokens"]
+        total = logical["total_tokens"]
+    if not type(prompt) is type(completion) is type(total) is int:
+        return 0, 0, 0, True
+    return prompt, completion, total, wire.bills_prompt(sample)
 
 
 @dataclass
@@ -108,20 +124,17 @@ class Counters:
     def drew(self, namespace: str | None, responses: Sequence[Response]) -> None:
         """Count what a request was given."""
         counts = self.of(namespace)
-        made: list[wire.Sample] = []
-        there: list[wire.Sample] = []
         for response in responses:
             for sample, cached in zip(response.data, response.cached or (), strict=True):
-                (there if cached else made).append(sample.value)
-        counts.hits += len(there)
-        counts.misses += len(made)
-        if there:
-            logical, _ = wire.usage_totals(there)
-            counts.saved.add(logical)
-        if made:
-            logical, billed = wire.usage_totals(made)
-            counts.spent.add(billed)
-            counts.saved.add(logical, billed)
+                if cached:
+                    counts.hits += 1
+                    counts.saved.add(*_tokens(sample.payload)[:3])
+                else:
+                    counts.misses += 1
+                    prompt, completion, total, billed = _tokens(sample.payload)
+                    shared = 0 if billed else prompt
+                    counts.spent.add(prompt - shared, completion, total - shared)
+                    counts.saved.add(shared, 0, shared)
 
     def as_json(self) -> dict[str, Any]:
         """Return all counts: totals, and per namespace the latest first."""
@@ -134,9 +147,8 @@ class Counters:
             for outcome, number in counts.requests.items():
                 totals.requests[outcome] = totals.requests.get(outcome, 0) + number
             for name in ("spent", "saved"):
-                whole, part = getattr(totals, name), getattr(counts, name)
-                for kind in ("prompt", "completion", "total"):
-                    setattr(whole, kind, getattr(whole, kind) + getattr(part, kind))
+                part: Tokens = getattr(counts, name)
+                getattr(totals, name).add(part.prompt, part.completion, part.total)
         total = totals.as_json()
         del total["namespace"]
         return {

@@ -132,3 +132,8 @@ def text_of(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return value.decode("latin-1")
+
+
+def said(headers: Pairs, name: bytes) -> list[str]:
+    """Return what the headers of one name say, in order."""
+    return [text_of(value) for each, value in headers if each == name]

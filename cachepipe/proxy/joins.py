@@ -189,6 +189,7 @@ class _Taking(Occurrences):
         self._ticket = ticket
         self._counted = ticket.run.counted
         self.used = self._counted.used
+        self.replaying = self._counted.replaying
 
     def take(self, identity: Identity) -> int:
         """Return the number of this request's draw."""

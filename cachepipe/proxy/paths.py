@@ -28,6 +28,10 @@ class BadPath(ValueError):  # noqa: N818 - names the thing at fault
     """A path that nothing may be asked for at."""
 
 
+class NoPlace(BadPath):
+    """A path that leads nowhere."""
+
+
 class Place(NamedTuple):
     """Where a request goes.
 

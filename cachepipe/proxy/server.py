@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import signal
 import socket
 import threading
 from asyncio.events import TimerHandle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final
 
 from cachepipe.errors import CachepipeError
@@ -19,6 +20,7 @@ from cachepipe.proxy.settings import BadSettings, Settings
 try:
     import uvicorn
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn.server import HANDLED_SIGNALS
 except ImportError as error:  # pragma: no cover - it is in the extra
     raise ImportError("the proxy needs more packages: pip install 'cachepipe[proxy]'") from error
 
@@ -127,6 +129,19 @@ class Server(uvicorn.Server):
         self.proxy = proxy
         self.url = ""
         self._told = told
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Stop at a signal, and then end as a server that was asked to: with the exit code 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
         await self.proxy.startup()

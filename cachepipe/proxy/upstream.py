@@ -175,8 +175,10 @@ class Served(Exchange):
         caller: the connections.
         upstream: whom it is for.
         url: where it goes.
-        pairs: the headers that go with it, credentials included.
         arguments: those of `Exchange`.
+
+    Attributes:
+        pairs: the headers that a call goes with, credentials included; set them before `drawn`.
     """
 
     def __init__(
@@ -184,20 +186,20 @@ class Served(Exchange):
         caller: Caller,
         upstream: Upstream,
         url: str,
-        pairs: list[tuple[bytes, bytes]],
         **arguments: Any,
     ) -> None:
         super().__init__(url=url, **arguments)
         self.caller = caller
         self.upstream = upstream
         self.url = url
-        self.pairs = pairs
-        self.calls = 0
+        self.pairs: list[tuple[bytes, bytes]] = []
+
+    def keep(self) -> None:
+        """Keep the body as it is: it was read from the wire, so nobody else can change it."""
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
         """Make a call with this request's own headers."""
         pairs = [*self.pairs, _JSON, _PLAIN if stream else _PACKED]
-        self.calls += 1
         reader = await self.caller.call(self.upstream, "POST", self.url, pairs, dump(body))
         if stream and 200 <= reader.status < 300:
             return Arrived(reader, {})
