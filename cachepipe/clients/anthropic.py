@@ -27,10 +27,11 @@ import anthropic._client
 
 from cachepipe.clients import info, seam
 from cachepipe.clients.calls import Call, SyncCall
-from cachepipe.clients.exchange import Answer
+from cachepipe.clients.exchange import Answer, Unkept
 from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
 from cachepipe.clients.portal import in_portal
 from cachepipe.clients.seam import Arrived
+from cachepipe.clients.tape import Tape
 from cachepipe.errors import CachepipeError
 from cachepipe.typedefs import Mode, Repeat
 
@@ -108,6 +109,13 @@ class _Layered:
             call.max_retries = self._retries(options)
         return call
 
+    def _read_before(self, answer: Answer) -> Tape | None:
+        """Return the tape of a stream whose response was read before it came: that is handed on itself."""
+        tape = answer.content
+        if answer.arrived is None or not isinstance(tape, Tape) or seam.unread(self, answer.arrived.response):
+            return None
+        return tape
+
     @staticmethod
     def _retries(options: Any) -> int | None:
         """Return how often a call says that it may be made again; the SDK's options may have been changed."""
@@ -140,7 +148,13 @@ class AsyncLayered(_Layered, AsyncCached):
         flow = self._limiting(options)
         try:
             if call is not None:
-                return _passed(call, call.known() or await call.drawn(), options)
+                answer = call.known() or await call.drawn()
+                tape = self._read_before(answer)
+                if tape is not None:
+                    async for _ in tape.aread():
+                        pass
+                    answer = answer._replace(content=b"", kept=tape.recorder.complete)
+                return _passed(call, answer, options)
             if flow is None:
                 sdk: Any = super()
                 attempt: tuple[Any, Any] = await sdk._attempt_request(options, **details)  # noqa: SLF001 - see above
@@ -171,7 +185,11 @@ class AsyncLayered(_Layered, AsyncCached):
             return Arrived(response, made_with)
         if not seam.unread(self, response):
             return Arrived(response, made_with, response.content)
-        content = await response.aread()
+        try:
+            content = await response.aread()
+        except Exception as error:
+            broken = Arrived(seam.handed_on(self, response, seam.broken(error)), made_with)
+            raise Unkept(broken, error) from error
         return Arrived(seam.handed_on(self, response, seam.Source([content])), made_with, content)
 
 
@@ -198,7 +216,13 @@ class SyncLayered(_Layered, SyncCached):
         flow = self._limiting(options)
         try:
             if call is not None:
-                return _passed(call, call.known() or call.wait(), options)
+                answer = call.known() or call.wait()
+                tape = self._read_before(answer)
+                if tape is not None:
+                    for _ in tape.read():
+                        pass
+                    answer = answer._replace(content=b"", kept=tape.recorder.complete)
+                return _passed(call, answer, options)
             if flow is None:
                 sdk: Any = super()
                 attempt: tuple[Any, Any] = sdk._attempt_request(options, **details)  # noqa: SLF001 - see above
@@ -229,7 +253,11 @@ class SyncLayered(_Layered, SyncCached):
             return Arrived(response, made_with)
         if not seam.unread(self, response):
             return Arrived(response, made_with, response.content)
-        content = response.read()
+        try:
+            content = response.read()
+        except Exception as error:
+            broken = Arrived(seam.handed_on(self, response, seam.broken(error)), made_with)
+            raise Unkept(broken, error) from error
         return Arrived(seam.handed_on(self, response, seam.Source([content])), made_with, content)
 
 

@@ -12,6 +12,7 @@ import datetime as dt
 import functools
 import importlib
 import sys
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -135,10 +136,12 @@ def sent_once(options: Any) -> Any:
     return options.model_copy(update={"max_retries": 0})
 
 
-def own_retries(options: Any) -> int | None:
-    """Return how often a call says that it may be made again, if it says so itself."""
-    wanted = options.max_retries
-    return wanted if _is_given(wanted) and isinstance(wanted, int) else None
+def own_retries(client: Any, options: Any) -> int | None:
+    """Return how often a call may be made again, if it or its client says other than the SDK's default."""
+    for wanted in (options.max_retries, client.max_retries):
+        if _is_given(wanted) and isinstance(wanted, int) and wanted != _USUAL_RETRIES:
+            return wanted
+    return None
 
 
 def overridden(client: Any, cast_to: Any, options: Any) -> tuple[Any, Any]:
@@ -190,27 +193,52 @@ class Source:
         self.leave()
 
 
-@functools.lru_cache(maxsize=8)
-def _body_class(library: Any) -> Callable[[Source], Any]:
-    """Return the class of bodies that a library's responses take."""
+def broken(error: Exception) -> Source:
+    """Return a body that was lost on its way: whoever reads it gets the error of that."""
 
-    class Body(library.SyncByteStream, library.AsyncByteStream):  # type: ignore[misc]  # chosen at run time
-        def __init__(self, source: Source) -> None:
+    def lost(_: bytes) -> bytes:
+        raise error
+
+    return Source(map(lost, (b"",)))
+
+
+@functools.lru_cache(maxsize=8)
+def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
+    """Return the class of bodies that responses to a kind of client take.
+
+    A body is read in one of the two ways, as those that arrive are.
+    """
+
+    class Body(library.SyncByteStream):  # type: ignore[misc]  # chosen at run time
+        def __init__(self, source: Source, ended: Callable[[], None] = lambda: None) -> None:
             self.source = source
+            self.ended = ended
 
         def __iter__(self) -> Iterator[bytes]:
             return self.source.read()
 
+        def close(self) -> None:
+            self.source.leave()
+            self.ended()
+
+    class AsyncBody(library.AsyncByteStream):  # type: ignore[misc]  # likewise
+        def __init__(self, source: Source, ended: Callable[[], None] = lambda: None) -> None:
+            self.source = source
+            self.ended = ended
+
         def __aiter__(self) -> AsyncIterator[bytes]:
             return self.source.aread()
 
-        def close(self) -> None:
-            self.source.leave()
-
         async def aclose(self) -> None:
             await self.source.aleave()
+            self.ended()
 
-    return Body
+    return AsyncBody if asynchronous else Body
+
+
+def _body(client: Any, *arguments: Any) -> Any:
+    library = library_of(client)
+    return _body_class(library, isinstance(client._client, library.AsyncClient))(*arguments)  # noqa: SLF001 - this is the place
 
 
 def made_response(
@@ -232,25 +260,40 @@ def made_response(
             content = Source([content])
         else:
             headers["content-type"] = "text/event-stream; charset=utf-8"
-        body = _body_class(library)(content)
-        response = library.Response(200, headers=headers, stream=body, request=request)
+        response = library.Response(200, headers=headers, stream=_body(client, content), request=request)
     response.elapsed = dt.timedelta(0)
     return response
 
 
 def handed_on(client: Any, response: Any, source: Source) -> Any:
     """Return a response like the one that arrived, whose body comes from a source."""
-    library = library_of(client)
-    made = library.Response(
+    began = time.monotonic()
+
+    def ended() -> None:
+        whole = reference()
+        if whole is not None:
+            whole.elapsed = _elapsed(response, began)
+
+    made = library_of(client).Response(
         response.status_code,
         headers=kept_headers(response),
-        stream=_body_class(library)(source),
+        stream=_body(client, source, ended),
         request=response.request,
         extensions=response.extensions,
     )
+    reference = weakref.ref(made)
     made.history = response.history
     weakref.finalize(made, source.leave).atexit = False  # a stream that nobody reads or closes
     return made
+
+
+def _elapsed(response: Any, began: float) -> dt.timedelta:
+    """Return how long a response took; one that is still being read has taken its time since it began."""
+    try:
+        elapsed: dt.timedelta = response.elapsed
+    except RuntimeError:
+        return dt.timedelta(seconds=time.monotonic() - began)
+    return elapsed
 
 
 def kind_of(client: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import inspect
 import os
 import typing
@@ -18,7 +19,7 @@ import pytest
 from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, using
-from cachepipe.clients import Anthropic, AsyncAnthropic
+from cachepipe.clients import Anthropic, AsyncAnthropic, seam
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
 from cachepipe.clients.wrapping import wrap
@@ -364,6 +365,47 @@ def test_c1_eight_threads_get_samples_of_their_own(server, client):
         answers = list(pool.map(lambda _: ask(client), range(24)))
     assert sorted(info(one).indices for one in answers) == [(i,) for i in range(24)]
     assert server.stats.samples_generated == 24
+
+
+@since_layers
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_application_does_to_a_response_is_as_with_the_sdk(server, stream):
+    """A body that was read already, is read the wrong way, or is lost; and the time that a stream took."""
+    http = importlib.import_module(seam.library_of(anthropic.Anthropic(api_key="k")).__name__)
+
+    class Lost(http.SyncByteStream):
+        def __iter__(self):
+            raise http.ReadError("lost")
+            yield
+
+    with anthropic.Anthropic(base_url=server.url, api_key=KEY) as plain:
+        body = plain.messages.with_raw_response.create(**ASK, stream=stream).http_response.read()
+    answers = [http.Response(200, content=body), http.Response(200, stream=Lost())]
+    transport = http.MockTransport(lambda request: answers.pop(0))
+    with (
+        http.Client(transport=transport) as connection,
+        Anthropic(api_key=KEY, cache=MemoryStore(), max_retries=0, http_client=connection) as client,
+    ):
+        if stream:
+            read_before = ask(client, stream=True)
+            assert read_before.response.is_closed
+            assert len(stored(client)) == 1
+            assert read(read_before)
+        else:
+            answers.pop(0)
+        with (
+            client.messages.with_streaming_response.create(**ASK, stream=stream) as response,
+            pytest.raises(http.ReadError, match="lost"),
+        ):
+            response.read()
+        assert len(stored(client)) == stream
+    if stream:
+        with Anthropic(base_url=server.url, api_key=KEY, cache=MemoryStore()) as client:
+            live = ask(client, stream=True)
+            with pytest.raises(RuntimeError):
+                asyncio.run(live.response.aread())
+            assert read(live)
+            assert live.response.elapsed.total_seconds() > 0
 
 
 # The SDK's layers.
