@@ -116,11 +116,10 @@ class _Layered:
             return None
         return tape
 
-    @staticmethod
-    def _retries(options: Any) -> int | None:
+    def _retries(self, options: Any) -> int | None:
         """Return how often a call says that it may be made again; the SDK's options may have been changed."""
         request = _request.get()
-        return seam.own_retries(options) if request is None else request.max_retries
+        return seam.own_retries(self, options) if request is None else request.max_retries
 
 
 class AsyncLayered(_Layered, AsyncCached):
@@ -133,7 +132,7 @@ class AsyncLayered(_Layered, AsyncCached):
         sdk: Any = super(AsyncCached, self)
         if not hasattr(sdk, "_attempt_request"):
             return await super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        request = _Request(seam.own_retries(options))
+        request = _Request(seam.own_retries(self, options))
         if self._limiting(options) is not None:
             options = seam.sent_once(options)
         token = _request.set(request)
@@ -201,7 +200,7 @@ class SyncLayered(_Layered, SyncCached):
         sdk: Any = super(SyncCached, self)
         if not hasattr(sdk, "_attempt_request"):
             return super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        request = _Request(seam.own_retries(options))
+        request = _Request(seam.own_retries(self, options))
         if self._limiting(options) is not None:
             options = seam.sent_once(options)
         token = _request.set(request)

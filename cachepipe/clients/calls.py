@@ -115,7 +115,7 @@ class Call(Exchange):
             else using.namespace,
             request_id=None if isinstance(using.request_id, context.Inherited) else using.request_id,
         )
-        self.max_retries = seam.own_retries(options)
+        self.max_retries = seam.own_retries(client, options)
 
     @classmethod
     def of(cls, client: Any, surface: Surface, cast_to: Any, options: Any, **how: Any) -> Self | None:

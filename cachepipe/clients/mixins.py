@@ -53,7 +53,7 @@ class _Cached:
         using = context.current().namespace
         namespace = self._cachepipe.namespace if isinstance(using, context.Inherited) else using
         body = body_of(options) or {}
-        return {"body": body, "namespace": namespace, "max_retries": seam.own_retries(options)}
+        return {"body": body, "namespace": namespace, "max_retries": seam.own_retries(self, options)}
 
 
 class AsyncCached(_Cached):
