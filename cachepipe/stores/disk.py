@@ -31,6 +31,7 @@ Durability = Literal["process", "full"]
 _LEDGER = "ledger.cache.db"
 _SHELF = "cache.db"
 _LARGE = 16 << 20  # bytes of a write-ahead log above which opening makes a checkpoint
+_MAPPED = 16 << 20  # bytes of a file that a connection reads through memory; all of it is resident in the end
 
 
 class DiskStore(SqlStore):
@@ -170,7 +171,7 @@ class DiskStore(SqlStore):
                 full = self.durability == "full"
                 connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
-                connection.execute("PRAGMA mmap_size = 67108864")
+                connection.execute(f"PRAGMA mmap_size = {_MAPPED}")
             if write:
                 connection.execute("PRAGMA busy_timeout = 0")
             else:

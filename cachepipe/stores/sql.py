@@ -43,7 +43,7 @@ from cachepipe.stores.writer import Locked, Writer
 _ALIVE_FOR = 0.25  # seconds for which a lease that was found alive is taken to be so
 _CHECKPOINT_ROWS = 4000  # written rows after which the writer thread moves the WAL into the file
 _FEW = 64  # samples that are looked at one by one to see whether they are there
-_IDS = 200_000  # interned keys and namespaces that readers remember
+_IDS = 50_000  # interned keys and namespaces that readers remember, 200 bytes each
 
 _RECALL = (
     "SELECT s.position, s.indices, s.lease, c.mode, c.filename, c.value FROM segments s"

@@ -708,6 +708,16 @@ def test_a_list_with_many_holes_appends_without_scanning_it(folder):
     assert max(statements) < 30
 
 
+def test_what_a_store_maps_into_memory_is_bounded_however_large_its_files_are(folder):
+    """A run over a million lines is as large as its resident pages."""
+    with contextlib.closing(DiskStore(folder)) as store:
+        claim(store)
+        connections = [*store._writing, *store._readable()]
+        mapped = [connection.execute("PRAGMA mmap_size").fetchone()[0] for connection in connections]
+    assert len(mapped) == 4
+    assert sum(mapped) <= 64 << 20
+
+
 def test_the_log_is_moved_into_the_file_in_the_background(folder):
     store = DiskStore(folder)
     for start in range(0, 12_000, 500):
