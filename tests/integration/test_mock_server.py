@@ -495,6 +495,7 @@ async def test_a_json_answer_is_json_and_fits_its_schema():
             **chat(
                 response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
                 logprobs=True,
+                max_tokens=1,
             )
         )
         response = await client.responses.create(
@@ -503,6 +504,7 @@ async def test_a_json_answer_is_json_and_fits_its_schema():
     assert isinstance(json.loads(plain.choices[0].message.content)["answer"], str)
     assert isinstance(json.loads(fitted.choices[0].message.content)["steps"][0], str)
     assert fitted.choices[0].logprobs is None
+    assert fitted.choices[0].finish_reason == "stop"
     assert isinstance(json.loads(response.output_text)["steps"][0], str)
 
 

@@ -1,7 +1,8 @@
 """DSPy: its engines send their requests through a transport, which an SDK's client with a cache can be.
 
 `dspy.LM` takes no client: it copies its options deeply. An engine it takes as it is, and the native engine
-leaves what it sends to a transport of the caller's. DSPy's own cache is off: it would give equal samples.
+leaves what it sends to a transport of the caller's. Without a line of code, and for every version and litellm
+too, there is the proxy's base URL. DSPy's own cache is off: it would give equal samples.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import dspy
 import pytest
 from dspy.clients.engines import AsyncLM15Engine, LM15Engine
 from dspy.lm15 import RouterConfig
+
+from cachepipe.proxy.server import running
+from cachepipe.proxy.settings import Settings, Upstream
 
 
 class _Response:
@@ -169,3 +173,24 @@ def test_a_crowd(twice):
         return [one.toDict() for one in made]
 
     assert len({one["city"] for one in twice(program)}) > 4
+
+
+@pytest.mark.parametrize("engine", ["auto", "litellm"])
+def test_by_way_of_the_proxy(server, tmp_path, engine):
+    async def program(address):
+        lm = dspy.LM("openai/gpt-4o", api_base=address, api_key="k", engine=engine, cache=False)
+        json = dspy.JSONAdapter()
+        with dspy.context(lm=lm, adapter=json):
+            said, first = lm("Write a function."), dspy.Predict(Place)(country="France")
+            second = await dspy.Predict(Place).acall(country="Spain")
+            parts = dspy.streamify(dspy.Predict(Place))(country="Italy")
+            whole = [part async for part in parts][-1]
+        return said, first.toDict(), second.toDict(), whole.toDict()
+
+    upstreams = (Upstream.of("mock", server.base_url),)
+    with running(Settings(port=0, cache=str(tmp_path), upstreams=upstreams, log="errors")) as proxy:
+        first = asyncio.run(program(f"{proxy.url}/ns/first/v1"))
+        asked = server.stats.requests
+        assert asked >= 4
+        assert asyncio.run(program(f"{proxy.url}/ns/again/v1")) == first
+    assert server.stats.requests == asked
