@@ -28,6 +28,9 @@ ATTRIBUTES = ("_client", "_custom_headers")
 _ERRORS = {"openai": "OpenAIError", "together": "TogetherError", "anthropic": "AnthropicError"}
 """The SDKs, and the bases of their errors."""
 
+_USUAL_RETRIES = 2
+"""How often all of the SDKs repeat a call unless they are told otherwise: their DEFAULT_MAX_RETRIES."""
+
 _DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"})
 """Headers that told of the bytes on the wire, not of those that are handed on."""
 
