@@ -120,9 +120,34 @@ async def test_an_overloaded_server_gets_fewer_calls_at_once(clock):
     assert server.refused < 0.25 * server.seen
 
 
+async def test_concurrency_stops_growing_where_more_brings_no_more(clock):
+    """A server that answers one after the other, 100 a second, however many wait there."""
+    free = 0.0
+    limits = Limits(clock=clock)
+
+    async def call():
+        nonlocal free
+        with await limits.enter():
+            free = max(free, clock.now() + 0.1) + 0.01
+            await clock.sleep(free - clock.now())
+
+    tasks = [asyncio.create_task(call()) for _ in range(2000)]
+    await clock.settle()
+    while not all(task.done() for task in tasks):
+        await clock.advance(clock.next_due - clock.now())
+    assert clock.now() < 25
+    assert limits.learned()[None]["concurrency"] < 150  # else it would be near a thousand
+
+
 def answered(adaptive, count, now=0.0, latency=0.1):
     for _ in range(count):
         adaptive.answered(now - latency, int(adaptive.concurrency), now)
+
+
+def overloaded(adaptive, sent, now):
+    """So many failures at once that it is no single bad call."""
+    for _ in range(3):
+        adaptive.overloaded(sent, None, now)
 
 
 def test_concurrency_grows_fast_at_first_halves_and_then_grows_by_one_per_round():
@@ -130,7 +155,7 @@ def test_concurrency_grows_fast_at_first_halves_and_then_grows_by_one_per_round(
     first = adaptive.concurrency
     answered(adaptive, 16, now=1)
     assert adaptive.concurrency == first * 1.5
-    adaptive.overloaded(1.5, None, 2)
+    overloaded(adaptive, 1.5, 2)
     assert adaptive.concurrency == first * 0.75
     before = adaptive.concurrency
     answered(adaptive, int(before), now=3)
@@ -140,12 +165,23 @@ def test_concurrency_grows_fast_at_first_halves_and_then_grows_by_one_per_round(
 def test_calls_that_were_under_way_already_teach_nothing_more():
     adaptive = Adaptive()
     answered(adaptive, 100, now=1)
-    adaptive.overloaded(1.5, None, 2)
+    overloaded(adaptive, 1.5, 2)
     lowered = adaptive.concurrency
-    adaptive.overloaded(1.9, None, 2.1)  # sent before the lesson of 2
+    overloaded(adaptive, 1.9, 2.1)  # sent before the lesson of 2
     assert adaptive.concurrency == lowered
-    adaptive.overloaded(2.05, None, 2.2)
+    overloaded(adaptive, 2.05, 2.2)
     assert adaptive.concurrency == lowered / 2
+
+
+def test_a_call_that_always_fails_slows_nobody_else_down():
+    adaptive = Adaptive()
+    answered(adaptive, 20, now=1)
+    before = adaptive.concurrency
+    for moment in range(2, 20):
+        adaptive.overloaded(moment - 0.1, None, moment)
+        answered(adaptive, 20, now=moment + 0.5)
+    assert adaptive.concurrency >= before
+    assert adaptive.pace is None
 
 
 def test_concurrency_never_falls_below_one_nor_grows_beyond_its_cap():
@@ -153,7 +189,7 @@ def test_concurrency_never_falls_below_one_nor_grows_beyond_its_cap():
     answered(adaptive, 500, now=1)
     assert adaptive.concurrency == 20
     for moment in range(2, 50):
-        adaptive.overloaded(moment, None, moment + 0.5)
+        overloaded(adaptive, moment, moment + 0.5)
     assert adaptive.concurrency == 1
     assert adaptive.wait(0, 100) == 0
 
@@ -172,8 +208,20 @@ def test_as_many_calls_may_be_under_way_as_the_learned_rate_needs():
     answered(adaptive, 200, now=2.0, latency=2.0)
     adaptive.refused(1.5, None, 2.0)
     for moment in (5, 9, 14):
-        adaptive.overloaded(moment - 0.5, None, moment)
+        overloaded(adaptive, moment - 0.5, moment)
     assert adaptive.room >= adaptive.pace * 2.0
+
+
+def test_a_first_call_that_is_refused_teaches_a_pace_that_recovers():
+    adaptive = Adaptive()
+    adaptive.sent(0, 0.0)
+    adaptive.refused(0.0, None, 0.1)
+    assert adaptive.pace > 1
+    for moment in range(1, 60):
+        adaptive.refused(moment, None, moment + 0.5)
+    assert adaptive.pace == pytest.approx(0.1, rel=0.05)  # slow, but not for ever
+    answered(adaptive, 15, now=100)
+    assert adaptive.pace > 5
 
 
 def test_without_learning_only_the_pause_that_was_asked_for_is_kept():
