@@ -32,7 +32,7 @@ from cachepipe.stores.base import (
 from cachepipe.stores.rows import DISCARDED, GONE, PUT, Discarded, pack, parse_sample, read_sample, unpack
 
 _SMALL = 64  # runs up to which a set is held in memory as a whole
-_REMEMBERED = 100_000  # keys, namespaces and sets remembered between transactions
+_REMEMBERED = 20_000  # keys, namespaces and sets remembered between transactions, half a kilobyte each
 
 _SEVERAL = 8  # claims from which on what they look at is read in a few statements
 _FEW = 8  # rows of one draw, of all namespaces together, up to which they are simply read
