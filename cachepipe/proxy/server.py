@@ -193,6 +193,13 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def _hush() -> None:
+    """Let the proxy's own log speak of what uvicorn notices too, such as answers that were broken off."""
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+
+
 def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None:
     """Serve until the process is told to stop (SIGINT, SIGTERM), then finish what is in flight.
 
@@ -204,8 +211,9 @@ def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None
         BadSettings: when it cannot be started so.
         StoreError: when the cache cannot be opened.
     """
-    logging.getLogger("uvicorn.error").addHandler(logging.NullHandler())
-    logging.getLogger("uvicorn.error").propagate = False
+    for name in ("httpx2", "httpcore2"):  # they would log URLs, in whose queries some show their keys
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _hush()
     proxy = Proxy(settings)
     listener = listen(settings)
     try:
@@ -226,8 +234,7 @@ def running(settings: Settings, log: Callable[[Mapping[str, Any]], None] | None 
         BadSettings: when it cannot be started so.
         StoreError: when the cache cannot be opened.
     """
-    logging.getLogger("uvicorn.error").addHandler(logging.NullHandler())
-    logging.getLogger("uvicorn.error").propagate = False
+    _hush()
     listener = listen(settings)
     listening = threading.Event()
     failures: list[BaseException] = []

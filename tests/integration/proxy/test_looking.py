@@ -1,0 +1,200 @@
+"""What can be looked at: health, metrics, counters and the cache, as JSON; and the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import httpx2
+import pytest
+
+from cachepipe.proxy.settings import Upstream
+
+
+def fetch(proxy, path):
+    answer = httpx2.get(f"{proxy.url}{path}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_counters_by_namespace(proxy, upstream, http, asked, helpers):
+    paid = http.post(helpers.chat_url(proxy, "a"), json={**asked, "n": 2}).json()["usage"]
+    http.post(helpers.chat_url(proxy, "b"), json={**asked, "n": 3})
+    http.get(f"{proxy.url}/ns/b/v1/models")
+    counters = fetch(proxy, "/cachepipe/api/counters")
+    each = {counts["namespace"]: counts for counts in counters["namespaces"]}
+    assert (each["a"]["hits"], each["a"]["misses"], each["b"]["hits"], each["b"]["misses"]) == (0, 2, 2, 1)
+    assert each["a"]["requests"] == {"miss": 1}
+    assert each["b"]["requests"] == {"partial": 1, "passed": 1}
+    assert each["a"]["spent"]["total"] == paid["total_tokens"]
+    assert each["a"]["saved"]["prompt"] == paid["prompt_tokens"]
+    assert counters["total"]["misses"] == upstream.stats.samples_generated == 3
+    assert counters["upstreams"] == [{"name": "mock", "calls": 3, "in_flight": 0}]
+    text = httpx2.get(f"{proxy.url}/metrics").text
+    assert 'cachepipe_proxy_samples_total{from="cache",namespace="b"} 2.0' in text
+    assert 'cachepipe_proxy_requests_total{namespace="b",outcome="partial"} 1.0' in text
+    assert 'cachepipe_proxy_calls_total{upstream="mock"} 3.0' in text
+
+
+def test_names_cannot_break_the_metrics(proxy, http, asked, helpers):
+    for name in (b'a"b\\c', b"\xff\xfe"):
+        http.post(helpers.chat_url(proxy), json=asked, headers={"x-cachepipe-namespace": name})
+    text = httpx2.get(f"{proxy.url}/metrics").text
+    assert '{from="cache",namespace="a\\"b\\\\c"}' in text
+
+
+def test_the_cache_can_be_browsed_and_searched(proxy, http, helpers):
+    def ask(text, namespace, n=1):
+        body = {"model": "m", "messages": [{"role": "user", "content": text}], "n": n}
+        return http.post(helpers.chat_url(proxy, namespace), json=body).headers["x-cachepipe-key"]
+
+    apples, pears = ask("How many Apples?", "a", 3), ask("how many pears <script>?", "b")
+    ask("How many Apples?", "b")
+    whole = fetch(proxy, "/cachepipe/api/keys")
+    assert [item["key"] for item in whole["items"]] == [apples, pears]
+    assert [item["prompt"] for item in whole["items"]] == ["How many Apples?", "how many pears <script>?"]
+    assert whole["next"] is None
+    first = fetch(proxy, "/cachepipe/api/keys?limit=1")
+    assert ([item["key"] for item in first["items"]], first["next"]) == ([apples], 1)
+    assert [item["key"] for item in fetch(proxy, "/cachepipe/api/keys?limit=1&after=1")["items"]] == [pears]
+    for query in ("search=apples", "namespace=a", f"prefix={apples[:12]}"):
+        assert [item["key"] for item in fetch(proxy, f"/cachepipe/api/keys?{query}")["items"]] == [apples]
+    key = fetch(proxy, f"/cachepipe/api/keys/{apples}")
+    assert key["document"]["body"]["messages"][0]["content"] == "How many Apples?"
+    assert (key["samples"], key["namespaces"]) == (3, 2)
+    samples = fetch(proxy, f"/cachepipe/api/keys/{apples}/samples?limit=2")
+    assert [sample["index"] for sample in samples["items"]] == [0, 1]
+    assert samples["next"] == 2
+    rest = fetch(proxy, f"/cachepipe/api/keys/{apples}/samples?from=2")
+    assert [sample["index"] for sample in rest["items"]] == [2]
+    assert "cachepipe" not in rest["items"][0]["value"]
+    summary = samples["items"][0]["summary"]
+    assert summary["text"] == samples["items"][0]["value"]["choices"][0]["message"]["content"]
+    draws = fetch(proxy, f"/cachepipe/api/keys/{apples}/draws")["items"]
+    assert [(draw["namespace"], draw["indices"], draw["generated"]) for draw in draws] == [
+        ("a", [0, 1, 2], 3),
+        ("b", [0], 0),
+    ]
+    assert [item["namespace"] for item in fetch(proxy, "/cachepipe/api/namespaces")["items"]] == ["a", "b"]
+    status = fetch(proxy, "/cachepipe/api/status")
+    assert status["upstreams"][0]["name"] == "mock"
+    assert status["mode"] == "read-write"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/cachepipe/api/keys?limit=x", 400),
+        ("/cachepipe/api/keys?nonsense=1", 400),
+        ("/cachepipe/api/keys?search=%ff", 400),
+        ("/cachepipe/api/keys?after=99999999999999999999", 400),
+        ("/cachepipe/api/keys/none", 404),
+        ("/cachepipe/api/keys/none/samples", 404),
+        ("/cachepipe/api/keys/none/draws", 404),
+        ("/cachepipe/api/nothing", 404),
+        ("/cachepipe/nothing", 404),
+    ],
+)
+def test_what_is_not_there_is_an_error_in_words(proxy, path, status):
+    answer = httpx2.get(f"{proxy.url}{path}")
+    assert (answer.status_code, bool(answer.json()["error"]["message"])) == (status, True)
+    assert httpx2.delete(f"{proxy.url}/cachepipe/api/keys").status_code == 405
+
+
+def test_the_log_says_what_became_of_each_request(proxy, http, asked, helpers):
+    http.post(helpers.chat_url(proxy, "a"), json=asked)
+    http.get(f"{proxy.url}/nothing")
+    miss, refused = proxy.logged
+    assert (miss["outcome"], miss["status"], miss["namespace"], miss["method"]) == ("miss", 200, "a", "POST")
+    assert (refused["outcome"], refused["status"], refused["error"]) == ("refused", 404, "bad_path")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run `cachepipe`; what is left running is ended."""
+    started = []
+
+    def run(*arguments, **environment):
+        made = subprocess.Popen(
+            [sys.executable, "-m", "cachepipe", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+        )
+        started.append(made)
+        return made
+
+    yield run
+    for made in started:
+        made.kill()
+        made.communicate()
+
+
+def test_the_commands_serve_and_new_run(command, upstream, asked, tmp_path):
+    """From the terminal: serve with a key of one's own, begin a run, stop, and replay without an upstream."""
+    serving = command(
+        "serve", "--upstream", upstream.base_url, "--cache", "c", "--port", "0", "--json",
+        "--api-key-env", "KEY", "--token-env", "TOKEN", KEY="sk-server", TOKEN="t0ken",
+    )  # fmt: skip
+    told = json.loads(serving.stdout.readline())
+    headers = {"authorization": "Bearer t0ken"}
+
+    def ask(base_url):
+        return httpx2.post(f"{base_url}/chat/completions", json=asked, headers=headers, timeout=20)
+
+    first, second = ask(told["base_url"]), ask(told["base_url"])
+    assert second.headers["x-cachepipe-indices"] == "1"
+    begun = command("new-run", "--url", told["url"], "--token-env", "TOKEN", TOKEN="t0ken")
+    assert begun.communicate()[0] == "A new run of all namespaces has begun.\n"
+    assert ask(told["base_url"]).content == first.content
+    refused = command("new-run", "--url", told["url"])
+    assert "x-cachepipe-token" in refused.communicate()[1]
+    assert refused.returncode == 2
+    serving.send_signal(signal.SIGTERM)
+    log = serving.communicate(timeout=20)[1]
+    assert serving.returncode == 0
+    assert [json.loads(line)["outcome"] for line in log.splitlines()] == ["miss", "miss", "refused"]
+    assert "sk-server" not in log
+    assert "t0ken" not in log
+
+    upstream_calls = upstream.stats.requests
+    replaying = command("serve", "--replay", "--cache", "c", "--port", "0", "--json")
+    told = json.loads(replaying.stdout.readline())
+    assert [ask(told["base_url"]).content for _ in range(2)] == [first.content, second.content]
+    assert ask(told["base_url"]).status_code == 404
+    assert upstream.stats.requests == upstream_calls
+    replaying.send_signal(signal.SIGINT)
+    replaying.communicate(timeout=20)
+    assert replaying.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve"], "needs an upstream"),
+        (["serve", "--upstream", "nonsense"], "begins with http://"),
+        (["serve", "--upstream", "https://x/v1", "--host", "0.0.0.0"], "--token-env"),
+        (["serve", "--upstream", "https://x/v1", "--api-key-env", "NOT_SET"], "NOT_SET is not set"),
+        (["serve", "--config", "none.toml"], "cannot be read"),
+        (["serve", "--replay", "--cache", "none"], "there is no cache"),
+        (["new-run", "--url", "http://127.0.0.1:9"], "no proxy answers"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_words(arguments, message):
+    from click.testing import CliRunner  # noqa: PLC0415 - only here
+
+    from cachepipe.cli.group import cli  # noqa: PLC0415 - likewise
+
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_several_upstreams_may_share_a_config(serve, upstream):
+    proxy = serve(upstreams=(Upstream.of("a", upstream.base_url), Upstream.of("b", upstream.url)))
+    assert httpx2.get(f"{proxy.url}/up/b/v1/models").json()["data"]

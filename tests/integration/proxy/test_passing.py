@@ -1,0 +1,200 @@
+"""What is no question passes through untouched, and nothing that is one hop's own goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from cachepipe.proxy.settings import Upstream
+
+ANSWERED = [("content-type", "text/plain")]
+
+
+@pytest.fixture
+def passing(serve, recorder):
+    """A proxy in front of the recorder."""
+    return serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE", "PATCH", "PUT", "OPTIONS", "POST"])
+def test_any_method_and_path_goes_on_as_it_came(passing, recorder, http, method):
+    path = "/files/a%2Fb/c~d?purpose=x%20y&x=1&x=2&empty="
+    recorder.answers.append((207, [*ANSWERED, ("x-one", "1"), ("set-cookie", "a=b")], [b"some ", b"text"]))
+    answer = http.request(
+        method, f"{passing.url}/ns/any/v1{path}", content=b"\x00\xff", headers={"x-mine": "2"}
+    )
+    sent = recorder.requests[-1]
+    assert (sent.method, sent.target, sent.body) == (method, f"/v1{path}", b"\x00\xff")
+    assert ("x-mine", "2") in sent.headers
+    assert ("authorization", "Bearer k-client") in sent.headers
+    assert (answer.status_code, answer.content) == (207, b"some text")
+    assert (answer.headers["x-one"], answer.headers["set-cookie"]) == ("1", "a=b")
+    why = "bypass" if method == "POST" else "method"
+    assert answer.headers["cache-status"] == f"cachepipe; fwd={why}"
+    assert not list(passing.proxy.store.keys())
+
+
+def test_uploads_of_any_size_are_streamed(passing, recorder, http):
+    piece = bytes(range(256)) * 4096
+    digest = hashlib.sha256(piece * 24).hexdigest()
+    recorder.answers.append((200, ANSWERED, [piece] * 24))
+    answer = http.post(f"{passing.url}/v1/files", content=(piece for _ in range(24)))
+    assert hashlib.sha256(recorder.requests[-1].body).hexdigest() == digest
+    assert hashlib.sha256(answer.content).hexdigest() == digest
+
+
+def test_encoded_bodies_are_not_touched(passing, recorder, http):
+    """Nor is a question that is packed: it passes through, uncached."""
+    recorder.answers.append((200, [("content-encoding", "gzip"), *ANSWERED], [b"not really"]))
+    with http.stream("GET", f"{passing.url}/v1/files/x/content") as answer:
+        assert b"".join(answer.iter_raw()) == b"not really"
+    recorder.answers.append((200, ANSWERED, [b"ok"]))
+    packed = http.post(
+        f"{passing.url}/v1/chat/completions", content=b"\x1f\x8b", headers={"content-encoding": "gzip"}
+    )
+    assert packed.headers["cache-status"] == "cachepipe; fwd=bypass"
+    assert ("content-encoding", "gzip") in recorder.requests[-1].headers
+
+
+def test_head_and_empty_answers(passing, recorder, http):
+    recorder.answers.append((200, [*ANSWERED], []))
+    assert http.head(f"{passing.url}/v1/models").content == b""
+    recorder.answers.append((204, [], []))
+    assert http.delete(f"{passing.url}/v1/files/1").status_code == 204
+
+
+def test_hop_by_hop_and_our_own_headers_stay_here(passing, recorder, http, helpers, asked):
+    told = {
+        "connection": "keep-alive, x-private",
+        "x-private": "1",
+        "keep-alive": "timeout=5",
+        "proxy-authorization": "Basic secret",
+        "proxy-connection": "close",
+        "te": "trailers",
+        "x-cachepipe-namespace": "n",
+        "x-cachepipe-request-id": "r",
+        "expect": "",
+        "x-kept": "yes",
+    }
+    own = {
+        "connection": "x-theirs",
+        "x-theirs": "1",
+        "keep-alive": "1",
+        "x-cachepipe-key": "fake",
+        "cache-status": "x",
+    }
+    for url in (f"{passing.url}/v1/models", helpers.chat_url(passing)):
+        pieces = [recorder_answer()]
+        recorder.answers.append((200, [("content-type", "application/json"), *own.items()], pieces))
+        answer = http.request("GET" if url.endswith("models") else "POST", url, headers=told, json=asked)
+        names = {name for name, _ in recorder.requests[-1].headers}
+        assert "x-kept" in names
+        assert not names & {*told} - {"x-kept", "connection"}
+        assert ("host", recorder.url.removeprefix("http://")) in recorder.requests[-1].headers
+        assert answer.headers["cache-status"].startswith("cachepipe;")
+        assert not {"x-theirs", "keep-alive"} & {*answer.headers}
+        assert answer.headers.get("x-cachepipe-key") != "fake"
+
+
+def recorder_answer():
+    return json.dumps(
+        {
+            "id": "1",
+            "object": "chat.completion",
+            "model": "m",
+            "choices": [
+                {"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}
+            ],
+        }
+    ).encode()
+
+
+def test_cookies_of_one_client_reach_no_other(passing, recorder, http, helpers, asked):
+    """Not even through the connection to the upstream, nor with an answer that others get too."""
+    recorder.answers.append((200, [("set-cookie", "session=1; Path=/"), *ANSWERED], [b"ok"]))
+    http.get(f"{passing.url}/v1/models")
+    http.cookies.clear()
+    recorder.answers.append((200, [("set-cookie", "session=2; Path=/")], [recorder_answer()]))
+    answer = http.post(helpers.chat_url(passing), json=asked)
+    assert "cookie" not in dict(recorder.requests[-1].headers)
+    assert "set-cookie" not in answer.headers
+
+
+def test_redirects_are_handed_on_not_followed(passing, recorder, http):
+    recorder.answers.append((302, [("location", "http://169.254.169.254/")], [b""]))
+    assert http.get(f"{passing.url}/v1/models").status_code == 302
+    assert len(recorder.requests) == 1
+
+
+def test_requests_that_change_a_servers_state_pass_through(passing, recorder, http):
+    for body in (
+        {"model": "m", "input": "x", "background": True},
+        {"model": "m", "input": "x", "conversation": "c"},
+    ):
+        answer = http.post(f"{passing.url}/v1/responses", json=body)
+        assert answer.headers["cache-status"] == "cachepipe; fwd=bypass"
+        assert json.loads(recorder.requests[-1].body) == body
+
+
+def test_an_upstream_that_is_not_there(serve, http, helpers, asked):
+    proxy = serve(upstreams=(Upstream.of("none", "http://127.0.0.1:9/v1"),))
+    answer = http.post(helpers.chat_url(proxy), json=asked)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_unreachable")
+    assert http.get(f"{proxy.url}/v1/models").status_code == 502
+    assert "k-client" not in str(proxy.logged)
+
+
+def test_an_upstream_that_takes_too_long(serve, upstream, http, helpers, asked):
+    from cachepipe.testing import MockSettings  # noqa: PLC0415 - only here
+
+    upstream.settings = MockSettings(paused=True)
+    proxy = serve(timeout=0.05)
+    answer = http.post(helpers.chat_url(proxy), json=asked)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "upstream_timeout")
+
+
+def test_an_upstream_that_breaks_off_in_mid_answer(passing, recorder, http, helpers, asked):
+    recorder.answers.append((200, [("content-type", "application/json")], [recorder_answer()[:-9], None]))
+    answer = http.post(helpers.chat_url(passing), json=asked)
+    assert answer.status_code in (200, 502)
+    again = http.post(helpers.chat_url(passing), json=asked)
+    assert again.headers["x-cachepipe-cached"] == "false"
+    assert again.headers["x-cachepipe-indices"] == "0"
+    assert helpers.text_of(again) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"error": {"message": "under 200"}}', b"<html>", b'{"choices": 1}', b"", b"[]", b'{"choices": []}'],
+)
+def test_what_is_no_answer_is_handed_on_and_not_cached(passing, recorder, http, helpers, asked, content):
+    recorder.answers += [(200, [("content-type", "application/json")], [content])] * 3
+    answer = http.post(helpers.chat_url(passing), json=asked)
+    assert (answer.status_code, answer.content) == (200, content)
+    recorder.answers.clear()
+    again = http.post(helpers.chat_url(passing), json=asked)
+    assert again.headers["x-cachepipe-indices"] == "0"
+    assert again.headers["x-cachepipe-cached"] == "false"
+
+
+def test_several_upstreams_by_name(serve, recorder, upstream, http):
+    proxy = serve(
+        upstreams=(
+            Upstream.of("first", upstream.base_url),
+            Upstream.of("second", recorder.base_url),
+            Upstream.of("claude", recorder.url, kind="anthropic", api_key="sk-ant"),
+        )
+    )
+    assert http.get(f"{proxy.url}/v1/models").json()["data"]
+    assert not recorder.requests
+    http.get(f"{proxy.url}/up/second/v1/models")
+    http.get(f"{proxy.url}/ns/a@1/up/second/v1/models")
+    http.get(f"{proxy.url}/up/second/ns/a/v1/models")
+    assert [sent.target for sent in recorder.requests] == ["/v1/models"] * 3
+    http.post(f"{proxy.url}/ns/a/v1/messages/count_tokens", json={})
+    assert recorder.requests[-1].target == "/v1/messages/count_tokens"
+    assert ("x-api-key", "sk-ant") in recorder.requests[-1].headers
+    assert "authorization" not in dict(recorder.requests[-1].headers)
+    assert http.get(f"{proxy.url}/up/third/v1/models").status_code == 404

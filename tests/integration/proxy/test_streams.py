@@ -1,0 +1,151 @@
+"""Streams through the proxy: byte for byte where one call passes through, faithful on replay."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+
+import httpx2
+import pytest
+
+from cachepipe.proxy.settings import Upstream
+from cachepipe.testing import MockSettings
+
+HEAD = b'{"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":'
+EVENTS = [
+    b": hello\n\ndata: %b" % HEAD
+    + b'[{"index":0,"delta":{"role":"assistant","content":"a"},"finish_reason":null}]}\r\n\r\n',
+    b"data: %b" % HEAD + b'[{"index":0,"delta":{"content":" b"},"finish_reason":"stop"}]}\n\n',
+    b"data: %b" % HEAD + b'[],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}\n\n',
+    b"data: [DONE]\n\n",
+]
+STREAM = [("content-type", "text/event-stream"), ("x-open", "1"), ("x-ratelimit-remaining", "7")]
+
+
+@pytest.fixture
+def streaming(serve, recorder):
+    """A proxy in front of the recorder."""
+    return serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+
+
+def test_a_stream_passes_byte_for_byte(streaming, recorder, http, asked, helpers):
+    recorder.answers.append((200, STREAM, EVENTS))
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answer = http.post(helpers.chat_url(streaming), json={**asked, **options})
+    assert answer.content == b"".join(EVENTS)
+    assert answer.headers["x-ratelimit-remaining"] == "7"
+    assert answer.headers["cache-status"] == "cachepipe; fwd=miss; stored"
+    again = http.post(helpers.chat_url(streaming, "b"), json={**asked, **options})
+    assert helpers.text_of(again) == ["a b"]
+    assert again.content.endswith(b"data: [DONE]\n\n")
+    assert len(recorder.requests) == 1
+
+
+def test_usage_that_nobody_asked_for_is_taken_out(streaming, recorder, http, asked, helpers):
+    recorder.answers.append((200, STREAM, EVENTS))
+    answer = http.post(helpers.chat_url(streaming), json={**asked, "stream": True})
+    assert answer.content == b"".join(EVENTS[:2] + EVENTS[3:])
+    assert json.loads(recorder.requests[-1].body)["stream_options"] == {"include_usage": True}
+    whole = http.post(helpers.chat_url(streaming, "b"), json=asked)
+    assert whole.json()["usage"]["total_tokens"] == 3
+
+
+def test_a_stream_that_breaks_off_is_no_answer_and_ends_broken(streaming, recorder, asked, helpers):
+    url = helpers.chat_url(streaming)
+    recorder.answers.append((200, [*STREAM, ("transfer-encoding", "chunked")], [b"a\r\n0123", None]))
+    with pytest.raises(httpx2.RemoteProtocolError):
+        httpx2.post(url, json={**asked, "stream": True}, timeout=20)
+    again = httpx2.post(url, json=asked, timeout=20)
+    assert again.headers["x-cachepipe-cached"] == "false"
+    assert again.headers["x-cachepipe-indices"] == "0"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        EVENTS[:1],
+        [EVENTS[0], b'data: {"error":{"message":"no"}}\n\n'],
+        [EVENTS[0], b"data: nonsense\n\n", EVENTS[3]],
+        [b"<html>no stream</html>"],
+        [b""],
+    ],
+)
+def test_what_is_no_whole_stream_is_handed_on_and_not_cached(
+    streaming, recorder, http, asked, helpers, pieces
+):
+    recorder.answers.append((200, STREAM, pieces))
+    url = helpers.chat_url(streaming)
+    answer = http.post(url, json={**asked, "stream": True})
+    assert answer.content == b"".join(pieces)
+    again = http.post(url, json=asked)
+    assert again.headers["x-cachepipe-cached"] == "false"
+    assert again.headers["x-cachepipe-indices"] == "0"
+
+
+def test_an_error_before_the_stream_passes_through(streaming, recorder, http, asked, helpers):
+    recorder.answers.append(
+        (429, [("content-type", "application/json"), ("retry-after", "7")], [b'{"error":1}'])
+    )
+    answer = http.post(helpers.chat_url(streaming), json={**asked, "stream": True})
+    assert (answer.status_code, answer.headers["retry-after"], answer.content) == (429, "7", b'{"error":1}')
+
+
+def test_a_reader_that_leaves_after_some_content_does_not_lose_the_rest(
+    proxy, upstream, http, asked, helpers
+):
+    url = helpers.chat_url(proxy, "a")
+    with http.stream("POST", url, json={**asked, "stream": True}) as answer:
+        next(answer.iter_raw(64))
+    upstream.wait_until(lambda stats: stats.in_flight == 0)
+    other = http.post(helpers.chat_url(proxy, "b"), json=asked)
+    assert other.headers["cache-status"] == "cachepipe; hit"
+    # What was read was drawn: the next of its kind is another sample.
+    assert http.post(url, json=asked).headers["x-cachepipe-indices"] == "1"
+    assert upstream.stats.requests == 2
+
+
+def test_a_reader_that_stalls_holds_nobody_up(serve, upstream, asked, helpers):
+    """The stream of a client that does not read is read on for another that waits for the sample."""
+    upstream.settings = MockSettings(max_tokens=512)
+    proxy = serve()
+    request = {**asked, "stream": True}
+    with (
+        httpx2.Client(timeout=20) as one,
+        httpx2.Client(timeout=20) as two,
+        one.stream("POST", helpers.chat_url(proxy, "a"), json=request) as stalled,
+    ):
+        assert stalled.status_code == 200
+        answer = two.post(helpers.chat_url(proxy, "b"), json=asked)
+        assert answer.headers["x-cachepipe-cached"] == "true"
+        assert helpers.text_of(answer)[0]
+    assert upstream.stats.requests == 1
+
+
+def test_several_choices_are_renumbered_when_they_are_put_together(proxy, upstream, http, asked, helpers):
+    one = helpers.text_of(http.post(helpers.chat_url(proxy, "a"), json=asked))
+    two = http.post(helpers.chat_url(proxy, "b"), json={**asked, "n": 3, "stream": True})
+    texts = helpers.text_of(two)
+    assert texts[0] == one[0]
+    assert len(texts) == 3
+    whole = http.post(helpers.chat_url(proxy, "c"), json={**asked, "n": 3})
+    assert helpers.text_of(whole) == texts
+
+
+def test_shutdown_finishes_what_is_in_flight(serve, upstream, asked, helpers):
+    upstream.settings = MockSettings(paused=True)
+    proxy = serve()
+    answers = []
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(httpx2.Client(timeout=20))
+        thread = threading.Thread(
+            target=lambda: answers.append(client.post(helpers.chat_url(proxy), json=asked))
+        )
+        thread.start()
+        upstream.wait_until(lambda stats: stats.in_flight == 1)
+        proxy.should_exit = True
+        while proxy.proxy.ready:
+            threading.Event().wait(0.001)
+        upstream.settings = MockSettings()
+        thread.join()
+    assert answers[0].status_code == 200

@@ -1,0 +1,125 @@
+"""Which occurrence a request is: numbers are given, joined and given back."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cachepipe.ledger import Draw
+from cachepipe.proxy.joins import ServedRun, Ticket
+
+ONE = ("=a", "k", "")
+
+
+def taken(run, **options):
+    ticket = Ticket(run, **options)
+    return ticket, ticket.take(ONE)
+
+
+def undo(ticket, number):
+    ticket.give_back(Draw(*ONE, number))
+
+
+def test_requests_count_up_and_failures_give_back():
+    run = ServedRun()
+    first, zero = taken(run)
+    second, one = taken(run)
+    assert (zero, one) == (0, 1)
+    undo(first, 0)
+    _, again = taken(run)
+    assert again == 0
+    second.delivered()
+    assert taken(run)[1] == 2
+
+
+def test_a_client_that_leaves_gives_its_number_to_the_next():
+    run = ServedRun()
+    gone, number = taken(run)
+    gone.left()
+    following, same = taken(run)
+    assert same == number
+    undo(gone, number)  # the call that went on fails, but the other request holds the draw
+    assert taken(run)[1] == 1
+    following.delivered()
+    assert taken(run)[1] == 2
+
+
+def test_a_number_is_given_back_once():
+    run = ServedRun()
+    gone, number = taken(run)
+    gone.left()
+    undo(gone, number)
+    assert [taken(run)[1], taken(run)[1]] == [0, 1]
+
+
+def test_a_retry_joins_the_oldest_in_flight_but_for_what_was_given_back():
+    run = ServedRun()
+    _, zero = taken(run)
+    failing, one = taken(run)
+    assert (zero, one) == (0, 1)
+    assert taken(run, retry=True)[1] == 0
+    undo(failing, 1)
+    assert taken(run, retry=True)[1] == 1
+    assert taken(run)[1] == 2
+
+
+def test_a_delivered_draw_is_joined_by_its_key_only():
+    run = ServedRun()
+    ticket, _ = taken(run, entry=run.entry("=a", "i", ("k",)))
+    ticket.delivered()
+    assert taken(run, retry=True)[1] == 1
+    joined, number = taken(run, entry=run.entry("=a", "i", ("k",)))
+    assert number == 0
+    undo(joined, 0)
+    assert taken(run)[1] == 2
+
+
+class Joins(RuleBasedStateMachine):
+    """No number is ever delivered to two requests, unless one of them said that it is the other's try."""
+
+    def __init__(self):
+        super().__init__()
+        self.run = ServedRun()
+        self.flight = []
+        self.delivered = []
+
+    @rule(key=st.sampled_from([None, None, "x", "y"]))
+    def ask(self, key):
+        entry = None if key is None else self.run.entry("=a", key, ("k",))
+        ticket, number = taken(self.run, entry=entry)
+        self.flight.append((ticket, number, key))
+
+    @rule(which=st.integers(0, 9), end=st.sampled_from(["deliver", "fail", "leave", "leave and fail"]))
+    def end(self, which, end):
+        if not self.flight:
+            return
+        ticket, number, key = self.flight.pop(which % len(self.flight))
+        if end == "deliver":
+            ticket.delivered()
+            self.delivered.append((number, key))
+        elif end == "fail":
+            undo(ticket, number)
+        else:
+            ticket.left()
+            if end == "leave":
+                ticket.ended()
+            else:
+                undo(ticket, number)
+
+    @invariant()
+    def independent(self):
+        owners = {}
+        for number, key in self.delivered:
+            assert owners.setdefault(number, key) == key or key is None
+        plain = [number for number, key in self.delivered if key is None]
+        assert len(plain) == len({*plain})
+
+    def teardown(self):
+        for ticket, _, _ in self.flight:
+            ticket.ended()
+        assert not self.run.live
+
+
+TestJoins = Joins.TestCase
+TestJoins.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
