@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import orjson
 
-from cachepipe import keys, runs, wire
+from cachepipe import keys, runs, telemetry, wire
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
@@ -567,9 +567,9 @@ class Exchange:
         body: Mapping[str, Any] = self.body
         if self.stream or len(asks) != len(self.asks) or n != self.asks[0].n:
             body = self.api.merge_body(questions, n, transport=self.asks[0].transport)
-        passage, arrived = await self._upstream(body, stream=False)
-        if passage is not None:
-            passage.end(usage=_usage_of(arrived.content), headers=_headers_of(arrived))
+        made, arrived = await self._upstream(body, stream=False)
+        if made is not None:
+            made.end(_read(arrived.content))
         try:
             samples = self.api.samples(arrived.content, questions if len(asks) > 1 else ())
         except wire.BadAnswer as error:
@@ -584,18 +584,39 @@ class Exchange:
         noted = orjson.dumps({"request": made_by}) if made_by else b""
         return [Kept(_codec.encode(sample), noted) for sample in samples]
 
-    async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[Passage | None, Arrived]:
-        """Make a call; where there is flow control, when and as often as that lets it."""
+    async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[_Made | None, Arrived]:
+        """Make a call; where there is flow control, when and as often as that lets it.
+
+        Returns:
+            What is to be told of its end, if anything is, and what has arrived.
+        """
         flow = self.surface.flow
-        if flow is None:
+        if flow is None and not telemetry.wanted():
             return None, await self.send(body, stream=stream)
-        return await flow.call(
-            lambda: self.send(body, stream=stream),
-            body,
-            namespace=self.namespace,
-            samples=0 if self.asks[0].function else None,
-            max_retries=self.max_retries,
-        )
+        spans: list[telemetry.Call | None] = []
+
+        async def attempt() -> Arrived:
+            span = telemetry.begin(self.api.name, self.record.url, body, getattr(self, "context", None))
+            try:
+                arrived = await self.send(body, stream=stream)
+            except BaseException as error:
+                if span is not None:
+                    span.end(error=error)
+                raise
+            spans.append(span)
+            return arrived
+
+        if flow is None:
+            passage, arrived = None, await attempt()
+        else:
+            passage, arrived = await flow.call(
+                attempt,
+                body,
+                namespace=self.namespace,
+                samples=0 if self.asks[0].function else None,
+                max_retries=self.max_retries,
+            )
+        return _Made(passage, spans[-1], arrived), arrived
 
     async def _collected(self, asked: Asked) -> list[Any]:
         """Return the samples of one item of a list; what the cache lacks of the list travels in one call."""
@@ -636,15 +657,15 @@ class Exchange:
     async def _recorded(self, live: asyncio.Future[tuple[Tape, Arrived]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""
         body, asked_for_usage = self.api.inject_usage(self.body)
-        passage, arrived = await self._upstream(body, stream=True)
-        if passage is None:
+        made, arrived = await self._upstream(body, stream=True)
+        if made is None:
             return self._packed(await self._taped(arrived, live, hide_usage=asked_for_usage), arrived)
         try:
             samples = await self._taped(arrived, live, hide_usage=asked_for_usage)
         except BaseException as error:
-            passage.end(headers=_headers_of(arrived), error=error)
+            made.end(error=error)
             raise
-        passage.end(usage=wire.usage_totals(samples)[1], headers=_headers_of(arrived))
+        made.end(self.api.answer(samples, self.asks[0]))
         return self._packed(samples, arrived)
 
     async def _taped(
@@ -712,17 +733,30 @@ def _resumed(work: Coroutine[Any, Any, Any], waiting: Any) -> Generator[Any, Any
             return ended.value
 
 
-def _headers_of(arrived: Arrived) -> Any:
-    return getattr(arrived.response, "headers", None)
+class _Made:
+    """A call upstream whose answer has begun to arrive, until its end is told."""
+
+    def __init__(self, passage: Passage | None, span: telemetry.Call | None, arrived: Arrived) -> None:
+        self._passage = passage
+        self._span = span
+        self._headers = getattr(arrived.response, "headers", None)
+
+    def end(self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None) -> None:
+        """Tell the flow control and the telemetry, whichever there is, how it has ended."""
+        usage = (answer or {}).get("usage")
+        if self._passage is not None:
+            self._passage.end(usage=usage, headers=self._headers, error=error)
+        if self._span is not None:
+            self._span.end(answer, tokens=wire.token_counts(usage), error=error)
 
 
-def _usage_of(content: bytes) -> Any:
-    """Return the usage that an answer tells, or None."""
+def _read(content: bytes) -> dict[str, Any] | None:
+    """Return the object that an answer is, or None."""
     try:
         answer = orjson.loads(content)
     except orjson.JSONDecodeError:
         return None
-    return answer.get("usage") if isinstance(answer, dict) else None
+    return answer if isinstance(answer, dict) else None
 
 
 def _same(one: Any, other: Any) -> bool:

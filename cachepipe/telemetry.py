@@ -1,0 +1,192 @@
+"""Spans and metrics of calls to providers, after OpenTelemetry's semantic conventions for generative AI.
+
+They are made where the program has imported OpenTelemetry, which a program that exports them has; otherwise
+a call costs one look-up more. A hit is no call, and makes no span. Neither prompts nor answers are recorded.
+
+Spans are named ``{operation} {model}`` and have the kind CLIENT; the metrics are
+``gen_ai.client.operation.duration`` in seconds and ``gen_ai.client.token.usage`` in tokens.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+_OPERATIONS: Final = {
+    "chat completions": "chat",
+    "messages": "chat",
+    "responses": "chat",
+    "completions": "text_completion",
+    "embeddings": "embeddings",
+}
+_PROVIDERS: Final = {
+    "anthropic.com": "anthropic",
+    "azure.com": "azure.ai.openai",
+    "together.xyz": "together_ai",
+    "groq.com": "groq",
+    "mistral.ai": "mistral_ai",
+    "deepseek.com": "deepseek",
+    "x.ai": "x_ai",
+    "perplexity.ai": "perplexity",
+}
+_ASKED: Final = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "max_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "frequency_penalty": "frequency_penalty",
+    "presence_penalty": "presence_penalty",
+    "seed": "seed",
+}
+_SECONDS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_TOKENS: Final = tuple(4**power for power in range(14))
+
+
+class _Tools:
+    """What spans and metrics are made with; found once."""
+
+    def __init__(self) -> None:
+        from opentelemetry import metrics, trace  # noqa: PLC0415 - only for programs that have it
+
+        self.kind = trace.SpanKind.CLIENT
+        self.error = trace.Status(trace.StatusCode.ERROR)
+        self.tracer = trace.get_tracer("cachepipe")
+        meter = metrics.get_meter("cachepipe")
+        self.duration = meter.create_histogram(
+            "gen_ai.client.operation.duration",
+            unit="s",
+            description="How long calls to models have taken.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+        self.usage = meter.create_histogram(
+            "gen_ai.client.token.usage",
+            unit="{token}",
+            description="How many tokens calls to models have used.",
+            explicit_bucket_boundaries_advisory=_TOKENS,
+        )
+
+
+_tools: _Tools | None = None
+
+
+def wanted() -> bool:
+    """Tell whether anybody may look at spans and metrics."""
+    return "opentelemetry" in sys.modules
+
+
+def begin(
+    api: str, url: str, body: Mapping[str, Any], context: contextvars.Context | None = None
+) -> Call | None:
+    """Begin the span of a call; None where nobody would look at it.
+
+    Args:
+        api: the name of the API, as `cachepipe.wire` has it.
+        url: where it goes.
+        body: what is sent.
+        context: that of the caller, whose span this one's parent is; default is the current one.
+    """
+    global _tools  # noqa: PLW0603 - found once, when a program has it
+    if not wanted():
+        return None
+    if _tools is None:
+        try:
+            _tools = _Tools()
+        except (ImportError, TypeError):  # parts of it only, or a version before these arguments
+            return None
+    make = Call
+    return (
+        make(_tools, api, url, body) if context is None else context.copy().run(make, _tools, api, url, body)
+    )
+
+
+class Call:
+    """A call to a provider, from its beginning to its end."""
+
+    def __init__(self, tools: _Tools, api: str, url: str, body: Mapping[str, Any]) -> None:
+        self._tools = tools
+        self._ended = False
+        self._begun = time.perf_counter()
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        model = body.get("model")
+        ours = {
+            "gen_ai.operation.name": _OPERATIONS.get(api, api.replace(" ", "_")),
+            "gen_ai.provider.name": next(
+                (name for end, name in _PROVIDERS.items() if host == end or host.endswith(f".{end}")),
+                "openai",
+            ),
+            "server.address": host,
+            "server.port": parts.port or {"http": 80, "https": 443}.get(parts.scheme),
+            "gen_ai.request.model": model if isinstance(model, str) else None,
+        }
+        self._shared = {name: value for name, value in ours.items() if value is not None}
+        attributes: dict[str, Any] = dict(self._shared)
+        for name, told in _ASKED.items():
+            value = body.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                attributes[f"gen_ai.request.{told}"] = value
+        stop = body.get("stop", body.get("stop_sequences"))
+        if stop:
+            attributes["gen_ai.request.stop_sequences"] = [stop] if isinstance(stop, str) else list(stop)
+        if isinstance(body.get("n"), int) and body["n"] != 1:
+            attributes["gen_ai.request.choice.count"] = body["n"]
+        name = f"{self._shared['gen_ai.operation.name']} {model}" if isinstance(model, str) else api
+        self._span = tools.tracer.start_span(name, kind=tools.kind, attributes=attributes)
+
+    def end(
+        self,
+        answer: Mapping[str, Any] | None = None,
+        *,
+        tokens: Mapping[str, Any] | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """End the span. Idempotent.
+
+        Args:
+            answer: what the provider answered, of which the model and the reasons to stop are told.
+            tokens: its usage, as `cachepipe.wire.token_counts` gives it.
+            error: what it failed with.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        seconds = time.perf_counter() - self._begun
+        answer = answer or {}
+        told: dict[str, Any] = {
+            "gen_ai.response.id": answer.get("id"),
+            "gen_ai.response.model": answer.get("model"),
+            "gen_ai.response.finish_reasons": _reasons(answer),
+        }
+        used = {
+            kind: tokens.get(f"{name}_tokens") if tokens else None
+            for kind, name in (("input", "prompt"), ("output", "completion"))
+        }
+        told |= {f"gen_ai.usage.{kind}_tokens": count for kind, count in used.items()}
+        self._span.set_attributes({name: value for name, value in told.items() if value})
+        shared = dict(self._shared)
+        if isinstance(answer.get("model"), str):
+            shared["gen_ai.response.model"] = answer["model"]
+        if error is not None:
+            status = getattr(error, "status_code", None)
+            shared["error.type"] = str(status) if isinstance(status, int) else type(error).__qualname__
+            self._span.set_attribute("error.type", shared["error.type"])
+            self._span.set_status(self._tools.error)
+        self._tools.duration.record(seconds, shared)
+        for kind, count in used.items():
+            if count:
+                self._tools.usage.record(count, {**shared, "gen_ai.token.type": kind})
+        self._span.end()
+
+
+def _reasons(answer: Mapping[str, Any]) -> list[str] | None:
+    """Return why the samples of an answer ended, in the provider's words."""
+    choices = answer.get("choices")
+    given = [choice.get("finish_reason") for choice in choices] if isinstance(choices, list) else []
+    reasons = [reason for reason in [*given, answer.get("stop_reason")] if isinstance(reason, str)]
+    return reasons or None
