@@ -47,6 +47,7 @@ class Message:
             raise ValueError(f"the role of a message is one of {', '.join(ROLES)}; got {self.role!r:.100}")
         content: Any = self.content
         if isinstance(content, list | tuple):
+            self._check("a part of a message's content is a mapping such as {'type': 'text', ...}", content)
             object.__setattr__(self, "content", by_value(list(content)))
         elif content is None:
             if self.role != "assistant":
@@ -54,9 +55,16 @@ class Message:
         elif not isinstance(content, str):
             raise TypeError(f"the content of a message is a string or a list of parts; got {content!r:.100}")
         if self.tool_calls is not None:
+            self._check("a call of a tool is a mapping with 'id' and 'function'", self.tool_calls)
             object.__setattr__(self, "tool_calls", by_value(list(self.tool_calls)))
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message by 'tool' answers a call: give it tool_call_id=")
+
+    @staticmethod
+    def _check(expected: str, items: Iterable[Any]) -> None:
+        for item in items:
+            if not isinstance(item, Mapping):
+                raise TypeError(f"{expected}; got {item!r:.100}")
 
     def __repr__(self) -> str:
         fields = ((item.name, getattr(self, item.name)) for item in dataclasses.fields(self))
@@ -201,7 +209,10 @@ class Conversation:
             raise ValueError(  # noqa: TRY004 - it is the text that is wrong
                 f'a conversation as JSON is {{"messages": [...]}} or a list; got {text!r:.100}'
             )
-        return cls([Message.of(message) for message in messages])
+        try:
+            return cls(messages)
+        except TypeError as error:
+            raise ValueError(f"the JSON text holds what is no message: {error}") from error
 
     def to_jsonl(self) -> str:
         """Return the conversation with one message per line, as JSON."""

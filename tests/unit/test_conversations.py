@@ -96,6 +96,12 @@ def test_a_message_as_text_keeps_what_stands_after_the_first_colon():
         ({"role": "robot", "content": ""}, ValueError, "got 'robot'"),
         ({"role": "tool", "content": ""}, ValueError, "give it tool_call_id="),
         (5, TypeError, "got 5"),
+        (
+            {"role": "user", "content": ["a"]},
+            TypeError,
+            "a part of a message's content is a mapping .* got 'a'",
+        ),
+        ({"role": "assistant", "tool_calls": ["a"]}, TypeError, "a call of a tool is a mapping .* got 'a'"),
     ],
 )
 def test_what_is_no_message_is_refused(wrong, error, told):
@@ -158,6 +164,8 @@ def test_the_line_at_fault_is_named():
         Conversation.from_jsonl("[1]")
     with pytest.raises(ValueError, match="as JSON is"):
         Conversation.from_json(json.dumps({"messages": 3}))
+    with pytest.raises(ValueError, match=r"holds what is no message: .* got 1"):
+        Conversation.from_json("[1]")
 
 
 # For people.
