@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,7 +68,7 @@ def to_dataframe(
     if library is not None and library not in names:
         raise ImportError(f"{library} is not installed: pip install 'cachepipe[{library}]'")
     made = importlib.import_module(library or names[0])
-    columns = {name: [row.get(name) for row in rows] for name in COLUMNS}
+    columns = {name: [_encodable(row.get(name)) for row in rows] for name in COLUMNS}
     return made.DataFrame(columns)
 
 
@@ -79,9 +80,16 @@ def _row(completion: TextCompletion | BaseException) -> dict[str, Any]:
     for name in ("prompt_tokens", "completion_tokens"):
         row[name] = completion.usage.get(name)
     if completion.token_log_probs:
-        logs = [token.log_prob for token in completion.token_log_probs]
-        row["mean_log_prob"] = sum(logs) / len(logs)
+        logs = [token.log_prob for token in completion.token_log_probs if not math.isnan(token.log_prob)]
+        row["mean_log_prob"] = sum(logs) / len(logs) if logs else None
     return row
+
+
+def _encodable(value: Any) -> Any:
+    """Return a cell with U+FFFD for lone surrogates, which not every library takes."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def to_jsonl(
@@ -114,7 +122,8 @@ def _document(completion: TextCompletion | BaseException) -> dict[str, Any]:
 
 def _plain(tokens: Any) -> Any:
     if isinstance(tokens, TokenLogProb):
-        return {"token": tokens.token, "log_prob": tokens.log_prob}
+        value = tokens.log_prob
+        return {"token": tokens.token, "log_prob": value if math.isfinite(value) else str(value)}
     return [_plain(token) for token in tokens] if isinstance(tokens, list) else tokens
 
 
@@ -137,7 +146,8 @@ def from_jsonl(text: str | os.PathLike[str]) -> list[TextCompletion | dict[str, 
         try:
             found.append(_read(json.loads(line)))
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"line {number} is no completion: {error!r}") from error
+            hint = "" if line.startswith("{") else ". The path of a file is given as a pathlib.Path"
+            raise ValueError(f"line {number} is no completion: {error!r}{hint}") from error
     return found
 
 
@@ -148,10 +158,14 @@ def _read(document: Mapping[str, Any]) -> TextCompletion | dict[str, Any]:
     fields["conversation"] = Conversation(list(document["conversation"]))
     tokens, alternatives = document.get("token_log_probs"), document.get("full_token_log_probs")
     if tokens is not None:
-        fields["token_log_probs"] = [TokenLogProb(**token) for token in tokens]
+        fields["token_log_probs"] = [_token(token) for token in tokens]
     if alternatives is not None:
-        fields["full_token_log_probs"] = [[TokenLogProb(**token) for token in top] for top in alternatives]
+        fields["full_token_log_probs"] = [[_token(token) for token in top] for top in alternatives]
     return TextCompletion(**fields)
+
+
+def _token(token: Mapping[str, Any]) -> TokenLogProb:
+    return TokenLogProb(token["token"], float(token["log_prob"]))  # JSON has no infinities: they are strings
 
 
 def side_by_side(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 
 import pandas as pd
@@ -97,6 +98,29 @@ def test_lines_of_json_come_back(tmp_path):
     assert (first.conversation, first.duration) == (SOME[0].conversation, 1.5)
     assert error == {"error": "ValueError: no \x1b[31mred"}
     assert last == SOME[2] == from_jsonl(text)[2]
+
+
+def test_probabilities_that_are_no_numbers_of_json_come_back():
+    tokens = [TokenLogProb("a", -math.inf), TokenLogProb("b", math.nan), TokenLogProb("c", -0.5)]
+    text = to_jsonl([completion("abc", token_log_probs=tokens, full_token_log_probs=[tokens])])
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    [again] = from_jsonl(text)
+    assert repr(again.token_log_probs) == repr(tokens)
+    assert repr(again.full_token_log_probs) == repr([tokens])
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_data_frame_takes_what_has_no_form_in_utf_8_or_is_not_known(library):
+    tokens = [TokenLogProb("a", math.nan), TokenLogProb("b", -0.5)]
+    frame = to_dataframe([completion("\ud83d\ude00\ud83d", token_log_probs=tokens)], library)
+    assert list(frame["message"]) == ["\U0001f600\ufffd"]
+    assert list(frame["mean_log_prob"]) == [-0.5]
+
+
+def test_the_name_of_a_file_is_no_text():
+    with pytest.raises(ValueError, match=r"line 1 .* given as a pathlib\.Path"):
+        from_jsonl("results.jsonl")
 
 
 @pytest.mark.parametrize("line", ["{", "3", "{}", '{"conversation": []}'])
