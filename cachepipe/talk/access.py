@@ -208,7 +208,7 @@ class Access:
         client = self._opened = await self.opened()
         if "logprobs" in body and _is_of("together", client):  # it takes one number for both
             body = {**body, "logprobs": body.get("top_logprobs") or 1}
-            del body["top_logprobs"]
+            body.pop("top_logprobs", None)
         with self.using(request_id):
             if self.client is None or self._is_async:
                 return await client.chat.completions.create(**body)

@@ -93,7 +93,8 @@ class Chat:
         """Return the model's answer, which is added to the messages; tools are called meanwhile.
 
         The text, or with ``response_format=`` the instance of that class. Where it fails the messages
-        stay as they are.
+        stay as they are. Calls of tools that are mappings are left to the caller, with all that come with
+        them: they are in the last of the messages, and each is answered by a message of a tool.
 
         Raises:
             ToolLoopError: when the model calls tools for too many rounds.
@@ -140,8 +141,8 @@ class Chat:
                 completion = await self._plan.complete(said)
             done.append(completion)
             added.append(completion.to_message())
-            calls = completion.tool_calls if self._plan.functions else []
-            if not calls:
+            calls = completion.tool_calls
+            if not calls or not self._plan.functions or any(map(self._plan.leaves, calls)):
                 break
             if not left:
                 raise ToolLoopError(
@@ -195,8 +196,12 @@ class Spoken:
                 return item
             if isinstance(item, TextCompletion):
                 self.completion = item
-            else:
+                continue
+            try:
                 item.make()
+            except BaseException:
+                self.close()  # the model is told nothing of a call that was not made
+                raise
         raise StopIteration
 
     def close(self) -> None:
@@ -218,8 +223,12 @@ class Spoken:
                 return item
             if isinstance(item, TextCompletion):
                 self.completion = item
-            else:
+                continue
+            try:
                 await item.amake()
+            except BaseException:
+                await self.aclose()
+                raise
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -251,7 +260,7 @@ class _Due:
         try:
             return self.tool.given(self.arguments)
         except pydantic.ValidationError as error:
-            self.result = f"The arguments do not fit: {error}"
+            self.result = f"The arguments do not fit: {tools.told(error)}"
             return None
 
     def make(self) -> None:
@@ -263,5 +272,5 @@ class _Due:
     async def amake(self) -> None:
         """Call the tool, without blocking the loop; what it raises passes."""
         if (call := self._given()) is not None:
-            result = await (call() if inspect.iscoroutinefunction(call) else anyio.to_thread.run_sync(call))
-            self.result = tools.as_text(result)
+            result = call() if inspect.iscoroutinefunction(call) else await anyio.to_thread.run_sync(call)
+            self.result = tools.as_text(await result if inspect.iscoroutine(result) else result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import itertools
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Final, Literal, Self, TypedDict, Unpack, overload
 import anyio.to_thread
 import pydantic
 
-from cachepipe import context, progress, terminal
+from cachepipe import context, progress, terminal, wire
 from cachepipe.clients.info import Info, info
 from cachepipe.context import INHERITED, Inherited
 from cachepipe.conversations import Conversation, Message
@@ -21,6 +22,7 @@ from cachepipe.errors import BadAnswer, CachepipeError
 from cachepipe.talk import tools
 from cachepipe.talk.access import NAMES, Access, ServiceLike, model_of
 from cachepipe.typedefs import Mode, Repeat
+from cachepipe.wire.sse import merge
 
 _MOST_ALTERNATIVES: Final = 20
 _COLOURS: Final = ((0.9, "32"), (0.6, "92"), (0.3, "33"), (0.1, "91"), (0.0, "31"))
@@ -110,7 +112,7 @@ class TokenLogProb:
 
     Attributes:
         token: the token.
-        log_prob: the natural logarithm of its probability.
+        log_prob: the natural logarithm of its probability; nan where the provider does not tell it.
     """
 
     token: str
@@ -118,8 +120,8 @@ class TokenLogProb:
 
     @property
     def probability(self) -> float:
-        """The probability, from 0 to 1."""
-        return math.exp(self.log_prob)
+        """The probability, from 0 to 1, also of what is rounded above; nan where it is not known."""
+        return math.exp(min(self.log_prob, 0.0))
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,9 @@ class TextCompletion:
         pieces = []
         for token in self.token_log_probs:
             probability = token.probability
-            codes = next((codes for least, codes in _COLOURS if probability >= least), _COLOURS[-1][1])
-            pieces.append(terminal.coloured(terminal.visible(token.token, lines=True), codes, color=color))
+            codes = next((codes for least, codes in _COLOURS if probability >= least), None)
+            text = terminal.visible(token.token, lines=True)
+            pieces.append(text if codes is None else terminal.coloured(text, codes, color=color))
             if show_probabilities:
                 pieces.append(terminal.coloured(f"[{probability:.4f}]", "2", color=color))
         return "".join(pieces)
@@ -272,11 +275,13 @@ class Plan:
         self.model = model_of(self.access, body.pop("model", None))
         self.kind: type[pydantic.BaseModel] | None = None
         self.functions: dict[str, tools.Tool] = {}
+        self._others: set[str | None] = set()
         wanted, top = body.pop("log_probs", None), body.pop("top_log_probs", None)
         if (form := body.pop("response_format", None)) is not None:
             body["response_format"], self.kind = tools.response_format(form)
         if given := body.pop("tools", None):
             body["tools"], self.functions = tools.as_tools(given)
+            self._others = set(map(tools.name_of, body["tools"])) - self.functions.keys() - {None}
         self.body = {**body, **self._log_probs(wanted, top)}
 
     def _log_probs(self, wanted: Any, top: Any) -> dict[str, Any]:
@@ -290,6 +295,10 @@ class Plan:
             raise ValueError("top_log_probs= needs log_probs=True; got log_probs=False")
         return {"logprobs": True} if top is None else {"logprobs": True, "top_logprobs": top}
 
+    def leaves(self, call: Mapping[str, Any]) -> bool:
+        """Tell whether a call is of a tool that was given as a mapping, and so is the caller's to make."""
+        return tools.name_of(call) in self._others
+
     async def complete(
         self, conversation: Conversation, request_id: str | Inherited | None = INHERITED
     ) -> TextCompletion:
@@ -300,9 +309,8 @@ class Plan:
         choices = answer.choices
         if not choices:
             raise BadAnswer("the provider answered with no choice; expected one")
-        said = choices[0].message
-        made = Answered(str(said.content or ""), choices[0].finish_reason, getattr(said, "refusal", None))
-        made.tool_calls = [_dumped(call) for call in getattr(said, "tool_calls", None) or ()]
+        made = Answered(_dumped(choices[0].message))
+        made.finish_reason = choices[0].finish_reason
         made.add_log_probs(choices[0].logprobs)
         if answer.usage is not None:
             made.usage = _dumped(answer.usage)
@@ -337,6 +345,8 @@ class Plan:
             begun: when it was asked for.
         """
         ended = time.time()
+        message = wire.CHAT.settle(made.said)
+        text, refusal, calls = _text(message), message.get("refusal"), message.get("tool_calls") or []
         start, end = begun, ended
         place: dict[str, Any] = {}
         usage = made.usage
@@ -352,46 +362,51 @@ class Plan:
             }
             usage = noted.usage or usage
             start, end = self.access.generated(noted.key, index) or (begun, ended)
-        parsed = self._parsed(made, place) if self.kind is not None else None
+        parsed = None
+        if self.kind is not None and not refusal and not calls:
+            parsed = self._parsed(self.kind, text, made.finish_reason, place)
         return TextCompletion(
             conversation=conversation.copy(),
             model=self.model,
-            message=made.text,
+            message=text,
             start_time=start,
             end_time=end,
             retrieval_start_time=begun,
             retrieval_end_time=ended,
             token_log_probs=made.log_probs,
-            full_token_log_probs=made.alternatives,
+            full_token_log_probs=made.alternatives if self.body.get("top_logprobs") else None,
             usage={name: count for name, count in usage.items() if name.endswith("_tokens")},
             finish_reason=made.finish_reason,
-            refusal=made.refusal,
-            tool_calls=made.tool_calls,
+            refusal=refusal,
+            tool_calls=calls,
             parsed=parsed,
             **place,
         )
 
-    def _parsed(self, made: Answered, place: Mapping[str, Any]) -> Any:
-        if made.refusal or made.tool_calls or self.kind is None:
-            return None
+    @staticmethod
+    def _parsed(
+        kind: type[pydantic.BaseModel], text: str, finish_reason: str | None, place: Mapping[str, Any]
+    ) -> pydantic.BaseModel:
         try:
-            return self.kind.model_validate_json(made.text)
+            return kind.model_validate_json(text)
         except pydantic.ValidationError as error:
-            cut = " (it was cut off: raise max_completion_tokens)" if made.finish_reason == "length" else ""
+            cut = " (it was cut off: raise max_completion_tokens)" if finish_reason == "length" else ""
             raise BadAnswer(
-                f"the answer is no {self.kind.__name__}{cut}: {made.text!r:.200}. It stays in the cache as "
+                f"the answer is no {kind.__name__}{cut}: {text!r:.200}. It stays in the cache as "
                 f"sample {place.get('index')} of key {place.get('key')}; another request_id draws another"
             ) from error
 
 
 class Answered:
-    """What a model answered, whole or put together from a stream."""
+    """What a model answered, whole or put together from a stream as the cache does it.
 
-    def __init__(self, text: str = "", finish_reason: str | None = None, refusal: str | None = None) -> None:
-        self.text = text
-        self.finish_reason = finish_reason
-        self.refusal = refusal
-        self.tool_calls: list[dict[str, Any]] = []
+    Args:
+        said: the message, when it is there as a whole.
+    """
+
+    def __init__(self, said: Mapping[str, Any] | None = None) -> None:
+        self.said: dict[str, Any] = dict(said or {})
+        self.finish_reason: str | None = None
         self.log_probs: list[TokenLogProb] | None = None
         self.alternatives: list[list[TokenLogProb]] | None = None
         self.usage: Mapping[str, Any] = {}
@@ -404,54 +419,55 @@ class Answered:
             return ""
         choice = chunk.choices[0]
         self.finish_reason = choice.finish_reason or self.finish_reason
-        self.add_log_probs(choice.logprobs)
-        delta = choice.delta
-        if getattr(delta, "refusal", None):
-            self.refusal = (self.refusal or "") + delta.refusal
-        for call in getattr(delta, "tool_calls", None) or ():
-            self._add_call(_dumped(call))
-        text = str(delta.content or "")
-        self.text += text
+        delta = _dumped(choice.delta)
+        merge(self.said, delta)
+        text = _text(delta)
+        self.add_log_probs(choice.logprobs, text)
         return text
 
-    def _add_call(self, part: Mapping[str, Any]) -> None:
-        place = part.get("index") or 0
-        while len(self.tool_calls) <= place:
-            self.tool_calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        call, function = self.tool_calls[place], part.get("function") or {}
-        call["id"] = part.get("id") or call["id"]
-        call["function"]["name"] += function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
-
-    def add_log_probs(self, told: Any) -> None:
-        """Add the log probabilities that a choice or a part of one tells."""
-        told = None if told is None else _dumped(told)
-        if not told:
-            return
+    def add_log_probs(self, told: Any, text: str = "") -> None:
+        """Add the log probabilities that a choice tells, or a part of one that brings a text."""
+        if isinstance(told, int | float):  # Together's, of the one token that a chunk brings
+            told = {"tokens": [text], "token_logprobs": [told]}
+        told = {} if told is None else _dumped(told)
         entries = told.get("content")
-        if entries is None and told.get("tokens"):  # Together's form
-            tops = told.get("top_logprobs") or [{}] * len(told["tokens"])
+        if entries is None and told.get("tokens"):  # Together's
+            values = told.get("token_logprobs") or ()
+            tops = told.get("top_logprobs") or ()
             entries = [
                 {"token": token, "logprob": value, "top_logprobs": _listed(top)}
-                for token, value, top in zip(told["tokens"], told["token_logprobs"], tops, strict=False)
+                for token, value, top in itertools.zip_longest(told["tokens"], values, tops)
             ]
         if entries is None:
             return
         self.log_probs = self.log_probs or []
         self.alternatives = self.alternatives or []
         for entry in entries:
-            self.log_probs.append(TokenLogProb(entry["token"], entry["logprob"]))
-            tops = entry.get("top_logprobs") or ()
-            self.alternatives.append([TokenLogProb(top["token"], top["logprob"]) for top in tops])
+            self.log_probs.append(_token(entry))
+            self.alternatives.append([_token(top) for top in entry.get("top_logprobs") or ()])
+
+
+def _token(entry: Mapping[str, Any]) -> TokenLogProb:
+    value = entry.get("logprob")
+    return TokenLogProb(str(entry.get("token") or ""), math.nan if value is None else value)
 
 
 def _listed(top: Any) -> list[dict[str, Any]]:
     return [{"token": token, "logprob": value} for token, value in (top or {}).items()]
 
 
+def _text(said: Mapping[str, Any]) -> str:
+    """Return the text of a message or a delta, also where it comes in parts."""
+    content = said.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(str(part.get("text") or "") for part in parts)
+
+
 def _dumped(thing: Any) -> dict[str, Any]:
     """Return the fields of an SDK's object."""
-    dumped: dict[str, Any] = thing if isinstance(thing, dict) else thing.model_dump(exclude_none=True)
+    dumped: dict[str, Any] = (
+        thing if isinstance(thing, dict) else thing.model_dump(exclude_none=True, warnings=False)
+    )
     return dumped
 
 
@@ -702,6 +718,8 @@ class _Crowd:
 
         async def complete() -> list[TextCompletion | Exception]:
             results: list[Any] = [None] * len(self.conversations)
+            if results:
+                await self.plan.access.opened()  # what is wrong for all of them is told once
             todo = iter(enumerate(zip(self.conversations, ids, strict=True)))
 
             async def some() -> None:

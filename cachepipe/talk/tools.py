@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import orjson
 import pydantic
-
-from cachepipe.clients.calls import plain
+from pydantic_core import to_json
 
 
 class Tool:
@@ -99,16 +98,59 @@ def as_tools(
             told.append(dict(tool))
             continue
         made = Tool(tool)
-        if made.name in functions:
-            raise ValueError(f"two tools have the name {made.name!r}; a model could not tell them apart")
         functions[made.name] = made
         told.append(made.to_dict())
+    names = collections.Counter(map(name_of, told))
+    twice = [name for name, count in names.items() if name is not None and count > 1]
+    if twice:
+        raise ValueError(f"two tools have the name {twice[0]!r}; a model could not tell them apart")
     return told, functions
 
 
+def name_of(tool: Mapping[str, Any]) -> str | None:
+    """Return the name of a tool or of the call of one, which are mappings as the provider has them."""
+    detail = tool.get(str(tool.get("type", "function")))
+    name: str | None = (detail if isinstance(detail, Mapping) else tool).get("name")
+    return name
+
+
+def told(error: pydantic.ValidationError) -> str:
+    """Return what is wrong with arguments, without the addresses of pages, which name pydantic's release."""
+    wrong = error.errors(include_url=False, include_context=False, include_input=False)
+    pairs = ((".".join(map(str, one["loc"])), one["msg"]) for one in wrong)
+    return "; ".join(": ".join(filter(None, pair)) for pair in pairs)
+
+
 def as_text(result: Any) -> str:
-    """Return what a tool's function returned as the model gets it: a string as it is, all else as JSON."""
-    return result if isinstance(result, str) else orjson.dumps(plain(result), default=str).decode()
+    """Return what a tool's function returned as the model gets it: a string as it is, all else as JSON.
+
+    The same result gives the same text in every process, so that what is asked with it is found again.
+
+    Raises:
+        ValueError: for an object whose text is its address.
+    """
+    return result if isinstance(result, str) else to_json(_ordered(result), fallback=_as_told).decode()
+
+
+def _ordered(value: Any) -> Any:
+    """Return a value with its sets in an order that does not change."""
+    if isinstance(value, Mapping):
+        return {name: _ordered(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_ordered(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(_ordered, value), key=as_text)
+    return value
+
+
+def _as_told(value: Any) -> str:
+    text = str(value)
+    if f"{id(value):x}" in text.lower():
+        raise TypeError(  # pydantic makes a ValueError of it
+            f"a tool returned {text:.100}, of which a model can make nothing; return text, numbers, lists, "
+            "mappings, dataclasses or pydantic models"
+        )
+    return text
 
 
 def response_format(wanted: Any) -> tuple[Any, type[pydantic.BaseModel] | None]:

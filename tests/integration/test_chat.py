@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
+import fractions
+import functools
 import gc
 import threading
 from typing import Annotated
 
 import openai
 import pytest
+import together
 from pydantic import BaseModel, Field, ValidationError
 
 import cachepipe
-from cachepipe import Chat, MemoryStore, Message, ToolLoopError
+from cachepipe import Chat, MemoryStore, Message, TokenLogProb, ToolLoopError
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.talk import tools
 from cachepipe.talk.access import close_clients, wait_on_portal
@@ -251,12 +255,124 @@ async def test_a_wrong_call_is_told_to_the_model(server):
     chat = Chat(messages=CALL, tools=[grow])
     assert await chat.acomplete()
     assert "greater than 1000000000" in chat.messages[2].content
-    stranger = {"type": "function", "function": {"name": "stranger", "parameters": {"type": "object"}}}
-    chat = Chat(messages=CALL, tools=[weather, stranger])
-    await chat.acomplete()
-    assert "There is no tool 'stranger'; there are: weather." in [
-        message.content for message in chat.messages
+
+
+def call_of(name, arguments, **fields):
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}, **fields}
+
+
+def calling(*calls):
+    """The answer of a model that calls tools."""
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]}
+
+
+DONE = {
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Done."}, "finish_reason": "stop"}]
+}
+
+
+def chat_of(client, *functions):
+    return Chat(client=client, cache=MemoryStore(), messages=CALL, tools=functions)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (call_of("stranger", "{}"), "There is no tool 'stranger'; there are: weather."),
+        (call_of("weather", "{}"), "The arguments do not fit: city: Missing required argument"),
+        (call_of("weather", "{oops"), "The arguments do not fit: Invalid JSON: "),
+        (call_of("weather", "3"), "The arguments do not fit: Arguments must be "),
+    ],
+)
+def test_what_the_model_is_told_of_a_wrong_call_is_the_same_with_every_release_of_pydantic(
+    answering, call, told
+):
+    """C2: else what is asked next would not be found again."""
+    chat = chat_of(answering(calling(call), DONE), weather)
+    assert chat.complete() == "Done."
+    assert chat.messages[2].content.startswith(told)
+    assert "http" not in chat.messages[2].content
+
+
+def test_the_call_of_a_tool_that_is_a_mapping_is_left_to_the_caller(answering):
+    search = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+    calls = [call_of("search", "{}"), call_of("weather", '{"city":"Rome"}', id="c2")]
+    chat = chat_of(answering(calling(*calls), DONE), weather, search, {"type": "web"}, {"type": "files"})
+    assert chat.complete() == ""
+    assert chat.messages[1:] == [Message("assistant", None, tool_calls=calls)]
+    for call in calls:
+        chat.add(Message("tool", "found", tool_call_id=call["id"]))
+    assert chat.complete() == "Done."
+
+
+@pytest.mark.parametrize("indices", [(0, 0), (None, None), (1, 2)])
+def test_calls_that_a_server_numbers_oddly_are_told_apart_in_streams(answering, indices):
+    """As the cache tells them apart, so that a replay makes the same calls."""
+    calls = [call_of("weather", '{"city":"Rome"}'), call_of("weather", '{"city":"Oslo"}', id="c2")]
+    chunks = [
+        {"delta": {"tool_calls": [{"index": index, **call}]}, "finish_reason": None}
+        for index, call in zip(indices, calls, strict=True)
     ]
+    chunks[0]["delta"]["tool_calls"].append({"index": indices[0], "function": {"name": "weather"}})
+    end = {"delta": {}, "finish_reason": "tool_calls"}
+    done = [{"delta": {"content": "Done."}, "finish_reason": "stop"}]
+    chat = chat_of(answering([*chunks, end], done), weather)
+    assert "".join(chat.stream()) == "Done."
+    assert chat.messages[1].tool_calls == calls
+    assert ['"Rome"' in chat.messages[2].content, '"Oslo"' in chat.messages[3].content] == [True, True]
+
+
+async def test_what_a_reader_is_told_by_a_stream_of_togethers(server, answering):
+    """Its chunks have one number for the token that they bring."""
+    chunks = [
+        {"delta": {"role": "assistant", "content": token}, "logprobs": value, "finish_reason": end}
+        for token, value, end in (("Ro", -0.5, None), ("me", -1.0, "stop"))
+    ]
+    client = answering(chunks, kind=together.Together)
+    chat = Chat(client=client, cache=MemoryStore(), messages=CALL, model="m", log_probs=True)
+    assert "".join(chat.stream()) == "Rome"
+    with cachepipe.run():
+        again = Chat(client=client, cache=chat._plan.access._cache, messages=CALL, model="m", log_probs=True)
+        again.complete()
+    for completion in (chat.completions[0], again.completions[0]):
+        assert completion.token_log_probs == [TokenLogProb("Ro", -0.5), TokenLogProb("me", -1.0)]
+
+
+def test_after_what_a_tool_raises_the_model_is_told_nothing(answering):
+    def broken() -> str:
+        raise OSError("no network")
+
+    spoken = chat_of(answering(calling(call_of("broken", "{}"))), broken)._spoken(streams=False)
+    with pytest.raises(OSError, match="no network"):
+        next(spoken)
+    assert list(spoken) == []
+    assert spoken.completion is None
+
+
+async def test_after_what_a_tool_raises_the_model_is_told_nothing_asynchronously(answering):
+    async def broken() -> str:
+        raise OSError("no network")
+
+    spoken = chat_of(answering(calling(call_of("broken", "{}"))), broken)._spoken(streams=False)
+    with pytest.raises(OSError, match="no network"):
+        await anext(spoken)
+    assert [text async for text in spoken] == []
+    assert spoken.completion is None
+
+
+async def test_a_tool_may_be_asynchronous_behind_a_decorator(answering):
+    async def look() -> str:
+        return "found"
+
+    @functools.wraps(look)
+    def logged() -> str:
+        return look()
+
+    for complete in (lambda chat: asyncio.to_thread(chat.complete), lambda chat: chat.acomplete()):
+        chat = chat_of(answering(calling(call_of("look", "{}")), DONE), logged)
+        assert await complete(chat) == "Done."
+        assert chat.messages[2].content == "found"
 
 
 def test_what_a_model_is_told_of_a_function():
@@ -264,8 +380,38 @@ def test_what_a_model_is_told_of_a_function():
     assert (told["name"], told["description"]) == ("weather", "Return the weather of a city.")
     assert told["parameters"]["required"] == ["city"]
     assert told["parameters"]["properties"]["city"]["description"] == "Which city"
-    assert tools.as_text({"a": [1]}) == '{"a":[1]}'
-    assert tools.as_text("as it is") == "as it is"
+
+
+class Forecast(BaseModel):
+    city: str
+    days: int = 3
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ("as it is", "as it is"),
+        ({"a": [1]}, '{"a":[1]}'),
+        (
+            {1: 10**30, "day": dt.date(2020, 1, 2)},
+            '{"1":1000000000000000000000000000000,"day":"2020-01-02"}',
+        ),
+        ({"b": {"beta", "alpha", "gamma", "delta"}}, '{"b":["alpha","beta","delta","gamma"]}'),
+        (Forecast(city="Rome"), '{"city":"Rome","days":3}'),
+        ([fractions.Fraction(1, 3)], '["1/3"]'),
+        (None, "null"),
+    ],
+)
+def test_what_a_tool_returns_is_told_whole_and_the_same_in_every_process(result, told):
+    assert tools.as_text(result) == told
+
+
+def test_what_has_no_text_of_its_own_is_refused():
+    """Its address would make another question of each run."""
+    with pytest.raises(
+        ValueError, match=r"returned <object object at .*>, of which a model can make nothing"
+    ):
+        tools.as_text({"a": object()})
 
 
 @pytest.mark.parametrize(
@@ -274,6 +420,7 @@ def test_what_a_model_is_told_of_a_function():
         ([lambda: 1], TypeError, "a function with a name"),
         ([dict], TypeError, "a function with a name"),
         ([weather, weather], ValueError, "two tools have the name 'weather'"),
+        ([weather, tools.Tool(weather).to_dict()], ValueError, "two tools have the name 'weather'"),
         (weather, TypeError, "tools= is a list"),
     ],
 )

@@ -189,8 +189,42 @@ async def test_without_log_probabilities_printing_them_says_what_to_do(server):
 
 async def test_together_takes_log_probabilities_in_its_own_form(server):
     async with AsyncTogether(api_key="made-up", base_url=server.url, cache=MemoryStore()) as client:
-        completion = await generate_text_completion(FRANCE, client=client, model="m", top_log_probs=3)
-    assert "".join(token.token for token in completion.token_log_probs) == completion.message
+        for options in ({"top_log_probs": 3}, {"log_probs": True}):
+            completion = await generate_text_completion(FRANCE, client=client, model="m", **options)
+            assert "".join(token.token for token in completion.token_log_probs) == completion.message
+
+
+async def test_alternatives_are_there_exactly_when_they_were_asked_for(server):
+    completion = await generate_text_completion(FRANCE, log_probs=True)
+    assert completion.token_log_probs
+    assert completion.full_token_log_probs is None
+
+
+@pytest.mark.parametrize(
+    ("told", "printed"),
+    [
+        ({"content": [{"token": "a", "logprob": None}, {"token": "b", "logprob": -0.5}]}, "a[nan]b[0.6065]"),
+        ({"content": [{"token": "a"}, {"token": "b", "logprob": 1e-6}]}, "a[nan]b[1.0000]"),
+        (
+            {"content": [{"token": "a", "logprob": 1000}, {"token": "b", "logprob": -9999}]},
+            "a[1.0000]b[0.0000]",
+        ),
+        ({"tokens": ["a", "b"], "token_logprobs": [None, -0.5]}, "a[nan]b[0.6065]"),
+        ({"tokens": ["a", "b"]}, "a[nan]b[nan]"),
+        (
+            {"content": [{"token": "\x1b", "logprob": 0}, {"token": "\ud83d", "logprob": 0}]},
+            "\\x1b[1.0000]\\ud83d[1.0000]",
+        ),
+    ],
+)
+def test_what_a_server_tells_oddly_of_its_tokens_loses_no_answer(answering, told, printed):
+    message = {"role": "assistant", "content": "ab"}
+    choice = {"index": 0, "message": message, "logprobs": told, "finish_reason": "stop"}
+    client = answering({"choices": [choice]})
+    completion = generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore(), log_probs=True)
+    assert completion.message == "ab"
+    assert completion.to_pretty_log_probs_string(show_probabilities=True) == printed
+    assert len(cachepipe.to_dataframe([completion])) == 1
 
 
 # Many.
@@ -456,6 +490,23 @@ async def test_wrong_options_are_refused_before_anything_is_asked(server, option
     with pytest.raises(error, match=told):
         await generate_text_completions(**{"prompts": ["a"], "show_progress": False, **options})
     assert server.stats.requests == 0
+
+
+def test_what_is_wrong_for_all_is_told_once(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(openai.OpenAIError, match="api_key"):
+        generate_text_completions_sync(["One?", "Two?"], show_progress=False)
+
+
+def test_an_answer_may_come_in_parts(answering):
+    parts = [
+        {"type": "thinking", "thinking": []},
+        {"type": "text", "text": "Ro"},
+        {"type": "text", "text": "me"},
+    ]
+    choice = {"index": 0, "message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}
+    client = answering({"choices": [choice]})
+    assert generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore()).message == "Rome"
 
 
 async def test_an_option_that_the_sdk_does_not_have_is_refused(server):

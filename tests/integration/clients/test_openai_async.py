@@ -608,6 +608,29 @@ async def test_c8_an_answer_that_used_tokens_and_holds_no_choice_is_asked_for_ag
         assert len(asked) == 3
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_only_the_usage_is_taken_out_of_a_chunk_that_brings_more(wanted):
+    head = {**EMPTY, "object": "chat.completion.chunk"}
+    choice = {"index": 0, "delta": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    chunks = [{**head, "choices": [choice]}, {**head, "usage": usage, "report": {"flagged": False}}]
+    events = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
+    library = library_of(openai.AsyncOpenAI(api_key=KEY))
+    answer = b"".join([*events, b"data: [DONE]\n\n"])
+    http, asked = answering(
+        library.Response(200, content=answer, headers={"content-type": "text/event-stream"})
+    )
+    options = {"stream_options": {"include_usage": True}} if wanted else {}
+    async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
+        for who in (client, client.in_namespace("b")):
+            got = [chunk async for chunk in await ask(who, stream=True, **options)]
+            told = [chunk.model_extra["report"] for chunk in got if "report" in chunk.model_extra]
+            assert told == [{"flagged": False}]
+            assert any(chunk.usage is not None for chunk in got) is wanted
+        assert (await ask(client.in_namespace("c"))).usage.total_tokens == 2
+    assert len(asked) == 1
+
+
 async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_a_leaving_reader():
     chunk = {**EMPTY, "object": "chat.completion.chunk"}
     chunk["choices"] = [{"index": 0, "delta": {"content": "hello"}, "finish_reason": None}]
