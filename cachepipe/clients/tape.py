@@ -57,8 +57,10 @@ class Tape(Source):
         """Note the draw that the samples are for."""
         self.draw = draw
 
-    def _shown(self, event: wire.StreamEvent) -> bool:
-        return not (event.usage_only and self._hide_usage)
+    def _shown(self, event: wire.StreamEvent) -> bytes:
+        """Return what the reader gets of an event."""
+        lean = event.without_usage
+        return lean if self._hide_usage and lean is not None else event.raw
 
     def _finish(self) -> list[wire.Sample]:
         """Return the samples.
@@ -141,8 +143,8 @@ class AsyncTape(Tape):
                 event = self._events.popleft()
                 if event.terminal and self.draw is not None:
                     await asyncio.wait([self.draw])  # the sample is stored before anyone sees its end
-                if self._shown(event):
-                    yield event.raw
+                if shown := self._shown(event):
+                    yield shown
             if self._ended:
                 break
             self._news.clear()
@@ -243,8 +245,8 @@ class SyncTape(Tape):
                 event = self._events.popleft()
                 if event.terminal:
                     self._stored.wait()  # the sample is stored before anyone sees its end
-                if self._shown(event):
-                    yield event.raw
+                if shown := self._shown(event):
+                    yield shown
             if self._ended and not self._events:
                 break
             self._pull(reader=True)

@@ -243,7 +243,7 @@ class Api(ABC):
     def inject_usage(self, body: Body) -> tuple[dict[str, Any], bool]:
         """Return a body whose stream reports its usage, and whether that had to be asked for.
 
-        If so, take events with ``usage_only`` out of what the caller gets.
+        If so, what the caller gets of an event is its `StreamEvent.without_usage`, where it has that.
         """
         return dict(body), False
 

@@ -30,6 +30,7 @@ from cachepipe.wire.sse import (
     Kind,
     ServerEvent,
     StreamRecorder,
+    data_event,
     extend,
     merge,
     pieces,
@@ -216,15 +217,19 @@ class _ChoicesRecorder(StreamRecorder):
         chunk = read_object(event)
         choices = chunk.pop("choices", None) or []
         usage = chunk.pop("usage", None)
+        chunk.pop("obfuscation", None)
         for part in choices:
             self._add(part)
         for name, value in chunk.items():
-            if name != "obfuscation" and not self._head.get(name):
-                self._head[name] = value
-        if usage is not None:
-            self._usage = usage
-            return "" if choices else "usage"
-        return ""
+            if not self._head.get(name) or (value and name not in _IN_EVERY_CHUNK):
+                self._head[name] = value  # what is told again, such as a report, is told anew
+        if usage is None:
+            return ""
+        self._usage = usage
+        if choices:
+            return ""
+        bare = all(value is None or name in _IN_EVERY_CHUNK for name, value in chunk.items())
+        return b"" if bare else data_event({**chunk, "choices": []})
 
     def _add(self, part: dict[str, Any]) -> None:
         """Take in one choice of a chunk."""

@@ -102,15 +102,17 @@ class StreamEvent(NamedTuple):
     Attributes:
         raw: its bytes.
         terminal: whether it makes the answer whole: store the samples before it is passed on.
-        usage_only: whether it brings usage and nothing else, as asked for by ``include_usage``.
+        without_usage: its bytes without the usage that ``include_usage`` asks for; empty where it brings
+            nothing else, None where it brings no such usage.
     """
 
     raw: bytes
     terminal: bool = False
-    usage_only: bool = False
+    without_usage: bytes | None = None
 
 
-Kind = Literal["", "usage", "terminal"]
+Kind = Literal["", "terminal"] | bytes
+"""What an event is: one like others, the terminal one, or one with usage: what it is without that."""
 Finish = Callable[[dict[str, Any]], list[dict[str, Any]]]
 """What makes samples of a whole answer."""
 
@@ -187,7 +189,7 @@ class StreamRecorder(ABC):
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             self.error = BadAnswer(f"an event of the stream has an unknown form: {event.data!r:.200}")
             self.error.__cause__ = error
-        return StreamEvent(event.raw, terminal=self.complete, usage_only=kind == "usage")
+        return StreamEvent(event.raw, self.complete, kind if isinstance(kind, bytes) else None)
 
     @abstractmethod
     def _take(self, event: ServerEvent) -> Kind:

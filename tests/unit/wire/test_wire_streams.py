@@ -153,14 +153,55 @@ def test_a_recorder_tells_when_content_came_and_when_all_came():
         with pytest.raises(BadAnswer, match="has not come to its terminal event"):
             recorder.samples()
         [passed] = recorder.feed(event + b"\n\n")
-        seen.append((recorder.started, passed.usage_only, passed.terminal))
+        seen.append((recorder.started, passed.without_usage, passed.terminal))
     assert [started for started, _, _ in seen] == [False, True, True, True, True, True]
-    assert [usage for _, usage, _ in seen] == [False, False, False, False, True, False]
+    assert [lean for _, lean, _ in seen] == [None, None, None, None, b"", None]
     assert [terminal for _, _, terminal in seen] == [False] * 5 + [True]
     assert recorder.complete
     [late] = recorder.feed(b"data: {}\n\n")
     assert late.raw == b"data: {}\n\n"
     assert recorder.samples() == [WHOLE]
+
+
+REPORT = {"input": {"flagged": False}}
+
+
+@pytest.mark.parametrize(
+    ("extra", "lean"),
+    [
+        ({}, b""),
+        ({"system_fingerprint": "fp", "obfuscation": "x" * 9}, b""),
+        ({"moderation": None}, b""),
+        ({"moderation": REPORT}, sse({**HEAD, "moderation": REPORT, "choices": []})),
+    ],
+    ids=["usage", "usual", "null", "report"],
+)
+def test_of_a_chunk_of_usage_what_it_brings_beside_that_is_kept(extra, lean):
+    recorder = CHAT.recorder()
+    recorder.feed(sse(chunk({"content": "hi"}, "stop"), {**HEAD, "choices": [], "moderation": None}))
+    [event] = recorder.feed(sse({**HEAD, **extra, "choices": [], "usage": USAGE}))
+    assert event.without_usage == lean
+    assert recorder.feed(sse(b"[DONE]"))[0].terminal
+    [sample] = recorder.samples()
+    assert sample["usage"] == USAGE
+    assert sample["moderation"] == extra.get("moderation")
+    [ask] = CHAT.split({"stream": True})
+    [replayed] = recorded(CHAT, b"".join(CHAT.stream([sample], ask))).samples()
+    assert replayed == {**sample, "usage": None}
+
+
+def test_a_report_that_is_told_again_is_told_anew():
+    first, last = {"flagged": False}, {"flagged": True}
+    [sample] = recorded(
+        CHAT,
+        sse(
+            {**chunk({"content": "hi"}, "stop"), "moderation": first},
+            {**HEAD, "id": "another", "choices": [], "moderation": last},
+            {**HEAD, "choices": [], "moderation": None},
+            b"[DONE]",
+        ),
+    ).samples()
+    assert (sample["moderation"], sample["id"]) == (last, HEAD["id"])
 
 
 def test_c7_the_terminal_event_is_known_although_its_last_line_end_is_missing():
