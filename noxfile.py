@@ -42,6 +42,7 @@ FRAMEWORKS = {
     "instructor": "instructor",
     "langchain_openai": "langchain-openai",
     "pydantic_ai": "pydantic-ai-slim[openai]",
+    "transformers": "transformers[torch]",  # 3 GB, where no index has a torch without CUDA
 }
 """What is imported, and what is installed for it: the newest release, with the SDKs that it takes."""
 

@@ -9,16 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from cachepipe.models.anthropic import AnthropicModel as AnthropicModel
     from cachepipe.models.openai import OpenAIModel as OpenAIModel
     from cachepipe.models.openai import WireRequest as WireRequest
+    from cachepipe.models.together import TogetherModel as TogetherModel
+    from cachepipe.models.transformers import TransformersModel as TransformersModel
 
 # Public name: the module that it lives in. A new adapter gets a line here.
 _HOMES: Final = {
+    "AnthropicModel": "cachepipe.models.anthropic",
     "OpenAIModel": "cachepipe.models.openai",
+    "TogetherModel": "cachepipe.models.together",
+    "TransformersModel": "cachepipe.models.transformers",
     "WireRequest": "cachepipe.models.openai",
 }
 
-__all__ = ["OpenAIModel", "WireRequest"]
+__all__ = ["AnthropicModel", "OpenAIModel", "TogetherModel", "TransformersModel", "WireRequest"]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ CHAT_COMPLETIONS: Final = "/chat/completions"
 """The endpoint of requests that name none."""
 
 _NO_KEY: Final = "EMPTY"  # servers that need no key get this; the SDK would refuse to send none
+_ASKED_BY_MESSAGES: Final = (wire.CHAT, wire.MESSAGES)
 _UNSENT: Final = frozenset({"prompt", "n", "request_id", "namespace"})
 _MOST_INPUTS: Final = 2048  # what OpenAI takes in one call for embeddings
 _REFUSED: Final = frozenset({400, 413, 422})
@@ -161,9 +162,7 @@ class EagerConnection(Connection):
         try:
             kind = getattr(importlib.import_module(package), name)
         except ImportError as error:
-            raise ImportError(
-                f"this adapter needs {package}: pip install 'cachepipe[{package}]'"
-            ) from error
+            raise ImportError(f"this adapter needs {package}: pip install 'cachepipe[{package}]'") from error
         given = {"base_url": base_url, "api_key": _NO_KEY if api_key == "" else api_key, **settings}
         try:
             self._client = kind(**given)
@@ -300,7 +299,7 @@ class OpenAIModel:
         """Return the body of a plain request, without the number of samples."""
         body: dict[str, Any] = {} if self.model is None else {"model": self.model}
         prompt = request.prompt
-        if self.api is wire.CHAT:
+        if self.api in _ASKED_BY_MESSAGES:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             elif not isinstance(prompt, list | tuple):

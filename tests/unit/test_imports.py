@@ -74,6 +74,17 @@ def test_a_name_that_is_not_there_is_an_attribute_error(module):
 def test_every_module_of_the_package_can_be_imported():
     names = [info.name for info in pkgutil.walk_packages(cachepipe.__path__, "cachepipe.")]
     assert len(names) > 20
+    heavy = {"cachepipe.models.transformers"}
     for name in names:
-        if not name.endswith("__main__"):
+        if not name.endswith("__main__") and name not in heavy:
             importlib.import_module(name)
+
+
+def test_the_adapter_of_transformers_says_what_it_needs(monkeypatch):
+    for missing in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    for name in ("cachepipe.models", "cachepipe.models.transformers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    models = importlib.import_module("cachepipe.models")
+    with pytest.raises(ImportError, match=r"pip install 'cachepipe\[transformers\]'"):
+        models.TransformersModel  # noqa: B018 - it is imported when it is named

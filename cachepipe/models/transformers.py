@@ -1,0 +1,379 @@
+"""Models of Hugging Face ``transformers`` on this machine, in true batches: for ``LocalAPI``.
+
+A stored sample has the form of a provider's answer, so listings, counts of tokens and `cachepipe.wire` read
+it as they read the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from cachepipe import wire
+from cachepipe.keys import Question, provider_question
+from cachepipe.typedefs import Batch, Request, Response, field_names
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "TransformersModel needs transformers and torch: pip install 'cachepipe[transformers]'"
+    ) from error
+
+_UNASKED: Final = frozenset({"prompt", "n", "request_id", "namespace"})
+_LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+_NOT_SETTINGS: Final = frozenset({"model", "messages", "prompt", "seed", "stop", *_LENGTHS})
+_RULED: Final = frozenset(  # what the adapter decides by itself
+    {
+        "do_sample",
+        "num_return_sequences",
+        "num_beams",
+        "max_length",
+        "stop_strings",
+        "return_dict_in_generate",
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one request asks, made ready.
+
+    Attributes:
+        place: which request of the batch it is.
+        n: how many samples it wants.
+        body: the body that it is keyed by.
+        tokens: the prompt.
+        settings: the generation's parameters.
+        stop: texts at which an answer ends.
+        seed: the seed, or None.
+    """
+
+    place: int
+    n: int
+    body: wire.Body
+    tokens: list[int]
+    settings: dict[str, Any]
+    stop: tuple[str, ...]
+    seed: int | None
+
+    @property
+    def group(self) -> Any:
+        """What the jobs of one call of ``generate`` have in common; one with a seed has a call of its own."""
+        own = self.place if self.seed is not None else None
+        return orjson.dumps([self.settings, self.stop, own], option=orjson.OPT_SORT_KEYS)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One generated answer, the number of tokens that it took, and whether it came to its end."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+class TransformersModel:
+    """A causal language model of ``transformers``: the samples of a batch are generated together.
+
+    A prompt that is a string is continued as it is; a list of messages goes through the tokenizer's chat
+    template. The other fields of a request, unless they are None, are ``max_tokens``, ``stop`` (texts that
+    end an answer and are not part of it), ``seed``, and parameters of ``transformers.GenerationConfig`` such
+    as ``temperature``, ``top_p`` and ``top_k``. What a request does not set is as in the model's
+    ``generation_config``, but that answers are sampled; with ``temperature=0`` the likeliest token is taken.
+    Every sample is drawn independently, whatever else is in its batch. A seeded request gets a call of its
+    own, which begins from the seed: calls for the same question give the same samples, so ask for all of
+    them at once.
+
+    Use it with ``LocalAPI``, whose ``batch_size`` is the number of samples generated together.
+
+    Args:
+        model: a model, or the name or folder to load one from.
+        tokenizer: its tokenizer; default is that of the same name.
+        name: whose answers these are, in keys; default is the model's name or folder and revision. Give
+            another one after training or changing a model.
+        max_new_tokens: the most tokens of an answer, for requests that set none.
+        raw: whether ``Response.data`` holds samples as they are stored, mappings in the form of whole
+            answers, or else their text.
+        loading: parameters of ``from_pretrained``, such as ``torch_dtype`` and ``device_map``.
+
+    Attributes:
+        name: whose answers these are.
+        cache_scope: the same, as it stands in keys.
+        calls: how many calls of ``generate`` were made.
+
+    Raises:
+        ValueError: when a model has no name.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        max_new_tokens: int = 256,
+        raw: bool = False,
+        **loading: Any,
+    ) -> None:
+        if isinstance(model, str):
+            tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
+            model = transformers.AutoModelForCausalLM.from_pretrained(model, **loading)
+        elif loading:
+            raise TypeError(f"{', '.join(sorted(loading))}: a model that is loaded takes no more of these")
+        elif tokenizer is None:
+            raise TypeError(
+                "a model that is loaded comes with its tokenizer: TransformersModel(model, tokenizer)"
+            )
+        revision = getattr(model.config, "_commit_hash", None)
+        own = "@".join(filter(None, (getattr(model.config, "_name_or_path", ""), revision)))
+        if not (name or own):
+            raise ValueError(
+                "the model has no name, so its answers could be taken for another's: give name=..."
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}")
+        self.name = name or own
+        self.cache_scope = f"transformers:{self.name}"
+        self.calls = 0
+        self.raw = raw
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        self._longest = max_new_tokens
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<TransformersModel {self.name!r}, {self.calls} calls>"
+
+    # What is asked.
+
+    def question(self, request: Request, scope: str | None = None) -> Question:
+        """Return what a request asks.
+
+        Args:
+            request: the request.
+            scope: what stands for the model in the key, if anything else does.
+
+        Raises:
+            BadRequest: when it has a field that means nothing here.
+        """
+        body = self._body(request)
+        return provider_question(scope or self.cache_scope, {"body": body}, mergeable="seed" not in body)
+
+    def present(self, sample: wire.Sample) -> Any:
+        """Return what ``Response.data`` holds of a stored sample: its text; with ``raw=True``, all of it."""
+        return sample if self.raw else _api_of(sample["object"]).summary(sample)["text"]
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """Return what a request asks, in the words of OpenAI's API."""
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            body: dict[str, Any] = {"prompt": prompt}
+        elif isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt):
+            body = {"messages": [dict(message) for message in prompt]}
+        else:
+            raise wire.BadRequest(f"a prompt is a string or a list of messages; got {prompt!r:.200}")
+        for name in field_names(type(request)):
+            value = None if name in _UNASKED else getattr(request, name)
+            if value is not None:
+                body[name] = list(value) if isinstance(value, tuple) else value
+        unknown = [name for name in body if name not in _NOT_SETTINGS and not _is_setting(name)]
+        if unknown:
+            raise wire.BadRequest(
+                f"{', '.join(unknown)}: neither max_tokens, stop or seed nor a parameter of "
+                "transformers.GenerationConfig that may be set here"
+            )
+        if sum(name in body for name in _LENGTHS) > 1:
+            raise wire.BadRequest(f"a request sets one of {', '.join(_LENGTHS)}")
+        return body
+
+    def _job(self, place: int, request: Request) -> _Job:
+        """Return a request made ready.
+
+        Raises:
+            BadRequest: when it cannot be generated as it is asked.
+        """
+        body = self._body(request)
+        if "prompt" in body:
+            tokens = self._tokenizer(body["prompt"])["input_ids"]
+        elif getattr(self._tokenizer, "chat_template", None) is None:
+            raise wire.BadRequest(f"{self.name} has no chat template; its prompts are strings")
+        else:
+            text = self._tokenizer.apply_chat_template(
+                body["messages"], add_generation_prompt=True, tokenize=False
+            )
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        settings = {name: value for name, value in body.items() if name not in _NOT_SETTINGS}
+        length = next((body[name] for name in _LENGTHS if name in body), self._longest)
+        if type(length) is not int or length < 1:
+            raise wire.BadRequest(f"the most tokens of an answer must be at least 1; got {length!r:.200}")
+        if not tokens:
+            start = getattr(self._tokenizer, "bos_token_id", None)
+            if start is None:
+                raise wire.BadRequest(f"the prompt is empty, and {self.name} has no token to begin with")
+            tokens = [start]
+        most = getattr(self._model.config, "max_position_embeddings", None)
+        if most is not None and len(tokens) + length > most:
+            raise wire.BadRequest(
+                f"a prompt of {len(tokens)} tokens and an answer of {length} do not fit into the {most} "
+                f"positions of {self.name}; shorten the one or the other"
+            )
+        stop = body.get("stop", ())
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        seed = body.get("seed")
+        if seed is not None and type(seed) is not int:
+            raise wire.BadRequest(f"a seed is a whole number; got {seed!r:.200}")
+        return _Job(place, request.n, body, list(tokens), {**settings, "max_new_tokens": length}, stop, seed)
+
+    # Generation.
+
+    async def request(self, request: Request) -> Response:
+        """Return ``request.n`` samples as they are stored, whatever ``raw`` says."""
+        answer = (await self.batch_request(Batch([request])))[0]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    async def batch_request(self, batch: Batch) -> list[Response]:
+        """Return one response per request, or in its place the error of one that cannot be answered.
+
+        Requests with equal settings are generated in one call; the loop goes on meanwhile.
+        """
+        answers: list[Any] = [None] * len(batch)
+        groups: dict[Any, list[_Job]] = {}
+        for place, request in enumerate(batch):
+            try:
+                job = self._job(place, request)
+            except (wire.BadRequest, ValueError, TypeError) as error:
+                answers[place] = error
+            else:
+                groups.setdefault(job.group, []).append(job)
+        for jobs in groups.values():
+            for place, answer in (await asyncio.to_thread(self._answers, jobs)).items():
+                answers[place] = answer
+        return answers
+
+    def _answers(self, jobs: Sequence[_Job]) -> dict[int, Response | Exception]:
+        """Return the answers to jobs that share a call, by place."""
+        rows = [job for job in jobs for _ in range(job.n)]
+        try:
+            with self._lock:
+                texts = self._generate(rows)
+        except Exception as error:  # noqa: BLE001 - it belongs to those who asked
+            return {job.place: error for job in jobs}
+        answers: dict[int, Response | Exception] = {}
+        for job in jobs:
+            own, texts = texts[: job.n], texts[job.n :]
+            answers[job.place] = Response(self._samples(job, own))
+        return answers
+
+    def _generate(self, rows: Sequence[_Job]) -> list[_Text]:
+        """Return one answer per row; where memory does not suffice, in halves."""
+        try:
+            return self._called(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1 or rows[0].seed is not None:
+                raise
+        half = len(rows) // 2  # outside of the handler, which would keep the memory
+        return self._generate(rows[:half]) + self._generate(rows[half:])
+
+    def _called(self, rows: Sequence[_Job]) -> list[_Text]:
+        """Return the answers of one call: prompts end together, at the right, where generation begins."""
+        first = rows[0]
+        device = self._model.device
+        ends = self._ends()
+        padding = self._tokenizer.pad_token_id
+        if padding is None:
+            padding = ends[0] if ends else 0
+        width = max(len(row.tokens) for row in rows)
+        tokens = [[padding] * (width - len(row.tokens)) + row.tokens for row in rows]
+        mask = [[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows]
+        settings = dict(first.settings)
+        if settings.get("temperature") == 0:
+            settings.pop("temperature")
+            settings["do_sample"] = False
+        else:
+            settings["do_sample"] = True
+        if first.stop:
+            settings.update(stop_strings=list(first.stop), tokenizer=self._tokenizer)
+        self.calls += 1
+        devices = [device] if device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices, enabled=first.seed is not None):
+            if first.seed is not None:
+                torch.manual_seed(first.seed)
+            output = self._model.generate(
+                input_ids=torch.tensor(tokens, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                pad_token_id=padding,
+                **settings,
+            )
+        return [
+            self._text(row, made, ends) for row, made in zip(rows, output[:, width:].tolist(), strict=True)
+        ]
+
+    def _ends(self) -> list[int]:
+        """Return the tokens that end an answer."""
+        ends = self._model.generation_config.eos_token_id
+        if ends is None:
+            ends = self._tokenizer.eos_token_id
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+    def _text(self, row: _Job, tokens: list[int], ends: Sequence[int]) -> _Text:
+        """Return an answer: without what follows its end, be it a token or a text."""
+        length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+        ended = bool(length) and tokens[length - 1] in ends
+        text = self._decoded(tokens[:length])
+        cuts = [place for place in map(text.find, row.stop) if place >= 0]
+        if not cuts:
+            return _Text(text, length, ended)
+        # The batch goes on until all have ended: what follows the text that ends this answer is not its own.
+        cut = min(cuts)
+        while length > 1 and any(stop in self._decoded(tokens[: length - 1]) for stop in row.stop):
+            length -= 1
+        return _Text(text[:cut], length, ended=True)
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _samples(self, job: _Job, texts: Sequence[_Text]) -> list[wire.Sample]:
+        """Return answers as samples; the prompt was read once for all of them."""
+        chat = "messages" in job.body
+        choices = []
+        for index, text in enumerate(texts):
+            said = {"message": {"role": "assistant", "content": text.text}} if chat else {"text": text.text}
+            reason = "stop" if text.ended else "length"
+            choices.append({"index": index, **said, "logprobs": None, "finish_reason": reason})
+        prompt, made = len(job.tokens), sum(text.tokens for text in texts)
+        kind = "chat.completion" if chat else "text_completion"
+        answer = {
+            "id": f"local-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.name,
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": made,
+                "total_tokens": prompt + made,
+            },
+        }
+        return _api_of(kind).samples(answer)
+
+
+def _api_of(kind: str) -> wire.Api:
+    """Return the API whose answers have a sample's form."""
+    return wire.CHAT if kind == "chat.completion" else wire.COMPLETIONS
+
+
+def _is_setting(name: str) -> bool:
+    """Tell whether a field is a parameter of the generation that a request may set."""
+    return name not in _RULED and hasattr(transformers.GenerationConfig(), name)

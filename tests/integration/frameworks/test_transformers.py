@@ -1,0 +1,271 @@
+"""Local models in true batches: a tiny one of transformers, randomly initialised here, and its tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from cachepipe import Batch, LocalAPI, MemoryStore, Request, wire
+from cachepipe.models import TransformersModel
+
+pytestmark = pytest.mark.anyio
+PROMPTS = ("Hi", "A much longer prompt than that", "Sort a list.")
+
+
+@dataclass(frozen=True)
+class Asked(Request):
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    stop: list[str] | None = None
+    seed: int | None = None
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte, and one that ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
+    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>")
+    made.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    return made
+
+
+@pytest.fixture(scope="module")
+def network(tokenizer):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.fixture
+def model(network, tokenizer):
+    return TransformersModel(network, tokenizer, name="tiny", max_new_tokens=6)
+
+
+@pytest.fixture
+def whole(network, tokenizer):
+    return TransformersModel(network, tokenizer, name="tiny", max_new_tokens=6, raw=True)
+
+
+async def alone(model, *requests):
+    return [(await model.request(request)).data for request in requests]
+
+
+def said(samples):
+    return [wire.COMPLETIONS.summary(sample)["text"] for sample in samples]
+
+
+async def test_a_batch_is_one_call_and_each_request_gets_its_samples(model):
+    async with LocalAPI(model, MemoryStore(), batch_size=6, timeout=5) as api:
+        sizes = (1, 2, 3)
+        responses = await asyncio.gather(
+            *(api.request(Asked(prompt, n=n)) for prompt, n in zip(PROMPTS, sizes, strict=True))
+        )
+        assert [len(response.data) for response in responses] == [1, 2, 3]
+        assert model.calls == 1
+        assert len({text for response in responses for text in response.data}) == 6
+        again = await asyncio.gather(
+            *(
+                api.request(Asked(prompt, n=n, namespace="b"))
+                for prompt, n in zip(PROMPTS, sizes, strict=True)
+            )
+        )
+    assert [response.data for response in again] == [response.data for response in responses]
+    assert model.calls == 1
+
+
+async def test_padding_changes_no_answer(model, network, tokenizer):
+    """With the likeliest tokens taken, an answer does not show what stood beside its prompt in the batch."""
+    requests = [Asked(prompt, temperature=0) for prompt in PROMPTS]
+    batch = [said(response.data) for response in await model.batch_request(Batch(requests))]
+    assert model.calls == 1
+    assert [said(data) for data in await alone(model, *requests)] == batch
+    for prompt, texts in zip(PROMPTS, batch, strict=True):
+        tokens = tokenizer(prompt, return_tensors="pt")
+        made = network.generate(**tokens, do_sample=False, max_new_tokens=6, pad_token_id=0)
+        own = tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert texts == [own]
+
+
+async def test_samples_are_those_of_the_model(whole, network, tokenizer):
+    """The first token of 3000 samples, in one batch with another prompt, is distributed as the model says."""
+    prompt, n = "Hi", 3000
+    requests = Batch([Asked(prompt, n=n, max_tokens=1, top_k=4), Asked(PROMPTS[1], max_tokens=1, top_k=4)])
+    torch.manual_seed(1)
+    texts = said((await whole.batch_request(requests))[0].data)
+    with torch.inference_mode():
+        logits = network(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+    likeliest = torch.topk(logits, 4)
+    shares = torch.softmax(likeliest.values, 0)
+    expected = dict.fromkeys(texts, 0.0)
+    for token, share in zip(likeliest.indices.tolist(), shares.tolist(), strict=True):
+        expected[tokenizer.decode([token], skip_special_tokens=True)] += share
+    for text, share in expected.items():
+        seen = texts.count(text) / n
+        assert abs(seen - share) < 5 * (share * (1 - share) / n) ** 0.5, (text, seen, share)
+    assert len(expected) > 1
+
+
+async def test_requests_with_other_settings_are_calls_of_their_own(model):
+    batch = Batch([Asked("Hi"), Asked("Hi", temperature=0.5), Asked("Ho"), Asked("Hi", seed=1)])
+    assert len(await model.batch_request(batch)) == 4
+    assert model.calls == 3
+
+
+async def test_a_seed_begins_anew_whatever_is_in_the_batch_and_leaves_others_alone(model):
+    seeded = Asked("Hi", n=3, seed=7)
+    first = said((await model.batch_request(Batch([Asked("Other"), seeded])))[1].data)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    second = said((await model.request(seeded)).data)
+    assert torch.rand(1) == expected
+    assert first == second
+    assert len(set(first)) == 3
+    assert not model.question(seeded).mergeable
+    assert said((await model.request(Asked("Hi", n=3, seed=8))).data) != first
+
+
+async def test_answers_end_at_the_end_token_and_at_stop_texts(whole, network, tokenizer):
+    free = said((await whole.request(Asked("Hi", temperature=0, max_tokens=12))).data)[0]
+    middle = free[3]
+    sample = (await whole.request(Asked("Hi", temperature=0, max_tokens=12, stop=[middle]))).data[0]
+    summary = wire.COMPLETIONS.summary(sample)
+    assert summary["text"] == free[: free.index(middle)]
+    assert summary["finish_reason"] == "stop"
+    assert summary["completion_tokens"] <= 12
+    # The likeliest third token becomes the one that ends a text.
+    tokens = tokenizer("Hi", return_tensors="pt")
+    made = network.generate(**tokens, do_sample=False, max_new_tokens=3, pad_token_id=0)[0].tolist()
+    before = network.generation_config.eos_token_id
+    network.generation_config.eos_token_id = made[-1]
+    try:
+        batch = Batch([Asked("Hi", temperature=0), Asked(PROMPTS[1], temperature=0)])
+        ended = wire.COMPLETIONS.summary((await whole.batch_request(batch))[0].data[0])
+    finally:
+        network.generation_config.eos_token_id = before
+    first = next(place for place, token in enumerate(made[2:]) if token == made[-1])
+    assert (ended["finish_reason"], ended["completion_tokens"]) == ("stop", first + 1)
+    long = (await whole.request(Asked("Hi", temperature=0, max_tokens=2))).data[0]
+    assert wire.COMPLETIONS.summary(long)["finish_reason"] == "length"
+
+
+async def test_usage_counts_the_prompt_once_as_billed(whole):
+    async with LocalAPI(whole, MemoryStore(), batch_size=8) as api:
+        response = await api.request(Asked("Hello", n=3, max_tokens=4))
+    logical, billed = wire.usage_totals(response.data)
+    assert (logical["prompt_tokens"], billed["prompt_tokens"]) == (15, 5)
+    assert logical["completion_tokens"] == billed["completion_tokens"] <= 12
+    assert {sample["model"] for sample in response.data} == {"tiny"}
+
+
+async def test_messages_go_through_the_chat_template(whole, network, tokenizer):
+    messages = [{"role": "user", "content": "Hi"}]
+    sample = (await whole.request(Asked(messages, temperature=0))).data[0]
+    assert sample["choices"][0]["message"]["role"] == "assistant"
+    plain = (await whole.request(Asked("[user]Hi[assistant]", temperature=0))).data[0]
+    assert wire.CHAT.summary(sample)["text"] == said([plain])[0]
+    assert whole.present(sample) is sample
+    bare = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>"
+    )
+    with pytest.raises(wire.BadRequest, match="no chat template"):
+        await TransformersModel(network, bare, name="tiny").request(Asked(messages))
+
+
+@dataclass(frozen=True)
+class Odd(Asked):
+    num_beams: int | None = None
+    wishes: str | None = None
+    max_new_tokens: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        (Asked("x" * 125), "do not fit into the 128 positions"),
+        (Asked("Hi", max_tokens=0), "at least 1"),
+        (Asked("Hi", seed="one"), "whole number"),
+        (Asked(7), "string or a list of messages"),
+        (Odd("Hi", num_beams=2), "num_beams"),
+        (Odd("Hi", wishes="none"), "wishes"),
+        (Odd("Hi", max_tokens=3, max_new_tokens=4), "one of max_new_tokens"),
+        (Asked("Hi", temperature=-1.0), "temperature"),
+    ],
+)
+async def test_a_bad_request_fails_alone(model, request_, why):
+    answers = await model.batch_request(Batch([request_, Asked("Hi")]))
+    assert len(answers[1].data) == 1
+    assert isinstance(answers[0], Exception)
+    assert why in str(answers[0])
+    store = MemoryStore()
+    async with LocalAPI(model, store, batch_size=2) as api:
+        with pytest.raises(type(answers[0])):
+            await api.request(request_)
+    assert [sample for key in list(store.keys()) for sample in store.samples(key.key)] == []
+
+
+async def test_where_memory_does_not_suffice_the_batch_is_halved(model, monkeypatch):
+    sizes = []
+    generate = type(model._model).generate
+
+    def scarce(self, *, input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return generate(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model._model), "generate", scarce)
+    assert len((await model.request(Asked("Hi", n=5))).data) == 5
+    assert sizes == [5, 2, 3, 1, 2]
+
+
+async def test_the_loop_goes_on_while_a_batch_is_generated(model, monkeypatch):
+    gate, begun, loop = threading.Event(), asyncio.Event(), asyncio.get_running_loop()
+    generate = type(model._model).generate
+
+    def slow(self, **options):
+        loop.call_soon_threadsafe(begun.set)
+        assert gate.wait(30)
+        return generate(self, **options)
+
+    monkeypatch.setattr(type(model._model), "generate", slow)
+    task = asyncio.ensure_future(model.request(Asked("Hi")))
+    await begun.wait()
+    gate.set()
+    assert len((await task).data) == 1
+
+
+def test_a_model_is_loaded_by_name_and_named_in_keys(network, tokenizer, tmp_path):
+    network.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    loaded = TransformersModel(str(tmp_path / "m"))
+    assert loaded.cache_scope == f"transformers:{tmp_path / 'm'}"
+    assert loaded.question(Asked("Hi")).scope == loaded.cache_scope
+    other = TransformersModel(network, tokenizer, name="other")
+    assert other.question(Asked("Hi")).key != loaded.question(Asked("Hi")).key
+    assert other.question(Asked("Hi"), "elsewhere").scope == "elsewhere"
+    with pytest.raises(ValueError, match="has no name"):
+        TransformersModel(network, tokenizer)
+    with pytest.raises(TypeError, match="comes with its tokenizer"):
+        TransformersModel(network)
+    with pytest.raises(TypeError, match="device_map"):
+        TransformersModel(network, tokenizer, name="x", device_map="cpu")
