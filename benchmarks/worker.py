@@ -282,7 +282,9 @@ class Inspect(Peer):
 
         self.kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
         self.policy = CachePolicy(expiry=None)
-        config = GenerateConfig(temperature=0.7, max_tokens=400, max_connections=in_flight, max_retries=0)
+        config = GenerateConfig(
+            temperature=0.7, max_tokens=400, max_connections=max(in_flight, 10), max_retries=0
+        )
         self.model = get_model(
             f"openai/{MODEL}",
             base_url=base_url,
