@@ -39,6 +39,7 @@ SDKS = {
 FRAMEWORKS = {
     "agents": "openai-agents",
     "dspy": "dspy",
+    "inspect_ai": "inspect-ai",
     "instructor": "instructor",
     "langchain_openai": "langchain-openai",
     "pydantic_ai": "pydantic-ai-slim[openai]",

@@ -13,7 +13,7 @@ import pytest
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer, MockSettings
 
-FRAMEWORKS = ("agents", "dspy", "instructor", "langchain_openai", "pydantic_ai", "transformers")
+FRAMEWORKS = ("agents", "dspy", "inspect_ai", "instructor", "langchain_openai", "pydantic_ai", "transformers")
 collect_ignore = [f"test_{name}.py" for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
 
 
