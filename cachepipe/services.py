@@ -78,6 +78,7 @@ class Service:
         max_retries: int = 8,
         max_time: float = 600.0,
         token_encoding_name: Any = "cl100k_base",  # noqa: S107 - tokens of text
+        shared: str | os.PathLike[str] | None = None,
         clock: Clock = CLOCK,
     ) -> None:
         if sdk not in _CLIENTS:
@@ -100,6 +101,8 @@ class Service:
             per_model=per_model,
             adaptive=adaptive,
             transit=transit,
+            shared=shared,
+            name=self.base_url,
             clock=clock,
         )
         self.flow = Flow(limits, Retries(max_retries, max_time, clock=clock), Estimator(token_encoding_name))
@@ -221,6 +224,7 @@ class Service:
         """Close the clients that sessions on this loop have used. Others are their makers' to close."""
         for client in self._lent.pop(asyncio.get_running_loop(), {}).values():
             await client.close()
+        self.flow.limits.close()
 
 
 def _parted(url: str) -> tuple[str, str | None]:

@@ -18,6 +18,7 @@ import contextlib
 import heapq
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,11 +27,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from cachepipe import forks
+from cachepipe.errors import StoreError
 from cachepipe.flow.adaptive import Adaptive
 from cachepipe.flow.clock import CLOCK, Clock
 from cachepipe.flow.headers import hints, retry_after
+from cachepipe.flow.shared import SharedQuotas, Taken, Wanted
 from cachepipe.flow.windows import Use, Window
 
+_AGAIN = 0.005  # seconds until what could not be written is tried again
 _COLD = 5.0  # seconds that a request may be on its way before any answer has come
 _OVERLOADED = frozenset({408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
@@ -123,12 +127,13 @@ class Slot:
         uses: what it takes of which window.
         tokens: how many tokens the call is thought to use.
         begun: when the call was really made.
+        call: what it is called where processes share the quotas.
         queued: seconds that it waited.
         ended: whether its end was told.
         spent: how many requests and tokens were spent on the model when it was let go.
     """
 
-    __slots__ = ("_limits", "begun", "ended", "model", "queued", "spent", "tokens", "uses")
+    __slots__ = ("_limits", "begun", "call", "ended", "model", "queued", "spent", "tokens", "uses")
 
     def __init__(self, limits: Limits, model: _Model, uses: list[tuple[Window, Use]], tokens: float) -> None:
         self._limits = limits
@@ -137,6 +142,7 @@ class Slot:
         self.tokens = tokens
         self.begun = self.queued = 0.0
         self.ended = False
+        self.call: int | None = None
         self.spent = (0.0, 0.0)
 
     def end(
@@ -169,9 +175,11 @@ class Slot:
 class _Model:
     """What is known of one model, and who waits for it."""
 
-    __slots__ = ("adaptive", "in_flight", "queue", "windows")
+    __slots__ = ("adaptive", "in_flight", "name", "queue", "quota", "windows")
 
-    def __init__(self, quota: Quota | None, most: float, *, learns: bool) -> None:
+    def __init__(self, name: str | None, quota: Quota | None, most: float, *, learns: bool) -> None:
+        self.name = name
+        self.quota = quota
         if quota is not None and quota.max_concurrency is not None:
             most = min(most, quota.max_concurrency)
         self.windows = (None, None) if quota is None else quota.windows()
@@ -190,7 +198,7 @@ class _Model:
 class _Ticket:
     """A place in the queue."""
 
-    __slots__ = ("future", "left", "loop", "model", "order", "since", "slot", "tokens")
+    __slots__ = ("error", "future", "left", "loop", "model", "order", "since", "slot", "tokens")
 
     def __init__(
         self,
@@ -206,6 +214,7 @@ class _Ticket:
         self.tokens = tokens
         self.since = since
         self.left = False
+        self.error: BaseException | None = None
         self.slot: Slot | None = None
         self.future: asyncio.Future[None] = loop.create_future()
 
@@ -241,7 +250,8 @@ class Limits:
             are honoured in any case.
         transit: seconds that a request may be on its way to the provider; default is a quarter of the
             interval, at most 1. See ``cachepipe.flow.windows``.
-        shared: what holds the limits together with other processes (see ``cachepipe.flow.shared``).
+        shared: a folder in which the processes of this machine that name it hold the quotas together.
+        name: what tells these limits from others in that folder.
         clock: tells the time.
     """
 
@@ -255,7 +265,8 @@ class Limits:
         per_model: Mapping[str, Quota | Mapping[str, Any]] | None = None,
         adaptive: bool = True,
         transit: float | None = None,
-        shared: Any = None,
+        shared: str | os.PathLike[str] | None = None,
+        name: str = "limits",
         clock: Clock = CLOCK,
     ) -> None:
         self.quota = Quota(max_requests, max_tokens, interval, max_concurrency)
@@ -265,7 +276,7 @@ class Limits:
         self.transit = transit
         self.adaptive = adaptive
         self.clock = clock
-        self._shared = shared
+        self._shared: Any = None if shared is None else SharedQuotas(shared, name)
         self._reset()
 
     def _reset(self) -> None:
@@ -310,6 +321,12 @@ class Limits:
                 for name, model in self._models.items()
             }
 
+    def close(self) -> None:
+        """Close the file that processes share, if there is one. The limits may be used again."""
+        with self._lock:
+            if self._shared is not None:
+                self._shared.close()
+
     # Coming in.
 
     async def enter(
@@ -331,6 +348,8 @@ class Limits:
         loop = asyncio.get_running_loop()
         if self._fork != forks.count:
             self._reset()  # what was under way is the parent's
+            if self._shared is not None:
+                self._shared.forget()
         with self._lock:
             ticket = self._queue(loop, namespace, model, tokens, ahead=ahead)
             self._dispatch()
@@ -341,8 +360,8 @@ class Limits:
                 self._leave(ticket)
                 raise
         slot = ticket.slot
-        if slot is None:  # the loop is ending
-            raise asyncio.CancelledError
+        if slot is None:
+            raise asyncio.CancelledError if ticket.error is None else ticket.error
         self._begin(slot, ticket)
         return slot
 
@@ -358,7 +377,9 @@ class Limits:
         model = self._models.get(name)
         if model is None:
             most = math.inf if self.quota.max_concurrency is None else self.quota.max_concurrency
-            model = self._models[name] = _Model(self.per_model.get(name or ""), most, learns=self.adaptive)
+            model = self._models[name] = _Model(
+                name, self.per_model.get(name or ""), most, learns=self.adaptive
+            )
         flow = (name, namespace)
         if ahead:
             start = -math.inf
@@ -384,6 +405,8 @@ class Limits:
                 slot.ended = True
                 for window, use in slot.uses:
                     window.give_back(use)
+                if slot.call is not None:
+                    self._shared.give_back(slot.call)
                 self._release(slot)
                 self._stats.calls -= 1
             self._dispatch()
@@ -422,7 +445,22 @@ class Limits:
             if wait > 0:
                 soonest = min(soonest, now + wait)
                 break
-            self._let_go(ticket, now)
+            call = None
+            if self._shared is not None:
+                taken = self._take_shared(ticket, now)
+                if taken is None:
+                    continue
+                if taken.wait > 0:
+                    soonest = min(soonest, now + taken.wait)
+                    if taken.whole:
+                        break
+                    held.add(id(ticket.model))
+                    continue
+                call = taken.call
+            self._let_go(ticket, now, call)
+        if self._shared is not None and self._shared.late:
+            self._shared.write()
+            soonest = min(soonest, now + _AGAIN) if self._shared.late else soonest
         if soonest < math.inf:
             self._arm(soonest)
         if len(self._finishes) > 1000:
@@ -448,7 +486,38 @@ class Limits:
         wait = 0.0 if requests is None else requests.wait(1, now)
         return wait if tokens is None else max(wait, tokens.wait(ticket.tokens, now))
 
-    def _let_go(self, ticket: _Ticket, now: float) -> None:
+    def _take_shared(self, ticket: _Ticket, now: float) -> Taken | None:
+        """Take a call from the quotas of all processes; None when that fails, which its caller is told."""
+        model = ticket.model
+        everybody, own = (
+            [
+                Wanted(
+                    f"{self._shared.name} {name or ''}".rstrip(),
+                    quota.max_requests,
+                    quota.max_tokens,
+                    quota.interval,
+                    quota.max_concurrency,
+                    self._transit(quota.interval),
+                )
+            ]
+            if quota is not None
+            else []
+            for name, quota in (("", self.quota), (model.name, model.quota))
+        )
+        try:
+            taken: Taken = self._shared.take(everybody, own, ticket.tokens, self._paused_name(model), now)
+        except StoreError as error:
+            heapq.heappop(model.queue)
+            ticket.left = True
+            ticket.error = error
+            self._on(ticket.loop, ticket.wake)
+            return None
+        return taken
+
+    def _paused_name(self, model: _Model) -> str:
+        return f"{self._shared.name} {model.name or ''}"
+
+    def _let_go(self, ticket: _Ticket, now: float, call: int | None) -> None:
         model = ticket.model
         heapq.heappop(model.queue)
         uses: list[tuple[Window, Use]] = []
@@ -458,6 +527,7 @@ class Limits:
             if tokens is not None:
                 uses.append((tokens, tokens.take(ticket.tokens)))
         slot = ticket.slot = Slot(self, model, uses, ticket.tokens)
+        slot.call = call
         slot.begun = now
         model.adaptive.sent(ticket.tokens, now)
         slot.spent = (model.adaptive.requests.spent, model.adaptive.tokens.spent)
@@ -518,12 +588,12 @@ class Limits:
             slot.queued = now - ticket.since
             self._stats.queue_seconds += slot.queued
             for window, use in slot.uses:
-                window.expire(use, now + self._transit(window) + window.interval)
+                window.expire(use, now + self._transit(window.interval) + window.interval)
 
-    def _transit(self, window: Window) -> float:
+    def _transit(self, interval: float) -> float:
         if self.transit is not None:
             return self.transit
-        usual = min(1.0, window.interval / 4)
+        usual = min(1.0, interval / 4)
         return usual if self._warm else max(usual, _COLD)
 
     def _end(
@@ -548,6 +618,14 @@ class Limits:
                 if tokens is not None and window in (self._windows[1], slot.model.windows[1]):
                     window.correct(use, tokens)
                 window.expire(use, now + window.interval)
+            if slot.call is not None:
+                quotas = (("", self.quota), (slot.model.name, slot.model.quota))
+                expires = [
+                    (f"{self._shared.name} {name}".rstrip(), now + quota.interval)
+                    for name, quota in quotas
+                    if quota is not None
+                ]
+                self._shared.end(slot.call, tokens, expires)
             for hint in hints(headers):
                 budget = adaptive.requests if hint.kind == "requests" else adaptive.tokens
                 budget.learn(hint, slot.spent[hint.kind != "requests"], slot.begun, now)
@@ -557,7 +635,10 @@ class Limits:
                 adaptive.answered(slot.begun, in_flight, now)
             elif status == 429:
                 stats.refused += 1
-                adaptive.refused(slot.begun, retry_after(headers), now)
+                asked = retry_after(headers)
+                adaptive.refused(slot.begun, asked, now)
+                if asked and self._shared is not None:
+                    self._shared.pause(self._paused_name(slot.model), now + asked)
             elif status in _OVERLOADED or is_connection_error(error):
                 stats.overloaded += 1
                 adaptive.overloaded(slot.begun, retry_after(headers), now)

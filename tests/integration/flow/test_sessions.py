@@ -1,0 +1,302 @@
+"""Sessions: what is said, what is kept of it, and that a rerun asks nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from cachepipe import MemoryStore, Services, Session
+from cachepipe.clients import AsyncOpenAI
+from cachepipe.sessions import DEFAULTS
+from cachepipe.testing import MockServer, MockSettings
+from cachepipe.testing.server import Fault
+
+pytestmark = pytest.mark.anyio
+SYSTEM = "You are a calculator."
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+    },
+}
+
+
+@pytest.fixture
+async def server():
+    async with MockServer(MockSettings(seed=1, max_tokens=8)) as running:
+        yield running
+
+
+@pytest.fixture
+async def service(server):
+    made = Services.custom(server.base_url, model="m")
+    yield made
+    await made.close()
+
+
+class Spy:
+    """A client that notes the bodies and passes them on."""
+
+    def __init__(self, client):
+        self.bodies, self.chat, self.completions = [], self, self
+        self._create, self._parse = client.chat.completions.create, client.chat.completions.parse
+
+    async def create(self, **body):
+        self.bodies.append(body)
+        return await self._create(**body)
+
+    async def parse(self, **body):
+        self.bodies.append(body)
+        return await self._parse(**body)
+
+
+@pytest.fixture
+async def spy(server):
+    async with AsyncOpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore()) as client:
+        yield Spy(client)
+
+
+def roles(session):
+    return [message.role for message in session.conversation]
+
+
+async def test_instructions_and_contexts_are_strings_or_mappings(spy):
+    session = Session({"you are": "a calculator"}, client=spy)
+    await session.initiate({"sum": "x and y"}, context={"x": 7, "y": "ü"})
+    await session.initiate("double it", context="the last answer")
+    await session.initiate("halve it")
+    contents = [[message["content"] for message in body["messages"]] for body in spy.bodies]
+    assert contents == [
+        ['{"you are": "a calculator"}', '{"instruction": {"sum": "x and y"}, "context": {"x": 7, "y": "ü"}}'],
+        ['{"you are": "a calculator"}', '{"instruction": "double it", "context": "the last answer"}'],
+        ['{"you are": "a calculator"}', "halve it"],
+    ]
+
+
+async def test_initiate_begins_anew_and_followup_goes_on(spy):
+    session = Session(SYSTEM, client=spy)
+    first = await session.initiate("one")
+    second = await session.followup("two")
+    assert [message.text for message in session.conversation] == [SYSTEM, "one", first, "two", second]
+    await session.initiate("again")
+    assert roles(session) == ["system", "user", "assistant"]
+    await session.initiate("otherwise", system="You are a poet.")
+    assert session.system == "You are a poet."
+
+
+async def test_the_defaults_are_sent_but_for_what_says_nothing(spy):
+    session = Session(SYSTEM, client=spy)
+    assert session.llmconfig == DEFAULTS
+    await session.initiate("one")
+    sent = {name: value for name, value in spy.bodies[0].items() if name != "messages"}
+    assert sent == {
+        "model": "gpt-4-1106-preview",
+        "frequency_penalty": 0,
+        "n": 1,
+        "presence_penalty": 0,
+        "response_format": {"type": "text"},
+        "temperature": 0.7,
+        "top_p": 1,
+    }
+
+
+async def test_a_call_overrides_the_session_and_update_changes_it(spy):
+    session = Session(SYSTEM, client=spy, llmconfig={"temperature": 0.1})
+    await session.initiate("one", temperature=0.5, stop=["."])
+    session.llmconfig.update({"temperature": 0.9, "max_tokens": 4})
+    await session.followup("two", top_p=None)
+    sent = [
+        (body["temperature"], body.get("stop"), body.get("max_tokens"), "top_p" in body)
+        for body in spy.bodies
+    ]
+    assert sent == [(0.5, ["."], None, True), (0.9, None, 4, False)]
+    assert DEFAULTS["temperature"] == 0.7
+
+
+async def test_several_answers_come_as_a_list_and_the_first_is_gone_on_with(spy):
+    session = Session(SYSTEM, client=spy)
+    answers = await session.initiate("one", n=3)
+    assert len(answers) == 3
+    assert session.conversation.messages[-1].text == answers[0]
+
+
+async def test_calls_of_tools_are_returned_and_answered(spy, server):
+    session = Session(SYSTEM, client=spy, llmconfig={"tools": [TOOL], "tool_choice": "required"})
+    [call] = await session.initiate("add 1")
+    assert call["function"]["name"] == "add"
+    assert await session.followup(tool_outputs={call["id"]: {"sum": 3}}, tool_choice="none")
+    assert roles(session) == ["system", "user", "assistant", "tool", "assistant"]
+    assert spy.bodies[1]["messages"][3]["content"] == '{"sum": 3}'
+    with pytest.raises(ValueError, match="needs an instruction"):
+        await session.followup()
+
+
+async def test_an_answer_may_be_a_pydantic_model(spy):
+    class Sum(BaseModel):
+        value: int
+
+    session = Session(SYSTEM, client=spy)
+    assert isinstance(await session.initiate("add", response_format=Sum), Sum)
+    assert roles(session) == ["system", "user", "assistant"]
+
+
+async def test_a_streamed_answer_becomes_part_of_the_conversation_at_its_end(spy):
+    session = Session(SYSTEM, client=spy)
+    pieces = await session.initiate("one", stream=True)
+    with pytest.raises(RuntimeError, match="still being streamed"):
+        await session.followup("two")
+    text = "".join([piece async for piece in pieces])
+    assert text == pieces.text == session.conversation.messages[-1].text
+    assert await session.followup("two")
+    with pytest.raises(ValueError, match="streams one answer"):
+        await session.followup("three", stream=True, n=2)
+
+
+async def test_a_reader_that_stops_has_heard_what_it_read(spy):
+    session = Session(SYSTEM, client=spy)
+    pieces = await session.initiate("one", stream=True)
+    heard = await anext(pieces)
+    await pieces.aclose()
+    assert session.conversation.messages[-1].text == heard
+    assert [piece async for piece in pieces] == []
+
+
+async def test_tools_called_in_a_stream_are_kept(spy):
+    session = Session(SYSTEM, client=spy, llmconfig={"tools": [TOOL], "tool_choice": "required"})
+    pieces = await session.initiate("add 1", stream=True)
+    assert [piece async for piece in pieces] == []
+    [call] = session.conversation.messages[-1].tool_calls
+    assert call["function"]["name"] == "add"
+    assert isinstance(json.loads(call["function"]["arguments"]), dict)
+    assert await session.followup(tool_outputs={call["id"]: 3}, tool_choice="none")
+
+
+async def test_a_call_that_fails_leaves_the_conversation_as_it_was(server, service):
+    session = Session(SYSTEM, service=service, cache=MemoryStore())
+    await session.initiate("one")
+    before = list(session.conversation)
+    server.settings = MockSettings(script=(Fault(kind="status", status=400),))
+    with pytest.raises(openai.BadRequestError):
+        await session.followup("two")
+    assert list(session.conversation) == before
+    assert await session.followup("two")
+
+
+async def test_followups_asked_for_at_once_follow_one_another(service):
+    session = Session(SYSTEM, service=service, cache=MemoryStore())
+    await session.initiate("zero")
+    answers = await asyncio.gather(session.followup("one"), session.followup("two"))
+    said = [message.text for message in session.conversation]
+    assert said[3:] == ["one", answers[0], "two", answers[1]]
+
+
+async def test_branches_go_their_own_ways_with_samples_of_their_own(server, service):
+    session = Session(SYSTEM, service=service, cache=MemoryStore(), namespace="a")
+    await session.initiate("one")
+    branch = session.branch()
+    branch.llmconfig["temperature"] = 0
+    assert session.llmconfig["temperature"] == 0.7
+    branch.llmconfig["temperature"] = 0.7
+    await session.followup("two")
+    await branch.followup("two")
+    assert len(session.conversation) == len(branch.conversation) == 5
+    assert server.stats.samples_generated == 3  # the same question twice, answered anew
+    await branch.followup("three")
+    assert len(session.conversation) == 5
+
+
+async def test_a_saved_session_goes_on_where_it_was(service, tmp_path):
+    store, path = MemoryStore(), tmp_path / "session.json"
+    session = Session(SYSTEM, service=service, cache=store, namespace="a", llmconfig={"temperature": 0.2})
+    await session.initiate({"sum": "ü"}, context={"x": 1})
+    session.save(path)
+    loaded = Session.load(path, service=service, cache=store)
+    assert loaded.conversation == session.conversation
+    assert (loaded.namespace, loaded.llmconfig) == ("a", session.llmconfig)
+    assert await loaded.followup("two")
+    assert Session.load(path, service=service, cache=store, namespace="b").namespace == "b"
+    assert list(tmp_path.iterdir()) == [path]
+    for text in ("{}", "no JSON", "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no session"):
+            Session.load(path)
+
+
+async def test_sessions_of_a_service_share_connections_and_one_run(server, service):
+    store = MemoryStore()
+    for _ in range(3):
+        await Session(SYSTEM, service=service, cache=store).initiate("one")
+    assert server.stats.samples_generated == 3  # equal questions of one run get samples of their own
+    assert server.stats.max_connections == 1
+
+
+async def test_sessions_that_come_and_go_are_one_run(server, tmp_path):
+    for _ in range(3):
+        service = Services.custom(server.base_url, model="m")
+        await Session(SYSTEM, service=service, cache=tmp_path / "cache").initiate("one")
+        await service.close()
+    assert server.stats.samples_generated == 3
+
+
+async def test_what_cannot_be_asked_is_refused_before_anything_is_spent(server):
+    service = Services.custom(server.base_url)
+    with pytest.raises(ValueError, match="no model is named"):
+        await Session(SYSTEM, service=service, cache=MemoryStore()).initiate("one")
+    with pytest.raises(TypeError, match="strings or mappings"):
+        await Session(SYSTEM, service=service, cache=MemoryStore()).initiate(7)
+    with pytest.raises(TypeError, match="write as JSON"):
+        await Session(SYSTEM, service=service, cache=MemoryStore()).initiate({"x": object()})
+    with pytest.raises(TypeError, match="service= takes a Service"):
+        Session(SYSTEM, service="https://host/v1")
+    with pytest.raises(TypeError, match="not both"):
+        Session(SYSTEM, service=service, client=object())
+    assert server.stats.requests == 0
+    assert repr(Session(SYSTEM, service=service, cache=MemoryStore(), namespace="a")) == (
+        f"<Session of 1 messages with None at {service.name}, namespace 'a'>"
+    )
+
+
+TURNS = """
+import asyncio, sys
+from cachepipe import Services, Session
+
+async def main():
+    service = Services.custom(sys.argv[1], model="m")
+    session = Session("You are a calculator.", service=service, cache=sys.argv[2], namespace=sys.argv[3])
+    print(await session.initiate({"sum": "|x| + |y|"}, context={"x": 7, "y": 3}))
+    print(await session.followup("times 2", temperature=0.5))
+    async for piece in await session.followup("and again", stream=True):
+        print(piece, end="")
+    print(await session.followup("all in all", n=2))
+    await service.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_conversation_of_several_turns_replays_in_another_process_without_a_call(server, tmp_path):
+    def run(namespace):
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", "-c", TURNS, server.base_url, str(tmp_path / "cache"), namespace],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env={**os.environ, "CACHEPIPE_DISABLE": ""},
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")
+        return ran.stdout
+
+    first = await asyncio.to_thread(run, "a")
+    calls = server.stats.requests
+    assert await asyncio.to_thread(run, "a") == first
+    assert await asyncio.to_thread(run, "b") == first
+    assert server.stats.requests == calls == 4

@@ -1,0 +1,147 @@
+"""Functions over many inputs: order, bounds, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from cachepipe import alcall, lcall, using
+from cachepipe.context import current
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_results_come_in_the_order_of_inputs_whatever_ends_first():
+    gates = [asyncio.Event() for _ in range(4)]
+
+    async def work(number):
+        await gates[number].wait()
+        if number:
+            gates[number - 1].set()
+        return number * 10
+
+    gates[3].set()
+    assert await alcall(range(4), work) == [0, 10, 20, 30]
+
+
+async def test_no_more_than_so_many_are_under_way():
+    running, most = 0, 0
+
+    async def work(_):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    await alcall(range(50), work, max_concurrent=7)
+    assert most == 7
+
+
+async def test_functions_that_are_not_asynchronous_are_called_as_well_and_get_what_else_is_given():
+    assert await alcall([1, 2], lambda number, by: number * by, by=3) == [3, 6]
+    assert await alcall([], lambda number: number) == []
+
+
+@pytest.mark.parametrize("call", ["alcall", "lcall", "lcall in threads"])
+async def test_errors_come_as_values_when_asked_for(call):
+    def work(number):
+        return 1 // number
+
+    options = {"return_exceptions": True}
+    if call == "alcall":
+        results = await alcall([1, 0, -1], work, **options)
+    else:
+        results = lcall([1, 0, -1], work, **options, max_concurrent=3 if "threads" in call else 1)
+    assert (results[0], results[2]) == (1, -1)
+    assert isinstance(results[1], ZeroDivisionError)
+
+
+async def test_after_an_error_nothing_more_is_begun_and_what_is_under_way_ends():
+    begun, ended = [], []
+
+    async def work(number):
+        begun.append(number)
+        if number == 1:
+            raise ValueError(number)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ended.append(number)
+
+    with pytest.raises(ValueError, match="1"):
+        await alcall(range(100), work, max_concurrent=3)
+    assert sorted([*ended, 1]) == sorted(begun)
+    assert len(begun) < 10
+
+
+async def test_the_first_error_in_order_is_raised():
+    second = asyncio.Event()
+
+    async def work(number):
+        if number == 0:
+            await second.wait()
+        second.set()
+        raise ValueError(number)
+
+    with pytest.raises(ValueError, match="0"):
+        await alcall([0, 1], work)
+
+
+async def test_a_cancelled_call_cancels_what_is_under_way():
+    cancelled, begun = [], asyncio.Event()
+
+    async def work(number):
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(number)
+            raise
+
+    task = asyncio.create_task(alcall([1, 2], work))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sorted(cancelled) == [1, 2]
+
+
+def test_lcall_stays_in_the_callers_thread_unless_several_are_wanted_at_once():
+    assert set(lcall(range(3), lambda _: threading.current_thread())) == {threading.current_thread()}
+    meet = threading.Barrier(3, timeout=10)
+
+    def work(number):
+        meet.wait()
+        return number, current().namespace
+
+    with using(namespace="ns"):
+        assert lcall(range(3), work, max_concurrent=3) == [(0, "ns"), (1, "ns"), (2, "ns")]
+    assert lcall([], work, max_concurrent=3) == []
+
+
+def test_an_error_in_a_thread_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        lcall([1, 0], lambda number: 1 // number, max_concurrent=2)
+
+
+@pytest.mark.parametrize("most", [0, -1, 1.5, True, None])
+async def test_a_bound_that_is_none_is_refused(most):
+    with pytest.raises(ValueError, match="max_concurrent is a whole number"):
+        await alcall([1], print, max_concurrent=most)
+    with pytest.raises(ValueError, match="max_concurrent is a whole number"):
+        lcall([1], print, max_concurrent=most)
+
+
+async def test_a_bar_is_shown_where_somebody_looks(monkeypatch, capsys):
+    await alcall([1], lambda number: number, show_progress=True)
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def doubled(number):
+        return number * 2
+
+    assert lcall([1, 2], doubled, show_progress=True) == [2, 4]
+    assert "doubled" in capsys.readouterr().err
