@@ -9,11 +9,12 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
+from cachepipe.proxy import page
 from cachepipe.proxy.headers import KEYS
 from cachepipe.proxy.settings import Settings, is_loopback
 from cachepipe.proxy.turn import Refused, Turn
 
-_FREE: Final = frozenset({"/healthz", "/readyz"})
+_FREE: Final = frozenset({"/healthz", "/readyz", *page.FILES})  # the page asks for the token itself
 _CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="cachepipe"'), (b"www-authenticate", b"Bearer")]
 
 

@@ -18,7 +18,7 @@ from cachepipe.clients.seam import Source
 from cachepipe.context import Inherited
 from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, StoreError, UnkeyableValue
 from cachepipe.ledger import label
-from cachepipe.proxy import browse, headers, paths
+from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
 from cachepipe.proxy.bodies import Memory, Read, read_object
 from cachepipe.proxy.counters import Counters, Outcome
@@ -455,7 +455,7 @@ class Proxy:
                 if isinstance(content, Source):
                     content.leave()
                 elif exchange.record.responses is not None:
-                    self.counters.drew(exchange.namespace, exchange.record.responses)
+                    self.counters.drew(exchange.namespace, exchange.record.responses, exchange.url)
 
         task.add_done_callback(ended)
 
@@ -502,7 +502,7 @@ class Proxy:
     def _stream_ended(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any] | None) -> None:
         if drawing is not None and _succeeded(drawing):
             ticket.delivered()
-            self.counters.drew(exchange.namespace, [drawing.result()])
+            self.counters.drew(exchange.namespace, [drawing.result()], exchange.url)
         else:
             ticket.ended()
 
@@ -553,7 +553,7 @@ class Proxy:
 
     def _count(self, exchange: Served) -> Outcome:
         responses = exchange.record.responses or ()
-        self.counters.drew(exchange.namespace, responses)
+        self.counters.drew(exchange.namespace, responses, exchange.url)
         flags = [flag for response in responses for flag in response.cached or ()]
         return "hit" if all(flags) else "partial" if any(flags) else "miss"
 
@@ -616,9 +616,12 @@ class Proxy:
         elif path == "/metrics":
             kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
             await turn.answer(200, [kind], self.counters.metrics())
-        elif path in ("/", "/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
+        elif path in page.FILES:
+            await turn.answer(200, *page.answer(path))
+        elif path in ("/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
             await turn.tell(self._state())
         elif path == "/cachepipe/api/counters":
+            await asyncio.to_thread(self.counters.prices.learn)
             await turn.tell(self.counters.as_json())
         elif path.startswith("/cachepipe/api/"):
             await self._browse(turn, path.removeprefix("/cachepipe/api"))

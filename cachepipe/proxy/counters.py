@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import orjson
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from cachepipe import wire
+from cachepipe import prices, wire
 from cachepipe.proxy.upstream import Caller
 from cachepipe.typedefs import Response
 
@@ -20,8 +20,14 @@ Outcome = Literal["hit", "miss", "partial", "passed", "error", "refused"]
 
 _MOST: Final = 1000  # namespaces that are counted by themselves
 _OTHERS: Final = "(others)"
+_UNIT: Final = 1000  # tokens of which a price is asked
 _NONE: Final = "(none)"
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 25.0, 100.0)
+
+Seller = tuple[str | None, str]
+"""A model, and the URL where it answers."""
+
+_NOBODY: Final[Seller] = (None, "")
 
 
 @dataclass
@@ -31,27 +37,115 @@ class Tokens:
     prompt: int = 0
     completion: int = 0
     total: int = 0
+    cached: int = 0
 
-    def add(self, prompt: int, completion: int, total: int) -> None:
-        """Add counts."""
+    def add(self, prompt: int, completion: int, total: int, cached: int) -> None:
+        """Add counts; the cached tokens are those of the prompt that a provider's own cache had."""
         self.prompt += prompt
         self.completion += completion
         self.total += total
+        self.cached += cached
 
 
-def _tokens(payload: bytes) -> tuple[int, int, int, bool]:
-    """Return the tokens of a sample: prompt, completion, total; and whether its prompt was billed with it."""
+@dataclass
+class Account:
+    """Tokens that were spent, or saved: by who sells them."""
+
+    sold: dict[Seller, Tokens] = field(default_factory=dict)
+
+    def add(self, seller: Seller, prompt: int, completion: int, total: int, cached: int) -> None:
+        """Add counts."""
+        tokens = self.sold.get(seller)
+        if tokens is None:
+            tokens = self.sold[seller] = Tokens()
+        tokens.add(prompt, completion, total, cached)
+
+    def join(self, other: Account) -> None:
+        """Add all of another account."""
+        for seller, tokens in other.sold.items():
+            self.add(seller, tokens.prompt, tokens.completion, tokens.total, tokens.cached)
+
+    @property
+    def tokens(self) -> Tokens:
+        """All of them."""
+        tokens = Tokens()
+        for each in self.sold.values():
+            tokens.add(each.prompt, each.completion, each.total, each.cached)
+        return tokens
+
+
+class _Usage(NamedTuple):
+    """The tokens of a sample, whether its prompt was billed with it, and the model that it names."""
+
+    prompt: int
+    completion: int
+    total: int
+    cached: int
+    billed: bool
+    model: str | None
+
+
+def _usage(payload: bytes) -> _Usage:
     sample = orjson.loads(payload)
-    usage = sample.get("usage")
+    usage, model = sample.get("usage"), sample.get("model")
+    model = model if isinstance(model, str) else None
     try:  # as most say it
         prompt, completion, total = usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
-    except (KeyError, TypeError):
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") or 0 if details else 0
+    except (AttributeError, KeyError, TypeError):
         logical, _ = wire.usage_totals([sample])
         prompt, completion = logical["prompt_tokens"], logical["completion_tokens"]
-        total = logical["total_tokens"]
-    if not type(prompt) is type(completion) is type(total) is int:
-        return 0, 0, 0, True
-    return prompt, completion, total, wire.bills_prompt(sample)
+        total, cached = logical["total_tokens"], logical["cached_tokens"]
+    if not type(prompt) is type(completion) is type(total) is type(cached) is int:
+        return _Usage(0, 0, 0, 0, True, model)
+    return _Usage(prompt, completion, total, cached, wire.bills_prompt(sample), model)
+
+
+class Prices:
+    """Unit prices, looked up once for each model and URL: a look takes longer than many hits.
+
+    A model whose long prompts cost more is counted at the price of short ones.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Seller, tuple[float, float, float] | None] = {}
+        self._wanted: set[Seller] = set()
+
+    def seller(self, model: str | None, url: str) -> Seller:
+        """Return whose price to look up; from a certain number of them on, nobody's."""
+        seller = (model, url)
+        if seller not in self._known and seller not in self._wanted:
+            if len(self._known) + len(self._wanted) >= _MOST:
+                return _NOBODY
+            self._wanted.add(seller)
+        return seller
+
+    def learn(self) -> None:
+        """Look up what is wanted; it blocks, and may be called from any thread."""
+        for seller in list(self._wanted):
+            each = (
+                {"prompt_tokens": _UNIT},
+                {"prompt_tokens": _UNIT, "cached_tokens": _UNIT},
+                {"completion_tokens": _UNIT},
+            )
+            costs = [prices.cost_of(counts, *seller) for counts in each]
+            known = [cost / _UNIT for cost in costs if cost is not None]
+            self._known[seller] = (known[0], known[1], known[2]) if len(known) == 3 else None
+            self._wanted.discard(seller)
+
+    def total(self, sold: Mapping[Seller, Tokens]) -> dict[str, Any]:
+        """Return the cost in US dollars of what has a known price, None without any; and the other tokens."""
+        cost, unpriced = None, 0
+        for seller, tokens in sold.items():
+            price = self._known.get(seller)
+            if price is None:
+                unpriced += tokens.total
+                continue
+            fresh = tokens.prompt - tokens.cached
+            parts = fresh * price[0] + tokens.cached * price[1] + tokens.completion * price[2]
+            cost = parts + (cost or 0.0)
+        return {"cost": cost, "unpriced": unpriced}
 
 
 @dataclass
@@ -64,7 +158,7 @@ class Counts:
         hits: samples that were there, or were generated for another request.
         misses: samples generated on behalf of the request that got them.
         spent: tokens that were paid for.
-        saved: tokens that the cache has saved.
+        saved: tokens that the cache, and merging calls, have saved.
         last: when the last request ended, in seconds since 1970.
     """
 
@@ -72,13 +166,24 @@ class Counts:
     requests: dict[str, int] = field(default_factory=dict)
     hits: int = 0
     misses: int = 0
-    spent: Tokens = field(default_factory=Tokens)
-    saved: Tokens = field(default_factory=Tokens)
+    spent: Account = field(default_factory=Account)
+    saved: Account = field(default_factory=Account)
     last: float = 0.0
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the counts by name."""
-        return asdict(self)
+    def as_json(self, known: Prices) -> dict[str, Any]:
+        """Return the counts by name, with what the tokens cost where that is known."""
+        accounts = {
+            name: {**asdict(account.tokens), **known.total(account.sold)}
+            for name, account in (("spent", self.spent), ("saved", self.saved))
+        }
+        return {
+            "namespace": self.namespace,
+            "requests": dict(self.requests),
+            "hits": self.hits,
+            "misses": self.misses,
+            **accounts,
+            "last": self.last,
+        }
 
 
 class Counters:
@@ -96,6 +201,7 @@ class Counters:
         self.in_flight = 0
         self.background = 0
         self.namespaces: dict[str | None, Counts] = {}
+        self.prices = Prices()
         self.registry = CollectorRegistry(auto_describe=False)
         self.seconds = Histogram(
             "cachepipe_proxy_call_seconds",
@@ -121,20 +227,23 @@ class Counters:
         counts.last = self.clock()
         return counts
 
-    def drew(self, namespace: str | None, responses: Sequence[Response]) -> None:
-        """Count what a request was given."""
+    def drew(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
+        """Count what a request was given; the URL is the one that it would go to."""
         counts = self.of(namespace)
         for response in responses:
             for sample, cached in zip(response.data, response.cached or (), strict=True):
+                usage = _usage(sample.payload)
+                seller = self.prices.seller(usage.model, url)
                 if cached:
                     counts.hits += 1
-                    counts.saved.add(*_tokens(sample.payload)[:3])
-                else:
+                    counts.saved.add(seller, usage.prompt, usage.completion, usage.total, usage.cached)
+                elif usage.billed:
                     counts.misses += 1
-                    prompt, completion, total, billed = _tokens(sample.payload)
-                    shared = 0 if billed else prompt
-                    counts.spent.add(prompt - shared, completion, total - shared)
-                    counts.saved.add(shared, 0, shared)
+                    counts.spent.add(seller, usage.prompt, usage.completion, usage.total, usage.cached)
+                else:  # its prompt was billed with another sample
+                    counts.misses += 1
+                    counts.spent.add(seller, 0, usage.completion, usage.total - usage.prompt, 0)
+                    counts.saved.add(seller, usage.prompt, 0, usage.prompt, usage.cached)
 
     def as_json(self) -> dict[str, Any]:
         """Return all counts: totals, and per namespace the latest first."""
@@ -146,10 +255,9 @@ class Counters:
             totals.last = max(totals.last, counts.last)
             for outcome, number in counts.requests.items():
                 totals.requests[outcome] = totals.requests.get(outcome, 0) + number
-            for name in ("spent", "saved"):
-                part: Tokens = getattr(counts, name)
-                getattr(totals, name).add(part.prompt, part.completion, part.total)
-        total = totals.as_json()
+            totals.spent.join(counts.spent)
+            totals.saved.join(counts.saved)
+        total = totals.as_json(self.prices)
         del total["namespace"]
         return {
             "started": self.started,
@@ -160,7 +268,7 @@ class Counters:
                 for name, calls in self.caller.calls.items()
             ],
             "total": total,
-            "namespaces": [counts.as_json() for counts in each],
+            "namespaces": [counts.as_json(self.prices) for counts in each],
         }
 
     # Prometheus.
@@ -189,7 +297,7 @@ class Counters:
                 requests.add_metric((name, outcome), number)
             samples.add_metric((name, "cache"), counts.hits)
             samples.add_metric((name, "upstream"), counts.misses)
-            for fate, counted in (("spent", counts.spent), ("saved", counts.saved)):
+            for fate, counted in (("spent", counts.spent.tokens), ("saved", counts.saved.tokens)):
                 tokens.add_metric((name, "prompt", fate), counted.prompt)
                 tokens.add_metric((name, "completion", fate), counted.completion)
         calls = CounterMetricFamily("cachepipe_proxy_calls", "Calls to an upstream.", labels=("upstream",))

@@ -1,0 +1,135 @@
+// What the proxy has done since it was started, live; and what the cache holds.
+
+import { get } from "./api.js";
+import { el, listing, money, namespace, number, plural, share, table, when } from "./dom.js";
+
+const EVERY = 2000; // milliseconds between looks
+const QUIET = 10_000; // milliseconds between announcements
+let paused = false;
+
+const COLUMNS = ["Namespace", "Hits", "Misses", "From the cache", "Tokens spent", "Tokens saved", "Last request"];
+
+function figure(label, kind) {
+  const value = el("dd", { class: "value", id: `count-${kind}` }, "0");
+  const note = el("dd", { class: "note", id: `note-${kind}` });
+  return { whole: el("div", { class: `figure ${kind}` }, el("dt", {}, label), value, note), value, note };
+}
+
+/** Put a text where another one was; what has not changed is left alone. */
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function cost(counted) {
+  if (counted.cost === null) return "";
+  return `${money(counted.cost)}${counted.unpriced ? " and what has no known price" : ""}`;
+}
+
+const tokens = (counted) => number(counted.total) + (counted.cost === null ? "" : ` (${money(counted.cost)})`);
+
+export async function overview(signal) {
+  const figures = {
+    hits: figure("Hits", "hits"),
+    misses: figure("Misses", "misses"),
+    spent: figure("Tokens spent", "spent"),
+    saved: figure("Tokens saved", "saved"),
+  };
+  const since = el("p", { class: "quiet" });
+  const said = el("p", { class: "unseen", "aria-live": "polite", id: "announced" });
+  const problem = el("p", { class: "problem", role: "status" });
+  const bar = el("div", { class: "bar", "aria-hidden": "true" }, el("span", {}));
+  const pause = el("button", { type: "button", "aria-pressed": String(paused) }, "Pause");
+  const each = table("By namespace, since the start", COLUMNS);
+  const none = el("p", { class: "quiet" }, "No request has come yet. Give a tool this server's address as its base URL.");
+  const rows = new Map();
+  let announced = -Infinity;
+
+  function show(counters) {
+    const { total } = counters;
+    put(figures.hits.value, number(total.hits));
+    put(figures.hits.note, `${share(total.hits, total.hits + total.misses)} of samples`);
+    put(figures.misses.value, number(total.misses));
+    put(figures.misses.note, `in ${plural(counters.upstreams.reduce((sum, { calls }) => sum + calls, 0), "call")}`);
+    put(figures.spent.value, number(total.spent.total));
+    put(figures.spent.note, cost(total.spent));
+    put(figures.saved.value, number(total.saved.total));
+    put(figures.saved.note, cost(total.saved));
+    const drawn = total.hits + total.misses;
+    bar.firstChild.style.setProperty("inline-size", `${drawn ? (100 * total.hits) / drawn : 0}%`);
+    bar.classList.toggle("empty", !drawn);
+    put(since.firstChild ?? since.appendChild(el("span")), "Since ");
+    if (since.childNodes.length < 2) since.append(when(counters.started), el("span"));
+    const running = counters.upstreams.reduce((sum, { in_flight }) => sum + in_flight, 0);
+    put(since.lastChild, ` · ${plural(running, "upstream call")} in flight`);
+    for (const counts of counters.namespaces) {
+      const id = JSON.stringify(counts.namespace);
+      if (!rows.has(id)) {
+        const link = listing({ namespace: counts.namespace ?? "" }, namespace(counts.namespace));
+        rows.set(id, each.row(link, "", "", "", "", "", "").slice(1));
+      }
+      const cells = rows.get(id);
+      put(cells[0], number(counts.hits));
+      put(cells[1], number(counts.misses));
+      put(cells[2], share(counts.hits, counts.hits + counts.misses));
+      put(cells[3], tokens(counts.spent));
+      put(cells[4], tokens(counts.saved));
+      put(cells[5], when(counts.last)?.textContent ?? "");
+    }
+    none.hidden = rows.size > 0;
+    each.whole.hidden = rows.size === 0;
+    const news = `${plural(total.hits, "hit")}, ${plural(total.misses, "miss", "misses")}.`;
+    if (performance.now() - announced > QUIET && said.textContent !== news) {
+      said.textContent = news;
+      announced = performance.now();
+    }
+  }
+
+  async function look() {
+    try {
+      show(await get("counters", {}, signal));
+      put(problem, "");
+    } catch (error) {
+      if (signal.aborted) return;
+      put(problem, `The proxy does not answer: ${error.message}`);
+    }
+  }
+
+  let timer;
+  const again = () => {
+    clearTimeout(timer);
+    if (signal.aborted || paused || document.hidden) return;
+    timer = setTimeout(() => look().then(again), EVERY);
+  };
+  const resume = () => void (document.hidden || paused || look().then(again));
+  document.addEventListener("visibilitychange", resume, { signal });
+  signal.addEventListener("abort", () => clearTimeout(timer));
+  pause.addEventListener("click", () => {
+    paused = !paused;
+    pause.setAttribute("aria-pressed", String(paused));
+    resume();
+  });
+
+  show(await get("counters", {}, signal)); // its errors are the view's
+  again();
+  const stored = (await get("namespaces", {}, signal)).items;
+  const held = table("All that the cache holds", ["Namespace", "Draws", "Samples drawn", "Generated for it", "Reused"]);
+  for (const info of stored) {
+    const link = listing({ namespace: info.namespace ?? "" }, namespace(info.namespace));
+    const reused = info.samples - info.generated;
+    held.row(link, number(info.draws), number(info.samples), number(info.generated), share(reused, info.samples));
+  }
+  return {
+    title: "Overview",
+    nodes: [
+      el("div", { class: "head" }, el("h1", { tabindex: "-1" }, "Overview"), pause),
+      since,
+      problem,
+      el("dl", { class: "figures" }, Object.values(figures).map(({ whole }) => whole)),
+      bar,
+      said,
+      none,
+      each.whole,
+      stored.length ? held.whole : null,
+    ],
+  };
+}

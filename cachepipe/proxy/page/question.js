@@ -1,0 +1,168 @@
+// One question: what was asked, its samples side by side, and who drew which.
+
+import { get } from "./api.js";
+import { el, line, listing, long, namespace, number, plural, raw, table, when } from "./dom.js";
+
+const SAMPLES = 12; // of one page
+const MOST_DRAWS = 1000; // that are looked at for who drew a sample
+
+const said = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
+
+/** Return what a message says: its text, and what else it is made of as JSON. */
+function content(value) {
+  if (!Array.isArray(value)) return said(value ?? "");
+  return value.map((part) => (typeof part?.text === "string" ? part.text : said(part))).join("\n");
+}
+
+function message(role, text) {
+  return el("div", { class: "message" }, el("p", { class: "role" }, line(String(role), 40)), long(text, 1500));
+}
+
+function asked(document) {
+  const fields = document?.body ?? document?.fields;
+  if (fields === null || typeof fields !== "object") return [raw("As it is stored", document)];
+  const { messages, prompt, input, system, instructions, ...others } = fields;
+  const shown = [];
+  for (const text of [system, instructions]) if (text != null) shown.push(message("system", content(text)));
+  for (const text of [prompt, input, messages]) {
+    if (text == null) continue;
+    const list = Array.isArray(text) ? text : [text];
+    for (const item of list) {
+      const { role, content: words, ...rest } = item !== null && typeof item === "object" ? item : { content: item };
+      const more = Object.keys(rest).length ? `${words == null ? "" : "\n"}${said(rest)}` : "";
+      shown.push(message(role ?? "prompt", `${words == null ? "" : content(words)}${more}`));
+    }
+  }
+  const settings = Object.entries(others).map(([name, value]) =>
+    el("div", {}, el("dt", {}, line(name, 60)), el("dd", {}, line(said(value), 300))),
+  );
+  return [...shown, el("dl", { class: "settings" }, settings), raw("As it is stored", document)];
+}
+
+/** Tell which draws were given which sample, and for which one it was generated, where the ledger tells that. */
+function drawn(draws) {
+  const by = new Map();
+  for (const draw of draws) {
+    for (const index of new Set(draw.indices)) by.set(index, [...(by.get(index) ?? []), draw]);
+  }
+  const told = (draw, index) => {
+    if (!draw.generated) return "cached";
+    const makers = by.get(index).filter((other) => other.generated);
+    if (draw.generated >= draw.indices.length && makers.length === 1) return "generated";
+    return null;
+  };
+  return (index) => (by.get(index) ?? []).map((draw) => ({ draw, how: told(draw, index) }));
+}
+
+function who({ draw, how }) {
+  return el(
+    "li",
+    {},
+    draw.shared ? el("em", {}, "all namespaces") : listing({ namespace: draw.namespace ?? "" }, namespace(draw.namespace)),
+    draw.request_id ? el("span", {}, " ", line(draw.request_id, 60)) : null,
+    draw.occurrence ? ` #${number(draw.occurrence + 1)}` : null,
+    how === null ? null : el("span", { class: `tag ${how}` }, how),
+  );
+}
+
+const FACTS = [
+  ["prompt_tokens", "prompt"],
+  ["completion_tokens", "completion"],
+  ["cached_tokens", "cached by the provider"],
+  ["reasoning_tokens", "reasoning"],
+];
+
+function sample(item, drawers) {
+  const { summary, meta, value } = item;
+  const text = typeof summary?.text === "string" && summary.text ? summary.text : said(value);
+  const usage = FACTS.filter(([name]) => Number.isFinite(summary?.[name]) && summary[name] > 0);
+  const facts = [
+    ["Model", summary?.model && line(String(summary.model), 80)],
+    ["Ended by", summary?.finish_reason && line(String(summary.finish_reason), 40)],
+    ["Tokens", usage.map(([name, label]) => `${number(summary[name])} ${label}`).join(", ")],
+    ["Stored", Number.isFinite(meta?.at) ? when(meta.at) : null],
+    ["Took", Number.isFinite(meta?.seconds) ? `${meta.seconds.toFixed(2)} s` : null],
+  ].filter(([, fact]) => fact && fact.length !== 0);
+  const whose = drawers(item.index).map(who);
+  const title = `sample-${item.index}`;
+  return el(
+    "article",
+    { class: "sample", "aria-labelledby": title },
+    el("h3", { id: title, tabindex: "-1" }, `Sample ${item.index}`),
+    long(text),
+    el("dl", { class: "settings" }, facts.map(([name, fact]) => el("div", {}, el("dt", {}, name), el("dd", {}, fact)))),
+    whose.length ? el("p", { class: "label" }, "Drawn by") : el("p", { class: "quiet" }, "Drawn by nobody yet."),
+    whose.length ? el("ul", { class: "drawn" }, whose) : null,
+    raw("As it is stored", value),
+  );
+}
+
+async function drawsOf(place, signal) {
+  const draws = [];
+  let after = 0;
+  while (after !== null && draws.length < MOST_DRAWS) {
+    const page = await get(`${place}/draws`, { after, limit: 200 }, signal);
+    draws.push(...page.items);
+    after = page.next;
+  }
+  return { draws, whole: after === null };
+}
+
+export async function question(signal, query, key) {
+  const place = `keys/${encodeURIComponent(key)}`;
+  const from = query.get("from");
+  const [info, { draws, whole }, page] = await Promise.all([
+    get(place, {}, signal),
+    drawsOf(place, signal),
+    get(`${place}/samples`, { from, limit: SAMPLES }, signal),
+  ]);
+  const drawers = drawn(draws);
+  const here = new Set(page.items.map((item) => item.index));
+  const list = table("Draws, as the ledger has them", ["Namespace", "Request id", "Occurrence", "Samples", "Generated for it", "At"]);
+  for (const draw of draws.slice(0, 200)) {
+    const indices = draw.indices.slice(0, 50).flatMap((index, position) => [
+      position ? ", " : "",
+      here.has(index)
+        ? el("button", { type: "button", class: "link", "aria-label": `Sample ${index}`, onclick: () => document.getElementById(`sample-${index}`).focus() }, String(index))
+        : String(index),
+    ]);
+    if (draw.indices.length > 50) indices.push(" …");
+    const name = draw.shared ? el("em", {}, "all namespaces") : namespace(draw.namespace);
+    const id = draw.request_id ? el("span", {}, line(draw.request_id, 80)) : "–";
+    const made = `${number(draw.generated)} of ${number(draw.indices.length)}`;
+    list.row(name, id, String(draw.occurrence), el("span", {}, indices), made, when(draw.at) ?? "");
+  }
+  const left = draws.length > 200 || !whole ? "Only the first draws are shown." : null;
+  const self = `#/requests/${encodeURIComponent(key)}`;
+  return {
+    title: "Request",
+    nodes: [
+      el("h1", { tabindex: "-1" }, "Request"),
+      el(
+        "p",
+        { class: "facts" },
+        el("span", {}, plural(info.samples, "sample")),
+        el("span", {}, plural(info.namespaces, "namespace")),
+        el("span", {}, "first asked ", when(info.at) ?? ""),
+        info.scope ? el("span", {}, line(info.scope, 200)) : null,
+      ),
+      el("p", { class: "facts" }, el("code", { class: "key" }, line(info.key, 200))),
+      el("section", { "aria-labelledby": "asked" }, el("h2", { id: "asked" }, "Asked"), asked(info.document)),
+      el(
+        "section",
+        { "aria-labelledby": "samples" },
+        el("h2", { id: "samples" }, "Samples"),
+        page.items.length ? null : el("p", { class: "quiet" }, "There are none here."),
+        el("div", { class: "samples" }, page.items.map((item) => sample(item, drawers))),
+        el(
+          "nav",
+          { class: "pages", "aria-label": "Pages of samples" },
+          from ? el("a", { href: self }, "First samples") : null,
+          page.next === null ? null : el("a", { href: `${self}?from=${page.next}` }, "More samples"),
+        ),
+      ),
+      draws.length ? list.whole : null,
+      left && el("p", { class: "quiet" }, left),
+    ],
+  };
+}
