@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hmac
 from contextlib import suppress
 from typing import Final
@@ -27,6 +28,7 @@ class Access:
 
     def __init__(self, settings: Settings) -> None:
         self._names = settings.hosts
+        self._is_ours = functools.lru_cache(256)(self._named_ours)
         self._token = None if settings.token is None else settings.token.encode()
         self._any_name = settings.token is not None or not is_loopback(settings.host)
 
@@ -60,7 +62,7 @@ class Access:
         if origin is not None and not self._is_ours(origin):
             raise Refused(403, "bad_origin", f"pages of {origin[:200]!r} may not use this server")
 
-    def _is_ours(self, url: str) -> bool:
+    def _named_ours(self, url: str) -> bool:
         try:
             name = urlsplit(url).hostname or ""
         except ValueError:

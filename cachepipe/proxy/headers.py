@@ -113,11 +113,14 @@ def who_asks(upstream: str, headers: Pairs) -> bytes:
     It covers the upstream's name and every header that goes there, but for those which are of one call
     and neither grant nor change anything.
     """
-    digest = hashlib.blake2b(upstream.encode(), digest_size=16)
-    for name, value in sorted(headers):
-        if name not in _OF_ONE_CALL and not name.startswith(_FAMILIES):
-            digest.update(b"%d:%b%d:%b" % (len(name), name, len(value), value))
-    return digest.digest()
+    kept = [
+        b"%d:%b%d:%b" % (len(name), name, len(value), value)
+        for name, value in headers
+        if name not in _OF_ONE_CALL and not name.startswith(_FAMILIES)
+    ]
+    kept.sort()
+    kept.append(upstream.encode())
+    return hashlib.blake2b(b"".join(kept), digest_size=16).digest()
 
 
 def listed(name: bytes, values: Sequence[str]) -> list[tuple[bytes, bytes]]:

@@ -16,6 +16,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+_TURNS: Final = 5
 JSON: Final = (b"content-type", b"application/json")
 _PRIVATE: Final = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
 
@@ -146,6 +147,10 @@ class Turn:
 
     async def or_gone(self, *work: asyncio.Future[Any]) -> bool:
         """Wait until some work is done, or the client has gone; tell whether work is done."""
+        for _ in range(_TURNS):  # what is stored comes in a few turns, and needs no watch
+            if any(each.done() for each in work):
+                return True
+            await asyncio.sleep(0)
         if self._watch is None:
             self._watch = asyncio.get_running_loop().create_task(self._gone())
         await asyncio.wait((*work, self._watch), return_when=asyncio.FIRST_COMPLETED)
