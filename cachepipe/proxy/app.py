@@ -33,6 +33,7 @@ from cachepipe.typedefs import MODES, Mode
 
 _EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 _HIT: Final = (b"cache-status", b"cachepipe; hit")
+_COUNTING: Final = tuple(name.encode() for name in wire.ANSWER_HEADERS)
 _NEVER_AGAIN: Final = (b"x-should-retry", b"false")
 _SURFACES: Final = 1024  # credentials whose calls are kept apart, in memory at once
 _LABELS: Final = 10_000  # labelled runs of a server's life
@@ -305,9 +306,9 @@ class Proxy:
         query = turn.scope["query_string"].decode("latin-1")
         url = f"{route.url}?{query}" if query else route.url
         counting = {}
-        for name in wire.ANSWER_HEADERS:
-            if name.encode() in turn.named:
-                counting[name] = ", ".join(headers.said(turn.headers, name.encode()))
+        for name in _COUNTING:
+            if name in turn.named:
+                counting[name.decode()] = ", ".join(headers.said(turn.headers, name))
         read = self._read(route.api, url, counting, content)
         if read is None:  # the provider says what is wrong with it, if anything
             return await self._passed(turn, route, "fwd=bypass", content)
