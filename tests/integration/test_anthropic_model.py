@@ -75,7 +75,7 @@ async def test_c10_samples_are_shared_with_the_client_both_ways(server):
         async with client_of(server, cache=store, namespace="b") as client:
             ask = {"model": "m", "max_tokens": 12, "messages": HELLO}
             answers = [await client.messages.create(**ask) for _ in range(3)]
-            with_beta = await client.beta.messages.create(**ask, betas=["one"])
+            with_beta = await client.messages.create(**ask, extra_headers={"anthropic-beta": "one"})
         assert [text(answer) for answer in answers][:2] == first.data
         assert [info(answer).cached for answer in answers] == [(True,), (True,), (False,)]
         third = await pipeline.request(Asked(HELLO, n=3, namespace="c"))
@@ -124,7 +124,7 @@ async def test_plain_requests_become_bodies(server):
 async def test_errors_are_the_sdks_own_and_nothing_of_them_is_kept(server):
     store = MemoryStore()
     async with claude(server) as model, OnlineAPI(model, store) as pipeline:
-        server.settings = replace(server.settings, script=(529, "error_200", "malformed", "drop"))
+        server.settings = replace(server.settings, script=(500, "error_200", "malformed", "drop"))
         expected = (anthropic.InternalServerError, BadAnswer, BadAnswer, anthropic.APIConnectionError)
         for kind in expected:
             with pytest.raises(kind):
