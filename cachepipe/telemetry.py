@@ -16,6 +16,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import orjson
+
+from cachepipe.wire.usage import token_counts
+
 _OPERATIONS: Final = {
     "chat completions": "chat",
     "messages": "chat",
@@ -143,14 +147,12 @@ class Call:
         self,
         answer: Mapping[str, Any] | None = None,
         *,
-        tokens: Mapping[str, Any] | None = None,
         error: BaseException | None = None,
     ) -> None:
         """End the span. Idempotent.
 
         Args:
-            answer: what the provider answered, of which the model and the reasons to stop are told.
-            tokens: its usage, as `cachepipe.wire.token_counts` gives it.
+            answer: what the provider answered; its usage, model and reasons to stop are told.
             error: what it failed with.
         """
         if self._ended:
@@ -158,14 +160,14 @@ class Call:
         self._ended = True
         seconds = time.perf_counter() - self._begun
         answer = answer or {}
+        tokens = token_counts(answer.get("usage"))
         told: dict[str, Any] = {
             "gen_ai.response.id": answer.get("id"),
             "gen_ai.response.model": answer.get("model"),
             "gen_ai.response.finish_reasons": _reasons(answer),
         }
         used = {
-            kind: tokens.get(f"{name}_tokens") if tokens else None
-            for kind, name in (("input", "prompt"), ("output", "completion"))
+            kind: tokens[f"{name}_tokens"] for kind, name in (("input", "prompt"), ("output", "completion"))
         }
         told |= {f"gen_ai.usage.{kind}_tokens": count for kind, count in used.items()}
         self._span.set_attributes({name: value for name, value in told.items() if value})
@@ -182,6 +184,14 @@ class Call:
             if count:
                 self._tools.usage.record(count, {**shared, "gen_ai.token.type": kind})
         self._span.end()
+
+    def end_with(self, content: bytes) -> None:
+        """End the span with an answer as it has arrived."""
+        try:
+            answer = orjson.loads(content)
+        except orjson.JSONDecodeError:
+            answer = None
+        self.end(answer if isinstance(answer, dict) else None)
 
 
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:

@@ -747,7 +747,7 @@ class _Made:
         if self._passage is not None:
             self._passage.end(usage=usage, headers=self._headers, error=error)
         if self._span is not None:
-            self._span.end(answer, tokens=wire.token_counts(usage), error=error)
+            self._span.end(answer, error=error)
 
 
 def _read(content: bytes) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 
 import orjson
 
-from cachepipe import context, wire
+from cachepipe import context, telemetry, wire
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import Request, Response, field_names
 
@@ -106,10 +106,19 @@ class Connection:
         attempt = context.attempt.get()
         if attempt is not None and attempt.sole:
             options["max_retries"] = 0
-        answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
+        api = wire.api_for("POST", endpoint)
+        span = telemetry.begin(api.name if api is not None else endpoint, f"{client.base_url}", body)
+        try:
+            answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
+        except BaseException as error:
+            if span is not None:
+                span.end(error=error)
+            raise
         if attempt is not None:
             attempt.headers = answer.headers
         content: bytes = answer.content
+        if span is not None:
+            span.end_with(content)
         return content
 
     async def _connected(self) -> Any:

@@ -14,8 +14,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from cachepipe import MemoryStore, Services, telemetry
+from cachepipe import MemoryStore, OnlineAPI, Request, Services, telemetry
 from cachepipe.clients import AsyncOpenAI, OpenAI
+from cachepipe.models import OpenAIModel
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio
@@ -122,6 +123,23 @@ async def test_a_synchronous_call_is_a_child_of_its_callers_span(spans):
     [span] = [span for span in spans() if span.name != "work"]
     assert span.name == "embeddings e"
     assert span.parent.span_id == parent.get_span_context().span_id
+
+
+async def test_an_adapters_call_is_a_span_as_well(server, spans):
+    async with (
+        OpenAIModel("m", base_url=server.base_url, api_key="k", max_retries=0) as model,
+        OnlineAPI(model, MemoryStore()) as pipeline,
+    ):
+        await pipeline.request(Request("p"))
+        await pipeline.request(Request("p", namespace="b"))
+        server.settings = MockSettings(script=(400,))
+        with pytest.raises(openai.BadRequestError):
+            await pipeline.request(Request("q"))
+    first, second = spans()
+    assert first.name == second.name == "chat m"
+    assert first.attributes["gen_ai.usage.input_tokens"] > 0
+    assert first.attributes["server.port"] == server.port
+    assert second.attributes["error.type"] == "400"
 
 
 async def test_durations_and_tokens_are_counted(server, spans, exporter):
