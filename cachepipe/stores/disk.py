@@ -104,8 +104,10 @@ class DiskStore(SqlStore):
                 self.folder.chmod(0o700)
         with leases.alone(self.folder):
             for name in (_SHELF, _LEDGER):
-                # SQLite gives its side files the permissions of the database.
-                os.close(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600))
+                # SQLite gives its side files the permissions of the database. A file that is there is not
+                # opened: closing it would drop the locks that SQLite holds on it anywhere in this process.
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             self._make_shelf(theirs)
             ledger = self._connect(_LEDGER)
             try:

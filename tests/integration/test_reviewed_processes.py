@@ -243,3 +243,15 @@ with cachepipe.run():
 @FORKS
 def test_c2_a_child_forked_inside_a_run_is_another_run(tmp_path):
     assert script(IN_RUN, tmp_path) == ["parent 0", "child 0", "parent in run 0", "child in run 0"]
+
+
+def test_a_folder_opened_twice_is_still_open_for_other_processes(tmp_path):
+    """Else another process that ends believes itself the last one, and removes the logs that are in use."""
+    store = DiskStore(tmp_path)
+    known(store)
+    DiskStore(tmp_path).close()
+    code = "import sys, cachepipe; cachepipe.DiskStore(sys.argv[1]).close()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    logs = sorted(path.name for path in tmp_path.glob("*-wal"))
+    store.close()
+    assert logs == ["cache.db-wal", "ledger.cache.db-wal"]
