@@ -204,7 +204,8 @@ class FolderKeeper:
         try:
             if not self.path.exists():
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                with contextlib.suppress(FileExistsError):  # it is never opened twice: see DiskStore
+                    os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             with contextlib.closing(
                 sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
             ) as connection:
