@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from cachepipe import CacheMiss, MemoryStore, OnlineAPI, Request, Service, Services, using, wrap
+from cachepipe import CacheMiss, MemoryStore, OnlineAPI, Request, Service, Services, alcall, using, wrap
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.flow import Clock
 from cachepipe.models import OpenAIModel
@@ -207,6 +207,38 @@ def test_a_synchronous_call_without_the_cache_is_made_again(threaded):
         with pytest.raises(openai.AuthenticationError):
             client.chat.completions.create(**hello())
     assert threaded.stats.requests == 4
+
+
+async def test_a_rate_that_the_server_does_not_tell_is_kept_to_without_an_error(server):
+    """Small here; ``python -m benchmarks.hidden_rate`` measures how much of the rate is used."""
+    server.settings = MockSettings(rate=100.0, burst=20, latency=0.01, max_tokens=4)
+    service = Services.custom(server.base_url, **FREE)
+    async with service.client(MemoryStore()) as client:
+
+        async def ask(number):
+            return text(await client.chat.completions.create(**hello(number)))
+
+        assert len(await alcall(range(200), ask)) == 200
+    stats = service.stats()
+    refused = server.stats.by_path["/v1/chat/completions"][429]
+    assert (stats.answered, stats.refused, stats.calls) == (200, refused, 200 + refused)
+    assert 0 < refused < 60
+    assert service.flow.limits.learned()["m"]["pace"] < 200
+
+
+async def test_anthropics_clients_are_limited_and_retried_by_their_service(server):
+    faults = tuple(Fault(kind="status", status=status, retry_after=0.01) for status in (429, 503))
+    server.settings = MockSettings(seed=1, max_tokens=8, script=faults)
+    service = Services.Anthropic(
+        base_url=server.base_url, api_key="k", max_tokens=None, adaptive=False, clock=Hurried()
+    )
+    asked = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}
+    async with service.client(MemoryStore(), "a") as client:
+        answer = await client.messages.create(**asked)
+        assert (await client.in_namespace("b").messages.create(**asked)).content == answer.content
+    stats = service.stats()
+    assert (stats.calls, stats.refused, stats.overloaded, stats.answered) == (3, 1, 1, 1)
+    assert server.stats.requests == 3
 
 
 # Keys and addresses.
