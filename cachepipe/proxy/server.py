@@ -90,6 +90,8 @@ class Protocol(HttpToolsProtocol):
         """
         self._stop_waiting()
         self._in_head, self._head = False, 0
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise ValueError("requests are HTTP/1.1")
         if not self.url.startswith(b"/") or self.url.startswith(b"//"):
             raise ValueError("a request names a path")
         if sum(name == b"host" for name, _ in self.headers) > 1:

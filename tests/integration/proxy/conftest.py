@@ -93,9 +93,9 @@ class Recorder:
         self.answers = []
 
 
-@pytest.fixture
-def recorder():
-    """An upstream that records what it gets, and answers as it is told."""
+@contextlib.contextmanager
+def recording():
+    """Run an upstream that records what it gets, and answers as it is told."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -153,6 +153,23 @@ def recorder():
     listener.shutdown()
     listener.server_close()
     thread.join()
+
+
+@pytest.fixture
+def recorder():
+    """An upstream that records what it gets, and answers as it is told."""
+    with recording() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A proxy for many tests, and the upstream that records what comes through it."""
+    with recording() as made:
+        upstreams = (Upstream.of("recorder", made.base_url),)
+        options = {"cache": str(tmp_path_factory.mktemp("cache")), "port": 0, "log": "off"}
+        with running(Settings(upstreams=upstreams, **options)) as server:
+            yield server, made
 
 
 @pytest.fixture

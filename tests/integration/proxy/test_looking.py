@@ -98,7 +98,8 @@ def test_the_cache_can_be_browsed_and_searched(proxy, http, helpers):
         ("/cachepipe/nothing", 404),
     ],
 )
-def test_what_is_not_there_is_an_error_in_words(proxy, path, status):
+def test_what_is_not_there_is_an_error_in_words(recorded, path, status):
+    proxy, _ = recorded
     answer = httpx2.get(f"{proxy.url}{path}")
     assert (answer.status_code, bool(answer.json()["error"]["message"])) == (status, True)
     assert httpx2.delete(f"{proxy.url}/cachepipe/api/keys").status_code == 405

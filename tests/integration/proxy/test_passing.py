@@ -13,9 +13,17 @@ ANSWERED = [("content-type", "text/plain")]
 
 
 @pytest.fixture
-def passing(serve, recorder):
-    """A proxy in front of the recorder."""
-    return serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+def passing(recorded):
+    """The proxy in front of the recorder."""
+    recorded[1].requests.clear()
+    recorded[1].answers.clear()
+    return recorded[0]
+
+
+@pytest.fixture
+def recorder(passing, recorded):
+    """The recorder behind it."""
+    return recorded[1]
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PATCH", "PUT", "OPTIONS", "POST"])

@@ -47,9 +47,10 @@ TARGETS = [
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_target_leads_anywhere_but_to_the_upstreams(serve, recorder, raw, target):
-    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
-    answer = raw(proxy, b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % target)
+def test_no_target_leads_anywhere_but_to_the_upstreams(recorded, raw, target):
+    proxy, recorder = recorded
+    request = b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % target
+    answer = raw(proxy, request, end=False)
     assert status(answer) in (400, 403, 404), answer
     assert not recorder.requests
 
@@ -78,9 +79,10 @@ def test_no_target_leads_anywhere_but_to_the_upstreams(serve, recorder, raw, tar
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )
-def test_what_two_servers_may_read_differently_is_refused(serve, recorder, raw, request_):
-    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
-    answer = raw(proxy, request_)
+def test_what_two_servers_may_read_differently_is_refused(recorded, raw, request_):
+    proxy, recorder = recorded
+    recorder.requests.clear()
+    answer = raw(proxy, request_, end=False)
     assert not answer or 400 <= status(answer) < 600, answer
     assert answer.count(b"HTTP/1.1 ") <= 1
     assert not recorder.requests

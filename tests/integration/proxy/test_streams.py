@@ -9,7 +9,6 @@ import threading
 import httpx2
 import pytest
 
-from cachepipe.proxy.settings import Upstream
 from cachepipe.testing import MockSettings
 
 HEAD = b'{"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":'
@@ -24,9 +23,17 @@ STREAM = [("content-type", "text/event-stream"), ("x-open", "1"), ("x-ratelimit-
 
 
 @pytest.fixture
-def streaming(serve, recorder):
-    """A proxy in front of the recorder."""
-    return serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+def streaming(recorded):
+    """The proxy in front of the recorder."""
+    recorded[1].requests.clear()
+    recorded[1].answers.clear()
+    return recorded[0]
+
+
+@pytest.fixture
+def recorder(streaming, recorded):
+    """The recorder behind it."""
+    return recorded[1]
 
 
 def test_a_stream_passes_byte_for_byte(streaming, recorder, http, asked, helpers):
