@@ -34,6 +34,18 @@ class Using(NamedTuple):
     request_id: str | Inherited | None = INHERITED
     mode: Mode | Inherited = INHERITED
 
+    def namespace_of(self, usual: str | None) -> str | None:
+        """Return the namespace that holds, given the one that does without any block."""
+        return usual if isinstance(self.namespace, Inherited) else self.namespace
+
+    def request_id_of(self) -> str | None:
+        """Return the request id that holds."""
+        return None if isinstance(self.request_id, Inherited) else self.request_id
+
+    def mode_of(self, usual: Mode) -> Mode:
+        """Return the mode that holds, given the one that does without any block."""
+        return usual if isinstance(self.mode, Inherited) else self.mode
+
 
 _NOTHING: Final = Using()
 _current: ContextVar[Using] = ContextVar("cachepipe_using", default=_NOTHING)

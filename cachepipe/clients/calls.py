@@ -22,6 +22,7 @@ from cachepipe.clients.exchange import Answer, Exchange, Surface, id_header
 from cachepipe.clients.portal import portal
 from cachepipe.clients.seam import Arrived
 from cachepipe.clients.tape import SyncTape
+from cachepipe.keys import Question
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 """How JSON values are told from others: those have no JSON by this."""
@@ -75,6 +76,8 @@ class Call(Exchange):
         asks: what it asks.
         mode: how the cache is used.
         using: what the caller has set for it.
+        place: its URL and the headers that it is known to be sent with, where they are known.
+        questions: see `Exchange`.
     """
 
     def __init__(
@@ -91,12 +94,14 @@ class Call(Exchange):
         asks: Any,
         mode: Any,
         using: context.Using,
+        place: tuple[str, Mapping[str, str]] | None = None,
+        questions: list[Question] | None = None,
     ) -> None:
         self.client = client
         self.cast_to = cast_to
         self.options = options
         self.stream_cls = stream_cls
-        self.url = seam.url_of(client, options, body)
+        self.url, headers = place or (seam.url_of(client, options, body), seam.sent_headers(client, options))
         self.context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
         self.receive = client._receive  # noqa: SLF001 - its other half
@@ -106,14 +111,13 @@ class Call(Exchange):
             body,
             asks,
             self.url,
-            seam.sent_headers(client, options),
+            headers,
             stream=stream,
             alone=not seam.is_plain(options),
             mode=mode,
-            namespace=surface.namespace
-            if isinstance(using.namespace, context.Inherited)
-            else using.namespace,
-            request_id=None if isinstance(using.request_id, context.Inherited) else using.request_id,
+            namespace=using.namespace_of(surface.namespace),
+            request_id=using.request_id_of(),
+            questions=questions,
         )
         self.max_retries = seam.own_retries(client, options)
 
@@ -121,7 +125,7 @@ class Call(Exchange):
     def of(cls, client: Any, surface: Surface, cast_to: Any, options: Any, **how: Any) -> Self | None:
         """Return the call that a request of the SDK is, or None when it is not to be cached."""
         using = context.current()
-        mode = surface.mode if isinstance(using.mode, context.Inherited) else using.mode
+        mode = using.mode_of(surface.mode)
         if mode == "bypass" or surface.backing.closed:
             return None
         api = wire.api_for(options.method, str(options.url))

@@ -147,8 +147,8 @@ class Surface:
     repeat: Repeat
     service: Any = None
     cachers: dict[tuple[Mode, Repeat], AsyncCacher] = dataclasses.field(default_factory=dict)
-    served: dict[tuple[Any, str, str | None], tuple[Any, int]] = dataclasses.field(default_factory=dict)
-    """Who asked last in a loop's turn for a key and a namespace, and how many samples are asked for."""
+    served: dict[Any, dict[tuple[str, str | None], tuple[Any, int]]] = dataclasses.field(default_factory=dict)
+    """By loop: who asked last in its turn for a key and a namespace, and for how many samples so far."""
 
     def __post_init__(self) -> None:
         if self.service is not None and not isinstance(getattr(self.service, "flow", None), Flow):
@@ -205,6 +205,21 @@ class Surface:
     def named(self, namespace: str | None) -> Self:
         """Return the surface of the same client in another namespace; they share calls."""
         return dataclasses.replace(self, namespace=namespace)
+
+    def merged(self, key: str, namespace: str | None, n: int) -> list[bool]:
+        """Return of each sample asked for now whether it is merged with one before it in this turn (C6)."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
+        served = self.served.get(loop)
+        if served is None:
+            served = self.served[loop] = {}
+            loop.call_soon(self.served.pop, loop, None)
+        opened = served.get((key, namespace))
+        before = 0
+        if opened is not None and opened[0] is not task:  # one task's own requests come one after the other
+            before = opened[1]
+        served[key, namespace] = (task, before + n)
+        return [number > 0 for number in range(before, before + n)]
 
     def cacher(self, mode: Mode) -> AsyncCacher:
         """Return what draws samples in a mode."""
@@ -294,6 +309,63 @@ def questions_of(
     ]
 
 
+def recalled(
+    surface: Surface,
+    asks: Sequence[wire.Ask],
+    questions: Sequence[Question],
+    namespace: str | None,
+    request_id: str | None,
+) -> list[Grant] | None:
+    """Return the samples of a request's draws when the ledger and the store have them all, else None.
+
+    Nothing is written. It may be called from any thread.
+    """
+    store = surface.backing.store
+    if store.read_only:
+        return None
+    occurrences = runs.current(store.identity)
+    taken: list[Draw] = []
+    grants: list[Grant] = []
+    user = label(namespace)
+    try:
+        for ask, question in zip(asks, questions, strict=True):
+            if question.function or surface.repeat == "same":
+                identity = Draw(SHARED, question.key, "", 0)
+                if (question.key, user) not in occurrences.used:
+                    return None
+            else:
+                place = (user, question.key, request_id or "")
+                identity = Draw(*place, occurrences.take(place))
+                taken.append(identity)
+            grant = store.recall(identity, ask.n)
+            if grant is None or grant.shared:
+                return None
+            grants.append(grant)
+    finally:
+        if len(grants) < len(asks):  # the cacher begins anew, with the same numbers
+            for draw in taken:
+                occurrences.give_back(draw)
+    for draw in taken:
+        occurrences.count(draw, fresh_id=False)
+    return grants
+
+
+def responses_of(
+    questions: Sequence[Question], grants: Sequence[Grant], duplicated: Sequence[list[bool]]
+) -> list[Response]:
+    """Return the responses that grants from the ledger are."""
+    return list(map(_cached, questions, grants, duplicated))
+
+
+def body_from(api: wire.Api, ask: wire.Ask, samples: Sequence[Kept]) -> bytes:
+    """Return the JSON of an answer that is put together from samples."""
+    payloads = [sample.payload for sample in samples]
+    for payload in payloads:
+        if _MARKED in payload:
+            return dump(api.answer([sample.value for sample in samples], ask))
+    return api.answer_bytes(payloads, ask)
+
+
 class Exchange:
     """One request whose answer may come from the cache. Subclasses define `send`.
 
@@ -372,34 +444,10 @@ class Exchange:
         """
         if self.mode == "replay":
             return self._replayed()
-        store = self.surface.backing.store
-        if self.mode != "read-write" or store.read_only:
+        if self.mode != "read-write":
             return None
-        occurrences = runs.current(store.identity)
-        taken: list[Draw] = []
-        grants: list[Grant] = []
-        user = label(self.namespace)
-        try:
-            for ask, question in zip(self.asks, self.questions, strict=True):
-                if question.function or self.surface.repeat == "same":
-                    identity = Draw(SHARED, question.key, "", 0)
-                    if (question.key, user) not in occurrences.used:
-                        return None
-                else:
-                    place = (user, question.key, self.request_id or "")
-                    identity = Draw(*place, occurrences.take(place))
-                    taken.append(identity)
-                grant = store.recall(identity, ask.n)
-                if grant is None or grant.shared:
-                    return None
-                grants.append(grant)
-        finally:
-            if len(grants) < len(self.asks):  # the cacher begins anew, with the same numbers
-                for draw in taken:
-                    occurrences.give_back(draw)
-        for draw in taken:
-            occurrences.count(draw, fresh_id=False)
-        return self._granted(grants)
+        grants = recalled(self.surface, self.asks, self.questions, self.namespace, self.request_id)
+        return None if grants is None else self.granted(grants)
 
     def _replayed(self) -> Answer:
         """Return the answer when all of it is stored, claimed in memory only; see `known`."""
@@ -426,32 +474,26 @@ class Exchange:
                 if grant is None:
                     raise CacheMiss(question.key, self.namespace, self.body)
                 grants.append(grant)
-        return self._granted(grants)
+        return self.granted(grants)
 
-    def _granted(self, grants: Sequence[Grant]) -> Answer:
-        responses = [
-            _cached(self.questions[place], grant, self._flags(place)) for place, grant in enumerate(grants)
-        ]
-        self.record.responses = responses
+    def granted(self, grants: Sequence[Grant]) -> Answer:
+        """Return the answer that holds these samples."""
+        flags = [self._flags(place) for place in range(len(grants))]
+        responses = self.record.responses = responses_of(self.questions, grants, flags)
         return self._made([sample for response in responses for sample in response.data])
 
     in_turns = True
     """Whether requests come from an event loop, in whose turns equal ones are served together."""
 
-    def _flags(self, place: int) -> list[bool]:
+    @classmethod
+    def flags(cls, surface: Surface, namespace: str | None, question: Question, ask: wire.Ask) -> list[bool]:
         """Return of each sample of a question whether it is merged with one before it (C6)."""
-        n, before = self.asks[place].n, 0
-        if self.in_turns:
-            loop = asyncio.get_running_loop()
-            served, group = self.surface.served, (loop, self.questions[place].key, self.namespace)
-            task = asyncio.current_task(loop)
-            opened = served.get(group)
-            if opened is None:
-                loop.call_soon(served.pop, group, None)
-            elif opened[0] is not task:  # one task's own requests come one after the other
-                before = opened[1]
-            served[group] = (task, before + n)
-        return [number > 0 for number in range(before, before + n)]
+        if cls.in_turns:
+            return surface.merged(question.key, namespace, ask.n)
+        return [number > 0 for number in range(ask.n)]
+
+    def _flags(self, place: int) -> list[bool]:
+        return self.flags(self.surface, self.namespace, self.questions[place], self.asks[place])
 
     def _made(self, samples: Sequence[Kept]) -> Answer:
         """Return an answer put together from samples."""
@@ -459,11 +501,7 @@ class Exchange:
         if self.stream:
             events = self.api.stream([sample.value for sample in samples], self.asks[0])
             return Answer(Source(list(events)), made_by=made_by)
-        payloads = [sample.payload for sample in samples]
-        if any(_MARKED in payload for payload in payloads):
-            whole = self.api.answer([sample.value for sample in samples], self.asks[0])
-            return Answer(dump(whole), made_by=made_by)
-        return Answer(self.api.answer_bytes(payloads, self.asks[0]), made_by=made_by)
+        return Answer(body_from(self.api, self.asks[0], samples), made_by=made_by)
 
     # Draws.
 
@@ -480,7 +518,8 @@ class Exchange:
             if self.stream and len(requests) == 1:
                 return await self._streamed(cacher, requests[0], loop)
             if len(requests) == 1:
-                responses = [await cacher.draw(requests[0], self.questions[0], loop, self._flags(0))]
+                flags = self._flags(0)
+                responses = [await cacher.draw(requests[0], self.questions[0], loop, flags, looked=True)]
             else:
                 responses = await self._several(cacher, requests, loop)
         except Unkept as unkept:
@@ -525,7 +564,9 @@ class Exchange:
     async def _streamed(self, cacher: AsyncCacher, request: Asked, loop: asyncio.AbstractEventLoop) -> Answer:
         """Return the stream itself when this request is the one that generates it, else a replay of it."""
         live = self.live = loop.create_future()
-        task = self.task = _begun(cacher.draw(request, self.questions[0], loop, self._flags(0)), loop)
+        task = self.task = _begun(
+            cacher.draw(request, self.questions[0], loop, self._flags(0), looked=True), loop
+        )
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
         try:
@@ -763,9 +804,14 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
+def kept_of(grant: Grant) -> list[Kept]:
+    """Return the samples of a grant that is whole."""
+    return [Kept(sample.payload, sample.header) for sample in grant.samples if sample is not None]
+
+
 def _cached(question: Question, grant: Grant, duplicated: list[bool]) -> Response:
     """Return the response that a grant from the ledger is."""
-    samples = [Kept(sample.payload, sample.header) for sample in grant.samples if sample is not None]
+    samples = kept_of(grant)
     response = Response(samples, [True] * len(samples), duplicated)
     response.indices = tuple(grant.indices)
     response.key = question.key

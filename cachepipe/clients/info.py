@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,10 +88,14 @@ class Record:
         self.namespace = namespace
         self.request_id = request_id
         self.responses: Sequence[Response] | None = None
+        self.later: Callable[[], Sequence[Response]] | None = None
+        """What makes the responses when somebody wants to know."""
 
     def info(self) -> Info:
         """Return what is known now."""
         responses = self.responses
+        if responses is None and self.later is not None:
+            responses = self.responses = self.later()
         if responses is None:
             return Info(self.keys[0], self.keys, self.namespace, self.request_id, complete=False)
         samples = [sample.value for response in responses for sample in response.data]

@@ -50,8 +50,7 @@ class _Cached:
 
     def _passing(self, options: Any) -> dict[str, Any]:
         """Return what the flow control is told of a call."""
-        using = context.current().namespace
-        namespace = self._cachepipe.namespace if isinstance(using, context.Inherited) else using
+        namespace = context.current().namespace_of(self._cachepipe.namespace)
         body = body_of(options) or {}
         return {"body": body, "namespace": namespace, "max_retries": seam.own_retries(self, options)}
 

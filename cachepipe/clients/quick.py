@@ -20,7 +20,14 @@ import orjson
 from cachepipe import context, wire
 from cachepipe.clients import info, seam
 from cachepipe.clients.calls import STRICT, Call, SyncCall
-from cachepipe.clients.exchange import Answer
+from cachepipe.clients.exchange import (
+    Answer,
+    body_from,
+    kept_of,
+    questions_of,
+    recalled,
+    responses_of,
+)
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
@@ -111,10 +118,12 @@ def _async_create(kind: Any, own: Any) -> Callable[..., Any]:
             finally:
                 lesson.reset(token)
                 _note_shape(shapes, taught)
-        call = _call(Call, seam.client_of(self), shape, given)
-        if call is None:
+        begun = _begin(Call, seam.client_of(self), shape, given)
+        if begun is None:
             return await own(self, **arguments)
-        answer = call.known()
+        made, call, answer = begun
+        if call is None:
+            return made
         if answer is None:
             answer = await call.drawn()
         made = _built(call, answer)
@@ -141,10 +150,12 @@ def _sync_create(kind: Any, own: Any) -> Callable[..., Any]:
             finally:
                 lesson.reset(token)
                 _note_shape(shapes, taught)
-        call = _call(SyncCall, seam.client_of(self), shape, given)
-        if call is None:
+        begun = _begin(SyncCall, seam.client_of(self), shape, given)
+        if begun is None:
             return own(self, **arguments)
-        answer = call.known()
+        made, call, answer = begun
+        if call is None:
+            return made
         if answer is None:
             answer = call.wait()
         made = _built(call, answer)
@@ -160,36 +171,62 @@ def _note_shape(shapes: dict[tuple[str, ...], Shape], taught: Lesson) -> None:
         shapes[tuple(taught.arguments)] = taught.shape
 
 
-def _call(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
-    """Return the call that these arguments make, or None if they are for the SDK."""
+def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
+    """Begin the call that these arguments make; return None if they are for the SDK.
+
+    Returns:
+        The SDK's object, if all of it is known; else None, the call, and the answer if that is known.
+    """
     surface = client._cachepipe  # noqa: SLF001 - it is ours
     using = context.current()
-    mode = surface.mode if isinstance(using.mode, context.Inherited) else using.mode
+    mode = using.mode_of(surface.mode)
     if mode == "bypass" or surface.backing.closed or seam.is_strict(client):
         return None
     if not _is_json(given) or not _is_usual(seam.kind_of(client)) or "request" in vars(client):
         return None
-    added = shape.added
+    api, added = shape.api, shape.added
     body = {name: given[name] if name in given else added[name] for name in shape.names}
     try:
-        asks = shape.api.split(body)
+        asks = api.split(body)
     except wire.BadRequest:
         return None
-    if any(not ask.cacheable or ask.stream for ask in asks):
-        return None
-    return kind(
+    for ask in asks:
+        if ask.stream or not ask.cacheable:
+            return None
+    place = seam.place_of(client, shape.options, body)
+    questions = questions_of(api, asks, *place, scope=surface.scope)
+    grants = None
+    if mode == "read-write":
+        namespace, request_id = using.namespace_of(surface.namespace), using.request_id_of()
+        grants = recalled(surface, asks, questions, namespace, request_id)
+        if grants is not None:
+            samples = [kept for grant in grants for kept in kept_of(grant)]
+            content = body_from(api, asks[0], samples)
+            made = seam.validated(shape.cast_to, content, shape.options, samples[0].made_by)
+            if made is not None:
+                flags = [
+                    kind.flags(surface, namespace, *asked) for asked in zip(questions, asks, strict=True)
+                ]
+                names = tuple([question.key for question in questions])
+                record = info.Record(names, namespace, request_id, place[0])
+                record.later = functools.partial(responses_of, questions, grants, flags)
+                info.note(made, record)
+                return made, None, None
+    how: dict[str, Any] = {"api": api, "body": body, "asks": asks, "mode": mode, "using": using}
+    call = kind(
         client,
         surface,
         shape.cast_to,
         shape.options,
         stream=False,
         stream_cls=None,
-        api=shape.api,
-        body=body,
-        asks=asks,
-        mode=mode,
-        using=using,
+        place=place,
+        questions=questions,
+        **how,
     )
+    if mode == "replay":
+        return None, call, call.known()
+    return None, call, None if grants is None else call.granted(grants)
 
 
 def _is_json(value: Any) -> bool:

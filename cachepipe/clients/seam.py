@@ -379,6 +379,39 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
     return f"{url}{'&' if '?' in url else '?'}{text}" if text else url
 
 
+class Place(NamedTuple):
+    """Where calls go that have nothing of their own beside their body, while their client stays as it is."""
+
+    options: Any
+    base: Any
+    query: Mapping[str, Any]
+    given: Mapping[str, Any]
+    url: str
+    headers: Mapping[str, str]
+
+
+def place_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
+    """Return the full URL and the known headers of a call as `url_of` and `sent_headers` do.
+
+    For a call with nothing of its own beside its body, they are remembered with the client by ``options``.
+    """
+    places = vars(client).setdefault("_cachepipe_places", {})
+    place: Place | None = places.get(id(options))
+    base, query, given = client.base_url, client.default_query, client._custom_headers  # noqa: SLF001 - this is the place
+    if (
+        place is not None
+        and place.options is options
+        and place.base is base
+        and place.query == query
+        and place.given == given
+    ):
+        return place.url, place.headers
+    url, headers = url_of(client, options, body), sent_headers(client, options)
+    if not _is_azure(kind_of(client)):  # where the URL tells the model
+        places[id(options)] = Place(options, base, dict(query), dict(given), url, headers)
+    return url, headers
+
+
 @functools.lru_cache(maxsize=64)
 def _is_azure(kind: Any) -> bool:
     return any(base.__module__ == "openai.lib.azure" for base in kind.__mro__)

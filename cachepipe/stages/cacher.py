@@ -107,6 +107,8 @@ class AsyncCacher(Stage):
         loop: asyncio.AbstractEventLoop,
         duplicated: list[bool] | None = None,
         receipts: list[Receipt] | None = None,
+        *,
+        looked: bool = False,
     ) -> Response:
         """Return the samples of a draw of a question that is known already, on the running loop.
 
@@ -116,8 +118,9 @@ class AsyncCacher(Stage):
             loop: the running loop.
             duplicated: the flags that a deduplicator in front gives it.
             receipts: gets what ``take_back`` needs when the response does not reach its caller.
+            looked: whether the caller has just looked, and the ledger does not hold it.
         """
-        begun = self.begin(request, question, loop, duplicated, receipts)
+        begun = self.begin(request, question, loop, duplicated, receipts, looked=looked)
         return begun if isinstance(begun, Response) else await begun
 
     def begin(
@@ -127,6 +130,8 @@ class AsyncCacher(Stage):
         loop: asyncio.AbstractEventLoop,
         duplicated: list[bool] | None = None,
         receipts: list[Receipt] | None = None,
+        *,
+        looked: bool = False,
     ) -> Response | Coroutine[Any, Any, Response]:
         """Begin a draw as ``draw`` does: return the response if all of it is there, else what to await."""
         self._check_open()
@@ -136,7 +141,9 @@ class AsyncCacher(Stage):
             engine.merged += sum(duplicated)
         if self.mode == "bypass":
             return self._bypass(lane, request, question, duplicated)
-        begun = engine.begin(lane, request, question, self.mode, self.repeat, duplicated, receipts)
+        begun = engine.begin(
+            lane, request, question, self.mode, self.repeat, duplicated, receipts, looked=looked
+        )
         return begun if isinstance(begun, Response) else engine.finish(begun, duplicated, receipts)
 
     def take_back(self, receipts: Iterable[Receipt]) -> None:

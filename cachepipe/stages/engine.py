@@ -244,6 +244,8 @@ class Engine:
         repeat: Repeat,
         duplicated: list[bool] | None,
         receipts: list[Receipt] | None,
+        *,
+        looked: bool = False,
     ) -> Response | _Draw:
         """Return the response when the ledger and the store have it all, else the draw to wait for."""
         self.requests += 1
@@ -267,6 +269,7 @@ class Engine:
             # In a crowd the claims of this turn, in one transaction, also find what is known already.
             if (
                 mode == "read-write"
+                and not looked
                 and lane.idle
                 and request.n <= MANY
                 and (user is None or (question.key, user) in occurrences.used)
