@@ -41,8 +41,9 @@ class Access:
         if turn.method in ("CONNECT", "TRACE"):
             raise Refused(405, "bad_method", f"{turn.method} is not served here")
         if turn.named.get(b"upgrade", b"").strip().lower() == b"websocket":
+            close = [(b"connection", b"close")]
             raise Refused(
-                501, "no_websockets", "WebSockets are not passed on; connect to the provider itself"
+                501, "no_websockets", "WebSockets are not passed on; connect to the provider itself", close
             )
         if not self._any_name:
             self._check_names(turn)
