@@ -43,9 +43,25 @@ function cut(text, most) {
   return `${text.slice(0, end)}…`;
 }
 
+const PIECE = 8000;
+
+/** Return a text as blocks, of which browsers lay out only those in sight: one of a megabyte stops them. */
+function pieces(text) {
+  const made = [];
+  for (let from = 0; from < text.length; ) {
+    let to = Math.min(from + PIECE, text.length);
+    const end = text.lastIndexOf("\n", to - 1) + 1;
+    if (to < text.length && end > from) to = end;
+    else if (to < text.length && /[\ud800-\udbff]/.test(text[to - 1])) to -= 1;
+    made.push(el("div", { class: "piece", dir: "auto" }, visible(text.slice(from, to))));
+    from = to;
+  }
+  return made;
+}
+
 /** Return a text of any length, of which the beginning is shown until all of it is asked for. */
 export function long(text, most = 2000) {
-  const shown = el("div", { class: "text", dir: "auto" }, visible(cut(text, most)));
+  const shown = el("div", { class: "text" }, pieces(cut(text, most)));
   if (text.length <= most) return shown;
   const more = el("button", { type: "button", "aria-expanded": "false" });
   const tell = (whole) => {
@@ -55,7 +71,7 @@ export function long(text, most = 2000) {
   tell(false);
   more.addEventListener("click", () => {
     const whole = more.getAttribute("aria-expanded") === "false";
-    shown.replaceChildren(...visible(whole ? text : cut(text, most)));
+    shown.replaceChildren(...pieces(whole ? text : cut(text, most)));
     tell(whole);
   });
   return el("div", {}, shown, more);

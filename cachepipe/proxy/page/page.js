@@ -23,14 +23,14 @@ function put(title, ...nodes) {
   main.removeAttribute("aria-busy");
   document.title = `${title} · cachepipe`;
   if (!first) {
-    (main.querySelector("[autofocus]") ?? main.querySelector("h1"))?.focus();
+    main.querySelector("h1")?.focus();
     scrollTo(0, 0);
   }
   first = false;
 }
 
 function login(wrong) {
-  const input = el("input", { id: "token", type: "password", autocomplete: "current-password", required: true, autofocus: true });
+  const input = el("input", { id: "token", type: "password", autocomplete: "current-password", required: true });
   const form = el(
     "form",
     { class: "login" },

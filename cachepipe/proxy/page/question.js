@@ -39,19 +39,32 @@ function asked(document) {
   return [...shown, el("dl", { class: "settings" }, settings), raw("As it is stored", document)];
 }
 
-/** Tell which draws were given which sample, and for which one it was generated, where the ledger tells that. */
+/**
+ * Tell which draws were given which sample, and whether it was generated for them.
+ *
+ * The ledger has how many samples were generated for a draw. A sample is generated once, so that mostly says
+ * which: what is known of one draw is followed to the others until nothing new comes of it.
+ */
 function drawn(draws) {
-  const by = new Map();
-  for (const draw of draws) {
-    for (const index of new Set(draw.indices)) by.set(index, [...(by.get(index) ?? []), draw]);
+  const sets = draws.map((draw) => new Map([...new Set(draw.indices)].map((index) => [index, null])));
+  const having = new Map();
+  for (const told of sets) for (const index of told.keys()) having.set(index, [...(having.get(index) ?? []), told]);
+  for (let news = true; news; ) {
+    news = false;
+    for (const [place, told] of sets.entries()) {
+      const unknown = [...told.keys()].filter((index) => told.get(index) === null);
+      const left = draws[place].generated - [...told.values()].filter((how) => how === "generated").length;
+      if (!unknown.length || (left > 0 && left < unknown.length)) continue;
+      news = true;
+      for (const index of unknown) {
+        told.set(index, left > 0 ? "generated" : "cached");
+        if (left <= 0) continue;
+        for (const other of having.get(index)) if (other !== told) other.set(index, "cached");
+      }
+    }
   }
-  const told = (draw, index) => {
-    if (!draw.generated) return "cached";
-    const makers = by.get(index).filter((other) => other.generated);
-    if (draw.generated >= draw.indices.length && makers.length === 1) return "generated";
-    return null;
-  };
-  return (index) => (by.get(index) ?? []).map((draw) => ({ draw, how: told(draw, index) }));
+  return (index) =>
+    draws.map((draw, place) => ({ draw, how: sets[place].get(index) })).filter(({ how }) => how !== undefined);
 }
 
 function who({ draw, how }) {
@@ -72,6 +85,8 @@ const FACTS = [
   ["reasoning_tokens", "reasoning"],
 ];
 
+const took = (seconds) => (seconds < 1 ? `${Math.ceil(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`);
+
 function sample(item, drawers) {
   const { summary, meta, value } = item;
   const text = typeof summary?.text === "string" && summary.text ? summary.text : said(value);
@@ -81,7 +96,7 @@ function sample(item, drawers) {
     ["Ended by", summary?.finish_reason && line(String(summary.finish_reason), 40)],
     ["Tokens", usage.map(([name, label]) => `${number(summary[name])} ${label}`).join(", ")],
     ["Stored", Number.isFinite(meta?.at) ? when(meta.at) : null],
-    ["Took", Number.isFinite(meta?.seconds) ? `${meta.seconds.toFixed(2)} s` : null],
+    ["Took", Number.isFinite(meta?.seconds) ? took(meta.seconds) : null],
   ].filter(([, fact]) => fact && fact.length !== 0);
   const whose = drawers(item.index).map(who);
   const title = `sample-${item.index}`;

@@ -1,4 +1,4 @@
-// The requests that the cache holds, the latest first: searched, filtered, page by page.
+// The requests that the cache holds, in the order of asking: searched, filtered, page by page.
 
 import { get } from "./api.js";
 import { el, line, listing, namespace, number, plural, when } from "./dom.js";
@@ -73,7 +73,7 @@ export async function requests(signal, query) {
     page = await get("keys", { ...asked, after: page.next, limit: LIMIT }, signal);
   } while (!page.items.length && page.next !== null);
   const found = page.items.length
-    ? `${asked.after ? "Further requests" : "The latest requests"}: ${number(page.items.length)} here.`
+    ? `${plural(page.items.length, asked.after ? "further request" : "request")}, the first asked first.`
     : "There is no such request.";
   return {
     title: "Requests",
@@ -85,8 +85,8 @@ export async function requests(signal, query) {
       el(
         "nav",
         { class: "pages", "aria-label": "Pages" },
-        asked.after ? listing({ ...asked, after: null }, "Latest") : null,
-        page.next === null ? null : listing({ ...asked, after: page.next }, "Older"),
+        asked.after ? listing({ ...asked, after: null }, "First") : null,
+        page.next === null ? null : listing({ ...asked, after: page.next }, "Further"),
       ),
     ],
   };
