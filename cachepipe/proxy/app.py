@@ -16,7 +16,7 @@ from cachepipe import runs, wire
 from cachepipe.clients.exchange import Answer, Backing, Surface, id_header, questions_of
 from cachepipe.clients.seam import Source
 from cachepipe.context import Inherited
-from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, StoreError, UnkeyableValue
+from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, StageClosed, StoreError, UnkeyableValue
 from cachepipe.ledger import label
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
@@ -68,7 +68,7 @@ class Proxy:
         self.mode: Mode = "replay" if settings.replay else "bypass" if switched_off() else "read-write"
         self.log = Log(settings.log, log)
         self.ready = False
-        self._open = False
+        self._open = self._ended = False
         self._default = ServedRun()
         self._named: dict[str | None, ServedRun] = {}
         self._labelled: dict[tuple[str | None, str], ServedRun] = {}
@@ -90,9 +90,12 @@ class Proxy:
 
         Raises:
             StoreError: when that fails.
+            StageClosed: when it has been shut down.
         """
         if self._open:
             return
+        if self._ended:
+            raise StageClosed("this proxy has been shut down; make another one")
         settings = self.settings
         if self.mode == "bypass":
             self.store, self._owned = open_store(MemoryStore())
@@ -112,6 +115,7 @@ class Proxy:
         if not self._open:
             return
         self._open = self.ready = False
+        self._ended = True
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
                 await self.backing.close()
@@ -133,7 +137,7 @@ class Proxy:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
-        if not self._open:
+        if not self._open:  # a server without lifespan events
             await self.startup()
         turn = Turn(scope, receive, send, self.settings.client_timeout)
         self.counters.in_flight += 1

@@ -1,0 +1,32 @@
+"""The application by itself, without a server in front of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cachepipe import MemoryStore
+from cachepipe.errors import StageClosed
+from cachepipe.proxy.app import Proxy
+from cachepipe.proxy.settings import Settings, Upstream
+
+
+@pytest.mark.anyio
+async def test_it_opens_with_the_first_request_and_never_again_after_its_end():
+    proxy = Proxy(
+        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+    )
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/readyz", "query_string": b"", "headers": []}
+    await proxy(scope, receive, send)
+    assert sent[0]["status"] == 200
+    await proxy.shutdown()
+    await proxy.shutdown()
+    with pytest.raises(StageClosed):
+        await proxy(scope, receive, send)
