@@ -136,8 +136,9 @@ class Call:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 attributes[f"gen_ai.request.{told}"] = value
         stop = body.get("stop", body.get("stop_sequences"))
-        if stop:
-            attributes["gen_ai.request.stop_sequences"] = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else stop
+        if stops and isinstance(stops, list) and all(isinstance(each, str) for each in stops):
+            attributes["gen_ai.request.stop_sequences"] = stops
         if isinstance(body.get("n"), int) and body["n"] != 1:
             attributes["gen_ai.request.choice.count"] = body["n"]
         name = f"{self._shared['gen_ai.operation.name']} {model}" if isinstance(model, str) else api

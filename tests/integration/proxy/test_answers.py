@@ -209,3 +209,12 @@ def test_modes_by_header(proxy, upstream, http, asked, helpers):
     assert ask("read-write").headers["x-cachepipe-indices"] == "0"
     assert ask("nonsense").status_code == 400
     assert upstream.stats.requests == 2
+
+
+@pytest.mark.parametrize("stop", [True, 5, {"a": 1}, [1, None], [["x"]]])
+def test_what_a_field_holds_is_the_providers_to_refuse(recorded, http, asked, helpers, stop):
+    """Nothing between here and the provider trips over it, such as what makes spans of calls."""
+    proxy, recorder = recorded
+    recorder.answers[:] = [(400, [("content-type", "application/json")], [b'{"error": "stop"}'])]
+    answer = http.post(helpers.chat_url(proxy), json={**asked, "stop": stop})
+    assert (answer.status_code, answer.json()) == (400, {"error": "stop"})
