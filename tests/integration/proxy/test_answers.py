@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 
 import anthropic
@@ -214,6 +215,7 @@ def test_modes_by_header(proxy, upstream, http, asked, helpers):
 @pytest.mark.parametrize("stop", [True, 5, {"a": 1}, [1, None], [["x"]]])
 def test_what_a_field_holds_is_the_providers_to_refuse(recorded, http, asked, helpers, stop):
     """Nothing between here and the provider trips over it, such as what makes spans of calls."""
+    importlib.import_module("opentelemetry.trace")  # with it, spans are made
     proxy, recorder = recorded
     recorder.answers[:] = [(400, [("content-type", "application/json")], [b'{"error": "stop"}'])]
     answer = http.post(helpers.chat_url(proxy), json={**asked, "stop": stop})
