@@ -163,7 +163,7 @@ def like(one, other):
 
 
 @is_quick
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(arguments, answers, st.lists(choice, min_size=2, max_size=2))
 def test_both_ways_give_one_key_one_body_and_equal_objects(arguments, answer, choices):
     sent = []
