@@ -43,16 +43,19 @@ function cut(text, most) {
   return `${text.slice(0, end)}…`;
 }
 
-const PIECE = 8000;
+const PIECE = 2000; // browsers take the square of a word's length to break it
 
 /** Return a text as blocks, of which browsers lay out only those in sight: one of a megabyte stops them. */
 function pieces(text) {
   const made = [];
   for (let from = 0; from < text.length; ) {
     let to = Math.min(from + PIECE, text.length);
-    const end = text.lastIndexOf("\n", to - 1) + 1;
-    if (to < text.length && end > from) to = end;
-    else if (to < text.length && /[\ud800-\udbff]/.test(text[to - 1])) to -= 1;
+    if (to < text.length) {
+      const piece = text.slice(from, to);
+      const end = piece.lastIndexOf("\n") + 1 || piece.lastIndexOf(" ") + 1; // where a line ends anyway
+      if (end) to = from + end;
+      else if (/[\ud800-\udbff]$/.test(piece)) to -= 1;
+    }
     made.push(el("div", { class: "piece", dir: "auto" }, visible(text.slice(from, to))));
     from = to;
   }

@@ -74,6 +74,7 @@ def browser(parts):
     environment = dict(os.environ)
     if "not found" in needed:
         environment["LD_LIBRARY_PATH"] = str(parts / "al2023" / "lib")
+    expect.set_options(timeout=15_000)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=binary, env=environment)
         yield started
@@ -359,6 +360,8 @@ def test_what_models_answered_does_nothing(visit, serve, recorder, http, helpers
     assert len(texts[6].text_content()) == 2001
     page.get_by_role("button", name="Show all 1,000,041 characters").click()
     assert texts[6].text_content() == HOSTILE[6]
+    lengths = "[...document.querySelectorAll('.piece')].map((piece) => piece.textContent.length)"
+    assert max(page.evaluate(lengths)) <= 2000 * len("<U+202E>")  # longer words take browsers minutes to break
     page.get_by_role("button", name="Show less").click()
     assert len(texts[6].text_content()) == 2001
     page.get_by_role("button", name="Show all 100,000 characters").click()
