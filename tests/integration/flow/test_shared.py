@@ -74,7 +74,8 @@ async def test_tokens_are_counted_together_and_put_right(make, clock):
 
 
 async def test_concurrency_is_counted_together(make, clock):
-    one, other, let_go = make(max_concurrency=2), make(max_concurrency=2), []
+    quota = (None, None, 1.0)  # the calls take longer than the interval
+    one, other, let_go = make(*quota, max_concurrency=2), make(*quota, max_concurrency=2), []
     tasks = await many(one, clock, 3, let_go, 10) + await many(other, clock, 3, let_go, 10)
     await clock.advance(5)
     assert len(let_go) == 2
