@@ -21,9 +21,7 @@ import click
 import orjson
 
 from cachepipe.errors import StoreError
-from cachepipe.terminal import UNSAFE, shows_colours
-from cachepipe.terminal import on_terminal as on_terminal
-from cachepipe.terminal import visible as visible
+from cachepipe.terminal import UNSAFE, on_terminal, shows_colours, visible
 
 if TYPE_CHECKING:
     from cachepipe.stores import DiskStore

@@ -22,6 +22,7 @@ import click
 import orjson
 
 from cachepipe.cli import common
+from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
     from cachepipe.batchfile import Report
@@ -354,4 +355,4 @@ def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: st
         verdict = f"{broken} of {len(promises)} promises were not held; this is a bug of cachepipe's."
     click.echo(common.styled(verdict, bold=True))
     if cache is not None:
-        click.echo(f"The cache is kept: cachepipe stats --cache {common.visible(cache)}")
+        click.echo(f"The cache is kept: cachepipe stats --cache {visible(cache)}")

@@ -54,7 +54,7 @@ class Failure(click.ClickException):
 
     def format_message(self) -> str:
         """Return the sentence, with whatever a terminal would obey made visible."""
-        from cachepipe.cli.common import visible  # noqa: PLC0415 - only when something went wrong
+        from cachepipe.terminal import visible  # noqa: PLC0415 - only when something went wrong
 
         return visible(self.message, lines=True)
 
@@ -149,7 +149,7 @@ def _show_warning(
 ) -> None:
     """Print a warning of cachepipe's as a sentence, without the line of code that gave it."""
     if issubclass(category, CachepipeWarning) and file is None:
-        from cachepipe.cli.common import visible  # noqa: PLC0415 - only when something is odd
+        from cachepipe.terminal import visible  # noqa: PLC0415 - only when something is odd
 
         click.echo(f"Warning: {visible(str(message), lines=True)}", err=True)
     else:

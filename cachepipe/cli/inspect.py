@@ -23,10 +23,8 @@ from cachepipe.cli.common import (
     beginning,
     echo_lines,
     json_text,
-    on_terminal,
     opened,
     styled,
-    visible,
     when,
 )
 from cachepipe.cli.group import Failure
@@ -34,6 +32,7 @@ from cachepipe.errors import CachepipeError
 from cachepipe.keys import FORMAT
 from cachepipe.ledger import SHARED, label, namespace_of
 from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
+from cachepipe.terminal import on_terminal, visible
 
 if TYPE_CHECKING:
     from cachepipe.stores import DiskStore

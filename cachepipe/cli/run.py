@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import orjson
 
-from cachepipe.cli.common import cache_option, folder_in_use, visible
+from cachepipe.cli.common import cache_option, folder_in_use
 from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
+from cachepipe.terminal import visible
 from cachepipe.typedefs import MODES, REPEATS
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 import click
 import orjson
 
-from cachepipe.cli.common import cache_option, json_option, json_text, visible
+from cachepipe.cli.common import cache_option, json_option, json_text
 from cachepipe.cli.group import Failure
+from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
     from cachepipe.proxy.settings import Settings

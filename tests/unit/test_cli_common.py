@@ -21,25 +21,25 @@ HOSTILE = "\x1b]0;title\x07\x1b[31mred\x9b2J\x7f\r\u202egnp.exe\u2028\ufeff\ud80
 
 
 def test_what_a_terminal_would_obey_is_written_out():
-    shown = common.visible(HOSTILE)
+    shown = terminal.visible(HOSTILE)
     assert shown.startswith(r"\x1b]0;title\x07\x1b[31mred\x9b2J\x7f\r\u202egnp.exe\u2028")
     assert shown.isprintable()
 
 
 def test_line_feeds_and_tabs_stay_only_where_lines_are_wanted():
-    assert common.visible("a\tb\nc\r\n", lines=True) == "a\tb\nc\\r\n"
-    assert common.visible("a\tb\nc") == r"a\tb\nc"
+    assert terminal.visible("a\tb\nc\r\n", lines=True) == "a\tb\nc\\r\n"
+    assert terminal.visible("a\tb\nc") == r"a\tb\nc"
 
 
 def test_text_of_any_language_stays_as_it_is():
     for text in ("plain", "日本語", "नमस्ते", "👩‍🚀", "می‌خواهم", "é"):
-        assert common.visible(text) == text
+        assert terminal.visible(text) == text
 
 
 @given(st.text(st.characters(categories=["Cc", "Cs", "Zl", "Zp", "L", "P"])))
 def test_no_control_or_surrogate_is_ever_left(text):
-    assert common.visible(text).isprintable()
-    common.visible(text).encode()
+    assert terminal.visible(text).isprintable()
+    terminal.visible(text).encode()
 
 
 @given(
