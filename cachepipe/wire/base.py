@@ -12,8 +12,8 @@ import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import orjson
@@ -89,8 +89,7 @@ _BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """What one question of a request wants.
 
     Values are shared with the body that was split, so make the key before the caller can change it.
@@ -116,7 +115,7 @@ class Ask:
     function: bool = False
     cacheable: bool = True
     reason: str = ""
-    transport: Body = field(default_factory=dict)
+    transport: Body = MappingProxyType({})
 
 
 class Api(ABC):
