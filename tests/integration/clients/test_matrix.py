@@ -65,11 +65,9 @@ def method_of(client, way, wrapper=None):
     resource = reduce(lambda found, name: getattr(found, name, None), names, client)
     if names[0] == "chat" and not hasattr(resource, last):  # before openai 1.92
         resource = client.beta.chat.completions
-    if wrapper is not None:
-        resource = getattr(resource, wrapper)
     if not hasattr(resource, last):
         pytest.skip(f"this SDK has no {path}")
-    return partial(getattr(resource, last), **arguments)
+    return partial(getattr(getattr(resource, wrapper) if wrapper else resource, last), **arguments)
 
 
 async def settled(value):
