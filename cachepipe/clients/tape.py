@@ -97,9 +97,10 @@ class AsyncTape(Tape):
             self._error = error
             raise
         finally:
-            self._ended = True
+            whole = self._error is None and self.recorder.ended
+            self._ended = not whole or self.recorder.done
             self._news.set()
-            if self._error is None and self.recorder.ended:
+            if whole:
                 task = self._loop.create_task(self._drained(chunks))
                 _drains.add(task)
                 task.add_done_callback(_drains.discard)
@@ -108,13 +109,20 @@ class AsyncTape(Tape):
         return self._finish()
 
     async def _drained(self, chunks: AsyncIterator[bytes]) -> None:
-        """Read what follows the terminal event, for a moment, then close the response."""
+        """Read what follows the terminal event, for a moment, then close the response.
+
+        Where the stream has not said that it is done, that is its reader's too.
+        """
         try:
             with contextlib.suppress(Exception):  # it is of no use any more
                 async with asyncio.timeout(_DRAINED_SECONDS):
-                    async for _ in chunks:
-                        pass
+                    async for chunk in chunks:
+                        if not self._ended:
+                            self._events.extend(self.recorder.feed(chunk))
+                            self._news.set()
         finally:
+            self._ended = True
+            self._news.set()
             await self.upstream.aclose()
 
     async def aleave(self) -> None:
@@ -224,13 +232,18 @@ class SyncTape(Tape):
                     raise
                 return
             self._events.extend(events)
-            if chunk is None or self.recorder.ended:
+            if chunk is None or self.recorder.done or (self.recorder.ended and self._left):
                 self._end()
+            elif self.recorder.ended:  # what may follow is the reader's alone
+                self._report()
 
     def _end(self) -> None:
         self._ended = True
         with contextlib.suppress(Exception):  # it is of no use any more
             self.upstream.close()
+        self._report()
+
+    def _report(self) -> None:
         with contextlib.suppress(RuntimeError):  # the portal has gone with its process
             self._loop.call_soon_threadsafe(self._tell)
 
@@ -258,6 +271,9 @@ class SyncTape(Tape):
         if self._left or self._ended:
             return
         self._left = True
+        if self.recorder.ended:
+            self._end()
+            return
         if self.recorder.started:
             self._read_on()
             return

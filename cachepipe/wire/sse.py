@@ -125,12 +125,14 @@ class StreamRecorder(ABC):
     Attributes:
         started: whether any content has come.
         ended: whether the terminal event has come, be the answer whole or not.
+        done: whether the stream has said that nothing follows, as OpenAI's ``[DONE]`` does.
         error: why there will be no samples, or None.
     """
 
     def __init__(self, finish: Finish) -> None:
         self.started = False
         self.ended = False
+        self.done = False
         self.error: BadAnswer | None = None
         self._finish = finish
         self._samples: list[dict[str, Any]] | None = None
@@ -175,7 +177,8 @@ class StreamRecorder(ABC):
         return self._samples
 
     def _record(self, event: ServerEvent) -> StreamEvent:
-        self.ended = self.ended or event.data == b"[DONE]"
+        self.done = self.done or event.data == b"[DONE]"
+        self.ended = self.ended or self.done
         if not event.data or self.complete or self.error is not None:
             return StreamEvent(event.raw)
         kind: Kind = ""

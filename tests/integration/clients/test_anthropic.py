@@ -367,6 +367,52 @@ def test_c1_eight_threads_get_samples_of_their_own(server, client):
     assert server.stats.samples_generated == 24
 
 
+FUTURE = b'event: future\ndata: {"type":"future","note":"to come"}\n\n'
+
+
+def recorded(server):
+    """Return the body of a stream, and the SDK's HTTP library."""
+    with anthropic.Anthropic(base_url=server.url, api_key=KEY) as plain:
+        body = plain.messages.with_raw_response.create(**ASK, stream=True).http_response.read()
+        return body, importlib.import_module(seam.library_of(plain).__name__)
+
+
+def test_what_follows_the_terminal_event_reaches_the_reader(server):
+    body, http = recorded(server)
+
+    class Later(http.SyncByteStream):
+        def __iter__(self):
+            yield body
+            yield FUTURE
+
+    transport = http.MockTransport(lambda request: http.Response(200, stream=Later()))
+    with (
+        http.Client(transport=transport) as connection,
+        Anthropic(api_key=KEY, cache=MemoryStore(), max_retries=0, http_client=connection) as client,
+        client.messages.with_streaming_response.create(**ASK, stream=True) as response,
+    ):
+        assert response.read().endswith(FUTURE)
+        assert len(stored(client)) == 1
+
+
+@pytest.mark.anyio
+async def test_what_follows_the_terminal_event_reaches_the_asynchronous_reader(server):
+    body, http = recorded(server)
+
+    class Later(http.AsyncByteStream):
+        async def __aiter__(self):
+            yield body
+            yield FUTURE
+
+    transport = http.MockTransport(lambda request: http.Response(200, stream=Later()))
+    async with (
+        http.AsyncClient(transport=transport) as connection,
+        AsyncAnthropic(api_key=KEY, cache=MemoryStore(), max_retries=0, http_client=connection) as client,
+        client.messages.with_streaming_response.create(**ASK, stream=True) as response,
+    ):
+        assert (await response.read()).endswith(FUTURE)
+
+
 @since_layers
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_the_application_does_to_a_response_is_as_with_the_sdk(server, stream):
