@@ -184,6 +184,7 @@ class Occurrences:
                 self._next[identity] = number
                 if not number and not self._next.spilled:
                     del self._next[identity]
+                self._next.trim()
             if returned:
                 self._returned[identity] = returned
             else:

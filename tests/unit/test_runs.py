@@ -87,6 +87,17 @@ def test_numbers_are_the_same_whether_they_are_kept_in_memory_or_in_a_file(steps
         assert len(few._next) <= kept + 1
 
 
+def test_numbers_that_are_given_back_do_not_bring_all_identities_into_memory():
+    counted = Occurrences(kept=10)
+    names = [("-", str(number), "r") for number in range(50)]
+    for name in names:
+        counted.take(name)
+    for name in names:
+        counted.give_back(Draw(*name, 0))
+    assert len(counted._next) <= 10
+    assert [counted.take(name) for name in names] == [0] * 50
+
+
 def test_identities_beyond_those_used_last_are_not_in_memory():
     counted = Occurrences(kept=1000)
     for _ in range(2):

@@ -250,7 +250,7 @@ def test_the_way_to_a_sample_needs_only_the_keyboard(visit, ask):
     expect(page.get_by_role("article")).to_have_count(3)
     walk("As it is stored")
     page.keyboard.press("Enter")
-    assert '"temperature": 0.5' in page.locator("details[open]").text_content()
+    expect(page.locator("details[open]")).to_contain_text('"temperature": 0.5')
     walk("2")  # a sample of a draw in the ledger's table
     page.keyboard.press("Enter")
     assert focused() == ["sample-2", True]
