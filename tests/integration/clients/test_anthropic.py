@@ -18,10 +18,11 @@ import anthropic
 import pytest
 from pydantic import BaseModel
 
-from cachepipe import CacheMiss, MemoryStore, using
+from cachepipe import CacheMiss, MemoryStore, using, wire
 from cachepipe.clients import Anthropic, AsyncAnthropic, seam
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
+from cachepipe.clients.tape import SyncTape
 from cachepipe.clients.wrapping import wrap
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.server import Fault
@@ -411,6 +412,23 @@ async def test_what_follows_the_terminal_event_reaches_the_asynchronous_reader(s
         client.messages.with_streaming_response.create(**ASK, stream=True) as response,
     ):
         assert (await response.read()).endswith(FUTURE)
+
+
+@pytest.mark.anyio
+async def test_c7_a_stream_that_breaks_after_its_terminal_event_loses_no_sample(server):
+    """It was read ahead of its reader, and broke before the cache had asked what it brought."""
+    body, http = recorded(server)
+
+    class Broken(http.SyncByteStream):
+        def __iter__(self):
+            yield body
+            raise http.ReadError("lost")
+
+    response = http.Response(200, stream=Broken(), request=http.Request("POST", server.url))
+    tape = SyncTape(response, wire.MESSAGES.recorder(), hide_usage=False, awaited=lambda: False)
+    await asyncio.to_thread(tape._rest)
+    [sample] = await tape.run()
+    assert sample["content"]
 
 
 @since_layers
