@@ -120,6 +120,7 @@ class Call(Exchange):
             questions=questions,
         )
         self.max_retries = seam.own_retries(client, options)
+        self.spans = not seam.traces_itself(client)
 
     @classmethod
     def of(cls, client: Any, surface: Surface, cast_to: Any, options: Any, **how: Any) -> Self | None:

@@ -415,6 +415,7 @@ class Exchange:
         self.live: asyncio.Future[tuple[Tape, Arrived]] | None = None
         self.task: asyncio.Future[Response] | None = None
         self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
+        self.spans = True  # whether calls make spans here, as who sends them makes none
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
         self._quiet = 0
@@ -632,12 +633,14 @@ class Exchange:
             What is to be told of its end, if anything is, and what has arrived.
         """
         flow = self.surface.flow
-        if flow is None and not telemetry.wanted():
+        wanted = self.spans and telemetry.wanted()
+        if flow is None and not wanted:
             return None, await self.send(body, stream=stream)
         spans: list[telemetry.Call | None] = []
 
         async def attempt() -> Arrived:
-            span = telemetry.begin(self.api.name, self.record.url, body, getattr(self, "context", None))
+            about = self.api.name, self.record.url, body, getattr(self, "context", None)
+            span = telemetry.begin(*about) if wanted else None
             try:
                 arrived = await self.send(body, stream=stream)
             except BaseException as error:

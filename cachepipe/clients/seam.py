@@ -139,6 +139,17 @@ def sent_once(options: Any) -> Any:
     return options.model_copy(update={"max_retries": 0})
 
 
+def traces_itself(client: Any) -> bool:
+    """Tell whether the SDK makes spans of its own, where its user wants them: anthropic 2 and later."""
+    return _traces_itself(type(client))
+
+
+@functools.lru_cache(maxsize=64)
+def _traces_itself(kind: type) -> bool:
+    sdks = [base for base in kind.__mro__ if not base.__module__.startswith("cachepipe.")]
+    return any("_attempt_request" in vars(base) for base in sdks)
+
+
 def own_retries(client: Any, options: Any) -> int | None:
     """Return how often a call may be made again, if it or its client says other than the SDK's default."""
     for wanted in (options.max_retries, client.max_retries):

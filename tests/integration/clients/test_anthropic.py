@@ -18,7 +18,7 @@ import anthropic
 import pytest
 from pydantic import BaseModel
 
-from cachepipe import CacheMiss, MemoryStore, using, wire
+from cachepipe import CacheMiss, MemoryStore, telemetry, using, wire
 from cachepipe.clients import Anthropic, AsyncAnthropic, seam
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
@@ -429,6 +429,18 @@ async def test_c7_a_stream_that_breaks_after_its_terminal_event_loses_no_sample(
     await asyncio.to_thread(tape._rest)
     [sample] = await tape.run()
     assert sample["content"]
+
+
+@since_layers
+def test_spans_are_the_sdks_business(server, monkeypatch):
+    """It makes its own, where its user wants any."""
+    made = []
+    monkeypatch.setattr(telemetry, "wanted", lambda: True)
+    monkeypatch.setattr(telemetry, "begin", lambda *about: made.append(about))
+    with Anthropic(base_url=server.url, api_key=KEY, cache=MemoryStore()) as client:
+        ask(client)
+        read(ask(client, stream=True))
+    assert made == []
 
 
 @since_layers
