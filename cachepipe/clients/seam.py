@@ -141,7 +141,8 @@ def sent_once(options: Any) -> Any:
 
 def traces_itself(client: Any) -> bool:
     """Tell whether the SDK makes spans of its own, where its user wants them: anthropic 2 and later."""
-    return _traces_itself(type(client))
+    kind: type = type(client)
+    return _traces_itself(kind)
 
 
 @functools.lru_cache(maxsize=64)
