@@ -27,7 +27,7 @@ from benchmarks.harness import (
     once,
 )
 
-NAMES = ("hit", "client", "miss", "spend", "crowd", "growth", "imports", "memory", "scale")
+NAMES = ("hit", "client", "miss", "spend", "crowd", "growth", "imports", "memory", "scale", "proxy")
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("", "role", "median", "spread", "against", "times", "goal")
 
@@ -102,7 +102,7 @@ def _exact(tallied: dict[str, Any]) -> None:
     """Raise ``WrongAnswer`` when a figure that does not depend on the machine is not what it should be."""
     for entry in tallied["entries"]:
         for goal in entry["goals"]:
-            if "to" not in goal and "most" not in goal and not goal["holds"]:
+            if "to" not in goal and "sign" not in goal and not goal["holds"]:
                 column, title = goal["column"], tallied["title"]
                 raise WrongAnswer(
                     f"{title}: {column} of {entry['name']} is {entry['figures'][column]} and should be "
@@ -201,7 +201,7 @@ def _counts(tallied: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         told = [
             f"{goal['column']} ≤ {goal['goal']:g} x {goal['to']}: {goal['ratio']:.2f}, {_verdict(goal)}"
             if "to" in goal
-            else f"{goal['column']}{' ≤' if goal.get('most') else ''} {goal['goal']:g}: {_verdict(goal)}"
+            else f"{goal['column']} {goal.get('sign', '=')} {goal['goal']:g}: {_verdict(goal)}"
             for goal in entry["goals"]
         ]
         yield (entry["name"], entry["role"], *cells, "; ".join(told))

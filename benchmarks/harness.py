@@ -130,8 +130,9 @@ class Count:
         name: what it is.
         count: returns its figures by column.
         role: as an entry's.
-        goals: columns that should be exactly so much; or at most so much, as ``("≤", so much)``; or at most
-            so many times what another row has, as ``(so many, name of the row)``.
+        goals: columns that should be exactly so much; or at most, or at least, so much, as ``("≤", so much)``
+            or ``("≥", so much)``; or at most so many times what another row has, as ``(so many, name of the
+            row)``.
     """
 
     name: str
@@ -181,8 +182,10 @@ async def counted(tally: Tally) -> dict[str, Any]:
 
 def _reached(column: str, goal: Any, name: str, figures: dict[str, dict[str, float]]) -> dict[str, Any]:
     value = figures[name][column]
-    if isinstance(goal, tuple) and goal[0] == "≤":
-        return {"column": column, "goal": goal[1], "most": True, "holds": value <= goal[1]}
+    if isinstance(goal, tuple) and isinstance(goal[0], str):
+        sign, bound = goal
+        holds = value <= bound if sign == "≤" else value >= bound
+        return {"column": column, "goal": bound, "sign": sign, "holds": holds}
     if isinstance(goal, tuple):
         factor, other = goal
         ratio = value / figures[other][column]
