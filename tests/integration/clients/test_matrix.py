@@ -122,7 +122,7 @@ def said_by_chunks(chunks):
 
 @pytest.fixture(scope="module")
 def running():
-    with MockServer.in_thread(MockSettings(seed=1, max_tokens=60)) as server:
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=4000)) as server:
         yield server
 
 
