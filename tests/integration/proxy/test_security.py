@@ -164,6 +164,12 @@ def test_a_token_is_shown_as_the_key_or_beside_it_and_goes_no_further(serve, rec
     assert "authorization" not in dict(recorder.requests[-1].headers)
     ask(bare, x_cachepipe_token="s3cret", authorization="Bearer sk-client")
     assert dict(recorder.requests[-1].headers)["authorization"] == "Bearer sk-client"
+    for headers in (  # shown more than once
+        {"x_cachepipe_token": "s3cret", "authorization": "Bearer s3cret"},
+        {"x_api_key": "s3cret", "authorization": "Bearer s3cret", "api_key": "sk-client"},
+    ):
+        assert ask(bare, **headers).status_code == 200
+        assert "s3cret" not in str(recorder.requests[-1].headers)
 
 
 def test_pages_of_other_sites_may_not_use_it(proxy, http, asked, helpers):
@@ -173,6 +179,31 @@ def test_pages_of_other_sites_may_not_use_it(proxy, http, asked, helpers):
         assert http.post(url, json=asked, headers=headers).status_code == 403
     for headers in ({"host": "localhost:1"}, {"origin": "http://localhost:3000"}, {"host": "[::1]"}):
         assert http.post(url, json=asked, headers=headers).status_code == 200
+    image = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}  # browsers name no origin then
+    models = f"{proxy.url}/v1/models"
+    assert http.get(models, headers=image).status_code == 403
+    assert http.get(models, headers={"sec-fetch-site": "same-origin"}).status_code == 200
+    assert http.get(f"{proxy.url}/", headers=image | {"sec-fetch-mode": "navigate"}).status_code == 200
+
+
+def test_pages_of_other_sites_cannot_use_a_password_that_a_browser_keeps(serve):
+    proxy = serve(token="s3cret")
+    url = f"{proxy.url}/cachepipe/runs"
+    basic = {"authorization": f"Basic {base64.b64encode(b'me:s3cret').decode()}"}
+    for site in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        assert httpx2.post(url, headers=basic | site).status_code == 403
+    for site in ({}, {"origin": proxy.url}, {"host": "a.example", "origin": "https://a.example"}):
+        assert httpx2.post(url, headers=basic | site).status_code == 201
+    bearer = {"authorization": "Bearer s3cret", "origin": "app://chat"}
+    assert httpx2.post(url, headers=bearer).status_code == 201
+
+
+def test_further_names_may_be_allowed(serve):
+    proxy = serve(hosts=("My.Host", "other.example:8080", "fe80::2"))
+    for name in ("my.host", "MY.HOST:9", "other.example", "other.example:1", "[fe80::2]:80"):
+        assert httpx2.get(f"{proxy.url}/readyz", headers={"host": name}).status_code == 200
+    for name in ("host", "example", "", "fe80"):
+        assert httpx2.get(f"{proxy.url}/readyz", headers={"host": name}).status_code == 403
 
 
 def test_no_key_is_kept_or_logged(serve, recorder, tmp_path, asked, helpers):
