@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -134,6 +135,8 @@ def _told(answer: bytes) -> dict[str, Any]:
     head, _, content = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     named = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    if named.get("content-encoding") == "gzip":
+        content = gzip.decompress(content)
     try:
         text = json.loads(content)["choices"][0]["message"]["content"]
     except (KeyError, ValueError):
@@ -202,9 +205,8 @@ class _Load:
 
 
 def _started(command: list[str], **options: Any) -> Any:
-    return subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
-    )
+    options = {"stdout": subprocess.PIPE, **options}
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True, **options)
 
 
 def _ended(process: Any) -> None:
@@ -215,7 +217,8 @@ def _ended(process: Any) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    process.stdout.close()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def cpu_seconds(pid: int) -> float | None:
@@ -300,11 +303,16 @@ class _LiteLLM:
         command = [str(python.with_name("litellm")), "--config", str(settings), "--host", "127.0.0.1"]
         self._process = _started(
             [*command, "--port", str(self.port), "--num_workers", "1"],
-            stderr=self._log,
-            env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+                "LITELLM_LOG": "ERROR",
+                # Without a key of its own it checks none, which is less work.
+                "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+            },
         )
-        self._process.stdout.close()
-        self._process.stdout = open(os.devnull)  # noqa: PTH123, SIM115 - it prints pages, which nobody reads
         self.pid = self._process.pid
 
     def __enter__(self) -> Self:
@@ -315,8 +323,10 @@ class _LiteLLM:
                 _get(f"http://127.0.0.1:{self.port}/health/liveliness")
                 return self
             time.sleep(0.5)
+        self._log.seek(0)
+        words = self._log.read()[-1000:].strip()
         self.__exit__()
-        raise RuntimeError("litellm's proxy does not start")
+        raise RuntimeError(f"litellm's proxy does not start: {words}")
 
     def __exit__(self, *_: object) -> None:
         _ended(self._process)

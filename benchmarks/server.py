@@ -57,7 +57,7 @@ def _answer(path: bytes, body: bytes) -> tuple[bytes, object, float]:
         "id": f"chatcmpl-{_Served.calls}",
         "object": "chat.completion",
         "created": 1,
-        "model": asked["model"],
+        "model": asked.get("model"),
         "choices": choices,
         "usage": usage,
     }
