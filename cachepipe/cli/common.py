@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import click
 import orjson
@@ -32,15 +32,27 @@ WIDTH: Final = 100
 """How wide lines are kept where there is no terminal to ask."""
 
 _FLUSH: Final = 0.1  # seconds
+_BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]")
+_NAMES: Final = 12  # columns that the first column of a table keeps, however narrow the terminal is
 
 
 def json_text(value: Any) -> str:
-    """Return the JSON of a value on one line, equal to it when parsed, without a character to obey."""
+    """Return the JSON of a value on one line, equal to it when parsed, without a character to obey.
+
+    Where the standard output has no Unicode it is ASCII, since replacements would make it no JSON.
+    """
     try:
         text = orjson.dumps(value).decode()
     except TypeError:  # a lone surrogate, or a number beyond 64 bits
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return UNSAFE.sub(_escaped, text)
+    text = UNSAFE.sub(_escaped, text)
+    return text if text.isascii() or _takes_unicode() else _BEYOND_ASCII.sub(_escaped, text)
+
+
+def _takes_unicode() -> bool:
+    """Tell whether the standard output can hold any text."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return encoding.lower().startswith("utf")
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -249,12 +261,19 @@ def _print_ruled(
         pad_edge=False,
         collapse_padding=True,
     )
-    for name, right in zip(heads, rights, strict=True):
-        table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
+    needed = len(heads) - 1
+    for place, (name, right) in enumerate(zip(heads, rights, strict=True)):
+        natural = max(width_of(cell) for cell in (name, *(row[place] for row in cells)))
+        least = min(natural, _NAMES) if not right else natural
+        needed += least
+        justify: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold", min_width=least, no_wrap=right)
     for place, row in enumerate(cells):
         last = total and place == len(cells) - 1
         table.add_row(*map(Text, row), style="bold" if last else "")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.width = max(console.width, needed + len(heads))  # figures are never cut: the terminal wraps lines
+    console.print(table)
 
 
 def _cell(value: Any, *, people: bool) -> str:

@@ -1,5 +1,6 @@
 """What the commands share: safe text, JSON, figures, and how a cache is found."""
 
+import io
 import json
 import os
 import subprocess
@@ -62,6 +63,15 @@ def test_json_of_a_hostile_text_is_printable():
     assert common.json_text({"a": HOSTILE}).isprintable()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_json_stays_json_where_the_output_has_no_unicode(encoding, monkeypatch):
+    value = {"Grüße": ["日本語", "👩‍🚀", HOSTILE.encode("utf-8", "replace").decode()]}
+    output = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", output)
+    common.echo_lines([common.json_text(value)])
+    assert json.loads(output.buffer.getvalue().decode(encoding)) == value
+
+
 def test_the_beginning_of_a_text_is_one_line_of_at_most_so_many_columns():
     assert common.beginning("  first\n\n  second\tthird ", 40) == "first second third"
     assert common.beginning("x" * 100, 10) == "x" * 9 + "…"
@@ -104,6 +114,18 @@ def test_a_table_in_a_pipe_is_aligned_and_its_numbers_are_bare(capsys):
     assert capsys.readouterr().out == "Title\nname    count\n日本  1234567\na\\nb        5\n"
 
 
+def test_a_table_on_a_narrow_terminal_folds_names_and_cuts_no_figure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(common, "on_terminal", lambda: True)
+    rows = [["a name of five or six words", 1234567, 7654321], ["b", 1, 2]]
+    common.print_table(("name", ">generated", ">reused", ">saved"), [[*row, "99.9%"] for row in rows])
+    shown = capsys.readouterr().out
+    for whole in ("generated", "reused", "saved", "1,234,567", "7,654,321", "99.9%"):
+        assert whole in shown
+    assert "a name of" in shown
+    assert "six words" not in shown.splitlines()[2]
+
+
 def test_lines_are_printed_before_the_last_one_is_known(capsys):
     def lines():
         yield "first"
@@ -112,6 +134,13 @@ def test_lines_are_printed_before_the_last_one_is_known(capsys):
 
     common.echo_lines(lines())
     assert capsys.readouterr().out == "second\n"
+
+
+def test_a_command_that_is_nearly_right_is_suggested():
+    done = CliRunner().invoke(cli, ["stat"])
+    assert done.exit_code == 2
+    assert "Did you mean stats?" in done.output
+    assert "Did you mean" not in CliRunner().invoke(cli, ["xyzzy"]).output
 
 
 def test_the_folder_is_the_one_given_else_the_environments_else_the_projects(tmp_path, monkeypatch):
