@@ -465,6 +465,8 @@ class _Input:
         self._ahead: collections.deque[tuple[int, bytes]] = collections.deque()
 
     def __enter__(self) -> Self:
+        if str(self.path) == "-":
+            raise BatchFileError("the requests are read twice, so they come from a file; save them to one")
         try:
             self._file = self.path.open("rb")
         except OSError as error:
@@ -563,21 +565,29 @@ class _Output:
 
     def __init__(self, path: Path, source: Path) -> None:
         self.path = path
+        if str(path) == "-":
+            raise BatchFileError("the results go to a file, which is there when it is complete; name one")
+        try:
+            self._check(source)
+        except OSError as error:
+            raise BatchFileError(f"the results cannot be written to {path}: {error.strerror}") from error
         # What is no regular file, such as a terminal or a pipe, takes the lines as they come.
         self._direct = path.exists() and not path.is_file()
-        folder = path.parent
-        if path.is_dir():
-            raise BatchFileError(f"{path} is a folder; name a file for the results")
-        if not folder.is_dir():
-            raise BatchFileError(f"there is no folder {folder} for the results; make it first")
-        if path.exists() and source.exists() and path.samefile(source):
-            raise BatchFileError(f"{path} is the input too; name another file for the results")
         self._target = path if self._direct else path.resolve()
         self.partial = self._target.with_name(self._target.name + ".partial")
         self._lines: list[bytes] = []
         self._bytes = 0
         self._written = 0
         self._complete = False
+
+    def _check(self, source: Path) -> None:
+        path, folder = self.path, self.path.parent
+        if path.is_dir():
+            raise BatchFileError(f"{path} is a folder; name a file for the results")
+        if not folder.is_dir():
+            raise BatchFileError(f"there is no folder {folder} for the results; make it first")
+        if path.exists() and source.exists() and path.samefile(source):
+            raise BatchFileError(f"{path} is the input too; name another file for the results")
 
     def __enter__(self) -> Self:
         try:

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 _WIDTH: Final = 40  # characters of the bar in a notebook
 _REFRESH: Final = 0.1  # seconds
+_BAR_FROM: Final = 64  # columns of a terminal
 
 
 class Tick(Protocol):
@@ -51,19 +52,20 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
     )
 
     counts = _Counts()
-    told = TextColumn("[dim]{task.fields[told]}")
-    columns = (
+    columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
-        BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        told,
-    )
+        TextColumn("[dim]{task.fields[told]}"),
+    ]
+    if console.width >= _BAR_FROM:  # else the figures matter more
+        columns.insert(1, BarColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, told="")
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-import orjson
 
-from cachepipe.cli.common import cache_option, folder_in_use
+from cachepipe.cli.common import cache_option, folder_in_use, json_text
 from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
 from cachepipe.terminal import visible
@@ -32,6 +31,7 @@ _SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
 _GRACE: Final = 60.0  # seconds that requests in flight have after the first Ctrl-C
 _PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
 _BAR_EVERY: Final = 0.1
+_BAR_FROM: Final = 72  # columns of a terminal
 
 
 @click.command(
@@ -122,7 +122,7 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
     for sentence in _last_words(context, options, mode, report):
         click.echo(_blotted(sentence, options, key), err=True)
     if options["as_json"]:
-        click.echo(orjson.dumps({**report.as_dict(), "exit_status": status}))
+        click.echo(json_text({**report.as_dict(), "exit_status": status}))
     return status
 
 
@@ -271,7 +271,7 @@ class _Screen:
             return
         loop = asyncio.get_running_loop()
         self._begun = loop.time()
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         while True:
             await asyncio.sleep(_BAR_EVERY if terminal else _PLAIN_EVERY)
             if self.report is None:
@@ -284,11 +284,12 @@ class _Screen:
     def _draw(self, report: Report) -> None:
         if self._bar is None:
             self._bar = _bar()
-            self._task = self._bar.add_task("", total=report.requests, hits=0, misses=0, failed=0)
+            self._task = self._bar.add_task("", total=report.requests, told="")
             self._bar.start()
-        self._bar.update(
-            self._task, completed=report.done, hits=report.hits, misses=report.misses, failed=report.failed
+        told = f"{report.hits} hits, {report.misses} misses" + f", {report.failed} failed" * bool(
+            report.failed
         )
+        self._bar.update(self._task, completed=report.done, told=told)
 
     def _tell(self, report: Report, seconds: float) -> None:
         if report.done == self._told:
@@ -329,15 +330,15 @@ def _bar() -> Any:
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{speed:.1f}/s")
 
-    return Progress(
-        BarColumn(),
+    console = Console(stderr=True)
+    columns: list[ProgressColumn] = [
         MofNCompleteColumn(),
-        TextColumn("{task.fields[hits]} hits, {task.fields[misses]} misses, {task.fields[failed]} failed"),
-        Rate(),
+        TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    ]
+    if console.width >= _BAR_FROM:  # else the figures matter more
+        columns = [BarColumn(), *columns[:2], Rate(), columns[2]]
+    return Progress(*columns, console=console, transient=True)
 
 
 def _table(report: Report) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -342,6 +344,25 @@ def test_what_is_wrong_with_the_input_is_told_by_line_before_any_call(server):
     assert "line 1: it names no model" in refused(server, model=None)
 
 
+@pytest.mark.parametrize(("requests", "output"), [("-", "out.jsonl"), ("in.jsonl", "-")])
+def test_dashes_are_no_files_and_make_none(server, requests, output):
+    write("in.jsonl", [{"prompt": "a"}])
+    assert "file" in refused(server, requests=requests, output=output)
+    assert not Path("-").exists()
+
+
+def test_a_folder_that_cannot_be_searched_is_an_error_in_a_sentence(server, monkeypatch):
+    seen = Path.stat
+
+    def stat(path, **options):
+        if path.name == "out.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return seen(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert "cannot be written to out.jsonl: Permission denied" in refused(server)
+
+
 def test_batch_requests_of_every_api_run_side_by_side(server):
     chat = {"model": "ngram-1", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     words = {"model": "e", "input": ["a", "b", "a"], "dimensions": 4}
@@ -517,14 +538,15 @@ def test_quiet_says_nothing_when_all_is_well(server):
     assert (done.exit_code, done.output) == (0, "")
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_on_a_terminal_there_is_a_bar(server):
+def on_terminal(server, cache="cache", **environment):
+    """Run the command on a pseudo-terminal; return all that it showed."""
     server.settings = replace(server.settings, latency=0.02)
-    command = [sys.executable, "-c", "from cachepipe.cli import main; main()", "run", *options(server, n=1)]
+    command = [sys.executable, "-c", "from cachepipe.cli import main; main()", "run"]
+    command += options(server, n=1, cache=cache)
     ours, theirs = os.openpty()
     shown = b""
     with subprocess.Popen(
-        command, stderr=theirs, stdout=theirs, env={**os.environ, "COLUMNS": "120"}
+        command, stderr=theirs, stdout=theirs, env={**os.environ, "TERM": "xterm", **environment}
     ) as process:
         os.close(theirs)
         with contextlib.suppress(OSError):  # how a terminal ends
@@ -532,10 +554,26 @@ def test_on_a_terminal_there_is_a_bar(server):
                 shown += part
     os.close(ours)
     assert process.returncode == 0
+    return shown
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_on_a_terminal_there_is_a_bar(server):
+    shown = on_terminal(server, COLUMNS="120")
     assert b"/164" in shown
     assert b"0 hits, " in shown
     assert b"/s" in shown
     assert b"calls made           164" in shown
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_narrow_terminal_shows_the_figures_whole_and_a_dumb_one_no_bar(server):
+    narrow = on_terminal(server, COLUMNS="40").decode()
+    assert re.search(r"164/164\S* 0 hits, 164 misses", narrow)
+    assert "…" not in narrow
+    dumb = on_terminal(server, "another", TERM="dumb")
+    assert b"/164" not in dumb
+    assert b"calls made           164" in dumb
 
 
 def test_neither_the_key_nor_credentials_of_the_url_are_written_or_said(server):

@@ -44,6 +44,17 @@ def test_a_terminal_shows_how_many_are_done_cached_and_failed(put):
     assert "2 cached, 1 failed" in shown
 
 
+def test_a_narrow_terminal_shows_the_figures_and_no_bar(put, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = put(Terminal())
+    with progress.shown(4, "completions") as tick:
+        for _ in range(4):
+            tick(cached=True)
+    assert "4/4" in terminal.getvalue()
+    assert "4 cached" in terminal.getvalue()
+    assert "…" not in terminal.getvalue()
+
+
 def test_bars_at_once_do_not_disturb_each_other(put):
     terminal = put(Terminal())
     with progress.shown(1, "one") as one, progress.shown(1, "two") as two:
