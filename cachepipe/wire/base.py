@@ -454,8 +454,9 @@ def scope_of(url: str) -> str:
     except ValueError as error:
         raise BadRequest(f"the URL of an endpoint cannot be read: {error}") from error
     if not parts.scheme or not parts.netloc:
+        shown = url.partition("?")[0].rpartition("@")[2]
         raise BadRequest(
-            f"the URL of an endpoint must begin with its scheme and host; got {parts.path!r:.200}"
+            f"the URL of an endpoint must begin with its scheme and host, as https://host; got {shown!r:.200}"
         )
     scheme = parts.scheme.lower()
     host = (
