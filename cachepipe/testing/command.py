@@ -94,6 +94,8 @@ def mock_server(
             click.echo(orjson.dumps({"base_url": server.base_url, "url": server.url, "port": server.port}))
         else:
             click.echo(f"mock model server on {server.base_url}")
+            key = "" if api_key else " OPENAI_API_KEY=any"
+            click.echo(f"Use it:  export OPENAI_BASE_URL={server.base_url}{key}")
 
     try:
         run_server(host, port, settings, ready=announce)
