@@ -11,7 +11,7 @@ processors with the server, the time that the server's process spends is taken t
 core of its own. That is the steadier figure. After each round, status, texts, flags, the number of calls
 upstream and (of new draws) the ledger are compared with what they should be.
 
-    python -m benchmarks.proxy load     lines of JSON in, requests out, lines of JSON back
+    python -m benchmarks.proxy load     lines of JSON in, requests out, their answers into a file
     python -m benchmarks.proxy floor    prints the ports of the floor and of the bare protocol
 """
 
@@ -165,15 +165,18 @@ def _load() -> None:
         ]
         try:
             seconds, answers = run(_ask(told["port"], asked, told["connections"]))
-            print(json.dumps({"seconds": seconds, "answers": list(map(_told, answers))}), flush=True)
+            done: dict[str, Any] = {"seconds": seconds, "answers": list(map(_told, answers))}
         except OSError as error:
-            print(json.dumps({"failed": str(error)}), flush=True)
+            done = {"failed": str(error)}
+        Path(told["to"]).write_text(json.dumps(done), encoding="utf-8")
+        print("done", flush=True)
 
 
 class _Load:
     """The process that asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._to = folder / "answers.json"
         self._process = _started([sys.executable, "-m", "benchmarks.proxy", "load"])
 
     def __enter__(self) -> Self:
@@ -193,9 +196,11 @@ class _Load:
     ) -> Timed:
         """Ask all questions at each path; the result is what is to be checked of each answer."""
         asked = {"port": port, "paths": paths, "questions": questions, "get": get, "connections": connections}
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps({**asked, "to": str(self._to)}) + "\n")
         self._process.stdin.flush()
-        told = json.loads(self._process.stdout.readline() or '{"failed": "the process that asks has ended"}')
+        if not self._process.stdout.readline():
+            raise RuntimeError("the process that asks has ended")
+        told = json.loads(self._to.read_text(encoding="utf-8"))
         if "failed" in told:
             raise RuntimeError(told["failed"])
         return Timed(told["seconds"], told["answers"])
@@ -495,7 +500,7 @@ def _cpu(name: str) -> str:
 @contextlib.asynccontextmanager
 async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table | Tally]]:
     """Yield a table of times, and how many hits that makes in a second."""
-    with Server() as upstream, _Load() as load, _Floor() as floor, contextlib.ExitStack() as stack:
+    with Server() as upstream, _Load(folder) as load, _Floor() as floor, contextlib.ExitStack() as stack:
         proxy = stack.enter_context(_Proxy(upstream.base_url, folder / "cache"))
         measured = _Hits(upstream, load, floor, proxy, sizes.pick(1000, 40))
         if "litellm" in sizes.peers:
