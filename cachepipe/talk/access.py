@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import difflib
+import functools
 import inspect
 import os
 import threading
@@ -190,6 +192,26 @@ class Access:
             known = _clients[name] = (client, self.service, cache)
         return known[0]
 
+    async def fitted(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a body as the client takes it.
+
+        Raises:
+            TypeError: for a field that is no parameter of the client's method; nothing has been asked then.
+        """
+        client = await self.opened()
+        if "logprobs" in body and _is_of("together", client):  # it takes one number for both
+            body = {**body, "logprobs": body.get("top_logprobs") or 1}
+            body.pop("top_logprobs", None)
+        taken = _taken(client.chat.completions.create)
+        if taken is not None and (wrong := next((name for name in body if name not in taken), None)):
+            near = difflib.get_close_matches(wrong, [*taken, *NAMES], 1)
+            meant = f" Did you mean {near[0]}=?" if near else ""
+            raise TypeError(
+                f"{type(client).__name__} takes no {wrong}=.{meant} "
+                "What only the provider knows goes into extra_body="
+            )
+        return body
+
     @contextlib.contextmanager
     def using(self, request_id: str | Inherited | None = INHERITED) -> Iterator[None]:
         """Let the calls of a block be the draws that the caller means.
@@ -205,10 +227,8 @@ class Access:
 
     async def ask(self, body: Mapping[str, Any], request_id: str | Inherited | None = INHERITED) -> Any:
         """Return what the client makes of the answer to a chat request."""
+        body = await self.fitted(body)
         client = self._opened = await self.opened()
-        if "logprobs" in body and _is_of("together", client):  # it takes one number for both
-            body = {**body, "logprobs": body.get("top_logprobs") or 1}
-            body.pop("top_logprobs", None)
         with self.using(request_id):
             if self.client is None or self._is_async:
                 return await client.chat.completions.create(**body)
@@ -246,6 +266,22 @@ def _check_completes(client: Any, told: str) -> None:
     """Refuse a client that has no chat completions."""
     if not hasattr(getattr(client, "chat", None), "completions"):
         raise TypeError(f"{told}, with chat.completions; got {client!r:.200}")
+
+
+def _taken(method: Any) -> frozenset[str] | None:
+    """Return the parameters that a client's method takes; None where it takes any."""
+    return _parameters(getattr(method, "__func__", method))
+
+
+@functools.lru_cache(maxsize=16)
+def _parameters(function: Any) -> frozenset[str] | None:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 def _is_of(sdk: str, client: Any) -> bool:

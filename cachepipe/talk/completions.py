@@ -124,6 +124,25 @@ class TokenLogProb:
         return math.exp(min(self.log_prob, 0.0))
 
 
+class _Cost:
+    """A field that may be given as an `Info`, whose price is looked up once somebody wants to know."""
+
+    @overload
+    def __get__(self, completion: None, _: type) -> None: ...
+    @overload
+    def __get__(self, completion: TextCompletion, _: type) -> float | None: ...
+    def __get__(self, completion: TextCompletion | None, _: type) -> float | None:
+        if completion is None:
+            return None  # the field's default
+        given = vars(completion)["cost"]
+        if isinstance(given, Info):
+            given = vars(completion)["cost"] = given.cost
+        return given  # type: ignore[no-any-return]
+
+    def __set__(self, completion: TextCompletion, given: Info | float | None) -> None:
+        vars(completion)["cost"] = given
+
+
 @dataclass(frozen=True)
 class TextCompletion:
     """An answer of a model, how it came about, and what it cost.
@@ -166,7 +185,7 @@ class TextCompletion:
     token_log_probs: list[TokenLogProb] | None = field(default=None, repr=False)
     full_token_log_probs: list[list[TokenLogProb]] | None = field(default=None, repr=False)
     usage: Mapping[str, int] = field(default_factory=dict)
-    cost: float | None = None
+    cost: _Cost = _Cost()
     finish_reason: str | None = None
     refusal: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
@@ -354,7 +373,7 @@ class Plan:
             index = None if noted.indices is None else noted.indices[0]
             place = {
                 "cached": bool(noted.cached) and all(noted.cached),
-                "cost": noted.cost,
+                "cost": noted,
                 "key": noted.key,
                 "index": index,
                 "namespace": noted.namespace,
@@ -719,7 +738,7 @@ class _Crowd:
         async def complete() -> list[TextCompletion | Exception]:
             results: list[Any] = [None] * len(self.conversations)
             if results:
-                await self.plan.access.opened()  # what is wrong for all of them is told once
+                await self.plan.access.fitted(self.plan.body)  # what is wrong for all of them is told once
             todo = iter(enumerate(zip(self.conversations, ids, strict=True)))
 
             async def some() -> None:

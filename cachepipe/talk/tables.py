@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -110,7 +111,7 @@ def to_jsonl(
 def _document(completion: TextCompletion | BaseException) -> dict[str, Any]:
     if isinstance(completion, BaseException):
         return _row(completion)
-    document = dict(vars(completion))
+    document = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion)}
     document["conversation"] = completion.conversation.to_messages()
     document["usage"] = dict(completion.usage)
     if completion.parsed is not None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import importlib
+import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -28,6 +31,7 @@ from cachepipe import (
     Message,
     TextCompletion,
     TokenLogProb,
+    from_jsonl,
     generate_text_completion,
     generate_text_completion_for_conversation,
     generate_text_completion_for_conversation_sync,
@@ -38,6 +42,7 @@ from cachepipe import (
     generate_text_completions_sync,
     prices,
     terminal,
+    to_jsonl,
 )
 from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
 from cachepipe.services import Service
@@ -106,6 +111,18 @@ async def test_a_cached_completion_tells_what_its_generation_cost(server, monkey
         cached = await generate_text_completion(FRANCE)
     assert cached.cached
     assert cached.cost == cached.usage["total_tokens"] / 1000 > 0
+
+
+async def test_a_price_is_looked_up_once_somebody_wants_to_know(server, monkeypatch):
+    looked = []
+    monkeypatch.setattr(prices, "cost_of", lambda *_: looked.append(1) or 0.5)
+    made = await generate_text_completion(FRANCE)
+    assert looked == []
+    assert (pickle.loads(pickle.dumps(made)).cost, made.cost, made.cost) == (0.5, 0.5, 0.5)
+    assert len(looked) == 2  # once for each of the two objects
+    fresh = await generate_text_completion(FRANCE)
+    assert json.loads(to_jsonl([fresh]))["cost"] == 0.5
+    assert from_jsonl(to_jsonl([fresh])) == [fresh]
 
 
 async def test_asking_again_in_one_run_draws_another_sample(server):
@@ -509,9 +526,19 @@ def test_an_answer_may_come_in_parts(answering):
     assert generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore()).message == "Rome"
 
 
-async def test_an_option_that_the_sdk_does_not_have_is_refused(server):
-    with pytest.raises(TypeError, match="temprature"):
-        await generate_text_completion(FRANCE, temprature=1)
+@pytest.mark.parametrize("sdk", ["openai", "together"])
+async def test_an_option_that_the_sdk_does_not_have_is_refused_once(server, sdk):
+    client = getattr(importlib.import_module(sdk), "OpenAI" if sdk == "openai" else "Together")(api_key="x")
+    for given in ({}, {"client": client}):
+        for complete, asked in (
+            (generate_text_completions, [FRANCE] * 3),
+            (generate_text_completion, FRANCE),
+        ):
+            with pytest.raises(TypeError, match=r"no temprature=.* Did you mean temperature=\?.*extra_body="):
+                await complete(asked, temprature=1, **given)
+
+
+async def test_what_cannot_be_completed_is_refused(server):
     with pytest.raises(ValueError, match="no messages"):
         await generate_text_completion_for_conversation(Conversation())
     assert server.stats.requests == 0
