@@ -311,7 +311,7 @@ class Proxy:
         url = f"{route.url}?{query}" if query else route.url
         counting = {}
         for name in _COUNTING:
-            if name in turn.named:
+            if name in turn.named and name not in headers.named_by_connection(turn.headers):
                 counting[name.decode()] = ", ".join(headers.said(turn.headers, name))
         read = self._read(route.api, url, counting, content)
         if read is None:  # the provider says what is wrong with it, if anything
@@ -402,8 +402,9 @@ class Proxy:
         shown = upstream.shown_key
         if shown is None:
             return pairs
-        pairs = [pair for pair in pairs if pair[0] not in headers.KEYS]
-        return [*pairs, (upstream.key_header.encode(), shown.encode())]
+        key_header = upstream.key_header.encode()
+        pairs = [pair for pair in pairs if pair[0] not in headers.KEYS and pair[0] != key_header]
+        return [*pairs, (key_header, shown.encode())]
 
     def _surface(self, who: bytes) -> Surface:
         """Return the surface of requests that may share calls."""
@@ -664,7 +665,7 @@ class Proxy:
             namespace = options["namespace"]
             if namespace is not None and not isinstance(namespace, str):
                 raise Refused(400, "bad_run", f"a namespace is a text or null; got {namespace!r:.100}")
-            if len(self._named) >= _LABELS:
+            if len(self._named) >= _LABELS and namespace not in self._named:
                 raise Refused(
                     503, "too_many_runs", "too many namespaces have runs of their own; restart the server"
                 )

@@ -6,6 +6,7 @@ Headers are pairs of bytes with lower-case names, as the ASGI specification has 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -28,7 +29,8 @@ _HOP: Final = frozenset(
 )
 _NOT_UPSTREAM: Final = frozenset({b"host", b"expect", b"content-length"})
 _NOT_BACK: Final = frozenset({b"date", b"server"})
-_OF_BODY: Final = frozenset({b"content-length", b"content-encoding"})
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # what no server may send in a header
+_UNPACKED: Final = frozenset({b"gzip", b"deflate", b"identity", b""})
 _OURS: Final = b"x-cachepipe-"
 KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
 """The headers in which a client shows its key."""
@@ -59,9 +61,9 @@ _LONGEST: Final = 4000  # bytes of a header of ours: with more, clients refuse t
 
 def to_upstream(headers: Pairs) -> list[tuple[bytes, bytes]]:
     """Return the headers of a request that go on: no hop's own, none of ours, neither host nor length."""
-    own = _named_by_connection(headers)
+    own = named_by_connection(headers)
     return [
-        (name, value)
+        (name, value.strip(b" \t"))  # such as "Bearer " without a key
         for name, value in headers
         if name not in _HOP and name not in _NOT_UPSTREAM and name not in own and not name.startswith(_OURS)
     ]
@@ -76,7 +78,7 @@ def of_question(headers: Pairs) -> list[tuple[bytes, bytes]]:
 def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return the headers of an upstream's answer that are handed on beside its bytes as they came."""
     pairs = [(name.lower(), value) for name, value in headers]
-    own = _named_by_connection(pairs)
+    own = named_by_connection(pairs)
     return [
         (name, value)
         for name, value in pairs
@@ -85,19 +87,30 @@ def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
         and name not in own
         and not name.startswith(_OURS)
         and name != b"cache-status"
+        and not _CONTROL.search(value)
     ]
+
+
+def is_packed(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Tell whether a body is encoded as nobody here has asked for, and so is only handed on."""
+    return any(
+        coding.strip().lower() not in _UNPACKED
+        for name, value in headers
+        if name == b"content-encoding"
+        for coding in value.split(b",")
+    )
 
 
 def of_answer(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return those that still hold beside a body which was read and decoded; cookies are one client's."""
-    return [
-        (name, value)
-        for name, value in from_upstream(headers)
-        if name not in _OF_BODY and name != b"set-cookie"
-    ]
+    pairs = from_upstream(headers)
+    left_out = {b"content-length", b"set-cookie"}
+    if not is_packed(pairs):
+        left_out.add(b"content-encoding")
+    return [pair for pair in pairs if pair[0] not in left_out]
 
 
-def _named_by_connection(headers: Pairs) -> frozenset[bytes]:
+def named_by_connection(headers: Pairs) -> frozenset[bytes]:
     """Return the names that ``Connection`` makes one hop's own."""
     return frozenset(
         token.strip().lower()

@@ -70,9 +70,11 @@ class Reader:
         return [(name.lower(), value) for name, value in self.response.headers.raw]
 
     async def aiter_bytes(self) -> AsyncIterator[bytes]:
-        """Iterate over the body, decoded."""
+        """Iterate over the body, decoded; as it came where its encoding is none that was asked for."""
+        response = self.response
+        chunks = response.aiter_raw() if headers.is_packed(self.pairs) else response.aiter_bytes()
         async with _explained(self.upstream):
-            async for chunk in self.response.aiter_bytes():
+            async for chunk in chunks:
                 yield chunk
 
     async def aiter_raw(self) -> AsyncIterator[bytes]:
@@ -82,10 +84,8 @@ class Reader:
                 yield chunk
 
     async def aread(self) -> bytes:
-        """Return the whole body, decoded."""
-        async with _explained(self.upstream):
-            content: bytes = await self.response.aread()
-            return content
+        """Return the whole body; see `aiter_bytes`."""
+        return b"".join([chunk async for chunk in self.aiter_bytes()])
 
     async def aclose(self) -> None:
         """Let go of the connection."""
@@ -103,6 +103,8 @@ async def _explained(upstream: str) -> AsyncIterator[None]:
         raise UpstreamTimeout(
             f"the upstream {upstream!r} took too long ({type(error).__name__}); try again, or raise --timeout"
         ) from None
+    except httpx.LocalProtocolError:  # what it says may hold a key
+        raise UpstreamUnreachable(f"a header cannot be sent to the upstream {upstream!r}") from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError) as error:
         raise UpstreamUnreachable(
             f"the upstream {upstream!r} could not be reached, or broke off: {type(error).__name__}: {error}"
@@ -161,7 +163,13 @@ class Caller:
         except BaseException:
             release()
             raise
-        return Reader(response, name, release)
+        reader = Reader(response, name, release)
+        if not 200 <= reader.status < 600:
+            await reader.aclose()
+            raise UpstreamUnreachable(
+                f"the upstream {name!r} answered with status {reader.status}, which is none"
+            )
+        return reader
 
     async def close(self) -> None:
         """Close the connections."""
