@@ -25,7 +25,7 @@ from cachepipe import keys, runs, telemetry, wire
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
-from cachepipe.errors import CacheMiss, CachepipeError, ShortAnswer
+from cachepipe.errors import CacheMiss, CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
@@ -77,8 +77,9 @@ class Kept(NamedTuple):
         """The provider's id of the call that made it."""
         if _CALL_ID not in self.noted:
             return None
-        name: str | None = orjson.loads(self.noted).get("request")
-        return name
+        name = orjson.loads(self.noted).get("request")
+        # It may come from others, and goes into a header.
+        return name if isinstance(name, str) and name.isascii() and name.isprintable() else None
 
 
 class _Model:
@@ -614,9 +615,9 @@ class Exchange:
             made.end(_read(arrived.content))
         try:
             samples = self.api.samples(arrived.content, questions if len(asks) > 1 else ())
-        except wire.BadAnswer as error:
+            kept = self._packed(samples, arrived)
+        except (wire.BadAnswer, NotStorable) as error:
             raise Unkept(arrived, error) from error
-        kept = self._packed(samples, arrived)
         self.brought.append((arrived, kept))
         return kept
 

@@ -9,6 +9,15 @@ import pytest
 
 from cachepipe.proxy.settings import Upstream
 
+ANSWER = json.dumps(
+    {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}],
+    }
+).encode()
 ANSWERED = [("content-type", "text/plain")]
 
 
@@ -206,3 +215,71 @@ def test_several_upstreams_by_name(serve, recorder, upstream, http):
     assert ("x-api-key", "sk-ant") in recorder.requests[-1].headers
     assert "authorization" not in dict(recorder.requests[-1].headers)
     assert http.get(f"{proxy.url}/up/third/v1/models").status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [200, 429])
+def test_an_answer_that_is_packed_as_nobody_asked_stays_packed(
+    passing, recorder, http, helpers, asked, stream, status
+):
+    """Nothing here can read it; its client perhaps can, if it is told how."""
+    pairs = [("content-type", "application/json"), ("content-encoding", "made-up"), ("retry-after", "7")]
+    recorder.answers.append((status, pairs, [b"packed"]))
+    with http.stream("POST", helpers.chat_url(passing), json={**asked, "stream": stream}) as answer:
+        assert (answer.status_code, b"".join(answer.iter_raw())) == (status, b"packed")
+        assert (answer.headers["content-encoding"], answer.headers["retry-after"]) == ("made-up", "7")
+    assert http.post(helpers.chat_url(passing), json=asked).headers["cache-status"].endswith("stored")
+
+
+def test_headers_that_no_server_may_send_are_left_out(passing, recorder, http, helpers, asked):
+    """And break no answer, neither the first nor those from the cache."""
+    pairs = [("content-type", "application/json"), ("x-odd", "a\x01b"), ("x-request-id", "r\x01")]
+    recorder.answers.append((200, pairs, [ANSWER]))
+    first = http.post(helpers.chat_url(passing, "a"), json=asked)
+    again = http.post(helpers.chat_url(passing, "b"), json=asked)
+    assert first.status_code == again.status_code == 200
+    assert again.headers["cache-status"] == "cachepipe; hit"
+    for answer in (first, again):
+        assert not {"x-odd", "x-request-id"} & {*answer.headers}
+
+
+@pytest.mark.parametrize("status", [600, 999])
+def test_what_is_no_status_is_an_upstreams_fault(passing, recorder, http, helpers, asked, status):
+    for url, method in ((helpers.chat_url(passing), "POST"), (f"{passing.url}/v1/models", "GET")):
+        recorder.answers.append((status, ANSWERED, [b"x"]))
+        assert http.request(method, url, json=asked).status_code == 502
+
+
+def test_a_key_that_is_empty_is_the_providers_to_refuse(passing, recorder, raw, asked):
+    recorder.answers.append((401, ANSWERED, [b"no key"]))
+    body = json.dumps(asked).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += b"Authorization: Bearer \r\nContent-Length: %d\r\n\r\n" % len(body)
+    answer = raw(passing, head + body, end=False)
+    assert answer.startswith(b"HTTP/1.1 401")
+    assert answer.endswith(b"no key")
+    assert dict(recorder.requests[-1].headers)["authorization"] == "Bearer"
+
+
+def test_an_upstreams_own_key_takes_the_place_of_what_clients_show(serve, recorder, http, helpers, asked):
+    upstream = Upstream.of("a", recorder.base_url, api_key="sk-server", key_header="X-Goog-Api-Key")
+    shown = {"x-goog-api-key": "sk-client", "api-key": "sk-client"}
+    assert http.post(helpers.chat_url(serve(upstreams=(upstream,))), json=asked, headers=shown).is_success
+    sent = recorder.requests[-1].headers
+    assert [value for name, value in sent if "key" in name or name == "authorization"] == ["sk-server"]
+
+
+def test_what_is_not_sent_on_makes_no_other_question(passing, recorder, http, helpers, asked):
+    one_hop = {"openai-beta": "x", "connection": "openai-beta"}
+    http.post(helpers.chat_url(passing, "a"), json=asked, headers=one_hop)
+    assert "openai-beta" not in dict(recorder.requests[-1].headers)
+    again = http.post(helpers.chat_url(passing, "b"), json=asked)
+    assert again.headers["cache-status"] == "cachepipe; hit"
+
+
+def test_an_answer_that_cannot_be_stored_is_handed_on(passing, recorder, http, helpers, asked):
+    deep = json.dumps({**json.loads(ANSWER), "n": json.loads("[" * 400 + "]" * 400)}).encode()
+    recorder.answers.append((200, [("content-type", "application/json")], [deep]))
+    answer = http.post(helpers.chat_url(passing), json=asked)
+    assert (answer.status_code, answer.content) == (200, deep)
+    assert answer.headers["cache-status"] == "cachepipe; fwd=miss"
