@@ -15,6 +15,8 @@ from cachepipe import wire
 from cachepipe.keys import Question
 
 _ZEROS: Final = bytes(0x30 if byte in b"0123456789" else byte for byte in range(256))
+_QUESTION: Final = 5000
+_PER_BYTE: Final = 12
 _LONG_NUMBER: Final = (
     b"0" * 19
 )  # orjson reads whole numbers of so many digits as floats, if they are too large
@@ -39,11 +41,11 @@ class Memory:
     """The bodies read last: an evaluation asks the same questions again and again.
 
     Args:
-        size: bytes that the remembered bodies may have together.
-        largest: bytes of the largest one that is remembered.
+        size: bytes of memory that they may take, about.
+        largest: bytes of the largest body that is remembered.
     """
 
-    def __init__(self, size: int = 16 << 20, largest: int = 32 << 10) -> None:
+    def __init__(self, size: int = 128 << 20, largest: int = 32 << 10) -> None:
         self._size = size
         self._largest = largest
         self._held = 0
@@ -61,10 +63,14 @@ class Memory:
         if len(name[-1]) > self._largest or name in self._read:
             return
         self._read[name] = read
-        self._held += len(name[-1])
+        self._held += _weight(name, read)
         while self._held > self._size:
-            oldest, _ = self._read.popitem(last=False)
-            self._held -= len(oldest[-1])
+            self._held -= _weight(*self._read.popitem(last=False))
+
+
+def _weight(name: tuple[Any, ...], read: Read) -> int:
+    """Return about how many bytes of memory a body takes that was read: its text, values and questions."""
+    return _QUESTION * len(read.questions) + _PER_BYTE * len(name[-1])
 
 
 def read_object(content: bytes) -> dict[str, Any] | None:

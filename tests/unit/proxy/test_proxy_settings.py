@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
+from cachepipe.clients.exchange import questions_of
+from cachepipe.keys import provider_question
 from cachepipe.proxy.bodies import Memory, Read, read_object
 from cachepipe.proxy.headers import from_upstream, to_upstream, who_asks
 from cachepipe.proxy.settings import BadSettings, Settings, Upstream, from_file, named, secret
+from cachepipe.wire import CHAT
 
 FILE = """
 cache = "caches/x"
@@ -158,11 +163,34 @@ def test_bodies_are_read_as_they_are_meant(content, value):
 
 
 def test_the_memory_of_bodies_is_bounded():
-    memory = Memory(size=10, largest=5)
+    question = provider_question("https://a.example/v1", {})
+    memory = Memory(size=12_000, largest=5)
     for content in (b"aaaa", b"bbbb", b"cccccc"):
-        memory.put(("u", content), Read({}, (), []))
+        memory.put(("u", content), Read({}, (), [question]))
     assert memory.get(("u", b"cccccc")) is None
     assert memory.get(("u", b"aaaa")) is not None
-    memory.put(("u", b"dddd"), Read({}, (), []))
+    memory.put(("u", b"dddd"), Read({}, (), [question]))
     assert memory.get(("u", b"bbbb")) is None
     assert memory.get(("v", b"aaaa")) is None
+    assert memory.get(("u", b"aaaa")) is not None
+    memory.put(("u", b"eeee"), Read({}, (), [question, question]))  # as much as two others
+    assert memory.get(("u", b"dddd")) is None
+    assert memory.get(("u", b"aaaa")) is None
+    assert memory.get(("u", b"eeee")) is not None
+
+
+def test_short_bodies_are_not_taken_for_small():
+    """What is made of a short body takes kilobytes."""
+    memory = Memory(size=200_000)
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            content = b'{"model":"m","messages":[{"role":"user","content":"%d"}]}' % number
+            body = read_object(content)
+            asks = CHAT.split(body)
+            questions = questions_of(CHAT, asks, "https://a.example/v1/chat/completions", {})
+            memory.put(("u", content), Read(body, asks, questions))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 400_000
