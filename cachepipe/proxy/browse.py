@@ -14,8 +14,10 @@ A listing is ``{"items": […], "next": …}``; ``next`` is null, or the ``after
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
@@ -149,12 +151,17 @@ def _listing(info: KeyInfo, question: StoredQuestion | None) -> dict[str, Any]:
 
 def _asked(question: StoredQuestion | None) -> dict[str, Any]:
     """Return the fields that were asked."""
-    try:
-        document = {} if question is None else orjson.loads(question.document)
-    except orjson.JSONDecodeError:
-        return {}
+    document = None if question is None else _document(question)
     asked = document.get("body", document.get("fields")) if isinstance(document, dict) else None
     return asked if isinstance(asked, dict) else {}
+
+
+def _document(question: StoredQuestion) -> Any:
+    """Return a question as JSON; None where it is none."""
+    for loads in (orjson.loads, json.loads):  # the latter takes lone surrogates
+        with suppress(ValueError, RecursionError):
+            return loads(question.document)
+    return None
 
 
 def prompt_of(asked: Mapping[str, Any]) -> str:
@@ -188,10 +195,6 @@ def _key(store: Store, key: str) -> dict[str, Any]:
     if question is None:
         raise NotThere("there is no such key in the cache")
     info = next((info for info in store.keys(key) if info.key == key), None)
-    try:
-        document = orjson.loads(question.document)
-    except orjson.JSONDecodeError:
-        document = None
     return {
         "key": key,
         "scope": question.scope,
@@ -199,7 +202,7 @@ def _key(store: Store, key: str) -> dict[str, Any]:
         "samples": info.samples if info else 0,
         "pending": info.pending if info else 0,
         "namespaces": info.namespaces if info else 0,
-        "document": document,
+        "document": _document(question),
     }
 
 

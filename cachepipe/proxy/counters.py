@@ -186,6 +186,12 @@ class Counts:
         }
 
 
+def _labelled(namespace: str) -> str:
+    """Return a namespace as a label: in quotes where it could be taken for `_NONE`, so that none is twice."""
+    text = namespace.encode(errors="backslashreplace").decode()
+    return f'"{text}"' if text[:1] in ("(", '"') and namespace != _OTHERS else text
+
+
 class Counters:
     """The counts of a proxy.
 
@@ -292,7 +298,7 @@ class Counters:
             "cachepipe_proxy_tokens", "Tokens spent and saved.", labels=("namespace", "of", "fate")
         )
         for namespace, counts in self.namespaces.items():
-            name = _NONE if namespace is None else namespace.encode(errors="replace").decode()
+            name = _NONE if namespace is None else _labelled(namespace)
             for outcome, number in counts.requests.items():
                 requests.add_metric((name, outcome), number)
             samples.add_metric((name, "cache"), counts.hits)

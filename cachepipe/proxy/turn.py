@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
@@ -200,7 +201,10 @@ class Turn:
 
     async def tell(self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """Answer with JSON of the proxy's own."""
-        content = orjson.dumps(value, default=repr, option=orjson.OPT_NON_STR_KEYS)
+        try:
+            content = orjson.dumps(value)
+        except TypeError:  # what is stored may nest deep, and hold lone surrogates
+            content = json.dumps(value, default=repr).encode()
         await self.answer(status, [JSON, *_PRIVATE, *pairs], content)
 
     async def stream(self, source: AsyncIterator[bytes]) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from urllib.parse import quote
 
 import httpx2
 import pytest
@@ -44,6 +45,21 @@ def test_names_cannot_break_the_metrics(proxy, http, asked, helpers):
         http.post(helpers.chat_url(proxy), json=asked, headers={"x-cachepipe-namespace": name})
     text = httpx2.get(f"{proxy.url}/metrics").text
     assert '{from="cache",namespace="a\\"b\\\\c"}' in text
+    for name in ("(none)", '"(none)"', "(others)", None):
+        http.post(helpers.chat_url(proxy, name and quote(name)), json=asked)
+    series = [line.rpartition(" ")[0] for line in httpx2.get(f"{proxy.url}/metrics").text.splitlines()]
+    assert len({*series}) == len(series)
+
+
+def test_what_nests_deep_or_is_no_text_is_shown(serve, recorder, http, asked, helpers):
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    asked = {**asked, "tools": json.loads('{"a":' * 300 + "1" + "}" * 300)}
+    body = json.dumps(asked).replace("hello", "\\ud800")
+    key = http.post(helpers.chat_url(proxy), content=body).headers["x-cachepipe-key"]
+    shown = fetch(proxy, f"/cachepipe/api/keys/{key}")
+    assert shown["document"]["body"]["tools"] == asked["tools"]
+    begun = http.post(f"{proxy.url}/cachepipe/runs", content=b'{"namespace": "\\ud800"}')
+    assert (begun.status_code, begun.json()["namespace"]) == (201, "\ud800")
 
 
 def test_the_cache_can_be_browsed_and_searched(proxy, http, helpers):
