@@ -161,7 +161,7 @@ asyncio.run(main())
 """
 
 
-async def test_c7_closing_waits_for_samples_that_another_process_generates(tmp_path):
+async def test_c7_closing_waits_for_samples_that_another_process_generates(tmp_path, turns):
     pipeline = OnlineAPI(ScriptedModel(), tmp_path)
     scope = ["-c", ELSEWHERE.replace("class Model:", 'class Model:\n    cache_scope = "s"'), str(tmp_path)]
     await pipeline.close()
@@ -174,8 +174,8 @@ async def test_c7_closing_waits_for_samples_that_another_process_generates(tmp_p
             task = asyncio.create_task(pipeline.request(Request("p", namespace="b")))
             await until(lambda: any(lane.strangers for lane in pipeline._cacher._engine.lanes()))
             closing = asyncio.create_task(pipeline.close())
-            done, _ = await asyncio.wait([closing], timeout=0.3)
-            assert not done, "closed under a request in flight"
+            await turns(20)
+            assert not pipeline._cacher._ended, "closed under a request in flight"
             child.stdin.write("\n")
             child.stdin.flush()
             async with asyncio.timeout(20):
@@ -259,18 +259,24 @@ async def test_c4_a_sample_in_the_making_on_a_loop_that_was_closed_is_taken_over
     gc.collect()  # what the closed loop has left is reported here, not in another test
 
 
-def test_c4_a_claim_that_is_granted_after_its_loop_has_gone_is_undone(tmp_path):
+def test_c4_a_claim_that_is_granted_after_its_loop_has_gone_is_undone(tmp_path, monkeypatch):
     pipeline = OnlineAPI(ScriptedModel(), tmp_path)
     asyncio.run(pipeline.request(Request("w")))
     lock = Lock(tmp_path)
+    store, tried = pipeline.store, threading.Event()
+
+    def write(operations, write=store.write):
+        tried.set()
+        return write(operations)
 
     async def abandoned():
         task = asyncio.create_task(pipeline.request(Request("p", namespace="a")))
-        await asyncio.sleep(0.1)  # the claim is with the writer thread, which waits for the lock
+        assert await asyncio.to_thread(tried.wait, 20)  # the writer thread has it, and waits for the lock
         assert not task.done()
         loop_gone.append(task)
 
     loop_gone = []
+    monkeypatch.setattr(store, "write", write)
     asyncio.run(abandoned())
     lock.release()
 
@@ -433,7 +439,7 @@ async def test_c6_what_comes_for_a_request_that_failed_in_bypass_is_unreported(s
 # Closing.
 
 
-def test_c7_closing_on_one_loop_waits_for_requests_on_the_others(tmp_path):
+def test_c7_closing_on_one_loop_waits_for_requests_on_the_others(tmp_path, turns):
     begun, here = threading.Event(), []
 
     class Model:
@@ -452,12 +458,15 @@ def test_c7_closing_on_one_loop_waits_for_requests_on_the_others(tmp_path):
         thread.start()
         assert await asyncio.to_thread(begun.wait, 10)
         closing = asyncio.create_task(pipeline.close())
-        done, _ = await asyncio.wait([closing], timeout=0.2)
         loop, gate = here[0]
+        await turns(5)
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(turns(5), loop))
+        await turns(5)
+        ended = pipeline._cacher._ended
         loop.call_soon_threadsafe(gate.set)
         async with asyncio.timeout(20):
             await closing
-        assert not done, "closed under the other loop's request"
+        assert not ended, "closed under the other loop's request"
 
     asyncio.run(close())
     thread.join(20)
