@@ -37,6 +37,7 @@ _COUNTING: Final = tuple(name.encode() for name in wire.ANSWER_HEADERS)
 _NEVER_AGAIN: Final = (b"x-should-retry", b"false")
 _SURFACES: Final = 1024  # credentials whose calls are kept apart, in memory at once
 _LABELS: Final = 10_000  # labelled runs of a server's life
+_LAST_SECONDS: Final = 1.0  # to store what has just come, however little time is left
 _LONGEST_KEY: Final = 1000  # characters of an idempotency key
 _MESSAGES: Final = re.compile(r"/v1/messages(/|$)")
 _OWN: Final = frozenset({"/", "/healthz", "/readyz", "/metrics"})
@@ -69,6 +70,7 @@ class Proxy:
         self.log = Log(settings.log, log)
         self.ready = False
         self._open = self._ended = False
+        self._until: float | None = None  # when the loop's clock says so, what is in flight is given up
         self._default = ServedRun()
         self._named: dict[str | None, ServedRun] = {}
         self._labelled: dict[tuple[str | None, str], ServedRun] = {}
@@ -110,14 +112,22 @@ class Proxy:
         self.counters = Counters(self.caller)
         self.ready = True
 
+    def stopping(self) -> None:
+        """Be no longer ready: from now on ``shutdown_timeout`` runs."""
+        self.ready = False
+        if self._until is None:
+            self._until = asyncio.get_running_loop().time() + self.settings.shutdown_timeout
+
     async def shutdown(self) -> None:
         """Finish and store what is in flight, as long as ``shutdown_timeout`` allows, and close the cache."""
         if not self._open:
             return
-        self._open = self.ready = False
+        self.stopping()
+        until = asyncio.get_running_loop().time() + _LAST_SECONDS
+        self._open = False
         self._ended = True
         try:
-            async with asyncio.timeout(self.settings.shutdown_timeout):
+            async with asyncio.timeout_at(max(until, self._until or 0)):
                 await self.backing.close()
                 while self._background:
                     await asyncio.wait(self._background)
@@ -184,6 +194,7 @@ class Proxy:
         except Refused as refusal:
             await self._refuse(turn, route, refusal)
         except ClientGone:
+            outcome = "left"
             turn.status = turn.status or 499
         except UpstreamRefusal as refusal:
             outcome = "error"
@@ -192,7 +203,7 @@ class Proxy:
         except Exception as error:  # noqa: BLE001 - a server outlives whatever is wrong with one request
             outcome = "error"
             await self._refuse(turn, route, self._failure(turn, error))
-        if outcome in ("hit", "miss", "partial", "passed", "error") or route is not None:
+        if outcome != "refused" or route is not None:
             self.counters.ended(namespace, outcome)
         if outcome != "hit":
             self.counters.seconds.observe(self.log.seconds(turn))

@@ -15,8 +15,8 @@ from cachepipe import prices, wire
 from cachepipe.proxy.upstream import Caller
 from cachepipe.typedefs import Response
 
-Outcome = Literal["hit", "miss", "partial", "passed", "error", "refused"]
-"""How a request ended: all from the cache, none, some; passed through; with an error; or refused here."""
+Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"]
+"""How a request ended: all from the cache, none, some; passed through; its client gone; error; refused."""
 
 _MOST: Final = 1000  # namespaces that are counted by themselves
 _OTHERS: Final = "(others)"

@@ -16,8 +16,8 @@ from cachepipe.proxy.turn import Turn
 
 _DELAY: Final = 0.05  # seconds that lines are gathered
 _LEVELS: Final = {
-    "all": frozenset({"hit", "miss", "partial", "passed", "error", "refused"}),
-    "calls": frozenset({"miss", "partial", "passed", "error", "refused"}),
+    "all": frozenset({"hit", "miss", "partial", "passed", "left", "error", "refused"}),
+    "calls": frozenset({"miss", "partial", "passed", "left", "error", "refused"}),
     "errors": frozenset({"error", "refused"}),
     "off": frozenset[str](),
 }
@@ -43,7 +43,7 @@ class Log:
 
     def request(self, turn: Turn, place: Place | None, namespace: str | None, outcome: str) -> None:
         """Write what has become of a request."""
-        if outcome not in self._wanted or (outcome == "refused" and turn.status == 200):
+        if outcome not in self._wanted:
             return
         self._write(
             {

@@ -11,7 +11,7 @@ import socket
 import threading
 from asyncio.events import TimerHandle
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy.app import Proxy
@@ -29,14 +29,33 @@ _HEAD_SECONDS: Final = 30.0
 _IDLE_SECONDS: Final = 75
 
 
+class _Unframed(int):
+    """The length that is expected of a body which ends with its connection: whatever comes."""
+
+    def __sub__(self, other: int) -> Self:
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+_UNFRAMED: Final = _Unframed(1 << 62)
+
+
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, for strangers: heads have a limit and come in time, targets are paths."""
+    """uvicorn's protocol, for strangers.
+
+    Heads have a limit and come in time, targets are paths, answers are taken in time or thrown away.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._head = 0  # bytes that may be of a head
         self._in_head = True
         self._late: TimerHandle | None = None
+        self._stalled: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give a new connection so long for the head of its first request."""
@@ -46,7 +65,46 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
         self._stop_waiting()
+        self._stop_looking()
         super().connection_lost(exc)
+
+    # A client that takes nothing.
+
+    def pause_writing(self) -> None:
+        """Look from time to time whether the client takes what is written, also once nothing is to follow."""
+        super().pause_writing()
+        self._look_again()
+
+    def resume_writing(self) -> None:
+        """Go on writing."""
+        self._stop_looking()
+        super().resume_writing()
+
+    def _look_again(self) -> None:
+        self._stop_looking()
+        patience = self.config.app.settings.client_timeout  # type: ignore[union-attr]  # a proxy
+        left = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(patience, self._look, left)
+
+    def _look(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._look_again()
+        else:  # closing would wait until all is taken
+            self.transport.abort()
+
+    def _stop_looking(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, whatever of its last answer was never taken."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    # Heads.
 
     def _await_head(self) -> None:
         if self._late is None:
@@ -90,16 +148,22 @@ class Protocol(HttpToolsProtocol):
         """
         self._stop_waiting()
         self._in_head, self._head = False, 0
-        if self.parser.get_http_version() not in ("1.0", "1.1"):
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
             raise ValueError("requests are HTTP/1.1")
         if not self.url.startswith(b"/") or self.url.startswith(b"//"):
             raise ValueError("a request names a path")
         if sum(name == b"host" for name, _ in self.headers) > 1:
             raise ValueError("a request names one host")
-        lengths = [name for name, _ in self.headers if name in (b"content-length", b"transfer-encoding")]
+        lengths = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
         if len(lengths) > 1:
             raise ValueError("the length of a body is told once")
+        if lengths and lengths[0][0] == b"transfer-encoding" and lengths[0][1].strip().lower() != b"chunked":
+            raise ValueError("a body is chunked, and no more")
         super().on_headers_complete()
+        if version == "1.0":  # knows no chunks
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _UNFRAMED
 
 
 class Server(uvicorn.Server):
@@ -122,7 +186,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=settings.max_connections,
+                limit_concurrency=settings.max_connections + 1,  # it counts the one that asks
                 timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=int(settings.shutdown_timeout) or 1,
                 backlog=2048,
@@ -162,7 +226,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and finish those that are there."""
-        self.proxy.ready = False
+        self.proxy.stopping()
         await super().shutdown(sockets)
 
 

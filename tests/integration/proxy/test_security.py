@@ -69,6 +69,7 @@ def test_no_target_leads_anywhere_but_to_the_upstreams(recorded, raw, target):
         POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
         POST + b"Content-Length: -1\r\n\r\n",
         POST + b"Content-Length: 1e3\r\n\r\n",
+        POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
         POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
@@ -103,7 +104,7 @@ def test_heads_and_bodies_have_limits(serve, recorder, raw):
 
 
 def test_connections_have_a_limit(serve, upstream):
-    proxy = serve(max_connections=2)
+    proxy = serve(max_connections=1)
     with httpx2.Client() as one, httpx2.Client() as two:
         assert one.get(f"{proxy.url}/healthz").status_code == 200
         assert two.get(f"{proxy.url}/healthz").status_code == 503

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
+import time
 
 import httpx2
 import pytest
 
+from cachepipe.proxy.settings import Upstream
 from cachepipe.testing import MockSettings
 
 HEAD = b'{"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":'
@@ -137,6 +140,38 @@ def test_several_choices_are_renumbered_when_they_are_put_together(proxy, upstre
     assert len(texts) == 3
     whole = http.post(helpers.chat_url(proxy, "c"), json={**asked, "n": 3})
     assert helpers.text_of(whole) == texts
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
+def test_a_client_that_takes_nothing_is_cut_off(serve, recorder, asked, path):
+    """Whether its answer is there as a whole or passes through; else the connection would stay for ever."""
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),), client_timeout=0.1)
+    recorder.answers.append((200, [("content-type", "text/plain")], [b"x" * (32 << 20)]))
+    body = json.dumps(asked).encode()
+    host, port = proxy.url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        assert client.recv(1)
+        deadline = time.monotonic() + 20
+        server = proxy.server_state
+        while (server.connections or server.tasks) and time.monotonic() < deadline:
+            threading.Event().wait(0.001)
+        assert not server.connections
+    assert proxy.logged[-1]["outcome"] == ("left" if path == "/v1/files" else "error")
+
+
+def test_a_client_of_http_1_0_gets_a_stream_without_chunks(serve, recorder, raw, asked):
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    recorder.answers.append((200, STREAM, EVENTS))
+    body = json.dumps({**asked, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+    told, _, content = raw(proxy, head + body, end=False).partition(b"\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in told
+    assert content == b"".join(EVENTS)
 
 
 def test_shutdown_finishes_what_is_in_flight(serve, upstream, asked, helpers):

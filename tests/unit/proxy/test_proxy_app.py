@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from cachepipe import MemoryStore
 from cachepipe.errors import StageClosed
+from cachepipe.proxy import app
 from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.settings import Settings, Upstream
+
+
+@pytest.mark.anyio
+async def test_the_time_of_a_shutdown_runs_from_its_beginning(monkeypatch):
+    """The server waits for its connections first; what it has used up is not given again."""
+    monkeypatch.setattr(app, "_LAST_SECONDS", 0.0)
+    loop = asyncio.get_running_loop()
+    proxy = Proxy(
+        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+    )
+    await proxy.startup()
+    forever = loop.create_task(asyncio.Event().wait())
+    proxy._background.add(forever)
+    proxy.stopping()
+    assert not proxy.ready
+    late = loop.time() + proxy.settings.shutdown_timeout + 1
+    monkeypatch.setattr(loop, "time", lambda: late)
+    await proxy.shutdown()
+    with pytest.raises(asyncio.CancelledError):
+        await forever
 
 
 @pytest.mark.anyio
