@@ -114,10 +114,12 @@ def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) 
     drawn = None
     if wanted is not None:
         drawn = {draw.draw.key for draw in store.draws(namespace=label(wanted or None))}
-    until = clock() + _SECONDS
+    until = None
     items: list[dict[str, Any]] = []
     place = skip
     for info in itertools.islice(store.keys(options.get("prefix", "")), skip, None):
+        if until is None:  # however long it took to come here, there is something to go on from
+            until = clock() + _SECONDS
         if len(items) == limit or clock() > until:
             return {"items": items, "next": place}
         place += 1
