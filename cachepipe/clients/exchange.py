@@ -297,12 +297,14 @@ def questions_of(
     Raises:
         UnkeyableValue: when no stable key can be made from one of its values.
     """
-    scope = scope if scope is not None else wire.scope_of(url)
     alone = alone or api.max_n == 1 or len(asks) > 1
+    here = wire.scope_of(url)
+    scope = here if scope is None else scope
+    named = None if scope == here else api  # a URL tells by itself which API is asked
     return [
         keys.provider_question(
             scope,
-            wire.question_document(ask, headers),
+            wire.question_document(ask, headers, named),
             mergeable=ask.mergeable and not alone,
             function=ask.function,
         )

@@ -279,11 +279,13 @@ class OpenAIModel:
             BadRequest: when it cannot be told what is asked, or it cannot be answered from a cache.
         """
         wanted = self._wanted(request)
+        api: wire.Api | None = wanted.api
         if scope is None or scope == self.cache_scope:
+            api = None  # the URL tells
             scope = self._connection.scope_of(wanted.endpoint, wanted.ask.question.get("model"))
         return provider_question(
             scope,
-            wire.question_document(wanted.ask, {**self._connection.headers, **wanted.headers}),
+            wire.question_document(wanted.ask, {**self._connection.headers, **wanted.headers}, api),
             mergeable=wanted.ask.mergeable,
             function=wanted.ask.function,
         )

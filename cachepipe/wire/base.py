@@ -426,10 +426,23 @@ def usage_totals(samples: Iterable[Sample]) -> tuple[dict[str, int], dict[str, i
     return logical, billed
 
 
-def question_document(ask: Ask, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the document of which the key of an ask is made: its body, and the headers that count."""
-    counting = answer_headers(headers) if headers else {}
-    return {"body": ask.question, "headers": counting} if counting else {"body": ask.question}
+def question_document(
+    ask: Ask, headers: Mapping[str, str] | None = None, api: Api | None = None
+) -> dict[str, Any]:
+    """Return the document of which the key of an ask is made: its body, and the headers that count.
+
+    Args:
+        ask: what is asked.
+        headers: the headers of the request.
+        api: the API that is asked, where a scope of the user's stands for the endpoint's URL: equal bodies
+            to two APIs are two questions. That of chat completions is left out.
+    """
+    document: dict[str, Any] = {"body": ask.question}
+    if headers and (counting := answer_headers(headers)):
+        document["headers"] = counting
+    if api is not None and api.name != "chat completions":
+        document["api"] = api.name
+    return document
 
 
 def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from cachepipe import DiskStore
 from cachepipe.cli.group import cli
+from cachepipe.clients import OpenAI
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.server import Fault
 
@@ -402,6 +403,25 @@ def test_batch_requests_of_every_api_run_side_by_side(server):
     again = called(server, requests=source, n=1, namespace="b")
     assert (again["calls"], server.stats.requests) == (0, asked)
     assert [line["response"] for line in results()] == [line["response"] for line in lines.values()]
+
+
+def test_c9_one_scope_keeps_the_apis_apart_and_is_the_clients_too(server):
+    body = {"model": "ngram-1", "input": "text"}
+    lines = [
+        {"custom_id": path, "method": "POST", "url": f"/v1/{path}", "body": body}
+        for path in ("embeddings", "responses")
+    ]
+    source = write("in.jsonl", lines)
+    called(server, requests=source, n=1, scope="mine")
+    answers = {line["custom_id"]: line["response"]["body"] for line in results()}
+    assert answers["responses"]["object"] == "response"
+    assert answers["embeddings"]["object"] == "list"
+    asked = server.stats.requests
+    with OpenAI(base_url=server.base_url, cache="cache", scope="mine", namespace="b") as client:
+        client.embeddings.create(**body)
+        text = client.responses.create(**body).output_text
+    assert text == answers["responses"]["output"][0]["content"][0]["text"]
+    assert server.stats.requests == asked
 
 
 # Modes and options.

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepipe import errors
-from cachepipe.keys import provider_question
+from cachepipe.clients.exchange import questions_of
+from cachepipe.keys import encode, provider_question
+from cachepipe.models import OpenAIModel
+from cachepipe.models.openai import WireRequest
 from cachepipe.wire import (
     APIS,
     CHAT,
@@ -322,6 +325,24 @@ def test_usage_is_asked_for_where_the_caller_did_not(options, injected):
         assert changed["stream_options"]["include_usage"] is True
     assert CHAT.inject_usage(CHAT_BODY) == (CHAT_BODY, False)
     assert RESPONSES.inject_usage({"stream": True}) == ({"stream": True}, False)
+
+
+def test_c9_equal_bodies_to_two_apis_are_two_questions_within_one_scope():
+    keys = set()
+    for api, url in ((EMBEDDINGS, "embeddings"), (MODERATIONS, "moderations"), (RESPONSES, "responses")):
+        [ask] = api.split({"model": "m", "input": "text"})
+        at = f"https://api.example/v1/{url}"
+        [plain] = questions_of(api, [ask], at, {})
+        assert plain == questions_of(api, [ask], at, {}, scope=at)[0]
+        assert plain.document == encode({"body": ask.question})
+        [scoped] = questions_of(api, [ask], at, {}, scope="mine")
+        keys |= {plain.key, scoped.key}
+        model = OpenAIModel(base_url="https://api.example/v1", endpoint=f"/{url}", raw=True)
+        assert model.question(WireRequest({"model": "m", "input": "text"}), "mine")[:3] == scoped[:3]
+        assert model.question(WireRequest({"model": "m", "input": "text"}), at)[:3] == plain[:3]
+    assert len(keys) == 6
+    [ask] = CHAT.split(CHAT_BODY)
+    assert question_document(ask, api=CHAT) == question_document(ask)  # one that is left out
 
 
 def test_headers_that_change_the_answer_are_part_of_the_document_and_others_are_not():
