@@ -703,12 +703,18 @@ class Exchange:
 
     async def _recorded(self, live: asyncio.Future[tuple[Tape, Arrived]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""
-        body, asked_for_usage = self.api.inject_usage(self.body)
-        made, arrived = await self._upstream(body, stream=True)
-        if made is None:
-            return self._packed(await self._taped(arrived, live, hide_usage=asked_for_usage), arrived)
+        body, added = self.api.inject_usage(self.body)
         try:
-            samples = await self._taped(arrived, live, hide_usage=asked_for_usage)
+            made, arrived = await self._upstream(body, stream=True)
+        except Exception as error:
+            if not added or getattr(error, "status_code", None) not in (400, 422):
+                raise
+            added = False  # not every server knows how to report usage: what counts is what its caller wrote
+            made, arrived = await self._upstream(self.body, stream=True)
+        if made is None:
+            return self._packed(await self._taped(arrived, live, hide_usage=added), arrived)
+        try:
+            samples = await self._taped(arrived, live, hide_usage=added)
         except BaseException as error:
             made.end(error=error)
             raise

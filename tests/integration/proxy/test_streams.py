@@ -61,6 +61,20 @@ def test_usage_that_nobody_asked_for_is_taken_out(streaming, recorder, http, ask
     assert whole.json()["usage"]["total_tokens"] == 3
 
 
+def test_a_server_that_reports_no_usage_is_asked_as_its_client_wrote(
+    streaming, recorder, http, asked, helpers
+):
+    refusal = b'{"error":{"message":"stream_options: unknown"}}'
+    recorder.answers += [(422, STREAM, [refusal]), (200, STREAM, EVENTS[:2] + EVENTS[3:])]
+    answer = http.post(helpers.chat_url(streaming), json={**asked, "stream": True})
+    assert (answer.status_code, answer.content) == (200, b"".join(EVENTS[:2] + EVENTS[3:]))
+    assert "stream_options" not in json.loads(recorder.requests[-1].body)
+    assert http.post(helpers.chat_url(streaming, "b"), json=asked).headers["cache-status"] == "cachepipe; hit"
+    recorder.answers += [(400, STREAM, [b"first"]), (400, STREAM, [b"second"])]
+    refused = http.post(helpers.chat_url(streaming, "b"), json={**asked, "stream": True})
+    assert (refused.status_code, refused.content) == (400, b"second")
+
+
 def test_a_stream_that_breaks_off_is_no_answer_and_ends_broken(streaming, recorder, asked, helpers):
     url = helpers.chat_url(streaming)
     recorder.answers.append((200, [*STREAM, ("transfer-encoding", "chunked")], [b"a\r\n0123", None]))
