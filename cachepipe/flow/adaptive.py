@@ -56,6 +56,11 @@ class Budget:
         self._at = self._sent = 0.0
         self._spent_then = 0.0
 
+    @property
+    def told(self) -> bool:
+        """Whether anything is known of what is left."""
+        return self._hint is not None
+
     def learn(self, hint: Hint, spent_then: float, sent: float, now: float) -> None:
         """Take what an answer said; that of a call sent earlier than the one before is stale.
 
@@ -147,6 +152,11 @@ class Adaptive:
         pace = self.pace
         if pace is not None:
             self._next = max(self._next, now - _CLUMP) + 1 / pace
+
+    def unsent(self, tokens: float) -> None:
+        """Learn that a call that was let go was not made."""
+        self.requests.spent -= 1
+        self.tokens.spent -= tokens
 
     def answered(self, sent: float, in_flight: int, now: float) -> None:
         """Learn that a call was answered.

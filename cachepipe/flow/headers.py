@@ -31,6 +31,23 @@ class Hint(NamedTuple):
     reset: float
 
 
+def headers_of(error: BaseException | None) -> Mapping[str, Any] | None:
+    """Return the headers of the answer that an error stands for, whichever library it is from."""
+    for source in (getattr(error, "response", None), error):
+        headers = getattr(source, "headers", None)
+        if headers is not None and hasattr(headers, "items"):
+            return in_any_case(headers)
+    return None
+
+
+def in_any_case(headers: Any) -> Mapping[str, Any]:
+    """Return headers so that a lower-case name finds them."""
+    if isinstance(headers, dict):
+        return {name.lower() if isinstance(name, str) else name: value for name, value in headers.items()}
+    found: Mapping[str, Any] = headers
+    return found
+
+
 def retry_after(headers: Mapping[str, Any] | None, wall: float | None = None) -> float | None:
     """Return the seconds that an answer asks to wait for, by ``retry-after-ms`` or ``Retry-After``.
 
@@ -44,14 +61,14 @@ def retry_after(headers: Mapping[str, Any] | None, wall: float | None = None) ->
     if milliseconds is not None:
         return min(milliseconds / 1000, _LONGEST)
     value = headers.get("retry-after")
-    if not isinstance(value, str):
-        return None
     seconds = _number(value)
     if seconds is not None:
         return min(seconds, _LONGEST)
+    if not isinstance(value, str):
+        return None
     try:
         moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=dt.UTC)

@@ -9,6 +9,9 @@ with the virtual time at which its namespace would have had its turn, and the lo
 a namespace that wants little waits for about one call of each other, however many thousands one of them
 has queued. A call that does not fit yet holds back those behind it, or large ones would wait for ever,
 but only those of its own model where only that model's limits are in the way.
+
+A tag is given when a call becomes the first of its line (its namespace's calls of one model), so those who
+give up in a line have cost it nothing.
 """
 
 from __future__ import annotations
@@ -20,22 +23,26 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from cachepipe import forks
 from cachepipe.errors import StoreError
 from cachepipe.flow.adaptive import Adaptive
 from cachepipe.flow.clock import CLOCK, Clock
-from cachepipe.flow.headers import hints, retry_after
+from cachepipe.flow.headers import headers_of, hints, in_any_case, retry_after
 from cachepipe.flow.shared import SharedQuotas, Taken, Wanted
 from cachepipe.flow.windows import Use, Window
 
 _AGAIN = 0.005  # seconds until what could not be written is tried again
 _COLD = 5.0  # seconds that a request may be on its way before any answer has come
+_WITHIN = 2  # the rank of a call that is made within another one
+_MANY = 1000  # lines from which those that are over are forgotten
 _OVERLOADED = frozenset({408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
@@ -131,9 +138,21 @@ class Slot:
         queued: seconds that it waited.
         ended: whether its end was told.
         spent: how many requests and tokens were spent on the model when it was let go.
+        places: of those that may be under way at once, how many it takes: 1, or 0 within another call.
     """
 
-    __slots__ = ("_limits", "begun", "call", "ended", "model", "queued", "spent", "tokens", "uses")
+    __slots__ = (
+        "_limits",
+        "begun",
+        "call",
+        "ended",
+        "model",
+        "places",
+        "queued",
+        "spent",
+        "tokens",
+        "uses",
+    )
 
     def __init__(self, limits: Limits, model: _Model, uses: list[tuple[Window, Use]], tokens: float) -> None:
         self._limits = limits
@@ -144,6 +163,7 @@ class Slot:
         self.ended = False
         self.call: int | None = None
         self.spent = (0.0, 0.0)
+        self.places = 1
 
     def end(
         self,
@@ -172,10 +192,24 @@ class Slot:
         self.end(error=error)
 
 
+class _Line:
+    """The calls of one namespace that wait for one model, in order."""
+
+    __slots__ = ("finish", "start", "waiting")
+
+    def __init__(self) -> None:
+        self.start = self.finish = 0.0  # the tag of its first call, and that of the one after the last let go
+        self.waiting: deque[_Ticket] = deque()
+
+
+holding: ContextVar[tuple[Slot, ...]] = ContextVar("cachepipe_holding", default=())
+"""The slots of the calls within which a call is made: it takes no second place, or would wait for itself."""
+
+
 class _Model:
     """What is known of one model, and who waits for it."""
 
-    __slots__ = ("adaptive", "in_flight", "name", "queue", "quota", "windows")
+    __slots__ = ("adaptive", "ahead", "heads", "in_flight", "lines", "many", "name", "quota", "windows")
 
     def __init__(self, name: str | None, quota: Quota | None, most: float, *, learns: bool) -> None:
         self.name = name
@@ -185,38 +219,129 @@ class _Model:
         self.windows = (None, None) if quota is None else quota.windows()
         self.adaptive = Adaptive(most, learns=learns)
         self.in_flight = 0
-        self.queue: list[_Ticket] = []
+        self.ahead: list[_Ticket] = []  # a heap of those who go before all lines
+        self.lines: dict[str | None, _Line] = {}
+        self.heads: list[tuple[float, int, _Line]] = []  # a heap of the lines in which somebody waits
+        self.many = _MANY
+
+    def add(self, ticket: _Ticket, namespace: str | None, virtual: float) -> None:
+        """Let a call wait.
+
+        Args:
+            ticket: its place.
+            namespace: whose it is.
+            virtual: the virtual time.
+        """
+        if ticket.rank:
+            heapq.heappush(self.ahead, ticket)
+            return
+        line = ticket.line = self.line(namespace, virtual)
+        line.waiting.append(ticket)
+        if len(line.waiting) == 1:
+            line.start = max(virtual, line.finish)
+            heapq.heappush(self.heads, (line.start, ticket.number, line))
+
+    def line(self, namespace: str | None, virtual: float) -> _Line:
+        """Return the line of a namespace; those of others that are over are forgotten now and then."""
+        line = self.lines.get(namespace)
+        if line is None:
+            if len(self.lines) >= self.many:
+                self.lines = {
+                    name: line for name, line in self.lines.items() if line.waiting or line.finish > virtual
+                }
+                self.many = max(_MANY, 2 * len(self.lines))
+            line = self.lines[namespace] = _Line()
+        return line
 
     def head(self) -> _Ticket | None:
         """Return who is next."""
-        queue = self.queue
-        while queue and (queue[0].left or queue[0].loop.is_closed()):
-            heapq.heappop(queue)
-        return queue[0] if queue else None
+        while self.ahead:
+            if not self.ahead[0].gone:
+                return self.ahead[0]
+            heapq.heappop(self.ahead)
+        while self.heads:
+            line = self.heads[0][2]
+            while line.waiting and line.waiting[0].gone:
+                line.waiting.popleft()
+            if line.waiting:
+                return line.waiting[0]
+            heapq.heappop(self.heads)
+        return None
+
+    def pop(self, cost: float) -> None:
+        """Take out who is next, at a cost to the line."""
+        if self.ahead:
+            heapq.heappop(self.ahead)
+            return
+        line = self.heads[0][2]
+        line.waiting.popleft()
+        line.finish = line.start + cost
+        if line.waiting:
+            line.start = line.finish
+            heapq.heapreplace(self.heads, (line.start, line.waiting[0].number, line))
+        else:
+            heapq.heappop(self.heads)
+
+    def waiting(self) -> Iterator[_Ticket]:
+        """Return all who wait, in no order."""
+        yield from (ticket for ticket in self.ahead if not ticket.gone)
+        for _, _, line in self.heads:
+            yield from (ticket for ticket in line.waiting if not ticket.gone)
 
 
 class _Ticket:
-    """A place in the queue."""
+    """A place in the queue.
 
-    __slots__ = ("error", "future", "left", "loop", "model", "order", "since", "slot", "tokens")
+    Attributes:
+        rank: 0 in a line, 1 of a call that is made again, 2 of one that is made within another.
+        line: that in which it waits, if it does.
+        left: whether nobody waits there any more.
+    """
+
+    __slots__ = (
+        "error",
+        "future",
+        "left",
+        "line",
+        "loop",
+        "model",
+        "number",
+        "rank",
+        "since",
+        "slot",
+        "tokens",
+    )
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         model: _Model,
-        order: tuple[float, int],
+        number: int,
+        rank: int,
         tokens: float,
         since: float,
     ) -> None:
         self.loop = loop
         self.model = model
-        self.order = order
+        self.number = number
+        self.rank = rank
         self.tokens = tokens
         self.since = since
+        self.line: _Line | None = None
         self.left = False
         self.error: BaseException | None = None
         self.slot: Slot | None = None
         self.future: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits there, or ever will."""
+        return self.left or self.loop.is_closed()
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """What the order of those who are next goes by."""
+        return -self.rank, 0.0 if self.line is None else self.line.start, self.number
 
     def __lt__(self, other: _Ticket) -> bool:
         return self.order < other.order
@@ -278,16 +403,17 @@ class Limits:
         self.clock = clock
         self._shared: Any = None if shared is None else SharedQuotas(shared, name)
         self._reset()
+        _all.add(self)
 
     def _reset(self) -> None:
-        self._fork = forks.count
         self._lock = threading.RLock()  # a coroutine that is collected may leave the queue at any point
         self._dispatching = self._again = False
+        self._busy = False  # whether somebody waits, or may
+        self._places = 0
         self._windows = self.quota.windows()
         self._models: dict[str | None, _Model] = {}
-        self._orders = itertools.count()
+        self._numbers = itertools.count()
         self._virtual = 0.0
-        self._finishes: dict[tuple[str | None, str | None], float] = {}
         self._timers: dict[asyncio.AbstractEventLoop, _Timer] = {}
         self._warm = False
         self._stats = FlowStats()
@@ -310,7 +436,7 @@ class Limits:
     def stats(self) -> FlowStats:
         """Return what went through since they were made."""
         with self._lock:
-            waiting = sum(not ticket.left for model in self._models.values() for ticket in model.queue)
+            waiting = sum(1 for model in self._models.values() for _ in model.waiting())
             return replace(self._stats, waiting=waiting)
 
     def learned(self) -> dict[str | None, dict[str, float | None]]:
@@ -345,13 +471,19 @@ class Limits:
             tokens: how many tokens it is thought to use.
             ahead: go before all who wait: the call was let go before, and is made again.
         """
-        loop = asyncio.get_running_loop()
-        if self._fork != forks.count:
-            self._reset()  # what was under way is the parent's
-            if self._shared is not None:
-                self._shared.forget()
+        rank = _WITHIN if self._within() else int(ahead)
         with self._lock:
-            ticket = self._queue(loop, namespace, model, tokens, ahead=ahead)
+            now = self.clock.now()
+            known = self._known(model)
+            self._stats.retries += ahead
+            if not self._busy and self._shared is None and not self._wait(known, tokens, rank, now):
+                made = self._slot(known, tokens, rank, now)
+                self._count(made, now)
+                return made
+            loop = asyncio.get_running_loop()
+            ticket = _Ticket(loop, known, next(self._numbers), rank, tokens, now)
+            known.add(ticket, namespace, self._virtual)
+            self._busy = True
             self._dispatch()
         if ticket.slot is None:
             try:
@@ -365,31 +497,19 @@ class Limits:
         self._begin(slot, ticket)
         return slot
 
-    def _queue(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        namespace: str | None,
-        name: str | None,
-        tokens: float,
-        *,
-        ahead: bool,
-    ) -> _Ticket:
+    def _within(self) -> bool:
+        """Tell whether this is part of a call that has leave already."""
+        held = holding.get()
+        return bool(held) and any(slot._limits is self and not slot.ended for slot in held)  # noqa: SLF001 - its other half
+
+    def _known(self, name: str | None) -> _Model:
         model = self._models.get(name)
         if model is None:
             most = math.inf if self.quota.max_concurrency is None else self.quota.max_concurrency
             model = self._models[name] = _Model(
                 name, self.per_model.get(name or ""), most, learns=self.adaptive
             )
-        flow = (name, namespace)
-        if ahead:
-            start = -math.inf
-            self._stats.retries += 1
-        else:
-            start = max(self._virtual, self._finishes.get(flow, 0.0))
-            self._finishes[flow] = start + self._cost(tokens)
-        ticket = _Ticket(loop, model, (start, next(self._orders)), tokens, self.clock.now())
-        heapq.heappush(model.queue, ticket)
-        return ticket
+        return model
 
     def _cost(self, tokens: float) -> float:
         """Return what share of the quotas a call takes: of the one that it takes most of."""
@@ -401,15 +521,20 @@ class Limits:
         with self._lock:
             ticket.left = True
             slot = ticket.slot
-            if slot is not None and not slot.ended:
+            if slot is not None and not slot.ended and self._is_own(slot):
                 slot.ended = True
                 for window, use in slot.uses:
                     window.give_back(use)
                 if slot.call is not None:
                     self._shared.give_back(slot.call)
+                slot.model.adaptive.unsent(slot.tokens)
                 self._release(slot)
                 self._stats.calls -= 1
             self._dispatch()
+
+    def _is_own(self, slot: Slot) -> bool:
+        """Tell whether a slot was given in this process, and not in one that it was forked from."""
+        return self._models.get(slot.model.name) is slot.model
 
     # Being let go.
 
@@ -436,12 +561,12 @@ class Limits:
             )
             if ticket is None:
                 break
-            wait = self._wait_for_model(ticket, now)
+            wait = self._wait_for_model(ticket.model, ticket.tokens, ticket.rank, now)
             if wait > 0:
                 held.add(id(ticket.model))
                 soonest = min(soonest, now + wait)
                 continue
-            wait = self._wait_for_all(ticket, now)
+            wait = self._wait_for_all(ticket.tokens, ticket.rank, now)
             if wait > 0:
                 soonest = min(soonest, now + wait)
                 break
@@ -458,33 +583,43 @@ class Limits:
                     continue
                 call = taken.call
             self._let_go(ticket, now, call)
+        busy = ticket is not None or bool(held)
+        if self._busy and not busy:
+            self._virtual = 0.0
+            for model in self._models.values():
+                model.lines.clear()
+        self._busy = busy
         if self._shared is not None and self._shared.late:
             self._shared.write()
             soonest = min(soonest, now + _AGAIN) if self._shared.late else soonest
         if soonest < math.inf:
             self._arm(soonest)
-        if len(self._finishes) > 1000:
-            self._finishes = {flow: end for flow, end in self._finishes.items() if end > self._virtual}
 
-    def _wait_for_model(self, ticket: _Ticket, now: float) -> float:
-        model = ticket.model
+    def _wait(self, model: _Model, tokens: float, rank: int, now: float) -> float:
+        """Return 0 when a call may be made now as far as this process knows, else some time."""
+        return self._wait_for_model(model, tokens, rank, now) or self._wait_for_all(tokens, rank, now)
+
+    def _wait_for_model(self, model: _Model, tokens: float, rank: int, now: float) -> float:
         adaptive = model.adaptive
-        requests, tokens = model.windows
-        wait = adaptive.wait(model.in_flight, now)
-        wait = max(wait, adaptive.requests.wait(1, now), adaptive.tokens.wait(ticket.tokens, now))
-        if requests is not None:
-            wait = max(wait, requests.wait(1, now))
-        if tokens is not None:
-            wait = max(wait, tokens.wait(ticket.tokens, now))
+        calls, used = model.windows
+        wait = adaptive.wait(0 if rank == _WITHIN else model.in_flight, now)
+        if adaptive.requests.told:
+            wait = max(wait, adaptive.requests.wait(1, now))
+        if adaptive.tokens.told:
+            wait = max(wait, adaptive.tokens.wait(tokens, now))
+        if calls is not None:
+            wait = max(wait, calls.wait(1, now))
+        if used is not None:
+            wait = max(wait, used.wait(tokens, now))
         return wait
 
-    def _wait_for_all(self, ticket: _Ticket, now: float) -> float:
+    def _wait_for_all(self, tokens: float, rank: int, now: float) -> float:
         most = self.quota.max_concurrency
-        if most is not None and self._stats.in_flight >= most:
+        if most is not None and self._places >= most and rank != _WITHIN:
             return math.inf
-        requests, tokens = self._windows
-        wait = 0.0 if requests is None else requests.wait(1, now)
-        return wait if tokens is None else max(wait, tokens.wait(ticket.tokens, now))
+        calls, used = self._windows
+        wait = 0.0 if calls is None else calls.wait(1, now)
+        return wait if used is None else max(wait, used.wait(tokens, now))
 
     def _take_shared(self, ticket: _Ticket, now: float) -> Taken | None:
         """Take a call from the quotas of all processes; None when that fails, which its caller is told."""
@@ -496,7 +631,7 @@ class Limits:
                     quota.max_requests,
                     quota.max_tokens,
                     quota.interval,
-                    quota.max_concurrency,
+                    None if ticket.rank == _WITHIN else quota.max_concurrency,
                     self._transit(quota.interval),
                 )
             ]
@@ -507,7 +642,7 @@ class Limits:
         try:
             taken: Taken = self._shared.take(everybody, own, ticket.tokens, self._paused_name(model), now)
         except StoreError as error:
-            heapq.heappop(model.queue)
+            model.pop(0.0)
             ticket.left = True
             ticket.error = error
             self._on(ticket.loop, ticket.wake)
@@ -518,25 +653,34 @@ class Limits:
         return f"{self._shared.name} {model.name or ''}"
 
     def _let_go(self, ticket: _Ticket, now: float, call: int | None) -> None:
+        """Give leave to the call that is next."""
         model = ticket.model
-        heapq.heappop(model.queue)
-        uses: list[tuple[Window, Use]] = []
-        for requests, tokens in (self._windows, model.windows):
-            if requests is not None:
-                uses.append((requests, requests.take(1)))
-            if tokens is not None:
-                uses.append((tokens, tokens.take(ticket.tokens)))
-        slot = ticket.slot = Slot(self, model, uses, ticket.tokens)
-        slot.call = call
-        slot.begun = now
-        model.adaptive.sent(ticket.tokens, now)
-        slot.spent = (model.adaptive.requests.spent, model.adaptive.tokens.spent)
-        model.in_flight += 1
-        self._virtual = max(self._virtual, ticket.order[0])
-        stats = self._stats
-        stats.in_flight += 1
-        stats.calls += 1
+        if ticket.line is not None:
+            self._virtual = max(self._virtual, ticket.line.start)
+        model.pop(self._cost(ticket.tokens))
+        ticket.slot = self._slot(model, ticket.tokens, ticket.rank, now)
+        ticket.slot.call = call
         self._on(ticket.loop, ticket.wake)
+
+    def _slot(self, model: _Model, tokens: float, rank: int, now: float) -> Slot:
+        """Return the leave to make a call now."""
+        uses: list[tuple[Window, Use]] = []
+        for calls, used in (self._windows, model.windows):
+            if calls is not None:
+                uses.append((calls, calls.take(1)))
+            if used is not None:
+                uses.append((used, used.take(tokens)))
+        slot = Slot(self, model, uses, tokens)
+        slot.begun = now
+        slot.places = 0 if rank == _WITHIN else 1
+        adaptive = model.adaptive
+        adaptive.sent(tokens, now)
+        slot.spent = (adaptive.requests.spent, adaptive.tokens.spent)
+        model.in_flight += slot.places
+        self._places += slot.places
+        self._stats.in_flight += 1
+        self._stats.calls += 1
+        return slot
 
     def _on(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> bool:
         """Call back on a loop, at once if it is the one that runs here; tell whether it can."""
@@ -551,7 +695,8 @@ class Limits:
 
     def _arm(self, when: float) -> None:
         """See that the loops on which someone waits look again at a time."""
-        loops = {model.queue[0].loop for model in self._models.values() if model.queue}
+        heads = [head for model in self._models.values() if (head := model.head()) is not None]
+        loops = {head.loop for head in heads}
         loops.update(self._timers)
         here = _running()
         if here is not None:
@@ -587,8 +732,14 @@ class Limits:
             slot.begun = now
             slot.queued = now - ticket.since
             self._stats.queue_seconds += slot.queued
-            for window, use in slot.uses:
-                window.expire(use, now + self._transit(window.interval) + window.interval)
+            self._count(slot, now)
+            if slot.uses:
+                self._dispatch()  # it is known only now until when those who wait have to
+
+    def _count(self, slot: Slot, now: float) -> None:
+        """See that what a call uses counts no longer than it may, however long it takes."""
+        for window, use in slot.uses:
+            window.expire(use, now + self._transit(window.interval) + window.interval)
 
     def _transit(self, interval: float) -> float:
         if self.transit is not None:
@@ -603,10 +754,12 @@ class Limits:
         headers: Mapping[str, Any] | None,
         error: BaseException | None,
     ) -> None:
-        if headers is None and error is not None:
-            headers = getattr(getattr(error, "response", None), "headers", None)
+        headers = headers_of(error) if headers is None else in_any_case(headers)
+        told, asked = hints(headers), None if error is None else retry_after(headers)
         status = status_of(error)
         with self._lock:
+            if not self._is_own(slot):
+                return
             now = self.clock.now()
             stats, adaptive = self._stats, slot.model.adaptive
             stats.call_seconds += now - slot.begun
@@ -626,7 +779,7 @@ class Limits:
                     if quota is not None
                 ]
                 self._shared.end(slot.call, tokens, expires)
-            for hint in hints(headers):
+            for hint in told:
                 budget = adaptive.requests if hint.kind == "requests" else adaptive.tokens
                 budget.learn(hint, slot.spent[hint.kind != "requests"], slot.begun, now)
             if error is None:
@@ -635,20 +788,41 @@ class Limits:
                 adaptive.answered(slot.begun, in_flight, now)
             elif status == 429:
                 stats.refused += 1
-                asked = retry_after(headers)
                 adaptive.refused(slot.begun, asked, now)
-                if asked and self._shared is not None:
-                    self._shared.pause(self._paused_name(slot.model), now + asked)
+                self._pause_all(slot.model, asked, now)
             elif status in _OVERLOADED or is_connection_error(error):
                 stats.overloaded += 1
-                adaptive.overloaded(slot.begun, retry_after(headers), now)
+                adaptive.overloaded(slot.begun, asked, now)
+                self._pause_all(slot.model, asked, now)
             elif isinstance(error, Exception):
                 stats.failed += 1
-            self._dispatch()
+            if self._busy or self._shared is not None:
+                self._dispatch()
+
+    def _pause_all(self, model: _Model, asked: float | None, now: float) -> None:
+        """Let the other processes wait as well, where the provider has asked for it."""
+        if asked and self._shared is not None:
+            self._shared.pause(self._paused_name(model), now + asked)
 
     def _release(self, slot: Slot) -> None:
-        slot.model.in_flight -= 1
+        slot.model.in_flight -= slot.places
+        self._places -= slot.places
         self._stats.in_flight -= 1
+
+
+_all: weakref.WeakSet[Limits] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Let a forked child begin anew: what was under way is its parent's, who may have held a lock."""
+    for limits in _all:
+        limits._reset()  # noqa: SLF001 - this module's own
+        if limits._shared is not None:  # noqa: SLF001 - likewise
+            limits._shared.forget()  # noqa: SLF001 - likewise
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _running() -> asyncio.AbstractEventLoop | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from cachepipe import context
 from cachepipe.flow.clock import CLOCK, Clock
-from cachepipe.flow.headers import retry_after
+from cachepipe.flow.headers import headers_of, retry_after
 from cachepipe.flow.limits import is_connection_error, status_of
 
 _NEVER = frozenset({400, 401, 402, 403, 404, 405, 410, 411, 413, 414, 415, 422, 501, 505})
@@ -37,7 +37,7 @@ def may_be_repeated(error: BaseException) -> bool:
         return is_connection_error(error)
     if status in _NEVER or _code_of(error) in _SPENT:
         return False
-    headers = getattr(getattr(error, "response", None), "headers", None)
+    headers = headers_of(error)
     advice = headers.get("x-should-retry") if headers is not None else None
     if advice in ("true", "false"):
         return bool(advice == "true")
@@ -139,9 +139,9 @@ class Attempts:
             return None
         backoff: float = min(retries.longest, retries.first * 2.0**self._made)
         wait = backoff * (0.5 + 0.5 * retries.chance())
-        asked = retry_after(getattr(getattr(error, "response", None), "headers", None))
-        if asked is not None:
-            wait = max(asked * (1 + 0.1 * retries.chance()), wait if asked > wait else 0.0)
+        asked = retry_after(headers_of(error))
+        if asked:  # 0, as a date gone by, says nothing of how long
+            wait = asked * (1 + 0.1 * retries.chance())
         if now + wait > self._until:
             return None
         self._left -= 1

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cachepipe import context, wire
-from cachepipe.flow.limits import FlowStats, Limits, Quota
+from cachepipe.flow.limits import FlowStats, Limits, Quota, holding
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimate, Estimator
 from cachepipe.stages.base import Stage, adapter_of, ask, ask_batch, has_batch, together
@@ -93,7 +93,7 @@ class AsyncLimiter(Stage):
             tokens=sum(estimate.total for estimate in estimates),
             ahead=attempt.number > 0,
         )
-        token = context.attempt.set(attempt)
+        token, within = context.attempt.set(attempt), holding.set((*holding.get(), slot))
         answers: Sequence[T] = ()
         failure: BaseException | None = None
         try:
@@ -104,6 +104,7 @@ class AsyncLimiter(Stage):
             raise
         finally:
             context.attempt.reset(token)
+            holding.reset(within)
             slot.end(tokens=self._used(answers, estimates), headers=attempt.headers, error=failure)
         return list(answers)
 

@@ -38,6 +38,7 @@ class Window:
         self.used = 0.0
         self._order = itertools.count()
         self._heap: list[tuple[float, int, Use]] = []
+        self._uses = 0
 
     def __repr__(self) -> str:
         return f"<Window {self.used:g} of {self.limit:g} in {self.interval:g} s>"
@@ -51,8 +52,7 @@ class Window:
         while heap and (heap[0][2].gone or heap[0][0] <= now):
             expires, _, use = heapq.heappop(heap)
             if not use.gone and expires <= now:
-                use.gone = True
-                self.used -= use.amount
+                self._end(use)
         if self.used + min(amount, self.limit) <= self.limit * (1 + 1e-12):
             return 0.0
         return heap[0][0] - now if heap else math.inf
@@ -61,6 +61,7 @@ class Window:
         """Use so much from now on, until `expire` says when it ends."""
         use = Use(min(amount, self.limit))
         self.used += use.amount
+        self._uses += 1
         return use
 
     def expire(self, use: Use, at: float) -> None:
@@ -78,5 +79,9 @@ class Window:
     def give_back(self, use: Use) -> None:
         """Let a use never have been."""
         if not use.gone:
-            use.gone = True
-            self.used -= use.amount
+            self._end(use)
+
+    def _end(self, use: Use) -> None:
+        use.gone = True
+        self._uses -= 1
+        self.used = self.used - use.amount if self._uses else 0.0  # what was rounded off does not add up

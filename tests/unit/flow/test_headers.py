@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import urllib.error
 
-from cachepipe.flow.headers import Hint, hints, retry_after
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachepipe.flow.headers import Hint, headers_of, hints, retry_after
 
 NOON = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 
@@ -19,6 +24,9 @@ NOON = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
         ({"retry-after": "Fri, 15 Jan 2027 07:00:00 GMT"}, 0),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "nan"}, None),
+        ({"retry-after": 7}, 7),
+        ({"retry-after": b"7"}, 7),
+        ({"retry-after": ["7"]}, None),
         ({"retry-after": "-3"}, None),
         ({"retry-after": "1e12"}, 86400),
         ({}, None),
@@ -85,3 +93,48 @@ def test_requests_and_tokens_are_told_apart():
         for what, value in (("limit", "9"), ("remaining", "4"), ("reset", "1s"))
     }
     assert [hint.kind for hint in hints(headers)] == ["requests", "tokens"]
+
+
+class OtherError(Exception):
+    """As of libraries that have neither httpx's headers nor its errors."""
+
+    def __init__(self, headers=None, response=None):
+        super().__init__()
+        self.headers, self.response = headers, response
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OtherError({"Retry-After": "7"}),
+        OtherError(response=httpx.Response(429, headers={"Retry-After": "7"})),
+        OtherError({"retry-after": "9"}, response=httpx.Response(429, headers={"Retry-After": "7"})),
+        urllib.error.HTTPError("http://host", 429, "slowly", httpx.Headers({"Retry-After": "7"}), None),
+    ],
+    ids=["dict", "response", "both", "urllib"],
+)
+def test_headers_are_found_in_the_errors_of_any_library(error):
+    assert retry_after(headers_of(error)) == 7
+
+
+def test_an_error_without_headers_has_none():
+    for error in (None, ValueError(), OtherError("text"), OtherError(response="text")):
+        assert headers_of(error) is None
+
+
+VALUES = st.one_of(
+    st.text(),
+    st.text("0123456789.:-+TZ mshd,GFriJan", max_size=30),
+    st.integers(),
+    st.floats(),
+    st.binary(),
+    st.none(),
+)
+
+
+@given(VALUES)
+def test_whatever_a_header_holds_is_no_error(value):
+    seconds = retry_after({"retry-after": value}, NOON)
+    assert seconds is None or 0 <= seconds <= 86400
+    for hint in hints({"x-ratelimit-remaining": "1", "x-ratelimit-reset": value}, NOON):
+        assert 0 <= hint.reset <= 86400

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 
 import pytest
@@ -202,6 +204,50 @@ async def test_who_is_cancelled_while_waiting_takes_nothing(begin, clock):
     assert caller.limits.stats().waiting == 1
 
 
+async def test_a_namespace_that_gave_up_a_huge_queue_is_not_behind_for_it(begin, clock):
+    caller = begin(1, None, 1.0)
+    for number in range(500):
+        caller.call(f"given up {number}", namespace="a")
+    await clock.advance(2)
+    for task in caller.tasks[:400]:
+        task.cancel()
+    await clock.settle()
+    for number in range(100):
+        caller.call(f"b {number}", namespace="b")
+    await clock.advance(4)
+    assert [name.startswith("b") for name in caller.names[-4:]].count(False) == 2
+    for task in caller.tasks[400:500]:
+        task.cancel()
+    caller.call("again", namespace="a")
+    await clock.advance(3)
+    assert "again" in caller.names
+
+
+async def test_who_waits_behind_one_that_waited_is_let_go_in_time(begin, clock):
+    """When a call that had to wait is made, it is known for the first time when the next may be."""
+    caller = begin(1, None, 10.0, transit=0.5)
+    caller.call("first")
+    caller.call("long", takes=1000)
+    caller.call("next")
+    await clock.advance(100)
+    assert caller.let_go == [("first", 0), ("long", 10), ("next", 20.5)]
+
+
+async def test_who_gives_up_leave_gives_back_what_the_provider_said_was_left(begin, clock):
+    caller = begin(max_concurrency=1)
+    told = {"x-ratelimit-remaining-requests": "2", "x-ratelimit-reset-requests": "60s"}
+    (await caller.limits.enter()).end(headers=told)
+    slot = await caller.limits.enter()
+    waiting = caller.call("given up")
+    await clock.settle()
+    slot.end()
+    waiting.cancel()
+    await clock.settle()
+    caller.call("next")
+    await clock.settle()
+    assert caller.names == ["next"]
+
+
 async def test_leave_that_comes_to_a_cancelled_caller_goes_to_the_next(begin, clock):
     """The leave and the cancellation come in the same turn of the loop, and no quota is used up."""
     caller = begin(2, None, 60.0, max_concurrency=1)
@@ -314,6 +360,48 @@ async def test_loops_in_other_threads_share_the_limits():
     assert (shared.stats().in_flight, shared.stats().waiting) == (0, 0)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking where there are threads
+def test_a_forked_child_begins_with_all_of_its_own():
+    """Even where another thread held the lock, and with slots of the parent that it ends."""
+    shared = Limits(max_concurrency=1, adaptive=False)
+    slot = asyncio.run(shared.enter())
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with shared._lock:
+            held.set()
+            over.wait(30)
+
+    async def several():
+        (await shared.enter()).end()
+        slot.end()
+        first = await shared.enter()
+        second = asyncio.create_task(shared.enter())
+        await asyncio.sleep(0)
+        free = second.done()
+        first.end()
+        (await second).end()
+        return not free
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a child that hangs is a failure, too
+        try:
+            stats = shared.stats()
+            fine = stats.in_flight == 0 and asyncio.run(asyncio.wait_for(several(), 10))
+            os._exit(0 if fine and shared.stats().in_flight == 0 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    over.set()
+    thread.join(30)
+    assert shared.stats().in_flight == 1
+
+
 async def test_who_waited_on_a_loop_that_was_closed_is_forgotten():
     shared = Limits(max_concurrency=1, adaptive=False)
     slot = await shared.enter()
@@ -330,6 +418,21 @@ async def test_who_waited_on_a_loop_that_was_closed_is_forgotten():
     with await asyncio.wait_for(shared.enter(), 5):
         assert shared.stats().in_flight == 1
     task._log_destroy_pending = False  # the loop it waited on is gone, as when a script ends early
+
+
+async def test_lines_of_namespaces_that_are_over_are_forgotten(begin, clock):
+    caller = begin(max_concurrency=1)
+    for number in range(3000):
+        (await caller.limits.enter(namespace=f"alone {number}")).end()
+    slot = await caller.limits.enter()
+    for number in range(3000):
+        caller.call(number, namespace=f"waits {number}")
+    await clock.settle()
+    slot.end()
+    for _ in range(400):
+        await clock.settle()
+    assert len(caller.names) == 3000
+    assert not caller.limits._models[None].lines
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ async def test_retry_after_is_kept_and_a_little_spread():
     assert failing.calls[1][0] - began == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("said", ["0", "Fri, 15 Jan 2021 08:00:00 GMT"])
+async def test_a_provider_that_asks_for_no_time_at_all_gets_some(said):
+    clock = FakeClock()
+    failing = Failing(clock, *[StatusError(429, retry_after=said)] * 3)
+    await ended(clock, Retries(first=1, clock=clock, chance=lambda: 1.0).run(failing))
+    assert [when for when, _, _ in failing.calls] == [0, 1, 3, 7]
+
+
 async def test_attempts_are_bounded_in_number():
     clock = FakeClock()
     failing = Failing(clock, *[StatusError(503) for _ in range(10)])

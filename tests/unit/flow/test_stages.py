@@ -190,6 +190,47 @@ async def test_a_stage_works_alone_and_says_what_it_is(clock):
     assert repr(AsyncRetrier(model, 3)) == "<AsyncRetrier <Retries 3 at most, within 600 s>>"
 
 
+async def test_a_call_within_a_call_does_not_wait_for_itself(clock):
+    """An adapter that calls through the same limits takes no second place, but requests all the same."""
+    limits = Limits(3, None, 60.0, max_concurrency=1, clock=clock)
+    below = AsyncLimiter(ScriptedModel(), limits=limits)
+
+    class Agent:
+        async def request(self, request):
+            return await asyncio.create_task(below.request(request))
+
+    above = AsyncLimiter(Agent(), limits=limits)
+    tasks = [asyncio.create_task(above.request(Request(prompt))) for prompt in "pq"]
+    await clock.settle()
+    assert [task.done() for task in tasks] == [True, False]  # the fourth request is one too many
+    assert limits.stats().in_flight == 1
+    await clock.advance(60)
+    assert all(task.done() for task in tasks)
+    assert (limits.stats().calls, limits.stats().in_flight) == (4, 0)
+
+
+async def test_a_call_that_outlives_the_one_it_began_in_takes_a_place(clock):
+    limits = Limits(max_concurrency=1, clock=clock)
+    below = AsyncLimiter(ScriptedModel(), limits=limits)
+    begun = []
+
+    class Agent:
+        async def request(self, request):
+            async def later():
+                await clock.sleep(10)
+                return await below.request(request)
+
+            begun.append(asyncio.create_task(later()))
+            return Response(["answer"])
+
+    await AsyncLimiter(Agent(), limits=limits).request(Request("p"))
+    slot = await limits.enter()
+    await clock.advance(20)
+    assert not begun[0].done()
+    slot.end()
+    await begun[0]
+
+
 async def test_shared_limits_keep_their_own_quota():
     with pytest.raises(TypeError, match="have quotas of their own"):
         AsyncLimiter(ScriptedModel(), 5, limits=Limits())

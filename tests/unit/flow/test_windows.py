@@ -101,3 +101,11 @@ def test_asking_costs_the_same_however_much_was_used(size):
     assert window.wait(1, -1) == 1  # looked up, not searched
     assert window.wait(size, size) == 0
     assert window._heap == []
+
+
+def test_what_is_rounded_off_does_not_add_up():
+    window = Window(0.3, 1)
+    for _ in range(3):
+        window.expire(window.take(0.1), 1)
+    assert window.wait(0.3, 1) == 0
+    assert window.used == 0
