@@ -6,11 +6,13 @@ import asyncio
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import orjson
 
+from cachepipe.errors import CachepipeWarning
 from cachepipe.proxy.paths import Place
 from cachepipe.proxy.turn import Turn
 
@@ -35,6 +37,7 @@ class Log:
         self._wanted = _LEVELS[level]
         self._write = write if write is not None else self._gather
         self._lines: list[bytes] = []
+        self._other_warning: Callable[..., None] = warnings.showwarning
 
     @staticmethod
     def seconds(turn: Turn) -> float:
@@ -77,6 +80,20 @@ class Log:
                 "error": type(error).__name__,
                 "says": message,
                 "where": where,
+            }
+        )
+
+    def warned(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        """Write a warning of cachepipe's, such as that an answer could not be stored; see `warnings`."""
+        if not issubclass(category, CachepipeWarning):
+            self._other_warning(message, category, *where, **more)
+            return
+        self._write(
+            {
+                "at": round(time.time(), 3),
+                "level": "warning",
+                "message": str(message)[:500],
+                "warning": category.__name__,
             }
         )
 

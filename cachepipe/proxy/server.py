@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import threading
+import warnings
 from asyncio.events import TimerHandle
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
@@ -283,7 +284,9 @@ def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None
     proxy = Proxy(settings)
     listener = listen(settings)
     try:
-        Server(proxy, told).run(sockets=[listener])
+        with warnings.catch_warnings():
+            warnings.showwarning = proxy.log.warned
+            Server(proxy, told).run(sockets=[listener])
     finally:
         listener.close()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import warnings
 
 import pytest
 
 from cachepipe import MemoryStore
-from cachepipe.errors import StageClosed
-from cachepipe.proxy import app
+from cachepipe.errors import NotStored, StageClosed
+from cachepipe.proxy import app, server
 from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.settings import Settings, Upstream
 
@@ -53,3 +55,20 @@ async def test_it_opens_with_the_first_request_and_never_again_after_its_end():
     await proxy.shutdown()
     with pytest.raises(StageClosed):
         await proxy(scope, receive, send)
+
+
+def test_warnings_are_lines_of_the_log(monkeypatch, capsys):
+    """So that whoever reads the log learns of a full disk."""
+
+    def run(_, sockets):
+        assert sockets
+        warnings.warn("a sample was not cached", NotStored, stacklevel=1)
+
+    monkeypatch.setattr(server.Server, "run", run)
+    upstreams = (Upstream.of("a", "http://127.0.0.1:9/v1"),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        server.serve(Settings(upstreams=upstreams, cache=MemoryStore(), port=0, log="off"))
+    line = json.loads(capsys.readouterr().err)
+    assert (line["level"], line["warning"]) == ("warning", "NotStored")
+    assert line["message"] == "a sample was not cached"
