@@ -184,11 +184,12 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
     """Return a draw's indices by position from its segments in order of writing.
 
     A later segment overrides an earlier one where they overlap: so a sample discarded on record, or
-    a refreshed draw, is replaced without any old row being rewritten.
+    a refreshed draw, is replaced without any old row being rewritten. One without indices ends the draw
+    where it stands: what lay beyond belongs to it no more.
     """
     positions: list[int] = []
     for start, indices in segments:
         if start > len(positions):
             break  # nothing can be said of what follows a gap; no claim leaves one
-        positions[start : start + len(indices)] = indices
+        positions[start : start + len(indices) if indices else None] = indices
     return positions

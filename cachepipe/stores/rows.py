@@ -96,7 +96,9 @@ def pack(indices: Sequence[int]) -> int | str:
 
 def unpack(written: int | str) -> list[int]:
     """Return the indices that the ledger wrote."""
-    return [written] if type(written) is int else [int(part) for part in str(written).split(",")]
+    if type(written) is int:
+        return [written]
+    return [int(part) for part in str(written).split(",")] if written else []
 
 
 def read_sample(shelf: sqlite3.Connection, key: str, index: int) -> Sample | Discarded | None:

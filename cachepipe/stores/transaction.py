@@ -244,7 +244,8 @@ class Transaction:
         stored = None if own else self._claim_stored(claim, book, place, namespace, others, fresh=known)
         if stored is not None:
             return stored
-        indices = laid((row[2], unpack(row[3])) for row in own)[:n]
+        whole = laid((row[2], unpack(row[3])) for row in own)
+        indices = whole[:n]
         old = 0 if claim.refresh else len(indices)
         samples: list[Sample | None] = []
         coupled: list[int] | None = None
@@ -283,6 +284,7 @@ class Transaction:
         added = [(position, [indices[position]]) for position in replaced]
         if old < n:
             added.append((old, indices[old:]))
+        added += [(n, [])] * (claim.refresh and len(whole) > n)  # the old row goes as a whole
         for position, chosen in added:
             generated = sum(index in chosen for index in mine)
             lease, at = self._lease(), self._later()

@@ -194,10 +194,24 @@ class StoreContract:
         assert self.claim(store, drawn("a"), 2).indices == [2, 3]
         assert self.claim(store, drawn("b"), 1).indices == [4]
 
-    def test_a_refresh_that_fails_leaves_the_old_samples(self, store: Store) -> None:
+    def test_a_refresh_with_fewer_samples_replaces_the_whole_draw(self, store: Store) -> None:
+        """Modes: later runs replay the new samples, and then get others than the old."""
+        self.fill(store, drawn("a"), 3)
+        grant = self.claim(store, drawn("a"), 2, refresh=True)
+        for index in grant.mine:
+            self.commit(store, index)
+        self.leave(store, drawn("a"), grant, complete=True)
+        [info] = store.draws(KEY)
+        assert list(info.indices) == grant.indices == [3, 4]
+        assert store.recall(drawn("a"), 3) is None
+        assert self.claim(store, drawn("a"), 3).indices == [3, 4, 5]
+        assert self.claim(store, drawn("a", namespace="another"), 3).indices == [3, 4, 5]
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_a_refresh_that_fails_leaves_the_old_samples(self, store: Store, n: int) -> None:
         """C8: what it had added is free again."""
         self.fill(store, drawn("a"), 2)
-        grant = self.claim(store, drawn("a"), 2, refresh=True)
+        grant = self.claim(store, drawn("a"), n, refresh=True)
         self.apply(store, Forgo(KEY, grant.mine), Leave(drawn("a"), "one", grant.held, complete=False))
         assert self.claim(store, drawn("a"), 2).indices == [0, 1]
         assert self.claim(store, drawn("b"), 1).indices == [2]

@@ -82,12 +82,12 @@ class Oracle:
             result.append(index)
         return result, missing
 
-    def settle(self, draw, indices, fresh):
+    def settle(self, draw, indices, fresh, *, refresh=False):
         """Note what a draw was given; ``fresh`` are the samples that the model made for it."""
         samples = self.list[draw[1]]
         samples.update(fresh)
         row = self.ledger.setdefault(draw, [])
-        row[: len(indices)] = indices
+        row[: None if refresh else len(indices)] = indices
         self.taken.setdefault((draw[0], draw[1]), set()).update(indices)
 
     def keep_extra(self, question, value):
@@ -197,7 +197,8 @@ class Bench:
         if mode == "replay":
             besides.update(indices if draw[0] is not SHARED else ())
         else:
-            oracle.settle(draw, indices, dict(zip(missing, brought, strict=False)))
+            made = dict(zip(missing, brought, strict=False))
+            oracle.settle(draw, indices, made, refresh=mode == "refresh")
             if len(brought) > len(missing):
                 oracle.keep_extra(question, brought[-1])
             if repeat == "same":

@@ -179,6 +179,9 @@ class StoreMachine(RuleBasedStateMachine):
             assert not {*grant.indices} & listed
             assert len({*grant.indices}) == n
             assert not {*grant.indices} & {*self.ever[draw.namespace, key]}
+            assert self.ledger(key)[draw] == grant.indices, "the row is replaced as a whole"
+            for index in ledger.get(draw, []):  # which stays taken
+                self.ever[draw.namespace, key].setdefault(index, draw)
             self.delivered.pop(draw, None)
         else:
             assert grant.indices == self.expected(draw, n, ledger, listed)
