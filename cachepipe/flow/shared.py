@@ -11,9 +11,11 @@ end of a call is written with whatever is written next.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,9 @@ from cachepipe.stores import leases
 
 _AGAIN = 0.005  # seconds until a lock that was held is tried again
 _LOOK = 0.05  # seconds between looks whether a call of another process has ended
+_CHANGE = 1.0  # seconds between looks whether calls of others have used fewer tokens than was thought
+_PATIENCE = 0.5  # seconds after which who waits for a place goes before a process that has as many
+_GONE = 0.5  # seconds without a look after which nobody waits there any more
 _LONGEST = 90_000.0  # seconds of a pause that are believed
 _FILE = "limits.cache.db"  # a name that diskcache leaves alone
 _SCHEMA = """
@@ -31,8 +36,15 @@ CREATE TABLE IF NOT EXISTS uses (
 );
 CREATE INDEX IF NOT EXISTS by_quota ON uses (quota, expires);
 CREATE INDEX IF NOT EXISTS by_call ON uses (owner, call);
+CREATE TABLE IF NOT EXISTS waits (
+    quota TEXT NOT NULL, owner TEXT NOT NULL, since REAL NOT NULL, seen REAL NOT NULL,
+    PRIMARY KEY (quota, owner)
+);
 CREATE TABLE IF NOT EXISTS pauses (quota TEXT PRIMARY KEY, until REAL NOT NULL);
 """
+
+
+_calls = itertools.count(1)  # for the process, as its lease is: no two calls of one owner have one number
 
 
 class Wanted(NamedTuple):
@@ -83,7 +95,6 @@ class SharedQuotas:
         self._connection: sqlite3.Connection | None = None
         self._lease: leases.Lease | None = None
         self._owner = ""
-        self._calls = 0
         self._late: list[tuple[str, tuple[Any, ...]]] = []
 
     def __repr__(self) -> str:
@@ -110,41 +121,47 @@ class SharedQuotas:
             StoreError: when the file cannot be used.
         """
         try:
-            connection = self._open()
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+            with self._transaction() as connection:
+                return self._take(connection, everybody, model, tokens, paused, now)
+        except (sqlite3.Error, OSError) as error:
             if _is_held(error):
                 return Taken(None, _AGAIN, whole=True)
             raise StoreError(f"the quotas shared in {self._folder} cannot be used: {error}") from error
-        try:
-            self._write_late(connection)
-            wait = self._paused(connection, paused, now)
-            for quota in model:
-                wait = max(wait, self._wait(connection, quota, tokens, now))
-            if wait:
-                return Taken(None, wait, whole=False)
-            for quota in everybody:
-                wait = max(wait, self._wait(connection, quota, tokens, now))
-            if wait:
-                return Taken(None, wait, whole=True)
-            self._calls += 1
-            rows = [
-                (
-                    quota.name,
-                    self._owner,
-                    self._calls,
-                    tokens if quota.max_tokens is None else min(tokens, quota.max_tokens),
-                    now + quota.transit + quota.interval,
-                )
-                for quota in (*everybody, *model)
-            ]
-            connection.executemany(
-                "INSERT INTO uses (quota, owner, call, tokens, expires, running) VALUES (?, ?, ?, ?, ?, 1)",
-                rows,
+
+    def _take(
+        self,
+        connection: sqlite3.Connection,
+        everybody: Sequence[Wanted],
+        model: Sequence[Wanted],
+        tokens: float,
+        paused: str,
+        now: float,
+    ) -> Taken:
+        wait = self._paused(connection, paused, now)
+        for quota in model:
+            wait = max(wait, self._wait(connection, quota, tokens, now))
+        if wait:
+            return Taken(None, wait, whole=False)
+        for quota in everybody:
+            wait = max(wait, self._wait(connection, quota, tokens, now))
+        if wait:
+            return Taken(None, wait, whole=True)
+        call = next(_calls)
+        rows = [
+            (
+                quota.name,
+                self._owner,
+                call,
+                tokens if quota.max_tokens is None else min(tokens, quota.max_tokens),
+                now + quota.transit + quota.interval,
             )
-        finally:
-            connection.execute("COMMIT")
-        return Taken(self._calls, 0.0, whole=True)
+            for quota in (*everybody, *model)
+        ]
+        connection.executemany(
+            "INSERT INTO uses (quota, owner, call, tokens, expires, running) VALUES (?, ?, ?, ?, ?, 1)",
+            rows,
+        )
+        return Taken(call, 0.0, whole=True)
 
     def _wait(self, connection: sqlite3.Connection, quota: Wanted, tokens: float, now: float) -> float:
         connection.execute(
@@ -159,17 +176,43 @@ class SharedQuotas:
         if quota.max_tokens is not None:
             full = full or used + min(tokens, quota.max_tokens) > quota.max_tokens * (1 + 1e-12)
         if full and soonest is not None:
-            return max(_AGAIN, float(soonest) - now)
-        if quota.max_concurrency is not None:
-            running = 0
-            for owner, count in self._running(connection, quota.name):
-                if owner == self._owner or leases.alive(self._folder, owner):
-                    running += count
-                else:  # its process has died
-                    connection.execute("UPDATE uses SET running = 0 WHERE owner = ?", (owner,))
-            if running >= quota.max_concurrency:
-                return _LOOK
+            wait = max(_AGAIN, float(soonest) - now)
+            return wait if quota.max_tokens is None else min(wait, _CHANGE)
+        if quota.max_concurrency is not None and not self._has_place(connection, quota, now):
+            return _LOOK
         return 0.0
+
+    def _has_place(self, connection: sqlite3.Connection, quota: Wanted, now: float) -> bool:
+        """Tell whether one more call may be under way, and nobody who waits longer is to have that place.
+
+        Its own calls end where a process sees it at once, so that it would always be the first to ask.
+        """
+        running = dict[str, int]()
+        for owner, count in self._running(connection, quota.name):
+            if owner == self._owner or leases.alive(self._folder, owner):
+                running[owner] = count
+            else:  # its process has died
+                connection.execute("UPDATE uses SET running = 0 WHERE owner = ?", (owner,))
+        connection.execute("DELETE FROM waits WHERE NOT seen BETWEEN ? AND ?", (now - _GONE, now))
+        since = dict(
+            connection.execute("SELECT owner, since FROM waits WHERE quota = ?", (quota.name,)).fetchall()
+        )
+        mine = (since.pop(self._owner, now), self._owner)
+        sooner = sum(
+            then <= now - _PATIENCE
+            and (then, owner) < mine
+            and running.get(owner, 0) <= running.get(self._owner, 0)
+            for owner, then in since.items()
+        )
+        if sum(running.values()) + sooner < (quota.max_concurrency or 0):
+            connection.execute("DELETE FROM waits WHERE quota = ? AND owner = ?", (quota.name, self._owner))
+            return True
+        connection.execute(
+            "INSERT INTO waits VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (quota, owner) DO UPDATE SET seen = excluded.seen",
+            (quota.name, self._owner, now, now),
+        )
+        return False
 
     def _running(self, connection: sqlite3.Connection, name: str) -> list[tuple[str, int]]:
         """Return how many calls are under way, by the lease of their process."""
@@ -219,33 +262,42 @@ class SharedQuotas:
 
         Nothing is raised, for it concerns calls that have ended: the next `take` tells what is wrong.
         """
-        try:
-            connection = self._open()
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error:
-            return
-        try:
-            self._write_late(connection)
-        finally:
-            connection.execute("COMMIT")
+        with contextlib.suppress(sqlite3.Error, OSError), self._transaction():
+            pass
 
-    def _write_late(self, connection: sqlite3.Connection) -> None:
-        late, self._late = self._late, []
-        for statement, values in late:
-            connection.execute(statement, values)
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Do something in one transaction, after what is still to be written; or nothing, when it fails."""
+        connection = self._open()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement, values in self._late:
+                connection.execute(statement, values)
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        self._late.clear()
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lease = leases.hold(self._folder)
-            self._owner = self._lease.name
+            if self._lease is None:
+                self._lease = leases.hold(self._folder)
+                self._owner = self._lease.name
             path = self._folder / _FILE
             path.touch(mode=0o600)
             connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = OFF")  # after a crash of the machine all of it is stale
-            connection.executescript(_SCHEMA)
-            connection.execute("PRAGMA busy_timeout = 0")
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = OFF")  # all is stale after a restart
+                connection.executescript(_SCHEMA)
+                connection.execute("PRAGMA busy_timeout = 0")
+            except BaseException:
+                connection.close()
+                raise
             self._connection = connection
         return self._connection
 
@@ -265,7 +317,7 @@ class SharedQuotas:
             self._lease = None
 
 
-def _is_held(error: sqlite3.Error) -> bool:
+def _is_held(error: Exception) -> bool:
     """Tell whether an error only says that somebody else holds the lock."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -83,9 +83,65 @@ async def test_concurrency_is_counted_together(make, clock):
     assert all(task.done() for task in tasks)
 
 
-async def test_a_pause_that_one_was_asked_for_holds_for_all(make, clock):
+async def test_a_process_with_much_to_do_does_not_keep_every_place(make, clock, monkeypatch):
+    """It sees at once when one of its calls has ended, the other only when it looks again."""
+    options = {"max_concurrency": 2}
+    one, other, let_go, others = make(**options), make(**options), [], []
+    (await one.enter()).end()
+    (await other.enter()).end()
+    other._shared._owner = "other"
+    monkeypatch.setattr("cachepipe.flow.shared.leases.alive", lambda folder, name: True)
+    await many(one, clock, 100, let_go, 1)
+    await clock.settle()
+    tasks = await many(other, clock, 5, others, 1)
+    await clock.advance(15)
+    assert all(task.done() for task in tasks)
+    assert len(let_go) >= 20
+
+
+async def test_slots_of_limits_in_one_process_are_told_apart(make, clock, tmp_path):
+    """Of one endpoint twice, and of two: what one gives back or ends is none of the other's."""
+    one, same = make(None, 100, 60.0), make(None, 100, 60.0)
+    other = make(1, None, 60.0, name="other")
+    slots = [await each.enter(tokens=40) for each in (one, same, other)]
+    assert len({slot.call for slot in slots}) == 3
+    slots[0].end(tokens=10)
+    third = asyncio.create_task(one.enter(tokens=60))
+    await clock.advance(1)
+    assert not third.done()  # 10 and 40
+    one._shared.give_back(slots[1].call)
+    await clock.advance(1)
+    assert third.done()
+    fourth = asyncio.create_task(other.enter())
+    await clock.advance(1)
+    assert not fourth.done()
+    fourth.cancel()
+
+
+async def test_an_answer_is_not_lost_where_the_end_of_its_call_cannot_be_written(make, tmp_path):
+    limits = make(5, None, 60.0)
+    slot = await limits.enter()
+    limits._shared._connection.execute("DROP TABLE uses")
+    slot.end()
+    assert limits._shared.late
+    with pytest.raises(StoreError, match="cannot be used: no such table"):
+        await limits.enter()
+    assert (limits.stats().waiting, limits.stats().in_flight) == (0, 0)
+
+
+async def test_a_folder_that_is_none_is_an_error_of_ours_and_nobody_waits_on(make, tmp_path):
+    (tmp_path / "shared").write_text("a file")
+    limits = make(5, None, 60.0)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="quotas shared in"):
+            await limits.enter()
+    assert limits.stats().waiting == 0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_pause_that_one_was_asked_for_holds_for_all(make, clock, status):
     class RefusedError(Exception):
-        status_code = 429
+        status_code = status
         response = type("Response", (), {"headers": {"retry-after": "30"}})
 
     one, other, let_go = make(), make(), []
