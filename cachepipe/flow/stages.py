@@ -6,6 +6,7 @@ sample, never come by. The retrier goes above the limiter, so that each attempt 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -180,15 +181,28 @@ class AsyncRetrier(Stage):
         return await self.retries.run(lambda: ask(self.model, request))
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
-        """Return one response per request, in order; those that failed are asked for again together."""
+        """Return one response per request, in order; those that failed are asked for again together.
+
+        Whoever is cancelled meanwhile returns what has come: it is paid for.
+        """
         self._check_open()
-        attempts = [self.retries.begin() for _ in batch.requests]
         answers: list[Any] = [None] * len(batch)
-        left = list(range(len(batch)))
+        try:
+            await self._ask_until_done(batch.requests, answers)
+        except asyncio.CancelledError as stopped:
+            if not any(isinstance(answer, Response) for answer in answers):
+                raise
+            answers = [answer if isinstance(answer, Response) else stopped for answer in answers]
+        return await together(map(given, answers), return_exceptions)
+
+    async def _ask_until_done(self, requests: Sequence[Request], answers: list[Any]) -> None:
+        """Put the answers of requests in their places as they come, and at last their errors."""
+        attempts = [self.retries.begin() for _ in requests]
+        left = list(range(len(requests)))
         number = 0
         while left:
             with context.attempting(number):
-                brought = await ask_batch(self.model, [batch.requests[place] for place in left])
+                brought = await ask_batch(self.model, [requests[place] for place in left])
             wait, failed = 0.0, []
             for place, answer in zip(left, brought, strict=True):
                 answers[place] = answer
@@ -200,7 +214,6 @@ class AsyncRetrier(Stage):
             number += 1
             if left:
                 await self.retries.clock.sleep(wait)
-        return await together(map(given, answers), return_exceptions)
 
 
 async def given(answer: Any) -> Any:

@@ -172,6 +172,28 @@ async def test_what_failed_of_a_batch_is_asked_for_again_together(clock):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("when", ["while it waits", "in its turn", "in the call"])
+async def test_what_has_come_is_kept_by_who_is_cancelled_before_the_rest_is_asked_for_again(clock, when):
+    class Partly(Batches):
+        async def batch_request(self, batch):
+            answers = await super().batch_request(batch)
+            if len(self.sizes) > 1:
+                await clock.sleep(1000)
+            return [answers[0], ScriptedError(status_code=503)]
+
+    quota = (1, None, 60.0) if when == "in its turn" else ()
+    store = MemoryStore()
+    async with LocalAPI(Partly(), store, batch_size=2, service=flow(clock, *quota)) as pipeline:
+        tasks = [asyncio.create_task(pipeline.request(Request(prompt))) for prompt in "ab"]
+        await clock.settle()
+        await clock.advance({"while it waits": 0.1, "in its turn": 10, "in the call": 10}[when])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await clock.settle()
+        assert store.sample(pipeline.key(Request("a")), 0) is not None
+
+
 async def test_a_batch_that_fails_whole_is_repeated_one_by_one_each_in_its_turn(clock):
     model = Batches(ScriptedError(status_code=400))
     limiter = AsyncLimiter(model, 2, None, 60.0, adaptive=False, clock=clock)
