@@ -15,7 +15,7 @@ function content(value) {
 }
 
 function message(role, text) {
-  return el("div", { class: "message" }, el("p", { class: "role" }, line(String(role), 40)), long(text, 1500));
+  return el("div", { class: "message" }, el("p", { class: "role" }, line(said(role), 40)), long(text, 1500));
 }
 
 function asked(document) {
@@ -92,8 +92,8 @@ function sample(item, drawers) {
   const text = typeof summary?.text === "string" && summary.text ? summary.text : said(value);
   const usage = FACTS.filter(([name]) => Number.isFinite(summary?.[name]) && summary[name] > 0);
   const facts = [
-    ["Model", summary?.model && line(String(summary.model), 80)],
-    ["Ended by", summary?.finish_reason && line(String(summary.finish_reason), 40)],
+    ["Model", summary?.model && line(said(summary.model), 80)],
+    ["Ended by", summary?.finish_reason && line(said(summary.finish_reason), 40)],
     ["Tokens", usage.map(([name, label]) => `${number(summary[name])} ${label}`).join(", ")],
     ["Stored", Number.isFinite(meta?.at) ? when(meta.at) : null],
     ["Took", Number.isFinite(meta?.seconds) ? took(meta.seconds) : null],

@@ -316,7 +316,7 @@ HOSTILE = [
 
 def test_what_models_answered_does_nothing(visit, serve, recorder, http, helpers):
     proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
-    template = {"id": "x", "object": "chat.completion", "created": 1, "model": HOSTILE[0]}
+    template = {"id": "x", "object": "chat.completion", "created": 1, "model": {"toString": HOSTILE[0]}}
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
     choices = [
         {"index": place, "message": {"role": "assistant", "content": text}, "finish_reason": "<b>stop"}
@@ -328,6 +328,7 @@ def test_what_models_answered_does_nothing(visit, serve, recorder, http, helpers
         "model": HOSTILE[0],
         "messages": [
             {"role": HOSTILE[0], "content": " ".join(HOSTILE[:6])},
+            {"role": {"toString": 1}, "content": "x"},
             {"role": "user", "content": HOSTILE[1]},
         ],
         HOSTILE[1]: HOSTILE[2],
@@ -344,9 +345,16 @@ def test_what_models_answered_does_nothing(visit, serve, recorder, http, helpers
     nothing_of_it = (
         "document.querySelectorAll('main :is(img, svg, iframe, script, style, base, meta)').length"
     )
-    for fragment in ("#/", f"#/requests?search={HOSTILE[0][:9]}", f"#/requests/{key}"):
+    for fragment, heading in (
+        ("#/", "Overview"),
+        (f"#/requests?search={HOSTILE[0][:9]}", "Requests"),
+        (f"#/requests/{key}", "Request"),
+    ):
         page.goto(f"{proxy.url}/{fragment}")
-        expect(page.get_by_text("<img src=x onerror=alert(1)").first).to_be_visible()
+        expect(page.get_by_role("heading", level=1)).to_have_text(heading)
+        expect(
+            page.locator("main :not(option)", has_text="<img src=x onerror=alert(1)").first
+        ).to_be_visible()
         assert page.evaluate(nothing_of_it) == 0
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     hrefs = page.evaluate("[...document.querySelectorAll('a')].map((link) => link.getAttribute('href'))")
