@@ -20,7 +20,14 @@ _MESSAGE = 4  # tokens around a message
 _UNKNOWN = 256.0  # tokens of an answer of which nothing is known
 _SMOOTH = 0.1  # weight of a new answer in the means
 _IMAGE = 1000  # tokens of a picture, sound or file in a message
-_MEDIA = frozenset({"image_url", "image", "input_image", "input_audio", "file", "input_file", "document"})
+_MEDIA = frozenset(
+    {
+        *("image_url", "image", "input_image", "video_url", "video", "input_video"),
+        *("input_audio", "audio_url", "file", "input_file", "document"),
+    }
+)
+_LONG = 50_000  # letters beyond which a text is taken to go on as it has begun: counting holds up the loop
+_MOST = 2**31  # samples or tokens; nobody means more
 _ASKED = ("messages", "prompt", "input", "system", "instructions", "tools", "response_format")
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample")
 
@@ -30,7 +37,7 @@ def estimated(text: str) -> int:
     size = len(text)
     if text.isascii():
         return math.ceil(size / 4)
-    other = sum(1 for letter in text if letter > "\u007f")
+    other = size - len(text.encode("ascii", "ignore"))
     return math.ceil((size - other) / 4 + other * 0.8)
 
 
@@ -58,13 +65,13 @@ class _Counter:
         self._name = name
         self._encode: Callable[..., Any] | None = None
         self._begun = False
-        self._lock = threading.Lock()
 
     def __call__(self, text: str) -> int:
         if self._encode is not None:
-            return len(self._encode(text, disallowed_special=()))
-        with self._lock:
-            begun, self._begun = self._begun, True
+            begins = text[:_LONG]
+            count = len(self._encode(begins, disallowed_special=()))
+            return count if len(text) <= _LONG else math.ceil(count * len(text) / _LONG)
+        begun, self._begun = self._begun, True
         if not begun and importlib.util.find_spec("tiktoken") is not None:
             threading.Thread(target=self.load, name="cachepipe-tiktoken", daemon=True).start()
         return estimated(text)
@@ -114,13 +121,14 @@ class Estimate:
 class Estimator:
     """Estimates calls, and learns from their usage. Every method may be used from any thread.
 
+    There is no lock, which a fork might leave held: where two threads learn at once, one lesson may be lost.
+
     Args:
         encoding: as for `counter`.
     """
 
     def __init__(self, encoding: Any = "cl100k_base") -> None:
         self.count = counter(encoding)
-        self._lock = threading.Lock()
         self._seen: dict[str | None, _Seen] = {}
 
     def estimate(self, body: Mapping[str, Any], n: int | None = None) -> Estimate:
@@ -134,18 +142,18 @@ class Estimator:
         model = body.get("model")
         model = model if isinstance(model, str) else None
         if n is None:
-            n = max((size for name in ("n", "best_of") if isinstance(size := body.get(name), int)), default=1)
+            n = max((size for name in ("n", "best_of") if (size := _count(body.get(name)))), default=1)
+            n *= _prompts(body.get("prompt"))
         raw = float(sum(self._size(body.get(name)) for name in _ASKED))
-        with self._lock:
-            seen = self._seen.get(model) or _Seen()
-            ratio, each = seen.ratio, seen.usual
-        limit = next((value for name in _LIMITS if isinstance(value := body.get(name), int)), None)
-        return Estimate(model, raw, raw * ratio, float(n * (each if limit is None else limit)), n)
+        seen = self._seen.get(model) or _Seen()
+        limit = next((value for name in _LIMITS if (value := _count(body.get(name)))), None)
+        each = seen.usual if limit is None else limit
+        return Estimate(model, raw, raw * seen.ratio, float(n * each), n)
 
     def _size(self, value: Any) -> int:
         """Return the tokens of a part of a body, or of all its parts."""
         if isinstance(value, str):
-            return self.count(value)
+            return _IMAGE if value.startswith("data:") and ";base64," in value[:100] else self.count(value)
         if isinstance(value, Mapping):
             if value.get("type") in _MEDIA:
                 return _IMAGE
@@ -164,15 +172,27 @@ class Estimator:
             prompt: how many tokens its prompt had, if that was told.
             completion: how many its samples had together, if that was told.
         """
-        with self._lock:
-            seen = self._seen.setdefault(estimate.model, _Seen())
-            if prompt and estimate.raw:
-                ratio = min(max(prompt / estimate.raw, 0.1), 10.0)
-                seen.ratio += _SMOOTH * (ratio - seen.ratio)
-            if completion is not None and estimate.n:
-                each = completion / estimate.n
-                if seen.completion is None:
-                    seen.completion, seen.deviation = each, each / 2
-                else:
-                    seen.deviation += _SMOOTH * (abs(each - seen.completion) - seen.deviation)
-                    seen.completion += _SMOOTH * (each - seen.completion)
+        seen = self._seen.setdefault(estimate.model, _Seen())
+        if prompt and estimate.raw:
+            ratio = min(max(prompt / estimate.raw, 0.1), 10.0)
+            seen.ratio += _SMOOTH * (ratio - seen.ratio)
+        if completion is not None and estimate.n:
+            each = completion / estimate.n
+            if seen.completion is None:
+                seen.completion, seen.deviation = each, each / 2
+            else:
+                seen.deviation += _SMOOTH * (abs(each - seen.completion) - seen.deviation)
+                seen.completion += _SMOOTH * (each - seen.completion)
+
+
+def _count(value: Any) -> int | None:
+    """Return a number of samples or tokens; None for what is none, as -1 is where it stands for no limit."""
+    return min(value, _MOST) if type(value) is int and value > 0 else None
+
+
+def _prompts(prompt: Any) -> int:
+    """Return how many prompts there are: old APIs take several, each of which is answered n times."""
+    several = isinstance(prompt, list | tuple) and all(
+        isinstance(item, str | list | tuple) for item in prompt
+    )
+    return len(prompt) or 1 if several else 1

@@ -98,3 +98,45 @@ def test_pictures_are_not_counted_by_the_letters_of_their_encoding():
 def test_prompts_of_token_numbers_are_counted():
     assert Estimator(None).estimate({"prompt": [1, 2, 3]}).prompt == 3
     assert Estimator(None).estimate({"input": [[1, 2], [3]]}, 0).total == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "completion"),
+    [
+        ({"prompt": ["one", "two", "three"], "max_tokens": 10}, 30),
+        ({"prompt": [[1, 2], [3]], "max_tokens": 10, "n": 2}, 40),
+        ({"prompt": [1, 2, 3], "max_tokens": 10}, 10),
+        ({"prompt": [], "max_tokens": 10}, 10),
+        ({"max_tokens": -1}, 256),
+        ({"max_tokens": 0, "max_completion_tokens": None}, 256),
+        ({"max_tokens": True}, 256),
+        ({"n": -3, "max_tokens": 10}, 10),
+    ],
+)
+def test_what_is_to_come_is_never_less_than_what_may_be_asked_for(body, completion):
+    assert Estimator(None).estimate(body).completion == completion
+
+
+def test_numbers_that_no_provider_takes_are_its_to_refuse():
+    assert Estimator(None).estimate({"n": 10**400, "max_tokens": 10**400}).total > 1e9
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + "A" * 100_000}},
+        {"type": "some_future_kind", "url": "data:image/png;base64," + "A" * 100_000},
+    ],
+    ids=["video", "unknown"],
+)
+def test_the_letters_of_a_picture_are_no_tokens(part):
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    assert Estimator(None).estimate(body).prompt < 2000
+
+
+def test_a_long_text_is_taken_to_go_on_as_it_begins():
+    counter = _Counter("letters")
+    sizes = []
+    counter._encode = lambda text, **_: sizes.append(len(text)) or range(len(text) // 2)
+    assert counter("ab" * 500_000) == 500_000
+    assert sizes == [50_000]
