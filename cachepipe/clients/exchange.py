@@ -207,10 +207,17 @@ class Surface:
         """Return the surface of the same client in another namespace; they share calls."""
         return dataclasses.replace(self, namespace=namespace)
 
-    def merged(self, key: str, namespace: str | None, n: int) -> list[bool]:
-        """Return of each sample asked for now whether it is merged with one before it in this turn (C6)."""
+    def merged(self, key: str, namespace: str | None, n: int, asker: object = None) -> list[bool]:
+        """Return of each sample asked for now whether it is merged with one before it in this turn (C6).
+
+        Args:
+            key: the key of the question.
+            namespace: whose draw it is.
+            n: how many samples.
+            asker: whose own requests come one after the other; by default the task's that runs.
+        """
         loop = asyncio.get_running_loop()
-        task = asyncio.current_task(loop)
+        task = asyncio.current_task(loop) if asker is None else asker
         served = self.served.get(loop)
         if served is None:
             served = self.served[loop] = {}
@@ -318,15 +325,17 @@ def recalled(
     questions: Sequence[Question],
     namespace: str | None,
     request_id: str | None,
+    occurrences: runs.Occurrences | None = None,
 ) -> list[Grant] | None:
     """Return the samples of a request's draws when the ledger and the store have them all, else None.
 
-    Nothing is written. It may be called from any thread.
+    Nothing is written. It may be called from any thread. Without ``occurrences`` they are of the current run.
     """
     store = surface.backing.store
     if store.read_only:
         return None
-    occurrences = runs.current(store.identity)
+    if occurrences is None:
+        occurrences = runs.current(store.identity)
     taken: list[Draw] = []
     grants: list[Grant] = []
     user = label(namespace)

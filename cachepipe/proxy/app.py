@@ -6,14 +6,24 @@ import asyncio
 import functools
 import re
 import secrets
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 import cachepipe
 from cachepipe import runs, wire
-from cachepipe.clients.exchange import Answer, Backing, Surface, id_header, questions_of
+from cachepipe.clients.exchange import (
+    Answer,
+    Backing,
+    Surface,
+    body_from,
+    id_header,
+    kept_of,
+    questions_of,
+    recalled,
+)
 from cachepipe.clients.seam import Source
 from cachepipe.context import Inherited
 from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, StageClosed, StoreError, UnkeyableValue
@@ -23,13 +33,14 @@ from cachepipe.proxy.access import Access
 from cachepipe.proxy.bodies import Memory, Read, read_object
 from cachepipe.proxy.counters import Counters, Outcome
 from cachepipe.proxy.headers import listed
+from cachepipe.proxy.heads import HEAD, Heads
 from cachepipe.proxy.joins import ServedRun, Ticket
 from cachepipe.proxy.log import Log
 from cachepipe.proxy.settings import Settings, Upstream
 from cachepipe.proxy.turn import JSON, ClientGone, Receive, Refused, Send, Turn
 from cachepipe.proxy.upstream import Caller, Served, UpstreamRefusal, UpstreamTimeout, UpstreamUnreachable
 from cachepipe.stores import MemoryStore, open_store, switched_off
-from cachepipe.typedefs import MODES, Mode
+from cachepipe.typedefs import MODES, Mode, Response
 
 _EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 _HIT: Final = (b"cache-status", b"cachepipe; hit")
@@ -50,6 +61,16 @@ class _Route(NamedTuple):
     upstream: Upstream | None
     url: str
     api: wire.Api | None
+
+
+class _Meant(NamedTuple):
+    """What a head means, but for the body that follows it."""
+
+    route: _Route
+    url: str
+    counting: Mapping[str, str]
+    namespace: str | None
+    request_id: str | None
 
 
 class Proxy:
@@ -75,6 +96,7 @@ class Proxy:
         self._named: dict[str | None, ServedRun] = {}
         self._labelled: dict[tuple[str | None, str], ServedRun] = {}
         self._memory = Memory()
+        self.heads = Heads()
         self._surfaces: OrderedDict[bytes, Surface] = OrderedDict()
         self._background: set[asyncio.Task[Any]] = set()
         self._route = functools.lru_cache(4096)(self._routed)
@@ -344,7 +366,7 @@ class Proxy:
             namespace=namespace,
             request_id=turn.says(b"x-cachepipe-request-id"),
         )
-        return await self._drawn(turn, route, exchange)
+        return await self._drawn(turn, route, exchange, counting)
 
     def _read(self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes) -> Read | None:
         """Return what a body asks; None where it is nothing that may come from the cache."""
@@ -362,15 +384,22 @@ class Proxy:
             questions = questions_of(api, asks, url, counting)
         except (UnkeyableValue, RecursionError, wire.BadRequest):
             return None
-        read = Read(body, asks, questions)
+        single = len(asks) == asks[0].n == 1 and not asks[0].stream
+        read = Read(body, asks, questions, single)
         self._memory.put(name, read)
         return read
 
-    async def _drawn(self, turn: Turn, route: _Route, exchange: Served) -> Outcome:
+    async def _drawn(
+        self, turn: Turn, route: _Route, exchange: Served, counting: Mapping[str, str]
+    ) -> Outcome:
         run = self._run(exchange.namespace, route.place.run)
         key = turn.says(b"idempotency-key")
         retry = turn.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
         if key is None and not retry:
+            head = turn.scope.get(HEAD)
+            if head is not None and exchange.mode == "read-write":
+                whose = (exchange.namespace, exchange.request_id)
+                self.heads.keep(head, _Meant(route, exchange.url, counting, *whose))
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
@@ -386,6 +415,39 @@ class Proxy:
         with runs.within(ticket):
             task = asyncio.get_running_loop().create_task(exchange.drawn())
         return await self._await(turn, exchange, ticket, task)
+
+    def at_once(self, meant: _Meant, content: bytes, asker: object) -> bytes | None:
+        """Return the whole response to a request whose draw is known, if it can be told at once, else None.
+
+        Args:
+            meant: what was made of its head before.
+            content: its body.
+            asker: who asks, by which requests that are served together are told from one client's own.
+        """
+        api, place = meant.route.api, meant.route.place
+        if not self._open or api is None:
+            return None
+        begun = time.perf_counter()
+        read = self._read(api, meant.url, meant.counting, content)
+        if read is None or not read.single:
+            return None
+        namespace = meant.namespace
+        try:
+            counted = self._run(namespace, place.run).counted
+            grants = recalled(self.surface, read.asks, read.questions, namespace, meant.request_id, counted)
+        except (CachepipeError, Refused):
+            return None  # what is wrong is told the ordinary way
+        if grants is None:
+            return None
+        key, index, kept = read.questions[0].key, grants[0].indices[0], kept_of(grants[0])
+        merged = self.surface.merged(key, namespace, 1, asker)[0]
+        content = body_from(api, read.asks[0], kept)
+        self.counters.hit(namespace, key, index, kept[0], meant.url)
+        self.counters.ended(namespace, "hit")
+        self.log.hit(place, namespace, key, len(content), begun)
+        made_by = b"".join([b"%b: %b\r\n" % pair for pair in _made_by(api, kept[0].made_by)])
+        told = (made_by, key.encode(), _FLAGS[merged], index, len(content), content)
+        return _ONE_HIT % told
 
     def _entry(self, run: ServedRun, exchange: Served, key: str) -> Any:
         """Return what an idempotency key stands for.
@@ -530,8 +592,7 @@ class Proxy:
         if arrived is None:
             status = 200
             pairs = [_EVENTS if isinstance(content, Source) else JSON]
-            if answer.made_by is not None:
-                pairs.append((id_header(exchange.api).encode(), answer.made_by.encode("latin-1", "replace")))
+            pairs += _made_by(exchange.api, answer.made_by)
         else:
             status = arrived.response.status
             pairs = headers.of_answer(arrived.response.pairs)
@@ -546,27 +607,18 @@ class Proxy:
         if not answer.kept:
             return [self._status("fwd=miss")]
         responses = exchange.record.responses
-        pairs = listed(b"x-cachepipe-key", exchange.record.keys)
         if responses is None:  # a stream that this request alone generates
             n = exchange.asks[0].n
+            pairs = listed(b"x-cachepipe-key", exchange.record.keys)
             pairs += listed(b"x-cachepipe-cached", ["false"] * n)
             pairs += listed(b"x-cachepipe-duplicated", ["false", *["true"] * (n - 1)])
             return [*pairs, self._status("fwd=miss; stored")]
-        one = responses[0]
-        cached, merged, indices = one.cached or [], one.duplicated or [], one.indices
-        for other in responses[1:]:
-            cached, merged = cached + (other.cached or []), merged + (other.duplicated or [])
-            indices = None if indices is None or other.indices is None else indices + other.indices
-        pairs += listed(b"x-cachepipe-duplicated", [_WORDS[flag] for flag in merged])
-        pairs += listed(b"x-cachepipe-cached", [_WORDS[flag] for flag in cached])
-        if indices is not None:
-            pairs += listed(b"x-cachepipe-indices", list(map(str, indices)))
+        pairs = _facts(exchange.record.keys, responses)
+        cached = [flag for response in responses for flag in response.cached or ()]
         if all(cached):
-            pairs.append(_HIT)
-        else:
-            stored = "" if self.store.read_only else "; stored"
-            pairs.append(self._status(f"fwd={'partial' if any(cached) else 'miss'}{stored}"))
-        return pairs
+            return [*pairs, _HIT]
+        stored = "" if self.store.read_only else "; stored"
+        return [*pairs, self._status(f"fwd={'partial' if any(cached) else 'miss'}{stored}")]
 
     def _count(self, exchange: Served) -> Outcome:
         responses = exchange.record.responses or ()
@@ -698,6 +750,32 @@ class Proxy:
 
 
 _WORDS: Final = {True: "true", False: "false"}
+_FLAGS: Final = {True: b"true", False: b"false"}
+_ONE_HIT: Final = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%bx-cachepipe-key: %b\r\n"
+    b"x-cachepipe-duplicated: %b\r\nx-cachepipe-cached: true\r\nx-cachepipe-indices: %d\r\n"
+    b"cache-status: cachepipe; hit\r\ncontent-length: %d\r\n\r\n%b"
+)
+
+
+def _facts(keys: Sequence[str], responses: Sequence[Response]) -> list[tuple[bytes, bytes]]:
+    """Return the headers that say what samples an answer holds."""
+    pairs = listed(b"x-cachepipe-key", keys)
+    one = responses[0]
+    cached, merged, indices = one.cached or [], one.duplicated or [], one.indices
+    for other in responses[1:]:
+        cached, merged = cached + (other.cached or []), merged + (other.duplicated or [])
+        indices = None if indices is None or other.indices is None else indices + other.indices
+    pairs += listed(b"x-cachepipe-duplicated", [_WORDS[flag] for flag in merged])
+    pairs += listed(b"x-cachepipe-cached", [_WORDS[flag] for flag in cached])
+    if indices is not None:
+        pairs += listed(b"x-cachepipe-indices", list(map(str, indices)))
+    return pairs
+
+
+def _made_by(api: wire.Api, name: str | None) -> list[tuple[bytes, bytes]]:
+    """Return the header that names the call which made an answer, if that is known."""
+    return [] if name is None else [(id_header(api).encode(), name.encode("latin-1", "replace"))]
 
 
 def _succeeded(task: asyncio.Future[Any]) -> bool:

@@ -30,11 +30,13 @@ class Read:
         body: the body.
         asks: what it asks.
         questions: the questions with their keys.
+        single: whether it asks for one sample of one question, and for no stream.
     """
 
     body: dict[str, Any]
     asks: Sequence[wire.Ask]
     questions: list[Question]
+    single: bool = False
 
 
 class Memory:

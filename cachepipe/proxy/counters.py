@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cachepipe import prices, wire
+from cachepipe.clients.exchange import Kept
 from cachepipe.proxy.upstream import Caller
 from cachepipe.typedefs import Response
 
@@ -19,6 +20,7 @@ Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"
 """How a request ended: all from the cache, none, some; passed through; its client gone; error; refused."""
 
 _MOST: Final = 1000  # namespaces that are counted by themselves
+_USAGES: Final = 20_000  # samples whose usage is remembered, a quarter of a kilobyte each
 _OTHERS: Final = "(others)"
 _UNIT: Final = 1000  # tokens of which a price is asked
 _NONE: Final = "(none)"
@@ -208,6 +210,7 @@ class Counters:
         self.background = 0
         self.namespaces: dict[str | None, Counts] = {}
         self.prices = Prices()
+        self._usages: dict[tuple[str, int], _Usage] = {}
         self.registry = CollectorRegistry(auto_describe=False)
         self.seconds = Histogram(
             "cachepipe_proxy_call_seconds",
@@ -250,6 +253,18 @@ class Counters:
                     counts.misses += 1
                     counts.spent.add(seller, 0, usage.completion, usage.total - usage.prompt, 0)
                     counts.saved.add(seller, usage.prompt, 0, usage.prompt, usage.cached)
+
+    def hit(self, namespace: str | None, key: str, index: int, sample: Kept, url: str) -> None:
+        """Count what `drew` does of one sample that was there, by its place: its usage is read once."""
+        usage = self._usages.get((key, index))
+        if usage is None:
+            if len(self._usages) >= _USAGES:
+                self._usages.clear()
+            usage = self._usages[key, index] = _usage(sample.payload)
+        counts = self.of(namespace)
+        counts.hits += 1
+        seller = self.prices.seller(usage.model, url)
+        counts.saved.add(seller, usage.prompt, usage.completion, usage.total, usage.cached)
 
     def as_json(self) -> dict[str, Any]:
         """Return all counts: totals, and per namespace the latest first."""

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy.app import Proxy
+from cachepipe.proxy.heads import HEAD, asked, is_plain
 from cachepipe.proxy.settings import BadSettings, Settings
 
 try:
@@ -28,6 +29,7 @@ except ImportError as error:  # pragma: no cover - it is in the extra
 _HEAD: Final = 65_536  # bytes of a request's line and headers
 _HEAD_SECONDS: Final = 30.0
 _IDLE_SECONDS: Final = 75
+_BODY_SECONDS: Final = 1.0  # a body that takes longer goes the ordinary way
 
 
 class _Unframed(int):
@@ -57,6 +59,12 @@ class Protocol(HttpToolsProtocol):
         self._in_head = True
         self._late: TimerHandle | None = None
         self._stalled: TimerHandle | None = None
+        self._proxy: Proxy = self.config.app  # type: ignore[assignment]
+        self._between = True  # the parser has no part of a request
+        self._name: bytes | None = None  # of the head that it is given
+        self._held = b""  # a head that was served before, while its body comes
+        self._patience: TimerHandle | None = None
+        self._used = 0.0  # when a request was last answered at once
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give a new connection so long for the head of its first request."""
@@ -67,6 +75,7 @@ class Protocol(HttpToolsProtocol):
         """Wait for nothing any more."""
         self._stop_waiting()
         self._stop_looking()
+        self._let_go()
         super().connection_lost(exc)
 
     # A client that takes nothing.
@@ -100,7 +109,10 @@ class Protocol(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, whatever of its last answer was never taken."""
-        if self.transport.get_write_buffer_size():
+        left = self._used + self.timeout_keep_alive - self.loop.time()
+        if left > 0 or self._held:  # it was used without the timer's knowledge
+            self._wait_idle(max(left, _BODY_SECONDS))
+        elif self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
@@ -125,9 +137,69 @@ class Protocol(HttpToolsProtocol):
         """Take bytes; what is no HTTP is answered with 400 and the end of the connection."""
         if self.transport.is_closing() or self.parser is None:
             return
+        if self._held:
+            data = self._let_go() + data
+        if not (self._between and self._at_once(data)):
+            self._parse(data)
+
+    def _at_once(self, data: bytes) -> bool:
+        """Answer a request whose head was served before, or wait for its body; else let it be parsed."""
+        cycle = self.cycle
+        if (cycle is not None and not cycle.response_complete) or self.flow.write_paused:
+            return False
+        begun = asked(data)
+        if begun is None:
+            return False
+        meant = self._proxy.heads.get(begun.name)
+        if meant is None:
+            self._name = begun.name
+            return False
+        missing = begun.end + begun.size - len(data)
+        if missing > 0:
+            self._stop_waiting()
+            self._held = data
+            self._patience = self.loop.call_later(_BODY_SECONDS, self._too_slow)
+            return True
+        if missing < 0 or len(self.connections) >= self._proxy.settings.max_connections:
+            return False
+        written = self._proxy.at_once(meant, data[begun.end :], self)
+        if written is None:
+            return False
+        self._stop_waiting()
+        self._used = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait_idle(self.timeout_keep_alive)
+        self.transport.write(written)
+        return True
+
+    def _let_go(self) -> bytes:
+        """Return what was held, and hold nothing."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        held, self._held = self._held, b""
+        return held
+
+    def _too_slow(self) -> None:
+        held = self._let_go()
+        if held and not self.transport.is_closing():
+            self._parse(held)
+
+    def _wait_idle(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def shutdown(self) -> None:
+        """End the connection when what has begun to come is answered."""
+        if self._held:
+            self._parse(self._let_go())
+        super().shutdown()
+
+    def _parse(self, data: bytes) -> None:
+        self._between = False
         if self._in_head:
             self._head += len(data)
         super().data_received(data)
+        self._name = None
         if self._in_head and self._head > _HEAD and not self.transport.is_closing():
             self.transport.write(
                 b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
@@ -138,6 +210,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
+        self._between = False
         self._in_head = True
         self._await_head()
 
@@ -161,10 +234,30 @@ class Protocol(HttpToolsProtocol):
             raise ValueError("the length of a body is told once")
         if lengths and lengths[0][0] == b"transfer-encoding" and lengths[0][1].strip().lower() != b"chunked":
             raise ValueError("a body is chunked, and no more")
+        if self._name is not None and [name for name, _ in lengths] == [b"content-length"]:
+            self._learn(self._name)
+        self._name = None
         super().on_headers_complete()
         if version == "1.0":  # knows no chunks
             self.cycle.chunked_encoding = False
             self.cycle.expected_content_length = _UNFRAMED
+
+    def _learn(self, name: bytes) -> None:
+        """Let it be kept what a head means, unless anything about it concerns the connection."""
+        parser = self.parser
+        if (
+            is_plain(name)
+            and parser.get_http_version() == "1.1"
+            and parser.should_keep_alive()
+            and not parser.should_upgrade()
+            and not self.expect_100_continue
+        ):
+            self.scope[HEAD] = name  # type: ignore[typeddict-unknown-key]
+
+    def on_message_complete(self) -> None:
+        """Note that a request is whole."""
+        super().on_message_complete()
+        self._between = True
 
 
 class Server(uvicorn.Server):
