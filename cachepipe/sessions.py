@@ -57,7 +57,8 @@ class Session:
         system: the system message: a string or a mapping; None is none.
         service: the endpoint and its limits; default is a new ``Services.OpenAI()``.
         llmconfig: parameters of calls that differ from `DEFAULTS`.
-        namespace: the unit within which samples are independent, in practice one experiment.
+        namespace: the unit within which samples are independent, in practice one experiment;
+            `cachepipe.using` goes before it.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
         repeat: ``"fresh"``: a repeated question gets a fresh sample; ``"same"``: it gets the same again.
@@ -182,7 +183,10 @@ class Session:
             messages = [*(self.conversation.messages if opening is None else opening), *said]
             body = self._body(messages, params)
             completions = self._completions()
-            with calls.using(namespace=self.namespace, request_id=request_id):
+            using = calls.current()
+            whose = using.namespace_of(self.namespace)
+            which = using.request_id_of() if request_id is None else request_id
+            with calls.using(namespace=whose, request_id=which):
                 if body.get("stream"):
                     pieces = Pieces(await completions.create(**body), self, messages)
                     self._pieces = weakref.ref(pieces)

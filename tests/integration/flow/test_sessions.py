@@ -12,7 +12,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from cachepipe import MemoryStore, Services, Session
+from cachepipe import MemoryStore, Services, Session, using
 from cachepipe.clients import AsyncOpenAI
 from cachepipe.sessions import DEFAULTS
 from cachepipe.testing import MockServer, MockSettings
@@ -236,6 +236,25 @@ async def test_sessions_of_a_service_share_connections_and_one_run(server, servi
         await Session(SYSTEM, service=service, cache=store).initiate("one")
     assert server.stats.samples_generated == 3  # equal questions of one run get samples of their own
     assert server.stats.max_connections == 1
+
+
+async def test_a_block_says_whose_draws_the_calls_of_a_session_are(server, service):
+    """As for clients: what `using` sets goes before what a session was made with, but not before a call."""
+    store = MemoryStore()
+
+    async def ask(**how):
+        session = Session("x", service=service, cache=store, namespace="a", llmconfig={"model": "m"})
+        return await session.initiate("hi", **how)
+
+    with using(namespace="b", request_id="1"):
+        first = await ask()
+    with using(namespace="c", request_id="1"):
+        assert await ask() == first
+    assert server.stats.requests == 1
+    assert {info.draw.namespace for info in store.draws()} == {"=b", "=c"}
+    with using(request_id="1"):
+        await ask(request_id="2")
+    assert {(info.draw.namespace, info.draw.request_id) for info in store.draws()} >= {("=a", "2")}
 
 
 async def test_sessions_that_come_and_go_are_one_run(server, tmp_path):
