@@ -28,7 +28,7 @@ async def alcall(
     A function that is not asynchronous is called all the same, on this loop.
 
     Args:
-        inputs: the inputs; they are taken as they are needed.
+        inputs: the inputs.
         func: the function.
         max_concurrent: how many inputs are under way at once at most.
         return_exceptions: put an error in the place of its result; otherwise no further input is begun after
@@ -50,6 +50,11 @@ async def alcall(
                     results[place] = await result if inspect.isawaitable(result) else result
                 except Exception as error:  # noqa: BLE001 - it is a result, or raised at the end
                     results[place] = failed[place] = error
+                except asyncio.CancelledError as error:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    results[place] = failed[place] = error  # of something that it waited for
                 tick(failed=place in failed)
                 if failed and not return_exceptions:
                     return

@@ -145,3 +145,42 @@ async def test_a_bar_is_shown_where_somebody_looks(monkeypatch, capsys):
 
     assert lcall([1, 2], doubled, show_progress=True) == [2, 4]
     assert "doubled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("return_exceptions", [True, False])
+async def test_a_function_whose_own_work_was_cancelled_has_failed(return_exceptions):
+    """It is no result that is None, and the other inputs have theirs."""
+
+    async def work(number):
+        if number == 1:
+            raise asyncio.CancelledError
+        return number
+
+    call = alcall(range(4), work, max_concurrent=1, return_exceptions=return_exceptions)
+    if return_exceptions:
+        results = await call
+        assert [results[0], *results[2:]] == [0, 2, 3]
+        assert isinstance(results[1], asyncio.CancelledError)
+    else:
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+
+async def test_who_is_cancelled_stops_what_is_under_way():
+    begun, stopped = asyncio.Event(), []
+
+    async def work(number):
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            stopped.append(number)
+            raise
+
+    task = asyncio.create_task(alcall(range(9), work, max_concurrent=2, return_exceptions=True))
+    await begun.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert stopped == [0, 1]
