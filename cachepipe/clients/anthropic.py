@@ -24,6 +24,7 @@ except ImportError as error:
     ) from error
 
 import anthropic._client
+import orjson
 
 from cachepipe.clients import info, seam
 from cachepipe.clients.calls import Call, SyncCall
@@ -162,7 +163,7 @@ class AsyncLayered(_Layered, AsyncCached):
             passage, arrived = await flow.call(lambda: self._receive_attempt(options, **details), **about)
         except Refused as refused:
             return refused.response, refused.prepared
-        passage.end()
+        passage.end(usage=_usage(arrived.content), headers=arrived.response.headers)
         return arrived.response, arrived.details["options"]
 
     async def _receive_attempt(
@@ -230,7 +231,7 @@ class SyncLayered(_Layered, SyncCached):
             passage, arrived = flow.call_in_thread(lambda: self._receive_attempt(options, **details), **about)
         except Refused as refused:
             return refused.response, refused.prepared
-        passage.end()
+        passage.end(usage=_usage(arrived.content), headers=arrived.response.headers)
         return arrived.response, arrived.details["options"]
 
     def _receive_attempt(
@@ -374,3 +375,12 @@ def _stand_for_the_sdks() -> None:
 _stand_for_the_sdks()
 for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anthropic.Anthropic)):
     equip(_kind, _sdk, credentials=CREDENTIALS, error=anthropic.AnthropicError)
+
+
+def _usage(content: bytes) -> Any:
+    """Return the usage that an answer tells, if it is one that does."""
+    try:
+        answer = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return None
+    return answer.get("usage") if isinstance(answer, dict) else None

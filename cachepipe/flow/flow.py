@@ -131,11 +131,12 @@ class Flow:
         number = 0
         while True:
             with context.attempting(number):
-                passage: Passage = wait(self._enter(estimate, namespace, again=number > 0))
+                turn = _Turn(self._enter(estimate, namespace, again=number > 0))
                 try:
+                    passage: Passage = wait(turn.come())
                     return passage, make()
                 except BaseException as error:
-                    passage.end(error=error)
+                    turn.leave(error)
                     seconds = attempts.after(error)
                     if seconds is None:
                         raise
@@ -151,3 +152,25 @@ class Flow:
             ahead=again or (attempt is not None and attempt.number > 0),
         )
         return Passage(slot, self.estimator, estimate)
+
+
+class _Turn:
+    """A turn that a thread waits for: it is given back where the thread is interrupted as it comes."""
+
+    def __init__(self, entering: Coroutine[Any, Any, Passage]) -> None:
+        self._entering = entering
+        self._passage: Passage | None = None
+        self._left: BaseException | None = None
+
+    async def come(self) -> Passage:
+        """Return the passage when it is there."""
+        passage = self._passage = await self._entering
+        if self._left is not None:
+            passage.end(error=self._left)
+        return passage
+
+    def leave(self, error: BaseException) -> None:
+        """Say with what the call has ended, if it was let go, or that nobody waits any more."""
+        self._left = error
+        if self._passage is not None:
+            self._passage.end(error=error)

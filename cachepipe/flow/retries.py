@@ -135,7 +135,7 @@ class Attempts:
         now = retries.clock.now()
         if self._until is None:
             self._until = now + retries.max_time
-        if self._left <= 0 or not retries.retry(error):
+        if self._left <= 0 or not isinstance(error, Exception) or not retries.retry(error):
             return None
         backoff: float = min(retries.longest, retries.first * 2.0**self._made)
         wait = backoff * (0.5 + 0.5 * retries.chance())

@@ -241,6 +241,14 @@ async def test_anthropics_clients_are_limited_and_retried_by_their_service(serve
     assert server.stats.requests == 3
 
 
+async def test_anthropics_calls_without_the_cache_tell_what_they_have_used(server):
+    service = Services.Anthropic(base_url=server.base_url, api_key="k", max_tokens=None)
+    asked = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}
+    async with service.client(MemoryStore(), mode="bypass") as client:
+        await client.messages.create(**asked)
+    assert service.stats().tokens == server.stats.tokens_in + server.stats.tokens_out > 0
+
+
 # Keys and addresses.
 
 KEY = "sk-nobody-may-see-this"
