@@ -642,20 +642,22 @@ class Proxy:
         pairs = self._credited(headers.to_upstream(turn.headers), upstream)
         length = turn.named.get(b"content-length")
         sent: Any = content
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if content is None:
             if length is not None and length != b"0":
                 pairs.append((b"content-length", length))
-                sent = turn.chunks()
+                sent = turn.chunks(taken)
             elif b"transfer-encoding" in turn.named:
-                sent = turn.chunks()
+                sent = turn.chunks(taken)
         query = turn.scope["query_string"]
         url = f"{route.url}?{query.decode('latin-1')}" if query else route.url
         work = asyncio.get_running_loop().create_task(
             self.caller.call(upstream, turn.method, url, pairs, sent)
         )
-        try:  # a client is watched only once its body has been read
-            here = await turn.or_gone(work) if sent is content else True
-            reader = await work if here else None
+        try:
+            if sent is not content:  # a client is watched only once its body has been read
+                await asyncio.wait((work, taken), return_when=asyncio.FIRST_COMPLETED)
+            reader = await work if await turn.or_gone(work) else None
         except BaseException:
             work.cancel()
             raise

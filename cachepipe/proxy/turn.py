@@ -135,13 +135,16 @@ class Turn:
             raise ClientGone
         return message
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Iterate over the body as it comes."""
+    async def chunks(self, taken: asyncio.Future[None]) -> AsyncIterator[bytes]:
+        """Iterate over the body as it comes, and tell when all of it has come."""
         while True:
             message = await self._received()
+            more = message.get("more_body", False)
+            if not more:
+                taken.set_result(None)
             if message.get("body"):
                 yield message["body"]
-            if not message.get("more_body", False):
+            if not more:
                 return
 
     # The client's leaving; only once the body has been read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 
 import pytest
 
@@ -283,3 +284,21 @@ def test_an_answer_that_cannot_be_stored_is_handed_on(passing, recorder, http, h
     answer = http.post(helpers.chat_url(passing), json=asked)
     assert (answer.status_code, answer.content) == (200, deep)
     assert answer.headers["cache-status"] == "cachepipe; fwd=miss"
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 1000])
+def test_a_call_whose_client_has_gone_is_given_up(serve, body):
+    """Where nothing would be kept of it: what a provider has not answered yet, it need not."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = serve(upstreams=(Upstream.of("a", f"http://127.0.0.1:{listener.getsockname()[1]}/v1"),))
+        host, port = proxy.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            call, _ = listener.accept()
+            call.settimeout(20)
+            got = b""
+            while not got.endswith(b"\r\n\r\n" + body):
+                got += call.recv(65536)
+        assert call.recv(1) == b""
+        call.close()
