@@ -9,6 +9,7 @@ namespaces that need it together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 from cachepipe.stages.base import Stage, has_request
@@ -95,7 +96,13 @@ class Pipeline(Stage):
 
     def stats(self) -> Stats:
         """Return what was done since the pipeline was opened: hits, misses, merged, generated and more."""
-        return self._head.stats()
+        stats = self._head.stats()
+        stage: Any = self.model
+        while not hasattr(stage, "queue_seconds"):  # as a limiter has it
+            if not isinstance(stage, Stage):
+                return stats
+            stage = stage.model
+        return replace(stats, queue_seconds=stage.queue_seconds, call_seconds=stage.call_seconds)
 
     async def close(self) -> None:
         """Wait for what is in flight on this loop and write it. Idempotent."""

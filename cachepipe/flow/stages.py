@@ -35,6 +35,10 @@ class AsyncLimiter(Stage):
         limits: limits that others share, instead of those above.
         estimator: what estimates tokens; default is one of its own.
         options: further arguments of `Limits`.
+
+    Attributes:
+        queue_seconds: time that calls of this stage have waited to be let go, added up.
+        call_seconds: time that they have taken from then on, added up.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class AsyncLimiter(Stage):
             limits = Limits(max_requests, max_tokens, interval, max_concurrency=max_concurrency, **options)
         self.limits = limits
         self.estimator = Estimator() if estimator is None else estimator
+        self.queue_seconds = self.call_seconds = 0.0
         self._adapter = adapter_of(model)
         self._gated = _Gated(self._call, model)
 
@@ -94,6 +99,7 @@ class AsyncLimiter(Stage):
             tokens=sum(estimate.total for estimate in estimates),
             ahead=attempt.number > 0,
         )
+        self.queue_seconds += slot.queued
         token, within = context.attempt.set(attempt), holding.set((*holding.get(), slot))
         answers: Sequence[T] = ()
         failure: BaseException | None = None
@@ -106,6 +112,7 @@ class AsyncLimiter(Stage):
         finally:
             context.attempt.reset(token)
             holding.reset(within)
+            self.call_seconds += self.limits.clock.now() - slot.begun
             slot.end(tokens=self._used(answers, estimates), headers=attempt.headers, error=failure)
         return list(answers)
 

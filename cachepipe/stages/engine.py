@@ -46,6 +46,8 @@ class Stats:
             nobody had asked for them.
         requests: requests begun.
         calls: calls made to the model.
+        queue_seconds: time that calls have waited for leave from a service or limiter, added up.
+        call_seconds: time that calls have taken from then on, added up; 0 where nothing limits them.
     """
 
     hits: int = 0
@@ -56,12 +58,14 @@ class Stats:
     unreported: int = 0
     requests: int = 0
     calls: int = 0
+    queue_seconds: float = 0.0
+    call_seconds: float = 0.0
 
-    def __getitem__(self, name: str) -> int:
-        value: int = asdict(self)[name]
+    def __getitem__(self, name: str) -> float:
+        value: float = asdict(self)[name]
         return value
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, float]:
         """Return the figures by name."""
         return asdict(self)
 

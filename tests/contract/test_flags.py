@@ -103,6 +103,8 @@ async def test_c6_the_figures_add_up(store):
         "unreported": 1,
         "requests": 4,
         "calls": 3,
+        "queue_seconds": 0,
+        "call_seconds": 0,
     }
 
 

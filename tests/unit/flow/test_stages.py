@@ -82,6 +82,31 @@ async def test_misses_wait_for_their_turn(clock):
     assert service.limits.stats().queue_seconds == 120
 
 
+async def test_a_pipeline_tells_time_in_the_queue_from_time_in_calls(clock):
+    """Its own, where others share the service; hits have neither."""
+
+    class Slow:
+        async def request(self, request):
+            await clock.sleep(5)
+            return Response(["answer"] * request.n)
+
+    service = flow(clock, 1, None, 60.0, transit=60)
+    store = MemoryStore()
+    async with (
+        OnlineAPI(Slow(), store, service=service) as one,
+        OnlineAPI(AsyncLimiter(Slow(), limits=service.limits), MemoryStore()) as other,
+    ):
+        tasks = [asyncio.create_task(each.request(Request("p"))) for each in (one, other)]
+        await clock.advance(500)
+        assert all(task.done() for task in tasks)
+        await one.request(Request("p", namespace="b"))
+        assert (one.stats().queue_seconds, one.stats().call_seconds) == (0, 5)
+        assert (other.stats()["queue_seconds"], other.stats()["call_seconds"]) == (65, 5)
+    assert (service.limits.stats().queue_seconds, service.limits.stats().call_seconds) == (65, 10)
+    async with OnlineAPI(ScriptedModel(), store) as unlimited:
+        assert (unlimited.stats().queue_seconds, unlimited.stats().call_seconds) == (0, 0)
+
+
 async def test_pipelines_share_a_service(clock):
     service = flow(clock, 1, None, 60.0)
     one = OnlineAPI(ScriptedModel(), MemoryStore(), service=service)
