@@ -160,11 +160,13 @@ class Call(Exchange):
             info.note(arrived.response, self.record)
         return arrived
 
+    def own_context(self) -> contextvars.Context | None:
+        """Return a copy of the caller's context, which calls of the SDK are made in."""
+        return self.context.copy()
+
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
-        """Return what the SDK receives, in the context of the caller."""
-        loop = asyncio.get_running_loop()
-        work = self.receive(**self._arguments(body, stream=stream))
-        arrived: Arrived = await loop.create_task(work, context=self.context.copy())
+        """Return what the SDK receives."""
+        arrived: Arrived = await self.receive(**self._arguments(body, stream=stream))
         return arrived
 
     def _arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
@@ -208,6 +210,9 @@ class SyncCall(Call):
                 left = self._jobs.get()
                 if left is not None:
                     threading.Thread(target=left, name="cachepipe-call", daemon=True).start()
+
+    def own_context(self) -> None:
+        """Return None: calls are made in the caller's thread, and in its context."""
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
         """Return what the SDK receives; a call that has begun is not stopped, and its answer is kept."""

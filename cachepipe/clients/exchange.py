@@ -9,6 +9,7 @@ is handed on as it came; everything else is put together from samples.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import dataclasses
 import json
@@ -91,6 +92,12 @@ class _Model:
     async def request(self, request: Any) -> Response:
         """Return the samples that a call brings for it."""
         return Response(await request.exchange.generate(request))
+
+    @staticmethod
+    def context_of(request: Any) -> contextvars.Context | None:
+        """Return the context in which a request is generated."""
+        context: contextvars.Context | None = request.exchange.own_context()
+        return context
 
     @staticmethod
     def pack(value: Kept) -> tuple[bytes, Mapping[str, Any]]:
@@ -435,6 +442,10 @@ class Exchange:
         names = tuple(question.key for question in self.questions)
         self.record = info.Record(names, namespace, request_id, url)
 
+    def own_context(self) -> contextvars.Context | None:
+        """Return a context of its own for a task that uses `send`; None where it does not matter."""
+        return None
+
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
         """Make a call; what it raises reaches exactly the requests that needed it.
 
@@ -692,7 +703,8 @@ class Exchange:
             return
         items, self._items = self._items, []
         for n in {asked.n for asked, _ in items}:
-            task = loop.create_task(self._send_items([item for item in items if item[0].n == n], n))
+            work = self._send_items([item for item in items if item[0].n == n], n)
+            task = loop.create_task(work, context=self.own_context())
             _tasks.add(task)
             task.add_done_callback(_tasks.discard)
 

@@ -102,8 +102,11 @@ class AsyncCached(_Cached):
     async def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
         """Return the response of a call as it arrives, by way of the SDK."""
         sdk: Any = super()
-        receiving.set(self)  # in a task of its own, whose context nobody else has
-        return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        token = receiving.set(self)  # in a context that nobody else has
+        try:
+            return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        finally:
+            receiving.reset(token)
 
     async def _process_response(
         self,
@@ -256,6 +259,8 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
                 raise
             sdk.__init__(self, **{**options, **credentials})
         self._cachepipe = Surface.of(cache, **ours) if surface is None else surface
+        if options.get("http_client") is None:
+            seam.ease_probes(self)
 
     def copy(self: Any, **options: Any) -> Any:
         changes = {name: options.pop(name) for name in OURS if options.get(name, missing) is not missing}

@@ -249,7 +249,7 @@ def _is_usual(kind: Any) -> bool:
 
 def _built(call: Call, answer: Answer) -> Any:
     """Return the SDK's object for an answer, or None where only the SDK itself can make it."""
-    if answer.arrived is not None or type(answer.content) is not bytes:
+    if type(answer.content) is not bytes or not answer.kept:
         return None
     made = seam.validated(call.cast_to, answer.content, call.options, answer.made_by)
     if made is not None:

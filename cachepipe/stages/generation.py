@@ -192,6 +192,7 @@ class Caller:
         self._single_requests = has_request(model)
         self._wish: int | None = getattr(model, "cut_n", None)
         self._submit = getattr(model, "submit", None)
+        self._context_of = getattr(model, "context_of", None)
         self._extra = extra
         self._lowered: int | None = None
         self._tasks: dict[asyncio.Task[None], list[Call]] = {}
@@ -251,7 +252,8 @@ class Caller:
             self._spawn(calls, self._batch(calls))
 
     def _spawn(self, calls: list[Call], work: Any) -> None:
-        task: asyncio.Task[None] = self._loop.create_task(work)
+        context = None if self._context_of is None else self._context_of(calls[0].pieces[0][0].request)
+        task: asyncio.Task[None] = self._loop.create_task(work, context=context)
         self._tasks[task] = calls
         task.add_done_callback(self._ended)
         for call in calls:

@@ -8,6 +8,7 @@ import gc
 import inspect
 import json
 import pickle
+import socket
 import typing
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cachepipe import CacheMiss, MemoryStore, OnlineAPI, Request
 from cachepipe.clients import AsyncOpenAI
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES, library_of
+from cachepipe.clients.seam import _eased as eased
 from cachepipe.context import using
 from cachepipe.models import OpenAIModel
 from cachepipe.testing import MockServer, MockSettings
@@ -736,3 +738,80 @@ async def test_a_stream_of_stored_and_missing_samples_is_one_stream(server, clie
     ends = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason]
     assert sorted(ends) == [0, 1, 2, 3]
     assert texts(await ask(client.in_namespace("whole"), n=4)) == list(said.values())
+
+
+async def test_an_idle_connection_that_the_server_has_closed_is_noticed():
+    """Idle connections are probed in a way of our own: it must see what the pool's own sees."""
+    message = {"role": "assistant", "content": "A"}
+    answer = json.dumps(
+        {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "m",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        }
+    ).encode()
+    closed: list[asyncio.Future[None]] = []
+
+    async def serve(reader, writer):
+        end = asyncio.get_running_loop().create_future()
+        closed.append(end)
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n")
+        writer.write(b"content-length: %d\r\n\r\n%s" % (len(answer), answer))
+        await writer.drain()
+        await end
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1"
+        async with AsyncOpenAI(base_url=url, api_key=KEY, cache=MemoryStore(), max_retries=0) as client:
+            await ask(client)
+            [idle] = client._client._transport._pool.connections
+            assert idle.is_idle()
+            assert not idle.has_expired()
+            closed[0].set_result(None)
+            while not idle.has_expired():  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0)
+            await ask(client)  # on a connection of its own, as without retries the old one would fail it
+            assert len(closed) == 2
+            closed[1].set_result(None)
+
+
+def test_probes_are_eased_with_tls_too_and_of_the_sdks_own_http_client_only():
+    """What stands behind a connection is looked up once; a client that the caller made is left alone."""
+    ours, theirs = socket.socketpair()
+
+    class Stream:
+        asked = 0
+
+        def get_extra_info(self, info):
+            type(self).asked += 1
+            return ours if info == "socket" else f"the {info}"
+
+        async def start_tls(self, *arguments):
+            assert arguments == ("a context", "a name")
+            return Stream()
+
+    with ours, theirs:
+        for stream in (eased(Stream()), asyncio.run(eased(Stream()).start_tls("a context", "a name"))):
+            Stream.asked = 0
+            assert stream.get_extra_info("is_readable") is False
+            assert Stream.asked == 0
+            assert stream.get_extra_info("server_addr") == "the server_addr"
+        theirs.send(b"x")
+        assert stream.get_extra_info("is_readable") is True
+    assert stream.get_extra_info("is_readable") is True  # closed here
+
+    def is_eased(client):
+        return "connect_tcp" in vars(client._client._transport._pool._network_backend)
+
+    made = AsyncOpenAI(api_key=KEY, cache=MemoryStore())
+    assert is_eased(made)
+    assert is_eased(made.copy())
+    assert not is_eased(openai.AsyncOpenAI(api_key=KEY))
+    own = openai.DefaultAsyncHttpxClient()
+    assert not is_eased(AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=own))
