@@ -438,6 +438,29 @@ class StoreContract:
         assert self.claim(store, drawn("b"), 1).indices == [1]
         assert self.claim(store, drawn("a"), 1).indices == [0]
 
+    def test_what_was_delivered_of_an_extension_stands_and_no_more_of_it(self, store: Store) -> None:
+        """C8: the positions that nobody was given are free again."""
+        self.fill(store, drawn("a"), 1)
+        longer = self.claim(store, drawn("a"), 4, token="two")
+        self.commit(store, 1)
+        short = self.claim(store, drawn("a"), 2, token="three")
+        assert (short.indices, short.mine, short.held) == ([0, 1], [], ())
+        self.apply(store, Forgo(KEY, [2, 3]), Leave(drawn("a"), "two", longer.held, complete=False))
+        assert [info.indices for info in store.draws()] == [(0, 1)]
+        assert self.claim(store, drawn("b"), 1).indices == [2]
+
+    def test_what_a_joiner_of_an_extension_received_stands_and_no_more_of_it(self, store: Store) -> None:
+        """C8, likewise for one that had to wait for its sample."""
+        self.fill(store, drawn("a"), 1)
+        longer = self.claim(store, drawn("a"), 4, token="two")
+        short = self.claim(store, drawn("a"), 2, token="three")
+        assert short.held
+        self.commit(store, 1)
+        self.apply(store, Leave(drawn("a"), "three", short.held, complete=True, n=2))
+        self.apply(store, Forgo(KEY, [2, 3]), Leave(drawn("a"), "two", longer.held, complete=False))
+        assert [info.indices for info in store.draws()] == [(0, 1)]
+        assert self.claim(store, drawn("b"), 1).indices == [2]
+
     def test_a_replay_gets_what_a_claim_would_and_takes_it_in_memory_only(self, store: Store) -> None:
         for name in "abc":
             self.fill(store, drawn(name, namespace="first"), 1)

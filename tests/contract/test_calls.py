@@ -143,6 +143,50 @@ async def test_c4_a_merged_call_answered_short_is_repeated_as_its_callers_wrote_
     assert model.asked[3:] == [2, 2]
 
 
+async def test_c4_a_short_answer_to_a_merged_call_never_cuts_what_a_caller_wrote_alone(store):
+    """One sample for 3 + 1: the limit becomes 3, the most that anyone asked for, and not 1."""
+    model = ScriptedModel([1])
+    async with OnlineAPI(model, store) as pipeline:
+        await at_once(pipeline, same_namespace(3, 1))
+        assert model.asked == [4, 2, 1]
+        await pipeline.request(Request("q", n=3))
+    assert model.asked[3:] == [3]
+
+
+async def test_c4_a_limit_that_was_lowered_is_raised_by_no_later_refusal(store):
+    """Two merged calls are in flight; the one with the smaller parts is refused first."""
+    model = ScriptedModel(hold=True)
+    async with OnlineAPI(model, store) as pipeline:
+        small = [Request("p", request_id=f"{number}") for number in range(4)]
+        large = [Request("q", n=3, request_id=f"{number}") for number in range(2)]
+        answers = asyncio.ensure_future(at_once(pipeline, [*small, *large]))
+        calls = await model.begun(2)
+        assert [call.n for call in calls] == [4, 6]
+        model.hold = False
+        for call in calls:
+            call.fail(ScriptedError(status_code=400))
+            await call.over()
+        await answers
+        assert model.asked[2:] == [1, 1, 1, 1, 3, 3]
+        await at_once(pipeline, [Request("r", request_id=f"{number}") for number in range(3)])
+    assert model.asked[8:] == [1, 1, 1]
+
+
+async def test_c4_a_call_that_has_not_begun_when_its_request_is_cancelled_is_not_made(store, turns):
+    for count in range(8):
+        model = ScriptedModel(hold=True)
+        async with OnlineAPI(model, store) as pipeline:
+            task = asyncio.create_task(pipeline.request(Request(f"p{count}")))
+            await turns(count)
+            task.cancel()
+            while not task.done():
+                await turns()
+            begun = len(model.calls)
+            await turns(8)
+            model.open()
+        assert len(model.calls) == begun
+
+
 async def test_c4_the_error_of_a_repeated_call_reaches_its_own_caller_alone(store):
     """A merged call is refused; repeated one by one, one of its parts is refused again."""
     errors = [ScriptedError("merged", status_code=400), ScriptedError("mine", status_code=400)]
@@ -163,6 +207,15 @@ async def test_c4_requests_with_a_seed_or_best_of_are_not_merged(store, field):
         responses = await at_once(pipeline, requests)
     assert model.asked == [2, 2, 2]
     assert len({sample for response in responses for sample in response.data}) == 6, "C1, in spite of a seed"
+
+
+@pytest.mark.parametrize("field", ["seed", "best_of"])
+async def test_c4_requests_with_a_seed_or_best_of_are_not_cut_by_what_others_have_taught(store, field):
+    model = ScriptedModel(fail=lambda request: ScriptedError(status_code=400) if request.n == 2 else None)
+    async with OnlineAPI(model, store) as pipeline:
+        await at_once(pipeline, same_namespace(1, 1))  # refused when merged: the limit is lowered to 1
+        await pipeline.request(Seeded("p", n=3, **{field: 5}))
+    assert model.asked == [2, 1, 1, 3]
 
 
 async def test_c4_best_of_puts_n_into_the_key(store):

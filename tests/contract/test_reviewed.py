@@ -27,6 +27,7 @@ from cachepipe import (
     Request,
     Response,
     StoreError,
+    StoreLocked,
     runs,
 )
 from cachepipe.keys import provider_question
@@ -306,6 +307,34 @@ async def test_c8_when_the_ledger_stays_locked_all_who_wait_fail_together(tmp_pa
         lock.release()
     assert {isinstance(answer, StoreError) for answer in answers} == {True}
     await pipeline.close()
+
+
+def test_c8_what_queues_behind_a_lock_waits_for_it_once_and_fails_together(monkeypatch):
+    monkeypatch.setattr(cachepipe.stores.writer, "LOCK_TIMEOUT", -1.0)
+    monkeypatch.setattr(cachepipe.stores.writer, "_IDLE", 0.01)
+    begun, gate, tried, told = threading.Event(), threading.Event(), [], []
+
+    class Store:
+        identity = "locked"
+
+        def write(self, operations):
+            tried.append(len(operations))
+            begun.set()
+            gate.wait(20)
+            raise cachepipe.stores.writer.Locked
+
+        def tidy(self):
+            pass
+
+    writer = cachepipe.stores.writer.Writer(Store())
+    writer.put([Forgo("k", [0])], told.append)
+    assert begun.wait(20)
+    for _ in range(4):
+        writer.put([Forgo("k", [0])], told.append)
+    gate.set()
+    writer.stop()
+    assert tried == [1, 4]
+    assert [type(error) for error in told] == [StoreLocked] * 5
 
 
 # Models, adapters and samples that are not as they should be.
