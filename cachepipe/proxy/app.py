@@ -63,7 +63,7 @@ class _Route(NamedTuple):
     api: wire.Api | None
 
 
-class _Meant(NamedTuple):
+class Meant(NamedTuple):
     """What a head means, but for the body that follows it."""
 
     route: _Route
@@ -71,6 +71,9 @@ class _Meant(NamedTuple):
     counting: Mapping[str, str]
     namespace: str | None
     request_id: str | None
+    pairs: list[tuple[bytes, bytes]]
+    who: bytes
+    scope: Mapping[str, Any]
 
 
 class Proxy:
@@ -171,10 +174,18 @@ class Proxy:
             return
         if not self._open:  # a server without lifespan events
             await self.startup()
-        turn = Turn(scope, receive, send, self.settings.client_timeout)
+        await self._serve_turn(Turn(scope, receive, send, self.settings.client_timeout))
+
+    async def go_on(
+        self, meant: Meant, read: Read, scope: Mapping[str, Any], receive: Receive, send: Send
+    ) -> None:
+        """Serve a request whose head and body are known; see `at_once`."""
+        await self._serve_turn(Turn(scope, receive, send, self.settings.client_timeout), meant, read)
+
+    async def _serve_turn(self, turn: Turn, meant: Meant | None = None, read: Read | None = None) -> None:
         self.counters.in_flight += 1
         try:
-            await self._serve(turn)
+            await self._serve(turn, meant, read)
         finally:
             self.counters.in_flight -= 1
             turn.close()
@@ -196,23 +207,22 @@ class Proxy:
 
     # One request.
 
-    async def _serve(self, turn: Turn) -> None:
+    async def _serve(self, turn: Turn, meant: Meant | None, read: Read | None) -> None:
         outcome: Outcome = "refused"
         route: _Route | None = None
         namespace = self.settings.namespace
         try:
-            raw = turn.scope.get("raw_path") or quote(turn.scope["path"]).encode()
-            try:
-                route = self._route(raw)
-            except paths.BadPath as error:
-                status = 404 if isinstance(error, paths.NoPlace) else 400
-                raise Refused(status, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
-            self._access.check(turn, route.place.rest)
-            if route.upstream is None:
-                await self._own(turn, route.place.rest)
-                return
-            namespace = self._namespace(turn, route.place)
-            outcome = await self._asked(turn, route, namespace)
+            if meant is not None and read is not None:
+                route, namespace = meant.route, meant.namespace
+                outcome = await self._drawn_anew(turn, meant, read)
+            else:
+                route = self._placed(turn)
+                self._access.check(turn, route.place.rest)
+                if route.upstream is None:
+                    await self._own(turn, route.place.rest)
+                    return
+                namespace = self._namespace(turn, route.place)
+                outcome = await self._asked(turn, route, namespace)
         except Refused as refusal:
             await self._refuse(turn, route, refusal)
         except ClientGone:
@@ -270,6 +280,14 @@ class Proxy:
         return b"cache-status", f"cachepipe; {text}".encode()
 
     # Where it goes.
+
+    def _placed(self, turn: Turn) -> _Route:
+        raw = turn.scope.get("raw_path") or quote(turn.scope["path"]).encode()
+        try:
+            return self._route(raw)
+        except paths.BadPath as error:
+            status = 404 if isinstance(error, paths.NoPlace) else 400
+            raise Refused(status, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
 
     def _routed(self, raw: bytes) -> _Route:
         place = paths.place(raw)
@@ -349,8 +367,24 @@ class Proxy:
         read = self._read(route.api, url, counting, content)
         if read is None:  # the provider says what is wrong with it, if anything
             return await self._passed(turn, route, "fwd=bypass", content)
+        exchange = self._exchange(
+            route, url, counting, read, mode, namespace, turn.says(b"x-cachepipe-request-id")
+        )
+        return await self._drawn(turn, route, exchange, counting)
+
+    def _exchange(
+        self,
+        route: _Route,
+        url: str,
+        counting: Mapping[str, str],
+        read: Read,
+        mode: Mode,
+        namespace: str | None,
+        request_id: str | None,
+    ) -> Served:
         assert route.upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
-        exchange = Served(
+        assert route.api is not None  # noqa: S101 - as are those that pass through
+        return Served(
             self.caller,
             route.upstream,
             url,
@@ -364,9 +398,8 @@ class Proxy:
             alone=False,
             mode=mode,
             namespace=namespace,
-            request_id=turn.says(b"x-cachepipe-request-id"),
+            request_id=request_id,
         )
-        return await self._drawn(turn, route, exchange, counting)
 
     def _read(self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes) -> Read | None:
         """Return what a body asks; None where it is nothing that may come from the cache."""
@@ -395,29 +428,50 @@ class Proxy:
         run = self._run(exchange.namespace, route.place.run)
         key = turn.says(b"idempotency-key")
         retry = turn.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
-        if key is None and not retry:
+        entry = None
+        if key is not None:
+            entry = self._entry(run, exchange, key)
+        elif not retry:
             head = turn.scope.get(HEAD)
             if head is not None and exchange.mode == "read-write":
                 whose = (exchange.namespace, exchange.request_id)
-                self.heads.keep(head, _Meant(route, exchange.url, counting, *whose))
+                scope = {name: turn.scope[name] for name in ("method", "headers")}
+                shown = self._shown(turn, exchange)
+                self.heads.keep(head, Meant(route, exchange.url, counting, *whose, *shown, scope))
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
                 await self._hand_on(turn, exchange, answer)
                 return self._count(exchange)
-        entry = None
-        if key is not None:
-            entry = self._entry(run, exchange, key)
-        assert route.upstream is not None  # noqa: S101 - as in `_exchange`
-        exchange.pairs = self._credited(headers.of_question(turn.headers), route.upstream)
-        exchange.surface = self._surface(headers.who_asks(route.upstream.name, exchange.pairs))
         ticket = Ticket(run, retry=retry, entry=entry)
+        return await self._draw(turn, exchange, *self._shown(turn, exchange), ticket)
+
+    def _shown(self, turn: Turn, exchange: Served) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        """Return the headers that a call goes with, and a digest of whose they are."""
+        pairs = self._credited(headers.of_question(turn.headers), exchange.upstream)
+        return pairs, headers.who_asks(exchange.upstream.name, pairs)
+
+    async def _drawn_anew(self, turn: Turn, meant: Meant, read: Read) -> Outcome:
+        """Answer a request whose draw has just been looked for."""
+        whose = (meant.namespace, meant.request_id)
+        exchange = self._exchange(meant.route, meant.url, meant.counting, read, "read-write", *whose)
+        run = self._run(meant.namespace, meant.route.place.run)
+        return await self._draw(turn, exchange, meant.pairs, meant.who, Ticket(run))
+
+    async def _draw(
+        self, turn: Turn, exchange: Served, pairs: list[tuple[bytes, bytes]], who: bytes, ticket: Ticket
+    ) -> Outcome:
+        exchange.pairs = pairs
+        exchange.surface = self._surface(who)
         with runs.within(ticket):
             task = asyncio.get_running_loop().create_task(exchange.drawn())
         return await self._await(turn, exchange, ticket, task)
 
-    def at_once(self, meant: _Meant, content: bytes, asker: object) -> bytes | None:
-        """Return the whole response to a request whose draw is known, if it can be told at once, else None.
+    def at_once(self, meant: Meant, content: bytes, asker: object) -> bytes | Read | None:
+        """Return the whole response to a request whose draw is known.
+
+        Of one whose draw is not known, it returns what its body asks, for `go_on`; and None of whatever
+        has to be served the ordinary way.
 
         Args:
             meant: what was made of its head before.
@@ -438,7 +492,7 @@ class Proxy:
         except (CachepipeError, Refused):
             return None  # what is wrong is told the ordinary way
         if grants is None:
-            return None
+            return read
         key, index, kept = read.questions[0].key, grants[0].indices[0], kept_of(grants[0])
         merged = self.surface.merged(key, namespace, 1, asker)[0]
         content = body_from(api, read.asks[0], kept)

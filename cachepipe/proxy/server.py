@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import signal
@@ -15,13 +16,15 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
 
 from cachepipe.errors import CachepipeError
-from cachepipe.proxy.app import Proxy
+from cachepipe.proxy.app import Meant, Proxy
+from cachepipe.proxy.bodies import Read
 from cachepipe.proxy.heads import HEAD, asked, is_plain
 from cachepipe.proxy.settings import BadSettings, Settings
+from cachepipe.proxy.turn import WHOLE
 
 try:
     import uvicorn
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
     from uvicorn.server import HANDLED_SIGNALS
 except ImportError as error:  # pragma: no cover - it is in the extra
     raise ImportError("the proxy needs more packages: pip install 'cachepipe[proxy]'") from error
@@ -45,6 +48,45 @@ class _Unframed(int):
 
 
 _UNFRAMED: Final = _Unframed(1 << 62)
+
+
+class _Gathered:
+    """A transport in whose place the parts of one answer are gathered, to be written as one."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._parts: list[bytes] = []
+
+    def write(self, part: bytes) -> None:
+        self._parts.append(part)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def flush(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts:
+            self._transport.write(b"".join(parts))
+
+
+class _Cycle(RequestResponseCycle):
+    """A request whose head and body are known, and whose answer is written as one if it is sent as one."""
+
+    async def send(self, message: Any) -> None:
+        if not message.get(WHOLE):
+            await super().send(message)
+            return
+        transport = self.transport
+        gathered: Any = _Gathered(transport)
+        self.transport = gathered
+        try:
+            start: Any = {**message, "type": "http.response.start"}
+            await super().send(start)
+            await super().send({"type": "http.response.body", "body": message["body"]})
+            gathered.flush()
+        finally:
+            self.transport = transport
 
 
 class Protocol(HttpToolsProtocol):
@@ -166,11 +208,37 @@ class Protocol(HttpToolsProtocol):
         if written is None:
             return False
         self._stop_waiting()
+        if isinstance(written, Read):
+            self._go_on(meant, written)
+            return True
         self._used = self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._wait_idle(self.timeout_keep_alive)
         self.transport.write(written)
         return True
+
+    def _go_on(self, meant: Meant, read: Read) -> None:
+        """Begin to serve a request whose head and body are known, as if they had been parsed."""
+        self._unset_keepalive_if_required()
+        scope: Any = {"type": "http", "http_version": "1.1", WHOLE: True, **meant.scope}
+        self.cycle = _Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,
+            on_response=self.on_response_complete,
+        )
+        self.cycle.more_body = False
+        app: Any = functools.partial(self._proxy.go_on, meant, read)
+        task = self.loop.create_task(self.cycle.run_asgi(app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
     def _let_go(self) -> bytes:
         """Return what was held, and hold nothing."""

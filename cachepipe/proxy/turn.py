@@ -17,6 +17,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+WHOLE: Final = "cachepipe.whole"
+"""In a scope: an answer may be sent in one message, which holds this name too."""
+
 _TURNS: Final = 5
 JSON: Final = (b"content-type", b"application/json")
 _PRIVATE: Final = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
@@ -199,6 +202,9 @@ class Turn:
         self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
+        if WHOLE in self.scope:
+            await self.send_message({WHOLE: True, "status": status, "headers": pairs, "body": content})
+            return
         await self.send_message({"type": "http.response.start", "status": status, "headers": pairs})
         await self.send_message({"type": "http.response.body", "body": content})
 

@@ -21,12 +21,12 @@ def fast(serve, monkeypatch):
     def start(**options):
         server = serve(**options)
         proxy, server.at_once = server.proxy, []
+        server.gone_on = []
         own = proxy.at_once
 
         def at_once(meant, content, asker):
             written = own(meant, content, asker)
-            if written is not None:
-                server.at_once.append(content)
+            (server.at_once if isinstance(written, bytes) else server.gone_on).append(content)
             return written
 
         proxy.at_once = at_once
@@ -124,6 +124,7 @@ def test_each_request_is_the_next_draw(fast, asked, upstream):
     assert [told["x-cachepipe-indices"] for _, told, _ in again] == ["0", "1", "2", "3"]
     assert [told["x-cachepipe-cached"] for _, told, _ in again] == ["true", "true", "true", "false"]
     assert upstream.stats.requests == 5
+    assert len(server.gone_on) == 3
 
 
 def test_a_new_run_begins_from_the_front(fast, asked, http):
