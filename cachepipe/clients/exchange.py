@@ -271,6 +271,11 @@ class Asked(Request):
         object.__setattr__(twin, "own", False)
         return twin
 
+    def placed(self, indices: Sequence[int]) -> None:
+        """Note the indices of samples that a call is about to bring for this request alone."""
+        if self.exchange.mode != "bypass" and len(indices) == self.n and min(indices) >= 0:
+            self.exchange.claimed = tuple(indices)
+
 
 class Answer(NamedTuple):
     """What a request is answered with.
@@ -435,6 +440,7 @@ class Exchange:
         self.task: asyncio.Future[Response] | None = None
         self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
         self.spans = True  # whether calls make spans here, as who sends them makes none
+        self.claimed: tuple[int, ...] | None = None  # the indices of a lone question's samples to come
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
         self._quiet = 0

@@ -666,6 +666,7 @@ class Proxy:
             pairs = listed(b"x-cachepipe-key", exchange.record.keys)
             pairs += listed(b"x-cachepipe-cached", ["false"] * n)
             pairs += listed(b"x-cachepipe-duplicated", ["false", *["true"] * (n - 1)])
+            pairs += listed(b"x-cachepipe-indices", list(map(str, exchange.claimed or ())))
             return [*pairs, self._status("fwd=miss; stored")]
         pairs = _facts(exchange.record.keys, responses)
         cached = [flag for response in responses for flag in response.cached or ()]

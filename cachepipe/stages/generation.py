@@ -88,9 +88,11 @@ class Call:
     def request(self) -> Request:
         """What the model is asked."""
         request, total = self.pieces[0][0].request, self.total
-        if self.merged and hasattr(type(request), "merging"):  # it wants to know whose samples these are
-            merged: Request = request.merging(total)
-            return merged
+        if hasattr(type(request), "merging"):  # it wants to know whose samples these are, and where they go
+            if self.merged:
+                merged: Request = request.merging(total)
+                return merged
+            request.placed(self.pieces[0][1])
         return request if request.n == total else request.asking(total)
 
     @property

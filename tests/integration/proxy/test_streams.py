@@ -52,6 +52,22 @@ def test_a_stream_passes_byte_for_byte(streaming, recorder, http, asked, helpers
     assert len(recorder.requests) == 1
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_live_stream_tells_the_indices_that_it_has_claimed(proxy, http, asked, helpers, n):
+    """They are fixed before the call is made; what is stored there afterwards is what it brought."""
+    stream = {**asked, "n": n, "stream": True}
+    for number in range(2):
+        live = http.post(helpers.chat_url(proxy, "a", 1), json=stream)
+        assert live.headers["cache-status"] == "cachepipe; fwd=miss; stored"
+        indices = range(number * n, number * n + n)
+        assert live.headers["x-cachepipe-indices"] == ", ".join(map(str, indices))
+        assert live.headers["x-cachepipe-cached"] == ", ".join(["false"] * n)
+        key = live.headers["x-cachepipe-key"]
+        stored = {sample.index: json.loads(sample.payload) for sample in proxy.proxy.store.samples(key)}
+        texts = [stored[index]["choices"][0]["message"]["content"] for index in indices]
+        assert texts == helpers.text_of(live)
+
+
 def test_usage_that_nobody_asked_for_is_taken_out(streaming, recorder, http, asked, helpers):
     recorder.answers.append((200, STREAM, EVENTS))
     answer = http.post(helpers.chat_url(streaming), json={**asked, "stream": True})
