@@ -88,6 +88,8 @@ class Pipeline(Stage):
                 raised, and what the other requests brought is in the cache.
         """
         self._check_open()
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch_request takes a Batch; got {batch!r:.200}. Write Batch([...])")
         return await self._head.batch_request(batch, return_exceptions=return_exceptions)
 
     def key(self, request: Request) -> str:

@@ -241,6 +241,13 @@ def test_other_kinds_of_diskcache_are_refused(tmp_path, kind):
     (cache if kind is diskcache.FanoutCache else cache.cache).close()
 
 
+def test_a_url_is_no_folder_and_makes_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="not a URL; got 'host/0'"):
+        open_store("redis://user:secret@host/0")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("cache", [5, object(), ["folder"], b"folder"])
 def test_what_is_no_cache_is_refused(cache):
     with pytest.raises(TypeError, match=r"takes a folder|folder or a"):

@@ -578,6 +578,16 @@ def test_what_is_no_request_is_refused():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("batch", [[Request("p")], (), Request("p"), None])
+def test_what_is_no_batch_is_refused(batch):
+    async def main():
+        async with OnlineAPI(Single(), MemoryStore()) as pipeline:
+            with pytest.raises(TypeError, match=r"takes a Batch; got .* Write Batch\(\[\.\.\.\]\)"):
+                await pipeline.batch_request(batch)
+
+    asyncio.run(main())
+
+
 def test_reprs_show_state():
     async def main():
         async with OnlineAPI(Single(), MemoryStore()) as api:
