@@ -341,6 +341,16 @@ def test_tool_calls_that_share_an_index_or_have_none_are_told_apart_by_id():
     assert message_of({"tool_calls": whole})["tool_calls"] == whole
 
 
+def test_identities_that_later_deltas_leave_empty_stay_as_they_were():
+    """As servers do that write each field into each chunk."""
+    call = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    rest = {"index": 0, "id": "", "type": "", "function": {"name": "", "arguments": "}"}}
+    message = message_of({"tool_calls": [call]}, {"role": "", "tool_calls": [rest]})
+    assert message["role"] == "assistant"
+    whole = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert message["tool_calls"] == [whole]
+
+
 def test_a_repeated_function_name_is_one_name():
     parts = [
         {"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": a}}]}
