@@ -42,6 +42,7 @@ from cachepipe.flow.windows import Use, Window
 _AGAIN = 0.005  # seconds until what could not be written is tried again
 _COLD = 5.0  # seconds that a request may be on its way before any answer has come
 _WITHIN = 2  # the rank of a call that is made within another one
+_TICK = 1e-6  # seconds of the shortest wait: what is less may be no time at all, as numbers go
 _MANY = 1000  # lines from which those that are over are forgotten
 _OVERLOADED = frozenset({408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
@@ -593,7 +594,7 @@ class Limits:
             self._shared.write()
             soonest = min(soonest, now + _AGAIN) if self._shared.late else soonest
         if soonest < math.inf:
-            self._arm(soonest)
+            self._arm(max(soonest, now + _TICK))
 
     def _wait(self, model: _Model, tokens: float, rank: int, now: float) -> float:
         """Return 0 when a call may be made now as far as this process knows, else some time."""

@@ -292,6 +292,31 @@ async def test_what_a_provider_says_is_left_is_kept_to(begin, clock):
     assert caller.times[3:] == [1, 2]  # one a second comes back
 
 
+@pytest.mark.parametrize(("reset", "quota"), [(1.1, 7), (1.1, 500), (0.7, 60)])
+async def test_a_wait_too_short_to_be_told_as_a_number_comes_to_an_end(reset, quota):
+    """Added to the time it was no wait at all, so that the same moment came again and again."""
+
+    class Counting(FakeClock):
+        at_once = 0
+
+        def call_at(self, loop, when, callback):
+            self.at_once += when <= self.now()
+            assert self.at_once < 50
+            return super().call_at(loop, when, callback)
+
+    clock = Counting(0.1)
+    caller = Caller(limits(clock), clock)
+    told = {
+        "x-ratelimit-limit-requests": str(quota),
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": f"{reset}s",
+    }
+    (await caller.limits.enter()).end(headers=told)
+    caller.call("next")
+    await clock.advance(10)
+    assert caller.times == [pytest.approx(0.1 + reset / quota)]
+
+
 async def test_what_is_left_of_tokens_is_kept_to_as_well(begin, clock):
     caller = begin()
     told = {"x-ratelimit-remaining-tokens": "100", "x-ratelimit-reset-tokens": "1m0s"}
