@@ -230,7 +230,7 @@ class Proxy:
             turn.status = turn.status or 499
         except UpstreamRefusal as refusal:
             outcome = "error"
-            pairs = [*refusal.headers, self._status(f"fwd=miss; fwd-status={refusal.status_code}")]
+            pairs = [*refusal.pairs, self._status(f"fwd=miss; fwd-status={refusal.status_code}")]
             await turn.answer(refusal.status_code, pairs, refusal.content)
         except Exception as error:  # noqa: BLE001 - a server outlives whatever is wrong with one request
             outcome = "error"
@@ -462,7 +462,7 @@ class Proxy:
         self, turn: Turn, exchange: Served, pairs: list[tuple[bytes, bytes]], who: bytes, ticket: Ticket
     ) -> Outcome:
         exchange.pairs = pairs
-        exchange.surface = self._surface(who)
+        exchange.surface = self._surface(who, exchange.upstream)
         with runs.within(ticket):
             task = asyncio.get_running_loop().create_task(exchange.drawn())
         return await self._await(turn, exchange, ticket, task)
@@ -533,11 +533,11 @@ class Proxy:
         pairs = [pair for pair in pairs if pair[0] not in headers.KEYS and pair[0] != key_header]
         return [*pairs, (key_header, shown.encode())]
 
-    def _surface(self, who: bytes) -> Surface:
+    def _surface(self, who: bytes, upstream: Upstream) -> Surface:
         """Return the surface of requests that may share calls."""
         surface = self._surfaces.get(who)
         if surface is None:
-            surface = self._surfaces[who] = self.surface.changed()
+            surface = self._surfaces[who] = self.surface.changed(service=upstream.flow)
             if len(self._surfaces) > _SURFACES:
                 self._surfaces.popitem(last=False)
         else:

@@ -13,6 +13,8 @@ from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from cachepipe.errors import CachepipeError
+from cachepipe.flow import Limits, Retries
+from cachepipe.flow.flow import Flow
 
 Kind = Literal["openai", "anthropic"]
 Log = Literal["all", "calls", "errors", "off"]
@@ -22,6 +24,22 @@ LOGS: Final = ("all", "calls", "errors", "off")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _MOUNT = re.compile(r"(/[A-Za-z0-9_.~-]+)*")
+
+
+_RETRIES: Final = ("max_retries", "max_time")
+_LIMITS: Final = frozenset(
+    {
+        "max_requests",
+        "max_tokens",
+        "interval",
+        "max_concurrency",
+        "per_model",
+        "adaptive",
+        "transit",
+        "shared",
+        *_RETRIES,
+    }
+)
 
 
 class BadSettings(CachepipeError, ValueError):  # noqa: N818 - names the thing at fault
@@ -40,6 +58,7 @@ class Upstream:
         mount: the path at the proxy that ``url`` stands for: ``/v1``, unless the URL has no path.
         api_key: the key to show it; None where clients bring their own.
         key_header: the header that shows a key.
+        flow: how fast it is asked for what the cache lacks, or None; what passes through goes at once.
     """
 
     name: str
@@ -48,6 +67,7 @@ class Upstream:
     mount: str = "/v1"
     api_key: str | None = field(default=None, repr=False)
     key_header: str = "authorization"
+    flow: Flow | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -59,8 +79,20 @@ class Upstream:
         mount: str | None = None,
         api_key: str | None = None,
         key_header: str | None = None,
+        limits: Mapping[str, Any] | None = None,
     ) -> Self:
         """Return an upstream, what is not given told by its URL.
+
+        Args:
+            name: its name.
+            url: its base URL.
+            kind: whose dialect it speaks.
+            mount: the path at the proxy.
+            api_key: the key to show it.
+            key_header: the header that shows a key.
+            limits: the parameters of `cachepipe.flow.Limits` but for its name and clock, and of
+                `cachepipe.flow.Retries` ``max_time`` and ``max_retries``, which is 0 unless given, as clients
+                try again themselves.
 
         Raises:
             BadSettings: when it cannot be one.
@@ -83,7 +115,8 @@ class Upstream:
         header = (key_header or ("x-api-key" if kind == "anthropic" else "authorization")).lower()
         if not _HEADER.fullmatch(header):
             raise BadSettings(f"{what}: key_header is the name of a header; got {key_header!r}")
-        return cls(name, url.rstrip("/"), kind, mount, api_key, header)  # type: ignore[arg-type]  # checked above
+        flow = None if limits is None else _flow(what, url, limits)
+        return cls(name, url.rstrip("/"), kind, mount, api_key, header, flow)  # type: ignore[arg-type]  # checked above
 
     @property
     def shown_key(self) -> str | None:
@@ -91,6 +124,21 @@ class Upstream:
         if self.api_key is None:
             return None
         return f"Bearer {self.api_key}" if self.key_header == "authorization" else self.api_key
+
+
+def _flow(what: str, url: str, limits: Mapping[str, Any]) -> Flow:
+    options = dict(limits)
+    if unknown := sorted({*options} - _LIMITS):
+        raise BadSettings(
+            f"{what}: its limits hold {', '.join(map(repr, unknown))}; known are {', '.join(sorted(_LIMITS))}"
+        )
+    if not isinstance(options.get("per_model", {}), Mapping):
+        raise BadSettings(f"{what}: its limits cannot be set so: per_model is a table of models' limits")
+    retries = {name: options.pop(name) for name in _RETRIES if name in options}
+    try:
+        return Flow(Limits(**options, name=url), Retries(**{"max_retries": 0, **retries}))
+    except (TypeError, ValueError, OSError) as error:
+        raise BadSettings(f"{what}: its limits cannot be set so: {error}") from error
 
 
 def _url(what: str, url: Any) -> Any:
@@ -209,15 +257,16 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "shutdown_timeout": (int, float),
     "log": (str,),
 }
-_OF_UPSTREAM: Final = ("url", "kind", "mount", "api_key_env", "key_header")
+_OF_UPSTREAM: Final = ("url", "kind", "mount", "api_key_env", "key_header", "limits")
 
 
 def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> Settings:
     """Return the settings that a TOML file holds, not yet checked as a whole.
 
     Beside the names of `Settings` there are ``token_env``, ``default`` (the name of the upstream that is
-    asked where a path names none) and the tables ``[upstreams.NAME]`` with ``url``, ``kind``, ``mount``,
-    ``api_key_env`` and ``key_header``. Keys themselves are never in the file.
+    asked where a path names none), the tables ``[upstreams.NAME]`` with ``url``, ``kind``, ``mount``,
+    ``api_key_env`` and ``key_header``, and ``[upstreams.NAME.limits]`` with what `Upstream.of` takes. Keys
+    themselves are never in the file.
 
     Raises:
         BadSettings: when it cannot be read, or holds what is not known.
@@ -261,12 +310,15 @@ def _upstream(file: Path, name: str, table: Mapping[str, Any], environment: Mapp
             f"{file}: the upstream {name!r} holds {', '.join(map(repr, unknown))}; known are "
             f"{', '.join(_OF_UPSTREAM)}"
         )
+    limits = table.get("limits")
+    if limits is not None and not isinstance(limits, dict):
+        raise BadSettings(f"{file}: limits are a table, [upstreams.{name}.limits]; got {limits!r}")
     for option, value in table.items():
-        if not isinstance(value, str):
+        if option != "limits" and not isinstance(value, str):
             raise BadSettings(f"{file}: {option} of the upstream {name!r} is a text; got {value!r}")
     options = {option: table.get(option) for option in ("kind", "mount", "key_header")}
     key = secret(table["api_key_env"], environment) if "api_key_env" in table else None
-    return Upstream.of(name, table.get("url", ""), api_key=key, **options)
+    return Upstream.of(name, table.get("url", ""), api_key=key, limits=limits, **options)
 
 
 def secret(variable: str, environment: Mapping[str, str] | None = None) -> str:

@@ -30,14 +30,16 @@ class UpstreamRefusal(CachepipeError):  # noqa: N818 - names what it holds
 
     Attributes:
         status_code: the status.
-        headers: the headers.
+        pairs: the headers.
+        headers: the same as a mapping of texts, in which flow control looks.
         content: the body.
     """
 
     def __init__(self, upstream: str, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
         super().__init__(f"the upstream {upstream!r} answered with status {status}")
         self.status_code = status
-        self.headers = pairs
+        self.pairs = pairs
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
         self.content = content
 
 
