@@ -35,7 +35,7 @@ from cachepipe import (
 )
 from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
-from cachepipe.stores.base import Claim, Commit
+from cachepipe.stores.base import Claim, Commit, Forgo
 
 KEY = "k1-" + "a" * 64
 QUESTION = Question(KEY, None, b"{}")
@@ -135,6 +135,19 @@ def test_bytes_that_look_like_ours_are_refused_in_another_mode(folder, mode):
     connection.close()
     with pytest.raises(UnsafeRow, match=f"mode {mode}"):
         asked(folder, "q")
+
+
+def test_c7_a_sample_whose_commit_was_cut_short_outlives_the_lease_that_is_given_up(folder):
+    """It was put down, and its index was still pending when the ledger could not be written."""
+    with contextlib.closing(DiskStore(folder)) as store:
+        claim(store)
+        with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db", isolation_level=None)) as ledger:
+            pending = ledger.execute("SELECT * FROM pending").fetchall()
+            store.write([Commit(KEY, 0, b'"x"', {})])
+            ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", pending)
+        store.write([Forgo(KEY, [0])])
+        again = claim(store, namespace="=another")
+        assert [sample.payload for sample in again.samples] == [b'"x"']
 
 
 def test_a_pickle_in_a_file_of_its_own_is_refused_unread(folder, bomb):

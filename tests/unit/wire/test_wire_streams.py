@@ -248,6 +248,16 @@ def test_c8_a_stream_that_is_not_in_order_is_passed_on_and_gives_no_sample(event
         recorder.samples()
 
 
+def test_a_stream_that_is_not_in_order_has_ended_all_the_same_when_it_says_so():
+    """Else whoever reads it would wait for more until the connection is closed."""
+    recorder = CHAT.recorder()
+    recorder.feed(sse(b"{broken"))
+    assert not recorder.ended
+    recorder.feed(sse(b"[DONE]"))
+    assert recorder.ended
+    assert not recorder.complete
+
+
 def test_c8_a_named_error_event_gives_no_sample():
     stream = STREAM.replace(sse(b"[DONE]"), b"event: error\ndata: {}\n\n" + sse(b"[DONE]"))
     assert isinstance(recorded(CHAT, stream).error, BadAnswer)
