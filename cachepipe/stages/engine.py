@@ -95,6 +95,7 @@ class _Draw:
         "indices",
         "joined",
         "lane",
+        "lent",
         "making",
         "missing",
         "mode",
@@ -110,9 +111,12 @@ class _Draw:
         "values",
     )
 
-    def __init__(self, lane: Lane, request: Request, question: Question, mode: Mode) -> None:
+    def __init__(
+        self, lane: Lane, request: Request, question: Question, mode: Mode, *, lent: bool = False
+    ) -> None:
         self.lane = lane
-        self.request = request
+        self.request = request if lent else request.asking(request.n)
+        self.lent = lent  # whether it is the caller's own, who can change what it holds meanwhile
         self.question = question
         self.mode = mode
         self.n = request.n
@@ -136,6 +140,13 @@ class _Draw:
         self.dead = False
         self.retried = False
         self.future: asyncio.Future[None] = lane.loop.create_future()
+
+    def own(self) -> Request:
+        """Return the request with all that it holds its own."""
+        if self.lent:
+            self.lent = False
+            self.request = self.request.asking(self.n)
+        return self.request
 
     def response(self, duplicated: list[bool] | None) -> Response:
         return respond(self.values, self.cached, duplicated, tuple(self.indices), self.question.key)
@@ -165,7 +176,7 @@ class _Need(Need):
     __slots__ = ("draw", "engine")
 
     def __init__(self, engine: Engine, draw: _Draw, indices: Sequence[int]) -> None:
-        super().__init__(draw.request, draw.question.key if draw.question.mergeable else None, indices)
+        super().__init__(draw.own(), draw.question.key if draw.question.mergeable else None, indices)
         self.engine = engine
         self.draw = draw
 
@@ -289,9 +300,12 @@ class Engine:
             if user is None:
                 occurrences.give_back(identity)
             raise
-        draw = _Draw(lane, request.asking(request.n), question, mode)
+        alone = request.n <= MANY and lane.alone()  # what is stored is then there before this returns
+        draw = _Draw(lane, request, question, mode, lent=alone)
         draw.id, draw.user, draw.occurrences = identity, user, occurrences
-        self._claim(draw, refresh=mode == "refresh", alone=request.n <= MANY and lane.alone())
+        self._claim(draw, refresh=mode == "refresh", alone=alone)
+        if not draw.complete:
+            draw.own()
         return draw
 
     def _known(
@@ -325,7 +339,7 @@ class Engine:
             return self._known(request, question, grant, occurrences, duplicated)
         if mode == "replay":
             raise CacheMiss(question.key, request.namespace, request)
-        draw = _Draw(lane, request.asking(request.n), question, mode)
+        draw = _Draw(lane, request, question, mode)
         draw.id, draw.occurrences, draw.unsaved = identity, occurrences, True
         draw.missing = {-1 - position: position for position in range(draw.n)}
         self._need(draw, list(draw.missing))

@@ -161,8 +161,8 @@ class SqlStore:
         self._opened: list[sqlite3.Connection] = []
         self._closed = False
         self._writer = Writer(self)
-        self._memory = Memory(self._lease_name, self._lives, self._shared)
         self._key_ids: dict[str, int] = {}
+        self._memory = Memory(self._lease_name, self._lives, self._shared, self._key_ids)
         self._namespace_ids: dict[str, int] = {}
         self._leases: dict[int, tuple[bool, float]] = {}
         self._rows = 0

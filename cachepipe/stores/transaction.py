@@ -58,6 +58,10 @@ _SETS = (
     "(SELECT t.stop FROM spans t WHERE t.owner = ?1 AND t.key = j.value"
     f" ORDER BY t.stop LIMIT 1 OFFSET {_SMALL}), 9223372036854775807) ORDER BY s.key, s.stop"
 )
+_ONE_SET = (
+    f"SELECT owner, start, stop FROM spans WHERE key = ?1 AND owner = ?2 ORDER BY stop LIMIT {_SMALL + 1}"
+)
+_TWO_SETS = f"SELECT * FROM ({_ONE_SET}) UNION ALL SELECT * FROM ({_ONE_SET.replace('?2', '?3')})"
 _SAMPLES = (
     "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
     " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
@@ -76,7 +80,9 @@ class Memory:
         leased: Callable[[], str],
         lives: Callable[[int, str], bool],
         shared: Callable[[set[int]], bool],
+        written: dict[str, int],
     ) -> None:
+        """Make an empty one; ``written`` are ids of keys that readers have seen: they stay what they are."""
         self.leased = leased
         self.lives = lives
         self.shared = shared
@@ -85,6 +91,7 @@ class Memory:
         self.reaped = 0.0
         self.at = 0.0
         self.keys: dict[str, int] = {}
+        self.written = written
         self.namespaces: dict[str, int] = {}
         self.sets: dict[tuple[int, int], _Set | None] = {}
 
@@ -598,12 +605,16 @@ class Transaction:
         sets = self._memory.sets
         if place in sets:
             return sets[place]
-        rows = self._ledger.execute(
-            "SELECT start, stop FROM spans WHERE owner = ? AND key = ? ORDER BY stop LIMIT ?",
-            (owner, key, _SMALL + 1),
-        ).fetchall()
-        small = sets[place] = None if len(rows) > _SMALL else _Set(rows)
-        return small
+        # The set of all is looked at with that of a namespace, mostly.
+        wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
+        found: dict[int, list[tuple[int, int]]] = {each: [] for each in wanted}
+        for each, start, stop in self._ledger.execute(
+            _TWO_SETS if len(wanted) > 1 else _ONE_SET, (key, *wanted)
+        ):
+            found[each].append((start, stop))
+        for each, rows in found.items():
+            sets[each, key] = None if len(rows) > _SMALL else _Set(rows)
+        return sets[place]
 
     def run_at(self, owner: int, key: int, at: int) -> tuple[int, int] | None:
         """Return the first run of a set whose stop is above ``at``."""
@@ -712,6 +723,8 @@ class Transaction:
     def _key(self, question: Question) -> int:
         known = self._memory.keys
         key = known.get(question.key)
+        if key is None:
+            key = self._memory.written.get(question.key)
         if key is None:
             row = self._ledger.execute("SELECT id FROM keys WHERE key = ?", (question.key,)).fetchone()
             key = 0 if row is None else int(row[0])

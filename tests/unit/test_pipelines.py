@@ -627,3 +627,22 @@ def test_the_environment_switches_caching_off(tmp_path, monkeypatch):
 
     asyncio.run(main())
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("company", [0, 1], ids=["alone", "in a crowd"])
+async def test_what_a_request_holds_may_change_once_it_is_asked(company):
+    """A lone claim is made at once, a crowd's at the end of the turn: the model gets what the key is of."""
+    model = Single()
+    async with AsyncCacher(model, MemoryStore()) as cacher:
+        request = Request([{"role": "user", "content": "asked"}])
+        others = [asyncio.create_task(cacher.request(Request(f"other {i}"))) for i in range(company)]
+        asking = asyncio.create_task(cacher.request(request))
+        await asyncio.sleep(0)  # all of them are claimed, or about to be; no call has begun
+        assert model.calls == []
+        request.prompt[0]["content"] = "changed"
+        request.prompt.append("more")
+        await asyncio.gather(asking, *others)
+    assert [prompt for prompt, _ in model.calls if type(prompt) is list] == [
+        [{"role": "user", "content": "asked"}]
+    ]
