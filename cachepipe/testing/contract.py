@@ -224,6 +224,12 @@ class StoreContract:
             assert self.claim(store, shared, 2, user=label(user)).indices == [0, 1]
             assert self.claim(store, drawn("a", namespace=user), 1).indices == [0]
 
+    def test_the_shared_draw_follows_no_namespace(self, store: Store) -> None:
+        """C3 couples namespaces; the shared draw takes the lowest that is there."""
+        self.fill(store, drawn("a"))
+        assert self.fill(store, drawn("")).indices == [1]
+        assert self.claim(store, Draw(SHARED, KEY, "", 0)).indices == [0]
+
     def test_a_question_is_stored_once_with_its_scope(self, store: Store) -> None:
         self.claim(store, drawn("a"))
         first = store.question(KEY)

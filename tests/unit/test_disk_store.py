@@ -146,8 +146,8 @@ def test_c7_a_sample_whose_commit_was_cut_short_outlives_the_lease_that_is_given
             store.write([Commit(KEY, 0, b'"x"', {})])
             ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", pending)
         store.write([Forgo(KEY, [0])])
-        again = claim(store, namespace="=another")
-        assert [sample.payload for sample in again.samples] == [b'"x"']
+        assert [sample.payload for sample in store.samples(KEY)] == [b'"x"']
+        assert claim(store, namespace="=another", n=2).mine == [1]
 
 
 def test_a_pickle_in_a_file_of_its_own_is_refused_unread(folder, bomb):

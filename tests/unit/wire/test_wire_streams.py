@@ -228,6 +228,7 @@ def test_c7_no_prefix_of_a_stream_is_complete(length):
     "event",
     [
         {"error": {"message": "overloaded", "code": 503}},
+        {"type": "error", "code": "server_error", "message": "overloaded"},
         b"{broken",
         b"[1]",
         {"choices": "none"},
