@@ -416,6 +416,7 @@ def test_log_probabilities_are_appended():
         chunk({"role": "assistant", "content": ""}, logprobs=None),
         chunk({"content": "a"}, logprobs=part("a")),
         chunk({"content": "b"}, logprobs=part("b")),
+        chunk({}, logprobs={"content": None, "refusal": None}),  # what is null takes nothing away
         chunk({}, "stop", logprobs=None),
         b"[DONE]",
     )
