@@ -95,6 +95,7 @@ class Proxy:
         self.ready = False
         self._open = self._ended = False
         self._until: float | None = None  # when the loop's clock says so, what is in flight is given up
+        self._patience: asyncio.Timeout | None = None  # until then, while a shutdown waits
         self._default = ServedRun()
         self._named: dict[str | None, ServedRun] = {}
         self._labelled: dict[tuple[str | None, str], ServedRun] = {}
@@ -143,6 +144,12 @@ class Proxy:
         if self._until is None:
             self._until = asyncio.get_running_loop().time() + self.settings.shutdown_timeout
 
+    def hurry(self) -> None:
+        """Give up what is in flight."""
+        self._until = 0.0
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time())
+
     async def shutdown(self) -> None:
         """Finish and store what is in flight, as long as ``shutdown_timeout`` allows, and close the cache."""
         if not self._open:
@@ -151,14 +158,17 @@ class Proxy:
         until = asyncio.get_running_loop().time() + _LAST_SECONDS
         self._open = False
         self._ended = True
+        self._patience = asyncio.timeout_at(max(until, self._until or 0))
         try:
-            async with asyncio.timeout_at(max(until, self._until or 0)):
+            async with self._patience:
                 await self.backing.close()
                 while self._background:
                     await asyncio.wait(self._background)
         except TimeoutError:
             for task in list(self._background):
                 task.cancel()
+        finally:
+            self._patience = None
         await self.caller.close()
         if self._owned:
             await asyncio.get_running_loop().run_in_executor(None, self.store.close)

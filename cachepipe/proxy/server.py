@@ -202,7 +202,7 @@ class Protocol(HttpToolsProtocol):
             self._held = data
             self._patience = self.loop.call_later(_BODY_SECONDS, self._too_slow)
             return True
-        if missing < 0 or len(self.connections) >= self._proxy.settings.max_connections:
+        if missing < 0 or len(self.connections) > self._proxy.settings.max_connections:
             return False
         written = self._proxy.at_once(meant, data[begun.end :], self)
         if written is None:
@@ -357,6 +357,7 @@ class Server(uvicorn.Server):
         self.proxy = proxy
         self.url = ""
         self._told = told
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -372,6 +373,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await self.proxy.startup()
         try:
             await super()._serve(sockets)
@@ -385,6 +387,12 @@ class Server(uvicorn.Server):
             self.url = _url(sockets[0])
             if self._told is not None:
                 self._told(self.url)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Stop at a signal; at a second Ctrl-C without what is in flight."""
+        super().handle_exit(sig, frame)
+        if self.force_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self.proxy.hurry)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and finish those that are there."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx2
 import pytest
@@ -150,6 +151,26 @@ def command(tmp_path):
     for made in started:
         made.kill()
         made.communicate()
+
+
+def test_a_second_interrupt_waits_for_nothing(command, asked):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        upstream = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        serving = command("serve", "--upstream", upstream, "--cache", "c", "--port", "0", "--json")
+        url = urlsplit(json.loads(serving.stdout.readline())["url"])
+        body = json.dumps(asked)
+        with socket.create_connection((url.hostname, url.port)) as client:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            call, _ = listener.accept()
+            with call:
+                serving.send_signal(signal.SIGINT)
+                refused = 0
+                while not refused:  # it still listens
+                    with socket.socket() as another:
+                        refused = another.connect_ex((url.hostname, url.port))
+                serving.send_signal(signal.SIGINT)
+                assert serving.wait(timeout=20) == 0
 
 
 def test_the_commands_serve_and_new_run(command, upstream, asked, tmp_path):
