@@ -8,7 +8,8 @@
     /cachepipe/api/keys/KEY/samples       ?from= ?limit=
     /cachepipe/api/keys/KEY/draws         ?namespace= ?after= ?limit=
 
-A listing is ``{"items": […], "next": …}``; ``next`` is null, or the ``after`` (or ``from``) of the next page.
+A listing is ``{"items": […], "next": …}``; ``next`` is null, or the ``after`` (or ``from``) of the next page:
+of keys, the last one, so that what is asked meanwhile moves nothing.
 """
 
 from __future__ import annotations
@@ -106,23 +107,24 @@ def _number(options: Mapping[str, str], name: str, default: int, most: int | Non
 
 
 def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) -> dict[str, Any]:
-    """List keys, the latest page by page; a search stops after a while and tells where to go on."""
+    """List keys, the newest first, page by page; a search stops after a while and tells where to go on."""
     limit = _number(options, "limit", _USUAL, _MOST) or 1
-    skip = _number(options, "after", 0)
     search = options.get("search", "").casefold()
-    scope, wanted = options.get("scope"), options.get("namespace")
+    scope, wanted, after = options.get("scope"), options.get("namespace"), options.get("after")
     drawn = None
     if wanted is not None:
         drawn = {draw.draw.key for draw in store.draws(namespace=label(wanted or None))}
+    listed = store.keys(options.get("prefix", ""), newest=True)
+    if after is not None and all(info.key != after for info in listed):  # those before it are passed over
+        raise NotThere("the key that the listing is to go on after is not in the cache; begin anew")
     until = None
     items: list[dict[str, Any]] = []
-    place = skip
-    for info in itertools.islice(store.keys(options.get("prefix", "")), skip, None):
+    for info in listed:
         if until is None:  # however long it took to come here, there is something to go on from
             until = clock() + _SECONDS
         if len(items) == limit or clock() > until:
-            return {"items": items, "next": place}
-        place += 1
+            return {"items": items, "next": after}
+        after = info.key
         if (scope is not None and info.scope != scope) or (drawn is not None and info.key not in drawn):
             continue
         question = store.question(info.key)

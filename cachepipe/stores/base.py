@@ -263,8 +263,8 @@ class Store(Protocol):
         """Tell of each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         ...
 
-    def keys(self, prefix: str = "") -> Iterator[KeyInfo]:
-        """Iterate over the keys that start with a prefix, in order of their first request."""
+    def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
+        """Iterate over the keys that start with a prefix, by their first request, or the newest first."""
         ...
 
     def question(self, key: str) -> StoredQuestion | None:

@@ -94,10 +94,10 @@ class MemoryStore(SqlStore):
         with self._lock:
             return super().question(key)
 
-    def keys(self, prefix: str = "") -> Iterator[KeyInfo]:
+    def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
         """Iterate over the keys that start with a prefix, as they are now."""
         with self._lock:
-            return iter(list(super().keys(prefix)))
+            return iter(list(super().keys(prefix, newest=newest)))
 
     def samples(self, key: str) -> Iterator[Sample]:
         """Iterate over the samples of a key by index, as they are now; discarded ones are left out."""

@@ -439,18 +439,19 @@ class SqlStore:
                 states.append("free")
         return states
 
-    def keys(self, prefix: str = "") -> Iterator[KeyInfo]:
-        """Iterate over the keys that start with a prefix, in order of their first request."""
+    def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
+        """Iterate over the keys that start with a prefix, by their first request, or the newest first."""
         ledger, _ = self._readable()
         rows = ledger.execute(
-            "SELECT k.key, k.scope, k.at,"
+            "SELECT k.key, k.scope, k.at,"  # noqa: S608 - of constants
             " (SELECT coalesce(sum(stop - start), 0) FROM spans WHERE owner = 0 AND key = k.id),"
             " (SELECT count(*) FROM pending WHERE key = k.id),"
             " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
             "  (SELECT id FROM namespaces WHERE label = ?)),"
             " (SELECT count(*) FROM discards WHERE key = k.id)"
             " FROM keys k"
-            " WHERE ? = '' OR k.id IN (SELECT id FROM keys WHERE key >= ? AND key < ?) ORDER BY k.id",
+            " WHERE ? = '' OR k.id IN (SELECT id FROM keys WHERE key >= ? AND key < ?)"
+            f" ORDER BY k.id {'DESC' if newest else ''}",
             (SHARED, prefix, prefix, prefix + "\U0010ffff"),
         )
         for key, scope, at, listed, pending, namespaces, discards in rows:

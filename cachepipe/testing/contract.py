@@ -549,6 +549,7 @@ class StoreContract:
             (KEY, 1, 1, 2),
         ]
         assert {info.scope for info in infos} == {asked().scope}
+        assert [info.key for info in store.keys(newest=True)] == [info.key for info in reversed(infos)]
         assert [info.key for info in store.keys("k1-b")] == [OTHER]
         assert list(store.keys("k1-%")) == []
 

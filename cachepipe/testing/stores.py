@@ -126,9 +126,9 @@ class FaultyStore:
         """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
         return self.store.glance(wanted)
 
-    def keys(self, prefix: str = "") -> Iterator[KeyInfo]:
+    def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
         """Iterate over the keys that start with a prefix."""
-        return self.store.keys(prefix)
+        return self.store.keys(prefix, newest=newest)
 
     def question(self, key: str) -> StoredQuestion | None:
         """Return what was asked under a key."""

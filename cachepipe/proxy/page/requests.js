@@ -73,7 +73,7 @@ export async function requests(signal, query) {
     page = await get("keys", { ...asked, after: page.next, limit: LIMIT }, signal);
   } while (!page.items.length && page.next !== null);
   const found = page.items.length
-    ? `${plural(page.items.length, asked.after ? "further request" : "request")}, the first asked first.`
+    ? `${plural(page.items.length, asked.after ? "further request" : "request")}, the latest first.`
     : "There is no such request.";
   return {
     title: "Requests",
@@ -85,7 +85,7 @@ export async function requests(signal, query) {
       el(
         "nav",
         { class: "pages", "aria-label": "Pages" },
-        asked.after ? listing({ ...asked, after: null }, "First") : null,
+        asked.after ? listing({ ...asked, after: null }, "Latest") : null,
         page.next === null ? null : listing({ ...asked, after: page.next }, "Further"),
       ),
     ],

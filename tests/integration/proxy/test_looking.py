@@ -71,12 +71,15 @@ def test_the_cache_can_be_browsed_and_searched(proxy, http, helpers):
     apples, pears = ask("How many Apples?", "a", 3), ask("how many pears <script>?", "b")
     ask("How many Apples?", "b")
     whole = fetch(proxy, "/cachepipe/api/keys")
-    assert [item["key"] for item in whole["items"]] == [apples, pears]
-    assert [item["prompt"] for item in whole["items"]] == ["How many Apples?", "how many pears <script>?"]
+    assert [item["key"] for item in whole["items"]] == [pears, apples]
+    assert [item["prompt"] for item in whole["items"]] == ["how many pears <script>?", "How many Apples?"]
     assert whole["next"] is None
     first = fetch(proxy, "/cachepipe/api/keys?limit=1")
-    assert ([item["key"] for item in first["items"]], first["next"]) == ([apples], 1)
-    assert [item["key"] for item in fetch(proxy, "/cachepipe/api/keys?limit=1&after=1")["items"]] == [pears]
+    assert ([item["key"] for item in first["items"]], first["next"]) == ([pears], pears)
+    plums = ask("plums", "b")  # asked meanwhile: it moves nothing
+    rest = fetch(proxy, f"/cachepipe/api/keys?limit=1&after={pears}")
+    assert ([item["key"] for item in rest["items"]], rest["next"]) == ([apples], None)
+    assert fetch(proxy, "/cachepipe/api/keys?limit=1")["items"][0]["key"] == plums
     for query in ("search=apples", "namespace=a", f"prefix={apples[:12]}"):
         assert [item["key"] for item in fetch(proxy, f"/cachepipe/api/keys?{query}")["items"]] == [apples]
     key = fetch(proxy, f"/cachepipe/api/keys/{apples}")
@@ -107,7 +110,7 @@ def test_the_cache_can_be_browsed_and_searched(proxy, http, helpers):
         ("/cachepipe/api/keys?limit=x", 400),
         ("/cachepipe/api/keys?nonsense=1", 400),
         ("/cachepipe/api/keys?search=%ff", 400),
-        ("/cachepipe/api/keys?after=99999999999999999999", 400),
+        ("/cachepipe/api/keys?after=k1-none", 404),
         ("/cachepipe/api/keys/none", 404),
         ("/cachepipe/api/keys/none/samples", 404),
         ("/cachepipe/api/keys/none/draws", 404),
