@@ -38,11 +38,15 @@ _SEVERAL = 8  # claims from which on what they look at is read in a few statemen
 _FEW = 8  # rows of one draw, of all namespaces together, up to which they are simply read
 _DRAW = (
     "SELECT namespace, part, position, indices, lease, token, at, standing FROM segments"
-    " WHERE key = ? AND request_id = ? AND occurrence = ?"
+    " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3"
 )
 _OTHERS = (
     f"{_DRAW} AND namespace != ? AND namespace IS NOT"
     f" (SELECT id FROM namespaces WHERE label = '{SHARED}') ORDER BY at, namespace, part"
+)
+_OWN_AND_FIRST = (
+    f"{_DRAW} AND namespace IN"
+    " (?4, (SELECT namespace FROM firsts WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3))"
 )
 _ROWS = 32  # rows to a statement that looks many draws up at once
 _DRAWS = (
@@ -362,7 +366,10 @@ class Transaction:
         return Grant(indices, [None] * n, list(indices), (0,), n)
 
     def _rows(self, place: DrawRow, namespace: int) -> tuple[list[Any], list[Any] | None]:
-        """Return a draw's rows in this namespace, and in the others, or None when those are many."""
+        """Return a draw's rows in this namespace, and in the others.
+
+        When those are many, only those of the earliest, or None when it is not known which that is.
+        """
         if place in self._touched:
             self._flush()
         rows = self._found.get(place)
@@ -370,7 +377,9 @@ class Transaction:
             rows = self._ledger.execute(f"{_DRAW} LIMIT {_FEW + 1}", place).fetchall()
         if len(rows) <= _FEW:
             return [row for row in rows if row[0] == namespace], [row for row in rows if row[0] != namespace]
-        return self._ledger.execute(f"{_DRAW} AND namespace = ?", (*place, namespace)).fetchall(), None
+        rows = self._ledger.execute(_OWN_AND_FIRST, (*place, namespace)).fetchall()
+        first = [row for row in rows if row[0] != namespace]
+        return [row for row in rows if row[0] == namespace], first or None
 
     def _coupled(self, place: DrawRow, namespace: int, others: list[Any] | None) -> list[int]:
         """Return the indices that the same draw has in the earliest other namespace."""
