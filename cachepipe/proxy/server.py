@@ -153,7 +153,7 @@ class Protocol(HttpToolsProtocol):
         """Close an idle connection, whatever of its last answer was never taken."""
         left = self._used + self.timeout_keep_alive - self.loop.time()
         if left > 0 or self._held:  # it was used without the timer's knowledge
-            self._wait_idle(max(left, _BODY_SECONDS))
+            self._wait_idle(left if left > 0 else _BODY_SECONDS)
         elif self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
