@@ -671,18 +671,21 @@ class Proxy:
         if not answer.kept:
             return [self._status("fwd=miss")]
         responses = exchange.record.responses
+        stored = "" if self.store.read_only else "; stored"
         if responses is None:  # a stream that this request alone generates
             n = exchange.asks[0].n
             pairs = listed(b"x-cachepipe-key", exchange.record.keys)
             pairs += listed(b"x-cachepipe-cached", ["false"] * n)
             pairs += listed(b"x-cachepipe-duplicated", ["false", *["true"] * (n - 1)])
             pairs += listed(b"x-cachepipe-indices", list(map(str, exchange.claimed or ())))
-            return [*pairs, self._status("fwd=miss; stored")]
+            heads = answer.arrived.response.pairs if answer.arrived is not None else ()
+            if not dict(heads).get(b"content-type", b"").lower().startswith(b"text/event-stream"):
+                stored = ""  # what has come instead is no answer
+            return [*pairs, self._status(f"fwd=miss{stored}")]
         pairs = _facts(exchange.record.keys, responses)
         cached = [flag for response in responses for flag in response.cached or ()]
         if all(cached):
             return [*pairs, _HIT]
-        stored = "" if self.store.read_only else "; stored"
         return [*pairs, self._status(f"fwd={'partial' if any(cached) else 'miss'}{stored}")]
 
     def _count(self, exchange: Served) -> Outcome:

@@ -91,6 +91,12 @@ def test_a_server_that_reports_no_usage_is_asked_as_its_client_wrote(
     assert (refused.status_code, refused.content) == (400, b"second")
 
 
+def test_what_is_no_stream_is_not_said_to_be_stored(streaming, recorder, http, asked, helpers):
+    recorder.answers.append((200, [("content-type", "application/json")], [b'{"no": "stream"}']))
+    answer = http.post(helpers.chat_url(streaming), json={**asked, "stream": True})
+    assert (answer.json(), answer.headers["cache-status"]) == ({"no": "stream"}, "cachepipe; fwd=miss")
+
+
 def test_a_stream_that_breaks_off_is_no_answer_and_ends_broken(streaming, recorder, asked, helpers):
     url = helpers.chat_url(streaming)
     recorder.answers.append((200, [*STREAM, ("transfer-encoding", "chunked")], [b"a\r\n0123", None]))
