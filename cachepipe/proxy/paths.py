@@ -21,6 +21,7 @@ from cachepipe.context import INHERITED, Inherited
 _MOST: Final = 16_384  # bytes of a path; longer ones are no provider's
 _DEPTH: Final = 4  # how often percent-encoding is taken off to look for dot segments
 _PLAIN: Final = re.compile(rb"[!$&'()*+,;=:@/A-Za-z0-9._~%|\"<>^`{}\[\]-]*")
+_DOTS: Final = re.compile(rb"(?:^|[/\\])\.{1,2}(?:[/\\;]|$)")  # with parameters too, which some servers drop
 _BROKEN: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
@@ -65,7 +66,7 @@ def place(raw: bytes) -> Place:
         raise BadPath("the path holds characters that must be percent-encoded, or a broken encoding")
     text = raw
     for _ in range(_DEPTH):
-        if any(segment in (b".", b"..") for segment in re.split(rb"[/\\]", text)) or _unsafe(text):
+        if _DOTS.search(text) or _unsafe(text):
             raise BadPath("a path holds no '.' or '..' segments, backslashes or control characters")
         decoded = unquote_to_bytes(text)
         if decoded == text:
