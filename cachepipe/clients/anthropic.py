@@ -34,6 +34,7 @@ from cachepipe.clients.portal import in_portal
 from cachepipe.clients.seam import Arrived
 from cachepipe.clients.tape import Tape
 from cachepipe.errors import CachepipeError
+from cachepipe.flow.flow import Passage
 from cachepipe.typedefs import Mode, Repeat
 
 CREDENTIALS: dict[str, Any] = {
@@ -163,7 +164,7 @@ class AsyncLayered(_Layered, AsyncCached):
             passage, arrived = await flow.call(lambda: self._receive_attempt(options, **details), **about)
         except Refused as refused:
             return refused.response, refused.prepared
-        passage.end(usage=_usage(arrived.content), headers=arrived.response.headers)
+        _end(passage, arrived, stream=details["stream"])
         return arrived.response, arrived.details["options"]
 
     async def _receive_attempt(
@@ -231,7 +232,7 @@ class SyncLayered(_Layered, SyncCached):
             passage, arrived = flow.call_in_thread(lambda: self._receive_attempt(options, **details), **about)
         except Refused as refused:
             return refused.response, refused.prepared
-        passage.end(usage=_usage(arrived.content), headers=arrived.response.headers)
+        _end(passage, arrived, stream=details["stream"])
         return arrived.response, arrived.details["options"]
 
     def _receive_attempt(
@@ -375,6 +376,15 @@ def _stand_for_the_sdks() -> None:
 _stand_for_the_sdks()
 for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anthropic.Anthropic)):
     equip(_kind, _sdk, credentials=CREDENTIALS, error=anthropic.AnthropicError)
+
+
+def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
+    """Tell the end of a call when it has come: that of a stream when it has been read."""
+    headers = arrived.response.headers
+    if stream:
+        seam.when_read(arrived.response, functools.partial(passage.end, headers=headers))
+    else:
+        passage.end(usage=_usage(arrived.content), headers=headers)
 
 
 def _usage(content: bytes) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 from cachepipe import context
@@ -15,7 +16,7 @@ from cachepipe.clients.calls import Call, SyncCall, body_of, receiving
 from cachepipe.clients.exchange import Answer, Surface
 from cachepipe.clients.portal import in_portal, portal
 from cachepipe.clients.seam import Arrived
-from cachepipe.flow.flow import Flow
+from cachepipe.flow.flow import Flow, Passage
 from cachepipe.typedefs import Mode, Repeat
 
 OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
@@ -31,6 +32,23 @@ _OPTIONS: Final[Mapping[str, tuple[Any, Any]]] = {
     "repeat": (Repeat, "fresh"),
     "service": (Any, None),
 }
+
+
+_arriving: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "cachepipe_arriving", default=None
+)
+"""Where the response of a call that is not cached is put, for the flow control to learn from."""
+
+
+def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
+    """Tell the end of a call when it has come: that of a stream when it has been read."""
+    response = responses[-1] if responses else None
+    usage = getattr(result, "usage", None)
+    if response is None:
+        passage.end(usage=usage)
+    else:
+        headers = response.headers
+        seam.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
 class _Cached:
@@ -93,10 +111,15 @@ class AsyncCached(_Cached):
         if flow is None:
             return await request(cast_to, options, stream=stream, stream_cls=stream_cls)
         once = seam.sent_once(options)
-        passage, result = await flow.call(
-            lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls), **self._passing(options)
-        )
-        passage.end(usage=getattr(result, "usage", None))
+        responses: list[Any] = []
+        token = _arriving.set(responses)
+        try:
+            passage, result = await flow.call(
+                lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls), **self._passing(options)
+            )
+        finally:
+            _arriving.reset(token)
+        _end(passage, responses, result)
         return result
 
     async def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
@@ -126,6 +149,8 @@ class AsyncCached(_Cached):
             "retries_taken": retries_taken,
         }
         if receiving.get() is not self:
+            if (responses := _arriving.get()) is not None:
+                responses[:] = [response]
             sdk: Any = super()
             return await sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:
@@ -178,12 +203,17 @@ class SyncCached(_Cached):
         if flow is None:
             return request(cast_to, options, stream=stream, stream_cls=stream_cls)
         once = seam.sent_once(options)
-        passage, result = flow.call_in_thread(
-            lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls),
-            wait=in_portal,
-            **self._passing(options),
-        )
-        passage.end(usage=getattr(result, "usage", None))
+        responses: list[Any] = []
+        token = _arriving.set(responses)
+        try:
+            passage, result = flow.call_in_thread(
+                lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls),
+                wait=in_portal,
+                **self._passing(options),
+            )
+        finally:
+            _arriving.reset(token)
+        _end(passage, responses, result)
         return result
 
     def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
@@ -210,6 +240,8 @@ class SyncCached(_Cached):
             "retries_taken": retries_taken,
         }
         if receiving.get() is not self:
+            if (responses := _arriving.get()) is not None:
+                responses[:] = [response]
             sdk: Any = super()
             return sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:

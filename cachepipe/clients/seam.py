@@ -304,6 +304,38 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
     return made
 
 
+def when_read(response: Any, end: Callable[[], None]) -> None:
+    """Call back once a response has been read to its end, was closed, or is held by nobody any more.
+
+    Args:
+        response: the HTTP response.
+        end: what is called, perhaps more than once; it must not hold the response.
+    """
+    if response.is_closed:
+        end()
+        return
+    reference = weakref.ref(response)
+
+    def close() -> None:
+        whole = reference()
+        try:
+            if whole is not None:
+                type(whole).close(whole)
+        finally:
+            end()
+
+    async def aclose() -> None:
+        whole = reference()
+        try:
+            if whole is not None:
+                await type(whole).aclose(whole)
+        finally:
+            end()
+
+    response.close, response.aclose = close, aclose
+    weakref.finalize(response, end).atexit = False
+
+
 def _elapsed(response: Any, began: float) -> dt.timedelta:
     """Return how long a response took; one that is still being read has taken its time since it began."""
     try:

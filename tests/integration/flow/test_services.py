@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import logging
@@ -241,6 +242,64 @@ async def test_anthropics_clients_are_limited_and_retried_by_their_service(serve
     assert server.stats.requests == 3
 
 
+@pytest.mark.parametrize("how", ["read", "closed"])
+@pytest.mark.parametrize("sdk", ["openai", "anthropic"])
+async def test_a_stream_without_the_cache_has_its_slot_until_it_has_ended(server, sdk, how):
+    service = Services.custom(server.base_url, **FREE, max_concurrency=1, sdk=sdk)
+    async with service.client(MemoryStore(), mode="bypass") as client:
+        create = client.messages.create if sdk == "anthropic" else client.chat.completions.create
+        stream = await create(**hello(1), max_tokens=8, stream=True)
+        await anext(stream)
+        assert service.stats().in_flight == 1
+        waiting = asyncio.create_task(create(**hello(2), max_tokens=8))
+        await asyncio.sleep(0)
+        assert server.stats.requests == 1
+        if how == "read":
+            async for _ in stream:
+                pass
+        else:
+            await stream.close()
+        await asyncio.wait_for(waiting, 10)
+    assert (service.stats().in_flight, service.stats().calls) == (0, 2)
+
+
+def test_a_synchronous_stream_without_the_cache_has_its_slot_until_it_has_ended(threaded):
+    service = Services.custom(threaded.base_url, **FREE, max_concurrency=1)
+    with service.sync_client(MemoryStore(), mode="bypass") as client:
+        with client.chat.completions.create(**hello(1), stream=True) as stream:
+            next(stream)
+            assert service.stats().in_flight == 1
+        assert service.stats().in_flight == 0
+        assert list(client.chat.completions.create(**hello(2), stream=True))
+        raw = client.chat.completions.with_raw_response.create(**hello(3))
+        assert text(raw.parse())
+        assert service.stats().in_flight == 0
+        with client.chat.completions.with_streaming_response.create(**hello(4)) as response:
+            assert service.stats().in_flight == 1
+            assert response.read()
+        forgotten = client.chat.completions.create(**hello(5), stream=True)
+        assert service.stats().in_flight == 1
+        del forgotten
+        gc.collect()
+    assert (service.stats().in_flight, service.stats().answered) == (0, 5)
+
+
+async def test_calls_without_the_cache_keep_to_what_the_provider_says_is_left():
+    async with Recorder(
+        "x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 60s\r\n"
+    ) as recorder:
+        service = Services.custom(f"http://{recorder.place}/v1", **FREE)
+        async with service.client(MemoryStore(), mode="bypass") as client:
+            await client.chat.completions.create(**hello(1))
+            waiting = asyncio.create_task(client.chat.completions.create(**hello(2)))
+            await asyncio.sleep(0)
+            assert service.stats().waiting == 1
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+    assert len(recorder.heads) == 1
+
+
 async def test_anthropics_calls_without_the_cache_tell_what_they_have_used(server):
     service = Services.Anthropic(base_url=server.base_url, api_key="k", max_tokens=None)
     asked = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}
@@ -269,6 +328,9 @@ class Recorder:
         }
     ).encode()
 
+    def __init__(self, headers=""):
+        self.headers = headers.encode()
+
     async def __aenter__(self):
         self.heads = []
         self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
@@ -287,8 +349,8 @@ class Recorder:
         )
         await reader.readexactly(length)
         writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            b"content-length: %d\r\n\r\n%s" % (len(self.ANSWER), self.ANSWER)
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n%s"
+            b"content-length: %d\r\n\r\n%s" % (self.headers, len(self.ANSWER), self.ANSWER)
         )
         await writer.drain()
         writer.close()
