@@ -33,8 +33,12 @@ class Access:
         self._token = None if settings.token is None else settings.token.encode()
         self._any_name = settings.token is not None or not is_loopback(settings.host)
 
-    def check(self, turn: Turn, path: str) -> None:
+    def check(self, turn: Turn, path: str | None) -> None:
         """Let a request in; a token that it shows as a key is taken from what goes upstream.
+
+        Args:
+            turn: the request.
+            path: which of the proxy's own paths it is for; None when it is for an upstream.
 
         Raises:
             Refused: when it is not for this server, or shows no token.
@@ -62,7 +66,7 @@ class Access:
                 f"this server is not called {host[:200]!r}; allow that name with --allow-host",
             )
 
-    def _check_site(self, turn: Turn, path: str) -> None:
+    def _check_site(self, turn: Turn, path: str | None) -> None:
         """Refuse what a page of another site has a browser send: forms and scripts name it, images do not."""
         origin = turn.says(b"origin")
         if origin is None:

@@ -227,7 +227,7 @@ class Proxy:
                 outcome = await self._drawn_anew(turn, meant, read)
             else:
                 route = self._placed(turn)
-                self._access.check(turn, route.place.rest)
+                self._access.check(turn, route.place.rest if route.upstream is None else None)
                 if route.upstream is None:
                     await self._own(turn, route.place.rest)
                     return
@@ -733,7 +733,10 @@ class Proxy:
             work.cancel()
             raise ClientGone
         try:
-            await turn.start(reader.status, [*headers.from_upstream(reader.pairs), self._status(why)])
+            pairs = headers.from_upstream(reader.pairs)
+            if reader.status in (204, 304):  # what has no body has no length of one that would come
+                pairs = [pair for pair in pairs if pair[0] != b"content-length"]
+            await turn.start(reader.status, [*pairs, self._status(why)])
             if not await turn.stream(reader.aiter_raw()):
                 raise ClientGone
         finally:

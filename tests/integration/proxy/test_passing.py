@@ -83,6 +83,13 @@ def test_head_and_empty_answers(passing, recorder, http):
     assert http.delete(f"{passing.url}/v1/files/1").status_code == 204
 
 
+@pytest.mark.parametrize("status", [204, 304])
+def test_what_has_no_body_may_tell_the_length_of_one(passing, recorder, http, status):
+    recorder.answers.append((status, [("etag", "x"), ("content-length", "5")], []))
+    assert http.get(f"{passing.url}/v1/files/x").status_code == status
+    assert http.get(f"{passing.url}/v1/files/x").status_code == 200  # by the same connection
+
+
 def test_hop_by_hop_and_our_own_headers_stay_here(passing, recorder, http, helpers, asked):
     told = {
         "connection": "keep-alive, x-private",

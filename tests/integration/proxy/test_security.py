@@ -173,6 +173,16 @@ def test_a_token_is_shown_as_the_key_or_beside_it_and_goes_no_further(serve, rec
         assert "s3cret" not in str(recorder.requests[-1].headers)
 
 
+@pytest.mark.parametrize("path", ["/ns/x/healthz", "/ns/x/", "/up/a/readyz", "/up/a/cachepipe/page/page.js"])
+def test_an_upstreams_paths_are_not_free_as_the_proxys_own_are(serve, recorder, path):
+    proxy = serve(upstreams=(Upstream.of("a", recorder.url, api_key="sk-server"),), token="s3cret")
+    for method in ("GET", "POST"):
+        assert httpx2.request(method, f"{proxy.url}{path}").status_code == 401
+    assert not recorder.requests
+    assert httpx2.get(f"{proxy.url}{path}", headers={"x-api-key": "s3cret"}).status_code == 200
+    assert len(recorder.requests) == 1
+
+
 def test_pages_of_other_sites_may_not_use_it(proxy, http, asked, helpers):
     """Not by a name that their own server made up for this address either."""
     url = helpers.chat_url(proxy)
