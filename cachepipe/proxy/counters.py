@@ -240,7 +240,11 @@ class Counters:
         """Count what a request was given; the URL is the one that it would go to."""
         counts = self.of(namespace)
         for response in responses:
-            for sample, cached in zip(response.data, response.cached or (), strict=True):
+            indices = response.indices or (None,) * len(response.data)
+            for sample, cached, index in zip(response.data, response.cached or (), indices, strict=True):
+                if cached and index is not None and response.key is not None:
+                    self.hit(namespace, response.key, index, sample, url)
+                    continue
                 usage = _usage(sample.payload)
                 seller = self.prices.seller(usage.model, url)
                 if cached:
@@ -255,7 +259,7 @@ class Counters:
                     counts.saved.add(seller, usage.prompt, 0, usage.prompt, usage.cached)
 
     def hit(self, namespace: str | None, key: str, index: int, sample: Kept, url: str) -> None:
-        """Count what `drew` does of one sample that was there, by its place: its usage is read once."""
+        """Count a sample that was there, by its place: its usage is read once."""
         usage = self._usages.get((key, index))
         if usage is None:
             if len(self._usages) >= _USAGES:
