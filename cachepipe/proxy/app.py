@@ -296,6 +296,7 @@ class Proxy:
         try:
             return self._route(raw)
         except paths.BadPath as error:
+            self._access.check(turn, None)  # what there is else is told to nobody without the token
             status = 404 if isinstance(error, paths.NoPlace) else 400
             raise Refused(status, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
 

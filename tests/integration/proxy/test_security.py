@@ -179,6 +179,7 @@ def test_an_upstreams_paths_are_not_free_as_the_proxys_own_are(serve, recorder, 
     for method in ("GET", "POST"):
         assert httpx2.request(method, f"{proxy.url}{path}").status_code == 401
     assert not recorder.requests
+    assert httpx2.get(f"{proxy.url}/up/b{path}").status_code == 401
     assert httpx2.get(f"{proxy.url}{path}", headers={"x-api-key": "s3cret"}).status_code == 200
     assert len(recorder.requests) == 1
 
