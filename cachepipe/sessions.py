@@ -10,7 +10,6 @@ answers without a call.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any, Final, Self
 from cachepipe import context as calls
 from cachepipe import runs
 from cachepipe.conversations import Conversation, Message
+from cachepipe.flow import Limits
 from cachepipe.services import Service, Services
 from cachepipe.stores import Store, default_folder, open_store
 from cachepipe.typedefs import Mode, Repeat, by_value
@@ -85,6 +85,8 @@ class Session:
             raise TypeError("a client has its own endpoint and limits; pass a service or a client, not both")
         if service is not None and not isinstance(service, Service):
             raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {service!r}")
+        if llmconfig is not None and not isinstance(llmconfig, Mapping):
+            raise TypeError(f"llmconfig is a mapping of parameters; got {llmconfig!r:.100}")
         self.service = Services.OpenAI() if service is None and client is None else service
         self.namespace = namespace
         self.llmconfig: dict[str, Any] = {**by_value(dict(DEFAULTS)), **_own_model(self.service)}
@@ -95,9 +97,7 @@ class Session:
         self._how: dict[str, Any] = {"mode": mode, "repeat": repeat}
         self._store = None if client is not None else _kept(cache)
         self._pieces: weakref.ref[Pieces] | None = None
-        self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._turns = _turns()
 
     def __repr__(self) -> str:
         where = "a client" if self.service is None else self.service.name
@@ -174,7 +174,7 @@ class Session:
         request_id: str | None,
         params: Mapping[str, Any],
     ) -> Any:
-        async with self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        with await self._turns.enter():
             pieces = None if self._pieces is None else self._pieces()
             if pieces is not None and not pieces.ended:
                 raise RuntimeError(
@@ -231,12 +231,15 @@ class Session:
         twin.__dict__.update(self.__dict__)
         twin.llmconfig = by_value(self.llmconfig)
         twin.conversation = self.conversation.copy()
-        twin._turns = weakref.WeakKeyDictionary()  # noqa: SLF001 - its own class
+        twin._turns = _turns()  # noqa: SLF001 - its own class
         twin._pieces = None  # noqa: SLF001 - likewise
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the conversation, the parameters and the namespace to a file as JSON; no key, no URL."""
+        """Write the conversation, the parameters and the namespace to a file as JSON; no key, no URL.
+
+        A class as ``response_format`` is left out; give it again to `load`.
+        """
         llmconfig = {name: value for name, value in self.llmconfig.items() if not isinstance(value, type)}
         saved = {
             "format": _FORMAT,
@@ -267,10 +270,14 @@ class Session:
             raise ValueError(f"{path} holds no session: {error}") from error
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             raise ValueError(f"{path} holds no session; expected a file that Session.save() has written")
-        options = {"namespace": saved["namespace"], **options}
-        options["llmconfig"] = {**saved["llmconfig"], **(options.get("llmconfig") or {})}
-        made = cls(**options)
-        made.conversation = Conversation(saved["messages"])
+        try:
+            namespace, llmconfig, messages = (saved[name] for name in ("namespace", "llmconfig", "messages"))
+            conversation = Conversation(messages)
+            llmconfig = {**llmconfig, **(options.get("llmconfig") or {})}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds a session that is damaged: {error!r}") from error
+        made = cls(**{"namespace": namespace, **options, "llmconfig": llmconfig})
+        made.conversation = conversation
         return made
 
 
@@ -333,6 +340,11 @@ class Pieces(AsyncIterator[str]):
         if session is not None and (self.text or tool_calls):
             said = Message("assistant", self.text or None, tool_calls=tool_calls)
             session.conversation = Conversation([*self._messages, said])
+
+
+def _turns() -> Limits:
+    """Return what lets one call through at a time, in order, on whichever loops they are made."""
+    return Limits(max_concurrency=1, adaptive=False)
 
 
 def _text(said: str | Mapping[str, Any]) -> str:

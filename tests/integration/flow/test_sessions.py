@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import openai
 import pytest
@@ -198,6 +199,36 @@ async def test_followups_asked_for_at_once_follow_one_another(service):
     assert said[3:] == ["one", answers[0], "two", answers[1]]
 
 
+async def test_followups_asked_for_in_several_threads_follow_one_another(service):
+    """Each thread has a loop of its own; no answer is lost from the conversation."""
+    session = Session(SYSTEM, service=service, cache=MemoryStore(), llmconfig={"model": "m"})
+
+    async def ask(number):
+        await session.followup(f"question {number}")
+        await service.close()
+
+    threads = [threading.Thread(target=asyncio.run, args=(ask(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        await asyncio.to_thread(thread.join, 30)
+    assert roles(session) == ["system", *["user", "assistant"] * 4]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"namespace": ...}, {"messages": [{"role": "nobody"}]}, {"messages": 5}, {"llmconfig": 5}],
+    ids=str,
+)
+async def test_a_saved_session_that_is_damaged_is_said_to_be(service, tmp_path, damage):
+    path = tmp_path / "session.json"
+    Session(SYSTEM, service=service, cache=MemoryStore()).save(path)
+    saved = {**json.loads(path.read_text()), **damage}
+    path.write_text(json.dumps({name: value for name, value in saved.items() if value is not ...}))
+    with pytest.raises(ValueError, match="holds a session that is damaged"):
+        Session.load(path, service=service, cache=MemoryStore())
+
+
 async def test_branches_go_their_own_ways_with_samples_of_their_own(server, service):
     session = Session(SYSTEM, service=service, cache=MemoryStore(), namespace="a")
     await session.initiate("one")
@@ -275,6 +306,8 @@ async def test_what_cannot_be_asked_is_refused_before_anything_is_spent(server):
         await Session(SYSTEM, service=service, cache=MemoryStore()).initiate({"x": object()})
     with pytest.raises(TypeError, match="service= takes a Service"):
         Session(SYSTEM, service="https://host/v1")
+    with pytest.raises(TypeError, match="llmconfig is a mapping"):
+        Session(SYSTEM, service=service, llmconfig="m")
     with pytest.raises(TypeError, match="not both"):
         Session(SYSTEM, service=service, client=object())
     assert server.stats.requests == 0
