@@ -19,8 +19,11 @@ from cachepipe import (
     Response,
     ShortAnswer,
 )
+from cachepipe.ledger import Draw
+from cachepipe.stores.base import Claim, Commit, Forgo
 from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel
+from cachepipe.values import Codec
 
 pytestmark = pytest.mark.anyio
 
@@ -106,6 +109,40 @@ async def test_c8_cancelled_where_the_deduplicator_gives_others_their_turn(store
                 answer = answer or await pipeline.request(Request(f"p{number}"))
                 again.append(answer.data)
     assert again == drawn
+
+
+async def test_c8_a_claim_that_is_granted_after_its_request_was_cancelled_is_undone(store, turns):
+    """Its leases too: else other processes would wait for what nobody generates."""
+    faulty, model = FaultyStore(store), ScriptedModel()
+    async with OnlineAPI(model, faulty) as pipeline:
+        place = (pipeline.key(Request("p")), 0)
+        with faulty.held():
+            task = asyncio.create_task(pipeline.request(Request("p")))
+            await turns(5)
+            task.cancel()
+            await asyncio.wait([task])
+    assert store.glance([place]) == ["free"]
+    assert list(store.draws()) == []
+    assert model.calls == []
+
+
+async def test_c6_a_sample_that_was_bought_twice_is_kept_as_an_extra_and_unreported(store):
+    """The lease was lost while the model answered, and another draw has generated the sample meanwhile."""
+    model = ScriptedModel(hold=True)
+    async with OnlineAPI(model, store) as pipeline:
+        task = asyncio.create_task(pipeline.request(Request("p", namespace="a")))
+        [call] = await model.begun(1)
+        question = pipeline._cacher.question(Request("p"))
+        store.apply_now([Forgo(question.key, [0])])
+        [grant] = store.apply_now([Claim(Draw("=b", question.key, "", 0), 1, question, "another")])
+        assert grant.mine == [0]
+        store.apply_now([Commit(question.key, 0, Codec(()).encode("theirs"), {})])
+        call.release()
+        answer = await task
+        stats = pipeline.stats()
+    assert (answer.data, answer.cached) == (["theirs"], [True])
+    assert (stats.generated, stats.unreported, stats.misses, stats.hits) == (1, 1, 0, 1)
+    assert [sample.index for sample in store.samples(question.key)] == [0, 1]
 
 
 async def test_c7_a_cancelled_caller_leaves_the_call_to_those_who_wait(store):

@@ -9,6 +9,7 @@ import pytest
 
 import cachepipe
 from cachepipe import CacheMiss, OnlineAPI, Request
+from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 
 pytestmark = pytest.mark.anyio
@@ -122,6 +123,17 @@ async def test_refresh_generates_although_free_samples_are_there(store):
         mine = await refresh.request(Request("p", n=2, namespace="mine"))
     assert set(mine.data).isdisjoint(other.data)
     assert model.asked == [3, 2]
+
+
+async def test_a_refresh_that_has_to_wait_for_others_to_write_is_no_hit(store):
+    model, busy = scripted(), FaultyStore(store)
+    async with OnlineAPI(model, busy) as pipeline, OnlineAPI(model, busy, mode="refresh") as refresh:
+        old = await pipeline.request(Request("p"))
+        busy.locked = True
+        with cachepipe.run():
+            new = await refresh.request(Request("p"))
+    assert new.cached == [False]
+    assert new.data != old.data
 
 
 async def test_a_refresh_that_fails_leaves_the_old(store):

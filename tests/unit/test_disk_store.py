@@ -35,6 +35,7 @@ from cachepipe import (
 )
 from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
+from cachepipe.stores import leases
 from cachepipe.stores.base import Claim, Commit, Forgo
 
 KEY = "k1-" + "a" * 64
@@ -252,6 +253,29 @@ def test_other_kinds_of_diskcache_are_refused(tmp_path, kind):
     with pytest.raises(TypeError, match=kind.__name__):
         open_store(cache)
     (cache if kind is diskcache.FanoutCache else cache.cache).close()
+
+
+def test_a_lease_lives_until_the_last_store_of_the_process_gives_it_back(tmp_path):
+    lease = leases.hold(tmp_path)
+    assert leases.hold(tmp_path) is lease
+    [path] = (tmp_path / "leases.cache.db").iterdir()
+    assert not lease.release()
+    assert leases.own(tmp_path) == lease.name
+    with path.open("r+") as file:  # as another process opens it
+        assert not leases._lock(file.fileno(), wait=False)
+    assert lease.release()
+    assert leases.own(tmp_path) is None
+    assert not leases.alive(tmp_path, lease.name)
+
+
+def test_a_lease_that_may_not_be_looked_at_counts_as_alive(tmp_path, monkeypatch):
+    """It is another user's; to take over what it generates would buy it twice."""
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(leases.os, "open", refuse)
+    assert leases.alive(tmp_path, "anothers")
 
 
 def test_a_url_is_no_folder_and_makes_none(tmp_path, monkeypatch):
