@@ -9,7 +9,10 @@ import time
 import pytest
 
 from cachepipe.proxy import server as servers
-from cachepipe.proxy.heads import Heads, asked, is_plain
+from cachepipe.proxy.heads import Heads, is_plain
+from cachepipe.proxy.heads import asked as begun
+from cachepipe.proxy.settings import Upstream
+from cachepipe.testing import MockSettings
 
 HEAD = b"POST /ns/%b/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n%b"
 
@@ -227,6 +230,66 @@ def test_a_stopping_server_answers_what_has_begun_to_come(serve, asked):
         assert client.ask(data[-1:])[0] == 200
 
 
+@pytest.fixture
+def under_way(fast, upstream, asked):
+    """A proxy, and a connection whose second request, new but for its head, waits for the upstream."""
+    server = fast()
+    with Client(server) as client:
+        client.ask(post(asked))
+        upstream.settings = MockSettings(paused=True)
+        client.socket.sendall(post({**asked, "seed": 1}))
+        upstream.wait_until(lambda stats: stats.in_flight == 1)
+        assert len(server.gone_on) == 1
+        yield server, client
+
+
+def test_a_miss_whose_client_leaves_is_there_for_the_next(under_way, asked, upstream):
+    server, client = under_way
+    client.socket.shutdown(socket.SHUT_RDWR)
+    until(lambda: server.proxy.counters.background == 1)
+    upstream.settings = MockSettings()
+    until(lambda: server.proxy.counters.background == 0)
+    with Client(server) as another:
+        _, told, _ = another.ask(post({**asked, "seed": 1}))
+    assert (told["cache-status"], told["x-cachepipe-indices"]) == ("cachepipe; hit", "0")
+    assert upstream.stats.requests == 2
+
+
+def test_what_comes_during_a_miss_is_answered_after_it(under_way, asked, upstream):
+    _, client = under_way
+    client.socket.sendall(b"GET /healthz HTTP/1.1\r\n\r\n" + post(asked))
+    client.socket.sendall(post(asked))
+    upstream.settings = MockSettings()
+    told = [client.answer() for _ in range(4)]
+    assert [status for status, _, _ in told] == [200] * 4
+    assert told[1][2] == {"status": "ok"}
+    assert [told[place][1]["x-cachepipe-indices"] for place in (0, 2, 3)] == ["0", "1", "2"]
+
+
+def test_a_stopping_server_finishes_a_miss(under_way, upstream):
+    server, client = under_way
+    server.should_exit = True
+    until(lambda: not server.proxy.ready)
+    upstream.settings = MockSettings()
+    assert client.answer()[0] == 200
+    assert client.ended()
+
+
+def test_an_error_passes_through_and_is_not_cached(fast, recorder, asked):
+    server = fast(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    with Client(server) as client:
+        client.ask(post(asked))
+        recorder.answers.append((429, [("retry-after", "7"), ("x-request-id", "r")], [b'{"error": {}}']))
+        status, told, content = client.ask(post({**asked, "seed": 1}))
+        assert (status, told["retry-after"], told["x-request-id"], content) == (429, "7", "r", {"error": {}})
+        assert told["cache-status"] == "cachepipe; fwd=miss; fwd-status=429"
+        assert client.ask(post({**asked, "seed": 1}))[1]["x-cachepipe-cached"] == "false"
+    assert len(server.gone_on) == 2
+    assert len(recorder.requests) == 3
+    shown = [dict(each.headers)["authorization"] for each in recorder.requests]
+    assert shown == ["Bearer k"] * 3
+
+
 @pytest.mark.parametrize(
     ("data", "end", "size"),
     [
@@ -235,7 +298,7 @@ def test_a_stopping_server_answers_what_has_begun_to_come(serve, asked):
     ],
 )
 def test_a_head_is_told_from_its_length(data, end, size):
-    found = asked(data)
+    found = begun(data)
     assert found == (b"POST / HTTP/1.1\r\na: b\r\n\r\n", end, size)
     assert is_plain(found.name)
 
@@ -255,7 +318,7 @@ def test_a_head_is_told_from_its_length(data, end, size):
     ],
 )
 def test_what_is_no_usual_head_goes_the_ordinary_way(data):
-    assert asked(data) is None
+    assert begun(data) is None
 
 
 @pytest.mark.parametrize(
