@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import pytest
 
@@ -18,6 +19,7 @@ from cachepipe import (
     Request,
     Response,
     ShortAnswer,
+    StoreError,
 )
 from cachepipe.ledger import Draw
 from cachepipe.stores.base import Claim, Commit, Forgo
@@ -26,6 +28,11 @@ from cachepipe.testing.models import ScriptedError, ScriptedModel
 from cachepipe.values import Codec
 
 pytestmark = pytest.mark.anyio
+
+
+@dataclass
+class Point:
+    x: int
 
 
 def stored(store):
@@ -124,6 +131,22 @@ async def test_c8_a_claim_that_is_granted_after_its_request_was_cancelled_is_und
     assert store.glance([place]) == ["free"]
     assert list(store.draws()) == []
     assert model.calls == []
+
+
+async def test_c8_a_partial_hit_that_cannot_be_read_gives_back_what_it_was_to_generate(store):
+    class Model:
+        cache_scope = "m"
+
+        async def request(self, request):
+            return Response([Point(1)] * request.n)
+
+    async with OnlineAPI(Model(), store, classes=[Point]) as good, OnlineAPI(Model(), store) as bad:
+        await good.request(Request("p"))
+        with pytest.raises(StoreError):
+            await bad.request(Request("p", n=2, namespace="b"))
+        key = bad.key(Request("p"))
+    assert store.glance([(key, 0), (key, 1)]) == ["stored", "free"]
+    assert [info.draw.namespace for info in store.draws()] == ["-"]
 
 
 async def test_c6_a_sample_that_was_bought_twice_is_kept_as_an_extra_and_unreported(store):
