@@ -573,17 +573,26 @@ class Proxy:
             raise ClientGone
         try:
             answer = task.result()
+            live = answer.arrived is not None and isinstance(answer.content, Source)
+            if not live:
+                await self._hand_on(turn, exchange, answer)
         except asyncio.CancelledError:
+            ticket.unanswered()
+            if not task.cancelled():
+                raise
             raise UpstreamUnreachable("the call was stopped") from None
-        if isinstance(answer.content, Source):
-            return await self._streamed(turn, exchange, ticket, answer, answer.content)
-        await self._hand_on(turn, exchange, answer)
+        except Exception:
+            ticket.unanswered()
+            raise
+        if live:
+            return await self._streamed(turn, exchange, ticket, answer)
         ticket.delivered()
         return self._count(exchange) if answer.kept else "error"
 
     def _leave(self, exchange: Served, ticket: Ticket, task: asyncio.Task[Answer]) -> None:
         """Let a draw go on whose client has gone: what it brings is stored, for who asks next."""
         if exchange.stream and not task.done():
+            task.add_done_callback(lambda _: ticket.unanswered())
             task.cancel()  # nothing has come of the stream
             return
         ticket.left()
@@ -609,12 +618,10 @@ class Proxy:
         exchange: Served,
         ticket: Ticket,
         answer: Answer,
-        source: Source,
     ) -> Outcome:
-        if answer.arrived is None:
-            await self._hand_on(turn, exchange, answer)
-            ticket.delivered()
-            return self._count(exchange)
+        source = answer.content
+        assert isinstance(source, Source)  # noqa: S101 - told by the caller
+        assert answer.arrived is not None  # noqa: S101 - likewise
         drawing = exchange.task
         pairs = headers.of_answer(answer.arrived.response.pairs)
         pairs += self._told(exchange, answer)

@@ -154,6 +154,11 @@ class Ticket(Run):
                 live.given_back = True
                 self._return(identity, number)
 
+    def unanswered(self) -> None:
+        """Note that this request has ended without an answer: the next of its kind gets what stands of it."""
+        self.left()
+        self.ended()
+
     def ended(self) -> None:
         """Note that nothing of this request is in flight any more."""
         held, self._held = self._held, []

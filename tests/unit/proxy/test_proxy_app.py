@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import types
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from cachepipe import MemoryStore
 from cachepipe.errors import NotStored, StageClosed
 from cachepipe.proxy import app, server
 from cachepipe.proxy.app import Proxy
+from cachepipe.proxy.joins import ServedRun, Ticket
 from cachepipe.proxy.settings import Settings, Upstream
 
 
@@ -33,6 +35,22 @@ async def test_the_time_of_a_shutdown_runs_from_its_beginning(monkeypatch):
     await proxy.shutdown()
     with pytest.raises(asyncio.CancelledError):
         await forever
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_is_withdrawn_holds_its_number_no_longer():
+    """Also where its draw stands, as its samples came in that moment."""
+    proxy = Proxy(
+        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+    )
+    run = ServedRun()
+    ticket, identity = Ticket(run), ("=a", "k", "")
+    number = ticket.take(identity)
+    task = asyncio.get_running_loop().create_task(asyncio.Event().wait())
+    proxy._leave(types.SimpleNamespace(stream=True), ticket, task)
+    await asyncio.wait([task])
+    assert not run.live
+    assert Ticket(run).take(identity) == number
 
 
 @pytest.mark.anyio

@@ -33,6 +33,19 @@ def test_requests_count_up_and_failures_give_back():
     assert taken(run)[1] == 2
 
 
+def test_what_stands_of_a_request_without_an_answer_is_for_the_next():
+    run = ServedRun()
+    first, number = taken(run)
+    first.unanswered()
+    assert not run.live
+    assert taken(run)[1] == number
+    failed, another = taken(run)
+    undo(failed, another)
+    failed.unanswered()  # given back once
+    assert taken(run)[1] == another
+    assert taken(run)[1] == another + 1
+
+
 def test_a_client_that_leaves_gives_its_number_to_the_next():
     run = ServedRun()
     gone, number = taken(run)
