@@ -32,7 +32,7 @@ class Hint(NamedTuple):
 
 
 def headers_of(error: BaseException | None) -> Mapping[str, Any] | None:
-    """Return the headers of the answer that an error stands for, whichever library it is from."""
+    """Return what the answer that an error stands for says of limits, whichever library it is from."""
     for source in (getattr(error, "response", None), error):
         headers = getattr(source, "headers", None)
         if headers is not None and hasattr(headers, "items"):
@@ -41,18 +41,19 @@ def headers_of(error: BaseException | None) -> Mapping[str, Any] | None:
 
 
 def in_any_case(headers: Any) -> Mapping[str, Any]:
-    """Return headers so that a lower-case name finds them."""
-    if isinstance(headers, dict):
-        return {name.lower() if isinstance(name, str) else name: value for name, value in headers.items()}
-    found: Mapping[str, Any] = headers
-    return found
+    """Return what headers say of limits and retries by lower-case name: each look into others is a search."""
+    return {
+        lower: value
+        for name, value in headers.items()
+        if isinstance(name, str) and ("ratelimit" in (lower := name.lower()) or "retry" in lower)
+    }
 
 
 def retry_after(headers: Mapping[str, Any] | None, wall: float | None = None) -> float | None:
     """Return the seconds that an answer asks to wait for, by ``retry-after-ms`` or ``Retry-After``.
 
     Args:
-        headers: those of the answer; the names in any case if the mapping ignores it, else in lower case.
+        headers: those of the answer, by lower-case name; see `in_any_case`.
         wall: the time in seconds since 1970, for a date; default is now.
     """
     if headers is None:
