@@ -186,6 +186,26 @@ async def test_c7_closing_waits_for_samples_that_another_process_generates(tmp_p
             child.kill()
 
 
+async def test_c8_a_sample_whose_call_failed_here_may_come_from_another_process(tmp_path):
+    scope = ["-c", ELSEWHERE.replace("class Model:", 'class Model:\n    cache_scope = "s"'), str(tmp_path)]
+    async with OnlineAPI(ScriptedModel([ScriptedError()]), tmp_path, scope="s") as pipeline:
+        with pytest.raises(ScriptedError):
+            await pipeline.request(Request("p", namespace="b"))
+        with subprocess.Popen(  # noqa: ASYNC220 - its pipes are read in a thread
+            [sys.executable, *scope], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as child:
+            try:
+                assert await asyncio.to_thread(child.stdout.readline) == "begun\n"
+                task = asyncio.create_task(pipeline.request(Request("p", namespace="b")))
+                await until(lambda: any(lane.strangers for lane in pipeline._cacher._engine.lanes()))
+                child.stdin.write("\n")
+                child.stdin.flush()
+                async with asyncio.timeout(20):
+                    assert (await task).data == ["elsewhere"]
+            finally:
+                child.kill()
+
+
 READS = {
     "recall": lambda store, key: store.recall(Draw("-", key, "", 0), 1),
     "replay": lambda store, key: store.replay(Draw("-", key, "", 0), 1, Runs()),

@@ -271,6 +271,21 @@ def test_a_call_that_nobody_waits_for_is_stopped():
     run(main)
 
 
+def test_what_was_cancelled_before_its_window_ended_is_not_asked():
+    async def main():
+        model = Model()
+        stage = AsyncDeduplicator(model, window=3600)
+        kept, left = ask(stage, "kept", "left")
+        await turns()
+        left.cancel()
+        await turns()
+        await stage.close()  # which waits for no window
+        assert model.asked == [("kept", 1)]
+        assert (await kept).duplicated == [False]
+
+    asyncio.run(main())  # in real time: the window is open
+
+
 def test_closing_waits_for_what_is_in_flight():
     async def main():
         stage = AsyncDeduplicator(Model(), window=5)
