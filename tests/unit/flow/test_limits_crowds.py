@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from dataclasses import dataclass
 from unittest import mock
 
@@ -61,19 +62,15 @@ steps = st.lists(
 )
 
 
-async def crowd(steps):
+async def crowd(steps, folder=None):
+    """Make the calls; with a folder, through two limits that share it, as two processes would."""
     clock = FakeClock()
-    limits = Limits(
-        **MOST,
-        interval=INTERVAL,
-        transit=TRANSIT,
-        per_model={"slow": SLOW},
-        adaptive=False,
-        clock=clock,
-    )
+    how = {"interval": INTERVAL, "transit": TRANSIT, "per_model": {"slow": SLOW}, "adaptive": False}
+    several = [Limits(**MOST, **how, clock=clock, shared=folder) for _ in range(1 if folder is None else 2)]
     made, tasks = [], []
 
     async def call(step):
+        limits = several[ord(step.namespace) % len(several)]
         with await limits.enter(
             namespace=step.namespace,
             model=step.model,
@@ -98,10 +95,14 @@ async def crowd(steps):
             tasks[step.cancel].cancel()
     await clock.advance(100 * len(steps))
     assert all(task.done() for task in tasks)
-    stats = limits.stats()
-    assert (stats.in_flight, stats.waiting, stats.calls) == (0, 0, len(made))
-    with await limits.enter(tokens=MOST["max_tokens"]):  # nothing was left behind
-        assert limits.stats().queue_seconds == stats.queue_seconds
+    stats = [limits.stats() for limits in several]
+    assert [(each.in_flight, each.waiting) for each in stats] == [(0, 0)] * len(several)
+    assert sum(each.calls for each in stats) == len(made)
+    for limits, before in zip(several, stats, strict=True):
+        await clock.advance(100)
+        with await limits.enter(tokens=MOST["max_tokens"]):  # nothing was left behind
+            assert limits.stats().queue_seconds == before.queue_seconds
+        limits.close()
     return made
 
 
@@ -112,11 +113,7 @@ def check(made, interval, amount, most):
         assert sum(map(amount, within)) <= most
 
 
-@settings(max_examples=150)
-@given(steps)
-def test_no_crowd_exceeds_a_limit_or_leaves_anything_behind(steps):
-    with mock.patch("cachepipe.testing.clock._TURNS", 4):
-        made = asyncio.run(crowd(steps))
+def check_all(made):
     for each in made:
         each.arrived = min(each.ended, each.began + TRANSIT)
     check(made, INTERVAL, lambda each: 1, MOST["max_requests"])
@@ -125,3 +122,17 @@ def test_no_crowd_exceeds_a_limit_or_leaves_anything_behind(steps):
     for each in made:
         under_way = [other for other in made if other.began <= each.began < other.ended]
         assert len(under_way) <= MOST["max_concurrency"]
+
+
+@settings(max_examples=150)
+@given(steps)
+def test_no_crowd_exceeds_a_limit_or_leaves_anything_behind(steps):
+    with mock.patch("cachepipe.testing.clock._TURNS", 4):
+        check_all(asyncio.run(crowd(steps)))
+
+
+@settings(max_examples=30)
+@given(steps)
+def test_no_crowd_of_two_exceeds_what_they_share(steps):
+    with mock.patch("cachepipe.testing.clock._TURNS", 4), tempfile.TemporaryDirectory() as folder:
+        check_all(asyncio.run(crowd(steps, folder)))
