@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import types
+import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -210,6 +211,33 @@ def test_values_that_compare_equal_give_one_key(first, second):
 )
 def test_values_that_differ_give_two_keys(first, second):
     assert key([first]) != key([second])
+
+
+class Plain(enum.Enum):
+    RED = "red"
+
+
+@given(st.lists(values, min_size=6, max_size=9))
+def test_a_long_list_has_the_form_of_its_items(items):
+    """Long lists are looked at as a whole first."""
+    assert encode(canonical(items)) == encode([canonical(item) for item in items])
+    assert encode(canonical([items])) == encode([canonical(items)])
+
+
+@pytest.mark.parametrize(
+    "item", [1.0, -0.0, 1e16, 1e300, (1, 2.0), {"\0int": 1}, b"x", 1 << 70, "\ud800"], ids=repr
+)
+def test_what_a_long_list_holds_is_spelled_in_one_way(item):
+    assert encode(canonical([item] * 7)) == encode([canonical(item)] * 7)
+    assert encode(canonical(["a"] * 7 + [{"b": [item]}])) == encode(["a"] * 7 + [{"b": [canonical(item)]}])
+
+
+@pytest.mark.parametrize("item", [math.nan, -math.inf, Plain.RED, uuid.UUID(int=1), {1: 2}, {1}], ids=repr)
+def test_what_a_long_list_cannot_hold_is_refused(item):
+    with pytest.raises(UnkeyableValue):
+        canonical([item] * 7)
+    with pytest.raises(UnkeyableValue):
+        canonical(["a"] * 7 + [{"b": [item]}])
 
 
 def test_booleans_of_numpy_are_no_numbers():
