@@ -242,6 +242,9 @@ class Proxy:
             outcome = "error"
             pairs = [*refusal.pairs, self._status(f"fwd=miss; fwd-status={refusal.status_code}")]
             await turn.answer(refusal.status_code, pairs, refusal.content)
+        except asyncio.CancelledError:  # the server stops, and waits no longer
+            outcome = "error"
+            await self._refuse(turn, route, Refused(503, "stopping", "the proxy has been stopped; try again"))
         except Exception as error:  # noqa: BLE001 - a server outlives whatever is wrong with one request
             outcome = "error"
             await self._refuse(turn, route, self._failure(turn, error))

@@ -210,6 +210,21 @@ def test_a_client_of_http_1_0_gets_a_stream_without_chunks(serve, recorder, raw,
     assert content == b"".join(EVENTS)
 
 
+def test_shutdown_tells_those_whom_it_cannot_wait_for(serve, upstream, asked, helpers):
+    upstream.settings = MockSettings(paused=True)
+    proxy = serve(shutdown_timeout=0.1)
+    answers = []
+    with httpx2.Client(timeout=20) as client:
+        thread = threading.Thread(
+            target=lambda: answers.append(client.post(helpers.chat_url(proxy), json=asked))
+        )
+        thread.start()
+        upstream.wait_until(lambda stats: stats.in_flight == 1)
+        proxy.should_exit = True
+        thread.join()
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "stopping")
+
+
 def test_shutdown_finishes_what_is_in_flight(serve, upstream, asked, helpers):
     upstream.settings = MockSettings(paused=True)
     proxy = serve()
