@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"
 
 _MOST: Final = 1000  # namespaces that are counted by themselves
 _USAGES: Final = 20_000  # samples whose usage is remembered, a quarter of a kilobyte each
+_LONGEST: Final = 200  # characters of a label that are a namespace's own
 _OTHERS: Final = "(others)"
 _UNIT: Final = 1000  # tokens of which a price is asked
 _NONE: Final = "(none)"
@@ -189,8 +191,11 @@ class Counts:
 
 
 def _labelled(namespace: str) -> str:
-    """Return a namespace as a label: in quotes where it could be taken for `_NONE`, so that none is twice."""
-    text = namespace.encode(errors="backslashreplace").decode()
+    """Return a namespace as a label, none for two of them: in quotes where it could be taken for `_NONE`."""
+    encoded = namespace.encode(errors="backslashreplace")
+    text = encoded.decode()
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}…{hashlib.blake2b(encoded, digest_size=8).hexdigest()}"
     return f'"{text}"' if text[:1] in ("(", '"') and namespace != _OTHERS else text
 
 

@@ -46,10 +46,11 @@ def test_names_cannot_break_the_metrics(proxy, http, asked, helpers):
         http.post(helpers.chat_url(proxy), json=asked, headers={"x-cachepipe-namespace": name})
     text = httpx2.get(f"{proxy.url}/metrics").text
     assert '{from="cache",namespace="a\\"b\\\\c"}' in text
-    for name in ("(none)", '"(none)"', "(others)", None):
+    for name in ("(none)", '"(none)"', "(others)", None, "x" * 9000, "x" * 9001):
         http.post(helpers.chat_url(proxy, name and quote(name)), json=asked)
     series = [line.rpartition(" ")[0] for line in httpx2.get(f"{proxy.url}/metrics").text.splitlines()]
     assert len({*series}) == len(series)
+    assert max(map(len, series)) < 1000
 
 
 def test_what_nests_deep_or_is_no_text_is_shown(serve, recorder, http, asked, helpers):
