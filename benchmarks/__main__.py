@@ -137,16 +137,16 @@ async def _measure(names: list[str], options: argparse.Namespace) -> None:
                         measured = await counted(table)
                     figures["benchmarks"].setdefault(name, []).append(measured)
                     _print(name, measured)
-    if options.json is not None:
-        _write(options.json, figures)
+        if options.json is not None:  # what comes next takes minutes, and may fail
+            _write(options.json, figures)
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    """Write the figures; into a folder's file of the day, beside those of other benchmarks in it."""
+    """Write the figures; for the folder of results, to its file of the day."""
     if path == RESULTS:
         path = RESULTS / f"{figures['machine']['date'].partition(' ')[0]}.json"
     path.write_text(_dumped(figures), encoding="utf-8")
-    print(f"\nwritten to {path}")
+    print(f"\nwritten to {path}", flush=True)
 
 
 @contextlib.contextmanager
