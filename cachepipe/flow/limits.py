@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import logging
 import math
 import os
 import threading
@@ -39,9 +40,11 @@ from cachepipe.flow.headers import headers_of, hints, in_any_case, retry_after
 from cachepipe.flow.shared import SharedQuotas, Taken, Wanted
 from cachepipe.flow.windows import Use, Window
 
+_logger = logging.getLogger(__name__)
 _AGAIN = 0.005  # seconds until what could not be written is tried again
 _COLD = 5.0  # seconds that a request may be on its way before any answer has come
 _WITHIN = 2  # the rank of a call that is made within another one
+_NOTABLE = 60.0  # seconds of a pause of which is told, since nothing else may be heard meanwhile
 _TICK = 1e-6  # seconds of the shortest wait: what is less may be no time at all, as numbers go
 _MANY = 1000  # lines from which those that are over are forgotten
 _OVERLOADED = frozenset({408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
@@ -789,19 +792,21 @@ class Limits:
                 adaptive.answered(slot.begun, in_flight, now)
             elif status == 429:
                 stats.refused += 1
+                self._pause(slot.model, asked, now)
                 adaptive.refused(slot.begun, asked, now)
-                self._pause_all(slot.model, asked, now)
             elif status in _OVERLOADED or is_connection_error(error):
                 stats.overloaded += 1
+                self._pause(slot.model, asked, now)
                 adaptive.overloaded(slot.begun, asked, now)
-                self._pause_all(slot.model, asked, now)
             elif isinstance(error, Exception):
                 stats.failed += 1
             if self._busy or self._shared is not None:
                 self._dispatch()
 
-    def _pause_all(self, model: _Model, asked: float | None, now: float) -> None:
-        """Let the other processes wait as well, where the provider has asked for it."""
+    def _pause(self, model: _Model, asked: float | None, now: float) -> None:
+        """Tell of a long pause that the provider has asked for, and the other processes of any."""
+        if asked and asked >= _NOTABLE and model.adaptive.paused_until <= now:
+            _logger.warning("the provider asks for no calls of model %s for %d seconds", model.name, asked)
         if asked and self._shared is not None:
             self._shared.pause(self._paused_name(model), now + asked)
 

@@ -275,6 +275,16 @@ async def test_retry_after_pauses_all_calls_of_the_model(begin, clock):
     assert caller.limits.stats().refused == 1
 
 
+async def test_a_long_pause_is_told_of_once(begin, clock, caplog):
+    caller = begin()
+    for seconds in ("59", "3600"):
+        for _ in range(5):
+            caller.call("refused", takes=1, model="m", error=RefusedError(retry_after=seconds))
+        await clock.advance(61)
+    [record] = caplog.records
+    assert record.getMessage() == "the provider asks for no calls of model m for 3600 seconds"
+
+
 async def test_what_a_provider_says_is_left_is_kept_to(begin, clock):
     caller = begin()
     told = {
