@@ -126,9 +126,16 @@ def cache_option(command: Command) -> Command:
         "--cache",
         metavar="DIR",
         type=click.Path(),
+        callback=_named,
         help="The folder of the cache; by default CACHEPIPE_DIR, else caches/default where there is a "
         "folder caches, else the user's cache folder.",
     )(command)
+
+
+def _named(_context: click.Context, _parameter: click.Parameter, folder: str | None) -> str | None:
+    if folder == "":  # such as of a variable that is not set: it would be the current folder
+        raise click.BadParameter("it is empty; name a folder, or leave it out.")
+    return folder
 
 
 def json_option(what: str) -> Callable[[Command], Command]:

@@ -44,6 +44,8 @@ def open_store(
         cache = default_folder()
     if hasattr(type(cache), "apply_now") and hasattr(type(cache), "recall"):
         return cache, False
+    if cache == "":
+        raise ValueError("cache= takes a folder; got ''. Leave it out, or None, for the default one")
     if isinstance(cache, str) and "://" in cache:
         raise ValueError(f"cache= takes a folder, not a URL; got {cache.rpartition('@')[2]!r}")
     if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):

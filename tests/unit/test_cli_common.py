@@ -136,6 +136,15 @@ def test_lines_are_printed_before_the_last_one_is_known(capsys):
     assert capsys.readouterr().out == "second\n"
 
 
+@pytest.mark.parametrize("command", [["stats"], ["run", "in.jsonl", "-o", "out.jsonl"], ["serve"]])
+def test_an_empty_name_is_not_the_current_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, [*command, "--cache", ""])
+    assert done.exit_code == 2
+    assert "it is empty" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_command_that_is_nearly_right_is_suggested():
     done = CliRunner().invoke(cli, ["stat"])
     assert done.exit_code == 2
