@@ -3,7 +3,7 @@
 Each call that is under way, or counts still, is a row. A process that dies leaves rows behind: they expire as
 those of the living do, and its calls are no longer counted as under way once the lock of its lease is free.
 Time is the machine's monotonic clock, which its processes have in common; rows from before a restart of
-the machine are told by times that cannot be. Nothing of a call is in the file but its tokens.
+the machine are told by having begun in the future. Nothing of a call is in the file but its tokens.
 
 No method waits for the file's lock. A take that meets it held is tried again some milliseconds later; the
 end of a call is written with whatever is written next.
@@ -27,15 +27,16 @@ _LOOK = 0.05  # seconds between looks whether a call of another process has ende
 _CHANGE = 1.0  # seconds between looks whether calls of others have used fewer tokens than was thought
 _PATIENCE = 0.5  # seconds after which who waits for a place goes before a process that has as many
 _GONE = 0.5  # seconds without a look after which nobody waits there any more
+_AHEAD = 60.0  # seconds by which others may be ahead: a time is read before the lock is had
 _LONGEST = 90_000.0  # seconds of a pause that are believed
 _FILE = "limits.cache.db"  # a name that diskcache leaves alone
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS uses (
+CREATE TABLE IF NOT EXISTS calls (
     id INTEGER PRIMARY KEY, quota TEXT NOT NULL, owner TEXT NOT NULL, call INTEGER NOT NULL,
-    tokens REAL NOT NULL, expires REAL NOT NULL, running INTEGER NOT NULL
+    tokens REAL NOT NULL, taken REAL NOT NULL, expires REAL NOT NULL, running INTEGER NOT NULL
 );
-CREATE INDEX IF NOT EXISTS by_quota ON uses (quota, expires);
-CREATE INDEX IF NOT EXISTS by_call ON uses (owner, call);
+CREATE INDEX IF NOT EXISTS calls_by_quota ON calls (quota, expires);
+CREATE INDEX IF NOT EXISTS calls_by_number ON calls (owner, call);
 CREATE TABLE IF NOT EXISTS waits (
     quota TEXT NOT NULL, owner TEXT NOT NULL, since REAL NOT NULL, seen REAL NOT NULL,
     PRIMARY KEY (quota, owner)
@@ -153,23 +154,25 @@ class SharedQuotas:
                 self._owner,
                 call,
                 tokens if quota.max_tokens is None else min(tokens, quota.max_tokens),
+                now,
                 now + quota.transit + quota.interval,
             )
             for quota in (*everybody, *model)
         ]
         connection.executemany(
-            "INSERT INTO uses (quota, owner, call, tokens, expires, running) VALUES (?, ?, ?, ?, ?, 1)",
+            "INSERT INTO calls (quota, owner, call, tokens, taken, expires, running) "
+            "VALUES (?, ?, ?, ?, ?, ?, 1)",
             rows,
         )
         return Taken(call, 0.0, whole=True)
 
     def _wait(self, connection: sqlite3.Connection, quota: Wanted, tokens: float, now: float) -> float:
         connection.execute(
-            "DELETE FROM uses WHERE quota = ? AND (expires <= ? AND NOT running OR expires > ?)",
-            (quota.name, now, now + 2 * (quota.interval + quota.transit) + 60),
+            "DELETE FROM calls WHERE quota = ? AND (expires <= ? AND NOT running OR taken > ?)",
+            (quota.name, now, now + _AHEAD),
         )
         calls, used, soonest = connection.execute(
-            "SELECT count(*), total(tokens), min(expires) FROM uses WHERE quota = ? AND expires > ?",
+            "SELECT count(*), total(tokens), min(expires) FROM calls WHERE quota = ? AND expires > ?",
             (quota.name, now),
         ).fetchone()
         full = quota.max_requests is not None and calls + 1 > quota.max_requests
@@ -192,8 +195,8 @@ class SharedQuotas:
             if owner == self._owner or leases.alive(self._folder, owner):
                 running[owner] = count
             else:  # its process has died
-                connection.execute("UPDATE uses SET running = 0 WHERE owner = ?", (owner,))
-        connection.execute("DELETE FROM waits WHERE NOT seen BETWEEN ? AND ?", (now - _GONE, now))
+                connection.execute("UPDATE calls SET running = 0 WHERE owner = ?", (owner,))
+        connection.execute("DELETE FROM waits WHERE NOT seen BETWEEN ? AND ?", (now - _GONE, now + _AHEAD))
         since = dict(
             connection.execute("SELECT owner, since FROM waits WHERE quota = ?", (quota.name,)).fetchall()
         )
@@ -217,7 +220,7 @@ class SharedQuotas:
     def _running(self, connection: sqlite3.Connection, name: str) -> list[tuple[str, int]]:
         """Return how many calls are under way, by the lease of their process."""
         return connection.execute(
-            "SELECT owner, count(*) FROM uses WHERE quota = ? AND running GROUP BY owner", (name,)
+            "SELECT owner, count(*) FROM calls WHERE quota = ? AND running GROUP BY owner", (name,)
         ).fetchall()
 
     def _paused(self, connection: sqlite3.Connection, name: str, now: float) -> float:
@@ -234,7 +237,7 @@ class SharedQuotas:
         """
         for name, when in expires:
             self._later(
-                "UPDATE uses SET running = 0, expires = min(expires, ?), tokens = coalesce(?, tokens) "
+                "UPDATE calls SET running = 0, expires = min(expires, ?), tokens = coalesce(?, tokens) "
                 "WHERE owner = ? AND call = ? AND quota = ?",
                 (when, tokens, self._owner, call, name),
             )
@@ -242,7 +245,7 @@ class SharedQuotas:
 
     def give_back(self, call: int) -> None:
         """Let a call never have been taken."""
-        self._later("DELETE FROM uses WHERE owner = ? AND call = ?", (self._owner, call))
+        self._later("DELETE FROM calls WHERE owner = ? AND call = ?", (self._owner, call))
         self.write()
 
     def pause(self, name: str, until: float) -> None:

@@ -121,7 +121,7 @@ async def test_slots_of_limits_in_one_process_are_told_apart(make, clock, tmp_pa
 async def test_an_answer_is_not_lost_where_the_end_of_its_call_cannot_be_written(make, tmp_path):
     limits = make(5, None, 60.0)
     slot = await limits.enter()
-    limits._shared._connection.execute("DROP TABLE uses")
+    limits._shared._connection.execute("DROP TABLE calls")
     slot.end()
     assert limits._shared.late
     with pytest.raises(StoreError, match="cannot be used: no such table"):
@@ -179,7 +179,7 @@ async def test_a_held_lock_holds_nobody_up(make, clock, tmp_path):
     holder.execute("COMMIT")
     await clock.advance(0.02)
     assert task.done()
-    assert holder.execute("SELECT count(*), sum(running) FROM uses").fetchone() == (3, 1)
+    assert holder.execute("SELECT count(*), sum(running) FROM calls").fetchone() == (3, 1)
     holder.close()
     (await task).end()
 
@@ -196,6 +196,32 @@ async def test_times_that_cannot_be_are_those_of_before_a_restart(make, clock, t
     clock._now = 5.0  # the machine's clock begins anew
     after = make(1, None, 60.0)
     (await asyncio.wait_for(after.enter(), 5)).end()
+
+
+async def test_a_call_taken_while_another_process_waited_for_the_lock_counts(make, clock):
+    """The other has read the time before, so that the call lies in its future."""
+    one, other = make(1, None, 60.0), make(1, None, 60.0)
+    await clock.advance(5)
+    (await one.enter()).end()
+    clock._now -= 0.01
+    task = asyncio.create_task(other.enter())
+    await clock.advance(10)
+    assert not task.done()
+    task.cancel()
+
+
+async def test_another_interval_for_the_same_endpoint_forgets_nothing(make, clock):
+    """Two programs may have set the limits of one endpoint differently; each keeps to its own."""
+    hourly, quick = make(2, None, 3600.0), make(5, None, 1.0)
+    for _ in range(2):
+        (await hourly.enter()).end()
+    (await quick.enter()).end()
+    await clock.advance(10)
+    (await quick.enter()).end()
+    task = asyncio.create_task(hourly.enter())
+    await clock.advance(3000)
+    assert not task.done()
+    task.cancel()
 
 
 async def test_a_file_that_is_none_is_an_error_of_ours(make, tmp_path):
