@@ -733,6 +733,9 @@ class Limits:
         """Note when a call is really made: its loop may have been busy since it was let go."""
         with self._lock:
             now = self.clock.now()
+            late = now - slot.begun
+            if slot.call is not None and late > _AGAIN:
+                self._shared.delay(slot.call, late)
             slot.begun = now
             slot.queued = now - ticket.since
             self._stats.queue_seconds += slot.queued

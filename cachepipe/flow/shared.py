@@ -243,6 +243,14 @@ class SharedQuotas:
             )
         self.write()
 
+    def delay(self, call: int, seconds: float) -> None:
+        """Let a call count longer that was made some time after it was taken."""
+        self._later(
+            "UPDATE calls SET expires = expires + ? WHERE owner = ? AND call = ?",
+            (seconds, self._owner, call),
+        )
+        self.write()
+
     def give_back(self, call: int) -> None:
         """Let a call never have been taken."""
         self._later("DELETE FROM calls WHERE owner = ? AND call = ?", (self._owner, call))

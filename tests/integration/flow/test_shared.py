@@ -210,6 +210,25 @@ async def test_a_call_taken_while_another_process_waited_for_the_lock_counts(mak
     task.cancel()
 
 
+async def test_a_call_counts_from_when_it_is_made_though_its_loop_was_busy(make, clock):
+    one, other, let_go = make(1, None, 1.0), make(1, None, 1.0), []
+    (await one.enter()).end()
+    [task] = await many(one, clock, 1, let_go, takes=100)
+    await clock.settle()
+    clock._now += 1.0
+    with one._lock:
+        one._dispatch()  # it is let go, and its loop is busy for three seconds
+    clock._now += 3.0
+    await clock.settle()
+    assert let_go == [1004.0]
+    [second] = await many(other, clock, 1, let_go)
+    await clock.advance(0.9)
+    assert not second.done()
+    await clock.advance(0.2)
+    assert second.done()
+    task.cancel()
+
+
 async def test_another_interval_for_the_same_endpoint_forgets_nothing(make, clock):
     """Two programs may have set the limits of one endpoint differently; each keeps to its own."""
     hourly, quick = make(2, None, 3600.0), make(5, None, 1.0)
