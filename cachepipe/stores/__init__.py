@@ -9,7 +9,15 @@ from cachepipe.stores.base import Store
 from cachepipe.stores.disk import DiskStore
 from cachepipe.stores.memory import MemoryStore
 
-__all__ = ["DiskStore", "MemoryStore", "Store", "default_folder", "open_store", "switched_off"]
+__all__ = [
+    "DiskStore",
+    "MemoryStore",
+    "Store",
+    "check_folder",
+    "default_folder",
+    "open_store",
+    "switched_off",
+]
 
 
 def switched_off() -> bool:
@@ -32,6 +40,18 @@ def default_folder() -> str:
     return platformdirs.user_cache_dir("cachepipe", appauthor=False)
 
 
+def check_folder(name: str | os.PathLike[str]) -> None:
+    """Refuse what is no name of a folder, though the system would take it for one.
+
+    Raises:
+        ValueError: for an empty string, which is the current folder, and for a URL.
+    """
+    if name == "":
+        raise ValueError("cache= takes a folder; got ''. Leave it out, or None, for the default one")
+    if isinstance(name, str) and "://" in name:
+        raise ValueError(f"cache= takes a folder, not a URL; got {name.rpartition('@')[2]!r}")
+
+
 def open_store(
     cache: Any = None, *, durability: str = "process", read_only: bool | None = None
 ) -> tuple[Store, bool]:
@@ -44,10 +64,8 @@ def open_store(
         cache = default_folder()
     if hasattr(type(cache), "apply_now") and hasattr(type(cache), "recall"):
         return cache, False
-    if cache == "":
-        raise ValueError("cache= takes a folder; got ''. Leave it out, or None, for the default one")
-    if isinstance(cache, str) and "://" in cache:
-        raise ValueError(f"cache= takes a folder, not a URL; got {cache.rpartition('@')[2]!r}")
+    if isinstance(cache, str):
+        check_folder(cache)
     if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):
         return DiskStore(cache, durability=durability, read_only=read_only), True  # type: ignore[arg-type]
     raise TypeError(

@@ -27,7 +27,7 @@ from cachepipe import context
 from cachepipe.clients.mixins import AsyncCached, SyncCached
 from cachepipe.clients.portal import portal
 from cachepipe.context import INHERITED, Inherited
-from cachepipe.stores import default_folder
+from cachepipe.stores import check_folder, default_folder
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat
 
 T = TypeVar("T")
@@ -87,6 +87,7 @@ class Access:
         if self._cache is None and self.client is None:
             self._cache = self.found("CACHEPIPE_DIR") or default_folder()
         if isinstance(self._cache, str | os.PathLike):
+            check_folder(self._cache)
             self._cache = str(Path(self._cache).expanduser().resolve())
         self.namespace = self._namespace(options)
         where = [name for name in ("client", "service") if options.get(name) is not None]
