@@ -126,16 +126,9 @@ def cache_option(command: Command) -> Command:
         "--cache",
         metavar="DIR",
         type=click.Path(),
-        callback=_named,
         help="The folder of the cache; by default CACHEPIPE_DIR, else caches/default where there is a "
         "folder caches, else the user's cache folder.",
     )(command)
-
-
-def _named(_context: click.Context, _parameter: click.Parameter, folder: str | None) -> str | None:
-    if folder == "":  # such as of a variable that is not set: it would be the current folder
-        raise click.BadParameter("it is empty; name a folder, or leave it out.")
-    return folder
 
 
 def json_option(what: str) -> Callable[[Command], Command]:
@@ -152,16 +145,17 @@ def json_option(what: str) -> Callable[[Command], Command]:
 
 def folder_in_use(cache: str | None) -> tuple[Path, str]:
     """Return the folder of the cache that a command uses, and how it was found."""
+    from cachepipe.stores import check_folder, default_folder  # noqa: PLC0415 - help needs no store
+
     if cache is not None:
         found, how = cache, "--cache"
     else:
-        from cachepipe.stores import default_folder  # noqa: PLC0415 - help needs no store
-
         found = default_folder()
         if os.environ.get("CACHEPIPE_DIR"):
             how = "CACHEPIPE_DIR"
         else:
             how = "user" if Path(found).is_absolute() else "project"
+    check_folder(found)
     return Path(found).expanduser().resolve(), how
 
 

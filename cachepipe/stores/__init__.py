@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from cachepipe.errors import StoreError
 from cachepipe.stores.base import Store
 from cachepipe.stores.disk import DiskStore
 from cachepipe.stores.memory import MemoryStore
@@ -44,12 +45,12 @@ def check_folder(name: str | os.PathLike[str]) -> None:
     """Refuse what is no name of a folder, though the system would take it for one.
 
     Raises:
-        ValueError: for an empty string, which is the current folder, and for a URL.
+        StoreError: for an empty string, which is the current folder, and for a URL.
     """
     if name == "":
-        raise ValueError("cache= takes a folder; got ''. Leave it out, or None, for the default one")
+        raise StoreError("a cache is a folder; got ''. Leave it out for the default one")
     if isinstance(name, str) and "://" in name:
-        raise ValueError(f"cache= takes a folder, not a URL; got {name.rpartition('@')[2]!r}")
+        raise StoreError(f"a cache is a folder, not a URL; got {name.rpartition('@')[2]!r}")
 
 
 def open_store(

@@ -29,6 +29,7 @@ from cachepipe import (
     Conversation,
     MemoryStore,
     Message,
+    StoreError,
     TextCompletion,
     TokenLogProb,
     from_jsonl,
@@ -500,8 +501,8 @@ async def test_no_credentials_are_stored(server, tmp_path):
         ({"response_format": "json"}, TypeError, "pydantic model's class"),
         ({"tools": ["hammer"]}, TypeError, "a tool is a function"),
         ({"client": "x"}, TypeError, "client= takes a client"),
-        ({"cache": ""}, ValueError, "takes a folder"),
-        ({"cache": "redis://host"}, ValueError, "not a URL"),
+        ({"cache": ""}, StoreError, "a cache is a folder"),
+        ({"cache": "redis://host"}, StoreError, "not a URL"),
         ({"service": Double(), "base_url": "http://x"}, TypeError, "give service= or base_url=, not both"),
     ],
 )

@@ -136,13 +136,19 @@ def test_lines_are_printed_before_the_last_one_is_known(capsys):
     assert capsys.readouterr().out == "second\n"
 
 
-@pytest.mark.parametrize("command", [["stats"], ["run", "in.jsonl", "-o", "out.jsonl"], ["serve"]])
-def test_an_empty_name_is_not_the_current_folder(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["", "redis://host"])
+@pytest.mark.parametrize(
+    "command", [["stats"], ["path"], ["serve", "--upstream", "http://h/v1"], ["run", "in.jsonl", "-o", "out"]]
+)
+def test_an_empty_name_and_a_url_are_no_folders(command, folder, tmp_path, monkeypatch):
+    """Of a variable that is not set, the empty name would be the current folder."""
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli, [*command, "--cache", ""])
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "model": "m"}')
+    done = CliRunner().invoke(cli, [*command, "--cache", folder])
     assert done.exit_code == 2
-    assert "it is empty" in done.output
-    assert list(tmp_path.iterdir()) == []
+    assert "a cache is a folder" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_a_command_that_is_nearly_right_is_suggested():
