@@ -104,7 +104,7 @@ class _ResponseRecorder(StreamRecorder):
         return ""
 
     def _whole(self) -> dict[str, Any]:
-        if self._response.get("output") is None:  # some servers leave it to the items that came before
+        if self._response.get("output") in (None, []):  # some servers leave it to the items that came before
             return {**self._response, "output": [item for _, item in sorted(self._items.items())]}
         return self._response
 

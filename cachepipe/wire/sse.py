@@ -18,7 +18,8 @@ from cachepipe.wire.errors import BadAnswer
 DONE = b"data: [DONE]\n\n"
 """The terminal event of OpenAI's chat and completions."""
 
-_IDENTITIES = frozenset({"role", "id", "type"})
+_IDENTITIES = frozenset({"role", "id", "type", "format"})
+"""The strings that deltas repeat instead of adding to; OpenRouter tells the format of reasoning each time."""
 _PIECE = re.compile(r"\S+\s*|\s+")
 _BOM = b"\xef\xbb\xbf"
 

@@ -385,8 +385,11 @@ def test_other_fields_of_a_delta_are_merged_by_their_kind():
             "function_call": {"name": "f", "arguments": "{"},
         },
         {"function_call": {"arguments": "}"}, "citations": ["x"]},
-        {"citations": ["y"], "reasoning_details": [{"index": 0, "type": "text", "text": "a"}]},
-        {"reasoning_details": [{"index": 0, "type": "text", "text": "b"}]},
+        {
+            "citations": ["y"],
+            "reasoning_details": [{"index": 0, "type": "text", "text": "a", "format": "f-1"}],
+        },
+        {"reasoning_details": [{"index": 0, "type": "text", "text": "b", "format": "f-1"}]},
     )
     assert message == {
         "role": "assistant",
@@ -397,7 +400,7 @@ def test_other_fields_of_a_delta_are_merged_by_their_kind():
         "refusal": "no way",
         "function_call": {"name": "f", "arguments": "{}"},
         "citations": ["x", "y"],
-        "reasoning_details": [{"index": 0, "type": "text", "text": "ab"}],
+        "reasoning_details": [{"index": 0, "type": "text", "text": "ab", "format": "f-1"}],
     }
 
 
@@ -766,11 +769,12 @@ def test_c8_a_response_that_failed_or_did_not_end_is_never_a_sample(last):
         recorder.samples()
 
 
-def test_a_terminal_event_without_output_is_completed_by_the_items_before_it():
+@pytest.mark.parametrize("output", [None, []])
+def test_a_terminal_event_without_output_is_completed_by_the_items_before_it(output):
     items = [
         {"type": "response.output_item.done", "output_index": i, "item": item} for i, item in enumerate(ITEMS)
     ]
-    last = {"type": "response.completed", "response": {**RESPONSE, "output": None}}
+    last = {"type": "response.completed", "response": {**RESPONSE, "output": output}}
     assert recorded(RESPONSES, typed(*reversed(items), last)).samples() == [RESPONSE]
 
 
