@@ -157,6 +157,10 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
     named, custom_id = _custom_id(fields, number)
     api, body, used = _asked(fields)
     carried = {name: value for name, value in fields.items() if name not in used and name != named}
+    try:
+        orjson.dumps([[fields]])  # as deep as a result holds what is carried along
+    except TypeError as error:
+        raise _LineError("it nests too deep; 250 levels can be sent and written") from error
     defaults.fill(api, body)
     if "model" not in body and api is not wire.MODERATIONS:
         raise _LineError("it names no model, and neither does --model")
@@ -568,13 +572,13 @@ class _Output:
         if str(path) == "-":
             raise BatchFileError("the results go to a file, which is there when it is complete; name one")
         try:
+            # What is no regular file, such as a terminal or a pipe, takes the lines as they come.
+            self._direct = path.exists() and not path.is_file()
+            self._target = path if self._direct else path.resolve()
+            self.partial = self._target.with_name(self._target.name + ".partial")
             self._check(source)
         except OSError as error:
             raise BatchFileError(f"the results cannot be written to {path}: {error.strerror}") from error
-        # What is no regular file, such as a terminal or a pipe, takes the lines as they come.
-        self._direct = path.exists() and not path.is_file()
-        self._target = path if self._direct else path.resolve()
-        self.partial = self._target.with_name(self._target.name + ".partial")
         self._lines: list[bytes] = []
         self._bytes = 0
         self._written = 0
@@ -586,8 +590,14 @@ class _Output:
             raise BatchFileError(f"{path} is a folder; name a file for the results")
         if not folder.is_dir():
             raise BatchFileError(f"there is no folder {folder} for the results; make it first")
-        if path.exists() and source.exists() and path.samefile(source):
+        if not source.exists():
+            return
+        if path.exists() and path.samefile(source):
             raise BatchFileError(f"{path} is the input too; name another file for the results")
+        if self.partial.exists() and self.partial.samefile(source):
+            raise BatchFileError(
+                f"the results are written to {self.partial} first, which is the input; name another file"
+            )
 
     def __enter__(self) -> Self:
         try:
@@ -744,15 +754,18 @@ class _Secrets:
             parts = urlsplit(url or "")
             found |= {part for part in (parts.password, parts.username) if part}
         found |= {unquote(secret) for secret in found}
-        # As JSON writes it, so that it is found in bytes of JSON; the longest first.
-        texts = [orjson.dumps(secret)[1:-1] for secret in found if len(secret) >= _SECRET]
-        self._found = sorted(texts, key=len, reverse=True)
+        self._found = sorted((secret for secret in found if len(secret) >= _SECRET), key=len, reverse=True)
 
-    def blot(self, text: bytes) -> bytes:
-        """Return JSON in which each of them is blotted out."""
-        for secret in self._found:
-            text = text.replace(secret, b"***")
-        return text
+    def blot(self, value: Any) -> Any:
+        """Return a JSON value in whose texts each of them is blotted out; numbers stay as they are."""
+        if isinstance(value, str):
+            for secret in self._found:
+                value = value.replace(secret, "***")
+        elif isinstance(value, list):
+            return [self.blot(item) for item in value]
+        elif isinstance(value, dict):
+            return {self.blot(name): self.blot(item) for name, item in value.items()}
+        return value
 
 
 class _Run:
@@ -872,8 +885,7 @@ class _Run:
 
     def _failure(self, line: Line, error: Exception) -> bytes:
         report = self._report
-        code, message, response = _told(error)
-        code, message, response = orjson.loads(self._secrets.blot(orjson.dumps([code, message, response])))
+        code, message, response = self._secrets.blot(list(_told(error)))
         report.failed += 1
         report.errors[code] = report.errors.get(code, 0) + 1
         report.example = report.example or message
@@ -938,13 +950,14 @@ _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
 
 def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
     """Return an error's code, its message, and the response if the provider gave one."""
-    message = str(error) or type(error).__name__
+    message = _written(str(error)) or type(error).__name__
     status = getattr(error, "status_code", None)
     answer = getattr(error, "response", None)
     if isinstance(status, int) and answer is not None:
         try:
             body = orjson.loads(answer.content)
-        except orjson.JSONDecodeError:
+            orjson.dumps([[body]])
+        except (orjson.JSONDecodeError, TypeError):  # no JSON, or too deep for a result
             body = answer.text
         inner = body.get("error") if isinstance(body, dict) else None
         code = inner.get("code") or inner.get("type") if isinstance(inner, dict) else None
@@ -962,8 +975,13 @@ def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
         if isinstance(error, kind):
             return code, message, None
     if error.__cause__ is not None and str(error.__cause__):
-        message = f"{message} {error.__cause__}"
+        message = f"{message} {_written(str(error.__cause__))}"
     name = type(error).__name__
     if "Timeout" in name:
         return "timeout", message, None
     return ("connection_error" if "Connection" in name else name), message, None
+
+
+def _written(text: str) -> str:
+    """Return a text that UTF-8 can spell: a path, say, may hold bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode()

@@ -91,6 +91,11 @@ async def client():
         yield made
 
 
+def nested(levels):
+    """The JSON of a list in a list, and so on."""
+    return "[" * levels + "]" * levels
+
+
 def parsed(fields, number=7, **defaults):
     return parse_line(json.dumps(fields).encode(), number, Defaults(**{"model": "m", **defaults}))
 
@@ -205,6 +210,8 @@ def test_the_id_is_custom_id_or_id_or_task_id_or_the_line_s_number(fields, custo
         ('{"url": "/v1/messages", "body": {}}', "url must be one of"),
         ('{"url": "/v1/responses", "body": {"input": "a", "background": true}}', "cannot be run from a file"),
         ('{"url": "/v1/embeddings", "body": {"input": []}}', "cannot be run from a file"),
+        (f'{{"prompt": "a", "note": {nested(300)}}}', "it nests too deep"),
+        (f'{{"url": "/v1/responses", "body": {{"input": {nested(900)}}}}}', "it nests too deep"),
     ],
 )
 def test_a_malformed_line_says_what_was_expected(text, complaint):
@@ -277,6 +284,27 @@ async def test_files_that_cannot_be_read_or_written_are_refused(paths, tmp_path,
         threading.Thread(target=source.write_text, args=("",), daemon=True).start()
     with pytest.raises(BatchFileError, match=complaint):
         await run_file(source, target, model="m", cache=MemoryStore())
+
+
+@pytest.mark.parametrize("linked", [False, True])
+async def test_results_are_never_written_through_a_file_that_is_the_input(tmp_path, linked):
+    source = write(tmp_path / "out.jsonl.partial", [{"prompt": "a"}])
+    before = source.read_bytes()
+    given = tmp_path / "in.jsonl" if linked else source
+    if linked:
+        given.symlink_to(source)
+    with pytest.raises(BatchFileError, match="which is the input"):
+        await run_file(given, tmp_path / "out.jsonl", model="m", cache=MemoryStore())
+    assert source.read_bytes() == before
+
+
+async def test_what_nests_as_deep_as_a_line_may_is_carried_to_its_result(paths, client):
+    source, target = paths
+    write(source, [f'{{"prompt": "a", "error": {nested(250)}, "note": {nested(251)}}}'])
+    await run_file(source, target, client=client, model="m", cache=MemoryStore())
+    (line,) = read(target)
+    assert json.dumps(line["note"]) == nested(251)
+    assert json.dumps(line["cachepipe"]["carried"]["error"]) == nested(250)
 
 
 async def test_the_first_so_many_requests_can_be_run_alone(paths, client):
@@ -432,7 +460,10 @@ def api_error(kind, status, body, headers=()):
         (BadAnswer("broken"), "bad_answer", "broken", None),
         (StoreError("full"), "store_error", "full", None),
         (RuntimeError(), "RuntimeError", "RuntimeError", None),
+        (StoreError("no file \udcff"), "store_error", "no file \\udcff", None),
+        (api_error(openai.InternalServerError, 500, nested(254).encode()), "http_500", "told", 500),
     ],
+    ids=lambda value: None if isinstance(value, Exception) else str(value)[:20],
 )
 async def test_c8_whatever_fails_becomes_an_error_line_and_the_others_are_answered(
     paths, client, error, code, message, status
@@ -482,6 +513,17 @@ async def test_a_key_that_a_server_repeats_is_blotted_out(paths, client, monkeyp
     assert line["error"]["message"] == "wrong key *** of *** with ***"
     assert report.example == "wrong key *** of *** with ***"
     assert SECRET not in repr(report)
+
+
+async def test_numbers_that_hold_the_digits_of_a_password_stay_numbers(paths, client, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://someone:123456@model/v1")
+    source, target = paths
+    body = {"error": {"message": "not 123456"}, "at": 1234567890, "123456": None}
+    client.answer = lambda *_: api_error(openai.AuthenticationError, 401, orjson.dumps(body))
+    write(source, [{"prompt": "a"}])
+    await run_file(source, target, client=client, model="m", cache=MemoryStore())
+    (line,) = read(target)
+    assert line["response"]["body"] == {"error": {"message": "not ***"}, "at": 1234567890, "***": None}
 
 
 async def test_moderations_are_functions_of_each_input(paths, client):
