@@ -29,7 +29,7 @@ _UNASKED = frozenset({"n", "request_id", "namespace"})
 _MARK = "\0"  # opens the names of the objects that stand for values JSON has no form for
 _LONG = 6  # items of a list from which on a look at its JSON is cheaper than a walk
 _PLAIN = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
-_EXPONENTS = (b"e+",) if b"e+" in orjson.dumps(1e22) else (b"e1", b"e2", b"e3")
+_EXPONENTS = (b"e+",) if b"e+" in orjson.dumps(1e22) else tuple(b"e%d" % digit for digit in range(1, 10))
 _SIGNS = (b".0", *_EXPONENTS, b'"\\u0000')
 """What JSON has in it if a whole float is there (from 1e16 on with an exponent), or a marked name."""
 

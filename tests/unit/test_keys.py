@@ -225,7 +225,7 @@ def test_a_long_list_has_the_form_of_its_items(items):
 
 
 @pytest.mark.parametrize(
-    "item", [1.0, -0.0, 1e16, 1e300, (1, 2.0), {"\0int": 1}, b"x", 1 << 70, "\ud800"], ids=repr
+    "item", [1.0, -0.0, 1e16, 1e45, 1e300, (1, 2.0), {"\0int": 1}, b"x", 1 << 70, "\ud800"], ids=repr
 )
 def test_what_a_long_list_holds_is_spelled_in_one_way(item):
     assert encode(canonical([item] * 7)) == encode([canonical(item)] * 7)
