@@ -232,16 +232,15 @@ class Caller:
         pieces: list[Piece] = []
         room = limit
         for need in needs:
-            left = need.slots
-            while left:
-                part = left if room is None else left[:room]
+            slots, at = need.slots, 0
+            while at < len(slots):
+                part = slots[at : at + room]
                 pieces.append((need, part))
-                left = left[len(part) :]
-                if room is not None:
-                    room -= len(part)
-                    if not room:
-                        calls.append(Call(pieces))
-                        pieces, room = [], limit
+                at += len(part)
+                room -= len(part)
+                if not room:
+                    calls.append(Call(pieces))
+                    pieces, room = [], limit
         if pieces:
             calls.append(Call(pieces))
         return calls
