@@ -653,9 +653,11 @@ def _coupled(ledger: sqlite3.Connection, key: int, draw: Draw, owner: int) -> li
     if draw.namespace == SHARED:
         return []
     rows = ledger.execute(
-        "SELECT s.namespace, s.position, s.indices FROM segments s JOIN namespaces n ON n.id = s.namespace"
+        "SELECT s.namespace, s.position, s.indices, s.at"
+        " FROM segments s JOIN namespaces n ON n.id = s.namespace"
         " WHERE s.key = ? AND s.request_id = ? AND s.occurrence = ? AND s.namespace != ? AND n.label != ?"
-        " ORDER BY s.at, s.namespace, s.part",
+        " ORDER BY s.namespace, s.part",
         (key, draw.request_id, draw.occurrence, owner, SHARED),
     ).fetchall()
-    return laid((row[1], unpack(row[2])) for row in rows if row[0] == rows[0][0])
+    earliest = min(rows, key=lambda row: (row[3], row[0]), default=(None,))[0]
+    return laid((row[1], unpack(row[2])) for row in rows if row[0] == earliest)

@@ -41,8 +41,7 @@ _DRAW = (
     " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3"
 )
 _OTHERS = (
-    f"{_DRAW} AND namespace != ? AND namespace IS NOT"
-    f" (SELECT id FROM namespaces WHERE label = '{SHARED}') ORDER BY at, namespace, part"
+    f"{_DRAW} AND namespace != ? AND namespace IS NOT (SELECT id FROM namespaces WHERE label = '{SHARED}')"
 )
 _OWN_AND_FIRST = (
     f"{_DRAW} AND namespace IN"
@@ -297,7 +296,7 @@ class Transaction:
             added.append((old, indices[old:]))
         added += [(n, [])] * (claim.refresh and len(whole) > n)  # the old row goes as a whole
         for position, chosen in added:
-            generated = sum(index in chosen for index in mine)
+            generated = len({*chosen}.intersection(mine)) if mine else 0
             lease, at = self._lease(), self._later()
             self._write(
                 place, (*place, namespace, part, position, pack(chosen), lease, token, generated, at, 0)
@@ -386,7 +385,9 @@ class Transaction:
         if others is None:
             first = self._first(place)
             if first == namespace:
-                others = self._ledger.execute(_OTHERS, (*place, namespace)).fetchall()
+                others = self._ledger.execute(
+                    f"{_OTHERS} ORDER BY namespace, part", (*place, namespace)
+                ).fetchall()
             else:
                 others = self._ledger.execute(f"{_DRAW} AND namespace = ?", (*place, first)).fetchall()
         shared = self._namespace(SHARED)
@@ -396,13 +397,18 @@ class Transaction:
         earliest = min(others, key=lambda row: (row[6], row[0]))[0]
         return laid((row[2], unpack(row[3])) for row in others if row[0] == earliest)
 
-    def _first(self, place: DrawRow) -> int:
-        """Return the earliest namespace of a draw that many have made; it is noted once found."""
+    def _first(self, place: DrawRow) -> int | None:
+        """Return the earliest namespace of a draw that has many rows; it is noted once found.
+
+        None when all of the rows are those of the key's shared draw, which has no namespace.
+        """
         row = self._ledger.execute(
             "SELECT namespace FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ?", place
         ).fetchone()
         if row is None:
-            row = self._ledger.execute(_OTHERS, (*place, -1)).fetchone()
+            row = self._ledger.execute(f"{_OTHERS} ORDER BY at, namespace LIMIT 1", (*place, -1)).fetchone()
+            if row is None:
+                return None
             self._ledger.execute("INSERT INTO firsts VALUES(?, ?, ?, ?)", (*place, row[0]))
         return int(row[0])
 
@@ -415,10 +421,14 @@ class Transaction:
             if row[5] != claim.token or row[4] != self._lease():
                 self._ledger.execute(
                     "INSERT OR IGNORE INTO holders VALUES(?, ?, ?, ?, ?, ?, ?)",
-                    (*place, namespace, row[1], claim.token, self._lease()),
+                    (*place, namespace, row[1], self._holder(claim.token), self._lease()),
                 )
             held.append(row[1])
         return held
+
+    def _holder(self, token: str) -> str:
+        """Return the token of a claimant among those of all processes."""
+        return f"{self._lease()}-{token}"
 
     def _let_stand(self, claim: Claim, place: DrawRow, namespace: int, own: list[Any]) -> None:
         """Note what is delivered now of segments that are incomplete: their makers may yet fail."""
@@ -546,8 +556,7 @@ class Transaction:
             author = row[1] == self._lease() and row[2] == leave.token
             if not author:
                 joined = self._ledger.execute(
-                    f"DELETE FROM holders{_PART} AND token = ? AND lease = ?",
-                    (*where, leave.token, self._lease()),
+                    f"DELETE FROM holders{_PART} AND token = ?", (*where, self._holder(leave.token))
                 ).rowcount
                 if not joined:
                     continue

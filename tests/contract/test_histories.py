@@ -1,0 +1,154 @@
+"""Histories that once broke the contract: several processes, draws of many rows, long draws, lost turns."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+import pytest
+
+from cachepipe import DiskStore, Request, Response
+from cachepipe.keys import Question
+from cachepipe.ledger import SHARED, Draw, Runs, label
+from cachepipe.stages.generation import Caller, Wanted
+from cachepipe.stores import transaction
+from cachepipe.stores.base import Claim, Commit, Forgo, Leave
+
+pytestmark = pytest.mark.anyio
+
+QUESTION = Question("k1-a", None, b"{}")
+KEY = QUESTION.key
+
+
+def draw(namespace="a", request_id=""):
+    return Draw(label(namespace), KEY, request_id, 0)
+
+
+def claim(store, whose, n=1, token="one", **more):  # noqa: S107 - no secret
+    [grant] = store.write([Claim(whose, n, QUESTION, token, **more)])
+    return grant
+
+
+def generate(store, whose, n=1, token="one", **more):  # noqa: S107 - no secret
+    """Claim n samples of a draw and store what is missing."""
+    grant = claim(store, whose, n, token, **more)
+    store.write([Commit(KEY, index, b"%d" % index, {}) for index in grant.mine])
+    return grant
+
+
+class Process(DiskStore):
+    """A store as another process opens it: its lease is its own."""
+
+    def __init__(self, folder, name, living):
+        self.name, self.living = name, living
+        living.add(name)
+        super().__init__(folder)
+
+    def _lease_name(self):
+        return self.name
+
+    def _own_lease_name(self):
+        return self.name
+
+    def _lease_alive(self, name):
+        return name in self.living
+
+
+@pytest.fixture
+def process(tmp_path):
+    """A function that opens one folder as the process of that name."""
+    living, opened = set(), []
+
+    def start(name):
+        opened.append(Process(tmp_path / "cache", name, living))
+        return opened[-1]
+
+    yield start
+    for store in opened:
+        store.close()
+
+
+def test_c3_a_shared_draw_of_many_rows_is_no_namespace_to_be_coupled_to(store):
+    for n in range(1, 12):
+        generate(store, Draw(SHARED, KEY, "", 0), n)
+    assert claim(store, draw()).indices == [0]
+    assert claim(store, draw("b"), 3).indices == [0, 1, 2]
+
+
+def test_c1_who_joined_a_draw_holds_it_whatever_number_another_process_gave_its_request(process):
+    """Processes that run one program number their requests alike."""
+    author, first, second = process("author"), process("first"), process("second")
+    grant = claim(author, draw(), 2, "7")
+    one, two = claim(first, draw(), 2, "3"), claim(second, draw(), 2, "3")
+    author.write([Forgo(KEY, grant.mine), Leave(draw(), "7", grant.held, complete=False)])
+    first.write([Leave(draw(), "3", one.held, complete=False)])
+    assert [found.indices for found in second.draws()] == [(0, 1)]
+    second.write([Leave(draw(), "3", two.held, complete=False)])
+    assert not list(second.draws())
+
+
+def test_c3_a_clock_that_was_set_back_leaves_the_positions_of_a_draw_as_they_are(process, monkeypatch):
+    now = [2000.0]
+    monkeypatch.setattr(transaction.time, "time", lambda: now[0])
+    first, second, third = process("first"), process("second"), process("third")
+    generate(first, draw("a", "before"))
+    generate(first, draw("a", "r"))
+    now[0] = 1000.0
+    assert generate(second, draw("a", "r"), 3).indices == [1, 2, 3]
+    assert second.replay(draw("b", "r"), 3, Runs()).indices == [1, 2, 3]
+    now[0] = 500.0
+    assert claim(third, draw("earliest", "r")).indices == [1]
+    now[0] = 3000.0
+    for namespace in "cdefghij":  # from so many rows on, only the earliest are looked at
+        assert claim(third, draw(namespace, "r")).indices == [1]
+    assert claim(third, draw("earliest", "r"), 3).indices == [1, 2, 3]
+
+
+class Counted(int):
+    """A number that counts how often it is compared."""
+
+    compared: ClassVar[list[int]] = []
+
+    def __eq__(self, other):
+        self.compared.append(other)
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+
+def test_c4_a_claim_of_many_samples_does_not_look_at_all_of_them_for_each(store, monkeypatch):
+    choose = transaction.choose
+    monkeypatch.setattr(transaction, "choose", lambda *given, **more: Counted(choose(*given, **more)))
+    Counted.compared.clear()
+    generate(store, draw("b"))
+    assert len(claim(store, draw(), 1000).mine) == 999
+    assert len(Counted.compared) < 10_000
+
+
+class Slots(list):
+    """A list that counts what is copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        if isinstance(place, slice):
+            Slots.copied += len(found)
+            return Slots(found)
+        return found
+
+
+class Single:
+    max_n = 1
+
+    async def request(self, request):
+        return Response([f"a{number}" for number in range(request.n)])
+
+
+async def test_c4_a_request_for_many_samples_is_cut_without_copying_the_rest_of_it_for_each_call():
+    caller = Caller(asyncio.get_running_loop(), Single(), lambda *_: None)
+    need = Wanted(asyncio.get_running_loop(), Request("q", n=1000))
+    need.slots = Slots(need.slots)
+    caller.start([need])
+    assert len(await need.result()) == caller.calls == 1000
+    assert Slots.copied == 1000
