@@ -103,11 +103,16 @@ class Request:
         """Return the same question for n samples, sharing nothing mutable with this request."""
         if n == self.n and _SCALARS.issuperset(map(type, self.__dict__.values())):
             return self
-        twin = copy.copy(self)
+        twin = object.__new__(type(self))  # what copy.copy does, in a quarter of the time
+        held = twin.__dict__
+        held.update(self.__dict__)
         for name in field_names(type(self)):
             value = getattr(self, name)
             if type(value) not in _SCALARS:
-                object.__setattr__(twin, name, by_value(value))
+                value = by_value(value)
+            elif name in held:
+                continue
+            object.__setattr__(twin, name, value)
         object.__setattr__(twin, "n", n)
         return twin
 

@@ -289,3 +289,22 @@ def test_the_protocols_tell_models_apart():
     assert isinstance(Single(), SingleRequestModel)
     assert not isinstance(Single(), BatchRequestModel)
     assert isinstance(Batched(), BatchRequestModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(Request):
+    options: object = None
+    stop: str | None = None
+
+
+def test_a_request_for_fewer_samples_is_the_same_but_for_those():
+    for request in (
+        Slotted([["a"]], n=3, options={"b": [1]}, stop="x"),
+        Request({"a": ["b"]}, n=3, namespace="c"),
+    ):
+        fewer = request.asking(2)
+        assert (type(fewer), fewer.n, request.n) == (type(request), 2, 3)
+        assert fewer == dataclasses.replace(request, n=2)
+        for name in ("prompt", "options"):
+            assert getattr(request, name) is None or getattr(fewer, name) is not getattr(request, name)
+        assert fewer.asking(3) == request
