@@ -44,6 +44,9 @@ COMMANDS: Final[dict[str, Entry]] = {
 """The commands in the order of help: what one does first, then looking, then testing."""
 
 
+_INTERRUPTED: Final = 128 + 2
+"""The exit code after Ctrl-C, also while a command is still being imported."""
+
 _NO_READER: Final = 128 + 13
 """The exit code when what reads the output has gone away: that of a process which SIGPIPE ended."""
 
@@ -110,6 +113,9 @@ class LazyGroup(click.Group):
             raise Failure(str(error)) from error
         except BrokenPipeError:
             return ctx.exit(_NO_READER)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            return ctx.exit(_INTERRUPTED)
 
 
 @click.group(

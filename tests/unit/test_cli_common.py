@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import cachepipe
 from cachepipe import terminal
-from cachepipe.cli import common
+from cachepipe.cli import common, group
 from cachepipe.cli.group import COMMANDS, cli
 from cachepipe.errors import StoreError
 
@@ -251,3 +251,12 @@ def test_a_warning_is_a_sentence_on_the_errors_stream():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (ran.stdout, ran.stderr) == ("", "Warning: it was not stored\n")
+
+
+def test_ctrl_c_while_a_command_is_still_imported_is_no_failure_of_the_command(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(group.importlib, "import_module", interrupted)
+    done = CliRunner().invoke(cli, ["stats"])
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
