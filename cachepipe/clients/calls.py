@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -32,9 +33,15 @@ receiving: contextvars.ContextVar[Any] = contextvars.ContextVar("cachepipe_recei
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a body as the SDKs send it: models as the fields that were set, times as text."""
+    """Return a value of a body as the SDKs send it: models as the fields that were set, times as text.
+
+    Numbers that are names in a mapping, such as the token ids of ``logit_bias``, become text as in JSON.
+    """
     if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
+        return {
+            json.dumps(name) if name is None or isinstance(name, int | float) else name: plain(item)
+            for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if hasattr(value, "model_dump") and not isinstance(value, type):

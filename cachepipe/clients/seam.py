@@ -99,8 +99,9 @@ def drop_resources(client: Any, original: Any) -> None:
 def sent_headers(client: Any, options: Any) -> dict[str, str]:
     """Return the headers that a call is known to be sent with, by lower-case name.
 
-    They are the default headers that the client was given, with those that Anthropic's always sends, and
-    the call's own; a header that a later one of these leaves out is left out.
+    They are those of its HTTP client, the default headers that the client was given, with those that
+    Anthropic's always sends, and the call's own. A header that a later one of these leaves out is left out,
+    but for those of the HTTP client.
     """
     own = client.default_headers if package_of(kind_of(client)) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
     headers: dict[str, str] = {}
@@ -110,7 +111,7 @@ def sent_headers(client: Any, options: Any) -> dict[str, str]:
                 headers[name.lower()] = value
             elif type(value).__name__ == "Omit":
                 headers.pop(name.lower(), None)
-    return headers
+    return {**client._client.headers, **headers}  # noqa: SLF001 - likewise
 
 
 def call_headers(options: Any) -> dict[str, str]:
@@ -456,7 +457,9 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
         url = wire.azure_url(base, path, body.get("model"), client)
     else:
         url = f"{base}/{path.lstrip('/')}"
-    query = {**client.default_query, **(options.params or {})}
+    params = client._client.params  # noqa: SLF001 - this is the place; the HTTP client adds them
+    query = {name: values[0] if len(values := params.get_list(name)) == 1 else values for name in params}
+    query |= {**client.default_query, **(options.params or {})}
     query = {name: value for name, value in query.items() if _is_given(value)}
     if not query:
         return url

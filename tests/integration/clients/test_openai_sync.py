@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 from cachepipe import CacheMiss, MemoryStore
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.clients.info import info
+from cachepipe.clients.seam import library_of
 from cachepipe.context import using
 from cachepipe.testing import MockServer, MockSettings
 
@@ -364,3 +366,32 @@ def test_a_hook_that_raises_stop_iteration_hangs_nobody(client):
     with pytest.raises((RuntimeError, openai.APIConnectionError)) as caught:  # the latter before openai 3.1
         ask(client)
     assert isinstance(caught.value.__cause__, StopIteration)
+
+
+@pytest.mark.parametrize("name", [50256, 1.5, True, None])
+def test_names_that_are_no_text_are_keyed_and_sent_as_json_has_them(client, name):
+    sent = []
+    client._client.event_hooks["request"].append(lambda request: sent.append(json.loads(request.content)))
+    one = ask(client, logit_bias={name: -100})
+    assert sent[0]["logit_bias"] == {json.dumps(name): -100}
+    two = ask(client.in_namespace("b"), logit_bias={json.dumps(name): -100})
+    assert info(two).cached == (True,)
+    assert two == one
+
+
+def test_what_an_http_client_adds_to_every_request_is_part_of_the_key(server):
+    library, store, keys = library_of(openai.OpenAI(api_key="k")), MemoryStore(), []
+    ways = [
+        {},
+        {"headers": {"OpenAI-Beta": "a"}},
+        {"params": {"q": "a"}},
+        {"params": [("q", "a"), ("q", "b")]},
+    ]
+    for way in ways:
+        http = library.Client(**way)
+        with OpenAI(base_url=server.base_url, api_key="k", http_client=http, cache=store) as client:
+            keys.append(info(ask(client)).key)
+    assert len(set(keys)) == len(ways)
+    with OpenAI(base_url=server.base_url, api_key="k", cache=store, namespace="b") as client:
+        for way in ({"extra_headers": {"OpenAI-Beta": "a"}}, {"extra_query": {"q": "a"}}):
+            assert info(ask(client, **way)).cached == (True,)
