@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from cachepipe import wire
+from cachepipe import forks, wire
 from cachepipe.clients.seam import Source
 
 ABANDONED_SECONDS = 120.0
@@ -203,6 +203,7 @@ class SyncTape(Tape):
         self._reading = threading.Lock()
         self._stored = threading.Event()
         self._chunks = self.upstream.iter_bytes()
+        self._fork = forks.count
 
     async def run(self) -> list[wire.Sample]:
         """Return the samples when the terminal event has come."""
@@ -268,7 +269,7 @@ class SyncTape(Tape):
 
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet."""
-        if self._left or self._ended:
+        if self._left or self._ended or self._fork != forks.count:  # a forked child shares the connection
             return
         self._left = True
         if self.recorder.ended:

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from cachepipe import keys, runs
+from cachepipe import forks, keys, runs
 from cachepipe.keys import Question
 from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.engine import Engine, Receipt, Stats, respond
@@ -209,7 +209,7 @@ class AsyncCacher(Stage):
         for lane in self._engine.lanes():
             if lane.loop is here:
                 await lane.drain(start)
-            elif lane.loop.is_running():
+            elif lane.loop.is_running() and lane._fork == forks.count:  # noqa: SLF001 - loops run in their own process
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(start), lane.loop))
         self._ended = True
         if isinstance(self.model, Stage):

@@ -8,6 +8,7 @@ import gc
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -320,6 +321,27 @@ def test_an_interrupted_call_is_undone_and_its_answer_kept(server, client):
     thread.join()
     server.settings = server.settings.updated({"paused": False})
     assert info(ask(client)).indices == (0,)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_closes_its_copy_and_leaves_what_is_in_flight_to_its_parent(server, client):
+    stream = ask(client, "streamed", stream=True)
+    first = next(stream).choices[0].delta.content or ""
+    server.settings = server.settings.updated({"paused": True})
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, client)
+        server.wait_until(lambda stats: stats.in_flight >= 1)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)  # ends a child that waits for its parent's loop
+            client.close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        server.settings = server.settings.updated({"paused": False})
+        assert info(answer.result()).indices == (0,)
+    text = first + "".join(read(stream))
+    assert [text] == texts(ask(client.in_namespace("b"), "streamed"))
 
 
 SCRIPT = """
