@@ -40,6 +40,8 @@ class ResponsesApi(Api):
             reason = "it runs in the background and is polled"
         elif question.get("conversation") is not None:
             reason = "it adds to a conversation that the server keeps"
+        elif any(map(_container_of, _tools(question))):
+            reason = "it works in a container that the server keeps"
         elif isinstance(options, Mapping) and options.get("prewarm"):
             reason = "it prepares the provider's cache and generates nothing"
         stream = bool(transport.get("stream"))
@@ -107,6 +109,21 @@ class _ResponseRecorder(StreamRecorder):
         if self._response.get("output") in (None, []):  # some servers leave it to the items that came before
             return {**self._response, "output": [item for _, item in sorted(self._items.items())]}
         return self._response
+
+
+def _tools(question: Body) -> Sequence[Any]:
+    """Return the tools of a question; none where they are no list."""
+    tools = question.get("tools")
+    return tools if isinstance(tools, list | tuple) else ()
+
+
+def _container_of(tool: Any) -> str:
+    """Return the id of the container that a tool is to work in, empty where it gets one of its own."""
+    if not isinstance(tool, Mapping):
+        return ""
+    environment = tool.get("environment")
+    shell = environment.get("container_id") if isinstance(environment, Mapping) else None
+    return text_of(tool.get("container")) or text_of(shell)
 
 
 def _events(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -221,6 +221,20 @@ def test_c1_only_embeddings_and_moderations_are_functions(api):
         (RESPONSES, {"conversation": "conv_1"}),
         (RESPONSES, {"conversation": {"id": "conv_1"}}),
         (RESPONSES, {"prompt_cache_options": {"prewarm": True}}),
+        (RESPONSES, {"tools": [{"type": "code_interpreter", "container": "cntr_1"}]}),
+        (RESPONSES, {"tools": ({"type": "code_interpreter", "container": "cntr_1"},)}),
+        (
+            RESPONSES,
+            {
+                "tools": [
+                    {"type": "web_search"},
+                    {
+                        "type": "shell",
+                        "environment": {"type": "container_reference", "container_id": "cntr_1"},
+                    },
+                ]
+            },
+        ),
         (MESSAGES, {"container": "container_1"}),
         (MESSAGES, {"container": {"id": "container_1", "skills": []}}),
     ],
@@ -236,6 +250,8 @@ def test_c8_what_changes_or_polls_server_state_passes_through(api, extra):
     [
         (RESPONSES, {"background": False, "conversation": None, "store": True}),
         (RESPONSES, {"previous_response_id": "resp_1"}),
+        (RESPONSES, {"tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]}),
+        (RESPONSES, {"tools": [{"type": "shell", "environment": {"type": "container_auto"}}]}),
         (MESSAGES, {"container": {"skills": [{"skill_id": "pdf"}]}}),
         (CHAT, {"store": True}),
     ],
