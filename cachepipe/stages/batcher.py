@@ -31,6 +31,10 @@ class Ticket:
     def __await__(self) -> Generator[Any, None, Response]:
         return self._future.__await__()
 
+    def result(self) -> Response:
+        """Return the response that has come, though its awaiter was cancelled, or raise that."""
+        return self._future.result()
+
     def withdraw(self) -> None:
         """Give the place up. What has left in a batch with others comes back all the same."""
         if self._future.done() and not self._future.cancelled():

@@ -280,7 +280,13 @@ class Caller:
         try:
             if self._submit is not None:
                 call.ticket = self._submit(request)
-                answer = await call.ticket
+                try:
+                    answer = await call.ticket
+                except (
+                    asyncio.CancelledError
+                ):  # the loop is ending: nobody may be asked now, but what came counts
+                    call.ticket.withdraw()
+                    answer = call.ticket.result()
             else:
                 answer = await self._model.request(request)
             values = samples_of(answer)

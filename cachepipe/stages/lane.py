@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from cachepipe import forks
 from cachepipe.errors import StoreError, StoreLocked
 from cachepipe.stages.generation import Caller
 from cachepipe.stores.base import Claim, Commit, Operation, Store
@@ -28,6 +30,24 @@ def _weight(operation: Operation) -> int:
     return operation.n * 1000 if type(operation) is Claim else 0
 
 
+class _Turn:
+    """A lane's turn on its loop. One that a loop has dropped when it was closed is made up for."""
+
+    __slots__ = ("_lane",)
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane: Lane | None = lane
+
+    def __call__(self) -> None:
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            lane.flush()
+
+    def __del__(self) -> None:
+        if self._lane is not None:
+            self._lane.rescue()
+
+
 class Lane:
     """One event loop's way to the store: what comes in one turn is written in one transaction."""
 
@@ -38,12 +58,13 @@ class Lane:
         """What is to be asked of the model at the end of this turn, or of the window."""
         self.strangers: dict[Any, None] = {}
         """The draws that await samples which other processes generate, in order."""
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.writes: set[asyncio.Future[list[Any]]] = set()
         self._store = store
         self._operations: list[_Queued] = []
         self._sent: list[list[_Queued]] = []
         self._first: object = None
         self._at_once = False
+        self._fork = forks.count
 
     def soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function on this lane's loop: now when it is the running one, else soon."""
@@ -57,11 +78,8 @@ class Lane:
         """Queue an operation for the end of this turn; ``done`` gets its result or error as last argument."""
         self._operations.append((operation, done, arguments))
         if len(self._operations) == 1:
-            try:
-                self.loop.call_soon(self._flush)
-            except RuntimeError:  # the loop is closed: this is the last chance
-                operations, self._operations = self._operations, []
-                self._store.apply_soon([item[0] for item in operations])
+            with contextlib.suppress(RuntimeError):  # the loop is closed: this is the last chance
+                self.loop.call_soon(_Turn(self))
 
     def put_now(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
         """Apply an operation at once if that cannot wait, else queue it."""
@@ -96,7 +114,7 @@ class Lane:
     def _turned(self) -> None:
         self._first = None
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Write what has come: inline, a part per turn of the loop, or on the store's thread if it must."""
         batch, self._operations = self._operations[:_INLINE], self._operations[_INLINE:]
         if not batch:
@@ -105,7 +123,14 @@ class Lane:
             self._write(batch)
         finally:
             if self._operations:  # behind the calls for what was granted just now
-                self.loop.call_soon(self._flush)
+                self.loop.call_soon(_Turn(self))
+
+    def rescue(self) -> None:
+        """Write what has come without a loop; nobody is left to take what would be claimed."""
+        operations, self._operations = [item[0] for item in self._operations], []
+        left = [operation for operation in operations if type(operation) is not Claim]
+        if left and self._fork == forks.count:
+            self._store.apply_soon(left)
 
     def _write(self, batch: list[_Queued]) -> None:
         try:
@@ -121,9 +146,8 @@ class Lane:
             batch += self._operations
             self._operations = []
             batch = [item for item in batch if not self._recalled(*item)]
-            task = self.loop.create_task(self._apply(batch))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            if batch:
+                self._hand_over(batch)
             return
         for (_, done, arguments), result in zip(batch, results, strict=True):
             self._tell(done, arguments, result)
@@ -154,23 +178,26 @@ class Lane:
             self._tell(done, arguments, grant)
         return grant is not None
 
-    async def _apply(self, batch: list[_Queued]) -> None:
+    def _hand_over(self, batch: list[_Queued]) -> None:
+        """Leave a batch to the store's thread now: a loop that is ending may begin no task any more."""
+        written = asyncio.ensure_future(self._store.apply([item[0] for item in batch]), loop=self.loop)
         self._sent.append(batch)
-        try:
-            await self._write_elsewhere(batch)
-        finally:
-            self._sent.remove(batch)
+        self.writes.add(written)
+        written.add_done_callback(partial(self._written, batch))
 
-    async def _write_elsewhere(self, batch: list[_Queued]) -> None:
-        try:
-            results: list[Any] = list(await self._store.apply([item[0] for item in batch]))
-        except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
-            if len(batch) > 1 and not isinstance(
-                error, StoreLocked
-            ):  # one of them is at fault: the others go on without it
-                for item in batch:
-                    await self._write_elsewhere([item])
-                return
+    def _written(self, batch: list[_Queued], written: asyncio.Future[list[Any]]) -> None:
+        self._sent.remove(batch)
+        self.writes.discard(written)
+        if written.cancelled():
+            return
+        error = written.exception()
+        if error is None:
+            results: list[Any] = list(written.result())
+        elif len(batch) > 1 and not isinstance(error, StoreLocked):
+            for item in batch:  # one of them is at fault: the others go on without it
+                self._hand_over([item])
+            return
+        else:
             results = [error] * len(batch)
         for (_, done, arguments), result in zip(batch, results, strict=True):
             self._tell(done, arguments, result)
@@ -198,11 +225,11 @@ class Lane:
         Args:
             start: asks for what waits for the end of its window.
         """
-        while self._operations or self.tasks or self.caller.busy or self.needs or self.strangers:
+        while self._operations or self.writes or self.caller.busy or self.needs or self.strangers:
             if self.needs:
                 start(self)
-            if self.tasks:
-                await asyncio.wait(self.tasks)
+            if self.writes:
+                await asyncio.wait(self.writes)
             elif self.caller.busy:
                 await self.caller.step()
             elif self.strangers and not self._operations and not self.needs:

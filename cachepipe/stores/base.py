@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -232,8 +232,10 @@ class Store(Protocol):
         """Apply the operations in one transaction, or return None at once if that would wait."""
         ...
 
-    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+    def apply(self, operations: Sequence[Operation]) -> Awaitable[list[Result]]:
         """Apply the operations in one transaction, in order, without blocking the event loop.
+
+        If it returns a future, they are on their way by then: nothing is lost with a loop that ends.
 
         Raises:
             StoreError: when they could not be applied; then none was, but for samples that may lie on

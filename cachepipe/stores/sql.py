@@ -217,7 +217,7 @@ class SqlStore:
             self._writer.wake()
         return results
 
-    async def apply(self, operations: Sequence[Operation]) -> list[Result]:
+    def apply(self, operations: Sequence[Operation]) -> asyncio.Future[list[Result]]:
         """Apply the operations on the writer thread, in one transaction with what else has gathered."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Result]] = loop.create_future()
@@ -236,9 +236,12 @@ class SqlStore:
             except RuntimeError:  # the loop was closed: nobody waits any more
                 self._undo(operations, results)
 
-        self._check()
-        self._writer.put(operations, done)
-        return await future
+        try:
+            self._check()
+            self._writer.put(operations, done)
+        except StoreError as error:
+            future.set_exception(error)
+        return future
 
     def _undo(self, operations: Sequence[Operation], results: list[Result] | Exception) -> None:
         """Give back what was granted to claimants that are gone."""

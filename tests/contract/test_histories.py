@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from typing import ClassVar
 
 import pytest
 
-from cachepipe import DiskStore, Request, Response
+from cachepipe import DiskStore, LocalAPI, Request, Response
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.generation import Caller, Wanted
@@ -152,3 +154,68 @@ async def test_c4_a_request_for_many_samples_is_cut_without_copying_the_rest_of_
     caller.start([need])
     assert len(await need.result()) == caller.calls == 1000
     assert Slots.copied == 1000
+
+
+class Gated:
+    """A model that answers all it was asked at once, when it is told to."""
+
+    model = "m"
+
+    def __init__(self):
+        self.returned = 0
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def batch_request(self, batch):
+        self.asked.set()
+        await self.go.wait()
+        self.returned += len(batch.requests)
+        return [Response([request.prompt]) for request in batch.requests]
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_c7_what_a_model_has_returned_outlives_a_loop_that_ends_behind_a_lock(tmp_path, turns):
+    folder = tmp_path / "cache"
+    store, model = DiskStore(folder), Gated()
+    other = sqlite3.connect(folder / "ledger.cache.db", isolation_level=None)
+
+    async def leave():
+        asking = asyncio.ensure_future(LocalAPI(model, store).request(Request("q")))
+        await model.asked.wait()
+        other.execute("BEGIN IMMEDIATE")
+        model.go.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return asking
+
+    asyncio.run(leave())
+    other.execute("ROLLBACK")
+    other.close()
+    store.close()
+    assert stored(folder) == model.returned
+
+
+@pytest.mark.parametrize("turns", [0, 3])
+def test_c7_what_a_model_has_returned_outlives_a_loop_that_ends_with_much_to_write(tmp_path, turns):
+    folder = tmp_path / "cache"
+    store, model = DiskStore(folder), Gated()
+    model.go.set()
+
+    async def leave():
+        pipeline = LocalAPI(model, store, batch_size=5000)
+        asking = [asyncio.ensure_future(pipeline.request(Request(f"q{number}"))) for number in range(2000)]
+        await model.asked.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return asking
+
+    asyncio.run(leave())
+    store.close()
+    assert stored(folder) == model.returned > 100
+
+
+def stored(folder):
+    """Return how many samples a folder holds."""
+    with contextlib.closing(DiskStore(folder)) as store:
+        totals = store.totals()
+        assert totals["pending"] == 0
+        return totals["samples"]
