@@ -216,7 +216,12 @@ class SyncCall(Call):
             while not self._jobs.empty():  # somebody else waits for these
                 left = self._jobs.get()
                 if left is not None:
-                    threading.Thread(target=left, name="cachepipe-call", daemon=True).start()
+                    self._elsewhere(left)
+
+    def _elsewhere(self, job: Callable[[], None]) -> None:
+        """Make a call in another thread than the caller's, which has gone on."""
+        run = self.context.copy().run
+        threading.Thread(target=run, args=(job,), name="cachepipe-call", daemon=True).start()
 
     def own_context(self) -> None:
         """Return None: calls are made in the caller's thread, and in its context."""
@@ -246,7 +251,7 @@ class SyncCall(Call):
         def job() -> None:
             arrived, failure = None, None
             try:
-                arrived = self.context.copy().run(lambda: self.receive(**arguments))
+                arrived = self.receive(**arguments)
             except BaseException as error:
                 failure = error
                 if not isinstance(error, Exception):
@@ -259,7 +264,7 @@ class SyncCall(Call):
             if here:
                 self._jobs.put(job)
         if not here:
-            threading.Thread(target=job, name="cachepipe-call", daemon=True).start()
+            self._elsewhere(job)
         while True:
             try:
                 return await asyncio.shield(future)

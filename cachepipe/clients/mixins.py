@@ -125,7 +125,7 @@ class AsyncCached(_Cached):
     async def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
         """Return the response of a call as it arrives, by way of the SDK."""
         sdk: Any = super()
-        token = receiving.set(self)  # in a context that nobody else has
+        token = receiving.set(self)
         try:
             return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
         finally:
@@ -219,8 +219,11 @@ class SyncCached(_Cached):
     def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
         """Return the response of a call as it arrives, by way of the SDK."""
         sdk: Any = super()
-        receiving.set(self)  # in a context of its own
-        return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        token = receiving.set(self)
+        try:
+            return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+        finally:
+            receiving.reset(token)
 
     def _process_response(
         self,

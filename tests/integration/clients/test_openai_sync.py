@@ -287,6 +287,14 @@ def test_the_sdk_runs_in_the_callers_thread_and_context(client):
     assert seen == [(threading.get_ident(), "here")] * 2
 
 
+def test_what_a_hook_sets_in_its_context_is_seen_by_the_caller_as_with_the_sdk(client):
+    variable = contextvars.ContextVar("variable", default=0)
+    client._client.event_hooks["response"].append(lambda _: variable.set(variable.get() + 1))
+    for number in range(3):
+        ask(client, stream=number == 2)
+        assert variable.get() == number + 1
+
+
 def test_a_known_draw_is_answered_in_the_calling_thread(server, client, monkeypatch):
     ask(client)
     ask(client.in_namespace("b"))
