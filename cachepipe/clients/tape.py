@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import inspect
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -61,6 +60,12 @@ class Tape(Source):
         """Return what the reader gets of an event."""
         lean = event.without_usage
         return lean if self._hide_usage and lean is not None else event.raw
+
+    @staticmethod
+    def _bound(draw: asyncio.Future[Any]) -> None:
+        """Let nobody wait for the rest of an abandoned stream for ever; called on the draw's loop."""
+        timer = draw.get_loop().call_later(ABANDONED_SECONDS, draw.cancel)
+        draw.add_done_callback(lambda _: timer.cancel())
 
     def _finish(self) -> list[wire.Sample]:
         """Return the samples.
@@ -184,8 +189,7 @@ class AsyncTape(Tape):
         if not self.recorder.started:
             draw.cancel()
             return
-        timer = self._loop.call_later(ABANDONED_SECONDS, draw.cancel)
-        draw.add_done_callback(lambda _: timer.cancel())
+        self._bound(draw)
         self._demand.set()
 
 
@@ -203,14 +207,18 @@ class SyncTape(Tape):
         self._reading = threading.Lock()
         self._stored = threading.Event()
         self._chunks = self.upstream.iter_bytes()
+        self._wanted = True
         self._fork = forks.count
 
     async def run(self) -> list[wire.Sample]:
         """Return the samples when the terminal event has come."""
-        while not self._done.done():
-            await asyncio.wait([self._done], timeout=None if self._ahead else _LOOK)
-            if not self._ahead and not self._done.done() and self._awaited():
-                self._read_on()
+        try:
+            while not self._done.done():
+                await asyncio.wait([self._done], timeout=None if self._ahead else _LOOK)
+                if not self._ahead and not self._done.done() and self._awaited():
+                    self._read_on()
+        finally:
+            self._wanted = False
         return self._finish()
 
     def watch(self, draw: asyncio.Future[Any]) -> None:
@@ -277,6 +285,8 @@ class SyncTape(Tape):
             return
         if self.recorder.started:
             self._read_on()
+            if self.draw is not None:
+                self._loop.call_soon_threadsafe(self._bound, self.draw)
             return
         self._error = ConnectionResetError("the reader of this stream has left before any content came")
         self._end()
@@ -289,9 +299,8 @@ class SyncTape(Tape):
         threading.Thread(target=self._rest, name="cachepipe-stream", daemon=True).start()
 
     def _rest(self) -> None:
-        deadline = time.monotonic() + ABANDONED_SECONDS
         while not self._ended:
             self._pull(reader=False)
-            if self._left and time.monotonic() > deadline and not self._ended:
+            if self._left and not self._wanted and not self._ended:
                 self._error = TimeoutError("the rest of an abandoned stream took too long")
                 self._end()

@@ -174,6 +174,33 @@ def test_a_stream_that_is_left_before_any_content_is_undone(server, client):
     assert len(texts(ask(client))) == 1
 
 
+CHUNK = (
+    b'data: {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": '
+    b'[{"index": 0, "delta": {"content": "a"}, "finish_reason": null}]}\n\n'
+)
+
+
+def test_c7_the_rest_of_a_stalled_stream_is_given_up_in_time(monkeypatch):
+    monkeypatch.setattr("cachepipe.clients.tape.ABANDONED_SECONDS", 0)
+    library, going_on, late = library_of(openai.OpenAI(api_key="k")), threading.Event(), []
+
+    class Stalled(library.SyncByteStream):
+        def __iter__(self):
+            yield CHUNK
+            late.append(not going_on.wait(20))
+
+    headers = {"content-type": "text/event-stream"}
+    answer = lambda _: library.Response(200, headers=headers, stream=Stalled())  # noqa: E731
+    http = library.Client(transport=library.MockTransport(answer))
+    with (
+        OpenAI(base_url="http://h/v1", api_key="k", http_client=http, cache=MemoryStore()) as client,
+        ask(client, stream=True) as stream,
+    ):
+        assert next(stream).choices[0].delta.content == "a"
+    assert not late
+    going_on.set()
+
+
 def test_closing_the_client_ends_what_is_in_flight(server):
     server.settings = server.settings.updated({"stream_delay": 0.01})
     store = MemoryStore()
