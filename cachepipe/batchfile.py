@@ -16,6 +16,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -55,6 +56,7 @@ SETTINGS: Final = frozenset(
 _OWN: Final = frozenset({"id", "custom_id", "response", "error", "cachepipe"})
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
+_LOOK: Final = 0.05  # seconds between two looks for a pipe's reader
 _RUN: Final = 10_000  # lines after which occurrences are counted anew: ids are unique, so each is the first
 _SHOWN: Final = 10  # problems of an input that are told at once
 _SECRET: Final = 6  # characters from which on a credential is blotted out
@@ -386,6 +388,9 @@ async def run_file(
             return report
         if progress is not None:
             progress(report)
+        if not await results.find_reader(stop):
+            report.interrupted = True
+            return report
         with results:
             adapter = OpenAIModel(
                 model,
@@ -583,6 +588,7 @@ class _Output:
         self._bytes = 0
         self._written = 0
         self._complete = False
+        self._pipe: int | None = None
 
     def _check(self, source: Path) -> None:
         path, folder = self.path, self.path.parent
@@ -599,9 +605,31 @@ class _Output:
                 f"the results are written to {self.partial} first, which is the input; name another file"
             )
 
+    async def find_reader(self, stop: Stop) -> bool:
+        """Wait until somebody reads the named pipe that the results go to, if they do; False when stopped.
+
+        Opening the pipe as usual would wait too, but deaf to signals.
+        """
+        while self._direct and self.path.is_fifo():
+            try:
+                self._pipe = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    break  # opening it in earnest tells what is wrong
+            else:
+                os.set_blocking(self._pipe, True)
+                break
+            if stop.asked:
+                return False
+            await asyncio.sleep(_LOOK)
+        return True
+
     def __enter__(self) -> Self:
         try:
-            self._file = self._target.open("wb") if self._direct else self._alone()
+            if self._pipe is not None:
+                self._file: IO[bytes] = os.fdopen(self._pipe, "wb")
+            else:
+                self._file = self._target.open("wb") if self._direct else self._alone()
         except OSError as error:
             raise BatchFileError(f"the results cannot be written to {self.path}: {error.strerror}") from error
         return self

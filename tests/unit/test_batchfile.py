@@ -594,6 +594,28 @@ async def test_a_pipe_takes_the_lines_as_they_come(paths, client, tmp_path):
     assert [texts(json.loads(line)) for line in came] == [["a/0"], ["b/0"]]
 
 
+async def test_a_run_that_waits_for_the_reader_of_a_pipe_can_be_stopped(paths, client, tmp_path, monkeypatch):
+    source, _ = paths
+    write(source, [{"prompt": "a"}])
+    pipe, stop, looked = tmp_path / "pipe", Stop(), asyncio.Event()
+    os.mkfifo(pipe)
+    usual = os.open
+
+    def watched(path, *rest, **more):
+        if path == pipe:
+            looked.set()
+        return usual(path, *rest, **more)
+
+    monkeypatch.setattr(batchfile.os, "open", watched)
+    running = asyncio.create_task(
+        run_file(source, pipe, client=client, model="m", cache=MemoryStore(), stop=stop)
+    )
+    await looked.wait()
+    stop.soon()
+    report = await running
+    assert (report.interrupted, report.requests, report.done, client.bodies) == (True, 1, 0, [])
+
+
 @pytest.mark.parametrize("change", ["other", "shorter", "broken"])
 async def test_an_input_that_changes_meanwhile_is_told_and_makes_no_result(
     paths, client, monkeypatch, change
