@@ -766,11 +766,13 @@ def test_what_a_store_maps_into_memory_is_bounded_however_large_its_files_are(fo
 
 def test_the_log_is_moved_into_the_file_in_the_background(folder):
     store = DiskStore(folder)
-    for start in range(0, 12_000, 500):
-        operations = [
-            Claim(Draw("-", KEY, str(number), 0), 1, QUESTION, "t") for number in range(start, start + 500)
-        ]
-        asyncio.run(store.apply(operations))
+
+    async def write():
+        for start in range(0, 12_000, 500):
+            numbers = range(start, start + 500)
+            await store.apply([Claim(Draw("-", KEY, str(number), 0), 1, QUESTION, "t") for number in numbers])
+
+    asyncio.run(write())
     store.close()
     assert (
         not (folder / "ledger.cache.db-wal").exists() or (folder / "ledger.cache.db-wal").stat().st_size == 0
