@@ -66,6 +66,7 @@ class DiskStore(SqlStore):
         self.identity = f"disk:{self.folder}"
         self.durability = durability
         self._holding: leases.Lease | None = None
+        self._inode: int | None = None
         self._theirs = None if theirs is None else weakref.ref(theirs)
         if read_only is None:
             self.why_read_only = _why_read_only(self.folder)
@@ -87,6 +88,7 @@ class DiskStore(SqlStore):
             self._make(theirs)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
+        self._inode = _inode(self.folder / _LEDGER)
         if any(_size(self.folder / f"{name}-wal") > _LARGE for name in (_SHELF, _LEDGER)):
             self._rows = _LARGE
             self._writer.wake()  # other processes have left much in the logs
@@ -196,6 +198,13 @@ class DiskStore(SqlStore):
             theirs.close()  # it opens again by itself
         super()._inherit()
 
+    def _check_files(self) -> None:
+        if _inode(self.folder / _LEDGER) != self._inode:
+            raise StoreError(
+                f"the cache folder {self.folder} was moved or deleted while it was open: what is stored now "
+                "would be lost, or not found. Put it back, or open the cache again"
+            )
+
     # Leases.
 
     def _lease_name(self) -> str:
@@ -221,6 +230,14 @@ class DiskStore(SqlStore):
                     " AND NOT EXISTS (SELECT 1 FROM holders WHERE lease = leases.id)",
                     (time.time(), holding.name),
                 )
+
+
+def _inode(path: Path) -> int | None:
+    """Return what tells a file from another at its path, None for one that is not there."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _size(path: Path) -> int:

@@ -146,6 +146,9 @@ class SqlStore:
         """Tell whether the process that holds a lease lives."""
         raise NotImplementedError
 
+    def _check_files(self) -> None:
+        """Raise a ``StoreError`` if the files are not where others look for them; asked now and then."""
+
     def _end_lease(self) -> None:
         """Note in the ledger that this process's lease has ended."""
 
@@ -162,7 +165,7 @@ class SqlStore:
         self._closed = False
         self._writer = Writer(self)
         self._key_ids: dict[str, int] = {}
-        self._memory = Memory(self._lease_name, self._lives, self._shared, self._key_ids)
+        self._memory = Memory(self._lease_name, self._lives, self._shared, self._key_ids, self._check_files)
         self._namespace_ids: dict[str, int] = {}
         self._leases: dict[int, tuple[bool, float]] = {}
         self._rows = 0
@@ -307,7 +310,10 @@ class SqlStore:
         """Move what the write-ahead logs hold into the files, as far as no reader is in the way."""
         self._rows = 0
         if self._checkpointing is None:
-            self._checkpointing = self._open(write=True)
+            try:
+                self._checkpointing = self._open(write=True)
+            except sqlite3.Error:  # no more files may be opened, or the folder has gone: it can wait
+                return
             self._opened += self._checkpointing
         for connection in self._checkpointing:
             with contextlib.suppress(sqlite3.OperationalError):

@@ -84,11 +84,13 @@ class Memory:
         lives: Callable[[int, str], bool],
         shared: Callable[[set[int]], bool],
         written: dict[str, int],
+        check_files: Callable[[], None],
     ) -> None:
         """Make an empty one; ``written`` are ids of keys that readers have seen: they stay what they are."""
         self.leased = leased
         self.lives = lives
         self.shared = shared
+        self.check_files = check_files
         self.version = -1
         self.lease: int | None = None
         self.reaped = 0.0
@@ -798,6 +800,7 @@ class Transaction:
         if now - self._memory.reaped < 0.1:
             return
         self._memory.reaped = now
+        self._memory.check_files()
         mine = self._lease()
         for lease, name in self._ledger.execute(
             "SELECT id, name FROM leases WHERE ended IS NULL AND id != ?", (mine,)

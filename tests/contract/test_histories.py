@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
+import shutil
 import sqlite3
+import threading
 from typing import ClassVar
 
 import pytest
 
-from cachepipe import DiskStore, LocalAPI, Request, Response
+from cachepipe import DiskStore, LocalAPI, Request, Response, StoreError
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.generation import Caller, Wanted
@@ -211,6 +214,58 @@ def test_c7_what_a_model_has_returned_outlives_a_loop_that_ends_with_much_to_wri
     asyncio.run(leave())
     store.close()
     assert stored(folder) == model.returned > 100
+
+
+@pytest.mark.parametrize("what", ["deleted", "moved", "made anew"])
+def test_c7_nothing_is_claimed_in_a_folder_that_has_gone_and_what_was_is_stored_if_it_can_be(tmp_path, what):
+    folder, other = tmp_path / "cache", tmp_path / "other"
+    store = DiskStore(folder)
+    grant = claim(store, draw())
+    if what == "deleted":
+        shutil.rmtree(folder)
+    else:
+        folder.rename(other)
+    if what == "made anew":
+        DiskStore(folder).close()
+    store._memory.reaped = 0.0  # they are looked at ten times a second
+    with pytest.raises(StoreError, match="moved or deleted"):
+        claim(store, draw("b"))
+    assert store.write([Commit(KEY, grant.mine[0], b"0", {})])[0].kept
+    store.close()
+    if what != "deleted":
+        assert stored(other) == 1
+
+
+def test_c7_a_store_whose_files_cannot_be_opened_any_more_writes_what_is_queued_and_closes(
+    tmp_path, monkeypatch
+):
+    """As when a process has opened too many: a checkpoint can wait."""
+    folder = tmp_path / "cache"
+    store = DiskStore(folder)
+    grants = [claim(store, draw("a", str(number))) for number in range(2)]
+
+    def refuse(**_):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(store, "_open", refuse)
+    for grant in grants:
+        store._rows = 1_000_000  # so that a checkpoint is due
+        written = threading.Event()
+        store._writer.put([Commit(KEY, grant.mine[0], b"0", {})], lambda _, written=written: written.set())
+        assert written.wait(20)
+    store.close()
+    monkeypatch.undo()
+    assert stored(folder) == 2
+
+
+def test_c8_what_reaches_the_thread_of_a_store_that_is_closing_is_answered(tmp_path):
+    store = DiskStore(tmp_path / "cache")
+    answers = queue.Queue()
+    store._writer.put([], answers.put)
+    assert answers.get(timeout=20) == []
+    store.close()
+    store._writer.put([], answers.put)
+    assert isinstance(answers.get(timeout=20), StoreError)
 
 
 def stored(folder):
