@@ -274,7 +274,8 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
         credentials: what a client that was given no credentials gets in replay mode.
         error: what the SDK raises for a client without credentials.
     """
-    missing: Any = inspect.signature(sdk.copy).parameters["max_retries"].default
+    copies = (inspect.signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
+    missing: Any = next(taken["max_retries"].default for taken in copies if "max_retries" in taken)
 
     def __init__(self: Any, **options: Any) -> None:  # noqa: N807 - it becomes the constructor
         ours = {name: options.pop(name, default) for name, (_, default) in _OPTIONS.items()}
@@ -338,8 +339,10 @@ def _sign(made: Callable[..., Any], like: Callable[..., Any], own: Mapping[str, 
     made.__annotations__ = {**hints, **added, **returned}
     parameters = list(inspect.signature(like).parameters.values())
     parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
+    rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in own.items()
     ]
+    parameters += rest
     made.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # as documented

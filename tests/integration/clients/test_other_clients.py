@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import typing
 
 import openai
@@ -11,6 +12,7 @@ import pytest
 from cachepipe import MemoryStore
 from cachepipe.clients import AsyncAzureOpenAI, AzureOpenAI, OpenAI
 from cachepipe.clients.info import info
+from cachepipe.clients.mixins import OURS
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
 from cachepipe.clients.wrapping import wrap
 from cachepipe.testing import MockServer, MockSettings
@@ -58,6 +60,27 @@ def test_a_wrapped_client_is_of_its_own_class_and_cached(server, kind):
         assert info(before) is None
         assert info(ask(plain)) is None
         assert server.stats.requests == 3
+
+
+def test_a_client_whose_class_takes_anything_is_wrapped(server):
+    class Own(openai.OpenAI):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.greeting = "hello"
+
+        def copy(self, **options):
+            return super().copy(**options)
+
+        with_options = copy
+
+    with Own(base_url=server.base_url, api_key="k") as plain:
+        client = wrap(plain, cache=MemoryStore())
+        first = ask(client)
+        again = client.with_options(timeout=5, namespace="b")
+        assert (again.greeting, again.timeout) == ("hello", 5)
+        assert info(ask(again)).cached == (True,)
+        assert texts(ask(again.copy(namespace="c"))) == texts(first)
+    assert list(inspect.signature(type(client)).parameters) == [*OURS, "options"]
 
 
 @pytest.mark.anyio
