@@ -242,6 +242,8 @@ class _ChoicesRecorder(StreamRecorder):
         for name, value in part.items():
             if name == "logprobs":
                 self._add_logprobs(choice, value, delta, part)
+            elif name == "token_ids":  # vLLM's, a few with each delta
+                extend(choice, {name: value})
             elif name not in ("index", "delta", "text") and (value is not None or name not in choice):
                 choice[name] = value
 

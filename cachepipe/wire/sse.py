@@ -296,16 +296,39 @@ def _changed(name: str) -> BadAnswer:
 
 
 def _merge_indexed(entries: list[Any], deltas: list[Any]) -> None:
-    """Merge each delta into the latest entry of its index, unless its id says that it is another one."""
+    """Merge each delta into the latest entry that it continues, or begin another one."""
     for delta in deltas:
-        index, identity = delta.get("index"), delta.get("id")
-        for entry in reversed(entries):
-            if entry.get("index") == index and identity in (None, "", entry.get("id")):
-                break
-        else:
+        entry = next((entry for entry in reversed(entries) if _continues(delta, entry)), None)
+        if entry is None or _is_next_call(delta, entry):
             entry = {}
             entries.append(entry)
         merge(entry, delta)
+
+
+def _continues(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
+    """Tell whether a delta has the index of an entry, and neither its id nor its type says otherwise."""
+    return (
+        entry.get("index") == delta.get("index")
+        and delta.get("id") in (None, "", entry.get("id"))
+        and (not entry.get("type") or delta.get("type") in (None, "", entry["type"]))
+    )
+
+
+def _is_next_call(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
+    """Tell whether a delta is a call of its own after a whole one; some servers give each of them index 0."""
+    call, before = delta.get("function"), entry.get("function")
+    if not isinstance(call, dict) or not isinstance(before, dict) or not call.get("name"):
+        return False
+    arguments, text = call.get("arguments"), before.get("arguments")
+    if not isinstance(arguments, str) or not arguments.startswith("{") or not isinstance(text, _Text):
+        return False
+    if not text.parts[-1].endswith("}"):
+        return False
+    try:
+        orjson.loads("".join(text.parts))
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def settled(value: Any) -> Any:

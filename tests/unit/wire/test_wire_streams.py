@@ -352,6 +352,41 @@ def test_tool_calls_that_share_an_index_or_have_none_are_told_apart_by_id():
     assert message_of({"tool_calls": whole})["tool_calls"] == whole
 
 
+@pytest.mark.parametrize("identity", [{}, {"id": ""}])
+def test_whole_calls_of_one_index_without_ids_are_calls_of_their_own(identity):
+    def call(arguments):
+        return {"index": 0, **identity, "function": {"name": "f", "arguments": arguments}}
+
+    whole = message_of({"tool_calls": [call('{"a": 1}')]}, {"tool_calls": [call('{"a": 2}')]})
+    assert [made["function"]["arguments"] for made in whole["tool_calls"]] == ['{"a": 1}', '{"a": 2}']
+    parts = ["", '{"a": ', '{"b": 1}', "}"]  # a name that is repeated with each part begins no call
+    (one,) = message_of(*({"tool_calls": [call(part)]} for part in parts))["tool_calls"]
+    assert one["function"] == {"name": "f", "arguments": '{"a": {"b": 1}}'}
+
+
+def test_entries_of_one_index_are_told_apart_by_type():
+    parts = [
+        {"index": 0, "type": "reasoning.summary", "summary": "a"},
+        {"index": 0, "type": "reasoning.summary", "summary": "b"},
+        {"index": 0, "type": "reasoning.encrypted", "data": "D"},
+    ]
+    assert message_of(*({"reasoning_details": [part]} for part in parts))["reasoning_details"] == [
+        {"index": 0, "type": "reasoning.summary", "summary": "ab"},
+        {"index": 0, "type": "reasoning.encrypted", "data": "D"},
+    ]
+
+
+def test_token_ids_of_a_choice_are_appended():
+    stream = sse(
+        chunk({"content": "a"}, token_ids=None),
+        chunk({"content": "b"}, token_ids=[1]),
+        chunk({"content": "c"}, "stop", token_ids=[2, 3]),
+        b"[DONE]",
+    )
+    [sample] = recorded(CHAT, stream).samples()
+    assert sample["choices"][0]["token_ids"] == [1, 2, 3]
+
+
 def test_identities_that_later_deltas_leave_empty_stay_as_they_were():
     """As servers do that write each field into each chunk."""
     call = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{"}}
