@@ -44,6 +44,7 @@ COMMANDS: Final[dict[str, Entry]] = {
 """The commands in the order of help: what one does first, then looking, then testing."""
 
 
+_FULL: Final = frozenset({errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _INTERRUPTED: Final = 128 + 2
 """The exit code after Ctrl-C, also while a command is still being imported."""
 
@@ -141,6 +142,10 @@ def start(arguments: Sequence[str] | None = None) -> None:
         cli.main(args=None if arguments is None else list(arguments), prog_name="cachepipe")
     except SystemExit as leaving:
         _leave(leaving.code)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _leave(_unwritten(error))
 
 
 def _leave(code: Any) -> None:
@@ -148,11 +153,18 @@ def _leave(code: Any) -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EINVAL):
-            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's own flush
-        code = _NO_READER
+        if error.errno in (errno.EPIPE, errno.EINVAL):
+            code = _NO_READER
+        elif code != Failure.exit_code:
+            code = _unwritten(error)
     sys.exit(code)
+
+
+def _unwritten(error: OSError) -> int:
+    """Say that the output could not be written, say to a full disk; return the exit code."""
+    Failure(f"the output cannot be written: {error.strerror}").show()
+    return Failure.exit_code
 
 
 _show_others = warnings.showwarning

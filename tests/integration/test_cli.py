@@ -337,6 +337,24 @@ def test_text_that_the_output_cannot_hold_is_written_out(tmp_path):
     assert r"\u65e5\u672c\u8a9e?" in ran.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("words", [["ls"], ["stats"], ["path"]])
+def test_an_output_that_cannot_be_written_is_one_sentence(cache, words):
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "cachepipe", *words, "--cache", cache],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        "Error: the output cannot be written: No space left on device\n",
+    )
+
+
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
 def test_a_reader_that_goes_away_ends_the_listing_quietly(cache):
     reading, writing = os.pipe()
