@@ -579,7 +579,7 @@ class _Output:
         try:
             # What is no regular file, such as a terminal or a pipe, takes the lines as they come.
             self._direct = path.exists() and not path.is_file()
-            self._target = path if self._direct else path.resolve()
+            self._target = path if self._direct else Path(os.path.realpath(path))
             self.partial = self._target.with_name(self._target.name + ".partial")
             self._check(source)
         except OSError as error:
@@ -596,7 +596,10 @@ class _Output:
             raise BatchFileError(f"{path} is a folder; name a file for the results")
         if not folder.is_dir():
             raise BatchFileError(f"there is no folder {folder} for the results; make it first")
-        if not source.exists():
+        try:
+            if not source.exists():
+                return
+        except OSError:  # opening it tells what is wrong with it
             return
         if path.exists() and path.samefile(source):
             raise BatchFileError(f"{path} is the input too; name another file for the results")

@@ -156,7 +156,7 @@ def folder_in_use(cache: str | None) -> tuple[Path, str]:
         else:
             how = "user" if Path(found).is_absolute() else "project"
     check_folder(found)
-    return Path(found).expanduser().resolve(), how
+    return Path(os.path.realpath(Path(found).expanduser())), how
 
 
 _FOUND: Final = {

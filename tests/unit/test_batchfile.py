@@ -267,7 +267,9 @@ async def test_an_empty_file_has_an_empty_result(paths):
     assert (report.requests, report.output, target.read_text()) == (0, target, "")
 
 
-@pytest.mark.parametrize("problem", ["missing", "folder", "pipe", "no folder", "same", "target is a folder"])
+@pytest.mark.parametrize(
+    "problem", ["missing", "folder", "pipe", "no folder", "same", "target is a folder", "long name"]
+)
 async def test_files_that_cannot_be_read_or_written_are_refused(paths, tmp_path, problem):
     source, target = paths
     write(source, [{"prompt": "a"}])
@@ -278,6 +280,7 @@ async def test_files_that_cannot_be_read_or_written_are_refused(paths, tmp_path,
         "no folder": (source, tmp_path / "none" / "out", "there is no folder"),
         "same": (source, tmp_path / "." / "in.jsonl", "is the input too"),
         "target is a folder": (source, tmp_path, "is a folder"),
+        "long name": (tmp_path / ("x" * 300), target, "xxx cannot be read: File name too long"),
     }[problem]
     if problem == "pipe":
         os.mkfifo(source)
@@ -580,6 +583,14 @@ async def test_a_link_to_a_result_stays_a_link(paths, client, tmp_path):
     await run_file(source, target, client=client, model="m", cache=MemoryStore())
     assert target.is_symlink()
     assert len(read(tmp_path / "elsewhere" / "real.jsonl")) == 1
+
+
+async def test_a_link_that_leads_in_a_circle_gives_way_to_the_result(paths, client):
+    source, target = paths
+    write(source, [{"prompt": "a"}])
+    target.symlink_to(target)
+    await run_file(source, target, client=client, model="m", cache=MemoryStore())
+    assert [texts(line) for line in read(target)] == [["a/0"]]
 
 
 async def test_a_pipe_takes_the_lines_as_they_come(paths, client, tmp_path):
