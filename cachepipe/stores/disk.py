@@ -18,7 +18,7 @@ from typing import Literal
 
 import diskcache
 
-from cachepipe import forks
+from cachepipe import forks, keys
 from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
 from cachepipe.stores import leases
 from cachepipe.stores.base import Operation, Result
@@ -114,6 +114,7 @@ class DiskStore(SqlStore):
             ledger = self._connect(_LEDGER)
             try:
                 if not _has_table(ledger, "meta") or not ledger.execute("SELECT 1 FROM meta").fetchone():
+                    self._check_no_samples()
                     ledger.execute("PRAGMA journal_mode = WAL")
                     ledger.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 check_format(ledger, str(self.folder))
@@ -141,6 +142,22 @@ class DiskStore(SqlStore):
         if theirs is not None:
             theirs.reset("eviction_policy", "none", update=False)
             theirs.reset("cull_limit", 0, update=False)
+
+    def _check_no_samples(self) -> None:
+        """Refuse to begin a new ledger beside samples of one that is lost: all would be bought again."""
+        shelf = self._connect(_SHELF)
+        try:
+            there = shelf.execute(
+                "SELECT 1 FROM Cache WHERE raw = 1 AND key >= ?1 || '-' AND key < ?1 || '.' LIMIT 1",
+                (keys.FORMAT,),
+            ).fetchone()
+        finally:
+            shelf.close()
+        if there is not None:
+            raise StoreError(
+                f"the cache {self.folder} has samples, but not the ledger that tells whose they are. Restore "
+                f"its {_LEDGER} from where {_SHELF} came from; to begin anew, name another folder"
+            )
 
     def _check_readable(self) -> None:
         try:

@@ -287,6 +287,26 @@ def test_a_url_or_an_empty_name_is_no_folder_and_makes_none(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_c7_a_cache_that_has_lost_its_ledger_is_refused_and_buys_nothing_again(folder):
+    """Not only for the price: the commit would find the old samples, and hand those out."""
+
+    async def ask():
+        async with OnlineAPI(model, folder) as pipeline:
+            return (await pipeline.request(Request("x"))).data
+
+    model = Model("bought")
+    bought = asyncio.run(ask())
+    ledger = (folder / "ledger.cache.db").read_bytes()
+    for side in ("", "-wal", "-shm"):
+        (folder / f"ledger.cache.db{side}").unlink(missing_ok=True)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"Restore its ledger\.cache\.db"):
+            asyncio.run(ask())
+    (folder / "ledger.cache.db").write_bytes(ledger)
+    assert asyncio.run(ask()) == bought
+    assert model.calls == 1
+
+
 @pytest.mark.parametrize("cache", [5, object(), ["folder"], b"folder"])
 def test_what_is_no_cache_is_refused(cache):
     with pytest.raises(TypeError, match=r"takes a folder|folder or a"):
