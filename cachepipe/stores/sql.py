@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from cachepipe import forks
 from cachepipe.errors import StoreError
@@ -345,9 +346,8 @@ class SqlStore:
                 return None
             key, namespace = ids
         name = draw.key
-        rows = ledger.execute(
-            _RECALL, (name + "/", key, draw.request_id, draw.occurrence, namespace)
-        ).fetchall()
+        place = (name + "/", key, draw.request_id, draw.occurrence, namespace)
+        rows = ledger.execute(_RECALL, place).fetchall()
         if len(rows) == 1 and n == 1 and type(index := rows[0][1]) is int:
             _, _, lease, mode, filename, value = rows[0]
             if value is None and mode is None:
@@ -355,7 +355,8 @@ class SqlStore:
             sample = parse_sample(name, index, mode, filename, value)
             if type(sample) is not Sample:
                 return None
-            return Grant([index], [sample], shared=lease != self._memory.lease and self._shared({lease}))
+            shared = lease != self._memory.lease and self._shared({lease})
+            return Grant([index], [sample], shared=shared) if self._stands(place, rows) else None
         indices = laid((row[0], unpack(row[1])) for row in rows)
         if len(indices) < n:
             return None
@@ -372,7 +373,19 @@ class SqlStore:
                 return None
             samples.append(found)
         shared = self._shared({row[2] for row in rows})
-        return Grant(indices[:n], samples[:n], shared=shared)
+        return Grant(indices[:n], samples[:n], shared=shared) if self._stands(place, rows) else None
+
+    def _stands(self, place: tuple[Any, ...], rows: list[Any]) -> bool:
+        """Tell whether rows are there yet, after their samples were seen.
+
+        The ledger is read before the shelf: in between, a draw may have been undone whose samples came then.
+        Nobody undoes those of processes that have ended.
+        """
+        if all(self._leases.get(row[2], (True,))[0] is False for row in rows):
+            return True
+        ledger, _ = self._readable()
+        again = ledger.execute(_RECALL, place).fetchall()
+        return [row[:3] for row in again] == [row[:3] for row in rows]
 
     def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None.

@@ -16,7 +16,7 @@ from cachepipe import DiskStore, LocalAPI, Request, Response, StoreError
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.generation import Caller, Wanted
-from cachepipe.stores import transaction
+from cachepipe.stores import sql, transaction
 from cachepipe.stores.base import Claim, Commit, Forgo, Leave
 
 pytestmark = pytest.mark.anyio
@@ -107,6 +107,28 @@ def test_c3_a_clock_that_was_set_back_leaves_the_positions_of_a_draw_as_they_are
     for namespace in "cdefghij":  # from so many rows on, only the earliest are looked at
         assert claim(third, draw(namespace, "r")).indices == [1]
     assert claim(third, draw("earliest", "r"), 3).indices == [1, 2, 3]
+
+
+def test_c1_a_draw_that_is_undone_while_it_is_looked_at_is_not_delivered(tmp_path, monkeypatch):
+    """Its samples come from another namespace between the look at the ledger and that at the shelf."""
+    store = DiskStore(tmp_path / "cache")
+    maker = claim(store, draw("b"), 2)
+    grant = claim(store, draw("a"), 2, "two")
+    store.recall(draw("a"), 2)  # so that the connections are open
+    look = sql.read_sample
+    commits = [Commit(KEY, index, b"%d" % index, {}) for index in maker.mine]
+    history = [Leave(draw("a"), "two", grant.held, complete=False), *commits]
+
+    def late(*given):
+        if history:
+            now, history[:] = list(history), []
+            store.write(now)
+        return look(*given)
+
+    monkeypatch.setattr(sql, "read_sample", late)
+    assert store.recall(draw("a"), 2) is None
+    assert claim(store, draw("a", "other"), 2).indices == [0, 1]
+    store.close()
 
 
 class Counted(int):
