@@ -151,6 +151,14 @@ class Transaction:
 
     def apply(self, operations: Sequence[Operation]) -> list[Result]:
         """Return the operations' results, after everything is written but the COMMIT."""
+        kinds = [type(operation) for operation in operations]
+        if Leave in kinds and Commit in kinds[kinds.index(Leave) :]:
+            # Readers see a sample before this transaction has ended: no draw that waits for it may be undone.
+            first = kinds.index(Leave)
+            late = sorted(range(first, len(kinds)), key=lambda place: kinds[place] is not Commit)
+            order = [*range(first), *late]
+            found = dict(zip(order, self.apply([operations[place] for place in order]), strict=True))
+            return [found[place] for place in range(len(order))]
         results: list[Result] = []
         claims = [operation for operation in operations if type(operation) is Claim]
         self._intern([claim.question.key for claim in claims])

@@ -122,13 +122,24 @@ def test_c1_a_draw_that_is_undone_while_it_is_looked_at_is_not_delivered(tmp_pat
     def late(*given):
         if history:
             now, history[:] = list(history), []
-            store.write(now)
+            store.write(now[:1])
+            store.write(now[1:])
         return look(*given)
 
     monkeypatch.setattr(sql, "read_sample", late)
     assert store.recall(draw("a"), 2) is None
     assert claim(store, draw("a", "other"), 2).indices == [0, 1]
     store.close()
+
+
+def test_c1_a_draw_is_not_undone_in_the_transaction_that_stores_its_samples(store):
+    """Readers see them before it has ended, and the draw beside them."""
+    maker = claim(store, draw("b"), 2)
+    grant = claim(store, draw("a"), 2, "two")
+    leave = Leave(draw("a"), "two", grant.held, complete=False)
+    results = store.write([leave, *(Commit(KEY, index, b"%d" % index, {}) for index in maker.mine)])
+    assert [result and result.sample.index for result in results] == [None, 0, 1]
+    assert store.recall(draw("a"), 2).indices == [0, 1]
 
 
 class Counted(int):
