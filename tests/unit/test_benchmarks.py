@@ -167,7 +167,7 @@ def test_the_plot_shows_each_cache_of_the_newest_results_with_peers(monkeypatch,
 def test_the_readme_has_the_figures_of_the_committed_run():
     """Ratios of one table of the README are in the results that it names."""
     readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    [name] = set(re.findall(r"\(results/([\w.-]+)\)", readme))
+    [name] = set(re.findall(r"\(results/([\w-]+\.json)\)", readme))
     figures = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
     measured = {
         (f"{ratio['ratio']:.2f}", "holds" if ratio["holds"] else "**missed**")
