@@ -474,6 +474,8 @@ class Place(NamedTuple):
     base: Any
     query: Mapping[str, Any]
     given: Mapping[str, Any]
+    sent: list[tuple[bytes, bytes]]
+    params: Any
     url: str
     headers: Mapping[str, str]
 
@@ -485,18 +487,22 @@ def place_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, M
     """
     places = vars(client).setdefault("_cachepipe_places", {})
     place: Place | None = places.get(id(options))
-    base, query, given = client.base_url, client.default_query, client._custom_headers  # noqa: SLF001 - this is the place
+    http = client._client  # noqa: SLF001 - this is the place
+    sent, params = http.headers.raw, http.params  # which its owner may change
+    base, query, given = client.base_url, client.default_query, client._custom_headers  # noqa: SLF001 - likewise
     if (
         place is not None
         and place.options is options
         and place.base is base
         and place.query == query
         and place.given == given
+        and place.sent == sent
+        and place.params is params
     ):
         return place.url, place.headers
     url, headers = url_of(client, options, body), sent_headers(client, options)
     if not _is_azure(kind_of(client)):  # where the URL tells the model
-        places[id(options)] = Place(options, base, dict(query), dict(given), url, headers)
+        places[id(options)] = Place(options, base, dict(query), dict(given), sent, params, url, headers)
     return url, headers
 
 

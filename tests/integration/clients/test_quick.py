@@ -351,3 +351,26 @@ def test_a_replay_that_misses_one_prompt_of_a_list_claims_nothing(server):
         with pytest.raises(CacheMiss):
             client.completions.create(model="m", prompt=["a", "b", "c"])
         assert client.completions.create(model="m", prompt=["a", "b"]) == first
+
+
+def test_c9_what_an_http_client_adds_counts_though_it_changes_later(server):
+    """Its owner may change the headers and the query that it sends with every call."""
+    store, http = MemoryStore(), openai.DefaultHttpxClient()
+    with OpenAI(base_url=server.base_url, api_key="k", cache=store, http_client=http) as client:
+
+        def key(namespace):
+            with using(namespace=namespace):
+                return info(client.chat.completions.create(model="m", messages=HELLO)).key
+
+        plain = [key("a"), key("b"), key("c")]
+        http.headers["OpenAI-Beta"] = "new"
+        changed = [key("a"), key("b")]
+        http.params = {"api-version": "2"}
+        changed += [key("c"), key("d")]
+        assert len({*plain}) == 1
+        assert len({*changed}) == 2
+        assert not {*plain} & {*changed}
+        del http.headers["OpenAI-Beta"]
+        http.params = {}
+        assert key("e") == plain[0]
+    assert server.stats.requests == 3
