@@ -282,10 +282,8 @@ class Caller:
                 call.ticket = self._submit(request)
                 try:
                     answer = await call.ticket
-                except (
-                    asyncio.CancelledError
-                ):  # the loop is ending: nobody may be asked now, but what came counts
-                    call.ticket.withdraw()
+                except asyncio.CancelledError:
+                    call.ticket.withdraw()  # the loop is ending, and asks nobody any more; what came counts
                     answer = call.ticket.result()
             else:
                 answer = await self._model.request(request)

@@ -51,6 +51,10 @@ _RECALL = (
     " LEFT JOIN shelf.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
     " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.namespace = ?5 ORDER BY s.part"
 )
+_ROWS = (
+    "SELECT position, indices, lease FROM segments"
+    " WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ? ORDER BY part"
+)
 
 _stores: weakref.WeakSet[SqlStore] = weakref.WeakSet()
 
@@ -346,8 +350,8 @@ class SqlStore:
                 return None
             key, namespace = ids
         name = draw.key
-        place = (name + "/", key, draw.request_id, draw.occurrence, namespace)
-        rows = ledger.execute(_RECALL, place).fetchall()
+        place = (key, draw.request_id, draw.occurrence, namespace)
+        rows = ledger.execute(_RECALL, (name + "/", *place)).fetchall()
         if len(rows) == 1 and n == 1 and type(index := rows[0][1]) is int:
             _, _, lease, mode, filename, value = rows[0]
             if value is None and mode is None:
@@ -384,8 +388,7 @@ class SqlStore:
         if all(self._leases.get(row[2], (True,))[0] is False for row in rows):
             return True
         ledger, _ = self._readable()
-        again = ledger.execute(_RECALL, place).fetchall()
-        return [row[:3] for row in again] == [row[:3] for row in rows]
+        return bool(ledger.execute(_ROWS, place).fetchall() == [row[:3] for row in rows])
 
     def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None.

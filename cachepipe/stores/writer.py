@@ -92,9 +92,7 @@ class Writer:
                 self._woken = False
                 if not items and self._stopping:
                     self.busy = False
-                    self._thread = (
-                        None  # what comes yet has a thread of its own, which says that all is closed
-                    )
+                    self._thread = None  # what comes yet has one of its own, and learns that all is closed
                     return
             if items:
                 self._write(items)
