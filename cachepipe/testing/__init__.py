@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cachepipe.testing.ngram import NGramModel
     from cachepipe.testing.server import MockServer
     from cachepipe.testing.server import Settings as MockSettings
-    from cachepipe.testing.stores import FaultyStore
+    from cachepipe.testing.stores import FaultyStore, MortalStore
 
 # Public name: its module in this package, and what it is called there. A new double gets a line here.
 _HOMES: Final = {
@@ -24,6 +24,7 @@ _HOMES: Final = {
     "FaultyStore": ("stores", "FaultyStore"),
     "MockServer": ("server", "MockServer"),
     "MockSettings": ("server", "Settings"),
+    "MortalStore": ("stores", "MortalStore"),
     "NGramModel": ("ngram", "NGramModel"),
     "ScriptedCall": ("models", "ScriptedCall"),
     "ScriptedError": ("models", "ScriptedError"),
@@ -36,6 +37,7 @@ __all__ = [
     "FaultyStore",
     "MockServer",
     "MockSettings",
+    "MortalStore",
     "NGramModel",
     "ScriptedCall",
     "ScriptedError",

@@ -1,10 +1,11 @@
-"""A store that fails, waits or is locked when a test tells it to."""
+"""Stores that fail, wait or are locked when a test tells them to, and stores of processes that are played."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from cachepipe.ledger import Draw, Runs
 from cachepipe.stores.base import (
@@ -19,6 +20,32 @@ from cachepipe.stores.base import (
     Store,
     StoredQuestion,
 )
+from cachepipe.stores.disk import DiskStore
+
+
+class MortalStore(DiskStore):
+    """A folder's store as another process opens it, which is played: it dies when its name is taken out.
+
+    Args:
+        folder: the folder.
+        name: the name of the process's lease.
+        alive: the names of the processes that live; the store adds its own.
+    """
+
+    def __init__(self, folder: Path | str, name: str, alive: set[str]) -> None:
+        self.name = name
+        self.alive = alive
+        alive.add(name)
+        super().__init__(folder)
+
+    def _lease_name(self) -> str:
+        return self.name
+
+    def _own_lease_name(self) -> str:
+        return self.name
+
+    def _lease_alive(self, name: str) -> bool:
+        return name in self.alive
 
 
 class FaultyStore:

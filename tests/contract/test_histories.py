@@ -18,6 +18,7 @@ from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.generation import Caller, Wanted
 from cachepipe.stores import sql, transaction
 from cachepipe.stores.base import Claim, Commit, Forgo, Leave
+from cachepipe.testing import MortalStore
 
 pytestmark = pytest.mark.anyio
 
@@ -41,31 +42,13 @@ def generate(store, whose, n=1, token="one", **more):  # noqa: S107 - no secret
     return grant
 
 
-class Process(DiskStore):
-    """A store as another process opens it: its lease is its own."""
-
-    def __init__(self, folder, name, living):
-        self.name, self.living = name, living
-        living.add(name)
-        super().__init__(folder)
-
-    def _lease_name(self):
-        return self.name
-
-    def _own_lease_name(self):
-        return self.name
-
-    def _lease_alive(self, name):
-        return name in self.living
-
-
 @pytest.fixture
 def process(tmp_path):
     """A function that opens one folder as the process of that name."""
     living, opened = set(), []
 
     def start(name):
-        opened.append(Process(tmp_path / "cache", name, living))
+        opened.append(MortalStore(tmp_path / "cache", name, living))
         return opened[-1]
 
     yield start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import sqlite3
 import subprocess
@@ -162,48 +163,52 @@ asyncio.run(main())
 """
 
 
-async def test_c7_closing_waits_for_samples_that_another_process_generates(tmp_path, turns):
-    pipeline = OnlineAPI(ScriptedModel(), tmp_path)
-    scope = ["-c", ELSEWHERE.replace("class Model:", 'class Model:\n    cache_scope = "s"'), str(tmp_path)]
-    await pipeline.close()
-    pipeline = OnlineAPI(ScriptedModel(), tmp_path, scope="s")
+@contextlib.asynccontextmanager
+async def waiting_for_another(pipeline, folder):
+    """A request that awaits what another process generates, and what lets that process go on."""
+    program = ELSEWHERE.replace("class Model:", 'class Model:\n    cache_scope = "s"')
     with subprocess.Popen(  # noqa: ASYNC220 - its pipes are read in a thread
-        [sys.executable, *scope], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as child:
+
+        def go_on():
+            child.stdin.write("\n")
+            child.stdin.flush()
+
         try:
             assert await asyncio.to_thread(child.stdout.readline) == "begun\n"
             task = asyncio.create_task(pipeline.request(Request("p", namespace="b")))
             await until(lambda: any(lane.strangers for lane in pipeline._cacher._engine.lanes()))
-            closing = asyncio.create_task(pipeline.close())
-            await turns(20)
-            assert not pipeline._cacher._ended, "closed under a request in flight"
-            child.stdin.write("\n")
-            child.stdin.flush()
-            async with asyncio.timeout(20):
-                assert (await task).data == ["elsewhere"]
-                await closing
+            yield task, go_on
         finally:
             child.kill()
 
 
+async def test_c7_closing_waits_for_samples_that_another_process_generates(tmp_path, turns):
+    pipeline = OnlineAPI(ScriptedModel(), tmp_path)
+    await pipeline.close()
+    pipeline = OnlineAPI(ScriptedModel(), tmp_path, scope="s")
+    async with waiting_for_another(pipeline, tmp_path) as (task, go_on):
+        closing = asyncio.create_task(pipeline.close())
+        await turns(20)
+        assert not pipeline._cacher._ended, "closed under a request in flight"
+        go_on()
+        async with asyncio.timeout(20):
+            assert (await task).data == ["elsewhere"]
+            await closing
+
+
 async def test_c8_a_sample_whose_call_failed_here_may_come_from_another_process(tmp_path):
-    scope = ["-c", ELSEWHERE.replace("class Model:", 'class Model:\n    cache_scope = "s"'), str(tmp_path)]
     async with OnlineAPI(ScriptedModel([ScriptedError()]), tmp_path, scope="s") as pipeline:
         with pytest.raises(ScriptedError):
             await pipeline.request(Request("p", namespace="b"))
-        with subprocess.Popen(  # noqa: ASYNC220 - its pipes are read in a thread
-            [sys.executable, *scope], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as child:
-            try:
-                assert await asyncio.to_thread(child.stdout.readline) == "begun\n"
-                task = asyncio.create_task(pipeline.request(Request("p", namespace="b")))
-                await until(lambda: any(lane.strangers for lane in pipeline._cacher._engine.lanes()))
-                child.stdin.write("\n")
-                child.stdin.flush()
-                async with asyncio.timeout(20):
-                    assert (await task).data == ["elsewhere"]
-            finally:
-                child.kill()
+        async with waiting_for_another(pipeline, tmp_path) as (task, go_on):
+            go_on()
+            async with asyncio.timeout(20):
+                assert (await task).data == ["elsewhere"]
 
 
 READS = {

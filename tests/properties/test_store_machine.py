@@ -24,11 +24,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cachepipe import DiskStore, MemoryStore
+from cachepipe import MemoryStore
 from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs, label
 from cachepipe.stores import sql
 from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
+from cachepipe.testing import MortalStore
 
 KEYS = ["k1-a", "k1-b"]
 draws = st.builds(
@@ -38,27 +39,6 @@ draws = st.builds(
     st.sampled_from(["", "r"]),
     st.just(0),
 )
-
-
-class MortalStore(DiskStore):
-    """A store whose process is played: it has a lease of its own, and dies when it is told to."""
-
-    alive: set
-
-    def __init__(self, folder, name, alive):
-        self.name = name
-        self.alive = alive
-        alive.add(name)
-        super().__init__(folder)
-
-    def _lease_name(self):
-        return self.name
-
-    def _own_lease_name(self):
-        return self.name
-
-    def _lease_alive(self, name):
-        return name in self.alive
 
 
 class Claimed:

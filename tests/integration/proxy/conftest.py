@@ -173,6 +173,15 @@ def recorded(tmp_path_factory):
 
 
 @pytest.fixture
+def behind(recorded):
+    """That proxy and its upstream, which has recorded nothing yet."""
+    _, upstream = recorded
+    upstream.requests.clear()
+    upstream.answers.clear()
+    return recorded
+
+
+@pytest.fixture
 def raw():
     """Send bytes to a server as they are, and return all that it answers until it closes."""
 

@@ -23,17 +23,15 @@ ANSWERED = [("content-type", "text/plain")]
 
 
 @pytest.fixture
-def passing(recorded):
+def passing(behind):
     """The proxy in front of the recorder."""
-    recorded[1].requests.clear()
-    recorded[1].answers.clear()
-    return recorded[0]
+    return behind[0]
 
 
 @pytest.fixture
-def recorder(passing, recorded):
+def recorder(behind):
     """The recorder behind it."""
-    return recorded[1]
+    return behind[1]
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PATCH", "PUT", "OPTIONS", "POST"])

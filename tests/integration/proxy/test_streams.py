@@ -26,17 +26,15 @@ STREAM = [("content-type", "text/event-stream"), ("x-open", "1"), ("x-ratelimit-
 
 
 @pytest.fixture
-def streaming(recorded):
+def streaming(behind):
     """The proxy in front of the recorder."""
-    recorded[1].requests.clear()
-    recorded[1].answers.clear()
-    return recorded[0]
+    return behind[0]
 
 
 @pytest.fixture
-def recorder(streaming, recorded):
+def recorder(behind):
     """The recorder behind it."""
-    return recorded[1]
+    return behind[1]
 
 
 def test_a_stream_passes_byte_for_byte(streaming, recorder, http, asked, helpers):
