@@ -205,12 +205,12 @@ class AsyncCacher(Stage):
         if self._ended:
             return
         runs.closed(self.store.identity, self)
-        here, start = asyncio.get_running_loop(), self._engine.start
+        here = asyncio.get_running_loop()
         for lane in self._engine.lanes():
             if lane.loop is here:
-                await lane.drain(start)
+                await lane.drain()
             elif lane.loop.is_running() and lane._fork == forks.count:  # noqa: SLF001 - loops run in their own process
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(start), lane.loop))
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(), lane.loop))
         self._ended = True
         if isinstance(self.model, Stage):
             await self.model.close()

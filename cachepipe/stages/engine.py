@@ -224,7 +224,7 @@ class Engine:
                     self._calls += past.calls
                     self._generated += past.generated
                 caller = Caller(loop, self.model, self.keep_extra)
-                lane = self._lanes[loop] = Lane(loop, self.store, caller)
+                lane = self._lanes[loop] = Lane(loop, self.store, caller, self._start)
                 self.board.join(lane)
         self._last = lane
         return lane
@@ -444,35 +444,21 @@ class Engine:
         draw.making = draw.making.union(indices) if draw.making else set(indices)
         if not draw.unsaved:
             self.board.announce(lane, draw.question.key, indices)
-        lane.needs.append(need)
-        if len(lane.needs) == 1:
-            # All claims of this turn are granted in one go; calls for them start right after it.
-            if self.window:
-                lane.loop.call_later(self.window, self.start, lane)
-            else:
-                lane.after_claims(self.start, lane)
+        lane.want(need, window=self.window)
 
-    def start(self, lane: Lane) -> None:
-        """Ask for what this turn needs, but for questions of which more draws are yet to be claimed."""
-        needs, lane.needs = lane.needs, []
-        if claiming := lane.claiming():
-            lane.needs = [need for need in needs if need.draw.question.key in claiming]
-            if lane.needs:
-                needs = [need for need in needs if need.draw.question.key not in claiming]
-                lane.loop.call_soon(self.start, lane)
+    def _start(self, lane: Lane) -> None:
+        """Ask for what is needed and ready."""
+        wanted: list[Need] = []
+        unwanted: list[Need] = []
+        for need in lane.ready():
+            (wanted if need.wanted else unwanted).append(need)
+        for need in unwanted:
+            need.fail(need.slots, None)
         try:
-            self._ask_for(lane, needs)
+            lane.caller.start(wanted)
         except Exception as error:  # noqa: BLE001 - such as a limit that is none
-            for need in needs:
+            for need in wanted:
                 need.fail(need.slots, error)
-
-    def _ask_for(self, lane: Lane, needs: list[_Need]) -> None:
-        if any(need.draw.dead for need in needs):
-            for need in needs:
-                if not need.wanted:
-                    self.give_up(need.draw, need.slots, None)
-            needs = [need for need in needs if need.wanted]
-        lane.caller.start(needs)
 
     # Samples that come, and samples that do not.
 

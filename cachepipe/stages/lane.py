@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 from cachepipe import forks
 from cachepipe.errors import StoreError, StoreLocked
-from cachepipe.stages.generation import Caller
+from cachepipe.stages.generation import Caller, Need
 from cachepipe.stores.base import Claim, Commit, Operation, Store
 
 MANY = 1000
@@ -51,16 +52,26 @@ class _Turn:
 class Lane:
     """One event loop's way to the store: what comes in one turn is written in one transaction."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, store: Store, caller: Caller) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        store: Store,
+        caller: Caller,
+        start: Callable[[Lane], None],
+    ) -> None:
+        """Make one; ``start`` asks for the ``needs`` that are ``ready``."""
         self.loop = loop
         self.caller = caller
-        self.needs: list[Any] = []
+        self.needs: list[Need] = []
         """What is to be asked of the model at the end of this turn, or of the window."""
+        self._held: dict[Hashable, list[Need]] = {}
         self.strangers: dict[Any, None] = {}
         """The draws that await samples which other processes generate, in order."""
         self.writes: set[asyncio.Future[list[Any]]] = set()
         self._store = store
-        self._operations: list[_Queued] = []
+        self._start = start
+        self._operations: deque[_Queued] = deque()
+        self._claiming: dict[Hashable, int] = {}  # how many draws of a key are queued
         self._sent: list[list[_Queued]] = []
         self._first: object = None
         self._at_once = False
@@ -77,6 +88,9 @@ class Lane:
     def put(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
         """Queue an operation for the end of this turn; ``done`` gets its result or error as last argument."""
         self._operations.append((operation, done, arguments))
+        if type(operation) is Claim:
+            key = operation.draw.key
+            self._claiming[key] = self._claiming.get(key, 0) + 1
         if len(self._operations) == 1:
             with contextlib.suppress(RuntimeError):  # the loop is closed: this is the last chance
                 self.loop.call_soon(_Turn(self))
@@ -94,12 +108,18 @@ class Lane:
         self._tell(done, arguments, results[0])
         self._at_once = False
 
-    def after_claims(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function when the claims of this turn are granted: what they need goes together."""
-        if self._at_once:
-            self.loop.call_soon(self.loop.call_soon, function, *arguments)
+    def want(self, *needs: Need, window: float = 0.0) -> None:
+        """Ask for samples at the end of the window; by default when the claims of this turn are granted."""
+        first = not self.needs
+        self.needs += needs
+        if not first:
+            return
+        if window:
+            self.loop.call_later(window, self._start, self)
+        elif self._at_once:
+            self.loop.call_soon(self.loop.call_soon, self._start, self)
         else:
-            self.loop.call_soon(function, *arguments)
+            self.loop.call_soon(self._start, self)
 
     def alone(self) -> bool:
         """Tell whether only the task that runs has asked for anything in this turn of the loop."""
@@ -116,7 +136,7 @@ class Lane:
 
     def flush(self) -> None:
         """Write what has come: inline, a part per turn of the loop, or on the store's thread if it must."""
-        batch, self._operations = self._operations[:_INLINE], self._operations[_INLINE:]
+        batch = self._take(_INLINE)
         if not batch:
             return
         try:
@@ -125,10 +145,27 @@ class Lane:
             if self._operations:  # behind the calls for what was granted just now
                 self.loop.call_soon(_Turn(self))
 
+    def _take(self, most: int | None = None) -> list[_Queued]:
+        """Take operations from the queue; what waited for the last draw of its question waits no more."""
+        queue = self._operations
+        batch = [queue.popleft() for _ in range(len(queue) if most is None else min(most, len(queue)))]
+        for item in batch:
+            if type(claim := item[0]) is not Claim:
+                continue
+            key = claim.draw.key
+            left = self._claiming.pop(key) - 1
+            if left:
+                self._claiming[key] = left
+            elif key in self._held:
+                self.want(*self._held.pop(key))
+        return batch
+
     def rescue(self) -> None:
         """Write what has come without a loop; nobody is left to take what would be claimed."""
-        operations, self._operations = [item[0] for item in self._operations], []
-        left = [operation for operation in operations if type(operation) is not Claim]
+        left = [item[0] for item in self._operations if type(item[0]) is not Claim]
+        self._operations.clear()
+        self._claiming.clear()
+        self._held.clear()
         if left and self._fork == forks.count:
             self._store.apply_soon(left)
 
@@ -143,8 +180,7 @@ class Lane:
                 return
             results = None  # one of them is at fault: the others go on without it
         if results is None:
-            batch += self._operations
-            self._operations = []
+            batch += self._take()
             batch = [item for item in batch if not self._recalled(*item)]
             if batch:
                 self._hand_over(batch)
@@ -202,32 +238,36 @@ class Lane:
         for (_, done, arguments), result in zip(batch, results, strict=True):
             self._tell(done, arguments, result)
 
-    def claiming(self) -> set[str]:
-        """Return the keys of which draws are queued."""
-        if not self._operations:
-            return set()
-        claims = [item[0] for item in self._operations]
-        return {claim.draw.key for claim in claims if type(claim) is Claim}
+    def ready(self) -> list[Need]:
+        """Take what can be asked for now; a question of which more draws are queued waits for them."""
+        needs, self.needs = self.needs, []
+        if not self._claiming:
+            return needs
+        now = []
+        for need in needs:
+            if need.group in self._claiming:
+                self._held.setdefault(need.group, []).append(need)
+            else:
+                now.append(need)
+        return now
 
     def claims(self, key: str) -> bool:
         """Tell, on any thread, whether draws of a key are queued, or granted and not yet heard of here."""
-        queued = [item[0] for batch in [*self._sent, self._operations] for item in list(batch)]
-        return any(type(operation) is Claim and operation.draw.key == key for operation in queued)
+        if key in self._claiming:
+            return True
+        sent = [item[0] for batch in list(self._sent) for item in list(batch)]
+        return any(type(operation) is Claim and operation.draw.key == key for operation in sent)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued in this turn."""
         return not self._operations
 
-    async def drain(self, start: Callable[[Lane], None]) -> None:
-        """Wait until everything queued is written, and no call is in flight.
-
-        Args:
-            start: asks for what waits for the end of its window.
-        """
+    async def drain(self) -> None:
+        """Wait until everything queued is written, and no call is in flight; end the window at once."""
         while self._operations or self.writes or self.caller.busy or self.needs or self.strangers:
             if self.needs:
-                start(self)
+                self._start(self)
             if self.writes:
                 await asyncio.wait(self.writes)
             elif self.caller.busy:

@@ -470,6 +470,7 @@ class Transaction:
         """Store samples: all at once when every lease is still ours, else one by one."""
         self._flush()
         self._seen.clear()
+        self._intern([commit.key for commit in commits])
         if any(commit.index is None for commit in commits):
             return [self._commit(commit) for commit in commits]
         lease = self._lease()

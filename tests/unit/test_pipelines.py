@@ -283,6 +283,25 @@ def test_a_pipeline_is_used_from_several_runs_of_the_loop():
 
 
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize(("last", "asked"), [({"request_id": "last"}, 2), ({"namespace": "y"}, 1)], ids=repr)
+def test_draws_of_a_question_share_a_call_though_hundreds_came_in_between(tmp_path, disk, last, asked):
+    """Whether the last of them needs anything or finds it stored."""
+
+    async def main():
+        model = Single()
+        async with OnlineAPI(model, tmp_path / "c" if disk else MemoryStore()) as api:
+            await api.request(Request("q"))
+            crowd = ask(api, "q", n=2, namespace="x")
+            crowd += ask(api, *[f"other {number}" for number in range(700)])
+            crowd += ask(api, "q", **{"namespace": "x", **last})
+            answers = await asyncio.gather(*crowd)
+        assert [call for call in model.calls if call[0] == "q"] == [("q", 1), ("q", asked)]
+        assert len({*answers[0].data, *answers[-1].data}) == 1 + asked
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_several_threads_with_loops_of_their_own_share_a_pipeline(tmp_path, disk):
     """C1 and C4: samples independent, none bought twice, nobody stuck."""
     api = OnlineAPI(Single(), tmp_path / "c" if disk else MemoryStore())
