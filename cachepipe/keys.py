@@ -93,10 +93,17 @@ def _is_canonical(value: Any) -> bool:
 def _mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
     form = {}
     for name, item in value.items():
-        if not isinstance(name, str):
-            raise UnkeyableValue(f"a key cannot be made from a mapping whose key is {name!r}; use strings")
-        form[_MARK + name if name.startswith(_MARK) else str.__str__(name)] = canonical(item)
+        if type(name) is not str or name[:1] == _MARK:
+            name = _marked(name)  # noqa: PLW2901 - its canonical form
+        form[name] = item if type(item) is str else canonical(item)
     return form
+
+
+def _marked(name: Any) -> str:
+    """Return the canonical form of a mapping's key."""
+    if not isinstance(name, str):
+        raise UnkeyableValue(f"a key cannot be made from a mapping whose key is {name!r}; use strings")
+    return _MARK + name if name.startswith(_MARK) else str.__str__(name)
 
 
 def _unusual(value: Any) -> Any:
@@ -148,19 +155,29 @@ def digest(scope: str | None, document: bytes) -> str:
     return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (orjson.dumps(scope), document)).hexdigest()}"
 
 
+_PLANS: dict[type, tuple[tuple[str, ...], bool, bool]] = {}
+
+
+def _plan(kind: type[Request]) -> tuple[tuple[str, ...], bool, bool]:
+    """Return which fields of a request class are asked, and whether it has a ``seed`` and a ``best_of``."""
+    plan = _PLANS.get(kind)
+    if plan is None:
+        names = field_names(kind)
+        asked = tuple(name for name in names if name not in _UNASKED)
+        plan = _PLANS[kind] = (asked, "seed" in names, "best_of" in names)
+    return plan
+
+
 def asked(request: Request) -> dict[str, Any]:
     """Return the fields of a request that are part of what is asked, in canonical form.
 
     Fields that are None are left out, so that an optional field can be added without a new key.
     """
     form: dict[str, Any] = {}
-    for name in field_names(type(request)):
-        if name in _UNASKED:
-            continue
+    for name in _plan(type(request))[0]:
         value = getattr(request, name)
-        if value is None:
-            continue
-        form[name] = value if type(value) is str else canonical(value)
+        if value is not None:
+            form[name] = value if type(value) is str else canonical(value)
     return form
 
 
@@ -177,9 +194,9 @@ def question(
         hash: a function from a request to a string which stands for the fields, for those who
             decide themselves which requests are the same.
     """
-    names = field_names(type(request))
-    seed = request.seed if "seed" in names else None
-    best_of = request.best_of if "best_of" in names else None
+    _, has_seed, has_best_of = _plan(type(request))
+    seed = request.seed if has_seed else None
+    best_of = request.best_of if has_best_of else None
     if hash is None:
         document: dict[str, Any] = {"fields": asked(request)}
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -302,9 +303,9 @@ def test_a_request_for_fewer_samples_is_the_same_but_for_those():
         Slotted([["a"]], n=3, options={"b": [1]}, stop="x"),
         Request({"a": ["b"]}, n=3, namespace="c"),
     ):
-        fewer = request.asking(2)
+        fewer, same = request.asking(2), request.asking(3)
         assert (type(fewer), fewer.n, request.n) == (type(request), 2, 3)
         assert fewer == dataclasses.replace(request, n=2)
-        for name in ("prompt", "options"):
-            assert getattr(request, name) is None or getattr(fewer, name) is not getattr(request, name)
-        assert fewer.asking(3) == request
+        for name, other in itertools.product(("prompt", "options"), (fewer, same)):
+            assert getattr(request, name) is None or getattr(other, name) is not getattr(request, name)
+        assert fewer.asking(3) == same == request
