@@ -34,6 +34,7 @@ import orjson
 
 from cachepipe import runs, wire
 from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, ShortAnswer, StoreError
+from cachepipe.keys import trimmed
 from cachepipe.models.openai import ENDPOINTS, ListModel, OpenAIModel, WireRequest
 from cachepipe.stages import AsyncCacher, AsyncDeduplicator
 from cachepipe.stores import DiskStore, MemoryStore, default_folder, open_store
@@ -969,7 +970,7 @@ def _line(
         "cachepipe": ours,
         **{name: value for name, value in line.carried.items() if name not in _OWN},
     }
-    return orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE)
+    return trimmed(orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE))
 
 
 _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from cachepipe.errors import NotStorable, StoreError
+from cachepipe.keys import trimmed
 
 _MARK = "\0"
 _MARKED = b'"\\u0000'  # how JSON spells the opening of a marked name
@@ -54,10 +55,10 @@ class Codec:
             except RecursionError:
                 raise NotStorable("a sample nests too deep, or holds itself; it cannot be stored") from None
         try:
-            return orjson.dumps(form)
+            return trimmed(orjson.dumps(form))
         except TypeError:  # a lone surrogate in some string
             try:
-                return orjson.dumps(_without_surrogates(form))
+                return trimmed(orjson.dumps(_without_surrogates(form)))
             except (TypeError, RecursionError) as error:
                 raise NotStorable(f"a sample cannot be written as JSON: {error}") from error
 

@@ -28,7 +28,7 @@ from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
 from cachepipe.errors import CacheMiss, CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
-from cachepipe.keys import Question
+from cachepipe.keys import Question, trimmed
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
@@ -652,7 +652,7 @@ class Exchange:
     def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
         """Return the samples of a call as they are stored."""
         made_by = arrived.response.headers.get(id_header(self.api))
-        noted = orjson.dumps({"request": made_by}) if made_by else b""
+        noted = trimmed(orjson.dumps({"request": made_by})) if made_by else b""
         return [Kept(_codec.encode(sample), noted) for sample in samples]
 
     async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[_Made | None, Arrived]:

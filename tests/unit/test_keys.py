@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 import types
 import uuid
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 from cachepipe import Request, UnkeyableValue
 from cachepipe.keys import FORMAT, asked, canonical, digest, encode, provider_question, question, scope_of
+from cachepipe.values import Codec
 
 
 @dataclass(frozen=True)
@@ -476,6 +478,17 @@ def test_the_document_is_the_one_json_spelling_of_what_was_asked():
 def test_a_document_is_json_that_says_what_was_asked(value):
     text = encode(canonical(value))
     assert encode(json.loads(text)) == text
+
+
+@pytest.mark.parametrize("kept", [encode, Codec().encode], ids=["documents", "samples"])
+def test_what_is_kept_takes_no_more_memory_than_it_is_long(kept):
+    tracemalloc.start()
+    try:
+        held = [kept({"content": "x" * 1000}) for _ in range(100)]
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 1.2 * sum(map(len, held))
 
 
 SCRIPT = """
