@@ -9,7 +9,7 @@ however many are taken.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 LISTED = 0
@@ -193,3 +193,19 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
             break  # nothing can be said of what follows a gap; no claim leaves one
         positions[start : start + len(indices) if indices else None] = indices
     return positions
+
+
+def settled(parts: Sequence[tuple[object, Sequence[int]]], missing: Callable[[int], bool]) -> int:
+    """Return how many parts of a draw, from the first, are settled: no failure undoes them any more (C8).
+
+    What one claim added stands or falls as a whole, so it is settled when all of it is stored. What was
+    added after something that is not settled counted on that, and is not settled either.
+
+    Args:
+        parts: per segment, in order of writing, what tells its claim, and its indices.
+        missing: tells whether an index has no sample yet.
+    """
+    for place, (claim, indices) in enumerate(parts):
+        if any(missing(index) for index in indices):
+            return next(first for first, (other, _) in enumerate(parts[: place + 1]) if other == claim)
+    return len(parts)

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import orjson
 
 from cachepipe.errors import StoreError
 from cachepipe.keys import Question
-from cachepipe.ledger import LISTED, SHARED, Runs, choose, is_in, laid, lowest_new, merged, split
+from cachepipe.ledger import (
+    LISTED,
+    SHARED,
+    Runs,
+    choose,
+    is_in,
+    laid,
+    lowest_new,
+    merged,
+    settled,
+    split,
+)
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -296,23 +307,16 @@ class Transaction:
             samples.append(sample)
         missing = None in samples
         token = claim.token if missing else None
-        parts = [row[1] for row in own]
-        part = parts[-1] + 1 if parts else 0
-        held = self._join(claim, place, namespace, own) if missing and own else []
-        if own and not missing:
-            self._let_stand(claim, place, namespace, own)
+        held: list[int] = []
+        if missing and own:
+            held = self._join(claim, place, namespace, own)
+        elif len(whole) > n:
+            self._let_stand(claim, place, namespace, own, {*whole[n:]})
         added = [(position, [indices[position]]) for position in replaced]
         if old < n:
             added.append((old, indices[old:]))
         added += [(n, [])] * (claim.refresh and len(whole) > n)  # the old row goes as a whole
-        for position, chosen in added:
-            generated = len({*chosen}.intersection(mine)) if mine else 0
-            lease, at = self._lease(), self._later()
-            self._write(
-                place, (*place, namespace, part, position, pack(chosen), lease, token, generated, at, 0)
-            )
-            held.append(part)
-            part += 1
+        held += self._extend((*place, namespace), own, added, mine, token)
         return Grant(
             indices,
             samples,
@@ -346,6 +350,26 @@ class Transaction:
         self._add(namespace, place[0], index)
         self._write(place, (*place, namespace, 0, 0, index, self._lease(), None, 0, self._later(), 0))
         return Grant([index], [sample], [], (), 1, fresh and bool(draw.request_id))
+
+    def _extend(
+        self,
+        where: tuple[int, str, int, int],
+        own: list[Any],
+        added: list[tuple[int, list[int]]],
+        mine: list[int],
+        token: str | None,
+    ) -> list[int]:
+        """Write what one claim adds to a draw; by lease, token and time its segments are known as one."""
+        if not added:
+            return []
+        first = own[-1][1] + 1 if own else 0
+        lease, at = self._lease(), self._later()
+        for part, (position, chosen) in enumerate(added, first):
+            generated = len({*chosen}.intersection(mine)) if mine else 0
+            standing = len(chosen) if token is None else 0
+            row = (*where, part, position, pack(chosen), lease, token, generated, at, standing)
+            self._write(where[:3], row)
+        return [*range(first, first + len(added))]
 
     def _write(self, place: DrawRow, row: tuple[Any, ...]) -> None:
         """Write a segment of a draw, at the latest before the draw is looked up again."""
@@ -423,11 +447,9 @@ class Transaction:
         return int(row[0])
 
     def _join(self, claim: Claim, place: DrawRow, namespace: int, own: list[Any]) -> list[int]:
-        """Hold the segments of a draw that others wrote, from the first incomplete one on."""
+        """Hold the segments of a draw that may yet be undone, whoever wrote them."""
         held: list[int] = []
-        for row in own:
-            if not held and not self._incomplete(claim.draw.key, unpack(row[3])):
-                continue
+        for row in self._unsettled(claim.draw.key, own):
             if row[5] != claim.token or row[4] != self._lease():
                 self._ledger.execute(
                     "INSERT OR IGNORE INTO holders VALUES(?, ?, ?, ?, ?, ?, ?)",
@@ -440,16 +462,29 @@ class Transaction:
         """Return the token of a claimant among those of all processes."""
         return f"{self._lease()}-{token}"
 
-    def _let_stand(self, claim: Claim, place: DrawRow, namespace: int, own: list[Any]) -> None:
-        """Note what is delivered now of segments that are incomplete: their makers may yet fail."""
-        for row in own:
-            indices = unpack(row[3])
-            standing = min(claim.n - row[2], len(indices))
-            if standing > row[7] and self._incomplete(claim.draw.key, indices):
+    def _let_stand(
+        self, claim: Claim, place: DrawRow, namespace: int, own: list[Any], beyond: set[int]
+    ) -> None:
+        """Note what is delivered now of segments that may yet be undone, as what lies beyond may fail."""
+        given = [min(claim.n - row[2], len(unpack(row[3]))) for row in own]
+        last = max((number for number, row in enumerate(own) if given[number] > row[7]), default=-1)
+        # What later claims added decides nothing of these.
+        rows = [row for number, row in enumerate(own) if number <= last or row[4:7] == own[last][4:7]]
+        for row in self._unsettled(claim.draw.key, rows, beyond):
+            standing = given[own.index(row)]
+            if standing > row[7]:
                 self._found.pop(place, None)
                 self._ledger.execute(
                     f"UPDATE segments SET standing = ?{_PART}", (standing, *place, namespace, row[1])
                 )
+
+    def _unsettled(self, key: str, rows: list[Any], among: Collection[int] | None = None) -> list[Any]:
+        """Return the rows of a draw that may yet be undone, if samples are missing only ``among`` some."""
+        first = settled(
+            [(row[4:7], unpack(row[3])) for row in rows],
+            lambda index: (among is None or index in among) and self._sample(key, index) is None,
+        )
+        return rows[first:]
 
     def _gain(self, book: _Book, key: int, index: int, *, listed: bool) -> bool:
         """Take the lease of an index without a sample, unless a live process has it."""
@@ -552,55 +587,70 @@ class Transaction:
                 self._remove(LISTED, key, index)
 
     def _leave(self, leave: Leave) -> None:
-        """End a hold. What is incomplete and held by nobody else is undone, but what was delivered (C8)."""
+        """End a hold. What is not settled and held by nobody else is undone, but what was delivered (C8)."""
         key = self._key_of(leave.draw.key)
         namespace = self._namespace(leave.draw.namespace)
         place = (key, leave.draw.request_id, leave.draw.occurrence)
-        undoing = False
-        for part in sorted(leave.held):
-            where = (*place, namespace, part)
-            row = self._ledger.execute(
-                "SELECT indices, lease, token, standing, position FROM segments" + _PART, where
-            ).fetchone()
-            if row is None:
-                continue
-            author = row[1] == self._lease() and row[2] == leave.token
-            if not author:
-                joined = self._ledger.execute(
-                    f"DELETE FROM holders{_PART} AND token = ?", (*where, self._holder(leave.token))
-                ).rowcount
-                if not joined:
-                    continue
-            indices = unpack(row[0])
-            standing = row[3]
-            if leave.complete:
-                standing = max(standing, min(leave.n - row[4], len(indices)))
-                if standing == len(indices):
-                    continue
-                self._ledger.execute(f"UPDATE segments SET standing = ?{_PART}", (standing, *where))
-            elif author:
-                self._ledger.execute("UPDATE segments SET token = NULL" + _PART, where)
-            undoing = undoing or self._incomplete(leave.draw.key, indices)
-            if not undoing or self._held_by_others(where, None if author else row[1:3]):
-                continue
-            kept, undone = indices[:standing], indices[standing:]
-            if kept:
-                self._ledger.execute(f"UPDATE segments SET indices = ?{_PART}", (pack(kept), *where))
-            else:
-                self._ledger.execute("DELETE FROM segments" + _PART, where)
-            for index in undone:
-                self._remove(namespace, key, index)
-        if undoing:
+        where = (*place, namespace)
+        rows = [list(row) for row in self._ledger.execute(f"{_DRAW} AND namespace = ?", where)]
+        held = {row[1]: row for row in rows if row[1] in leave.held and self._let_go(leave, where, row)}
+        if all(row[7] == len(unpack(row[3])) for row in held.values()):
+            return
+        decided = {index for row in held.values() for index in unpack(row[3])}
+        undone: list[int] = []
+        while True:  # when a refresh is undone, what it had replaced is there again
+            visible = laid((row[2], unpack(row[3])) for row in rows)
+            gone = [
+                row
+                for row in self._unsettled(leave.draw.key, rows, decided.intersection(visible))
+                if row[1] in held and not self._held_by_others((*where, row[1]), row[4], row[5])
+            ]
+            if not gone:
+                break
+            for row in gone:
+                del held[row[1]]
+                undone += self._undo(where, row, rows)
+        for index in undone:
+            self._remove(namespace, key, index)
+        if undone:
             self._ledger.execute(
                 "DELETE FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ?",
-                (*place, namespace),
+                where,
             )
 
-    def _held_by_others(self, where: tuple[Any, ...], author: tuple[int, str | None] | None) -> bool:
-        """Tell whether a live claimant holds a segment: its author, or one that has joined."""
-        leases = {row[0] for row in self._ledger.execute("SELECT lease FROM holders" + _PART, where)}
-        if author is not None and author[1] is not None:
-            leases.add(author[0])
+    def _let_go(self, leave: Leave, where: tuple[Any, ...], row: list[Any]) -> bool:
+        """End a claimant's hold of a segment, and note what it was given; tell whether it had one."""
+        part = (*where, row[1])
+        if row[4:6] == [self._lease(), leave.token]:
+            row[5] = None
+            if not leave.complete:
+                self._ledger.execute(f"UPDATE segments SET token = NULL{_PART}", part)
+        else:
+            holder = (*part, self._holder(leave.token))
+            if not self._ledger.execute(f"DELETE FROM holders{_PART} AND token = ?", holder).rowcount:
+                return False
+        if leave.complete and (given := min(leave.n - row[2], len(unpack(row[3])))) > row[7]:
+            row[7] = given
+            self._ledger.execute(f"UPDATE segments SET standing = ?{_PART}", (given, *part))
+        return True
+
+    def _undo(self, where: tuple[Any, ...], row: list[Any], rows: list[list[Any]]) -> list[int]:
+        """Cut a segment down to what was delivered of it; return the indices that are free again."""
+        part, indices = (*where, row[1]), unpack(row[3])
+        kept, free = indices[: row[7]], indices[row[7] :]
+        if not kept:
+            rows.remove(row)
+            self._ledger.execute(f"DELETE FROM segments{_PART}", part)
+        elif free:
+            row[3] = pack(kept)
+            self._ledger.execute(f"UPDATE segments SET indices = ?{_PART}", (row[3], *part))
+        return free
+
+    def _held_by_others(self, where: tuple[Any, ...], author: int, token: str | None) -> bool:
+        """Tell whether a live claimant holds a segment: its author, whose token is there, or a joiner."""
+        leases = {row[0] for row in self._ledger.execute(f"SELECT lease FROM holders{_PART}", where)}
+        if token is not None:
+            leases.add(author)
         return any(lease == self._lease() or self._alive(lease) for lease in leases)
 
     def _discard(self, discard: Discard) -> None:

@@ -405,6 +405,107 @@ class StoreContract:
         assert recalled.indices == third.indices
         assert self.claim(store, drawn("b"), 1).indices == [2]
 
+    # A claim that replaces a discarded sample and asks for more adds two things, which stand or fall as one.
+
+    def replace(self, store: Store, position: int, *, spare: bool) -> Grant:
+        """Let "one" claim three samples of a draw that has two, one of them discarded."""
+        self.fill(store, drawn("a"), 2)
+        if spare:
+            self.commit(store, None, "spare")
+        self.apply(store, Discard(KEY, position, "a refusal"))
+        grant = self.claim(store, drawn("a"), 3)
+        assert grant.indices == [2 if place == position else place for place in range(2)] + [3]
+        assert grant.mine == ([3] if spare else [2, 3])
+        return grant
+
+    def give_up(self, store: Store, grant: Grant, token: str = "one") -> tuple[int, ...]:  # noqa: S107 - names a holder
+        """Fail for want of sample 3; return what the ledger holds then."""
+        self.apply(store, Forgo(KEY, [3]), Leave(drawn("a"), token, grant.held, complete=False))
+        [info] = store.draws(KEY, label(None))
+        return info.indices
+
+    @pytest.mark.parametrize("position", [0, 1])
+    @pytest.mark.parametrize("spare", [True, False])
+    def test_a_replacement_that_is_stored_is_undone_with_the_draw_that_failed(
+        self, store: Store, position: int, spare: bool
+    ) -> None:
+        """C8: the draw is what it was before, and the sample serves another."""
+        grant = self.replace(store, position, spare=spare)
+        if not spare:
+            self.commit(store, 2)
+        assert self.give_up(store, grant) == (0, 1)
+        assert self.claim(store, drawn("b")).indices == [2]
+
+    def test_the_earlier_of_two_replacements_is_undone_with_the_later(self, store: Store) -> None:
+        """C8, whichever of them is stored."""
+        self.fill(store, drawn("a"), 3)
+        self.apply(store, Discard(KEY, 0, "a refusal"), Discard(KEY, 2, "a refusal"))
+        grant = self.claim(store, drawn("a"), 3)
+        assert grant.mine == [3, 4]
+        self.commit(store, 3)
+        self.apply(store, Forgo(KEY, [4]), Leave(drawn("a"), "one", grant.held, complete=False))
+        assert [info.indices for info in store.draws()] == [(0, 1, 2)]
+        assert self.claim(store, drawn("b")).indices == [3]
+
+    @pytest.mark.parametrize(("position", "n", "left"), [(0, 1, (2, 1)), (1, 2, (0, 2)), (1, 1, (0, 1))])
+    def test_a_replacement_that_was_delivered_stands_when_the_draw_fails(
+        self, store: Store, position: int, n: int, left: tuple[int, int]
+    ) -> None:
+        """C1 and C2: a shorter claim got it meanwhile; one that did not reach so far lets nothing stand."""
+        grant = self.replace(store, position, spare=True)
+        short = self.claim(store, drawn("a"), n, token="two")
+        assert (short.indices, short.mine, short.held) == (grant.indices[:n], [], ())
+        assert self.give_up(store, grant) == left
+        assert self.claim(store, drawn("b")).indices == [3 if 2 in left else 2]
+        assert self.claim(store, drawn("a"), n).indices == list(left[:n])
+
+    def test_no_replacement_is_recalled_while_the_rest_of_its_draw_is_missing(self, store: Store) -> None:
+        """It may yet be undone, so it is got by a claim, which lets it stand."""
+        grant = self.replace(store, 0, spare=True)
+        for n in (1, 2):
+            assert store.recall(drawn("a"), n) is None
+        self.commit(store, 3)
+        recalled = store.recall(drawn("a"), 1)
+        assert recalled is not None
+        assert recalled.indices == [2]
+        assert self.give_up(store, grant) == (2, 1, 3), "once all its samples are stored a draw stands"
+
+    @pytest.mark.parametrize("spare", [True, False])
+    def test_the_last_holder_undoes_a_replacement_that_is_stored(self, store: Store, spare: bool) -> None:
+        """C8: one that joined and left has received nothing."""
+        first = self.replace(store, 0, spare=spare)
+        second = self.claim(store, drawn("a"), 3 if spare else 1, token="two")
+        assert (second.indices, second.mine) == (first.indices[: len(second.indices)], [])
+        if not spare:
+            self.commit(store, 2)
+        assert self.give_up(store, first) == ((2, 1, 3))
+        assert self.give_up(store, second, "two") == (0, 1)
+        assert self.claim(store, drawn("b")).indices == [2]
+
+    def test_a_replacement_that_a_joiner_waited_for_and_received_stands(self, store: Store) -> None:
+        """C8 and C2: and what it did not ask for does not."""
+        first = self.replace(store, 0, spare=False)
+        second = self.claim(store, drawn("a"), 1, token="two")
+        assert (second.indices, second.samples) == ([2], [None])
+        self.commit(store, 2)
+        self.apply(store, Leave(drawn("a"), "two", second.held, complete=True, n=1))
+        assert self.give_up(store, first) == (2, 1)
+        assert self.claim(store, drawn("b")).indices == [3]
+
+    def test_a_claim_that_was_answered_with_a_replacement_stands_on_its_own(self, store: Store) -> None:
+        """C1 and C2: whoever held the rest of the draw, before it or after."""
+        first = self.claim(store, drawn("a"), 3)
+        self.commit(store, 0)
+        self.commit(store, None, "spare")
+        self.apply(store, Discard(KEY, 0, "a refusal"))
+        short = self.claim(store, drawn("a"), 1, token="two")
+        assert (short.indices, short.mine, short.held) == ([3], [], ())
+        third = self.claim(store, drawn("a"), 3, token="three")
+        self.apply(store, Forgo(KEY, [1, 2]), Leave(drawn("a"), "one", first.held, complete=False))
+        self.leave(store, drawn("a"), third, complete=False, token="three")
+        assert [info.indices for info in store.draws()] == [(3,)]
+        assert self.claim(store, drawn("b")).indices == [1]
+
     def test_leaving_twice_changes_nothing(self, store: Store) -> None:
         grant = self.claim(store, drawn("a"), 1)
         self.claim(store, drawn("a"), 1, token="two")

@@ -17,6 +17,7 @@ from cachepipe.ledger import (
     lowest_new,
     merged,
     namespace_of,
+    settled,
     split,
 )
 
@@ -150,6 +151,15 @@ def test_later_segments_lie_over_earlier_ones(segments):
 def test_a_draw_whose_sample_was_replaced():
     assert laid([(0, [0, 1, 2]), (3, [3]), (1, [7])]) == [0, 7, 2, 3]
     assert laid([]) == []
+
+
+@given(st.lists(st.lists(st.lists(indices, max_size=3), min_size=1, max_size=3), max_size=5), sets)
+def test_what_a_claim_added_is_settled_when_all_of_it_and_all_before_it_is_stored(claims, missing):
+    """C8: there is no part of a claim that stands while another part of it is undone."""
+    parts = [(name, part) for name, claim in enumerate(claims) for part in claim]
+    whole = [missing.isdisjoint(index for part in claim for index in part) for claim in claims]
+    first = whole.index(False) if False in whole else len(claims)
+    assert settled(parts, missing.__contains__) == sum(len(claim) for claim in claims[:first])
 
 
 @given(st.none() | st.text())
