@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import shutil
 import sqlite3
@@ -17,7 +18,7 @@ from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.generation import Caller, Wanted
 from cachepipe.stores import sql, transaction
-from cachepipe.stores.base import Claim, Commit, Forgo, Leave
+from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
 from cachepipe.testing import MortalStore
 
 pytestmark = pytest.mark.anyio
@@ -73,6 +74,94 @@ def test_c1_who_joined_a_draw_holds_it_whatever_number_another_process_gave_its_
     assert [found.indices for found in second.draws()] == [(0, 1)]
     second.write([Leave(draw(), "3", two.held, complete=False)])
     assert not list(second.draws())
+
+
+def fail(store, grant, token="one"):  # noqa: S107 - no secret
+    """Give up a claim whose samples will not come; return what the ledger holds of each draw."""
+    store.write([Forgo(KEY, grant.mine), Leave(draw(), token, grant.held, complete=False)])
+    return [found.indices for found in store.draws()]
+
+
+def kill(store):
+    store.alive.discard(store.name)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The dead are told from the living at each look."""
+    monkeypatch.setattr(sql, "_ALIVE_FOR", -1.0)
+    monkeypatch.setattr(transaction.time, "monotonic", itertools.count(1000).__next__)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(("n", "left"), [(0, (0, 1)), (1, (2, 1)), (2, (2, 1))])
+def test_c8_a_replacement_outlives_its_killed_process_as_far_as_it_was_delivered(process, n, left):
+    author, other = process("author"), process("other")
+    generate(author, draw(), 2)
+    author.write([Commit(KEY, None, b"2", {}), Discard(KEY, 0, "a refusal")])
+    assert claim(author, draw(), 3).indices == [2, 1, 3]
+    kill(author)
+    if n:
+        assert other.recall(draw(), n) is None
+        assert claim(other, draw(), n).indices == [2, 1][:n]
+    grant = claim(other, draw(), 3, "two")
+    assert (grant.indices, grant.mine) == ([2, 1, 3], [3])
+    assert fail(other, grant, "two") == [left]
+    assert claim(other, draw("a", "another")).indices == [3 if 2 in left else 2]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_c2_a_refresh_of_a_draw_whose_process_was_killed_stands_when_an_extension_fails(process):
+    """What the killed process had begun is no part of the draw any more."""
+    first, second, third = process("first"), process("second"), process("third")
+    claim(first, draw(), 2)
+    kill(first)
+    assert generate(second, draw(), 2, refresh=True).indices == [2, 3]
+    kill(second)
+    assert fail(third, claim(third, draw(), 3)) == [(2, 3)]
+    assert third.recall(draw(), 2).indices == [2, 3]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_c1_what_a_joiner_received_in_place_of_a_discarded_sample_stands_when_its_process_has_ended(process):
+    first, second = process("first"), process("second")
+    grant = claim(first, draw(), 3)
+    first.write([Commit(KEY, 0, b"0", {}), Discard(KEY, 0, "a refusal")])
+    short = generate(second, draw(), 1, "two")
+    assert (short.indices, short.joined) == ([3], True)
+    second.write([Leave(draw(), "two", short.held, complete=True, n=1)])
+    last = claim(first, draw(), 3, "three")
+    kill(second)
+    fail(first, grant)
+    assert fail(first, last, "three") == [(3,)]
+    assert claim(first, draw("a", "another")).indices == [1]
+
+
+def test_c1_a_refresh_that_was_recalled_stands_when_who_took_it_over_is_cancelled(process):
+    """It had begun the draw before the refresh, and has not noticed yet that all has come."""
+    first, second, reader = process("first"), process("second"), process("reader")
+    before = claim(first, draw(), 2)
+    refresh = claim(second, draw(), 2, "two", refresh=True)
+    joined = claim(first, draw(), 2)
+    assert (joined.indices, joined.mine) == ([2, 3], [])
+    fail(second, refresh, "two")
+    assert generate(first, draw(), 2).mine == [2, 3]
+    assert reader.recall(draw(), 2).indices == [2, 3]
+    held = tuple({*before.held, *joined.held})
+    first.write([Forgo(KEY, before.mine), Leave(draw(), "one", held, complete=False)])
+    assert reader.recall(draw(), 2).indices == [2, 3]
+    assert claim(reader, draw("a", "another")).indices == [4], "what was refreshed stays taken"
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_c8_a_refresh_and_what_it_was_to_replace_are_both_undone(store, order):
+    """In whatever order they fail; what the refresh hid is looked at again when it has gone."""
+    grants = {"one": claim(store, draw(), 3), "two": claim(store, draw(), 2, "two", refresh=True)}
+    assert [found.indices for found in store.draws()] == [(3, 4)]
+    for token in order:
+        left = fail(store, grants[token], token)
+    assert not left
+    assert claim(store, draw("a", "another"), 3).indices == [0, 1, 2]
 
 
 def test_c3_a_clock_that_was_set_back_leaves_the_positions_of_a_draw_as_they_are(process, monkeypatch):
