@@ -1,8 +1,10 @@
-"""What does a miss cost beside the call that it makes: 1,000 at once, one by one, and through the client?
+"""What does a miss cost beside the call that it makes: many at once, one by one, and through the client?
 
 At once: the model sleeps 50 ms, as one that answers from far away; the floor is ``asyncio.gather``
 over the bare model, and a control writes the 1,000 answers to a diskcache in one transaction after it.
 Requests are chat messages; one entry has strings of the same length instead.
+In crowds of 1,000 and of 20,000 the model answers at once, so that only the overhead is left; the larger
+crowd's misses should cost about the same each.
 One by one: the model answers at once, so that only the overhead is left; the floor is the bare call
 with diskcache's ``get`` before and ``set`` after it.
 
@@ -10,7 +12,7 @@ Through the drop-in client, the floor is the bare client against the same server
 flight, and answers at once or after 50 ms. Each client is a process of its own (see ``worker.py``); the
 server counts what it was asked.
 
-After each round of the first two, and before the pipeline is closed, another process replays all draws
+After each round of the others, and before the pipeline is closed, another process replays all draws
 without a model and counts the rows with diskcache: what was delivered is durable.
 """
 
@@ -107,22 +109,22 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
     count = sizes.pick(1000, 70)
     questions = [data.question(str(number)) for number in range(count)]
     strings = [data.question(str(number), chat=False) for number in range(count)]
+    many = [data.question(str(number)) for number in range(sizes.pick(20_000, 300))]
     slow = _Misses(folder, _SlowModel, questions)
     slow_strings = _Misses(folder, _SlowModel, strings)
     alone = _Misses(folder, data.InstantModel, questions)
+    crowd = _Misses(folder, data.InstantModel, many)
     with Server() as server, workers(["bare", "cachepipe", *sizes.peers]) as there:
         through = [
             _Through(there, server, folder, in_flight, delay, sizes.pick(max(in_flight, 500), 10))
             for in_flight, delay in ((100, 0.0), (100, DELAY), (1000, DELAY))
         ]
-        yield [*_tables(count, slow, slow_strings, alone), *(each.table() for each in through)]
-
-
-def _tables(count: int, slow: _Misses, slow_strings: _Misses, alone: _Misses) -> list[Table]:
-    return [
-        Table(f"{count:,} at once around a model that sleeps 50 ms", _at_once(slow, slow_strings), "ms"),
-        Table("one at a time around a model that answers at once", _alone(alone)),
-    ]
+        yield [
+            Table(f"{count:,} at once around a model that sleeps 50 ms", _at_once(slow, slow_strings), "ms"),
+            Table("in crowds around a model that answers at once", _crowds(alone, crowd)),
+            Table("one at a time around a model that answers at once", _alone(alone)),
+            *(each.table() for each in through),
+        ]
 
 
 def _gathering(misses: _Misses) -> Callable[[cachepipe.OnlineAPI], Any]:
@@ -168,6 +170,17 @@ def _at_once(misses: _Misses, strings: _Misses) -> list[Entry]:
         ),
         Entry("misses, batch_request", batched, misses.durable, against=goals, prepare=misses.pipeline),
     ]
+
+
+def _crowds(*crowds: _Misses) -> list[Entry]:
+    def entry(misses: _Misses, against: Goals) -> Entry:
+        count = len(misses.requests)
+        call, prepare = _gathering(misses), misses.pipeline
+        return Entry(f"{count:,} at once", call, misses.durable, count, against=against, prepare=prepare)
+
+    small, large = crowds
+    first = entry(small, {})
+    return [first, entry(large, {first.name: 2.0})]
 
 
 def _alone(misses: _Misses) -> list[Entry]:
