@@ -96,6 +96,23 @@ def drop_resources(client: Any, original: Any) -> None:
         client._middleware_chain = client._build_middleware_chain()  # noqa: SLF001 - likewise; it ends in the other
 
 
+def replaced(client: Any) -> str | None:
+    """Return the dotted name of a method that somebody has replaced on a client or its resources, if any."""
+    for name in NAMES:
+        if name in vars(client):
+            return name
+    seen = {id(client)}
+    found: list[tuple[str, Any]] = [("", client)]
+    for place, owner in found:
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if getattr(value, "_client", None) is client and id(value) not in seen:
+                seen.add(id(value))
+                found.append((f"{place}{name}.", value))
+            elif owner is not client and inspect.isfunction(getattr(type(owner), name, None)):
+                return f"{place}{name}"
+    return None
+
+
 def sent_headers(client: Any, options: Any) -> dict[str, str]:
     """Return the headers that a call is known to be sent with, by lower-case name.
 

@@ -40,7 +40,8 @@ def wrap(
         service: what limits and retries the client's calls; they go where the client sends them.
 
     Raises:
-        TypeError: for anything else, and for a client that has a cache already.
+        TypeError: for anything else, for a client that has a cache already, and for one of which somebody,
+            such as a tool that traces calls, has replaced a method: what is returned would not have it.
     """
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
@@ -64,6 +65,12 @@ def _checked(client: Any) -> Any:
         )
     if package == "anthropic":
         _layered().check_wrappable(kind)
+    name = seam.replaced(client)
+    if name is not None:
+        raise TypeError(
+            f"wrap() takes a client as its SDK made it; the method {name} of this one was replaced, and "
+            "would be lost. Wrap the client first, then let the other tool have what wrap() returns"
+        )
     return kind
 
 

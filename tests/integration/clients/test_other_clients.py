@@ -103,6 +103,34 @@ def test_only_clients_are_wrapped(server):
         wrap(client, cache=MemoryStore())
 
 
+@pytest.mark.parametrize("name", ["chat.completions.create", "models.list", "request"])
+def test_a_client_whose_methods_somebody_has_replaced_is_refused_and_one_may_replace_them_later(server, name):
+    *path, method = name.split(".")
+    asked = []
+
+    def trace(client):
+        owner = functools.reduce(getattr, path, client)
+        usual = getattr(owner, method)
+
+        def traced(*arguments, **options):
+            asked.append(name)
+            return usual(*arguments, **options)
+
+        setattr(owner, method, traced)
+
+    with openai.OpenAI(base_url=server.base_url, api_key="k") as plain:
+        plain.with_raw_response.models.list()
+        ask(plain)
+        wrapped = wrap(plain, cache=MemoryStore())
+        trace(wrapped)
+        assert texts(ask(wrapped)) == texts(ask(wrapped.in_namespace("b")))
+        wrapped.models.list()
+        assert asked[0] == name
+        trace(plain)
+        with pytest.raises(TypeError, match=f"the method {name} of this one was replaced"):
+            wrap(plain, cache=MemoryStore())
+
+
 @pytest.mark.parametrize("kind", [AzureOpenAI, AsyncAzureOpenAI])
 def test_azures_deployments_are_part_of_the_scope(kind):
     azure = {"azure_endpoint": "https://name.openai.azure.com", "api_version": "2024-10-21", "api_key": "k"}
