@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
-from cachepipe.stages.base import Stage, has_request
+from cachepipe.stages.base import Arrived, Stage, has_request
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
@@ -289,8 +289,12 @@ class _Batches(Stage):
 
     request = SingleRequestModel.request
 
-    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
-        answers: list[Response] = await self.model.batch_request(batch, return_exceptions=return_exceptions)
+    async def batch_request(
+        self, batch: Batch, *, return_exceptions: bool = False, arrived: Arrived | None = None
+    ) -> list[Response]:
+        answers: list[Response] = await self.model.batch_request(
+            batch, return_exceptions=return_exceptions, arrived=arrived
+        )
         return answers
 
 

@@ -14,7 +14,7 @@ from cachepipe import context, wire
 from cachepipe.flow.limits import FlowStats, Limits, Quota, holding
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimate, Estimator
-from cachepipe.stages.base import Stage, adapter_of, ask, ask_batch, has_batch, together
+from cachepipe.stages.base import Arrived, Stage, adapter_of, ask, ask_batch, each, given, has_batch, send
 from cachepipe.typedefs import Batch, Request, Response, field_names
 
 T = TypeVar("T")
@@ -81,12 +81,16 @@ class AsyncLimiter(Stage):
 
         return (await self._call([request], make))[0]
 
-    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+    async def batch_request(
+        self, batch: Batch, *, return_exceptions: bool = False, arrived: Arrived | None = None
+    ) -> list[Response]:
         """Return one response per request, in order; a model that takes batches is called once."""
         self._check_open()
-        if not has_batch(self._adapter):
-            return await super().batch_request(batch, return_exceptions=return_exceptions)
-        return await together(map(given, await ask_batch(self._gated, batch.requests)), return_exceptions)
+        if has_batch(self._adapter):
+            answers = await ask_batch(self._gated, batch.requests, arrived)
+        else:
+            answers = await each(self.request, batch.requests, arrived)
+        return given(answers, return_exceptions)
 
     async def _call(self, requests: Sequence[Request], make: Callable[[], Awaitable[list[T]]]) -> list[T]:
         """Make a call for requests when it is let go, and learn from what it brings."""
@@ -144,14 +148,9 @@ class _Gated:
         self._call = call
         self._model = model
 
-    async def batch_request(self, batch: Batch) -> list[Any]:
+    async def batch_request(self, batch: Batch, *, arrived: Arrived | None = None) -> list[Any]:
         """Return what the model answers, errors among it."""
-        options = {"return_exceptions": True} if isinstance(self._model, Stage) else {}
-
-        async def make() -> list[Any]:
-            return list(await self._model.batch_request(batch, **options))
-
-        return await self._call(batch.requests, make)
+        return await self._call(batch.requests, lambda: send(self._model, batch, arrived))
 
 
 class AsyncRetrier(Stage):
@@ -187,44 +186,52 @@ class AsyncRetrier(Stage):
         self._check_open()
         return await self.retries.run(lambda: ask(self.model, request))
 
-    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
+    async def batch_request(
+        self, batch: Batch, *, return_exceptions: bool = False, arrived: Arrived | None = None
+    ) -> list[Response]:
         """Return one response per request, in order; those that failed are asked for again together.
 
         Whoever is cancelled meanwhile returns what has come: it is paid for.
+
+        Args:
+            batch: the requests.
+            return_exceptions: put the error of a request in its place; otherwise the first one is raised.
+            arrived: is told each response, and each error that stands, as it comes: it does not wait for
+                what is asked for again.
         """
         self._check_open()
         answers: list[Any] = [None] * len(batch)
         try:
-            await self._ask_until_done(batch.requests, answers)
+            await self._ask_until_done(batch.requests, answers, arrived)
         except asyncio.CancelledError as stopped:
             if not any(isinstance(answer, Response) for answer in answers):
                 raise
             answers = [answer if isinstance(answer, Response) else stopped for answer in answers]
-        return await together(map(given, answers), return_exceptions)
+        return given(answers, return_exceptions)
 
-    async def _ask_until_done(self, requests: Sequence[Request], answers: list[Any]) -> None:
-        """Put the answers of requests in their places as they come, and at last their errors."""
+    async def _ask_until_done(
+        self, requests: Sequence[Request], answers: list[Any], arrived: Arrived | None
+    ) -> None:
+        """Put the answers of requests in their places as they come, and hand on those that stand."""
         attempts = [self.retries.begin() for _ in requests]
         left = list(range(len(requests)))
+        waits: dict[int, float] = {}  # how long before those that failed are asked for again, by place
         number = 0
+
+        def take(nth: int, answer: Any) -> None:
+            place = left[nth]
+            answers[place] = answer
+            wait = attempts[place].after(answer) if isinstance(answer, BaseException) else None
+            if wait is not None:
+                waits[place] = wait
+            elif arrived is not None:
+                arrived(place, answer)
+
         while left:
             with context.attempting(number):
-                brought = await ask_batch(self.model, [requests[place] for place in left])
-            wait, failed = 0.0, []
-            for place, answer in zip(left, brought, strict=True):
-                answers[place] = answer
-                again = attempts[place].after(answer) if isinstance(answer, BaseException) else None
-                if again is not None:
-                    failed.append(place)
-                    wait = max(wait, again)
-            left = failed
+                await ask_batch(self.model, [requests[place] for place in left], take)
+            left = sorted(waits)
             number += 1
             if left:
-                await self.retries.clock.sleep(wait)
-
-
-async def given(answer: Any) -> Any:
-    """Return an answer, or raise it if it is an error."""
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+                await self.retries.clock.sleep(max(waits.values()))
+                waits.clear()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cachepipe.errors import BadAnswer, BatchMismatch, StageClosed
@@ -13,9 +15,17 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+Arrived = Callable[[int, Any], None]
+"""Is told a request's place in its batch, and its answer or error, as soon as that is there."""
+
 
 class Stage:
-    """A model in front of a model. Subclasses define ``request`` and, if they can do better, the batch."""
+    """A model in front of a model. Subclasses define ``request`` and, if they can do better, the batch.
+
+    A ``batch_request`` whose answers do not all come at once may take one more keyword, ``arrived``
+    (see `Arrived`), and tell it each answer as it comes; what it returns is whole all the same. One
+    without that keyword is asked without it.
+    """
 
     def __init__(self, model: Any) -> None:
         check_model(model)
@@ -133,12 +143,41 @@ def limit_of(model: Any) -> int | None:
 
 async def together(requests: Iterable[Any], return_exceptions: bool) -> list[Any]:
     """Await all, then return the results in order, or raise the first error in that order."""
-    results = await asyncio.gather(*requests, return_exceptions=True)
+    return given(await asyncio.gather(*requests, return_exceptions=True), return_exceptions)
+
+
+def given(answers: list[Any], return_exceptions: bool) -> list[Any]:
+    """Return answers, errors among them only if they may be; otherwise raise the first one."""
     if not return_exceptions:
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-    return results
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+    return answers
+
+
+async def each(
+    ask_one: Callable[[Request], Awaitable[Any]], requests: Sequence[Request], arrived: Arrived | None
+) -> list[Any]:
+    """Ask for each request by itself, all at once; return one answer or error per request, in order.
+
+    Args:
+        ask_one: asks for one request.
+        requests: the requests.
+        arrived: is told each answer as it comes.
+    """
+
+    async def one(place: int, request: Request) -> Any:
+        try:
+            answer = await ask_one(request)
+        except (Exception, asyncio.CancelledError) as error:
+            if arrived is not None:
+                arrived(place, error)
+            raise
+        if arrived is not None:
+            arrived(place, answer)
+        return answer
+
+    return await together([one(*numbered) for numbered in enumerate(requests)], return_exceptions=True)
 
 
 async def ask(model: Any, request: Request) -> Response:
@@ -152,36 +191,93 @@ async def ask(model: Any, request: Request) -> Response:
     return answer
 
 
-async def ask_batch(model: Any, requests: Sequence[Request]) -> list[Response | BaseException]:
+async def ask_batch(
+    model: Any, requests: Sequence[Request], arrived: Arrived | None = None
+) -> list[Response | BaseException]:
     """Return one answer or error per request.
 
     A batch that fails as a whole is repeated request by request, so that one bad request does not
     take the others with it.
+
+    Args:
+        model: the model, whichever of the two protocols it speaks.
+        requests: the requests.
+        arrived: is told each answer or error once: as soon as it is there, at the latest before this returns.
     """
+    came: dict[int, Any] = {}
+
+    def take(place: int, answer: Any) -> None:
+        if place not in came:
+            came[place] = answer = _raisable(answer)
+            if arrived is not None:
+                arrived(place, answer)
+
+    for place, answer in enumerate(await _ask_batch(model, requests, came, take)):
+        take(place, answer)
+    return [came[place] for place in range(len(requests))]
+
+
+async def _ask_batch(
+    model: Any, requests: Sequence[Request], came: dict[int, Any], take: Arrived
+) -> list[Any]:
+    """Return one answer or error per request; those that have come before are taken."""
     if not has_batch(model):
-        return await together([model.request(request) for request in requests], return_exceptions=True)
-    batch = Batch(list(requests))
-    if isinstance(model, Stage):
-        return list(await model.batch_request(batch, return_exceptions=True))
+        return await each(model.request, requests, take)
     try:
-        answers = list(await model.batch_request(batch))
-    except Exception as error:  # noqa: BLE001 - it belongs to those who asked
-        if len(requests) == 1:
-            return [error]
-        answers = []
-        for request in requests:
-            try:
-                answers += await ask_batch(model, [request])
-            except asyncio.CancelledError as stopped:  # what has come is paid for
-                return answers + [stopped] * (len(requests) - len(answers))
-        return answers
+        answers = await send(model, Batch(list(requests)), take)
+    except Exception as error:
+        if isinstance(model, Stage):
+            raise
+        if len(requests) > 1:
+            await _repeat(model, requests, came, take)
+        answers = [error] * len(requests)
     if len(answers) != len(requests):
         mismatch = BatchMismatch(
             f"sent {len(requests)} requests, the model returned {len(answers)} responses; "
             "return one response or exception per request"
         )
         return [mismatch for _ in requests]
-    return [_raisable(answer) for answer in answers]
+    return answers
+
+
+async def _repeat(model: Any, requests: Sequence[Request], came: dict[int, Any], take: Arrived) -> None:
+    """Ask one by one for those requests of a batch whose answers have not come."""
+    for place, request in enumerate(requests):
+        if place not in came:
+            try:
+                take(place, (await ask_batch(model, [request]))[0])
+            except asyncio.CancelledError as stopped:  # what has come is paid for
+                for rest in range(place, len(requests)):
+                    take(rest, stopped)
+
+
+async def send(model: Any, batch: Batch, arrived: Arrived | None) -> list[Any]:
+    """Return what a model's own ``batch_request`` does; stages put errors in their places.
+
+    Args:
+        model: a model that takes batches.
+        batch: the batch.
+        arrived: is told answers as they come, where the model can tell.
+    """
+    method = model.batch_request
+    function = getattr(method, "__func__", None)
+    if function is Stage.batch_request:  # which waits for all
+        stage: Stage = method.__self__
+        stage._check_open()  # noqa: SLF001 - this module's own
+        return await each(stage.request, batch.requests, arrived)
+    options: dict[str, Any] = {"return_exceptions": True} if isinstance(model, Stage) else {}
+    if function is not None and _takes_arrived(function):
+        options["arrived"] = arrived
+    return list(await method(batch, **options))
+
+
+@lru_cache
+def _takes_arrived(function: Callable[..., Any]) -> bool:
+    """Tell whether a ``batch_request`` can tell its answers as they come."""
+    try:
+        return "arrived" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of one that is not written in Python
+        return False
 
 
 def _raisable(answer: Any) -> Any:
@@ -191,6 +287,40 @@ def _raisable(answer: Any) -> Any:
     error = RuntimeError("a model's batch_request returned a StopIteration for one of its requests")
     error.__cause__ = answer
     return error
+
+
+class Flight:
+    """A batch in flight, as its members see it: it is stopped when nobody wants what it still owes.
+
+    Args:
+        members: who are owed an answer each, and want it.
+
+    Attributes:
+        task: what asks for the batch, until it is stopped.
+    """
+
+    def __init__(self, members: Iterable[Hashable]) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self._owed = set(members)
+        self._wanting = set(self._owed)
+
+    def leave(self, member: Hashable) -> None:
+        """Note that a member wants no answer any more."""
+        self._wanting.discard(member)
+        self._stop_unwanted()
+
+    def answered(self, member: Hashable) -> None:
+        """Note that a member has got its answer or error."""
+        self._owed.discard(member)
+        self._wanting.discard(member)
+        if self._owed and not self._wanting and self.task is not None:
+            # Not before the next turn: what others are owed may be about to come in this one.
+            self.task.get_loop().call_soon(self._stop_unwanted)
+
+    def _stop_unwanted(self) -> None:
+        if self._owed and not self._wanting and self.task is not None:
+            task, self.task = self.task, None  # once: what it does to end is not disturbed
+            task.cancel()
 
 
 def samples_of(answer: Any) -> list[Any]:

@@ -13,8 +13,18 @@ from functools import partial
 from typing import Any, Literal
 
 from cachepipe.errors import StageClosed
-from cachepipe.stages.base import Stage, ask_batch, has_request, samples_of, together
-from cachepipe.typedefs import Request, Response
+from cachepipe.stages.base import (
+    Arrived,
+    Flight,
+    Stage,
+    ask_batch,
+    each,
+    given,
+    has_request,
+    samples_of,
+    together,
+)
+from cachepipe.typedefs import Batch, Request, Response
 
 
 class Ticket:
@@ -30,6 +40,16 @@ class Ticket:
 
     def __await__(self) -> Generator[Any, None, Response]:
         return self._future.__await__()
+
+    async def kept(self) -> Response:
+        """Return the response; a cancelled caller withdraws, and returns it if it comes all the same."""
+        try:
+            await asyncio.wait([self._future])  # which a cancellation leaves as it is
+        except asyncio.CancelledError:
+            self.withdraw()
+            if not self._future.done():
+                await asyncio.wait([self._future])
+        return self._future.result()
 
     def result(self) -> Response:
         """Return the response that has come, though its awaiter was cancelled, or raise that."""
@@ -61,19 +81,18 @@ class Ticket:
             self._future.set_result(answer)
 
 
-class _Batch:
+class _Batch(Flight):
     """A batch in flight."""
 
     def __init__(self, tickets: Sequence[Ticket]) -> None:
+        super().__init__(tickets)
         self.tickets = tickets
-        self.task: asyncio.Task[None] | None = None
-        self._left: set[int] = set()
 
-    def leave(self, ticket: Ticket) -> None:
-        """Note that nobody wants a ticket's answer; a batch that nobody wants is stopped."""
-        self._left.add(id(ticket))
-        if len(self._left) == len(self.tickets) and self.task is not None:
-            self.task.cancel()
+    def settle(self, place: int, answer: Response | BaseException) -> None:
+        """Deliver an answer or an error."""
+        ticket = self.tickets[place]
+        ticket.settle(answer)
+        self.answered(ticket)
 
 
 class _Lane:
@@ -148,24 +167,17 @@ class _Lane:
             self._send()
 
     async def _fly(self, batch: _Batch) -> None:
+        requests = [ticket.request for ticket in batch.tickets]
         try:
             if self._single:
-                await together([self._alone(ticket) for ticket in batch.tickets], return_exceptions=True)
+                await each(self._model.request, requests, batch.settle)
             else:
-                answers = await ask_batch(self._model, [ticket.request for ticket in batch.tickets])
-                for ticket, answer in zip(batch.tickets, answers, strict=True):
-                    ticket.settle(answer)
+                await ask_batch(self._model, requests, batch.settle)
         except BaseException as error:
             for ticket in batch.tickets:
                 ticket.settle(error)
             if not isinstance(error, asyncio.CancelledError):
                 raise
-
-    async def _alone(self, ticket: Ticket) -> None:
-        try:
-            ticket.settle(await self._model.request(ticket.request))
-        except BaseException as error:  # noqa: BLE001 - it is this request's own
-            ticket.settle(error)
 
     def abort(self) -> None:
         """Refuse what has not left yet."""
@@ -240,20 +252,42 @@ class AsyncBatcher(Stage):
 
     async def request(self, request: Request) -> Response:
         """Return the response; a cancelled caller takes nobody else's with it."""
+        return await self._request(request, keep=False)
+
+    async def batch_request(
+        self, batch: Batch, *, return_exceptions: bool = False, arrived: Arrived | None = None
+    ) -> list[Response]:
+        """Return one response per request, in order, after all of them have ended.
+
+        Args:
+            batch: the requests.
+            return_exceptions: put the error of a request in its place; otherwise the first one is raised.
+            arrived: is told each answer as it comes: also after a cancellation, which then waits for what
+                travels in a batch with others and so comes all the same.
+        """
+        self._check_open()
+        ask_one = self.request if arrived is None else partial(self._request, keep=True)
+        return given(await each(ask_one, batch.requests, arrived), return_exceptions)
+
+    async def _request(self, request: Request, *, keep: bool) -> Response:
         limits = [self.max_n]
         if request.seed is None and request.best_of is None:
             limits.append(self.cut_n)
         limit = min((limit for limit in limits if limit), default=request.n)
         if request.n <= limit:
-            return await self._one(request)
+            return await self._one(request, keep=keep)
         parts = [limit] * (request.n // limit)
         if request.n % limit:
             parts.append(request.n % limit)
-        answers = await together([self._one(request.asking(part)) for part in parts], return_exceptions=False)
+        answers = await together(
+            [self._one(request.asking(part), keep=keep) for part in parts], return_exceptions=False
+        )
         return Response([sample for answer in answers for sample in samples_of(answer)])
 
-    async def _one(self, request: Request) -> Response:
+    async def _one(self, request: Request, *, keep: bool) -> Response:
         ticket = self.submit(request)
+        if keep:
+            return await ticket.kept()
         try:
             return await ticket
         except asyncio.CancelledError:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextvars import copy_context
 from typing import Any
 
 from cachepipe.errors import ShortAnswer
-from cachepipe.stages.base import Stage, ask_batch, has_request, limit_of, samples_of
+from cachepipe.stages.base import Flight, Stage, ask_batch, has_request, limit_of, samples_of
 from cachepipe.stores.base import new_id
 from cachepipe.typedefs import Request
 
@@ -64,6 +65,7 @@ class Call:
     __slots__ = (
         "begun",
         "empty",
+        "flight",
         "id",
         "pieces",
         "seconds",
@@ -83,6 +85,7 @@ class Call:
         self.begun = self.settled = self.withdrawn = False
         self.task: asyncio.Task[None] | None = None
         self.ticket: Any = None
+        self.flight: Flight | None = None
 
     @property
     def request(self) -> Request:
@@ -115,6 +118,8 @@ class Call:
         self.withdrawn = True
         if self.ticket is not None:
             self.ticket.withdraw()
+        elif self.flight is not None:
+            self.flight.leave(self)
         elif self.task is not None and self.begun:
             self.task.cancel()
 
@@ -299,30 +304,45 @@ class Caller:
         self._answered(call, values)
 
     async def _batch(self, calls: list[Call]) -> None:
-        total = sum(call.total for call in calls)
-        self._begin(total, len(calls))
+        calls = [call for call in calls if not call.withdrawn or call.wanted]
+        if not calls:
+            return
+        flight = Flight(calls)
+        flight.task = asyncio.current_task()
+        for call in calls:
+            call.flight = flight
+        self._begin(sum(call.total for call in calls), len(calls))
         begun = time.perf_counter()
-        try:
-            answers = await ask_batch(self._model, [call.request for call in calls])
-        except BaseException as error:
-            self.in_flight -= total
-            for call in calls:
-                self._failed(call, error)
-            if isinstance(error, asyncio.CancelledError):
+
+        def settle(place: int, answer: Any) -> None:
+            call = calls[place]
+            if call.settled:
                 return
-            raise
-        self.in_flight -= total
-        seconds = time.perf_counter() - begun
-        for call, answer in zip(calls, answers, strict=True):
-            call.seconds = seconds
+            flight.answered(call)
+            self.in_flight -= call.total
+            call.seconds = time.perf_counter() - begun
+            if isinstance(answer, BaseException):
+                self._failed(call, answer)
+                return
             try:
-                if isinstance(answer, BaseException):
-                    raise answer  # noqa: TRY301 - handled as what samples_of raises
                 values = samples_of(answer)
             except Exception as error:  # noqa: BLE001 - it belongs to those who needed this call
                 self._failed(call, error)
             else:
                 self._answered(call, values)
+
+        here = copy_context()  # what begins when an answer comes is no part of the call that brought it
+        try:
+            await ask_batch(
+                self._model,
+                [call.request for call in calls],
+                lambda place, answer: here.run(settle, place, answer),
+            )
+        except BaseException as error:
+            for place in range(len(calls)):
+                settle(place, error)
+            if not isinstance(error, asyncio.CancelledError):
+                raise
 
     def _begin(self, total: int, calls: int = 1) -> None:
         self.calls += calls

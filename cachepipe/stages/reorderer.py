@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from cachepipe.stages.base import Stage, ask, ask_batch
+from cachepipe.stages.base import Arrived, Stage, ask, ask_batch, given
 from cachepipe.typedefs import Batch, Request, Response
 
 _NUMBERS = re.compile(r"(\d+)", re.ASCII)
@@ -44,16 +44,19 @@ class RequestReorderer(Stage):
         self._check_open()
         return await ask(self.model, request)
 
-    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
-        """Return the model's responses in the batch's own order."""
+    async def batch_request(
+        self, batch: Batch, *, return_exceptions: bool = False, arrived: Arrived | None = None
+    ) -> list[Response]:
+        """Return the model's responses in the batch's own order, and tell each as it comes."""
         self._check_open()
         order = in_order(batch.requests)
-        answers: list[Any] = await ask_batch(self.model, [batch.requests[place] for place in order])
         responses: list[Any] = [None] * len(order)
-        for place, answer in zip(order, answers, strict=True):
+
+        def take(nth: int, answer: Any) -> None:
+            place = order[nth]
             responses[place] = answer
-        if not return_exceptions:
-            for response in responses:
-                if isinstance(response, BaseException):
-                    raise response
-        return responses
+            if arrived is not None:
+                arrived(place, answer)
+
+        await ask_batch(self.model, [batch.requests[place] for place in order], take)
+        return given(responses, return_exceptions)

@@ -89,6 +89,14 @@ class Single:
         return Response([f"{request.prompt}.{i}" for i in range(request.n)])
 
 
+class Uneven(Single):
+    """Takes as many seconds as the prompt says."""
+
+    async def request(self, request):
+        await asyncio.sleep(float(request.prompt))
+        return Response([request.prompt])
+
+
 def ask(batcher, *prompts, n=1):
     return [asyncio.ensure_future(batcher.request(Request(prompt, n=n))) for prompt in prompts]
 
@@ -366,14 +374,10 @@ def test_prefer_chooses_between_the_methods_of_a_model_that_has_both():
     run(main)
 
 
-def test_preferring_requests_delivers_each_answer_as_it_comes():
-    class Uneven(Single):
-        async def request(self, request):
-            await asyncio.sleep(float(request.prompt))
-            return Response([request.prompt])
-
+@pytest.mark.parametrize("prefer", ["request", "batch"])
+def test_a_model_of_single_requests_delivers_each_answer_as_it_comes(prefer):
     async def main():
-        tasks = ask(AsyncBatcher(Uneven(), 3, prefer="request"), "9", "1", "5")
+        tasks = ask(AsyncBatcher(Uneven(), 3, prefer=prefer), "9", "1", "5")
         await tasks[1]
         assert now() == 1
         await asyncio.gather(*tasks)
@@ -440,6 +444,58 @@ def test_a_batch_that_nobody_wants_any_more_is_stopped():
         await turns()
         assert model.flying == 0
         assert all(task.cancelled() for task in tasks)
+
+    run(main)
+
+
+def test_what_is_stopped_is_stopped_once_and_may_end_as_it_needs():
+    """Also where its requests end one after the other."""
+    ended = []
+
+    class Careful(Single):
+        async def request(self, request):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(float(request.prompt))
+                ended.append(request.prompt)
+
+    async def main():
+        tasks = ask(AsyncBatcher(Careful(), 3), "1", "2", "3")
+        await turns()
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(5)
+        assert ended == ["1", "2", "3"]
+
+    run(main)
+
+
+def test_a_batch_whose_other_requests_have_their_answers_is_stopped_by_the_last_who_waits():
+    async def main():
+        batcher = AsyncBatcher(Uneven(), 4)
+        tasks = ask(batcher, "1", "2", "8", "9")
+        await asyncio.sleep(1.5)
+        tasks[3].cancel()
+        await asyncio.sleep(1)
+        assert tasks[1].result().data == ["2"]
+        assert repr(batcher) == "<AsyncBatcher 0 queued, 1 in flight>"
+        tasks[2].cancel()
+        await turns()
+        assert repr(batcher) == "<AsyncBatcher 0 queued, 0 in flight>"
+        assert now() == 2.5
+
+    run(main)
+
+
+def test_a_ticket_that_has_its_answer_and_is_withdrawn_stops_nobody_elses():
+    async def main():
+        batcher = AsyncBatcher(Uneven(), 2)
+        first, second = (batcher.submit(Request(prompt)) for prompt in "12")
+        assert (await first).data == ["1"]
+        first.withdraw()
+        first.withdraw()
+        assert (await second).data == ["2"]
 
     run(main)
 
