@@ -190,7 +190,7 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
     positions: list[int] = []
     for start, indices in segments:
         if start > len(positions):
-            break  # nothing can be said of what follows a gap; no claim leaves one
+            continue  # it lay on something that is gone; no claim leaves such a gap
         positions[start : start + len(indices) if indices else None] = indices
     return positions
 

@@ -593,22 +593,12 @@ class Transaction:
         place = (key, leave.draw.request_id, leave.draw.occurrence)
         where = (*place, namespace)
         rows = [list(row) for row in self._ledger.execute(f"{_DRAW} AND namespace = ?", where)]
-        held = {row[1]: row for row in rows if row[1] in leave.held and self._let_go(leave, where, row)}
-        if all(row[7] == len(unpack(row[3])) for row in held.values()):
+        held = [row for row in rows if row[1] in leave.held and self._let_go(leave, where, row)]
+        if all(row[7] == len(unpack(row[3])) for row in held):
             return
-        decided = {index for row in held.values() for index in unpack(row[3])}
         undone: list[int] = []
-        while True:  # when a refresh is undone, what it had replaced is there again
-            visible = laid((row[2], unpack(row[3])) for row in rows)
-            gone = [
-                row
-                for row in self._unsettled(leave.draw.key, rows, decided.intersection(visible))
-                if row[1] in held and not self._held_by_others((*where, row[1]), row[4], row[5])
-            ]
-            if not gone:
-                break
-            for row in gone:
-                del held[row[1]]
+        while fallen := self._fallen(leave.draw.key, where, rows, held):
+            for row in fallen:  # when a refresh is undone, what it had replaced is there again
                 undone += self._undo(where, row, rows)
         for index in undone:
             self._remove(namespace, key, index)
@@ -633,6 +623,21 @@ class Transaction:
             row[7] = given
             self._ledger.execute(f"UPDATE segments SET standing = ?{_PART}", (given, *part))
         return True
+
+    def _fallen(
+        self, key: str, where: tuple[Any, ...], rows: list[list[Any]], held: list[list[Any]]
+    ) -> list[list[Any]]:
+        """Return the segments to undo: of those that were held, and of what the dead have laid on them."""
+        visible = laid((row[2], unpack(row[3])) for row in rows)
+        decided = {index for row in held for index in unpack(row[3])}.intersection(visible)
+        fallen: list[list[Any]] = []
+        for row in self._unsettled(key, rows, decided):
+            stands = 0 < len(unpack(row[3])) == row[7]
+            if stands or not (fallen or row in held):
+                continue
+            if not self._held_by_others((*where, row[1]), row[4], row[5]):
+                fallen.append(row)
+        return fallen
 
     def _undo(self, where: tuple[Any, ...], row: list[Any], rows: list[list[Any]]) -> list[int]:
         """Cut a segment down to what was delivered of it; return the indices that are free again."""

@@ -137,6 +137,18 @@ def test_c1_what_a_joiner_received_in_place_of_a_discarded_sample_stands_when_it
     assert claim(first, draw("a", "another")).indices == [1]
 
 
+@pytest.mark.usefixtures("at_once")
+def test_c2_what_a_killed_process_had_laid_on_a_draw_that_failed_is_undone_with_it(process):
+    """Else a gap is left, and nothing that the draw gets later is found again."""
+    first, second = process("first"), process("second")
+    grant = claim(first, draw())
+    assert claim(second, draw(), 2, "two").indices == [0, 1]
+    kill(second)
+    assert not fail(first, grant)
+    assert generate(first, draw(), 2).indices == [0, 1]
+    assert first.recall(draw(), 2).indices == [0, 1]
+
+
 def test_c1_a_refresh_that_was_recalled_stands_when_who_took_it_over_is_cancelled(process):
     """It had begun the draw before the refresh, and has not noticed yet that all has come."""
     first, second, reader = process("first"), process("second"), process("reader")
