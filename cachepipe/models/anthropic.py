@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any, Final
 
 from cachepipe import wire
-from cachepipe.models.openai import Connection, EagerConnection, OpenAIModel
+from cachepipe.models.openai import EagerConnection, OpenAIModel
 from cachepipe.typedefs import Request
 
 MESSAGES: Final = "/v1/messages"
 """Where plain requests go."""
+
+
+class _Connection(EagerConnection):
+    package = "anthropic"
+    client_name = "AsyncAnthropic"
 
 
 class AnthropicModel(OpenAIModel):
@@ -34,6 +39,8 @@ class AnthropicModel(OpenAIModel):
             messages, or else their text.
     """
 
+    connection = _Connection
+
     def __init__(
         self,
         model: str | None = None,
@@ -57,9 +64,6 @@ class AnthropicModel(OpenAIModel):
             endpoint=MESSAGES,
             raw=raw,
         )
-
-    def _connect(self, *given: Any) -> Connection:
-        return EagerConnection("anthropic", "AsyncAnthropic", *given)
 
     def _path(self, endpoint: str) -> str:
         path = super()._path(endpoint)

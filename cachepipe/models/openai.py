@@ -8,13 +8,14 @@ clients and the proxy, and theirs are hits here (C10).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import urlencode
 
 import orjson
@@ -61,7 +62,14 @@ class _Wanted:
 
 
 class Connection:
-    """The SDK's client, made when it is first needed, and where it sends what."""
+    """Where the SDK's client sends what, and the client of each event loop, made when it is first needed.
+
+    An open connection belongs to the loop that opened it, so each loop has a client of its own, but for one
+    that the caller has made.
+    """
+
+    package: ClassVar[str] = "openai"
+    client_name: ClassVar[str] = "AsyncOpenAI"
 
     def __init__(
         self, client: Any, base_url: str | None, api_key: str | None, settings: Mapping[str, Any]
@@ -69,7 +77,7 @@ class Connection:
         self.calls = 0
         self.headers: dict[str, str] = {}
         self._client = client
-        self._owns_client = client is None
+        self._by_loop: dict[asyncio.AbstractEventLoop, Any] = {}
         self._api_key = api_key
         self._settings = settings
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
@@ -106,10 +114,15 @@ class Connection:
         attempt = context.attempt.get()
         if attempt is not None and attempt.sole:
             options["max_retries"] = 0
+        surface = getattr(client, "_cachepipe", None)  # of a client with a cache, which makes its own spans
         api = wire.api_for("POST", endpoint)
-        span = telemetry.begin(api.name if api is not None else endpoint, f"{client.base_url}", body)
+        span = None
+        if surface is None:
+            span = telemetry.begin(api.name if api is not None else endpoint, f"{client.base_url}", body)
         try:
-            answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
+            # Its cache would hold what is stored here once more, as further samples of the same question.
+            with context.using(mode="bypass") if _writes(surface) else contextlib.nullcontext():
+                answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
         except BaseException as error:
             if span is not None:
                 span.end(error=error)
@@ -122,33 +135,48 @@ class Connection:
         return content
 
     async def _connected(self) -> Any:
-        """Return the client, made now if it has not been: replays never need it."""
-        if self._client is None:
+        """Return the client for this loop, made now if it has not been: replays never need it."""
+        if self._client is not None:
+            return self._client
+        loop = asyncio.get_running_loop()
+        if loop not in self._by_loop:
             # It takes a second, in which the loop goes on.
-            sdk = await asyncio.to_thread(importlib.import_module, "openai")
-            if self._client is None:
-                key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
-                self._client = sdk.AsyncOpenAI(
-                    base_url=self._base_url, api_key=_NO_KEY if key == "" else key, **self._settings
-                )
-        return self._client
+            sdk = await asyncio.to_thread(importlib.import_module, self.package)
+            if loop not in self._by_loop:
+                for ended in [other for other in tuple(self._by_loop) if other.is_closed()]:
+                    self._by_loop.pop(ended, None)
+                self._by_loop[loop] = self._made(sdk)
+        return self._by_loop[loop]
+
+    def _made(self, sdk: Any) -> Any:
+        """Return a new client."""
+        key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
+        return getattr(sdk, self.client_name)(
+            base_url=self._base_url,
+            api_key=_NO_KEY if key == "" else key,
+            # The SDK's own would try to close itself on whatever loop runs when it is collected.
+            http_client=sdk.DefaultAsyncHttpxClient(),
+            **self._settings,
+        )
 
     async def close(self) -> None:
-        """Close the client if it was made here."""
-        client = self._client
-        if client is not None and self._owns_client:
-            self._client = None
+        """Close the client of this loop if it was made here."""
+        client = self._by_loop.pop(asyncio.get_running_loop(), None)
+        if client is not None:
             await client.close()
 
 
+def _writes(surface: Any) -> bool:
+    """Tell whether a client has a cache that it fills; one that only replays makes no calls."""
+    return surface is not None and surface.mode != "replay"
+
+
 class EagerConnection(Connection):
-    """The client of an SDK that alone knows where it sends what, so it is made at once.
+    """The client of an SDK that alone knows where it sends what, so the first is made at once.
 
     Without credentials there are keys and replays, and the SDK's own error when a call is made.
 
     Args:
-        package: the SDK's package.
-        name: the client's class in it.
         client: the caller's own client, or None.
         base_url: where the API is.
         api_key: the key.
@@ -156,36 +184,46 @@ class EagerConnection(Connection):
     """
 
     def __init__(
-        self,
-        package: str,
-        name: str,
-        client: Any,
-        base_url: str | None,
-        api_key: str | None,
-        settings: Mapping[str, Any],
+        self, client: Any, base_url: str | None, api_key: str | None, settings: Mapping[str, Any]
     ) -> None:
         super().__init__(client, base_url, api_key, settings)
         self._refusal: Exception | None = None
+        self._unused: list[Any] = []
         if client is not None:
             return
         try:
-            kind = getattr(importlib.import_module(package), name)
+            sdk = importlib.import_module(self.package)
         except ImportError as error:
-            raise ImportError(f"this adapter needs {package}: pip install 'cachepipe[{package}]'") from error
-        given = {"base_url": base_url, "api_key": _NO_KEY if api_key == "" else api_key, **settings}
+            raise ImportError(
+                f"this adapter needs {self.package}: pip install 'cachepipe[{self.package}]'"
+            ) from error
+        kind = getattr(sdk, self.client_name)
+        given = {
+            "base_url": base_url,
+            "api_key": _NO_KEY if api_key == "" else api_key,
+            "http_client": sdk.DefaultAsyncHttpxClient(),
+            **settings,
+        }
         try:
-            self._client = kind(**given)
+            self._first = kind(**given)
         except Exception as error:
             if api_key is not None:
                 raise
             self._refusal = error
-            self._client = kind(**{**given, "api_key": _NO_KEY})
-        self._learn(self._client)
+            self._first = kind(**{**given, "api_key": _NO_KEY})
+        self._unused.append(self._first)
+        self._learn(self._first)
 
     async def _connected(self) -> Any:
         if self._refusal is not None:
             raise self._refusal
-        return self._client
+        return await super()._connected()
+
+    def _made(self, sdk: Any) -> Any:
+        """Return the first client, and for further loops copies of it."""
+        with contextlib.suppress(IndexError):
+            return self._unused.pop()
+        return self._first.copy(http_client=sdk.DefaultAsyncHttpxClient())
 
 
 class OpenAIModel:
@@ -205,11 +243,16 @@ class OpenAIModel:
         endpoint: where plain requests go.
         max_n: the most samples that the server gives in one call; default is OpenAI's own limit.
         raw: whether ``Response.data`` holds samples as they are stored, mappings in the form of whole
-            answers, or else their text.
+            answers, or else their text, an embedding's vector (a list of numbers), a moderation's result.
+
+    It may be used on several event loops and in several threads; `close` closes what was opened on the
+    loop that it is called on, and further calls open it again.
 
     Attributes:
         max_n: the most samples in one call.
     """
+
+    connection: ClassVar[type[Connection]] = Connection
 
     def __init__(
         self,
@@ -231,16 +274,13 @@ class OpenAIModel:
                 "a client has its own base_url, api_key, timeout and max_retries; "
                 "set them there, or pass no client"
             )
-        if max_n is not None and max_n < 1:
+        if max_n is not None and (type(max_n) is not int or max_n < 1):
             raise ValueError(f"max_n must be a whole number of samples, at least 1; got {max_n!r}")
         self.model = model
         self.raw = raw
         self._limit = max_n
-        self._connection = self._connect(client, base_url, api_key, settings)
+        self._connection = self.connection(client, base_url, api_key, settings)
         self._set_endpoint(endpoint)
-
-    def _connect(self, *given: Any) -> Connection:
-        return Connection(*given)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.model!r} at {self.cache_scope}, {self.calls} calls>"
@@ -291,8 +331,8 @@ class OpenAIModel:
         )
 
     def present(self, sample: wire.Sample) -> Any:
-        """Return what ``Response.data`` holds of a stored sample: its text; with ``raw=True``, all of it."""
-        return sample if self.raw else self.api.summary(sample)["text"]
+        """Return what ``Response.data`` holds of a stored sample: all of it if ``raw``, else what it says."""
+        return sample if self.raw else self.api.plain(sample)
 
     def _wanted(self, request: Request) -> _Wanted:
         if not isinstance(request, WireRequest):
@@ -373,7 +413,7 @@ class OpenAIModel:
         return wanted.api.samples(answer, questions if len(questions) > 1 else ())
 
     async def close(self) -> None:
-        """Close the client if it was made here. Idempotent."""
+        """Close the client of this loop if it was made here. Idempotent."""
         await self._connection.close()
 
     async def __aenter__(self) -> Self:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from cachepipe.models.openai import CHAT_COMPLETIONS, Connection, EagerConnection, OpenAIModel
+from cachepipe.models.openai import CHAT_COMPLETIONS, EagerConnection, OpenAIModel
 
 _VERSIONED: Final = "/v1"
+
+
+class _Connection(EagerConnection):
+    package = "together"
+    client_name = "AsyncTogether"
 
 
 class TogetherModel(OpenAIModel):
@@ -24,8 +29,11 @@ class TogetherModel(OpenAIModel):
         max_retries: how often the SDK repeats a failed call; default is the SDK's.
         endpoint: where plain requests go.
         max_n: the most samples that the server gives in one call.
-        raw: whether ``Response.data`` holds samples as they are stored, or else their text.
+        raw: whether ``Response.data`` holds samples as they are stored, or else their text, an
+            embedding's vector.
     """
+
+    connection = _Connection
 
     def __init__(
         self,
@@ -51,9 +59,6 @@ class TogetherModel(OpenAIModel):
             max_n=max_n,
             raw=raw,
         )
-
-    def _connect(self, *given: Any) -> Connection:
-        return EagerConnection("together", "AsyncTogether", *given)
 
     def _path(self, endpoint: str) -> str:
         """Return an endpoint as the SDK writes it: since version 3 it is not in the base URL."""

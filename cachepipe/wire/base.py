@@ -261,6 +261,10 @@ class Api(ABC):
             **token_counts(sample.get("usage")),
         }
 
+    def plain(self, sample: Sample) -> Any:
+        """Return what a sample says: its text, the vector of an embedding, the result of a moderation."""
+        return self._gist(sample)[0]
+
     def _weights(self, questions: Sequence[Body]) -> list[int]:
         """Return how much of a call's prompt is each question's, by the length of what they differ in."""
         if self.listed is None or not questions:

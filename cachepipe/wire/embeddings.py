@@ -6,6 +6,7 @@ Each item of a list is a question of its own, so a request pays only for the ite
 from __future__ import annotations
 
 import base64
+import contextlib
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -124,11 +125,17 @@ class EmbeddingsApi(_FunctionApi):
             worded.append({**result, "index": index, "embedding": vector})
         return worded
 
-    def _gist(self, sample: Sample) -> tuple[str, str | None]:
+    def plain(self, sample: Sample) -> Any:
+        """Return the vector as a list of numbers; in an encoding of another kind, as it came."""
         vector = sample["data"][0]["embedding"]
         if isinstance(vector, str):
-            vector = to_floats(vector)
-        return f"{len(vector)} numbers", None
+            with contextlib.suppress(ValueError, struct.error):
+                return to_floats(vector)
+        return vector
+
+    def _gist(self, sample: Sample) -> tuple[str, str | None]:
+        vector = self.plain(sample)
+        return vector if isinstance(vector, str) else f"{len(vector)} numbers", None
 
 
 class ModerationsApi(_FunctionApi):
@@ -145,6 +152,10 @@ class ModerationsApi(_FunctionApi):
         if isinstance(parts, list | tuple) and parts and all(isinstance(part, Mapping) for part in parts):
             return (Ask(question, function=True, transport=transport),)
         return self._asks(question, function=True, transport=transport)
+
+    def plain(self, sample: Sample) -> Any:
+        """Return the result: what was flagged, by category, with scores."""
+        return sample["results"][0]
 
     def _gist(self, sample: Sample) -> tuple[str, str | None]:
         categories = sample["results"][0].get("categories") or {}

@@ -81,7 +81,7 @@ async def test_c10_samples_are_shared_with_the_client_both_ways(server):
         third = await pipeline.request(Asked(HELLO, n=3, namespace="c"))
         assert third.data == [text(answer) for answer in answers]
         assert third.cached == [True] * 3
-        raw = AnthropicModel(raw=True, client=model._connection._client)
+        raw = AnthropicModel(raw=True, base_url=server.url, api_key=KEY)
         async with OnlineAPI(raw, store) as whole:
             body = {"model": "m", "max_tokens": 12, "messages": HELLO}
             asked = WireRequest(body, headers={"Anthropic-Beta": "one"}, endpoint="/v1/messages")

@@ -26,10 +26,12 @@ from cachepipe import (
     Request,
     wire,
 )
+from cachepipe.clients import AsyncOpenAI
 from cachepipe.keys import provider_question
-from cachepipe.models import OpenAIModel, WireRequest
+from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel, WireRequest
 from cachepipe.models.openai import ListModel
 from cachepipe.testing import MockServer, MockSettings
+from cachepipe.testing.ngram import embed
 from cachepipe.testing.server import Fault
 
 pytestmark = pytest.mark.anyio
@@ -401,7 +403,7 @@ async def test_a_client_that_was_passed_in_stays_open_and_one_made_here_is_close
         assert not client.is_closed()
     async with adapter(server) as model:
         await model.request(Asked("hi"))
-        made = model._connection._client
+        [made] = model._connection._by_loop.values()
     assert made.is_closed()
     await model.close()
 
@@ -425,6 +427,76 @@ async def test_many_first_calls_at_once_make_one_client(server):
         answers = await asyncio.gather(*(model.request(Asked("hi")) for _ in range(5)))
     assert [len(answer.data) for answer in answers] == [1] * 5
     assert server.stats.max_connections <= 5
+
+
+@pytest.fixture
+def served_elsewhere():
+    with MockServer.in_thread(MockSettings(max_tokens=5)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("kind", [OpenAIModel, TogetherModel, AnthropicModel])
+def test_one_model_serves_several_loops_and_opens_again_after_it_was_closed(served_elsewhere, kind):
+    versioned = kind is OpenAIModel
+    address = served_elsewhere.base_url if versioned else served_elsewhere.url
+    model = kind("m", base_url=address, api_key=KEY, max_retries=0, timeout=10)
+
+    async def answered():
+        async with OnlineAPI(model, MemoryStore()) as pipeline:
+            return len((await pipeline.request(Asked("hi", n=2))).data)
+
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        for loop in (one, other, one, other):  # each keeps its connections while the other calls
+            assert loop.run(answered()) == 2
+        one.run(model.close())
+        assert other.run(answered()) == one.run(answered()) == 2
+        for loop in (one, other):
+            loop.run(model.close())
+    assert served_elsewhere.stats.samples_delivered == 12
+    served_elsewhere.wait_until(lambda stats: stats.connections == 0)
+
+
+async def test_c1_a_client_with_a_cache_of_its_own_stores_nothing_a_second_time(server):
+    store = MemoryStore()
+    async with (
+        AsyncOpenAI(base_url=server.base_url, api_key=KEY, cache=store) as client,
+        OnlineAPI(OpenAIModel("ngram-1", client=client), store) as pipeline,
+    ):
+        first = await asyncio.wait_for(pipeline.request(Asked("hi", n=2)), 10)
+        answer = await client.chat.completions.create(**BODY, n=2)  # the next draw of this namespace
+        everything = await pipeline.request(Asked("hi", n=4, namespace="b"))
+    assert [choice.message.content for choice in answer.choices] == everything.data[2:]
+    assert first.data == everything.data[:2]
+    assert store.totals()["samples"] == server.stats.samples_generated == 4
+
+
+async def test_a_client_that_only_replays_makes_no_calls_for_an_adapter(server):
+    store = MemoryStore()
+    async with adapter(server) as model, OnlineAPI(model, store) as pipeline:
+        first = await pipeline.request(Asked("hi"))
+    async with (
+        AsyncOpenAI(base_url=server.base_url, cache=store, mode="replay") as client,
+        OnlineAPI(OpenAIModel("ngram-1", client=client), MemoryStore()) as pipeline,
+    ):
+        assert (await pipeline.request(Asked("hi"))).data == first.data
+        with pytest.raises(CacheMiss):
+            await pipeline.request(Asked("another"))
+    assert server.stats.requests == 1
+
+
+async def test_an_embedding_is_a_list_of_numbers_and_a_moderation_its_result(server):
+    @dataclass(frozen=True)
+    class Embedded(Request):
+        encoding_format: str | None = None
+
+    async with adapter(server, "e", endpoint="/embeddings") as model, OnlineAPI(model, MemoryStore()) as api:
+        asks = [Embedded("Sort a list"), Embedded("Sort a list", encoding_format="base64")]
+        miss, hit = [await api.request(ask) for ask in asks]
+    assert miss.data == hit.data == [embed("Sort a list").tolist()]
+    assert (miss.cached, hit.cached) == ([False], [True])
+    result = {"flagged": True, "categories": {"violence": True}, "category_scores": {"violence": 0.9}}
+    async with adapter(server, "m", endpoint="/moderations") as model:
+        assert model.present({"id": "modr-1", "model": "m", "results": [result]}) == result
 
 
 async def test_a_batch_pipeline_takes_it_too(server):
