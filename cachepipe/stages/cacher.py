@@ -10,18 +10,21 @@ this stage performs it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from cachepipe import forks, keys, runs
 from cachepipe.keys import Question
-from cachepipe.stages.base import Stage, adapter_of, together
-from cachepipe.stages.engine import Engine, Receipt, Stats, respond
+from cachepipe.stages.base import Stage, adapter_of, given, together
+from cachepipe.stages.engine import Drawing, Engine, Receipt, Stats, respond
 from cachepipe.stages.generation import Wanted
-from cachepipe.stages.lane import Lane
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
 from cachepipe.values import Codec
+
+Flags = Callable[[Request, Question], list[bool]]
+"""Returns the flags ``duplicated`` of a request."""
 
 
 class AsyncCacher(Stage):
@@ -135,16 +138,27 @@ class AsyncCacher(Stage):
     ) -> Response | Coroutine[Any, Any, Response]:
         """Begin a draw as ``draw`` does: return the response if all of it is there, else what to await."""
         self._check_open()
+        if self.mode == "bypass":
+            return self._bypass(request, question, loop, duplicated)
+        begun = self._begin(request, question, loop, duplicated, receipts, looked=looked)
+        return begun if isinstance(begun, Response) else self._engine.finish(begun, duplicated, receipts)
+
+    def _begin(
+        self,
+        request: Request,
+        question: Question,
+        loop: asyncio.AbstractEventLoop,
+        duplicated: list[bool] | None,
+        receipts: list[Receipt] | None,
+        **options: bool,
+    ) -> Response | Drawing:
+        """Begin a draw: return the response if all of it is there, else the draw."""
         engine = self._engine
-        lane = engine.lane(loop)
         if duplicated is not None:
             engine.merged += sum(duplicated)
-        if self.mode == "bypass":
-            return self._bypass(lane, request, question, duplicated)
-        begun = engine.begin(
-            lane, request, question, self.mode, self.repeat, duplicated, receipts, looked=looked
+        return engine.begin(
+            engine.lane(loop), request, question, self.mode, self.repeat, duplicated, receipts, **options
         )
-        return begun if isinstance(begun, Response) else engine.finish(begun, duplicated, receipts)
 
     def take_back(self, receipts: Iterable[Receipt]) -> None:
         """Let requests whose responses did not reach their caller be asked again as the same draws."""
@@ -152,13 +166,17 @@ class AsyncCacher(Stage):
             self._engine.take_back(receipt)
 
     async def _bypass(
-        self, lane: Lane, request: Request, question: Question, duplicated: list[bool] | None
+        self,
+        request: Request,
+        question: Question,
+        loop: asyncio.AbstractEventLoop,
+        duplicated: list[bool] | None,
     ) -> Response:
         engine = self._engine
-        caller = lane.caller
         engine.requests += 1
-        need = Wanted(lane.loop, request.asking(request.n), late=engine.count_unreported)
-        caller.start([need])
+        engine.merged += sum(duplicated or ())
+        need = Wanted(loop, request.asking(request.n), late=engine.count_unreported)
+        engine.lane(loop).caller.start([need])
         try:
             values = await need.result()
         except BaseException:
@@ -171,21 +189,71 @@ class AsyncCacher(Stage):
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request, claimed in one transaction."""
+        return await self.draw_all(batch.requests, return_exceptions=return_exceptions)
+
+    async def draw_all(
+        self,
+        requests: Sequence[Request],
+        flags: Flags | None = None,
+        *,
+        return_exceptions: bool = False,
+    ) -> list[Response]:
+        """Return one response per request, in order, after all of them have ended.
+
+        Args:
+            requests: the requests.
+            flags: returns the flags that a deduplicator in front gives a request.
+            return_exceptions: put the error of a request in its place; otherwise the first one is raised.
+        """
         self._check_open()
-        questions = [self.question(request) for request in batch.requests]
-        loop = asyncio.get_running_loop()
+        if self.mode == "bypass":
+            return await together([self._bypassed(request, flags) for request in requests], return_exceptions)
+        loop, engine, crowd = asyncio.get_running_loop(), self._engine, len(requests) > 1
         receipts: list[Receipt] = []
+        answers: list[Any] = []
+        waiting: deque[tuple[int, Drawing, list[bool] | None]] = deque()
         try:
-            return await together(
-                [
-                    self.draw(request, question, loop, None, receipts)
-                    for request, question in zip(batch.requests, questions, strict=True)
-                ],
-                return_exceptions,
-            )
+            for place, request in enumerate(requests):
+                duplicated = None
+                begun: Response | Drawing | Exception
+                try:
+                    question = self.question(request)
+                    duplicated = None if flags is None else flags(request, question)
+                    begun = self._begin(request, question, loop, duplicated, receipts, crowd=crowd)
+                except Exception as error:  # noqa: BLE001 - it is this request's own
+                    begun = error
+                answers.append(begun)
+                if not isinstance(begun, Response | Exception):
+                    waiting.append((place, begun, duplicated))
+            await asyncio.sleep(0)  # hits do not suspend
+            while waiting:
+                place, draw, duplicated = waiting.popleft()
+                answers[place] = await self._outcome(draw, duplicated, receipts)
+            return given(answers, return_exceptions)
         except BaseException:
+            for _, draw, _ in waiting:
+                engine.abandon(draw)
             self.take_back(receipts)
             raise
+
+    async def _bypassed(self, request: Request, flags: Flags | None) -> Response:
+        question = self.question(request)
+        duplicated = None if flags is None else flags(request, question)
+        return await self._bypass(request, question, asyncio.get_running_loop(), duplicated)
+
+    async def _outcome(
+        self, draw: Drawing, duplicated: list[bool] | None, receipts: list[Receipt]
+    ) -> Response | BaseException:
+        """Return a draw's response, or its error."""
+        try:
+            return await self._engine.finish(draw, duplicated, receipts)
+        except asyncio.CancelledError as stopped:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return stopped  # its call was stopped from outside
+        except Exception as error:  # noqa: BLE001 - it is this request's own
+            return error
 
     def widen(self, window: float) -> None:
         """Let needs of one question that come within ``window`` seconds share a call."""

@@ -8,7 +8,6 @@ summed ``n``, and hands each request its own part.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from threading import get_ident
 from typing import Any
 
@@ -88,81 +87,48 @@ class AsyncDeduplicator(Stage):
             loop = last.loop
         else:
             loop = asyncio.get_running_loop()
-        begun = self._begin(loop, request, (asyncio.current_task(loop), None), None)
-        return begun if isinstance(begun, Response) else await begun
+        self._check_open()
+        lane, owner = self._lane(loop), (asyncio.current_task(loop), None)
+        cacher = self._cacher
+        if cacher is None:
+            return await self._merge(lane, request, owner)
+        question = cacher.question(request)
+        duplicated = self._flags(lane, request, question, owner)
+        lane.served += 1
+        if lane.served % _TURN:
+            begun = cacher.begin(request, question, loop, duplicated)
+            return begun if isinstance(begun, Response) else await begun
+        receipts: list[Receipt] = []
+        begun = cacher.begin(request, question, loop, duplicated, receipts)
+        response = begun if isinstance(begun, Response) else await begun
+        try:
+            await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
+        except BaseException:
+            cacher.take_back(receipts)
+            raise
+        return response
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request; equal ones of the batch are a group."""
         self._check_open()
-        owner = (asyncio.current_task(), batch)
-        loop = asyncio.get_running_loop()
-        receipts: list[Receipt] = []
-        try:
+        lane, owner = self._lane(asyncio.get_running_loop()), (asyncio.current_task(), batch)
+        if self._cacher is None:
             return await together(
-                [self._serve(loop, request, owner, receipts) for request in batch.requests],
-                return_exceptions,
+                [self._merge(lane, request, owner) for request in batch.requests], return_exceptions
             )
-        except BaseException:
-            self._take_back(receipts)
-            raise
 
-    def _take_back(self, receipts: list[Receipt]) -> None:
-        """Let requests whose responses did not reach their caller be asked again as the same draws."""
-        if self._cacher is not None:
-            self._cacher.take_back(receipts)
+        def flags(request: Request, question: keys.Question) -> list[bool]:
+            return self._flags(lane, request, question, owner)
 
-    async def _serve(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        request: Request,
-        owner: tuple[object, object],
-        receipts: list[Receipt],
-    ) -> Response:
-        begun = self._begin(loop, request, owner, receipts)
-        return begun if isinstance(begun, Response) else await begun
+        return await self._cacher.draw_all(batch.requests, flags, return_exceptions=return_exceptions)
 
-    def _begin(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        request: Request,
-        owner: tuple[object, object],
-        receipts: list[Receipt] | None,
-    ) -> Response | Coroutine[Any, Any, Response]:
-        """Return the response if the cacher has it, else what to await."""
-        self._check_open()
-        lane = self._lane(loop)
-        cacher = self._cacher
-        question = self._ask(request) if cacher is None else cacher.question(request)
-        lane.served += 1
-        first = self._joins(lane, (question.key, label(request.namespace)), owner)
+    def _flags(
+        self, lane: _Lane, request: Request, question: keys.Question, owner: tuple[object, object]
+    ) -> list[bool]:
+        """Return the flags ``duplicated`` of a request: all but the first sample of a group are."""
         duplicated = [True] * request.n
-        duplicated[0] = first
-        if cacher is None:
-            return self._merge(lane, request, question, duplicated)
-        if lane.served % _TURN:
-            return cacher.begin(request, question, loop, duplicated, receipts)
-        # Hits do not suspend: now and then others must have their turn.
-        single = receipts is None
-        receipts = [] if receipts is None else receipts
-        begun = cacher.begin(request, question, loop, duplicated, receipts)
-        return self._pause(begun, receipts, single=single)
-
-    async def _pause(
-        self,
-        begun: Response | Coroutine[Any, Any, Response],
-        receipts: list[Receipt],
-        *,
-        single: bool,
-    ) -> Response:
-        """Give the loop a turn after a response."""
-        response = begun if isinstance(begun, Response) else await begun
-        try:
-            await asyncio.sleep(0)
-        except BaseException:
-            if single:
-                self._take_back(receipts)
-            raise
-        return response
+        duplicated[0] = self._joins(lane, (question.key, label(request.namespace)), owner)
+        return duplicated
 
     def _ask(self, request: Request) -> keys.Question:
         """Return what a request asks, as a cacher would key it."""
@@ -202,9 +168,10 @@ class AsyncDeduplicator(Stage):
         lane.open[group] = owner
         return False
 
-    async def _merge(
-        self, lane: _Lane, request: Request, question: keys.Question, duplicated: list[bool]
-    ) -> Response:
+    async def _merge(self, lane: _Lane, request: Request, owner: tuple[object, object]) -> Response:
+        """Return the request's part of what its group is asked for."""
+        question = self._ask(request)
+        duplicated = self._flags(lane, request, question, owner)
         group = (question.key, label(request.namespace)) if question.mergeable else None
         need = Wanted(lane.loop, request.asking(request.n), group)
         if not lane.waiting:

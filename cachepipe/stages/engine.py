@@ -80,7 +80,7 @@ class Receipt(NamedTuple):
     remembered: tuple[int, ...] = ()
 
 
-class _Draw:
+class Drawing:
     """A request on its way through the cacher."""
 
     __slots__ = (
@@ -149,6 +149,7 @@ class _Draw:
         return self.request
 
     def response(self, duplicated: list[bool] | None) -> Response:
+        """Return the response, once all is there."""
         return respond(self.values, self.cached, duplicated, tuple(self.indices), self.question.key)
 
 
@@ -175,7 +176,7 @@ class _Need(Need):
 
     __slots__ = ("draw", "engine")
 
-    def __init__(self, engine: Engine, draw: _Draw, indices: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, draw: Drawing, indices: Sequence[int]) -> None:
         super().__init__(draw.own(), draw.question.key if draw.question.mergeable else None, indices)
         self.engine = engine
         self.draw = draw
@@ -261,8 +262,12 @@ class Engine:
         receipts: list[Receipt] | None,
         *,
         looked: bool = False,
-    ) -> Response | _Draw:
-        """Return the response when the ledger and the store have it all, else the draw to wait for."""
+        crowd: bool = False,
+    ) -> Response | Drawing:
+        """Return the response when the ledger and the store have it all, else the draw to wait for.
+
+        What comes with others, in a ``crowd``, is claimed with them at the end of the turn.
+        """
         self.requests += 1
         namespace = label(request.namespace)
         occurrences = runs.current(self.store.identity)
@@ -300,8 +305,10 @@ class Engine:
             if user is None:
                 occurrences.give_back(identity)
             raise
-        alone = request.n <= MANY and lane.alone()  # what is stored is then there before this returns
-        draw = _Draw(lane, request, question, mode, lent=alone)
+        alone = (
+            not crowd and request.n <= MANY and lane.alone()
+        )  # what is stored is then there before this returns
+        draw = Drawing(lane, request, question, mode, lent=alone)
         draw.id, draw.user, draw.occurrences = identity, user, occurrences
         self._claim(draw, refresh=mode == "refresh", alone=alone)
         if not draw.complete:
@@ -331,7 +338,7 @@ class Engine:
         mode: Mode,
         occurrences: runs.Occurrences,
         duplicated: list[bool] | None,
-    ) -> Response | _Draw:
+    ) -> Response | Drawing:
         shared = identity.namespace == SHARED
         taken = Runs() if shared else occurrences.taken(identity.namespace, question.key)
         grant = None if mode == "refresh" else self.store.replay(identity, request.n, taken)
@@ -339,27 +346,33 @@ class Engine:
             return self._known(request, question, grant, occurrences, duplicated)
         if mode == "replay":
             raise CacheMiss(question.key, request.namespace, request)
-        draw = _Draw(lane, request, question, mode)
+        draw = Drawing(lane, request, question, mode)
         draw.id, draw.occurrences, draw.unsaved = identity, occurrences, True
         draw.missing = {-1 - position: position for position in range(draw.n)}
         self._need(draw, list(draw.missing))
         return draw
 
     async def finish(
-        self, draw: _Draw, duplicated: list[bool] | None, receipts: list[Receipt] | None
+        self, draw: Drawing, duplicated: list[bool] | None, receipts: list[Receipt] | None
     ) -> Response:
         """Return a draw's response; a cancelled caller gives back what it had claimed (C8)."""
         try:
             await draw.future
         except BaseException:
-            if draw.complete or not draw.dead:
-                self._abandon(draw)
+            self.abandon(draw)
             raise
         self.hits += draw.n - draw.generated
         self.misses += draw.generated
         if receipts is not None and draw.occurrences is not None:
             receipts.append(Receipt(draw.id, draw.occurrences, draw.n, draw.generated))
         return draw.response(duplicated)
+
+    def abandon(self, draw: Drawing) -> None:
+        """Give back what a draw has claimed, unless it has failed: nobody waits for its response any more."""
+        if draw.complete or not draw.dead:
+            self._abandon(draw)
+        if draw.future.done() and not draw.future.cancelled():
+            draw.future.exception()  # it was told to nobody
 
     def take_back(self, receipt: Receipt) -> None:
         """Let a request whose response did not reach its caller be asked again as the same draw."""
@@ -379,7 +392,7 @@ class Engine:
 
     # Claims.
 
-    def _claim(self, draw: _Draw, *, refresh: bool = False, alone: bool = False) -> None:
+    def _claim(self, draw: Drawing, *, refresh: bool = False, alone: bool = False) -> None:
         claim = Claim(draw.id, draw.n, draw.question, draw.token, refresh, draw.user)
         if draw.occurrences is not None and draw.occurrences.replays:
             claim.avoid = draw.occurrences.taken(draw.id.namespace, draw.question.key)
@@ -389,7 +402,7 @@ class Engine:
         else:
             draw.lane.put(claim, self._on_grant, draw)
 
-    def _on_grant(self, draw: _Draw, result: Grant | Exception) -> None:
+    def _on_grant(self, draw: Drawing, result: Grant | Exception) -> None:
         try:
             self._granted(draw, result)
         except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
@@ -399,7 +412,7 @@ class Engine:
                     draw.lane.put(Forgo(draw.question.key, unmade), _unheard)
                 self._fail(draw, error)
 
-    def _granted(self, draw: _Draw, grant: Grant | Exception) -> None:
+    def _granted(self, draw: Drawing, grant: Grant | Exception) -> None:
         if isinstance(grant, Exception):
             if not draw.dead:
                 self._fail(draw, grant)
@@ -437,7 +450,7 @@ class Engine:
         if not draw.missing:
             self._complete(draw)
 
-    def _need(self, draw: _Draw, indices: list[int]) -> None:
+    def _need(self, draw: Drawing, indices: list[int]) -> None:
         lane = draw.lane
         need = _Need(self, draw, indices)
         draw.needs += (need,)
@@ -462,7 +475,7 @@ class Engine:
 
     # Samples that come, and samples that do not.
 
-    def store_sample(self, draw: _Draw, index: int, value: Any, call: Call) -> None:
+    def store_sample(self, draw: Drawing, index: int, value: Any, call: Call) -> None:
         """Commit a sample that a call has brought, then hand it to whoever waits for it."""
         key = draw.question.key
         if index < 0:  # a store that cannot be written
@@ -476,7 +489,7 @@ class Engine:
 
         draw.lane.put(commit, self._stored, draw, index, value)
 
-    def _stored(self, draw: _Draw, index: int, value: Any, result: Committed | Exception) -> None:
+    def _stored(self, draw: Drawing, index: int, value: Any, result: Committed | Exception) -> None:
         draw.making -= {index}
         key = draw.question.key
         if isinstance(result, Exception):
@@ -511,7 +524,7 @@ class Engine:
         payload, noted = self._pack(value)
         return Commit(key, index, payload, {**meta, **noted})
 
-    def _filled(self, draw: _Draw, index: int, value: Any) -> None:
+    def _filled(self, draw: Drawing, index: int, value: Any) -> None:
         if draw.dead:
             self.unreported += 1
             return
@@ -530,14 +543,14 @@ class Engine:
         if not draw.missing:
             self._complete(draw)
 
-    def _unstored(self, draw: _Draw, index: int, value: Any, error: Exception) -> None:
+    def _unstored(self, draw: Drawing, index: int, value: Any, error: Exception) -> None:
         """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
         self.give_up(draw, [index], None, keep=True)
         self._filled(draw, index, value)
         warnings.warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2)
 
     def give_up(
-        self, draw: _Draw, indices: Sequence[int], error: BaseException | None, *, keep: bool = False
+        self, draw: Drawing, indices: Sequence[int], error: BaseException | None, *, keep: bool = False
     ) -> None:
         """Free indices whose samples will not come; their draw fails, those who waited try once more."""
         key = draw.question.key
@@ -561,14 +574,14 @@ class Engine:
             self._fail(draw, error)
 
     def _told(
-        self, draw: _Draw, index: int, sample: Sample | None, error: BaseException | None, last: bool
+        self, draw: Drawing, index: int, sample: Sample | None, error: BaseException | None, last: bool
     ) -> None:
         """Learn on any thread of a sample that is awaited; take it on the draw's own loop."""
         draw.lane.soon(self.arrived, draw, index, sample, error, last)
 
     def arrived(
         self,
-        draw: _Draw,
+        draw: Drawing,
         index: int,
         sample: Sample | None,
         error: BaseException | None,
@@ -603,7 +616,7 @@ class Engine:
 
     # Ends.
 
-    def _complete(self, draw: _Draw) -> None:
+    def _complete(self, draw: Drawing) -> None:
         draw.complete = True
         draw.lane.strangers.pop(draw, None)
         if draw.joined:
@@ -611,7 +624,7 @@ class Engine:
         if not draw.future.done():
             draw.future.set_result(None)
 
-    def _fail(self, draw: _Draw, error: BaseException) -> None:
+    def _fail(self, draw: Drawing, error: BaseException) -> None:
         """Undo a draw, then tell its caller."""
 
         def told(_result: Any) -> None:
@@ -620,7 +633,7 @@ class Engine:
 
         self._end(draw, told)
 
-    def _abandon(self, draw: _Draw) -> None:
+    def _abandon(self, draw: Drawing) -> None:
         """Undo a draw whose caller has gone, and stop the calls that nobody waits for any more."""
         if draw.complete:
             self.unreported += draw.generated
@@ -631,7 +644,7 @@ class Engine:
         for need in draw.needs:
             withdraw(need)
 
-    def _end(self, draw: _Draw, then: Callable[[Any], None] | None = None) -> None:
+    def _end(self, draw: Drawing, then: Callable[[Any], None] | None = None) -> None:
         draw.dead = True
         draw.lane.strangers.pop(draw, None)
         self.unreported += draw.generated
@@ -639,19 +652,19 @@ class Engine:
         self._give_back(draw)
         self._leave(draw, _unheard if then is None else then)
 
-    def _leave(self, draw: _Draw, then: Callable[[Any], None]) -> None:
+    def _leave(self, draw: Drawing, then: Callable[[Any], None]) -> None:
         if draw.held:
             draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete, draw.n), then)
         else:
             then(None)
 
-    def _give_back(self, draw: _Draw) -> None:
+    def _give_back(self, draw: Drawing) -> None:
         if draw.user is None and draw.occurrences is not None:
             draw.occurrences.give_back(draw.id)
 
     # Samples that other processes generate.
 
-    def _watch(self, draw: _Draw) -> None:
+    def _watch(self, draw: Drawing) -> None:
         strangers = draw.lane.strangers
         if not strangers:
             draw.lane.loop.call_later(_LOOK_FIRST, self._look, draw.lane, _LOOK_FIRST, {})
@@ -666,7 +679,7 @@ class Engine:
             if self.board.maker(draw.question.key, index) is None
         ]
         seen: dict[tuple[str, int], int] = {}
-        again: dict[_Draw, None] = {}
+        again: dict[Drawing, None] = {}
         try:
             states = self.store.glance([(draw.question.key, index) for draw, index in places])
         except StoreError as error:
@@ -694,7 +707,7 @@ class Engine:
 
     # Warnings, each given once in a run.
 
-    def _warn(self, draw: _Draw, grant: Grant) -> None:
+    def _warn(self, draw: Drawing, grant: Grant) -> None:
         occurrences = draw.occurrences
         if occurrences is None:
             return

@@ -665,3 +665,56 @@ async def test_what_a_request_holds_may_change_once_it_is_asked(company):
     assert [prompt for prompt, _ in model.calls if type(prompt) is list] == [
         [{"role": "user", "content": "asked"}]
     ]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("front", [OnlineAPI, AsyncCacher])
+async def test_c8_a_cancelled_batch_is_as_if_it_had_not_been_asked(front):
+    """Of what had come, of what had failed, of what was stored, and of what was yet to come."""
+    gate, told = asyncio.Event(), []
+
+    class Model(Numbers):
+        async def request(self, request):
+            if request.prompt == "slow":
+                await gate.wait()
+            if request.prompt == "bad" and not gate.is_set():
+                raise OSError("down")
+            return self.answer(request)
+
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    async with front(Model(), MemoryStore()) as api:
+        await api.request(Request("known", namespace="other"))
+        batch = Batch([Request(prompt) for prompt in ("slow", "quick", "bad", "known")])
+        asking = asyncio.create_task(api.batch_request(batch))
+        await turns()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        gate.set()
+        again = await api.batch_request(batch)
+        stats = api.stats()
+    assert [answer.indices for answer in again] == [(0,)] * 4
+    assert [answer.cached for answer in again] == [[False], [True], [False], [True]]
+    assert (stats.generated, stats.misses, stats.unreported) == (4, 3, 1)
+    del asking
+    gc.collect()
+    assert told == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("front", [OnlineAPI, AsyncCacher])
+@pytest.mark.parametrize("mode", ["read-write", "bypass"])
+async def test_a_call_of_a_batch_that_is_stopped_from_outside_stops_no_other(front, mode):
+    class Model(Single):
+        async def request(self, request):
+            if request.prompt == "stopped":
+                raise asyncio.CancelledError
+            return await super().request(request)
+
+    async with front(Model(), MemoryStore(), mode=mode) as api:
+        batch = Batch([Request(prompt) for prompt in ("first", "stopped", "last")])
+        first, stopped, last = await api.batch_request(batch, return_exceptions=True)
+        assert (first.data, last.data) == (["first#0"], ["last#1"])
+        assert isinstance(stopped, asyncio.CancelledError)
+        with pytest.raises(asyncio.CancelledError):
+            await api.batch_request(batch)
