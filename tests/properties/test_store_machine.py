@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 
 from cachepipe import MemoryStore
 from cachepipe.keys import Question
-from cachepipe.ledger import Draw, Runs, label
+from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stores import sql
 from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
 from cachepipe.testing import MortalStore
@@ -38,7 +38,7 @@ draws = st.builds(
     st.sampled_from(KEYS),
     st.sampled_from(["", "r"]),
     st.just(0),
-)
+) | st.builds(Draw, st.just(SHARED), st.sampled_from(KEYS), st.just(""), st.just(0))
 
 
 class Claimed:
@@ -53,6 +53,7 @@ class Claimed:
         self.mine = set()
         self.held = ()
         self.over = False
+        self.before = None  # what had been delivered of the draw that it refreshes
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -68,6 +69,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.pending = {}  # (key, index) -> process
         self.delivered = {}  # draw -> indices by position
         self.ever = collections.defaultdict(dict)  # (namespace, key) -> index -> draw that received it
+        self.replaced = collections.defaultdict(set)  # (namespace, key) -> discarded or refreshed indices
+        self.sure = {}  # draw -> what the ledger held when last nobody held the draw and all of it was there
+        self.granted_since = collections.defaultdict(list)  # draw -> what its claims were granted since then
         self.open = []
         self.processes = self.start()
 
@@ -90,6 +94,25 @@ class StoreMachine(RuleBasedStateMachine):
         """Return the ledger's draws of a key, by draw."""
         return {info.draw: list(info.indices) for info in self.processes[0].draws(key)}
 
+    def taken(self):
+        """Return the store's sets of what each namespace has taken."""
+        rows = (
+            self.processes[0]
+            ._readable()[0]
+            .execute(
+                "SELECT n.label, k.key, s.start, s.stop FROM spans s JOIN keys k ON k.id = s.key"
+                " JOIN namespaces n ON n.id = s.owner WHERE s.owner > 0"
+            )
+        )
+        sets = collections.defaultdict(set)
+        for namespace, key, start, stop in rows:
+            sets[namespace, key].update(range(start, stop))
+        return sets
+
+    def there(self, key, indices):
+        """Tell whether samples are stored, or were and are discarded."""
+        return self.stored[key].keys() | self.discarded[key] >= {*indices}
+
     def complete(self, claimed):
         return bool(claimed.indices) and all(
             index in self.stored[claimed.draw.key] for index in claimed.indices
@@ -101,22 +124,16 @@ class StoreMachine(RuleBasedStateMachine):
     def expected(self, draw, n, ledger, listed):
         """Work out which indices a claim gets, from sets (C2, C3, C4)."""
         key = draw.key
-        taken = {
-            index
-            for other, indices in ledger.items()
-            if other.namespace == draw.namespace
-            for index in indices
-        }
-        taken |= {*self.ever[draw.namespace, key]} | self.discarded[key]
+        taken = self.taken()[draw.namespace, key] | self.discarded[key]
         usable = listed - self.discarded[key]
         held = ledger.get(draw, [])[:n]
         others = [
             indices
             for other, indices in ledger.items()
             if (other.request_id, other.occurrence) == (draw.request_id, draw.occurrence)
-            and other.namespace != draw.namespace
+            and other.namespace not in (draw.namespace, SHARED)
         ]
-        coupled = others[0] if others else []
+        coupled = others[0] if others and draw.namespace != SHARED else []
         got = []
         for position in range(n):
             index = held[position] if position < len(held) else None
@@ -146,12 +163,38 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=claimants, process=st.integers(0, 1), draw=draws, n=st.integers(1, 3), refresh=st.booleans())
     def claim(self, process, draw, n, refresh):
+        return self.claims(process, draw, n, refresh=refresh)
+
+    @rule(target=claimants, process=st.integers(0, 1), claimed=claimants, n=st.integers(1, 3))
+    def claim_the_same(self, process, claimed, n):
+        """Join a draw, ask again for it, or for more of it."""
+        return self.claims(process, claimed.draw, n, refresh=False)
+
+    @rule(
+        target=claimants,
+        process=st.integers(0, 1),
+        draw=draws,
+        n=st.integers(1, 2),
+        extras=st.integers(0, 2),
+        which=st.integers(0, 1),
+    )
+    def claim_more_of_one_that_has_lost_a_sample(self, process, draw, n, extras, which):
+        """What replaces it may be stored, while the rest is not."""
+        claimed = self.claims(process, draw, n, refresh=False)
+        self.commit_all(claimed)
+        self.discard_one_of_a_draw(claimed, which)
+        for _ in range(extras):
+            self.commit_an_extra(process, draw.key)
+        return self.claims(process, draw, n + 1, refresh=False)
+
+    def claims(self, process, draw, n, *, refresh):
         process = self.at(process)
-        refresh = refresh and self.serial % 4 == 0 and not self.holders(draw)
+        refresh = refresh and self.serial % 2 == 0 and not self.holders(draw)
         self.serial += 1
         claimed = Claimed(process, draw, n, str(self.serial))
         self.bury()
         key, ledger, listed = draw.key, self.ledger(draw.key), self.listed(draw.key)
+        expected = self.expected(draw, n, ledger, listed)
         [grant] = self.apply(
             process, Claim(draw, n, Question(key, None, b"{}"), claimed.token, refresh=refresh)
         )
@@ -160,16 +203,17 @@ class StoreMachine(RuleBasedStateMachine):
             assert len({*grant.indices}) == n
             assert not {*grant.indices} & {*self.ever[draw.namespace, key]}
             assert self.ledger(key)[draw] == grant.indices, "the row is replaced as a whole"
-            for index in ledger.get(draw, []):  # which stays taken
-                self.ever[draw.namespace, key].setdefault(index, draw)
-            self.delivered.pop(draw, None)
+            claimed.before = self.delivered.pop(draw, [])
         else:
-            assert grant.indices == self.expected(draw, n, ledger, listed)
-        self.granted(claimed, grant)
+            assert grant.indices == expected
+        self.granted(claimed, grant, ledger)
         return claimed
 
-    def granted(self, claimed, grant):
-        key = claimed.draw.key
+    def granted(self, claimed, grant, ledger):
+        draw, key = claimed.draw, claimed.draw.key
+        now = self.ledger(key)[draw]
+        self.replaced[draw.namespace, key].update({*ledger.get(draw, [])}.difference(now))
+        self.granted_since[draw].append(grant.indices)
         assert [sample and sample.id for sample in grant.samples] == [
             self.stored[key].get(index) for index in grant.indices
         ]
@@ -205,6 +249,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.delivered[draw] = claimed.indices + known[claimed.n :]
 
     @rule(claimed=claimants, which=st.integers(0, 2))
+    def commit_one(self, claimed, which):
+        self.commit(claimed, which)
+
     def commit(self, claimed, which):
         if claimed.process not in self.processes or not claimed.mine:
             return
@@ -225,10 +272,16 @@ class StoreMachine(RuleBasedStateMachine):
             assert result.sample.index not in self.listed(key) | self.discarded[key]
         self.stored[key][result.sample.index] = result.sample.id
 
+    @rule(claimed=claimants)
+    def commit_all(self, claimed):
+        for _ in range(len(claimed.mine)):
+            self.commit(claimed, 0)
+        self.receive(claimed)
+
     @rule(process=st.integers(0, 1), key=st.sampled_from(KEYS))
     def commit_an_extra(self, process, key):
-        if not any(one.draw.key == key for one in self.open):
-            return
+        if self.at(process).question(key) is None:
+            return  # nobody has asked it
         self.serial += 1
         [result] = self.apply(self.at(process), Commit(key, None, b'"x"', {}, id=f"s{self.serial}"))
         dead = {index for (name, index), process in self.pending.items() if name == key}
@@ -237,13 +290,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.stored[key][result.sample.index] = result.sample.id
 
     @rule(claimed=claimants)
+    def receive_all(self, claimed):
+        self.receive(claimed)
+
     def receive(self, claimed):
         """End well, when everything has come."""
         if claimed.over or claimed.process not in self.processes or not self.complete(claimed):
             return
         if any(index in self.discarded[claimed.draw.key] for index in claimed.indices):
             return
-        self.apply(claimed.process, Leave(claimed.draw, claimed.token, claimed.held, complete=True))
+        leave = Leave(claimed.draw, claimed.token, claimed.held, complete=True, n=claimed.n)
+        self.apply(claimed.process, leave)
         self.deliver(claimed)
 
     @rule(claimed=claimants)
@@ -252,11 +309,12 @@ class StoreMachine(RuleBasedStateMachine):
         if claimed.over or claimed.process not in self.processes:
             return
         self.bury()
+        ledger = self.ledger(claimed.draw.key)
         [grant] = self.apply(
             claimed.process,
             Claim(claimed.draw, claimed.n, Question(claimed.draw.key, None, b"{}"), claimed.token),
         )
-        self.granted(claimed, grant)
+        self.granted(claimed, grant, ledger)
 
     @rule(claimed=consumes(claimants))
     def fail(self, claimed):
@@ -267,6 +325,7 @@ class StoreMachine(RuleBasedStateMachine):
         whole = self.complete(claimed)
         claimed.over = True
         mine = sorted(claimed.mine)
+        had = self.ledger(key).get(claimed.draw, [])
         self.apply(
             claimed.process,
             Forgo(key, mine),
@@ -275,16 +334,40 @@ class StoreMachine(RuleBasedStateMachine):
         for index in mine:
             if self.pending.get((key, index)) is claimed.process:
                 del self.pending[key, index]
+        if claimed.before is not None and not whole:
+            now = self.delivered.get(claimed.draw, [])
+            self.delivered[claimed.draw] = now + claimed.before[len(now) :]
         left = self.ledger(key).get(claimed.draw, [])
-        if not whole and not self.holders(claimed.draw):
-            stored = [index in self.stored[key] or index in self.discarded[key] for index in left]
-            assert all(stored), "an incomplete draw that nobody holds was not undone"
+        if self.there(key, had):
+            assert left == had, "once all its samples are stored a draw stands"
+        elif not whole and not self.holders(claimed.draw):
+            assert self.there(key, left), "an incomplete draw that nobody holds was not undone"
+            self.explain(claimed.draw, left)
+
+    def explain(self, draw, left):
+        """See that no claim has left a mark unless all that it was granted is stored (C8)."""
+        before = self.sure.get(draw, [])
+        stands = [indices for indices in self.granted_since[draw] if self.there(draw.key, indices)]
+        for position, index in enumerate(left):
+            was = [indices[position] for indices in [before, *stands] if position < len(indices)]
+            assert index in was, "what a failed claim had added to the draw was not undone"
+        self.sure[draw] = left
+        del self.granted_since[draw]
 
     @rule(key=st.sampled_from(KEYS), which=st.integers(0, 9))
     def discard(self, key, which):
-        if not self.stored[key] or self.serial % 3:
+        self.discards(key, sorted(self.stored[key]), which)
+
+    @rule(claimed=claimants, which=st.integers(0, 9))
+    def discard_one_of_a_draw(self, claimed, which):
+        held = self.ledger(claimed.draw.key).get(claimed.draw, [])
+        stored = self.stored[claimed.draw.key]
+        self.discards(claimed.draw.key, [index for index in held if index in stored], which)
+
+    def discards(self, key, among, which):
+        if not among:
             return
-        index = sorted(self.stored[key])[which % len(self.stored[key])]
+        index = among[which % len(among)]
         self.apply(self.at(which), Discard(key, index, "because"))
         self.discarded[key].add(index)
         del self.stored[key][index]
@@ -345,6 +428,18 @@ class StoreMachine(RuleBasedStateMachine):
                 (draw.namespace, index) for draw, indices in self.ledger(key).items() for index in indices
             )
             assert set(seen.values()) <= {1}
+
+    @invariant()
+    def what_is_taken_is_drawn_or_was(self):
+        """C8: nothing else, and C1: nothing less."""
+        drawn, received = collections.defaultdict(set), {}
+        for key in KEYS if hasattr(self, "processes") else ():
+            for draw, indices in self.ledger(key).items():
+                drawn[draw.namespace, key].update(indices)
+            received |= {place: {*indices} for place, indices in self.ever.items()}
+        for place, taken in self.taken().items() if drawn or received else ():
+            assert drawn[place] | received.get(place, set()) <= taken
+            assert taken <= drawn[place] | self.replaced[place] | self.discarded[place[1]]
 
     @invariant()
     def the_list_is_what_is_stored(self):
