@@ -371,8 +371,8 @@ class Engine:
         """Give back what a draw has claimed, unless it has failed: nobody waits for its response any more."""
         if draw.complete or not draw.dead:
             self._abandon(draw)
-        if draw.future.done() and not draw.future.cancelled():
-            draw.future.exception()  # it was told to nobody
+        if not draw.future.cancel() and not draw.future.cancelled():
+            draw.future.exception()  # nobody is told
 
     def take_back(self, receipt: Receipt) -> None:
         """Let a request whose response did not reach its caller be asked again as the same draw."""

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cachepipe
-from cachepipe import OnlineAPI, Request, ShortAnswer
+from cachepipe import Batch, OnlineAPI, Request, ShortAnswer
 from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 
@@ -80,8 +80,35 @@ class Crowd:
             except ShortAnswer:  # three empty answers in a row, as "short" may have ordered them
                 person.short += 1
 
-        loop = asyncio.get_running_loop()
-        person.task = loop.create_task(live(), context=self.runs[person.run].copy())
+        self.let_live([person], live())
+
+    def start_batch(self, people, *, return_exceptions):
+        """Let people make their requests as one batch, in the run and through the pipeline of the first."""
+
+        async def live():
+            batch = Batch([person.request for person in people])
+            pipeline = self.pipelines[people[0].pipeline]
+            try:
+                answers = await pipeline.batch_request(batch, return_exceptions=return_exceptions)
+            except (ScriptedError, ShortAnswer) as error:
+                answers = [error]
+            for person, answer in zip(people, answers, strict=False):
+                match answer:
+                    case ScriptedError():
+                        person.errors.append(answer)
+                    case ShortAnswer():
+                        person.short += 1
+                    case cachepipe.Response():
+                        person.responses.append(answer)
+
+        for person in people:
+            person.run, person.pipeline = people[0].run, people[0].pipeline
+        self.let_live(people, live())
+
+    def let_live(self, people, life):
+        task = asyncio.get_running_loop().create_task(life, context=self.runs[people[0].run].copy())
+        for person in people:
+            person.task = task
 
     async def play(self, schedule):
         waiting = collections.deque(self.people)
@@ -91,7 +118,7 @@ class Crowd:
             self.start(waiting.popleft())
         for model in self.models:
             model.open()
-        await asyncio.wait([person.task for person in self.people if person.task])
+        await asyncio.wait({person.task for person in self.people if person.task})
         for pipeline in self.pipelines:
             await pipeline.close()
 
@@ -104,6 +131,9 @@ class Crowd:
                 await asyncio.sleep(0)
         elif act == "start" and waiting:
             self.start(waiting.popleft())
+        elif act == "batch" and waiting:
+            people = [waiting.popleft() for _ in range(min(1 + number % 4, len(waiting)))]
+            self.start_batch(people, return_exceptions=number % 2 == 0)
         elif act == "cancel" and running:
             running[number % len(running)].task.cancel()
         elif act == "retry" and unserved:
@@ -228,7 +258,8 @@ wishes = st.lists(
 
 def schedules(*acts):
     return st.lists(
-        st.tuples(st.sampled_from(["start", "start", "turn", "turn", *acts]), st.integers(0, 11)), max_size=40
+        st.tuples(st.sampled_from(["start", "start", "batch", "turn", "turn", *acts]), st.integers(0, 11)),
+        max_size=40,
     )
 
 
@@ -351,7 +382,7 @@ def test_c1_a_large_crowd(new_store, seed):
         )
         for i in range(300)
     ]
-    acts = ["start"] * 8 + ["turn"] * 4 + FAULTS
+    acts = ["start"] * 8 + ["batch"] * 2 + ["turn"] * 4 + FAULTS
     schedule = [(dice.choice(acts), dice.randrange(1000)) for _ in range(900)]
     for crowd in run_crowd(new_store, wish, schedule, runs=2, pipelines=2):
         assert len(crowd.people) == 300
