@@ -77,9 +77,7 @@ class Message:
     @property
     def text(self) -> str:
         """The content as text: of parts, those that are texts; empty when there is none."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(str(part.get("text", "")) for part in self.content or ())
+        return text_of(self.content)
 
     @classmethod
     def of(cls, said: Message | Mapping[str, Any] | str) -> Self:
@@ -129,7 +127,10 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.messages = [Message.of(message) for message in self.messages]
+        given: Any = self.messages
+        if isinstance(given, str | bytes | Mapping | Message) or not isinstance(given, Iterable):
+            raise TypeError(f"the messages of a conversation are a list; got {given!r:.100}")
+        self.messages = [Message.of(message) for message in given]
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -151,10 +152,10 @@ class Conversation:
             raise ValueError(
                 f"{after} a conversation expects a message by {wanted}; got one by {message.role!r}"
             )
-        if message.role == "tool" and message.tool_call_id not in self._unanswered():
+        if message.role == "tool" and message.tool_call_id not in self.open_calls():
             raise ValueError(
                 f"no open call of a tool has the id {message.tool_call_id!r}; open are "
-                f"{', '.join(map(repr, self._unanswered()))}"
+                f"{', '.join(map(repr, self.open_calls()))}"
             )
         self.messages.append(message)
         return self
@@ -170,12 +171,12 @@ class Conversation:
             return (*_OPENING, "user")
         if last in _OPENING:
             return (*_OPENING, "user", "assistant")
-        if self._unanswered():
+        if self.open_calls():
             return ("tool",)
         return ("user",) if last == "assistant" else ("assistant",)
 
-    def _unanswered(self) -> list[str]:
-        """Return the ids of the calls of tools that no message has answered."""
+    def open_calls(self) -> list[str]:
+        """Return the ids of the last calls of tools that no message has answered yet."""
         answered = set()
         for message in reversed(self.messages):
             if message.role == "assistant":
@@ -264,6 +265,13 @@ class Conversation:
 
     def __str__(self) -> str:
         return self.to_pretty_string(color=False)
+
+
+def text_of(content: Any) -> str:
+    """Return a content as text: of parts, those that are texts; empty when there is none."""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text") or "") for part in content or ())
 
 
 def _shown(message: Message) -> Iterator[str]:

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import os
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from cachepipe import forks
+from cachepipe.clients.portal import portal
 from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
 from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
+from cachepipe.stores import Store
 from cachepipe.typedefs import Mode, Repeat
 
 _CLIENTS: Final = {
@@ -106,9 +110,7 @@ class Service:
             clock=clock,
         )
         self.flow = Flow(limits, Retries(max_retries, max_time, clock=clock), Estimator(token_encoding_name))
-        self._lent: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._lent: _Loan | None = None
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -177,6 +179,7 @@ class Service:
         scope: str | None,
         repeat: Repeat,
         options: Mapping[str, Any],
+        service: Service | _Loan | None = None,
     ) -> Any:
         from cachepipe import clients  # noqa: PLC0415 - each needs its SDK
 
@@ -184,9 +187,8 @@ class Service:
         if sdk not in _CLIENTS:
             raise ValueError(f"sdk is one of {', '.join(_CLIENTS)}; got {sdk!r}")
         kind = getattr(clients, _CLIENTS[sdk][which])
-        return kind(
-            cache=cache, namespace=namespace, mode=mode, scope=scope, repeat=repeat, service=self, **options
-        )
+        ours = {"cache": cache, "namespace": namespace, "mode": mode, "scope": scope, "repeat": repeat}
+        return kind(**ours, service=service or self, **options)
 
     def client_options(self, sdk: str = "openai", *, replays: bool = False) -> dict[str, Any]:
         """Return what a client of an SDK is made with to reach this endpoint; it holds the key.
@@ -212,19 +214,62 @@ class Service:
                 )
         return {**options, "api_key": key or _NO_KEY}
 
-    def lent(self, cache: Any, mode: Mode, repeat: Repeat) -> Any:
-        """Return the OpenAI client that all sessions on this loop share, for a store."""
-        clients = self._lent.setdefault(asyncio.get_running_loop(), {})
-        name = (id(cache), mode, repeat)
-        if name not in clients:
-            clients[name] = self.client(cache, mode=mode, repeat=repeat, sdk="openai")
-        return clients[name]
+    def lent(self, cache: Store, mode: Mode, repeat: Repeat, sdk: str | None = None) -> Any:
+        """Return the client that sessions and completions share, for a store; on the portal's loop only.
+
+        It is closed when this service is, or is no longer referenced.
+        """
+        loan = self._lent
+        if loan is None or not loan.holds:
+            loan = self._lent = _Loan(self.flow)
+            weakref.finalize(self, loan.end).atexit = False
+        name = (id(cache), mode, repeat, sdk)
+        if name not in loan.clients:
+            options = self.client_options(sdk or self.sdk, replays=mode == "replay")
+            loan.clients[name] = self._made(0, sdk, cache, None, mode, None, repeat, options, loan)
+            _loans.add(loan)
+        return loan.clients[name]
 
     async def close(self) -> None:
-        """Close the clients that sessions on this loop have used. Others are their makers' to close."""
-        for client in self._lent.pop(asyncio.get_running_loop(), {}).values():
-            await client.close()
+        """Close the clients that sessions and completions have used. Others are their makers' to close."""
+        if self._lent is not None and (ended := self._lent.end()) is not None:
+            await asyncio.wrap_future(ended)
         self.flow.limits.close()
+
+
+class _Loan:
+    """What clients have of their service that are its own: not it itself, which they would keep for ever."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.clients: dict[Any, Any] = {}
+        self._fork = forks.count
+        self._closing = asyncio.Lock()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the clients are this process's: a forked child leaves them to its parent."""
+        return self._fork == forks.count
+
+    def end(self) -> concurrent.futures.Future[None] | None:
+        """Have the clients closed; in any thread, and where an object is let go."""
+        return asyncio.run_coroutine_threadsafe(self.close(), portal()) if self.holds else None
+
+    async def close(self) -> None:
+        """Wait for what is in flight, and close the clients; on the portal's loop."""
+        async with self._closing:
+            while self.clients:
+                _, client = self.clients.popitem()
+                await client.close()
+            _loans.discard(self)
+
+
+_loans: set[_Loan] = set()
+
+
+async def close_lent() -> None:
+    """Close the clients of all services that sessions and completions have used; on the portal's loop."""
+    await asyncio.gather(*(loan.close() for loan in list(_loans) if loan.holds), return_exceptions=True)
 
 
 def _parted(url: str) -> tuple[str, str | None]:

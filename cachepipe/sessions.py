@@ -10,21 +10,21 @@ answers without a call.
 
 from __future__ import annotations
 
-import atexit
+import inspect
 import json
 import os
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
 from cachepipe import context as calls
-from cachepipe import runs
 from cachepipe.conversations import Conversation, Message
 from cachepipe.flow import Limits
 from cachepipe.services import Service, Services
-from cachepipe.stores import Store, default_folder, open_store
-from cachepipe.typedefs import Mode, Repeat, by_value
+from cachepipe.talk.access import kept, located, on_portal
+from cachepipe.talk.completions import Answered, choices_of, dumped, said_by_model
+from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "model": "gpt-4-1106-preview",
@@ -45,6 +45,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 """The parameters of a session that says nothing else."""
 
 _FORMAT: Final = "cachepipe-session-1"
+_MAY_HOLD_KEYS: Final = ("extra_headers", "extra_query")
 
 
 class Session:
@@ -62,11 +63,15 @@ class Session:
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
         repeat: ``"fresh"``: a repeated question gets a fresh sample; ``"same"``: it gets the same again.
-        client: an asynchronous client to use instead of one of the service's; cached as it is.
+        client: an asynchronous client to use instead of one of the service's. It has its own cache or none,
+            so it goes without ``service``, ``cache``, ``mode`` and ``repeat``.
 
     Attributes:
         conversation: what was said, the system message first.
         llmconfig: the parameters of calls that say nothing else; a dictionary to change.
+
+    Raises:
+        TypeError, ValueError, StoreError: for arguments that are none, or exclude each other.
     """
 
     def __init__(
@@ -81,8 +86,21 @@ class Session:
         repeat: Repeat = "fresh",
         client: Any = None,
     ) -> None:
-        if service is not None and client is not None:
-            raise TypeError("a client has its own endpoint and limits; pass a service or a client, not both")
+        if client is not None:
+            if service is not None:
+                raise TypeError(
+                    "a client has its own endpoint and limits; pass a service or a client, not both"
+                )
+            if cache is not None or (mode, repeat) != ("read-write", "fresh"):
+                raise TypeError(
+                    "a client has its own cache, or none: leave out cache=, mode= and repeat=, "
+                    "or give them to it"
+                )
+            _check_client(client)
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r:.100}")
+        if repeat not in REPEATS:
+            raise ValueError(f"repeat is 'fresh' or 'same'; got {repeat!r:.100}")
         if service is not None and not isinstance(service, Service):
             raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {service!r}")
         if llmconfig is not None and not isinstance(llmconfig, Mapping):
@@ -94,8 +112,8 @@ class Session:
         opening = [] if system is None else [Message("system", _text(system))]
         self.conversation = Conversation(opening)
         self._client = client
-        self._how: dict[str, Any] = {"mode": mode, "repeat": repeat}
-        self._store = None if client is not None else _kept(cache)
+        self._mode, self._repeat = mode, repeat
+        self._cache = None if client is not None else located(cache)
         self._pieces: weakref.ref[Pieces] | None = None
         self._turns = _turns()
 
@@ -157,6 +175,10 @@ class Session:
             where ``response_format`` is a pydantic model; with ``n`` above 1 a list of these, the first of
             which goes into the conversation; with ``stream=True`` an asynchronous iterator of pieces of text.
         """
+        if not isinstance(tool_outputs or {}, Mapping):
+            raise TypeError(
+                f"tool_outputs is a mapping of results by the id of the call; got {tool_outputs!r:.100}"
+            )
         said = [
             Message("tool", output if isinstance(output, str) else _dumped(output), tool_call_id=call)
             for call, output in (tool_outputs or {}).items()
@@ -180,29 +202,51 @@ class Session:
                 raise RuntimeError(
                     "the answer before is still being streamed; read it to its end, or aclose() it"
                 )
-            messages = [*(self.conversation.messages if opening is None else opening), *said]
+            before = self.conversation.messages if opening is None else opening
+            _check_answers(Conversation(before).open_calls(), said)
+            messages = [*before, *said]
             body = self._body(messages, params)
-            completions = self._completions()
             using = calls.current()
             whose = using.namespace_of(self.namespace)
             which = using.request_id_of() if request_id is None else request_id
             with calls.using(namespace=whose, request_id=which):
-                if body.get("stream"):
-                    pieces = Pieces(await completions.create(**body), self, messages)
-                    self._pieces = weakref.ref(pieces)
-                    return pieces
-                if isinstance(body.get("response_format"), type):
-                    completion = await completions.parse(**body)
-                else:
-                    completion = await completions.create(**body)
-            answers = [choice.message for choice in completion.choices]
+                answer = await self._run(lambda: self._answer(body))
+            if body.get("stream"):
+                pieces = Pieces(answer, self, messages)
+                self._pieces = weakref.ref(pieces)
+                return pieces
+            answers = [choice.message for choice in choices_of(answer)]
             self.conversation = Conversation([*messages, _message(answers[0])])
-        values = [_value(answer) for answer in answers]
+        values = [_value(one) for one in answers]
         return values if body.get("n", 1) > 1 else values[0]
+
+    async def _run(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Return what a coroutine returns, which runs where calls are made.
+
+        Those of a service are made on the portal's loop: so the sessions of all loops share connections, and
+        none is left to a loop that has ended.
+        """
+        return await (on_portal(work()) if self._client is None else work())
+
+    async def _answer(self, body: Mapping[str, Any]) -> Any:
+        """Return the answer to a request, or the stream of one."""
+        client = self._client
+        if client is None:
+            service: Any = self.service
+            mode = calls.current().mode_of(self._mode)
+            client = service.lent(kept(self._cache), mode, self._repeat, sdk="openai")
+        completions = client.chat.completions
+        parses = isinstance(body.get("response_format"), type) and not body.get("stream")
+        return await (completions.parse if parses else completions.create)(**body)
 
     def _body(self, messages: list[Message], params: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is sent; what cannot be sent is refused before anything is spent."""
         config = {name: value for name, value in {**self.llmconfig, **params}.items() if value is not None}
+        if "messages" in config:
+            raise TypeError("messages= is not taken here: they are those of session.conversation")
+        n = config.get("n", 1)
+        if type(n) is not int or n < 1:
+            raise ValueError(f"n is a whole number, at least 1; got {n!r:.100}")
         if not isinstance(config.get("model"), str):
             raise ValueError(  # noqa: TRY004 - the usual case is that there is none
                 "no model is named; write Session(llmconfig={'model': ...}), or model=... in the call"
@@ -212,16 +256,9 @@ class Session:
             config.pop("tool_choice", None)  # providers take no choice of no tools
         if not config.get("stream"):
             config.pop("stream", None)
-        elif config.get("n", 1) > 1:
+        elif n > 1:
             raise ValueError("a session streams one answer; ask for n answers with stream=False")
         return {**config, "messages": [message.to_dict() for message in messages]}
-
-    def _completions(self) -> Any:
-        client = self._client
-        if client is None:
-            service: Any = self.service
-            client = service.lent(self._store, **self._how)
-        return client.chat.completions
 
     # What becomes of the conversation.
 
@@ -238,9 +275,14 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation, the parameters and the namespace to a file as JSON; no key, no URL.
 
-        A class as ``response_format`` is left out; give it again to `load`.
+        A class as ``response_format`` is left out, and so are ``extra_headers`` and ``extra_query``, which
+        may hold keys; give them again to `load`.
         """
-        llmconfig = {name: value for name, value in self.llmconfig.items() if not isinstance(value, type)}
+        llmconfig = {
+            name: value
+            for name, value in self.llmconfig.items()
+            if not isinstance(value, type) and name not in _MAY_HOLD_KEYS
+        }
         saved = {
             "format": _FORMAT,
             "namespace": self.namespace,
@@ -288,57 +330,56 @@ class Pieces(AsyncIterator[str]):
     background, so that the sample is kept.
 
     Attributes:
-        text: what has come so far.
         ended: whether there will be no more.
+
+    Raises:
+        BadAnswer: when the stream ends before the answer does; the conversation stays as it was.
     """
 
     def __init__(self, stream: Any, session: Session, messages: list[Message]) -> None:
         self._stream = stream
         self._session: Session | None = session
+        self._run = session._run  # noqa: SLF001 - a part of it
         self._messages = messages
-        self._tool_calls: dict[int, dict[str, Any]] = {}
-        self.text = ""
+        self._heard = Answered()
+        self._pieces: list[str] = []
         self.ended = False
+
+    @property
+    def text(self) -> str:
+        """What has come so far."""
+        return "".join(self._pieces)
 
     async def __anext__(self) -> str:
         while not self.ended:
             try:
-                chunk = await anext(self._stream)
-            except StopAsyncIteration:
-                self._end()
-                break
+                chunk = await self._run(self._next)
+                if chunk is None:
+                    self._heard.check_ended()
+                    self._end(said_by_model(*self._heard.parts()))
+                    break
+                piece = self._heard.add(chunk)
             except BaseException:
                 self.ended = True  # the conversation stays as it was
                 raise
-            for choice in chunk.choices:
-                self._note(choice.delta)
-                if choice.delta.content:
-                    self.text += choice.delta.content
-                    piece: str = choice.delta.content
-                    return piece
+            if piece:
+                self._pieces.append(piece)
+                return piece
         raise StopAsyncIteration
+
+    async def _next(self) -> Any:
+        return await anext(self._stream, None)
 
     async def aclose(self) -> None:
         """Stop reading."""
         if not self.ended:
-            self._end()
-            await self._stream.close()
+            self._end(Message("assistant", self.text) if self._pieces else None)
+            await self._run(self._stream.close)
 
-    def _note(self, delta: Any) -> None:
-        for part in delta.tool_calls or ():
-            call = self._tool_calls.setdefault(part.index, {"id": "", "type": "function", "function": {}})
-            call["id"] = part.id or call["id"]
-            function = call["function"]
-            if part.function is not None:
-                for name, value in (("name", part.function.name), ("arguments", part.function.arguments)):
-                    function[name] = function.get(name, "") + (value or "")
-
-    def _end(self) -> None:
+    def _end(self, said: Message | None) -> None:
         self.ended = True
-        tool_calls = [call for _, call in sorted(self._tool_calls.items())] or None
         session, self._session = self._session, None
-        if session is not None and (self.text or tool_calls):
-            said = Message("assistant", self.text or None, tool_calls=tool_calls)
+        if session is not None and said is not None:
             session.conversation = Conversation([*self._messages, said])
 
 
@@ -374,9 +415,10 @@ def _dumped(value: Any) -> str:
 
 def _message(answer: Any) -> Message:
     """Return an answer of the SDK's as a message."""
-    tool_calls = [call.model_dump(exclude_none=True) for call in answer.tool_calls or ()] or None
-    content = answer.content if answer.content is not None else answer.refusal
-    return Message("assistant", content, tool_calls=tool_calls)
+    text, refusal, calls = Answered(dumped(answer)).parts()
+    for call in calls:
+        call.get("function", {}).pop("parsed_arguments", None)  # the SDK's own addition
+    return said_by_model(text, refusal, calls)
 
 
 def _value(answer: Any) -> Any:
@@ -388,32 +430,30 @@ def _value(answer: Any) -> Any:
     return message.content if message.content is not None or not message.tool_calls else message.tool_calls
 
 
+def _check_client(client: Any) -> None:
+    """Refuse what is no asynchronous client of chat completions."""
+    request = getattr(type(client), "request", None)
+    if not hasattr(getattr(client, "chat", None), "completions") or (
+        request is not None and not inspect.iscoroutinefunction(request)
+    ):
+        raise TypeError(
+            f"client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
+            f"got {client!r:.200}"
+        )
+
+
+def _check_answers(calls: list[str], said: list[Message]) -> None:
+    """Refuse what providers do: outputs of calls that are not open, and calls without an output."""
+    given = [message.tool_call_id for message in said if message.role == "tool"]
+    if unknown := [call for call in given if call not in calls]:
+        known = ", ".join(map(repr, calls)) or "none"
+        raise ValueError(f"no open call of a tool has the id {unknown[0]!r}; open are {known}")
+    if missing := [call for call in calls if call not in given]:
+        named = ", ".join(map(repr, missing))
+        raise ValueError(
+            f"the model waits for what its calls of tools return: give tool_outputs= for {named}"
+        )
+
+
 def _own_model(service: Service | None) -> dict[str, Any]:
     return {} if service is None else {"model": service.model}
-
-
-_stores: dict[Any, tuple[Store, Any, object]] = {}
-
-
-def _kept(cache: Any) -> Store:
-    """Return the store for a cache; one that is opened here stays open, and its run with it, to the end.
-
-    So sessions that come and go one after the other are one run: their equal questions get different samples.
-    """
-    name = os.path.abspath(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else cache  # noqa: PTH100
-    if name is None:
-        name = os.path.abspath(default_folder())  # noqa: PTH100 - a string, as the environment may name it
-    key = name if isinstance(name, str) else id(name)
-    if key not in _stores:
-        store, owned = open_store(name)
-        if not owned:
-            return store
-        holder = _Holder()
-        runs.opened(store.identity, holder)
-        _stores[key] = store, cache, holder
-        atexit.register(store.close)
-    return _stores[key][0]
-
-
-class _Holder:
-    """Keeps a run going."""

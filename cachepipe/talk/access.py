@@ -23,12 +23,13 @@ from typing import Any, Final, Protocol, TypeVar
 
 import anyio.to_thread
 
-from cachepipe import context
+from cachepipe import context, runs
 from cachepipe.clients.mixins import AsyncCached, SyncCached
-from cachepipe.clients.portal import portal
+from cachepipe.clients.portal import in_portal, portal
 from cachepipe.context import INHERITED, Inherited
-from cachepipe.stores import check_folder, default_folder
-from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat
+from cachepipe.services import Service, close_lent
+from cachepipe.stores import Store, check_folder, default_folder, open_store
+from cachepipe.typedefs import REPEATS, Mode, Repeat
 
 T = TypeVar("T")
 
@@ -76,20 +77,21 @@ class Access:
         self._opened: Any = None
         self.client: Any = options.get("client")
         self.service: ServiceLike | None = options.get("service")
+        if self.service is not None and not callable(getattr(self.service, "client", None)):
+            raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {self.service!r:.100}")
         self.mode: Mode | None = options.get("mode")
         self.repeat: Repeat | None = options.get("repeat")
-        if self.mode is not None and self.mode not in MODES:
-            raise ValueError(f"mode is one of {', '.join(MODES)}; got {self.mode!r}")
         if self.repeat is not None and self.repeat not in REPEATS:
             raise ValueError(f"repeat is 'fresh' or 'same'; got {self.repeat!r}")
         self.request_id: str | Inherited | None = options.get("request_id", INHERITED)
+        self.namespace = self._namespace(options)
+        with self.using():
+            pass  # what is no mode, namespace or request id is refused
         self._cache = options.get("cache")
         if self._cache is None and self.client is None:
-            self._cache = self.found("CACHEPIPE_DIR") or default_folder()
-        if isinstance(self._cache, str | os.PathLike):
-            check_folder(self._cache)
-            self._cache = str(Path(self._cache).expanduser().resolve())
-        self.namespace = self._namespace(options)
+            self._cache = self.found("CACHEPIPE_DIR")
+        if self._cache is not None or self.client is None:
+            self._cache = located(self._cache)
         where = [name for name in ("client", "service") if options.get(name) is not None]
         where += [name for name in ("api_key", "base_url") if options.get(name) is not None]
         if len(where) > 1 and where != ["api_key", "base_url"]:
@@ -114,7 +116,7 @@ class Access:
         if "namespace" in options:
             given: str | None = options["namespace"]
             return given
-        if not isinstance(context.current().namespace, Inherited) or self.client is not None:
+        if _is_cached(self.client) or not isinstance(context.current().namespace, Inherited):
             return INHERITED
         return self.found("CACHEPIPE_NAMESPACE") or INHERITED
 
@@ -144,8 +146,7 @@ class Access:
     def _take_client(self) -> None:
         self._is_async = inspect.iscoroutinefunction(getattr(type(self.client), "request", None))
         _check_completes(self.client, "client= takes a client of openai, together or cachepipe.clients")
-        cached = isinstance(self.client, AsyncCached | SyncCached)
-        if cached:
+        if _is_cached(self.client):
             if self._cache is not None:
                 raise TypeError(
                     "the client has a cache already: leave out cache=, or use client.copy(cache=...)"
@@ -166,22 +167,15 @@ class Access:
         """Return the client, on the loop where its calls are made."""
         if self.client is not None:
             return self.client
-        mode = self.mode
-        if mode is None:
-            inherited = context.current().mode
-            mode = "read-write" if isinstance(inherited, Inherited) else inherited
-        cache = self._cache
-        name = (
-            cache if isinstance(cache, str) else id(cache),
-            id(self.service),
-            self.api_key,
-            self.base_url,
-            mode,
-            self.repeat or "fresh",
-        )
+        mode = self.mode or context.current().mode_of("read-write")
+        ours: dict[str, Any] = {"cache": kept(self._cache), "mode": mode, "repeat": self.repeat or "fresh"}
+        if isinstance(self.service, Service):
+            client = self.service.lent(**ours)
+            _check_completes(client, "service= takes a service of chat completions")
+            return client
+        name = (id(ours["cache"]), id(self.service), self.api_key, self.base_url, mode, ours["repeat"])
         known = _clients.get(name)
         if known is None:
-            ours: dict[str, Any] = {"cache": cache, "mode": mode, "repeat": self.repeat or "fresh"}
             if self.service is not None:
                 client = self.service.client(**ours)
                 _check_completes(client, "service= takes a service of chat completions")
@@ -190,7 +184,7 @@ class Access:
 
                 client = AsyncOpenAI(api_key=self.api_key, base_url=self.base_url, **ours)
             # What an id stands for is kept with it, so that it stands for nothing else.
-            known = _clients[name] = (client, self.service, cache)
+            known = _clients[name] = (client, self.service, ours["cache"])
         return known[0]
 
     async def fitted(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -263,6 +257,11 @@ class Access:
         return wait_on_portal(work())
 
 
+def _is_cached(client: Any) -> bool:
+    """Tell whether a client is one of ours, and so has a cache and a namespace."""
+    return isinstance(client, AsyncCached | SyncCached)
+
+
 def _check_completes(client: Any, told: str) -> None:
     """Refuse a client that has no chat completions."""
     if not hasattr(getattr(client, "chat", None), "completions"):
@@ -311,18 +310,12 @@ async def on_portal(work: Coroutine[Any, Any, T]) -> T:
 
 def wait_on_portal(work: Coroutine[Any, Any, T]) -> T:
     """Return what a coroutine returns that runs on the portal's loop, to a thread that waits for it."""
-    loop = portal()
-    if _running_loop() is loop:
+    if _running_loop() is portal():
         work.close()
         raise RuntimeError(
             "this would wait for the loop that it runs on; await the asynchronous twin instead"
         )
-    future = asyncio.run_coroutine_threadsafe(work, loop)
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()  # such as for a keyboard interrupt; of no effect when it is done
-        raise
+    return in_portal(work)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -334,8 +327,45 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 _clients: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 """The clients that nobody gave, with what keeps their names their own. Touched on the portal's loop only."""
+_stores: dict[str | int, tuple[Store, object, Any]] = {}
+"""The stores that were opened here, with what keeps their runs going. Touched on the portal's loop only."""
 _wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def located(cache: Any) -> Any:
+    """Return what stands for a cache, where it is a folder by its absolute path; None is the default folder.
+
+    Raises:
+        StoreError: for what is no name of a folder.
+    """
+    if cache is None:
+        cache = default_folder()
+    if not isinstance(cache, str | os.PathLike):
+        return cache
+    check_folder(cache)
+    return str(Path(cache).expanduser().resolve())
+
+
+def kept(cache: Any) -> Store:
+    """Return the store of what `located` returns, on the portal's loop.
+
+    One that is opened here stays open, and its run with it, until `close_clients`: so what is asked by those
+    who come and go one after the other is one run, and they share its files.
+    """
+    name = cache if isinstance(cache, str) else id(cache)
+    if name not in _stores:
+        store, owned = open_store(cache)
+        if not owned:
+            return store
+        holder = _Holder()
+        runs.opened(store.identity, holder)
+        _stores[name] = (store, holder, cache)
+    return _stores[name][0]
+
+
+class _Holder:
+    """Keeps a run going."""
 
 
 def _wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -> Any:
@@ -372,14 +402,19 @@ async def close_clients() -> None:
     async def close() -> None:
         clients = [client for client, *_ in _clients.values()]
         _clients.clear()
-        await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
+        closing = (close_lent(), *(client.close() for client in clients))
+        await asyncio.gather(*closing, return_exceptions=True)
+        while _stores:
+            _, (store, holder, _) = _stores.popitem()
+            runs.closed(store.identity, holder)
+            store.close()
 
     await on_portal(close())
 
 
 @atexit.register
 def _at_exit() -> None:
-    if _clients:
+    if _clients or _stores:
         with contextlib.suppress(Exception):  # nobody is left to be told
             work: Awaitable[None] = asyncio.wait_for(close_clients(), _CLOSING_SECONDS)
             wait_on_portal(work)  # type: ignore[arg-type]  # wait_for is a coroutine
@@ -390,6 +425,7 @@ def _after_fork() -> None:
     global _lock  # noqa: PLW0603 - the parent may have held it while forking
     _lock = threading.Lock()
     _clients.clear()
+    _stores.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Final, Self, Unpack
@@ -63,7 +64,7 @@ class Chat:
         if type(max_rounds) is not int or max_rounds < 0:
             raise ValueError(f"max_rounds= is a whole number, at least 0; got {max_rounds!r:.100}")
         self._plan = Plan(options, environment)
-        self.conversation = Conversation(list(messages))
+        self.conversation = Conversation(messages)
         self.completions: list[TextCompletion] = []
         self.max_rounds = max_rounds
 
@@ -120,18 +121,25 @@ class Chat:
         return self._spoken(streams=True)
 
     def _spoken(self, *, streams: bool) -> Spoken:
-        return Spoken(self._turns(checked(self.conversation), streams=streams), self._plan.access)
+        turns = self._turns(checked(self.conversation), contextvars.copy_context(), streams=streams)
+        return Spoken(turns, self._plan.access)
 
     async def _turns(
-        self, said: Conversation, *, streams: bool
+        self, said: Conversation, within: contextvars.Context, *, streams: bool
     ) -> AsyncGenerator[str | _Due | TextCompletion, None]:
-        """Iterate over the text of an answer, the calls of tools to make before it goes on, and it itself."""
+        """Iterate over the text of an answer, the calls of tools to make before it goes on, and it itself.
+
+        Args:
+            said: what is to be answered.
+            within: the context in which the answer was asked for, which is read wherever its reader likes.
+            streams: whether the text comes in pieces.
+        """
         begun = said
         added: list[Message] = []
         done: list[TextCompletion] = []
         for left in range(self.max_rounds, -1, -1):
             if streams:
-                async with contextlib.aclosing(self._plan.streamed(said)) as parts:
+                async with contextlib.aclosing(self._plan.streamed(said, within)) as parts:
                     async for part in parts:
                         if isinstance(part, str):
                             yield part
@@ -176,9 +184,14 @@ class Spoken:
 
     @property
     def result(self) -> Any:
-        """The text, or what was made of it by ``response_format``; None while it is under way."""
+        """The text, or what was made of it by ``response_format``; None while it is under way.
+
+        Where the model refuses, this is what it says of that.
+        """
         whole = self.completion
-        return None if whole is None else whole.message if whole.parsed is None else whole.parsed
+        if whole is None:
+            return None
+        return whole.to_message().text if whole.parsed is None else whole.parsed
 
     async def _next(self) -> str | _Due | TextCompletion | None:
         return await anext(self._turns, None)

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
+import contextvars
 import itertools
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self, TypedDict, Unpack, overload
 
@@ -15,9 +26,10 @@ import anyio.to_thread
 import pydantic
 
 from cachepipe import context, progress, terminal, wire
+from cachepipe.calling import alcall
 from cachepipe.clients.info import Info, info
 from cachepipe.context import INHERITED, Inherited
-from cachepipe.conversations import Conversation, Message
+from cachepipe.conversations import Conversation, Message, text_of
 from cachepipe.errors import BadAnswer, CachepipeError
 from cachepipe.talk import tools
 from cachepipe.talk.access import NAMES, Access, ServiceLike, model_of
@@ -113,15 +125,33 @@ class TokenLogProb:
     Attributes:
         token: the token.
         log_prob: the natural logarithm of its probability; nan where the provider does not tell it.
+        raw: its bytes, where they are not those of ``token``: those of a part of a character.
     """
 
     token: str
     log_prob: float
+    raw: bytes | None = field(default=None, repr=False)
 
     @property
     def probability(self) -> float:
         """The probability, from 0 to 1, also of what is rounded above; nan where it is not known."""
         return math.exp(min(self.log_prob, 0.0))
+
+
+def _characters(tokens: Iterable[TokenLogProb]) -> Iterator[tuple[str, list[TokenLogProb]]]:
+    """Iterate over texts of whole characters and the tokens that they are made of, mostly one."""
+    parts: list[TokenLogProb] = []
+    for token in tokens:
+        if token.raw is None:
+            yield from ((part.token, [part]) for part in parts)  # they make no character
+            parts = []
+            yield token.token, [token]
+            continue
+        parts.append(token)
+        with contextlib.suppress(UnicodeDecodeError):
+            yield b"".join(part.raw or b"" for part in parts).decode(), parts
+            parts = []
+    yield from ((part.token, [part]) for part in parts)
 
 
 class _Cost:
@@ -207,8 +237,7 @@ class TextCompletion:
 
     def to_message(self) -> Message:
         """Return the answer as a message of the assistant."""
-        text = self.message or self.refusal or (None if self.tool_calls else "")
-        return Message("assistant", text, tool_calls=self.tool_calls or None)
+        return said_by_model(self.message, self.refusal, self.tool_calls)
 
     def to_pretty_string(self, *, color: bool | None = None) -> str:
         """Return the conversation with the answer, for people. See `Conversation.to_pretty_string`."""
@@ -231,14 +260,20 @@ class TextCompletion:
             raise ValueError("this completion has no log probabilities; ask for it with log_probs=True")
         color = terminal.shows_colours() if color is None else color
         pieces = []
-        for token in self.token_log_probs:
-            probability = token.probability
-            codes = next((codes for least, codes in _COLOURS if probability >= least), None)
-            text = terminal.visible(token.token, lines=True)
-            pieces.append(text if codes is None else terminal.coloured(text, codes, color=color))
+        for text, tokens in _characters(self.token_log_probs):
+            least = min(token.probability for token in tokens)
+            codes = next((codes for bound, codes in _COLOURS if least >= bound), None)
+            shown = terminal.visible(text, lines=True)
+            pieces.append(shown if codes is None else terminal.coloured(shown, codes, color=color))
             if show_probabilities:
-                pieces.append(terminal.coloured(f"[{probability:.4f}]", "2", color=color))
+                told = (f"[{token.probability:.4f}]" for token in tokens)
+                pieces += [terminal.coloured(probability, "2", color=color) for probability in told]
         return "".join(pieces)
+
+
+def said_by_model(text: str, refusal: str | None, calls: list[dict[str, Any]]) -> Message:
+    """Return what a model has said as a message: a refusal in place of a text that is not there."""
+    return Message("assistant", text or refusal or (None if calls else ""), tool_calls=calls or None)
 
 
 class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N818 - names what happened
@@ -325,21 +360,26 @@ class Plan:
         begun = time.time()
         body = {"model": self.model, "messages": conversation.to_messages(), **self.body}
         answer = await self.access.ask(body, request_id)
-        choices = answer.choices
-        if not choices:
-            raise BadAnswer("the provider answered with no choice; expected one")
-        made = Answered(_dumped(choices[0].message))
-        made.finish_reason = choices[0].finish_reason
-        made.add_log_probs(choices[0].logprobs)
+        choice = choices_of(answer)[0]
+        made = Answered(dumped(choice.message))
+        made.finish_reason = choice.finish_reason
+        made.add_log_probs(choice.logprobs)
         if answer.usage is not None:
-            made.usage = _dumped(answer.usage)
+            made.usage = dumped(answer.usage)
         return self.completion(conversation, made, info(answer), begun)
 
-    async def streamed(self, conversation: Conversation) -> AsyncGenerator[str | TextCompletion, None]:
-        """Iterate over the text of a completion as it comes, and then the completion."""
+    async def streamed(
+        self, conversation: Conversation, within: contextvars.Context
+    ) -> AsyncGenerator[str | TextCompletion, None]:
+        """Iterate over the text of a completion as it comes, and then the completion.
+
+        Args:
+            conversation: what is completed.
+            within: the context in which it is asked for.
+        """
         begun = time.time()
         body = {"model": self.model, "messages": conversation.to_messages(), **self.body, "stream": True}
-        answer = await self.access.ask(body)
+        answer = await asyncio.create_task(self.access.ask(body), context=within)
         made = Answered()
         try:
             async for chunk in _chunks(answer):
@@ -348,8 +388,7 @@ class Plan:
         finally:
             ended = answer.close() if hasattr(answer, "__aiter__") else anyio.to_thread.run_sync(answer.close)
             await ended
-        if made.finish_reason is None:
-            raise BadAnswer("the stream ended before the answer did; expected a choice with a finish_reason")
+        made.check_ended()
         yield self.completion(conversation, made, info(answer), begun)
 
     def completion(
@@ -364,8 +403,7 @@ class Plan:
             begun: when it was asked for.
         """
         ended = time.time()
-        message = wire.CHAT.settle(made.said)
-        text, refusal, calls = _text(message), message.get("refusal"), message.get("tool_calls") or []
+        text, refusal, calls = made.parts()
         start, end = begun, ended
         place: dict[str, Any] = {}
         usage = made.usage
@@ -379,7 +417,7 @@ class Plan:
                 "namespace": noted.namespace,
                 "request_id": noted.request_id,
             }
-            usage = noted.usage or usage
+            usage = usage if noted.usage["unknown"] else noted.usage
             start, end = self.access.generated(noted.key, index) or (begun, ended)
         parsed = None
         if self.kind is not None and not refusal and not calls:
@@ -433,22 +471,36 @@ class Answered:
     def add(self, chunk: Any) -> str:
         """Add a chunk of a stream; return the text that it brings."""
         if chunk.usage is not None:
-            self.usage = _dumped(chunk.usage)
+            self.usage = dumped(chunk.usage)
         if not chunk.choices:
             return ""
         choice = chunk.choices[0]
         self.finish_reason = choice.finish_reason or self.finish_reason
-        delta = _dumped(choice.delta)
+        delta = dumped(choice.delta)
         merge(self.said, delta)
-        text = _text(delta)
+        text = text_of(delta.get("content"))
         self.add_log_probs(choice.logprobs, text)
-        return text
+        return text or str(delta.get("refusal") or "")
+
+    def check_ended(self) -> None:
+        """Refuse the answer of a stream that ended before the answer did.
+
+        Raises:
+            BadAnswer: when no chunk told why the answer ends.
+        """
+        if self.finish_reason is None:
+            raise BadAnswer("the stream ended before the answer did; expected a choice with a finish_reason")
+
+    def parts(self) -> tuple[str, str | None, list[dict[str, Any]]]:
+        """Return the text, the refusal, and the calls of tools as the provider's JSON has them."""
+        message = wire.CHAT.settle(self.said)
+        return text_of(message.get("content")), message.get("refusal"), message.get("tool_calls") or []
 
     def add_log_probs(self, told: Any, text: str = "") -> None:
         """Add the log probabilities that a choice tells, or a part of one that brings a text."""
         if isinstance(told, int | float):  # Together's, of the one token that a chunk brings
             told = {"tokens": [text], "token_logprobs": [told]}
-        told = {} if told is None else _dumped(told)
+        told = {} if told is None else dumped(told)
         entries = told.get("content")
         if entries is None and told.get("tokens"):  # Together's
             values = told.get("token_logprobs") or ()
@@ -467,22 +519,38 @@ class Answered:
 
 
 def _token(entry: Mapping[str, Any]) -> TokenLogProb:
-    value = entry.get("logprob")
-    return TokenLogProb(str(entry.get("token") or ""), math.nan if value is None else value)
+    value, text = entry.get("logprob"), str(entry.get("token") or "")
+    raw = None
+    with contextlib.suppress(TypeError, ValueError):  # servers tell odd things
+        raw = bytes(list(entry.get("bytes") or ())) or None
+    if raw == text.encode("utf-8", "surrogatepass"):
+        raw = None
+    return TokenLogProb(text, math.nan if value is None else value, raw)
 
 
 def _listed(top: Any) -> list[dict[str, Any]]:
     return [{"token": token, "logprob": value} for token, value in (top or {}).items()]
 
 
-def _text(said: Mapping[str, Any]) -> str:
-    """Return the text of a message or a delta, also where it comes in parts."""
-    content = said.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return "".join(str(part.get("text") or "") for part in parts)
+def choices_of(answer: Any) -> Sequence[Any]:
+    """Return the choices of an answer.
+
+    Raises:
+        BadAnswer: when there is none, or one has no message, with what the provider says in its place.
+    """
+    choices = getattr(answer, "choices", None)
+    if not choices or any(getattr(choice, "message", None) is None for choice in choices):
+        told = getattr(answer, "error", None)
+        if isinstance(answer, str):  # as the SDK returns a page of a website
+            told = f"{answer!r:.200}; does base_url end as the provider's does, often in /v1?"
+        raise BadAnswer(
+            "the provider answered without a choice that has a message; expected one"
+            + ("" if told is None else f". It says: {told!s:.400}")
+        )
+    return choices  # type: ignore[no-any-return]
 
 
-def _dumped(thing: Any) -> dict[str, Any]:
+def dumped(thing: Any) -> dict[str, Any]:
     """Return the fields of an SDK's object."""
     dumped: dict[str, Any] = (
         thing if isinstance(thing, dict) else thing.model_dump(exclude_none=True, warnings=False)
@@ -720,13 +788,13 @@ class _Crowd:
         given = self.plan.access.request_id
         if isinstance(given, Inherited):
             given = context.current().request_id
-        seen: collections.Counter[str] = collections.Counter()
+        seen: collections.Counter[tuple[Message, ...]] = collections.Counter()
         ids: list[str | Inherited | None] = []
         for conversation in self.conversations:
-            text = conversation.to_json()
+            said = tuple(conversation.messages)
             base = "" if isinstance(given, Inherited) or given is None else given
-            ids.append(f"{base}#{seen[text] + 1}" if seen[text] else given)
-            seen[text] += 1
+            ids.append(f"{base}#{seen[said] + 1}" if seen[said] else given)
+            seen[said] += 1
         return ids
 
     def work(
@@ -736,26 +804,34 @@ class _Crowd:
         ids = self.request_ids()
 
         async def complete() -> list[TextCompletion | Exception]:
-            results: list[Any] = [None] * len(self.conversations)
-            if results:
+            if self.conversations:
                 await self.plan.access.fitted(self.plan.body)  # what is wrong for all of them is told once
-            todo = iter(enumerate(zip(self.conversations, ids, strict=True)))
 
-            async def some() -> None:
-                for place, (conversation, request_id) in todo:
-                    try:
-                        results[place] = await self.plan.complete(conversation, request_id)
-                    except Exception as error:  # noqa: BLE001 - it belongs to this one
-                        results[place] = error
-                    failed = isinstance(results[place], Exception)
-                    tick(cached=not failed and results[place].cached, failed=failed)
+            async def one(asked: tuple[Conversation, str | Inherited | None]) -> TextCompletion:
+                try:
+                    completion = await self.plan.complete(*asked)
+                except BaseException:
+                    tick(failed=True)
+                    raise
+                tick(cached=completion.cached)
+                return completion
 
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.n_parallel, len(results))):
-                    group.create_task(some())
-            return results
+            results = await alcall(
+                zip(self.conversations, ids, strict=True),
+                one,
+                max_concurrent=self.n_parallel,
+                return_exceptions=True,
+            )
+            return [_cancelled(end) if isinstance(end, asyncio.CancelledError) else end for end in results]
 
         return complete
+
+
+def _cancelled(error: asyncio.CancelledError) -> CachepipeError:
+    """Return the error of a completion that its client has cancelled, not they who wait for it."""
+    made = CachepipeError("the call was cancelled by its client; was that closed meanwhile?")
+    made.__cause__ = error
+    return made
 
 
 def _outcome(results: list[TextCompletion | Exception], *, return_exceptions: bool) -> Any:

@@ -124,7 +124,8 @@ def _document(completion: TextCompletion | BaseException) -> dict[str, Any]:
 def _plain(tokens: Any) -> Any:
     if isinstance(tokens, TokenLogProb):
         value = tokens.log_prob
-        return {"token": tokens.token, "log_prob": value if math.isfinite(value) else str(value)}
+        told = {"token": tokens.token, "log_prob": value if math.isfinite(value) else str(value)}
+        return told if tokens.raw is None else {**told, "raw": list(tokens.raw)}
     return [_plain(token) for token in tokens] if isinstance(tokens, list) else tokens
 
 
@@ -166,7 +167,8 @@ def _read(document: Mapping[str, Any]) -> TextCompletion | dict[str, Any]:
 
 
 def _token(token: Mapping[str, Any]) -> TokenLogProb:
-    return TokenLogProb(token["token"], float(token["log_prob"]))  # JSON has no infinities: they are strings
+    value, raw = float(token["log_prob"]), token.get("raw")  # JSON has no infinities: they are strings
+    return TokenLogProb(token["token"], value, None if raw is None else bytes(raw))
 
 
 def side_by_side(

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import openai
 import pytest
@@ -406,7 +407,9 @@ async def test_a_service_gives_one_client_for_each_cache(server, tmp_path):
     service = Double(base_url=server.base_url, api_key="made-up")
     for _ in range(2):
         await generate_text_completion(FRANCE, service=service, cache=tmp_path)
-    assert service.made == [{"cache": str(tmp_path), "mode": "read-write", "repeat": "fresh"}]
+    [made] = service.made
+    assert made == {"cache": made["cache"], "mode": "read-write", "repeat": "fresh"}
+    assert Path(made["cache"].folder) == tmp_path
     assert server.stats.requests == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from cachepipe import MemoryStore, Services, Session, using
+import cachepipe
+from cachepipe import BadAnswer, CacheMiss, MemoryStore, Message, Services, Session, StoreError, using
 from cachepipe.clients import AsyncOpenAI
 from cachepipe.sessions import DEFAULTS
 from cachepipe.testing import MockServer, MockSettings
@@ -170,6 +172,100 @@ async def test_a_reader_that_stops_has_heard_what_it_read(spy):
     assert [piece async for piece in pieces] == []
 
 
+def answer(content=None, finish_reason="stop", **message):
+    message = {"role": "assistant", "content": content, **message}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
+
+
+@pytest.mark.parametrize("ending", [[], [{"delta": {"content": "two"}}]], ids=["one piece", "two pieces"])
+async def test_a_stream_that_ends_before_its_answer_is_no_answer(answering, ending):
+    """As its sample is not stored, it is no part of the conversation."""
+    chunks = [{"delta": {"role": "assistant", "content": "one"}}, *ending]
+    session = Session(SYSTEM, client=answering(chunks, answer("all"), kind=openai.AsyncOpenAI))
+    pieces = await session.initiate("count", stream=True)
+    with pytest.raises(BadAnswer, match="ended before the answer did"):
+        async for _ in pieces:
+            pass
+    assert roles(session) == ["system"]
+    assert await session.initiate("count") == "all"
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"content": ""}, ""),
+        ({"content": None}, ""),
+        ({"content": None, "refusal": "I will not."}, "I will not."),
+    ],
+    ids=["empty", "none", "refusal"],
+)
+async def test_an_answer_without_text_is_part_of_the_conversation(answering, said, text, streams):
+    chunks = [{"delta": {"role": "assistant", **said}}, {"delta": {}, "finish_reason": "stop"}]
+    session = Session(
+        SYSTEM, client=answering(chunks if streams else answer(**said), kind=openai.AsyncOpenAI)
+    )
+    answered = await session.initiate("say", stream=streams)
+    assert ("".join([piece async for piece in answered]) if streams else answered) == text
+    assert session.conversation.messages[1:] == [Message("user", "say"), Message("assistant", text)]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+
+async def test_calls_of_tools_are_what_is_answered_also_beside_an_empty_text(answering):
+    said = answer("", "tool_calls", tool_calls=[CALL])
+    session = Session(client=answering(said, kind=openai.AsyncOpenAI), llmconfig={"tools": [TOOL]})
+    assert await session.initiate("add") == [CALL]
+
+
+async def test_a_reader_that_stops_within_a_call_of_a_tool_has_heard_nothing(answering):
+    """Half a call would be refused with all that follows it."""
+    started = {**CALL, "index": 0, "function": {"name": "add", "arguments": '{"x'}}
+    chunks = [{"delta": {"content": "", "tool_calls": [started]}}, {"delta": {"content": "a"}}]
+    session = Session(SYSTEM, client=answering(chunks, kind=openai.AsyncOpenAI), llmconfig={"tools": [TOOL]})
+    pieces = await session.initiate("add", stream=True)
+    assert await anext(pieces) == "a"
+    await pieces.aclose()
+    assert session.conversation.messages[-1] == Message("assistant", "a")
+
+
+async def test_outputs_answer_the_calls_of_tools_that_are_open(answering):
+    said = answer(None, "tool_calls", tool_calls=[CALL, {**CALL, "id": "c2"}])
+    client = answering(said, answer("Done."), kind=openai.AsyncOpenAI)
+    session = Session(client=client, llmconfig={"tools": [TOOL], "tool_choice": "auto"})
+    with pytest.raises(ValueError, match="no open call of a tool has the id 'c1'; open are none"):
+        await session.followup(tool_outputs={"c1": 1})
+    await session.initiate("add twice")
+    for outputs, told in (
+        ({"c1": 1, "c3": 3}, "no open call of a tool has the id 'c3'; open are 'c1', 'c2'"),
+        ({"c1": 1}, "give tool_outputs= for 'c2'"),
+        (None, "give tool_outputs= for 'c1', 'c2'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            await session.followup("go on", tool_outputs=outputs)
+    with pytest.raises(TypeError, match="mapping of results by the id"):
+        await session.followup(tool_outputs=[1, 2])
+    assert await session.followup(tool_outputs={"c1": 1, "c2": 2}) == "Done."
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"choices": []}, "without a choice that has a message; expected one$"),
+        ({"error": {"message": "no money"}}, "It says: .*no money"),
+        ({"choices": [{"index": 0, "message": None, "finish_reason": "stop"}]}, "without a choice"),
+        ("<html>Welcome!</html>", "Welcome!.*does base_url end"),
+    ],
+    ids=["none", "error", "no message", "a website"],
+)
+async def test_what_is_no_answer_says_what_it_is(answering, said, told):
+    session = Session(SYSTEM, client=answering(said, kind=openai.AsyncOpenAI))
+    with pytest.raises(BadAnswer, match=told):
+        await session.initiate("one")
+    assert roles(session) == ["system"]
+
+
 async def test_tools_called_in_a_stream_are_kept(spy):
     session = Session(SYSTEM, client=spy, llmconfig={"tools": [TOOL], "tool_choice": "required"})
     pieces = await session.initiate("add 1", stream=True)
@@ -269,6 +365,57 @@ async def test_sessions_of_a_service_share_connections_and_one_run(server, servi
     assert server.stats.max_connections == 1
 
 
+def test_sessions_of_several_loops_share_connections_and_leave_none_behind():
+    """What calls `asyncio.run` again and again leaves nothing to a loop that has ended."""
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=8)) as server:
+        store, service = MemoryStore(), Services.custom(server.base_url, model="m")
+        for _ in range(3):
+            asyncio.run(Session(SYSTEM, service=service, cache=store).initiate("one"))
+        assert server.stats.samples_generated == 3
+        assert server.stats.max_connections == 1
+        del service
+        gc.collect()
+        server.wait_until(lambda stats: stats.connections == 0)
+        for _ in range(3):
+            own = Services.custom(server.base_url, model="m")
+            asyncio.run(Session(SYSTEM, service=own, cache=store).initiate("two"))
+            del own
+            gc.collect()
+        server.wait_until(lambda stats: stats.connections == 0)
+
+
+async def test_a_block_of_replay_needs_no_key_and_calls_nobody(server, monkeypatch):
+    store = MemoryStore()
+    with monkeypatch.context() as patched:
+        patched.setenv("SOME_KEY", "k")
+        service = Services.custom(server.base_url, model="m", key_scheme="SOME_KEY")
+        first = await Session(SYSTEM, service=service, cache=store).initiate("one")
+        await service.close()
+    with cachepipe.run(), using(mode="replay"):
+        assert await Session(SYSTEM, service=service, cache=store).initiate("one") == first
+        with pytest.raises(CacheMiss):
+            await Session(SYSTEM, service=service, cache=store).initiate("two")
+    await service.close()
+    assert server.stats.requests == 1
+
+
+async def test_a_folder_is_named_as_everywhere_else(server, service, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    await Session(SYSTEM, service=service, cache="~/mine").initiate("one")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(StoreError, match="got ''"):
+        Session(SYSTEM, service=service, cache="")
+
+
+async def test_a_saved_session_holds_no_headers(service, tmp_path):
+    """They may hold a key."""
+    config = {"extra_headers": {"Authorization": "hidden"}, "extra_query": {"key": "hidden"}}
+    session = Session(SYSTEM, service=service, cache=MemoryStore(), llmconfig=config)
+    session.save(tmp_path / "session.json")
+    assert "hidden" not in (tmp_path / "session.json").read_text()
+
+
 async def test_a_block_says_whose_draws_the_calls_of_a_session_are(server, service):
     """As for clients: what `using` sets goes before what a session was made with, but not before a call."""
     store = MemoryStore()
@@ -310,6 +457,22 @@ async def test_what_cannot_be_asked_is_refused_before_anything_is_spent(server):
         Session(SYSTEM, service=service, llmconfig="m")
     with pytest.raises(TypeError, match="not both"):
         Session(SYSTEM, service=service, client=object())
+    for options in ({"cache": MemoryStore()}, {"mode": "replay"}, {"repeat": "same"}):
+        with pytest.raises(TypeError, match="a client has its own cache, or none"):
+            Session(SYSTEM, client=object(), **options)
+    with openai.OpenAI(base_url=server.base_url, api_key="k") as waits:
+        for client in (waits, object(), "client"):
+            with pytest.raises(TypeError, match="takes an asynchronous client"):
+                Session(SYSTEM, client=client)
+    for options in ({"mode": "again"}, {"repeat": "never"}):
+        with pytest.raises(ValueError, match=r"got '(again|never)'"):
+            Session(SYSTEM, service=service, **options)
+    session = Session(SYSTEM, service=service, cache=MemoryStore(), llmconfig={"model": "m"})
+    for n in ("2", 0, True):
+        with pytest.raises(ValueError, match="n is a whole number, at least 1"):
+            await session.initiate("one", n=n)
+    with pytest.raises(TypeError, match="messages= is not taken here"):
+        await session.initiate("one", messages=[])
     assert server.stats.requests == 0
     assert repr(Session(SYSTEM, service=service, cache=MemoryStore(), namespace="a")) == (
         f"<Session of 1 messages with None at {service.name}, namespace 'a'>"
