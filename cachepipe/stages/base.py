@@ -330,6 +330,8 @@ def samples_of(answer: Any) -> list[Any]:
         BadAnswer: when it is no response, or its data no list.
     """
     data = getattr(answer, "data", None)
+    if type(data) is list:
+        return data.copy()
     if isinstance(data, str | bytes | dict) or not isinstance(data, Iterable):
         raise BadAnswer(f"a model returns Response(data=[one item per sample]); got {answer!r:.200}")
     return list(data)

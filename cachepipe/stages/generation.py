@@ -220,35 +220,19 @@ class Caller:
 
     def start(self, needs: Sequence[Need]) -> None:
         """Begin the calls for needs that came together."""
-        if len(needs) == 1:
-            self._send(self._cut(needs))
+        if not needs:
             return
         groups: dict[Hashable, list[Need]] = {}
         for need in needs:
             groups.setdefault(id(need) if need.group is None else need.group, []).append(need)
-        self._send([call for group in groups.values() for call in self._cut(group)])
-
-    def _cut(self, needs: Sequence[Need]) -> list[Call]:
-        """Return calls that together ask for what is needed, each within the limit."""
-        limit = self.limit(mergeable=needs[0].group is not None)
-        if limit is None or (len(needs) == 1 and len(needs[0].slots) <= limit):
-            return [Call([(need, need.slots) for need in needs])]
-        calls: list[Call] = []
-        pieces: list[Piece] = []
-        room = limit
-        for need in needs:
-            slots, at = need.slots, 0
-            while at < len(slots):
-                part = slots[at : at + room]
-                pieces.append((need, part))
-                at += len(part)
-                room -= len(part)
-                if not room:
-                    calls.append(Call(pieces))
-                    pieces, room = [], limit
-        if pieces:
-            calls.append(Call(pieces))
-        return calls
+        limit, own = self.limit(), self.limit(mergeable=False)
+        self._send(
+            [
+                call
+                for group in groups.values()
+                for call in _cut(group, own if group[0].group is None else limit)
+            ]
+        )
 
     def _send(self, calls: list[Call]) -> None:
         if self._single_requests:
@@ -421,6 +405,28 @@ class Caller:
             self._model.flush()
         if self._tasks:
             await asyncio.wait(list(self._tasks), return_when=asyncio.FIRST_COMPLETED)
+
+
+def _cut(needs: Sequence[Need], limit: int | None) -> list[Call]:
+    """Return calls that together ask for what is needed, each within the limit."""
+    if limit is None or (len(needs) == 1 and len(needs[0].slots) <= limit):
+        return [Call([(need, need.slots) for need in needs])]
+    calls: list[Call] = []
+    pieces: list[Piece] = []
+    room = limit
+    for need in needs:
+        slots, at = need.slots, 0
+        while at < len(slots):
+            part = slots[at : at + room]
+            pieces.append((need, part))
+            at += len(part)
+            room -= len(part)
+            if not room:
+                calls.append(Call(pieces))
+                pieces, room = [], limit
+    if pieces:
+        calls.append(Call(pieces))
+    return calls
 
 
 def _deliver(need: Need, slots: Sequence[int], values: list[Any], call: Call) -> None:
