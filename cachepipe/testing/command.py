@@ -76,18 +76,23 @@ def mock_server(
     It answers from a model that is built in, so it costs nothing and needs no network. Change its
     settings while it runs with POST /mock/settings, and see what it served at GET /mock/stats.
     """
-    settings = Settings(
-        latency=latency,
-        latency_per_token=latency_per_token,
-        stream_delay=stream_delay,
-        seed=seed,
-        max_n=max_n,
-        max_tokens=max_tokens,
-        rate=rate,
-        burst=burst,
-        faults=faults,
-        api_key=api_key,
-    )
+    if burst is not None and rate is None:
+        raise click.UsageError("--burst is part of a limit on requests per second; give --rate as well.")
+    try:
+        settings = Settings(
+            latency=latency,
+            latency_per_token=latency_per_token,
+            stream_delay=stream_delay,
+            seed=seed,
+            max_n=max_n,
+            max_tokens=max_tokens,
+            rate=rate,
+            burst=burst,
+            faults=faults,
+            api_key=api_key or None,
+        )
+    except ValueError as error:  # a number that is none, or has no end
+        raise click.UsageError(str(error)) from error
 
     def announce(server: MockServer) -> None:
         if as_json:

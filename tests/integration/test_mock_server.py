@@ -1264,6 +1264,27 @@ def test_the_command_refuses_a_fault_that_is_none():
     assert (result.exit_code, "kind is one of" in result.output) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--latency", "nan"], "latency is a number of seconds, 0 or more, not nan"),
+        (["--stream-delay", "inf"], "stream_delay is a number of seconds, 0 or more, not inf"),
+        (["--rate", "inf"], "rate is a number of requests per second above 0, or None, not inf"),
+        (["--burst", "3"], "give --rate as well"),
+    ],
+)
+def test_the_command_refuses_settings_that_are_none_in_a_sentence(options, words):
+    result = CliRunner().invoke(mock_server, ["--port", "0", *options])
+    assert (result.exit_code, words in result.output) == (2, True)
+
+
+def test_an_empty_key_is_none(monkeypatch):
+    made = []
+    monkeypatch.setattr("cachepipe.testing.command.run_server", lambda *given, ready: made.append(given))
+    assert CliRunner().invoke(mock_server, ["--api-key", ""]).exit_code == 0
+    assert made[0][2].api_key is None
+
+
 def test_the_command_says_what_to_do_about_a_port_that_is_taken():
     with MockServer.in_thread() as server:
         result = CliRunner().invoke(mock_server, ["--port", str(server.port)])
