@@ -198,6 +198,7 @@ class Call:
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:
     """Return why the samples of an answer ended, in the provider's words."""
     choices = answer.get("choices")
-    given = [choice.get("finish_reason") for choice in choices] if isinstance(choices, list) else []
+    listed = choices if isinstance(choices, list) else []
+    given = [choice.get("finish_reason") for choice in listed if isinstance(choice, Mapping)]
     reasons = [reason for reason in [*given, answer.get("stop_reason")] if isinstance(reason, str)]
     return reasons or None

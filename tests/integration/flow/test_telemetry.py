@@ -142,6 +142,13 @@ async def test_an_adapters_call_is_a_span_as_well(server, spans):
     assert second.attributes["error.type"] == "400"
 
 
+async def test_an_odd_answer_fails_as_it_does_without_telemetry(spans):
+    call = telemetry.begin("chat completions", "http://localhost", {"model": "m"})
+    call.end_with(b'{"choices": [null, {"finish_reason": "stop"}], "usage": {"prompt_tokens": "many"}}')
+    [span] = spans()
+    assert span.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+
+
 async def test_durations_and_tokens_are_counted(server, spans, exporter):
     async with AsyncOpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore()) as client:
         answer = await client.chat.completions.create(**{**ASKED, "model": "counted"})
