@@ -160,6 +160,12 @@ class DiskStore(SqlStore):
             )
 
     def _check_readable(self) -> None:
+        missing = [name for name in (_LEDGER, _SHELF) if not (self.folder / name).exists()]
+        if missing:
+            raise StoreError(
+                f"the folder {self.folder} is no cache of cachepipe's: {' and '.join(missing)} is missing. "
+                "Check the path; a cache that has lost it is to be restored"
+            )
         try:
             ledger, _ = self._readable()
             check_format(ledger, str(self.folder))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import click
+import diskcache
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -184,6 +185,14 @@ def test_an_empty_folder_and_a_file_are_no_caches(tmp_path):
     file.touch()
     with pytest.raises(StoreError, match="is a file"):
         common.opened(str(file)).__enter__()
+
+
+def test_a_diskcache_of_somebody_elses_is_no_cache(tmp_path):
+    diskcache.Cache(str(tmp_path)).close()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(StoreError, match=r"is no cache of cachepipe's: ledger\.cache\.db is missing"):
+        common.opened(str(tmp_path)).__enter__()
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_damaged_cache_is_a_sentence(tmp_path):
