@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import click
@@ -134,6 +135,9 @@ def start(arguments: Sequence[str] | None = None) -> None:
 
     A reader that has gone away (``cachepipe ls | head``) ends the command quietly, as it ends others.
     """
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, so each gets its own
+        if getattr(sys, name) is None:  # it was closed, and a file that is opened would take its place
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 - kept
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

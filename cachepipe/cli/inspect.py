@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-import orjson
 
 from cachepipe.cli import common
 from cachepipe.cli.common import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of any real cache apart
 _BEGINNING: Final = 200  # characters of a prompt that `ls --json` gives
+_PARTS: Final = 100  # indices, or runs of them, that `show` writes of a draw
 _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
 _NO_NAMESPACE: Final = "(none)"
 
@@ -75,7 +76,8 @@ _STATS_JSON: Final = """\b
 With --json:
   folder, bytes          where the cache is, and how large
   keys, samples          different questions, and answers to them
-  pending, discarded     samples being generated now; samples taken back
+  pending, discarded     samples being generated, or left so by a killed process until another takes
+                         them over; samples taken back
   draws                  requests that have drawn samples
   drawn, generated, reused, saved
                          over all namespaces; saved = reused / drawn, or null
@@ -174,7 +176,7 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
     _print_facts(lines)
     rows = [
         [
-            _NO_NAMESPACE if each["namespace"] is None else each["namespace"],
+            _NO_NAMESPACE if each["namespace"] is None else each["namespace"] or "''",
             each["draws"],
             each["drawn"],
             each["generated"],
@@ -190,8 +192,7 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
     if shown:
         click.echo()
         common.print_table(("namespace", ">draws", ">drawn", ">generated", ">reused", ">saved"), shown)
-    if len(rows) > limit > 0:
-        click.echo(f"and {_counted(len(rows) - limit, 'more namespace')}; --limit 0 shows all")
+    _say_rest(len(rows), limit, "namespace")
     if figures["scopes"]:
         click.echo()
         scopes = [
@@ -199,6 +200,12 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
             for each in figures["scopes"][: limit or None]
         ]
         common.print_table(("scope", ">keys", ">samples"), scopes)
+        _say_rest(len(figures["scopes"]), limit, "scope")
+
+
+def _say_rest(count: int, limit: int, what: str) -> None:
+    if count > limit > 0:
+        click.echo(f"and {_counted(count - limit, f'more {what}')}; --limit 0 shows all")
 
 
 def _print_facts(facts: list[tuple[str, str]]) -> None:
@@ -213,7 +220,7 @@ _LS_JSON: Final = """\b
 With --json, each line is an object:
   key, scope             what the question is known by, and whose answer it is
   at                     when it was first asked
-  samples, pending       answers stored, and being generated now
+  samples, pending       answers stored, and being generated (or left so by a killed process)
   namespaces             how many namespaces have drawn any
   prompt                 the beginning of what was asked, 200 characters at most
 """
@@ -298,10 +305,13 @@ def _table_lines(store: DiskStore, found: Iterator[KeyInfo]) -> Iterator[str]:
 
 
 def _loaded(document: bytes) -> Any:
-    """Return what a document says, or None where it cannot be read."""
+    """Return what a document says, or None where it cannot be read.
+
+    Lone surrogates, which orjson refuses, and whole numbers beyond 64 bits are read as they were written.
+    """
     try:
-        return orjson.loads(document)
-    except orjson.JSONDecodeError:
+        return json.loads(document)
+    except (ValueError, RecursionError):
         return None
 
 
@@ -356,6 +366,7 @@ With --json:
   samples                a list of index, id, at, seconds and value (as it is stored); for the
                          answer of a provider also text, finish_reason, model and its counts of
                          tokens
+  discarded              a list of index, at and why: samples taken back
 """
 
 
@@ -420,7 +431,8 @@ def _print_json(store: DiskStore, info: KeyInfo, limit: int | None) -> None:
     samples = (
         _sample_fields(sample, info.scope) for sample in itertools.islice(store.samples(info.key), limit)
     )
-    for name, items in (("draws", draws), ("samples", samples)):
+    discarded = (info._asdict() for info in store.discards(info.key))
+    for name, items in (("draws", draws), ("samples", samples), ("discarded", discarded)):
         out.write(f',"{name}":[')
         for place, item in enumerate(items):
             out.write(f"{',' if place else ''}{json_text(item)}")
@@ -477,8 +489,10 @@ def _summary(value: Any, scope: str | None) -> dict[str, Any] | None:
 def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield styled(visible(info.key), bold=True, fg="cyan")
     pending = f", {info.pending} pending" if info.pending else ""
+    discards = list(store.discards(info.key))
+    taken_back = f", {len(discards):,} discarded" if discards else ""
     samples, spaces = _counted(info.samples, "sample"), _counted(info.namespaces, "namespace")
-    yield f"first asked {when(info.at)}, {samples}{pending}, drawn by {spaces}"
+    yield f"first asked {when(info.at)}, {samples}{pending}{taken_back}, drawn by {spaces}"
     if info.scope is not None:
         yield f"scope {visible(info.scope)}"
     yield ""
@@ -491,6 +505,9 @@ def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
         yield from _sample_lines(sample, info.scope)
     if limit is not None and info.samples > limit:
         yield f"  and {info.samples - limit:,} more; --limit 0 shows all"
+    for discard in discards[:limit]:
+        number = styled(f"  #{discard.index}", fg="cyan")
+        yield f"{number}  discarded {when(discard.at)}: {visible(discard.why)}"
     yield ""
     yield _heading("Draws")
     yield from _draw_lines(store.draws(key=info.key), limit)
@@ -564,6 +581,15 @@ def _value_text(sample: Sample) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+def _numbers(indices: Sequence[int]) -> str:
+    """Return indices for people: of those that follow one another the first and the last."""
+    parts: list[str] = []
+    for _, group in itertools.groupby(enumerate(indices), key=lambda place: place[1] - place[0]):
+        run = [index for _, index in group]
+        parts += [f"#{run[0]} to #{run[-1]}"] if len(run) > 2 else [f"#{index}" for index in run]
+    return ", ".join([*parts[:_PARTS], "…"] if len(parts) > _PARTS else parts)
+
+
 def _draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
     for draw in itertools.islice(draws, limit):
         if draw.draw.namespace == SHARED:
@@ -573,10 +599,8 @@ def _draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
             who = "no namespace" if namespace is None else namespace or "''"
         request = f" {draw.draw.request_id}" if draw.draw.request_id else ""
         again = f" (time {draw.draw.occurrence + 1})" if draw.draw.occurrence else ""
-        took = ", ".join(f"#{index}" for index in draw.indices[:_BEGINNING])
-        took += ", …" if len(draw.indices) > _BEGINNING else ""
         yield (
-            f"  {styled(visible(who), fg='green')}{visible(request)}{again}: {took}; "
+            f"  {styled(visible(who), fg='green')}{visible(request)}{again}: {_numbers(draw.indices)}; "
             f"{draw.generated} generated for it, {when(draw.at)}"
         )
     rest = sum(1 for _ in draws)

@@ -190,7 +190,8 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
     except orjson.JSONDecodeError:
         told = None
     if answer.status != 201 or not isinstance(told, dict):
-        message = told.get("error", {}).get("message") if isinstance(told, dict) else None
+        refusal = told.get("error") if isinstance(told, dict) else None
+        message = refusal.get("message") if isinstance(refusal, dict) else None
         raise Failure(f"{url} has begun no run: status {answer.status}{f', {message}' if message else ''}")
     if as_json:
         click.echo(json_text(told))

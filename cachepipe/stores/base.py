@@ -209,6 +209,14 @@ class DrawInfo:
     at: float
 
 
+class DiscardInfo(NamedTuple):
+    """A sample that was discarded on record: its index, when (seconds since 1970), and why."""
+
+    index: int  # type: ignore[assignment]  # see Sample
+    at: float
+    why: str
+
+
 @dataclass(frozen=True, slots=True)
 class NamespaceInfo:
     """A namespace as a listing shows it: its draws, the samples that it drew and those generated for it."""

@@ -25,6 +25,7 @@ from cachepipe.errors import StoreError
 from cachepipe.ledger import LISTED, SHARED, Draw, Runs, choose, laid, namespace_of
 from cachepipe.stores.base import (
     Claim,
+    DiscardInfo,
     DrawInfo,
     Forgo,
     Grant,
@@ -509,6 +510,16 @@ class SqlStore:
             sample = read_sample(shelf, key, index)
             if isinstance(sample, Sample):
                 yield sample
+
+    def discards(self, key: str) -> Iterator[DiscardInfo]:
+        """Iterate over the samples of a key that were discarded, by index."""
+        ledger, _ = self._readable()
+        rows = ledger.execute(
+            "SELECT sample, at, why FROM discards WHERE key = (SELECT id FROM keys WHERE key = ?)"
+            " ORDER BY sample",
+            (key,),
+        )
+        yield from itertools.starmap(DiscardInfo, rows)
 
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
         """Iterate over the ledger's draws, in order of their making; ``namespace`` is a label."""

@@ -1,23 +1,27 @@
 """The commands that look at a cache, and the demo, as a user meets them."""
 
 import asyncio
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import cachepipe
 from cachepipe import Batch, OnlineAPI, Request, Response
 from cachepipe.cli import demo, inspect
 from cachepipe.cli.group import cli
 from cachepipe.models import OpenAIModel
 from cachepipe.stores import DiskStore
+from cachepipe.stores.base import Discard
 from cachepipe.testing import MockServer, MockSettings
 
 HOSTILE = "roll\x1b[31m\x07\nsecond\u202eline\r"
@@ -219,7 +223,7 @@ def test_looking_changes_no_table(cache):
 def test_show_tells_what_was_asked_its_samples_and_who_drew_which(cache):
     first = listed("--cache", cache)[0]
     shown = as_json("show", first["key"][:14], "--cache", cache)
-    assert list(shown) == ["key", "scope", "at", "counts", "question", "draws", "samples"]
+    assert list(shown) == ["key", "scope", "at", "counts", "question", "draws", "samples", "discarded"]
     assert shown["question"] == {"fields": {"prompt": "question 1"}}
     assert [
         (draw["namespace"], draw["request_id"], draw["indices"], draw["generated"]) for draw in shown["draws"]
@@ -310,7 +314,71 @@ def test_show_gives_values_that_json_has_no_form_for(tmp_path):
     assert as_json("show", "k1", "--cache", cache)["samples"][0]["value"]["\0tuple"][0] == "tuple"
 
 
+def test_lone_surrogates_and_large_numbers_are_shown_as_they_were_asked(tmp_path):
+    async def ask():
+        async with OnlineAPI(Dice(), tmp_path / "cache") as pipeline:
+            await pipeline.request(Request("half \ud83d of it"))
+            await pipeline.request(Request({"large": 2**70}))
+
+    asyncio.run(ask())
+    cache = str(tmp_path / "cache")
+    half, large = listed("--cache", cache)
+    assert (half["prompt"], large["prompt"]) == ("half \ud83d of it", f'{{"large":{2**70}}}')
+    assert as_json("show", large["key"], "--cache", cache)["question"] == {
+        "fields": {"prompt": {"large": 2**70}}
+    }
+    assert r"half \ud83d of it" in called("show", half["key"], "--cache", cache).stdout
+    assert r"half \ud83d of it" in called("ls", "--cache", cache).stdout
+
+
+def test_discarded_samples_are_told_with_their_reason_and_runs_of_indices_in_short(tmp_path):
+    async def ask():
+        store = DiskStore(tmp_path / "cache")
+        async with OnlineAPI(Dice(), store) as pipeline:
+            asked = Request("much", n=300, namespace="")
+            key = (await pipeline.request(asked)).key
+            await store.apply([Discard(key, 4, HOSTILE), Discard(key, 299, "empty")])
+            with cachepipe.run():
+                await pipeline.request(asked)
+        store.close()
+
+    asyncio.run(ask())
+    cache = str(tmp_path / "cache")
+    output = called("show", "k1", "--cache", cache, "--limit", "1").stdout
+    assert "300 samples, 2 discarded, drawn by 1 namespace" in output
+    assert re.search(r"  #4  discarded \d{4}-.*: roll\\x1b", output)
+    assert "  '': #0 to #3, #300, #5 to #298, #301; 302 generated for it" in output
+    discarded = as_json("show", "k1", "--cache", cache)["discarded"]
+    assert [(each["index"], each["why"]) for each in discarded] == [(4, HOSTILE), (299, "empty")]
+    assert re.search(r"^'' +1 +302 ", called("stats", "--cache", cache).stdout, re.MULTILINE)
+
+
+def test_scopes_beyond_the_limit_are_counted(cache):
+    output = called("stats", "--cache", cache, "--scopes", "--limit", "1").stdout
+    assert output.endswith("and 1 more scope; --limit 0 shows all\n")
+
+
 # As a process.
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its shell closes no streams")
+@pytest.mark.parametrize("words", [["stats"], ["show", "k1-5f2c"]])
+def test_streams_that_are_closed_are_written_to_as_if_nobody_read_them(cache, words):
+    command = f'exec "{sys.executable}" -m cachepipe "$@"'
+    for closed, told in ((">&-", "stderr"), ("2>&-", "stdout"), ("<&- >&- 2>&-", None)):
+        ran = subprocess.run(
+            ["sh", "-c", f"{command} {closed}", "sh", *words, "--cache", cache],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ran.returncode == (0 if words == ["stats"] else 2)
+        assert "Traceback" not in ran.stderr
+        shown = {"stdout": words == ["stats"], "stderr": words != ["stats"]}
+        assert (ran.stdout != "", ran.stderr != "") == tuple(
+            shown[name] and told == name for name in ("stdout", "stderr")
+        )
 
 
 def test_python_m_is_the_console_script(cache):
@@ -369,6 +437,33 @@ def test_a_reader_that_goes_away_ends_the_listing_quietly(cache):
     )
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, "")
+
+
+# new-run
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Answers as servers do that are no proxy of ours."""
+
+    def do_POST(self):
+        body = b'{"error": "no such route"}'
+        self.send_response(404)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_new_run_of_what_is_no_proxy_is_one_sentence():
+    with http.server.HTTPServer(("127.0.0.1", 0), Stranger) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        result = called("new-run", "--url", url, code=2)
+        thread.join()
+    assert result.stderr == f"Error: {url} has begun no run: status 404\n"
 
 
 # demo
