@@ -163,8 +163,8 @@ class DiskStore(SqlStore):
         missing = [name for name in (_LEDGER, _SHELF) if not (self.folder / name).exists()]
         if missing:
             raise StoreError(
-                f"the folder {self.folder} is no cache of cachepipe's: {' and '.join(missing)} is missing. "
-                "Check the path; a cache that has lost it is to be restored"
+                f"the folder {self.folder} cannot be read as a cache: it has no {' and no '.join(missing)}. "
+                "Check the path; if it was a cache of cachepipe's, restore the file"
             )
         try:
             ledger, _ = self._readable()

@@ -190,7 +190,7 @@ def test_an_empty_folder_and_a_file_are_no_caches(tmp_path):
 def test_a_diskcache_of_somebody_elses_is_no_cache(tmp_path):
     diskcache.Cache(str(tmp_path)).close()
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(StoreError, match=r"is no cache of cachepipe's: ledger\.cache\.db is missing"):
+    with pytest.raises(StoreError, match=r"as a cache: it has no ledger\.cache\.db\. Check"):
         common.opened(str(tmp_path)).__enter__()
     assert sorted(tmp_path.iterdir()) == before
 
