@@ -321,8 +321,11 @@ class Plan:
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> None:
         self.access = Access({name: options[name] for name in NAMES if name in options}, environment)
         body = {name: value for name, value in options.items() if name not in NAMES}
+        extra = body.get("extra_body") or {}
+        if not isinstance(extra, Mapping):
+            raise TypeError(f"extra_body= is a mapping; got {extra!r:.100}")
         for name in ("n", "stream", "messages", "prompt"):
-            if name in body:
+            if name in body or name in extra:
                 raise TypeError(
                     f"{name}= is not taken here: ask several times for several samples, Chat streams"
                 )

@@ -111,6 +111,42 @@ async def test_a_stream_brings_what_complete_does(server):
     assert server.stats.requests == 1
 
 
+@pytest.mark.parametrize("own", [None, AsyncOpenAI, OpenAI])
+async def test_a_stream_is_the_draw_of_the_block_that_asked_for_it(server, own):
+    """C1: wherever it is read; else it would take a sample of another namespace, or of another run."""
+    store = MemoryStore()
+    options = {"cache": store}
+    if own is not None:
+        options = {"client": own(base_url=server.base_url, api_key="x", cache=store)}
+    chat, once_more = Chat(messages=CALL, **options), Chat(messages=CALL, **options)
+    with cachepipe.using(namespace="inner", request_id="one"):
+        spoken = chat.stream()
+    with cachepipe.run(), cachepipe.using(namespace="inner", request_id="one"):
+        replayed = once_more.stream()
+    with cachepipe.using(namespace="outer"):
+        text = "".join([piece async for piece in spoken])
+        assert "".join([piece async for piece in replayed]) == text
+    assert (spoken.completion.namespace, spoken.completion.request_id) == ("inner", "one")
+    assert replayed.completion.cached
+    if own is AsyncOpenAI:
+        await options["client"].close()
+    elif own is OpenAI:
+        options["client"].close()
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_refusal_is_what_is_answered(answering, streams):
+    """As a stream's text, too, it is the text of the message that is added."""
+    deltas = [{"role": "assistant", "content": None}, {"refusal": "I will"}, {"refusal": " not."}, {}]
+    said = {"role": "assistant", "content": None, "refusal": "I will not."}
+    whole = {"choices": [{"index": 0, "message": said, "finish_reason": "stop"}]}
+    chunks = [{"delta": delta, "finish_reason": None if delta else "stop"} for delta in deltas]
+    chat = chat_of(answering(chunks if streams else whole))
+    assert ("".join(chat.stream()) if streams else chat.complete()) == "I will not."
+    assert chat.messages[1:] == [Message("assistant", "I will not.")]
+    assert (chat.completions[0].message, chat.completions[0].refusal) == ("", "I will not.")
+
+
 async def test_text_comes_before_the_answer_is_complete(server):
     server.settings = MockSettings(seed=1, stream_delay=0.02)
     spoken = Chat(messages=CALL).stream()

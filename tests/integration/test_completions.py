@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -480,6 +481,16 @@ async def test_namespaces_come_from_the_argument_then_the_block_then_the_environ
     assert {completion.model for completion in found} == {"ngram-1"}
 
 
+async def test_the_environment_names_the_namespace_of_a_client_without_a_cache(server, monkeypatch):
+    monkeypatch.setenv("CACHEPIPE_NAMESPACE", "environment")
+    with openai.OpenAI() as plain:
+        completion = await generate_text_completion(FRANCE, client=plain)
+    assert completion.namespace == "environment"
+    with OpenAI(cache=MemoryStore(), namespace="own") as ours:
+        completion = await generate_text_completion(FRANCE, client=ours)
+    assert completion.namespace == "own"
+
+
 async def test_no_credentials_are_stored(server, tmp_path):
     url = server.base_url.replace("://", "://me:hidden-secret@")
     await generate_text_completion(FRANCE, base_url=url, api_key="hidden-secret-key")
@@ -507,6 +518,11 @@ async def test_no_credentials_are_stored(server, tmp_path):
         ({"cache": ""}, StoreError, "a cache is a folder"),
         ({"cache": "redis://host"}, StoreError, "not a URL"),
         ({"service": Double(), "base_url": "http://x"}, TypeError, "give service= or base_url=, not both"),
+        ({"service": "https://x"}, TypeError, "service= takes a Service"),
+        ({"namespace": 5}, TypeError, "namespace must be a string"),
+        ({"request_id": 5}, TypeError, "request_id must be a string"),
+        ({"extra_body": {"n": 3}}, TypeError, "n= is not taken here"),
+        ({"extra_body": 5}, TypeError, "extra_body= is a mapping"),
     ],
 )
 async def test_wrong_options_are_refused_before_anything_is_asked(server, options, error, told):
@@ -521,6 +537,57 @@ def test_what_is_wrong_for_all_is_told_once(server, monkeypatch):
         generate_text_completions_sync(["One?", "Two?"], show_progress=False)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"choices": []}, "without a choice that has a message; expected one$"),
+        ({"error": {"message": "no money"}}, "It says: .*no money"),
+        ({"choices": [{"index": 0, "message": None, "finish_reason": "stop"}]}, "without a choice"),
+        ("<html>Welcome!</html>", "Welcome!.*does base_url end"),
+    ],
+    ids=["none", "error", "no message", "a website"],
+)
+def test_what_is_no_answer_says_what_it_is(answering, said, told):
+    store = MemoryStore()
+    with pytest.raises(BadAnswer, match=told):
+        generate_text_completion_sync(FRANCE, client=answering(said), cache=store)
+    assert sum(info.samples for info in list(store.keys())) == 0
+
+
+def test_tokens_that_a_provider_does_not_count_are_not_known_to_be_none(answering):
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Paris"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    client = answering({"choices": [choice]}, {"choices": [choice], "usage": usage})
+    uncounted, counted = (
+        generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore()) for _ in range(2)
+    )
+    assert (uncounted.usage, uncounted.cost) == ({}, None)
+    assert counted.usage.items() >= usage.items()
+
+
+def test_tokens_that_are_parts_of_a_character_are_printed_as_the_character(answering):
+    """Byte tokens, as a provider tells them: with an escaped name, and their bytes."""
+    first, last = "\U0001f642".encode()[:3], "\U0001f642".encode()[3:]
+    told = [
+        {"token": "Hi ", "bytes": list(b"Hi "), "logprob": 0.0, "top_logprobs": []},
+        {"token": "\\xf0\\x9f\\x99", "bytes": list(first), "logprob": math.log(0.95), "top_logprobs": []},
+        {"token": "\\x82", "bytes": list(last), "logprob": math.log(0.2), "top_logprobs": []},
+        {"token": "\\xf0", "bytes": list(first[:1]), "logprob": math.log(0.5), "top_logprobs": []},
+    ]
+    message = {"role": "assistant", "content": "Hi \U0001f642"}
+    choice = {"index": 0, "message": message, "logprobs": {"content": told}, "finish_reason": "length"}
+    client = answering({"choices": [choice]})
+    completion = generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore(), log_probs=True)
+    assert [token.raw for token in completion.token_log_probs] == [None, first, last, first[:1]]
+    assert completion.to_pretty_log_probs_string() == "Hi \U0001f642\\xf0"
+    plain = completion.to_pretty_log_probs_string(show_probabilities=True)
+    assert plain == "Hi [1.0000]\U0001f642[0.9500][0.2000]\\xf0[0.5000]"
+    assert "\x1b[91m\U0001f642" in completion.to_pretty_log_probs_string(
+        color=True
+    )  # as its least probable part
+    assert from_jsonl(to_jsonl([completion]))[0].token_log_probs == completion.token_log_probs
+
+
 def test_an_answer_may_come_in_parts(answering):
     parts = [
         {"type": "thinking", "thinking": []},
@@ -530,6 +597,38 @@ def test_an_answer_may_come_in_parts(answering):
     choice = {"index": 0, "message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}
     client = answering({"choices": [choice]})
     assert generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore()).message == "Rome"
+
+
+async def test_a_call_that_its_client_cancels_has_failed(answering):
+    """It is an error in its place, and not a result that is missing."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
+    client = answering(asyncio.CancelledError(), {"choices": [choice]}, kind=openai.AsyncOpenAI)
+    options = {"client": client, "cache": MemoryStore(), "n_parallel": 1, "show_progress": False}
+    failed, done = await generate_text_completions(["One?", "Two?"], return_exceptions=True, **options)
+    assert isinstance(failed, Exception)
+    assert done.message == "Yes."
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is open is read from /proc")
+def test_who_asks_with_keys_of_their_own_share_the_files_of_a_cache(server, tmp_path):
+    """A service that asks with the key of each of its users runs out of no descriptors."""
+
+    def opened():
+        files = []
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                files.append(str(link.readlink()))
+        return sum(file.startswith(str(tmp_path / "cache")) for file in files)
+
+    generate_text_completion_sync(FRANCE, api_key="first")
+    before = opened()
+    assert before > 0
+    for number in range(3):
+        generate_text_completion_sync(FRANCE, api_key=f"key {number}")
+    assert opened() == before
+    assert server.stats.samples_generated == 4  # one run: each is a draw of its own
+    wait_on_portal(close_clients())
+    assert opened() == 0
 
 
 @pytest.mark.parametrize("sdk", ["openai", "together"])

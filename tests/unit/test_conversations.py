@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe import Conversation, Message, terminal
+from cachepipe import Chat, Conversation, Message, terminal
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
 
@@ -107,6 +107,19 @@ def test_a_message_as_text_keeps_what_stands_after_the_first_colon():
 def test_what_is_no_message_is_refused(wrong, error, told):
     with pytest.raises(error, match=told):
         Message.of(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["user:Hello", None, 5, Message("user", "a"), {"role": "user"}], ids=repr)
+def test_messages_that_are_no_list_are_refused(wrong):
+    with pytest.raises(TypeError, match="the messages of a conversation are a list; got"):
+        Conversation(wrong)
+    with pytest.raises(TypeError, match="the messages of a conversation are a list; got"):
+        Chat(messages=wrong)
+
+
+def test_a_part_that_has_no_text_is_none_of_the_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": None}, {"type": "image_url"}]
+    assert Message("user", parts).text == "a"
 
 
 def test_a_message_is_taken_by_value():
