@@ -334,7 +334,7 @@ class StoreMachine(RuleBasedStateMachine):
         for index in mine:
             if self.pending.get((key, index)) is claimed.process:
                 del self.pending[key, index]
-        if claimed.before is not None and not whole:
+        if claimed.before is not None and not whole and not self.holders(claimed.draw):
             now = self.delivered.get(claimed.draw, [])
             self.delivered[claimed.draw] = now + claimed.before[len(now) :]
         left = self.ledger(key).get(claimed.draw, [])
