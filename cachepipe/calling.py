@@ -92,10 +92,13 @@ def lcall(
     results: list[Any] = [None] * len(items)
     failed: dict[int, BaseException] = {}
     places = iter(range(len(items)))
+    stopped = False
     with progress.shown(len(items), _name(func), show=show_progress) as tick:
 
         def work() -> None:
             for place in places:  # the step of a range's iterator is atomic
+                if stopped:
+                    return
                 try:
                     results[place] = func(items[place], **kwargs)
                 except Exception as error:  # noqa: BLE001 - it is a result, or raised at the end
@@ -112,7 +115,10 @@ def lcall(
                     pool.submit(contextvars.copy_context().run, work)
                     for _ in range(min(max_concurrent, len(items)))
                 ]
-                wait(begun)
+                try:
+                    wait(begun)
+                finally:
+                    stopped = True  # such as by a keyboard interrupt
     if failed and not return_exceptions:
         raise failed[min(failed)]
     return results

@@ -304,8 +304,13 @@ class Session:
                 here goes before the saved one.
 
         Raises:
+            TypeError: for ``system``, which the saved session has.
             ValueError: when the file holds no session.
         """
+        if "system" in options:
+            raise TypeError(
+                "a saved session has its system message; initiate(system=...) begins with another"
+            )
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

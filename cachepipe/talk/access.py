@@ -88,10 +88,8 @@ class Access:
         with self.using():
             pass  # what is no mode, namespace or request id is refused
         self._cache = options.get("cache")
-        if self._cache is None and self.client is None:
-            self._cache = self.found("CACHEPIPE_DIR")
-        if self._cache is not None or self.client is None:
-            self._cache = located(self._cache)
+        if not _is_cached(self.client):
+            self._cache = located(self.found("CACHEPIPE_DIR") if self._cache is None else self._cache)
         where = [name for name in ("client", "service") if options.get(name) is not None]
         where += [name for name in ("api_key", "base_url") if options.get(name) is not None]
         if len(where) > 1 and where != ["api_key", "base_url"]:
@@ -372,8 +370,7 @@ def _wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) 
     """Return a plain client with a cache: the same each time, so that what it is asked is one run."""
     from cachepipe.clients.wrapping import wrap  # noqa: PLC0415 - now it is needed
 
-    folder = cache if cache is not None else default_folder()
-    name = (os.fspath(folder) if isinstance(folder, str | os.PathLike) else id(folder), mode, repeat)
+    name = (cache if isinstance(cache, str) else id(cache), mode, repeat)
     with _lock:
         known = _wrappers.setdefault(client, {})
         if name not in known:

@@ -22,7 +22,7 @@ import anyio.to_thread
 
 from cachepipe.conversations import Conversation, Message
 from cachepipe.errors import StoreError
-from cachepipe.stores import default_folder
+from cachepipe.talk.access import located
 
 if TYPE_CHECKING:
     from cachepipe.talk.chat import Chat
@@ -121,7 +121,7 @@ class History:
             prefix = settings.get("REDIS_PREFIX", PREFIX) if prefix is None else prefix
             self._keeper = ServerKeeper(str(url), str(prefix))
         else:
-            self._keeper = FolderKeeper(_folder(cache or settings.get("CACHEPIPE_DIR")))
+            self._keeper = FolderKeeper(_folder(settings.get("CACHEPIPE_DIR") if cache is None else cache))
 
     def __repr__(self) -> str:
         return f"<History {self._keeper!r}>"  # not its id, which lets everybody read it
@@ -253,11 +253,9 @@ class FolderKeeper:
                 connection.execute("COMMIT")
 
 
-def _folder(cache: Any) -> str | os.PathLike[str]:
+def _folder(cache: Any) -> str:
     """Return the folder of what stands for a cache."""
-    if cache is None:
-        return default_folder()
-    folder = getattr(cache, "folder", None) or getattr(cache, "directory", None) or cache
-    if not isinstance(folder, str | os.PathLike):
+    folder = located(getattr(cache, "folder", None) or getattr(cache, "directory", None) or cache)
+    if not isinstance(folder, str):
         raise TypeError(f"cache= of a history is a folder, or a cache in one; got {cache!r:.100}")
     return folder

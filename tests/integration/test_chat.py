@@ -518,3 +518,15 @@ def test_settings_may_come_as_a_mapping(server, monkeypatch):
     chat.add("user:Italy")
     assert chat.complete()
     assert (chat.model, chat.completions[0].namespace) == ("llama3.1:8b", "n")
+
+
+async def test_settings_that_come_as_a_mapping_are_those_of_a_client_without_a_cache_too(server, tmp_path):
+    for kind in (openai.OpenAI, openai.AsyncOpenAI):
+        folder = tmp_path / kind.__name__
+        client = kind()
+        chat = Chat({"CACHEPIPE_DIR": str(folder)}, client=client, messages=CALL)
+        assert await chat.acomplete()
+        assert (folder / "cache.db").exists()
+        closing = client.close()
+        if closing is not None:
+            await closing

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cachepipe import alcall, lcall, using
+from cachepipe import alcall, calling, lcall, using
 from cachepipe.context import current
 
 pytestmark = pytest.mark.anyio
@@ -119,6 +120,32 @@ def test_lcall_stays_in_the_callers_thread_unless_several_are_wanted_at_once():
     with using(namespace="ns"):
         assert lcall(range(3), work, max_concurrent=3) == [(0, "ns"), (1, "ns"), (2, "ns")]
     assert lcall([], work, max_concurrent=3) == []
+
+
+def test_after_an_interrupt_nothing_more_is_begun_in_threads(monkeypatch):
+    """What is under way ends; the pool would otherwise wait for all that is left."""
+    under_way, released, begun = threading.Semaphore(0), threading.Event(), []
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *args, **named):
+            released.set()
+            super().shutdown(*args, **named)
+
+    def interrupted(_):
+        for _ in range(2):
+            under_way.acquire()
+        raise KeyboardInterrupt
+
+    def call(item):
+        begun.append(item)
+        under_way.release()
+        released.wait()
+
+    monkeypatch.setattr(calling, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(calling, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lcall(range(100), call, max_concurrent=2)
+    assert sorted(begun) == [0, 1]
 
 
 def test_an_error_in_a_thread_is_raised():

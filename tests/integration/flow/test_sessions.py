@@ -351,6 +351,8 @@ async def test_a_saved_session_goes_on_where_it_was(service, tmp_path):
     assert await loaded.followup("two")
     assert Session.load(path, service=service, cache=store, namespace="b").namespace == "b"
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(TypeError, match="has its system message"):
+        Session.load(path, service=service, cache=store, system="another")
     for text in ("{}", "no JSON", "[]"):
         path.write_text(text)
         with pytest.raises(ValueError, match="holds no session"):
