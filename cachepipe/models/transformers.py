@@ -7,10 +7,11 @@ it as they read the others.
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,8 +38,10 @@ _RULED: Final = frozenset(  # what the adapter decides by itself
         "num_return_sequences",
         "num_beams",
         "max_length",
+        "pad_token_id",
         "stop_strings",
         "return_dict_in_generate",
+        "transformers_version",
     }
 )
 
@@ -226,8 +229,11 @@ class TransformersModel:
                 f"a prompt of {len(tokens)} tokens and an answer of {length} do not fit into the {most} "
                 f"positions of {self.name}; shorten the one or the other"
             )
-        stop = body.get("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = body.get("stop") or getattr(self._model.generation_config, "stop_strings", None) or ()
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+            raise wire.BadRequest(f"stop is a text or a list of texts; got {stop!r:.200}")
+        stop = tuple(filter(None, stop))
         seed = body.get("seed")
         if seed is not None and type(seed) is not int:
             raise wire.BadRequest(f"a seed is a whole number; got {seed!r:.200}")
@@ -242,10 +248,16 @@ class TransformersModel:
             raise answer
         return answer
 
-    async def batch_request(self, batch: Batch) -> list[Response]:
+    async def batch_request(
+        self, batch: Batch, *, arrived: Callable[[int, Any], None] | None = None
+    ) -> list[Response]:
         """Return one response per request, or in its place the error of one that cannot be answered.
 
         Requests with equal settings are generated in one call; the loop goes on meanwhile.
+
+        Args:
+            batch: the requests.
+            arrived: is told the place and the answer of each request as soon as its call has ended.
         """
         answers: list[Any] = [None] * len(batch)
         groups: dict[Any, list[_Job]] = {}
@@ -259,6 +271,8 @@ class TransformersModel:
         for jobs in groups.values():
             for place, answer in (await asyncio.to_thread(self._answers, jobs)).items():
                 answers[place] = answer
+                if arrived is not None:
+                    arrived(place, answer)
         return answers
 
     def _answers(self, jobs: Sequence[_Job]) -> dict[int, Response | Exception]:
@@ -289,21 +303,22 @@ class TransformersModel:
         """Return the answers of one call: prompts end together, at the right, where generation begins."""
         first = rows[0]
         device = self._model.device
-        ends = self._ends()
+        ends = self._ends(first.settings)
         padding = self._tokenizer.pad_token_id
         if padding is None:
             padding = ends[0] if ends else 0
         width = max(len(row.tokens) for row in rows)
         tokens = [[padding] * (width - len(row.tokens)) + row.tokens for row in rows]
         mask = [[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows]
-        settings = dict(first.settings)
-        if settings.get("temperature") == 0:
-            settings.pop("temperature")
-            settings["do_sample"] = False
-        else:
-            settings["do_sample"] = True
-        if first.stop:
-            settings.update(stop_strings=list(first.stop), tokenizer=self._tokenizer)
+        settings = copy.deepcopy(self._model.generation_config)
+        greedy = first.settings.get("temperature") == 0
+        asked = {
+            name: value for name, value in first.settings.items() if not (greedy and name == "temperature")
+        }
+        # Whatever the model's own configuration says, beams would be no independent samples, one per row.
+        one_each = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+        ending = {"eos_token_id": ends or None, "stop_strings": list(first.stop) or None}
+        settings.update(**{**asked, **one_each, **ending, "do_sample": not greedy, "pad_token_id": padding})
         self.calls += 1
         devices = [device] if device.type == "cuda" else []
         with torch.inference_mode(), torch.random.fork_rng(devices, enabled=first.seed is not None):
@@ -312,16 +327,16 @@ class TransformersModel:
             output = self._model.generate(
                 input_ids=torch.tensor(tokens, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                pad_token_id=padding,
-                **settings,
+                generation_config=settings,
+                tokenizer=self._tokenizer,  # looks for stop texts
             )
         return [
             self._text(row, made, ends) for row, made in zip(rows, output[:, width:].tolist(), strict=True)
         ]
 
-    def _ends(self) -> list[int]:
+    def _ends(self, settings: Mapping[str, Any]) -> list[int]:
         """Return the tokens that end an answer."""
-        ends = self._model.generation_config.eos_token_id
+        ends = settings.get("eos_token_id", self._model.generation_config.eos_token_id)
         if ends is None:
             ends = self._tokenizer.eos_token_id
         return [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -376,4 +391,4 @@ def _api_of(kind: str) -> wire.Api:
 
 def _is_setting(name: str) -> bool:
     """Tell whether a field is a parameter of the generation that a request may set."""
-    return name not in _RULED and hasattr(transformers.GenerationConfig(), name)
+    return name not in _RULED and name in vars(transformers.GenerationConfig())

@@ -168,6 +168,47 @@ async def test_answers_end_at_the_end_token_and_at_stop_texts(whole, network, to
     assert wire.COMPLETIONS.summary(long)["finish_reason"] == "length"
 
 
+async def test_a_request_may_say_which_token_ends_its_answer(whole, network, tokenizer):
+    """Whatever the batch is filled with after that token is no part of the answer."""
+    tokens = tokenizer("Hi", return_tensors="pt")
+    made = network.generate(**tokens, do_sample=False, max_new_tokens=3, pad_token_id=0)[0, 2:].tolist()
+    requests = [
+        Odd("Hi", temperature=0, eos_token_id=made[-1]),
+        Odd("Ho", temperature=0, eos_token_id=made[-1]),
+    ]
+    tokenizer.pad_token = "!"
+    try:
+        ended = (await whole.batch_request(Batch(requests)))[0].data[0]
+    finally:
+        tokenizer.pad_token = None
+    summary = wire.COMPLETIONS.summary(ended)
+    length = made.index(made[-1]) + 1
+    assert (summary["finish_reason"], summary["completion_tokens"]) == ("stop", length)
+    assert summary["text"] == tokenizer.decode(made[:length], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("setting", ["num_return_sequences", "num_beams", "return_dict_in_generate"])
+async def test_the_models_own_configuration_makes_no_other_rows(model, network, monkeypatch, setting):
+    plain = said((await model.request(Asked("Hi", n=2, temperature=0))).data)
+    monkeypatch.setattr(network.generation_config, setting, 2 if setting.startswith("num") else True)
+    assert said((await model.request(Asked("Hi", n=2, temperature=0))).data) == plain
+
+
+async def test_stop_texts_of_the_models_own_configuration_end_answers_too(whole, network, monkeypatch):
+    free = said((await whole.request(Asked("Hi", temperature=0, max_tokens=12))).data)[0]
+    monkeypatch.setattr(network.generation_config, "stop_strings", [free[3]])
+    ended = (await whole.request(Asked("Hi", temperature=0, max_tokens=12))).data
+    assert said(ended) == [free[: free.index(free[3])]]
+
+
+async def test_what_is_generated_first_is_told_first(model):
+    told = []
+    batch = Batch([Asked("Hi"), Asked("Hi", temperature=-1.0), Asked("Ho", top_k=2), Asked("Hu")])
+    answers = await model.batch_request(batch, arrived=lambda *answer: told.append((*answer, model.calls)))
+    assert [(place, calls) for place, _, calls in told] == [(0, 1), (3, 1), (1, 2), (2, 3)]
+    assert [answer for _, answer, _ in sorted(told, key=lambda each: each[0])] == answers
+
+
 async def test_usage_counts_the_prompt_once_as_billed(whole):
     async with LocalAPI(whole, MemoryStore(), batch_size=8) as api:
         response = await api.request(Asked("Hello", n=3, max_tokens=4))
@@ -195,6 +236,9 @@ async def test_messages_go_through_the_chat_template(whole, network, tokenizer):
 class Odd(Asked):
     num_beams: int | None = None
     wishes: str | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    validate: bool | None = None
     max_new_tokens: int | None = None
 
 
@@ -207,6 +251,10 @@ class Odd(Asked):
         (Asked(7), "string or a list of messages"),
         (Odd("Hi", num_beams=2), "num_beams"),
         (Odd("Hi", wishes="none"), "wishes"),
+        (Odd("Hi", pad_token_id=1), "pad_token_id"),
+        (Odd("Hi", validate=True), "validate"),
+        (Asked("Hi", stop=5), "a list of texts"),
+        (Asked("Hi", stop=[5]), "a list of texts"),
         (Odd("Hi", max_tokens=3, max_new_tokens=4), "one of max_new_tokens"),
         (Asked("Hi", temperature=-1.0), "temperature"),
     ],
