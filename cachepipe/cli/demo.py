@@ -12,6 +12,7 @@ import contextlib
 import secrets
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +23,8 @@ import click
 import orjson
 
 from cachepipe.cli import common
+from cachepipe.cli.group import Failure
+from cachepipe.errors import ReadOnlyStore
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
@@ -128,6 +131,7 @@ def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, 
     once, once more, under another namespace, with a few prompts changed, and with more samples of each.
     What the server then says it was asked is held against what cachepipe promises.
     """
+    _check_cache(cache)
     with tempfile.TemporaryDirectory(prefix="cachepipe-demo-") as made:
         scratch = Path(made)
         steps, promises = asyncio.run(_play(_read_prompts(prompts), n, cache or scratch / "cache", scratch))
@@ -149,6 +153,25 @@ def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, 
 
 
 # What is done.
+
+
+def _check_cache(cache: str | None) -> None:
+    """Refuse what would keep no sample, before promises are made."""
+    from cachepipe.stores import DiskStore, check_folder, switched_off  # noqa: PLC0415 - help needs no store
+
+    if switched_off():
+        raise Failure("CACHEPIPE_DISABLE switches all caches off, so there is nothing to see; unset it first")
+    if cache is None:
+        return
+    check_folder(cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReadOnlyStore)
+        store = DiskStore(cache)
+    store.close()
+    if store.read_only:
+        raise Failure(
+            f"the cache {store.folder} cannot be written: {store.why_read_only}. Name another with --cache"
+        )
 
 
 def _read_prompts(count: int) -> Lines:
@@ -275,7 +298,7 @@ def _promises(steps: list[Step], n: int, few: int) -> list[tuple[str, bool]]:
             (changed.bill.calls, changed.bill.samples) == (few, few * n) and len(kept) == count - few,
         ),
         (
-            f"where {n} samples are cached and {n + _MORE} wanted, those {n} stay and {_MORE} are paid for",
+            f"of {n + _MORE} samples where {n} are cached, only {_MORE} are paid for, and the others stay",
             more.bill.samples == _MORE * count and len(grown) == count,
         ),
     ]

@@ -497,6 +497,17 @@ def test_the_demo_keeps_its_cache_where_it_is_told_and_can_be_shown_again(tmp_pa
         assert as_json("stats", "--cache", cache)["keys"] == 4 * times
 
 
+def test_the_demo_refuses_what_would_keep_no_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("cachepipe.stores.disk._why_read_only", lambda _folder: "it is on a CD")
+    DiskStore(tmp_path, read_only=False).close()
+    refused = called("demo", "--prompts", "1", "--cache", str(tmp_path), code=2)
+    assert refused.output == (
+        f"Error: the cache {tmp_path} cannot be written: it is on a CD. Name another with --cache\n"
+    )
+    monkeypatch.setenv("CACHEPIPE_DISABLE", "1")
+    assert "CACHEPIPE_DISABLE switches all caches off" in called("demo", "--prompts", "1", code=2).output
+
+
 def test_the_demo_exits_with_1_when_a_promise_is_broken(monkeypatch):
     async def forgetful(self, name, lines, n, namespace, real=demo._Player.step):
         self._cache = f"{self._scratch}/{name}"  # nothing is remembered from step to step
