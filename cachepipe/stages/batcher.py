@@ -8,7 +8,7 @@ its own error, also when the batch as a whole fails.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -30,12 +30,13 @@ from cachepipe.typedefs import Batch, Request, Response
 class Ticket:
     """A request's place in the queue or in a batch. Await it for the response."""
 
-    __slots__ = ("_batch", "_future", "_lane", "request")
+    __slots__ = ("_answer", "_batch", "_future", "_lane", "request")
 
     def __init__(self, lane: _Lane, request: Request) -> None:
         self.request = request
         self._lane = lane
         self._batch: _Batch | None = None
+        self._answer: Response | BaseException | None = None
         self._future: asyncio.Future[Response] = lane.loop.create_future()
 
     def __await__(self) -> Generator[Any, None, Response]:
@@ -44,21 +45,26 @@ class Ticket:
     async def kept(self) -> Response:
         """Return the response; a cancelled caller withdraws, and returns it if it comes all the same."""
         try:
-            await asyncio.wait([self._future])  # which a cancellation leaves as it is
+            return await self._future
         except asyncio.CancelledError:
+            if self._answer is not None:
+                return self.result()
+            self._future = self._lane.loop.create_future()  # the other one was cancelled with its awaiter
             self.withdraw()
-            if not self._future.done():
-                await asyncio.wait([self._future])
-        return self._future.result()
+            return await self._future
 
     def result(self) -> Response:
         """Return the response that has come, though its awaiter was cancelled, or raise that."""
-        return self._future.result()
+        if self._answer is None:
+            return self._future.result()
+        if isinstance(self._answer, BaseException):
+            raise self._answer
+        return self._answer
 
     def withdraw(self) -> None:
         """Give the place up. What has left in a batch with others comes back all the same."""
-        if self._future.done() and not self._future.cancelled():
-            return  # a cancelled awaiter has cancelled the future, and now gives the place up
+        if self._answer is not None:
+            return
         if self._batch is None:
             self._lane.drop(self)
             self._future.cancel()
@@ -71,8 +77,11 @@ class Ticket:
 
     def settle(self, answer: Response | BaseException) -> None:
         """Deliver the answer or the error."""
-        if self._future.done():
+        if self._answer is not None:
             return
+        self._answer = answer
+        if self._future.done():
+            return  # it was cancelled with its awaiter, who asks for the result
         if isinstance(answer, asyncio.CancelledError):
             self._future.cancel()
         elif isinstance(answer, BaseException):
@@ -252,7 +261,7 @@ class AsyncBatcher(Stage):
 
     async def request(self, request: Request) -> Response:
         """Return the response; a cancelled caller takes nobody else's with it."""
-        return await self._request(request, keep=False)
+        return await self._ask(request, self._one)
 
     async def batch_request(
         self, batch: Batch, *, return_exceptions: bool = False, arrived: Arrived | None = None
@@ -265,34 +274,39 @@ class AsyncBatcher(Stage):
             arrived: is told each answer as it comes: also after a cancellation, which then waits for what
                 travels in a batch with others and so comes all the same.
         """
+        if arrived is None:
+            return await super().batch_request(batch, return_exceptions=return_exceptions)
         self._check_open()
-        ask_one = self.request if arrived is None else partial(self._request, keep=True)
-        return given(await each(ask_one, batch.requests, arrived), return_exceptions)
+        answers = await each(lambda request: self._ask(request, self._kept), batch.requests, arrived)
+        return given(answers, return_exceptions)
 
-    async def _request(self, request: Request, *, keep: bool) -> Response:
+    def _ask(self, request: Request, one: Callable[[Request], Awaitable[Response]]) -> Awaitable[Response]:
+        """Ask for a request as a whole, or for its parts where it is larger than what may travel."""
         limits = [self.max_n]
         if request.seed is None and request.best_of is None:
             limits.append(self.cut_n)
         limit = min((limit for limit in limits if limit), default=request.n)
-        if request.n <= limit:
-            return await self._one(request, keep=keep)
+        return one(request) if request.n <= limit else self._in_parts(request, limit, one)
+
+    async def _in_parts(
+        self, request: Request, limit: int, one: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
         parts = [limit] * (request.n // limit)
         if request.n % limit:
             parts.append(request.n % limit)
-        answers = await together(
-            [self._one(request.asking(part), keep=keep) for part in parts], return_exceptions=False
-        )
+        answers = await together([one(request.asking(part)) for part in parts], return_exceptions=False)
         return Response([sample for answer in answers for sample in samples_of(answer)])
 
-    async def _one(self, request: Request, *, keep: bool) -> Response:
+    async def _one(self, request: Request) -> Response:
         ticket = self.submit(request)
-        if keep:
-            return await ticket.kept()
         try:
             return await ticket
         except asyncio.CancelledError:
             ticket.withdraw()
             raise
+
+    def _kept(self, request: Request) -> Awaitable[Response]:
+        return self.submit(request).kept()
 
     def flush(self) -> None:
         """Send what is queued on this loop, without waiting for its window."""
