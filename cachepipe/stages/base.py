@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 Arrived = Callable[[int, Any], None]
-"""Is told a request's place in its batch, and its answer or error, as soon as that is there."""
+"""Is told a request's place in its batch, and its answer or error, as soon as that is there; on the loop."""
 
 
 class Stage:

@@ -323,6 +323,7 @@ class Caller:
                 lambda place, answer: here.run(settle, place, answer),
             )
         except BaseException as error:
+            flight.task = None  # which ends here
             for place in range(len(calls)):
                 settle(place, error)
             if not isinstance(error, asyncio.CancelledError):
