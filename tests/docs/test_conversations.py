@@ -30,6 +30,7 @@ PRINTED = {
     "log-probs": r"TokenLogProb\(token='\w+', log_prob=-\d.*\)\n\w+\[0\.\d{4}\].*\n\['\w+', '\w+', '\w+'\]\n",
     "structures": r"Country \d+\n\['user', 'assistant', 'tool', 'assistant'\]\n",
     "chat": r"\['system', 'user', 'assistant', 'user', 'assistant', 'user', 'assistant'\] True\n",
+    "anew": r"True \[0, 1\]\n",
     "assistant": "5 True\n",
 }
 

@@ -93,6 +93,26 @@ async def test_an_answer_may_be_a_model_of_pydantics(server):
     assert spoken.result == Capital.model_validate_json(text)
 
 
+async def test_an_answer_that_is_taken_away_is_drawn_anew_and_a_rerun_gets_both(server):
+    """C1 and C2; in a run of its own each try is told apart by its request id."""
+
+    async def tries(*request_ids):
+        chat, answers = Chat(messages=CALL), []
+        for request_id in request_ids:
+            with cachepipe.using(request_id=request_id):
+                answers.append(await chat.acomplete())
+            chat.messages.pop()
+        return answers, [completion.index for completion in chat.completions]
+
+    first = await tries(None, None)
+    assert first[1] == [0, 1]
+    with cachepipe.run():
+        assert await tries(None, None) == first
+    with cachepipe.run():
+        assert (await tries("try 2"))[1] == [2]
+    assert server.stats.samples_generated == 3
+
+
 # Streams.
 
 
