@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,7 +66,7 @@ class Message:
                 raise TypeError(f"{expected}; got {item!r:.100}")
 
     def __repr__(self) -> str:
-        fields = ((name, getattr(self, name)) for name in _names(type(self)))
+        fields = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
         shown = ", ".join(f"{name}={value!r}" for name, value in fields if value is not None)
         return f"Message({shown})"
 
@@ -102,7 +100,7 @@ class Message:
             raise TypeError(f"a message is a Message, a mapping or a text 'role:content'; got {said!r:.100}")
         if "role" not in said:
             raise ValueError(f"a message as a mapping has a 'role' and a 'content'; got {said!r:.100}")
-        names = _names(cls)
+        names = cls.__dataclass_fields__
         unknown = [name for name, value in said.items() if name not in names and value is not None]
         if unknown:
             raise ValueError(f"a message has {', '.join(sorted(names))}; got {', '.join(map(str, unknown))}")
@@ -113,15 +111,9 @@ class Message:
         """Return the message as a provider takes it; what is None is left out, but for the content."""
         return {
             name: by_value(value)
-            for name in _names(type(self))
+            for name in self.__dataclass_fields__
             if (value := getattr(self, name)) is not None or name == "content"
         }
-
-
-@functools.cache
-def _names(kind: type[Message]) -> tuple[str, ...]:
-    """Return the names of the fields of a class of messages: looking them up takes as long as the rest."""
-    return tuple(item.name for item in dataclasses.fields(kind))
 
 
 @dataclass
