@@ -230,7 +230,7 @@ async def _ask_batch(
             raise
         if len(requests) > 1:
             await _repeat(model, requests, came, take)
-        answers = [error] * len(requests)
+        answers = [error] * len(requests)  # for whom nothing has come by now
     if len(answers) != len(requests):
         mismatch = BatchMismatch(
             f"sent {len(requests)} requests, the model returned {len(answers)} responses; "
