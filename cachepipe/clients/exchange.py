@@ -643,6 +643,8 @@ class Exchange:
             made.end(_read(arrived.content))
         try:
             samples = self.api.samples(arrived.content, questions if len(asks) > 1 else ())
+            if len(asks) > 1:
+                wire.by_question(samples, len(asks), n)
             kept = self._packed(samples, arrived)
         except (wire.BadAnswer, NotStorable) as error:
             raise Unkept(arrived, error) from error
@@ -723,7 +725,7 @@ class Exchange:
                 if not future.done():
                     future.set_exception(error)
             return
-        share = len(samples) // len(items)
+        share = len(samples) // len(items)  # a lone item's may be fewer than n
         for place, (_, future) in enumerate(items):
             if not future.done():
                 future.set_result(samples[place * share : (place + 1) * share])

@@ -401,11 +401,15 @@ class OpenAIModel:
             raise failures[0]
         return Response(samples)  # if they are too few, the rest is asked for again
 
-    async def together(self, requests: Sequence[Request]) -> list[wire.Sample]:
-        """Return the samples of one call for requests that differ in the item of a list only."""
-        wanted = self._wanted(requests[0])
+    async def together(self, requests: Sequence[Request]) -> list[Sequence[wire.Sample]]:
+        """Return the samples of each request from one call; they differ in the item of a list only.
+
+        Raises:
+            MixedAnswer: when it cannot be told which samples are whose.
+        """
+        wanted, n = self._wanted(requests[0]), requests[0].n
         questions = [self._wanted(request).ask.question for request in requests]
-        return await self._call(wanted, questions, requests[0].n)
+        return wire.by_question(await self._call(wanted, questions, n), len(requests), n)
 
     async def _call(self, wanted: _Wanted, questions: Sequence[wire.Body], n: int) -> list[wire.Sample]:
         body = wanted.api.merge_body(questions, n, transport=wanted.ask.transport)
@@ -439,7 +443,8 @@ class ListModel:
 
     Requests that come in one turn of the loop share a call when they have the same request id and differ
     in their item only. A shared call that is refused or times out is halved, until each question has
-    failed on its own.
+    failed on its own. After one that was answered short, so that nobody knows which samples are whose, each
+    request has a call of its own.
 
     Args:
         model: the adapter that makes the calls, with ``raw=True``.
@@ -452,6 +457,7 @@ class ListModel:
         self.cache_scope = model.cache_scope
         self.max_n = model.max_n
         self._open: dict[Any, _Group] = {}
+        self._shares = True
 
     def __repr__(self) -> str:
         return f"<ListModel of {self.model!r}>"
@@ -459,7 +465,7 @@ class ListModel:
     async def request(self, request: Request) -> Response:
         """Return up to ``request.n`` samples as they are stored; see `OpenAIModel.request`."""
         wanted = self.model._wanted(request)  # noqa: SLF001 - its other half
-        rest = _rest(request, wanted)
+        rest = _rest(request, wanted) if self._shares else None
         if rest is None:
             return await self.model.request(request)
         loop = asyncio.get_running_loop()
@@ -480,11 +486,21 @@ class ListModel:
     def _start(self, loop: asyncio.AbstractEventLoop, rest: Any, group: _Group) -> None:
         if self._open.get((loop, rest)) is group:
             del self._open[loop, rest]
-        group.task = loop.create_task(self._serve(group.requests, group.futures))
+        waiting = [pair for pair in zip(group.requests, group.futures, strict=True) if not pair[1].done()]
+        if waiting:
+            group.task = loop.create_task(self._serve(*zip(*waiting, strict=True)))
 
     async def _serve(self, requests: Sequence[Request], futures: Sequence[asyncio.Future[Response]]) -> None:
         try:
-            samples = await self.model.together(requests)
+            if len(requests) == 1:
+                answers = [await self.model.request(requests[0])]
+            else:
+                answers = [Response(samples) for samples in await self.model.together(requests)]
+        except wire.MixedAnswer:
+            self._shares = False
+            alone = zip(requests, futures, strict=True)
+            await asyncio.gather(*(self._serve([request], [future]) for request, future in alone))
+            return
         except Exception as error:  # noqa: BLE001 - it belongs to those who needed the call
             half = len(requests) // 2
             if half and _may_be_size(error):
@@ -496,11 +512,9 @@ class ListModel:
                 if not future.done():
                     future.set_exception(error)
             return
-        share = len(samples) // len(requests)
-        for number, future in enumerate(futures):
-            end = None if number + 1 == len(futures) else (number + 1) * share
+        for future, answer in zip(futures, answers, strict=True):
             if not future.done():
-                future.set_result(Response(samples[number * share : end]))
+                future.set_result(answer)
 
 
 def _rest(request: Request, wanted: _Wanted) -> Any:

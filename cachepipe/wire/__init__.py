@@ -24,6 +24,7 @@ from cachepipe.wire.base import (
     azure_kinds,
     azure_url,
     bills_prompt,
+    by_question,
     question_document,
     scope_of,
     usage_totals,
@@ -31,7 +32,7 @@ from cachepipe.wire.base import (
 from cachepipe.wire.chat import CHAT
 from cachepipe.wire.completions import COMPLETIONS
 from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
-from cachepipe.wire.errors import BadAnswer, BadRequest, WireError
+from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer, WireError
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
 from cachepipe.wire.sse import EventReader, ServerEvent, StreamEvent, StreamRecorder
@@ -53,6 +54,7 @@ __all__ = [
     "BadRequest",
     "Body",
     "EventReader",
+    "MixedAnswer",
     "Sample",
     "ServerEvent",
     "StreamEvent",
@@ -63,6 +65,7 @@ __all__ = [
     "azure_kinds",
     "azure_url",
     "bills_prompt",
+    "by_question",
     "question_document",
     "scope_of",
     "token_counts",

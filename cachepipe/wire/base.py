@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import orjson
 
-from cachepipe.wire.errors import BadAnswer, BadRequest
+from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.usage import COUNTS, token_counts
 
 if TYPE_CHECKING:
@@ -399,6 +399,27 @@ def unmarked(sample: Sample) -> Sample:
 def unmarked_bytes(sample: bytes) -> bytes:
     """Return the JSON of a sample as the provider would have worded it."""
     return b"{" + sample[len(_MARKED_BYTES) :] if sample.startswith(_MARKED_BYTES) else sample
+
+
+def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Sequence[Sample]]:
+    """Return the samples of a call that asked several questions, those of each by themselves.
+
+    Args:
+        samples: what `Api.samples` has made of the answer.
+        questions: how many questions it asked.
+        n: how many samples of each.
+
+    Raises:
+        MixedAnswer: when it has brought some, but not n of each; which question misses some cannot be told.
+    """
+    if not samples:
+        return [()] * questions
+    if len(samples) != questions * n:
+        raise MixedAnswer(
+            f"{questions} questions were asked for {n} samples each, and {len(samples)} came: "
+            "which of them answer which cannot be told; ask one by one"
+        )
+    return [samples[begun : begun + n] for begun in range(0, len(samples), n)]
 
 
 def bills_prompt(sample: Sample) -> bool:

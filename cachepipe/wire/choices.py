@@ -24,7 +24,7 @@ from cachepipe.wire.base import (
     unmarked,
     wanted,
 )
-from cachepipe.wire.errors import BadAnswer
+from cachepipe.wire.errors import BadAnswer, MixedAnswer
 from cachepipe.wire.sse import (
     DONE,
     Kind,
@@ -313,7 +313,7 @@ def _in_order(choices: list[dict[str, Any]], questions: int) -> list[dict[str, A
     else:
         complete = not any(index is not None for index in indices)
     if questions > 1 and (len(choices) % questions or not complete):
-        raise BadAnswer(
+        raise MixedAnswer(
             f"{len(choices)} choices with indices {indices!r:.200} cannot be told apart as answers to "
             f"{questions} questions; ask one by one"
         )

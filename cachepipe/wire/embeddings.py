@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import orjson
 
 from cachepipe.wire.base import EMBEDDINGS_TRANSPORT, MODERATIONS_TRANSPORT, Api, Ask, Body, Sample, load
-from cachepipe.wire.errors import BadAnswer
+from cachepipe.wire.errors import BadAnswer, MixedAnswer
 from cachepipe.wire.usage import join_usage, split_usage
 
 _FORMATS = (None, "float", "base64")
@@ -46,7 +46,7 @@ class _FunctionApi(Api):
                 f"an answer of {self.name} must list its {self.results}; it holds {sorted(body)!r:.200}"
             )
         if questions and len(results) != len(questions):
-            raise BadAnswer(
+            raise MixedAnswer(
                 f"{len(questions)} inputs were sent to {self.name}; {len(results)} results came back"
             )
         results = self._stored(results)

@@ -15,3 +15,7 @@ class BadRequest(WireError):  # noqa: N818 - names the thing at fault
 
 class BadAnswer(errors.BadAnswer, WireError):  # noqa: N818 - names the thing at fault
     """What arrived is no whole answer: broken, an error under 200, failed or cut off. It is not cached."""
+
+
+class MixedAnswer(BadAnswer):
+    """An answer to several questions that does not tell which of its samples answer which of them."""

@@ -360,6 +360,45 @@ async def test_a_shared_call_goes_on_while_anyone_waits_and_is_stopped_when_nobo
         await asyncio.wait(both)
 
 
+def echoed(n=1):
+    """Three prompts that may share a call, each of which begins its answers."""
+    bodies = [{"model": "m", "prompt": f"{place}:", "max_tokens": 3, "echo": True} for place in range(3)]
+    return [WireRequest(body, n=n) for body in bodies]
+
+
+@pytest.mark.parametrize("keep", range(1, 6))
+async def test_c4_a_list_that_is_answered_short_is_asked_one_by_one_and_nothing_is_mixed_up(server, keep):
+    """Three choices for two samples of each of three prompts may be one of each, or the first three."""
+    script(server, Fault(kind="short", keep=keep))
+    requests = echoed(n=2)
+    async with adapter(server, raw=True, endpoint="/completions") as model:
+        listed = ListModel(model)
+        answers = await each(listed, requests)
+        texts = [[sample["choices"][0]["text"] for sample in answer.data] for answer in answers]
+        assert [[text[:2] for text in own] for own in texts] == [["0:", "0:"], ["1:", "1:"], ["2:", "2:"]]
+        assert [entry.n for entry in server.stats.log] == [6, 2, 2, 2]
+        await each(listed, requests)  # what has been seen is kept to
+    assert [entry.n for entry in server.stats.log][4:] == [2, 2, 2]
+
+
+async def test_c8_a_list_that_is_answered_with_nothing_is_asked_for_again(server):
+    script(server, Fault(kind="short", keep=0))
+    async with adapter(server, raw=True, endpoint="/completions") as model:
+        answers = await each(ListModel(model), echoed(n=2))
+    assert [list(answer.data) for answer in answers] == [[], [], []]
+
+
+async def test_who_has_left_before_the_list_is_sent_is_not_asked_for(server):
+    async with adapter(server, raw=True, endpoint="/completions") as model:
+        listed = ListModel(model)
+        tasks = [asyncio.ensure_future(listed.request(ask)) for ask in echoed()]
+        await asyncio.sleep(0)  # they have come, and the list is sent in the next turn
+        for task in tasks[1:]:
+            task.cancel()
+        assert len((await tasks[0]).data) == 1
+    assert [entry.n for entry in server.stats.log] == [1]
+
+
 async def test_a_slow_caller_s_list_keeps_no_other_waiting(server):
     slow = [replace(request, headers={"x-mock-latency": "60"}) for request in inputs("ab", "slow")]
     async with (

@@ -349,6 +349,17 @@ async def test_completions_have_one_key_per_prompt(server, client):
     assert info(again).cached == (True, True, False, False, True, True)
 
 
+async def test_a_list_that_is_answered_short_is_handed_on_and_not_kept(server, client):
+    """Three choices for two samples of each of three prompts may be one of each, or the first three."""
+    server.settings = server.settings.updated({"script": ({"kind": "short", "keep": 3},)})
+    ask = {"model": "m", "prompt": ["0:", "1:", "2:"], "n": 2, "extra_body": {"echo": True}}
+    short = await client.completions.create(**ask)
+    assert [choice.text[:2] for choice in short.choices] == ["0:", "0:", "1:"]
+    whole = await client.completions.create(**ask)
+    assert [choice.text[:2] for choice in whole.choices] == ["0:", "0:", "1:", "1:", "2:", "2:"]
+    assert info(whole).cached == (False,) * 6
+
+
 async def test_embeddings_are_cached_per_item(server, client):
     first = await client.embeddings.create(model="m", input=["a", "b"])
     again = await client.in_namespace("x").embeddings.create(model="m", input=["b", "c", "a", "b"])
