@@ -32,6 +32,7 @@ _CLIENTS: Final = {
     "anthropic": ("AsyncAnthropic", "Anthropic"),
 }
 _NO_KEY: Final = "none-needed"
+_OLLAMA_PORT: Final = 11434
 _WITH_VERSION: Final = frozenset(
     {"openai"}
 )  # SDKs whose base URL ends in /v1; the others' paths begin with it
@@ -322,12 +323,9 @@ class Services:
     @staticmethod
     def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise
         """Return an Ollama on this machine, or where ``OLLAMA_HOST`` says; it has no key and no quota."""
-        host = os.environ.get("OLLAMA_HOST") or "http://localhost:11434"
-        url = host if "://" in host else f"http://{host}"
-        path = urlsplit(url).path.rstrip("/")
         free = {"max_requests": None, "max_tokens": None, "key_scheme": None}
-        options = {"name": "Ollama", "base_url": url if path else f"{url.rstrip('/')}/v1", **free, **options}
-        return Service(**options)
+        url = ollama_url(os.environ.get("OLLAMA_HOST") or "localhost")
+        return Service(**{"name": "Ollama", "base_url": url, **free, **options})
 
     @staticmethod
     def custom(base_url: str, **options: Any) -> Service:
@@ -338,6 +336,24 @@ class Services:
             options: as for `Service`; no key is sent unless ``api_key`` or ``key_scheme`` is given.
         """
         return Service(base_url, **options)
+
+
+def ollama_url(host: str, secret: str | None = None) -> str:
+    """Return the base URL of an Ollama.
+
+    Args:
+        host: as in ``OLLAMA_HOST``: a host, ``host:port``, or a URL.
+        secret: the credentials of a gateway in front of it, as ``user:key``; it speaks HTTPS.
+    """
+    scheme, separator, place = host.rpartition("://")
+    place = place.rstrip("/").removesuffix("/v1")
+    if not separator:
+        scheme = "http" if secret is None else "https"
+        if secret is None and ":" not in place:
+            place = f"{place}:{_OLLAMA_PORT}"
+    if secret is not None and "@" not in place:
+        place = f"{secret}@{place}"
+    return f"{scheme}://{place}/v1"
 
 
 def _service(name: str, prefix: str, url: str, model: str | None, options: Mapping[str, Any]) -> Service:

@@ -27,7 +27,7 @@ from cachepipe import context, runs
 from cachepipe.clients.mixins import AsyncCached, SyncCached
 from cachepipe.clients.portal import in_portal, portal
 from cachepipe.context import INHERITED, Inherited
-from cachepipe.services import Service, close_lent
+from cachepipe.services import Service, close_lent, ollama_url
 from cachepipe.stores import Store, check_folder, default_folder, open_store
 from cachepipe.typedefs import REPEATS, Mode, Repeat
 
@@ -50,7 +50,6 @@ NAMES: Final = (
 """The options that say where and how to ask; all others go into the request."""
 
 _CLOSING_SECONDS: Final = 10.0
-_OLLAMA_PORT: Final = 11434
 
 
 class ServiceLike(Protocol):
@@ -130,16 +129,7 @@ class Access:
         if key is not None or url is not None or host is None:
             return key, None if url is None else str(url)
         secret = self.found("AUTH")
-        scheme, separator, rest = host.rpartition("://")
-        rest = rest.rstrip("/")
-        if not separator:
-            scheme = "http" if secret is None else "https"
-            if secret is None and ":" not in rest:
-                rest = f"{rest}:{_OLLAMA_PORT}"
-        if secret is not None and "@" not in rest:
-            rest = f"{secret}@{rest}"
-        rest = rest.removesuffix("/v1")
-        return secret or "ollama", f"{scheme}://{rest}/v1"
+        return secret or "ollama", ollama_url(host, secret)
 
     def _take_client(self) -> None:
         self._is_async = inspect.iscoroutinefunction(getattr(type(self.client), "request", None))

@@ -438,8 +438,15 @@ def test_the_providers_are_where_they_say(monkeypatch):
         Services.Anthropic(api_key=KEY).client_options("anthropic")["base_url"] == "https://api.anthropic.com"
     )
     assert Services.Together(api_key=KEY).client_options("together")["base_url"] == "https://api.together.xyz"
-    monkeypatch.setenv("OLLAMA_HOST", "10.0.0.1:1234")
-    assert Services.Ollama().base_url == "http://10.0.0.1:1234/v1"
+    for host, url in (
+        ("10.0.0.1:1234", "http://10.0.0.1:1234/v1"),
+        ("box", "http://box:11434/v1"),
+        ("https://box/", "https://box/v1"),
+        ("https://box/ollama", "https://box/ollama/v1"),
+        ("https://box/ollama/v1", "https://box/ollama/v1"),
+    ):
+        monkeypatch.setenv("OLLAMA_HOST", host)
+        assert Services.Ollama().base_url == url
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
     assert Services.Anthropic().base_url == "http://127.0.0.1:9/v1"
     quota = Services.OpenAI().flow.limits.quota

@@ -386,6 +386,25 @@ def test_sessions_of_several_loops_share_connections_and_leave_none_behind():
         server.wait_until(lambda stats: stats.connections == 0)
 
 
+def test_a_stream_that_is_left_at_the_end_of_its_loop_is_stored():
+    """C7: the loop that began to read it has ended."""
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=8, stream_delay=0.01)) as server:
+        service, store = Services.custom(server.base_url, model="m"), MemoryStore()
+
+        async def heard(most):
+            pieces = await Session(SYSTEM, service=service, cache=store).initiate("one", stream=True)
+            async for _ in pieces:
+                if len(pieces.text) >= most:
+                    break
+            return pieces.text
+
+        first = asyncio.run(heard(1))
+        with cachepipe.run():
+            assert asyncio.run(heard(1000)).startswith(first)
+        assert server.stats.requests == 1
+        asyncio.run(service.close())
+
+
 async def test_a_block_of_replay_needs_no_key_and_calls_nobody(server, monkeypatch):
     store = MemoryStore()
     with monkeypatch.context() as patched:
