@@ -12,11 +12,12 @@ import random
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cachepipe
 from cachepipe import Batch, OnlineAPI, Request, ShortAnswer
+from cachepipe.stores.base import Discard
 from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 
@@ -38,12 +39,13 @@ class Person:
         self.responses = []
         self.errors = []
         self.short = 0
+        self.tries = 0
 
 
 class Crowd:
     """A store, pipelines with a model each, runs, and people; a schedule says what happens when."""
 
-    def __init__(self, store, *, pipelines=1, runs=1, max_n=None, locked=False):
+    def __init__(self, store, *, pipelines=1, runs=1, max_n=None, locked=False, same=()):
         self.store = store
         faulty = FaultyStore(store)
         faulty.locked = locked
@@ -51,10 +53,16 @@ class Crowd:
             ScriptedModel(hold=True, max_n=max_n, cache_scope="m", name=f"{number}:")
             for number in range(pipelines)
         ]
-        self.pipelines = [OnlineAPI(model, faulty if locked else store) for model in self.models]
+        self.pipelines = [
+            OnlineAPI(model, faulty if locked else store, repeat="same" if number in same else "fresh")
+            for number, model in enumerate(self.models)
+        ]
+        self.same = same  # the numbers of the pipelines whose requests share one draw per key
+        self.discarded = {}  # (key, index) -> what the sample was
         self.runs = [contextvars.copy_context() for _ in range(runs)]
-        for run in self.runs:
-            run.run(lambda: cachepipe.run().__enter__())
+        self.begun = [cachepipe.run() for _ in self.runs]  # each lasts as long as it is referred to
+        for run, begun in zip(self.runs, self.begun, strict=True):
+            run.run(begun.__enter__)
         self.people = []
         self.ordered = []  # the errors that were ordered
 
@@ -109,6 +117,7 @@ class Crowd:
         task = asyncio.get_running_loop().create_task(life, context=self.runs[people[0].run].copy())
         for person in people:
             person.task = task
+            person.tries += 1
 
     async def play(self, schedule):
         waiting = collections.deque(self.people)
@@ -121,6 +130,8 @@ class Crowd:
         await asyncio.wait({person.task for person in self.people if person.task})
         for pipeline in self.pipelines:
             await pipeline.close()
+        for run, begun in zip(self.runs, self.begun, strict=True):
+            run.run(begun.__exit__, None, None, None)
 
     async def step(self, act, number, waiting):
         begun = [person for person in self.people if person.task]
@@ -138,6 +149,8 @@ class Crowd:
             running[number % len(running)].task.cancel()
         elif act == "retry" and unserved:
             self.start(unserved[number % len(unserved)])
+        elif act == "discard":
+            await self.discard(number)
         elif self.held:
             self.end(self.held[number % len(self.held)], act)
 
@@ -156,7 +169,29 @@ class Crowd:
             case _:
                 call.release()
 
+    def stored(self):
+        """Return what is stored by key and index, without what was discarded."""
+        return {
+            (info.key, sample.index): orjson.loads(sample.payload)
+            for info in self.store.keys()  # noqa: SIM118 - a store's method
+            for sample in self.store.samples(info.key)
+        }
+
+    async def discard(self, number):
+        stored = self.stored()
+        if stored:
+            place = sorted(stored)[number % len(stored)]
+            self.discarded[place] = stored[place]
+            await self.store.apply([Discard(*place, "the schedule says so")])
+
     # What must be true.
+
+    def asked(self, person):
+        """Return whose draw a person's is: the namespace's label, the key and the request id."""
+        pipeline, request = self.pipelines[person.pipeline], person.request
+        if person.pipeline in self.same:
+            return ("*", pipeline.key(request), "")
+        return (label(request.namespace), pipeline.key(request), request.request_id or "")
 
     def ledger(self):
         return {info.draw: info.indices for info in self.store.draws()}
@@ -180,36 +215,53 @@ class Crowd:
                 assert owners.setdefault((draw.namespace, draw.key, index), draw) == draw
         seen = collections.defaultdict(set)
         for person, response in self.responses:
-            request = person.request
+            request, asked = person.request, self.asked(person)
             assert len(response.data) == len(response.cached) == len(response.indices) == request.n
-            [draw] = {owners.get((label(request.namespace), response.key, i)) for i in response.indices}
-            assert draw is not None, "a sample was delivered, and the ledger does not know"
-            assert draw.request_id == (request.request_id or "")
-            assert ledger[draw][: request.n] == response.indices
-            given = seen[person.run, request.namespace, response.key]
-            assert given.isdisjoint(response.data), "a sample went to two draws of a namespace"
-            given.update(response.data)
+            for position, index in enumerate(response.indices):
+                if (response.key, index) not in self.discarded:
+                    draw = owners.get((asked[0], response.key, index))
+                    assert draw is not None, "a sample was delivered, and the ledger does not know"
+                    assert (draw.namespace, draw.key, draw.request_id) == asked
+                    assert ledger[draw][position] == index
+            if asked[0] != "*":
+                given = seen[person.run, request.namespace, response.key]
+                assert given.isdisjoint(response.data), "a sample went to two draws of a namespace"
+                given.update(response.data)
 
     def check_ledger(self):
         """What stands is taken, and nothing else; nothing is pending or held, and all of it is stored."""
         union = collections.defaultdict(set)
         for draw, indices in self.ledger().items():
             union[draw.namespace, draw.key].update(indices)
-        assert self.taken() == dict(union)
+        gone = collections.defaultdict(set)
+        for key, index in self.discarded:
+            gone[key].add(index)
+        taken = self.taken()
+        assert all(taken.get(place, set()) >= indices for place, indices in union.items())
+        assert all(indices <= union[place] | gone[place[1]] for place, indices in taken.items())
         connection = self.store._readable()[0]
         assert connection.execute("SELECT count(*) FROM pending").fetchone() == (0,)
         assert connection.execute("SELECT count(*) FROM holders").fetchone() == (0,)
-        stored = {
-            (info.key, sample.index): orjson.loads(sample.payload)
-            for info in self.store.keys()  # noqa: SIM118 - a store's method
-            for sample in self.store.samples(info.key)
-        }
+        stored = self.stored() | self.discarded
         for (_, key), indices in union.items():
             assert all((key, index) in stored for index in indices), "a draw stands with a sample missing"
         for _, response in self.responses:
             assert response.data == [stored[response.key, index] for index in response.indices]
         returned = [sample for model in self.models for call in model.calls for sample in call.samples]
         assert sorted(stored.values()) == sorted(returned), "C7: what the model returned is stored"
+
+    def check_marks(self):
+        """C8: what is in the ledger was delivered, or is all that somebody wanted who has gone."""
+        given, gone = collections.defaultdict(set), collections.defaultdict(set)
+        for person in self.people:
+            for response in person.responses:
+                given[self.asked(person)].update(enumerate(response.indices))
+            if person.tries > len(person.responses):
+                gone[self.asked(person)].add(person.request.n)
+        for draw, indices in self.ledger().items():
+            for place in enumerate(indices):
+                wanted = [n for n in gone[draw[:3]] if place[0] < n <= len(indices)]
+                assert place in given[draw[:3]] or wanted, "a draw that failed has left a mark"
 
     def check_accounting(self):
         """C6: falses and unreported samples number the generated ones; no sample is reported twice."""
@@ -234,6 +286,7 @@ class Crowd:
     def check_all(self):
         self.check_independence()
         self.check_ledger()
+        self.check_marks()
         self.check_accounting()
         self.check_errors()
 
@@ -356,6 +409,41 @@ def test_c8_failures_and_cancellations_leave_every_promise_whole(new_store, wish
 def test_c1_runs_that_share_draws_join_extend_and_take_over(new_store, wish, schedule, max_n, pipelines):
     """C1, C8: two runs make the same draws at once, of several lengths; undo, extension, join, takeover."""
     for crowd in run_crowd(new_store, wish, schedule, max_n=max_n, runs=2, pipelines=pipelines):
+        assert len(crowd.people) == len(wish)
+
+
+one_question = st.lists(
+    st.tuples(
+        st.sampled_from([None, "a"]),
+        st.just("p"),
+        st.none(),
+        st.integers(1, 3),
+        st.integers(0, 1),
+        st.integers(0, 1),
+    ),
+    min_size=2,
+    max_size=6,
+)
+
+
+@given(
+    wish=one_question,
+    schedule=schedules("end", "generous", "generous", "fail", "cancel", "retry", "discard", "discard"),
+    max_n=st.sampled_from([None, 1]),
+    same=st.sampled_from([(), (1,), (0, 1)]),
+)
+@example(
+    wish=[(None, "p", None, 1, 0, 0), (None, "p", None, 4, 1, 0)],
+    schedule=[
+        *[("start", 0), ("turn", 4), ("generous", 0), ("turn", 4), ("discard", 0)],
+        *[("start", 0), ("turn", 4), ("fail", 0)],
+    ],
+    max_n=None,
+    same=(),
+)
+def test_c8_draws_that_have_lost_samples_fail_and_leave_no_mark(new_store, wish, schedule, max_n, same):
+    """C1, C2, C8: samples are discarded meanwhile, and some of the draws are shared by all namespaces."""
+    for crowd in run_crowd(new_store, wish, schedule, max_n=max_n, runs=2, pipelines=2, same=same):
         assert len(crowd.people) == len(wish)
 
 
