@@ -175,8 +175,11 @@ def opened(cache: str | None) -> Iterator[DiskStore]:
         StoreError: when there is no cache; it says which folder was looked at, and how to name another.
     """
     folder, how = folder_in_use(cache)
-    if not folder.is_dir() or not any(folder.glob("*.db")):
-        what = "is a file" if folder.is_file() else "is not there" if not folder.exists() else "holds none"
+    try:
+        what = _lack_of(folder)
+    except OSError as error:
+        raise StoreError(f"the folder {folder} ({_FOUND[how]}) cannot be read: {error.strerror}") from error
+    if what:
         raise StoreError(
             f"there is no cache to look at: the folder {folder} ({_FOUND[how]}) {what}. "
             "Name another with --cache DIR or in CACHEPIPE_DIR, or fill it: cachepipe run --help"
@@ -192,6 +195,14 @@ def opened(cache: str | None) -> Iterator[DiskStore]:
         ) from error
     finally:
         store.close()
+
+
+def _lack_of(folder: Path) -> str:
+    """Return why a folder is no cache, or an empty string."""
+    if not folder.is_dir():
+        return "is a file" if folder.is_file() else "is not there"
+    with os.scandir(folder) as entries:
+        return "" if any(entry.name.endswith(".db") for entry in entries) else "holds none"
 
 
 # Printing.

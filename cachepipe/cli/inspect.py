@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,8 @@ def path(*, cache: str | None, as_json: bool) -> None:
     """
     folder, how = common.folder_in_use(cache)
     if as_json:
-        click.echo(json_text({"path": str(folder), "exists": folder.is_dir(), "named_by": how}))
+        there = os.path.isdir(folder)  # noqa: PTH112 - also where it may not be looked at
+        click.echo(json_text({"path": str(folder), "exists": there, "named_by": how}))
     else:
         click.echo(str(folder))
 

@@ -69,7 +69,10 @@ class DiskStore(SqlStore):
         self._inode: int | None = None
         self._theirs = None if theirs is None else weakref.ref(theirs)
         if read_only is None:
-            self.why_read_only = _why_read_only(self.folder)
+            try:
+                self.why_read_only = _why_read_only(self.folder)
+            except OSError as error:
+                raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
         else:
             self.why_read_only = "it was opened with read_only=True" if read_only else ""
         self.read_only = bool(self.why_read_only)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -175,6 +176,22 @@ def test_looking_at_a_cache_that_is_not_there_makes_none_and_says_where_it_looke
     with pytest.raises(StoreError, match=r"missing \(named by --cache\) is not there.*--cache DIR"):
         common.opened(str(missing)).__enter__()
     assert not missing.exists()
+
+
+@pytest.mark.parametrize("command", [["ls"], ["stats"], ["show", "k1"], ["demo", "--prompts", "1"]])
+def test_a_folder_that_cannot_be_looked_at_is_a_sentence(command, tmp_path):
+    folder = tmp_path / ("x" * 300)
+    result = CliRunner().invoke(cli, [*command, "--cache", str(folder)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"Error: the .*folder .* cannot be (read|opened): .*File name too long.*\n", result.stderr
+    )
+
+
+def test_the_path_of_a_folder_that_cannot_be_looked_at_is_printed_all_the_same(tmp_path):
+    folder = tmp_path / ("x" * 300)
+    result = CliRunner().invoke(cli, ["path", "--json", "--cache", str(folder)])
+    assert json.loads(result.stdout) == {"path": str(folder), "exists": False, "named_by": "--cache"}
 
 
 def test_an_empty_folder_and_a_file_are_no_caches(tmp_path):
