@@ -143,8 +143,7 @@ class Connection:
             # It takes a second, in which the loop goes on.
             sdk = await asyncio.to_thread(importlib.import_module, self.package)
             if loop not in self._by_loop:
-                for ended in [other for other in tuple(self._by_loop) if other.is_closed()]:
-                    self._by_loop.pop(ended, None)
+                self._forget_ended()
                 self._by_loop[loop] = self._made(sdk)
         return self._by_loop[loop]
 
@@ -159,8 +158,14 @@ class Connection:
             **self._settings,
         )
 
+    def _forget_ended(self) -> None:
+        """Let go of the clients of loops that were closed, whose connections nobody can use any more."""
+        for loop in [other for other in tuple(self._by_loop) if other.is_closed()]:
+            self._by_loop.pop(loop, None)
+
     async def close(self) -> None:
         """Close the client of this loop if it was made here."""
+        self._forget_ended()
         client = self._by_loop.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.close()
@@ -193,15 +198,16 @@ class EagerConnection(Connection):
             return
         try:
             sdk = importlib.import_module(self.package)
-        except ImportError as error:
+            http_client = sdk.DefaultAsyncHttpxClient()
+        except (ImportError, AttributeError) as error:
             raise ImportError(
-                f"this adapter needs {self.package}: pip install 'cachepipe[{self.package}]'"
+                f"this adapter needs {self.package}, not too old: pip install -U {self.package}"
             ) from error
         kind = getattr(sdk, self.client_name)
         given = {
             "base_url": base_url,
             "api_key": _NO_KEY if api_key == "" else api_key,
-            "http_client": sdk.DefaultAsyncHttpxClient(),
+            "http_client": http_client,
             **settings,
         }
         try:

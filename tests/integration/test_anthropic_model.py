@@ -165,6 +165,14 @@ async def test_there_are_replays_without_a_key_and_the_sdks_error_for_a_call(ser
 # Together.
 
 
+@pytest.mark.parametrize("kind", [AnthropicModel, TogetherModel])
+def test_a_package_that_is_too_old_is_one_sentence(kind, monkeypatch):
+    package = anthropic if kind is AnthropicModel else together
+    monkeypatch.delattr(package, "DefaultAsyncHttpxClient")
+    with pytest.raises(ImportError, match=f"needs {package.__name__}, not too old: pip install -U"):
+        kind("m", api_key=KEY)
+
+
 async def test_c10_together_shares_samples_with_its_client_and_merges_calls(server, address):
     store = MemoryStore()
     model = TogetherModel("m", base_url=address, api_key=KEY)
