@@ -169,6 +169,7 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise Failure(f"--url is where the proxy serves, such as http://127.0.0.1:8080; got {url!r}")
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
     headers = {"content-type": "application/json"}
     if token_env:
         token = os.environ.get(token_env, "").strip()
@@ -184,7 +185,7 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
         content = answer.read(65_536)
         connection.close()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Failure(f"no proxy answers at {url}: {error}. Start one: cachepipe serve") from error
+        raise Failure(f"no proxy answers at {place}: {error}. Start one: cachepipe serve") from error
     try:
         told = orjson.loads(content)
     except orjson.JSONDecodeError:
@@ -192,7 +193,7 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
     if answer.status != 201 or not isinstance(told, dict):
         refusal = told.get("error") if isinstance(told, dict) else None
         message = refusal.get("message") if isinstance(refusal, dict) else None
-        raise Failure(f"{url} has begun no run: status {answer.status}{f', {message}' if message else ''}")
+        raise Failure(f"{place} has begun no run: status {answer.status}{f', {message}' if message else ''}")
     if as_json:
         click.echo(json_text(told))
     else:

@@ -460,10 +460,10 @@ def test_new_run_of_what_is_no_proxy_is_one_sentence():
     with http.server.HTTPServer(("127.0.0.1", 0), Stranger) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        result = called("new-run", "--url", url, code=2)
+        place = f"127.0.0.1:{server.server_port}"
+        result = called("new-run", "--url", f"http://me:secret@{place}", code=2)
         thread.join()
-    assert result.stderr == f"Error: {url} has begun no run: status 404\n"
+    assert result.stderr == f"Error: http://{place} has begun no run: status 404\n"
 
 
 # demo
