@@ -678,9 +678,6 @@ class Transaction:
         sample = self._seen.get((key, index))
         return read_sample(self._shelf, key, index) if sample is None else sample
 
-    def _incomplete(self, key: str, indices: Sequence[int]) -> bool:
-        return any(self._sample(key, index) is None for index in indices)
-
     # Sets.
 
     def set_of(self, owner: int, key: int) -> _Set | None:

@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
+import cachepipe
 from cachepipe import DiskStore, OnlineAPI, Request, Response
+from cachepipe.ledger import label
 
 WARNINGS = ["-W", "error", "-W", "ignore:most requests"]
 
@@ -244,3 +246,65 @@ def test_the_points_lie_within_the_script(tmp_path):
     assert calls >= max(at for where, at in POINTS if where == "call")
     assert len(lines) == 54
     check_ledger(tmp_path / "cache")
+
+
+DISCARDING = """
+import asyncio, os, signal, sys
+import cachepipe
+from cachepipe import DiskStore, OnlineAPI, Request, Response
+from cachepipe.stores.base import Discard
+
+class Model:
+    cache_scope = "m"
+    async def request(self, request):
+        if request.n == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Response([f"{request.n}/{i}" for i in range(request.n)])
+
+async def main():
+    store = DiskStore(sys.argv[1])
+    pipeline = OnlineAPI(Model(), store)
+    await pipeline.request(Request("q", n=3, request_id="other", namespace="b"))
+    drawn = await pipeline.request(Request("q", n=2, namespace="a"))
+    await store.apply([Discard(drawn.key, drawn.indices[0], "a refusal")])
+    with cachepipe.run():
+        await pipeline.request(Request("q", n=3, namespace="a"))
+
+asyncio.run(main())
+"""
+"""Killed while the third sample of a draw is generated; what replaces its first one is stored."""
+
+
+class Broken:
+    cache_scope = "m"
+
+    async def request(self, request):
+        raise RuntimeError(f"no {request.n} samples today")
+
+
+@pytest.mark.parametrize(("n", "left"), [(0, (0, 1)), (1, (2, 1)), (2, (2, 1))])
+def test_c8_what_a_killed_process_put_in_place_of_a_discarded_sample(tmp_path, n, left):
+    """It stands as far as it was delivered to a run that makes the same draw; else a failure undoes it."""
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", DISCARDING, str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (-9, "")
+
+    async def main():
+        store = DiskStore(tmp_path / "cache")
+        async with OnlineAPI(Broken(), store) as pipeline:
+            if n:
+                answer = await pipeline.request(Request("q", n=n, namespace="a"))
+                assert list(answer.indices) == [2, 1][:n]
+            with cachepipe.run(), pytest.raises(RuntimeError, match="no 1 samples"):
+                await pipeline.request(Request("q", n=3, namespace="a"))
+            assert [info.indices for info in store.draws(namespace=label("a"))] == [left]
+            if not n:
+                answer = await pipeline.request(Request("q", request_id="x", namespace="a"))
+                assert (answer.indices, answer.cached) == ((2,), [True])
+        store.close()
+
+    asyncio.run(main())
