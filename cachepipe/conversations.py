@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self, TypeAlias, runtime_checkable
 
 from cachepipe import terminal
 from cachepipe.typedefs import by_value
@@ -53,9 +53,15 @@ class Message:
                 raise TypeError(f"the content of a message by {self.role!r} is a string; got None")
         elif not isinstance(content, str):
             raise TypeError(f"the content of a message is a string or a list of parts; got {content!r:.100}")
-        if self.tool_calls is not None:
+        for field_name in ("name", "tool_call_id"):
+            value = getattr(self, field_name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{field_name} of a message is a string; got {value!r:.100}")
+        calls = None
+        if self.tool_calls:  # providers refuse an empty list
             self._check("a call of a tool is a mapping with 'id' and 'function'", self.tool_calls)
-            object.__setattr__(self, "tool_calls", by_value(list(self.tool_calls)))
+            calls = by_value(list(self.tool_calls))
+        object.__setattr__(self, "tool_calls", calls)
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message by 'tool' answers a call: give it tool_call_id=")
 
@@ -79,8 +85,10 @@ class Message:
         return text_of(self.content)
 
     @classmethod
-    def of(cls, said: Message | Mapping[str, Any] | str) -> Self:
-        """Return the message that is meant: a message, a mapping, or ``"role:content"``.
+    def of(cls, said: Sayable) -> Self:
+        """Return the message that is meant: a message, a mapping, an SDK's message, or ``"role:content"``.
+
+        Of a mapping, what is empty is left out; what a model says in refusing is its content.
 
         Raises:
             ValueError: for a text that does not begin with a role and a colon.
@@ -96,15 +104,19 @@ class Message:
                     f"got {said!r:.100}"
                 )
             return cls(role, content)
+        if not isinstance(said, Mapping | type) and isinstance(said, Dumped):
+            said = said.model_dump(exclude_none=True)
         if not isinstance(said, Mapping):
             raise TypeError(f"a message is a Message, a mapping or a text 'role:content'; got {said!r:.100}")
         if "role" not in said:
             raise ValueError(f"a message as a mapping has a 'role' and a 'content'; got {said!r:.100}")
         names = cls.__dataclass_fields__
-        unknown = [name for name, value in said.items() if name not in names and value is not None]
+        given = {name: value for name, value in said.items() if name in names}
+        if given.get("content") is None and said.get("refusal"):
+            given["content"] = said["refusal"]
+        unknown = [name for name, value in said.items() if value and name not in names and name != "refusal"]
         if unknown:
             raise ValueError(f"a message has {', '.join(sorted(names))}; got {', '.join(map(str, unknown))}")
-        given = {name: value for name, value in said.items() if name in names}
         return cls(**{"content": None, **given})
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +126,19 @@ class Message:
             for name in self.__dataclass_fields__
             if (value := getattr(self, name)) is not None or name == "content"
         }
+
+
+@runtime_checkable
+class Dumped(Protocol):
+    """A message of an SDK, which is a model of pydantic's."""
+
+    def model_dump(self, *, exclude_none: bool = ...) -> dict[str, Any]:
+        """Return its fields."""
+        ...
+
+
+Sayable: TypeAlias = Message | Mapping[str, Any] | str | Dumped
+"""What `Message.of` takes."""
 
 
 @dataclass
@@ -138,7 +163,7 @@ class Conversation:
     def __iter__(self) -> Iterator[Message]:
         return iter(self.messages)
 
-    def add_message(self, message: Message | Mapping[str, Any] | str) -> Self:
+    def add_message(self, message: Sayable) -> Self:
         """Add a message at the end, if its role may come next; return the conversation.
 
         Raises:

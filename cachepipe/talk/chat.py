@@ -11,7 +11,7 @@ from typing import Any, Final, Self, Unpack
 import anyio.to_thread
 import pydantic
 
-from cachepipe.conversations import Conversation, Message
+from cachepipe.conversations import Conversation, Message, Sayable
 from cachepipe.errors import CachepipeError
 from cachepipe.talk import tools
 from cachepipe.talk.access import Access, wait_on_portal
@@ -81,7 +81,7 @@ class Chat:
         """The model that is asked."""
         return self._plan.model
 
-    def add(self, message: Message | Mapping[str, Any] | str) -> Self:
+    def add(self, message: Sayable) -> Self:
         """Add a message: a `Message`, a mapping, or a text such as ``"user:Hello"``.
 
         Raises:

@@ -77,8 +77,17 @@ class Options(TypedDict, total=False):
         verbosity: passed on.
         tool_choice: passed on.
         parallel_tool_calls: passed on.
-        user: passed on, and no part of the question, as is the next.
+        audio: passed on.
+        modalities: passed on.
+        prediction: passed on.
+        web_search_options: passed on.
+        extra_query: what is added to the URL.
+        user: passed on, and no part of the question, as are the next.
         service_tier: passed on.
+        metadata: passed on.
+        store: passed on.
+        safety_identifier: passed on.
+        prompt_cache_key: passed on.
         extra_body: what else goes into the request's body.
         extra_headers: headers of this request.
         timeout: seconds after which a call is given up.
@@ -111,8 +120,17 @@ class Options(TypedDict, total=False):
     verbosity: str
     tool_choice: Any
     parallel_tool_calls: bool
+    audio: Any
+    modalities: Sequence[str]
+    prediction: Any
+    web_search_options: Any
+    extra_query: Mapping[str, Any]
     user: str
     service_tier: str
+    metadata: Mapping[str, str]
+    store: bool
+    safety_identifier: str
+    prompt_cache_key: str
     extra_body: Mapping[str, Any]
     extra_headers: Mapping[str, str]
     timeout: float

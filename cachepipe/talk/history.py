@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio.to_thread
 
-from cachepipe.conversations import Conversation, Message
+from cachepipe.conversations import Conversation, Message, Sayable
 from cachepipe.errors import StoreError
 from cachepipe.talk.access import located
 
@@ -130,7 +130,7 @@ class History:
         """Return the id, by which the conversation is found again; whoever knows it can read it."""
         return self._id
 
-    def save(self, *messages: Message | Mapping[str, Any] | str) -> None:
+    def save(self, *messages: Sayable) -> None:
         """Append messages, all at once: `Message`, mappings, or texts such as ``"user:Hello"``.
 
         Raises:
@@ -175,7 +175,7 @@ class History:
         """
         self._keeper.delete(self._id)
 
-    async def asave(self, *messages: Message | Mapping[str, Any] | str) -> None:
+    async def asave(self, *messages: Sayable) -> None:
         """Do what `save` does, without blocking the loop."""
         await anyio.to_thread.run_sync(self.save, *messages)
 

@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
 
 from cachepipe import Chat, Conversation, Message, terminal
 
@@ -102,6 +103,13 @@ def test_a_message_as_text_keeps_what_stands_after_the_first_colon():
             "a part of a message's content is a mapping .* got 'a'",
         ),
         ({"role": "assistant", "tool_calls": ["a"]}, TypeError, "a call of a tool is a mapping .* got 'a'"),
+        ({"role": "user", "content": "a", "name": 5}, TypeError, "name of a message is a string; got 5"),
+        (
+            {"role": "tool", "content": "a", "tool_call_id": 5},
+            TypeError,
+            "tool_call_id of a message is a string",
+        ),
+        (Message, TypeError, "a message is a Message, a mapping or a text"),
     ],
 )
 def test_what_is_no_message_is_refused(wrong, error, told):
@@ -120,6 +128,19 @@ def test_messages_that_are_no_list_are_refused(wrong):
 def test_a_part_that_has_no_text_is_none_of_the_text():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": None}, {"type": "image_url"}]
     assert Message("user", parts).text == "a"
+
+
+def test_a_message_of_an_sdk_is_taken_as_it_is_and_as_it_is_dumped():
+    """As the SDK takes its own messages among those that are sent."""
+    answer = {"role": "assistant", "content": "Rome", "annotations": [], "tool_calls": []}
+    for said in (ChatCompletionMessage(**answer), ChatCompletionMessage(**answer).model_dump(), answer):
+        assert Message.of(said) == Message("assistant", "Rome")
+        assert Message.of(said).to_dict() == {"role": "assistant", "content": "Rome"}
+    calling = ChatCompletionMessage(role="assistant", tool_calls=[CALL])
+    assert Message.of(calling) == Message("assistant", None, tool_calls=[CALL])
+    refusing = ChatCompletionMessage(role="assistant", refusal="I will not.")
+    for said in (refusing, refusing.model_dump()):
+        assert Message.of(said) == Message("assistant", "I will not.")
 
 
 def test_a_message_is_taken_by_value():

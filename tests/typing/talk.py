@@ -1,0 +1,36 @@
+"""What type-checkers make of conversations and completions; mypy reads it, nothing runs it."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+from openai.types.chat import ChatCompletionMessage
+
+from cachepipe import Chat, History, Session, TextCompletion, generate_text_completion_sync
+from cachepipe.talk.completions import generate_text_completions
+
+
+def complete() -> None:
+    completion = generate_text_completion_sync("Hi!", temperature=1, extra_query={"a": 1}, metadata={})
+    assert_type(completion, TextCompletion)
+    assert_type(completion.cost, float | None)
+
+
+async def complete_many() -> None:
+    assert_type(await generate_text_completions(["Hi!"], n_parallel=2), list[TextCompletion])
+    some = await generate_text_completions(["Hi!"], return_exceptions=True)
+    assert_type(some, list[TextCompletion | Exception])
+
+
+def converse() -> None:
+    said = ChatCompletionMessage(role="assistant", content="Rome")
+    chat = (
+        Chat(model="m", extra_body={"a": 1}).add("user:Italy").add(said).add({"role": "user", "content": "a"})
+    )
+    History().save(*chat.messages, said, "user:France")
+    assert_type(list(chat.stream()), list[str])
+
+
+async def instruct() -> None:
+    answer = await Session("You add.", llmconfig={"model": "m"}).initiate({"add": "x, y"}, context={"x": 1})
+    assert_type(answer, Any)
