@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from cachepipe.errors import BadAnswer
 from cachepipe.wire.usage import token_counts
 
 _OPERATIONS: Final = {
@@ -161,6 +162,8 @@ class Call:
         self._ended = True
         seconds = time.perf_counter() - self._begun
         answer = answer or {}
+        if error is None and answer.get("error"):
+            error = BadAnswer("an error under a status of success")
         tokens = token_counts(answer.get("usage"))
         told: dict[str, Any] = {
             "gen_ai.response.id": answer.get("id"),
@@ -192,7 +195,10 @@ class Call:
             answer = orjson.loads(content)
         except orjson.JSONDecodeError:
             answer = None
-        self.end(answer if isinstance(answer, dict) else None)
+        if isinstance(answer, dict):
+            self.end(answer)
+        else:
+            self.end(error=BadAnswer("no JSON object"))
 
 
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from cachepipe import MemoryStore, OnlineAPI, Request, Services, telemetry
+from cachepipe import BadAnswer, MemoryStore, OnlineAPI, Request, Services, telemetry
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.models import OpenAIModel
 from cachepipe.testing import MockServer, MockSettings
@@ -140,6 +140,16 @@ async def test_an_adapters_call_is_a_span_as_well(server, spans):
     assert first.attributes["gen_ai.usage.input_tokens"] > 0
     assert first.attributes["server.port"] == server.port
     assert second.attributes["error.type"] == "400"
+
+
+@pytest.mark.parametrize("fault", ["malformed", "error_200"])
+async def test_what_is_no_answer_under_a_status_of_success_is_an_error(server, spans, fault):
+    server.settings = MockSettings(script=(fault,))
+    async with OpenAIModel("m", base_url=server.base_url, api_key="k") as model:
+        with pytest.raises(BadAnswer):
+            await model.request(Request("p"))
+    [span] = spans()
+    assert (span.attributes["error.type"], span.status.is_ok) == ("BadAnswer", False)
 
 
 async def test_an_odd_answer_fails_as_it_does_without_telemetry(spans):
