@@ -21,24 +21,24 @@ def _table() -> Any:
     return genai_prices
 
 
-def cost_of(counts: Mapping[str, int | None], model: str | None, url: str) -> float | None:
+def cost_of(counts: Mapping[str, int | None], model: Any, url: str) -> float | None:
     """Return the cost of tokens in US dollars, or None where that is not known.
 
     Args:
         counts: as in `cachepipe.wire.usage_totals`: ``prompt_tokens`` with the ``cached_tokens`` among
             them, and ``completion_tokens``.
-        model: the model that the answer names.
+        model: the model that the answer names, whatever the server takes for one.
         url: where the request went, which tells the provider.
     """
     table = _table()
-    if table is None or model is None:
+    if table is None or not isinstance(model, str):
         return None
-    usage = table.Usage(
-        input_tokens=counts.get("prompt_tokens") or 0,
-        cache_read_tokens=counts.get("cached_tokens") or 0,
-        output_tokens=counts.get("completion_tokens") or 0,
-    )
     try:
+        usage = table.Usage(
+            input_tokens=counts.get("prompt_tokens") or 0,
+            cache_read_tokens=counts.get("cached_tokens") or 0,
+            output_tokens=counts.get("completion_tokens") or 0,
+        )
         return float(table.calc_price(usage, model, provider_api_url=url).total_price)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError):  # servers tell odd things
         return None
