@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -279,6 +280,12 @@ class OpenAIModel:
             raise TypeError(
                 "a client has its own base_url, api_key, timeout and max_retries; "
                 "set them there, or pass no client"
+            )
+        if model is not None and not isinstance(model, str):
+            raise TypeError(f"model is the name of a model, such as 'gpt-5-mini'; got {model!r:.200}")
+        if client is not None and not inspect.iscoroutinefunction(getattr(client, "post", None)):
+            raise TypeError(
+                f"client is an asynchronous client, such as openai.AsyncOpenAI(); got {client!r:.200}"
             )
         if max_n is not None and (type(max_n) is not int or max_n < 1):
             raise ValueError(f"max_n must be a whole number of samples, at least 1; got {max_n!r}")

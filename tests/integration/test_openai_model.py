@@ -435,6 +435,28 @@ async def test_prompts_with_a_seed_are_asked_one_by_one(server):
 # Clients, keys and imports.
 
 
+@pytest.mark.parametrize("kind", [OpenAIModel, TogetherModel, AnthropicModel])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"client": openai.OpenAI(api_key=KEY)}, "client is an asynchronous client"),
+        ({"client": "AsyncOpenAI"}, "client is an asynchronous client"),
+        ({"model": openai.AsyncOpenAI(api_key=KEY)}, "model is the name of a model"),
+        ({"model": 5}, "model is the name of a model"),
+    ],
+)
+def test_a_client_that_cannot_be_awaited_and_a_model_without_a_name_are_refused(kind, given, words):
+    with pytest.raises(TypeError, match=words) as caught:
+        kind(**given)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("max_n", [0, -1, "3", 2.5, True])
+def test_a_limit_that_is_no_number_of_samples_is_refused(max_n):
+    with pytest.raises(ValueError, match="a whole number of samples"):
+        OpenAIModel("m", max_n=max_n)
+
+
 async def test_a_client_that_was_passed_in_stays_open_and_one_made_here_is_closed(server):
     async with openai.AsyncOpenAI(base_url=server.base_url, api_key=KEY) as client:
         async with OpenAIModel("ngram-1", client=client) as model:
