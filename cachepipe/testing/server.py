@@ -663,8 +663,8 @@ def _items(value: object) -> list[Mapping[str, Any]]:
 def _messages_call(body: Mapping[str, Any], settings: Settings) -> _Call:
     if body.get("max_tokens") is None:
         raise _bad("max_tokens", "set", None)
+    _number(body, "temperature", 1.0)  # before the others' higher limit is named
     arguments = _sampling(body, settings, "max_tokens")
-    arguments["temperature"] = _number(body, "temperature", 1.0)
     messages: list[Mapping[str, Any]] = _messages(body.get("messages"), "messages")
     if body.get("system"):
         messages = [*_messages([{"role": "system", "content": body["system"]}], "system"), *messages]

@@ -618,6 +618,17 @@ async def test_a_bad_request_is_refused_in_a_sentence(path, body, param):
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("temperature", [1.5, 9])
+async def test_a_temperature_is_refused_by_the_protocol_s_own_limit(temperature):
+    async with serving() as (_, http):
+        ask = {"model": "m", "max_tokens": 1, "messages": HELLO, "temperature": temperature}
+        reply = await http.post("/v1/messages", json=ask)
+    assert reply.json()["error"]["message"].startswith(
+        "Expected temperature to be a number from 0 to 1, but got"
+    )
+
+
+@pytest.mark.anyio
 async def test_what_is_no_json_object_is_refused():
     async with serving() as (_, http):
         for content in (b"{", b"[]", b"", b'{"model": "\xff"}'):
