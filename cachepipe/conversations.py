@@ -296,7 +296,8 @@ def text_of(content: Any) -> str:
     """Return a content as text: of parts, those that are texts; empty when there is none."""
     if isinstance(content, str):
         return content
-    return "".join(str(part.get("text") or "") for part in content or ())
+    parts = (part for part in content or () if isinstance(part, Mapping))
+    return "".join(str(part.get("text") or "") for part in parts)
 
 
 def _shown(message: Message) -> Iterator[str]:

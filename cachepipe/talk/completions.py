@@ -453,7 +453,11 @@ class Plan:
             retrieval_end_time=ended,
             token_log_probs=made.log_probs,
             full_token_log_probs=made.alternatives if self.body.get("top_logprobs") else None,
-            usage={name: count for name, count in usage.items() if name.endswith("_tokens")},
+            usage={
+                name: count
+                for name, count in usage.items()
+                if name.endswith("_tokens") and isinstance(count, int)
+            },
             finish_reason=made.finish_reason,
             refusal=refusal,
             tool_calls=calls,
@@ -497,7 +501,7 @@ class Answered:
             return ""
         choice = chunk.choices[0]
         self.finish_reason = choice.finish_reason or self.finish_reason
-        delta = dumped(choice.delta)
+        delta = {} if choice.delta is None else dumped(choice.delta)
         merge(self.said, delta)
         text = text_of(delta.get("content"))
         self.add_log_probs(choice.logprobs, text)
@@ -513,9 +517,16 @@ class Answered:
             raise BadAnswer("the stream ended before the answer did; expected a choice with a finish_reason")
 
     def parts(self) -> tuple[str, str | None, list[dict[str, Any]]]:
-        """Return the text, the refusal, and the calls of tools as the provider's JSON has them."""
+        """Return the text, the refusal, and the calls of tools as the provider's JSON has them.
+
+        Raises:
+            BadAnswer: for a content that is neither a text nor a list of parts.
+        """
         message = wire.CHAT.settle(self.said)
-        return text_of(message.get("content")), message.get("refusal"), message.get("tool_calls") or []
+        content = message.get("content")
+        if not isinstance(content, str | list | None):
+            raise BadAnswer(f"the content of an answer is a text or a list of parts; got {content!r:.100}")
+        return text_of(content), message.get("refusal"), message.get("tool_calls") or []
 
     def add_log_probs(self, told: Any, text: str = "") -> None:
         """Add the log probabilities that a choice tells, or a part of one that brings a text."""

@@ -167,6 +167,12 @@ def test_a_refusal_is_what_is_answered(answering, streams):
     assert (chat.completions[0].message, chat.completions[0].refusal) == ("", "I will not.")
 
 
+@pytest.mark.parametrize("end", [{"delta": None, "finish_reason": "stop"}, {"finish_reason": "stop"}])
+def test_a_stream_may_end_without_a_delta(answering, end):
+    chat = chat_of(answering([{"delta": {"content": "Rome"}}, end]))
+    assert "".join(chat.stream()) == "Rome"
+
+
 async def test_text_comes_before_the_answer_is_complete(server):
     server.settings = MockSettings(seed=1, stream_delay=0.02)
     spoken = Chat(messages=CALL).stream()

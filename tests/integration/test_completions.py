@@ -544,24 +544,28 @@ def test_what_is_wrong_for_all_is_told_once(server, monkeypatch):
         ({"error": {"message": "no money"}}, "It says: .*no money"),
         ({"choices": [{"index": 0, "message": None, "finish_reason": "stop"}]}, "without a choice"),
         ("<html>Welcome!</html>", "Welcome!.*does base_url end"),
+        ({"choices": [{"message": {"content": {"x": 1}}}]}, "a text or a list of parts; got {'x': 1}"),
+        ({"choices": [{"message": {"content": 5}}]}, "a text or a list of parts; got 5"),
     ],
-    ids=["none", "error", "no message", "a website"],
+    ids=["none", "error", "no message", "a website", "a mapping", "a number"],
 )
 def test_what_is_no_answer_says_what_it_is(answering, said, told):
-    store = MemoryStore()
     with pytest.raises(BadAnswer, match=told):
-        generate_text_completion_sync(FRANCE, client=answering(said), cache=store)
-    assert sum(info.samples for info in list(store.keys())) == 0
+        generate_text_completion_sync(FRANCE, client=answering(said), cache=MemoryStore())
 
 
 def test_tokens_that_a_provider_does_not_count_are_not_known_to_be_none(answering):
     choice = {"index": 0, "message": {"role": "assistant", "content": "Paris"}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    client = answering({"choices": [choice]}, {"choices": [choice], "usage": usage})
-    uncounted, counted = (
-        generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore()) for _ in range(2)
+    client = answering(
+        {"choices": [choice]},
+        {"choices": [choice], "usage": usage},
+        {"choices": [choice], "usage": {"prompt_tokens": "many"}},
     )
-    assert (uncounted.usage, uncounted.cost) == ({}, None)
+    uncounted, counted, odd = (
+        generate_text_completion_sync(FRANCE, client=client, cache=MemoryStore()) for _ in range(3)
+    )
+    assert (uncounted.usage, uncounted.cost) == (odd.usage, odd.cost) == ({}, None)
     assert counted.usage.items() >= usage.items()
 
 
@@ -590,6 +594,7 @@ def test_tokens_that_are_parts_of_a_character_are_printed_as_the_character(answe
 
 def test_an_answer_may_come_in_parts(answering):
     parts = [
+        "odd",
         {"type": "thinking", "thinking": []},
         {"type": "text", "text": "Ro"},
         {"type": "text", "text": "me"},
