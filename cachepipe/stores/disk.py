@@ -178,6 +178,16 @@ class DiskStore(SqlStore):
                 "process that may write open it first"
             ) from error
 
+    def _check_log(self, name: str, opened: Sequence[sqlite3.Connection]) -> None:
+        """Refuse to read a file whose latest rows lie beside it: they would be taken for missing."""
+        if _size(self.folder / f"{name}-wal"):
+            for connection in opened:
+                connection.close()
+            raise StoreError(
+                f"the cache {self.folder} cannot be read where nothing can be written: {name}-wal holds what "
+                "its last process had not moved into the file. Open it once where it may be written"
+            )
+
     def _connect(self, name: str, *, uri: str = "") -> sqlite3.Connection:
         path = self.folder / name
         return sqlite3.connect(
@@ -195,6 +205,7 @@ class DiskStore(SqlStore):
                 except sqlite3.OperationalError:
                     # SQLite wants to make its side files, and cannot: read the file as it lies there.
                     connection.close()
+                    self._check_log(name, pair)
                     how = "?immutable=1"
                     connection = self._connect(name, uri=how)
             else:

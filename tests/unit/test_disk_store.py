@@ -548,6 +548,26 @@ def test_a_read_only_folder_that_is_no_cache_is_a_store_error(tmp_path):
         DiskStore(tmp_path, read_only=True)
 
 
+def test_rows_that_cannot_be_read_are_not_taken_for_missing(folder, tmp_path):
+    """A copy that has a write-ahead log, on a medium where SQLite cannot make the index of that log."""
+    with contextlib.closing(DiskStore(folder)) as reading:
+        assert reading.totals()["samples"] == 0  # whoever has it open keeps the log
+        asked(folder, "q")
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.endswith("-shm"):
+                shutil.copy(file, copy)
+    for name in ("ledger.cache.db", "cache.db"):
+        (copy / f"{name}-shm").symlink_to(copy / "nowhere" / name)
+    with pytest.raises(StoreError, match="db-wal holds what its last process had not moved"):
+        DiskStore(copy, read_only=True)
+    for name in ("ledger.cache.db", "cache.db"):
+        (copy / f"{name}-shm").unlink()
+    with contextlib.closing(DiskStore(copy, read_only=True)) as store:
+        assert store.totals()["samples"] == 1
+
+
 def test_replay_on_an_empty_cache_is_a_miss(folder):
     DiskStore(folder).close()
     with pytest.raises(CacheMiss):
