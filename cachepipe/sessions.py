@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from cachepipe import context as calls
+from cachepipe.clients.info import Info, info
 from cachepipe.conversations import Conversation, Message
 from cachepipe.flow import Limits
 from cachepipe.services import Service, Services
@@ -69,6 +70,8 @@ class Session:
     Attributes:
         conversation: what was said, the system message first.
         llmconfig: the parameters of calls that say nothing else; a dictionary to change.
+        info: what `cachepipe.info` tells of the last answer, such as ``cached``, ``usage`` and ``cost``; None
+            before there is one, and with a client that has no cache.
 
     Raises:
         TypeError, ValueError, StoreError: for arguments that are none, or exclude each other.
@@ -111,6 +114,7 @@ class Session:
         self.llmconfig.update(by_value(dict(llmconfig or {})))
         opening = [] if system is None else [Message("system", _text(system))]
         self.conversation = Conversation(opening)
+        self.info: Info | None = None
         self._client = client
         self._mode, self._repeat = mode, repeat
         self._cache = None if client is not None else located(cache)
@@ -217,6 +221,7 @@ class Session:
                 return pieces
             answers = [choice.message for choice in choices_of(answer)]
             self.conversation = Conversation([*messages, _message(answers[0])])
+            self.info = info(answer)
         values = [_value(one) for one in answers]
         return values if body.get("n", 1) > 1 else values[0]
 
@@ -242,8 +247,13 @@ class Session:
     def _body(self, messages: list[Message], params: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is sent; what cannot be sent is refused before anything is spent."""
         config = {name: value for name, value in {**self.llmconfig, **params}.items() if value is not None}
-        if "messages" in config:
+        extra = config.get("extra_body") or {}
+        if not isinstance(extra, Mapping):
+            raise TypeError(f"extra_body= is a mapping; got {extra!r:.100}")
+        if "messages" in config or "messages" in extra:
             raise TypeError("messages= is not taken here: they are those of session.conversation")
+        if wrong := [name for name in ("n", "stream") if name in extra]:
+            raise TypeError(f"{wrong[0]}= is given by itself, not in extra_body=")
         n = config.get("n", 1)
         if type(n) is not int or n < 1:
             raise ValueError(f"n is a whole number, at least 1; got {n!r:.100}")
@@ -386,6 +396,7 @@ class Pieces(AsyncIterator[str]):
         session, self._session = self._session, None
         if session is not None and said is not None:
             session.conversation = Conversation([*self._messages, said])
+            session.info = info(self._stream)
 
 
 def _turns() -> Limits:

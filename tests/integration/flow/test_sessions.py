@@ -359,6 +359,25 @@ async def test_a_saved_session_goes_on_where_it_was(service, tmp_path):
             Session.load(path)
 
 
+async def test_a_session_tells_what_its_last_answer_was(service):
+    store = MemoryStore()
+
+    async def told(**how):
+        session = Session(SYSTEM, service=service, cache=store, namespace="a")
+        assert session.info is None
+        answer = await session.initiate("one", **how)
+        if how:
+            assert "".join([piece async for piece in answer])
+        return session.info
+
+    first = await told()
+    assert (first.namespace, first.cached) == ("a", (False,))
+    assert first.usage["completion_tokens"] > 0
+    with cachepipe.run():
+        again = await told(stream=True)
+    assert (again.cached, again.usage, again.billed["total_tokens"]) == ((True,), first.usage, 0)
+
+
 async def test_sessions_of_a_service_share_connections_and_one_run(server, service):
     store = MemoryStore()
     for _ in range(3):
@@ -492,8 +511,13 @@ async def test_what_cannot_be_asked_is_refused_before_anything_is_spent(server):
     for n in ("2", 0, True):
         with pytest.raises(ValueError, match="n is a whole number, at least 1"):
             await session.initiate("one", n=n)
-    with pytest.raises(TypeError, match="messages= is not taken here"):
-        await session.initiate("one", messages=[])
+    for wrong in ({"messages": []}, {"extra_body": {"messages": []}}):
+        with pytest.raises(TypeError, match="messages= is not taken here"):
+            await session.initiate("one", **wrong)
+    with pytest.raises(TypeError, match="n= is given by itself"):
+        await session.initiate("one", extra_body={"n": 3})
+    with pytest.raises(TypeError, match="extra_body= is a mapping"):
+        await session.initiate("one", extra_body=3)
     assert server.stats.requests == 0
     assert repr(Session(SYSTEM, service=service, cache=MemoryStore(), namespace="a")) == (
         f"<Session of 1 messages with None at {service.name}, namespace 'a'>"
