@@ -195,7 +195,7 @@ class DiskStore(SqlStore):
         )
 
     def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
-        pair = []
+        pair: list[sqlite3.Connection] = []
         for name in (_LEDGER, _SHELF):
             how = "?mode=ro" if self.read_only else ""
             connection = self._connect(name, uri=how)
