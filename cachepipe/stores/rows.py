@@ -120,8 +120,8 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
         )
     if value.startswith(_HEADER):
         end = value.find(b"\n")
-        if end > 0:
-            identifier = value[7 : value.find(b'"', 7)]
+        identifier = value[7 : value.find(b'"', 7)]
+        if end > 0 and identifier.isascii():
             return Sample(index, identifier.decode(), value[end + 1 :], value[:end])
     if value.startswith(DISCARDED):
         return GONE

@@ -127,6 +127,15 @@ def test_a_row_that_cachepipe_did_not_write_is_refused_unread(folder, bomb, mode
                     list(store.samples(key))
 
 
+def test_an_id_that_is_no_text_is_a_damaged_row(folder):
+    asked(folder, "q")
+    connection = shelf(folder)
+    connection.execute("UPDATE Cache SET value = ?", (b'{"id":"\xff"}\n"x"',))
+    connection.close()
+    with pytest.raises(UnsafeRow, match="restore the cache"):
+        asked(folder, "q", mode="replay")
+
+
 @pytest.mark.parametrize("mode", [4, 3, 2])
 def test_bytes_that_look_like_ours_are_refused_in_another_mode(folder, mode):
     """What diskcache would make of them is not for us to try."""
