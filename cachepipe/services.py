@@ -205,9 +205,9 @@ class Service:
         options: dict[str, Any] = {"base_url": url}
         if self._basic is not None:
             return {**options, "api_key": _NO_KEY, "default_headers": {"Authorization": self._basic}}
-        key = self._api_key
+        key = stripped(self._api_key)
         if key is None and self.key_scheme is not None:
-            key = os.environ.get(self.key_scheme)
+            key = stripped(os.environ.get(self.key_scheme))
             if not key and not replays:
                 raise ValueError(
                     f"{self.name} needs a key: set the environment variable {self.key_scheme}, "
@@ -271,6 +271,11 @@ _loans: set[_Loan] = set()
 async def close_lent() -> None:
     """Close the clients of all services that sessions and completions have used; on the portal's loop."""
     await asyncio.gather(*(loan.close() for loan in list(_loans) if loan.holds), return_exceptions=True)
+
+
+def stripped(key: Any) -> Any:
+    """Return a key without the line break of its file: no header takes it, and the error would show all."""
+    return key.strip() if isinstance(key, str) else key
 
 
 def _parted(url: str) -> tuple[str, str | None]:

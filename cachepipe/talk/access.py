@@ -27,7 +27,7 @@ from cachepipe import context, runs
 from cachepipe.clients.mixins import AsyncCached, SyncCached
 from cachepipe.clients.portal import in_portal, portal
 from cachepipe.context import INHERITED, Inherited
-from cachepipe.services import Service, close_lent, ollama_url
+from cachepipe.services import Service, close_lent, ollama_url, stripped
 from cachepipe.stores import Store, check_folder, default_folder, open_store
 from cachepipe.typedefs import REPEATS, Mode, Repeat
 
@@ -123,7 +123,7 @@ class Access:
         Where no OpenAI key or URL is found, ``OLLAMA_HOST`` is asked, as which a host, ``host:port`` or a
         URL will do; ``AUTH`` holds its credentials, when it is reached through a gateway that wants some.
         """
-        key = options.get("api_key") or self.found("OPENAI_API_KEY")
+        key = stripped(options.get("api_key")) or stripped(self.found("OPENAI_API_KEY")) or None
         url = options.get("base_url") or self.found("OPENAI_BASE_URL")
         host = self.found("OLLAMA_HOST")
         if key is not None or url is not None or host is None:

@@ -48,7 +48,7 @@ from cachepipe import (
     to_jsonl,
 )
 from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
-from cachepipe.services import Service
+from cachepipe.services import Service, Services
 from cachepipe.talk import access
 from cachepipe.talk.access import Access, close_clients, wait_on_portal
 from cachepipe.testing import MockServer, MockSettings
@@ -479,6 +479,15 @@ async def test_namespaces_come_from_the_argument_then_the_block_then_the_environ
     assert [completion.namespace for completion in found] == ["outside", "block", None]
     assert [completion.request_id for completion in found] == [None, "q7", "own"]
     assert {completion.model for completion in found} == {"ngram-1"}
+
+
+async def test_a_key_is_taken_without_the_line_break_of_its_file(server, monkeypatch):
+    """No header takes one, and the error of the HTTP library shows the key."""
+    server.settings = MockSettings(seed=1, api_key="made-up")
+    monkeypatch.setenv("OPENAI_API_KEY", "made-up\n")
+    by_key = {"base_url": server.base_url, "api_key": " made-up\r\n"}
+    for options in ({}, by_key, {"service": Services.OpenAI()}, {"service": Service(**by_key)}):
+        assert (await generate_text_completion(FRANCE, **options)).message
 
 
 async def test_the_environment_names_the_namespace_of_a_client_without_a_cache(server, monkeypatch):
