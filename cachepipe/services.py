@@ -259,10 +259,11 @@ class _Loan:
     async def close(self) -> None:
         """Wait for what is in flight, and close the clients; on the portal's loop."""
         async with self._closing:
-            while self.clients:
-                _, client = self.clients.popitem()
+            ended, self.clients = self.clients, {}  # others may be lent meanwhile
+            for client in ended.values():
                 await client.close()
-            _loans.discard(self)
+            if not self.clients:
+                _loans.discard(self)
 
 
 _loans: set[_Loan] = set()
