@@ -202,7 +202,7 @@ class EagerConnection(Connection):
             http_client = sdk.DefaultAsyncHttpxClient()
         except (ImportError, AttributeError) as error:
             raise ImportError(
-                f"this adapter needs {self.package}, not too old: pip install -U {self.package}"
+                f"this adapter needs a recent {self.package}: pip install -U {self.package}"
             ) from error
         kind = getattr(sdk, self.client_name)
         given = {

@@ -169,7 +169,7 @@ async def test_there_are_replays_without_a_key_and_the_sdks_error_for_a_call(ser
 def test_a_package_that_is_too_old_is_one_sentence(kind, monkeypatch):
     package = anthropic if kind is AnthropicModel else together
     monkeypatch.delattr(package, "DefaultAsyncHttpxClient")
-    with pytest.raises(ImportError, match=f"needs {package.__name__}, not too old: pip install -U"):
+    with pytest.raises(ImportError, match=f"needs a recent {package.__name__}: pip install -U"):
         kind("m", api_key=KEY)
 
 

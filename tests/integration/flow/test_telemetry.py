@@ -142,6 +142,15 @@ async def test_an_adapters_call_is_a_span_as_well(server, spans):
     assert second.attributes["error.type"] == "400"
 
 
+async def test_an_adapters_call_through_a_cached_client_is_one_span(server, spans):
+    async with (
+        AsyncOpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore()) as client,
+        OnlineAPI(OpenAIModel("m", client=client), MemoryStore()) as pipeline,
+    ):
+        await pipeline.request(Request("p"))
+    assert [span.name for span in spans()] == ["chat m"]
+
+
 @pytest.mark.parametrize("fault", ["malformed", "error_200"])
 async def test_what_is_no_answer_under_a_status_of_success_is_an_error(server, spans, fault):
     server.settings = MockSettings(script=(fault,))
