@@ -18,7 +18,8 @@ INSERT OR IGNORE INTO meta VALUES('format', {FORMAT});
 CREATE TABLE IF NOT EXISTS namespaces(id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS keys(
     id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, scope TEXT, document BLOB NOT NULL, at REAL NOT NULL);
--- A draw's indices by position, one row per claim that added some; a later part overrides an earlier one.
+-- A draw's indices by position, in parts; a later part overrides an earlier one. What one claim added, alike
+-- in lease, token and time, stands or is undone as one: mostly a single part, more beside replaced samples.
 -- ``standing``: how many of them were delivered while the rest was missing, and so are never undone.
 CREATE TABLE IF NOT EXISTS segments(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, namespace INTEGER NOT NULL,

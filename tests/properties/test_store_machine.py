@@ -239,14 +239,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     def deliver(self, claimed):
         claimed.over = True
-        draw = claimed.draw
+        self.receives(claimed.draw, claimed.indices)
+
+    def receives(self, draw, indices):
         known = self.delivered.get(draw, [])
-        live = [index for index in known[: claimed.n] if index not in self.discarded[draw.key]]
-        assert [i for i in claimed.indices[: len(known)] if i in live] == live, "C2: a draw got other samples"
-        for index in claimed.indices:
+        live = [index for index in known[: len(indices)] if index not in self.discarded[draw.key]]
+        assert [i for i in indices[: len(known)] if i in live] == live, "C2: a draw got other samples"
+        for index in indices:
             owner = self.ever[draw.namespace, draw.key].setdefault(index, draw)
             assert owner == draw, "C1: two draws of a namespace received one sample"
-        self.delivered[draw] = claimed.indices + known[claimed.n :]
+        self.delivered[draw] = indices + known[len(indices) :]
 
     @rule(claimed=claimants, which=st.integers(0, 2))
     def commit_one(self, claimed, which):
@@ -383,6 +385,7 @@ class StoreMachine(RuleBasedStateMachine):
         if grant is not None:
             assert grant.indices == indices
             assert [sample.id for sample in grant.samples] == [self.stored[draw.key][i] for i in indices]
+            self.receives(draw, indices)
 
     @rule(process=st.integers(0, 1), draw=draws, n=st.integers(1, 3))
     def replay(self, process, draw, n):
