@@ -115,14 +115,12 @@ class Connection:
         attempt = context.attempt.get()
         if attempt is not None and attempt.sole:
             options["max_retries"] = 0
-        surface = getattr(client, "_cachepipe", None)  # of a client with a cache, which makes its own spans
         api = wire.api_for("POST", endpoint)
         span = None
-        if surface is None:
+        if not _replays(client):
             span = telemetry.begin(api.name if api is not None else endpoint, f"{client.base_url}", body)
         try:
-            # Its cache would hold what is stored here once more, as further samples of the same question.
-            with context.using(mode="bypass") if _writes(surface) else contextlib.nullcontext():
+            with _uncached(client):
                 answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
         except BaseException as error:
             if span is not None:
@@ -172,9 +170,19 @@ class Connection:
             await client.close()
 
 
-def _writes(surface: Any) -> bool:
-    """Tell whether a client has a cache that it fills; one that only replays makes no calls."""
-    return surface is not None and surface.mode != "replay"
+def _replays(client: Any) -> bool:
+    """Tell whether a client has a cache of its own, and makes no calls."""
+    surface = getattr(client, "_cachepipe", None)
+    return surface is not None and surface.mode == "replay"
+
+
+def _uncached(client: Any) -> contextlib.AbstractContextManager[None]:
+    """Return what lets a client leave its own cache aside, unless it only replays.
+
+    It would hold what is stored here once more, as further samples of the same question.
+    """
+    own = hasattr(client, "_cachepipe") and not _replays(client)
+    return context.using(mode="bypass") if own else contextlib.nullcontext()
 
 
 class EagerConnection(Connection):
