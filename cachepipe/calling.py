@@ -86,8 +86,13 @@ def lcall(
             an error, those under way are awaited, and the first of their errors in order is raised.
         show_progress: show a bar on a terminal or in a notebook.
         kwargs: passed to the function.
+
+    Raises:
+        TypeError: for an asynchronous function, which `alcall` calls.
     """
     _check(max_concurrent)
+    if inspect.iscoroutinefunction(func):
+        raise TypeError(f"lcall calls functions that are not asynchronous; await alcall for {_name(func)}")
     items = list(inputs)
     results: list[Any] = [None] * len(items)
     failed: dict[int, BaseException] = {}

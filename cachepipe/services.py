@@ -88,6 +88,10 @@ class Service:
     ) -> None:
         if sdk not in _CLIENTS:
             raise ValueError(f"sdk is one of {', '.join(_CLIENTS)}; got {sdk!r}")
+        texts = {"api_key": api_key, "key_scheme": key_scheme, "name": name, "model": model}
+        for option, value in texts.items():
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{option} is a string or None; got a {type(value).__name__}")
         self.base_url, self._basic = _parted(base_url)
         if self._basic is not None and api_key is not None:
             raise ValueError(

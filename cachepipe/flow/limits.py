@@ -28,7 +28,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -76,8 +76,17 @@ class Quota:
 
     @classmethod
     def of(cls, value: Quota | Mapping[str, Any]) -> Quota:
-        """Return a quota that may be given by the names of its fields."""
-        return value if isinstance(value, Quota) else cls(**value)
+        """Return a quota that may be given by the names of its fields.
+
+        Raises:
+            TypeError: for anything else.
+        """
+        if isinstance(value, Quota):
+            return value
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping) or any(name not in names for name in value):
+            raise TypeError(f"the limits of a model are a mapping of {', '.join(names)}; got {value!r:.100}")
+        return cls(**value)
 
     def windows(self) -> tuple[Window | None, Window | None]:
         """Return the window of requests and that of tokens."""
@@ -399,6 +408,10 @@ class Limits:
         clock: Clock = CLOCK,
     ) -> None:
         self.quota = Quota(max_requests, max_tokens, interval, max_concurrency)
+        if not isinstance(per_model or {}, Mapping):
+            raise TypeError(
+                f"per_model is a mapping of limits by the name of a model; got {per_model!r:.100}"
+            )
         self.per_model = {name: Quota.of(quota) for name, quota in (per_model or {}).items()}
         if transit is not None and not (_is_number(transit) and transit >= 0):
             raise ValueError(f"transit is a number of seconds, 0 or more; got {transit!r}")

@@ -148,6 +148,16 @@ def test_after_an_interrupt_nothing_more_is_begun_in_threads(monkeypatch):
     assert sorted(begun) == [0, 1]
 
 
+def test_an_asynchronous_function_is_not_for_lcall():
+    """It would return what nobody awaits."""
+
+    async def ask(item):
+        return item
+
+    with pytest.raises(TypeError, match="await alcall for ask"):
+        lcall([1, 2], ask)
+
+
 def test_an_error_in_a_thread_is_raised():
     with pytest.raises(ZeroDivisionError):
         lcall([1, 0], lambda number: 1 // number, max_concurrent=2)

@@ -476,6 +476,10 @@ def test_what_does_not_go_together_is_refused():
         Services.custom("https://user:word@host/v1", api_key=KEY)
     with pytest.raises(ValueError, match="sdk is one of"):
         Services.custom("https://host/v1", sdk="curl")
+    for option in ("api_key", "key_scheme", "name", "model"):
+        with pytest.raises(TypeError, match=f"{option} is a string or None; got a bytes") as caught:
+            Services.custom("https://host/v1", **{option: KEY.encode()})
+        assert KEY not in str(caught.value)
     with pytest.raises(TypeError, match="service= takes a Service"):
         OpenAI(api_key="k", cache=MemoryStore(), service="https://host/v1")
     with pytest.raises(TypeError, match="not pickled"):

@@ -487,6 +487,14 @@ def test_a_quota_that_is_none_is_refused(quota, problem):
         Limits(per_model={"m": quota})
 
 
+@pytest.mark.parametrize("wrong", [5, {"max_request": 5}, [1]], ids=repr)
+def test_limits_of_a_model_that_are_none_are_refused(wrong):
+    with pytest.raises(TypeError, match="are a mapping of max_requests, max_tokens, .*; got"):
+        Limits(per_model={"m": wrong})
+    with pytest.raises(TypeError, match="per_model is a mapping of limits"):
+        Limits(per_model="m")
+
+
 def test_the_repr_shows_quota_and_state():
     assert repr(Limits(5, 1000, 1)) == "<Limits 5 requests and 1000 tokens per 1 s, 0 waiting, 0 in flight>"
     assert repr(Limits(max_concurrency=3)) == "<Limits no quota, 3 at once, 0 waiting, 0 in flight>"
