@@ -489,7 +489,7 @@ def test_a_quota_that_is_none_is_refused(quota, problem):
 
 @pytest.mark.parametrize("wrong", [5, {"max_request": 5}, [1]], ids=repr)
 def test_limits_of_a_model_that_are_none_are_refused(wrong):
-    with pytest.raises(TypeError, match="are a mapping of max_requests, max_tokens, .*; got"):
+    with pytest.raises(TypeError, match=r"are a mapping of max_requests, max_tokens, .*; got"):
         Limits(per_model={"m": wrong})
     with pytest.raises(TypeError, match="per_model is a mapping of limits"):
         Limits(per_model="m")
