@@ -31,6 +31,10 @@ _OPERATIONS: Final = {
 _PROVIDERS: Final = {
     "anthropic.com": "anthropic",
     "azure.com": "azure.ai.openai",
+    "generativelanguage.googleapis.com": "gcp.gemini",
+    "cohere.ai": "cohere",
+    "cohere.com": "cohere",
+    "together.ai": "together_ai",
     "together.xyz": "together_ai",
     "groq.com": "groq",
     "mistral.ai": "mistral_ai",
