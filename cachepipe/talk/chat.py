@@ -278,12 +278,24 @@ class _Due:
 
     def make(self) -> None:
         """Call the tool, in this thread; what it raises passes."""
-        if (call := self._given()) is not None:
+        if (call := self._given()) is None:
+            return
+        try:
             result = call()
             self.result = tools.as_text(wait_on_portal(result) if inspect.iscoroutine(result) else result)
+        except (StopIteration, StopAsyncIteration) as error:
+            raise self._failed(error) from error
 
     async def amake(self) -> None:
         """Call the tool, without blocking the loop; what it raises passes."""
-        if (call := self._given()) is not None:
+        if (call := self._given()) is None:
+            return
+        try:
             result = call() if inspect.iscoroutinefunction(call) else await anyio.to_thread.run_sync(call)
             self.result = tools.as_text(await result if inspect.iscoroutine(result) else result)
+        except (StopIteration, StopAsyncIteration) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> RuntimeError:
+        """Return an error for what ends an iteration: it would end that over the answer, without any."""
+        return RuntimeError(f"the tool {self.name} raised {type(error).__name__}")

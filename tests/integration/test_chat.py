@@ -412,6 +412,24 @@ def test_after_what_a_tool_raises_the_model_is_told_nothing(answering):
     assert spoken.completion is None
 
 
+@pytest.mark.parametrize("ends", [StopIteration, StopAsyncIteration])
+async def test_a_tool_that_ends_an_iteration_has_failed(answering, ends):
+    """A `next()` too many in a tool is an error of the tool, and not an answer that is None."""
+
+    def broken() -> str:
+        raise ends
+
+    async def awaited() -> str:
+        raise ends
+
+    for tool in (broken, awaited):
+        client = answering(*[calling(call_of(tool.__name__, "{}"))] * 2)
+        with pytest.raises(RuntimeError, match=f"raised {ends.__name__}"):
+            chat_of(client, tool).complete()
+        with pytest.raises(RuntimeError, match=f"raised {ends.__name__}"):
+            await chat_of(client, tool).acomplete()
+
+
 async def test_after_what_a_tool_raises_the_model_is_told_nothing_asynchronously(answering):
     async def broken() -> str:
         raise OSError("no network")
