@@ -18,13 +18,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
+import pydantic
+
 from cachepipe import context as calls
 from cachepipe.clients.info import Info, info
 from cachepipe.conversations import Conversation, Message
 from cachepipe.flow import Limits
 from cachepipe.services import Service, Services
 from cachepipe.talk.access import kept, located, on_portal
-from cachepipe.talk.completions import Answered, choices_of, dumped, said_by_model
+from cachepipe.talk.completions import Answered, choices_of, dumped, parsed_answer, said_by_model
+from cachepipe.talk.tools import response_format
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
 
 DEFAULTS: Final[Mapping[str, Any]] = {
@@ -209,7 +212,7 @@ class Session:
             before = self.conversation.messages if opening is None else opening
             _check_answers(Conversation(before).open_calls(), said)
             messages = [*before, *said]
-            body = self._body(messages, params)
+            body, kind = self._body(messages, params)
             using = calls.current()
             whose = using.namespace_of(self.namespace)
             which = using.request_id_of() if request_id is None else request_id
@@ -219,10 +222,15 @@ class Session:
                 pieces = Pieces(answer, self, messages)
                 self._pieces = weakref.ref(pieces)
                 return pieces
-            answers = [choice.message for choice in choices_of(answer)]
-            self.conversation = Conversation([*messages, _message(answers[0])])
-            self.info = info(answer)
-        values = [_value(one) for one in answers]
+            told = info(answer)
+            key, indices = (None, None) if told is None else (told.key, told.indices)
+            heard = [
+                _heard(choice, kind, key, None if indices is None else indices[place])
+                for place, choice in enumerate(choices_of(answer))
+            ]
+            self.conversation = Conversation([*messages, heard[0][0]])
+            self.info = told
+        values = [value for _, value in heard]
         return values if body.get("n", 1) > 1 else values[0]
 
     async def _run(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -240,12 +248,15 @@ class Session:
             service: Any = self.service
             mode = calls.current().mode_of(self._mode)
             client = service.lent(kept(self._cache), mode, self._repeat, sdk="openai")
-        completions = client.chat.completions
-        parses = isinstance(body.get("response_format"), type) and not body.get("stream")
-        return await (completions.parse if parses else completions.create)(**body)
+        return await client.chat.completions.create(**body)
 
-    def _body(self, messages: list[Message], params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is sent; what cannot be sent is refused before anything is spent."""
+    def _body(
+        self, messages: list[Message], params: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], type[pydantic.BaseModel] | None]:
+        """Return what is sent, and the class that answers are made of, if any.
+
+        What cannot be sent is refused before anything is spent.
+        """
         config = {name: value for name, value in {**self.llmconfig, **params}.items() if value is not None}
         extra = config.get("extra_body") or {}
         if not isinstance(extra, Mapping):
@@ -268,7 +279,10 @@ class Session:
             config.pop("stream", None)
         elif n > 1:
             raise ValueError("a session streams one answer; ask for n answers with stream=False")
-        return {**config, "messages": [message.to_dict() for message in messages]}
+        kind = None
+        if (form := config.get("response_format")) is not None:
+            config["response_format"], kind = response_format(form)
+        return {**config, "messages": [message.to_dict() for message in messages]}, kind
 
     # What becomes of the conversation.
 
@@ -429,21 +443,15 @@ def _dumped(value: Any) -> str:
         raise TypeError(f"what is said must be possible to write as JSON: {error}") from error
 
 
-def _message(answer: Any) -> Message:
-    """Return an answer of the SDK's as a message."""
-    text, refusal, calls = Answered(dumped(answer)).parts()
-    for call in calls:
-        call.get("function", {}).pop("parsed_arguments", None)  # the SDK's own addition
-    return said_by_model(text, refusal, calls)
-
-
-def _value(answer: Any) -> Any:
-    """Return what a caller gets of an answer."""
-    parsed = getattr(answer, "parsed", None)
-    if parsed is not None:
-        return parsed
-    message = _message(answer)
-    return message.content if message.content is not None or not message.tool_calls else message.tool_calls
+def _heard(
+    choice: Any, kind: type[pydantic.BaseModel] | None, key: str | None, index: int | None
+) -> tuple[Message, Any]:
+    """Return a choice of an answer as a message, and as what a caller gets of it."""
+    text, refusal, called = Answered(dumped(choice.message)).parts()
+    message = said_by_model(text, refusal, called)
+    if kind is None or refusal or called:
+        return message, called if message.content is None else message.content
+    return message, parsed_answer(kind, text, choice.finish_reason, key, index)
 
 
 def _check_client(client: Any) -> None:

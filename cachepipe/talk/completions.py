@@ -442,7 +442,7 @@ class Plan:
             start, end = self.access.generated(noted.key, index) or (begun, ended)
         parsed = None
         if self.kind is not None and not refusal and not calls:
-            parsed = self._parsed(self.kind, text, made.finish_reason, place)
+            parsed = parsed_answer(self.kind, text, made.finish_reason, place.get("key"), place.get("index"))
         return TextCompletion(
             conversation=conversation.copy(),
             model=self.model,
@@ -465,18 +465,30 @@ class Plan:
             **place,
         )
 
-    @staticmethod
-    def _parsed(
-        kind: type[pydantic.BaseModel], text: str, finish_reason: str | None, place: Mapping[str, Any]
-    ) -> pydantic.BaseModel:
-        try:
-            return kind.model_validate_json(text)
-        except pydantic.ValidationError as error:
-            cut = " (it was cut off: raise max_completion_tokens)" if finish_reason == "length" else ""
-            raise BadAnswer(
-                f"the answer is no {kind.__name__}{cut}: {text!r:.200}. It stays in the cache as "
-                f"sample {place.get('index')} of key {place.get('key')}; another request_id draws another"
-            ) from error
+
+def parsed_answer(
+    kind: type[pydantic.BaseModel], text: str, finish_reason: str | None, key: str | None, index: int | None
+) -> pydantic.BaseModel:
+    """Return an answer as an instance of a class.
+
+    Args:
+        kind: the class.
+        text: the answer.
+        finish_reason: why it ended.
+        key: the key of the question, for who reads the error.
+        index: the sample's index in the list of its key, likewise.
+
+    Raises:
+        BadAnswer: when it does not fit.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        cut = " (it was cut off: raise max_completion_tokens)" if finish_reason == "length" else ""
+        raise BadAnswer(
+            f"the answer is no {kind.__name__}{cut}: {text!r:.200}. It stays in the cache as "
+            f"sample {index} of key {key}; another request_id draws another"
+        ) from error
 
 
 class Answered:

@@ -50,15 +50,11 @@ class Spy:
 
     def __init__(self, client):
         self.bodies, self.chat, self.completions = [], self, self
-        self._create, self._parse = client.chat.completions.create, client.chat.completions.parse
+        self._create = client.chat.completions.create
 
     async def create(self, **body):
         self.bodies.append(body)
         return await self._create(**body)
-
-    async def parse(self, **body):
-        self.bodies.append(body)
-        return await self._parse(**body)
 
 
 @pytest.fixture
@@ -149,6 +145,42 @@ async def test_an_answer_may_be_a_pydantic_model(spy):
     session = Session(SYSTEM, client=spy)
     assert isinstance(await session.initiate("add", response_format=Sum), Sum)
     assert roles(session) == ["system", "user", "assistant"]
+
+
+async def test_an_answer_that_is_no_such_model_says_where_it_is_kept(answering, server):
+    """As of completions; and the key is that of the SDK's own `parse`."""
+
+    class Sum(BaseModel):
+        value: int
+
+    store = MemoryStore()
+    async with AsyncOpenAI(base_url=server.base_url, api_key="k", cache=store) as client:
+        session = Session(client=client, llmconfig={"model": "m"})
+        await session.initiate("add", response_format=Sum)
+        sent = {"model": "m", "temperature": 0.7, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0}
+        said = [{"role": "user", "content": "add"}]
+        with cachepipe.run():
+            again = await client.chat.completions.parse(**sent, messages=said, response_format=Sum)
+        assert cachepipe.info(again).cached == (True,)
+        plain = answering(answer('{"value":', "length"), answer("many"), kind=openai.AsyncOpenAI)
+        wrapped = cachepipe.wrap(plain, cache=store)
+        for told in (r"no Sum \(it was cut off.*sample 0 of key", "no Sum: 'many'.*sample 1 of key"):
+            session = Session(client=wrapped, llmconfig={"model": "m"})
+            with pytest.raises(BadAnswer, match=told):
+                await session.initiate("subtract", response_format=Sum)
+            assert roles(session) == []
+
+
+async def test_a_structured_answer_may_be_streamed(spy):
+    class Sum(BaseModel):
+        value: int
+
+    session = Session(SYSTEM, client=spy, llmconfig={"response_format": Sum})
+    text = "".join([piece async for piece in await session.initiate("add", stream=True)])
+    assert Sum.model_validate_json(text)
+    with pytest.raises(TypeError, match="pydantic model's class, or a mapping; got 'json'"):
+        await session.followup("add", response_format="json")
+    assert len(spy.bodies) == 1
 
 
 async def test_a_streamed_answer_becomes_part_of_the_conversation_at_its_end(spy):
