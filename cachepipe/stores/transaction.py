@@ -466,16 +466,20 @@ class Transaction:
         self, claim: Claim, place: DrawRow, namespace: int, own: list[Any], beyond: set[int]
     ) -> None:
         """Note what is delivered now of segments that may yet be undone, as what lies beyond may fail."""
-        given = [min(claim.n - row[2], len(unpack(row[3]))) for row in own]
-        last = max((number for number, row in enumerate(own) if given[number] > row[7]), default=-1)
-        # What later claims added decides nothing of these.
-        rows = [row for number, row in enumerate(own) if number <= last or row[4:7] == own[last][4:7]]
-        for row in self._unsettled(claim.draw.key, rows, beyond):
-            standing = given[own.index(row)]
+        key, last, given = claim.draw.key, own[0], {}
+        for row in own:
+            standing = min(claim.n - row[2], len(unpack(row[3])))
             if standing > row[7]:
+                last, given[row[1]] = row, standing
+        # What later claims added decides nothing of these.
+        rows = [row for row in own if row[1] <= last[1] or row[4:7] == last[4:7]] if given else []
+        after = [index for row in rows for index in unpack(row[3]) if index in beyond]
+        missing = [index for index in after if self._sample(key, index) is None]
+        for row in self._unsettled(key, rows, missing) if missing else ():
+            if row[1] in given:
                 self._found.pop(place, None)
                 self._ledger.execute(
-                    f"UPDATE segments SET standing = ?{_PART}", (standing, *place, namespace, row[1])
+                    f"UPDATE segments SET standing = ?{_PART}", (given[row[1]], *place, namespace, row[1])
                 )
 
     def _unsettled(self, key: str, rows: list[Any], among: Collection[int] | None = None) -> list[Any]:
