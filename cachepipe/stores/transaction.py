@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from cachepipe.errors import StoreError
-from cachepipe.keys import Question
+from cachepipe.keys import Question, trimmed
 from cachepipe.ledger import (
     LISTED,
     SHARED,
@@ -903,4 +903,4 @@ class _Book:
 
 
 def _sample(commit: Commit, index: int) -> Sample:
-    return Sample(index, commit.id, commit.payload, orjson.dumps({"id": commit.id, **commit.meta}))
+    return Sample(index, commit.id, commit.payload, trimmed(orjson.dumps({"id": commit.id, **commit.meta})))
