@@ -58,6 +58,7 @@ async def alcall(
                 tick(failed=place in failed)
                 if failed and not return_exceptions:
                     return
+                await asyncio.sleep(0)  # what is answered at once lets others have their turns, too
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(max_concurrent, len(items))):

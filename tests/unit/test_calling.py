@@ -90,6 +90,23 @@ async def test_the_first_error_in_order_is_raised():
         await alcall([0, 1], work)
 
 
+async def test_what_is_answered_at_once_does_not_keep_the_loop():
+    """Thousands of hits in a row: others have their turns, and a cancellation is heard."""
+    done = []
+
+    async def hit(item):
+        done.append(item)
+
+    calling_all = asyncio.ensure_future(alcall(range(1000), hit, max_concurrent=10))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert 0 < len(done) < 1000
+    calling_all.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling_all
+    assert len(done) < 1000
+
+
 async def test_a_cancelled_call_cancels_what_is_under_way():
     cancelled, begun = [], asyncio.Event()
 
