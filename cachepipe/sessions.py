@@ -25,7 +25,7 @@ from cachepipe.clients.info import Info, info
 from cachepipe.conversations import Conversation, Message
 from cachepipe.flow import Limits
 from cachepipe.services import Service, Services
-from cachepipe.talk.access import kept, located, on_portal
+from cachepipe.talk.access import kept, located, on_portal, sending
 from cachepipe.talk.completions import Answered, choices_of, dumped, parsed_answer, said_by_model
 from cachepipe.talk.tools import response_format
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
@@ -248,7 +248,8 @@ class Session:
             service: Any = self.service
             mode = calls.current().mode_of(self._mode)
             client = service.lent(kept(self._cache), mode, self._repeat, sdk="openai")
-        return await client.chat.completions.create(**body)
+        with sending():
+            return await client.chat.completions.create(**body)
 
     def _body(
         self, messages: list[Message], params: Mapping[str, Any]

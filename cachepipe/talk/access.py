@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import anyio.to_thread
 
@@ -101,6 +101,14 @@ class Access:
 
     def __repr__(self) -> str:
         return f"<Access namespace={self.namespace!r} mode={self.mode!r}>"  # never a key, nor a URL with one
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a chat holds a key, so it is not pickled; keep what was said: chat.conversation.to_json()"
+        )
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self  # what it knows does not change
 
     # What was given.
 
@@ -212,7 +220,7 @@ class Access:
         """Return what the client makes of the answer to a chat request."""
         body = await self.fitted(body)
         client = self._opened = await self.opened()
-        with self.using(request_id):
+        with self.using(request_id), sending():
             if self.client is None or self._is_async:
                 return await client.chat.completions.create(**body)
             return await anyio.to_thread.run_sync(
@@ -319,6 +327,18 @@ _stores: dict[str | int, tuple[Store, object, Any]] = {}
 """The stores that were opened here, with what keeps their runs going. Touched on the portal's loop only."""
 _wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def sending() -> Iterator[None]:
+    """Say what is wrong with a text that has no form in UTF-8, without all that is around it."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"what is asked holds {error.object[error.start]!r}, half of a character, which no request can "
+            "carry; mend it, as by text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from None
 
 
 def located(cache: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import datetime as dt
 import fractions
 import functools
 import gc
+import pickle
 import threading
 from typing import Annotated
 
@@ -111,6 +113,17 @@ async def test_an_answer_that_is_taken_away_is_drawn_anew_and_a_rerun_gets_both(
     with cachepipe.run():
         assert (await tries("try 2"))[1] == [2]
     assert server.stats.samples_generated == 3
+
+
+async def test_a_chat_is_not_pickled_but_may_be_copied(server):
+    """It holds a key."""
+    chat = Chat(messages=CALL, cache=MemoryStore(), api_key="hidden", base_url=server.base_url)
+    with pytest.raises(TypeError, match="holds a key"):
+        pickle.dumps(chat)
+    twin = copy.deepcopy(chat)
+    await asyncio.gather(chat.acomplete(), twin.acomplete())
+    assert len(chat.messages) == len(twin.messages) == 2
+    assert {chat.completions[0].index, twin.completions[0].index} == {0, 1}
 
 
 # Streams.

@@ -31,6 +31,7 @@ from cachepipe import (
     Conversation,
     MemoryStore,
     Message,
+    Session,
     StoreError,
     TextCompletion,
     TokenLogProb,
@@ -655,6 +656,18 @@ async def test_an_option_that_the_sdk_does_not_have_is_refused_once(server, sdk)
         ):
             with pytest.raises(TypeError, match=r"no temprature=.* Did you mean temperature=\?.*extra_body="):
                 await complete(asked, temprature=1, **given)
+
+
+async def test_half_a_character_is_refused_with_what_to_do(server):
+    for text in ("\ud83d", f"{'x' * 5000} \udc00 {'x' * 5000}"):
+        with pytest.raises(ValueError, match=r"half of a character.* mend it") as caught:
+            await generate_text_completion(text)
+        assert len(str(caught.value)) < 300
+        with pytest.raises(ValueError, match="half of a character"):
+            await Session(text, service=Services.OpenAI(), cache=MemoryStore()).initiate("x")
+        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert (await generate_text_completion(mended)).message
+    assert server.stats.requests == 2
 
 
 async def test_what_cannot_be_completed_is_refused(server):
