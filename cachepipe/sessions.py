@@ -21,11 +21,12 @@ from typing import Any, Final, Self
 import pydantic
 
 from cachepipe import context as calls
+from cachepipe.clients import seam
 from cachepipe.clients.info import Info, info
 from cachepipe.conversations import Conversation, Message
 from cachepipe.flow import Limits
 from cachepipe.services import Service, Services
-from cachepipe.talk.access import kept, located, on_portal, sending
+from cachepipe.talk.access import is_cached, kept, located, on_portal, sending, wrapped
 from cachepipe.talk.completions import Answered, choices_of, dumped, parsed_answer, said_by_model
 from cachepipe.talk.tools import response_format
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
@@ -67,14 +68,14 @@ class Session:
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
         repeat: ``"fresh"``: a repeated question gets a fresh sample; ``"same"``: it gets the same again.
-        client: an asynchronous client to use instead of one of the service's. It has its own cache or none,
-            so it goes without ``service``, ``cache``, ``mode`` and ``repeat``.
+        client: an asynchronous client to use instead of one of the service's. One of cachepipe's has its own
+            cache, so it goes without ``cache``, ``mode`` and ``repeat``.
 
     Attributes:
         conversation: what was said, the system message first.
         llmconfig: the parameters of calls that say nothing else; a dictionary to change.
         info: what `cachepipe.info` tells of the last answer, such as ``cached``, ``usage`` and ``cost``; None
-            before there is one, and with a client that has no cache.
+            before there is one.
 
     Raises:
         TypeError, ValueError, StoreError: for arguments that are none, or exclude each other.
@@ -97,11 +98,6 @@ class Session:
                 raise TypeError(
                     "a client has its own endpoint and limits; pass a service or a client, not both"
                 )
-            if cache is not None or (mode, repeat) != ("read-write", "fresh"):
-                raise TypeError(
-                    "a client has its own cache, or none: leave out cache=, mode= and repeat=, "
-                    "or give them to it"
-                )
             _check_client(client)
         if mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r:.100}")
@@ -118,7 +114,7 @@ class Session:
         opening = [] if system is None else [Message("system", _text(system))]
         self.conversation = Conversation(opening)
         self.info: Info | None = None
-        self._client = client
+        self._client = None if client is None else _cached(client, cache, mode, repeat)
         self._mode, self._repeat = mode, repeat
         self._cache = None if client is not None else located(cache)
         self._pieces: weakref.ref[Pieces] | None = None
@@ -465,6 +461,18 @@ def _check_client(client: Any) -> None:
             f"client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
             f"got {client!r:.200}"
         )
+
+
+def _cached(client: Any, cache: Any, mode: Mode, repeat: Repeat) -> Any:
+    """Return a client with a cache: one of an SDK's is given it, any other is used as it is."""
+    kind: Any = type(client)
+    if not is_cached(client) and seam.package_of(kind):
+        return wrapped(client, located(cache), mode, repeat)
+    if cache is not None or (mode, repeat) != ("read-write", "fresh"):
+        raise TypeError(
+            "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
+        )
+    return client
 
 
 def _check_answers(calls: list[str], said: list[Message]) -> None:

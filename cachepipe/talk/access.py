@@ -1,9 +1,10 @@
 """Where a completion is asked for: what the caller gave, else the environment, made into a client.
 
 A client that nobody gave is made once for each cache, endpoint and mode, and stays open as long as the
-process: so its connections are reused, and all that a program asks is one run, also where it calls
-``asyncio.run`` several times. It lives on the loop of `cachepipe.clients.portal`, which has a thread of its
-own: so there is one way for callers with a loop, without one, and in notebooks.
+process, or the service that it was had of; the store of a folder is opened once for all. So connections are
+reused, and all that a program asks is one run, also where it calls ``asyncio.run`` several times. It lives on
+the loop of `cachepipe.clients.portal`, which has a thread of its own: so there is one way for callers with a
+loop, without one, and in notebooks.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Access:
         with self.using():
             pass  # what is no mode, namespace or request id is refused
         self._cache = options.get("cache")
-        if not _is_cached(self.client):
+        if not is_cached(self.client):
             self._cache = located(self.found("CACHEPIPE_DIR") if self._cache is None else self._cache)
         where = [name for name in ("client", "service") if options.get(name) is not None]
         where += [name for name in ("api_key", "base_url") if options.get(name) is not None]
@@ -121,7 +122,7 @@ class Access:
         if "namespace" in options:
             given: str | None = options["namespace"]
             return given
-        if _is_cached(self.client) or not isinstance(context.current().namespace, Inherited):
+        if is_cached(self.client) or not isinstance(context.current().namespace, Inherited):
             return INHERITED
         return self.found("CACHEPIPE_NAMESPACE") or INHERITED
 
@@ -142,7 +143,7 @@ class Access:
     def _take_client(self) -> None:
         self._is_async = inspect.iscoroutinefunction(getattr(type(self.client), "request", None))
         _check_completes(self.client, "client= takes a client of openai, together or cachepipe.clients")
-        if _is_cached(self.client):
+        if is_cached(self.client):
             if self._cache is not None:
                 raise TypeError(
                     "the client has a cache already: leave out cache=, or use client.copy(cache=...)"
@@ -150,7 +151,7 @@ class Access:
             if self.repeat is not None:
                 self.client = self.client.copy(repeat=self.repeat)
         else:
-            self.client = _wrapped(self.client, self._cache, self.mode, self.repeat)
+            self.client = wrapped(self.client, self._cache, self.mode, self.repeat)
 
     # Asking.
 
@@ -253,7 +254,7 @@ class Access:
         return wait_on_portal(work())
 
 
-def _is_cached(client: Any) -> bool:
+def is_cached(client: Any) -> bool:
     """Tell whether a client is one of ours, and so has a cache and a namespace."""
     return isinstance(client, AsyncCached | SyncCached)
 
@@ -376,7 +377,7 @@ class _Holder:
     """Keeps a run going."""
 
 
-def _wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -> Any:
+def wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -> Any:
     """Return a plain client with a cache: the same each time, so that what it is asked is one run."""
     from cachepipe.clients.wrapping import wrap  # noqa: PLC0415 - now it is needed
 

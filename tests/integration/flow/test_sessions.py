@@ -213,7 +213,9 @@ def answer(content=None, finish_reason="stop", **message):
 async def test_a_stream_that_ends_before_its_answer_is_no_answer(answering, ending):
     """As its sample is not stored, it is no part of the conversation."""
     chunks = [{"delta": {"role": "assistant", "content": "one"}}, *ending]
-    session = Session(SYSTEM, client=answering(chunks, answer("all"), kind=openai.AsyncOpenAI))
+    session = Session(
+        SYSTEM, client=answering(chunks, answer("all"), kind=openai.AsyncOpenAI), cache=MemoryStore()
+    )
     pieces = await session.initiate("count", stream=True)
     with pytest.raises(BadAnswer, match="ended before the answer did"):
         async for _ in pieces:
@@ -247,7 +249,9 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments":
 
 async def test_calls_of_tools_are_what_is_answered_also_beside_an_empty_text(answering):
     said = answer("", "tool_calls", tool_calls=[CALL])
-    session = Session(client=answering(said, kind=openai.AsyncOpenAI), llmconfig={"tools": [TOOL]})
+    session = Session(
+        client=answering(said, kind=openai.AsyncOpenAI), cache=MemoryStore(), llmconfig={"tools": [TOOL]}
+    )
     assert await session.initiate("add") == [CALL]
 
 
@@ -255,7 +259,12 @@ async def test_a_reader_that_stops_within_a_call_of_a_tool_has_heard_nothing(ans
     """Half a call would be refused with all that follows it."""
     started = {**CALL, "index": 0, "function": {"name": "add", "arguments": '{"x'}}
     chunks = [{"delta": {"content": "", "tool_calls": [started]}}, {"delta": {"content": "a"}}]
-    session = Session(SYSTEM, client=answering(chunks, kind=openai.AsyncOpenAI), llmconfig={"tools": [TOOL]})
+    session = Session(
+        SYSTEM,
+        client=answering(chunks, kind=openai.AsyncOpenAI),
+        cache=MemoryStore(),
+        llmconfig={"tools": [TOOL]},
+    )
     pieces = await session.initiate("add", stream=True)
     assert await anext(pieces) == "a"
     await pieces.aclose()
@@ -265,7 +274,7 @@ async def test_a_reader_that_stops_within_a_call_of_a_tool_has_heard_nothing(ans
 async def test_outputs_answer_the_calls_of_tools_that_are_open(answering):
     said = answer(None, "tool_calls", tool_calls=[CALL, {**CALL, "id": "c2"}])
     client = answering(said, answer("Done."), kind=openai.AsyncOpenAI)
-    session = Session(client=client, llmconfig={"tools": [TOOL], "tool_choice": "auto"})
+    session = Session(client=client, cache=MemoryStore(), llmconfig={"tools": [TOOL], "tool_choice": "auto"})
     with pytest.raises(ValueError, match="no open call of a tool has the id 'c1'; open are none"):
         await session.followup(tool_outputs={"c1": 1})
     await session.initiate("add twice")
@@ -292,7 +301,7 @@ async def test_outputs_answer_the_calls_of_tools_that_are_open(answering):
     ids=["none", "error", "no message", "a website"],
 )
 async def test_what_is_no_answer_says_what_it_is(answering, said, told):
-    session = Session(SYSTEM, client=answering(said, kind=openai.AsyncOpenAI))
+    session = Session(SYSTEM, client=answering(said, kind=openai.AsyncOpenAI), cache=MemoryStore())
     with pytest.raises(BadAnswer, match=told):
         await session.initiate("one")
     assert roles(session) == ["system"]
@@ -389,6 +398,19 @@ async def test_a_saved_session_goes_on_where_it_was(service, tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="holds no session"):
             Session.load(path)
+
+
+async def test_what_a_client_without_a_cache_is_asked_is_cached_too(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEPIPE_DIR", str(tmp_path / "default"))
+    async with openai.AsyncOpenAI(base_url=server.base_url, api_key="k") as client:
+        for cache in (None, tmp_path / "named"):
+            session = Session(SYSTEM, client=client, cache=cache, llmconfig={"model": "m"})
+            first = await session.initiate("one")
+            with cachepipe.run():
+                again = Session(SYSTEM, client=client, cache=cache, mode="replay", llmconfig={"model": "m"})
+                assert await again.initiate("one") == first
+    assert {path.name for path in tmp_path.iterdir()} == {"default", "named"}
+    assert server.stats.requests == 2
 
 
 async def test_a_session_tells_what_its_last_answer_was(service):
@@ -529,9 +551,11 @@ async def test_what_cannot_be_asked_is_refused_before_anything_is_spent(server):
         Session(SYSTEM, service=service, llmconfig="m")
     with pytest.raises(TypeError, match="not both"):
         Session(SYSTEM, service=service, client=object())
-    for options in ({"cache": MemoryStore()}, {"mode": "replay"}, {"repeat": "same"}):
-        with pytest.raises(TypeError, match="a client has its own cache, or none"):
-            Session(SYSTEM, client=object(), **options)
+    async with AsyncOpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore()) as cached:
+        for client in (cached, Spy(cached)):
+            for options in ({"cache": MemoryStore()}, {"mode": "replay"}, {"repeat": "same"}):
+                with pytest.raises(TypeError, match="the client has its own cache"):
+                    Session(SYSTEM, client=client, **options)
     with openai.OpenAI(base_url=server.base_url, api_key="k") as waits:
         for client in (waits, object(), "client"):
             with pytest.raises(TypeError, match="takes an asynchronous client"):
