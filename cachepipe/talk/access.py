@@ -336,6 +336,8 @@ def sending() -> Iterator[None]:
     try:
         yield
     except UnicodeEncodeError as error:
+        if error.encoding != "utf-8":  # of a header
+            raise
         raise ValueError(
             f"what is asked holds {error.object[error.start]!r}, half of a character, which no request can "
             "carry; mend it, as by text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"

@@ -667,6 +667,8 @@ async def test_half_a_character_is_refused_with_what_to_do(server):
             await Session(text, service=Services.OpenAI(), cache=MemoryStore()).initiate("x")
         mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         assert (await generate_text_completion(mended)).message
+    with pytest.raises(UnicodeEncodeError, match="ascii"):  # that is another matter
+        await generate_text_completion("x", extra_headers={"x-name": "\u00fc"})
     assert server.stats.requests == 2
 
 
