@@ -39,7 +39,7 @@ class AnthropicModel(OpenAIModel):
             messages, or else their text.
     """
 
-    connection = _Connection
+    _connection_class = _Connection
 
     def __init__(
         self,

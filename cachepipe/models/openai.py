@@ -267,7 +267,7 @@ class OpenAIModel:
         max_n: the most samples in one call.
     """
 
-    connection: ClassVar[type[Connection]] = Connection
+    _connection_class: ClassVar[type[Connection]] = Connection
 
     def __init__(
         self,
@@ -300,7 +300,7 @@ class OpenAIModel:
         self.model = model
         self.raw = raw
         self._limit = max_n
-        self._connection = self.connection(client, base_url, api_key, settings)
+        self._connection = self._connection_class(client, base_url, api_key, settings)
         self._set_endpoint(endpoint)
 
     def __repr__(self) -> str:

@@ -33,7 +33,7 @@ class TogetherModel(OpenAIModel):
             embedding's vector.
     """
 
-    connection = _Connection
+    _connection_class = _Connection
 
     def __init__(
         self,
