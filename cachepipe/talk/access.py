@@ -324,8 +324,10 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 _clients: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 """The clients that nobody gave, with what keeps their names their own. Touched on the portal's loop only."""
-_stores: dict[str | int, tuple[Store, object, Any]] = {}
-"""The stores that were opened here, with what keeps their runs going. Touched on the portal's loop only."""
+_stores: dict[str | int, tuple[Store, Any]] = {}
+"""The stores that were opened here, likewise."""
+_holders: weakref.WeakKeyDictionary[Store, _Holder] = weakref.WeakKeyDictionary()
+"""What keeps the runs of stores going, likewise."""
 _wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -361,18 +363,20 @@ def located(cache: Any) -> Any:
 def kept(cache: Any) -> Store:
     """Return the store of what `located` returns, on the portal's loop.
 
-    One that is opened here stays open, and its run with it, until `close_clients`: so what is asked by those
-    who come and go one after the other is one run, and they share its files.
+    One that is opened here stays open until `close_clients`. The run of a store goes on until then, or while
+    the store that was given lives: so what is asked by those who come and go one after the other is one run,
+    and they share its files.
     """
     name = cache if isinstance(cache, str) else id(cache)
-    if name not in _stores:
-        store, owned = open_store(cache)
-        if not owned:
-            return store
-        holder = _Holder()
-        runs.opened(store.identity, holder)
-        _stores[name] = (store, holder, cache)
-    return _stores[name][0]
+    if name in _stores:
+        return _stores[name][0]
+    store, owned = open_store(cache)
+    if owned:
+        _stores[name] = (store, cache)
+    if store not in _holders:
+        _holders[store] = _Holder()
+        runs.opened(store.identity, _holders[store])
+    return store
 
 
 class _Holder:
@@ -414,9 +418,11 @@ async def close_clients() -> None:
         _clients.clear()
         closing = (close_lent(), *(client.close() for client in clients))
         await asyncio.gather(*closing, return_exceptions=True)
-        while _stores:
-            _, (store, holder, _) = _stores.popitem()
+        while _holders:
+            store, holder = _holders.popitem()
             runs.closed(store.identity, holder)
+        while _stores:
+            _, (store, _) = _stores.popitem()
             store.close()
 
     await on_portal(close())
@@ -436,6 +442,7 @@ def _after_fork() -> None:
     _lock = threading.Lock()
     _clients.clear()
     _stores.clear()
+    _holders.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -415,6 +415,21 @@ async def test_a_service_gives_one_client_for_each_cache(server, tmp_path):
     assert server.stats.requests == 2
 
 
+async def test_services_that_come_and_go_are_one_run(server):
+    """C1: equal questions of one run get samples of their own, whoever asks them."""
+    store = MemoryStore()
+    for _ in range(2):
+        await generate_text_completion(FRANCE, service=Services.OpenAI(), cache=store)
+        await Session(service=Services.OpenAI(), cache=store, llmconfig={"model": "m"}).initiate(FRANCE)
+        gc.collect()
+    assert server.stats.samples_generated == 4
+    gone = weakref.ref(store)
+    await close_clients()
+    del store
+    gc.collect()
+    assert gone() is None
+
+
 async def test_a_service_limits_what_is_asked_and_names_the_model(server):
     service = Service(
         server.base_url, api_key="made-up", model="ngram-1", max_concurrency=2, max_requests=None
