@@ -327,7 +327,7 @@ _clients: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _stores: dict[str | int, tuple[Store, Any]] = {}
 """The stores that were opened here, likewise."""
 _holders: weakref.WeakKeyDictionary[Store, _Holder] = weakref.WeakKeyDictionary()
-"""What keeps the runs of stores going, likewise."""
+"""What keeps the runs of stores going, while these live."""
 _wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -361,22 +361,23 @@ def located(cache: Any) -> Any:
 
 
 def kept(cache: Any) -> Store:
-    """Return the store of what `located` returns, on the portal's loop.
+    """Return the store of what `located` returns.
 
     One that is opened here stays open until `close_clients`. The run of a store goes on until then, or while
     the store that was given lives: so what is asked by those who come and go one after the other is one run,
     and they share its files.
     """
     name = cache if isinstance(cache, str) else id(cache)
-    if name in _stores:
-        return _stores[name][0]
-    store, owned = open_store(cache)
-    if owned:
-        _stores[name] = (store, cache)
-    if store not in _holders:
-        _holders[store] = _Holder()
-        runs.opened(store.identity, _holders[store])
-    return store
+    with _lock:
+        if name in _stores:
+            return _stores[name][0]
+        store, owned = open_store(cache)
+        if owned:
+            _stores[name] = (store, cache)
+        if store not in _holders:
+            _holders[store] = _Holder()
+            runs.opened(store.identity, _holders[store])
+        return store
 
 
 class _Holder:
@@ -387,15 +388,13 @@ def wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -
     """Return a plain client with a cache: the same each time, so that what it is asked is one run."""
     from cachepipe.clients.wrapping import wrap  # noqa: PLC0415 - now it is needed
 
-    name = (cache if isinstance(cache, str) else id(cache), mode, repeat)
+    store = kept(cache)
+    name = (id(store), mode, repeat)
     with _lock:
         known = _wrappers.setdefault(client, {})
-        if name not in known:
-            known[name] = (
-                wrap(client, cache=cache, mode=mode or "read-write", repeat=repeat or "fresh"),
-                cache,
-            )
-        return known[name][0]
+        if name not in known:  # what is made keeps the store, so that the name is its own
+            known[name] = wrap(client, cache=store, mode=mode or "read-write", repeat=repeat or "fresh")
+        return known[name]
 
 
 _limiters: weakref.WeakKeyDictionary[Any, anyio.CapacityLimiter] = weakref.WeakKeyDictionary()
@@ -418,12 +417,14 @@ async def close_clients() -> None:
         _clients.clear()
         closing = (close_lent(), *(client.close() for client in clients))
         await asyncio.gather(*closing, return_exceptions=True)
-        while _holders:
-            store, holder = _holders.popitem()
-            runs.closed(store.identity, holder)
-        while _stores:
-            _, (store, _) = _stores.popitem()
-            store.close()
+        with _lock:
+            _wrappers.clear()
+            while _holders:
+                store, holder = _holders.popitem()
+                runs.closed(store.identity, holder)
+            while _stores:
+                _, (store, _) = _stores.popitem()
+                store.close()
 
     await on_portal(close())
 

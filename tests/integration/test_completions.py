@@ -430,6 +430,18 @@ async def test_services_that_come_and_go_are_one_run(server):
     assert gone() is None
 
 
+async def test_clients_that_come_and_go_are_one_run(server, tmp_path):
+    store = MemoryStore()
+    for cache in (tmp_path / "folder", store):
+        for _ in range(2):
+            with openai.OpenAI() as client:
+                await generate_text_completion(FRANCE, client=client, cache=cache)
+            del client
+            gc.collect()
+            await generate_text_completion("The next", cache=cache)
+    assert server.stats.samples_generated == 8
+
+
 async def test_a_service_limits_what_is_asked_and_names_the_model(server):
     service = Service(
         server.base_url, api_key="made-up", model="ngram-1", max_concurrency=2, max_requests=None
@@ -650,13 +662,18 @@ def test_who_asks_with_keys_of_their_own_share_the_files_of_a_cache(server, tmp_
                 files.append(str(link.readlink()))
         return sum(file.startswith(str(tmp_path / "cache")) for file in files)
 
-    generate_text_completion_sync(FRANCE, api_key="first")
+    def ask(number):
+        generate_text_completion_sync(FRANCE, api_key=f"key {number}")
+        with openai.OpenAI(api_key=f"key {number}") as client:
+            generate_text_completion_sync(FRANCE, client=client)
+
+    ask(0)
     before = opened()
     assert before > 0
-    for number in range(3):
-        generate_text_completion_sync(FRANCE, api_key=f"key {number}")
+    for number in range(1, 4):
+        ask(number)
     assert opened() == before
-    assert server.stats.samples_generated == 4  # one run: each is a draw of its own
+    assert server.stats.samples_generated == 8  # one run: each is a draw of its own
     wait_on_portal(close_clients())
     assert opened() == 0
 
