@@ -571,7 +571,7 @@ class Proxy:
         except BaseException:  # the server stops
             self._leave(exchange, ticket, task)
             raise
-        if not here:
+        if not here or turn.gone:  # in one turn with the answer, perhaps: nothing of it was sent
             self._leave(exchange, ticket, task)
             raise ClientGone
         try:

@@ -15,6 +15,7 @@ from cachepipe.proxy import app, server
 from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.joins import ServedRun, Ticket
 from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.turn import ClientGone, Turn
 
 
 @pytest.mark.anyio
@@ -51,6 +52,38 @@ async def test_a_stream_that_is_withdrawn_holds_its_number_no_longer():
     await asyncio.wait([task])
     assert not run.live
     assert Ticket(run).take(identity) == number
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_comes_just_as_its_client_leaves_is_for_the_next_of_its_kind():
+    proxy = Proxy(
+        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+    )
+    await proxy.startup()
+    run, leaves, sent = ServedRun(), asyncio.Event(), []
+    ticket, identity = Ticket(run), ("=a", "k", "")
+    number = ticket.take(identity)
+
+    async def receive():
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    turn = Turn({"method": "POST", "headers": []}, receive, send, 1.0)
+    exchange = types.SimpleNamespace(stream=False, record=types.SimpleNamespace(responses=None))
+    answered = asyncio.get_running_loop().create_future()  # as the task of a draw
+    waiting = asyncio.create_task(proxy._await(turn, exchange, ticket, answered))
+    for _ in range(20):  # more turns than it waits before it watches
+        await asyncio.sleep(0)
+    turn._watch.add_done_callback(lambda _: answered.set_result(types.SimpleNamespace(content=b"{}")))
+    leaves.set()
+    with pytest.raises(ClientGone):
+        await waiting
+    assert not sent
+    assert Ticket(run).take(identity) == number
+    await proxy.shutdown()
 
 
 @pytest.mark.anyio
