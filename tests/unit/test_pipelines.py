@@ -30,6 +30,7 @@ from cachepipe import (
     StoreError,
     UnkeyableValue,
 )
+from cachepipe.stores import transaction
 from cachepipe.stores.base import Claim, Commit
 from cachepipe.testing import FaultyStore
 
@@ -720,3 +721,38 @@ async def test_a_call_of_a_batch_that_is_stopped_from_outside_stops_no_other(fro
         assert isinstance(stopped, asyncio.CancelledError)
         with pytest.raises(asyncio.CancelledError):
             await api.batch_request(batch)
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+def test_a_crowd_costs_the_same_per_head_whatever_its_size(tmp_path, monkeypatch, disk):
+    """What is queued is not looked through again with each part that is written."""
+    looks, usual = 0, Claim.draw
+
+    def looked(claim):
+        nonlocal looks
+        looks += 1
+        return usual.__get__(claim)
+
+    monkeypatch.setattr(Claim, "draw", property(looked, usual.__set__))
+
+    async def per_head(size):
+        nonlocal looks
+        async with OnlineAPI(Single(), tmp_path / f"{size}" if disk else MemoryStore()) as api:
+            looks = 0
+            await asyncio.gather(*ask(api, *map(str, range(size))))
+            return looks / size
+
+    assert asyncio.run(per_head(2560)) <= asyncio.run(per_head(256)) + 1
+
+
+def test_ids_of_more_keys_than_are_remembered_are_looked_up_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(transaction, "_REMEMBERED", 50)
+    statements = []
+
+    async def main():
+        async with OnlineAPI(Single(), tmp_path / "c") as api:
+            api.store._writable()[0].set_trace_callback(statements.append)
+            await asyncio.gather(*ask(api, *map(str, range(500))))
+
+    asyncio.run(main())
+    assert sum("FROM keys WHERE key = " in statement for statement in statements) < 25
