@@ -45,7 +45,8 @@ class Access:
         """
         if turn.method in ("CONNECT", "TRACE"):
             raise Refused(405, "bad_method", f"{turn.method} is not served here")
-        if turn.named.get(b"upgrade", b"").strip().lower() == b"websocket":
+        offered = turn.named.get(b"upgrade", b"").lower().split(b",")
+        if turn.method == "GET" and b"websocket" in map(bytes.strip, offered):
             close = [(b"connection", b"close")]
             raise Refused(
                 501, "no_websockets", "WebSockets are not passed on; connect to the provider itself", close

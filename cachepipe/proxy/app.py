@@ -323,7 +323,8 @@ class Proxy:
             raise paths.NoPlace(
                 f"paths of the upstream {upstream.name!r} begin with {mount}; the base URL ends with it"
             )
-        return _Route(place, upstream, upstream.url + rest[len(mount) :], wire.api_for("POST", rest))
+        below = paths.collapsed(rest[len(mount) :])
+        return _Route(place, upstream, upstream.url + below, wire.api_for("POST", rest))
 
     def _namespace(self, turn: Turn, place: paths.Place) -> str | None:
         told = turn.says(b"x-cachepipe-namespace")
@@ -666,7 +667,7 @@ class Proxy:
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
-            pairs = [_EVENTS if isinstance(content, Source) else JSON]
+            pairs = headers.shown([_EVENTS if isinstance(content, Source) else JSON])
             pairs += _made_by(exchange.api, answer.made_by)
         else:
             status = arrived.response.status
@@ -768,7 +769,7 @@ class Proxy:
             await turn.tell({"status": "ok" if self.ready else "stopping"}, 200 if self.ready else 503)
         elif path == "/metrics":
             kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
-            await turn.answer(200, [kind], self.counters.metrics())
+            await turn.answer(200, [kind, *headers.INERT], self.counters.metrics())
         elif path in page.FILES:
             await turn.answer(200, *page.answer(path))
         elif path in ("/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
@@ -836,7 +837,9 @@ class Proxy:
 _WORDS: Final = {True: "true", False: "false"}
 _FLAGS: Final = {True: b"true", False: b"false"}
 _ONE_HIT: Final = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%bx-cachepipe-key: %b\r\n"
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+    + b"".join(b"%b: %b\r\n" % pair for pair in headers.INERT)
+    + b"%bx-cachepipe-key: %b\r\n"
     b"x-cachepipe-duplicated: %b\r\nx-cachepipe-cached: true\r\nx-cachepipe-indices: %d\r\n"
     b"cache-status: cachepipe; hit\r\ncontent-length: %d\r\n\r\n%b"
 )

@@ -28,10 +28,18 @@ _HOP: Final = frozenset(
     }
 )
 _NOT_UPSTREAM: Final = frozenset({b"host", b"expect", b"content-length"})
-_NOT_BACK: Final = frozenset({b"date", b"server"})
+INERT: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"sandbox; default-src 'none'; frame-ancestors 'none'"),
+)
+"""What keeps an answer from acting in a browser as if it were a page of the proxy's."""
+
+_UNBUFFERED: Final = (b"x-accel-buffering", b"no")  # nginx would hold events back
+_NOT_BACK: Final = frozenset({b"date", b"server", *(name for name, _ in INERT)})
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # what no server may send in a header
 _UNPACKED: Final = frozenset({b"gzip", b"deflate", b"identity", b""})
 _OURS: Final = b"x-cachepipe-"
+_NGINX: Final = b"x-accel-"  # commands to a server in front of this one
 KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
 """The headers in which a client shows its key."""
 
@@ -79,16 +87,26 @@ def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
     """Return the headers of an upstream's answer that are handed on beside its bytes as they came."""
     pairs = [(name.lower(), value) for name, value in headers]
     own = named_by_connection(pairs)
-    return [
+    kept = [
         (name, value)
         for name, value in pairs
         if name not in _HOP
         and name not in _NOT_BACK
         and name not in own
-        and not name.startswith(_OURS)
+        and not name.startswith((_OURS, _NGINX))
         and name != b"cache-status"
         and not _CONTROL.search(value)
     ]
+    return shown(kept)
+
+
+def shown(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a provider's answer, kept or fresh, with what browsers and proxies are told."""
+    events = any(
+        name == b"content-type" and value.strip().lower().startswith(b"text/event-stream")
+        for name, value in pairs
+    )
+    return [*pairs, *INERT, *([_UNBUFFERED] if events else [])]
 
 
 def is_packed(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -7,7 +7,8 @@
     /cachepipe/…             the proxy's own
 
 The rest of a path goes upstream as it came, percent-encoding included, so anything that two servers may read
-differently is refused: dot segments however they are encoded, backslashes, control characters.
+differently is refused: dot segments however they are encoded, backslashes, control characters. Where two of
+these parts meet, several slashes count as one: base URLs may end in a slash.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def place(raw: bytes) -> Place:
         text = decoded
     else:
         raise BadPath("the path is percent-encoded over and over")
-    found = Place(raw.decode("ascii"))
+    found = Place(collapsed(raw.decode("ascii")))
     while True:
         head, name, rest = _split(found.rest)
         if head == "ns" and found.namespace is INHERITED:
@@ -93,6 +94,11 @@ def place(raw: bytes) -> Place:
             return found
 
 
+def collapsed(path: str) -> str:
+    """Return a path that begins with one slash where it began with several."""
+    return "/" + path.lstrip("/") if path.startswith("//") else path
+
+
 def _unsafe(text: bytes) -> bool:
     return b"\\" in text or any(byte < 0x20 or byte == 0x7F for byte in text)
 
@@ -102,7 +108,7 @@ def _split(path: str) -> tuple[str, str, str]:
     parts = path.split("/", 3)
     head = parts[1] if len(parts) > 1 else ""
     name = parts[2] if len(parts) > 2 else ""
-    return head, name, f"/{parts[3]}" if len(parts) > 3 else ""
+    return head, name, collapsed(f"/{parts[3]}") if len(parts) > 3 else ""
 
 
 def _decoded(name: str) -> str:

@@ -18,11 +18,13 @@ from typing import Any, Final, Self
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy.app import Meant, Proxy
 from cachepipe.proxy.bodies import Read
+from cachepipe.proxy.headers import named_by_connection
 from cachepipe.proxy.heads import HEAD, asked, is_plain
 from cachepipe.proxy.settings import BadSettings, Settings
-from cachepipe.proxy.turn import WHOLE
+from cachepipe.proxy.turn import KEEPS, WHOLE
 
 try:
+    import httptools
     import uvicorn
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
     from uvicorn.server import HANDLED_SIGNALS
@@ -32,6 +34,8 @@ except ImportError as error:  # pragma: no cover - it is in the extra
 _HEAD: Final = 65_536  # bytes of a request's line and headers
 _HEAD_SECONDS: Final = 30.0
 _IDLE_SECONDS: Final = 75
+_END: Final = b"\r\n\r\n"
+_FRAMING: Final = (b"content-length", b"transfer-encoding")
 _BODY_SECONDS: Final = 1.0  # a body that takes longer goes the ordinary way
 
 
@@ -97,14 +101,19 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._head = 0  # bytes that may be of a head
+        self._head = 0  # bytes of the head that is being parsed
         self._in_head = True
+        self._pieces = bytearray()  # of a head, not parsed yet
+        self._tail = b""  # the last bytes that came
+        self._silent = 0  # bytes parsed since the last of a body
+        self._resuming = False  # the parser is given a head that was parsed before
         self._late: TimerHandle | None = None
         self._stalled: TimerHandle | None = None
         self._proxy: Proxy = self.config.app  # type: ignore[assignment]
         self._between = True  # the parser has no part of a request
         self._name: bytes | None = None  # of the head that it is given
-        self._held = b""  # a head that was served before, while its body comes
+        self._held = bytearray()  # a head that was served before, while its body comes
+        self._awaited = 0  # bytes that it and its body have together
         self._patience: TimerHandle | None = None
         self._used = 0.0  # when a request was last answered at once
 
@@ -180,7 +189,10 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing() or self.parser is None:
             return
         if self._held:
-            data = self._let_go() + data
+            self._held += data
+            if len(self._held) < self._awaited:
+                return
+            data = self._let_go()
         if not (self._between and self._at_once(data)):
             self._parse(data)
 
@@ -199,7 +211,8 @@ class Protocol(HttpToolsProtocol):
         missing = begun.end + begun.size - len(data)
         if missing > 0:
             self._stop_waiting()
-            self._held = data
+            self._held += data
+            self._awaited = begun.end + begun.size
             self._patience = self.loop.call_later(_BODY_SECONDS, self._too_slow)
             return True
         if missing < 0 or len(self.connections) > self._proxy.settings.max_connections:
@@ -245,7 +258,7 @@ class Protocol(HttpToolsProtocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        held, self._held = self._held, b""
+        held, self._held = bytes(self._held), bytearray()
         return held
 
     def _too_slow(self) -> None:
@@ -265,22 +278,105 @@ class Protocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         self._between = False
         if self._in_head:
-            self._head += len(data)
-        super().data_received(data)
+            data = self._gathered(data)
+            if not data:
+                return
+        else:
+            self._tail = data[-3:]
+        self._unset_keepalive_if_required()
+        self._silent += len(data)
+        try:
+            self._feed(memoryview(data))
+        except httptools.HttpParserError:
+            if self._head > _HEAD:
+                self._refuse_head()
+            else:
+                self.send_400_response("Invalid HTTP request received.")
+            return
         self._name = None
-        if self._in_head and self._head > _HEAD and not self.transport.is_closing():
+        if not self._between and not self._in_head and self._silent > _HEAD:  # chunk extensions, trailers
+            self._refuse_head()
+
+    def _gathered(self, data: bytes) -> bytes:
+        """Return the bytes of a head to parse now, or none yet.
+
+        The parser gets the first piece at once, and then the end of the head or as much again as it has had:
+        its cost is linear in the size of the head, however many pieces that comes in.
+        """
+        ends = _END in self._tail + data
+        self._tail = (self._tail + data)[-3:]
+        self._pieces += data
+        if not ends and self._silent + len(self._pieces) > _HEAD:
+            self._refuse_head()
+            return b""
+        if not ends and len(self._pieces) < self._silent:
+            return b""
+        pieces, self._pieces = bytes(self._pieces), bytearray()
+        return pieces
+
+    def _refuse_head(self) -> None:
+        if not self.transport.is_closing():
             self.transport.write(
                 b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
                 b"content-length: 0\r\nconnection: close\r\n\r\n"
             )
             self.transport.close()
 
+    def _feed(self, data: memoryview) -> None:
+        """Parse, whatever other protocol a request offers to change to: HTTP/1.1 goes on (RFC 9110, 7.8)."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.scope["method"] == "CONNECT":  # it is refused, and what follows is not HTTP
+                    return
+                data = data[upgrade.args[0] :]
+                self._resume()
+            else:
+                return
+
+    def _resume(self) -> None:
+        """Go on with the body of a request after whose head the parser has stopped."""
+        framing = b"".join(b"%b: %b\r\n" % pair for pair in self.headers if pair[0] in _FRAMING)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._resuming = True
+        try:
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
+        finally:
+            self._resuming = False
+
     def on_message_begin(self) -> None:
         """Begin a request."""
+        if self._resuming:
+            return
         super().on_message_begin()
         self._between = False
         self._in_head = True
+        self._head = self._silent = 0
         self._await_head()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the request's target."""
+        if not self._resuming:
+            self._count(len(url))
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; the trailers of a body are left out."""
+        if self._in_head and not self._resuming:
+            self._count(len(name) + len(value) + 4)
+            super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._head += size
+        if self._head > _HEAD:
+            raise ValueError(f"the head of a request has at most {_HEAD} bytes")
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._silent = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         """Begin to serve a request whose head is whole.
@@ -288,16 +384,19 @@ class Protocol(HttpToolsProtocol):
         Raises:
             ValueError: when it names another server; the connection is then ended.
         """
+        if self._resuming:
+            return
         self._stop_waiting()
-        self._in_head, self._head = False, 0
+        self._in_head = False
+        self._silent = 0
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise ValueError("requests are HTTP/1.1")
-        if not self.url.startswith(b"/") or self.url.startswith(b"//"):
+        if not self.url.startswith(b"/"):
             raise ValueError("a request names a path")
         if sum(name == b"host" for name, _ in self.headers) > 1:
             raise ValueError("a request names one host")
-        lengths = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        lengths = [pair for pair in self.headers if pair[0] in _FRAMING]
         if len(lengths) > 1:
             raise ValueError("the length of a body is told once")
         if lengths and lengths[0][0] == b"transfer-encoding" and lengths[0][1].strip().lower() != b"chunked":
@@ -305,8 +404,12 @@ class Protocol(HttpToolsProtocol):
         if self._name is not None and [name for name, _ in lengths] == [b"content-length"]:
             self._learn(self._name)
         self._name = None
+        keeps = self.parser.should_keep_alive() and b"close" not in named_by_connection(self.headers)
+        if version == "1.0" and keeps:
+            self.scope[KEEPS] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
         if version == "1.0":  # knows no chunks
+            self.cycle.keep_alive = keeps
             self.cycle.chunked_encoding = False
             self.cycle.expected_content_length = _UNFRAMED
 
@@ -324,8 +427,11 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Note that a request is whole."""
+        if self.parser.should_upgrade() and self.scope["method"] != "CONNECT":
+            return  # its body follows
         super().on_message_complete()
         self._between = True
+        self._silent = 0
 
 
 class Server(uvicorn.Server):

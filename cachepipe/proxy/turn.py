@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import orjson
 
-from cachepipe.proxy.headers import text_of
+from cachepipe.proxy import headers
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,9 +20,12 @@ Send = Callable[[Message], Awaitable[None]]
 WHOLE: Final = "cachepipe.whole"
 """In a scope: an answer may be sent in one message, which holds this name too."""
 
+KEEPS: Final = "cachepipe.keeps"
+"""In a scope: a client of HTTP/1.0 asks to keep its connection."""
+
 _TURNS: Final = 5
 JSON: Final = (b"content-type", b"application/json")
-_PRIVATE: Final = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+_PRIVATE: Final = [(b"cache-control", b"no-store"), *headers.INERT]
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it would be an error
@@ -91,7 +94,7 @@ class Turn:
     def says(self, name: bytes) -> str | None:
         """Return what a header says, or None where it is missing."""
         value = self.named.get(name)
-        return None if value is None else text_of(value)
+        return None if value is None else headers.text_of(value)
 
     # The request's body.
 
@@ -182,7 +185,15 @@ class Turn:
     async def start(self, status: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         """Send the status and the headers."""
         self.status = status
+        pairs = self._connected(pairs)
         await self.send_message({"type": "http.response.start", "status": status, "headers": pairs})
+
+    def _connected(self, pairs: Sequence[tuple[bytes, bytes]]) -> Sequence[tuple[bytes, bytes]]:
+        """Return headers that tell a client of HTTP/1.0 whether its connection stays open."""
+        if self.scope.get("http_version") != "1.0" or any(name == b"connection" for name, _ in pairs):
+            return pairs
+        lives = KEEPS in self.scope and any(name == b"content-length" for name, _ in pairs)
+        return [*pairs, (b"connection", b"keep-alive" if lives else b"close")]
 
     async def write(self, chunk: bytes, *, more: bool = True) -> None:
         """Send a part of the body, waiting until the client has room for it.
@@ -205,7 +216,7 @@ class Turn:
         if WHOLE in self.scope:
             await self.send_message({WHOLE: True, "status": status, "headers": pairs, "body": content})
             return
-        await self.send_message({"type": "http.response.start", "status": status, "headers": pairs})
+        await self.start(status, pairs)
         await self.send_message({"type": "http.response.body", "body": content})
 
     async def tell(self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()) -> None:

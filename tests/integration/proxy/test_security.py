@@ -210,6 +210,56 @@ def test_pages_of_other_sites_cannot_use_a_password_that_a_browser_keeps(serve):
     assert httpx2.post(url, headers=bearer).status_code == 201
 
 
+PAGE = b"<script>fetch('/cachepipe/runs', {method: 'POST'})</script>"
+THEIRS = [
+    ("content-type", "text/html"),
+    ("content-security-policy", "script-src 'unsafe-inline'"),
+    ("x-content-type-options", "sniff"),
+    ("x-accel-redirect", "/etc/passwd"),
+    ("x-accel-buffering", "yes"),
+]
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+@pytest.mark.parametrize("path", ["/v1/files/1", "/v1/chat/completions"])
+def test_what_an_upstream_answers_is_no_page_of_the_proxys(serve, recorder, asked, status, path):
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    for stream in (False, True):
+        recorder.answers += [(status, THEIRS, [PAGE])]
+        answer = httpx2.post(f"{proxy.url}{path}", json={**asked, "stream": stream})
+        assert (answer.status_code, answer.content) == (status, PAGE)
+        _inert(answer)
+        assert not {"x-accel-redirect", "x-accel-buffering"} & {*answer.headers}
+
+
+def _inert(answer):
+    assert answer.headers.get_list("x-content-type-options") == ["nosniff"]
+    (policy,) = answer.headers.get_list("content-security-policy")
+    assert policy.split(";")[0] == "sandbox"
+
+
+def test_what_the_cache_answers_is_no_page_of_the_proxys(serve, recorder, asked, helpers):
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    url, models = helpers.chat_url(proxy), f"{proxy.url}/v1/models"
+    with httpx2.Client() as client:
+        for run in range(4):  # a miss, a hit, one of a known head, and one that is answered at once
+            answer = client.post(helpers.chat_url(proxy, "a", run), json=asked)
+            _inert(answer)
+        for namespace in ("b", "c", "d"):
+            again = {"x-cachepipe-namespace": namespace}
+            _inert(client.post(url, json={**asked, "stream": True}, headers=again))
+            _inert(client.post(url, json=asked, headers=again))
+    httpx2.post(f"{proxy.url}/cachepipe/runs")
+    with httpx2.Client() as client:
+        for _ in range(3):
+            _inert(client.post(url, json=asked))
+            httpx2.post(f"{proxy.url}/cachepipe/runs")
+    for refused in (httpx2.post(url, headers={"host": "evil.example"}), httpx2.get(models)):
+        _inert(refused)
+    for own in ("/healthz", "/metrics", "/cachepipe/api/keys", "/nothing"):
+        _inert(httpx2.get(f"{proxy.url}{own}"))
+
+
 def test_further_names_may_be_allowed(serve):
     proxy = serve(hosts=("My.Host", "other.example:8080", "fe80::2"))
     for name in ("my.host", "MY.HOST:9", "other.example", "other.example:1", "[fe80::2]:80"):

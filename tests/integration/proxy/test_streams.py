@@ -240,3 +240,17 @@ def test_shutdown_finishes_what_is_in_flight(serve, upstream, asked, helpers):
         upstream.settings = MockSettings()
         thread.join()
     assert answers[0].status_code == 200
+
+
+def test_servers_in_front_of_the_proxy_are_asked_not_to_hold_events_back(proxy, http, asked, helpers):
+    """nginx gathers what comes from behind it, unless this header says otherwise."""
+    for run in range(2):
+        url = helpers.chat_url(proxy, "a", run)
+        assert http.post(url, json={**asked, "stream": True}).headers["x-accel-buffering"] == "no"
+        assert "x-accel-buffering" not in http.post(url, json=asked).headers
+    other = http.post(f"{proxy.url}/v1/chat/completions", json={**asked, "stream": True, "n": 2})
+    assert other.headers["x-accel-buffering"] == "no"
+    passed = http.post(
+        helpers.chat_url(proxy), json={**asked, "stream": True}, headers={"x-cachepipe-mode": "bypass"}
+    )
+    assert passed.headers["x-accel-buffering"] == "no"

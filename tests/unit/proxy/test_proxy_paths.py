@@ -26,6 +26,9 @@ from cachepipe.proxy.paths import BadPath, Place, place
         (b"/up/u/ns/a@r/v1/x", Place("/v1/x", "a", "r", "u")),
         (b"/ns/a/up/u/v1/x/", Place("/v1/x/", "a", None, "u")),
         (b"/ns/a/v1/ns/b/v1", Place("/v1/ns/b/v1", "a")),
+        (b"//v1/x", Place("/v1/x")),
+        (b"///ns/a//v1/x", Place("/v1/x", "a")),
+        (b"/up/u//ns/a@r///v1//x//", Place("/v1//x//", "a", "r", "u")),
     ],
 )
 def test_a_path_names_namespace_run_and_upstream(raw, expected):
