@@ -1,8 +1,9 @@
 """Batch files: requests in, answers out in the same order, and a rerun that pays for nothing twice.
 
 Input lines are OpenAI's batch requests, or objects with ``prompt`` or ``messages``. The file is read twice:
-once to find whatever is wrong with it before the first call is made, once to ask. ``custom_id`` is the
-request id of a line's draw, so a rerun replays what was answered and asks for the rest only.
+once to find whatever is wrong with it before the first call is made, once to ask. A line's draw is its key
+and its occurrence: how many earlier lines of the file have that key. So a rerun replays what was answered and
+asks for the rest only, also when lines were inserted, deleted, moved or given other ids meanwhile.
 
 The output is written beside its place and put there when it is complete. So it is never half a
 result, and a run that was killed is resumed by running it again: what it had paid for is in the cache.
@@ -27,7 +28,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 import orjson
@@ -35,6 +36,7 @@ import orjson
 from cachepipe import runs, wire
 from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, ShortAnswer, StoreError
 from cachepipe.keys import trimmed
+from cachepipe.ledger import label
 from cachepipe.models.openai import ENDPOINTS, ListModel, OpenAIModel, WireRequest
 from cachepipe.stages import AsyncCacher, AsyncDeduplicator
 from cachepipe.stores import DiskStore, MemoryStore, default_folder, open_store
@@ -58,7 +60,6 @@ _OWN: Final = frozenset({"id", "custom_id", "response", "error", "cachepipe"})
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
 _LOOK: Final = 0.05  # seconds between two looks for a pipe's reader
-_RUN: Final = 10_000  # lines after which occurrences are counted anew: ids are unique, so each is the first
 _SHOWN: Final = 10  # problems of an input that are told at once
 _SECRET: Final = 6  # characters from which on a credential is blotted out
 
@@ -120,6 +121,7 @@ class Line:
     Attributes:
         number: its line in the file, from 1.
         custom_id: its name, which no other line of the file has.
+        named: whether the line gives that name; otherwise it is the line's number.
         api: where it goes.
         asks: the questions of its body.
         carried: fields that are written to its result as they are.
@@ -127,17 +129,23 @@ class Line:
 
     number: int
     custom_id: str
+    named: bool
     api: wire.Api
     asks: tuple[wire.Ask, ...]
     carried: Mapping[str, Any]
 
-    def requests(self, namespace: str | None) -> list[WireRequest]:
-        """Return one request per question; its id is the line's."""
+    def requests(self, namespace: str | None, *, ids: bool = False) -> list[WireRequest]:
+        """Return one request per question.
+
+        Args:
+            namespace: the namespace that draws the samples.
+            ids: whether the name that the line gives is the request id.
+        """
         return [
             WireRequest(
                 {**ask.question, **ask.transport},
                 n=ask.n,
-                request_id=self.custom_id,
+                request_id=self.custom_id if ids and self.named else None,
                 namespace=namespace,
                 endpoint=ENDPOINTS[self.api],
             )
@@ -157,9 +165,13 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
         raise _LineError(f"it is no JSON: {error.msg} (column {error.colno})") from error
     if not isinstance(fields, dict):
         raise _LineError(f"it must be a JSON object; got {fields!r:.80}")
-    named, custom_id = _custom_id(fields, number)
+    name, custom_id = _custom_id(fields)
     api, body, used = _asked(fields)
-    carried = {name: value for name, value in fields.items() if name not in used and name != named}
+    carried = {
+        field: value
+        for field, value in fields.items()
+        if field not in used and (field != name or name == "task_id")
+    }
     try:
         orjson.dumps([[fields]])  # as deep as a result holds what is carried along
     except TypeError as error:
@@ -181,19 +193,20 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
         raise _LineError(str(error)) from error
     if not asks[0].cacheable:
         raise _LineError(f"it cannot be run from a file: {asks[0].reason}")
-    return Line(number, custom_id, api, asks, carried)
+    named = name is not None
+    return Line(number, custom_id if named else str(number), named, api, asks, carried)
 
 
-def _custom_id(fields: Mapping[str, Any], number: int) -> tuple[str | None, str]:
-    """Return the field that names a line, and the name."""
+def _custom_id(fields: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the field that names a line, and the name; None and nothing for a line without one."""
     for name in ("custom_id", "id", "task_id"):
         value = fields.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise _LineError(f"{name} must be a string; got {value!r:.80}")
-        return (None if name == "task_id" else name), str(value)
-    return None, str(number)
+        return name, str(value)
+    return None, ""
 
 
 def _asked(fields: Mapping[str, Any]) -> tuple[wire.Api, dict[str, Any], frozenset[str]]:
@@ -326,6 +339,7 @@ async def run_file(
     mode: Mode = "read-write",
     scope: str | None = None,
     repeat: Repeat = "fresh",
+    ids: bool = False,
     durability: str = "process",
     concurrency: int = 16,
     limit: int | None = None,
@@ -335,7 +349,8 @@ async def run_file(
 ) -> Report:
     """Return what became of the requests of a file; their answers are in ``output``, in input order.
 
-    A line that fails becomes an error line, and only those are asked again by a rerun.
+    Each call is a run of its own. A line that fails becomes an error line, and only those are asked again by
+    a rerun.
 
     Args:
         input: the batch file.
@@ -358,6 +373,8 @@ async def run_file(
         scope: what stands for the endpoint's URL in keys.
         repeat: ``"fresh"``: equal questions of different lines get different samples; ``"same"``:
             they share them.
+        ids: whether the ids that lines give are part of what tells their draws apart: a line with a new id
+            then gets fresh samples, wherever it is.
         durability: ``"process"`` or ``"full"``, for a cache that is opened here.
         concurrency: lines in flight at most.
         limit: run only so many lines, from the first.
@@ -404,7 +421,7 @@ async def run_file(
                 raw=True,
             )
             store, ours = _store(cache, mode, durability)
-            service = _Service(adapter, store, namespace, mode, scope, repeat, report)
+            service = _Service(adapter, store, report, namespace, mode, scope, repeat, ids=ids)
             secrets = _Secrets(
                 [base_url, os.environ.get("OPENAI_BASE_URL")],
                 [api_key, os.environ.get("OPENAI_API_KEY"), getattr(client, "api_key", None)],
@@ -713,6 +730,22 @@ class _Output:
         return self.partial if not self._direct and self._written + len(self._lines) else None
 
 
+class _Draw(NamedTuple):
+    """A line's draw: one request per question, each with its occurrence.
+
+    Attributes:
+        line: the line.
+        requests: what it asks.
+        occurrences: per question, how many earlier lines of the file ask the same.
+        id: names the draw in results: a digest of what is asked, of whom is left out.
+    """
+
+    line: Line
+    requests: Sequence[WireRequest]
+    occurrences: Sequence[int]
+    id: str
+
+
 class _Service:
     """One pipeline per API, over one store and one client."""
 
@@ -720,11 +753,13 @@ class _Service:
         self,
         model: OpenAIModel,
         store: Store,
+        report: Report,
         namespace: str | None,
         mode: Mode,
         scope: str | None,
         repeat: Repeat,
-        report: Report,
+        *,
+        ids: bool,
     ) -> None:
         self._model = model
         self._store = store
@@ -732,10 +767,11 @@ class _Service:
         self._mode = mode
         self._scope = scope
         self._repeat = repeat
+        self._ids = ids
         self._report = report
         self._stages: dict[wire.Api, tuple[AsyncDeduplicator, AsyncCacher]] = {}
-        # Claims that live in memory only are counted by the run, which then must not change.
-        self.one_run = mode == "replay" or store.read_only
+        # Counted by the lines themselves: a line that fails keeps its number, unlike a request of a run.
+        self._counted = runs.Occurrences()
 
     def _stage(self, api: wire.Api) -> tuple[AsyncDeduplicator, AsyncCacher]:
         stages = self._stages.get(api)
@@ -751,18 +787,24 @@ class _Service:
             stages = self._stages[api] = AsyncDeduplicator(cacher), cacher
         return stages
 
-    def key(self, line: Line) -> list[str]:
-        """Return the keys of a line's questions."""
-        cacher = self._stage(line.api)[1]
-        return [cacher.question(request).key for request in line.requests(self._namespace)]
+    def draw(self, line: Line) -> _Draw:
+        """Return the draw of the next line of the file, and count it."""
+        requests = line.requests(self._namespace, ids=self._ids)
+        whose, request_id = label(self._namespace), requests[0].request_id or ""
+        asked = [self._model.question(request, "").key for request in requests]
+        occurrences = [self._counted.take((whose, key, request_id)) for key in asked]
+        named = orjson.dumps([whose, request_id, asked, occurrences])
+        return _Draw(line, requests, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
 
-    async def ask(self, line: Line) -> list[Response]:
+    def keys(self, draw: _Draw) -> list[str]:
+        """Return the keys of a line's questions."""
+        cacher = self._stage(draw.line.api)[1]
+        return [cacher.question(request).key for request in draw.requests]
+
+    async def ask(self, draw: _Draw) -> list[Response]:
         """Return one response per question of a line."""
-        stage, _ = self._stage(line.api)
-        requests = line.requests(self._namespace)
-        if len(requests) == 1:
-            return [await stage.request(requests[0])]
-        return await stage.batch_request(Batch(list(requests)))
+        stage = self._stage(draw.line.api)[0]
+        return await stage.batch_request(Batch(list(draw.requests)), occurrences=draw.occurrences)
 
     def count(self) -> None:
         """Bring the report's figures of calls up to date."""
@@ -825,18 +867,16 @@ class _Run:
         self._running: set[asyncio.Task[bytes]] = set()
         self._wake = asyncio.Event()
         self._more = True
-        self._begun = 0
 
     async def drive(self, stop: Stop, grace: float) -> None:
         """Ask all lines and write all results, or as many as there are when the run is stopped."""
         stop.heard = self._wake.set
         deadline: asyncio.TimerHandle | None = None
         try:
-            with contextlib.ExitStack() as counting:
-                counting.enter_context(runs.run())
+            with runs.run():
                 while self._more or self._ahead:
                     self._wake.clear()
-                    await self._begin(stop, counting)
+                    await self._begin(stop)
                     await self._write()
                     self._service.count()
                     if stop.forced or (stop.asked and not self._running):
@@ -857,7 +897,7 @@ class _Run:
             await self._results.finish()
             self._report.output = self._results.path
 
-    async def _begin(self, stop: Stop, counting: contextlib.ExitStack) -> None:
+    async def _begin(self, stop: Stop) -> None:
         """Begin as many lines as may be in flight, none of them too far ahead of the slowest."""
         while len(self._running) < self._concurrency and len(self._ahead) < self._window:
             if not self._more or stop.asked:
@@ -866,14 +906,11 @@ class _Run:
             if line is None:
                 self._more = False
                 return
-            self._begun += 1
-            if not self._begun % _RUN and not self._service.one_run:
-                counting.close()
-                counting.enter_context(runs.run())
             self._start(line)
 
     def _start(self, line: Line) -> None:
-        task = asyncio.get_running_loop().create_task(self._answer(line))
+        draw = self._service.draw(line)
+        task = asyncio.get_running_loop().create_task(self._answer(draw))
         self._ahead.append(task)
         self._running.add(task)
         self._report.in_flight = len(self._running)
@@ -898,14 +935,14 @@ class _Run:
         while self._ahead and self._ahead[0].done() and not self._ahead[0].cancelled():
             await self._results.add(self._ahead.popleft().result())
 
-    async def _answer(self, line: Line) -> bytes:
+    async def _answer(self, draw: _Draw) -> bytes:
         """Return the result of a line, an error line if it failed."""
         report = self._report
         try:
-            responses = await self._service.ask(line)
-            result = _result(line, responses)
+            responses = await self._service.ask(draw)
+            result = _result(draw, responses)
         except Exception as error:  # noqa: BLE001 - one line's failure takes no other's answer with it
-            result = self._failure(line, error)
+            result = self._failure(draw, error)
         else:
             cached = [flag for response in responses for flag in response.cached or ()]
             report.hits += sum(cached)
@@ -915,7 +952,7 @@ class _Run:
             self._progress(report)
         return result
 
-    def _failure(self, line: Line, error: Exception) -> bytes:
+    def _failure(self, draw: _Draw, error: Exception) -> bytes:
         report = self._report
         code, message, response = self._secrets.blot(list(_told(error)))
         report.failed += 1
@@ -923,12 +960,13 @@ class _Run:
         report.example = report.example or message
         keys: list[str] = []
         with contextlib.suppress(CachepipeError, TypeError, ValueError):
-            keys = self._service.key(line)
-        return _line(line, keys, response, {"code": code, "message": message}, {})
+            keys = self._service.keys(draw)
+        return _line(draw, keys, response, {"code": code, "message": message}, {})
 
 
-def _result(line: Line, responses: Sequence[Response]) -> bytes:
+def _result(draw: _Draw, responses: Sequence[Response]) -> bytes:
     """Return the result line of an answer."""
+    line = draw.line
     samples = [sample for response in responses for sample in response.data]
     body = line.api.answer(samples, line.asks[0])
     identity = body.get("id")
@@ -943,18 +981,18 @@ def _result(line: Line, responses: Sequence[Response]) -> bytes:
     }
     keys = [str(response.key) for response in responses]
     flags["indices"] = [index for response in responses for index in response.indices or ()]
-    return _line(line, keys, response, None, flags)
+    return _line(draw, keys, response, None, flags)
 
 
 def _line(
-    line: Line,
+    draw: _Draw,
     keys: Sequence[str],
     response: Any,
     error: Mapping[str, str] | None,
     flags: Mapping[str, Any],
 ) -> bytes:
     """Return a result line as bytes."""
-    named = hashlib.blake2b("\0".join([line.custom_id, *keys]).encode(), digest_size=12)
+    line = draw.line
     ours: dict[str, Any] = {"cached": [], "duplicated": [], "indices": [], **flags}
     ours["key"] = keys[0] if len(keys) == 1 else None
     if len(keys) > 1:
@@ -963,7 +1001,7 @@ def _line(
     if hidden:
         ours["carried"] = hidden
     result = {
-        "id": f"batch_req_{named.hexdigest()}",
+        "id": f"batch_req_{draw.id}",
         "custom_id": line.custom_id,
         "response": response,
         "error": error,

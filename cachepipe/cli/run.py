@@ -64,6 +64,12 @@ _BAR_FROM: Final = 72  # columns of a terminal
     help="Whether equal questions of different lines get fresh samples or the same ones.",
 )
 @click.option(
+    "--ids",
+    is_flag=True,
+    help="Give a line with a new id fresh samples. By default a line's draw goes by its question and by how "
+    "many earlier lines ask the same.",
+)
+@click.option(
     "--api-key-env",
     default="OPENAI_API_KEY",
     show_default=True,
@@ -194,6 +200,7 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
                 mode=mode,
                 scope=options["scope"],
                 repeat=options["repeat"],
+                ids=options["ids"],
                 concurrency=options["concurrency"],
                 limit=options["limit"],
                 progress=screen.update,

@@ -150,6 +150,8 @@ class AsyncCacher(Stage):
         loop: asyncio.AbstractEventLoop,
         duplicated: list[bool] | None,
         receipts: list[Receipt] | None,
+        *,
+        occurrence: int | None = None,
         **options: bool,
     ) -> Response | Drawing:
         """Begin a draw: return the response if all of it is there, else the draw."""
@@ -157,7 +159,15 @@ class AsyncCacher(Stage):
         if duplicated is not None:
             engine.merged += sum(duplicated)
         return engine.begin(
-            engine.lane(loop), request, question, self.mode, self.repeat, duplicated, receipts, **options
+            engine.lane(loop),
+            request,
+            question,
+            self.mode,
+            self.repeat,
+            duplicated,
+            receipts,
+            occurrence=occurrence,
+            **options,
         )
 
     def take_back(self, receipts: Iterable[Receipt]) -> None:
@@ -196,6 +206,7 @@ class AsyncCacher(Stage):
         requests: Sequence[Request],
         flags: Flags | None = None,
         *,
+        occurrences: Sequence[int] | None = None,
         return_exceptions: bool = False,
     ) -> list[Response]:
         """Return one response per request, in order, after all of them have ended.
@@ -203,6 +214,8 @@ class AsyncCacher(Stage):
         Args:
             requests: the requests.
             flags: returns the flags that a deduplicator in front gives a request.
+            occurrences: the occurrence of each request's draw, from a caller that counts them itself; by
+                default the run counts them.
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
@@ -219,7 +232,10 @@ class AsyncCacher(Stage):
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    begun = self._begin(request, question, loop, duplicated, receipts, crowd=crowd)
+                    number = None if occurrences is None else occurrences[place]
+                    begun = self._begin(
+                        request, question, loop, duplicated, receipts, occurrence=number, crowd=crowd
+                    )
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     begun = error
                 answers.append(begun)

@@ -261,12 +261,14 @@ class Engine:
         duplicated: list[bool] | None,
         receipts: list[Receipt] | None,
         *,
+        occurrence: int | None = None,
         looked: bool = False,
         crowd: bool = False,
     ) -> Response | Drawing:
         """Return the response when the ledger and the store have it all, else the draw to wait for.
 
-        What comes with others, in a ``crowd``, is claimed with them at the end of the turn.
+        What comes with others, in a ``crowd``, is claimed with them at the end of the turn. A caller that
+        counts its requests itself passes the ``occurrence``; nothing of its run is counted here then.
         """
         self.requests += 1
         namespace = label(request.namespace)
@@ -276,8 +278,9 @@ class Engine:
             user = namespace
         else:
             request_id = request.request_id or ""
-            number = occurrences.take((namespace, question.key, request_id))
-            identity = Draw(namespace, question.key, request_id, number)
+            if occurrence is None:
+                occurrence = occurrences.take((namespace, question.key, request_id))
+            identity = Draw(namespace, question.key, request_id, occurrence)
             user = None
         try:
             if mode == "replay" or self.store.read_only:

@@ -179,8 +179,10 @@ def test_all_humaneval_prompts_are_answered_once_and_a_new_namespace_costs_nothi
     again = results("b.jsonl")
     for line in again:
         assert line["cachepipe"].pop("cached") == [True] * N
+        del line["id"]
     for line in lines:
         line["cachepipe"].pop("cached")
+        del line["id"]
     assert again == lines
     larger = called(server, n=7)
     assert (larger["hits"], larger["generated"], server.stats.samples_generated) == (ALL, 164 * 2, 164 * 2)
@@ -583,7 +585,7 @@ def test_on_a_terminal_there_is_a_bar(server):
     assert b"/164" in shown
     assert b"0 hits, " in shown
     assert b"/s" in shown
-    assert b"calls made           164" in shown
+    assert re.search(rb"calls made +164\b", shown)
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
@@ -593,7 +595,7 @@ def test_a_narrow_terminal_shows_the_figures_whole_and_a_dumb_one_no_bar(server)
     assert "…" not in narrow
     dumb = on_terminal(server, "another", TERM="dumb")
     assert b"/164" not in dumb
-    assert b"calls made           164" in dumb
+    assert re.search(rb"calls made +164\b", dumb)
 
 
 def test_neither_the_key_nor_credentials_of_the_url_are_written_or_said(server):

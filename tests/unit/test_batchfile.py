@@ -137,7 +137,8 @@ def test_a_batch_request_is_its_body_at_its_url():
     assert line.asks[0].question == {"model": "own", "messages": HI}
     assert (line.asks[0].n, line.asks[0].transport["user"]) == (2, "u")
     (request,) = line.requests("ns")
-    assert (request.n, request.request_id, request.namespace) == (2, "a", "ns")
+    assert (request.n, request.request_id, request.namespace) == (2, None, "ns")
+    assert line.requests("ns", ids=True)[0].request_id == "a"
     assert request.endpoint == "/chat/completions"
     assert request.prompt == {"model": "own", "messages": HI, "user": "u", "stream": True}
 
@@ -361,34 +362,141 @@ async def test_lines_are_held_only_a_window_ahead_of_the_slowest_and_written_in_
     assert [texts(line) for line in read(target)] == [[f"p{i}/0"] for i in range(60)]
 
 
-async def test_occurrences_of_ids_that_are_all_different_are_not_kept(paths, client, monkeypatch):
-    monkeypatch.setattr(batchfile, "_RUN", 10)
+async def test_c2_the_occurrences_of_a_large_file_are_counted_in_a_temporary_file(paths, client, monkeypatch):
+    counts = []
+
+    class Small(runs.Occurrences):
+        def __init__(self):
+            super().__init__(kept=10)
+            counts.append(self._next)
+
+    monkeypatch.setattr(runs, "Occurrences", Small)
     source, target = paths
-    write(source, [{"prompt": "same"} for _ in range(95)])
-    store, kept = MemoryStore(), []
-
-    def watch(_report):
-        kept.append(len(runs.current(store.identity)._next))
-
-    settings = {"client": client, "model": "m", "cache": store, "namespace": "a"}
-    await run_file(source, target, **settings, progress=watch)
-    assert max(kept) <= 10
+    lines = [{"prompt": f"p{i % 300}"} for i in range(600)]
+    write(source, lines)
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "namespace": "a"}
+    await run_file(source, target, **settings)
+    assert any(counted.spilled for counted in counts)
+    assert all(len(counted) <= 10 + 256 for counted in counts)
     first = [line["cachepipe"]["indices"] for line in read(target)]
-    assert sorted(first) == [[i] for i in range(95)]  # C1
+    assert first == [[i // 300] for i in range(600)]
     again = await run_file(source, target, **settings)
-    assert (again.calls, again.hits) == (0, 95)
-    assert [line["cachepipe"]["indices"] for line in read(target)] == first  # C2
+    assert (again.calls, again.hits) == (0, 600)
+    assert [line["cachepipe"]["indices"] for line in read(target)] == first
 
 
-async def test_c1_a_replay_counts_claims_in_memory_to_its_end(paths, client, monkeypatch):
-    monkeypatch.setattr(batchfile, "_RUN", 10)
+async def test_c1_a_replay_counts_claims_in_memory_to_its_end(paths, client):
     source, target = paths
     write(source, [{"prompt": "same"} for _ in range(35)])
     store = MemoryStore()
     await run_file(source, target, client=client, model="m", cache=store, namespace="a")
     write(source, [{"id": f"other {i}", "prompt": "same"} for i in range(35)])
-    await run_file(source, target, client=client, model="m", cache=store, namespace="b", mode="replay")
+    await run_file(
+        source, target, client=client, model="m", cache=store, namespace="b", mode="replay", ids=True
+    )
     assert sorted(line["cachepipe"]["indices"] for line in read(target)) == [[i] for i in range(35)]
+
+
+# Whose draw a line is.
+
+
+async def test_c2_a_line_draws_by_its_question_and_how_many_earlier_lines_ask_it(paths, client):
+    source, target = paths
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "namespace": "a"}
+    first = [{"id": "x", "prompt": "same"}, {"id": "y", "prompt": "other"}, {"id": "z", "prompt": "same"}]
+    write(source, first)
+    assert (await run_file(source, target, **settings)).generated == 3
+    edited = [{"prompt": "new"}, {"prompt": "same", "note": 1}, {"custom_id": "q", "prompt": "same"}]
+    write(source, edited)
+    assert (await run_file(source, target, **settings)).generated == 1
+    assert [line["cachepipe"]["indices"] for line in read(target)] == [[0], [0], [1]]
+    write(source, [*edited, {"prompt": "same"}])
+    assert (await run_file(source, target, **settings)).generated == 1
+
+
+async def test_c2_lines_of_different_n_are_numbered_by_lines(paths, client):
+    source, target = paths
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "namespace": "a"}
+    write(source, [{"prompt": "same", "n": 2}, {"prompt": "same", "n": 3}])
+    assert (await run_file(source, target, **settings)).generated == 5
+    first = [line["cachepipe"]["indices"] for line in read(target)]
+    write(source, [{"prompt": "same", "n": 4}, {"prompt": "same", "n": 3}])
+    assert (await run_file(source, target, **settings)).generated == 2
+    again = [line["cachepipe"]["indices"] for line in read(target)]
+    assert (again[0][:2], again[1]) == (first[0], first[1])
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_c2_a_line_that_fails_keeps_its_number(paths, client, concurrency):
+    source, target = paths
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "concurrency": concurrency}
+    write(source, [{"prompt": "same"}] * 3)
+    first = api_error(openai.InternalServerError, 500, b"{}")
+    answers = iter([first, *[None] * 9])
+    client.answer = lambda _, body: next(answers) or answer_to(body)
+    failed = await run_file(source, target, **settings)
+    stands = {i: line["cachepipe"]["indices"] for i, line in enumerate(read(target)) if not line["error"]}
+    assert len(stands) == 3 - failed.failed
+    assert failed.failed
+    again = await run_file(source, target, **settings)
+    assert (again.failed, again.generated, again.hits) == (0, failed.failed, len(stands))
+    after = [line["cachepipe"]["indices"] for line in read(target)]
+    assert sorted(after) == [[0], [1], [2]]
+    assert {i: after[i] for i in stands} == stands
+
+
+async def test_c2_a_limit_changes_no_draw(paths, client):
+    source, target = paths
+    settings = {"client": client, "model": "m", "cache": MemoryStore()}
+    write(source, [{"prompt": text} for text in "aabab"])
+    assert (await run_file(source, target, **settings, limit=3)).generated == 3
+    whole = await run_file(source, target, **settings)
+    assert (whole.hits, whole.generated) == (3, 2)
+    assert [line["cachepipe"]["indices"] for line in read(target)] == [[0], [1], [0], [2], [1]]
+
+
+async def test_c2_each_question_of_a_line_is_counted_by_itself(paths, client):
+    source, target = paths
+    client.answer = lambda _, body: {
+        "model": "m",
+        "choices": [
+            {"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(body["prompt"])
+        ]
+        if isinstance(body["prompt"], list)
+        else [{"index": 0, "text": body["prompt"], "finish_reason": "stop"}],
+    }
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "namespace": "a"}
+
+    def ask(prompt):
+        return {"url": "/v1/completions", "body": {"prompt": prompt}}
+
+    write(source, [ask(["a", "b"]), ask(["b", "c"])])
+    assert (await run_file(source, target, **settings)).generated == 4
+    write(source, [ask("c"), ask(["b", "a", "b"])])
+    assert (await run_file(source, target, **settings)).generated == 0
+    assert [line["cachepipe"]["indices"] for line in read(target)] == [[0], [0, 0, 1]]
+
+
+async def test_c1_ids_tell_draws_apart_when_asked_to(paths, client):
+    source, target = paths
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "namespace": "a", "ids": True}
+    write(source, [{"id": "x", "prompt": "same"}, {"id": "y", "prompt": "same"}])
+    await run_file(source, target, **settings)
+    first = {line["custom_id"]: line["cachepipe"]["indices"] for line in read(target)}
+    write(
+        source, [{"id": "y", "prompt": "same"}, {"id": "z", "prompt": "same"}, {"id": "x", "prompt": "same"}]
+    )
+    assert (await run_file(source, target, **settings)).generated == 1
+    assert {line["custom_id"]: line["cachepipe"]["indices"] for line in read(target)}.items() >= first.items()
+
+
+async def test_c2_with_ids_a_line_without_one_draws_by_its_question(paths, client):
+    source, target = paths
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "namespace": "a", "ids": True}
+    write(source, [{"prompt": "same"}])
+    await run_file(source, target, **settings)
+    write(source, [{"prompt": "inserted"}, {"prompt": "same"}])
+    assert (await run_file(source, target, **settings)).generated == 1
 
 
 async def test_a_rerun_in_one_process_is_a_replay_whatever_else_is_open(paths, client):
