@@ -7,6 +7,7 @@ asks for the rest only, also when lines were inserted, deleted, moved or given o
 
 The output is written beside its place and put there when it is complete. So it is never half a
 result, and a run that was killed is resumed by running it again: what it had paid for is in the cache.
+Where a line fails whose draw has a result in the earlier output, that result stays.
 Memory is bounded: of the input a few lines per request in flight are held, of the ids a digest each,
 in a temporary database on disk.
 """
@@ -23,6 +24,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,10 +58,13 @@ SETTINGS: Final = frozenset(
 )
 """The fields of a line with a prompt or messages that are part of what is asked."""
 
+_FLAGS: Final = ("cached", "duplicated", "indices")
 _OWN: Final = frozenset({"id", "custom_id", "response", "error", "cachepipe"})
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
 _LOOK: Final = 0.05  # seconds between two looks for a pipe's reader
+_NAMED: Final = b'{"id":"batch_req_'  # how a result line begins
+_ANSWERED: Final = b',"error":null,"cachepipe":{'  # what the line of an answer holds
 _SHOWN: Final = 10  # problems of an input that are told at once
 _SECRET: Final = 6  # characters from which on a credential is blotted out
 
@@ -255,7 +260,8 @@ class Report:
     Attributes:
         requests: lines with a request in the input, or as many as were to be run.
         done: those that have ended, failed ones included.
-        failed: those that became error lines.
+        failed: those whose request failed.
+        kept: failed ones whose result in the earlier output stays; the other failed ones became error lines.
         hits: samples that came from the cache.
         misses: samples that were generated for a line of this run.
         generated: samples that the model returned.
@@ -274,6 +280,7 @@ class Report:
     requests: int = 0
     done: int = 0
     failed: int = 0
+    kept: int = 0
     hits: int = 0
     misses: int = 0
     generated: int = 0
@@ -447,35 +454,44 @@ def _store(cache: Any, mode: Mode, durability: str) -> tuple[Store, bool]:
 
 
 class _Ids:
-    """The ids seen so far, with their lines, in a file of SQLite's that is gone when it is closed.
+    """Ids with their places in a file, in a file of SQLite's own that is gone when it is closed.
 
     An id takes its digest's 16 bytes on disk; in memory there are a few pages, however many ids there are.
     """
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None)
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
-    def add(self, custom_id: str, number: int) -> int | None:
-        """Note the id of a line; return the line that has it already, if any."""
-        digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
+    def add(self, name: str, place: int) -> int | None:
+        """Note an id at its place; return the place that has it already, if any."""
+        digest = _digest(name)
         try:
-            added = self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, number))
+            added = self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, place))
         except sqlite3.Error as error:
             raise BatchFileError(
                 f"the ids of the lines cannot be compared: {error}. It is done in a temporary file; set "
                 "SQLITE_TMPDIR to a folder with room for it"
             ) from error
-        if added.rowcount:
-            return None
-        (line,) = self._database.execute("SELECT line FROM ids WHERE digest = ?", (digest,)).fetchone()
-        return int(line)
+        return None if added.rowcount else self._at(digest)
+
+    def find(self, name: str) -> int | None:
+        """Return the place of an id, if it was noted."""
+        return self._at(_digest(name))
+
+    def _at(self, digest: bytes) -> int | None:
+        row = self._database.execute("SELECT place FROM ids WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else int(row[0])
 
     def close(self) -> None:
         """Forget all of it."""
         self._database.close()
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 class _Input:
@@ -587,6 +603,70 @@ class _Input:
         return f"{self.path} has changed while it was run; run it again, and what was paid for is a hit"
 
 
+class _Earlier:
+    """The results of an earlier output, by the ids of their draws; the file is read when one is wanted first.
+
+    Args:
+        path: the earlier output, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+        self._places: _Ids | None = None
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """Return the result line with an id, or None. May be called from any thread.
+
+        Raises:
+            BatchFileError: when the file cannot be read.
+        """
+        try:
+            with self._lock:
+                if self._places is None:
+                    self._places = self._read()
+                place = self._places.find(name)
+                if place is None or self._file is None:
+                    return None
+                self._file.seek(place)
+                return _result_in(self._file.readline())
+        except OSError as error:
+            raise BatchFileError(
+                f"requests failed, and the earlier results in {self._path} cannot be read to keep them: "
+                f"{error.strerror}. Name another file for the results"
+            ) from error
+
+    def _read(self) -> _Ids:
+        """Return where each result is."""
+        places, place = _Ids(), 0
+        with contextlib.suppress(FileNotFoundError):
+            self._file = self._path.open("rb")
+            for line in self._file:
+                if line.startswith(_NAMED) and _ANSWERED in line:
+                    name = line.removeprefix(_NAMED).partition(b'"')[0]
+                    places.add(name.decode(errors="replace"), place)
+                place += len(line)
+        return places
+
+    def close(self) -> None:
+        """Forget all of it."""
+        if self._file is not None:
+            self._file.close()
+        if self._places is not None:
+            self._places.close()
+
+
+def _result_in(text: bytes) -> dict[str, Any] | None:
+    """Return the object of a result line; None for an error, and for what no run has written."""
+    try:
+        line = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    answered = line.get("error") is None and isinstance(line.get("response"), dict)
+    return line if answered and isinstance(line.get("cachepipe"), dict) else None
+
+
 class _Output:
     """The result file: written beside its place, and put there when it is complete."""
 
@@ -607,6 +687,7 @@ class _Output:
         self._written = 0
         self._complete = False
         self._pipe: int | None = None
+        self._earlier = _Earlier(Path(os.devnull) if self._direct else self._target)
 
     def _check(self, source: Path) -> None:
         path, folder = self.path, self.path.parent
@@ -679,6 +760,7 @@ class _Output:
                 self._write()
         with contextlib.suppress(OSError):
             self._file.close()
+        self._earlier.close()
         if not self._complete and not self._direct and not self._written:
             self.partial.unlink(missing_ok=True)
 
@@ -697,6 +779,10 @@ class _Output:
         except OSError as error:
             raise self._failure(error) from error
         self._written += len(lines)
+
+    async def earlier(self, name: str) -> dict[str, Any] | None:
+        """Return the result that the earlier output holds of a draw, by its id, or None."""
+        return await asyncio.to_thread(self._earlier.find, name)
 
     async def finish(self) -> None:
         """Write what is left, and put the file in its place."""
@@ -936,13 +1022,13 @@ class _Run:
             await self._results.add(self._ahead.popleft().result())
 
     async def _answer(self, draw: _Draw) -> bytes:
-        """Return the result of a line, an error line if it failed."""
+        """Return the result of a line; if it failed, its earlier result, or an error line."""
         report = self._report
         try:
             responses = await self._service.ask(draw)
             result = _result(draw, responses)
         except Exception as error:  # noqa: BLE001 - one line's failure takes no other's answer with it
-            result = self._failure(draw, error)
+            result = await self._failure(draw, error)
         else:
             cached = [flag for response in responses for flag in response.cached or ()]
             report.hits += sum(cached)
@@ -952,12 +1038,17 @@ class _Run:
             self._progress(report)
         return result
 
-    def _failure(self, draw: _Draw, error: Exception) -> bytes:
+    async def _failure(self, draw: _Draw, error: Exception) -> bytes:
         report = self._report
         code, message, response = self._secrets.blot(list(_told(error)))
         report.failed += 1
         report.errors[code] = report.errors.get(code, 0) + 1
         report.example = report.example or message
+        earlier = await self._results.earlier(draw.id)
+        if earlier is not None:
+            report.kept += 1
+            ours = earlier["cachepipe"]
+            return _line(draw, ours.get("keys") or [ours.get("key")], earlier["response"], None, ours)
         keys: list[str] = []
         with contextlib.suppress(CachepipeError, TypeError, ValueError):
             keys = self._service.keys(draw)
@@ -993,7 +1084,7 @@ def _line(
 ) -> bytes:
     """Return a result line as bytes."""
     line = draw.line
-    ours: dict[str, Any] = {"cached": [], "duplicated": [], "indices": [], **flags}
+    ours: dict[str, Any] = {name: flags.get(name, []) for name in _FLAGS}
     ours["key"] = keys[0] if len(keys) == 1 else None
     if len(keys) > 1:
         ours["keys"] = list(keys)
@@ -1001,7 +1092,7 @@ def _line(
     if hidden:
         ours["carried"] = hidden
     result = {
-        "id": f"batch_req_{draw.id}",
+        "id": f"batch_req_{draw.id}",  # see `_NAMED`
         "custom_id": line.custom_id,
         "response": response,
         "error": error,

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 SOME_FAILED: Final = 1
+_STOPPING: Final = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+"""The signals that end a run in good order; Windows has no SIGHUP."""
 _SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
 _GRACE: Final = 60.0  # seconds that requests in flight have after the first Ctrl-C
 _PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
@@ -122,9 +126,9 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
     except KeyboardInterrupt:
         click.echo(f"Stopped at once. To go on: {_again(context, options)}", err=True)
         return _SIGNALLED + signal.SIGINT
+    status = _SIGNALLED + number if report.interrupted else SOME_FAILED if report.failed else 0
     if not options["quiet"]:
         _table(report)
-    status = _SIGNALLED + number if report.interrupted else SOME_FAILED if report.failed else 0
     for sentence in _last_words(context, options, mode, report):
         click.echo(_blotted(sentence, options, key), err=True)
     if options["as_json"]:
@@ -215,12 +219,16 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
 
 @contextlib.contextmanager
 def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
-    """Let the first Ctrl-C or SIGTERM end the run in good order, the second at once."""
+    """Let the first Ctrl-C, SIGTERM or SIGHUP end the run in good order, the second at once."""
     loop = asyncio.get_running_loop()
     caught: list[int] = []
+    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+    # `nohup` starts a command with SIGHUP ignored, so that it goes on.
+    heard = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
 
     def hear(number: int) -> None:
         caught.append(number)
+        _forget_closed(terminals)
         if len(caught) > 1:
             release()
             stop.now()
@@ -233,11 +241,11 @@ def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
         )
 
     def release() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in heard:
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
                 loop.remove_signal_handler(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heard:
         try:
             loop.add_signal_handler(number, hear, number)
         except NotImplementedError:  # Windows
@@ -248,6 +256,14 @@ def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
         yield caught
     finally:
         release()
+
+
+def _forget_closed(terminals: list[int]) -> None:
+    """Send what is written to terminals that were closed nowhere, where it would be an error."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 class _Screen:
@@ -370,6 +386,9 @@ def _last_words(context: click.Context, options: dict[str, Any], mode: str, repo
     if report.failed:
         kinds = ", ".join(f"{count} {code}" for code, count in sorted(report.errors.items()))
         yield f"{report.failed} requests failed ({kinds}). The first said: {report.example[:500]}"
+    if report.kept:
+        place = report.partial if report.interrupted else report.output
+        yield f"{report.kept} earlier results kept in {place} in place of errors."
     if report.interrupted:
         if report.partial is not None:
             yield f"The results so far are in {report.partial}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -269,6 +271,55 @@ def test_a_termination_is_as_orderly(server):
     assert sum(map(len, stored().values())) == server.stats.samples_generated == 8 * N
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_hangup_is_as_orderly(server):
+    pause(server)
+    with started(options(server)) as process:
+        server.wait_until(lambda stats: stats.in_flight == 8, 60)
+        process.send_signal(signal.SIGHUP)
+        said(process, "Stopping")
+        pause(server, paused=False)
+        assert "To go on" in process.stderr.read()
+        assert process.wait() == 128 + signal.SIGHUP
+    assert sum(map(len, stored().values())) == server.stats.samples_generated == 8 * N
+    assert called(server)["hits"] == 8 * N
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_c7_what_is_in_flight_when_the_terminal_is_closed_is_kept(server):
+    pause(server)
+    command = [sys.executable, "-c", "from cachepipe.cli import main; main()", "run", *options(server)]
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - its own terminal
+    ) as process:
+        os.close(theirs)
+        server.wait_until(lambda stats: stats.in_flight == 8, 60)
+        os.close(ours)
+        pause(server, paused=False)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    assert sum(map(len, stored().values())) == server.stats.samples_generated > 0
+
+
+def test_a_run_under_nohup_goes_on_after_a_hangup(server):
+    pause(server)
+    code = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from cachepipe.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "run", *options(server, limit=3), "--quiet"]
+    with subprocess.Popen(command) as process:
+        server.wait_until(lambda stats: stats.in_flight == 3, 60)
+        process.send_signal(signal.SIGHUP)
+        pause(server, paused=False)
+        assert process.wait(60) == 0
+    assert len(results()) == 3
+
+
 def test_the_order_of_the_input_is_kept_whatever_the_order_of_the_answers(server):
     server.settings = replace(server.settings, latency_per_token=0.001)
     figures = called(server, n=2, concurrency=16)
@@ -330,6 +381,73 @@ def test_the_sdk_repeats_failed_calls_as_often_as_it_is_told(server):
     source = write("in.jsonl", [{"prompt": text} for text in "abc"])
     figures = called(server, requests=source, concurrency=1, retries=2)
     assert (figures["failed"], figures["calls"], server.stats.requests) == (0, 3, 9)
+
+
+def failing(server):
+    """Let the server fail whatever it is asked."""
+    server.settings = replace(server.settings, script=(Fault(kind="unavailable"),) * 99)
+
+
+@pytest.mark.parametrize("how", ["refresh", "other address", "no_cache", "more samples"])
+def test_a_failed_run_keeps_the_results_that_are_there_and_says_so(server, how):
+    source = write("in.jsonl", [{"id": name, "prompt": f"question {name}", "note": 1} for name in "abc"])
+    called(server, requests=source)
+    before = results()
+    lines = [{"id": f"new {name}", "prompt": f"question {name}", "note": 2} for name in "cab"]
+    write("in.jsonl", [{"prompt": "another"}, *lines])
+    more = {"refresh": True} if how == "refresh" else {"no_cache": True} if how == "no_cache" else {}
+    if how == "more samples":
+        more["n"] = N + 1
+    with MockServer.in_thread(MockSettings()) as elsewhere:
+        asked = elsewhere if how == "other address" else server
+        failing(asked)
+        for _ in range(2):  # what is kept is kept again
+            done = invoke([*options(asked, requests=source, **more), "--json"])
+            assert done.exit_code == 1
+            assert "3 earlier results kept in out.jsonl in place of errors." in done.stderr
+            figures = json.loads(done.stdout)
+            assert (figures["failed"], figures["kept"], figures["hits"]) == (4, 3, 0)
+            after = results()
+            assert after[0]["error"]["code"]
+            assert [line["custom_id"] for line in after[1:]] == ["new c", "new a", "new b"]
+            assert [line["note"] for line in after[1:]] == [2, 2, 2]
+            for line, old in zip(after[1:], [before[2], before[0], before[1]], strict=True):
+                assert (line["response"], line["error"]) == (old["response"], None)
+                assert line["cachepipe"] == old["cachepipe"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"namespace": "b"}, {"temperature": 0.5}, {"seed": 1}, {"model": "ngram-2"}]
+)
+def test_c12_an_earlier_result_of_another_question_or_draw_is_not_kept(server, other):
+    source = write("in.jsonl", [{"id": "a", "prompt": "question"}])
+    called(server, requests=source)
+    failing(server)
+    figures = called(server, status=1, requests=source, refresh=True, **other)
+    assert (figures["failed"], figures["kept"]) == (1, 0)
+    assert results()[0]["response"]["status_code"] == 503
+
+
+def test_c1_of_lines_that_ask_the_same_each_keeps_its_own_result(server):
+    source = write("in.jsonl", [{"id": name, "prompt": "same"} for name in "ab"])
+    called(server, requests=source, n=1)
+    before = [line["response"] for line in results()]
+    failing(server)
+    write("in.jsonl", [{"id": name, "prompt": "same"} for name in "bca"])
+    assert called(server, status=1, requests=source, n=1, refresh=True)["kept"] == 2
+    after = results()
+    assert [line["response"] for line in after[:2]] == before
+    assert after[2]["error"]
+
+
+def test_what_is_no_result_of_a_run_is_not_kept(server):
+    source = write("in.jsonl", [{"id": "a", "prompt": "question"}])
+    called(server, requests=source)
+    (line,) = results()
+    failing(server)
+    for broken in ({**line, "response": None}, {**line, "cachepipe": []}, {**line, "id": "batch_req_0"}):
+        Path("out.jsonl").write_text(f"{json.dumps(broken)}\n".replace(": ", ":") + "\x00\n{\n")
+        assert called(server, status=1, requests=source, refresh=True)["kept"] == 0
 
 
 # Input.

@@ -675,6 +675,22 @@ async def test_an_older_result_stands_until_the_new_one_is_complete(paths, clien
     assert names(source.parent) == ["in.jsonl", "out.jsonl"]
 
 
+async def test_earlier_results_that_cannot_be_read_are_not_replaced(paths, client):
+    source, target = paths
+    write(source, [{"prompt": "a"}])
+    client.answer = lambda *_: api_error(openai.InternalServerError, 500, b"{}")
+    with pytest.raises(BatchFileError, match="cannot be read to keep them: Is a directory"):
+        await run_file(
+            source,
+            target,
+            client=client,
+            model="m",
+            cache=MemoryStore(),
+            progress=lambda _: target.mkdir(exist_ok=True),
+        )
+    assert target.is_dir()
+
+
 async def test_what_a_killed_run_left_behind_is_no_part_of_the_result(paths, client):
     source, target = paths
     write(source, [{"prompt": "a"}])
