@@ -146,6 +146,7 @@ def json_option(what: str) -> Callable[[Command], Command]:
 def folder_in_use(cache: str | None) -> tuple[Path, str]:
     """Return the folder of the cache that a command uses, and how it was found."""
     from cachepipe.stores import check_folder, default_folder  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores.folders import expanded  # noqa: PLC0415 - likewise
 
     if cache is not None:
         found, how = cache, "--cache"
@@ -156,7 +157,7 @@ def folder_in_use(cache: str | None) -> tuple[Path, str]:
         else:
             how = "user" if Path(found).is_absolute() else "project"
     check_folder(found)
-    return Path(os.path.realpath(Path(found).expanduser())), how
+    return expanded(found), how
 
 
 _FOUND: Final = {

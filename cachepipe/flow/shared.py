@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from cachepipe.errors import StoreError
 from cachepipe.stores import leases
+from cachepipe.stores.folders import check_files
 
 _AGAIN = 0.005  # seconds until a lock that was held is tried again
 _LOOK = 0.05  # seconds between looks whether a call of another process has ended
@@ -299,6 +300,7 @@ class SharedQuotas:
                 self._lease = leases.hold(self._folder)
                 self._owner = self._lease.name
             path = self._folder / _FILE
+            check_files(self._folder, _FILE)
             path.touch(mode=0o600)
             connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             try:

@@ -365,7 +365,7 @@ class Protocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; the trailers of a body are left out."""
         if self._in_head and not self._resuming:
-            self._count(len(name) + len(value) + 4)
+            self._count(len(name) + len(value) + 3)
             super().on_header(name, value)
 
     def _count(self, size: int) -> None:

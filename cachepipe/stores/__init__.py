@@ -8,6 +8,7 @@ from typing import Any
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import Store
 from cachepipe.stores.disk import DiskStore
+from cachepipe.stores.folders import expanded, homeless
 from cachepipe.stores.memory import MemoryStore
 
 __all__ = [
@@ -31,6 +32,9 @@ def default_folder() -> str:
 
     ``CACHEPIPE_DIR``, else ``caches/`` of the project at hand when there is one, else the user's
     cache folder.
+
+    Raises:
+        StoreError: when that is in the home directory of a user who has none.
     """
     if named := os.environ.get("CACHEPIPE_DIR"):
         return named
@@ -38,7 +42,10 @@ def default_folder() -> str:
         return os.path.join("caches", "default")  # noqa: PTH118
     import platformdirs  # noqa: PLC0415 - only when it is needed
 
-    return platformdirs.user_cache_dir("cachepipe", appauthor=False)
+    try:
+        return str(expanded(platformdirs.user_cache_dir("cachepipe", appauthor=False)))
+    except RuntimeError as error:
+        raise homeless("the default cache folder") from error
 
 
 def check_folder(name: str | os.PathLike[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import tempfile
 import time
 import warnings
 import weakref
@@ -20,9 +21,9 @@ import diskcache
 
 from cachepipe import forks, keys
 from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
-from cachepipe.stores import leases
+from cachepipe.stores import folders, leases
 from cachepipe.stores.base import Operation, Result
-from cachepipe.stores.rows import SCHEMA, check_format
+from cachepipe.stores.rows import SCHEMA, check_format, check_ledger, check_shelf
 from cachepipe.stores.sql import SqlStore
 
 Durability = Literal["process", "full"]
@@ -30,6 +31,9 @@ Durability = Literal["process", "full"]
 # diskcache's own repair removes files whose path lacks the name of its database.
 _LEDGER = "ledger.cache.db"
 _SHELF = "cache.db"
+_DISKCACHE = {**diskcache.DEFAULT_SETTINGS, **diskcache.core.METADATA}
+# Those of a received file decide nothing.
+_OURS = {**diskcache.DEFAULT_SETTINGS, "eviction_policy": "none", "cull_limit": 0}
 _LARGE = 16 << 20  # bytes of a write-ahead log above which opening makes a checkpoint
 _MAPPED = 16 << 20  # bytes of a file that a connection reads through memory; all of it is resident in the end
 
@@ -62,7 +66,7 @@ class DiskStore(SqlStore):
             raise ValueError(f"durability is 'process' or 'full'; got {durability!r}")
         theirs = cache if isinstance(cache, diskcache.Cache) else None
         folder = theirs.directory if theirs is not None else os.fspath(cache)
-        self.folder = Path(folder).expanduser().resolve()
+        self.folder = folders.expanded(folder)
         self.identity = f"disk:{self.folder}"
         self.durability = durability
         self._holding: leases.Lease | None = None
@@ -75,6 +79,10 @@ class DiskStore(SqlStore):
                 raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
         else:
             self.why_read_only = "it was opened with read_only=True" if read_only else ""
+        try:
+            folders.check_files(self.folder, _SHELF, _LEDGER)
+        except OSError as error:
+            raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
         self.read_only = bool(self.why_read_only)
         super().__init__()
         if self.read_only:
@@ -101,9 +109,8 @@ class DiskStore(SqlStore):
 
     def _make(self, theirs: diskcache.Cache | None) -> None:
         """Make what is missing of the folder and its files, one process at a time."""
-        fresh = not self.folder.exists()
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ours = fresh or not any(self.folder.iterdir()) or (self.folder / _SHELF).exists()
+        made = folders.make(self.folder)
+        ours = bool(made) or not any(self.folder.iterdir()) or (self.folder / _SHELF).exists()
         if ours and self.folder.stat().st_mode & 0o077:
             with contextlib.suppress(PermissionError):  # somebody else's folder, shared with us
                 self.folder.chmod(0o700)
@@ -116,21 +123,38 @@ class DiskStore(SqlStore):
             self._make_shelf(theirs)
             ledger = self._connect(_LEDGER)
             try:
-                if not _has_table(ledger, "meta") or not ledger.execute("SELECT 1 FROM meta").fetchone():
+                known = check_ledger(ledger, str(self.folder))
+                if not known or not ledger.execute("SELECT 1 FROM meta").fetchone():
                     self._check_no_samples()
                     ledger.execute("PRAGMA journal_mode = WAL")
                     ledger.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 check_format(ledger, str(self.folder))
             finally:
                 ledger.close()
+        if self.durability == "full":
+            for folder in {self.folder, *(each.parent for each in made)}:
+                folders.sync(folder)
 
     def _make_shelf(self, theirs: diskcache.Cache | None) -> None:
         shelf = self._connect(_SHELF)
         try:
-            whole = _has_table(shelf, "Cache") and _has_table(shelf, "Settings_size_delete")
-            settings = dict(shelf.execute("SELECT key, value FROM Settings")) if whole else {}
+            there = check_shelf(shelf, str(self.folder))
+            settings = dict(shelf.execute("SELECT key, value FROM Settings")) if "Settings" in there else {}
+            whole = "Settings_size_delete" in there  # which diskcache makes last
+            if whole and (settings.get("eviction_policy"), settings.get("cull_limit")) != ("none", 0):
+                shelf.execute(
+                    "INSERT OR REPLACE INTO Settings VALUES('eviction_policy', 'none'), ('cull_limit', 0)"
+                )
         finally:
             shelf.close()
+        if not whole:
+            if unknown := set(settings) - set(_DISKCACHE):
+                shown = ", ".join(sorted(map(repr, unknown)))
+                raise StoreError(
+                    f"the cache {self.folder} cannot be used: {_SHELF} holds settings that diskcache does "
+                    f"not have: {shown:.200}. Restore the file, or use another folder"
+                )
+            diskcache.Cache(str(self.folder), timeout=60, **_OURS).close()
         policy = settings.get("eviction_policy")
         if policy not in (None, "none"):
             warnings.warn(
@@ -139,9 +163,6 @@ class DiskStore(SqlStore):
                 EvictionDisabled,
                 stacklevel=6,
             )
-        if not whole or policy != "none" or settings.get("cull_limit") != 0:
-            own = diskcache.Cache(str(self.folder), timeout=60, eviction_policy="none", cull_limit=0)
-            own.close()
         if theirs is not None:
             theirs.reset("eviction_policy", "none", update=False)
             theirs.reset("cull_limit", 0, update=False)
@@ -170,7 +191,9 @@ class DiskStore(SqlStore):
                 "Check the path; if it was a cache of cachepipe's, restore the file"
             )
         try:
-            ledger, _ = self._readable()
+            ledger, shelf = self._readable()
+            check_shelf(shelf, str(self.folder))
+            check_ledger(ledger, str(self.folder))
             check_format(ledger, str(self.folder))
         except sqlite3.Error as error:
             raise StoreError(
@@ -190,9 +213,11 @@ class DiskStore(SqlStore):
 
     def _connect(self, name: str, *, uri: str = "") -> sqlite3.Connection:
         path = self.folder / name
-        return sqlite3.connect(
+        connection = sqlite3.connect(
             f"{path.as_uri()}{uri}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
         )
+        connection.execute("PRAGMA trusted_schema = OFF")
+        return connection
 
     def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         pair: list[sqlite3.Connection] = []
@@ -285,11 +310,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _has_table(connection: sqlite3.Connection, name: str) -> bool:
-    """Tell whether a database has a table, an index or a trigger of that name."""
-    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone() is not None
-
-
 def _why_read_only(folder: Path) -> str:
     """Return why nothing can be written to a folder, or an empty string."""
     if not folder.exists():
@@ -303,11 +323,7 @@ def _why_read_only(folder: Path) -> str:
     if not os.access(folder, os.W_OK | os.X_OK):
         return "no permission to write to the folder"
     try:
-        probe = folder / f".probe-{os.getpid()}"
-        os.close(os.open(probe, os.O_RDWR | os.O_CREAT, 0o600))
-        probe.unlink()
-    except FileNotFoundError:
-        return ""  # another thread's probe
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return error.strerror or str(error)
     return ""

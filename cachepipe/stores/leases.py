@@ -7,7 +7,9 @@ no heartbeat decides. All stores that one process opens on one folder share its 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import socket
 import threading
@@ -15,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachepipe import forks
+from cachepipe.errors import StoreError
+from cachepipe.stores.folders import NOFOLLOW
 
 try:
     import fcntl
@@ -38,6 +42,8 @@ except ImportError:  # Windows
 
 
 _FOLDER = "leases.cache.db"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}-[0-9]{1,20}-[0-9a-f]{12}")
+_NOT_THERE = frozenset({errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENXIO})
 _guard = threading.Lock()
 _held: dict[Path, Lease] = {}
 
@@ -46,11 +52,13 @@ class Lease:
     """This process's lease on one cache folder. Get it with ``hold``; end it with ``release``."""
 
     def __init__(self, folder: Path) -> None:
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(6)}"
+        host = re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname())[:100] or "host"
+        self.name = f"{host}-{os.getpid()}-{secrets.token_hex(6)}"
         self._folder = folder
-        self._path = folder / _FOLDER / self.name
-        self._path.parent.mkdir(mode=0o700, exist_ok=True)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        place = _place(folder)
+        place.mkdir(mode=0o700, exist_ok=True)
+        self._path = place / self.name
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o600)
         self.holders = 1
         self.fork = forks.count
         _lock(self._descriptor, wait=True)
@@ -74,6 +82,17 @@ class Lease:
             self._descriptor = -1
 
 
+def _place(folder: Path) -> Path:
+    """Return where the leases on a folder are."""
+    place = folder / _FOLDER
+    if place.is_symlink():
+        raise StoreError(
+            f"the cache {folder} cannot be used: {_FOLDER} must be a folder, and is a symbolic link. "
+            "Delete the link"
+        )
+    return place
+
+
 def hold(folder: Path) -> Lease:
     """Return this process's lease on a folder, made if there is none."""
     with _guard:
@@ -93,16 +112,23 @@ def own(folder: Path) -> str | None:
 
 
 def alive(folder: Path, name: str) -> bool:
-    """Tell whether the process that holds a lease lives."""
+    """Return True if the process that holds a lease lives.
+
+    The name may come from a received cache: one that no lease can have belongs to no process.
+    """
     if name == own(folder):
         return True
-    path = folder / _FOLDER / name
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         return False
+    path = _place(folder) / name
+    try:
+        descriptor = os.open(path, os.O_RDWR | NOFOLLOW)
     except PermissionError:
         return True  # another user's: it cannot be told, and taking over would buy twice
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return False
+        raise
     try:
         if not _lock(descriptor, wait=False):
             return True
@@ -115,7 +141,7 @@ def alive(folder: Path, name: str) -> bool:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder's one lock for making and opening its files; waits for others who do."""
-    descriptor = os.open(folder / "lock.cache.db", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(folder / "lock.cache.db", os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o600)
     try:
         _lock(descriptor, wait=True)
         yield

@@ -19,7 +19,6 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar
 
 import anyio.to_thread
@@ -30,6 +29,7 @@ from cachepipe.clients.portal import in_portal, portal
 from cachepipe.context import INHERITED, Inherited
 from cachepipe.services import Service, close_lent, ollama_url, stripped
 from cachepipe.stores import Store, check_folder, default_folder, open_store
+from cachepipe.stores.folders import expanded
 from cachepipe.typedefs import REPEATS, Mode, Repeat
 
 T = TypeVar("T")
@@ -357,7 +357,7 @@ def located(cache: Any) -> Any:
     if not isinstance(cache, str | os.PathLike):
         return cache
     check_folder(cache)
-    return str(Path(cache).expanduser().resolve())
+    return str(expanded(cache))
 
 
 def kept(cache: Any) -> Store:

@@ -15,13 +15,13 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio.to_thread
 
 from cachepipe.conversations import Conversation, Message, Sayable
 from cachepipe.errors import StoreError
+from cachepipe.stores.folders import check_files, expanded
 from cachepipe.talk.access import located
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class FolderKeeper:
     """
 
     def __init__(self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
-        self.path = Path(folder).expanduser().resolve() / FILE
+        self.path = expanded(folder) / FILE
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -202,6 +202,7 @@ class FolderKeeper:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         try:
+            check_files(self.path.parent, self.path.name)
             if not self.path.exists():
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with contextlib.suppress(FileExistsError):  # it is never opened twice: see DiskStore

@@ -35,7 +35,7 @@ from cachepipe import (
 )
 from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
-from cachepipe.stores import leases
+from cachepipe.stores import folders, leases
 from cachepipe.stores.base import Claim, Commit, Forgo
 
 KEY = "k1-" + "a" * 64
@@ -284,7 +284,7 @@ def test_a_lease_that_may_not_be_looked_at_counts_as_alive(tmp_path, monkeypatch
         raise PermissionError
 
     monkeypatch.setattr(leases.os, "open", refuse)
-    assert leases.alive(tmp_path, "anothers")
+    assert leases.alive(tmp_path, "host-1-0123456789ab")
 
 
 def test_a_url_or_an_empty_name_is_no_folder_and_makes_none(tmp_path, monkeypatch):
@@ -557,7 +557,7 @@ def test_a_read_only_folder_that_is_no_cache_is_a_store_error(tmp_path):
         DiskStore(tmp_path, read_only=True)
 
 
-def test_rows_that_cannot_be_read_are_not_taken_for_missing(folder, tmp_path):
+def test_rows_that_cannot_be_read_are_not_taken_for_missing(folder, tmp_path, monkeypatch):
     """A copy that has a write-ahead log, on a medium where SQLite cannot make the index of that log."""
     with contextlib.closing(DiskStore(folder)) as reading:
         assert reading.totals()["samples"] == 0  # whoever has it open keeps the log
@@ -569,6 +569,7 @@ def test_rows_that_cannot_be_read_are_not_taken_for_missing(folder, tmp_path):
                 shutil.copy(file, copy)
     for name in ("ledger.cache.db", "cache.db"):
         (copy / f"{name}-shm").symlink_to(copy / "nowhere" / name)
+    monkeypatch.setattr(folders, "check_files", lambda *_: None)  # the links stand for the medium
     with pytest.raises(StoreError, match="db-wal holds what its last process had not moved"):
         DiskStore(copy, read_only=True)
     for name in ("ledger.cache.db", "cache.db"):

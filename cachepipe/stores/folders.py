@@ -1,0 +1,97 @@
+"""Folders of caches: where they are, and which files in them are refused.
+
+A folder may come from anybody. So nothing that it holds is ever a path, and nothing in it leads out of it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from cachepipe.errors import StoreError
+
+NOFOLLOW: Final[int] = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+"""A flag for ``os.open``: fail where the path is a symbolic link."""
+
+_BESIDE: Final = ("", "-wal", "-shm", "-journal")  # what SQLite names its files
+_JOURNAL_MAGIC: Final = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
+
+
+def expanded(folder: str | os.PathLike[str]) -> Path:
+    """Return a folder as an absolute path.
+
+    Raises:
+        StoreError: when it is in the home directory of a user who has none.
+    """
+    try:
+        return Path(folder).expanduser().resolve()
+    except RuntimeError as error:
+        raise homeless(f"the cache folder {os.fspath(folder)}") from error
+
+
+def homeless(what: str) -> StoreError:
+    """Return the error for a folder in the home directory of a user who has none."""
+    return StoreError(
+        f"{what} cannot be opened: this user has no home directory. "
+        "Name another folder: cache=, --cache or the environment variable CACHEPIPE_DIR"
+    )
+
+
+def check_files(folder: Path, *names: str) -> None:
+    """Refuse databases of a folder, and SQLite's files beside them, that lead to other files.
+
+    Hard links are not refused: no archive and no copy can bring one to a file outside of the folder, while
+    backups and package managers make them within.
+
+    Raises:
+        StoreError: when one is a symbolic link or no regular file, or a journal names a file to delete.
+        OSError: when one cannot be looked at.
+    """
+    for name in names:
+        for ending in _BESIDE:
+            path = folder / f"{name}{ending}"
+            try:
+                found = path.lstat()
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISREG(found.st_mode):
+                kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "of another kind"
+                raise StoreError(
+                    f"the cache {folder} cannot be used: {path.name} must be a regular file, and is {kind}. "
+                    "Put the file itself there, or use another folder"
+                )
+            if ending == "-journal" and _names_a_file(path, found.st_size):
+                raise StoreError(
+                    f"the cache {folder} cannot be used: {path.name} names another file, which SQLite would "
+                    "delete. No version of cachepipe writes such a journal; delete it, or use another folder"
+                )
+
+
+def _names_a_file(journal: Path, size: int) -> bool:
+    """Return True if a rollback journal ends with the name of a super-journal."""
+    if size < len(_JOURNAL_MAGIC):
+        return False
+    with journal.open("rb") as file:
+        file.seek(-len(_JOURNAL_MAGIC), os.SEEK_END)
+        return file.read() == _JOURNAL_MAGIC
+
+
+def make(folder: Path) -> Sequence[Path]:
+    """Make a folder and what is missing above it, private to the user; return what was made."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return missing
+
+
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
