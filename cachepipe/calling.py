@@ -32,7 +32,8 @@ async def alcall(
         func: the function.
         max_concurrent: how many inputs are under way at once at most.
         return_exceptions: put an error in the place of its result; otherwise no further input is begun after
-            an error, those under way are awaited, and the first of their errors in order is raised.
+            an error, those under way are awaited, and the first of their errors in order is raised. What is
+            no ``Exception``, such as ``SystemExit``, is always raised, and what is under way is cancelled.
         show_progress: show a bar on a terminal or in a notebook.
         kwargs: passed to the function.
     """
@@ -60,9 +61,12 @@ async def alcall(
                     return
                 await asyncio.sleep(0)  # what is answered at once lets others have their turns, too
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(max_concurrent, len(items))):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(max_concurrent, len(items))):
+                    group.create_task(work())
+        except BaseExceptionGroup as raised:  # by a function, and no Exception
+            raise raised.exceptions[0] from None
     if failed and not return_exceptions:
         raise failed[min(failed)]
     return results
@@ -84,7 +88,8 @@ def lcall(
         func: the function; it is called in the caller's thread when one is under way at a time.
         max_concurrent: how many inputs are under way at once at most.
         return_exceptions: put an error in the place of its result; otherwise no further input is begun after
-            an error, those under way are awaited, and the first of their errors in order is raised.
+            an error, those under way are awaited, and the first of their errors in order is raised. What is
+            no ``Exception``, such as ``SystemExit``, is always raised, once those under way have ended.
         show_progress: show a bar on a terminal or in a notebook.
         kwargs: passed to the function.
 
@@ -102,6 +107,7 @@ def lcall(
     with progress.shown(len(items), _name(func), show=show_progress) as tick:
 
         def work() -> None:
+            nonlocal stopped
             for place in places:  # the step of a range's iterator is atomic
                 if stopped:
                     return
@@ -109,6 +115,9 @@ def lcall(
                     results[place] = func(items[place], **kwargs)
                 except Exception as error:  # noqa: BLE001 - it is a result, or raised at the end
                     results[place] = failed[place] = error
+                except BaseException:
+                    stopped = True
+                    raise
                 tick(failed=place in failed)
                 if failed and not return_exceptions:
                     return
@@ -125,6 +134,8 @@ def lcall(
                     wait(begun)
                 finally:
                     stopped = True  # such as by a keyboard interrupt
+            for thread in begun:
+                thread.result()  # raises what a function raised that is no Exception
     if failed and not return_exceptions:
         raise failed[min(failed)]
     return results

@@ -13,13 +13,14 @@ import asyncio
 import base64
 import concurrent.futures
 import os
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cachepipe import forks
-from cachepipe.clients.portal import portal
+from cachepipe.clients.portal import submit
 from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
 from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
@@ -258,7 +259,7 @@ class _Loan:
 
     def end(self) -> concurrent.futures.Future[None] | None:
         """Have the clients closed; in any thread, and where an object is let go."""
-        return asyncio.run_coroutine_threadsafe(self.close(), portal()) if self.holds else None
+        return submit(self.close()) if self.holds and not sys.is_finalizing() else None
 
     async def close(self) -> None:
         """Wait for what is in flight, and close the clients; on the portal's loop."""

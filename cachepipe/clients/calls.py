@@ -20,7 +20,7 @@ import orjson
 from cachepipe import context, wire
 from cachepipe.clients import info, seam
 from cachepipe.clients.exchange import Answer, Exchange, Surface, id_header
-from cachepipe.clients.portal import portal
+from cachepipe.clients.portal import check_elsewhere, submit
 from cachepipe.clients.seam import Arrived
 from cachepipe.clients.tape import SyncTape
 from cachepipe.keys import Question
@@ -199,7 +199,9 @@ class SyncCall(Call):
 
     def wait(self) -> Answer:
         """Return what `drawn` does; meanwhile this thread makes the calls."""
-        future = asyncio.run_coroutine_threadsafe(self.drawn(), portal())
+        work = self.drawn()
+        check_elsewhere(work)
+        future = submit(work)
         future.add_done_callback(lambda _: self._jobs.put(None))
         try:
             while (job := self._jobs.get()) is not None:

@@ -37,6 +37,8 @@ from cachepipe.stores.base import Grant, Sample
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, Request, Response, by_value
 from cachepipe.values import Codec
 
+CLOSING_SECONDS = 5.0
+"""How long closing a client waits, unless told otherwise, for the rest of a stream that its reader left."""
 _QUIET_TURNS = 3  # turns of the loop without a new item after which a list of items is sent
 _codec = Codec()
 _MARKED = b'"\\u0000'
@@ -123,21 +125,35 @@ class Backing:
         self.tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         runs.opened(self.store.identity, self)
 
-    async def close(self) -> None:
-        """Wait for what is in flight on this loop, then close the store if it was opened here."""
+    async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight on this loop, then close the store if it was opened here.
+
+        Args:
+            timeout: seconds after which the rest of a stream without a reader is given up.
+        """
         if self.closed:
             return
         self.closed = True
-        for tape in list(self.tapes):
+        tapes = list(self.tapes)
+        for tape in tapes:
             tape.leave()
-        for cacher in list(self.cachers):
-            await cacher.close()
+        timer = asyncio.get_running_loop().call_later(timeout, _withdraw, tapes)
+        try:
+            for cacher in list(self.cachers):
+                await cacher.close()
+        finally:
+            timer.cancel()
         runs.closed(self.store.identity, self)
         if self.owned:
             try:
                 await asyncio.get_running_loop().run_in_executor(None, self.store.close)
             except RuntimeError:  # the interpreter is exiting, and starts no threads any more
                 self.store.close()
+
+
+def _withdraw(tapes: Sequence[Tape]) -> None:
+    for tape in tapes:
+        tape.withdraw()
 
 
 @dataclass(eq=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
@@ -13,8 +13,8 @@ from typing import Any, Final, Self
 from cachepipe import context
 from cachepipe.clients import info, quick, seam
 from cachepipe.clients.calls import Call, SyncCall, body_of, receiving
-from cachepipe.clients.exchange import Answer, Surface
-from cachepipe.clients.portal import in_portal, portal
+from cachepipe.clients.exchange import CLOSING_SECONDS, Answer, Surface
+from cachepipe.clients.portal import in_portal, submit
 from cachepipe.clients.seam import Arrived
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.typedefs import Mode, Repeat
@@ -160,9 +160,14 @@ class AsyncCached(_Cached):
         content = await response.aread()
         return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
 
-    async def close(self) -> None:
-        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too."""
-        await self._cachepipe.backing.close()
+    async def close(self, *, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too.
+
+        Args:
+            timeout: seconds to wait at most for the rest of streams that were left before their end; what has
+                not come by then is not cached.
+        """
+        await self._cachepipe.backing.close(timeout)
         sdk: Any = super()
         await sdk.close()
 
@@ -254,11 +259,16 @@ class SyncCached(_Cached):
         content = response.read()
         return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
 
-    def close(self) -> None:
-        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too."""
+    def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
+        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too.
+
+        Args:
+            timeout: seconds to wait at most for the rest of streams that were left before their end; what has
+                not come by then is not cached.
+        """
         surface = getattr(self, "_cachepipe", None)
-        if surface is not None and not surface.backing.closed:
-            asyncio.run_coroutine_threadsafe(surface.backing.close(), portal()).result()
+        if surface is not None and not surface.backing.closed and not sys.is_finalizing():
+            submit(surface.backing.close(timeout)).result()
         sdk: Any = super()
         sdk.close()
 

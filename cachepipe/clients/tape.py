@@ -9,20 +9,25 @@ another draw waits for the sample, the tape reads ahead of its reader.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import inspect
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from cachepipe import forks, wire
+from cachepipe.clients.portal import promised
 from cachepipe.clients.seam import Source
 
 ABANDONED_SECONDS = 120.0
 """How long the rest of a stream is read whose reader has stopped."""
 _DRAINED_SECONDS = 0.1
 """How long the end of a response is awaited after its terminal event, so that its connection is reused."""
+_UNDONE_SECONDS = 1.0
+"""How long the reader of a stream that broke waits at most until its draw is undone."""
 _TURNS = 8  # turns of the loop that a leaving reader waits for what has come already
 _LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
 
@@ -63,9 +68,15 @@ class Tape(Source):
 
     @staticmethod
     def _bound(draw: asyncio.Future[Any]) -> None:
-        """Let nobody wait for the rest of an abandoned stream for ever; called on the draw's loop."""
+        """Bound the time in which the rest of an abandoned stream is read; called on the draw's loop."""
         timer = draw.get_loop().call_later(ABANDONED_SECONDS, draw.cancel)
         draw.add_done_callback(lambda _: timer.cancel())
+
+    def withdraw(self) -> None:
+        """Stop to read; the draw is cancelled, on its own loop."""
+        if self.draw is not None:
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                self.draw.get_loop().call_soon_threadsafe(self.draw.cancel)
 
     def _finish(self) -> list[wire.Sample]:
         """Return the samples.
@@ -164,7 +175,7 @@ class AsyncTape(Tape):
             self._demand.set()
             await self._news.wait()
         if self._error is not None:
-            if isinstance(self._error, asyncio.CancelledError):
+            if not isinstance(self._error, Exception):  # such as a cancellation: it was not this reader's
                 raise ConnectionResetError("the call that this stream came from was stopped")
             raise self._error
 
@@ -205,7 +216,8 @@ class SyncTape(Tape):
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._reading = threading.Lock()
-        self._stored = threading.Event()
+        self._stored: concurrent.futures.Future[None] = concurrent.futures.Future()
+        promised(self._stored, self._loop)
         self._chunks = self.upstream.iter_bytes()
         self._wanted = True
         self._fork = forks.count
@@ -224,7 +236,7 @@ class SyncTape(Tape):
     def watch(self, draw: asyncio.Future[Any]) -> None:
         """Note the draw that the samples are for, and tell the reader's thread when it has ended."""
         super().watch(draw)
-        draw.add_done_callback(lambda _: self._stored.set())
+        draw.add_done_callback(lambda _: self._stored.set_result(None))
 
     def _pull(self, *, reader: bool) -> None:
         """Read one piece, in whichever thread has come first."""
@@ -234,12 +246,16 @@ class SyncTape(Tape):
             try:
                 chunk = next(self._chunks, None)
                 events = self.recorder.close() if chunk is None else self.recorder.feed(chunk)
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 - it goes to whoever reads, and to whoever waits
                 self._error = error
                 self._end()
-                if not isinstance(error, Exception):
-                    raise
                 return
+            except BaseException as error:  # such as Ctrl-C: it is this thread's alone
+                self._error = ConnectionResetError(
+                    f"the reader of this stream was interrupted by {type(error).__name__}; ask again"
+                )
+                self._end()
+                raise
             self._events.extend(events)
             if chunk is None or self.recorder.done or (self.recorder.ended and self._left):
                 self._end()
@@ -253,8 +269,11 @@ class SyncTape(Tape):
         self._report()
 
     def _report(self) -> None:
+        self._soon(self._tell)
+
+    def _soon(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the portal has gone with its process
-            self._loop.call_soon_threadsafe(self._tell)
+            self._loop.call_soon_threadsafe(function)
 
     def _tell(self) -> None:
         if not self._done.done():
@@ -265,38 +284,58 @@ class SyncTape(Tape):
         while True:
             while self._events:
                 event = self._events.popleft()
-                if event.terminal:
-                    self._stored.wait()  # the sample is stored before anyone sees its end
+                if event.terminal and self._fork == forks.count:
+                    concurrent.futures.wait([self._stored])  # the sample is stored before anyone sees its end
                 if shown := self._shown(event):
                     yield shown
             if self._ended and not self._events:
                 break
-            self._pull(reader=True)
+            try:
+                self._pull(reader=True)
+            except BaseException:
+                self._undone()
+                raise
         if self._error is not None:
+            self._undone()
             raise self._error
 
+    def _undone(self) -> None:
+        """Wait for the end of a draw that has failed, so that its reader's next attempt is the same draw."""
+        if self._fork == forks.count:
+            concurrent.futures.wait([self._stored], _UNDONE_SECONDS)
+
     def leave(self) -> None:
-        """Read on in the background, or withdraw the call when nothing has come yet."""
+        """Read on in the background, or withdraw the call when nothing has come yet.
+
+        The garbage collector calls this anywhere, even while the interpreter exits: so it neither starts a
+        thread nor waits for a lock, and leaves both to the portal.
+        """
         if self._left or self._ended or self._fork != forks.count:  # a forked child shares the connection
             return
         self._left = True
+        if not sys.is_finalizing():
+            self._soon(self._leave)
+
+    def _leave(self) -> None:
+        if self._ended:
+            return
         if self.recorder.ended:
             self._end()
-            return
-        if self.recorder.started:
+        elif self.recorder.started:
             self._read_on()
             if self.draw is not None:
-                self._loop.call_soon_threadsafe(self._bound, self.draw)
-            return
-        self._error = ConnectionResetError("the reader of this stream has left before any content came")
-        self._end()
-        if self.draw is not None:
-            self._loop.call_soon_threadsafe(self.draw.cancel)
+                self._bound(self.draw)
+        else:
+            self._error = ConnectionResetError("the reader of this stream has left before any content came")
+            self._end()
+            if self.draw is not None:
+                self.draw.cancel()
 
     def _read_on(self) -> None:
-        """Read the rest in a thread of its own."""
+        """Read the rest in a thread of its own; on the portal."""
         self._ahead = True
-        threading.Thread(target=self._rest, name="cachepipe-stream", daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # the interpreter is exiting, and starts no threads
+            threading.Thread(target=self._rest, name="cachepipe-stream", daemon=True).start()
 
     def _rest(self) -> None:
         while not self._ended:

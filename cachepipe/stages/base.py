@@ -169,7 +169,9 @@ async def each(
     async def one(place: int, request: Request) -> Any:
         try:
             answer = await ask_one(request)
-        except (Exception, asyncio.CancelledError) as error:
+        except GeneratorExit:  # nobody is left to be told
+            raise
+        except BaseException as error:
             if arrived is not None:
                 arrived(place, error)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -166,7 +167,12 @@ class Lane:
         self._operations.clear()
         self._claiming.clear()
         self._held.clear()
-        if left and self._fork == forks.count:
+        if not left or self._fork != forks.count:
+            return
+        if sys.is_finalizing():  # no thread can be started any more
+            with contextlib.suppress(Exception):  # nobody is left to be told
+                self._store.apply_now(left)
+        else:
             self._store.apply_soon(left)
 
     def _write(self, batch: list[_Queued]) -> None:

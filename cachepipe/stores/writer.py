@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -74,7 +75,7 @@ class Writer:
             thread.join()
 
     def _start(self) -> None:
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="cachepipe-writer", daemon=True)
             self._thread.start()
         self._condition.notify()
@@ -96,7 +97,8 @@ class Writer:
                     return
             if items:
                 self._write(items)
-            self._store.tidy()
+            with contextlib.suppress(Exception):  # what is wrong with the files shows in the next write
+                self._store.tidy()
 
     def _write(self, items: list[_Item]) -> None:
         try:

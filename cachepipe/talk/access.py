@@ -25,7 +25,7 @@ import anyio.to_thread
 
 from cachepipe import context, runs
 from cachepipe.clients.mixins import AsyncCached, SyncCached
-from cachepipe.clients.portal import in_portal, portal
+from cachepipe.clients.portal import in_portal, portal, submit
 from cachepipe.context import INHERITED, Inherited
 from cachepipe.services import Service, close_lent, ollama_url, stripped
 from cachepipe.stores import Store, check_folder, default_folder, open_store
@@ -251,7 +251,7 @@ class Access:
                 f"the functions and methods that wait take no asynchronous client, whose loop is not theirs; "
                 f"got {type(self.client).__name__}. Give a synchronous client, or await the asynchronous twin"
             )
-        return wait_on_portal(work())
+        return in_portal(work())
 
 
 def is_cached(client: Any) -> bool:
@@ -302,24 +302,7 @@ async def on_portal(work: Coroutine[Any, Any, T]) -> T:
     loop = portal()
     if asyncio.get_running_loop() is loop:
         return await work
-    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
-
-
-def wait_on_portal(work: Coroutine[Any, Any, T]) -> T:
-    """Return what a coroutine returns that runs on the portal's loop, to a thread that waits for it."""
-    if _running_loop() is portal():
-        work.close()
-        raise RuntimeError(
-            "this would wait for the loop that it runs on; await the asynchronous twin instead"
-        )
-    return in_portal(work)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+    return await asyncio.wrap_future(submit(work))
 
 
 _clients: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -434,7 +417,7 @@ def _at_exit() -> None:
     if _clients or _stores:
         with contextlib.suppress(Exception):  # nobody is left to be told
             work: Awaitable[None] = asyncio.wait_for(close_clients(), _CLOSING_SECONDS)
-            wait_on_portal(work)  # type: ignore[arg-type]  # wait_for is a coroutine
+            in_portal(work)  # type: ignore[arg-type]  # wait_for is a coroutine
 
 
 def _after_fork() -> None:

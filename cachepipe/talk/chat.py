@@ -11,10 +11,11 @@ from typing import Any, Final, Self, Unpack
 import anyio.to_thread
 import pydantic
 
+from cachepipe.clients.portal import in_portal
 from cachepipe.conversations import Conversation, Message, Sayable
 from cachepipe.errors import CachepipeError
 from cachepipe.talk import tools
-from cachepipe.talk.access import Access, wait_on_portal
+from cachepipe.talk.access import Access
 from cachepipe.talk.completions import Options, Plan, TextCompletion, checked
 
 MOST_ROUNDS: Final = 8
@@ -282,7 +283,7 @@ class _Due:
             return
         try:
             result = call()
-            self.result = tools.as_text(wait_on_portal(result) if inspect.iscoroutine(result) else result)
+            self.result = tools.as_text(in_portal(result) if inspect.iscoroutine(result) else result)
         except (StopIteration, StopAsyncIteration) as error:
             raise self._failed(error) from error
 

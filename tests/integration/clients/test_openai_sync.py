@@ -201,6 +201,69 @@ def test_c7_the_rest_of_a_stalled_stream_is_given_up_in_time(monkeypatch):
     going_on.set()
 
 
+class OddError(BaseException):
+    """Neither an Exception, nor one of those that stop a loop."""
+
+
+class TooLongError(Exception):
+    """What a signal handler of the user's raises."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), OddError(), TooLongError()])
+@pytest.mark.parametrize("raw", [False, True])
+def test_c8_a_stream_whose_reader_is_interrupted_is_undone_and_later_calls_work(error, raw):
+    """The error comes from where a signal handler would raise it: from the wait for the next bytes."""
+    library, calls = library_of(openai.OpenAI(api_key="k")), []
+
+    class Interrupted(library.SyncByteStream):
+        def __iter__(self):
+            yield CHUNK
+            if len(calls) == 1:
+                raise error
+            yield CHUNK.replace(b"null", b'"stop"') + b"data: [DONE]\n\n"
+
+    def answer(request):
+        calls.append(request)
+        return library.Response(200, headers={"content-type": "text/event-stream"}, stream=Interrupted())
+
+    def read_all():
+        if not raw:
+            return read(ask(client, stream=True))
+        with client.chat.completions.with_streaming_response.create(
+            model="m", messages=HELLO, stream=True
+        ) as response:
+            return read(response.parse())
+
+    http = library.Client(transport=library.MockTransport(answer))
+    with OpenAI(base_url="http://h/v1", api_key="k", http_client=http, cache=MemoryStore()) as client:
+        with pytest.raises(type(error)) as caught:
+            read_all()
+        assert caught.value is error
+        assert read_all() == ["aa"]
+        assert len(calls) == 2
+        assert info(ask(client.in_namespace("b"))).indices == (0,)
+
+
+def test_c7_closing_a_client_waits_for_the_rest_of_a_stream_as_long_as_it_is_told():
+    library, going_on = library_of(openai.OpenAI(api_key="k")), threading.Event()
+
+    class Stalled(library.SyncByteStream):
+        def __iter__(self):
+            yield CHUNK
+            going_on.wait(60)
+
+    headers = {"content-type": "text/event-stream"}
+    answer = lambda _: library.Response(200, headers=headers, stream=Stalled())  # noqa: E731
+    http = library.Client(transport=library.MockTransport(answer))
+    client = OpenAI(base_url="http://h/v1", api_key="k", http_client=http, cache=MemoryStore())
+    for _ in ask(client, stream=True):
+        break
+    client.close(timeout=0)
+    assert not going_on.is_set()
+    assert client.is_closed()
+    going_on.set()
+
+
 def test_closing_the_client_ends_what_is_in_flight(server):
     server.settings = server.settings.updated({"stream_delay": 0.01})
     store = MemoryStore()
@@ -327,10 +390,10 @@ def test_a_known_draw_is_answered_in_the_calling_thread(server, client, monkeypa
     ask(client.in_namespace("b"))
     import cachepipe  # noqa: PLC0415 - only here
 
-    def refuse():
+    def refuse(_):
         raise AssertionError("a hit must not need the portal")
 
-    monkeypatch.setattr("cachepipe.clients.calls.portal", refuse)
+    monkeypatch.setattr("cachepipe.clients.calls.submit", refuse)
     with cachepipe.run():
         assert info(ask(client.in_namespace("b"))).cached == (True,)
 
@@ -464,3 +527,43 @@ def test_what_an_http_client_adds_to_every_request_is_part_of_the_key(server):
     with OpenAI(base_url=server.base_url, api_key="k", cache=store, namespace="b") as client:
         for way in ({"extra_headers": {"OpenAI-Beta": "a"}}, {"extra_query": {"q": "a"}}):
             assert info(ask(client, **way)).cached == (True,)
+
+
+EXITS = {
+    "break": "for chunk in ask(): break",
+    "exception": "try:\n    for chunk in ask(): raise ValueError\nexcept ValueError: pass",
+    "next": "stream = ask(); next(stream)",
+    "iterator": "stream = iter(ask()); next(stream)",
+    "unread": "stream = ask()",
+    "generator": "def texts():\n    for chunk in ask(): yield chunk\ntold = texts(); next(told)",
+    "cycle": "stream = ask(); next(stream); stream.me = stream; del stream",
+    "let go": "stream = ask(); next(stream); del stream; import gc; gc.collect()",
+    "raw": "stream = client.chat.completions.with_raw_response.create(**how).parse(); next(stream)",
+    "thread": "import threading\nt = threading.Thread(target=lambda: next(ask())); t.start(); t.join()",
+    "exit": "next(ask()); sys.exit(0)",
+    "object": "class Held:\n    def __del__(self): client.close()\no = Held(); o.s = ask(); next(o.s)",
+}
+"""Ways to leave a stream before its end, as the last thing that a program does."""
+LEAVES = """
+import sys
+from cachepipe.clients import OpenAI
+client = OpenAI(base_url=sys.argv[1], api_key="k", cache=sys.argv[2])
+how = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+def ask():
+    return client.chat.completions.create(**how)
+exec(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("way", EXITS)
+def test_a_program_ends_at_once_and_quietly_though_it_has_left_a_stream(server, tmp_path, way):
+    events = 0.0 if way == "unread" else 600.0
+    server.settings = server.settings.updated({"stream_delay": events, "max_tokens": 50})
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", LEAVES, server.base_url, str(tmp_path), EXITS[way]],
+        capture_output=True,
+        text=True,
+        timeout=110,  # the imports alone take a loaded machine half a minute
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -285,11 +285,11 @@ def test_replay_answers_in_the_calling_thread_and_misses_by_name(server, monkeyp
     with OpenAI(base_url=server.base_url, api_key="k", cache=store) as client:
         first = [ask(client), ask(client, n=2)]
 
-    def refuse():
+    def refuse(_):
         raise AssertionError("the portal was used")
 
     with OpenAI(base_url=server.base_url, cache=store, mode="replay", namespace="b", api_key="k") as client:
-        monkeypatch.setattr("cachepipe.clients.calls.portal", refuse)
+        monkeypatch.setattr("cachepipe.clients.calls.submit", refuse)
         assert [ask(client), ask(client, n=2)] == first
         with pytest.raises(CacheMiss):
             ask(client)
