@@ -1131,7 +1131,7 @@ def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
         }
         return str(code or f"http_{status}"), message, response
     if isinstance(error, CacheMiss):
-        return "cache_miss", f"not all samples of key {error.key} are in the cache for this namespace", None
+        return "cache_miss", f"{error.reason}.", None
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, message, None

@@ -19,22 +19,38 @@ class CacheMiss(CachepipeError):  # noqa: N818 - the field calls it a miss
         key: the key of the question.
         namespace: the namespace that asked.
         request: the request as it was asked, or None where the surface has none.
+        why: what the cache holds instead, and what differs; part of a sentence.
+        nearest: the key of the stored question that differs least; None if the question itself is stored,
+            or none is similar.
     """
 
-    def __init__(self, key: str, namespace: str | None, request: Any = None, why: str = "") -> None:
+    def __init__(
+        self,
+        key: str,
+        namespace: str | None,
+        request: Any = None,
+        why: str = "",
+        nearest: str | None = None,
+    ) -> None:
         self.key = key
         self.namespace = namespace
         self.request = request
         self.why = why
-        super().__init__(key, namespace, request, why)
+        self.nearest = nearest
+        super().__init__(key, namespace, request, why, nearest)
+
+    @property
+    def reason(self) -> str:
+        """What was not found and why, without the request."""
+        reason = f": {self.why}" if self.why else ""
+        return f"replay found no complete answer for key {self.key} in namespace {self.namespace!r}{reason}"
 
     def __str__(self) -> str:
         shown = repr(self.request)
         shown = shown if len(shown) <= 300 else shown[:297] + "..."
-        reason = f" ({self.why})" if self.why else ""
         return (
-            f"replay found no complete answer for key {self.key} in namespace {self.namespace!r}{reason}; "
-            f"the request was {shown}. Run it once with mode='read-write' to generate what is missing."
+            f"{self.reason}. The request was {shown}. "
+            "Run it once with mode='read-write' to generate what is missing."
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -29,6 +28,7 @@ from cachepipe.cli.common import (
     when,
 )
 from cachepipe.cli.group import Failure
+from cachepipe.differences import asked_in, loaded, settings_in, strings
 from cachepipe.errors import CachepipeError
 from cachepipe.keys import FORMAT
 from cachepipe.ledger import SHARED, label, namespace_of
@@ -220,27 +220,31 @@ def _print_facts(facts: list[tuple[str, str]]) -> None:
 
 _LS_JSON: Final = """\b
 With --json, each line is an object:
-  key, scope             what the question is known by, and whose answer it is
+  key, scope             what identifies the question, and the endpoint or adapter that answers it
   at                     when it was first asked
   samples, pending       answers stored, and being generated (or left so by a killed process)
   namespaces             how many namespaces have drawn any
+  model                  the model that was asked, or null
+  settings               what was asked besides the model and the texts, such as temperature
   prompt                 the beginning of what was asked, 200 characters at most
 """
 
 
 @click.command(epilog=_LS_JSON)
 @common.cache_option
-@click.option("--scope", help="Only questions to this endpoint or adapter.")
+@click.option("--search", help="Only questions that contain this text, in upper or lower case.")
+@click.option("--model", help="Only questions to this model.")
+@click.option("--scope", help="Only questions to this endpoint or adapter, or below this base URL.")
 @click.option("--namespace", help="Only questions that this namespace has drawn.")
 @click.option("--prefix", default="", help="Only keys that begin so.")
 @_limit(0, "At most so many questions")
 @common.json_option("a line of JSON per question; see below")
 def ls(
-    *, cache: str | None, scope: str | None, namespace: str | None, prefix: str, limit: int, as_json: bool
+    *, cache: str | None, namespace: str | None, prefix: str, limit: int, as_json: bool, **wanted: str | None
 ) -> None:
     """List the questions in the cache, in the order in which they were first asked."""
     with opened(cache) as store:
-        found = _listed(store, scope, namespace, _whole_prefix(prefix))
+        found = _listed(store, namespace, _whole_prefix(prefix), **wanted)
         if limit:
             found = itertools.islice(found, limit)
         if as_json:
@@ -258,26 +262,52 @@ def _whole_prefix(prefix: str) -> str:
     return prefix if FORMAT.startswith(prefix) or prefix.startswith(FORMAT) else f"{FORMAT}-{prefix}"
 
 
-def _listed(store: DiskStore, scope: str | None, namespace: str | None, prefix: str) -> Iterator[KeyInfo]:
+def _listed(
+    store: DiskStore,
+    namespace: str | None,
+    prefix: str,
+    *,
+    search: str | None,
+    model: str | None,
+    scope: str | None,
+) -> Iterator[KeyInfo]:
     """Iterate over the keys that are asked for; one at a time, however many there are."""
-    keys = (info for info in store.keys(prefix) if scope is None or info.scope == scope)
-    if namespace is None:
-        yield from keys
-        return
-    # Both come in the order of their keys' first requests, so one walk beside the other is enough.
-    drawn = (draw.draw.key for draw in store.draws(namespace=label(namespace)))
-    drawn = (key for key, _ in itertools.groupby(key for key in drawn if key.startswith(prefix)))
-    wanted = next(drawn, None)
-    for info in store.keys(prefix):
-        if wanted is None:
-            return
-        if info.key == wanted:
-            wanted = next(drawn, None)
-            if scope is None or info.scope == scope:
-                yield info
+    texts = [search] if search and search.isascii() else []  # SQL ignores the case of ASCII only
+    whose = None if namespace is None else label(namespace)
+    scope = None if scope is None else _scope(scope)
+    for info in store.keys(prefix, scope=scope, namespace=whose, holding=texts):
+        if not (search or model) or _fits(store.question(info.key), search or "", model):
+            yield info
+
+
+def _scope(scope: str) -> str:
+    """Return a scope as the cache spells it: a URL without credentials."""
+    from cachepipe import wire  # noqa: PLC0415 - only for URLs
+
+    try:
+        return wire.scope_of(scope)
+    except wire.BadRequest:  # the name of an adapter
+        return scope
+
+
+def _fits(question: StoredQuestion | None, search: str, model: str | None) -> bool:
+    """Return whether a question contains a text, and asks a model."""
+    document = None if question is None else loaded(question.document)
+    if model is not None and model not in (_model(document), None if question is None else question.scope):
+        return False
+    return not search or search.casefold() in "\n".join(strings(asked_in(document))).casefold()
+
+
+def _model(document: Any) -> str | None:
+    model = asked_in(document).get("model")
+    return model if isinstance(model, str) else None
 
 
 def _listing(store: DiskStore, info: KeyInfo) -> dict[str, Any]:
+    question = store.question(info.key)
+    document = None if question is None else loaded(question.document)
+    settings = settings_in(document)
+    settings.pop("model", None)
     return {
         "key": info.key,
         "scope": info.scope,
@@ -285,7 +315,9 @@ def _listing(store: DiskStore, info: KeyInfo) -> dict[str, Any]:
         "samples": info.samples,
         "pending": info.pending,
         "namespaces": info.namespaces,
-        "prompt": _prompt(store.question(info.key))[:_BEGINNING],
+        "model": _model(document),
+        "settings": settings,
+        "prompt": _prompt(document)[:_BEGINNING],
     }
 
 
@@ -295,42 +327,34 @@ def _table_lines(store: DiskStore, found: Iterator[KeyInfo]) -> Iterator[str]:
     width = max(width - len(heads), 20)
     yield styled(f"{heads}prompt", bold=True)
     for info in found:
-        prompt = beginning(_prompt(store.question(info.key)), width)
+        listing = _listing(store, info)
+        prompt = beginning(listing["prompt"], width)
+        about = beginning(_about(listing), width)
         pending = f"{info.pending:7}" if info.pending else "      -"
         key = styled(f"{visible(info.key[:_SHORT]):{_SHORT}}", fg="cyan")
         yield (
             f"{key}  {when(info.at):19}  {info.samples:7}  {pending}  {info.namespaces:6}  {prompt}"
         ).rstrip()
+        if about:
+            yield f"{' ' * len(heads)}{styled(about, dim=True)}"
+
+
+def _about(listing: dict[str, Any]) -> str:
+    """Return the model and the settings of a question on one line."""
+    settings = [f"{name}={json_text(value)}" for name, value in listing["settings"].items()]
+    return " ".join([listing["model"] or "", *settings]).strip()
 
 
 # What was asked.
 
 
-def _loaded(document: bytes) -> Any:
-    """Return what a document says, or None where it cannot be read.
-
-    Lone surrogates, which orjson refuses, and whole numbers beyond 64 bits are read as they were written.
-    """
-    try:
-        return json.loads(document)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _prompt(question: StoredQuestion | None) -> str:
+def _prompt(document: Any) -> str:
     """Return the text that was asked: of several messages, the last one's of the user."""
-    document = None if question is None else _loaded(question.document)
-    if not isinstance(document, dict):
-        return ""
-    if isinstance(document.get("hash"), str):
-        return str(document["hash"])
-    asked = document.get("body", document.get("fields"))
-    if not isinstance(asked, dict):
-        return ""
-    for name in ("messages", "prompt", "input"):
+    asked = asked_in(document)
+    for name in ("messages", "prompt", "input", "hash"):
         if asked.get(name) is not None:
             return _text(_last_said(asked[name]))
-    return _text(asked)
+    return _text(asked) if asked else ""
 
 
 def _last_said(value: Any) -> Any:
@@ -411,7 +435,7 @@ def _found(store: DiskStore, key: str) -> KeyInfo:
             "`cachepipe ls` lists them, and --cache names another cache"
         )
     some = "\n".join(
-        f"  {info.key}  {beginning(_prompt(store.question(info.key)), 40)}" for info in found[:_CANDIDATES]
+        f"  {info.key}  {beginning(_listing(store, info)['prompt'], 40)}" for info in found[:_CANDIDATES]
     )
     more = "\n  and more" if len(found) > _CANDIDATES else ""
     raise Failure(f"several keys begin with {key!r}; write more of one:\n{some}{more}")
@@ -425,7 +449,7 @@ def _print_json(store: DiskStore, info: KeyInfo, limit: int | None) -> None:
         "scope": info.scope,
         "at": info.at,
         "counts": {"samples": info.samples, "pending": info.pending, "namespaces": info.namespaces},
-        "question": None if question is None else _loaded(question.document),
+        "question": None if question is None else loaded(question.document),
     }
     out = sys.stdout
     out.write(json_text(head)[:-1])
@@ -456,9 +480,9 @@ def _draw_fields(info: DrawInfo) -> dict[str, Any]:
 
 
 def _sample_fields(sample: Sample, scope: str | None) -> dict[str, Any]:
-    meta = _loaded(sample.header)
+    meta = loaded(sample.header)
     meta = meta if isinstance(meta, dict) else {}
-    value = _loaded(sample.payload)
+    value = loaded(sample.payload)
     fields = {"index": sample.index, "id": sample.id, "at": meta.get("at"), "seconds": meta.get("seconds")}
     return {**fields, "value": value, **(_summary(value, scope) or {})}
 
@@ -500,7 +524,7 @@ def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield ""
     yield _heading("Asked")
     question = store.question(info.key)
-    yield from _asked_lines(None if question is None else _loaded(question.document))
+    yield from _asked_lines(None if question is None else loaded(question.document))
     yield ""
     yield _heading("Samples")
     for sample in itertools.islice(store.samples(info.key), limit):

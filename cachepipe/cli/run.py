@@ -59,7 +59,10 @@ _BAR_FROM: Final = 72  # columns of a terminal
 @click.option("--replay", is_flag=True, help="Only replay: never call the model. The same as --mode replay.")
 @click.option("--refresh", is_flag=True, help="Generate all samples anew. The same as --mode refresh.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write the cache. The same as --mode bypass.")
-@click.option("--scope", help="What stands for the endpoint's address in the cache's keys.")
+@click.option(
+    "--scope",
+    help="Use the samples of another endpoint: a scope that `cachepipe ls` shows, a base URL, or any name.",
+)
 @click.option(
     "--repeat",
     default="fresh",

@@ -26,7 +26,7 @@ from cachepipe import keys, runs, telemetry, wire
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
-from cachepipe.errors import CacheMiss, CachepipeError, NotStorable, ShortAnswer
+from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.keys import Question, trimmed
 from cachepipe.ledger import SHARED, Draw, Runs, label
@@ -34,6 +34,7 @@ from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stores import open_store
 from cachepipe.stores.base import Grant, Sample
+from cachepipe.stores.misses import missed
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, Request, Response, by_value
 from cachepipe.values import Codec
 
@@ -333,9 +334,7 @@ def questions_of(
         UnkeyableValue: when no stable key can be made from one of its values.
     """
     alone = alone or api.max_n == 1 or len(asks) > 1
-    here = wire.scope_of(url)
-    scope = here if scope is None else scope
-    named = None if scope == here else api  # a URL tells by itself which API is asked
+    scope, named = wire.named_scope(scope, wire.scope_of(url), api)
     return [
         keys.provider_question(
             scope,
@@ -518,7 +517,7 @@ class Exchange:
                     if grant is None:
                         _unclaim(done, occurrences)
                 if grant is None:
-                    raise CacheMiss(question.key, self.namespace, self.body)
+                    raise missed(store, question, identity, ask.n, self.body, self.namespace)
                 grants.append(grant)
         return self.granted(grants)
 

@@ -340,10 +340,8 @@ class OpenAIModel:
             BadRequest: when it cannot be told what is asked, or it cannot be answered from a cache.
         """
         wanted = self._wanted(request)
-        api: wire.Api | None = wanted.api
-        if scope is None or scope == self.cache_scope:
-            api = None  # the URL tells
-            scope = self._connection.scope_of(wanted.endpoint, wanted.ask.question.get("model"))
+        here = self._connection.scope_of(wanted.endpoint, wanted.ask.question.get("model"))
+        scope, api = wire.named_scope(None if scope == self.cache_scope else scope, here, wanted.api)
         return provider_question(
             scope,
             wire.question_document(wanted.ask, {**self._connection.headers, **wanted.headers}, api),

@@ -264,12 +264,11 @@ class Proxy:
             return Refused(502, "bad_answer", str(error))
         if isinstance(error, CacheMiss):
             turn.facts["key"] = error.key
-            message = (
-                f"replay found no complete answer for key {error.key} in namespace {error.namespace!r}; "
-                "run it once without --replay to generate what is missing"
-            )
-            key = (b"x-cachepipe-key", error.key.encode())
-            return Refused(404, "cache_miss", message, [_NEVER_AGAIN, key])
+            message = f"{error.reason}. Run it once without --replay to generate what is missing."
+            pairs = [_NEVER_AGAIN, (b"x-cachepipe-key", error.key.encode())]
+            if error.nearest is not None:
+                pairs.append((b"x-cachepipe-nearest", error.nearest.encode()))
+            return Refused(404, "cache_miss", message, pairs)
         if isinstance(error, StoreError):
             self.log.failed("the cache failed", error)
             return Refused(503, "cache_failed", "the cache could not do what was asked of it; see the log")

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from cachepipe import runs
-from cachepipe.errors import CacheMiss, FreshIds, NotStored, SharedDraw, StoreError
+from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import adapter_of
@@ -25,6 +25,7 @@ from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
 from cachepipe.stages.lane import MANY, Lane
 from cachepipe.stores.base import Claim, Commit, Committed, Forgo, Grant, Leave, Sample, Store, new_meta
+from cachepipe.stores.misses import missed
 from cachepipe.typedefs import Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
@@ -348,7 +349,7 @@ class Engine:
         if grant is not None:
             return self._known(request, question, grant, occurrences, duplicated)
         if mode == "replay":
-            raise CacheMiss(question.key, request.namespace, request)
+            raise missed(self.store, question, identity, request.n, request, request.namespace)
         draw = Drawing(lane, request, question, mode)
         draw.id, draw.occurrences, draw.unsaved = identity, occurrences, True
         draw.missing = {-1 - position: position for position in range(draw.n)}

@@ -273,6 +273,10 @@ class Store(Protocol):
         """Tell of each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         ...
 
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the stored question that differs least from another one; None if none is like it."""
+        ...
+
     def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
         """Iterate over the keys that start with a prefix, by their first request, or the newest first."""
         ...

@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
 from cachepipe.stores.base import (
     DrawInfo,
@@ -94,10 +96,15 @@ class MemoryStore(SqlStore):
         with self._lock:
             return super().question(key)
 
-    def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the stored question that differs least from another one; None if none is like it."""
+        with self._lock:
+            return super().similar(question)
+
+    def keys(self, prefix: str = "", **wanted: Any) -> Iterator[KeyInfo]:
         """Iterate over the keys that start with a prefix, as they are now."""
         with self._lock:
-            return iter(list(super().keys(prefix, newest=newest)))
+            return iter(list(super().keys(prefix, **wanted)))
 
     def samples(self, key: str) -> Iterator[Sample]:
         """Iterate over the samples of a key by index, as they are now; discarded ones are left out."""

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 from cachepipe import forks
 from cachepipe.errors import StoreError
+from cachepipe.keys import Question, encode
 from cachepipe.ledger import LISTED, SHARED, Draw, Runs, choose, laid, namespace_of
 from cachepipe.stores.base import (
     Claim,
@@ -38,6 +40,7 @@ from cachepipe.stores.base import (
     State,
     StoredQuestion,
 )
+from cachepipe.stores.misses import Similar, nearest
 from cachepipe.stores.rows import GONE, locked, parse_sample, read_sample, unpack
 from cachepipe.stores.transaction import Memory, Transaction
 from cachepipe.stores.writer import Locked, Writer
@@ -175,6 +178,7 @@ class SqlStore:
         self._namespace_ids: dict[str, int] = {}
         self._leases: dict[int, tuple[bool, float]] = {}
         self._rows = 0
+        self._similar = Similar()
 
     def _inherit(self) -> None:
         """Begin anew in a forked child."""
@@ -465,23 +469,43 @@ class SqlStore:
                 states.append("free")
         return states
 
-    def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
-        """Iterate over the keys that start with a prefix, by their first request, or the newest first."""
+    def keys(
+        self,
+        prefix: str = "",
+        *,
+        newest: bool = False,
+        scope: str | None = None,
+        namespace: str | None = None,
+        holding: Sequence[str] = (),
+    ) -> Iterator[KeyInfo]:
+        """Iterate over the keys that start with a prefix, by their first request, or the newest first.
+
+        Args:
+            prefix: the beginning of the keys.
+            newest: whether the newest comes first.
+            scope: only questions of this scope, or of scopes below it if it is a base URL.
+            namespace: only questions that the namespace with this label has drawn.
+            holding: only questions whose documents contain these texts; the case of ASCII does not matter.
+        """
         ledger, _ = self._readable()
         rows = ledger.execute(
             "SELECT k.key, k.scope, k.at,"  # noqa: S608 - of constants
             " (SELECT coalesce(sum(stop - start), 0) FROM spans WHERE owner = 0 AND key = k.id),"
             " (SELECT count(*) FROM pending WHERE key = k.id),"
             " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
-            "  (SELECT id FROM namespaces WHERE label = ?)),"
+            "  (SELECT id FROM namespaces WHERE label = ?1)),"
             " (SELECT count(*) FROM discards WHERE key = k.id)"
             " FROM keys k"
-            " WHERE ? = '' OR k.id IN (SELECT id FROM keys WHERE key >= ? AND key < ?)"
-            f" ORDER BY k.id {'DESC' if newest else ''}",
-            (SHARED, prefix, prefix, prefix + "\U0010ffff"),
+            " WHERE (?2 = '' OR k.id IN (SELECT id FROM keys WHERE key >= ?2 AND key < ?3))"
+            " AND (?4 IS NULL OR k.scope = ?4 OR substr(k.scope, 1, length(?4) + 1) = ?4 || '/')"
+            " AND (?5 IS NULL OR EXISTS (SELECT 1 FROM segments WHERE key = k.id AND namespace ="
+            "  (SELECT id FROM namespaces WHERE label = ?5)))"
+            + " AND CAST(k.document AS TEXT) LIKE ? ESCAPE '|'" * len(holding)
+            + f" ORDER BY k.id {'DESC' if newest else ''}",
+            (SHARED, prefix, prefix + "\U0010ffff", scope, namespace, *map(_containing, holding)),
         )
-        for key, scope, at, listed, pending, namespaces, discards in rows:
-            yield KeyInfo(key, scope, at, listed - pending - discards, pending, namespaces)
+        for key, whose, at, listed, pending, namespaces, discards in rows:
+            yield KeyInfo(key, whose, at, listed - pending - discards, pending, namespaces)
 
     def question(self, key: str) -> StoredQuestion | None:
         """Return what was asked under a key."""
@@ -491,6 +515,27 @@ class SqlStore:
             (key,),
         ).fetchone()
         return None if row is None else StoredQuestion(key, row[0], row[1], row[2])
+
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the stored question that differs least from another one; None if none is like it.
+
+        The same question under another scope is always found, others among the newest ones.
+        """
+        ledger, _ = self._readable()
+        self._similar.read(
+            lambda after, longest: ledger.execute(
+                "SELECT id, scope, CASE WHEN length(document) <= ? THEN document END FROM keys"
+                " WHERE id > ? ORDER BY id DESC",
+                (longest, after),
+            )
+        )
+        ids, keys = self._similar.ids(question), self._similar.elsewhere(question)
+        rows = ledger.execute(
+            "SELECT key, scope, document, at FROM keys"  # noqa: S608 - of marks
+            f" WHERE key IN ({_marks(keys)}) OR id IN ({_marks(ids)})",
+            (*keys, *ids),
+        )
+        return nearest(question, itertools.starmap(StoredQuestion, rows))
 
     def sample(self, key: str, index: int) -> Sample | None:
         """Return one sample of a key; None when it is not there, or discarded."""
@@ -636,6 +681,17 @@ class SqlStore:
         lives = self._lease_alive(name)
         self._leases[lease] = (lives, now)
         return lives
+
+
+def _marks(values: Sequence[Any]) -> str:
+    """Return the question marks of an SQL list of values."""
+    return ",".join("?" * len(values))
+
+
+def _containing(text: str) -> str:
+    """Return the pattern of documents, which are JSON, that contain a text."""
+    pattern = re.sub("([%_|])", r"|\1", encode(text).decode()[1:-1])
+    return f"%{pattern}%"
 
 
 def _whole(ledger: sqlite3.Connection, key: int, first: int, last: int) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cachepipe.keys import Question
 from cachepipe.ledger import Draw, Runs
 from cachepipe.stores.base import (
     DrawInfo,
@@ -152,6 +153,10 @@ class FaultyStore:
     def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
         return self.store.glance(wanted)
+
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the stored question that differs least from another one."""
+        return self.store.similar(question)
 
     def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
         """Iterate over the keys that start with a prefix."""

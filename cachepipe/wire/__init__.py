@@ -13,6 +13,8 @@ came through one of them is a hit on every other.
 
 from __future__ import annotations
 
+import functools
+
 from cachepipe.wire.base import (
     ANSWER_HEADERS,
     TRANSPORT_VERSION,
@@ -66,6 +68,7 @@ __all__ = [
     "azure_url",
     "bills_prompt",
     "by_question",
+    "named_scope",
     "question_document",
     "scope_of",
     "token_counts",
@@ -100,3 +103,37 @@ def api_for(method: str, url: str) -> Api | None:
     if parent in _OTHERS or (last == "messages" and "threads" in before):
         return None
     return _BY_ENDING.get(last)
+
+
+@functools.lru_cache(maxsize=256)
+def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None]:
+    """Return the scope of a request's keys, and the API if the scope itself does not say which is asked.
+
+    Args:
+        scope: what the user has set: an endpoint's URL as listings show it, a base URL, any other name, or
+            None for the endpoint that the request goes to.
+        here: the scope of that endpoint.
+        api: the API that the request goes to.
+
+    Raises:
+        BadRequest: when the scope is a URL that cannot be read.
+    """
+    if scope is None or scope == here:
+        return here, None
+    if not scope.lower().startswith(("http://", "https://")):
+        return scope, api
+    url, mark, query = scope_of(scope).partition("?")
+    known = api_for("POST", url)
+    if known is not api:
+        base = url if known is None else url.removesuffix(_ending(url))
+        ending = _ending(here.partition("?")[0])
+        if api is MESSAGES:  # whose base URLs come with and without the version
+            base = f"{base.removesuffix('/v1')}/v1"
+        url = f"{base}{ending}"
+    return f"{url}{mark}{query}", None
+
+
+def _ending(url: str) -> str:
+    """Return the part of an endpoint's URL that follows the base URL."""
+    ending = url[url.rindex("/") :]
+    return "/chat/completions" if url.endswith("/chat/completions") else ending

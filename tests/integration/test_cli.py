@@ -19,9 +19,11 @@ import cachepipe
 from cachepipe import Batch, OnlineAPI, Request, Response
 from cachepipe.cli import demo, inspect
 from cachepipe.cli.group import cli
+from cachepipe.keys import provider_question
+from cachepipe.ledger import Draw
 from cachepipe.models import OpenAIModel
 from cachepipe.stores import DiskStore
-from cachepipe.stores.base import Discard
+from cachepipe.stores.base import Claim, Commit, Discard, Leave
 from cachepipe.testing import MockServer, MockSettings
 
 HOSTILE = "roll\x1b[31m\x07\nsecond\u202eline\r"
@@ -153,9 +155,19 @@ def test_ls_lists_questions_in_the_order_of_asking(cache):
     ]
     assert [each["samples"] for each in found] == [2, 2, 1, 1]
     assert found[0]["namespaces"] == 2
-    assert list(found[0]) == ["key", "scope", "at", "samples", "pending", "namespaces", "prompt"]
+    assert list(found[0]) == [
+        "key",
+        "scope",
+        "at",
+        "samples",
+        "pending",
+        "namespaces",
+        "model",
+        "settings",
+        "prompt",
+    ]
     lines = called("ls", "--cache", cache).stdout.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 5, "no settings, no further lines"
     assert lines[1].startswith(found[0]["key"][:15])
     assert lines[3].endswith(r"roll\x1b[31m\x07 second\u202eline ?")
 
@@ -176,6 +188,66 @@ def test_ls_can_be_narrowed(cache):
     assert [each["key"] for each in both] == everything[1:2]
 
 
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory):
+    """Questions to two models at two endpoints, some alike but for a setting."""
+    folder = str(tmp_path_factory.mktemp("varied") / "cache")
+    asked = [
+        ("https://one/v1", "m-1", "Cats 100%?", {}),
+        ("https://one/v1", "m-1", "Cats 100%?", {"seed": 7}),
+        ("https://one/v1", "m-10", 'Say "ÄPFEL"\nplease', {}),
+        ("https://one/v10", "m-1", "Cats_100?", {}),
+    ]
+    store = DiskStore(folder)
+    for number, (base, model, text, more) in enumerate(asked):
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
+        question = provider_question(f"{base}/chat/completions", {"body": body})
+        draw = Draw("=a" if number else "=b", question.key, "", 0)
+        grant, _ = store.write([Claim(draw, 1, question, "t"), Commit(question.key, 0, b'"x"', {"at": 1})])
+        store.write([Leave(draw, "t", grant.held, complete=True, n=1)])
+    store.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--search", "cats 100%"], [0, 1]),
+        (["--search", "äpfel"], [2]),
+        (["--search", '"ÄPF'], [2]),
+        (["--search", 'SAY "'], [2]),
+        (["--search", "ats_1"], [3]),
+        (["--search", "content"], []),
+        (["--search", "user"], []),
+        (["--model", "m-1"], [0, 1, 3]),
+        (["--model", "m-10"], [2]),
+        (["--model", "M-10"], []),
+        (["--scope", "https://one/v1"], [0, 1, 2]),
+        (["--scope", "https://me:key@ONE:443/v1/"], [0, 1, 2]),
+        (["--scope", "https://one/v10/chat/completions"], [3]),
+        (["--scope", "https://one"], [0, 1, 2, 3]),
+        (["--scope", "https://on"], []),
+        (["--namespace", "a", "--model", "m-1", "--search", "cats"], [1, 3]),
+        (["--namespace", "b", "--limit", "1"], [0]),
+    ],
+)
+def test_ls_finds_questions_by_text_model_and_endpoint(varied, options, expected):
+    everything = [each["key"] for each in listed("--cache", varied)]
+    assert [everything.index(each["key"]) for each in listed("--cache", varied, *options)] == expected
+
+
+def test_ls_tells_questions_apart_that_differ_in_a_setting_only(varied):
+    one, other, *_ = listed("--cache", varied)
+    assert (one["model"], one["settings"], other["settings"]) == ("m-1", {}, {"seed": 7})
+    assert one["prompt"] == other["prompt"]
+    lines = called("ls", "--cache", varied, "--limit", "2").stdout.splitlines()
+    assert [line.split() for line in lines[2::2]] == [["m-1"], ["m-1", "seed=7"]]
+
+
+def test_ls_finds_the_questions_of_an_adapter_by_its_model(cache):
+    assert len(listed("--cache", cache, "--model", "dice")) == 3
+
+
 def test_ls_of_nothing_prints_nothing_and_says_so(cache):
     result = called("ls", "--cache", cache, "--prefix", "zz")
     assert result.stdout == ""
@@ -186,8 +258,8 @@ def test_ls_of_nothing_prints_nothing_and_says_so(cache):
 def test_ls_prints_the_first_question_before_it_has_read_the_second(cache, capsys, monkeypatch):
     real = DiskStore.keys
 
-    def keys(self, prefix=""):
-        for place, info in enumerate(real(self, prefix)):
+    def keys(self, prefix="", **wanted):
+        for place, info in enumerate(real(self, prefix, **wanted)):
             if place == 1:
                 assert "question 1" in capsys.readouterr().out
             yield info

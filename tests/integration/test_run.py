@@ -547,6 +547,24 @@ def test_c9_one_scope_keeps_the_apis_apart_and_is_the_clients_too(server):
 # Modes and options.
 
 
+def test_a_replay_through_another_host_says_so_and_takes_what_ls_shows_as_its_scope(server):
+    called(server, limit=2)
+    elsewhere = server.base_url.replace("127.0.0.1", "localhost")
+    done = invoke(options(server, limit=2, replay=True, **{"base-url": elsewhere}))
+    stored = f"{server.base_url}/chat/completions"
+    assert f"another scope: '{stored}', and the request has '{elsewhere}/chat/completions'" in done.stderr
+    shown = json.loads(CliRunner().invoke(cli, ["ls", "--cache", "cache", "--json"]).stdout.splitlines()[0])
+    for scope in (shown["scope"], server.base_url, f"{server.base_url}/embeddings"):
+        figures = called(server, limit=2, replay=True, scope=scope, **{"base-url": elsewhere})
+        assert (figures["hits"], figures["failed"]) == (2 * N, 0)
+
+
+def test_a_replay_with_another_setting_names_it(server):
+    called(server, limit=1)
+    called(server, limit=1, replay=True, temperature=0.25, status=1)
+    assert "differs in temperature (asked: 0.25, stored: nothing)" in results()[0]["error"]["message"]
+
+
 def test_replay_needs_neither_key_nor_server_and_a_miss_is_an_error_line(server, monkeypatch):
     called(server, limit=3)
     monkeypatch.delenv("OPENAI_API_KEY")

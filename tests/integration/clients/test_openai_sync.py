@@ -349,6 +349,13 @@ def test_replay_needs_no_key(server, monkeypatch, tmp_path):
         assert ask(client) == stored
         with pytest.raises(CacheMiss):
             ask(client, "Something new")
+        with pytest.raises(CacheMiss, match=r"differs in logit_bias \(asked: \{\}, stored: nothing\)"):
+            ask(client, logit_bias={})
+    elsewhere = {"base_url": "http://localhost:1/v1", "cache": tmp_path, "mode": "replay"}
+    with OpenAI(**elsewhere) as client, pytest.raises(CacheMiss, match=f"scope to '{server.base_url}/chat"):
+        ask(client)
+    with OpenAI(**elsewhere, scope=server.base_url) as client:
+        assert ask(client) == stored
 
 
 @pytest.mark.skipif(not hasattr(openai.OpenAI, "_refresh_api_key"), reason="came with openai 1.106")

@@ -191,8 +191,12 @@ def test_replay_needs_no_upstream_and_no_key(serve, upstream, http, asked, helpe
     missed = http.post(helpers.chat_url(offline, "a"), json=asked)
     assert missed.status_code == 404
     assert missed.json()["error"]["code"] == "cache_miss"
+    assert "the cache has 1 sample of this question, but other requests" in missed.json()["error"]["message"]
     assert missed.headers["x-should-retry"] == "false"
     assert http.get(f"{offline.url}/v1/models").status_code == 404
+    colder = http.post(helpers.chat_url(offline, "a"), json={**asked, "top_p": 0.5})
+    assert "differs in top_p (asked: 0.5, stored: nothing)" in colder.json()["error"]["message"]
+    assert colder.headers["x-cachepipe-nearest"] == stored.headers["x-cachepipe-key"]
     told = {"x-cachepipe-mode": "read-write"}
     assert http.post(helpers.chat_url(offline), json=asked, headers=told).status_code == 400
     assert upstream.stats.requests == calls

@@ -1,0 +1,200 @@
+"""What differs between two questions: for people who wonder why the cache does not hold theirs.
+
+Everything here is pure. Documents are those of `cachepipe.keys.Question`: canonical JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+_TEXTS: Final = ("system", "instructions", "messages", "prompt", "input", "hash")
+"""The fields that hold what is said; all others are settings."""
+_SAID: Final = 40  # characters that two texts have in common where one continues or replaces the other
+_SHOWN: Final = 60  # characters of a value
+_AROUND: Final = 12  # characters that are shown before the place where two texts part
+_MOST: Final = 4  # differences that a sentence tells
+
+
+class Absent:
+    """Stands for a field that a question does not have."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+ABSENT: Final = Absent()
+
+
+class Difference(NamedTuple):
+    """One thing in which two questions differ.
+
+    Attributes:
+        path: where it is, such as ``scope``, ``temperature`` or ``messages[1].content``.
+        asked: the value in the question that was asked; `ABSENT` if it has none.
+        stored: the value in the stored question, likewise.
+    """
+
+    path: str
+    asked: Any
+    stored: Any
+
+    def __str__(self) -> str:
+        if isinstance(self.asked, dict | list) and self.asked == self.stored:
+            return f"{self.path} (the same names in another order)"
+        asked, stored = self.asked, self.stored
+        if isinstance(asked, str) and isinstance(stored, str):
+            asked, stored = _parting(asked, stored)
+        return f"{self.path} (asked: {_shown(asked)}, stored: {_shown(stored)})"
+
+    @property
+    def size(self) -> float:
+        """How much it is: from 1 to 2 for texts, the less they share the more; else 1."""
+        if not isinstance(self.asked, str) or not isinstance(self.stored, str) or self.path == "scope":
+            return 1.0
+        same = _same_start(self.asked, self.stored) + _same_start(self.asked[::-1], self.stored[::-1])
+        longest = max(len(self.asked), len(self.stored), 1)
+        return 2.0 - min(same / longest, 1.0)
+
+
+def loaded(document: bytes) -> Any:
+    """Return what a document says, or None where it cannot be read.
+
+    Lone surrogates, which orjson refuses, and whole numbers beyond 64 bits are read as they were written.
+    """
+    try:
+        return json.loads(document)
+    except (ValueError, RecursionError):
+        return None
+
+
+def asked_in(document: Any) -> dict[str, Any]:
+    """Return the fields that a document asks: the body for a provider, or the fields of a request."""
+    if not isinstance(document, dict):
+        return {}
+    fields = document.get("body", document.get("fields"))
+    return fields if isinstance(fields, dict) else {k: v for k, v in document.items() if k == "hash"}
+
+
+def settings_in(document: Any) -> dict[str, Any]:
+    """Return the fields of a document that are no texts, by name, with its headers."""
+    found = {name: value for name, value in asked_in(document).items() if name not in _TEXTS}
+    if isinstance(document, dict) and document.get("headers"):
+        found["headers"] = document["headers"]
+    return found
+
+
+def differences(
+    asked_scope: str | None, asked: bytes, stored_scope: str | None, stored: bytes
+) -> list[Difference]:
+    """Return what differs between a question that was asked and a stored one, the scope first."""
+    found = [] if asked_scope == stored_scope else [Difference("scope", asked_scope, stored_scope)]
+    if asked == stored:
+        return found
+    one, other = loaded(asked), loaded(stored)
+    if isinstance(one, dict) and isinstance(other, dict):
+        one, other = _flat(one), _flat(other)
+    return [*found, *_differing("", one, other)]
+
+
+def _flat(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document with the fields that are asked at its top."""
+    rest = {name: value for name, value in document.items() if name not in ("body", "fields", "hash")}
+    return {**asked_in(document), **rest}
+
+
+def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in [*one, *(name for name in other if name not in one)]:
+            inner = f"{path}.{name}" if path else name
+            yield from _differing(inner, one.get(name, ABSENT), other.get(name, ABSENT))
+        if one == other and list(one) != list(other):
+            yield Difference(path or "the fields", one, other)
+    elif isinstance(one, list) and isinstance(other, list):
+        least = min(len(one), len(other))
+        head = next((k for k in range(least) if one[k] != other[k]), least)
+        tail = next((k for k in range(least - head) if one[-1 - k] != other[-1 - k]), least - head)
+        left, right = one[head : len(one) - tail], other[head : len(other) - tail]
+        for place, values in enumerate(itertools.zip_longest(left, right, fillvalue=ABSENT), head):
+            yield from _differing(f"{path}[{place}]", *values)
+    elif one != other or type(one) is not type(other):
+        yield Difference(path or "the question", one, other)
+
+
+def told(found: list[Difference]) -> str:
+    """Return differences as the end of a sentence: "differs in …"."""
+    parts = [str(difference) for difference in found[:_MOST]]
+    if len(found) > _MOST:
+        parts.append(f"{len(found) - _MOST} more")
+    return "; ".join(parts)
+
+
+def _parting(one: str, other: str) -> tuple[str, str]:
+    """Return two texts from a little before the place where they part."""
+    begin = max(_same_start(one, other) - _AROUND, 0)
+    return ("…" if begin else "") + one[begin:], ("…" if begin else "") + other[begin:]
+
+
+def _same_start(one: str, other: str) -> int:
+    """Return how many characters two texts have in common from their start."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str | Absent) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+# Which stored questions may be near: those that have a trait in common with the one that was asked.
+
+
+def traits(document: bytes) -> list[int]:
+    """Return numbers that similar questions share, the most telling first; they hold in this process only.
+
+    They stand for the whole document, for all of its texts, for its last text, for the start and the end of
+    that, and for its first text. Case and blanks do not count in texts.
+    """
+    try:
+        read = orjson.loads(document)  # of tens of thousands of documents
+    except orjson.JSONDecodeError:
+        read = loaded(document)
+    said = [" ".join(text.casefold().split()) for text in _texts(read)]
+    found: list[tuple[Any, ...]] = [("whole", document)]
+    if said:
+        last = said[-1]
+        found += [("all", *said), ("last", last), ("start", last[:_SAID]), ("end", last[-_SAID:])]
+    if len(said) > 1:
+        found.append(("first", said[0]))
+    if not said and read is not None:
+        found.append(("names", *sorted(asked_in(read))))
+    return [hash(trait) for trait in found]
+
+
+def _texts(document: Any) -> list[str]:
+    """Return what is said in a document, in its order: all texts, but for the roles and kinds of messages."""
+    fields = asked_in(document)
+    return [text for name in _TEXTS if name in fields for text in strings(fields[name])]
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Iterate over all texts within a value, but for the roles and kinds of messages and parts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            if name not in ("role", "type"):
+                yield from strings(item)

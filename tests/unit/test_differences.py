@@ -1,0 +1,97 @@
+"""What differs between two questions, as people read it."""
+
+import pytest
+
+from cachepipe.differences import ABSENT, Difference, differences, told, traits
+from cachepipe.keys import provider_question
+
+HERE = "https://here/v1/chat/completions"
+
+
+def asked(scope=HERE, **body):
+    body = {"model": "m", "messages": [{"role": "user", "content": "Cats or dogs?"}], **body}
+    return provider_question(scope, {"body": {name: value for name, value in body.items() if value != "-"}})
+
+
+def paths(one, other):
+    return [found.path for found in differences(one.scope, one.document, other.scope, other.document)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"scope": "https://there/v1/chat/completions"}, ["scope"]),
+        ({"temperature": 1}, ["temperature"]),
+        ({"stop": ["a"], "top_p": 0.5}, ["stop", "top_p"]),
+        ({"model": "other"}, ["model"]),
+        ({"messages": [{"role": "user", "content": "Cats or dogs"}]}, ["messages[0].content"]),
+        ({"messages": [{"role": "developer", "content": "Cats or dogs?"}]}, ["messages[0].role"]),
+        ({"seed": 2**70}, ["seed"]),
+        ({"logit_bias": None}, ["logit_bias"]),
+    ],
+)
+def test_a_difference_names_the_place(changes, expected):
+    assert paths(asked(), asked(**changes)) == expected
+    assert paths(asked(**changes), asked()) == expected
+
+
+def test_a_message_that_was_added_is_one_difference_wherever_it_stands():
+    user, system = {"role": "user", "content": "Cats or dogs?"}, {"role": "system", "content": "Be brief."}
+    one, other = asked(), asked(messages=[system, user])
+    assert paths(one, other) == ["messages[0]"]
+    assert paths(one, asked(messages=[user, system])) == ["messages[1]"]
+
+
+def test_integers_beyond_64_bits_differ_by_one():
+    assert paths(asked(seed=2**64 + 1), asked(seed=2**64)) == ["seed"]
+
+
+def test_true_and_one_differ():
+    assert paths(asked(top_k=True), asked(top_k=1)) == ["top_k"]
+
+
+def test_a_setting_that_was_left_out_is_told_apart_from_null():
+    assert str(Difference("temperature", 1, ABSENT)) == "temperature (asked: 1, stored: nothing)"
+    assert str(Difference("temperature", ABSENT, None)) == "temperature (asked: nothing, stored: null)"
+
+
+def test_long_texts_are_shown_from_where_they_part():
+    before = "The quick brown fox jumps over the lazy dog. " * 50
+    shown = str(Difference("prompt", before + "Yes?" + "!" * 500, before + "No?"))
+    assert "'…e lazy dog. Yes?!!!" in shown
+    assert "'…e lazy dog. No?'" in shown
+    assert len(shown) < 200
+
+
+def test_the_same_names_in_another_order_are_told_as_such():
+    one = b'{"body":{"schema":{"a":1,"b":2}}}'
+    other = b'{"body":{"schema":{"b":2,"a":1}}}'
+    assert told(differences(None, one, None, other)) == "schema (the same names in another order)"
+
+
+def test_many_differences_are_counted():
+    many = {f"x{number}": number for number in range(9)}
+    found = differences(HERE, asked().document, HERE, asked(**many).document)
+    assert told(found).endswith("; 5 more")
+
+
+@pytest.mark.parametrize(
+    "document", [b"", b"[]", b"1", b'{"body":[]}', b"[" * 5000, b'{"hash":"x"}', b'"\\ud800"']
+)
+def test_a_document_that_is_none_of_ours_still_has_differences_and_traits(document):
+    assert differences(HERE, asked().document, HERE, document)
+    assert traits(document)
+
+
+def test_similar_questions_share_traits_and_others_do_not():
+    def shared(one, other):
+        return bool({*traits(one.document)} & {*traits(other.document)})
+
+    long = "Explain in plain words why the sky of the earth is blue by day and red at dusk"
+    say = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    assert shared(asked(), asked(temperature=1))
+    assert shared(asked(), asked(messages=say("  cats OR dogs?\n")))
+    assert shared(asked(messages=say(long)), asked(messages=say(long + ", in French")))
+    assert shared(asked(messages=say(long)), asked(messages=say("Please. " + long)))
+    assert not shared(asked(), asked(messages=say("Tea or coffee?")))
