@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -35,9 +36,15 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
-from cachepipe import runs, wire
-from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, ShortAnswer, StoreError
-from cachepipe.keys import trimmed
+from cachepipe import jsontext, runs, wire
+from cachepipe.errors import (
+    BadAnswer,
+    CacheMiss,
+    CachepipeError,
+    ShortAnswer,
+    StoreError,
+    UnkeyableValue,
+)
 from cachepipe.ledger import label
 from cachepipe.models.openai import ENDPOINTS, ListModel, OpenAIModel, WireRequest
 from cachepipe.stages import AsyncCacher, AsyncDeduplicator
@@ -60,6 +67,7 @@ SETTINGS: Final = frozenset(
 
 _FLAGS: Final = ("cached", "duplicated", "indices")
 _OWN: Final = frozenset({"id", "custom_id", "response", "error", "cachepipe"})
+_DEEPEST: Final = 250  # levels of a line
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
 _LOOK: Final = 0.05  # seconds between two looks for a pipe's reader
@@ -165,9 +173,11 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
         ValueError: when it holds none; the message says what was expected.
     """
     try:
-        fields = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise _LineError(f"it is no JSON: {error.msg} (column {error.colno})") from error
+        fields = jsontext.loads(text)
+    except json.JSONDecodeError as error:
+        raise _LineError(f"it is not valid JSON: {error.msg} (column {error.colno})") from error
+    except ValueError as error:
+        raise _LineError(str(error)) from error
     if not isinstance(fields, dict):
         raise _LineError(f"it must be a JSON object; got {fields!r:.80}")
     name, custom_id = _custom_id(fields)
@@ -179,8 +189,9 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
     }
     try:
         orjson.dumps([[fields]])  # as deep as a result holds what is carried along
-    except TypeError as error:
-        raise _LineError("it nests too deep; 250 levels can be sent and written") from error
+    except TypeError as error:  # or it holds long integers or lone surrogates
+        if _nests_deeper(fields, _DEEPEST):
+            raise _LineError(f"it nests too deep; {_DEEPEST} levels can be sent and written") from error
     defaults.fill(api, body)
     if "model" not in body and api is not wire.MODERATIONS:
         raise _LineError("it names no model, and neither does --model")
@@ -200,6 +211,14 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
         raise _LineError(f"it cannot be run from a file: {asks[0].reason}")
     named = name is not None
     return Line(number, custom_id if named else str(number), named, api, asks, carried)
+
+
+def _nests_deeper(value: Any, levels: int) -> bool:
+    """Return True if a JSON value nests more levels deep than these."""
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return not levels or any(_nests_deeper(item, levels - 1) for item in items)
 
 
 def _custom_id(fields: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -491,7 +510,7 @@ class _Ids:
 
 
 def _digest(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+    return hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 class _Input:
@@ -660,8 +679,8 @@ class _Earlier:
 def _result_in(text: bytes) -> dict[str, Any] | None:
     """Return the object of a result line; None for an error, and for what no run has written."""
     try:
-        line = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        line = jsontext.loads(text)
+    except ValueError:
         return None
     answered = line.get("error") is None and isinstance(line.get("response"), dict)
     return line if answered and isinstance(line.get("cachepipe"), dict) else None
@@ -877,10 +896,17 @@ class _Service:
         """Return the draw of the next line of the file, and count it."""
         requests = line.requests(self._namespace, ids=self._ids)
         whose, request_id = label(self._namespace), requests[0].request_id or ""
-        asked = [self._model.question(request, "").key for request in requests]
+        asked = [self._key(request) for request in requests]
         occurrences = [self._counted.take((whose, key, request_id)) for key in asked]
-        named = orjson.dumps([whose, request_id, asked, occurrences])
+        named = jsontext.dumps([whose, request_id, asked, occurrences])
         return _Draw(line, requests, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
+
+    def _key(self, request: WireRequest) -> str:
+        """Return what counts occurrences of a question; `ask` raises the error of one without a key."""
+        try:
+            return self._model.question(request, "").key
+        except UnkeyableValue:
+            return ""
 
     def keys(self, draw: _Draw) -> list[str]:
         """Return the keys of a line's questions."""
@@ -1064,7 +1090,7 @@ def _result(draw: _Draw, responses: Sequence[Response]) -> bytes:
     response = {
         "status_code": 200,
         "request_id": identity if isinstance(identity, str) else "",
-        "body": body,
+        "body": jsontext.shown(body),
     }
     flags: dict[str, Any] = {
         "cached": [flag for response in responses for flag in response.cached or ()],
@@ -1088,7 +1114,10 @@ def _line(
     ours["key"] = keys[0] if len(keys) == 1 else None
     if len(keys) > 1:
         ours["keys"] = list(keys)
-    hidden = {name: value for name, value in line.carried.items() if name in _OWN}
+    carried = line.carried
+    if not jsontext.is_strict(carried):
+        carried = {name: _valid(value) for name, value in carried.items()}
+    hidden = {name: value for name, value in carried.items() if name in _OWN}
     if hidden:
         ours["carried"] = hidden
     result = {
@@ -1097,15 +1126,25 @@ def _line(
         "response": response,
         "error": error,
         "cachepipe": ours,
-        **{name: value for name, value in line.carried.items() if name not in _OWN},
+        **{name: value for name, value in carried.items() if name not in _OWN},
     }
-    return trimmed(orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE))
+    return b"%b\n" % jsontext.dumps(result)
+
+
+def _valid(value: Any) -> Any:
+    """Return a value as it was read where that is valid JSON, else (NaN, infinities) as its text."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return jsontext.shown(value)
+    return value
 
 
 _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
     (ShortAnswer, "short_answer"),
     (BadAnswer, "bad_answer"),
     (StoreError, "store_error"),
+    (UnkeyableValue, "bad_request"),
 )
 
 
@@ -1116,9 +1155,8 @@ def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
     answer = getattr(error, "response", None)
     if isinstance(status, int) and answer is not None:
         try:
-            body = orjson.loads(answer.content)
-            orjson.dumps([[body]])
-        except (orjson.JSONDecodeError, TypeError):  # no JSON, or too deep for a result
+            body = jsontext.read(answer.content)
+        except ValueError:
             body = answer.text
         inner = body.get("error") if isinstance(body, dict) else None
         code = inner.get("code") or inner.get("type") if isinstance(inner, dict) else None
@@ -1127,7 +1165,7 @@ def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
         response = {
             "status_code": status,
             "request_id": answer.headers.get("x-request-id", ""),
-            "body": body,
+            "body": jsontext.shown(body),
         }
         return str(code or f"http_{status}"), message, response
     if isinstance(error, CacheMiss):

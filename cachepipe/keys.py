@@ -1,28 +1,32 @@
 """Same question, same key: the canonical form of what is asked, and its digest.
 
 The key is the SHA-256 of the canonical JSON of ``[scope, document]``. The canonical form has one
-spelling for values that compare equal: whole floats become integers, tuples become lists, mapping
-keys are sorted. Everything else that differs gives another key. Values without a stable canonical
-form are refused before any money is spent.
+spelling for values that compare equal: whole floats become integers, tuples become lists, and mapping
+keys are sorted, except where a provider shows them to the model as written (JSON schemas, for example).
+Everything else that differs gives another key. Values without a stable canonical form are refused
+before any money is spent.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import orjson
 
+from cachepipe import jsontext
 from cachepipe.errors import UnkeyableValue
 from cachepipe.typedefs import Request, field_names
 
-FORMAT = "k1"
+FORMAT = "k2"
 """The name of the key format: a change of it is a new name, and old keys stay readable."""
 
 _UNASKED = frozenset({"n", "request_id", "namespace"})
@@ -32,13 +36,18 @@ _PLAIN = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orj
 _EXPONENTS = (b"e+",) if b"e+" in orjson.dumps(1e22) else tuple(b"e%d" % digit for digit in range(1, 10))
 _SIGNS = (b".0", *_EXPONENTS, b'"\\u0000')
 """What JSON has in it if a whole float is there (from 1e16 on with an exponent), or a marked name."""
+_TOO_LARGE = 10**jsontext.MOST_DIGITS
+
+AsWritten = Mapping[str, frozenset[str]]
+"""The fields of a body in which the order of mapping keys counts: within the values that have one of these
+names, at any depth; within the whole field if there are no names."""
 
 
 class Question(NamedTuple):
     """What is asked, apart from how many samples are wanted and by whom.
 
     Attributes:
-        key: the digest, a string such as ``k1-5f2c…``.
+        key: the digest, a string such as ``k2-5f2c…``.
         scope: whose answer it is: an endpoint's URL, an adapter's name, or None.
         document: what was asked, as canonical JSON.
         mergeable: whether several draws may share one call (not with ``seed`` or ``best_of``).
@@ -56,13 +65,18 @@ def canonical(value: Any) -> Any:
     """Return the canonical form of a JSON-like value: plain types that JSON spells in one way only.
 
     Raises:
-        UnkeyableValue: for NaN, infinities, sets, mapping keys that are no strings, and objects
-            whose content cannot be told (classes, functions, files …).
+        UnkeyableValue: for NaN, infinities, integers of more than 4,300 digits, sets, mapping keys that
+            are not strings, and objects without known fields (classes, functions, files …).
     """
     kind = type(value)
     if kind is str or kind is bool or value is None:
         return value
     if kind is int:
+        if not -_TOO_LARGE < value < _TOO_LARGE:
+            raise UnkeyableValue(
+                f"a key cannot be made from an integer of more than {jsontext.MOST_DIGITS:,} digits; "
+                "send it as a string"
+            )
         return value
     if kind is float:
         if value.is_integer():
@@ -77,17 +91,21 @@ def canonical(value: Any) -> Any:
     return _unusual(value)
 
 
-def _is_canonical(value: Any) -> bool:
-    """Tell, without a walk through it, of most values that are their own canonical form that they are.
+def _is_canonical(value: Any, signs: tuple[bytes, ...] = _SIGNS) -> bool:
+    """Return True if a value is its own canonical form, without a walk through it; False may be wrong.
 
     Plain JSON comes back equal from its spelling: tuples, numbers that are not finite, enumerations and the
     like do not. Whole floats do, but they show in the spelling, and so do marked names.
+
+    Args:
+        value: the value.
+        signs: what must not be in its JSON.
     """
     try:
         text = orjson.dumps(value, option=_PLAIN)
     except TypeError:
         return False
-    return not any(sign in text for sign in _SIGNS) and bool(orjson.loads(text) == value)
+    return not any(sign in text for sign in signs) and bool(orjson.loads(text) == value)
 
 
 def _mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
@@ -97,6 +115,57 @@ def _mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
             name = _marked(name)  # noqa: PLW2901 - its canonical form
         form[name] = item if type(item) is str else canonical(item)
     return form
+
+
+class _Ordered(dict[str, Any]):
+    """A mapping in canonical form, with those within it, that is spelled in its own order."""
+
+
+def _ordered(value: Any) -> Any:
+    """Return the canonical form of a value that the model is shown as written."""
+    if isinstance(value, Mapping):
+        return _Ordered(_mapping(value))
+    return [_ordered(item) for item in value] if isinstance(value, list | tuple) else canonical(value)
+
+
+def _body(body: Mapping[str, Any], as_written: AsWritten) -> dict[str, Any]:
+    """Return the canonical form of a provider's body."""
+    form = {}
+    for name, item in body.items():
+        names = as_written.get(name)
+        if names is None:
+            form[name if type(name) is str and name[:1] != _MARK else _marked(name)] = canonical(item)
+        else:
+            form[name] = _partly_ordered(item, names) if names else _ordered(item)
+    return form
+
+
+def _partly_ordered(value: Any, names: frozenset[str]) -> Any:
+    """Return the canonical form of a value in which the order counts below some names."""
+    kind = type(value)
+    if kind is list or kind is tuple:
+        if len(value) >= _LONG and _is_canonical(value, _signs_of(names)):
+            return value
+        return [item if type(item) is str else _partly_ordered(item, names) for item in value]
+    if not isinstance(value, Mapping):
+        return canonical(value)
+    form: dict[str, Any] = {}
+    for name, item in value.items():
+        if type(item) is str or name not in names:
+            part = item if type(item) is str else _partly_ordered(item, names)
+        elif name == "json_schema" and isinstance(item, Mapping) and "schema" in item:
+            part = _partly_ordered(item, names)  # a name, a description, and the schema itself
+        else:
+            part = _ordered(item)
+        form[name if type(name) is str and name[:1] != _MARK else _marked(name)] = part
+    return form
+
+
+@functools.cache
+def _signs_of(names: frozenset[str]) -> tuple[bytes, ...]:
+    """Return what JSON has in it if a value below one of these names has an order, or see `_SIGNS`."""
+    opened = (b'"%b":%b' % (name.encode(), opening) for name in sorted(names) for opening in (b"{", b"["))
+    return (*_SIGNS, *opened)
 
 
 def _marked(name: Any) -> str:
@@ -110,7 +179,7 @@ def _unusual(value: Any) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, numbers.Integral):
-        return int(value)
+        return canonical(int(value))
     if isinstance(value, numbers.Real) and not hasattr(value, "denominator"):
         return canonical(float(value))
     if isinstance(value, list | tuple):
@@ -153,14 +222,27 @@ def encode(form: Any) -> bytes:
     library's spelling; a document with neither never does, so each document has one spelling.
     """
     try:
-        return trimmed(orjson.dumps(form, option=orjson.OPT_SORT_KEYS))
+        option = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_SUBCLASS
+        return trimmed(orjson.dumps(form, default=_fragment, option=option))
     except TypeError:
-        return json.dumps(form, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return json.dumps(_sorted(form), separators=(",", ":"), allow_nan=False).encode()
+
+
+def _fragment(form: Any) -> orjson.Fragment:
+    """Return the spelling of a mapping that keeps its order."""
+    return orjson.Fragment(orjson.dumps(dict(form)))
+
+
+def _sorted(form: Any) -> Any:
+    """Return a form with sorted keys."""
+    if type(form) is dict:
+        return {name: _sorted(form[name]) for name in sorted(form)}
+    return [_sorted(item) for item in form] if type(form) is list else form
 
 
 def digest(scope: str | None, document: bytes) -> str:
     """Return the key of a canonical document within a scope."""
-    return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (orjson.dumps(scope), document)).hexdigest()}"
+    return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (jsontext.dumps(scope), document)).hexdigest()}"
 
 
 _PLANS: dict[type, tuple[tuple[str, ...], bool, bool]] = {}
@@ -219,7 +301,12 @@ def question(
 
 
 def provider_question(
-    scope: str, document: Mapping[str, Any], *, mergeable: bool = True, function: bool = False
+    scope: str,
+    document: Mapping[str, Any],
+    *,
+    as_written: AsWritten = MappingProxyType({}),
+    mergeable: bool = True,
+    function: bool = False,
 ) -> Question:
     """Return the question that goes to a provider: its endpoint's URL, and the body as it is sent.
 
@@ -227,10 +314,13 @@ def provider_question(
         scope: the full URL of the endpoint without credentials.
         document: ``{"body": …}`` without ``n`` and transport fields, and ``"headers"`` when there are
             any that change the answer.
+        as_written: where in the body the order of mapping keys counts.
         mergeable: whether several draws may share one call.
         function: whether the answer is a function of the question.
     """
-    text = encode(canonical(document))
+    form = {name: canonical(item) for name, item in document.items() if name != "body"}
+    form["body"] = _body(document["body"], as_written)
+    text = encode(form)
     return Question(digest(scope, text), scope, text, mergeable, function)
 
 

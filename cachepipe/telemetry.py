@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import orjson
-
+from cachepipe import jsontext
 from cachepipe.errors import BadAnswer
 from cachepipe.wire.usage import token_counts
 
@@ -196,8 +195,8 @@ class Call:
     def end_with(self, content: bytes) -> None:
         """End the span with an answer as it has arrived."""
         try:
-            answer = orjson.loads(content)
-        except orjson.JSONDecodeError:
+            answer = jsontext.loads(content)
+        except ValueError:
             answer = None
         if isinstance(answer, dict):
             self.end(answer)

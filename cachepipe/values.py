@@ -1,7 +1,8 @@
 """Samples as bytes, and back, equal to what went in.
 
 JSON, with one kind of marked object for what JSON has no form for: tuples, bytes, numbers beyond its
-range, mappings whose keys are no strings, and instances of classes that the caller has named. No class
+range, mappings with keys that are not strings, answers with JSON that only a lenient parser reads, and
+instances of classes that the caller has named. No class
 is ever looked up because the bytes name it, and nothing is ever unpickled.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from cachepipe import jsontext
 from cachepipe.errors import NotStorable, StoreError
 from cachepipe.keys import trimmed
 
@@ -97,6 +99,8 @@ class Codec:
             return self._mapping(value)
         if kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):
             return {_MARK + "tuple": [self._form(item) for item in value]}
+        if kind is jsontext.Verbatim:
+            return {_MARK + "json": value.text}
         if kind is bytes:
             return {_MARK + "bytes": base64.b64encode(value).decode()}
         if kind.__qualname__ in self._classes:
@@ -159,6 +163,8 @@ class Codec:
                 return base64.b64decode(item, validate=True)
             case "str":
                 return base64.b64decode(item, validate=True).decode("utf-8", "surrogatepass")
+            case "json":
+                return jsontext.read(item.encode())
             case "int":
                 return int(item, 0)
             case "float":
@@ -186,6 +192,26 @@ class Codec:
             return value
         extra = {field: self._value(item) for field, item in form["extra"].items()}
         return kind.model_construct(_fields_set=set(form["set"]), **fields, **extra)
+
+
+def shown(data: bytes) -> Any:
+    """Return what JSON of our own shows of a stored sample.
+
+    A JSON value is shown as it is, or as ``{"raw": "<its text>"}`` where a strict parser would refuse or
+    change it. Any other value (tuples, bytes …) is shown in the form in which it is stored.
+
+    Raises:
+        ValueError: when the bytes are not JSON.
+    """
+    form = orjson.loads(data)
+    if _MARKED not in data:
+        return form
+    try:
+        value = Codec().decode(data)
+        same = repr(jsontext.loads(jsontext.dumps(value))) == repr(value)
+    except (StoreError, TypeError, ValueError, RecursionError):  # of a class that is not known here
+        return form
+    return jsontext.shown(value) if same else form
 
 
 def _without_surrogates(form: Any) -> Any:

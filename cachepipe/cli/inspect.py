@@ -482,9 +482,14 @@ def _draw_fields(info: DrawInfo) -> dict[str, Any]:
 def _sample_fields(sample: Sample, scope: str | None) -> dict[str, Any]:
     meta = loaded(sample.header)
     meta = meta if isinstance(meta, dict) else {}
-    value = loaded(sample.payload)
+    from cachepipe.values import Codec, shown  # noqa: PLC0415 - only where samples are shown
+
+    value = told = None
+    with contextlib.suppress(ValueError, CachepipeError):
+        value = told = shown(sample.payload)
+        value = Codec().decode(sample.payload)
     fields = {"index": sample.index, "id": sample.id, "at": meta.get("at"), "seconds": meta.get("seconds")}
-    return {**fields, "value": value, **(_summary(value, scope) or {})}
+    return {**fields, "value": told, **(_summary(value, scope) or {})}
 
 
 _OBJECTS: Final = {

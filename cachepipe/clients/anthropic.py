@@ -24,8 +24,8 @@ except ImportError as error:
     ) from error
 
 import anthropic._client
-import orjson
 
+from cachepipe import jsontext
 from cachepipe.clients import info, seam
 from cachepipe.clients.calls import Call, SyncCall
 from cachepipe.clients.exchange import Answer, Unkept
@@ -390,7 +390,7 @@ def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
 def _usage(content: bytes) -> Any:
     """Return the usage that an answer tells, if it is one that does."""
     try:
-        answer = orjson.loads(content)
-    except orjson.JSONDecodeError:
+        answer = jsontext.loads(content)
+    except ValueError:
         return None
     return answer.get("usage") if isinstance(answer, dict) else None

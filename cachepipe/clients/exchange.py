@@ -12,7 +12,6 @@ import asyncio
 import contextvars
 import copy
 import dataclasses
-import json
 import types
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import orjson
 
-from cachepipe import keys, runs, telemetry, wire
+from cachepipe import jsontext, keys, runs, telemetry, wire
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
@@ -311,14 +310,6 @@ class Answer(NamedTuple):
     made_by: str | None = None
 
 
-def dump(value: Any) -> bytes:
-    """Return the JSON of a value, lone surrogates included."""
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        return json.dumps(value).encode()
-
-
 def questions_of(
     api: wire.Api,
     asks: Sequence[wire.Ask],
@@ -339,6 +330,7 @@ def questions_of(
         keys.provider_question(
             scope,
             wire.question_document(ask, headers, named),
+            as_written=api.as_written,
             mergeable=ask.mergeable and not alone,
             function=ask.function,
         )
@@ -401,7 +393,7 @@ def body_from(api: wire.Api, ask: wire.Ask, samples: Sequence[Kept]) -> bytes:
     payloads = [sample.payload for sample in samples]
     for payload in payloads:
         if _MARKED in payload:
-            return dump(api.answer([sample.value for sample in samples], ask))
+            return jsontext.dumps(api.answer([sample.value for sample in samples], ask))
     return api.answer_bytes(payloads, ask)
 
 
@@ -850,8 +842,8 @@ class _Made:
 def _read(content: bytes) -> dict[str, Any] | None:
     """Return the object that an answer is, or None."""
     try:
-        answer = orjson.loads(content)
-    except orjson.JSONDecodeError:
+        answer = jsontext.loads(content)
+    except ValueError:
         return None
     return answer if isinstance(answer, dict) else None
 

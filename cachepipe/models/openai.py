@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import urlencode
 
-import orjson
-
-from cachepipe import context, telemetry, wire
+from cachepipe import context, jsontext, telemetry, wire
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import Request, Response, field_names
 
@@ -121,17 +119,25 @@ class Connection:
             span = telemetry.begin(api.name if api is not None else endpoint, f"{client.base_url}", body)
         try:
             with _uncached(client):
-                answer = await client.post(endpoint, body=body, cast_to=self._answer_class, options=options)
+                try:
+                    answer = await client.post(
+                        endpoint, body=body, cast_to=self._answer_class, options=options
+                    )
+                except UnicodeEncodeError:  # the SDK's own JSON cannot hold half of a character
+                    content = jsontext.dumps(body)
+                    answer = await client.post(
+                        endpoint, content=content, cast_to=self._answer_class, options=options
+                    )
         except BaseException as error:
             if span is not None:
                 span.end(error=error)
             raise
         if attempt is not None:
             attempt.headers = answer.headers
-        content: bytes = answer.content
+        arrived: bytes = answer.content
         if span is not None:
-            span.end_with(content)
-        return content
+            span.end_with(arrived)
+        return arrived
 
     async def _connected(self) -> Any:
         """Return the client for this loop, made now if it has not been: replays never need it."""
@@ -345,6 +351,7 @@ class OpenAIModel:
         return provider_question(
             scope,
             wire.question_document(wanted.ask, {**self._connection.headers, **wanted.headers}, api),
+            as_written=wanted.api.as_written,
             mergeable=wanted.ask.mergeable,
             function=wanted.ask.function,
         )
@@ -543,14 +550,9 @@ def _rest(request: Request, wanted: _Wanted) -> Any:
     if item is None or not wanted.ask.mergeable or not _is_item(item):
         return None
     others = {name: value for name, value in wanted.ask.question.items() if name != listed}
-    parts = [others, dict(wanted.ask.transport), dict(wanted.headers), type(item) is str]
-    return (
-        request.request_id,
-        request.namespace,
-        request.n,
-        wanted.endpoint,
-        orjson.dumps(parts, option=orjson.OPT_SORT_KEYS),
-    )
+    document = {"body": others, "transport": wanted.ask.transport, "headers": wanted.headers}
+    shared = provider_question(wanted.endpoint, document, as_written=wanted.api.as_written)
+    return request.request_id, request.namespace, request.n, type(item) is str, shared.key
 
 
 def _is_item(item: Any) -> bool:

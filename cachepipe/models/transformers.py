@@ -169,7 +169,12 @@ class TransformersModel:
             BadRequest: when it has a field that means nothing here.
         """
         body = self._body(request)
-        return provider_question(scope or self.cache_scope, {"body": body}, mergeable="seed" not in body)
+        return provider_question(
+            scope or self.cache_scope,
+            {"body": body},
+            as_written=wire.CHAT.as_written,
+            mergeable="seed" not in body,
+        )
 
     def present(self, sample: wire.Sample) -> Any:
         """Return what ``Response.data`` holds of a stored sample: its text; with ``raw=True``, all of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import re
 import secrets
@@ -13,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 import cachepipe
-from cachepipe import runs, wire
+from cachepipe import jsontext, runs, wire
 from cachepipe.clients.exchange import (
     Answer,
     Backing,
@@ -421,7 +422,10 @@ class Proxy:
         read = self._memory.get(name)
         if read is not None:
             return read
-        body = read_object(content)
+        try:
+            body = read_object(content)
+        except jsontext.LongInteger as error:
+            raise Refused(400, "bad_request", f"the request cannot be keyed: {error}") from None
         if body is None:
             return None
         try:
@@ -496,11 +500,11 @@ class Proxy:
         if not self._open or api is None:
             return None
         begun = time.perf_counter()
-        read = self._read(api, meant.url, meant.counting, content)
-        if read is None or not read.single:
-            return None
         namespace = meant.namespace
         try:
+            read = self._read(api, meant.url, meant.counting, content)
+            if read is None or not read.single:
+                return None
             counted = self._run(namespace, place.run).counted
             grants = recalled(self.surface, read.asks, read.questions, namespace, meant.request_id, counted)
         except (CachepipeError, Refused):
@@ -805,7 +809,9 @@ class Proxy:
         if turn.method != "POST":
             raise Refused(405, "bad_method", "a run is begun with POST", [(b"allow", b"POST")])
         content = await turn.body(65_536)
-        options = read_object(content) if content.strip() else {}
+        options = None
+        with contextlib.suppress(jsontext.LongInteger):
+            options = read_object(content) if content.strip() else {}
         if options is None or not {*options} <= {"namespace"}:
             raise Refused(400, "bad_run", 'a run is begun with nothing, or with {"namespace": "NAME"}')
         if "namespace" in options:

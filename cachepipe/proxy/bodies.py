@@ -1,25 +1,17 @@
-"""The bodies of requests, read as they are meant: numbers keep their digits, and only JSON is JSON."""
+"""The bodies of requests, read so that numbers keep their digits, and remembered."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
-
-from cachepipe import wire
+from cachepipe import jsontext, wire
 from cachepipe.keys import Question
 
-_ZEROS: Final = bytes(0x30 if byte in b"0123456789" else byte for byte in range(256))
 _QUESTION: Final = 5000
 _PER_BYTE: Final = 12
-_LONG_NUMBER: Final = (
-    b"0" * 19
-)  # orjson reads whole numbers of so many digits as floats, if they are too large
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +68,16 @@ def _weight(name: tuple[Any, ...], read: Read) -> int:
 
 
 def read_object(content: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that a body is; None when it is none, as for NaN, other encodings and lists."""
-    value: Any = None
+    """Return the JSON object that a body is; None when it is not one, as for lists and other encodings.
+
+    Raises:
+        LongInteger: when it holds an integer of more digits than can be keyed.
+    """
     try:
-        value = _loads(content) if _LONG_NUMBER in content.translate(_ZEROS) else orjson.loads(content)
+        content.decode()
+        value = jsontext.loads(content)
+    except jsontext.LongInteger:
+        raise
     except ValueError:
-        try:
-            value = _loads(content)  # lone surrogates
-        except (ValueError, RecursionError):
-            return None
-    except RecursionError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _loads(content: bytes) -> Any:
-    return json.loads(content.decode(), parse_constant=_no_number, parse_float=_number)
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is too large")
-    return number

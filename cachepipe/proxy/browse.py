@@ -15,19 +15,16 @@ of keys, the last one, so that what is asked meanwhile moves nothing.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
-import orjson
-
-from cachepipe import wire
+from cachepipe import jsontext, wire
 from cachepipe.ledger import SHARED, label, namespace_of
 from cachepipe.stores.base import KeyInfo, Sample, Store, StoredQuestion
-from cachepipe.values import Codec
+from cachepipe.values import Codec, shown
 
 _MOST: Final = 200  # items of a listing
 _USUAL: Final = 50
@@ -162,9 +159,8 @@ def _asked(question: StoredQuestion | None) -> dict[str, Any]:
 
 def _document(question: StoredQuestion) -> Any:
     """Return a question as JSON; None where it is none."""
-    for loads in (orjson.loads, json.loads):  # the latter takes lone surrogates
-        with suppress(ValueError, RecursionError):
-            return loads(question.document)
+    with suppress(ValueError):
+        return jsontext.loads(question.document)
     return None
 
 
@@ -188,10 +184,7 @@ def _text(value: Any) -> str:
         texts = [item.get("text") for item in value if isinstance(item, dict)]
         if any(isinstance(text, str) for text in texts):
             return "\n".join(text for text in texts if isinstance(text, str))
-    try:
-        return orjson.dumps(value).decode()
-    except TypeError:
-        return ""
+    return jsontext.dumps(value).decode()
 
 
 def _key(store: Store, key: str) -> dict[str, Any]:
@@ -235,11 +228,9 @@ def _sample(sample: Sample, api: wire.Api | None) -> dict[str, Any]:
             summary = api.summary(value)
         except (AttributeError, LookupError, TypeError, ValueError):  # another writer's
             summary = None
-    plain = (
-        {name: item for name, item in value.items() if name != "cachepipe"}
-        if isinstance(value, dict)
-        else value
-    )
+    plain = shown(sample.payload)
+    if isinstance(plain, dict):
+        plain.pop("cachepipe", None)
     return {"index": sample.index, "id": sample.id, "meta": sample.meta, "summary": summary, "value": plain}
 
 

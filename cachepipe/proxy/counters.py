@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
-import orjson
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -89,9 +88,10 @@ class _Usage(NamedTuple):
     model: str | None
 
 
-def _usage(payload: bytes) -> _Usage:
-    sample = orjson.loads(payload)
-    usage, model = sample.get("usage"), sample.get("model")
+def _usage(kept: Kept) -> _Usage:
+    sample: dict[str, Any] = kept.value
+    usage: Any = sample.get("usage")
+    model = sample.get("model")
     model = model if isinstance(model, str) else None
     try:  # as most say it
         prompt, completion, total = usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
@@ -250,7 +250,7 @@ class Counters:
                 if cached and index is not None and response.key is not None:
                     self.hit(namespace, response.key, index, sample, url)
                     continue
-                usage = _usage(sample.payload)
+                usage = _usage(sample)
                 seller = self.prices.seller(usage.model, url)
                 if cached:
                     counts.hits += 1
@@ -269,7 +269,7 @@ class Counters:
         if usage is None:
             if len(self._usages) >= _USAGES:
                 self._usages.clear()
-            usage = self._usages[key, index] = _usage(sample.payload)
+            usage = self._usages[key, index] = _usage(sample)
         counts = self.of(namespace)
         counts.hits += 1
         seller = self.prices.seller(usage.model, url)

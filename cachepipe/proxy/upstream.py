@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
-from cachepipe.clients.exchange import Exchange, dump
+from cachepipe import jsontext
+from cachepipe.clients.exchange import Exchange
 from cachepipe.clients.seam import Arrived
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy import headers
@@ -210,7 +211,7 @@ class Served(Exchange):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
         """Make a call with this request's own headers."""
         pairs = [*self.pairs, _JSON, _PLAIN if stream else _PACKED]
-        reader = await self.caller.call(self.upstream, "POST", self.url, pairs, dump(body))
+        reader = await self.caller.call(self.upstream, "POST", self.url, pairs, jsontext.dumps(body))
         if stream and 200 <= reader.status < 300:
             return Arrived(reader, {})
         try:

@@ -39,8 +39,8 @@ from cachepipe.stores.base import (
     Store,
 )
 
-KEY = "k1-" + "a" * 64
-OTHER = "k1-" + "b" * 64
+KEY = "k2-" + "a" * 64
+OTHER = "k2-" + "b" * 64
 
 
 def asked(key: str = KEY) -> Question:
@@ -651,8 +651,8 @@ class StoreContract:
         ]
         assert {info.scope for info in infos} == {asked().scope}
         assert [info.key for info in store.keys(newest=True)] == [info.key for info in reversed(infos)]
-        assert [info.key for info in store.keys("k1-b")] == [OTHER]
-        assert list(store.keys("k1-%")) == []
+        assert [info.key for info in store.keys("k2-b")] == [OTHER]
+        assert list(store.keys("k2-%")) == []
 
     def test_samples_are_listed_by_index(self, store: Store) -> None:
         self.claim(store, drawn("a"), 3)
@@ -746,7 +746,7 @@ class StoreContract:
 
         def write() -> None:
             for number in range(40):
-                self.fill(store, drawn(key=f"k1-{number}"))
+                self.fill(store, drawn(key=f"k2-{number}"))
             written.set()
 
         writer = threading.Thread(target=write)

@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import orjson
 
+from cachepipe import jsontext
+from cachepipe.keys import AsWritten
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.usage import COUNTS, token_counts
 
@@ -36,33 +38,102 @@ MARK = "cachepipe"
 _MARKED = {"prompt": "shared"}
 _MARKED_BYTES = b'{"cachepipe":{"prompt":"shared"},'
 
-TRANSPORT_VERSION = 1
+TRANSPORT_VERSION = 2
 """The version of the lists of transport fields: a change of them is a change of the key format."""
 
-OPENAI_TRANSPORT = frozenset(
+_OPENAI_TRANSPORT = frozenset(
     {
-        "stream",
-        "stream_options",
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
+        "stream",  # how the answer travels; samples are the same either way
+        "stream_options",  # usage and padding of the stream, which are put in or taken out per request
+        "user",  # whom the provider sees behind the request, for its abuse checks and prompt cache
+        "safety_identifier",  # the same
+        "metadata",  # labels in the provider's log; no request can refer to them
+        "service_tier",  # price and speed of the same model
+        "prompt_cache_key",  # where the provider's cache of prompts looks; it changes price and speed
+        "prompt_cache_options",  # the same; one that generates nothing is not cached (see responses)
+        "prompt_cache_retention",  # the same
     }
 )
-"""The fields of OpenAI's and compatible APIs that do not change what is sampled."""
+OPENAI_TRANSPORT = _OPENAI_TRANSPORT | {"store"}
+"""The fields of chat and legacy completions, OpenAI's and compatible ones, that do not change the answer.
 
-EMBEDDINGS_TRANSPORT = frozenset({"user", "encoding_format"})
-"""Those of embeddings; ``encoding_format`` counts where it is neither float nor base64."""
+``store`` keeps a copy in the provider's log, which no later request refers to.
+"""
+
+RESPONSES_TRANSPORT = _OPENAI_TRANSPORT
+"""Those of responses. With ``store`` false no later request can refer to the answer, so that counts."""
+
+EMBEDDINGS_TRANSPORT = frozenset(
+    {
+        "user",  # see OPENAI_TRANSPORT
+        "encoding_format",  # a vector of 32-bit floats is written either way from the other; see FLOAT_FIELDS
+    }
+)
+"""Those of embeddings."""
+
+FLOAT_FIELDS = frozenset(
+    {"model", "input", "dimensions", "user", "input_type", "task", "prompt_name", "truncation", "truncate"}
+)
+"""The fields beside which embeddings are 32-bit floats.
+
+Beside any other (``output_dtype``, ``embedding_types``, ``endianness`` …) vectors may be of another type,
+whose base64 and numbers cannot be made from each other, so ``encoding_format`` counts.
+"""
 
 MODERATIONS_TRANSPORT: frozenset[str] = frozenset()
 """Those of moderations: there are none."""
 
-ANTHROPIC_TRANSPORT = frozenset({"stream", "metadata", "service_tier"})
-"""Those of Anthropic's messages."""
+ANTHROPIC_TRANSPORT = frozenset(
+    {
+        "stream",  # how the answer travels
+        "metadata",  # whom the provider sees behind the request, for its abuse checks
+        "service_tier",  # price and speed of the same model
+    }
+)
+"""Those of Anthropic's messages. The place of generation (``inference_geo``) counts: it may matter."""
+
+_TOOL_SCHEMAS = frozenset({"parameters", "input_schema", "output_schema", "input_examples"})
+_WHOLE: frozenset[str] = frozenset()
+OPENAI_AS_WRITTEN = MappingProxyType(
+    {
+        "response_format": frozenset(
+            {"schema", "json_schema", "value", "format"}
+        ),  # the last two: TGI, xgrammar
+        "tools": _TOOL_SCHEMAS,
+        "functions": _TOOL_SCHEMAS,
+        "messages": frozenset({"arguments", "input"}),  # for servers that take objects here, not only text
+        "guided_json": _WHOLE,  # vLLM
+        "structured_outputs": frozenset({"json", "structural_tag"}),  # vLLM since 0.11
+        "structural_tag": _WHOLE,
+        "nvext": frozenset({"guided_json"}),  # NVIDIA NIM
+        "json_schema": _WHOLE,  # llama.cpp, SGLang
+        "grammar": frozenset({"value"}),  # TGI
+        "format": _WHOLE,  # Ollama
+        "schema": _WHOLE,
+        "response_schema": _WHOLE,
+        "extra_body": frozenset({"response_schema", "response_json_schema"}),  # Gemini
+    }
+)
+"""Where chat and legacy completions show the model JSON schemas and inputs of tool calls as written."""
+
+RESPONSES_AS_WRITTEN = MappingProxyType(
+    {
+        **OPENAI_AS_WRITTEN,
+        "text": frozenset({"schema"}),
+        "input": _TOOL_SCHEMAS | {"arguments", "input"},  # tools that were found or listed, and calls of them
+    }
+)
+"""The same of responses."""
+
+ANTHROPIC_AS_WRITTEN = MappingProxyType(
+    {
+        "tools": _TOOL_SCHEMAS,
+        "messages": frozenset({"input", "input_schema"}),
+        "output_config": frozenset({"schema"}),
+        "output_format": frozenset({"schema"}),
+    }
+)
+"""The same of Anthropic's messages."""
 
 ANSWER_HEADERS = ("anthropic-beta", "anthropic-version", "openai-beta")
 """The request headers that change the answer."""
@@ -127,6 +198,7 @@ class Api(ABC):
         name: what the API is called in listings.
         max_n: the most samples that the provider gives per call; servers may allow fewer.
         transport: the names of the fields that are left out of the question.
+        as_written: where in a body the order of mapping keys counts.
         listed: the field that may hold a list of questions, or None.
         function: whether answers are functions of their questions.
     """
@@ -134,6 +206,7 @@ class Api(ABC):
     name: ClassVar[str]
     max_n: ClassVar[int] = 1
     transport: ClassVar[frozenset[str]]
+    as_written: ClassVar[AsWritten] = MappingProxyType({})
     listed: ClassVar[str | None] = None
     function: ClassVar[bool] = False
     _streaming: ClassVar[frozenset[str]] = frozenset({"stream", "stream_options"})
@@ -215,7 +288,7 @@ class Api(ABC):
         return unmarked(samples[0])
 
     def answer_bytes(self, samples: Sequence[bytes], ask: Ask) -> bytes:
-        """Return the JSON of `answer` from samples as ``orjson.dumps`` wrote them; of one, unparsed."""
+        """Return the JSON of `answer` from the strict JSON of samples; a lone one is not parsed."""
         if len(samples) == 1:
             return unmarked_bytes(samples[0])
         return orjson.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
@@ -255,7 +328,7 @@ class Api(ABC):
         """
         text, finish = self._gist(sample)
         return {
-            "text": text,
+            "text": jsontext.mended(text),
             "finish_reason": finish,
             "model": sample.get("model"),
             **token_counts(sample.get("usage")),
@@ -269,7 +342,7 @@ class Api(ABC):
         """Return how much of a call's prompt is each question's, by the length of what they differ in."""
         if self.listed is None or not questions:
             return [1]
-        return [len(orjson.dumps(question[self.listed])) for question in questions]
+        return [len(jsontext.dumps(question[self.listed])) for question in questions]
 
     @abstractmethod
     def _gist(self, sample: Sample) -> tuple[str, str | None]:
@@ -356,22 +429,26 @@ def _tokens(value: Sequence[Any]) -> bool:
     return all(type(item) is int for item in value)
 
 
-def load(answer: bytes | Body) -> Body:
-    """Return the JSON object of an answer.
+def load(answer: bytes | Body) -> Sample:
+    """Return the JSON object of an answer as a mapping of the caller's own.
 
     Raises:
-        BadAnswer: when it is none, or holds an error.
+        BadAnswer: when it is not a JSON object as the SDKs read it, or holds an error.
     """
     if isinstance(answer, bytes | bytearray | memoryview):
         try:
-            answer = orjson.loads(answer)
-        except orjson.JSONDecodeError as error:
-            raise BadAnswer(f"the answer is no JSON: {error}; the connection may have been cut") from error
-    if not isinstance(answer, Mapping):
-        raise BadAnswer(f"the answer must be a JSON object; got {answer!r:.200}")
-    if answer.get("error"):
-        raise BadAnswer(f"the answer is an error: {answer['error']!r:.500}")
-    return answer
+            body = jsontext.read(bytes(answer))
+        except ValueError as error:
+            raise BadAnswer(
+                f"the answer is not valid JSON: {error}; the connection may have been cut"
+            ) from error
+    else:
+        body = dict(answer) if isinstance(answer, Mapping) else answer
+    if not isinstance(body, dict):
+        raise BadAnswer(f"the answer must be a JSON object; got {body!r:.200}")
+    if body.get("error"):
+        raise BadAnswer(f"the answer is an error: {body['error']!r:.500}")
+    return body
 
 
 def objects(value: Any) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, ClassVar
 
-import orjson
-
+from cachepipe import jsontext
 from cachepipe.wire.base import (
+    OPENAI_AS_WRITTEN,
     OPENAI_TRANSPORT,
     Api,
     Ask,
@@ -60,6 +60,7 @@ class ChoicesApi(Api):
 
     max_n = 128
     transport = OPENAI_TRANSPORT
+    as_written = OPENAI_AS_WRITTEN
     content: ClassVar[str]
     delta: ClassVar[str]
     no_delta: ClassVar[Any]
@@ -103,7 +104,7 @@ class ChoicesApi(Api):
         for choice in choices:
             self._check(choice)
         if len(choices) == 1 and len(questions) < 2 and not choices[0].get("index"):
-            return [dict(body)]
+            return [body]
         prompts = self._weights(questions)
         choices = _in_order(choices, len(prompts))
         usage = body.get("usage")
@@ -150,15 +151,15 @@ class ChoicesApi(Api):
         usual = {name: value for name, value in head.items() if name in _IN_EVERY_CHUNK}
         if ask.include_usage:
             head["usage"] = usual["usage"] = None
-        begin = b"data: " + orjson.dumps({**head, "choices": []})[:-2]
-        rest = b"data: " + orjson.dumps({**usual, "choices": []})[:-2]
+        begin = b"data: " + jsontext.dumps({**head, "choices": []})[:-2]
+        rest = b"data: " + jsontext.dumps({**usual, "choices": []})[:-2]
         for turn in zip_longest(*(self._chunks(choice) for choice in whole["choices"])):
             for index, chunk in enumerate(turn):
                 if chunk is not None:
-                    yield begin + orjson.dumps({"index": index, **chunk}) + b"]}\n\n"
+                    yield begin + jsontext.dumps({"index": index, **chunk}) + b"]}\n\n"
                     begin = rest
         if ask.include_usage and whole.get("usage") is not None:
-            yield b"data: " + orjson.dumps({**usual, "choices": [], "usage": whole["usage"]}) + b"\n\n"
+            yield b"data: " + jsontext.dumps({**usual, "choices": [], "usage": whole["usage"]}) + b"\n\n"
         yield DONE
 
     @abstractmethod

@@ -13,11 +13,21 @@ from typing import Any, ClassVar
 
 import orjson
 
-from cachepipe.wire.base import EMBEDDINGS_TRANSPORT, MODERATIONS_TRANSPORT, Api, Ask, Body, Sample, load
+from cachepipe import jsontext
+from cachepipe.wire.base import (
+    EMBEDDINGS_TRANSPORT,
+    FLOAT_FIELDS,
+    MODERATIONS_TRANSPORT,
+    Api,
+    Ask,
+    Body,
+    Sample,
+    load,
+)
 from cachepipe.wire.errors import BadAnswer, MixedAnswer
 from cachepipe.wire.usage import join_usage, split_usage
 
-_FORMATS = (None, "float", "base64")
+_FORMATS = ("float", "base64")
 
 
 class _FunctionApi(Api):
@@ -96,13 +106,14 @@ class EmbeddingsApi(_FunctionApi):
     def split(self, body: Body) -> tuple[Ask, ...]:
         """Return what a body asks: one ask per item of its input; see `Api.split`."""
         question, transport = self._parted(body)
-        if transport.get("encoding_format") not in _FORMATS:
+        wanted = transport.get("encoding_format")
+        if wanted is not None and (wanted not in _FORMATS or not question.keys() <= FLOAT_FIELDS):
             question["encoding_format"] = transport.pop("encoding_format")  # cannot be made from floats
         return self._asks(question, function=True, transport=transport)
 
     def answer_bytes(self, samples: Sequence[bytes], ask: Ask) -> bytes:
         """Return the JSON of `answer`."""
-        return orjson.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
+        return jsontext.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
 
     def _stored(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         indices = [result.get("index") for result in results]
@@ -114,13 +125,15 @@ class EmbeddingsApi(_FunctionApi):
         return [{**result, "index": 0, "embedding": packed(result.get("embedding"))} for result in results]
 
     def _worded(self, results: list[dict[str, Any]], ask: Ask) -> list[dict[str, Any]]:
-        wanted = ask.transport.get("encoding_format")
+        kept = "encoding_format" in ask.question  # vectors of another type, perhaps: as they came
+        wanted = (ask.question if kept else ask.transport).get("encoding_format")
         worded = []
         for index, result in enumerate(results):
             vector = result["embedding"]
-            if wanted == "base64" and isinstance(vector, list):
-                vector = to_base64(vector)
-            elif wanted != "base64" and isinstance(vector, str) and "encoding_format" not in ask.question:
+            if wanted == "base64" and isinstance(vector, list) and not kept:
+                with contextlib.suppress(OverflowError, struct.error):  # what base64 cannot hold stays a list
+                    vector = to_base64(vector)
+            elif wanted in (None, "float") and isinstance(vector, str):
                 vector = to_floats(vector)
             worded.append({**result, "index": index, "embedding": vector})
         return worded

@@ -6,11 +6,28 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import orjson
-
-from cachepipe.wire.base import ANTHROPIC_TRANSPORT, Api, Ask, Body, Sample, load, objects
+from cachepipe import jsontext
+from cachepipe.wire.base import (
+    ANTHROPIC_AS_WRITTEN,
+    ANTHROPIC_TRANSPORT,
+    Api,
+    Ask,
+    Body,
+    Sample,
+    load,
+    objects,
+)
 from cachepipe.wire.errors import BadAnswer
-from cachepipe.wire.sse import Finish, Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
+from cachepipe.wire.sse import (
+    Finish,
+    Kind,
+    ServerEvent,
+    StreamRecorder,
+    joined,
+    pieces,
+    read_object,
+    typed_event,
+)
 
 _TOLD_LAST = ("stop_reason", "stop_sequence", "stop_details", "container")
 """The fields of a message that are known at its end only."""
@@ -24,6 +41,7 @@ class MessagesApi(Api):
 
     name = "messages"
     transport = ANTHROPIC_TRANSPORT
+    as_written = ANTHROPIC_AS_WRITTEN
 
     def split(self, body: Body) -> tuple[Ask]:
         """Return the one ask of a body; not cacheable where it works in a container that is kept."""
@@ -44,7 +62,7 @@ class MessagesApi(Api):
             )
         if body.get("stop_reason") is None:
             raise BadAnswer("the message has no stop_reason; it is not a whole answer")
-        return [dict(body)]
+        return [body]
 
     def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
         """Return a new recorder for one event stream; see `Api.recorder`."""
@@ -76,7 +94,7 @@ class MessagesApi(Api):
             if isinstance(block.get("text"), str):
                 texts.append(block["text"])
             elif "input" in block:
-                texts.append(f"{block.get('name')}({orjson.dumps(block['input']).decode()})")
+                texts.append(f"{block.get('name')}({jsontext.dumps(block['input']).decode()})")
         return "\n".join(texts), sample.get("stop_reason")
 
 
@@ -131,7 +149,7 @@ class _MessageRecorder(StreamRecorder):
         for index, parts in self._parts.items():
             block = self._blocks[index]
             for name, texts in parts.items():
-                text = "".join(texts)
+                text = joined(texts)
                 if name != "partial_json":
                     block[name] = (block.get(name) or "") + text
                 elif text:
@@ -141,11 +159,11 @@ class _MessageRecorder(StreamRecorder):
     def _input(self, text: str) -> Any:
         """Return the input of a tool call; of one that the limit of tokens cut off, what is whole."""
         try:
-            return orjson.loads(text)
-        except orjson.JSONDecodeError as error:
+            return jsontext.loads(text.encode(errors="surrogatepass"))
+        except ValueError as error:
             if self._message.get("stop_reason") in _CUT_OFF:
                 return whole_members(text)
-            raise BadAnswer(f"the input of a tool call is no JSON: {text!r:.200}") from error
+            raise BadAnswer(f"the input of a tool call is not valid JSON: {text!r:.200}") from error
 
 
 def _replace(into: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -173,9 +191,9 @@ def whole_members(text: str) -> Any:
             whole = text[:position] + closing
     # What ends with a digit may have lost the next one; anything else that parses is whole.
     for candidate in (whole,) if text[-1:].isdigit() else (text + closing, whole):
-        with contextlib.suppress(orjson.JSONDecodeError):
-            return orjson.loads(candidate)
-    raise BadAnswer(f"the input of a tool call is no JSON: {text!r:.200}")
+        with contextlib.suppress(ValueError):
+            return jsontext.loads(candidate.encode(errors="surrogatepass"))
+    raise BadAnswer(f"the input of a tool call is not valid JSON: {text!r:.200}")
 
 
 def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -194,7 +212,7 @@ def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
             deltas.append({"type": "signature_delta", "signature": block["signature"]})
     elif isinstance(block.get("input"), Mapping):
         opened["input"] = {}
-        text = orjson.dumps(block["input"]).decode() if block["input"] else ""
+        text = jsontext.dumps(block["input"]).decode() if block["input"] else ""
         deltas += [{"type": "input_json_delta", "partial_json": piece} for piece in pieces(text) or [""]]
     return opened, deltas
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cachepipe.wire.base import OPENAI_TRANSPORT, Api, Ask, Body, Sample, load, objects, text_of
+from cachepipe.wire.base import (
+    RESPONSES_AS_WRITTEN,
+    RESPONSES_TRANSPORT,
+    Api,
+    Ask,
+    Body,
+    Sample,
+    load,
+    objects,
+    text_of,
+)
 from cachepipe.wire.errors import BadAnswer
 from cachepipe.wire.sse import Finish, Kind, ServerEvent, StreamRecorder, pieces, read_object, typed_event
 
@@ -29,11 +39,14 @@ class ResponsesApi(Api):
     """``POST …/responses``."""
 
     name = "responses"
-    transport = OPENAI_TRANSPORT
+    transport = RESPONSES_TRANSPORT
+    as_written = RESPONSES_AS_WRITTEN
 
     def split(self, body: Body) -> tuple[Ask]:
         """Return the one ask of a body; not cacheable where it works on what the server keeps."""
         question, transport = self._parted(body)
+        if "store" in question and question["store"] in (None, True):  # absent counts as true
+            transport["store"] = question.pop("store")
         options = transport.get("prompt_cache_options")
         reason = ""
         if question.get("background"):
@@ -57,7 +70,7 @@ class ResponsesApi(Api):
             raise BadAnswer(
                 f"a response must hold a list of items as its output; it holds {sorted(body)!r:.200}"
             )
-        return [dict(body)]
+        return [body]
 
     def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
         """Return a new recorder for one event stream; see `Api.recorder`."""

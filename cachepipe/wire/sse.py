@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import orjson
-
+from cachepipe import jsontext
 from cachepipe.wire.errors import BadAnswer
 
 DONE = b"data: [DONE]\n\n"
@@ -211,9 +210,9 @@ def read_object(event: ServerEvent) -> dict[str, Any]:
         BadAnswer: when it is none, or an error.
     """
     try:
-        value = orjson.loads(event.data)
-    except orjson.JSONDecodeError as error:
-        raise BadAnswer(f"an event of the stream is no JSON: {error}") from error
+        value = jsontext.loads(event.data)
+    except ValueError as error:
+        raise BadAnswer(f"an event of the stream is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadAnswer(f"an event of the stream must hold a JSON object; got {value!r:.200}")
     if event.name == "error" or value.get("type") == "error" or value.get("error"):
@@ -223,12 +222,12 @@ def read_object(event: ServerEvent) -> dict[str, Any]:
 
 def data_event(value: Any) -> bytes:
     """Return an event without a name."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+    return b"data: " + jsontext.dumps(value) + b"\n\n"
 
 
 def typed_event(value: dict[str, Any]) -> bytes:
     """Return an event that is named after the type of its data."""
-    return b"event: " + str(value["type"]).encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n"
+    return b"event: " + str(value["type"]).encode() + b"\ndata: " + jsontext.dumps(value) + b"\n\n"
 
 
 def pieces(text: str) -> list[str]:
@@ -325,16 +324,26 @@ def _is_next_call(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
     if not text.parts[-1].endswith("}"):
         return False
     try:
-        orjson.loads("".join(text.parts))
-    except orjson.JSONDecodeError:
+        jsontext.loads("".join(text.parts).encode(errors="surrogatepass"))
+    except ValueError:
         return False
     return True
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Return the text that parts make, with characters whole that arrived in two halves."""
+    text = "".join(parts)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    return text
 
 
 def settled(value: Any) -> Any:
     """Return a merged value with its growing strings joined."""
     if isinstance(value, _Text):
-        return "".join(value.parts)
+        return joined(value.parts)
     if isinstance(value, dict):
         return {name: settled(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -23,7 +23,7 @@ from cachepipe.testing import MortalStore
 
 pytestmark = pytest.mark.anyio
 
-QUESTION = Question("k1-a", None, b"{}")
+QUESTION = Question("k2-a", None, b"{}")
 KEY = QUESTION.key
 
 

@@ -271,7 +271,7 @@ def test_ls_prints_the_first_question_before_it_has_read_the_second(cache, capsy
 
 
 def test_a_cache_that_is_not_there_is_one_sentence_and_exit_code_2(tmp_path):
-    for command in (["stats"], ["ls"], ["show", "k1-5f2c"]):
+    for command in (["stats"], ["ls"], ["show", "k2-5f2c"]):
         result = called(*command, "--cache", str(tmp_path / "none"), code=2)
         assert result.stdout == ""
         assert result.stderr.startswith("Error: there is no cache to look at: the folder ")
@@ -323,9 +323,9 @@ def test_show_names_an_answer_for_everybody(cache):
 
 
 def test_show_of_an_ambiguous_prefix_lists_the_candidates(cache):
-    result = called("show", "k1", "--cache", cache, code=2)
+    result = called("show", "k2", "--cache", cache, code=2)
     assert result.stdout == ""
-    assert result.stderr.startswith("Error: several keys begin with 'k1'; write more of one:\n")
+    assert result.stderr.startswith("Error: several keys begin with 'k2'; write more of one:\n")
     for each in listed("--cache", cache):
         assert each["key"] in result.stderr
 
@@ -381,9 +381,9 @@ def test_show_gives_values_that_json_has_no_form_for(tmp_path):
     asyncio.run(ask())
     cache = str(tmp_path / "cache")
     assert listed("--cache", cache)[0]["prompt"] == '{"any":["value"]}'
-    output = called("show", "k1", "--cache", cache).stdout
+    output = called("show", "k2", "--cache", cache).stdout
     assert r"    ('tuple', b'\x1b', {1: 2.5})" in output
-    assert as_json("show", "k1", "--cache", cache)["samples"][0]["value"]["\0tuple"][0] == "tuple"
+    assert as_json("show", "k2", "--cache", cache)["samples"][0]["value"]["\0tuple"][0] == "tuple"
 
 
 def test_lone_surrogates_and_large_numbers_are_shown_as_they_were_asked(tmp_path):
@@ -416,11 +416,11 @@ def test_discarded_samples_are_told_with_their_reason_and_runs_of_indices_in_sho
 
     asyncio.run(ask())
     cache = str(tmp_path / "cache")
-    output = called("show", "k1", "--cache", cache, "--limit", "1").stdout
+    output = called("show", "k2", "--cache", cache, "--limit", "1").stdout
     assert "300 samples, 2 discarded, drawn by 1 namespace" in output
     assert re.search(r"  #4  discarded \d{4}-.*: roll\\x1b", output)
     assert "  '': #0 to #3, #300, #5 to #298, #301; 302 generated for it" in output
-    discarded = as_json("show", "k1", "--cache", cache)["discarded"]
+    discarded = as_json("show", "k2", "--cache", cache)["discarded"]
     assert [(each["index"], each["why"]) for each in discarded] == [(4, HOSTILE), (299, "empty")]
     assert re.search(r"^'' +1 +302 ", called("stats", "--cache", cache).stdout, re.MULTILINE)
 
@@ -434,7 +434,7 @@ def test_scopes_beyond_the_limit_are_counted(cache):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="its shell closes no streams")
-@pytest.mark.parametrize("words", [["stats"], ["show", "k1-5f2c"]])
+@pytest.mark.parametrize("words", [["stats"], ["show", "k2-5f2c"]])
 def test_streams_that_are_closed_are_written_to_as_if_nobody_read_them(cache, words):
     command = f'exec "{sys.executable}" -m cachepipe "$@"'
     for closed, told in ((">&-", "stderr"), ("2>&-", "stdout"), ("<&- >&- 2>&-", None)):

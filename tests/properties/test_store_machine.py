@@ -31,7 +31,7 @@ from cachepipe.stores import sql
 from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
 from cachepipe.testing import MortalStore
 
-KEYS = ["k1-a", "k1-b"]
+KEYS = ["k2-a", "k2-b"]
 draws = st.builds(
     Draw,
     st.sampled_from([label(None), label("x")]),

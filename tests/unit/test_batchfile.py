@@ -190,9 +190,10 @@ def test_the_id_is_custom_id_or_id_or_task_id_or_the_line_s_number(fields, custo
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "must be a JSON object"),
-        ("NaN", "no JSON"),
+        ("NaN", "must be a JSON object; got nan"),
+        ('{"prompt": "a", "seed": %s}' % ("1" * 4301), "an integer of more than 4,300 digits"),
         ("{}", "holds no request"),
         ('{"question": "q"}', "it has question"),
         ('{"prompt": ["a"]}', "prompt must be a string"),
@@ -238,7 +239,7 @@ async def test_each_bad_line_is_named_by_its_number_before_any_call(paths, clien
     with pytest.raises(BatchFileError) as caught:
         await run_file(source, target, client=client, model="m", cache=MemoryStore())
     told = str(caught.value)
-    assert "line 3: it is no JSON" in told
+    assert "line 3: it is not valid JSON" in told
     assert "line 4: custom_id '1' is that of line 1 already" in told
     assert "line 5: custom_id '1' is that of line 1 already" in told
     assert "line 6: it holds no request" in told
@@ -525,7 +526,7 @@ async def test_a_result_is_openai_s_with_flags_and_carried_fields(paths, client)
     assert (line["response"]["status_code"], line["response"]["request_id"]) == (200, "chat-1")
     assert line["error"] is None
     key = line["cachepipe"]["key"]
-    assert key.startswith("k1-")
+    assert key.startswith("k2-")
     assert line["cachepipe"] == {
         "cached": [False, False],
         "duplicated": [False, True],
@@ -589,7 +590,7 @@ async def test_c8_whatever_fails_becomes_an_error_line_and_the_others_are_answer
     assert bad["error"] == {"code": code, "message": message}
     assert (bad["response"] or {}).get("status_code") == status
     assert bad["cachepipe"]["cached"] == []
-    assert bad["cachepipe"]["key"].startswith("k1-")
+    assert bad["cachepipe"]["key"].startswith("k2-")
     assert (report.failed, report.errors, report.example, report.output) == (1, {code: 1}, message, target)
     client.answer = None
     client.bodies.clear()

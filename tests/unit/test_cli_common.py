@@ -178,7 +178,7 @@ def test_looking_at_a_cache_that_is_not_there_makes_none_and_says_where_it_looke
     assert not missing.exists()
 
 
-@pytest.mark.parametrize("command", [["ls"], ["stats"], ["show", "k1"], ["demo", "--prompts", "1"]])
+@pytest.mark.parametrize("command", [["ls"], ["stats"], ["show", "k2"], ["demo", "--prompts", "1"]])
 def test_a_folder_that_cannot_be_looked_at_is_a_sentence(command, tmp_path):
     folder = tmp_path / ("x" * 300)
     result = CliRunner().invoke(cli, [*command, "--cache", str(folder)])

@@ -38,7 +38,7 @@ from cachepipe.ledger import Draw, Runs
 from cachepipe.stores import folders, leases
 from cachepipe.stores.base import Claim, Commit, Forgo
 
-KEY = "k1-" + "a" * 64
+KEY = "k2-" + "a" * 64
 QUESTION = Question(KEY, None, b"{}")
 
 
@@ -595,7 +595,7 @@ from cachepipe.stores.base import Claim
 print("ready", flush=True)
 sys.stdin.readline()
 store = DiskStore(sys.argv[1])
-key = "k1-a"
+key = "k2-a"
 claim = Claim(Draw("-", key, sys.argv[2], 0), 1, Question(key, None, b""), "t")
 while (got := store.apply_now([claim])) is None:
     pass

@@ -437,35 +437,35 @@ def test_questions_with_a_seed_are_not_merged():
 # Stability.
 
 GOLDEN = [
-    (Request("Hello"), None, "k1-58fe78c16a923d86ef9a44e5fe6b45728cab6d3e8c3dd846f1f8e83cc732512b"),
+    (Request("Hello"), None, "k2-58fe78c16a923d86ef9a44e5fe6b45728cab6d3e8c3dd846f1f8e83cc732512b"),
     (
         Request("Hello"),
         "https://api.openai.com/v1/chat/completions",
-        "k1-84c13430ba14be7232005852f320daabfa93c5bacd2d9e4108d1ab70a248d31f",
+        "k2-84c13430ba14be7232005852f320daabfa93c5bacd2d9e4108d1ab70a248d31f",
     ),
     (
         Chat([{"role": "user", "content": "Grüße 🌍"}], model="m", temperature=0.7),
         "m",
-        "k1-d0798944a22504f44c9d381d447a09df3690ee650e110353a0afdff5cef0a155",
+        "k2-d0798944a22504f44c9d381d447a09df3690ee650e110353a0afdff5cef0a155",
     ),
     (
         Chat({"b": [1.0, -0.0, 1e-7, 1e300, 2**70], "a": None}, seed=1),
         "s",
-        "k1-7d0ba787ddff4bd547454766949340a627cb3aa8944a2814a7b9e334ea824345",
+        "k2-7d0ba787ddff4bd547454766949340a627cb3aa8944a2814a7b9e334ea824345",
     ),
     (
         Chat(b"\x00\xff", options=("\ud800", True, Point(1, [0.1]))),
         "",
-        "k1-f1cf36871d95be8e5e72e71655d58507720cdcaeea212d549a5b2d67845f9829",
+        "k2-f1cf36871d95be8e5e72e71655d58507720cdcaeea212d549a5b2d67845f9829",
     ),
-    (Chat("x", n=4, best_of=5), None, "k1-6ab77f4fa9b8eb3391b8b134567145373b4cd610e74b840ff77cc4abb7a4933c"),
+    (Chat("x", n=4, best_of=5), None, "k2-6ab77f4fa9b8eb3391b8b134567145373b4cd610e74b840ff77cc4abb7a4933c"),
 ]
 
 
 @pytest.mark.parametrize(("request_", "scope", "expected"), GOLDEN)
 def test_keys_never_change(request_, scope, expected):
     """Across processes, versions of Python and releases: a change is a new, named format."""
-    assert FORMAT == "k1"
+    assert FORMAT == "k2"
     assert question(request_, scope).key == expected
 
 

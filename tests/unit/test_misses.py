@@ -140,9 +140,9 @@ async def test_threads_that_miss_at_once_get_their_reasons(store):
 
 
 def test_a_miss_can_be_pickled():
-    error = CacheMiss("k1-x", "a", None, "why", "k1-y")
+    error = CacheMiss("k2-x", "a", None, "why", "k2-y")
     again = pickle.loads(pickle.dumps(error))
-    assert (str(again), again.nearest) == (str(error), "k1-y")
+    assert (str(again), again.nearest) == (str(error), "k2-y")
 
 
 # The scope that a user sets.

@@ -49,7 +49,7 @@ SOME = [
         token_log_probs=[TokenLogProb("Ro", -1.0), TokenLogProb("me", -0.5)],
         full_token_log_probs=[[TokenLogProb("Ro", -1.0)], []],
         parsed=Capital(name="Rome"),
-        key="k1-x",
+        key="k2-x",
         index=3,
         namespace="n",
     ),

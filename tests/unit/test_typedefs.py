@@ -246,13 +246,13 @@ def test_a_response_is_a_tuple_of_three():
 
 def test_its_repr_shows_these_three():
     response = Response(["a"], [True])
-    response.indices, response.key = (4,), "k1-x"
+    response.indices, response.key = (4,), "k2-x"
     assert repr(response) == "Response(data=['a'], cached=[True], duplicated=None)"
 
 
 def whole():
     response = Response(["a"], [True], [False])
-    response.indices, response.key = (4,), "k1-x"
+    response.indices, response.key = (4,), "k2-x"
     return response
 
 
@@ -270,7 +270,7 @@ def test_a_copy_of_a_response_keeps_indices_and_key(same):
     other = same(whole())
     assert type(other) is Response
     assert other == whole()
-    assert (other.indices, other.key) == ((4,), "k1-x")
+    assert (other.indices, other.key) == ((4,), "k2-x")
 
 
 def test_replace_changes_what_it_is_told():

@@ -111,7 +111,7 @@ def test_the_cache_can_be_browsed_and_searched(proxy, http, helpers):
         ("/cachepipe/api/keys?limit=x", 400),
         ("/cachepipe/api/keys?nonsense=1", 400),
         ("/cachepipe/api/keys?search=%ff", 400),
-        ("/cachepipe/api/keys?after=k1-none", 404),
+        ("/cachepipe/api/keys?after=k2-none", 404),
         ("/cachepipe/api/keys/none", 404),
         ("/cachepipe/api/keys/none/samples", 404),
         ("/cachepipe/api/keys/none/draws", 404),

@@ -296,7 +296,7 @@ def test_requests_are_found_by_text_key_and_namespace_page_by_page(visit, ask):
     page.get_by_label("Key begins with").fill(keys[7][:14])
     page.keyboard.press("Enter")
     expect(links).to_have_text(["Question 7"])
-    page.get_by_label("Key begins with").fill("k1-none")
+    page.get_by_label("Key begins with").fill("k2-none")
     page.keyboard.press("Enter")
     expect(page.locator("#found")).to_have_text("There is no such request.")
 
