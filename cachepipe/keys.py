@@ -318,8 +318,10 @@ def provider_question(
         mergeable: whether several draws may share one call.
         function: whether the answer is a function of the question.
     """
-    form = {name: canonical(item) for name, item in document.items() if name != "body"}
-    form["body"] = _body(document["body"], as_written)
+    form = {
+        name: _body(item, as_written) if name == "body" else canonical(item)
+        for name, item in document.items()
+    }
     text = encode(form)
     return Question(digest(scope, text), scope, text, mergeable, function)
 
