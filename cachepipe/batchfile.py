@@ -37,12 +37,14 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 from cachepipe import jsontext, runs, wire
+from cachepipe.bounds import check_n
 from cachepipe.errors import (
     BadAnswer,
     CacheMiss,
     CachepipeError,
     ShortAnswer,
     StoreError,
+    TooManySamples,
     UnkeyableValue,
 )
 from cachepipe.ledger import label
@@ -138,6 +140,7 @@ class Line:
         api: where it goes.
         asks: the questions of its body.
         carried: fields that are written to its result as they are.
+        refusal: why nothing is asked for it, or None.
     """
 
     number: int
@@ -146,6 +149,7 @@ class Line:
     api: wire.Api
     asks: tuple[wire.Ask, ...]
     carried: Mapping[str, Any]
+    refusal: TooManySamples | None = None
 
     def requests(self, namespace: str | None, *, ids: bool = False) -> list[WireRequest]:
         """Return one request per question.
@@ -209,8 +213,13 @@ def parse_line(text: bytes, number: int, defaults: Defaults) -> Line:
         raise _LineError(str(error)) from error
     if not asks[0].cacheable:
         raise _LineError(f"it cannot be run from a file: {asks[0].reason}")
+    refusal = None
+    try:
+        check_n(asks[0].n, len(asks))
+    except TooManySamples as error:  # it is this line's result
+        refusal, asks = error, tuple(ask._replace(n=1) for ask in asks)
     named = name is not None
-    return Line(number, custom_id if named else str(number), named, api, asks, carried)
+    return Line(number, custom_id if named else str(number), named, api, asks, carried, refusal)
 
 
 def _nests_deeper(value: Any, levels: int) -> bool:
@@ -412,6 +421,7 @@ async def run_file(
         BatchFileError: before anything is asked, when the input cannot be run or the output not written.
         StoreError: when the cache cannot be opened.
     """
+    check_n(n)
     if concurrency < 1 or n < 1 or (limit is not None and limit < 1):
         raise ValueError("concurrency, n and limit are whole numbers, at least 1")
     defaults = Defaults(
@@ -915,6 +925,8 @@ class _Service:
 
     async def ask(self, draw: _Draw) -> list[Response]:
         """Return one response per question of a line."""
+        if draw.line.refusal is not None:
+            raise draw.line.refusal
         stage = self._stage(draw.line.api)[0]
         return await stage.batch_request(Batch(list(draw.requests)), occurrences=draw.occurrences)
 

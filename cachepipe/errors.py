@@ -58,6 +58,10 @@ class UnkeyableValue(CachepipeError, TypeError):  # noqa: N818 - names the value
     """A request holds a value from which no stable key can be made (NaN, a set, an unknown class …)."""
 
 
+class TooManySamples(CachepipeError, ValueError):  # noqa: N818 - names what is wrong
+    """A request asks for more samples than one request may; nothing was made or sent for it."""
+
+
 class BadAnswer(CachepipeError):  # noqa: N818 - names the thing at fault
     """A model answered with something that is not an answer; it is not cached."""
 

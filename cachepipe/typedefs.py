@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from cachepipe.bounds import check_n
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -59,7 +61,7 @@ class Request:
 
     Attributes:
         prompt: a string, a list of chat messages, or any JSON-like value.
-        n: how many samples are wanted, at least 1.
+        n: how many samples are wanted, at least 1, and at most ``CACHEPIPE_MAX_N`` (10,000 unless set).
         request_id: which draw this is among equal questions of its namespace; None is the empty string.
         namespace: the unit within which samples are independent, in practice one experiment.
     """
@@ -87,7 +89,8 @@ class Request:
             n = n.__index__()
             object.__setattr__(self, "n", n)
         if n < 1:
-            raise ValueError(f"n must be a whole number of samples, at least 1; got {n!r}")
+            raise ValueError(f"n must be a whole number of samples, at least 1; got {n!r:.200}")
+        check_n(n)
         for name in ("request_id", "namespace"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

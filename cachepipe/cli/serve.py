@@ -55,6 +55,16 @@ Anthropic's take the same without /v1. What is going on: /cachepipe, /metrics.
 @click.option(
     "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further name that clients call this by."
 )
+@click.option(
+    "--max-n",
+    type=click.IntRange(min=1),
+    help="Samples that a request may ask for; CACHEPIPE_MAX_N or 10000.",
+)
+@click.option(
+    "--max-answer",
+    type=click.IntRange(min=1),
+    help="MiB of a decoded answer that can be cached; others pass through; CACHEPIPE_MAX_ANSWER or 64.",
+)
 @click.option("--max-body", type=click.IntRange(min=1), help="MiB of a request that can be cached; 128.")
 @click.option("--max-connections", type=click.IntRange(min=1), help="Connections at once; 2000.")
 @click.option(
@@ -75,6 +85,7 @@ def serve(
     api_key_env: str | None,
     token_env: str | None,
     hosts: tuple[str, ...],
+    max_answer: int | None,
     max_body: int | None,
     as_json: bool,
     **others: Any,
@@ -103,8 +114,9 @@ def serve(
         first, *rest = chosen.upstreams
         chosen = replace(chosen, upstreams=(replace(first, api_key=key), *rest))
     given = {name: value for name, value in others.items() if value is not None}
-    if max_body is not None:
-        given["max_body"] = max_body * _MIB
+    for name, size in (("max_answer", max_answer), ("max_body", max_body)):
+        if size is not None:
+            given[name] = size * _MIB
     if token_env:
         given["token"] = settings.secret(token_env)
     if hosts:

@@ -12,6 +12,7 @@ import contextvars
 import json
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -19,10 +20,11 @@ import orjson
 
 from cachepipe import context, wire
 from cachepipe.clients import info, seam
-from cachepipe.clients.exchange import Answer, Exchange, Surface, id_header
+from cachepipe.clients.exchange import Answer, Exchange, Surface, check_size, id_header
 from cachepipe.clients.portal import check_elsewhere, submit
 from cachepipe.clients.seam import Arrived
 from cachepipe.clients.tape import SyncTape
+from cachepipe.errors import NotStored, TooManySamples
 from cachepipe.keys import Question
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -142,8 +144,13 @@ class Call(Exchange):
             return None
         try:
             asks = api.split(body)
+            check_size(asks)
         except wire.BadRequest:
             return None  # the provider says what is wrong with it
+        except TooManySamples as error:
+            message = f"{error}. The call goes to the provider as it is, and its answer is not cached"
+            warnings.warn(message, NotStored, stacklevel=2)
+            return None
         if any(not ask.cacheable or ask.stream != how["stream"] for ask in asks):
             return None
         return cls(

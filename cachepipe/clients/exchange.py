@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from cachepipe import jsontext, keys, runs, telemetry, wire
+from cachepipe.bounds import check_n
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
@@ -31,6 +32,7 @@ from cachepipe.keys import Question, trimmed
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
+from cachepipe.stages.lane import MANY
 from cachepipe.stores import open_store
 from cachepipe.stores.base import Grant, Sample
 from cachepipe.stores.misses import missed
@@ -310,6 +312,15 @@ class Answer(NamedTuple):
     made_by: str | None = None
 
 
+def check_size(asks: Sequence[wire.Ask], most: int | None = None) -> None:
+    """Refuse a request that asks for too many samples.
+
+    Raises:
+        TooManySamples: when it does; see `cachepipe.bounds.check_n`.
+    """
+    check_n(asks[0].n, len(asks), most)
+
+
 def questions_of(
     api: wire.Api,
     asks: Sequence[wire.Ask],
@@ -360,6 +371,8 @@ def recalled(
     user = label(namespace)
     try:
         for ask, question in zip(asks, questions, strict=True):
+            if ask.n > MANY:  # it would hold others up
+                return None
             if question.function or surface.repeat == "same":
                 identity = Draw(SHARED, question.key, "", 0)
                 if (question.key, user) not in occurrences.used:

@@ -23,11 +23,13 @@ from cachepipe.clients.calls import STRICT, Call, SyncCall
 from cachepipe.clients.exchange import (
     Answer,
     body_from,
+    check_size,
     kept_of,
     questions_of,
     recalled,
     responses_of,
 )
+from cachepipe.errors import TooManySamples
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
@@ -188,7 +190,8 @@ def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]
     body = {name: given[name] if name in given else added[name] for name in shape.names}
     try:
         asks = api.split(body)
-    except wire.BadRequest:
+        check_size(asks)
+    except (wire.BadRequest, TooManySamples):
         return None
     for ask in asks:
         if ask.stream or not ask.cacheable:

@@ -20,6 +20,7 @@ from cachepipe.clients.exchange import (
     Backing,
     Surface,
     body_from,
+    check_size,
     id_header,
     kept_of,
     questions_of,
@@ -27,7 +28,15 @@ from cachepipe.clients.exchange import (
 )
 from cachepipe.clients.seam import Source
 from cachepipe.context import Inherited
-from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, StageClosed, StoreError, UnkeyableValue
+from cachepipe.errors import (
+    BadAnswer,
+    CacheMiss,
+    CachepipeError,
+    StageClosed,
+    StoreError,
+    TooManySamples,
+    UnkeyableValue,
+)
 from cachepipe.ledger import label
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
@@ -261,6 +270,8 @@ class Proxy:
             return Refused(504, "upstream_timeout", str(error))
         if isinstance(error, UpstreamUnreachable):
             return Refused(502, "upstream_unreachable", str(error))
+        if isinstance(error, TooManySamples):
+            return Refused(400, "n_too_large", str(error), [_NEVER_AGAIN])
         if isinstance(error, BadAnswer):
             return Refused(502, "bad_answer", str(error))
         if isinstance(error, CacheMiss):
@@ -417,7 +428,11 @@ class Proxy:
         )
 
     def _read(self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes) -> Read | None:
-        """Return what a body asks; None where it is nothing that may come from the cache."""
+        """Return what a body asks; None where it is nothing that may come from the cache.
+
+        Raises:
+            TooManySamples: when it asks for more samples than a request may.
+        """
         name = (url, *counting.items(), content)
         read = self._memory.get(name)
         if read is not None:
@@ -432,6 +447,7 @@ class Proxy:
             asks = api.split(body)
             if not asks or not all(ask.cacheable for ask in asks):
                 return None
+            check_size(asks, self.settings.max_n)
             questions = questions_of(api, asks, url, counting)
         except (UnkeyableValue, RecursionError, wire.BadRequest):
             return None

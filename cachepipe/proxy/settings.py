@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
+from cachepipe import bounds
 from cachepipe.errors import CachepipeError
 from cachepipe.flow import Limits, Retries
 from cachepipe.flow.flow import Flow
@@ -175,6 +176,8 @@ class Settings:
         repeat: ``"fresh"``, or ``"same"`` for one draw per question.
         durability: ``"process"``, or ``"full"`` to survive the death of the machine.
         hosts: names by which clients may call it, beside its address; only loopback's are checked.
+        max_n: samples that one request may ask for; one that asks for more is refused.
+        max_answer: bytes of a decoded answer that may be stored; a larger one is passed on as it comes.
         max_body: bytes of a request that may be answered from the cache; others are not limited.
         max_connections: connections at once; further ones are refused with 503.
         max_calls: calls to each upstream at once; further ones wait.
@@ -195,6 +198,8 @@ class Settings:
     repeat: Literal["fresh", "same"] = "fresh"
     durability: Literal["process", "full"] = "process"
     hosts: tuple[str, ...] = ()
+    max_n: int = field(default_factory=bounds.max_n)
+    max_answer: int = field(default_factory=bounds.max_answer)
     max_body: int = 128 << 20
     max_connections: int = 2000
     max_calls: int = 1000
@@ -230,7 +235,7 @@ class Settings:
             raise BadSettings(f"durability is 'process' or 'full'; got {self.durability!r}")
         if self.log not in LOGS:
             raise BadSettings(f"log is one of {', '.join(LOGS)}; got {self.log!r}")
-        for name in ("max_body", "max_connections", "max_calls"):
+        for name in ("max_n", "max_answer", "max_body", "max_connections", "max_calls"):
             if getattr(self, name) < 1:
                 raise BadSettings(f"{name} is at least 1; got {getattr(self, name)}")
         for name in ("connect_timeout", "timeout", "client_timeout", "shutdown_timeout"):
@@ -248,6 +253,8 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "repeat": (str,),
     "durability": (str,),
     "hosts": (list,),
+    "max_n": (int,),
+    "max_answer": (int,),
     "max_body": (int,),
     "max_connections": (int,),
     "max_calls": (int,),

@@ -157,6 +157,10 @@ _SECRET_PARAMETERS = frozenset(
 )
 _BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
 """The endpoints that Azure has once per deployment."""
+_MOST_ITEMS = 10_000
+"""How many questions one request may list; with more it passes through uncached."""
+_MOST_COPIED = 16 << 20
+"""How many characters the questions of one list may have in common, added up over all of them."""
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
@@ -370,7 +374,21 @@ class Api(ABC):
         if items is None:
             reason = f"its {name} is a list of a form that cannot be told apart"
             return (Ask(question, cacheable=False, reason=reason, **facts),)
+        if len(items) > 1 and _too_much(question, name, len(items)):
+            reason = f"its {name} lists too much: each item is a question of its own"
+            return (Ask(question, cacheable=False, reason=reason, **facts),)
         return tuple(Ask({**question, name: item}, **facts) for item in items)
+
+
+def _too_much(question: Body, name: str, items: int) -> bool:
+    """Return True if so many questions would cost out of proportion to the request that lists them."""
+    if items > _MOST_ITEMS:
+        return True
+    try:
+        common = sum(len(field) + len(repr(value)) for field, value in question.items() if field != name)
+    except (RecursionError, ValueError):  # it nests too deep, or holds a number of too many digits
+        return True
+    return items * common > _MOST_COPIED
 
 
 def azure_url(base: str, path: str, model: Any, client: Any) -> str:

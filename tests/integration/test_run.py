@@ -761,3 +761,16 @@ def test_an_address_that_cannot_be_read_is_told_without_its_credentials(server, 
 def test_help_tells_the_exit_codes(server):
     told = " ".join(invoke(["--help"]).output.split())
     assert "0 when all is well, 1 when requests failed, 2 when nothing could be run, 130 when it was" in told
+
+
+def test_a_line_that_asks_for_too_many_samples_fails_alone(server, tmp_path):
+    lines = [{"prompt": "a"}, {"prompt": "b", "n": 10**9}, {"prompt": "c"}]
+    body = {"model": "m", "prompt": ["a", "b"], "n": 9000}
+    lines.append({"method": "POST", "url": "/v1/completions", "body": body})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    called(server, status=1, requests="in.jsonl", n=1)
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [result["error"] is None for result in results] == [True, False, True, False]
+    assert "at most 10000 samples; got n = 1000000000" in results[1]["error"]["message"]
+    assert "for each of 2 prompts" in results[3]["error"]["message"]
+    assert server.stats.requests == 2

@@ -19,7 +19,7 @@ import pytest
 from openai import Stream
 from pydantic import BaseModel
 
-from cachepipe import CacheMiss, MemoryStore
+from cachepipe import CacheMiss, MemoryStore, NotStored
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import library_of
@@ -574,3 +574,14 @@ def test_a_program_ends_at_once_and_quietly_though_it_has_left_a_stream(server, 
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_for_too_many_samples_goes_to_the_provider_as_it_is(server, client, stream):
+    """As with the plain client, the provider says what it thinks of it."""
+    for _ in range(2):  # the second takes the fast path
+        with pytest.warns(NotStored, match="at most 10000 samples"), pytest.raises(openai.BadRequestError):
+            ask(client, "many", n=10**9, stream=stream)
+    assert server.stats.requests == 2
+    assert texts(ask(client, "many", n=2))
+    assert client._cachepipe.backing.store.totals()["samples"] == 2

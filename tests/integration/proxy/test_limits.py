@@ -92,3 +92,44 @@ def test_limits_that_are_none_are_refused(tmp_path, limits, message):
     path.write_text(f"[upstreams.a]\nurl = 'https://x/v1'\n{limits}\n")
     with pytest.raises(BadSettings, match=message):
         from_file(path, {})
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}], "n": 10_001}),
+        ("chat/completions", {"model": "m", "messages": [], "n": 10**12, "stream": True}),
+        ("completions", {"model": "m", "prompt": ["a", "b"], "n": 6000}),
+        ("completions", {"model": "m", "prompt": "a", "n": 2**40, "best_of": 2**41}),
+    ],
+)
+def test_a_request_for_too_many_samples_is_refused_as_the_provider_would(serve, recorder, path, body):
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    with httpx2.Client() as client:
+        for _ in range(3):
+            answer = client.post(f"{proxy.url}/v1/{path}", json=body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"], error["code"]) == (
+                400,
+                "invalid_request_error",
+                "n_too_large",
+            )
+            assert "at most 10000 samples" in error["message"]
+            assert answer.headers["x-should-retry"] == "false"
+    assert not recorder.requests
+    assert proxy.proxy.store.totals()["draws"] == 0
+
+
+def test_the_most_samples_of_a_request_can_be_set(serve, recorder, asked, helpers):
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),), max_n=2)
+    assert post(helpers.chat_url(proxy), {**asked, "n": 3}).status_code == 400
+    assert post(helpers.chat_url(proxy), {**asked, "n": 2}).status_code == 200
+    with pytest.raises(BadSettings, match="max_n is at least 1"):
+        Settings(upstreams=proxy.proxy.settings.upstreams, max_n=0).checked()
+
+
+def test_a_list_of_more_inputs_than_are_cached_passes_through(serve, recorder):
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    answer = post(f"{proxy.url}/v1/embeddings", {"model": "m", "input": ["a"] * 10_001})
+    assert answer.headers["cache-status"] == "cachepipe; fwd=bypass"
+    assert len(recorder.requests) == 1
