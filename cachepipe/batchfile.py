@@ -36,7 +36,7 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
-from cachepipe import jsontext, runs, wire
+from cachepipe import jsontext, outages, runs, wire
 from cachepipe.bounds import check_n
 from cachepipe.errors import (
     BadAnswer,
@@ -1173,7 +1173,7 @@ def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
         inner = body.get("error") if isinstance(body, dict) else None
         code = inner.get("code") or inner.get("type") if isinstance(inner, dict) else None
         if isinstance(inner, dict) and isinstance(inner.get("message"), str):
-            message = inner["message"]
+            message = f"{inner['message']} {outages.advice_on(error)}".rstrip()
         response = {
             "status_code": status,
             "request_id": answer.headers.get("x-request-id", ""),
@@ -1185,7 +1185,7 @@ def _told(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, message, None
-    if error.__cause__ is not None and str(error.__cause__):
+    if error.__cause__ is not None and str(error.__cause__) and not outages.is_connection_error(error):
         message = f"{message} {_written(str(error.__cause__))}"
     name = type(error).__name__
     if "Timeout" in name:

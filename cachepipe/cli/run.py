@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -278,11 +279,15 @@ class _Screen:
         self._bar: Any = None
         self._task: Any = None
         self._told = 0
+        self._failed = False
         self._begun = 0.0
 
     def update(self, report: Report) -> None:
-        """Take the figures as they are now."""
+        """Take the figures as they are now, and say the first error at once."""
         self.report = report
+        if report.failed and not self._failed and not self._quiet:
+            self.say(visible(f"The first request that failed said: {report.example[:500]}"))
+        self._failed = bool(report.failed)
 
     def say(self, sentence: str) -> None:
         """Write a sentence to the standard error, above the bar if there is one."""
@@ -449,4 +454,12 @@ def _spoken_warnings(screen: _Screen) -> Iterator[None]:
                 usual(message, category, *where, **more)
 
         warnings.showwarning = show
-        yield
+        logger, handler = logging.getLogger("cachepipe"), logging.Handler()
+        handler.emit = lambda record: screen.say(  # type: ignore[method-assign]
+            f"{record.levelname.capitalize()}: {visible(record.getMessage())}"
+        )
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)

@@ -25,7 +25,7 @@ except ImportError as error:
 
 import anthropic._client
 
-from cachepipe import jsontext
+from cachepipe import jsontext, outages
 from cachepipe.clients import info, seam
 from cachepipe.clients.calls import Call, SyncCall
 from cachepipe.clients.exchange import Answer, Unkept
@@ -139,7 +139,9 @@ class AsyncLayered(_Layered, AsyncCached):
             options = seam.sent_once(options)
         token = _request.set(request)
         try:
-            return _noted(await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls), request)
+            with self._explaining(reached=False):
+                result = await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+            return _noted(result, request)
         finally:
             _request.reset(token)
 
@@ -178,6 +180,7 @@ class AsyncLayered(_Layered, AsyncCached):
         del cast_to, stream_cls  # these are for `_receive`
         sdk: Any = super()
         response, prepared = await sdk._attempt_request(options, stream=stream, **details)  # noqa: SLF001 - see above
+        outages.reached(f"{response.url}")
         if not response.is_success:
             await response.aread()
             raise Refused(response, prepared)
@@ -207,7 +210,9 @@ class SyncLayered(_Layered, SyncCached):
             options = seam.sent_once(options)
         token = _request.set(request)
         try:
-            return _noted(sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls), request)
+            with self._explaining(reached=False):
+                result = sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+            return _noted(result, request)
         finally:
             _request.reset(token)
 
@@ -246,6 +251,7 @@ class SyncLayered(_Layered, SyncCached):
         del cast_to, stream_cls  # these are for `_receive`
         sdk: Any = super()
         response, prepared = sdk._attempt_request(options, stream=stream, **details)  # noqa: SLF001 - see above
+        outages.reached(f"{response.url}")
         if not response.is_success:
             response.read()
             raise Refused(response, prepared)

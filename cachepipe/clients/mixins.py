@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Self
 
-from cachepipe import context
+from cachepipe import context, outages
 from cachepipe.clients import info, quick, seam
 from cachepipe.clients.calls import Call, SyncCall, body_of, receiving
 from cachepipe.clients.exchange import CLOSING_SECONDS, Answer, Surface
@@ -51,7 +52,7 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         seam.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
-class _Cached:
+class _Cached(outages.Telling):
     """What both kinds of clients have."""
 
     _cachepipe: Surface
@@ -61,6 +62,22 @@ class _Cached:
         client: Any = self
         twin: Self = client.copy(cache=self._cachepipe.named(namespace))
         return twin
+
+    @contextlib.contextmanager
+    def _explaining(self, *, reached: bool = True) -> Iterator[None]:
+        """Have the errors of calls name the URL, and each outage of the server told.
+
+        Args:
+            reached: whether the server has been reached when no error is raised.
+        """
+        client: Any = self
+        try:
+            yield
+        except Exception as error:
+            outages.explained(error)
+            raise
+        if reached:
+            outages.reached(f"{client.base_url}")
 
     def _limiting(self, options: Any) -> Flow | None:
         """Return what limits a call that is not cached, if it is one that may generate something."""
@@ -88,7 +105,8 @@ class AsyncCached(_Cached):
         if call is None:
             token = receiving.set(None)
             try:
-                return await self._uncached(sdk.request, cast_to, options, stream, stream_cls)
+                with self._explaining():
+                    return await self._uncached(sdk.request, cast_to, options, stream, stream_cls)
             finally:
                 receiving.reset(token)
         answer = call.known()
@@ -127,7 +145,8 @@ class AsyncCached(_Cached):
         sdk: Any = super()
         token = receiving.set(self)
         try:
-            return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+            with self._explaining():
+                return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
         finally:
             receiving.reset(token)
 
@@ -185,7 +204,8 @@ class SyncCached(_Cached):
         if call is None:
             token = receiving.set(None)
             try:
-                return self._uncached(sdk.request, cast_to, options, stream, stream_cls)
+                with self._explaining():
+                    return self._uncached(sdk.request, cast_to, options, stream, stream_cls)
             finally:
                 receiving.reset(token)
         answer = call.known()
@@ -226,7 +246,8 @@ class SyncCached(_Cached):
         sdk: Any = super()
         token = receiving.set(self)
         try:
-            return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
+            with self._explaining():
+                return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
         finally:
             receiving.reset(token)
 

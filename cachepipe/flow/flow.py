@@ -134,12 +134,15 @@ class Flow:
                 turn = _Turn(self._enter(estimate, namespace, again=number > 0))
                 try:
                     passage: Passage = wait(turn.come())
-                    return passage, make()
+                    made = make()
                 except BaseException as error:
                     turn.leave(error)
                     seconds = attempts.after(error)
                     if seconds is None:
                         raise
+                else:
+                    attempts.succeeded()
+                    return passage, made
             number += 1
             wait(self.retries.clock.sleep(seconds))
 

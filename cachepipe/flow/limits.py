@@ -39,6 +39,7 @@ from cachepipe.flow.clock import CLOCK, Clock
 from cachepipe.flow.headers import headers_of, hints, in_any_case, retry_after
 from cachepipe.flow.shared import SharedQuotas, Taken, Wanted
 from cachepipe.flow.windows import Use, Window
+from cachepipe.outages import is_connection_error
 
 _logger = logging.getLogger(__name__)
 _AGAIN = 0.005  # seconds until what could not be written is tried again
@@ -861,11 +862,3 @@ def status_of(error: BaseException | None) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
-
-
-def is_connection_error(error: BaseException | None) -> bool:
-    """Tell whether a call did not reach the provider, or no answer came back in time."""
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    names = {base.__name__ for base in type(error).__mro__}
-    return not names.isdisjoint({"APIConnectionError", "TransportError", "ClientConnectionError", "Timeout"})

@@ -1,4 +1,6 @@
-"""Which failed calls are made again, when, and how often. The decision is pure; nothing here sleeps.
+"""Which failed calls are made again, when, and how often.
+
+The decision reads a clock and sleeps nowhere; the first failure of an outage is told (see `outages`).
 
 The waiting times grow exponentially with jitter, so that calls that failed together do not come back
 together. What a provider asks for (Retry-After) is kept. Both the number of attempts and the time that they
@@ -12,10 +14,10 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from cachepipe import context
+from cachepipe import context, outages
 from cachepipe.flow.clock import CLOCK, Clock
 from cachepipe.flow.headers import headers_of, retry_after
-from cachepipe.flow.limits import is_connection_error, status_of
+from cachepipe.flow.limits import status_of
 
 _NEVER = frozenset({400, 401, 402, 403, 404, 405, 410, 411, 413, 414, 415, 422, 501, 505})
 _AGAIN = frozenset({408, 409, 425, 429})
@@ -34,7 +36,7 @@ def may_be_repeated(error: BaseException) -> bool:
         return False
     status = status_of(error)
     if status is None:
-        return is_connection_error(error)
+        return outages.is_connection_error(error)
     if status in _NEVER or _code_of(error) in _SPENT:
         return False
     headers = headers_of(error)
@@ -109,11 +111,14 @@ class Retries:
         while True:
             try:
                 with context.attempting(number):
-                    return await make()
+                    made = await make()
             except Exception as error:
                 wait = attempts.after(error)
                 if wait is None:
                     raise
+            else:
+                attempts.succeeded()
+                return made
             number += 1
             await self.clock.sleep(wait)
 
@@ -121,13 +126,19 @@ class Retries:
 class Attempts:
     """The attempts of one call."""
 
-    __slots__ = ("_left", "_made", "_retries", "_until")
+    __slots__ = ("_failure", "_left", "_made", "_retries", "_until")
 
     def __init__(self, retries: Retries, most: int) -> None:
         self._retries = retries
         self._left = most
         self._made = 0
         self._until: float | None = None
+        self._failure: str | None = None
+
+    def succeeded(self) -> None:
+        """Note that the last attempt did not fail, so that the next outage is told again."""
+        if self._failure is not None:
+            outages.reached(self._failure)
 
     def after(self, error: BaseException) -> float | None:
         """Return in how many seconds to make the call again, or None when its error stands."""
@@ -146,4 +157,6 @@ class Attempts:
             return None
         self._left -= 1
         self._made += 1
+        self._failure = outages.url_of(error)
+        outages.failed(error, wait=wait)
         return wait

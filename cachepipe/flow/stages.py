@@ -221,7 +221,11 @@ class AsyncRetrier(Stage):
         def take(nth: int, answer: Any) -> None:
             place = left[nth]
             answers[place] = answer
-            wait = attempts[place].after(answer) if isinstance(answer, BaseException) else None
+            wait = None
+            if isinstance(answer, BaseException):
+                wait = attempts[place].after(answer)
+            else:
+                attempts[place].succeeded()
             if wait is not None:
                 waits[place] = wait
             elif arrived is not None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import urlencode
 
-from cachepipe import context, jsontext, telemetry, wire
+from cachepipe import context, jsontext, outages, telemetry, wire
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import Request, Response, field_names
 
@@ -129,9 +129,11 @@ class Connection:
                         endpoint, content=content, cast_to=self._answer_class, options=options
                     )
         except BaseException as error:
+            outages.explained(error)
             if span is not None:
                 span.end(error=error)
             raise
+        outages.reached(self._base_url)
         if attempt is not None:
             attempt.headers = answer.headers
         arrived: bytes = answer.content
@@ -155,7 +157,7 @@ class Connection:
     def _made(self, sdk: Any) -> Any:
         """Return a new client."""
         key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
-        return getattr(sdk, self.client_name)(
+        return outages.telling(getattr(sdk, self.client_name))(
             base_url=self._base_url,
             api_key=_NO_KEY if key == "" else key,
             # The SDK's own would try to close itself on whatever loop runs when it is collected.
@@ -218,7 +220,7 @@ class EagerConnection(Connection):
             raise ImportError(
                 f"this adapter needs a recent {self.package}: pip install -U {self.package}"
             ) from error
-        kind = getattr(sdk, self.client_name)
+        kind = outages.telling(getattr(sdk, self.client_name))
         given = {
             "base_url": base_url,
             "api_key": _NO_KEY if api_key == "" else api_key,

@@ -38,6 +38,7 @@ from cachepipe.errors import (
     UnkeyableValue,
 )
 from cachepipe.ledger import label
+from cachepipe.outages import advice_for, place
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
 from cachepipe.proxy.bodies import Memory, Read, read_object
@@ -250,6 +251,8 @@ class Proxy:
             turn.status = turn.status or 499
         except UpstreamRefusal as refusal:
             outcome = "error"
+            if refusal.status_code == 404 and route is not None and (advice := advice_for(place(route.url))):
+                turn.facts["advice"] = advice
             pairs = [*refusal.pairs, self._status(f"fwd=miss; fwd-status={refusal.status_code}")]
             await turn.answer(refusal.status_code, pairs, refusal.content)
         except asyncio.CancelledError:  # the server stops, and waits no longer

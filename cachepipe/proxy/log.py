@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 import traceback
@@ -115,6 +116,16 @@ class Log:
                 "warning": category.__name__,
             }
         )
+
+    def handler(self) -> logging.Handler:
+        """Return a handler that writes what the library logs, such as that an upstream cannot be reached."""
+        handler = logging.Handler()
+        handler.emit = self._logged  # type: ignore[method-assign]
+        return handler
+
+    def _logged(self, record: logging.LogRecord) -> None:
+        level = record.levelname.lower()
+        self._write({"at": round(record.created, 3), "level": level, "message": record.getMessage()[:500]})
 
     def _gather(self, event: Mapping[str, Any]) -> None:
         self._lines.append(orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE))

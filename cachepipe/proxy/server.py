@@ -558,11 +558,14 @@ def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None
     _hush()
     proxy = Proxy(settings)
     listener = listen(settings)
+    logger, handler = logging.getLogger("cachepipe"), proxy.log.handler()
+    logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = proxy.log.warned
             Server(proxy, told).run(sockets=[listener])
     finally:
+        logger.removeHandler(handler)
         listener.close()
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
-from cachepipe import jsontext
+from cachepipe import jsontext, outages
 from cachepipe.clients.exchange import Exchange
 from cachepipe.clients.seam import Arrived
 from cachepipe.errors import CachepipeError
@@ -55,10 +55,10 @@ class UpstreamTimeout(UpstreamUnreachable):
 class Reader:
     """A response of an upstream whose body is read as it comes; it holds its place among the calls."""
 
-    def __init__(self, response: Any, upstream: str, release: Callable[[], None]) -> None:
+    def __init__(self, response: Any, upstream: str, url: str, release: Callable[[], None]) -> None:
         self.response = response
         self.headers = response.headers
-        self.upstream = upstream
+        self._place = upstream, url
         self._release = release
 
     @property
@@ -76,13 +76,13 @@ class Reader:
         """Iterate over the body, decoded; as it came where its encoding is none that was asked for."""
         response = self.response
         chunks = response.aiter_raw() if headers.is_packed(self.pairs) else response.aiter_bytes()
-        async with _explained(self.upstream):
+        async with _explained(*self._place):
             async for chunk in chunks:
                 yield chunk
 
     async def aiter_raw(self) -> AsyncIterator[bytes]:
         """Iterate over the body as it came."""
-        async with _explained(self.upstream):
+        async with _explained(*self._place):
             async for chunk in self.response.aiter_raw():
                 yield chunk
 
@@ -98,19 +98,22 @@ class Reader:
 
 
 @contextlib.asynccontextmanager
-async def _explained(upstream: str) -> AsyncIterator[None]:
+async def _explained(upstream: str, url: str) -> AsyncIterator[None]:
     """Make an error of the connection one of ours; it holds no header."""
+    where = f"the upstream {upstream!r} at {outages.place(url)}"
     try:
         yield
     except httpx.TimeoutException as error:
+        outages.failed(error, url)
         raise UpstreamTimeout(
-            f"the upstream {upstream!r} took too long ({type(error).__name__}); try again, or raise --timeout"
+            f"{where} took too long ({type(error).__name__}); try again, or raise --timeout"
         ) from None
     except httpx.LocalProtocolError:  # what it says may hold a key
-        raise UpstreamUnreachable(f"a header cannot be sent to the upstream {upstream!r}") from None
+        raise UpstreamUnreachable(f"a header cannot be sent to {where}") from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError) as error:
+        outages.failed(error, url)
         raise UpstreamUnreachable(
-            f"the upstream {upstream!r} could not be reached, or broke off: {type(error).__name__}: {error}"
+            f"{where} could not be reached, or broke off: {type(error).__name__}: {error}"
         ) from None
 
 
@@ -160,13 +163,14 @@ class Caller:
                 place.release()
 
         try:
-            async with _explained(name):
+            async with _explained(name, url):
                 request = self._client.build_request(method, url, headers=list(pairs), content=content)
                 response = await self._client.send(request, stream=True)
+            outages.reached(url)
         except BaseException:
             release()
             raise
-        reader = Reader(response, name, release)
+        reader = Reader(response, name, url, release)
         if not 200 <= reader.status < 600:
             await reader.aclose()
             raise UpstreamUnreachable(

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -542,6 +543,32 @@ def test_c9_one_scope_keeps_the_apis_apart_and_is_the_clients_too(server):
         text = client.responses.create(**body).output_text
     assert text == answers["responses"]["output"][0]["content"][0]["text"]
     assert server.stats.requests == asked
+
+
+# Servers that are not there.
+
+
+def test_an_unreachable_server_is_told_once_and_at_once_and_in_each_line(server):
+    with socket.socket() as held:  # bound and not listening: connections are refused
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        gone = f"http://user:password@127.0.0.1:{port}/v1"
+        done = invoke(options(server, limit=3, retries=1, **{"base-url": gone}))
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    first, *others = done.stderr.splitlines()
+    assert first.startswith(f"Warning: the server at {url} cannot be reached: Connection refused; the next")
+    assert others[0].startswith(f"The first request that failed said: Connection error: {url} cannot be")
+    assert sum(line.startswith("Warning") for line in others) == 0
+    for line in results():
+        assert line["error"]["code"] == "connection_error"
+        assert line["error"]["message"] == f"Connection error: {url} cannot be reached (Connection refused)."
+    assert "password" not in done.output
+
+
+def test_a_base_url_without_v1_is_told_of_in_each_line(server):
+    done = invoke(options(server, limit=2, **{"base-url": server.url}))
+    assert f"base URLs usually end in /v1; try {server.url}/v1" in done.stderr.splitlines()[0]
+    assert all("try http" in line["error"]["message"] for line in results())
 
 
 # Modes and options.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import socket
 
 import pytest
 
+from cachepipe import outages
+from cachepipe.proxy.log import Log
 from cachepipe.proxy.settings import Upstream
 
 ANSWER = json.dumps(
@@ -165,8 +168,33 @@ def test_an_upstream_that_is_not_there(serve, http, helpers, asked):
     proxy = serve(upstreams=(Upstream.of("none", "http://127.0.0.1:9/v1"),))
     answer = http.post(helpers.chat_url(proxy), json=asked)
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_unreachable")
+    assert (
+        "'none' at http://127.0.0.1:9/v1/chat/completions could not be" in answer.json()["error"]["message"]
+    )
     assert http.get(f"{proxy.url}/v1/models").status_code == 502
     assert "k-client" not in str(proxy.logged)
+
+
+def test_an_upstream_that_is_not_there_is_told_once_in_the_log(serve, http, helpers, asked, monkeypatch):
+    monkeypatch.setattr(outages, "_down", set())
+    proxy = serve(upstreams=(Upstream.of("none", "http://127.0.0.1:9/v1"),))
+    written = []
+    logger, handler = logging.getLogger("cachepipe"), Log("all", written.append).handler()
+    logger.addHandler(handler)
+    for _ in range(3):
+        assert http.post(helpers.chat_url(proxy), json=asked).status_code == 502
+    logger.removeHandler(handler)
+    [event] = written
+    assert event["level"] == "warning"
+    assert event["message"].startswith(
+        "the server at http://127.0.0.1:9/v1/chat/completions cannot be reached"
+    )
+
+
+def test_an_upstream_that_lacks_v1_is_told_of_in_the_log(serve, upstream, http, asked):
+    proxy = serve(upstreams=(Upstream.of("bare", upstream.url),))
+    assert http.post(f"{proxy.url}/chat/completions", json=asked).status_code == 404
+    assert f"try {upstream.url}/v1" in proxy.logged[-1]["advice"]
 
 
 def test_an_upstream_that_takes_too_long(serve, upstream, http, helpers, asked):
