@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-import orjson
+from cachepipe import jsontext
 
 _TEXTS: Final = ("system", "instructions", "messages", "prompt", "input", "hash")
 """The fields that hold what is said; all others are settings."""
@@ -62,13 +62,10 @@ class Difference(NamedTuple):
 
 
 def loaded(document: bytes) -> Any:
-    """Return what a document says, or None where it cannot be read.
-
-    Lone surrogates, which orjson refuses, and whole numbers beyond 64 bits are read as they were written.
-    """
+    """Return what a document says, or None where it cannot be read."""
     try:
-        return json.loads(document)
-    except (ValueError, RecursionError):
+        return jsontext.loads(document)
+    except ValueError:
         return None
 
 
@@ -165,10 +162,7 @@ def traits(document: bytes) -> list[int]:
     They stand for the whole document, for all of its texts, for its last text, for the start and the end of
     that, and for its first text. Case and blanks do not count in texts.
     """
-    try:
-        read = orjson.loads(document)  # of tens of thousands of documents
-    except orjson.JSONDecodeError:
-        read = loaded(document)
+    read = loaded(document)
     said = [" ".join(text.casefold().split()) for text in _texts(read)]
     found: list[tuple[Any, ...]] = [("whole", document)]
     if said:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from cachepipe import wire
+from cachepipe.clients.exchange import questions_of
 from cachepipe.differences import ABSENT, Difference, differences, told, traits
 from cachepipe.keys import provider_question
 
@@ -68,6 +70,16 @@ def test_the_same_names_in_another_order_are_told_as_such():
     one = b'{"body":{"schema":{"a":1,"b":2}}}'
     other = b'{"body":{"schema":{"b":2,"a":1}}}'
     assert told(differences(None, one, None, other)) == "schema (the same names in another order)"
+
+
+def test_c9_the_order_of_a_tools_parameters_is_told_as_such():
+    def key(*names):
+        schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        ask = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [tool]}
+        return questions_of(wire.CHAT, wire.CHAT.split(ask), HERE, {})[0]
+
+    assert paths(key("a", "b"), key("b", "a")) == ["tools[0].function.parameters.properties"]
 
 
 def test_many_differences_are_counted():
