@@ -112,9 +112,9 @@ def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
         if one == other and list(one) != list(other):
             yield Difference(path or "the fields", one, other)
     elif isinstance(one, list) and isinstance(other, list):
-        least = min(len(one), len(other))
-        head = next((k for k in range(least) if one[k] != other[k]), least)
-        tail = next((k for k in range(least - head) if one[-1 - k] != other[-1 - k]), least - head)
+        least, spelled = min(len(one), len(other)), (list(map(repr, one)), list(map(repr, other)))
+        head = next((k for k in range(least) if spelled[0][k] != spelled[1][k]), least)
+        tail = next((k for k in range(least - head) if spelled[0][~k] != spelled[1][~k]), least - head)
         left, right = one[head : len(one) - tail], other[head : len(other) - tail]
         for place, values in enumerate(itertools.zip_longest(left, right, fillvalue=ABSENT), head):
             yield from _differing(f"{path}[{place}]", *values)

@@ -17,7 +17,14 @@ from urllib.parse import urlsplit
 _logger = logging.getLogger(__name__)
 _KINDS: Final = frozenset({"APIConnectionError", "TransportError", "ClientConnectionError", "Timeout"})
 _UNREACHED: Final = frozenset(
-    {"ConnectError", "ConnectTimeout", "ConnectionRefusedError", "ClientConnectorError", "gaierror"}
+    {
+        "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectionRefusedError",
+        "OSError",
+        "gaierror",
+    }
 )
 _ENDINGS: Final = (
     "/chat/completions",
@@ -72,7 +79,9 @@ def explained(error: BaseException) -> None:
     if not isinstance(message, str):
         return
     if is_connection_error(error):
-        told = f"{message.rstrip('.')}: {url_of(error)} {_trouble(error)} ({_reason(error)})."
+        reason = _reason(error)
+        told = f"{message.rstrip('.')}: {url_of(error)} {_trouble(error)}"
+        told += "." if reason == message else f" ({reason})."
     elif advice := advice_on(error):
         told = f"{message} {advice}"
     else:

@@ -560,13 +560,13 @@ def api_error(kind, status, body, headers=()):
         (
             openai.APITimeoutError(request=http.Request("POST", "http://model")),
             "timeout",
-            "Request timed out.",
+            "Request timed out: http://model has not answered in time, or broke off.",
             None,
         ),
         (
             openai.APIConnectionError(request=http.Request("POST", "http://model")),
             "connection_error",
-            "Connection error.",
+            "Connection error: http://model has not answered in time, or broke off.",
             None,
         ),
         (BadAnswer("broken"), "bad_answer", "broken", None),
@@ -607,7 +607,7 @@ async def test_a_cause_is_told_where_the_sdk_only_says_that_it_failed(paths, cli
     client.answer = lambda *_: error
     write(source, [{"prompt": "a"}])
     report = await run_file(source, target, client=client, model="m", cache=MemoryStore())
-    assert report.example == "Connection error. no route to it"
+    assert report.example == "Connection error: http://model cannot be reached (no route to it)."
 
 
 async def test_a_key_that_a_server_repeats_is_blotted_out(paths, client, monkeypatch):
