@@ -513,3 +513,132 @@ def test_keys_are_the_same_in_a_process_with_another_hash_seed():
     }
     here = question(Request({"é": 2.0**70, "a": {"y": [2.0, None], "z": 1}, "b": (1, "\ud800")}), "s").key
     assert keys == {here}
+
+
+# Where the order of mapping keys counts.
+
+AS_WRITTEN = {"tools": frozenset({"parameters", "examples"}), "schema": frozenset()}
+WRITTEN = ("parameters", "examples")
+
+
+def provider_key(body, as_written=AS_WRITTEN):
+    return provider_question("u", {"body": body}, as_written=as_written).key
+
+
+def told_apart_in_order(value):
+    if isinstance(value, list | tuple):
+        return ("list", tuple(told_apart_in_order(item) for item in value))
+    if isinstance(value, dict):
+        return ("mapping", tuple((name, told_apart_in_order(item)) for name, item in value.items()))
+    return told_apart(value)
+
+
+def told_apart_below(value, names):
+    """Write a value such that the order of mapping keys counts below these names only."""
+    if isinstance(value, list | tuple):
+        return ("list", tuple(told_apart_below(item, names) for item in value))
+    if isinstance(value, dict):
+        items = (
+            (name, told_apart_in_order(item) if name in names else told_apart_below(item, names))
+            for name, item in value.items()
+        )
+        return ("mapping", frozenset(items))
+    return told_apart(value)
+
+
+written_values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=8),
+        st.dictionaries(st.sampled_from(["a", "b", "parameters", "\0", "\ud800"]), inner, max_size=4),
+    ),
+    max_leaves=16,
+)
+
+
+@given(written_values, st.data())
+def test_c9_the_order_of_keys_counts_below_the_names_of_a_field_and_nowhere_else(value, data):
+    other = respelled(value, data.draw)
+    plain = json_like(other)
+    same = told_apart_below(value, WRITTEN) == told_apart_below(plain, WRITTEN)
+    assert (provider_key({"tools": value}) == provider_key({"tools": other})) is same
+    same = told_apart_in_order(value) == told_apart_in_order(plain)
+    assert (provider_key({"schema": value}) == provider_key({"schema": other})) is same
+    assert provider_key({"other": value}) == provider_key({"other": other})
+    assert encode(canonical(value)) == encode(canonical(other))  # an own adapter's
+
+
+def json_like(value):
+    """Return a value in the types of JSON, its mappings in their order."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [json_like(item) for item in value]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    return {name: json_like(item) for name, item in value.items()} if hasattr(value, "items") else value
+
+
+@given(written_values, written_values)
+def test_c9_two_bodies_have_one_key_exactly_when_they_are_equal_in_order(first, second):
+    same = told_apart_below(first, WRITTEN) == told_apart_below(second, WRITTEN)
+    assert (provider_key({"tools": first}) == provider_key({"tools": second})) is same
+
+
+@pytest.mark.parametrize("extra", [None, 2**70, "\ud800"], ids=["plain", "long integer", "lone surrogate"])
+def test_the_document_spells_mappings_that_are_shown_as_written_in_their_order(extra):
+    tools = [{"name": "f", "parameters": {"z": {"y": 1.0, "b": extra}, "a": 2}}] * 2
+    document = provider_question("u", {"body": {"tools": tools, "a": 1}}, as_written=AS_WRITTEN).document
+    shown = json.loads(document)["body"]
+    assert list(shown) == ["a", "tools"]
+    for tool in shown["tools"]:
+        assert list(tool["parameters"]) == ["z", "a"]
+        assert list(tool["parameters"]["z"]) == ["y", "b"]
+        assert tool == tools[0]
+
+
+def test_c9_the_order_counts_in_long_lists_and_in_lists_of_mappings():
+    first = [{"examples": [{"a": 1, "b": 2}]}] * 9
+    second = [*first[:8], {"examples": [{"b": 2, "a": 1}]}]
+    assert provider_key({"tools": first}) != provider_key({"tools": second})
+
+
+# Numbers.
+
+
+@given(st.integers(-(10**60), 10**60))
+def test_c9_integers_are_exact_whatever_their_size(number):
+    assert key([number]) != key([number + 1])
+    assert (key([float(number)]) == key([number])) is (float(number) == number)
+    assert (provider_key({"a": float(number)}) == provider_key({"a": number})) is (float(number) == number)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (10**22, 1e22, True),
+        (10**30, 1e30, False),  # the nearest float is another number
+        (int(1e30), 1e30, True),
+        (2**53 + 1, float(2**53), False),
+        (2**64, 2.0**64, True),
+        (-(2**63) - 1, -(2.0**63), False),
+        (10**4299, 10**4299 + 1, False),
+    ],
+)
+def test_c9_an_integer_and_a_float_have_one_key_when_they_are_equal(first, second, same):
+    assert (first == second) is same
+    assert (key([first]) == key([second])) is same
+    assert (
+        provider_key({"schema": {"maximum": first}}) == provider_key({"schema": {"maximum": second}})
+    ) is same
+
+
+@pytest.mark.parametrize("wrapped", [lambda n: n, lambda n: [n], lambda n: {"a": [0] * 9 + [n]}])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_c9_integers_of_more_than_4300_digits_are_refused(sign, wrapped):
+    number = sign * 10**4300
+    with pytest.raises(UnkeyableValue, match=r"more than 4,300 digits; send it as a string"):
+        key(wrapped(number))
+    with pytest.raises(UnkeyableValue, match=r"more than 4,300 digits"):
+        provider_key({"tools": [{"parameters": wrapped(number)}]})
+    assert key(wrapped(number // 10))
