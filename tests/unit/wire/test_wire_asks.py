@@ -49,7 +49,10 @@ field_names = st.sampled_from(["model", "messages", "temperature", "stop", "tool
 
 
 def key_of(api, body):
-    return [provider_question("s", question_document(ask)).key for ask in api.split(body)]
+    return [
+        provider_question("s", question_document(ask), as_written=api.as_written).key
+        for ask in api.split(body)
+    ]
 
 
 def test_a_chat_body_is_one_question_without_n_and_transport_fields():
@@ -441,3 +444,141 @@ def test_a_scope_needs_a_whole_url(url):
 )
 def test_an_api_is_known_by_the_end_of_the_path_of_a_creating_request(method, url, api):
     assert api_for(method, url) is api
+
+
+# Where the order of mapping keys counts (C9).
+
+PROPERTIES = {"reason": {"type": "string"}, "score": {"type": "number", "minimum": 0}}
+SCHEMA = {"type": "object", "properties": PROPERTIES, "$defs": {"a": {"const": 1}, "b": {"const": 2}}}
+CALL = {"query": {"city": "Oslo", "unit": "C"}, "limit": 3}
+
+
+def turned(value):
+    """Return a JSON value with the keys of all of its mappings the other way round."""
+    if isinstance(value, dict):
+        return {name: turned(value[name]) for name in reversed(value)}
+    return [turned(item) for item in value] if isinstance(value, list) else value
+
+
+SHOWN = [
+    (CHAT, lambda s: {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": s}}}),
+    (CHAT, lambda s: {"response_format": {"type": "json_schema", "schema": s}}),
+    (CHAT, lambda s: {"response_format": {"type": "json_schema", "json_schema": s}}),
+    (CHAT, lambda s: {"response_format": {"type": "json", "value": s}}),
+    (CHAT, lambda s: {"tools": [{"type": "function", "function": {"name": "f", "parameters": s}}] * 7}),
+    (CHAT, lambda s: {"functions": [{"name": "f", "parameters": s}]}),
+    (CHAT, lambda s: {"guided_json": s}),
+    (CHAT, lambda s: {"structured_outputs": {"json": s}}),
+    (CHAT, lambda s: {"nvext": {"guided_json": s}}),
+    (CHAT, lambda s: {"grammar": {"type": "json", "value": s}}),
+    (CHAT, lambda s: {"tools": [{"name": "f", "input_schema": s}]}),
+    (CHAT, lambda s: {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": s}}]}]}),
+    (COMPLETIONS, lambda s: {"guided_json": s}),
+    (COMPLETIONS, lambda s: {"json_schema": s}),
+    (RESPONSES, lambda s: {"text": {"format": {"type": "json_schema", "name": "x", "schema": s}}}),
+    (RESPONSES, lambda s: {"tools": [{"type": "function", "name": "f", "parameters": s}]}),
+    (RESPONSES, lambda s: {"tools": [{"type": "namespace", "tools": [{"name": "f", "parameters": s}]}]}),
+    (RESPONSES, lambda s: {"input": [{"type": "mcp_list_tools", "tools": [{"input_schema": s}]}]}),
+    (MESSAGES, lambda s: {"tools": [{"name": "f", "input_schema": s}]}),
+    (MESSAGES, lambda s: {"tools": [{"name": "f", "input_schema": {}, "input_examples": [s, s]}]}),
+    (MESSAGES, lambda s: {"output_config": {"format": {"type": "json_schema", "schema": s}}}),
+    (MESSAGES, lambda s: {"output_format": {"type": "json_schema", "schema": s}}),
+    (MESSAGES, lambda s: {"messages": [{"role": "user", "content": [{"type": "tool_use", "input": s}]}]}),
+    (MESSAGES, lambda s: {"messages": [{"content": [{"type": "mcp_tool_use", "input": s}]}] * 9}),
+]
+
+
+@pytest.mark.parametrize(
+    "shown", [SCHEMA, CALL, {"schema": {"b": 1, "a": 2}, "x": []}], ids=["schema", "call", "own"]
+)
+@pytest.mark.parametrize(("api", "body"), SHOWN)
+def test_c9_the_order_counts_in_what_the_model_is_shown_as_written(api, body, shown):
+    if "schema" in shown and "json_schema" in body(shown).get("response_format", {}):
+        return  # taken for the wrapper of a schema
+    asked = {**MINIMAL[api], **body(shown)}
+    assert key_of(api, {**MINIMAL[api], **body(turned(shown))}) != key_of(api, asked)
+    for name in shown:  # a change at any one level is enough
+        one = {**shown, name: turned(shown[name])}
+        same = json.dumps(one) == json.dumps(shown)
+        assert (key_of(api, {**MINIMAL[api], **body(one)}) == key_of(api, asked)) is same
+    copied = json.loads(json.dumps(asked))
+    assert key_of(api, copied) == key_of(api, asked)
+
+
+@pytest.mark.parametrize(("api", "body"), SHOWN)
+def test_c9_the_order_of_all_other_mappings_does_not_count(api, body):
+    """Those around the schema, too."""
+    asked = {**MINIMAL[api], **body({"one": 1})}
+    assert key_of(api, turned(asked)) == key_of(api, asked)
+
+
+@pytest.mark.parametrize("api", APIS, ids=str)
+@given(body=st.dictionaries(st.sampled_from(["model", "x", "logit_bias", "tool_choice"]), json_values))
+def test_c9_the_order_in_a_body_without_schemas_does_not_count(api, body):
+    asked = {**MINIMAL[api], **body}
+    assert key_of(api, turned(asked)) == key_of(api, asked)
+
+
+# What an answer can be used for (C9).
+
+
+@pytest.mark.parametrize("store", [None, True])
+def test_c9_a_response_that_is_stored_is_one_question_however_that_is_written(store):
+    [ask] = RESPONSES.split({**MINIMAL[RESPONSES], "store": store})
+    assert key_of(RESPONSES, {**MINIMAL[RESPONSES], "store": store}) == key_of(RESPONSES, MINIMAL[RESPONSES])
+    sent = RESPONSES.join_body(ask.question, transport=ask.transport)
+    assert sent == {**MINIMAL[RESPONSES], "store": store}
+
+
+def test_c9_a_response_that_is_not_stored_is_another_question_than_one_that_is():
+    body = {**MINIMAL[RESPONSES], "store": False}
+    [ask] = RESPONSES.split(body)
+    assert key_of(RESPONSES, body) != key_of(RESPONSES, MINIMAL[RESPONSES])
+    assert RESPONSES.join_body(ask.question, transport=ask.transport) == body
+
+
+@pytest.mark.parametrize("api", [CHAT, COMPLETIONS], ids=str)
+def test_c9_store_does_not_count_where_no_request_refers_to_an_answer(api):
+    assert key_of(api, {**MINIMAL[api], "store": False}) == key_of(api, MINIMAL[api])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"include": ["reasoning.encrypted_content"]},
+        {"previous_response_id": "resp_1"},
+        {"truncation": "auto"},
+        {"service": "x"},
+    ],
+)
+def test_c9_what_later_requests_need_of_a_response_counts(field):
+    assert key_of(RESPONSES, {**MINIMAL[RESPONSES], **field}) != key_of(RESPONSES, MINIMAL[RESPONSES])
+
+
+@pytest.mark.parametrize(
+    "field", [{"inference_geo": "eu"}, {"mcp_servers": []}, {"betas": ["x"]}, {"speed": "fast"}]
+)
+def test_c9_fields_of_messages_count_unless_they_are_listed(field):
+    assert key_of(MESSAGES, {**MINIMAL[MESSAGES], **field}) != key_of(MESSAGES, MINIMAL[MESSAGES])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"output_dtype": "int8"},
+        {"output_dtype": "float"},
+        {"embedding_types": ["ubinary"]},
+        {"endianness": "big"},
+    ],
+)
+def test_c9_the_encoding_of_vectors_counts_beside_an_output_type(typed):
+    body = {**MINIMAL[EMBEDDINGS], **typed}
+    keys = {str(key_of(EMBEDDINGS, {**body, "encoding_format": form})) for form in ("float", "base64")}
+    assert len({*keys, str(key_of(EMBEDDINGS, body))}) == 3
+
+
+@pytest.mark.parametrize("known", [{}, {"dimensions": 4}, {"user": "me"}, {"input_type": "query"}])
+def test_c9_the_encoding_of_vectors_of_floats_does_not_count(known):
+    body = {**MINIMAL[EMBEDDINGS], **known}
+    for form in ("float", "base64", None):
+        assert key_of(EMBEDDINGS, {**body, "encoding_format": form}) == key_of(EMBEDDINGS, body)
