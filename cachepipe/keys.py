@@ -91,7 +91,7 @@ def canonical(value: Any) -> Any:
     return _unusual(value)
 
 
-def _is_canonical(value: Any, signs: tuple[bytes, ...] = _SIGNS) -> bool:
+def _is_canonical(value: Any, names: frozenset[str] = frozenset()) -> bool:
     """Return True if a value is its own canonical form, without a walk through it; False may be wrong.
 
     Plain JSON comes back equal from its spelling: tuples, numbers that are not finite, enumerations and the
@@ -99,13 +99,25 @@ def _is_canonical(value: Any, signs: tuple[bytes, ...] = _SIGNS) -> bool:
 
     Args:
         value: the value.
-        signs: what must not be in its JSON.
+        names: names below which the order of mapping keys counts, so the value must not have them there.
     """
     try:
         text = orjson.dumps(value, option=_PLAIN)
     except TypeError:
         return False
-    return not any(sign in text for sign in signs) and bool(orjson.loads(text) == value)
+    if any(sign in text for sign in _SIGNS):
+        return False
+    # One search for anything nested costs less than one for each name.
+    nested = names and (b":{" in text or b":[" in text)
+    if nested and any(sign in text for sign in _openings(names)):
+        return False
+    return bool(orjson.loads(text) == value)
+
+
+@functools.cache
+def _openings(names: frozenset[str]) -> tuple[bytes, ...]:
+    """Return how JSON spells these names before a mapping or list."""
+    return tuple(b'"%b":%b' % (name.encode(), opening) for name in sorted(names) for opening in (b"{", b"["))
 
 
 def _mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
@@ -132,9 +144,14 @@ def _body(body: Mapping[str, Any], as_written: AsWritten) -> dict[str, Any]:
     """Return the canonical form of a provider's body."""
     form = {}
     for name, item in body.items():
+        if type(name) is not str or name[:1] == _MARK:
+            name = _marked(name)  # noqa: PLW2901 - its canonical form
+        if type(item) is str:
+            form[name] = item
+            continue
         names = as_written.get(name)
         if names is None:
-            form[name if type(name) is str and name[:1] != _MARK else _marked(name)] = canonical(item)
+            form[name] = canonical(item)
         else:
             form[name] = _partly_ordered(item, names) if names else _ordered(item)
     return form
@@ -144,7 +161,7 @@ def _partly_ordered(value: Any, names: frozenset[str]) -> Any:
     """Return the canonical form of a value in which the order counts below some names."""
     kind = type(value)
     if kind is list or kind is tuple:
-        if len(value) >= _LONG and _is_canonical(value, _signs_of(names)):
+        if len(value) >= _LONG and _is_canonical(value, names):
             return value
         return [item if type(item) is str else _partly_ordered(item, names) for item in value]
     if not isinstance(value, Mapping):
@@ -159,13 +176,6 @@ def _partly_ordered(value: Any, names: frozenset[str]) -> Any:
             part = _ordered(item)
         form[name if type(name) is str and name[:1] != _MARK else _marked(name)] = part
     return form
-
-
-@functools.cache
-def _signs_of(names: frozenset[str]) -> tuple[bytes, ...]:
-    """Return what JSON has in it if a value below one of these names has an order, or see `_SIGNS`."""
-    opened = (b'"%b":%b' % (name.encode(), opening) for name in sorted(names) for opening in (b"{", b"["))
-    return (*_SIGNS, *opened)
 
 
 def _marked(name: Any) -> str:
