@@ -1128,7 +1128,7 @@ def _line(
         ours["keys"] = list(keys)
     carried = line.carried
     if not jsontext.is_strict(carried):
-        carried = {name: _valid(value) for name, value in carried.items()}
+        carried = {name: jsontext.valid(value) for name, value in carried.items()}
     hidden = {name: value for name, value in carried.items() if name in _OWN}
     if hidden:
         ours["carried"] = hidden
@@ -1141,15 +1141,6 @@ def _line(
         **{name: value for name, value in carried.items() if name not in _OWN},
     }
     return b"%b\n" % jsontext.dumps(result)
-
-
-def _valid(value: Any) -> Any:
-    """Return a value as it was read where that is valid JSON, else (NaN, infinities) as its text."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return jsontext.shown(value)
-    return value
 
 
 _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (

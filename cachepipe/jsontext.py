@@ -101,6 +101,15 @@ def shown(value: Any) -> Any:
     return value if is_strict(value) else {"raw": dumps(value).decode()}
 
 
+def valid(value: Any) -> Any:
+    """Return a value for JSON that is read back: itself, or its text if it holds NaN or infinities."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return shown(value)
+    return value
+
+
 def mended(text: str) -> str:
     """Return a text with U+FFFD for each lone surrogate, which strict parsers refuse."""
     try:

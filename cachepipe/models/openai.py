@@ -364,7 +364,13 @@ class OpenAIModel:
 
     def _wanted(self, request: Request) -> _Wanted:
         if not isinstance(request, WireRequest):
-            return _Wanted(*self._ask(self.endpoint, self._body(request), request.n), self.endpoint, {})
+            wanted = _Wanted(*self._ask(self.endpoint, self._body(request), request.n), self.endpoint, {})
+            if not self.raw and wanted.ask.question.get("encoding_format") == "base64":
+                raise wire.BadRequest(
+                    "beside another output type, base64 may hold other numbers than floats; make the "
+                    f"{type(self).__name__} with raw=True to get it as it comes, or leave out encoding_format"
+                )
+            return wanted
         if not self.raw:
             raise TypeError(
                 f"a WireRequest is answered with whole samples; make the {type(self).__name__} with raw=True"

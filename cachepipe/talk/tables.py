@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from cachepipe import terminal
+from cachepipe import jsontext, terminal
 from cachepipe.conversations import Conversation
 from cachepipe.talk.completions import TextCompletion, TokenLogProb
 
@@ -118,7 +118,7 @@ def _document(completion: TextCompletion | BaseException) -> dict[str, Any]:
         document["parsed"] = completion.parsed.model_dump(mode="json")
     for name in ("token_log_probs", "full_token_log_probs"):
         document[name] = _plain(document[name])
-    return document
+    return {name: jsontext.valid(value) for name, value in document.items()}
 
 
 def _plain(tokens: Any) -> Any:

@@ -325,6 +325,20 @@ async def test_questions_of_one_caller_share_a_call_and_only_new_ones_are_asked(
     assert server.stats.samples_generated == 9
 
 
+async def test_c9_questions_with_schemas_in_another_order_do_not_share_a_call(server):
+    schema = {"type": "object", "properties": {"a": {"type": "null"}, "b": {"maximum": 2**70}}}
+    turned = {**schema, "properties": {"b": {"maximum": 2**70}, "a": {"type": "null"}}}
+    bodies = [
+        {"model": "ngram-1", "prompt": prompt, "max_tokens": 3, "guided_json": asked}
+        for prompt, asked in [("x", schema), ("y", turned), ("z", schema)]
+    ]
+    async with adapter(server, raw=True, endpoint="/completions") as model:
+        requests = [WireRequest(body, request_id="a", endpoint="/completions") for body in bodies]
+        responses = await each(ListModel(model), requests)
+    assert [len(response.data) for response in responses] == [1, 1, 1]
+    assert model.calls == 2
+
+
 @pytest.mark.parametrize("status", ["400", "413", "422"])
 async def test_a_list_that_is_refused_is_halved_until_each_has_failed_alone(server, status):
     async with adapter(server, raw=True, endpoint="/embeddings") as model:
@@ -547,6 +561,19 @@ async def test_a_client_that_only_replays_makes_no_calls_for_an_adapter(server):
         assert (await pipeline.request(Asked("hi"))).data == first.data
         with pytest.raises(CacheMiss):
             await pipeline.request(Asked("another"))
+    assert server.stats.requests == 1
+
+
+async def test_c9_base64_of_another_type_than_floats_is_never_read_as_floats(server):
+    @dataclass(frozen=True)
+    class Embedded(Request):
+        encoding_format: str | None = None
+        output_dtype: str | None = None
+
+    async with adapter(server, "e", endpoint="/embeddings") as model, OnlineAPI(model, MemoryStore()) as api:
+        with pytest.raises(wire.BadRequest, match="make the OpenAIModel with raw=True"):
+            await api.request(Embedded("x", encoding_format="base64", output_dtype="uint8"))
+        assert (await api.request(Embedded("x", encoding_format="float", output_dtype="float"))).data
     assert server.stats.requests == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 
@@ -108,6 +109,16 @@ def test_probabilities_that_are_no_numbers_of_json_come_back():
     [again] = from_jsonl(text)
     assert repr(again.token_log_probs) == repr(tokens)
     assert repr(again.full_token_log_probs) == repr([tokens])
+
+
+def test_c9_numbers_that_json_does_not_have_leave_lines_valid():
+    class Measured(BaseModel):
+        mean: float
+
+    parsed = Measured(mean=math.nan)
+    text = to_jsonl([completion("x", parsed=parsed, usage={"prompt_tokens": 2**70})])
+    assert json.loads(text, parse_constant=pytest.fail)["parsed"] == {"raw": '{"mean":NaN}'}
+    assert json.loads(text)["usage"] == {"prompt_tokens": 2**70}
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])

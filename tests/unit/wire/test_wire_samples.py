@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import struct
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe import errors
-from cachepipe.values import Codec
+from cachepipe import errors, jsontext
+from cachepipe.values import Codec, shown
 from cachepipe.wire import (
     CHAT,
     COMPLETIONS,
@@ -384,3 +385,79 @@ def test_a_summary_of_calls_of_tools_shows_them():
     assert MESSAGES.summary(used)["text"] == 'f({"a":1})'
     item = {"type": "function_call", "name": "f", "arguments": '{"a":1}', "call_id": "c"}
     assert RESPONSES.summary({**RESPONSE, "output": [item]})["text"] == 'f({"a":1})'
+
+
+# Vectors of other types than floats.
+
+
+def embedding_answer(*vectors):
+    data = [{"object": "embedding", "index": place, "embedding": v} for place, v in enumerate(vectors)]
+    return {"object": "list", "data": data, "model": "e", "usage": {"prompt_tokens": 2, "total_tokens": 2}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "vector"),
+    [
+        ({"output_dtype": "int8", "encoding_format": "float"}, [1, -2, 127]),
+        ({"output_dtype": "int8", "encoding_format": "base64"}, "Af5/"),
+        ({"output_dtype": "int8", "encoding_format": "base64"}, "Af5/AQ=="),
+        ({"output_dtype": "int8"}, [1, -2, 127]),
+        ({"output_dtype": "float", "encoding_format": "float"}, [0.5, -2.0]),
+        (
+            {"output_dtype": "ubinary", "encoding_format": "base64"},
+            [3, 4],
+        ),  # a server that ignores the format
+        ({"embedding_types": ["a"], "encoding_format": "float"}, [[0.5], [1.0]]),
+        ({}, [0.5, -2.0]),
+        ({"encoding_format": "base64"}, [[0.5], [1.0]]),
+        ({"encoding_format": "base64"}, [1e300]),
+    ],
+)
+def test_a_vector_comes_back_as_it_was_asked_for(fields, vector):
+    [ask] = EMBEDDINGS.split({"model": "e", "input": "x", **fields})
+    [sample] = EMBEDDINGS.samples(embedding_answer(vector))
+    assert EMBEDDINGS.answer([sample], ask) == embedding_answer(vector)
+    assert orjson.loads(EMBEDDINGS.answer_bytes([orjson.dumps(sample)], ask)) == embedding_answer(vector)
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_c9_a_vector_with_infinities_is_written_as_the_sdks_read_it(form):
+    packed_vector = to_base64([float("inf"), float("-inf"), 0.5])
+    [ask] = EMBEDDINGS.split({"model": "e", "input": "x", "encoding_format": form})
+    [sample] = EMBEDDINGS.samples(embedding_answer(packed_vector))
+    told = json.loads(EMBEDDINGS.answer_bytes([orjson.dumps(sample)], ask))["data"][0]["embedding"]
+    assert told == ([float("inf"), float("-inf"), 0.5] if form == "float" else packed_vector)
+
+
+# Answers that only a lenient parser reads.
+
+
+@pytest.mark.parametrize(
+    "more", [b"NaN", b"1e999", b"-1000000000000000000000001", b'"\\udead"', b'{"a": Infinity}'], ids=repr
+)
+@pytest.mark.parametrize(
+    ("api", "answer"), [(CHAT, CHAT_ANSWER), (COMPLETIONS, TEXT_ANSWER), (RESPONSES, RESPONSE)], ids=str
+)
+def test_c9_a_lone_sample_keeps_the_text_of_its_answer(api, answer, more):
+    text = json.dumps(answer, indent=2).encode()[:-1] + b', "odd": %b }\n' % more
+    [sample] = api.samples(text)
+    stored = Codec().encode(sample)
+    orjson.loads(stored)
+    again = Codec().decode(stored)
+    assert repr(dict(again)) == repr(dict(sample)) == repr(json.loads(text))
+    [ask] = api.split({"model": "m", "prompt": "x", "messages": [], "input": "x"})
+    assert jsontext.dumps(api.answer([again], ask)) == text
+    assert shown(stored) == {"raw": text.decode()}
+
+
+def test_c9_choices_that_are_split_and_joined_keep_their_numbers():
+    odd = b"[1.0, 1, -0.0, 1e22, 0.1, 18446744073709551616, 1e-7, NaN]"
+    choice = (
+        b'{"index":%d,"message":{"role":"assistant","content":"a"},"finish_reason":"stop","odd":' + odd + b"}"
+    )
+    text = b'{"id":"x","choices":[%b,%b]}' % (choice % 0, choice % 1)
+    samples = [Codec().decode(Codec().encode(sample)) for sample in CHAT.samples(text)]
+    [ask] = CHAT.split({"model": "m", "messages": [], "n": 2})
+    assert repr(json.loads(jsontext.dumps(CHAT.answer(samples, ask)))) == repr(json.loads(text))
+    for sample in samples:
+        assert repr(sample["choices"][0]["odd"]) == repr(json.loads(odd))
