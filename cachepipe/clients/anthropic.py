@@ -393,10 +393,10 @@ def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
         passage.end(usage=_usage(arrived.content), headers=headers)
 
 
-def _usage(content: bytes) -> Any:
-    """Return the usage that an answer tells, if it is one that does."""
+def _usage(content: bytes | seam.Source) -> Any:
+    """Return the usage that an answer reports, or None."""
     try:
-        answer = jsontext.loads(content)
+        answer = jsontext.loads(content) if isinstance(content, bytes) else None
     except ValueError:
         return None
     return answer.get("usage") if isinstance(answer, dict) else None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from cachepipe import jsontext, keys, runs, telemetry, wire
-from cachepipe.bounds import check_n
+from cachepipe.bounds import check_n, max_answer
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
@@ -58,6 +58,36 @@ class Unkept(CachepipeError):  # noqa: N818 - it never reaches a caller
     def __init__(self, arrived: Arrived, error: BaseException) -> None:
         super().__init__(f"not cached: {error}")
         self.arrived = arrived
+
+
+class TooLarge(Unkept):
+    """A call brought an answer with more bytes than are kept; one reader may have it as it comes."""
+
+    def __init__(self, arrived: Arrived, most: int) -> None:
+        error = wire.BadAnswer(
+            f"the answer has more than {most} bytes, and is neither cached nor combined with others. Raise "
+            "the bound: the environment variable CACHEPIPE_MAX_ANSWER, or --max-answer of a proxy"
+        )
+        super().__init__(arrived, error)
+        self.__cause__ = error
+        self._gone = False
+
+    def answer(self) -> Answer:
+        """Return the answer, to the first who asks.
+
+        Raises:
+            BadAnswer: when somebody else has it, or nobody can have it.
+        """
+        if self._gone and self.__cause__ is not None:
+            raise self.__cause__ from None
+        self._gone = True
+        return Answer(self.arrived.content, self.arrived, kept=False)
+
+    def leave(self) -> None:
+        """Give the rest of the answer up, unless somebody reads it."""
+        if not self._gone and isinstance(self.arrived.content, Source):
+            self.arrived.content.leave()
+        self._gone = True
 
 
 class Kept(NamedTuple):
@@ -464,6 +494,7 @@ class Exchange:
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
         self._quiet = 0
+        self._over = False  # nobody takes what a call brings any more
         self.questions = questions or questions_of(api, asks, url, headers, scope=surface.scope, alone=alone)
         names = tuple(question.key for question in self.questions)
         self.record = info.Record(names, namespace, request_id, url)
@@ -481,6 +512,10 @@ class Exchange:
                 an object with ``aiter_bytes()`` and ``aclose()``.
         """
         raise NotImplementedError
+
+    def most(self) -> int:
+        """Return how many bytes of an answer are kept in memory; larger ones are only handed on."""
+        return max_answer()
 
     # Hits.
 
@@ -572,6 +607,8 @@ class Exchange:
                 responses = [await cacher.draw(requests[0], self.questions[0], loop, flags, looked=True)]
             else:
                 responses = await self._several(cacher, requests, loop)
+        except TooLarge as large:
+            return large.answer()
         except Unkept as unkept:
             if self.stream and unkept.__cause__ is not None:
                 raise unkept.__cause__ from None
@@ -581,6 +618,8 @@ class Exchange:
                 raise
             arrived = self.brought[-1][0]
             return Answer(arrived.content, arrived, kept=False)
+        finally:
+            self._over = True
         return self._delivered(responses)
 
     async def _several(
@@ -650,7 +689,12 @@ class Exchange:
         live = self.live
         if live is not None and asked.own and not live.done():
             return await self._recorded(live)
-        return await self._called((self.asks[asked.place],), asked.n)
+        try:
+            return await self._called((self.asks[asked.place],), asked.n)
+        except TooLarge as large:
+            if self._over or self.stream or not asked.own:
+                large.leave()
+            raise
 
     async def _called(self, asks: Sequence[wire.Ask], n: int) -> list[Any]:
         """Return the samples of one call, n for each of the asks."""
@@ -659,10 +703,15 @@ class Exchange:
         if self.stream or len(asks) != len(self.asks) or n != self.asks[0].n:
             body = self.api.merge_body(questions, n, transport=self.asks[0].transport)
         made, arrived = await self._upstream(body, stream=False)
+        content, most = arrived.content, self.most()
+        if isinstance(content, Source) or len(content) > most:
+            if made is not None:
+                made.end()
+            raise TooLarge(arrived, most)
         if made is not None:
-            made.end(_read(arrived.content))
+            made.end(_read(content))
         try:
-            samples = self.api.samples(arrived.content, questions if len(asks) > 1 else ())
+            samples = self.api.samples(content, questions if len(asks) > 1 else ())
             if len(asks) > 1:
                 wire.by_question(samples, len(asks), n)
             kept = self._packed(samples, arrived)
@@ -741,6 +790,8 @@ class Exchange:
         try:
             samples = await self._called([self.asks[asked.place] for asked, _ in items], n)
         except BaseException as error:  # noqa: BLE001 - it belongs to those who wait
+            if isinstance(error, TooLarge) and (self._over or len(items) < len(self.asks)):
+                error.leave()
             for _, future in items:
                 if not future.done():
                     future.set_exception(error)
@@ -775,7 +826,7 @@ class Exchange:
     ) -> list[Any]:
         tape = self.tape(
             arrived.response,
-            self.api.recorder(),
+            self.api.recorder().within(self.most()),
             hide_usage=hide_usage,
             awaited=partial(self.surface.cacher(self.mode).awaited, self.questions[0].key),
         )

@@ -50,12 +50,12 @@ class Arrived(NamedTuple):
     Attributes:
         response: the HTTP response.
         details: the other arguments of ``_process_response``.
-        content: its body; empty when it is a stream.
+        content: its body; empty when it is a stream, and where to read it when it is too large to be kept.
     """
 
     response: Any
     details: dict[str, Any]
-    content: bytes = b""
+    content: bytes | Source = b""
 
 
 def library_of(client: Any) -> Any:

@@ -15,7 +15,7 @@ import inspect
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from cachepipe import forks, wire
@@ -61,6 +61,11 @@ class Tape(Source):
         """Note the draw that the samples are for."""
         self.draw = draw
 
+    def _take(self, events: Sequence[wire.StreamEvent]) -> None:
+        """Keep events for the reader, if there is one."""
+        if not self._left:
+            self._events.extend(events)
+
     def _shown(self, event: wire.StreamEvent) -> bytes:
         """Return what the reader gets of an event."""
         lean = event.without_usage
@@ -97,18 +102,21 @@ class AsyncTape(Tape):
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._demand = asyncio.Event()
+        self._onward: AsyncIterator[bytes] | None = None  # of a stream that is too large to be recorded
 
     async def run(self) -> list[wire.Sample]:
         """Return the samples when the terminal event has come."""
         chunks = self.upstream.aiter_bytes()
         try:
             async for chunk in chunks:
-                self._events.extend(self.recorder.feed(chunk))
+                self._take(self.recorder.feed(chunk))
                 self._news.set()
-                if self.recorder.ended:
+                if self.recorder.overflowed and not self._left:
+                    self._onward = chunks
+                if self.recorder.ended or self.recorder.overflowed:
                     break
                 await self._until_wanted()
-            self._events.extend(self.recorder.close())
+            self._take(self.recorder.close())
         except BaseException as error:
             self._error = error
             raise
@@ -120,7 +128,7 @@ class AsyncTape(Tape):
                 task = self._loop.create_task(self._drained(chunks))
                 _drains.add(task)
                 task.add_done_callback(_drains.discard)
-            else:
+            elif self._onward is None:
                 await self.upstream.aclose()
         return self._finish()
 
@@ -174,6 +182,12 @@ class AsyncTape(Tape):
             self._news.clear()
             self._demand.set()
             await self._news.wait()
+        if self._onward is not None:
+            try:
+                async for chunk in self._onward:
+                    yield chunk
+            finally:
+                await self.upstream.aclose()
         if self._error is not None:
             if not isinstance(self._error, Exception):  # such as a cancellation: it was not this reader's
                 raise ConnectionResetError("the call that this stream came from was stopped")
@@ -194,9 +208,15 @@ class AsyncTape(Tape):
 
     def _leave(self) -> None:
         draw = self.draw
+        if self._onward is not None and not self._left:
+            self._left = True
+            task = self._loop.create_task(self.upstream.aclose())
+            _drains.add(task)
+            task.add_done_callback(_drains.discard)
         if self._left or self._ended or draw is None or draw.done():
             return
         self._left = self._ahead = True
+        self._events.clear()
         if not self.recorder.started:
             draw.cancel()
             return
@@ -256,10 +276,11 @@ class SyncTape(Tape):
                 )
                 self._end()
                 raise
-            self._events.extend(events)
-            if chunk is None or self.recorder.done or (self.recorder.ended and self._left):
+            self._take(events)
+            over = self.recorder.ended or self.recorder.overflowed
+            if chunk is None or self.recorder.done or (over and self._left):
                 self._end()
-            elif self.recorder.ended:  # what may follow is the reader's alone
+            elif over:  # what may follow is the reader's alone
                 self._report()
 
     def _end(self) -> None:
@@ -319,7 +340,8 @@ class SyncTape(Tape):
     def _leave(self) -> None:
         if self._ended:
             return
-        if self.recorder.ended:
+        self._events.clear()
+        if self.recorder.ended or self.recorder.overflowed:
             self._end()
         elif self.recorder.started:
             self._read_on()
@@ -338,7 +360,7 @@ class SyncTape(Tape):
             threading.Thread(target=self._rest, name="cachepipe-stream", daemon=True).start()
 
     def _rest(self) -> None:
-        while not self._ended:
+        while not self._ended and (self._left or not self.recorder.overflowed):
             self._pull(reader=False)
             if self._left and not self._wanted and not self._ended:
                 self._error = TimeoutError("the rest of an abandoned stream took too long")

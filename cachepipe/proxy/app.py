@@ -670,6 +670,8 @@ class Proxy:
             return "error"
         if not whole:
             raise ClientGone
+        if not answer.kept:
+            return "passed"
         return "miss" if drawing is not None and _succeeded(drawing) else "error"
 
     def _abandoned(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any]) -> None:

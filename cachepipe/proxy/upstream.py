@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 from cachepipe import jsontext, outages
 from cachepipe.clients.exchange import Exchange
-from cachepipe.clients.seam import Arrived
+from cachepipe.clients.seam import Arrived, Source
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy import headers
 from cachepipe.proxy.settings import Settings, Upstream
@@ -86,15 +87,55 @@ class Reader:
             async for chunk in self.response.aiter_raw():
                 yield chunk
 
-    async def aread(self) -> bytes:
-        """Return the whole body; see `aiter_bytes`."""
-        return b"".join([chunk async for chunk in self.aiter_bytes()])
+    async def aread(self, most: int) -> bytes | Source:
+        """Return the body, and close the response; of a body above ``most`` bytes, where to read it."""
+        chunks = self.aiter_bytes()
+        begun: deque[bytes] = deque()
+        size = 0
+        try:
+            async for chunk in chunks:
+                begun.append(chunk)
+                size += len(chunk)
+                if size > most:
+                    return _Rest(self, begun, chunks)
+        except BaseException:
+            await self.aclose()
+            raise
+        await self.aclose()
+        return b"".join(begun)
 
     async def aclose(self) -> None:
         """Let go of the connection."""
         self._release()
         with contextlib.suppress(httpx.HTTPError):
             await self.response.aclose()
+
+
+class _Rest(Source):
+    """A body that is too large to be kept: what has been read of it, then the rest as it comes."""
+
+    def __init__(self, reader: Reader, begun: deque[bytes], chunks: AsyncIterator[bytes]) -> None:
+        super().__init__()
+        self._reader = reader
+        self._begun = begun
+        self._chunks = chunks
+        self._closing: asyncio.Task[None] | None = None
+
+    async def aread(self) -> AsyncIterator[bytes]:
+        """Iterate over the body."""
+        try:
+            while self._begun:
+                yield self._begun.popleft()
+            async for chunk in self._chunks:
+                yield chunk
+        finally:
+            await self._reader.aclose()
+
+    def leave(self) -> None:
+        """Let go of the connection."""
+        self._begun.clear()
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._reader.aclose())
 
 
 @contextlib.asynccontextmanager
@@ -121,6 +162,7 @@ class Caller:
     """The connections to the upstreams of a proxy."""
 
     def __init__(self, settings: Settings) -> None:
+        self.most = settings.max_answer
         limits = httpx.Limits(
             max_connections=None, max_keepalive_connections=settings.max_calls, keepalive_expiry=30.0
         )
@@ -209,6 +251,10 @@ class Served(Exchange):
         self.url = url
         self.pairs: list[tuple[bytes, bytes]] = []
 
+    def most(self) -> int:
+        """Return how many bytes of an answer are kept in memory."""
+        return self.caller.most
+
     def keep(self) -> None:
         """Keep the body as it is: it was read from the wire, so nobody else can change it."""
 
@@ -218,10 +264,12 @@ class Served(Exchange):
         reader = await self.caller.call(self.upstream, "POST", self.url, pairs, jsontext.dumps(body))
         if stream and 200 <= reader.status < 300:
             return Arrived(reader, {})
-        try:
-            content = await reader.aread()
-        finally:
-            await reader.aclose()
+        content = await reader.aread(self.most())
         if not 200 <= reader.status < 300:
-            raise UpstreamRefusal(self.upstream.name, reader.status, headers.of_answer(reader.pairs), content)
+            pairs = headers.of_answer(reader.pairs)
+            if isinstance(content, Source):
+                content.leave()
+                content = b"The upstream's error has more than %d bytes, and is left out.\n" % self.most()
+                pairs = headers.of_answer([(b"content-type", b"text/plain; charset=utf-8")])
+            raise UpstreamRefusal(self.upstream.name, reader.status, pairs, content)
         return Arrived(reader, {}, content)

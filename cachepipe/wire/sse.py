@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from cachepipe import jsontext
 from cachepipe.wire.errors import BadAnswer
@@ -72,6 +72,13 @@ class EventReader:
             self._partial.clear()
         return [self._event()] if self._raw else []
 
+    def rest(self) -> bytes:
+        """Return what has come of an event whose end has not, and forget it."""
+        held = b"".join([*self._raw, *self._partial])
+        for kept in (self._raw, self._partial, self._data):
+            kept.clear()
+        return held
+
     def _line(self, line: bytes) -> ServerEvent | None:
         self._raw.append(line)
         line = line.rstrip(b"\r\n")
@@ -126,10 +133,14 @@ class StreamRecorder(ABC):
         started: whether any content has come.
         ended: whether the terminal event has come, be the answer whole or not.
         done: whether the stream has said that nothing follows, as OpenAI's ``[DONE]`` does.
+        overflowed: whether the answer is larger than what is kept of it; it is then passed on unread.
         error: why there will be no samples, or None.
     """
 
     def __init__(self, finish: Finish) -> None:
+        self.overflowed = False
+        self._most: int | None = None
+        self._size = 0
         self.started = False
         self.ended = False
         self.done = False
@@ -155,8 +166,20 @@ class StreamRecorder(ABC):
         """Whether the terminal event has come and the answer is whole."""
         return self._samples is not None
 
+    def within(self, most: int) -> Self:
+        """Keep so many bytes at most; returns the recorder."""
+        self._most = most
+        return self
+
     def feed(self, chunk: bytes) -> list[StreamEvent]:
         """Return the events that end within this chunk, as they are to be passed on."""
+        self._size += len(chunk)
+        if self._most is not None and self._size > self._most and not self.ended:
+            self.overflowed = True
+            self.error = self.error or BadAnswer(
+                f"the stream has more than {self._most} bytes; it is passed on and not cached"
+            )
+            return [StreamEvent(self._reader.rest() + chunk)]
         return [self._record(event) for event in self._reader.feed(chunk)]
 
     def close(self) -> list[StreamEvent]:

@@ -826,3 +826,30 @@ def test_probes_are_eased_with_tls_too_and_of_the_sdks_own_http_client_only():
     assert not is_eased(openai.AsyncOpenAI(api_key=KEY))
     own = openai.DefaultAsyncHttpxClient()
     assert not is_eased(AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=own))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
+    server, client, monkeypatch, stream
+):
+    monkeypatch.setattr("cachepipe.clients.exchange.max_answer", lambda: 300)
+    for _ in range(2):
+        answer = await ask(client, stream=stream)
+        assert len((await read(answer) if stream else texts(answer))[0]) > 20
+    totals = client._cachepipe.backing.store.totals()
+    assert (totals["samples"], totals["pending"]) == (0, 0)
+    assert server.stats.requests == 2
+
+
+async def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reader_left(
+    server, client, monkeypatch
+):
+    monkeypatch.setattr("cachepipe.clients.exchange.max_answer", lambda: 300)
+    number = 0
+    async with await ask(client, stream=True) as stream:
+        async for _ in stream:
+            number += 1
+            if number == 4:
+                break
+    await asyncio.to_thread(server.wait_until, lambda stats: stats.in_flight == 0)
+    assert client._cachepipe.backing.store.totals()["draws"] == 0

@@ -973,3 +973,22 @@ def test_any_json_object_that_was_cut_off_gives_a_part_of_it(value, data):
     assert part.keys() <= value.keys()
     for name in list(part)[:-1]:
         assert part[name] == value[name]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_recorder_keeps_no_more_than_it_may_and_passes_every_byte_on(size):
+    stream = b"".join(
+        b'data: {"choices": [{"index": 0, "delta": {"content": "%d"}, "finish_reason": null}]}\r\n\r\n'
+        % number
+        for number in range(100)
+    )
+    stream += b"data: [DONE]\n\n"
+    recorder = CHAT.recorder().within(2000)
+    events = [
+        event for at in range(0, len(stream), size) for event in recorder.feed(stream[at : at + size])
+    ] + recorder.close()
+    assert b"".join(event.raw for event in events) == stream
+    assert not any(event.terminal for event in events)
+    assert recorder.overflowed
+    with pytest.raises(BadAnswer, match="more than 2000 bytes"):
+        recorder.samples()
