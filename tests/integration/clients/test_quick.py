@@ -374,3 +374,25 @@ def test_c9_what_an_http_client_adds_counts_though_it_changes_later(server):
         http.params = {}
         assert key("e") == plain[0]
     assert server.stats.requests == 3
+
+
+@is_quick
+def test_c9_both_ways_tell_apart_schemas_in_another_order(server, client, general):
+    def schema(*names):
+        return {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+
+    def key_of(*names, way=client):
+        shown = {"name": "f", "parameters": schema(*names)}
+        answer = ask(way, tools=[{"type": "function", "function": shown}], functions=[shown])
+        return info(answer).keys
+
+    first = key_of("why", "answer")
+    assert len(general) == 1
+    quick_keys = [key_of("answer", "why"), key_of("why", "answer")]
+    assert len(general) == 1
+    with using(namespace="other"):
+        again = client.with_options(timeout=3)
+        general_keys = [key_of("answer", "why", way=again), key_of("why", "answer", way=again)]
+    assert quick_keys == general_keys == [quick_keys[0], first]
+    assert quick_keys[0] != first
+    assert server.stats.requests == 3  # one question was asked twice in one namespace
