@@ -20,6 +20,8 @@ MOST_DIGITS: Final = 4300
 _ZEROS: Final = bytes(0x30 if byte in b"0123456789" else byte for byte in range(256))
 _LONG_NUMBER: Final = b"0" * 19  # orjson reads integers of so many digits as floats, if they are too large
 
+_DEEPEST: Final = 250  # levels that orjson writes; it reads more
+
 
 class LongInteger(ValueError):  # noqa: N818 - names the thing at fault
     """A JSON text holds an integer of more than 4,300 digits."""
@@ -45,9 +47,10 @@ def loads(content: bytes) -> Any:
 
 
 def read(content: bytes) -> Any:
-    """Return the value of a JSON text as `loads` does; an object that is not strict is `Verbatim`."""
+    """Return the value of a JSON text as `loads` does; an object that strict parsers refuse is `Verbatim`."""
     value, strict = _loaded(content)
-    if strict or type(value) is not dict or is_strict(value):
+    shallow = strict and content.count(b"[") + content.count(b"{") <= _DEEPEST
+    if shallow or type(value) is not dict or is_strict(value):
         return value
     try:
         text = content.decode()

@@ -31,6 +31,7 @@ TEXTS = [
     f'{{"count": {LONG}}}',
     '{"said": "cut \\ud83d"}',
     '{"said": "\\ude00", "said": "the other half \\udfff"}',
+    "[" * 300 + "]" * 300,
 ]
 """What answers hold besides what the SDKs know."""
 

@@ -59,6 +59,7 @@ def test_c9_what_is_shown_is_json_to_a_strict_parser_and_holds_the_whole_value(v
         b'{"a": "cut \\udfff"}',
         b'{"a": NaN, "a": NaN}',
         b'\n{ "a" : 1.50,  "b": Infinity }\n',
+        b'{"deep": ' + b"[" * 300 + b"]" * 300 + b"}",
     ],
 )
 def test_c9_an_object_that_a_strict_parser_would_refuse_or_change_keeps_its_text(text):
