@@ -2,13 +2,22 @@
 
 The table is that package's, with its date; nothing is fetched. Without the package, and for models and
 servers that it does not know, the cost is None: unknown is not nothing.
+
+The URL tells the provider. Behind any other host, such as a proxy or a gateway, the name of the model does: a
+provider's own name (``gpt-4o-mini``), or one with the provider in front (``openai/gpt-4o-mini``). A name that
+states a size (``gpt-oss-20b``) is that of a model that anyone can serve, so only the URL tells its price.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+_UNIT: Final = 1000  # tokens of which a price is asked
+_SIZED: Final = re.compile(r"(?<![a-z0-9])(\d+x)?\d+(\.\d+)?b(?![a-z0-9])", re.IGNORECASE)
+_DATED: Final = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 
 
 @functools.lru_cache(maxsize=1)
@@ -22,13 +31,13 @@ def _table() -> Any:
 
 
 def cost_of(counts: Mapping[str, int | None], model: Any, url: str) -> float | None:
-    """Return the cost of tokens in US dollars, or None where that is not known.
+    """Return the cost of the tokens of one call in US dollars, or None where that is not known.
 
     Args:
-        counts: as in `cachepipe.wire.usage_totals`: ``prompt_tokens`` with the ``cached_tokens`` among
-            them, and ``completion_tokens``.
+        counts: as in `cachepipe.accounting`: ``prompt_tokens`` with the ``cached_tokens`` among them, and
+            ``completion_tokens``.
         model: the model that the answer names, whatever the server takes for one.
-        url: where the request went, which tells the provider.
+        url: where the request went.
     """
     table = _table()
     if table is None or not isinstance(model, str):
@@ -39,6 +48,79 @@ def cost_of(counts: Mapping[str, int | None], model: Any, url: str) -> float | N
             cache_read_tokens=counts.get("cached_tokens") or 0,
             output_tokens=counts.get("completion_tokens") or 0,
         )
-        return float(table.calc_price(usage, model, provider_api_url=url).total_price)
-    except (LookupError, ValueError):  # servers tell odd things
+    except ValueError:  # servers report odd counts
         return None
+    for name, provider in _sold_as(table, model, url):
+        try:
+            return float(table.calc_price(usage, name, **provider).total_price)
+        except LookupError:
+            continue
+        except ValueError:
+            return None
+    return None
+
+
+def _sold_as(table: Any, model: str, url: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the names under which the table may know a model, each with what tells the provider."""
+    undated = _DATED.sub("", model)
+    names = [model] if undated == model else [model, undated]
+    at_url = {"provider_api_url": url}
+    yield from ((name, at_url) for name in names)
+    if _knows(table, None, url) or _SIZED.search(model):
+        return
+    for name in names:
+        provider, mark, own = name.partition("/")
+        if not mark:
+            yield name, {}
+            yield name, {"provider_id": "openai"}  # whose embeddings the table finds in no other way
+            continue
+        yield own, {"provider_id": provider}
+        if _knows(table, provider, None):
+            yield name, {"provider_id": "openrouter"}
+
+
+def _knows(table: Any, provider: str | None, url: str | None) -> bool:
+    """Return True if the table has prices of a provider, by its name or URL."""
+    try:
+        table.data_snapshot.get_snapshot().find_provider(None, provider, url)
+    except LookupError:
+        return False
+    return True
+
+
+class UnitPrices(NamedTuple):
+    """What a token costs in US dollars, by its kind."""
+
+    prompt: float
+    cached: float
+    completion: float
+
+
+@functools.lru_cache(maxsize=4096)
+def unit_prices(model: str | None, url: str) -> UnitPrices | None:
+    """Return what a token of a small call costs, or None where that is not known."""
+    each = (
+        {"prompt_tokens": _UNIT},
+        {"prompt_tokens": _UNIT, "cached_tokens": _UNIT},
+        {"completion_tokens": _UNIT},
+    )
+    costs = [cost_of(counts, model, url) for counts in each]
+    known = [cost / _UNIT for cost in costs if cost is not None]
+    return UnitPrices(*known) if len(known) == len(each) else None
+
+
+def cost_by_unit(counts: Mapping[str, int], price: UnitPrices | None) -> float | None:
+    """Return the cost of tokens of many calls at unit prices, or None where these are not known."""
+    if price is None:
+        return None
+    cached = counts["cached_tokens"]
+    fresh = counts["prompt_tokens"] - cached
+    return fresh * price.prompt + cached * price.cached + counts["completion_tokens"] * price.completion
+
+
+def cost_of_sum(counts: Mapping[str, int], model: str | None, url: str) -> float | None:
+    """Return the cost of tokens of many calls in US dollars, or None where that is not known.
+
+    Prices that grow with the length of a prompt go by calls, so those of short prompts count here.
+    """
+    return cost_by_unit(counts, unit_prices(model, url))

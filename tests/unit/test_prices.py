@@ -7,6 +7,7 @@ import pytest
 from cachepipe import prices
 
 OPENAI = "https://api.openai.com/v1/chat/completions"
+LOCAL = "http://127.0.0.1:8080/ns/suite/v1/chat/completions"
 COUNTS = {"prompt_tokens": 1000, "cached_tokens": 0, "completion_tokens": 1000}
 
 
@@ -23,7 +24,16 @@ def test_tokens_cost_what_the_table_says_and_cached_ones_less():
         (COUNTS, None, OPENAI),
         (COUNTS, "", OPENAI),
         (COUNTS, 5, OPENAI),
-        (COUNTS, "gpt-4o-mini", "http://127.0.0.1:8000/v1"),
+        (COUNTS, "llama3", LOCAL),
+        (COUNTS, "my-gpt-4o", LOCAL),
+        (COUNTS, "gpt-4o-mini-mine", LOCAL),
+        (COUNTS, "nobody/gpt-4o-mini", LOCAL),
+        (COUNTS, "openai/gpt-99", LOCAL),
+        (COUNTS, "gpt-oss-20b", LOCAL),  # anyone can serve it, at any price
+        (COUNTS, "openai/gpt-oss-120b", LOCAL),
+        (COUNTS, "meta-llama/llama-3.3-70b-instruct", LOCAL),
+        (COUNTS, "mixtral-8x7b", LOCAL),
+        (COUNTS, "gpt-4o-mini", "https://api.together.xyz/v1/chat/completions"),
         ({**COUNTS, "prompt_tokens": -1}, "gpt-4o-mini", OPENAI),
         ({**COUNTS, "cached_tokens": 2000}, "gpt-4o-mini", OPENAI),
     ],
@@ -34,6 +44,47 @@ def test_what_cannot_be_priced_is_not_known(counts, model, url):
     assert prices.cost_of(counts, model, url) is None
 
 
+@pytest.mark.parametrize("url", [LOCAL, "https://gateway.example/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("model", "cost"),
+    [
+        ("gpt-4o-mini", 0.00075),
+        ("gpt-4o-mini-2024-07-18", 0.00075),
+        ("openai/gpt-4o-mini", 0.00075),
+        ("openrouter/openai/gpt-4o-mini", 0.00075),
+        ("anthropic/claude-sonnet-4.5", 0.018),
+        ("claude-sonnet-4-5-20250929", 0.018),
+        ("gemini/gemini-2.5-flash", 0.0028),
+        ("text-embedding-3-small", 0.00002),
+    ],
+)
+def test_behind_another_host_a_provider_s_name_of_a_model_tells_its_price(model, cost, url):
+    assert prices.cost_of(COUNTS, model, url) == pytest.approx(cost)
+
+
+def test_a_date_that_the_table_does_not_list_changes_no_price():
+    dated = prices.cost_of(COUNTS, "gpt-5-mini-2031-01-01", OPENAI)
+    assert dated == prices.cost_of(COUNTS, "gpt-5-mini", OPENAI) > 0
+
+
+def test_the_name_of_a_host_that_serves_anyone_s_models_is_known_by_its_url_only():
+    assert prices.cost_of(COUNTS, "openai/gpt-oss-20b", "https://openrouter.ai/api/v1/chat/completions") > 0
+
+
+def test_many_calls_cost_what_small_ones_do_however_long_the_sum_is():
+    """A provider that charges more for long prompts does so by calls."""
+    counts = {"prompt_tokens": 1_000, "cached_tokens": 0, "completion_tokens": 1_000}
+    thousand = {name: 1000 * count for name, count in counts.items()}
+    one = prices.cost_of(counts, "claude-sonnet-4-5", OPENAI.replace("openai", "anthropic"))
+    assert prices.cost_of_sum(thousand, "claude-sonnet-4-5", LOCAL) == pytest.approx(1000 * one)
+    less = {name: -count for name, count in counts.items()}
+    assert prices.cost_of_sum(less, "claude-sonnet-4-5", LOCAL) == pytest.approx(-one)
+    assert prices.cost_of_sum(counts, "made-up", LOCAL) is None
+
+
 def test_without_the_table_nothing_is_known(monkeypatch):
     monkeypatch.setattr(prices, "_table", lambda: None)
+    prices.unit_prices.cache_clear()
+    assert prices.cost_of_sum(COUNTS, "gpt-4o-mini", OPENAI) is None
+    prices.unit_prices.cache_clear()
     assert prices.cost_of(COUNTS, "gpt-4o-mini", OPENAI) is None
