@@ -36,7 +36,8 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
-from cachepipe import jsontext, outages, runs, wire
+from cachepipe import jsontext, outages, prices, runs, wire
+from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.bounds import check_n
 from cachepipe.errors import (
     BadAnswer,
@@ -290,9 +291,12 @@ class Report:
         done: those that have ended, failed ones included.
         failed: those whose request failed.
         kept: failed ones whose result in the earlier output stays; the other failed ones became error lines.
-        hits: samples that came from the cache.
-        misses: samples that were generated for a line of this run.
+        hits: samples that came from the cache, or were generated for another line.
+        misses: samples that were generated for the line that got them.
         generated: samples that the model returned.
+        unreported: generated samples that no line got: their request failed, or nobody had asked for them.
+        delivered: what the answered lines would have cost alone, were billed, and saved, in tokens.
+        spent: the tokens of all samples that the model returned.
         calls: calls that were made; repetitions within the SDK are not counted.
         in_flight: lines being answered now.
         most_ahead: the most lines that were held at once, from the one that is written next.
@@ -312,6 +316,9 @@ class Report:
     hits: int = 0
     misses: int = 0
     generated: int = 0
+    unreported: int = 0
+    delivered: Delivered = field(default_factory=Delivered)
+    spent: Account = field(default_factory=Account)
     calls: int = 0
     in_flight: int = 0
     most_ahead: int = 0
@@ -323,12 +330,16 @@ class Report:
     partial: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures by name, paths as strings."""
-        figures = dataclasses.asdict(self)
+        """Return the figures by name, paths as strings; sums of tokens as `Account.as_dict` does."""
+        figures = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         for name in ("output", "partial"):
             figures[name] = None if figures[name] is None else str(figures[name])
-        del figures["in_flight"]
-        return figures
+        del figures["in_flight"], figures["delivered"]
+        accounts = {"spent": self.spent, **self.delivered.accounts()}
+        return {
+            **figures,
+            **{name: account.as_dict(prices.cost_of_sum) for name, account in accounts.items()},
+        }
 
 
 def _nobody() -> None:
@@ -884,6 +895,7 @@ class _Service:
         self._repeat = repeat
         self._ids = ids
         self._report = report
+        report.spent = model.spent
         self._stages: dict[wire.Api, tuple[AsyncDeduplicator, AsyncCacher]] = {}
         # Counted by the lines themselves: a line that fails keeps its number, unlike a request of a run.
         self._counted = runs.Occurrences()
@@ -930,10 +942,16 @@ class _Service:
         stage = self._stage(draw.line.api)[0]
         return await stage.batch_request(Batch(list(draw.requests)), occurrences=draw.occurrences)
 
+    def url(self, request: WireRequest) -> str:
+        """Return where a request goes."""
+        return self._model.url_of(request)
+
     def count(self) -> None:
         """Bring the report's figures of calls up to date."""
         self._report.calls = self._model.calls
-        self._report.generated = sum(cacher.stats().generated for _, cacher in self._stages.values())
+        stats = [cacher.stats() for _, cacher in self._stages.values()]
+        self._report.generated = sum(each.generated for each in stats)
+        self._report.unreported = sum(each.unreported for each in stats)
 
     async def close(self) -> None:
         """Wait for what is in flight, write it, and close the client if it was made here."""
@@ -1068,9 +1086,11 @@ class _Run:
         except Exception as error:  # noqa: BLE001 - one line's failure takes no other's answer with it
             result = await self._failure(draw, error)
         else:
-            cached = [flag for response in responses for flag in response.cached or ()]
-            report.hits += sum(cached)
-            report.misses += len(cached) - sum(cached)
+            for response, request in zip(responses, draw.requests, strict=True):
+                cached = response.cached or [False] * len(response.data)
+                report.hits += sum(cached)
+                report.misses += len(cached) - sum(cached)
+                report.delivered.add(list(map(usage_of, response.data)), cached, self._service.url(request))
         report.done += 1
         if self._progress is not None:
             self._progress(report)

@@ -28,7 +28,7 @@ def _silent(*, cached: bool = False, failed: bool = False) -> None:
 
 @contextlib.contextmanager
 def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
-    """Show how many of a total are done, how many were cached, and the time left, on standard error.
+    """Show how many of a total are done, how many were hits, and the time left, on standard error.
 
     Args:
         total: how many there are.
@@ -102,15 +102,19 @@ def _in_notebook(total: int, label: str) -> Iterator[Tick]:
 
 
 class _Counts:
-    """How many are done, and how many of them were cached or failed."""
+    """How many are done, and how many of them were hits or failed."""
 
     def __init__(self) -> None:
         self.done = self.cached = self.failed = 0
 
     def added(self, *, cached: bool, failed: bool) -> str:
-        """Count one more; return in words how many were cached and failed."""
+        """Count one more; return in words how many were hits and failed."""
         self.done += 1
         self.cached += cached
         self.failed += failed
-        told = [f"{self.cached} cached"] * bool(self.cached) + [f"{self.failed} failed"] * bool(self.failed)
+        told = []
+        if self.cached:
+            told.append(f"{self.cached} hit{'s' * (self.cached != 1)}")
+        if self.failed:
+            told.append(f"{self.failed} failed")
         return ", ".join(told)

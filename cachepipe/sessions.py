@@ -74,8 +74,8 @@ class Session:
     Attributes:
         conversation: what was said, the system message first.
         llmconfig: the parameters of calls that say nothing else; a dictionary to change.
-        info: what `cachepipe.info` tells of the last answer, such as ``cached``, ``usage`` and ``cost``; None
-            before there is one.
+        info: what `cachepipe.info` returns for the last answer, such as ``cached``, ``billed`` and ``saved``;
+            None before there is one.
 
     Raises:
         TypeError, ValueError, StoreError: for arguments that are none, or exclude each other.

@@ -104,6 +104,15 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def dollars(cost: float) -> str:
+    """Return an amount of US dollars as people say it: ``$12.30``, ``$0.0042``, never rounded to nothing."""
+    amount = abs(cost)
+    text = f"${amount:,.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
+    if text == "$0.0000":
+        text = "<$0.0001"
+    return f"-{text}" if cost < 0 else text
+
+
 def share(part: float, whole: float) -> str:
     """Return a part of a whole in per cent, never rounded up to all or down to nothing; a dash of nothing."""
     if not whole:

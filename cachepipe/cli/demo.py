@@ -73,7 +73,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """The tokens that the answers would have cost without a cache."""
+        """The tokens that the requests would have cost as they were asked, without a cache."""
         return sum(answer["usage"]["total_tokens"] for answer in self.answers.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,26 +90,19 @@ class Step:
 
 def _figures(asked: int, tokens: int, bill: Bill) -> dict[str, Any]:
     return {
-        "asked": asked,
         "calls": bill.calls,
-        "generated": bill.samples,
-        "saved": _saved(bill.samples, asked),
-        "tokens_asked": tokens,
-        "tokens_generated": bill.tokens,
-        "tokens_saved": _saved(bill.tokens, tokens),
+        "samples": {"as_asked": asked, "spent": bill.samples, "saved": asked - bill.samples},
+        "tokens": {"as_asked": tokens, "spent": bill.tokens, "saved": tokens - bill.tokens},
     }
-
-
-def _saved(paid: int, whole: int) -> float:
-    return round(1 - paid / whole, 6) if whole else 0.0
 
 
 _JSON: Final = """\b
 With --json:
   prompts, n, changed    how many prompts, samples of each, and prompts that were changed
-  steps                  a list of step, requests, failed, hits, seconds, asked, calls, generated,
-                         saved, tokens_asked, tokens_generated, tokens_saved; calls and what was
-                         generated are the server's own counts
+  steps                  a list of step, requests, failed, hits (samples from the cache), seconds,
+                         calls, samples and tokens; the last two hold as_asked (what the requests would
+                         have cost without a cache), spent and saved; calls and spent are the server's
+                         own counts
   total                  the same, added up
   promises               a list of promise and held
   held                   whether all of them were; if not, the exit code is 1
@@ -348,15 +341,15 @@ def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: st
             figures["step"],
             figures["requests"],
             figures["calls"],
-            figures["generated"],
+            figures["samples"]["spent"],
             figures["hits"],
             f"{figures['seconds']:.2f} s",
-            common.share(figures["asked"] - figures["generated"], figures["asked"]),
-            common.share(figures["tokens_asked"] - figures["tokens_generated"], figures["tokens_asked"]),
+            common.share(figures["samples"]["saved"], figures["samples"]["as_asked"]),
+            common.share(figures["tokens"]["saved"], figures["tokens"]["as_asked"]),
         ]
         for figures in [*(step.as_dict() for step in steps), {"step": "together", **total}]
     ]
-    heads = (">requests", ">calls", ">generated", ">hits", ">time", ">saved", ">in tokens")
+    heads = (">requests", ">calls", ">samples spent", ">hits", ">time", ">samples saved", ">tokens saved")
     common.print_table(("step", *heads), rows, total=True)
     click.echo()
     for promise, kept in promises:
@@ -368,10 +361,10 @@ def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: st
             click.echo(
                 f"{step.report.failed} requests of {step.name!r} failed: {step.report.example}", err=True
             )
-    asked, generated = total["asked"], total["generated"]
+    asked, spent, saved = (total["samples"][name] for name in ("as_asked", "spent", "saved"))
     verdict = (
-        f"The server was asked for {generated:,} samples where {asked:,} were delivered: "
-        f"{common.share(asked - generated, asked)} of them cost nothing."
+        f"The server was asked for {spent:,} samples where {asked:,} were delivered: "
+        f"{common.share(saved, asked)} of them cost nothing."
     )
     broken = sum(not kept for _, kept in promises)
     if broken:

@@ -34,7 +34,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "serve": Entry("cachepipe.cli.serve:serve", "Serve an API that answers from the cache, for any tool."),
     "new-run": Entry("cachepipe.cli.serve:new_run", "Let a proxy count equal requests from the front again."),
     "demo": Entry("cachepipe.cli.demo:demo", "See what a cache saves; needs no key and no network."),
-    "stats": Entry("cachepipe.cli.inspect:stats", "Count what is cached, and what each namespace saved."),
+    "stats": Entry("cachepipe.cli.inspect:stats", "Count what is cached, and what each namespace reused."),
     "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),
     "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and who drew which."),
     "path": Entry("cachepipe.cli.inspect:path", "Print the folder of the cache in use."),

@@ -81,9 +81,9 @@ With --json:
   pending, discarded     samples being generated, or left so by a killed process until another takes
                          them over; samples taken back
   draws                  requests that have drawn samples
-  drawn, generated, reused, saved
-                         over all namespaces; saved = reused / drawn, or null
-  namespaces             a list of namespace, draws, drawn, generated, reused, saved
+  drawn, generated, reused, reused_share
+                         samples over all namespaces; reused_share = reused / drawn, or null
+  namespaces             a list of namespace, draws, drawn, generated, reused, reused_share
   shared                 draws, drawn, generated of answers for everybody
   scopes                 with --scopes a list of scope, keys, samples, pending; else null
 """
@@ -95,7 +95,7 @@ With --json:
 @_limit(50, "At most so many rows in a table")
 @common.json_option("one object; see below")
 def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None:
-    """Count what is cached, and what each namespace paid and saved.
+    """Count what is cached, and how many samples each namespace generated and reused.
 
     A namespace has drawn so many samples; some were generated for it, and the others were there: reused.
     What one answer for everybody serves (embeddings, repeat="same") is counted apart, as it is not
@@ -151,7 +151,7 @@ def _drawn(drawn: int, generated: int) -> dict[str, Any]:
         "drawn": drawn,
         "generated": generated,
         "reused": reused,
-        "saved": round(reused / drawn, 6) if drawn else None,
+        "reused_share": round(reused / drawn, 6) if drawn else None,
     }
 
 
@@ -173,7 +173,7 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
         ("keys", f"{figures['keys']:,}"),
         ("samples", ", ".join([f"{figures['samples']:,}", *extra])),
         ("draws", f"{figures['draws']:,}"),
-        ("saved", f"{reused:,} of {drawn:,} samples drawn ({common.share(reused, drawn)})"),
+        ("reused", f"{reused:,} of {drawn:,} samples drawn ({common.share(reused, drawn)})"),
     ]
     _print_facts(lines)
     rows = [
@@ -193,7 +193,7 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
         shown.append(["(for everybody)", shared, counts["drawn"], counts["generated"], "-", "-"])
     if shown:
         click.echo()
-        common.print_table(("namespace", ">draws", ">drawn", ">generated", ">reused", ">saved"), shown)
+        common.print_table(("namespace", ">draws", ">drawn", ">generated", ">reused", ">share"), shown)
     _say_rest(len(rows), limit, "namespace")
     if figures["scopes"]:
         click.echo()

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe.cli.common import cache_option, folder_in_use, json_text
+from cachepipe.cli.common import cache_option, dollars, folder_in_use, json_text
 from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
 from cachepipe.terminal import visible
 from cachepipe.typedefs import MODES, REPEATS
 
 if TYPE_CHECKING:
+    from cachepipe.accounting import Account
     from cachepipe.batchfile import Report, Stop
 
 __all__ = ["run"]
@@ -39,11 +40,34 @@ _BAR_EVERY: Final = 0.1
 _BAR_FROM: Final = 72  # columns of a terminal
 
 
-@click.command(
-    "run",
-    epilog="Exit status: 0 when all is well, 1 when requests failed, 2 when nothing could be run, 130 when "
-    "it was interrupted. Run the same command again to go on: what was paid for is not asked again.",
-)
+_JSON: Final = """\b
+With --json, one object:
+  requests, done         lines with a request, and those that have ended
+  failed, kept           lines whose request failed; those of them whose earlier result stays
+  errors, example        how often each error code came; the message of the first error
+  hits, misses           samples from the cache, or generated for another line; samples generated for
+                         the line that got them
+  generated, unreported  samples that the model returned; those of them that no line got
+  calls                  calls to the server
+  spent                  tokens of all samples that the model returned
+  as_asked               what the answered lines would have cost alone, each in one call
+  billed, saved          what they paid for: their misses, and the prompt of each call once; as_asked
+                         less billed
+  seconds, most_ahead    how long it took; the most lines that were held at once
+  interrupted            whether it ended early
+  output, partial        the results; those of an interrupted run, or null
+  exit_status            see below
+spent, as_asked, billed and saved hold prompt_tokens, completion_tokens, total_tokens, cached_tokens,
+reasoning_tokens, samples, unknown (samples without usage, in no count of tokens), cost (US dollars, or
+null if no price is known) and unpriced (samples without a known price, not in cost).
+"""
+_STATUS: Final = """
+Exit status: 0 when all is well, 1 when requests failed, 2 when nothing could be run, 130 when it was
+interrupted. Run the same command again to go on: what was paid for is not asked again.
+"""
+
+
+@click.command("run", epilog=f"{_JSON}{_STATUS}")
 @click.argument("requests", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the results are written."
@@ -317,9 +341,7 @@ class _Screen:
             self._bar = _bar()
             self._task = self._bar.add_task("", total=report.requests, told="")
             self._bar.start()
-        told = f"{report.hits} hits, {report.misses} misses" + f", {report.failed} failed" * bool(
-            report.failed
-        )
+        told = _samples(report) + f"; {report.failed} requests failed" * bool(report.failed)
         self._bar.update(self._task, completed=report.done, told=told)
 
     def _tell(self, report: Report, seconds: float) -> None:
@@ -329,8 +351,8 @@ class _Screen:
         rate = report.done / seconds
         left = (report.requests - report.done) / rate
         click.echo(
-            f"{report.done} of {report.requests} requests: {report.hits} hits, {report.misses} misses, "
-            f"{report.failed} failed; {rate:.1f}/s, {left:.0f} s left",
+            f"{report.done} of {report.requests} requests, {report.failed} failed; {_samples(report)}; "
+            f"{rate:.1f} requests/s, {left:.0f} s left",
             err=True,
         )
 
@@ -362,13 +384,9 @@ def _bar() -> Any:
             return Text("" if speed is None else f"{speed:.1f}/s")
 
     console = Console(stderr=True)
-    columns: list[ProgressColumn] = [
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
-        TimeRemainingColumn(),
-    ]
+    columns: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn("{task.fields[told]}")]
     if console.width >= _BAR_FROM:  # else the figures matter more
-        columns = [BarColumn(), *columns[:2], Rate(), columns[2]]
+        columns = [BarColumn(), *columns, Rate(), TimeRemainingColumn()]
     return Progress(*columns, console=console, transient=True)
 
 
@@ -378,15 +396,42 @@ def _table(report: Report) -> None:
         "requests": f"{report.done}"
         if report.done == report.requests
         else f"{report.done} of {report.requests}",
-        "hits": f"{report.hits}",
+        "sample hits": f"{report.hits}",
+        "sample misses": f"{report.misses}",
         "calls made": f"{report.calls}",
-        "samples generated": f"{report.generated}",
+        "samples generated": f"{report.generated}"
+        + f" ({report.unreported} unreported)" * bool(report.unreported),
         "errors": f"{report.failed}",
+        "spent": _money(report.spent),
+        "saved": _money(report.delivered.saved),
         "time": f"{report.seconds:.1f} s",
     }
     width = max(map(len, rows.values()))
     for name, value in rows.items():
         click.echo(f"{name:<18} {value:>{width}}", err=True)
+
+
+def _samples(report: Report) -> str:
+    """Return the counts of samples in words."""
+    return f"samples: {report.hits} hits, {report.misses} misses"
+
+
+def _money(account: Account) -> str:
+    """Return the tokens of an account and their cost, as far as these are known."""
+    from cachepipe import prices  # noqa: PLC0415 - help needs none of it
+
+    counts = account.counts()
+    cost, unpriced = account.cost(prices.cost_of_sum)
+    if counts["unknown"] and not counts["total_tokens"]:
+        return "unknown"
+    told = f"{counts['total_tokens']:,} tokens"
+    if counts["unknown"]:
+        told += f" and {counts['unknown']:,} samples without usage"
+    if cost is not None and account.sold:
+        told += f", {dollars(cost)}"
+        if unpriced > counts["unknown"]:
+            told += f" and {unpriced - counts['unknown']:,} samples without a known price"
+    return told
 
 
 def _last_words(context: click.Context, options: dict[str, Any], mode: str, report: Report) -> Iterator[str]:

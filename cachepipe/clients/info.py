@@ -5,19 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from cachepipe import prices, wire
+from cachepipe import prices
+from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.typedefs import Response
-
-
-class Spent(NamedTuple):
-    """The token counts of the samples of one model: of all, and of those that the request was billed."""
-
-    model: str | None
-    url: str
-    usage: Mapping[str, int]
-    billed: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -34,9 +26,14 @@ class Info:
         duplicated: per sample, whether it was merged into the equal requests of its namespace that were
             served in the same turn of the event loop, and is not the first sample of theirs.
         indices: per sample, its index in the sample list of its key; None while that is not known.
-        usage: token counts of all samples, as if each had been asked for alone.
-        billed: token counts of those that were generated on this request's behalf.
-        spent: both by model, for their price.
+        as_asked: what the request would have cost alone, in one call: its prompt once, and all samples.
+        billed: what it paid for: the samples that were generated on its behalf, and the prompts of calls
+            whose first sample it got.
+        sums: both by model, for their prices.
+
+    ``as_asked`` and ``billed`` hold token counts by name (``prompt_tokens``, ``completion_tokens``,
+    ``total_tokens``, ``cached_tokens``, ``reasoning_tokens``), the number of ``samples``, and how many of
+    these are ``unknown``: they came without usage, so no count includes them.
     """
 
     key: str
@@ -47,34 +44,36 @@ class Info:
     cached: tuple[bool, ...] = ()
     duplicated: tuple[bool, ...] = ()
     indices: tuple[int, ...] | None = None
-    usage: Mapping[str, int] = field(default_factory=dict)
+    as_asked: Mapping[str, int] = field(default_factory=dict)
     billed: Mapping[str, int] = field(default_factory=dict)
-    spent: tuple[Spent, ...] = field(default=(), repr=False)
+    sums: Delivered = field(default_factory=Delivered, repr=False, compare=False)
 
     @property
     def saved(self) -> dict[str, int]:
-        """The token counts that the cache has saved: those of ``usage`` less those of ``billed``."""
-        return {name: count - self.billed.get(name, 0) for name, count in self.usage.items()}
+        """What the cache and merged calls have saved: ``as_asked`` less ``billed``."""
+        return {name: count - self.billed.get(name, 0) for name, count in self.as_asked.items()}
 
     @property
-    def cost(self) -> float | None:
-        """The price of ``usage`` in US dollars; None where it is not known (see `cachepipe.prices`)."""
-        return self._sum([prices.cost_of(spent.usage, spent.model, spent.url) for spent in self.spent])
+    def as_asked_cost(self) -> float | None:
+        """The price of ``as_asked`` in US dollars; None if any of it is not known."""
+        return self._cost(self.sums.as_asked)
 
     @property
     def billed_cost(self) -> float | None:
-        """The price of ``billed`` in US dollars; None where it is not known."""
-        return self._sum([prices.cost_of(spent.billed, spent.model, spent.url) for spent in self.spent])
+        """The price of ``billed`` in US dollars; None if any of it is not known."""
+        return self._cost(self.sums.billed)
 
     @property
     def saved_cost(self) -> float | None:
-        """What the cache has saved in US dollars; None where that is not known."""
-        whole, billed = self.cost, self.billed_cost
+        """The price of ``saved`` in US dollars; None if any of it is not known."""
+        whole, billed = self.as_asked_cost, self.billed_cost
         return None if whole is None or billed is None else whole - billed
 
-    def _sum(self, costs: Sequence[float | None]) -> float | None:
-        known = [cost for cost in costs if cost is not None]
-        return sum(known) if costs and len(known) == len(costs) and not self.usage["unknown"] else None
+    def _cost(self, account: Account) -> float | None:
+        if not self.complete:
+            return None
+        cost, unpriced = account.cost(prices.cost_of)
+        return None if unpriced else cost
 
 
 class Record:
@@ -98,22 +97,12 @@ class Record:
             responses = self.responses = self.later()
         if responses is None:
             return Info(self.keys[0], self.keys, self.namespace, self.request_id, complete=False)
-        samples = [sample.value for response in responses for sample in response.data]
         cached = tuple(flag for response in responses for flag in response.cached or ())
         known = all(response.indices is not None for response in responses)
-        new = [sample for sample, flag in zip(samples, cached, strict=True) if not flag]
-        usage, _ = wire.usage_totals(samples)
-        _, billed = wire.usage_totals(new)
-        models = dict.fromkeys(sample.get("model") for sample in samples)
-        spent = tuple(
-            Spent(
-                model,
-                self.url,
-                wire.usage_totals([sample for sample in samples if sample.get("model") == model])[0],
-                wire.usage_totals([sample for sample in new if sample.get("model") == model])[1],
-            )
-            for model in models
-        )
+        sums = Delivered()
+        for response in responses:
+            usages = [usage_of(sample.value) for sample in response.data]
+            sums.add(usages, response.cached or [False] * len(usages), self.url)
         return Info(
             self.keys[0],
             self.keys,
@@ -124,9 +113,9 @@ class Record:
             indices=tuple(index for response in responses for index in response.indices or ())
             if known
             else None,
-            usage=usage,
-            billed=billed,
-            spent=spent,
+            as_asked=sums.as_asked.counts(),
+            billed=sums.billed.counts(),
+            sums=sums,
         )
 
 

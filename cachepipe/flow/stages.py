@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cachepipe import context, wire
+from cachepipe import context
+from cachepipe.accounting import Account, usage_of
 from cachepipe.flow.limits import FlowStats, Limits, Quota, holding
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimate, Estimator
@@ -126,7 +127,9 @@ class AsyncLimiter(Stage):
         for answer, estimate in zip(answers, estimates, strict=False):
             data = getattr(answer, "data", None)
             samples = [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
-            _, usage = wire.usage_totals(samples)
+            spent = Account()
+            spent.spend(map(usage_of, samples), "")
+            usage = spent.counts()
             if not usage["total_tokens"]:
                 return None
             used += usage["total_tokens"]

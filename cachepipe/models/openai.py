@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import urlencode
 
 from cachepipe import context, jsontext, outages, telemetry, wire
+from cachepipe.accounting import Account, usage_of
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import Request, Response, field_names
 
@@ -74,6 +75,7 @@ class Connection:
         self, client: Any, base_url: str | None, api_key: str | None, settings: Mapping[str, Any]
     ) -> None:
         self.calls = 0
+        self.spent = Account()
         self.headers: dict[str, str] = {}
         self._client = client
         self._by_loop: dict[asyncio.AbstractEventLoop, Any] = {}
@@ -335,6 +337,11 @@ class OpenAIModel:
         """How many calls were made; what the SDK repeats counts once."""
         return self._connection.calls
 
+    @property
+    def spent(self) -> Account:
+        """The tokens of all samples that calls have brought."""
+        return self._connection.spent
+
     # What is asked, and where.
 
     def question(self, request: Request, scope: str | None = None) -> Question:
@@ -348,8 +355,9 @@ class OpenAIModel:
             BadRequest: when it cannot be told what is asked, or it cannot be answered from a cache.
         """
         wanted = self._wanted(request)
-        here = self._connection.scope_of(wanted.endpoint, wanted.ask.question.get("model"))
-        scope, api = wire.named_scope(None if scope == self.cache_scope else scope, here, wanted.api)
+        scope, api = wire.named_scope(
+            None if scope == self.cache_scope else scope, self._url(wanted), wanted.api
+        )
         return provider_question(
             scope,
             wire.question_document(wanted.ask, {**self._connection.headers, **wanted.headers}, api),
@@ -357,6 +365,10 @@ class OpenAIModel:
             mergeable=wanted.ask.mergeable,
             function=wanted.ask.function,
         )
+
+    def url_of(self, request: Request) -> str:
+        """Return the URL that a request goes to, without credentials."""
+        return self._url(self._wanted(request))
 
     def present(self, sample: wire.Sample) -> Any:
         """Return what ``Response.data`` holds of a stored sample: all of it if ``raw``, else what it says."""
@@ -448,7 +460,12 @@ class OpenAIModel:
     async def _call(self, wanted: _Wanted, questions: Sequence[wire.Body], n: int) -> list[wire.Sample]:
         body = wanted.api.merge_body(questions, n, transport=wanted.ask.transport)
         answer = await self._connection.post(wanted.endpoint, body, wanted.headers)
-        return wanted.api.samples(answer, questions if len(questions) > 1 else ())
+        samples = wanted.api.samples(answer, questions if len(questions) > 1 else ())
+        self._connection.spent.spend(map(usage_of, samples), self._url(wanted))
+        return samples
+
+    def _url(self, wanted: _Wanted) -> str:
+        return self._connection.scope_of(wanted.endpoint, wanted.ask.question.get("model"))
 
     async def close(self) -> None:
         """Close the client of this loop if it was made here. Idempotent."""

@@ -368,25 +368,27 @@ class TransformersModel:
         """Return answers as samples; the prompt was read once for all of them."""
         chat = "messages" in job.body
         choices = []
-        for index, text in enumerate(texts):
+        for text in texts:
             said = {"message": {"role": "assistant", "content": text.text}} if chat else {"text": text.text}
             reason = "stop" if text.ended else "length"
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": reason})
-        prompt, made = len(job.tokens), sum(text.tokens for text in texts)
-        kind = "chat.completion" if chat else "text_completion"
-        answer = {
+            choices.append({"index": 0, **said, "logprobs": None, "finish_reason": reason})
+        head = {
             "id": f"local-{uuid.uuid4().hex}",
-            "object": kind,
+            "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": self.name,
-            "choices": choices,
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": made,
-                "total_tokens": prompt + made,
-            },
         }
-        return _api_of(kind).samples(answer)
+        prompt = len(job.tokens)
+        samples: list[wire.Sample] = []
+        for text, choice in zip(texts, choices, strict=True):
+            usage = {
+                "prompt_tokens": prompt,
+                "completion_tokens": text.tokens,
+                "total_tokens": prompt + text.tokens,
+            }
+            sample = {**head, "choices": [choice], "usage": usage}
+            samples.append(wire.marked(sample) if samples else sample)
+        return samples
 
 
 def _api_of(kind: str) -> wire.Api:

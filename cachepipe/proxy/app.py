@@ -417,6 +417,7 @@ class Proxy:
             self.caller,
             route.upstream,
             url,
+            self.counters.spend,
             surface=self.surface,
             api=route.api,
             body=read.body,

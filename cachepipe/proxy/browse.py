@@ -1,7 +1,7 @@
 """What can be looked at through a proxy, as JSON: keys, questions, samples and draws. It only reads.
 
     /cachepipe/api/status                 what is served, and how
-    /cachepipe/api/counters               hits, misses, spent and saved since the start, by namespace
+    /cachepipe/api/counters               hits, misses, spent, billed and saved since the start, by namespace
     /cachepipe/api/namespaces             what the ledger holds of each namespace
     /cachepipe/api/keys                   ?search= ?prefix= ?scope= ?namespace= ?after= ?limit=
     /cachepipe/api/keys/KEY               what was asked, how many samples there are

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cachepipe import prices, wire
+from cachepipe.accounting import Account, Delivered, Seller, Usage, usage_of
 from cachepipe.clients.exchange import Kept
 from cachepipe.proxy.upstream import Caller
 from cachepipe.typedefs import Response
@@ -23,87 +24,10 @@ _MOST: Final = 1000  # namespaces that are counted by themselves
 _USAGES: Final = 20_000  # samples whose usage is remembered, a quarter of a kilobyte each
 _LONGEST: Final = 200  # characters of a label that are a namespace's own
 _OTHERS: Final = "(others)"
-_UNIT: Final = 1000  # tokens of which a price is asked
 _NONE: Final = "(none)"
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 25.0, 100.0)
 
-Seller = tuple[str | None, str]
-"""A model, and the URL where it answers."""
-
 _NOBODY: Final[Seller] = (None, "")
-
-
-@dataclass
-class Tokens:
-    """Token counts, as the samples' usage tells them."""
-
-    prompt: int = 0
-    completion: int = 0
-    total: int = 0
-    cached: int = 0
-
-    def add(self, prompt: int, completion: int, total: int, cached: int) -> None:
-        """Add counts; the cached tokens are those of the prompt that a provider's own cache had."""
-        self.prompt += prompt
-        self.completion += completion
-        self.total += total
-        self.cached += cached
-
-
-@dataclass
-class Account:
-    """Tokens that were spent, or saved: by who sells them."""
-
-    sold: dict[Seller, Tokens] = field(default_factory=dict)
-
-    def add(self, seller: Seller, prompt: int, completion: int, total: int, cached: int) -> None:
-        """Add counts."""
-        tokens = self.sold.get(seller)
-        if tokens is None:
-            tokens = self.sold[seller] = Tokens()
-        tokens.add(prompt, completion, total, cached)
-
-    def join(self, other: Account) -> None:
-        """Add all of another account."""
-        for seller, tokens in other.sold.items():
-            self.add(seller, tokens.prompt, tokens.completion, tokens.total, tokens.cached)
-
-    @property
-    def tokens(self) -> Tokens:
-        """All of them."""
-        tokens = Tokens()
-        for each in self.sold.values():
-            tokens.add(each.prompt, each.completion, each.total, each.cached)
-        return tokens
-
-
-class _Usage(NamedTuple):
-    """The tokens of a sample, whether its prompt was billed with it, and the model that it names."""
-
-    prompt: int
-    completion: int
-    total: int
-    cached: int
-    billed: bool
-    model: str | None
-
-
-def _usage(kept: Kept) -> _Usage:
-    sample: dict[str, Any] = kept.value
-    usage: Any = sample.get("usage")
-    model = sample.get("model")
-    model = model if isinstance(model, str) else None
-    try:  # as most say it
-        prompt, completion, total = usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
-        details = usage.get("prompt_tokens_details")
-        cached = details.get("cached_tokens") or 0 if details else 0
-    except (AttributeError, KeyError, TypeError):
-        logical, _ = wire.usage_totals([sample])
-        prompt, completion = logical["prompt_tokens"], logical["completion_tokens"]
-        total, cached = logical["total_tokens"], logical["cached_tokens"]
-    if not type(prompt) is type(completion) is type(total) is type(cached) is int:
-        return _Usage(0, 0, 0, 0, True, model)
-    return _Usage(prompt, completion, total, cached, wire.bills_prompt(sample), model)
 
 
 class Prices:
@@ -113,7 +37,7 @@ class Prices:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Seller, tuple[float, float, float] | None] = {}
+        self._known: dict[Seller, prices.UnitPrices | None] = {}
         self._wanted: set[Seller] = set()
 
     def seller(self, model: str | None, url: str) -> Seller:
@@ -128,28 +52,12 @@ class Prices:
     def learn(self) -> None:
         """Look up what is wanted; it blocks, and may be called from any thread."""
         for seller in list(self._wanted):
-            each = (
-                {"prompt_tokens": _UNIT},
-                {"prompt_tokens": _UNIT, "cached_tokens": _UNIT},
-                {"completion_tokens": _UNIT},
-            )
-            costs = [prices.cost_of(counts, *seller) for counts in each]
-            known = [cost / _UNIT for cost in costs if cost is not None]
-            self._known[seller] = (known[0], known[1], known[2]) if len(known) == 3 else None
+            self._known[seller] = prices.unit_prices(*seller)
             self._wanted.discard(seller)
 
-    def total(self, sold: Mapping[Seller, Tokens]) -> dict[str, Any]:
-        """Return the cost in US dollars of what has a known price, None without any; and the other tokens."""
-        cost, unpriced = None, 0
-        for seller, tokens in sold.items():
-            price = self._known.get(seller)
-            if price is None:
-                unpriced += tokens.total
-                continue
-            fresh = tokens.prompt - tokens.cached
-            parts = fresh * price[0] + tokens.cached * price[1] + tokens.completion * price[2]
-            cost = parts + (cost or 0.0)
-        return {"cost": cost, "unpriced": unpriced}
+    def cost(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
+        """Return the cost in US dollars of what was counted, as far as it was looked up; else None."""
+        return prices.cost_by_unit(counts, self._known.get((model, url)))
 
 
 @dataclass
@@ -161,8 +69,8 @@ class Counts:
         requests: requests that ended, by how.
         hits: samples that were there, or were generated for another request.
         misses: samples generated on behalf of the request that got them.
-        spent: tokens that were paid for.
-        saved: tokens that the cache, and merging calls, have saved.
+        delivered: what the answered requests would have cost alone, were billed, and saved, in tokens.
+        spent: the tokens of all samples that calls for the namespace's requests have brought.
         last: when the last request ended, in seconds since 1970.
     """
 
@@ -170,22 +78,22 @@ class Counts:
     requests: dict[str, int] = field(default_factory=dict)
     hits: int = 0
     misses: int = 0
+    delivered: Delivered = field(default_factory=Delivered)
     spent: Account = field(default_factory=Account)
-    saved: Account = field(default_factory=Account)
     last: float = 0.0
+
+    def accounts(self) -> dict[str, Account]:
+        """Return the sums of tokens by name."""
+        return {"spent": self.spent, **self.delivered.accounts()}
 
     def as_json(self, known: Prices) -> dict[str, Any]:
         """Return the counts by name, with what the tokens cost where that is known."""
-        accounts = {
-            name: {**asdict(account.tokens), **known.total(account.sold)}
-            for name, account in (("spent", self.spent), ("saved", self.saved))
-        }
         return {
             "namespace": self.namespace,
             "requests": dict(self.requests),
             "hits": self.hits,
             "misses": self.misses,
-            **accounts,
+            **{name: account.as_dict(known.cost) for name, account in self.accounts().items()},
             "last": self.last,
         }
 
@@ -215,7 +123,7 @@ class Counters:
         self.background = 0
         self.namespaces: dict[str | None, Counts] = {}
         self.prices = Prices()
-        self._usages: dict[tuple[str, int], _Usage] = {}
+        self._usages: dict[tuple[str, int], Usage] = {}
         self.registry = CollectorRegistry(auto_describe=False)
         self.seconds = Histogram(
             "cachepipe_proxy_call_seconds",
@@ -243,37 +151,48 @@ class Counters:
 
     def drew(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
         """Count what a request was given; the URL is the one that it would go to."""
-        counts = self.of(namespace)
         for response in responses:
+            cached = response.cached or [False] * len(response.data)
             indices = response.indices or (None,) * len(response.data)
-            for sample, cached, index in zip(response.data, response.cached or (), indices, strict=True):
-                if cached and index is not None and response.key is not None:
-                    self.hit(namespace, response.key, index, sample, url)
-                    continue
-                usage = _usage(sample)
-                seller = self.prices.seller(usage.model, url)
-                if cached:
-                    counts.hits += 1
-                    counts.saved.add(seller, usage.prompt, usage.completion, usage.total, usage.cached)
-                elif usage.billed:
-                    counts.misses += 1
-                    counts.spent.add(seller, usage.prompt, usage.completion, usage.total, usage.cached)
-                else:  # its prompt was billed with another sample
-                    counts.misses += 1
-                    counts.spent.add(seller, 0, usage.completion, usage.total - usage.prompt, 0)
-                    counts.saved.add(seller, usage.prompt, 0, usage.prompt, usage.cached)
+            usages = [
+                self._usage(response.key, index if hit else None, sample)
+                for sample, hit, index in zip(response.data, cached, indices, strict=True)
+            ]
+            self._deliver(namespace, usages, cached, url)
 
     def hit(self, namespace: str | None, key: str, index: int, sample: Kept, url: str) -> None:
-        """Count a sample that was there, by its place: its usage is read once."""
+        """Count a request that was given a sample that was there."""
+        self._deliver(namespace, [self._usage(key, index, sample)], [True], url)
+
+    def spend(self, namespace: str | None, samples: Sequence[wire.Sample], url: str) -> None:
+        """Count what a call for a request has brought, whoever gets it."""
+        usages, url = self._sold([usage_of(sample) for sample in samples], url)
+        self.of(namespace).spent.spend(usages, url)
+
+    def _deliver(self, namespace: str | None, usages: list[Usage], cached: Sequence[bool], url: str) -> None:
+        counts = self.of(namespace)
+        counts.hits += sum(cached)
+        counts.misses += len(cached) - sum(cached)
+        usages, url = self._sold(usages, url)
+        counts.delivered.add(usages, cached, url)
+
+    def _sold(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
+        """Return usages and the URL by which they are summed: nobody's, if too many models were counted."""
+        sellers = [self.prices.seller(usage.model, url) for usage in usages]
+        if _NOBODY in sellers:
+            return [usage._replace(model=None) for usage in usages], ""
+        return usages, url
+
+    def _usage(self, key: str | None, index: int | None, sample: Kept) -> Usage:
+        """Return what a sample has used; one that has a place in the cache is read once."""
+        if key is None or index is None:
+            return usage_of(sample.value)
         usage = self._usages.get((key, index))
         if usage is None:
             if len(self._usages) >= _USAGES:
                 self._usages.clear()
-            usage = self._usages[key, index] = _usage(sample)
-        counts = self.of(namespace)
-        counts.hits += 1
-        seller = self.prices.seller(usage.model, url)
-        counts.saved.add(seller, usage.prompt, usage.completion, usage.total, usage.cached)
+            usage = self._usages[key, index] = usage_of(sample.value)
+        return usage
 
     def as_json(self) -> dict[str, Any]:
         """Return all counts: totals, and per namespace the latest first."""
@@ -286,7 +205,7 @@ class Counters:
             for outcome, number in counts.requests.items():
                 totals.requests[outcome] = totals.requests.get(outcome, 0) + number
             totals.spent.join(counts.spent)
-            totals.saved.join(counts.saved)
+            totals.delivered.join(counts.delivered)
         total = totals.as_json(self.prices)
         del total["namespace"]
         return {
@@ -319,7 +238,9 @@ class Counters:
             labels=("namespace", "from"),
         )
         tokens = CounterMetricFamily(
-            "cachepipe_proxy_tokens", "Tokens spent and saved.", labels=("namespace", "of", "fate")
+            "cachepipe_proxy_tokens",
+            "Tokens spent, billed, as asked, and saved (as asked less billed).",
+            labels=("namespace", "of", "sum"),
         )
         for namespace, counts in self.namespaces.items():
             name = _NONE if namespace is None else _labelled(namespace)
@@ -327,9 +248,10 @@ class Counters:
                 requests.add_metric((name, outcome), number)
             samples.add_metric((name, "cache"), counts.hits)
             samples.add_metric((name, "upstream"), counts.misses)
-            for fate, counted in (("spent", counts.spent.tokens), ("saved", counts.saved.tokens)):
-                tokens.add_metric((name, "prompt", fate), counted.prompt)
-                tokens.add_metric((name, "completion", fate), counted.completion)
+            for word, account in counts.accounts().items():
+                sums = account.counts()
+                tokens.add_metric((name, "prompt", word), sums["prompt_tokens"])
+                tokens.add_metric((name, "completion", word), sums["completion_tokens"])
         calls = CounterMetricFamily("cachepipe_proxy_calls", "Calls to an upstream.", labels=("upstream",))
         running = GaugeMetricFamily(
             "cachepipe_proxy_calls_in_flight", "Calls to an upstream now.", labels=("upstream",)

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
-from cachepipe import jsontext, outages
-from cachepipe.clients.exchange import Exchange
+from cachepipe import jsontext, outages, wire
+from cachepipe.clients.exchange import Exchange, Kept
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy import headers
@@ -232,6 +232,7 @@ class Served(Exchange):
         caller: the connections.
         upstream: whom it is for.
         url: where it goes.
+        spend: counts what its calls bring: takes the namespace, samples and the URL.
         arguments: those of `Exchange`.
 
     Attributes:
@@ -243,6 +244,7 @@ class Served(Exchange):
         caller: Caller,
         upstream: Upstream,
         url: str,
+        spend: Callable[[str | None, Sequence[wire.Sample], str], None],
         **arguments: Any,
     ) -> None:
         super().__init__(url=url, **arguments)
@@ -250,6 +252,7 @@ class Served(Exchange):
         self.upstream = upstream
         self.url = url
         self.pairs: list[tuple[bytes, bytes]] = []
+        self._spend = spend
 
     def most(self) -> int:
         """Return how many bytes of an answer are kept in memory."""
@@ -257,6 +260,11 @@ class Served(Exchange):
 
     def keep(self) -> None:
         """Keep the body as it is: it was read from the wire, so nobody else can change it."""
+
+    def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
+        """Return the samples of a call as they are stored, after counting them."""
+        self._spend(self.namespace, samples, self.url)
+        return super()._packed(samples, arrived)
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
         """Make a call with this request's own headers."""

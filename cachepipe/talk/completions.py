@@ -184,7 +184,7 @@ class _Cost:
             return None  # the field's default
         given = vars(completion)["cost"]
         if isinstance(given, Info):
-            given = vars(completion)["cost"] = given.cost
+            given = vars(completion)["cost"] = given.as_asked_cost
         return given  # type: ignore[no-any-return]
 
     def __set__(self, completion: TextCompletion, given: Info | float | None) -> None:
@@ -210,8 +210,8 @@ class TextCompletion:
         retrieval_end_time: when it was there.
         token_log_probs: the tokens of the answer with their log probabilities; None if not asked for.
         full_token_log_probs: at each position the most probable tokens; None if not asked for.
-        usage: token counts, as if it had been asked for alone.
-        cost: what it costs in US dollars, as if it had been asked for alone; None where no price is known.
+        usage: token counts as asked: what it would have used alone, whether it was cached or not.
+        cost: the price of that in US dollars; None where it is not known.
         finish_reason: why it ended, in the provider's words.
         refusal: what the model said in place of an answer, if the provider tells the two apart.
         tool_calls: the calls of tools that the model wants, as the provider's JSON has them.
@@ -438,7 +438,7 @@ class Plan:
                 "namespace": noted.namespace,
                 "request_id": noted.request_id,
             }
-            usage = usage if noted.usage["unknown"] else noted.usage
+            usage = usage if noted.as_asked["unknown"] else noted.as_asked
             start, end = self.access.generated(noted.key, index) or (begun, ended)
         parsed = None
         if self.kind is not None and not refusal and not calls:

@@ -27,9 +27,9 @@ from cachepipe.wire.base import (
     azure_url,
     bills_prompt,
     by_question,
+    marked,
     question_document,
     scope_of,
-    usage_totals,
 )
 from cachepipe.wire.chat import CHAT
 from cachepipe.wire.completions import COMPLETIONS
@@ -68,11 +68,11 @@ __all__ = [
     "azure_url",
     "bills_prompt",
     "by_question",
+    "marked",
     "named_scope",
     "question_document",
     "scope_of",
     "token_counts",
-    "usage_totals",
 ]
 
 APIS: tuple[Api, ...] = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -21,7 +21,7 @@ import orjson
 from cachepipe import jsontext
 from cachepipe.keys import AsWritten
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
-from cachepipe.wire.usage import COUNTS, token_counts
+from cachepipe.wire.usage import token_counts
 
 if TYPE_CHECKING:
     from cachepipe.wire.sse import StreamRecorder
@@ -517,33 +517,9 @@ def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Seque
     return [samples[begun : begun + n] for begun in range(0, len(samples), n)]
 
 
-def bills_prompt(sample: Sample) -> bool:
+def bills_prompt(sample: Body) -> bool:
     """Return whether the prompt of a sample's call was billed with this sample."""
     return MARK not in sample
-
-
-def usage_totals(samples: Iterable[Sample]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the logical and the billed token counts of samples, each summed.
-
-    Logical is what the samples would have cost one by one; billed counts the prompt of a call with its first
-    sample only. Besides the counts of `Api.summary` there are ``samples``, and ``unknown``: how many of
-    them came without usage and count as nothing.
-    """
-    logical = dict.fromkeys((*COUNTS, "samples", "unknown"), 0)
-    billed = dict(logical)
-    for sample in samples:
-        counts = token_counts(sample.get("usage"))
-        whole = {name: count or 0 for name, count in counts.items()}
-        whole.update(samples=1, unknown=int(counts["total_tokens"] is None))
-        own = dict(whole)
-        if not bills_prompt(sample):
-            own.update(
-                prompt_tokens=0, cached_tokens=0, total_tokens=whole["total_tokens"] - whole["prompt_tokens"]
-            )
-        for totals, added in ((logical, whole), (billed, own)):
-            for name, count in added.items():
-                totals[name] += count
-    return logical, billed
 
 
 def question_document(

@@ -109,8 +109,7 @@ class ChoicesApi(Api):
         choices = _in_order(choices, len(prompts))
         usage = body.get("usage")
         if isinstance(usage, Mapping):
-            weights = [_length(choice[self.content]) + 1 for choice in choices]
-            parts: list[Any] = split_usage(usage, weights, prompts)
+            parts: list[Any] = split_usage(usage, self._shares(choices, usage), prompts)
         else:
             parts = [usage] * len(choices)
         samples = []
@@ -120,6 +119,14 @@ class ChoicesApi(Api):
                 sample["usage"] = part
             samples.append(marked(sample) if number % (len(choices) // len(prompts)) else sample)
         return samples
+
+    def _shares(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any]) -> list[int]:
+        """Return each choice's share of a call's completion: its tokens if it lists them, or its length."""
+        tokens = [_tokens(choice) for choice in choices]
+        counts = [count for count in tokens if count is not None]
+        if len(counts) == len(choices) and sum(counts) == usage.get("completion_tokens") != 0:
+            return counts
+        return [_length(choice[self.content]) + 1 for choice in choices]
 
     def answer(self, samples: Sequence[Sample], ask: Ask) -> dict[str, Any]:
         """Return the answer that holds these samples; see `Api.answer`."""
@@ -319,6 +326,19 @@ def _in_order(choices: list[dict[str, Any]], questions: int) -> list[dict[str, A
             f"{questions} questions; ask one by one"
         )
     return choices
+
+
+def _tokens(choice: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a choice lists, as ids or with log probabilities; None if it lists none."""
+    if isinstance(choice.get("token_ids"), list):
+        return len(choice["token_ids"])
+    logprobs = choice.get("logprobs")
+    if not isinstance(logprobs, Mapping):
+        return None
+    parts = [
+        part for name in ("tokens", "content", "refusal") if isinstance(part := logprobs.get(name), list)
+    ]
+    return sum(map(len, parts)) if parts else None
 
 
 def _length(content: Any) -> int:

@@ -1,9 +1,9 @@
 """Tokens: a call's usage shared out to its samples, added up again, and counted.
 
-Providers report one usage per call. What is named ``completion…`` or ``output…`` belongs to the samples and
-is shared out between them; what is named ``prompt…`` or ``input…`` belongs to the question, and every
-sample carries it whole. The total is that plus the sample's share of what is left. Anything else, such as
-times, is copied.
+Providers report one usage per call. What is named ``completion…`` or ``output…`` belongs to the samples. It
+is shared out between them: exactly if the answer lists the tokens of each sample, else by length. What is
+named ``prompt…`` or ``input…`` belongs to the question, and every sample carries it whole. The total is that
+plus the sample's share of what is left. Anything else, such as times, is copied.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) ->
 
     Args:
         usage: what the call reported.
-        weights: one positive number per sample: how much of the completion is its.
+        weights: one number per sample, not all of them 0: how much of the completion is its.
         prompts: one positive number per question: how much of the prompt is its. Each question has
             the same number of samples, in order.
     """

@@ -102,9 +102,10 @@ async def test_n_is_as_many_calls_at_once_and_topped_up_exactly(server):
     raw = AnthropicModel("m", raw=True, base_url=server.url, api_key=KEY)
     async with raw, OnlineAPI(raw, MemoryStore()) as pipeline:
         samples = (await pipeline.request(Asked(HELLO, n=3))).data
-    logical, billed = wire.usage_totals(samples)
-    assert logical == billed
-    assert logical["completion_tokens"] == sum(sample["usage"]["output_tokens"] for sample in samples)
+        spent = raw.spent.counts()
+    for name in ("input", "output"):
+        total = sum(sample["usage"][f"{name}_tokens"] for sample in samples)
+        assert spent[{"input": "prompt_tokens", "output": "completion_tokens"}[name]] == total
 
 
 async def test_plain_requests_become_bodies(server):

@@ -108,16 +108,16 @@ def test_path_prints_the_folder_in_use_and_makes_none(tmp_path):
 def test_stats_tell_what_each_namespace_paid_and_reused(cache):
     figures = as_json("stats", "--cache", cache, "--scopes")
     assert figures["namespaces"] == [
-        {"namespace": "a", "draws": 2, "drawn": 4, "generated": 4, "reused": 0, "saved": 0.0},
-        {"namespace": "b", "draws": 2, "drawn": 4, "generated": 0, "reused": 4, "saved": 1.0},
-        {"namespace": None, "draws": 1, "drawn": 1, "generated": 1, "reused": 0, "saved": 0.0},
-        {"namespace": "c", "draws": 0, "drawn": 0, "generated": 0, "reused": 0, "saved": None},
+        {"namespace": "a", "draws": 2, "drawn": 4, "generated": 4, "reused": 0, "reused_share": 0.0},
+        {"namespace": "b", "draws": 2, "drawn": 4, "generated": 0, "reused": 4, "reused_share": 1.0},
+        {"namespace": None, "draws": 1, "drawn": 1, "generated": 1, "reused": 0, "reused_share": 0.0},
+        {"namespace": "c", "draws": 0, "drawn": 0, "generated": 0, "reused": 0, "reused_share": None},
     ]
     assert figures["shared"] == {"draws": 1, "drawn": 1, "generated": 1}
     totals = {name: figures[name] for name in ("keys", "samples", "pending", "discarded", "draws")}
     assert totals == {"keys": 4, "samples": 6, "pending": 0, "discarded": 0, "draws": 6}
     assert (figures["drawn"], figures["generated"], figures["reused"]) == (9, 5, 4)
-    assert figures["saved"] == round(4 / 9, 6)
+    assert figures["reused_share"] == round(4 / 9, 6)
     assert figures["folder"] == cache
     assert figures["bytes"] > 10_000
     assert figures["scopes"] == [
@@ -136,7 +136,7 @@ def test_stats_read_no_keys_unless_scopes_are_wanted(cache, monkeypatch):
 
 def test_stats_are_a_table_for_people(cache):
     output = called("stats", "--cache", cache, "--limit", "2").stdout
-    assert re.search(r"^saved +4 of 9 samples drawn \(44.4%\)$", output, re.MULTILINE)
+    assert re.search(r"^reused +4 of 9 samples drawn \(44.4%\)$", output, re.MULTILINE)
     assert re.search(r"^b +2 +4 +0 +4 +100%$", output, re.MULTILINE)
     assert re.search(r"^\(for everybody\) +1 +1 +1 +- +-$", output, re.MULTILINE)
     assert "and 2 more namespaces; --limit 0 shows all" in output
@@ -550,12 +550,20 @@ def test_the_demo_keeps_its_promises_by_the_servers_own_counts(tmp_path):
     assert told["held"]
     assert all(promise["held"] for promise in told["promises"])
     first, again, other, changed, more = told["steps"]
-    assert (first["calls"], first["generated"], first["hits"]) == (40, 120, 0)
+    assert (first["calls"], first["hits"]) == (40, 0)
+    assert first["samples"] == {"as_asked": 120, "spent": 120, "saved": 0}
+    assert first["tokens"]["saved"] == 0  # C6
     for free in (again, other):
-        assert (free["calls"], free["generated"], free["hits"], free["tokens_generated"]) == (0, 0, 120, 0)
-    assert (changed["calls"], changed["generated"], told["changed"]) == (1, 3, 1)
-    assert (more["generated"], more["hits"], more["asked"]) == (80, 120, 200)
-    assert told["total"]["generated"] == 120 + 3 + 80
+        assert (free["calls"], free["samples"]["spent"], free["hits"], free["tokens"]["spent"]) == (
+            0,
+            0,
+            120,
+            0,
+        )
+        assert free["tokens"]["saved"] == first["tokens"]["spent"]
+    assert (changed["calls"], changed["samples"]["spent"], told["changed"]) == (1, 3, 1)
+    assert (more["samples"], more["hits"]) == ({"as_asked": 200, "spent": 80, "saved": 120}, 120)
+    assert told["total"]["samples"]["spent"] == 120 + 3 + 80
     assert list(tmp_path.iterdir()) == []
 
 

@@ -710,7 +710,7 @@ def test_without_a_terminal_there_are_plain_lines_and_a_table_on_standard_error(
     assert done.exit_code == 0
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    assert any(" of 20 requests: 0 hits, " in line and " s left" in line for line in lines)
+    assert any(" of 20 requests, 0 failed; samples: 0 hits, " in line and " s left" in line for line in lines)
     table = dict(line.rsplit(None, 1) for line in lines if line and line[0].islower())
     assert table["requests"] == "20"
     assert (table["calls made"], table["samples generated"]) == ("20", "100")
@@ -754,7 +754,7 @@ def test_on_a_terminal_there_is_a_bar(server):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_narrow_terminal_shows_the_figures_whole_and_a_dumb_one_no_bar(server):
     narrow = on_terminal(server, COLUMNS="40").decode()
-    assert re.search(r"164/164\S* 0 hits, 164 misses", narrow)
+    assert re.search(r"164/164\S* samples: 0 hits, 164 misses", narrow)
     assert "…" not in narrow
     dumb = on_terminal(server, "another", TERM="dumb")
     assert b"/164" not in dumb
@@ -801,3 +801,59 @@ def test_a_line_that_asks_for_too_many_samples_fails_alone(server, tmp_path):
     assert "at most 10000 samples; got n = 1000000000" in results[1]["error"]["message"]
     assert "for each of 2 prompts" in results[3]["error"]["message"]
     assert server.stats.requests == 2
+
+
+# Tokens and money.
+
+
+def table(done):
+    """The figures that a run has printed, by name."""
+    lines = [line for line in done.stderr.splitlines() if line and line[0].islower() and "  " in line]
+    return {name.strip(): value.strip() for name, value in (line.split("  ", 1) for line in lines)}
+
+
+def test_c6_the_first_run_saves_nothing_and_a_rerun_all_that_it_replays(server):
+    figures = called(server, limit=4)
+    paid = server.stats.tokens_in + server.stats.tokens_out
+    assert figures["spent"]["total_tokens"] == figures["billed"]["total_tokens"] == paid
+    assert figures["as_asked"]["total_tokens"] == paid
+    assert (figures["saved"]["total_tokens"], figures["saved"]["samples"]) == (0, 0)
+    assert (figures["spent"]["samples"], figures["spent"]["unknown"], figures["unreported"]) == (4 * N, 0, 0)
+    again = called(server, limit=4, namespace="b")
+    assert again["saved"] == figures["as_asked"]
+    assert (again["spent"]["samples"], again["billed"]["samples"]) == (0, 0)
+    done = invoke(options(server, limit=4))
+    assert table(done)["spent"] == "0 tokens"
+    assert table(done)["saved"] == f"{paid:,} tokens"  # nobody knows the price of the built-in model
+
+
+def test_c6_lines_that_share_a_call_are_billed_its_prompt_once(server):
+    source = write("in.jsonl", [{"prompt": "the same question"}] * 3)
+    figures = called(server, requests=source, n=2)
+    paid = server.stats.tokens_in + server.stats.tokens_out
+    assert (figures["calls"], figures["billed"]["total_tokens"], figures["spent"]["total_tokens"]) == (
+        1,
+        paid,
+        paid,
+    )
+    assert figures["saved"]["total_tokens"] == 2 * server.stats.tokens_in
+
+
+def test_c6_what_no_line_got_is_spent_and_unreported(server):
+    source = write("in.jsonl", [{"prompt": "question"}])
+    server.settings = replace(server.settings, script=(None, *[Fault(kind="unavailable")] * 9), max_n=3)
+    figures = called(server, status=1, requests=source, n=5, max_n=3)
+    assert (figures["hits"], figures["misses"], figures["unreported"]) == (0, 0, 3)
+    assert (figures["spent"]["samples"], figures["billed"]["samples"]) == (3, 0)
+    assert figures["spent"]["total_tokens"] == server.stats.tokens_in + server.stats.tokens_out > 0
+
+
+def test_a_partial_hit_counts_its_samples_and_a_run_says_that_it_counts_samples(server, monkeypatch):
+    monkeypatch.setattr("cachepipe.cli.run._PLAIN_EVERY", 0.0)
+    called(server, limit=3, n=2)
+    done = invoke(options(server, limit=3, n=5))
+    shown = table(done)
+    assert (shown["requests"], shown["sample hits"], shown["sample misses"]) == ("3", "6", "9")
+    assert re.search(
+        r"\d of 3 requests, 0 failed; samples: \d hits, \d misses; [\d.]+ requests/s", done.stderr
+    )

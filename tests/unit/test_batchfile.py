@@ -655,6 +655,62 @@ async def test_moderations_are_functions_of_each_input(paths, client):
     assert (report.calls, report.generated, client.bodies) == (1, 2, [{"input": ["good", "bad"]}])
 
 
+# Tokens and money.
+
+
+def counted(body, model="gpt-4o-mini-2024-07-18", completion=1_000):
+    """An answer with usage, such as a provider's: a prompt of 2,000 tokens and 1,000 for each sample."""
+    n = body.get("n", 1)
+    usage = {"prompt_tokens": 2_000, "completion_tokens": n * completion}
+    usage["total_tokens"] = sum(usage.values())
+    return {**answer_to(body), "model": model, "usage": usage}
+
+
+async def test_c6_tokens_cost_what_the_model_costs_also_behind_another_host(paths, client):
+    source, target = paths
+    client.answer = lambda _, body: counted(body)
+    write(source, [{"prompt": "a"}, {"prompt": "b"}])
+    settings = {"client": client, "model": "alias", "cache": MemoryStore(), "n": 3}
+    first = (await run_file(source, target, **settings)).as_dict()
+    assert first["spent"]["cost"] == pytest.approx(2 * (0.0003 + 3 * 0.0006))  # 0.15 and 0.60 a million
+    assert first["saved"]["cost"] == pytest.approx(0)
+    again = (await run_file(source, target, **settings)).as_dict()
+    assert (again["spent"]["cost"], again["billed"]["cost"]) == (0, 0)
+    assert again["saved"]["cost"] == pytest.approx(first["spent"]["cost"])
+    assert again["saved"]["total_tokens"] == 10_000
+
+
+async def test_c6_what_has_no_usage_or_price_is_counted_and_costs_not_nothing(paths, client):
+    source, target = paths
+    answers = {
+        "priced": counted,
+        "unpriced": lambda body: counted(body, model="ours"),
+        "unknown": answer_to,
+    }
+    client.answer = lambda _, body: answers[body["messages"][0]["content"]](body)
+    write(source, [{"prompt": name} for name in answers])
+    spent = (await run_file(source, target, client=client, model="m", cache=MemoryStore())).as_dict()["spent"]
+    assert (spent["samples"], spent["unknown"], spent["unpriced"]) == (3, 1, 2)
+    assert (spent["total_tokens"], spent["cost"]) == (6_000, pytest.approx(0.0009))
+    write(source, [{"prompt": "unknown"}])
+    spent = (await run_file(source, target, client=client, model="m", cache=MemoryStore())).as_dict()["spent"]
+    assert (spent["total_tokens"], spent["unknown"], spent["cost"]) == (0, 1, None)
+
+
+async def test_c6_of_lines_with_several_questions_each_prompt_counts_as_asked(paths, client):
+    source, target = paths
+    client.answer = lambda _, body: {
+        "model": "text-embedding-3-small",
+        "data": [{"index": i, "embedding": [0.5]} for i in range(len(body["input"]))],
+        "usage": {"prompt_tokens": 10 * len(body["input"]), "total_tokens": 10 * len(body["input"])},
+    }
+    write(source, [{"url": "/v1/embeddings", "body": {"input": ["aa", "bb", "aa"]}}])
+    figures = (await run_file(source, target, client=client, model="m", cache=MemoryStore())).as_dict()
+    assert figures["as_asked"]["prompt_tokens"] == 30
+    assert (figures["billed"]["prompt_tokens"], figures["saved"]["prompt_tokens"]) == (20, 10)
+    assert figures["spent"] == figures["billed"]
+
+
 # The output file.
 
 

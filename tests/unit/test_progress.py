@@ -31,7 +31,7 @@ def put(monkeypatch):
     return put
 
 
-def test_a_terminal_shows_how_many_are_done_cached_and_failed(put):
+def test_a_terminal_shows_how_many_are_done_hits_and_failed(put):
     terminal = put(Terminal())
     with progress.shown(4, "completions") as tick:
         tick()
@@ -41,7 +41,7 @@ def test_a_terminal_shows_how_many_are_done_cached_and_failed(put):
     shown = terminal.getvalue()
     assert "completions" in shown
     assert "4/4" in shown
-    assert "2 cached, 1 failed" in shown
+    assert "2 hits, 1 failed" in shown
 
 
 def test_a_narrow_terminal_shows_the_figures_and_no_bar(put, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_narrow_terminal_shows_the_figures_and_no_bar(put, monkeypatch):
         for _ in range(4):
             tick(cached=True)
     assert "4/4" in terminal.getvalue()
-    assert "4 cached" in terminal.getvalue()
+    assert "4 hits" in terminal.getvalue()
     assert "…" not in terminal.getvalue()
 
 
@@ -80,7 +80,7 @@ def test_a_notebook_shows_a_line_that_changes_and_needs_no_widgets(monkeypatch):
         tick()
         tick(cached=True)
     assert lines[0] == f"completions {'░' * 40} 0/2"
-    assert lines[-1] == f"completions {'█' * 40} 2/2  1 cached"
+    assert lines[-1] == f"completions {'█' * 40} 2/2  1 hit"
 
 
 @pytest.mark.parametrize(("total", "show"), [(0, True), (3, False)])

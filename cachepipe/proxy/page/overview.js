@@ -7,7 +7,7 @@ const EVERY = 2000; // milliseconds between looks
 const QUIET = 10_000; // milliseconds between announcements
 let paused = false;
 
-const COLUMNS = ["Namespace", "Hits", "Misses", "From the cache", "Tokens spent", "Tokens saved", "Last request"];
+const COLUMNS = ["Namespace", "Hits", "Misses", "From the cache", "Tokens billed", "Tokens saved", "Last request"];
 
 function figure(label, kind) {
   const value = el("dd", { class: "value", id: `count-${kind}` }, "0");
@@ -22,15 +22,15 @@ function put(node, text) {
 
 function cost(counted) {
   if (counted.cost === null) return "";
-  return `${money(counted.cost)}${counted.unpriced ? " and what has no known price" : ""}`;
+  return `${money(counted.cost)}${counted.unpriced ? ` and ${plural(counted.unpriced, "sample")} without a known price` : ""}`;
 }
 
-const tokens = (counted) => number(counted.total) + (counted.cost === null ? "" : ` (${money(counted.cost)})`);
+const tokens = (counted) => number(counted.total_tokens) + (counted.cost === null ? "" : ` (${money(counted.cost)})`);
 
 export async function overview(signal) {
   const figures = {
-    hits: figure("Hits", "hits"),
-    misses: figure("Misses", "misses"),
+    hits: figure("Samples: hits", "hits"),
+    misses: figure("Samples: misses", "misses"),
     spent: figure("Tokens spent", "spent"),
     saved: figure("Tokens saved", "saved"),
   };
@@ -50,9 +50,9 @@ export async function overview(signal) {
     put(figures.hits.note, `${share(total.hits, total.hits + total.misses)} of samples`);
     put(figures.misses.value, number(total.misses));
     put(figures.misses.note, `in ${plural(counters.upstreams.reduce((sum, { calls }) => sum + calls, 0), "call")}`);
-    put(figures.spent.value, number(total.spent.total));
+    put(figures.spent.value, number(total.spent.total_tokens));
     put(figures.spent.note, cost(total.spent));
-    put(figures.saved.value, number(total.saved.total));
+    put(figures.saved.value, number(total.saved.total_tokens));
     put(figures.saved.note, cost(total.saved));
     const drawn = total.hits + total.misses;
     bar.firstChild.style.setProperty("inline-size", `${drawn ? (100 * total.hits) / drawn : 0}%`);
@@ -71,7 +71,7 @@ export async function overview(signal) {
       put(cells[0], number(counts.hits));
       put(cells[1], number(counts.misses));
       put(cells[2], share(counts.hits, counts.hits + counts.misses));
-      put(cells[3], tokens(counts.spent));
+      put(cells[3], tokens(counts.billed));
       put(cells[4], tokens(counts.saved));
       put(cells[5], when(counts.last)?.textContent ?? "");
     }

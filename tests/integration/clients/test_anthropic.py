@@ -107,7 +107,7 @@ def test_a_rerun_in_another_namespace_asks_nothing_and_answers_the_same(server, 
     assert text(first[0]) != text(first[1])
     assert [info(one).indices for one in second] == [(0,), (1,), (0,)]
     assert [info(one).cached for one in (first[0], second[0])] == [(False,), (True,)]
-    assert info(second[0]).usage["prompt_tokens"] == first[0].usage.input_tokens
+    assert info(second[0]).as_asked["prompt_tokens"] == first[0].usage.input_tokens
 
 
 @pytest.mark.parametrize("streamed_first", [True, False])

@@ -107,10 +107,30 @@ async def test_n_is_topped_up_exactly_and_the_choices_renumbered(server, client)
     assert five.usage.prompt_tokens == two.usage.prompt_tokens
     told = info(five)
     assert told.cached == (True, True, False, False, False)
-    assert told.usage["completion_tokens"] == five.usage.completion_tokens
+    assert told.as_asked["completion_tokens"] == five.usage.completion_tokens
     assert told.billed["samples"] == 3
     assert told.saved["samples"] == 2
     assert told.saved["completion_tokens"] == two.usage.completion_tokens
+
+
+async def test_c6_a_lone_request_saves_nothing_and_its_replay_all_of_it(server, client):
+    four = await ask(client, n=4)
+    first, again = info(four), info(await ask(client.in_namespace("b"), n=4))
+    paid = server.stats.tokens_in + server.stats.tokens_out
+    assert first.billed["total_tokens"] == first.as_asked["total_tokens"] == four.usage.total_tokens == paid
+    assert not any(first.saved.values())
+    assert again.saved == again.as_asked == first.as_asked
+    assert not any(again.billed.values())
+
+
+async def test_c6_of_requests_that_share_a_call_one_is_billed_the_prompt(server, client):
+    told = [info(answer) for answer in await asyncio.gather(*(ask(client) for _ in range(3)))]
+    assert server.stats.requests == 1
+    assert [each.billed["prompt_tokens"] for each in told] == [server.stats.tokens_in, 0, 0]
+    assert [each.as_asked["prompt_tokens"] for each in told] == [server.stats.tokens_in] * 3
+    assert (
+        sum(each.billed["total_tokens"] for each in told) == server.stats.tokens_in + server.stats.tokens_out
+    )
 
 
 async def test_concurrent_draws_of_one_question_share_a_call(server, client):
@@ -690,9 +710,9 @@ async def test_saved_money_is_told_where_the_price_is_known():
         async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
             first = info(await ask(client))
             again = info(await ask(client.in_namespace("b")))
-        assert first.cost == again.cost == (None if cost is None else pytest.approx(cost))
-        assert first.billed_cost == again.saved_cost == first.cost
-        assert (first.saved_cost, again.billed_cost) == ((None, None) if cost is None else (0, 0))
+        assert first.as_asked_cost == again.as_asked_cost == (None if cost is None else pytest.approx(cost))
+        assert first.billed_cost == again.saved_cost == first.as_asked_cost
+        assert (first.saved_cost, again.billed_cost) == ((None, 0) if cost is None else (0, 0))
         assert again.saved["total_tokens"] == 1100
 
 

@@ -158,7 +158,7 @@ def like(one, other):
         and json.dumps(one.model_dump(warnings=False)) == json.dumps(other.model_dump(warnings=False))
         and one._request_id == other._request_id
         and info(one).key == info(other).key
-        and info(one).usage == info(other).usage
+        and info(one).as_asked == info(other).as_asked
     )
 
 

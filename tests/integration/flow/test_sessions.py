@@ -426,10 +426,10 @@ async def test_a_session_tells_what_its_last_answer_was(service):
 
     first = await told()
     assert (first.namespace, first.cached) == ("a", (False,))
-    assert first.usage["completion_tokens"] > 0
+    assert first.as_asked["completion_tokens"] > 0
     with cachepipe.run():
         again = await told(stream=True)
-    assert (again.cached, again.usage, again.billed["total_tokens"]) == ((True,), first.usage, 0)
+    assert (again.cached, again.as_asked, again.billed["total_tokens"]) == ((True,), first.as_asked, 0)
 
 
 async def test_sessions_of_a_service_share_connections_and_one_run(server, service):

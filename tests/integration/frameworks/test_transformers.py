@@ -12,7 +12,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cachepipe import Batch, LocalAPI, MemoryStore, Request, wire
+from cachepipe.accounting import Account, usage_of
 from cachepipe.models import TransformersModel
+from cachepipe.models.transformers import _Text
 
 pytestmark = pytest.mark.anyio
 PROMPTS = ("Hi", "A much longer prompt than that", "Sort a list.")
@@ -212,10 +214,21 @@ async def test_what_is_generated_first_is_told_first(model):
 async def test_usage_counts_the_prompt_once_as_billed(whole):
     async with LocalAPI(whole, MemoryStore(), batch_size=8) as api:
         response = await api.request(Asked("Hello", n=3, max_tokens=4))
-    logical, billed = wire.usage_totals(response.data)
-    assert (logical["prompt_tokens"], billed["prompt_tokens"]) == (15, 5)
-    assert logical["completion_tokens"] == billed["completion_tokens"] <= 12
+    spent = Account()
+    spent.spend(map(usage_of, response.data), "")
+    counts = spent.counts()
+    assert (counts["prompt_tokens"], counts["samples"]) == (5, 3)
+    assert counts["completion_tokens"] <= 12
     assert {sample["model"] for sample in response.data} == {"tiny"}
+
+
+async def test_c6_each_sample_has_the_tokens_that_it_took(whole, monkeypatch):
+    took = [_Text("a rather long text", 1, ended=True), _Text("b", 9, ended=True)]
+    monkeypatch.setattr(whole, "_generate", lambda rows: took)
+    async with LocalAPI(whole, MemoryStore(), batch_size=8) as api:
+        samples = (await api.request(Asked("Hello", n=2))).data
+    assert [sample["usage"]["completion_tokens"] for sample in samples] == [1, 9]
+    assert [sample["usage"]["total_tokens"] for sample in samples] == [6, 14]
 
 
 async def test_messages_go_through_the_chat_template(whole, network, tokenizer):

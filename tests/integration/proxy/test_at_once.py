@@ -112,7 +112,7 @@ def test_it_answers_what_the_ordinary_way_would(fast, asked):
     assert {**hits[0], "at": 0, "ms": 0} == {**hits[1], "at": 0, "ms": 0}
     counted = server.proxy.counters.namespaces["a"]
     assert (counted.requests, counted.hits) == ({"miss": 2, "hit": 2}, 2)
-    assert counted.saved.tokens.total == 2 * first["usage"]["total_tokens"]
+    assert counted.delivered.saved.counts()["total_tokens"] == 2 * first["usage"]["total_tokens"]
 
 
 def test_each_request_is_the_next_draw(fast, asked, upstream):

@@ -31,14 +31,55 @@ def test_counters_by_namespace(proxy, upstream, http, asked, helpers):
     assert (each["a"]["hits"], each["a"]["misses"], each["b"]["hits"], each["b"]["misses"]) == (0, 2, 2, 1)
     assert each["a"]["requests"] == {"miss": 1}
     assert each["b"]["requests"] == {"partial": 1, "passed": 1}
-    assert each["a"]["spent"]["total"] == paid["total_tokens"]
-    assert each["a"]["saved"]["prompt"] == paid["prompt_tokens"]
+    assert each["a"]["billed"]["total_tokens"] == each["a"]["spent"]["total_tokens"] == paid["total_tokens"]
+    assert each["a"]["saved"]["total_tokens"] == 0  # as it was asked, in one call
+    assert each["b"]["saved"]["samples"] == 2
+    assert each["b"]["saved"]["total_tokens"] == paid["completion_tokens"]
+    assert counters["total"]["spent"] == counters["total"]["billed"]
     assert counters["total"]["misses"] == upstream.stats.samples_generated == 3
     assert counters["upstreams"] == [{"name": "mock", "calls": 3, "in_flight": 0}]
     text = httpx2.get(f"{proxy.url}/metrics").text
     assert 'cachepipe_proxy_samples_total{from="cache",namespace="b"} 2.0' in text
     assert 'cachepipe_proxy_requests_total{namespace="b",outcome="partial"} 1.0' in text
     assert 'cachepipe_proxy_calls_total{upstream="mock"} 3.0' in text
+
+
+def metrics(proxy):
+    lines = [line.rpartition(" ") for line in httpx2.get(f"{proxy.url}/metrics").text.splitlines()]
+    return {name: float(value) for name, _, value in lines if name and name[0] != "#"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_c6_spent_billed_as_asked_and_saved(proxy, upstream, http, asked, helpers, stream):
+    for namespace, n in (("a", 4), ("b", 4), ("b", 2)):
+        http.post(helpers.chat_url(proxy, namespace), json={**asked, "n": n, "stream": stream}).read()
+    counters = fetch(proxy, "/cachepipe/api/counters")
+    a, b = ({counts["namespace"]: counts for counts in counters["namespaces"]}[name] for name in "ab")
+    log = upstream.stats
+    assert counters["total"]["spent"]["total_tokens"] == log.tokens_in + log.tokens_out
+    assert a["saved"]["total_tokens"] == 0
+    assert a["spent"]["total_tokens"] == a["as_asked"]["total_tokens"] > 0
+    assert b["saved"]["total_tokens"] == a["as_asked"]["total_tokens"]
+    assert (b["saved"]["samples"], b["billed"]["samples"]) == (4, 2)
+    told = metrics(proxy)
+    for word in ("spent", "billed", "as_asked", "saved"):
+        for kind in ("prompt", "completion"):
+            name = f'cachepipe_proxy_tokens_total{{namespace="b",of="{kind}",sum="{word}"}}'
+            assert told[name] == b[word][f"{kind}_tokens"]
+
+
+def test_c6_what_no_request_got_is_spent(serve, recorder, http, asked, helpers):
+    """A call that has brought too little, and nothing more came for a request that then failed."""
+    proxy = serve(upstreams=(Upstream.of("recorder", recorder.base_url),))
+    choice = {"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    short = {"object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}
+    pairs = [("content-type", "application/json")]
+    recorder.answers += [(200, pairs, [json.dumps(short).encode()]), (500, pairs, [b'{"error": {}}'])]
+    assert http.post(helpers.chat_url(proxy, "a"), json={**asked, "n": 2}).status_code == 500
+    total = fetch(proxy, "/cachepipe/api/counters")["total"]
+    assert (total["spent"]["total_tokens"], total["spent"]["samples"]) == (10, 1)
+    assert (total["billed"]["samples"], total["as_asked"]["samples"], total["misses"]) == (0, 0, 0)
 
 
 def test_names_cannot_break_the_metrics(proxy, http, asked, helpers):

@@ -20,8 +20,9 @@ import httpx2
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from cachepipe.accounting import Account, Usage
 from cachepipe.proxy import page as page_files
-from cachepipe.proxy.counters import Prices, Tokens
+from cachepipe.proxy.counters import Prices
 from cachepipe.proxy.settings import Upstream
 
 PARTS = Path(__file__).with_name("browser")
@@ -447,7 +448,9 @@ def test_what_tokens_cost_is_shown_where_it_is_known(visit, ask, proxy, monkeypa
     page = visit()
     counters = httpx2.get(f"{proxy.url}/cachepipe/api/counters").json()
     spent = counters["total"]["spent"]
-    assert spent["cost"] == pytest.approx((spent["prompt"] * 2 + spent["completion"] * 4) / 1000)
+    assert spent["cost"] == pytest.approx(
+        (spent["prompt_tokens"] * 2 + spent["completion_tokens"] * 4) / 1000
+    )
     assert counters["total"]["saved"]["cost"] == pytest.approx(spent["cost"])
     assert page.locator("#note-spent").text_content().startswith("$")
 
@@ -456,9 +459,12 @@ def test_prices_are_of_the_provider_and_unknown_is_not_nothing():
     known = Prices()
     seller = known.seller("gpt-4o-mini", "https://api.openai.com/v1/chat/completions")
     other = known.seller("made-up", "http://127.0.0.1/v1/chat/completions")
-    sold = {seller: Tokens(2_000_000, 1_000_000, 3_000_000, 1_000_000), other: Tokens(1, 2, 3, 0)}
-    assert known.total(sold) == {"cost": None, "unpriced": 3_000_003}
+    account = Account()
+    prompt, completion = {"prompt_tokens": 2_000_000, "cached_tokens": 1_000_000}, 1_000_000
+    whole = {"completion_tokens": completion, "total_tokens": 3_000_000, "reasoning_tokens": 0}
+    for model, url in (seller, other):
+        account.add(Usage(model, {**prompt, **whole}, first=True), url, prompt=True)
+    assert account.cost(known.cost) == (None, 2)
     known.learn()
-    total = known.total(sold)
-    assert total["cost"] == pytest.approx(0.15 + 0.075 + 0.60)  # list prices of a million tokens each
-    assert total["unpriced"] == 3
+    cost = pytest.approx(0.15 + 0.075 + 0.60)  # list prices of a million tokens each
+    assert account.cost(known.cost) == (cost, 1)

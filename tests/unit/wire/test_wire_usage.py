@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.wire import CHAT, usage_totals
+from cachepipe.wire import CHAT
 from cachepipe.wire.usage import join_usage, shares, split_usage, token_counts
 
 counts = st.integers(0, 10**6)
@@ -105,14 +106,36 @@ def test_counts_have_one_set_of_names_for_all_providers():
     assert token_counts(None) == token_counts({}) == dict.fromkeys(expected)
 
 
-def test_the_prompt_of_a_call_is_billed_once_and_counts_logically_for_each_sample():
-    choices = [{"index": i, "message": {"content": "x"}, "finish_reason": "stop"} for i in range(3)]
-    usage = {"prompt_tokens": 100, "completion_tokens": 30, "total_tokens": 130}
-    samples = [*CHAT.samples({"choices": choices, "usage": usage}), {"choices": choices[:1], "usage": None}]
-    logical, billed = usage_totals(samples)
-    rest = {"cached_tokens": 0, "reasoning_tokens": 0, "samples": 4, "unknown": 1}
-    assert billed == {**usage, **rest}
-    assert logical == {"prompt_tokens": 300, "completion_tokens": 30, "total_tokens": 330, **rest}
+def chat(choices, usage):
+    choices = [{"index": i, "finish_reason": "stop", **choice} for i, choice in enumerate(choices)]
+    return CHAT.samples({"choices": choices, "usage": usage})
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [{"logprobs": {"content": [{}] * 7}}, {"logprobs": {"content": [{}]}}],
+        [{"token_ids": [1, 2, 3, 4, 5, 6, 7], "logprobs": None}, {"token_ids": [1]}],
+        [{"logprobs": {"content": None, "refusal": [{}] * 7}}, {"logprobs": {"content": [{}]}}],
+    ],
+    ids=["log probabilities", "token ids", "a refusal"],
+)
+def test_c6_the_usage_of_a_sample_is_exact_where_its_tokens_are_listed(tokens):
+    texts = [{"message": {"content": "x"}}, {"message": {"content": "a much longer text"}}]
+    usage = {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18}
+    samples = chat([{**text, **token} for text, token in zip(texts, tokens, strict=True)], usage)
+    assert [sample["usage"]["completion_tokens"] for sample in samples] == [7, 1]
+    assert [sample["usage"]["total_tokens"] for sample in samples] == [17, 11]
+
+
+def test_tokens_that_do_not_add_up_to_the_call_do_not_share_it_out():
+    """Such as those of a model that has also reasoned, in tokens that it does not list."""
+    choices = [{"message": {"content": "abc"}, "logprobs": {"content": [{}]}} for _ in range(2)]
+    usage = {"prompt_tokens": 10, "completion_tokens": 40, "total_tokens": 50}
+    assert [sample["usage"]["completion_tokens"] for sample in chat(choices, usage)] == [20, 20]
+    nothing = {"prompt_tokens": 10, "completion_tokens": 0, "total_tokens": 10}
+    empty = [{"message": {"content": ""}, "logprobs": {"content": []}} for _ in range(2)]
+    assert [sample["usage"]["completion_tokens"] for sample in chat(empty, nothing)] == [0, 0]
 
 
 @given(total=st.integers(0, 30), prompt=st.integers(0, 9), completion=st.integers(0, 9))

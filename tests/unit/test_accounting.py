@@ -1,0 +1,138 @@
+"""Billed, spent, as asked and saved: the sums of the contract's C6."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachepipe.accounting import Account, Delivered, usage_of
+from cachepipe.wire import CHAT
+
+URL = "http://model/v1/chat/completions"
+
+
+def call(prompt, completions, *, model="m", usage=True):
+    """The usages of the samples of one call."""
+    choices = [
+        {"index": i, "message": {"content": "x"}, "finish_reason": "stop", "token_ids": [0] * tokens}
+        for i, tokens in enumerate(completions)
+    ]
+    whole = sum(completions)
+    used = {"prompt_tokens": prompt, "completion_tokens": whole, "total_tokens": prompt + whole}
+    answer = {"model": model, "choices": choices, "usage": used if usage else None}
+    return [usage_of(sample) for sample in CHAT.samples(answer)]
+
+
+def deliver(*questions):
+    """The sums of requests: per question the usages and the flags of its samples."""
+    sums = Delivered()
+    for usages, cached in questions:
+        sums.add(usages, cached, URL)
+    return sums
+
+
+def totals(sums):
+    return {name: account.counts()["total_tokens"] for name, account in sums.accounts().items()}
+
+
+def test_c6_a_lone_request_saves_nothing_whatever_its_n():
+    sums = deliver((call(12, [6, 6, 7, 5]), [False] * 4))
+    assert totals(sums) == {"as_asked": 36, "billed": 36, "saved": 0}
+    assert sums.saved.counts()["samples"] == 0
+
+
+def test_c6_a_rerun_saves_what_it_replays_at_each_delivery():
+    samples = call(10, [1, 2])
+    sums = deliver((samples, [False, False]), (samples, [True, True]), (samples[1:], [True]))
+    assert totals(sums) == {"as_asked": 13 + 13 + 12, "billed": 13, "saved": 25}
+
+
+def test_c6_a_partial_hit_is_billed_for_the_new_samples_and_the_prompt_of_their_call():
+    sums = deliver(([*call(10, [1, 2, 3]), *call(10, [4, 5])], [True] * 3 + [False] * 2))
+    assert totals(sums) == {"as_asked": 25, "billed": 19, "saved": 6}
+
+
+def test_c6_of_requests_that_share_a_call_one_is_billed_the_prompt():
+    first, second, third = call(10, [1, 2, 3])
+    sums = deliver(([first], [False]), ([second], [False]), ([third], [False]))
+    assert totals(sums) == {"as_asked": 36, "billed": 16, "saved": 20}
+    assert totals(deliver(([second], [False]))) == {"as_asked": 12, "billed": 2, "saved": 10}
+
+
+def test_c6_a_request_that_takes_several_calls_costs_more_than_it_was_asked_for():
+    sums = deliver(([*call(10, [1, 1]), *call(10, [1])], [False] * 3))
+    assert totals(sums) == {"as_asked": 13, "billed": 23, "saved": -10}
+
+
+def test_c6_what_reaches_no_request_is_spent():
+    account = Account()
+    account.spend(call(10, [1, 2, 3]), URL)
+    account.spend(call(20, [4]), URL)
+    assert account.counts()["total_tokens"] == 40
+    assert account.counts()["samples"] == 4
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.lists(st.integers(1, 9), min_size=1, max_size=4)), max_size=5)
+)
+def test_c6_what_calls_bring_is_billed_once_however_it_is_handed_out(calls):
+    account, sums = Account(), Delivered()
+    for prompt, completions in calls:
+        usages = call(prompt, completions)
+        account.spend(usages, URL)
+        for usage in usages:
+            sums.add([usage], [False], URL)
+            sums.add([usage], [True], URL)
+    assert sums.billed.counts() == account.counts()
+
+
+def price(counts, model, url):
+    return None if model == "free" else (counts["prompt_tokens"] + 2 * counts["completion_tokens"]) / 10
+
+
+def test_c6_what_has_no_usage_or_price_is_counted_as_unknown():
+    sums = deliver(
+        (call(10, [1, 2]), [False, False]),
+        (call(10, [5], model="free"), [False]),
+        (call(10, [5], usage=False), [False]),
+        (call(10, [5], usage=False), [True]),
+    )
+    billed = sums.billed.as_dict(price)
+    assert (billed["total_tokens"], billed["samples"], billed["unknown"], billed["unpriced"]) == (28, 4, 1, 2)
+    assert billed["cost"] == pytest.approx(1.6)
+    saved = sums.saved.as_dict(price)
+    assert (saved["samples"], saved["unknown"], saved["unpriced"]) == (1, 1, 1)
+    assert saved["cost"] is None  # of the only sample that was saved nothing is known
+
+
+@pytest.mark.parametrize(
+    "usages", [call(1, [1], usage=False), call(1, [1], model="free")], ids=["usage", "price"]
+)
+def test_c6_unknown_is_never_nothing(usages):
+    assert deliver((usages, [False])).billed.cost(price) == (None, 1)
+
+
+def test_nothing_costs_nothing():
+    assert Account().cost(price) == (0.0, 0)
+
+
+def test_the_prompt_is_taken_from_the_first_sample_that_has_usage():
+    sums = deliver(([*call(10, [1], usage=False), *call(10, [2, 3])], [True] * 3))
+    assert totals(sums)["as_asked"] == 15
+
+
+def test_prompt_tokens_that_the_provider_had_cached_count_once_as_well():
+    answer = {
+        "model": "m",
+        "choices": [{"index": i, "message": {"content": "x"}, "finish_reason": "stop"} for i in range(2)],
+        "usage": {
+            "prompt_tokens": 10,
+            "completion_tokens": 2,
+            "total_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 8},
+        },
+    }
+    usages = [usage_of(sample) for sample in CHAT.samples(answer)]
+    sums = deliver((usages, [False, False]))
+    assert sums.billed.counts()["cached_tokens"] == sums.as_asked.counts()["cached_tokens"] == 8
