@@ -29,7 +29,7 @@ import cachepipe
 from benchmarks import data, floors
 from benchmarks.harness import Entry, Goals, Sizes, Table, Timed, equal, expect
 from benchmarks.peers import TITLES, Worker, workers
-from cachepipe.ledger import label
+from cachepipe.contract.draws import label
 from cachepipe.typedefs import Batch, Response
 
 CROWD = 64

@@ -28,7 +28,7 @@ from benchmarks import data
 from benchmarks.harness import ROOT, Count, Sizes, Tally, expect
 from benchmarks.peers import Server
 from cachepipe.batchfile import Defaults, parse_line, run_file
-from cachepipe.ledger import Draw, label
+from cachepipe.contract.draws import Draw, label
 from cachepipe.models.openai import OpenAIModel
 from cachepipe.stages import AsyncCacher
 from cachepipe.stores import DiskStore, MemoryStore

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
         CachepipeWarning as CachepipeWarning,
     )
     from cachepipe.errors import (
+        DamagedCache as DamagedCache,
+    )
+    from cachepipe.errors import (
         EvictionDisabled as EvictionDisabled,
     )
     from cachepipe.errors import (
@@ -184,6 +187,7 @@ _HOMES = {
         "CacheMiss",
         "CachepipeError",
         "CachepipeWarning",
+        "DamagedCache",
         "EvictionDisabled",
         "FormatError",
         "FreshIds",

@@ -39,6 +39,7 @@ import orjson
 from cachepipe import jsontext, outages, prices, runs, wire
 from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.bounds import check_n
+from cachepipe.contract.draws import Identity, label
 from cachepipe.errors import (
     BadAnswer,
     CacheMiss,
@@ -48,7 +49,6 @@ from cachepipe.errors import (
     TooManySamples,
     UnkeyableValue,
 )
-from cachepipe.ledger import label
 from cachepipe.models.openai import ENDPOINTS, ListModel, OpenAIModel, WireRequest
 from cachepipe.stages import AsyncCacher, AsyncDeduplicator
 from cachepipe.stores import DiskStore, MemoryStore, default_folder, open_store
@@ -919,7 +919,7 @@ class _Service:
         requests = line.requests(self._namespace, ids=self._ids)
         whose, request_id = label(self._namespace), requests[0].request_id or ""
         asked = [self._key(request) for request in requests]
-        occurrences = [self._counted.take((whose, key, request_id)) for key in asked]
+        occurrences = [self._counted.take(Identity(whose, key, request_id)) for key in asked]
         named = jsontext.dumps([whose, request_id, asked, occurrences])
         return _Draw(line, requests, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
 

@@ -90,6 +90,10 @@ class FormatError(StoreError):
     """A folder holds a cache in a format that this version does not know."""
 
 
+class DamagedCache(StoreError):  # noqa: N818 - names the thing at fault
+    """What was read from a cache is not what was written there, or a part of the cache is missing."""
+
+
 class UnsafeRow(StoreError):  # noqa: N818 - names the thing at fault
     """A row of the cache is in a form that cachepipe never writes and will not load, such as a pickle."""
 

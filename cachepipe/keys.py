@@ -29,7 +29,7 @@ from cachepipe.typedefs import Request, field_names
 FORMAT = "k2"
 """The name of the key format: a change of it is a new name, and old keys stay readable."""
 
-_UNASKED = frozenset({"n", "request_id", "namespace"})
+_UNASKED = frozenset({"n", "request_id", "namespace", "replicate"})
 _MARK = "\0"  # opens the names of the objects that stand for values JSON has no form for
 _LONG = 6  # items of a list from which on a look at its JSON is cheaper than a walk
 _PLAIN = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS

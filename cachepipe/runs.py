@@ -1,4 +1,4 @@
-"""Runs: what counts the occurrences of equal requests, and when counting begins anew.
+"""IntervalSet: what counts the occurrences of equal requests, and when counting begins anew.
 
 A run lasts from the opening of the first pipeline or client on a store in this process until none is
 open; ``with cachepipe.run():`` begins another. A forked child is another process, so another run.
@@ -25,12 +25,9 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from cachepipe import forks
+from cachepipe.contract.draws import Draw, Identity
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError
-from cachepipe.ledger import Draw, Runs
-
-Identity = tuple[str, str, str]
-"""The label of a namespace, a key and a request id."""
-
 
 KEPT: Final = 50_000
 """How many identities a run counts in memory; about 300 bytes each."""
@@ -143,8 +140,11 @@ class Occurrences:
         self._lock = threading.Lock()
         self._next: Spilling[Identity, int] = Spilling(int, int, int, kept)
         self._returned: dict[Identity, list[int]] = {}  # ascending, all below the next
-        self._taken: Spilling[tuple[str, str], Runs] = Spilling(
-            Runs, lambda taken: orjson.dumps(list(taken)), lambda row: Runs(orjson.loads(row)), kept
+        self._taken: Spilling[tuple[str, str], IntervalSet] = Spilling(
+            IntervalSet,
+            lambda taken: orjson.dumps(list(taken)),
+            lambda row: IntervalSet(orjson.loads(row)),
+            kept,
         )
         self._touched: set[tuple[str, str]] = set()
         self._told = False
@@ -172,7 +172,7 @@ class Occurrences:
 
     def give_back(self, draw: Draw) -> None:
         """Take back the number of a draw that was not delivered: its retry is the same draw."""
-        identity = (draw.namespace, draw.key, draw.request_id)
+        identity = draw.identity
         with self._lock:
             number, returned = draw.occurrence, self._returned.get(identity, [])
             following = self._next[identity]
@@ -195,7 +195,7 @@ class Occurrences:
         """Whether there are claims which live in memory only."""
         return bool(self._taken)
 
-    def taken(self, namespace: str, key: str) -> Runs:
+    def taken(self, namespace: str, key: str) -> IntervalSet:
         """Return the indices that claims which are not in the ledger have taken; may be added to at once."""
         place = (namespace, key)
         with self._lock:

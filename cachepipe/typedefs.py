@@ -55,8 +55,8 @@ class Request:
     """A question to a model, taken by value: what the caller changes later changes nothing here.
 
     Subclass it as a frozen dataclass to add fields (``temperature`` …); they may lack defaults. Every
-    field but ``n``, ``request_id`` and ``namespace`` is part of what is asked, and so of the key. A
-    public field that the request does not have reads as None, so that an adapter can write
+    field but ``n``, ``request_id``, ``namespace`` and ``replicate`` is part of what is asked, and so of the
+    key. A public field that the request does not have reads as None, so that an adapter can write
     ``request.stop or None`` for requests with and without one.
 
     Attributes:
@@ -64,12 +64,15 @@ class Request:
         n: how many samples are wanted, at least 1, and at most ``CACHEPIPE_MAX_N`` (10,000 unless set).
         request_id: which draw this is among equal questions of its namespace; None is the empty string.
         namespace: the unit within which samples are independent, in practice one experiment.
+        replicate: which of several independent repetitions of the experiment it belongs to. Replicates share
+            one namespace, so that their samples are independent; 3 and "3" are the same.
     """
 
     prompt: Any
     n: int = dataclasses.field(default=1, kw_only=True)
     request_id: str | None = dataclasses.field(default=None, kw_only=True)
     namespace: str | None = dataclasses.field(default=None, kw_only=True)
+    replicate: str | int | None = dataclasses.field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -95,6 +98,14 @@ class Request:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
+        replicate = self.replicate
+        if replicate is not None and type(replicate) is not str:
+            if type(replicate) is not int:
+                raise TypeError(
+                    f"replicate must be a string, a whole number or None; got {replicate!r}. Write "
+                    "replicate=str(...)"
+                )
+            object.__setattr__(self, "replicate", str(replicate))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

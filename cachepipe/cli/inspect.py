@@ -28,10 +28,10 @@ from cachepipe.cli.common import (
     when,
 )
 from cachepipe.cli.group import Failure
+from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.differences import asked_in, loaded, settings_in, strings
 from cachepipe.errors import CachepipeError
 from cachepipe.keys import FORMAT
-from cachepipe.ledger import SHARED, label, namespace_of
 from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
 from cachepipe.terminal import on_terminal, visible
 
@@ -488,7 +488,7 @@ def _sample_fields(sample: Sample, scope: str | None) -> dict[str, Any]:
     with contextlib.suppress(ValueError, CachepipeError):
         value = told = shown(sample.payload)
         value = Codec().decode(sample.payload)
-    fields = {"index": sample.index, "id": sample.id, "at": meta.get("at"), "seconds": meta.get("seconds")}
+    fields = {"index": sample.index, "id": sample.id, "at": sample.at, "seconds": meta.get("seconds")}
     return {**fields, "value": told, **(_summary(value, scope) or {})}
 
 

@@ -26,10 +26,11 @@ from cachepipe.bounds import check_n, max_answer
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
+from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.keys import Question, trimmed
-from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.lane import MANY
@@ -403,13 +404,11 @@ def recalled(
         for ask, question in zip(asks, questions, strict=True):
             if ask.n > MANY:  # it would hold others up
                 return None
-            if question.function or surface.repeat == "same":
-                identity = Draw(SHARED, question.key, "", 0)
-                if (question.key, user) not in occurrences.used:
-                    return None
-            else:
-                place = (user, question.key, request_id or "")
-                identity = Draw(*place, occurrences.take(place))
+            shared = question.function or surface.repeat == "same"
+            if shared and (question.key, user) not in occurrences.used:
+                return None
+            identity = draw_of(question.key, namespace, request_id, None, occurrences, shared=shared)
+            if not shared:
                 taken.append(identity)
             grant = store.recall(identity, ask.n)
             if grant is None or grant.shared:
@@ -491,6 +490,7 @@ class Exchange:
         self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
         self.spans = True  # whether calls make spans here, as who sends them makes none
         self.claimed: tuple[int, ...] | None = None  # the indices of a lone question's samples to come
+        self.counter: Counter | None = None  # counts the occurrences of equal requests; by default the run
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
         self._quiet = 0
@@ -538,17 +538,20 @@ class Exchange:
         """Return the answer when all of it is stored, claimed in memory only; see `known`."""
         store = self.surface.backing.store
         occurrences = runs.current(store.identity)
-        user = label(self.namespace)
-        done: list[tuple[Draw, Runs, Grant | None]] = []
+        done: list[tuple[Draw, IntervalSet, Grant | None]] = []
         grants: list[Grant] = []
         with occurrences.replaying:
             for ask, question in zip(self.asks, self.questions, strict=True):
-                if question.function or self.surface.repeat == "same":
-                    identity, taken = Draw(SHARED, question.key, "", 0), Runs()
-                else:
-                    place = (user, question.key, self.request_id or "")
-                    identity = Draw(*place, occurrences.take(place))
-                    taken = occurrences.taken(user, question.key)
+                identity = draw_of(
+                    question.key,
+                    self.namespace,
+                    self.request_id,
+                    None,
+                    occurrences,
+                    shared=question.function or self.surface.repeat == "same",
+                )
+                shared = identity.shared
+                taken = IntervalSet() if shared else occurrences.taken(identity.namespace, question.key)
                 grant = None
                 try:
                     grant = store.replay(identity, ask.n, taken)
@@ -604,7 +607,11 @@ class Exchange:
                 return await self._streamed(cacher, requests[0], loop)
             if len(requests) == 1:
                 flags = self._flags(0)
-                responses = [await cacher.draw(requests[0], self.questions[0], loop, flags, looked=True)]
+                responses = [
+                    await cacher.draw(
+                        requests[0], self.questions[0], loop, flags, counter=self.counter, looked=True
+                    )
+                ]
             else:
                 responses = await self._several(cacher, requests, loop)
         except TooLarge as large:
@@ -630,7 +637,15 @@ class Exchange:
             return await together(
                 [
                     _begun(
-                        cacher.draw(request, self.questions[place], loop, self._flags(place), receipts), loop
+                        cacher.draw(
+                            request,
+                            self.questions[place],
+                            loop,
+                            self._flags(place),
+                            receipts,
+                            counter=self.counter,
+                        ),
+                        loop,
                     )
                     for place, request in enumerate(requests)
                 ],
@@ -654,7 +669,8 @@ class Exchange:
         """Return the stream itself when this request is the one that generates it, else a replay of it."""
         live = self.live = loop.create_future()
         task = self.task = _begun(
-            cacher.draw(request, self.questions[0], loop, self._flags(0), looked=True), loop
+            cacher.draw(request, self.questions[0], loop, self._flags(0), counter=self.counter, looked=True),
+            loop,
         )
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
@@ -930,11 +946,10 @@ def _cached(question: Question, grant: Grant, duplicated: list[bool]) -> Respons
     return response
 
 
-def _unclaim(done: Sequence[tuple[Draw, Runs, Grant | None]], occurrences: runs.Occurrences) -> None:
+def _unclaim(done: Sequence[tuple[Draw, IntervalSet, Grant | None]], occurrences: runs.Occurrences) -> None:
     """Give back what was claimed in memory for a request that cannot be answered."""
     for draw, taken, grant in done:
-        if draw.namespace != SHARED:
-            occurrences.give_back(draw)
+        give_back(draw, occurrences)
         for index in () if grant is None else grant.indices:
             taken.remove(index)
 

@@ -28,6 +28,7 @@ from cachepipe.clients.exchange import (
 )
 from cachepipe.clients.seam import Source
 from cachepipe.context import Inherited
+from cachepipe.contract.draws import label
 from cachepipe.errors import (
     BadAnswer,
     CacheMiss,
@@ -37,7 +38,7 @@ from cachepipe.errors import (
     TooManySamples,
     UnkeyableValue,
 )
-from cachepipe.ledger import label
+from cachepipe.contract.draws import label
 from cachepipe.outages import advice_for, place
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
@@ -501,7 +502,8 @@ class Proxy:
     ) -> Outcome:
         exchange.pairs = pairs
         exchange.surface = self._surface(who, exchange.upstream)
-        with runs.within(ticket):
+        exchange.counter = ticket
+        with runs.within(ticket.run):
             task = asyncio.get_running_loop().create_task(exchange.drawn())
         return await self._await(turn, exchange, ticket, task)
 

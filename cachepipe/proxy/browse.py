@@ -22,7 +22,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 from cachepipe import jsontext, wire
-from cachepipe.ledger import SHARED, label, namespace_of
+from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.stores.base import KeyInfo, Sample, Store, StoredQuestion
 from cachepipe.values import Codec, shown
 

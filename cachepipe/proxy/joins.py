@@ -12,8 +12,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from cachepipe.ledger import Draw, Runs
-from cachepipe.runs import Identity, Occurrences, Run
+from cachepipe.contract.draws import Draw, Identity
+from cachepipe.runs import Occurrences, Run
 
 _KEYS: Final = 50_000  # idempotency keys remembered per run, about 400 bytes each
 _OWED: Final = 10_000
@@ -70,8 +70,8 @@ class ServedRun(Run):
         return entry
 
 
-class Ticket(Run):
-    """One request's place in a run; the cacher takes its numbers through it.
+class Ticket:
+    """One request's place in a run: it counts the occurrences of the request's draws, or joins earlier tries.
 
     Args:
         run: the run.
@@ -80,16 +80,10 @@ class Ticket(Run):
     """
 
     def __init__(self, run: ServedRun, *, retry: bool = False, entry: Entry | None = None) -> None:
-        super().__init__()
         self.run = run
         self.retry = retry
         self.entry = entry
         self._held: list[tuple[Identity, int]] = []
-        self._taking = _Taking(self)
-
-    def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store
-        """Return what takes numbers for this request."""
-        return self._taking
 
     def take(self, identity: Identity) -> int:
         """Return the number of this request's draw."""
@@ -133,7 +127,7 @@ class Ticket(Run):
 
     def give_back(self, draw: Draw) -> None:
         """Take back the number of a draw that was undone."""
-        identity = (draw.namespace, draw.key, draw.request_id)
+        identity = draw.identity
         if (identity, draw.occurrence) in self._held:
             self._held.remove((identity, draw.occurrence))
             self._release(identity, draw.occurrence, undone=True)
@@ -184,39 +178,4 @@ class Ticket(Run):
         if len(owed) > _OWED:
             owed.clear()
         owed[identity] = owed.get(identity, 0) + 1
-        self.run.counted.give_back(Draw(*identity, number))
-
-
-class _Taking(Occurrences):
-    """What the cacher sees of a ticket: the run's memory, but numbers come through the ticket."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self._ticket = ticket
-        self._counted = ticket.run.counted
-        self.used = self._counted.used
-        self.replaying = self._counted.replaying
-
-    def take(self, identity: Identity) -> int:
-        """Return the number of this request's draw."""
-        return self._ticket.take(identity)
-
-    def give_back(self, draw: Draw) -> None:
-        """Take back the number of a draw that was undone."""
-        self._ticket.give_back(draw)
-
-    @property
-    def replays(self) -> bool:
-        """Whether there are claims which live in memory only."""
-        return self._counted.replays
-
-    def taken(self, namespace: str, key: str) -> Runs:
-        """Return the indices that claims which are not in the ledger have taken."""
-        return self._counted.taken(namespace, key)
-
-    def count(self, draw: Draw, *, fresh_id: bool) -> bool:
-        """Count a draw for the run."""
-        return self._counted.count(draw, fresh_id=fresh_id)
-
-    def first_time(self, what: str) -> bool:
-        """Tell whether the run asks about something for the first time."""
-        return self._counted.first_time(what)
+        self.run.counted.give_back(identity.draw(number))

@@ -3,8 +3,7 @@
 A request becomes a draw. What the ledger holds for it is answered at once; otherwise the draws of one
 turn of the event loop are claimed in one transaction, and what they are to generate is asked for
 together. Generation belongs to no caller: it goes on while anyone waits for it, and its samples are
-durable before anyone sees them. The store decides which indices a draw gets (``cachepipe.ledger``);
-this stage performs it.
+durable before anyone sees them. Which indices a draw gets is decided in ``cachepipe.contract.allotment``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from cachepipe import forks, keys, runs
+from cachepipe.contract.draws import Counter, Fixed
 from cachepipe.keys import Question
 from cachepipe.stages.base import Stage, adapter_of, given, together
 from cachepipe.stages.engine import Drawing, Engine, Receipt, Stats, respond
@@ -111,6 +111,7 @@ class AsyncCacher(Stage):
         duplicated: list[bool] | None = None,
         receipts: list[Receipt] | None = None,
         *,
+        counter: Counter | None = None,
         looked: bool = False,
     ) -> Response:
         """Return the samples of a draw of a question that is known already, on the running loop.
@@ -121,9 +122,10 @@ class AsyncCacher(Stage):
             loop: the running loop.
             duplicated: the flags that a deduplicator in front gives it.
             receipts: gets what ``take_back`` needs when the response does not reach its caller.
+            counter: counts the occurrences of equal requests; by default the run.
             looked: whether the caller has just looked, and the ledger does not hold it.
         """
-        begun = self.begin(request, question, loop, duplicated, receipts, looked=looked)
+        begun = self.begin(request, question, loop, duplicated, receipts, counter=counter, looked=looked)
         return begun if isinstance(begun, Response) else await begun
 
     def begin(
@@ -134,13 +136,14 @@ class AsyncCacher(Stage):
         duplicated: list[bool] | None = None,
         receipts: list[Receipt] | None = None,
         *,
+        counter: Counter | None = None,
         looked: bool = False,
     ) -> Response | Coroutine[Any, Any, Response]:
         """Begin a draw as ``draw`` does: return the response if all of it is there, else what to await."""
         self._check_open()
         if self.mode == "bypass":
             return self._bypass(request, question, loop, duplicated)
-        begun = self._begin(request, question, loop, duplicated, receipts, looked=looked)
+        begun = self._begin(request, question, loop, duplicated, receipts, counter=counter, looked=looked)
         return begun if isinstance(begun, Response) else self._engine.finish(begun, duplicated, receipts)
 
     def _begin(
@@ -151,7 +154,7 @@ class AsyncCacher(Stage):
         duplicated: list[bool] | None,
         receipts: list[Receipt] | None,
         *,
-        occurrence: int | None = None,
+        counter: Counter | None = None,
         **options: bool,
     ) -> Response | Drawing:
         """Begin a draw: return the response if all of it is there, else the draw."""
@@ -166,7 +169,7 @@ class AsyncCacher(Stage):
             self.repeat,
             duplicated,
             receipts,
-            occurrence=occurrence,
+            counter=counter,
             **options,
         )
 
@@ -232,9 +235,9 @@ class AsyncCacher(Stage):
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    number = None if occurrences is None else occurrences[place]
+                    counter = None if occurrences is None else Fixed(occurrences[place])
                     begun = self._begin(
-                        request, question, loop, duplicated, receipts, occurrence=number, crowd=crowd
+                        request, question, loop, duplicated, receipts, counter=counter, crowd=crowd
                     )
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     begun = error

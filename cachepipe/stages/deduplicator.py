@@ -13,7 +13,7 @@ from threading import get_ident
 from typing import Any
 
 from cachepipe import keys
-from cachepipe.ledger import label
+from cachepipe.contract.draws import label
 from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.engine import Receipt, Stats

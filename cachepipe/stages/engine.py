@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from cachepipe import runs
+from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError
 from cachepipe.keys import Question
-from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import adapter_of
 from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
@@ -75,7 +76,8 @@ class Receipt(NamedTuple):
     """What was given out for a draw."""
 
     draw: Draw
-    occurrences: runs.Occurrences
+    counter: Counter
+    run: runs.Occurrences
     n: int
     generated: int
     remembered: tuple[int, ...] = ()
@@ -88,6 +90,7 @@ class Drawing:
         "awaited",
         "cached",
         "complete",
+        "counter",
         "dead",
         "future",
         "generated",
@@ -102,10 +105,10 @@ class Drawing:
         "mode",
         "n",
         "needs",
-        "occurrences",
         "question",
         "request",
         "retried",
+        "run",
         "token",
         "unsaved",
         "user",
@@ -122,7 +125,8 @@ class Drawing:
         self.mode = mode
         self.n = request.n
         self.id: Draw = None  # type: ignore[assignment]
-        self.occurrences: runs.Occurrences | None = None
+        self.counter: Counter = None  # type: ignore[assignment]
+        self.run: runs.Occurrences = None  # type: ignore[assignment]
         self.user: str | None = None
         self.token = f"{next(_tokens):x}"
         self.indices: list[int] = []
@@ -262,33 +266,35 @@ class Engine:
         duplicated: list[bool] | None,
         receipts: list[Receipt] | None,
         *,
-        occurrence: int | None = None,
+        counter: Counter | None = None,
         looked: bool = False,
         crowd: bool = False,
     ) -> Response | Drawing:
         """Return the response when the ledger and the store have it all, else the draw to wait for.
 
-        What comes with others, in a ``crowd``, is claimed with them at the end of the turn. A caller that
-        counts its requests itself passes the ``occurrence``; nothing of its run is counted here then.
+        What comes with others, in a ``crowd``, is claimed with them at the end of the turn. The occurrences
+        of equal requests are counted by the ``counter``, which by default is the run.
         """
         self.requests += 1
-        namespace = label(request.namespace)
-        occurrences = runs.current(self.store.identity)
-        if repeat == "same" or question.function:
-            identity = Draw(SHARED, question.key, "", 0)
-            user = namespace
-        else:
-            request_id = request.request_id or ""
-            if occurrence is None:
-                occurrence = occurrences.take((namespace, question.key, request_id))
-            identity = Draw(namespace, question.key, request_id, occurrence)
-            user = None
+        run = runs.current(self.store.identity)
+        if counter is None:
+            counter = run
+        shared = repeat == "same" or question.function
+        identity = draw_of(
+            question.key,
+            request.namespace,
+            request.request_id,
+            request.replicate,
+            counter,
+            shared=shared,
+        )
+        user = label(request.namespace) if shared else None
         try:
             if mode == "replay" or self.store.read_only:
-                replayed = self._replay(lane, request, question, identity, mode, occurrences, duplicated)
+                replayed = self._replay(lane, request, question, identity, mode, counter, run, duplicated)
                 if receipts is not None and type(replayed) is Response:
                     remembered = replayed.indices or ()
-                    receipts.append(Receipt(identity, occurrences, request.n, 0, remembered))
+                    receipts.append(Receipt(identity, counter, run, request.n, 0, remembered))
                 return replayed
             # In a crowd the claims of this turn, in one transaction, also find what is known already.
             if (
@@ -296,24 +302,23 @@ class Engine:
                 and not looked
                 and lane.idle
                 and request.n <= MANY
-                and (user is None or (question.key, user) in occurrences.used)
+                and (user is None or (question.key, user) in run.used)
             ):
                 grant = self.store.recall(identity, request.n)
                 if grant is not None:
-                    occurrences.count(identity, fresh_id=False)
-                    known = self._known(request, question, grant, occurrences, duplicated)
+                    run.count(identity, fresh_id=False)
+                    known = self._known(request, question, grant, run, duplicated)
                     if receipts is not None:
-                        receipts.append(Receipt(identity, occurrences, request.n, 0))
+                        receipts.append(Receipt(identity, counter, run, request.n, 0))
                     return known
         except BaseException:
-            if user is None:
-                occurrences.give_back(identity)
+            give_back(identity, counter)
             raise
         alone = (
             not crowd and request.n <= MANY and lane.alone()
         )  # what is stored is then there before this returns
         draw = Drawing(lane, request, question, mode, lent=alone)
-        draw.id, draw.user, draw.occurrences = identity, user, occurrences
+        draw.id, draw.user, draw.counter, draw.run = identity, user, counter, run
         self._claim(draw, refresh=mode == "refresh", alone=alone)
         if not draw.complete:
             draw.own()
@@ -324,11 +329,11 @@ class Engine:
         request: Request,
         question: Question,
         grant: Grant,
-        occurrences: runs.Occurrences,
+        run: runs.Occurrences,
         duplicated: list[bool] | None,
     ) -> Response:
         if grant.shared:
-            self._warn_shared(question, request, occurrences)
+            self._warn_shared(question, request, run)
         values = [self.decode(sample) for sample in grant.samples if sample is not None]
         self.hits += request.n
         return respond(values, [True] * request.n, duplicated, tuple(grant.indices), question.key)
@@ -340,18 +345,18 @@ class Engine:
         question: Question,
         identity: Draw,
         mode: Mode,
-        occurrences: runs.Occurrences,
+        counter: Counter,
+        run: runs.Occurrences,
         duplicated: list[bool] | None,
     ) -> Response | Drawing:
-        shared = identity.namespace == SHARED
-        taken = Runs() if shared else occurrences.taken(identity.namespace, question.key)
+        taken = IntervalSet() if identity.shared else run.taken(identity.namespace, question.key)
         grant = None if mode == "refresh" else self.store.replay(identity, request.n, taken)
         if grant is not None:
-            return self._known(request, question, grant, occurrences, duplicated)
+            return self._known(request, question, grant, run, duplicated)
         if mode == "replay":
             raise missed(self.store, question, identity, request.n, request, request.namespace)
         draw = Drawing(lane, request, question, mode)
-        draw.id, draw.occurrences, draw.unsaved = identity, occurrences, True
+        draw.id, draw.counter, draw.run, draw.unsaved = identity, counter, run, True
         draw.missing = {-1 - position: position for position in range(draw.n)}
         self._need(draw, list(draw.missing))
         return draw
@@ -367,8 +372,8 @@ class Engine:
             raise
         self.hits += draw.n - draw.generated
         self.misses += draw.generated
-        if receipts is not None and draw.occurrences is not None:
-            receipts.append(Receipt(draw.id, draw.occurrences, draw.n, draw.generated))
+        if receipts is not None:
+            receipts.append(Receipt(draw.id, draw.counter, draw.run, draw.n, draw.generated))
         return draw.response(duplicated)
 
     def abandon(self, draw: Drawing) -> None:
@@ -383,12 +388,11 @@ class Engine:
         self.hits -= receipt.n - receipt.generated
         self.misses -= receipt.generated
         self.unreported += receipt.generated
-        if receipt.draw.namespace != SHARED:
-            receipt.occurrences.give_back(receipt.draw)
-            if receipt.remembered:
-                taken = receipt.occurrences.taken(receipt.draw.namespace, receipt.draw.key)
-                for index in receipt.remembered:
-                    taken.remove(index)
+        give_back(receipt.draw, receipt.counter)
+        if receipt.remembered and not receipt.draw.shared:
+            taken = receipt.run.taken(receipt.draw.namespace, receipt.draw.key)
+            for index in receipt.remembered:
+                taken.remove(index)
 
     def count_unreported(self, samples: int) -> None:
         """Count samples that were generated and reached nobody."""
@@ -398,8 +402,8 @@ class Engine:
 
     def _claim(self, draw: Drawing, *, refresh: bool = False, alone: bool = False) -> None:
         claim = Claim(draw.id, draw.n, draw.question, draw.token, refresh, draw.user)
-        if draw.occurrences is not None and draw.occurrences.replays:
-            claim.avoid = draw.occurrences.taken(draw.id.namespace, draw.question.key)
+        if draw.run.replays:
+            claim.avoid = draw.run.taken(draw.id.namespace, draw.question.key)
 
         if alone:
             draw.lane.put_now(claim, self._on_grant, draw)
@@ -429,8 +433,8 @@ class Engine:
             if grant.mine:
                 lane.put(Forgo(key, grant.mine), _unheard)
             return
-        if draw.user is not None and draw.occurrences is not None:
-            draw.occurrences.used.add((key, draw.user))
+        if draw.user is not None:
+            draw.run.used.add((key, draw.user))
         self._warn(draw, grant)
         mine = grant.mine if len(grant.mine) < 2 else set(grant.mine)
         draw.indices = grant.indices
@@ -663,8 +667,7 @@ class Engine:
             then(None)
 
     def _give_back(self, draw: Drawing) -> None:
-        if draw.user is None and draw.occurrences is not None:
-            draw.occurrences.give_back(draw.id)
+        give_back(draw.id, draw.counter)
 
     # Samples that other processes generate.
 
@@ -712,12 +715,9 @@ class Engine:
     # Warnings, each given once in a run.
 
     def _warn(self, draw: Drawing, grant: Grant) -> None:
-        occurrences = draw.occurrences
-        if occurrences is None:
-            return
         if grant.shared:
-            self._warn_shared(draw.question, draw.request, occurrences)
-        if occurrences.count(draw.id, fresh_id=grant.fresh_id):
+            self._warn_shared(draw.question, draw.request, draw.run)
+        if draw.run.count(draw.id, fresh_id=grant.fresh_id):
             warnings.warn(
                 "most requests of this run have new request ids on questions that their namespace has asked "
                 "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
@@ -726,8 +726,8 @@ class Engine:
                 stacklevel=2,
             )
 
-    def _warn_shared(self, question: Question, request: Request, occurrences: runs.Occurrences) -> None:
-        if occurrences.first_time("shared draw"):
+    def _warn_shared(self, question: Question, request: Request, run: runs.Occurrences) -> None:
+        if run.first_time("shared draw"):
             warnings.warn(
                 f"another live process made the same draw (key {question.key}, namespace "
                 f"{request.namespace!r}, request id {request.request_id!r}) and has its samples too; workers "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import time
 from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,8 +17,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import orjson
 
 from cachepipe import forks
+from cachepipe.contract.draws import Draw
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
-from cachepipe.ledger import Draw, Runs
 
 _ids = itertools.count()
 _prefix: tuple[int, str] = (-1, "")
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
         index: its place in the key's sample list.
         id: its permanent id.
         payload: the encoded value (see ``cachepipe.values``).
-        header: JSON of when, by which call and run it was made, and how long that took.
+        header: JSON of its id and stamp, and of the call that made it.
     """
 
     index: int  # type: ignore[assignment]  # a sample is no sequence that one searches
@@ -53,9 +53,14 @@ class Sample(NamedTuple):
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The header as a mapping: ``id``, ``at`` (seconds since 1970), ``call`` and more."""
+        """The header as a mapping: ``id``, ``stamp``, ``call``, ``seconds`` and more."""
         meta: dict[str, Any] = orjson.loads(self.header)
         return meta
+
+    @property
+    def at(self) -> float:
+        """When it was stored, in seconds since 1970."""
+        return float(self.meta["stamp"] / 1e6)
 
 
 @dataclass(slots=True)
@@ -78,7 +83,7 @@ class Claim:
     token: str
     refresh: bool = False
     user: str | None = None
-    avoid: Runs | None = None
+    avoid: IntervalSet | None = None
 
 
 @dataclass(slots=True)
@@ -114,7 +119,7 @@ class Commit:
         key: the key of its question.
         index: the index that was claimed for it, or None for one that nobody asked for.
         payload: the encoded value.
-        meta: what else is recorded: ``at``, ``call``, ``seconds`` …
+        meta: what else is recorded: ``call``, ``seconds`` …
         id: the sample's permanent id.
     """
 
@@ -259,7 +264,7 @@ class Store(Protocol):
         """Return the first n samples of a draw that the ledger holds whole, else None. Only reads."""
         ...
 
-    def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
+    def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None. Only reads.
 
         Args:
@@ -308,4 +313,4 @@ class Store(Protocol):
 
 def new_meta(call: str, seconds: float) -> dict[str, Any]:
     """Return what is recorded of a sample beside its value."""
-    return {"at": round(time.time(), 3), "call": call, "seconds": round(seconds, 6)}
+    return {"call": call, "seconds": round(seconds, 6)}

@@ -23,8 +23,9 @@ from cachepipe import forks, keys
 from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
 from cachepipe.stores import folders, leases
 from cachepipe.stores.base import Operation, Result
-from cachepipe.stores.rows import SCHEMA, check_format, check_ledger, check_shelf
+from cachepipe.stores.received import check_format, check_ledger, check_shelf
 from cachepipe.stores.sql import SqlStore
+from cachepipe.stores.tables import SCHEMA
 
 Durability = Literal["process", "full"]
 
@@ -260,12 +261,15 @@ class DiskStore(SqlStore):
             theirs.close()  # it opens again by itself
         super()._inherit()
 
-    def _check_files(self) -> None:
-        if _inode(self.folder / _LEDGER) != self._inode:
-            raise StoreError(
-                f"the cache folder {self.folder} was moved or deleted while it was open: what is stored now "
-                "would be lost, or not found. Put it back, or open the cache again"
-            )
+    def _check_files(self, *, moved: bool = False) -> None:
+        if _inode(self.folder / _LEDGER) == self._inode:
+            return
+        if moved and self._holding is not None and self._holding.moved():
+            return
+        raise StoreError(
+            f"the cache folder {self.folder} was moved or deleted while it was open: what is stored now "
+            "would be lost, or not found. Put it back, or open the cache again"
+        )
 
     # Leases.
 

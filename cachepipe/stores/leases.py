@@ -75,6 +75,10 @@ class Lease:
             self._path.unlink(missing_ok=True)
             return True
 
+    def moved(self) -> bool:
+        """Return True if the folder was moved: the lease's file exists, and no longer where it was made."""
+        return not self._path.exists() and os.fstat(self._descriptor).st_nlink > 0
+
     def forget(self) -> None:
         """Close the file; in a forked child this leaves the parent's lock alone."""
         if self._descriptor >= 0:

@@ -7,8 +7,9 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cachepipe.contract.draws import Draw
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
-from cachepipe.ledger import Draw, Runs
 from cachepipe.stores.base import (
     DrawInfo,
     Grant,
@@ -18,8 +19,8 @@ from cachepipe.stores.base import (
     State,
     StoredQuestion,
 )
-from cachepipe.stores.rows import SCHEMA
 from cachepipe.stores.sql import SqlStore
+from cachepipe.stores.tables import SCHEMA
 
 _SHELF = """
 CREATE TABLE Cache(
@@ -76,7 +77,7 @@ class MemoryStore(SqlStore):
         with self._lock:
             return super().recall(draw, n)
 
-    def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
+    def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None."""
         with self._lock:
             return super().replay(draw, n, taken)

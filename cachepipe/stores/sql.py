@@ -22,9 +22,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cachepipe import forks
+from cachepipe.contract.allotment import allot, laid
+from cachepipe.contract.draws import SHARED, Draw, namespace_of
+from cachepipe.contract.intervals import IndexSet, Interval, IntervalSet, Union
 from cachepipe.errors import StoreError
 from cachepipe.keys import Question, encode
-from cachepipe.ledger import LISTED, SHARED, Draw, Runs, choose, laid, namespace_of
+from cachepipe.stores import tables
 from cachepipe.stores.base import (
     Claim,
     DiscardInfo,
@@ -41,7 +44,7 @@ from cachepipe.stores.base import (
     StoredQuestion,
 )
 from cachepipe.stores.misses import Similar, nearest
-from cachepipe.stores.rows import GONE, locked, parse_sample, read_sample, unpack
+from cachepipe.stores.tables import LISTED, Part, locked, parse_sample, read_sample, unpack
 from cachepipe.stores.transaction import Memory, Transaction
 from cachepipe.stores.writer import Locked, Writer
 
@@ -49,16 +52,6 @@ _ALIVE_FOR = 0.25  # seconds for which a lease that was found alive is taken to 
 _CHECKPOINT_ROWS = 4000  # written rows after which the writer thread moves the WAL into the file
 _FEW = 64  # samples that are looked at one by one to see whether they are there
 _IDS = 50_000  # interned keys and namespaces that readers remember, 200 bytes each
-
-_RECALL = (
-    "SELECT s.position, s.indices, s.lease, c.mode, c.filename, c.value FROM segments s"
-    " LEFT JOIN shelf.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
-    " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.namespace = ?5 ORDER BY s.part"
-)
-_ROWS = (
-    "SELECT position, indices, lease FROM segments"
-    " WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ? ORDER BY part"
-)
 
 _stores: weakref.WeakSet[SqlStore] = weakref.WeakSet()
 
@@ -155,8 +148,12 @@ class SqlStore:
         """Tell whether the process that holds a lease lives."""
         raise NotImplementedError
 
-    def _check_files(self) -> None:
-        """Raise a ``StoreError`` if the files are not where others look for them; asked now and then."""
+    def _check_files(self, *, moved: bool = False) -> None:
+        """Raise a ``StoreError`` if the files are gone, or not where others look for them.
+
+        Args:
+            moved: accept files that were moved: what was paid for is stored there.
+        """
 
     def _end_lease(self) -> None:
         """Note in the ledger that this process's lease has ended."""
@@ -355,18 +352,21 @@ class SqlStore:
                 return None
             key, namespace = ids
         name = draw.key
-        place = (key, draw.request_id, draw.occurrence, namespace)
-        rows = ledger.execute(_RECALL, (name + "/", *place)).fetchall()
-        if len(rows) == 1 and n == 1 and type(index := rows[0][1]) is int:
-            _, _, lease, mode, filename, value = rows[0]
+        place = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
+        rows = ledger.execute(tables.RECALL, (name + "/", *place)).fetchall()
+        if len(rows) == 1 and n == 1 and type(index := rows[0][2]) is int:
+            part, position, _, lease, stamp, digest, mode, filename, value = rows[0]
             if value is None and mode is None:
                 return None
             sample = parse_sample(name, index, mode, filename, value)
+            tables.check_part(draw, part, position, index, stamp, digest)
             if type(sample) is not Sample:
                 return None
             shared = lease != self._memory.lease and self._shared({lease})
             return Grant([index], [sample], shared=shared) if self._stands(place, rows) else None
-        indices = laid((row[0], unpack(row[1])) for row in rows)
+        for row in rows:
+            tables.check_part(draw, row[0], row[1], row[2], row[4], row[5])
+        indices = laid((row[1], unpack(row[2])) for row in rows)
         if len(indices) < n:
             return None
         # What lies beyond n must be there too: a draw that is incomplete may yet be undone.
@@ -381,62 +381,41 @@ class SqlStore:
             if type(found) is not Sample:
                 return None
             samples.append(found)
-        shared = self._shared({row[2] for row in rows})
+        shared = self._shared({row[3] for row in rows})
         return Grant(indices[:n], samples[:n], shared=shared) if self._stands(place, rows) else None
 
     def _stands(self, place: tuple[Any, ...], rows: list[Any]) -> bool:
-        """Tell whether rows are there yet, after their samples were seen.
+        """Return True if rows are there yet, after their samples were seen.
 
         The ledger is read before the shelf: in between, a draw may have been undone whose samples came then.
         Nobody undoes those of processes that have ended.
         """
-        if all(self._leases.get(row[2], (True,))[0] is False for row in rows):
+        if all(self._leases.get(row[3], (True,))[0] is False for row in rows):
             return True
         ledger, _ = self._readable()
-        return bool(ledger.execute(_ROWS, place).fetchall() == [row[:3] for row in rows])
+        return bool(ledger.execute(tables.OWN_PARTS, place).fetchall() == [row[:6] for row in rows])
 
-    def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
+    def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None.
 
         Raises:
             StoreError: when the files cannot be read.
         """
         try:
-            return self._replay(draw, n, taken)
+            ledger, shelf = self._readable()
+            key = self._key_id(ledger, draw.key)
+            if key is None:
+                return None
+            namespace = self._namespace_id(ledger, draw.namespace)
+            book = _Book(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
+            allotment = allot(book, book.held(), n, couple=not draw.shared, stored_only=True)
         except sqlite3.Error as error:
             raise self._unreadable(error) from error
-
-    def _replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
-        ledger, shelf = self._readable()
-        key = self._key_id(ledger, draw.key)
-        if key is None:
+        if allotment is None:
             return None
-        namespace = self._namespace_id(ledger, draw.namespace)
-        book = _Book(ledger, key, taken)
-        owner = -1 if namespace is None else namespace
-        rows = ledger.execute(
-            "SELECT position, indices FROM segments WHERE key = ? AND request_id = ? AND occurrence = ?"
-            " AND namespace = ? ORDER BY part",
-            (key, draw.request_id, draw.occurrence, owner),
-        )
-        held = laid((position, unpack(written)) for position, written in rows)[:n]
-        coupled = _coupled(ledger, key, draw, owner)
-        indices: list[int] = []
-        samples: list[Sample | None] = []
-        for position in range(n):
-            index = held[position] if position < len(held) else -1
-            sample = GONE if index < 0 else read_sample(shelf, draw.key, index)
-            while sample is GONE:
-                index = choose(book, owner, coupled[position] if position < len(coupled) else None)
-                book.taken.add(index)
-                sample = read_sample(shelf, draw.key, index)
-            if not isinstance(sample, Sample):
-                return None
-            indices.append(index)
-            samples.append(sample)
-        for index in indices:
+        for index in allotment.indices:
             taken.add(index)
-        return Grant(indices, samples)
+        return Grant(allotment.indices, allotment.samples)
 
     def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Tell of each (key, index) whether its sample is stored, generated elsewhere or here, or free.
@@ -490,15 +469,15 @@ class SqlStore:
         ledger, _ = self._readable()
         rows = ledger.execute(
             "SELECT k.key, k.scope, k.at,"  # noqa: S608 - of constants
-            " (SELECT coalesce(sum(stop - start), 0) FROM spans WHERE owner = 0 AND key = k.id),"
+            " (SELECT coalesce(sum(stop - start), 0) FROM intervals WHERE owner = 0 AND key = k.id),"
             " (SELECT count(*) FROM pending WHERE key = k.id),"
-            " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
+            " (SELECT count(DISTINCT namespace) FROM parts WHERE key = k.id AND namespace IS NOT"
             "  (SELECT id FROM namespaces WHERE label = ?1)),"
             " (SELECT count(*) FROM discards WHERE key = k.id)"
             " FROM keys k"
             " WHERE (?2 = '' OR k.id IN (SELECT id FROM keys WHERE key >= ?2 AND key < ?3))"
             " AND (?4 IS NULL OR k.scope = ?4 OR substr(k.scope, 1, length(?4) + 1) = ?4 || '/')"
-            " AND (?5 IS NULL OR EXISTS (SELECT 1 FROM segments WHERE key = k.id AND namespace ="
+            " AND (?5 IS NULL OR EXISTS (SELECT 1 FROM parts WHERE key = k.id AND namespace ="
             "  (SELECT id FROM namespaces WHERE label = ?5)))"
             + " AND CAST(k.document AS TEXT) LIKE ? ESCAPE '|'" * len(holding)
             + f" ORDER BY k.id {'DESC' if newest else ''}",
@@ -547,7 +526,7 @@ class SqlStore:
         """Iterate over the samples of a key by index; discarded ones are left out."""
         ledger, shelf = self._readable()
         runs = ledger.execute(
-            "SELECT start, stop FROM spans WHERE owner = 0 AND key = (SELECT id FROM keys WHERE key = ?)"
+            "SELECT start, stop FROM intervals WHERE owner = 0 AND key = (SELECT id FROM keys WHERE key = ?)"
             " ORDER BY stop",
             (key,),
         ).fetchall()
@@ -570,27 +549,28 @@ class SqlStore:
         """Iterate over the ledger's draws, in order of their making; ``namespace`` is a label."""
         ledger, _ = self._readable()
         rows = ledger.execute(
-            "SELECT n.label, k.key, s.request_id, s.occurrence, s.position, s.indices, s.generated, s.at"
-            " FROM segments s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
+            "SELECT n.label, k.key, s.request_id, s.occurrence, s.replicate,"
+            " s.position, s.indices, s.generated, s.stamp"
+            " FROM parts s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
             " WHERE (? IS NULL OR k.key = ?) AND (? IS NULL OR n.label = ?)"
-            " ORDER BY s.key, s.request_id, s.occurrence, s.namespace, s.part",
+            " ORDER BY s.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.part",
             (key, key, namespace, namespace),
         )
-        for identity, group in itertools.groupby(rows, key=lambda row: row[:4]):
+        for identity, group in itertools.groupby(rows, key=lambda row: row[:5]):
             parts = list(group)
-            indices = laid((row[4], unpack(row[5])) for row in parts)
-            yield DrawInfo(Draw(*identity), tuple(indices), sum(row[6] for row in parts), parts[0][7])
+            indices = laid((row[5], unpack(row[6])) for row in parts)
+            yield DrawInfo(Draw(*identity), tuple(indices), sum(row[7] for row in parts), parts[0][8] / 1e6)
 
     def namespaces(self) -> Iterator[NamespaceInfo]:
         """Iterate over the namespaces, in order of their first draw; the shared draws are left out."""
         ledger, _ = self._readable()
         taken = dict(
-            ledger.execute("SELECT owner, sum(stop - start) FROM spans WHERE owner > 0 GROUP BY owner")
+            ledger.execute("SELECT owner, sum(stop - start) FROM intervals WHERE owner > 0 GROUP BY owner")
         )
         drawn = {
             namespace: (draws, generated)
             for namespace, draws, generated in ledger.execute(
-                "SELECT namespace, sum(part = 0), sum(generated) FROM segments GROUP BY namespace"
+                "SELECT namespace, sum(part = 0), sum(generated) FROM parts GROUP BY namespace"
             )
         }
         for namespace, written in ledger.execute("SELECT id, label FROM namespaces ORDER BY id").fetchall():
@@ -603,9 +583,9 @@ class SqlStore:
         ledger, _ = self._readable()
         row = ledger.execute(
             "SELECT (SELECT count(*) FROM keys),"
-            " (SELECT coalesce(sum(stop - start), 0) FROM spans WHERE owner = 0),"
+            " (SELECT coalesce(sum(stop - start), 0) FROM intervals WHERE owner = 0),"
             " (SELECT count(*) FROM pending),"
-            " (SELECT count(*) FROM segments WHERE part = 0),"
+            " (SELECT count(*) FROM parts WHERE part = 0),"
             " (SELECT count(*) FROM namespaces WHERE label != ?), (SELECT count(*) FROM discards)",
             (SHARED,),
         ).fetchone()
@@ -697,7 +677,7 @@ def _containing(text: str) -> str:
 def _whole(ledger: sqlite3.Connection, key: int, first: int, last: int) -> bool:
     """Tell whether all samples from the first index to the last are stored, by the ledger alone."""
     run = ledger.execute(
-        "SELECT start, stop FROM spans WHERE owner = 0 AND key = ? AND stop > ? ORDER BY stop LIMIT 1",
+        "SELECT start, stop FROM intervals WHERE owner = 0 AND key = ? AND stop > ? ORDER BY stop LIMIT 1",
         (key, first),
     ).fetchone()
     pending = ledger.execute(
@@ -718,38 +698,86 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
     return identifier
 
 
-class _Book:
-    """The sets of one key as a reader sees them, with what this process has taken besides."""
+class _Set:
+    """A set of indices as a reader sees it."""
 
-    def __init__(self, ledger: sqlite3.Connection, key: int, besides: Runs) -> None:
+    __slots__ = ("_key", "_label", "_ledger", "_where")
+
+    def __init__(self, ledger: sqlite3.Connection, owner: tuple[int, str], key: tuple[int, str]) -> None:
         self._ledger = ledger
+        self._where = (owner[0], key[0])
+        self._label, self._key = owner[1], key[1]
+
+    def __contains__(self, index: int, /) -> bool:
+        interval = self.interval_at(index)
+        return interval is not None and interval[0] <= index
+
+    def interval_at(self, at: int) -> Interval | None:
+        row = self._ledger.execute(tables.INTERVAL_AT, (*self._where, at)).fetchone()
+        if row is None:
+            return None
+        tables.check_interval(self._label, self._key, *row)
+        return row[0], row[1]
+
+
+class _Book:
+    """One key as a reader sees it, for a claim that lives in memory (see ``contract.allotment.Book``).
+
+    Args:
+        ledger: a reader's connection to the ledger.
+        shelf: a reader's connection to the samples.
+        key: the number of the key.
+        namespace: the number of the draw's namespace, -1 for one that the ledger does not know.
+        draw: the draw.
+        besides: what other claims that live in memory have taken in the namespace.
+    """
+
+    def __init__(
+        self,
+        ledger: sqlite3.Connection,
+        shelf: sqlite3.Connection,
+        key: int,
+        namespace: int,
+        draw: Draw,
+        besides: IntervalSet,
+    ) -> None:
+        self._ledger = ledger
+        self._shelf = shelf
         self._key = key
-        self._besides = besides
-        self.taken = Runs()
+        self._namespace = namespace
+        self._draw = draw
+        self._own = IntervalSet()
+        stored = _Set(ledger, (namespace, draw.namespace), (key, draw.key))
+        self.listed: IndexSet = _Set(ledger, (LISTED, ""), (key, draw.key))
+        self.taken: IndexSet = Union(Union(stored, besides), self._own)
 
-    def run_at(self, owner: int, at: int) -> tuple[int, int] | None:
-        """Return the first run of the owner's set whose stop is above ``at``."""
-        run: tuple[int, int] | None = self._ledger.execute(
-            "SELECT start, stop FROM spans WHERE owner = ? AND key = ? AND stop > ? ORDER BY stop LIMIT 1",
-            (owner, self._key, at),
+    def held(self) -> list[int]:
+        """Return the indices that the ledger holds for the draw, by position."""
+        return self._laid(self._draw, self._namespace)
+
+    def coupled(self) -> list[int]:
+        first = self._ledger.execute(
+            "SELECT p.namespace, n.label FROM parts p JOIN namespaces n ON n.id = p.namespace"
+            " WHERE p.key = ? AND p.request_id = ? AND p.occurrence = ? AND p.replicate = ?"
+            " AND p.namespace != ? AND n.label != ? ORDER BY p.stamp, p.namespace LIMIT 1",
+            (*self._place(), self._namespace, SHARED),
         ).fetchone()
-        if owner != LISTED:
-            for other in (self._besides.run_at(at), self.taken.run_at(at)):
-                if other is not None and (run is None or other[0] < run[0]):
-                    run = other
-        return run
+        return [] if first is None else self._laid(self._draw._replace(namespace=first[1]), first[0])
 
+    def _place(self) -> tuple[Any, ...]:
+        return self._key, self._draw.request_id, self._draw.occurrence, self._draw.replicate
 
-def _coupled(ledger: sqlite3.Connection, key: int, draw: Draw, owner: int) -> list[int]:
-    """Return the indices of the same draw in the earliest other namespace; the shared draw has none."""
-    if draw.namespace == SHARED:
-        return []
-    rows = ledger.execute(
-        "SELECT s.namespace, s.position, s.indices, s.at"
-        " FROM segments s JOIN namespaces n ON n.id = s.namespace"
-        " WHERE s.key = ? AND s.request_id = ? AND s.occurrence = ? AND s.namespace != ? AND n.label != ?"
-        " ORDER BY s.namespace, s.part",
-        (key, draw.request_id, draw.occurrence, owner, SHARED),
-    ).fetchall()
-    earliest = min(rows, key=lambda row: (row[3], row[0]), default=(None,))[0]
-    return laid((row[1], unpack(row[2])) for row in rows if row[0] == earliest)
+    def _laid(self, draw: Draw, namespace: int) -> list[int]:
+        rows = self._ledger.execute(tables.OWN, (*self._place(), namespace))
+        parts = list(map(Part._make, rows))
+        tables.check_parts(draw, parts)
+        return laid((part.position, unpack(part.indices)) for part in parts)
+
+    def sample(self, index: int) -> Any:
+        return read_sample(self._shelf, self._draw.key, index)
+
+    def take(self, index: int) -> None:
+        self._own.add(index)
+
+    def lease(self, index: int) -> bool:  # noqa: ARG002 - a replay generates nothing
+        return False

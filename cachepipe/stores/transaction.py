@@ -1,8 +1,9 @@
-"""One transaction on the ledger: the contract's verbs as rows.
+"""One transaction on the ledger: the operations of a store as rows.
 
 Small sets of indices are held in memory while nobody else writes (SQLite's ``data_version`` tells), and
 new rows are gathered and written many to a statement at the end. So a thousand draws claimed at once
-cost a few statements, and a lone draw of a known key costs three.
+cost a few statements, and a lone draw of a known key costs three. Which indices a draw gets is decided in
+``cachepipe.contract.allotment``; what is read ahead here changes no decision.
 """
 
 from __future__ import annotations
@@ -14,20 +15,13 @@ from typing import Any
 
 import orjson
 
-from cachepipe.errors import StoreError
+from cachepipe.contract.allotment import DISCARDED, Discarded, added, allot, laid, lowest_new
+from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.intervals import IndexSet, Interval, IntervalSet, Union, merged, split
+from cachepipe.contract.undoing import Piece, fallen, settled
+from cachepipe.errors import DamagedCache, StoreError
 from cachepipe.keys import Question, trimmed
-from cachepipe.ledger import (
-    LISTED,
-    SHARED,
-    Runs,
-    choose,
-    is_in,
-    laid,
-    lowest_new,
-    merged,
-    settled,
-    split,
-)
+from cachepipe.stores import tables
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -40,50 +34,13 @@ from cachepipe.stores.base import (
     Result,
     Sample,
 )
-from cachepipe.stores.rows import DISCARDED, GONE, PUT, Discarded, pack, parse_sample, read_sample, unpack
+from cachepipe.stores.tables import FEW, LISTED, PART, ROWS, SMALL, Part, pack, read_sample, unpack
 
-_SMALL = 64  # runs up to which a set is held in memory as a whole
 _REMEMBERED = 20_000  # keys, namespaces and sets remembered between transactions, half a kilobyte each
-
 _SEVERAL = 8  # claims from which on what they look at is read in a few statements
-_FEW = 8  # rows of one draw, of all namespaces together, up to which they are simply read
-_DRAW = (
-    "SELECT namespace, part, position, indices, lease, token, at, standing FROM segments"
-    " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3"
-)
-_OTHERS = (
-    f"{_DRAW} AND namespace != ? AND namespace IS NOT (SELECT id FROM namespaces WHERE label = '{SHARED}')"
-)
-_OWN_AND_FIRST = (
-    f"{_DRAW} AND namespace IN"
-    " (?4, (SELECT namespace FROM firsts WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3))"
-)
-_ROWS = 32  # rows to a statement that looks many draws up at once
-_DRAWS = (
-    "WITH w(k, r, o) AS (VALUES " + ", ".join(["(?, ?, ?)"] * _ROWS) + ")"
-    " SELECT w.k, w.r, w.o, s.namespace, s.part, s.position, s.indices, s.lease, s.token, s.at, s.standing"
-    " FROM w CROSS JOIN segments s ON s.key = w.k AND s.request_id = w.r AND s.occurrence = w.o"
-    " AND s.namespace <= ifnull((SELECT t.namespace FROM segments t WHERE t.key = w.k AND t.request_id = w.r"
-    f" AND t.occurrence = w.o LIMIT 1 OFFSET {_FEW}), 9223372036854775807)"
-)
-_SETS = (
-    "SELECT s.key, s.start, s.stop FROM json_each(?2) j"
-    " CROSS JOIN spans s ON s.owner = ?1 AND s.key = j.value AND s.stop <= ifnull("
-    "(SELECT t.stop FROM spans t WHERE t.owner = ?1 AND t.key = j.value"
-    f" ORDER BY t.stop LIMIT 1 OFFSET {_SMALL}), 9223372036854775807) ORDER BY s.key, s.stop"
-)
-_ONE_SET = (
-    f"SELECT owner, start, stop FROM spans WHERE key = ?1 AND owner = ?2 ORDER BY stop LIMIT {_SMALL + 1}"
-)
-_TWO_SETS = f"SELECT * FROM ({_ONE_SET}) UNION ALL SELECT * FROM ({_ONE_SET.replace('?2', '?3')})"
-_SAMPLES = (
-    "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
-    " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
-)
-_PART = " WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ? AND part = ?"
 
-DrawRow = tuple[int, str, int]
-"""A draw's key, request id and occurrence, as the ledger writes them."""
+Place = tuple[int, str, int, str]
+"""A draw apart from its namespace, as the ledger writes it: key, request id, occurrence, replicate."""
 
 
 class Memory:
@@ -95,7 +52,7 @@ class Memory:
         lives: Callable[[int, str], bool],
         shared: Callable[[set[int]], bool],
         written: dict[str, int],
-        check_files: Callable[[], None],
+        check_files: Callable[..., None],
     ) -> None:
         """Make an empty one; ``written`` are ids of keys that readers have seen: they stay what they are."""
         self.leased = leased
@@ -105,34 +62,84 @@ class Memory:
         self.version = -1
         self.lease: int | None = None
         self.reaped = 0.0
-        self.at = 0.0
+        self.stamp = 0
+        """The greatest stamp that was seen, in microseconds since 1970."""
         self.keys: dict[str, int] = {}
         self.written = written
         self.namespaces: dict[str, int] = {}
-        self.sets: dict[tuple[int, int], _Set | None] = {}
+        self.labels: dict[int, str] = {LISTED: ""}
+        self.sets: dict[tuple[int, int], _SmallSet | None] = {}
+        self.grown: list[tuple[int, int]] = []
+        """Sets that have too many intervals by now; a transaction that holds them goes on with them."""
 
     def forget(self) -> None:
         """Forget everything: a transaction was rolled back, or somebody else has written."""
         self.lease = None
         self.keys.clear()
         self.namespaces.clear()
+        self.labels = {LISTED: ""}
         self.sets.clear()
+        self.grown.clear()
 
 
-class _Set(Runs):
-    """A set of indices with the rows that the ledger has of it."""
+class _SmallSet(IntervalSet):
+    """A set of indices in memory, with the rows that the ledger has of it."""
 
-    __slots__ = ("written",)
+    __slots__ = ("key", "label", "written")
 
-    def __init__(self, written: list[tuple[int, int]]) -> None:
-        super().__init__()
-        self._starts = [start for start, _ in written]
-        self._stops = [stop for _, stop in written]
-        self.written = written
+    def __init__(self, label: str, key: str, rows: Sequence[tuple[int, int, bytes]]) -> None:
+        for row in rows:
+            tables.check_interval(label, key, *row)
+        self.label = label
+        self.key = key
+        self.written = [row[:2] for row in rows]
+        super().__init__(self.written)
 
-    @property
-    def runs(self) -> list[tuple[int, int]]:
-        return list(zip(self._starts, self._stops, strict=True))
+
+class _LargeSet:
+    """A set of indices that has too many intervals to hold in memory: each look is a statement."""
+
+    __slots__ = ("_key", "_label", "_ledger", "_where")
+
+    def __init__(self, ledger: sqlite3.Connection, owner: tuple[int, str], key: tuple[int, str]) -> None:
+        self._ledger = ledger
+        self._where = (owner[0], key[0])
+        self._label, self._key = owner[1], key[1]
+
+    def __contains__(self, index: int, /) -> bool:
+        interval = self.interval_at(index)
+        return interval is not None and interval[0] <= index
+
+    def interval_at(self, at: int) -> Interval | None:
+        row = self._ledger.execute(tables.INTERVAL_AT, (*self._where, at)).fetchone()
+        return None if row is None else self._checked(row)
+
+    def add(self, index: int) -> None:
+        rows = self._ledger.execute(tables.INTERVALS_NEAR, (*self._where, index)).fetchall()
+        near = [self._checked(row) for row in rows]
+        if any(start <= index < stop for start, stop in near):
+            return
+        gone, interval = merged(near, index)
+        self._rewrite(gone, [interval])
+
+    def remove(self, index: int) -> None:
+        interval = self.interval_at(index)
+        if interval is not None and interval[0] <= index:
+            self._rewrite([interval], split(interval, index))
+
+    def _checked(self, row: tuple[int, int, bytes]) -> Interval:
+        tables.check_interval(self._label, self._key, *row)
+        return row[0], row[1]
+
+    def _rewrite(self, old: list[Interval], new: list[Interval]) -> None:
+        self._ledger.executemany(tables.DROP_INTERVAL, [(*self._where, stop) for _, stop in old])
+        self._ledger.executemany(
+            tables.PUT_INTERVAL,
+            [
+                (*self._where, stop, start, tables.interval_digest(self._label, self._key, start, stop))
+                for start, stop in new
+            ],
+        )
 
 
 class Transaction:
@@ -143,22 +150,23 @@ class Transaction:
         self._ledger = ledger
         self._shelf = shelf
         self._now = time.time()
-        self._at = max(self._now, memory.at)
+        self._clock = int(self._now * 1e6)
         self._keys: list[tuple[int, str, str | None, bytes, float]] = []
-        self._segments: list[tuple[Any, ...]] = []
+        self._parts: list[tuple[Any, ...]] = []
         self._pending: list[tuple[int, int, int]] = []
-        self._spans: list[tuple[int, int, int, int]] = []
         self._uses: list[tuple[int, int, float]] = []
-        self._touched: set[DrawRow] = set()
+        self._touched: set[Place] = set()
         self._new_keys: set[int] = set()
-        self._claimed: set[int] = set()
-        self._dirty: dict[tuple[int, int], _Set] = {}
-        self._found: dict[DrawRow, list[Any]] = {}
+        self._dirty: dict[tuple[int, int], _SmallSet] = {}
+        self._found: dict[Place, list[Part]] = {}
         self._seen: dict[tuple[str, int], Sample | Discarded] = {}
         version = ledger.execute("PRAGMA data_version").fetchone()[0]
         if version != memory.version or len(memory.sets) > _REMEMBERED or len(memory.keys) > _REMEMBERED:
             memory.forget()
             memory.version = version
+        for place in memory.grown:
+            memory.sets[place] = None
+        memory.grown.clear()
 
     def apply(self, operations: Sequence[Operation]) -> list[Result]:
         """Return the operations' results, after everything is written but the COMMIT."""
@@ -211,27 +219,28 @@ class Transaction:
         old = [claim for claim in claims if known.get(claim.draw.key)]
         if len(old) < _SEVERAL:
             return
-        draws = [claim.draw for claim in old]
-        self._found = {(known[draw.key], draw.request_id, draw.occurrence): [] for draw in draws}
+        self._found = {self._place(known[claim.draw.key], claim.draw): [] for claim in old}
         wanted = list(self._found)
-        for at in range(0, len(wanted), _ROWS):
-            part: list[Any] = [value for place in wanted[at : at + _ROWS] for value in place]
-            part += [None] * (3 * _ROWS - len(part))
-            for row in self._ledger.execute(_DRAWS, part):
-                self._found[row[:3]].append(row[3:])
-        owners: dict[int, set[int]] = {LISTED: set()}
+        for at in range(0, len(wanted), ROWS):
+            values: list[Any] = [value for place in wanted[at : at + ROWS] for value in place]
+            values += [None] * (4 * ROWS - len(values))
+            for row in self._ledger.execute(tables.DRAWS, values):
+                self._found[row[:4]].append(Part._make(row[4:]))
+        owners: dict[int, dict[int, str]] = {LISTED: {}}
         for claim in old:
-            key = known[claim.draw.key]
-            owners[LISTED].add(key)
-            owners.setdefault(self._namespace(claim.draw.namespace), set()).add(key)
+            name = claim.draw.key
+            owners[LISTED][known[name]] = name
+            owners.setdefault(self._namespace(claim.draw.namespace), {})[known[name]] = name
         sets = self._memory.sets
-        for owner, keys in owners.items():
-            runs: dict[int, list[tuple[int, int]]] = {key: [] for key in keys if (owner, key) not in sets}
-            if len(runs) >= _SEVERAL:
-                for key, start, stop in self._ledger.execute(_SETS, (owner, orjson.dumps([*runs]).decode())):
-                    runs[key].append((start, stop))
-                for key, rows in runs.items():
-                    sets[owner, key] = None if len(rows) > _SMALL else _Set(rows)
+        for owner, names in owners.items():
+            rows: dict[int, list[tuple[int, int, bytes]]] = {
+                key: [] for key in names if (owner, key) not in sets
+            }
+            if len(rows) >= _SEVERAL:
+                for key, *row in self._ledger.execute(tables.SETS, (owner, orjson.dumps([*rows]).decode())):
+                    rows[key].append(tuple(row))
+                for key, found in rows.items():
+                    self._remember(owner, key, names[key], found)
         self._look_at_samples(old)
 
     def _look_at_samples(self, claims: Sequence[Claim]) -> None:
@@ -239,22 +248,23 @@ class Transaction:
         wanted: dict[str, tuple[str, int]] = {}
         for claim in claims:
             draw = claim.draw
-            if claim.n > _FEW:
+            if claim.n > FEW:
                 continue
             key, namespace = self._memory.keys[draw.key], self._namespace(draw.namespace)
-            rows = self._found[key, draw.request_id, draw.occurrence]
-            taken = self.run_at(namespace, key, 0)
+            rows = self._found[self._place(key, draw)]
+            taken = self._set(namespace, key, draw.key).interval_at(0)
             first = 0 if taken is None or taken[0] else taken[1]
             indices = list(range(first, first + claim.n))
             if rows:
-                others = {row[0]: row for row in reversed(rows)}
-                row = others.get(namespace) or min(others.values(), key=lambda row: (row[6], row[0]))
-                if row[2] == 0:
-                    indices = unpack(row[3])[: claim.n]
+                others = {row.namespace: row for row in reversed(rows)}
+                row = others.get(namespace) or min(others.values(), key=_earliest)
+                if row.position == 0:
+                    indices = unpack(row.indices)[: claim.n]
             for index in indices:
                 wanted[f"{draw.key}/{index}"] = (draw.key, index)
-        for name, mode, filename, value in self._shelf.execute(_SAMPLES, (orjson.dumps([*wanted]).decode(),)):
-            self._seen[wanted[name]] = parse_sample(*wanted[name], mode, filename, value)
+        names = orjson.dumps([*wanted]).decode()
+        for name, mode, filename, value in self._shelf.execute(tables.SAMPLES, (names,)):
+            self._seen[wanted[name]] = tables.parse_sample(*wanted[name], mode, filename, value)
 
     # Claims.
 
@@ -262,200 +272,149 @@ class Transaction:
         draw, n = claim.draw, claim.n
         key = self._key(claim.question)
         namespace = self._namespace(draw.namespace)
-        if key in self._new_keys:
-            if key not in self._claimed:
-                return self._claim_first(claim, key, namespace)
-            self._flush()
+        place = self._place(key, draw)
         if claim.user is not None:
             self._uses.append((key, self._namespace(claim.user), self._now))
-        book = _Book(self, key, claim.avoid)
-        place = (key, draw.request_id, draw.occurrence)
-        own, others = self._rows(place, namespace)
-        known = draw.namespace != SHARED and book.run_at(namespace, 0) is not None
-        stored = None if own else self._claim_stored(claim, book, place, namespace, others, fresh=known)
-        if stored is not None:
-            return stored
-        whole = laid((row[2], unpack(row[3])) for row in own)
-        indices = whole[:n]
-        old = 0 if claim.refresh else len(indices)
-        samples: list[Sample | None] = []
-        coupled: list[int] | None = None
-        replaced: list[int] = []
-        mine: list[int] = []
-        for position in range(n):
-            sample: Sample | Discarded | None = GONE
-            if position < old:
-                sample = self._sample(draw.key, indices[position])
-                if sample is GONE:
-                    replaced.append(position)
-            listed = True
-            while sample is GONE:
-                if coupled is None:
-                    alone = claim.refresh or draw.namespace == SHARED
-                    coupled = [] if alone else self._coupled(place, namespace, others)
-                preferred = coupled[position] if position < len(coupled) else None
-                index = choose(book, namespace, preferred, new=claim.refresh)
-                self._add(namespace, key, index)  # a discarded one stays taken: nothing comes back to it
-                indices[position : position + 1] = [index]
-                listed = is_in(book, LISTED, index)
-                sample = self._sample(draw.key, index) if listed else None
-            if not isinstance(sample, Sample):
-                sample = None
-                index = indices[position]
-                if self._gain(book, key, index, listed=listed):
-                    mine.append(index)
-            samples.append(sample)
+        book = _Book(self, claim, key, namespace, place)
+        own = book.own
+        tables.check_parts(draw, own)
+        known = not draw.shared and book.taken.interval_at(0) is not None
+        held = laid((part.position, unpack(part.indices)) for part in own)
+        allotment = allot(book, held, n, refresh=claim.refresh, couple=not draw.shared)
+        assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
+        samples, mine = allotment.samples, allotment.to_generate
         missing = None in samples
         token = claim.token if missing else None
-        held: list[int] = []
-        if missing and own:
-            held = self._join(claim, place, namespace, own)
-        elif len(whole) > n:
-            self._let_stand(claim, place, namespace, own, {*whole[n:]})
-        added = [(position, [indices[position]]) for position in replaced]
-        if old < n:
-            added.append((old, indices[old:]))
-        added += [(n, [])] * (claim.refresh and len(whole) > n)  # the old row goes as a whole
-        held += self._extend((*place, namespace), own, added, mine, token)
+        holds: list[int] = []
+        if own:
+            if missing:
+                holds = self._join(claim, place, namespace, own)
+            elif len(held) > n:
+                self._let_stand(claim, place, namespace, own, {*held[n:]})
+        parts = added(allotment, n, len(held), refresh=claim.refresh)
+        if parts:
+            first = own[-1].part + 1 if own else 0
+            self._write(draw, (*place, namespace), first, parts, mine, token)
+            holds += range(first, first + len(parts))
         return Grant(
-            indices,
+            allotment.indices,
             samples,
             mine,
-            tuple(held) if missing else (),
-            sum(len(chosen) for _, chosen in added),
+            tuple(holds) if missing else (),
+            sum(len(chosen) for _, chosen in parts),
             fresh_id=known and not own and bool(draw.request_id),
-            shared=bool(own) and self._memory.shared({row[4] for row in own}),
-            joined=missing and any(row[5] != token or row[4] != self._lease() for row in own),
+            shared=bool(own) and self._memory.shared({part.lease for part in own}),
+            joined=missing and any(part.token != token or part.lease != self._lease() for part in own),
         )
 
-    def _claim_stored(
+    def _write(
         self,
-        claim: Claim,
-        book: _Book,
-        place: DrawRow,
-        namespace: int,
-        others: list[Any] | None,
-        *,
-        fresh: bool,
-    ) -> Grant | None:
-        """Claim the one sample of a draw that is new to its namespace, if that is stored: the usual case."""
-        draw = claim.draw
-        if claim.n > 1 or claim.refresh or draw.namespace == SHARED:
-            return None
-        coupled = self._coupled(place, namespace, others)
-        index = choose(book, namespace, coupled[0] if coupled else None)
-        sample = self._sample(draw.key, index)
-        if type(sample) is not Sample:
-            return None
-        self._add(namespace, place[0], index)
-        self._write(place, (*place, namespace, 0, 0, index, self._lease(), None, 0, self._later(), 0))
-        return Grant([index], [sample], [], (), 1, fresh and bool(draw.request_id))
-
-    def _extend(
-        self,
-        where: tuple[int, str, int, int],
-        own: list[Any],
-        added: list[tuple[int, list[int]]],
+        draw: Draw,
+        where: tuple[Any, ...],
+        first: int,
+        parts: list[tuple[int, list[int]]],
         mine: list[int],
         token: str | None,
-    ) -> list[int]:
-        """Write what one claim adds to a draw; by lease, token and time its segments are known as one."""
-        if not added:
-            return []
-        first = own[-1][1] + 1 if own else 0
-        lease, at = self._lease(), self._later()
-        for part, (position, chosen) in enumerate(added, first):
+    ) -> None:
+        """Write what one claim adds to a draw, at the latest before the draw is looked up again.
+
+        By lease, token and stamp its parts are known as one.
+        """
+        lease, stamp = self._lease(), self._stamp()
+        for part, (position, chosen) in enumerate(parts, first):
             generated = len({*chosen}.intersection(mine)) if mine else 0
             standing = len(chosen) if token is None else 0
-            row = (*where, part, position, pack(chosen), lease, token, generated, at, standing)
-            self._write(where[:3], row)
-        return [*range(first, first + len(added))]
-
-    def _write(self, place: DrawRow, row: tuple[Any, ...]) -> None:
-        """Write a segment of a draw, at the latest before the draw is looked up again."""
-        self._segments.append(row)
+            indices = pack(chosen)
+            digest = tables.part_digest(draw, part, position, indices, stamp)
+            self._parts.append(
+                (*where, part, position, indices, lease, token, generated, stamp, standing, digest)
+            )
+        place = where[:4]
         self._touched.add(place)
         self._found.pop(place, None)
 
-    def _later(self) -> float:
-        """Return a time that is later than that of every row before: the earliest namespace goes by it."""
-        self._at = self._memory.at = self._at + 1e-6
-        return self._at
+    def _stamp(self) -> int:
+        """Return a stamp that is greater than every one that was seen: the earliest namespace goes by it."""
+        self._memory.stamp = stamp = max(self._clock, self._memory.stamp + 1)
+        return stamp
 
-    def _claim_first(self, claim: Claim, key: int, namespace: int) -> Grant:
-        """Claim the first samples of a key that nobody has asked for before."""
-        draw, n, lease = claim.draw, claim.n, self._lease()
-        place = (key, draw.request_id, draw.occurrence)
-        indices = list(range(n))
-        self._segments.append(
-            (*place, namespace, 0, 0, 0 if n == 1 else pack(indices), lease, claim.token, n, self._later(), 0)
-        )
-        self._pending += [(key, index, lease) for index in indices]
-        self._spans.append((LISTED, key, n, 0))
-        self._spans.append((namespace, key, n, 0))
-        self._claimed.add(key)
-        if claim.user is not None:
-            self._uses.append((key, self._namespace(claim.user), self._now))
-        return Grant(indices, [None] * n, list(indices), (0,), n)
+    @staticmethod
+    def _place(key: int, draw: Draw) -> Place:
+        return key, draw.request_id, draw.occurrence, draw.replicate
 
-    def _rows(self, place: DrawRow, namespace: int) -> tuple[list[Any], list[Any] | None]:
-        """Return a draw's rows in this namespace, and in the others.
+    def rows(self, place: Place, namespace: int) -> tuple[list[Part], list[Part] | None]:
+        """Return a draw's parts in a namespace, and in the others.
 
         When those are many, only those of the earliest, or None when it is not known which that is.
         """
-        if place in self._touched:
+        if place[0] in self._new_keys:
+            if place not in self._touched:
+                return [], []
+            self._flush()
+        elif place in self._touched:
             self._flush()
         rows = self._found.get(place)
         if rows is None:
-            rows = self._ledger.execute(f"{_DRAW} LIMIT {_FEW + 1}", place).fetchall()
-        if len(rows) <= _FEW:
+            rows = self._read(f"{tables.DRAW} LIMIT {FEW + 1}", place)
+        if len(rows) <= FEW:
+            if not rows:
+                return [], []
             return [row for row in rows if row[0] == namespace], [row for row in rows if row[0] != namespace]
-        rows = self._ledger.execute(_OWN_AND_FIRST, (*place, namespace)).fetchall()
+        rows = self._read(tables.OWN_AND_FIRST, (*place, namespace))
         first = [row for row in rows if row[0] != namespace]
         return [row for row in rows if row[0] == namespace], first or None
 
-    def _coupled(self, place: DrawRow, namespace: int, others: list[Any] | None) -> list[int]:
+    def _read(self, query: str, values: tuple[Any, ...]) -> list[Part]:
+        return list(map(Part._make, self._ledger.execute(query, values)))
+
+    def coupled(self, draw: Draw, place: Place, namespace: int, others: list[Part] | None) -> list[int]:
         """Return the indices that the same draw has in the earliest other namespace."""
         if others is None:
             first = self._first(place)
             if first == namespace:
-                others = self._ledger.execute(
-                    f"{_OTHERS} ORDER BY namespace, part", (*place, namespace)
-                ).fetchall()
+                others = self._read(f"{tables.OTHERS} ORDER BY namespace, part", (*place, namespace))
             else:
-                others = self._ledger.execute(f"{_DRAW} AND namespace = ?", (*place, first)).fetchall()
-        shared = self._namespace(SHARED)
-        others = [row for row in others if row[0] != shared]
+                others = self._read(tables.OWN, (*place, first))
         if not others:
             return []
-        earliest = min(others, key=lambda row: (row[6], row[0]))[0]
-        return laid((row[2], unpack(row[3])) for row in others if row[0] == earliest)
+        shared = self._namespace(SHARED)
+        others = [part for part in others if part.namespace != shared]
+        if not others:
+            return []
+        earliest = min(others, key=_earliest)
+        self._memory.stamp = max(self._memory.stamp, earliest.stamp)
+        parts = [part for part in others if part.namespace == earliest.namespace]
+        tables.check_parts(draw._replace(namespace=self._label(earliest.namespace)), parts)
+        return laid((part.position, unpack(part.indices)) for part in parts)
 
-    def _first(self, place: DrawRow) -> int | None:
+    def _first(self, place: Place) -> int | None:
         """Return the earliest namespace of a draw that has many rows; it is noted once found.
 
         None when all of the rows are those of the key's shared draw, which has no namespace.
         """
         row = self._ledger.execute(
-            "SELECT namespace FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ?", place
+            "SELECT namespace FROM firsts"
+            " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ?",
+            place,
         ).fetchone()
         if row is None:
-            row = self._ledger.execute(f"{_OTHERS} ORDER BY at, namespace LIMIT 1", (*place, -1)).fetchone()
-            if row is None:
+            rows = self._read(f"{tables.OTHERS} ORDER BY stamp, namespace LIMIT 1", (*place, -1))
+            if not rows:
                 return None
-            self._ledger.execute("INSERT INTO firsts VALUES(?, ?, ?, ?)", (*place, row[0]))
+            row = rows[0]
+            self._ledger.execute("INSERT INTO firsts VALUES(?, ?, ?, ?, ?)", (*place, row[0]))
         return int(row[0])
 
-    def _join(self, claim: Claim, place: DrawRow, namespace: int, own: list[Any]) -> list[int]:
-        """Hold the segments of a draw that may yet be undone, whoever wrote them."""
+    def _join(self, claim: Claim, place: Place, namespace: int, own: list[Part]) -> list[int]:
+        """Hold the parts of a draw that may yet be undone, whoever wrote them."""
         held: list[int] = []
-        for row in self._unsettled(claim.draw.key, own):
-            if row[5] != claim.token or row[4] != self._lease():
+        for part in self._unsettled(claim.draw.key, own):
+            if part.token != claim.token or part.lease != self._lease():
                 self._ledger.execute(
-                    "INSERT OR IGNORE INTO holders VALUES(?, ?, ?, ?, ?, ?, ?)",
-                    (*place, namespace, row[1], self._holder(claim.token), self._lease()),
+                    "INSERT OR IGNORE INTO holders VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*place, namespace, part.part, self._holder(claim.token), self._lease()),
                 )
-            held.append(row[1])
+            held.append(part.part)
         return held
 
     def _holder(self, token: str) -> str:
@@ -463,45 +422,52 @@ class Transaction:
         return f"{self._lease()}-{token}"
 
     def _let_stand(
-        self, claim: Claim, place: DrawRow, namespace: int, own: list[Any], beyond: set[int]
+        self, claim: Claim, place: Place, namespace: int, own: list[Part], beyond: set[int]
     ) -> None:
-        """Note what is delivered now of segments that may yet be undone, as what lies beyond may fail."""
+        """Note what is delivered now of parts that may yet be undone, as what lies beyond may fail."""
         key, last, given = claim.draw.key, own[0], {}
-        for row in own:
-            standing = min(claim.n - row[2], len(unpack(row[3])))
-            if standing > row[7]:
-                last, given[row[1]] = row, standing
+        for part in own:
+            standing = min(claim.n - part.position, len(unpack(part.indices)))
+            if standing > part.standing:
+                last, given[part.part] = part, standing
         # What later claims added decides nothing of these.
-        rows = [row for row in own if row[1] <= last[1] or row[4:7] == last[4:7]] if given else []
-        after = [index for row in rows for index in unpack(row[3]) if index in beyond]
-        missing = [index for index in after if self._sample(key, index) is None]
-        for row in self._unsettled(key, rows, missing) if missing else ():
-            if row[1] in given:
+        rows = [part for part in own if part.part <= last.part or part.claim == last.claim] if given else []
+        after = [index for part in rows for index in unpack(part.indices) if index in beyond]
+        missing = [index for index in after if self.sample(key, index) is None]
+        for part in self._unsettled(key, rows, missing) if missing else ():
+            if part.part in given:
                 self._found.pop(place, None)
                 self._ledger.execute(
-                    f"UPDATE segments SET standing = ?{_PART}", (given[row[1]], *place, namespace, row[1])
+                    f"UPDATE parts SET standing = ?{PART}", (given[part.part], *place, namespace, part.part)
                 )
 
-    def _unsettled(self, key: str, rows: list[Any], among: Collection[int] | None = None) -> list[Any]:
-        """Return the rows of a draw that may yet be undone, if samples are missing only ``among`` some."""
+    def _unsettled(self, key: str, parts: list[Part], among: Collection[int] | None = None) -> list[Part]:
+        """Return the parts of a draw that may yet be undone, if samples are missing only ``among`` some."""
         first = settled(
-            [(row[4:7], unpack(row[3])) for row in rows],
-            lambda index: (among is None or index in among) and self._sample(key, index) is None,
+            _pieces(parts),
+            lambda index: (among is None or index in among) and self.sample(key, index) is None,
         )
-        return rows[first:]
+        return parts[first:]
 
-    def _gain(self, book: _Book, key: int, index: int, *, listed: bool) -> bool:
-        """Take the lease of an index without a sample, unless a live process has it."""
+    def lease(self, key: int, name: str, index: int, listed: IndexSet) -> bool:
+        """Take the lease of an index without a sample, unless a live process has it.
+
+        Raises:
+            DamagedCache: when the list says that the sample is stored.
+        """
         row = (key, index, self._lease())
-        if not listed and not is_in(book, LISTED, index):
+        if index not in listed:
             self._pending.append(row)
-            self._add(LISTED, key, index)
+            self.add(LISTED, key, name, index)
             return True
         self._flush()
-        gained = self._ledger.execute("INSERT OR IGNORE INTO pending VALUES(?, ?, ?)", row).rowcount
-        if gained and not is_in(book, LISTED, index):
-            self._add(LISTED, key, index)
-        return bool(gained)
+        if self._ledger.execute("INSERT OR IGNORE INTO pending VALUES(?, ?, ?)", row).rowcount:
+            raise DamagedCache(
+                f"sample {index} of key {name} is listed in the ledger and missing among the samples. Run "
+                "`cachepipe verify --repair` to have such samples generated anew, or restore the cache from "
+                "a copy"
+            )
+        return False
 
     # Commits.
 
@@ -509,6 +475,7 @@ class Transaction:
         """Store samples: all at once when every lease is still ours, else one by one."""
         self._flush()
         self._seen.clear()
+        self._memory.check_files(moved=True)
         self._intern([commit.key for commit in commits])
         if any(commit.index is None for commit in commits):
             return [self._commit(commit) for commit in commits]
@@ -518,7 +485,7 @@ class Transaction:
             "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?",
             [(self._key_of(commit.key), commit.index, lease) for commit in commits],
         ).rowcount
-        samples = [_sample(commit, commit.index or 0) for commit in commits]
+        samples = [self._sample_of(commit, commit.index or 0) for commit in commits]
         if gone == len(commits) and self._put(list(zip(commits, samples, strict=True))):
             self._ledger.execute("RELEASE commits")
             return [Committed(sample, kept=True) for sample in samples]
@@ -526,16 +493,18 @@ class Transaction:
         self._ledger.execute("RELEASE commits")
         return [self._commit(commit) for commit in commits]
 
+    def _sample_of(self, commit: Commit, index: int) -> Sample:
+        header = {"id": commit.id, "stamp": self._stamp(), **commit.meta}
+        return Sample(index, commit.id, commit.payload, trimmed(orjson.dumps(header)))
+
     def _put(self, samples: list[tuple[Commit, Sample]]) -> bool:
-        """Write rows to the shelf, durably; tell whether all of them were new."""
+        """Write rows to the shelf, durably; return True if all of them were new."""
         self._shelf.execute("BEGIN IMMEDIATE")
-        put = self._shelf.executemany(
-            PUT,
-            [
-                (f"{commit.key}/{sample.index}", self._now, self._now, sample.header + b"\n" + sample.payload)
-                for commit, sample in samples
-            ],
-        ).rowcount
+        rows = []
+        for commit, sample in samples:
+            name = f"{commit.key}/{sample.index}"
+            rows.append((name, self._now, self._now, tables.sample_row(name, sample)))
+        put = self._shelf.executemany(tables.PUT, rows).rowcount
         if put != len(samples):
             self._shelf.execute("ROLLBACK")
             return False
@@ -543,26 +512,26 @@ class Transaction:
         return True
 
     def _commit(self, commit: Commit) -> Committed:
-        key = self._key_of(commit.key)
-        book = _Book(self, key)
-        kept = commit.index is not None and self._still_ours(book, key, commit, commit.index)
-        there = read_sample(self._shelf, commit.key, commit.index) if commit.index is not None else None
+        key, name = self._key_of(commit.key), commit.key
+        kept = commit.index is not None and self._still_ours(key, commit, commit.index)
+        there = read_sample(self._shelf, name, commit.index) if commit.index is not None else None
         if kept and isinstance(there, Sample):
             return Committed(there, kept=True)  # written before, by a transaction that was cut short
         index = commit.index
         if index is None or not kept:
-            index = lowest_new(book, LISTED)
-            while read_sample(self._shelf, commit.key, index) is not None:
-                self._add(LISTED, key, index)  # stored, but not noted: its writer was killed in between
-                index = lowest_new(book, LISTED)
-            self._add(LISTED, key, index)
-        sample = _sample(commit, index)
+            listed = self._set(LISTED, key, name)
+            index = lowest_new(listed, listed)
+            while read_sample(self._shelf, name, index) is not None:
+                self.add(LISTED, key, name, index)  # stored, but not noted: its writer was killed in between
+                index = lowest_new(listed, listed)
+            self.add(LISTED, key, name, index)
+        sample = self._sample_of(commit, index)
         if not self._put([(commit, sample)]):
-            raise StoreError(f"sample {index} of key {commit.key} was written by somebody else meanwhile")
+            raise StoreError(f"sample {index} of key {name} was written by somebody else meanwhile")
         return Committed(sample, kept)
 
-    def _still_ours(self, book: _Book, key: int, commit: Commit, index: int) -> bool:
-        """Take a committed index out of ``pending``; tell whether the lease on it was still ours."""
+    def _still_ours(self, key: int, commit: Commit, index: int) -> bool:
+        """Take a committed index out of ``pending``; return True if the lease on it was still ours."""
         gone = self._ledger.execute(
             "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?", (key, index, self._lease())
         ).rowcount
@@ -575,8 +544,8 @@ class Transaction:
             ).fetchone()
             if pending is not None:
                 return False
-        if not is_in(book, LISTED, index):
-            self._add(LISTED, key, index)
+        if index not in self._set(LISTED, key, commit.key):
+            self.add(LISTED, key, commit.key, index)
         return True
 
     # What else happens to a draw and to a sample.
@@ -587,163 +556,143 @@ class Transaction:
             gone = self._ledger.execute(
                 "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?", (key, index, self._lease())
             ).rowcount
-            if gone and self._sample(forgo.key, index) is None:
-                self._remove(LISTED, key, index)
+            if gone and self.sample(forgo.key, index) is None:
+                self._remove(LISTED, key, forgo.key, index)
 
     def _leave(self, leave: Leave) -> None:
         """End a hold. What is not settled and held by nobody else is undone, but what was delivered (C8)."""
-        key = self._key_of(leave.draw.key)
-        namespace = self._namespace(leave.draw.namespace)
-        place = (key, leave.draw.request_id, leave.draw.occurrence)
-        where = (*place, namespace)
-        rows = [list(row) for row in self._ledger.execute(f"{_DRAW} AND namespace = ?", where)]
-        held = [row for row in rows if row[1] in leave.held and self._let_go(leave, where, row)]
-        if all(row[7] == len(unpack(row[3])) for row in held):
+        draw = leave.draw
+        key = self._key_of(draw.key)
+        namespace = self._namespace(draw.namespace)
+        where = (*self._place(key, draw), namespace)
+        parts = self._read(tables.OWN, where)
+        tables.check_parts(draw, parts)
+        released: set[int] = set()
+        for at, part in enumerate(parts):
+            if part.part in leave.held:
+                left = self._let_go(leave, where, part)
+                if left is not None:
+                    parts[at] = left
+                    released.add(part.part)
+        if all(part.standing == len(unpack(part.indices)) for part in parts if part.part in released):
             return
         undone: list[int] = []
-        while fallen := self._fallen(leave.draw.key, where, rows, held):
-            for row in fallen:  # when a refresh is undone, what it had replaced is there again
-                undone += self._undo(where, row, rows)
+        while fallen := self._fallen(draw.key, where, parts, released):
+            for part in fallen:  # when a refresh is undone, what it had replaced is there again
+                undone += self._undo(draw, where, part, parts)
         for index in undone:
-            self._remove(namespace, key, index)
+            self._remove(namespace, key, draw.key, index)
         if undone:
             self._ledger.execute(
-                "DELETE FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ? AND namespace = ?",
+                "DELETE FROM firsts WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ?"
+                " AND namespace = ?",
                 where,
             )
 
-    def _let_go(self, leave: Leave, where: tuple[Any, ...], row: list[Any]) -> bool:
-        """End a claimant's hold of a segment, and note what it was given; tell whether it had one."""
-        part = (*where, row[1])
-        if row[4:6] == [self._lease(), leave.token]:
-            row[5] = None
+    def _let_go(self, leave: Leave, where: tuple[Any, ...], part: Part) -> Part | None:
+        """End a claimant's hold of a part, and note what it was given; return None if it had no hold."""
+        place = (*where, part.part)
+        if (part.lease, part.token) == (self._lease(), leave.token):
+            part = part._replace(token=None)
             if not leave.complete:
-                self._ledger.execute(f"UPDATE segments SET token = NULL{_PART}", part)
+                self._ledger.execute(f"UPDATE parts SET token = NULL{PART}", place)
         else:
-            holder = (*part, self._holder(leave.token))
-            if not self._ledger.execute(f"DELETE FROM holders{_PART} AND token = ?", holder).rowcount:
-                return False
-        if leave.complete and (given := min(leave.n - row[2], len(unpack(row[3])))) > row[7]:
-            row[7] = given
-            self._ledger.execute(f"UPDATE segments SET standing = ?{_PART}", (given, *part))
-        return True
+            holder = (*place, self._holder(leave.token))
+            if not self._ledger.execute(f"DELETE FROM holders{PART} AND token = ?", holder).rowcount:
+                return None
+        given = min(leave.n - part.position, len(unpack(part.indices)))
+        if leave.complete and given > part.standing:
+            part = part._replace(standing=given)
+            self._ledger.execute(f"UPDATE parts SET standing = ?{PART}", (given, *place))
+        return part
 
-    def _fallen(
-        self, key: str, where: tuple[Any, ...], rows: list[list[Any]], held: list[list[Any]]
-    ) -> list[list[Any]]:
-        """Return the segments to undo: of those that were held, and of what the dead have laid on them."""
-        visible = laid((row[2], unpack(row[3])) for row in rows)
-        decided = {index for row in held for index in unpack(row[3])}.intersection(visible)
-        fallen: list[list[Any]] = []
-        for row in self._unsettled(key, rows, decided):
-            stands = 0 < len(unpack(row[3])) == row[7]
-            if stands or not (fallen or row in held):
-                continue
-            if not self._held_by_others((*where, row[1]), row[4], row[5]):
-                fallen.append(row)
-        return fallen
+    def _fallen(self, key: str, where: tuple[Any, ...], parts: list[Part], released: set[int]) -> list[Part]:
+        """Return the parts to undo (see ``cachepipe.contract.undoing``)."""
+        by_number = {part.part: part for part in parts}
 
-    def _undo(self, where: tuple[Any, ...], row: list[Any], rows: list[list[Any]]) -> list[int]:
-        """Cut a segment down to what was delivered of it; return the indices that are free again."""
-        part, indices = (*where, row[1]), unpack(row[3])
-        kept, free = indices[: row[7]], indices[row[7] :]
+        def held(piece: Piece) -> bool:
+            part = by_number[piece.number]
+            return self._held_by_others((*where, part.part), part.lease, part.token)
+
+        found = fallen(_pieces(parts), released, lambda index: self.sample(key, index) is None, held)
+        return [by_number[piece.number] for piece in found]
+
+    def _undo(self, draw: Draw, where: tuple[Any, ...], part: Part, parts: list[Part]) -> list[int]:
+        """Cut a part down to what was delivered of it; return the indices that are free again."""
+        place, indices = (*where, part.part), unpack(part.indices)
+        kept, free = indices[: part.standing], indices[part.standing :]
         if not kept:
-            rows.remove(row)
-            self._ledger.execute(f"DELETE FROM segments{_PART}", part)
+            parts.remove(part)
+            self._ledger.execute(f"DELETE FROM parts{PART}", place)
         elif free:
-            row[3] = pack(kept)
-            self._ledger.execute(f"UPDATE segments SET indices = ?{_PART}", (row[3], *part))
+            written = pack(kept)
+            digest = tables.part_digest(draw, part.part, part.position, written, part.stamp)
+            parts[parts.index(part)] = part._replace(indices=written, digest=digest)
+            self._ledger.execute(f"UPDATE parts SET indices = ?, digest = ?{PART}", (written, digest, *place))
         return free
 
     def _held_by_others(self, where: tuple[Any, ...], author: int, token: str | None) -> bool:
-        """Tell whether a live claimant holds a segment: its author, whose token is there, or a joiner."""
-        leases = {row[0] for row in self._ledger.execute(f"SELECT lease FROM holders{_PART}", where)}
+        """Return True if a live claimant holds a part: its author, whose token is there, or a joiner."""
+        leases = {row[0] for row in self._ledger.execute(f"SELECT lease FROM holders{PART}", where)}
         if token is not None:
             leases.add(author)
         return any(lease == self._lease() or self._alive(lease) for lease in leases)
 
     def _discard(self, discard: Discard) -> None:
-        key = self._key_of(discard.key)
-        there = read_sample(self._shelf, discard.key, discard.index)
-        if there is None:
+        key, name = self._key_of(discard.key), f"{discard.key}/{discard.index}"
+        row = self._shelf.execute(tables.GET, (name,)).fetchone()
+        if row is None:
             raise StoreError(f"there is no sample {discard.index} of key {discard.key} to discard")
-        if there is not GONE:
-            self._shelf.execute(
-                "UPDATE Cache SET value = CAST(? || value AS BLOB) WHERE key = ? AND raw = 1",
-                (DISCARDED, f"{discard.key}/{discard.index}"),
-            )
+        if tables.parse_sample(discard.key, discard.index, *row) is not DISCARDED:
+            self._shelf.execute(tables.REWRITE, (tables.discarded_row(name, row[2]), name))
         self._ledger.execute(
             "INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", (key, discard.index, self._now, discard.why)
         )
 
     # Samples.
 
-    def _sample(self, key: str, index: int) -> Sample | Discarded | None:
-        sample = self._seen.get((key, index))
+    def sample(self, key: str, index: int) -> Sample | Discarded | None:
+        """Return the sample at an index, the mark of a discarded one, or None."""
+        sample = self._seen.get((key, index)) if self._seen else None
         return read_sample(self._shelf, key, index) if sample is None else sample
 
     # Sets.
 
-    def set_of(self, owner: int, key: int) -> _Set | None:
-        """Return a small set of indices, or None for one that has too many runs to hold."""
+    def _set(self, owner: int, key: int, name: str) -> _SmallSet | _LargeSet:
+        """Return a set of indices of a key."""
         place = (owner, key)
         sets = self._memory.sets
-        if place in sets:
-            return sets[place]
-        # The set of all is looked at with that of a namespace, mostly.
-        wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
-        found: dict[int, list[tuple[int, int]]] = {each: [] for each in wanted}
-        for each, start, stop in self._ledger.execute(
-            _TWO_SETS if len(wanted) > 1 else _ONE_SET, (key, *wanted)
-        ):
-            found[each].append((start, stop))
-        for each, rows in found.items():
-            sets[each, key] = None if len(rows) > _SMALL else _Set(rows)
-        return sets[place]
+        if place not in sets:
+            # The set of all is looked at with that of a namespace, mostly.
+            wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
+            found: dict[int, list[tuple[int, int, bytes]]] = {each: [] for each in wanted}
+            if key not in self._new_keys:
+                query = tables.TWO_SETS if len(wanted) > 1 else tables.ONE_SET
+                for each, *row in self._ledger.execute(query, (key, *wanted)):
+                    found[each].append(tuple(row))
+            for each, rows in found.items():
+                self._remember(each, key, name, rows)
+        known = sets[place]
+        if known is None:
+            return _LargeSet(self._ledger, (owner, self._label(owner)), (key, name))
+        return known
 
-    def run_at(self, owner: int, key: int, at: int) -> tuple[int, int] | None:
-        """Return the first run of a set whose stop is above ``at``."""
-        known = self.set_of(owner, key)
-        if known is not None:
-            return known.run_at(at)
-        run: tuple[int, int] | None = self._ledger.execute(
-            "SELECT start, stop FROM spans WHERE owner = ? AND key = ? AND stop > ? ORDER BY stop LIMIT 1",
-            (owner, key, at),
-        ).fetchone()
-        return run
+    def _remember(self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]]) -> None:
+        small = len(rows) <= SMALL
+        self._memory.sets[owner, key] = _SmallSet(self._label(owner), name, rows) if small else None
 
-    def _add(self, owner: int, key: int, index: int) -> None:
-        known = self.set_of(owner, key)
-        if known is not None:
-            known.add(index)
+    def add(self, owner: int, key: int, name: str, index: int) -> None:
+        """Put an index into a set."""
+        known = self._set(owner, key, name)
+        known.add(index)
+        if type(known) is _SmallSet:
             self._dirty[owner, key] = known
-            return
-        near = self._ledger.execute(
-            "SELECT start, stop FROM spans WHERE owner = ? AND key = ? AND stop >= ? ORDER BY stop LIMIT 2",
-            (owner, key, index),
-        ).fetchall()
-        if any(run[0] <= index < run[1] for run in near):
-            return
-        gone, run = merged(near, index)
-        self._rewrite(owner, key, gone, [run])
 
-    def _remove(self, owner: int, key: int, index: int) -> None:
-        known = self.set_of(owner, key)
-        if known is not None:
-            known.remove(index)
+    def _remove(self, owner: int, key: int, name: str, index: int) -> None:
+        known = self._set(owner, key, name)
+        known.remove(index)
+        if type(known) is _SmallSet:
             self._dirty[owner, key] = known
-            return
-        run = self.run_at(owner, key, index)
-        if run is not None and run[0] <= index:
-            self._rewrite(owner, key, [run], split(run, index))
-
-    def _rewrite(self, owner: int, key: int, old: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
-        for _, stop in old:
-            self._ledger.execute(
-                "DELETE FROM spans WHERE owner = ? AND key = ? AND stop = ?", (owner, key, stop)
-            )
-        for start, stop in new:
-            self._ledger.execute("INSERT INTO spans VALUES(?, ?, ?, ?)", (owner, key, stop, start))
 
     # What is gathered, and written many rows to a statement.
 
@@ -751,44 +700,41 @@ class Transaction:
         if self._keys:
             self._ledger.executemany("INSERT INTO keys VALUES(?, ?, ?, ?, ?)", self._keys)
             self._keys.clear()
-        if self._segments:
-            self._ledger.executemany(
-                "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._segments
-            )
-            self._segments.clear()
+            self._new_keys.clear()
+        if self._parts:
+            self._ledger.executemany(tables.PUT_PART, self._parts)
+            self._parts.clear()
             self._touched.clear()
         if self._pending:
             self._ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", self._pending)
             self._pending.clear()
-        if self._spans:
-            self._ledger.executemany("INSERT INTO spans VALUES(?, ?, ?, ?)", self._spans)
-            self._spans.clear()
         if self._uses:
             self._ledger.executemany("INSERT OR IGNORE INTO uses VALUES(?, ?, ?)", self._uses)
             self._uses.clear()
         if self._dirty:
             self._flush_sets()
-        self._new_keys.clear()
-        self._claimed.clear()
 
     def _flush_sets(self) -> None:
         gone: list[tuple[int, int, int]] = []
-        new: list[tuple[int, int, int, int]] = []
+        new: list[tuple[int, int, int, int, bytes]] = []
         for (owner, key), known in self._dirty.items():
-            runs, written = known.runs, known.written
-            if runs == written:
+            intervals, written = list(known), known.written
+            if intervals == written:
                 continue
-            before, after = set(written), set(runs)
+            before, after = set(written), set(intervals)
             gone += [(owner, key, stop) for _, stop in before - after]
-            new += [(owner, key, stop, start) for start, stop in after - before]
-            known.written = runs
-            if len(runs) > _SMALL:
-                self._memory.sets[owner, key] = None
+            new += [
+                (owner, key, stop, start, tables.interval_digest(known.label, known.key, start, stop))
+                for start, stop in after - before
+            ]
+            known.written = intervals
+            if len(intervals) > SMALL:
+                self._memory.grown.append((owner, key))
         self._dirty.clear()
         if gone:
-            self._ledger.executemany("DELETE FROM spans WHERE owner = ? AND key = ? AND stop = ?", gone)
+            self._ledger.executemany(tables.DROP_INTERVAL, gone)
         if new:
-            self._ledger.executemany("INSERT INTO spans VALUES(?, ?, ?, ?)", new)
+            self._ledger.executemany(tables.PUT_INTERVAL, new)
 
     # Interned ids.
 
@@ -833,14 +779,27 @@ class Transaction:
             key = self._memory.keys[name] = int(row[0])
         return key
 
-    def _namespace(self, written: str) -> int:
+    def _namespace(self, label: str) -> int:
         known = self._memory.namespaces
-        namespace = known.get(written)
+        namespace = known.get(label)
         if namespace is None:
-            self._ledger.execute("INSERT OR IGNORE INTO namespaces VALUES(NULL, ?)", (written,))
-            row = self._ledger.execute("SELECT id FROM namespaces WHERE label = ?", (written,)).fetchone()
-            namespace = known[written] = int(row[0])
+            self._ledger.execute("INSERT OR IGNORE INTO namespaces VALUES(NULL, ?)", (label,))
+            row = self._ledger.execute("SELECT id FROM namespaces WHERE label = ?", (label,)).fetchone()
+            namespace = known[label] = int(row[0])
+            self._memory.labels[namespace] = label
         return namespace
+
+    def _label(self, namespace: int) -> str:
+        label = self._memory.labels.get(namespace)
+        if label is None:
+            row = self._ledger.execute("SELECT label FROM namespaces WHERE id = ?", (namespace,)).fetchone()
+            if row is None:
+                raise DamagedCache(
+                    f"the ledger has a draw of namespace number {namespace}, which it does not know. Restore "
+                    "the cache from a copy"
+                )
+            label = self._memory.labels[namespace] = str(row[0])
+        return label
 
     # Leases.
 
@@ -876,31 +835,64 @@ class Transaction:
                 "SELECT p.key, k.key, p.sample FROM pending p JOIN keys k ON k.id = p.key WHERE p.lease = ?",
                 (lease,),
             ).fetchall():
-                if self._sample(name_of_key, index) is None:
-                    self._remove(LISTED, key, index)
+                if self.sample(name_of_key, index) is None:
+                    self._remove(LISTED, key, name_of_key, index)
             self._ledger.execute("DELETE FROM pending WHERE lease = ?", (lease,))
             self._ledger.execute("DELETE FROM holders WHERE lease = ?", (lease,))
             self._ledger.execute("UPDATE leases SET ended = ? WHERE id = ?", (self._now, lease))
 
 
 class _Book:
-    """The sets of one key inside a transaction."""
+    """One key as a transaction shows it to a claim (see ``cachepipe.contract.allotment.Book``)."""
 
-    __slots__ = ("_avoid", "_key", "_transaction")
+    __slots__ = (
+        "_claim",
+        "_key",
+        "_namespace",
+        "_others",
+        "_place",
+        "_transaction",
+        "listed",
+        "own",
+        "taken",
+    )
 
-    def __init__(self, transaction: Transaction, key: int, avoid: Runs | None = None) -> None:
+    def __init__(
+        self, transaction: Transaction, claim: Claim, key: int, namespace: int, place: Place
+    ) -> None:
         self._transaction = transaction
+        self._claim = claim
         self._key = key
-        self._avoid = avoid
+        self._namespace = namespace
+        self._place = place
+        self.own, self._others = transaction.rows(place, namespace)
+        name = claim.draw.key
+        taken: IndexSet = transaction._set(namespace, key, name)  # noqa: SLF001 - of this module
+        self.taken = taken if claim.avoid is None else Union(taken, claim.avoid)
+        self.listed: IndexSet = transaction._set(LISTED, key, name)  # noqa: SLF001 - of this module
 
-    def run_at(self, owner: int, at: int) -> tuple[int, int] | None:
-        run = self._transaction.run_at(owner, self._key, at)
-        if self._avoid is not None and owner != LISTED:
-            other = self._avoid.run_at(at)
-            if other is not None and (run is None or other[0] < run[0]):
-                return other
-        return run
+    def coupled(self) -> Sequence[int]:
+        if self._others is not None and not self._others:
+            return ()
+        return self._transaction.coupled(self._claim.draw, self._place, self._namespace, self._others)
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        return self._transaction.sample(self._claim.draw.key, index)
+
+    def take(self, index: int) -> None:
+        self._transaction.add(self._namespace, self._key, self._claim.draw.key, index)
+
+    def lease(self, index: int) -> bool:
+        return self._transaction.lease(self._key, self._claim.draw.key, index, self.listed)
 
 
-def _sample(commit: Commit, index: int) -> Sample:
-    return Sample(index, commit.id, commit.payload, trimmed(orjson.dumps({"id": commit.id, **commit.meta})))
+def _earliest(part: Part) -> tuple[int, int]:
+    """Return the order of namespaces by their first rows."""
+    return part.stamp, part.namespace
+
+
+def _pieces(parts: Sequence[Part]) -> list[Piece]:
+    """Return parts as ``cachepipe.contract.undoing`` takes them."""
+    return [
+        Piece(part.part, part.position, unpack(part.indices), part.claim, part.standing) for part in parts
+    ]

@@ -236,9 +236,9 @@ class Access:
         if index is None or index < 0:
             return None
         sample = self._opened._cachepipe.backing.store.sample(key, index)  # noqa: SLF001 - it is ours
-        meta = {} if sample is None else sample.meta
-        at, seconds = meta.get("at"), meta.get("seconds")
-        return None if at is None or seconds is None else (at - seconds, at)
+        if sample is None or (seconds := sample.meta.get("seconds")) is None:
+            return None
+        return sample.at - seconds, sample.at
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what a coroutine returns, which runs where calls are made."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("StoreContract needs pytest: pip install pytest") from error
 
+from cachepipe.contract.draws import SHARED, Draw, label
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError
 from cachepipe.keys import Question
-from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -85,7 +87,7 @@ class StoreContract:
     def commit(self, store: Store, index: int | None, text: str = "", key: str = KEY) -> Committed:
         """Commit one sample whose payload tells which it is."""
         payload = (text or f"sample {index}").encode()
-        result: Committed = self.apply(store, Commit(key, index, payload, {"at": 1.5, "call": "c"}))[0]
+        result: Committed = self.apply(store, Commit(key, index, payload, {"call": "c"}))[0]
         return result
 
     def leave(self, store: Store, draw: Draw, grant: Grant, *, complete: bool, token: str = "one") -> None:  # noqa: S107 - names a holder
@@ -245,7 +247,8 @@ class StoreContract:
         """C7, with its permanent id and what is recorded of it."""
         payload = bytes(range(256)) * 3 + b'\n{"id":"x"}\n'
         [grant] = self.apply(store, Claim(drawn(), 1, asked(), "one"))
-        [committed] = self.apply(store, Commit(KEY, 0, payload, {"at": 2.5, "call": "abc"}, id="me"))
+        before = time.time()
+        [committed] = self.apply(store, Commit(KEY, 0, payload, {"call": "abc"}, id="me"))
         assert committed.kept
         recalled = store.recall(drawn(), 1)
         assert recalled is not None
@@ -253,7 +256,8 @@ class StoreContract:
         assert sample == committed.sample
         assert isinstance(sample, Sample)
         assert (sample.index, sample.id, sample.payload) == (grant.indices[0], "me", payload)
-        assert sample.meta == {"id": "me", "at": 2.5, "call": "abc"}
+        assert sample.meta == {"id": "me", "stamp": sample.meta["stamp"], "call": "abc"}
+        assert before - 0.001 <= sample.at <= time.time() + 0.001
 
     def test_an_empty_payload_is_a_sample(self, store: Store) -> None:
         self.claim(store, drawn())
@@ -572,7 +576,7 @@ class StoreContract:
         for name in "abc":
             self.fill(store, drawn(name, namespace="first"), 1)
         before = [info.draw for info in store.draws()]
-        taken = Runs()
+        taken = IntervalSet()
         got = []
         for name in ("b", "x", "y"):
             grant = store.replay(drawn(name, namespace="second"), 1, taken)
@@ -587,18 +591,18 @@ class StoreContract:
         """C2."""
         self.fill(store, drawn("a"), 1)
         self.fill(store, drawn("b"), 2)
-        grant = store.replay(drawn("b"), 2, Runs())
+        grant = store.replay(drawn("b"), 2, IntervalSet())
         assert grant is not None
         assert grant.indices == [1, 2]
 
     def test_a_replay_of_a_pending_or_partial_draw_is_a_miss_and_claims_nothing(self, store: Store) -> None:
         self.fill(store, drawn("a", namespace="first"), 2)
         self.claim(store, drawn("b", namespace="first"), 1)
-        taken = Runs()
+        taken = IntervalSet()
         assert store.replay(drawn("x", namespace="second"), 3, taken) is None
-        assert taken.run_at(0) is None
+        assert taken.interval_at(0) is None
         assert store.replay(drawn("x", namespace="second"), 2, taken) is not None
-        assert store.replay(drawn("x", key=OTHER), 1, Runs()) is None
+        assert store.replay(drawn("x", key=OTHER), 1, IntervalSet()) is None
 
     def test_a_glance_tells_stored_ours_and_free(self, store: Store) -> None:
         self.claim(store, drawn("a"), 2)
@@ -627,7 +631,7 @@ class StoreContract:
         self.fill(store, drawn("a", namespace="first"), 2)
         self.apply(store, Discard(KEY, 0, "malformed"))
         assert self.claim(store, drawn("a", namespace="second"), 1).indices == [1]
-        grant = store.replay(drawn("a", namespace="third"), 1, Runs())
+        grant = store.replay(drawn("a", namespace="third"), 1, IntervalSet())
         assert grant is not None
         assert grant.indices == [1]
         assert store.glance([(KEY, 0)]) != ["stored"]

@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cachepipe.contract.draws import Draw
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
-from cachepipe.ledger import Draw, Runs
 from cachepipe.stores.base import (
     DrawInfo,
     Grant,
@@ -146,7 +147,7 @@ class FaultyStore:
         """Return the first n samples of a draw that the ledger holds whole, else None."""
         return self.store.recall(draw, n)
 
-    def replay(self, draw: Draw, n: int, taken: Runs) -> Grant | None:
+    def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None."""
         return self.store.replay(draw, n, taken)
 

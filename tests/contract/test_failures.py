@@ -21,7 +21,7 @@ from cachepipe import (
     ShortAnswer,
     StoreError,
 )
-from cachepipe.ledger import Draw
+from cachepipe.contract.draws import Draw
 from cachepipe.stores.base import Claim, Commit, Forgo
 from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel

@@ -31,8 +31,9 @@ from cachepipe import (
     StoreLocked,
     runs,
 )
+from cachepipe.contract.draws import Draw
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import provider_question
-from cachepipe.ledger import Draw, Runs
 from cachepipe.stages import engine
 from cachepipe.stores.base import Forgo
 from cachepipe.testing.models import ScriptedError, ScriptedModel
@@ -213,7 +214,7 @@ async def test_c8_a_sample_whose_call_failed_here_may_come_from_another_process(
 
 READS = {
     "recall": lambda store, key: store.recall(Draw("-", key, "", 0), 1),
-    "replay": lambda store, key: store.replay(Draw("-", key, "", 0), 1, Runs()),
+    "replay": lambda store, key: store.replay(Draw("-", key, "", 0), 1, IntervalSet()),
     "glance": lambda store, key: store.glance([(key, 0)]),
 }
 
@@ -235,7 +236,7 @@ async def test_c8_what_sqlite_says_of_a_damaged_ledger_is_a_store_error(tmp_path
     pipeline = OnlineAPI(ScriptedModel(), store)
     await pipeline.request(Request("p"))
     with sqlite3.connect(tmp_path / "ledger.cache.db") as connection:
-        for table in ("segments", "pending", "draws"):
+        for table in ("parts", "pending", "draws"):
             connection.execute(f"DROP TABLE IF EXISTS {table}")
     connection.close()
     if read == "glance":  # what is stored is told without the ledger

@@ -19,8 +19,8 @@ import cachepipe
 from cachepipe import Batch, OnlineAPI, Request, Response
 from cachepipe.cli import demo, inspect
 from cachepipe.cli.group import cli
+from cachepipe.contract.draws import Draw
 from cachepipe.keys import provider_question
-from cachepipe.ledger import Draw
 from cachepipe.models import OpenAIModel
 from cachepipe.stores import DiskStore
 from cachepipe.stores.base import Claim, Commit, Discard, Leave

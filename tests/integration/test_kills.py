@@ -13,7 +13,7 @@ import pytest
 
 import cachepipe
 from cachepipe import DiskStore, OnlineAPI, Request, Response
-from cachepipe.ledger import label
+from cachepipe.contract.draws import label
 
 WARNINGS = ["-W", "error", "-W", "ignore:most requests"]
 
@@ -104,10 +104,10 @@ def check_ledger(folder):
     ledger = sqlite3.connect(folder / "ledger.cache.db")
     assert ledger.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     spans = collections.defaultdict(set)
-    for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM spans"):
+    for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM intervals"):
         spans[owner, key].update(range(start, stop))
     held = collections.defaultdict(set)
-    for owner, key, indices in ledger.execute("SELECT namespace, key, indices FROM segments"):
+    for owner, key, indices in ledger.execute("SELECT namespace, key, indices FROM parts"):
         numbers = {int(index) for index in str(indices).split(",")}
         assert held[owner, key].isdisjoint(numbers), "C1: two draws of a namespace share a sample"
         held[owner, key] |= numbers

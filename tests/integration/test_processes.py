@@ -123,11 +123,11 @@ def check_ledger(folder):
     """What is taken is what draws hold, and what is listed is stored or being generated."""
     ledger = sqlite3.connect(folder / "ledger.cache.db")
     spans = collections.defaultdict(set)
-    for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM spans"):
+    for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM intervals"):
         assert spans[owner, key].isdisjoint(range(start, stop))
         spans[owner, key].update(range(start, stop))
     held = collections.defaultdict(set)
-    for owner, key, indices in ledger.execute("SELECT namespace, key, indices FROM segments"):
+    for owner, key, indices in ledger.execute("SELECT namespace, key, indices FROM parts"):
         numbers = {int(index) for index in str(indices).split(",")}
         assert held[owner, key].isdisjoint(numbers), "C1: two draws of a namespace share a sample"
         held[owner, key] |= numbers

@@ -198,7 +198,7 @@ class Crowd:
 
     def taken(self):
         rows = self.store._readable()[0].execute(
-            "SELECT n.label, k.key, s.start, s.stop FROM spans s JOIN keys k ON k.id = s.key"
+            "SELECT n.label, k.key, s.start, s.stop FROM intervals s JOIN keys k ON k.id = s.key"
             " JOIN namespaces n ON n.id = s.owner WHERE s.owner > 0"
         )
         sets = collections.defaultdict(set)

@@ -25,8 +25,9 @@ from hypothesis.stateful import (
 )
 
 from cachepipe import MemoryStore
+from cachepipe.contract.draws import SHARED, Draw, label
+from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
-from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stores import sql
 from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
 from cachepipe.testing import MortalStore
@@ -38,7 +39,8 @@ draws = st.builds(
     st.sampled_from(KEYS),
     st.sampled_from(["", "r"]),
     st.just(0),
-) | st.builds(Draw, st.just(SHARED), st.sampled_from(KEYS), st.just(""), st.just(0))
+    st.sampled_from([label(None), label(None), label(1)]),
+) | st.builds(Draw, st.just(SHARED), st.sampled_from(KEYS), st.just(""), st.just(0), st.just("-"))
 
 
 class Claimed:
@@ -100,7 +102,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.processes[0]
             ._readable()[0]
             .execute(
-                "SELECT n.label, k.key, s.start, s.stop FROM spans s JOIN keys k ON k.id = s.key"
+                "SELECT n.label, k.key, s.start, s.stop FROM intervals s JOIN keys k ON k.id = s.key"
                 " JOIN namespaces n ON n.id = s.owner WHERE s.owner > 0"
             )
         )
@@ -130,7 +132,8 @@ class StoreMachine(RuleBasedStateMachine):
         others = [
             indices
             for other, indices in ledger.items()
-            if (other.request_id, other.occurrence) == (draw.request_id, draw.occurrence)
+            if (other.request_id, other.occurrence, other.replicate)
+            == (draw.request_id, draw.occurrence, draw.replicate)
             and other.namespace not in (draw.namespace, SHARED)
         ]
         coupled = others[0] if others and draw.namespace != SHARED else []
@@ -391,14 +394,14 @@ class StoreMachine(RuleBasedStateMachine):
     def replay(self, process, draw, n):
         if any(one not in self.processes for one in self.pending.values()):
             return  # what the dead were generating is looked after by the next claim
-        taken = Runs()
+        taken = IntervalSet()
         grant = self.at(process).replay(draw, n, taken)
         indices = self.expected(draw, n, self.ledger(draw.key), self.listed(draw.key))
         whole = all(index in self.stored[draw.key] for index in indices)
         assert (grant is not None) == whole
         if grant is not None:
             assert grant.indices == indices
-        assert (taken.run_at(0) is not None) == whole
+        assert (taken.interval_at(0) is not None) == whole
 
     @rule(process=st.integers(0, 1), key=st.sampled_from(KEYS))
     def glance(self, process, key):

@@ -1,4 +1,4 @@
-"""Runs: what counts occurrences, and when counting begins anew."""
+"""IntervalSet: what counts occurrences, and when counting begins anew."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import cachepipe
 from cachepipe import AsyncCacher, MemoryStore, OnlineAPI, Request, Response, runs
-from cachepipe.ledger import Draw
+from cachepipe.contract.draws import Draw, Identity
 from cachepipe.runs import Occurrences
 
-WHO = ("-", "k", "r")
+WHO = Identity("-", "k", "r")
 
 
 class Model:
@@ -31,7 +31,7 @@ def index(pipeline, **more):
 
 
 def draw(occurrence):
-    return Draw(*WHO, occurrence)
+    return WHO.draw(occurrence)
 
 
 def test_occurrences_are_counted_by_namespace_key_and_id():
@@ -74,12 +74,13 @@ def test_numbers_are_the_same_whether_they_are_kept_in_memory_or_in_a_file(steps
         ("=\udc80", "", ""),
         ("", "", ""),
     ]
+    names = [Identity(*name) for name in names]
     few, many, held = Occurrences(kept), Occurrences(), []
     for which, taking in steps:
         if taking or not held:
             number = few.take(names[which])
             assert number == many.take(names[which])
-            held.append(Draw(*names[which], number))
+            held.append(names[which].draw(number))
         else:
             back = held.pop(random.randrange(len(held)))
             few.give_back(back)
@@ -89,11 +90,11 @@ def test_numbers_are_the_same_whether_they_are_kept_in_memory_or_in_a_file(steps
 
 def test_numbers_that_are_given_back_do_not_bring_all_identities_into_memory():
     counted = Occurrences(kept=10)
-    names = [("-", str(number), "r") for number in range(50)]
+    names = [Identity("-", str(number), "r") for number in range(50)]
     for name in names:
         counted.take(name)
     for name in names:
-        counted.give_back(Draw(*name, 0))
+        counted.give_back(name.draw(0))
     assert len(counted._next) <= 10
     assert [counted.take(name) for name in names] == [0] * 50
 
@@ -110,9 +111,9 @@ def test_identities_beyond_those_used_last_are_not_in_memory():
 def test_failures_that_are_not_asked_again_take_no_memory():
     counted = Occurrences()
     for number in range(1000):
-        identity = ("-", str(number), "r")
+        identity = Identity("-", str(number), "r")
         assert counted.take(identity) == 0
-        counted.give_back(Draw(*identity, 0))
+        counted.give_back(identity.draw(0))
     assert not counted._next
     assert not counted._returned
 
@@ -124,7 +125,7 @@ def test_claims_in_memory_beyond_those_used_last_are_in_the_file():
         for number in range(1000):
             taken = counted.taken("-", str(number))
             index = 2 * sum(1 for _ in taken)
-            assert taken.run_at(index) is None
+            assert taken.interval_at(index) is None
             taken.add(index)
     assert len(counted._taken) <= 100
     assert counted.replays

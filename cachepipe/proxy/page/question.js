@@ -95,7 +95,7 @@ function sample(item, drawers) {
     ["Model", summary?.model && line(said(summary.model), 80)],
     ["Ended by", summary?.finish_reason && line(said(summary.finish_reason), 40)],
     ["Tokens", usage.map(([name, label]) => `${number(summary[name])} ${label}`).join(", ")],
-    ["Stored", Number.isFinite(meta?.at) ? when(meta.at) : null],
+    ["Stored", Number.isFinite(meta?.stamp) ? when(meta.stamp / 1e6) : null],
     ["Took", Number.isFinite(meta?.seconds) ? took(meta.seconds) : null],
   ].filter(([, fact]) => fact && fact.length !== 0);
   const whose = drawers(item.index).map(who);

@@ -6,10 +6,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cachepipe.ledger import Draw
+from cachepipe.contract.draws import Identity
 from cachepipe.proxy.joins import ServedRun, Ticket
 
-ONE = ("=a", "k", "")
+ONE = Identity("=a", "k", "")
 
 
 def taken(run, **options):
@@ -18,7 +18,7 @@ def taken(run, **options):
 
 
 def undo(ticket, number):
-    ticket.give_back(Draw(*ONE, number))
+    ticket.give_back(ONE.draw(number))
 
 
 def test_requests_count_up_and_failures_give_back():

@@ -1,0 +1,200 @@
+"""Which indices a draw gets, for claims and replays alike (C1, C2, C3, C4).
+
+A key's sample list is the set of *listed* indices: a sample is stored or being generated. Per namespace, the
+set of *taken* indices holds what its draws were given. A draw keeps the indices that the ledger holds for it;
+each further position gets the index that the same draw of the earliest other namespace has there, if that
+is listed and free, else the lowest listed free index, else a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from cachepipe.contract.intervals import IndexSet
+
+
+class Discarded:
+    """Stands for a sample that was discarded on record."""
+
+
+DISCARDED = Discarded()
+
+
+class Book(Protocol):
+    """One key as a store shows it to one draw, as of one moment."""
+
+    @property
+    def listed(self) -> IndexSet:
+        """The indices whose samples are stored or being generated."""
+        ...
+
+    @property
+    def taken(self) -> IndexSet:
+        """The indices that the draw's namespace has taken."""
+        ...
+
+    def coupled(self) -> Sequence[int]:
+        """Return the indices that the same draw has in the earliest other namespace, by position."""
+        ...
+
+    def sample(self, index: int) -> Any:
+        """Return the sample at an index, `DISCARDED`, or None where there is none."""
+        ...
+
+    def take(self, index: int) -> None:
+        """Put an index into the set of those taken."""
+        ...
+
+    def lease(self, index: int) -> bool:
+        """Take the lease of an index without a sample; return False if a live process has it."""
+        ...
+
+
+class Allotment(NamedTuple):
+    """What a draw gets.
+
+    Attributes:
+        indices: one per position.
+        samples: per position, the sample if it is stored.
+        to_generate: the indices that this claimant is to generate; the other missing ones are awaited.
+        kept: how many positions the ledger held before, replaced ones among them.
+        replaced: the positions among these whose sample was discarded and which got another index.
+    """
+
+    indices: list[int]
+    samples: list[Any]
+    to_generate: list[int]
+    kept: int
+    replaced: Sequence[int]
+
+
+def allot(
+    book: Book,
+    held: Sequence[int],
+    n: int,
+    *,
+    refresh: bool = False,
+    couple: bool = True,
+    stored_only: bool = False,
+) -> Allotment | None:
+    """Return what a draw of ``n`` samples gets.
+
+    Args:
+        book: the key, as the store shows it to this draw. What is allotted is taken and leased there.
+        held: the indices that the ledger holds for the draw, by position.
+        n: how many samples are wanted.
+        refresh: replace what the ledger holds by samples that are not listed yet.
+        couple: whether the draw follows other namespaces; the shared draw does not.
+        stored_only: give up, and return None, at the first sample that is not stored (mode ``replay``).
+    """
+    indices = list(held[:n])
+    kept = 0 if refresh else len(indices)
+    samples: list[Any] = []
+    to_generate: list[int] = []
+    replaced: list[int] = []
+    coupled: Sequence[int] | None = None if couple and not refresh else ()
+    for position in range(n):
+        sample: Any = DISCARDED
+        if position < kept:
+            sample = book.sample(indices[position])
+            if sample is DISCARDED:
+                replaced.append(position)
+        while sample is DISCARDED:
+            if coupled is None:
+                coupled = book.coupled()
+            preferred = coupled[position] if position < len(coupled) else None
+            index = choose(book.listed, book.taken, preferred, new=refresh)
+            book.take(index)  # a discarded one stays taken: nothing comes back to it
+            indices[position : position + 1] = [index]
+            sample = book.sample(index) if index in book.listed else None
+        if sample is None:
+            if stored_only:
+                return None
+            if book.lease(indices[position]):
+                to_generate.append(indices[position])
+        samples.append(sample)
+    return Allotment(indices, samples, to_generate, kept, replaced)
+
+
+def choose(listed: IndexSet, taken: IndexSet, preferred: int | None, *, new: bool = False) -> int:
+    """Return the index that the next position of a draw gets (C3, C4).
+
+    Args:
+        listed: the indices whose samples are stored or being generated.
+        taken: the indices that the namespace has taken.
+        preferred: the coupled index, or None. While it is free it goes before others: at once if it is
+            listed, and else when no listed index is free.
+        new: take an index that is not listed in any case (mode ``refresh``).
+    """
+    if not new:
+        free = preferred is not None and preferred not in taken
+        if free and preferred in listed:  # type: ignore[operator]  # free means that there is one
+            return preferred  # type: ignore[return-value]
+        index = lowest_listed_free(listed, taken)
+        if index is not None:
+            return index
+        if free:
+            return preferred  # type: ignore[return-value]
+    return lowest_new(listed, taken)
+
+
+def lowest_listed_free(listed: IndexSet, taken: IndexSet) -> int | None:
+    """Return the lowest index that is listed and not taken."""
+    at = 0
+    while (interval := listed.interval_at(at)) is not None:
+        at = max(at, interval[0])
+        while at < interval[1]:
+            other = taken.interval_at(at)
+            if other is None or other[0] > at:
+                return at
+            at = other[1]
+    return None
+
+
+def lowest_new(listed: IndexSet, taken: IndexSet) -> int:
+    """Return the lowest index that is neither listed nor taken."""
+    at = 0
+    while True:
+        interval = listed.interval_at(at)
+        if interval is not None and interval[0] <= at:
+            at = interval[1]
+        other = taken.interval_at(at)
+        if other is None or other[0] > at:
+            if interval is None or interval[0] > at:
+                return at
+            continue
+        at = other[1]
+
+
+def added(allotment: Allotment, n: int, held: int, *, refresh: bool) -> list[tuple[int, list[int]]]:
+    """Return what a claim adds to the ledger: parts of a draw, each a position and the indices from there.
+
+    Args:
+        allotment: what the draw got.
+        n: how many samples it wanted.
+        held: how many positions the ledger held before.
+        refresh: whether the old row goes as a whole.
+    """
+    indices, kept = allotment.indices, allotment.kept
+    parts = [(position, [indices[position]]) for position in allotment.replaced]
+    if kept < n:
+        parts.append((kept, indices[kept:]))
+    if refresh and held > n:
+        parts.append((n, []))
+    return parts
+
+
+def laid(parts: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
+    """Return a draw's indices by position from its parts in order of writing.
+
+    A later part overrides an earlier one where they overlap: so a sample discarded on record, or a refreshed
+    draw, is replaced without any old row being rewritten. A part without indices ends the draw where it
+    stands: what lay beyond no longer belongs to it.
+    """
+    positions: list[int] = []
+    for start, indices in parts:
+        if start > len(positions):
+            continue  # it lay on something that is gone; no claim leaves such a gap
+        positions[start : start + len(indices) if indices else None] = indices
+    return positions

@@ -1,0 +1,126 @@
+"""Who draws: the identity of one request's claim on samples, decided in one place (C1, C2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+SHARED = "*"
+"""The label of the one draw per key that ``repeat="same"`` and functions share, outside all namespaces."""
+
+_NONE = "-"
+
+
+def label(name: str | int | None) -> str:
+    """Return how the ledger writes a namespace or a replicate: None and the empty string are two of them."""
+    return _NONE if name is None else f"={name}"
+
+
+def namespace_of(written: str) -> str | None:
+    """Return the namespace or the replicate that a label stands for."""
+    return written[1:] if written.startswith("=") else None
+
+
+class Identity(NamedTuple):
+    """What equal requests have in common; a run counts them by it.
+
+    Attributes:
+        namespace: the label of the namespace.
+        key: the key of the question.
+        request_id: the id of the request; a missing one is the empty string.
+        replicate: the label of the replicate.
+    """
+
+    namespace: str
+    key: str
+    request_id: str
+    replicate: str = _NONE
+
+    def draw(self, occurrence: int) -> Draw:
+        """Return the draw that has this occurrence number."""
+        return Draw(self.namespace, self.key, self.request_id, occurrence, self.replicate)
+
+
+class Draw(NamedTuple):
+    """The identity of one request's claim on samples.
+
+    Attributes:
+        namespace: the label of the namespace (see ``label``).
+        key: the key of the question.
+        request_id: the id of the request; a missing one is the empty string.
+        occurrence: how many requests with the same namespace, key, request id and replicate came before
+            it in this run.
+        replicate: the label of the replicate.
+    """
+
+    namespace: str
+    key: str
+    request_id: str
+    occurrence: int
+    replicate: str = _NONE
+
+    @property
+    def identity(self) -> Identity:
+        """What this draw has in common with its repetitions."""
+        return Identity(self.namespace, self.key, self.request_id, self.replicate)
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is the one draw of its key that all namespaces share."""
+        return self.namespace == SHARED
+
+
+class Counter(Protocol):
+    """Counts the occurrences of equal requests: a run, or a request of the proxy that may be a retry."""
+
+    def take(self, identity: Identity) -> int:
+        """Return the occurrence number of the next request of this identity."""
+        ...
+
+    def give_back(self, draw: Draw) -> None:
+        """Take back the number of a draw that was not delivered: its retry is the same draw."""
+        ...
+
+
+class Fixed:
+    """The occurrence number of a caller that counts its requests itself, such as the lines of a file."""
+
+    def __init__(self, occurrence: int) -> None:
+        self._occurrence = occurrence
+
+    def take(self, identity: Identity) -> int:  # noqa: ARG002 - it is counted elsewhere
+        """Return the number."""
+        return self._occurrence
+
+    def give_back(self, draw: Draw) -> None:
+        """Do nothing: the caller's next run counts anew."""
+
+
+def draw_of(
+    key: str,
+    namespace: str | None,
+    request_id: str | None,
+    replicate: str | int | None,
+    counter: Counter,
+    *,
+    shared: bool,
+) -> Draw:
+    """Return the identity of a request's draw, with the next occurrence number.
+
+    Args:
+        key: the key of its question.
+        namespace: the namespace of the request.
+        request_id: which draw it is among equal questions of its namespace.
+        replicate: which independent repetition of the experiment it belongs to; 3 and "3" are the same.
+        counter: counts the occurrences.
+        shared: whether all requests for the question share one draw.
+    """
+    if shared:
+        return Draw(SHARED, key, "", 0)
+    identity = Identity(label(namespace), key, request_id or "", label(replicate))
+    return Draw(identity[0], key, identity[2], counter.take(identity), identity[3])
+
+
+def give_back(draw: Draw, counter: Counter) -> None:
+    """Give the occurrence number of a draw back; a shared draw has none."""
+    if draw.namespace != SHARED:
+        counter.give_back(draw)

@@ -1,0 +1,118 @@
+"""Sets of indices as maximal intervals ``[start, stop)``.
+
+The usual set is one interval, and the lowest free index costs one look however many are in the set.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+Interval = tuple[int, int]
+
+
+class IndexSet(Protocol):
+    """A set of indices, wherever it is kept."""
+
+    def interval_at(self, at: int) -> Interval | None:
+        """Return the first interval ``[start, stop)`` whose stop is above ``at``."""
+        ...
+
+    def __contains__(self, index: int, /) -> bool: ...
+
+
+class IntervalSet:
+    """A set of indices in memory. It iterates over its intervals, and is made of them again."""
+
+    __slots__ = ("_starts", "_stops")
+
+    def __init__(self, intervals: Iterable[Interval] = ()) -> None:
+        ordered = list(intervals)
+        self._starts = [start for start, _ in ordered]
+        self._stops = [stop for _, stop in ordered]
+
+    def __iter__(self) -> Iterator[Interval]:
+        return zip(self._starts, self._stops, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __contains__(self, index: int, /) -> bool:
+        stops = self._stops
+        place = bisect_right(stops, index)
+        return place < len(stops) and self._starts[place] <= index
+
+    def interval_at(self, at: int) -> Interval | None:
+        """Return the first interval ``[start, stop)`` whose stop is above ``at``."""
+        stops = self._stops
+        place = bisect_right(stops, at)
+        return (self._starts[place], stops[place]) if place < len(stops) else None
+
+    def add(self, index: int) -> None:
+        """Put an index into the set; one that is in it already changes nothing."""
+        starts, stops = self._starts, self._stops
+        place = bisect_right(stops, index)
+        if place < len(starts) and starts[place] <= index:
+            return
+        after = place < len(starts) and starts[place] == index + 1
+        before = place > 0 and stops[place - 1] == index
+        if before and after:
+            stops[place - 1] = stops[place]
+            del starts[place], stops[place]
+        elif before:
+            stops[place - 1] = index + 1
+        elif after:
+            starts[place] = index
+        else:
+            starts.insert(place, index)
+            stops.insert(place, index + 1)
+
+    def remove(self, index: int) -> None:
+        """Take an index out of the set; one that is not in it changes nothing."""
+        starts, stops = self._starts, self._stops
+        place = bisect_right(stops, index)
+        if place < len(starts) and starts[place] <= index:
+            left = split((starts[place], stops[place]), index)
+            starts[place : place + 1] = [interval[0] for interval in left]
+            stops[place : place + 1] = [interval[1] for interval in left]
+
+
+class Union:
+    """The indices that are in either of two sets."""
+
+    __slots__ = ("_one", "_other")
+
+    def __init__(self, one: IndexSet, other: IndexSet) -> None:
+        self._one = one
+        self._other = other
+
+    def __contains__(self, index: int, /) -> bool:
+        return index in self._one or index in self._other
+
+    def interval_at(self, at: int) -> Interval | None:
+        """Return the first interval of either set whose stop is above ``at``."""
+        one, other = self._one.interval_at(at), self._other.interval_at(at)
+        if one is None or other is None:
+            return one or other
+        return min(one, other)
+
+
+def merged(intervals: Sequence[Interval], index: int) -> tuple[list[Interval], Interval]:
+    """Return which intervals an added index replaces, and the interval that replaces them.
+
+    Args:
+        intervals: those that contain ``index - 1`` or ``index + 1``, or neither.
+        index: the index to add, in no interval yet.
+    """
+    start, stop, gone = index, index + 1, []
+    for interval in intervals:
+        if interval[1] == index or interval[0] == index + 1:
+            gone.append(interval)
+            start, stop = min(start, interval[0]), max(stop, interval[1])
+    return gone, (start, stop)
+
+
+def split(interval: Interval, index: int) -> list[Interval]:
+    """Return the intervals that are left of one when an index is taken out of it."""
+    return [part for part in ((interval[0], index), (index + 1, interval[1])) if part[0] < part[1]]

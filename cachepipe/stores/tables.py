@@ -1,0 +1,312 @@
+"""How the ledger and the samples are written: tables, statements, the form of rows, and their digests.
+
+Each row is bound to its place by a digest (C12): a sample to its key and index, a part of a draw to the
+draw, an interval of a set to its owner and key. A row that was damaged, or moved to another place, is refused
+when it is read.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from xxhash import xxh3_64_digest, xxh3_64_hexdigest
+
+from cachepipe.contract.allotment import DISCARDED, Discarded
+from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.errors import DamagedCache, UnsafeRow
+from cachepipe.stores.base import Sample
+
+FORMAT = 2
+"""The version of the tables below; a ledger with a higher one is refused."""
+
+LISTED = 0
+"""The owner of the set of listed indices; namespaces have positive numbers."""
+
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+INSERT OR IGNORE INTO meta VALUES('format', {FORMAT});
+CREATE TABLE IF NOT EXISTS namespaces(id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS keys(
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, scope TEXT, document BLOB NOT NULL, at REAL NOT NULL);
+-- A draw's indices by position, in parts; a later part overrides an earlier one. What one claim added, alike
+-- in lease, token and stamp, stands or is undone as one: mostly a single part, more beside replaced samples.
+-- ``standing``: how many of them were delivered while the rest was missing, and so are never undone.
+-- ``place``: the place in the schedule that the draw noted, if it was handed over late (C11).
+CREATE TABLE IF NOT EXISTS parts(
+    key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
+    namespace INTEGER NOT NULL, part INTEGER NOT NULL, position INTEGER NOT NULL, indices NOT NULL,
+    lease INTEGER NOT NULL, token TEXT, generated INTEGER NOT NULL, stamp INTEGER NOT NULL,
+    standing INTEGER NOT NULL, digest BLOB NOT NULL, place INTEGER,
+    PRIMARY KEY(key, request_id, occurrence, replicate, namespace, part)) WITHOUT ROWID;
+-- The earliest namespace of a draw that many namespaces have made: later ones are coupled to it.
+CREATE TABLE IF NOT EXISTS firsts(
+    key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
+    namespace INTEGER NOT NULL, PRIMARY KEY(key, request_id, occurrence, replicate)) WITHOUT ROWID;
+-- Sets of indices as maximal intervals: owner 0 is what is listed, a namespace what it has taken.
+CREATE TABLE IF NOT EXISTS intervals(
+    owner INTEGER NOT NULL, key INTEGER NOT NULL, stop INTEGER NOT NULL, start INTEGER NOT NULL,
+    digest BLOB NOT NULL, PRIMARY KEY(owner, key, stop)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pending(
+    key INTEGER NOT NULL, sample INTEGER NOT NULL, lease INTEGER NOT NULL,
+    PRIMARY KEY(key, sample)) WITHOUT ROWID;
+-- Who has joined a part that somebody else wrote, while it was incomplete.
+CREATE TABLE IF NOT EXISTS holders(
+    key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
+    namespace INTEGER NOT NULL, part INTEGER NOT NULL, token TEXT NOT NULL, lease INTEGER NOT NULL,
+    PRIMARY KEY(key, request_id, occurrence, replicate, namespace, part, token)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leases(
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, at REAL NOT NULL, ended REAL);
+CREATE INDEX IF NOT EXISTS leases_open ON leases(id, name) WHERE ended IS NULL;
+CREATE TABLE IF NOT EXISTS uses(
+    key INTEGER NOT NULL, namespace INTEGER NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY(key, namespace)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS discards(
+    key INTEGER NOT NULL, sample INTEGER NOT NULL, at REAL NOT NULL, why TEXT NOT NULL,
+    PRIMARY KEY(key, sample)) WITHOUT ROWID;
+-- Per run and namespace, the sums of what was delivered (C6), as JSON.
+CREATE TABLE IF NOT EXISTS sums(
+    run TEXT NOT NULL, namespace INTEGER NOT NULL, stamp INTEGER NOT NULL, document BLOB NOT NULL,
+    PRIMARY KEY(run, namespace)) WITHOUT ROWID;
+-- Calls, or parts of calls, whose samples were reported to no request (C6), as JSON.
+CREATE TABLE IF NOT EXISTS unreported(
+    stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace INTEGER, document BLOB NOT NULL);
+"""
+
+SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROWID"
+"""What the file of the samples says of the cache: its identity, and how much the ledger holds."""
+
+# Statements on the ledger. A draw's place is (key, request_id, occurrence, replicate), then its namespace.
+
+PART = " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? AND part = ?"
+_PART_COLUMNS = "namespace, part, position, indices, lease, token, stamp, standing, digest"
+DRAW = (
+    f"SELECT {_PART_COLUMNS} FROM parts"
+    " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3 AND replicate = ?4"
+)
+OTHERS = (
+    f"{DRAW} AND namespace != ? AND namespace IS NOT (SELECT id FROM namespaces WHERE label = '{SHARED}')"
+)
+OWN = f"{DRAW} AND namespace = ? ORDER BY part"
+OWN_AND_FIRST = (
+    f"{DRAW} AND namespace IN (?5, (SELECT namespace FROM firsts WHERE key = ?1 AND request_id = ?2"
+    " AND occurrence = ?3 AND replicate = ?4))"
+)
+FEW = 8
+"""Rows of one draw, of all namespaces together, up to which they are simply read."""
+ROWS = 32
+"""Rows to a statement that looks many draws up at once."""
+DRAWS = (
+    "WITH w(k, r, o, c) AS (VALUES " + ", ".join(["(?, ?, ?, ?)"] * ROWS) + ")"
+    " SELECT w.k, w.r, w.o, w.c, " + ", ".join(f"s.{name}" for name in _PART_COLUMNS.split(", ")) + " FROM w"
+    " CROSS JOIN parts s ON s.key = w.k AND s.request_id = w.r AND s.occurrence = w.o AND s.replicate = w.c"
+    " AND s.namespace <= ifnull((SELECT t.namespace FROM parts t WHERE t.key = w.k AND t.request_id = w.r"
+    f" AND t.occurrence = w.o AND t.replicate = w.c LIMIT 1 OFFSET {FEW}), 9223372036854775807)"
+)
+SMALL = 64
+"""Intervals up to which a set is held in memory as a whole."""
+SETS = (
+    "SELECT s.key, s.start, s.stop, s.digest FROM json_each(?2) j"
+    " CROSS JOIN intervals s ON s.owner = ?1 AND s.key = j.value AND s.stop <= ifnull("
+    "(SELECT t.stop FROM intervals t WHERE t.owner = ?1 AND t.key = j.value"
+    f" ORDER BY t.stop LIMIT 1 OFFSET {SMALL}), 9223372036854775807) ORDER BY s.key, s.stop"
+)
+ONE_SET = (
+    "SELECT owner, start, stop, digest FROM intervals WHERE key = ?1 AND owner = ?2 ORDER BY stop"
+    f" LIMIT {SMALL + 1}"
+)
+TWO_SETS = f"SELECT * FROM ({ONE_SET}) UNION ALL SELECT * FROM ({ONE_SET.replace('?2', '?3')})"
+INTERVAL_AT = (
+    "SELECT start, stop, digest FROM intervals WHERE owner = ? AND key = ? AND stop > ? ORDER BY stop LIMIT 1"
+)
+INTERVALS_NEAR = (
+    "SELECT start, stop, digest FROM intervals"
+    " WHERE owner = ? AND key = ? AND stop >= ? ORDER BY stop LIMIT 2"
+)
+DROP_INTERVAL = "DELETE FROM intervals WHERE owner = ? AND key = ? AND stop = ?"
+PUT_INTERVAL = "INSERT INTO intervals VALUES(?, ?, ?, ?, ?)"
+PUT_PART = "INSERT INTO parts VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+
+# Statements on both: a reader has the samples attached as ``shelf``.
+
+RECALL = (
+    "SELECT s.part, s.position, s.indices, s.lease, s.stamp, s.digest, c.mode, c.filename, c.value"
+    " FROM parts s LEFT JOIN shelf.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
+    " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.replicate = ?5 AND s.namespace = ?6"
+    " ORDER BY s.part"
+)
+OWN_PARTS = (
+    "SELECT part, position, indices, lease, stamp, digest FROM parts"
+    " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? ORDER BY part"
+)
+
+# Statements on the samples. Rows are those of diskcache's own ``set``: raw bytes, a text key, no expiry.
+
+RAW = 1
+PUT = (
+    "INSERT INTO Cache(key, raw, store_time, expire_time, access_time, access_count, tag, size, mode,"
+    f" filename, value) VALUES(?, 1, ?, NULL, ?, 0, NULL, 0, {RAW}, NULL, ?)"
+    " ON CONFLICT(key, raw) DO NOTHING"
+)
+GET = "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1"
+SAMPLES = (
+    "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
+    " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
+)
+REWRITE = "UPDATE Cache SET value = ? WHERE key = ? AND raw = 1"
+
+_LIVE = b"+"
+_GONE = b"-"
+_BODY = 17  # bytes of a sample's row before its header: what became of it, and the digest
+_HEADER = b'{"id":"'
+
+
+def locked(error: sqlite3.OperationalError) -> bool:
+    """Return True if SQLite refused because another connection writes."""
+    return (error.sqlite_errorcode & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+# Indices.
+
+
+def pack(indices: Sequence[int]) -> int | str:
+    """Return how the ledger writes indices: one as a number, several as text."""
+    return indices[0] if len(indices) == 1 else ",".join(map(str, indices))
+
+
+def unpack(written: int | str) -> list[int]:
+    """Return the indices that the ledger wrote."""
+    if type(written) is int:
+        return [written]
+    return [int(part) for part in str(written).split(",")] if written else []
+
+
+# Parts of draws.
+
+
+class Part(NamedTuple):
+    """A part of a draw as the ledger holds it.
+
+    Attributes:
+        namespace: the number of the namespace.
+        part: its place among the parts of the draw, in order of writing.
+        position: the position of its first index in the draw.
+        indices: its indices, as they are written (see ``unpack``).
+        lease: the lease of the process that wrote it.
+        token: the claimant that holds it; None when it does so no longer.
+        stamp: when it was written, as an order.
+        standing: how many of its indices were delivered while others were missing.
+        digest: binds it to its draw.
+    """
+
+    namespace: int
+    part: int
+    position: int
+    indices: int | str
+    lease: int
+    token: str | None
+    stamp: int
+    standing: int
+    digest: bytes
+
+    @property
+    def claim(self) -> tuple[Any, ...]:
+        """What the parts that one claim has added have in common."""
+        return self.lease, self.token, self.stamp
+
+
+def part_digest(draw: Draw, part: int, position: int, indices: int | str, stamp: int) -> bytes:
+    """Return what binds a part to its draw."""
+    namespace, key, request_id, occurrence, replicate = draw
+    text = f"{key}\0{namespace}\0{replicate}\0{request_id}\0{occurrence} {part} {position} {stamp} {indices}"
+    return xxh3_64_digest(text.encode("utf-8", "surrogatepass"))
+
+
+def check_parts(draw: Draw, parts: Iterable[Part]) -> None:
+    """Refuse parts that are not what was written for a draw.
+
+    Raises:
+        DamagedCache: when a digest does not fit.
+    """
+    for part in parts:
+        check_part(draw, part[1], part[2], part[3], part[6], part[8])
+
+
+def check_part(draw: Draw, part: int, position: int, indices: int | str, stamp: int, digest: bytes) -> None:
+    """Refuse a part that is not what was written for a draw; see ``check_parts``."""
+    if part_digest(draw, part, position, indices, stamp) != digest:
+        raise DamagedCache(
+            f"the ledger's row of a draw of key {draw.key} is damaged. Run `cachepipe verify` to see what "
+            "else is, and restore the cache from a copy"
+        )
+
+
+# Sets.
+
+
+def interval_digest(label: str, key: str, start: int, stop: int) -> bytes:
+    """Return what binds an interval to the set of an owner, by its label, and a key."""
+    return xxh3_64_digest(f"{key}\0{label}\0{start} {stop}".encode("utf-8", "surrogatepass"))
+
+
+def check_interval(label: str, key: str, start: int, stop: int, digest: bytes) -> None:
+    """Refuse an interval that is not what was written.
+
+    Raises:
+        DamagedCache: when its digest does not fit.
+    """
+    if interval_digest(label, key, start, stop) != digest:
+        raise DamagedCache(
+            f"the ledger's row of the samples of key {key} is damaged. Run `cachepipe verify` to see what "
+            "else is, and restore the cache from a copy"
+        )
+
+
+# Samples.
+
+
+def _sample_digest(name: str, state: bytes, body: bytes) -> bytes:
+    return xxh3_64_hexdigest(b"%b%b%b" % (name.encode(), state, body)).encode()
+
+
+def sample_row(name: str, sample: Sample) -> bytes:
+    """Return the row of a sample that is stored under a name."""
+    body = b"%b\n%b" % (sample.header, sample.payload)
+    return b"%b%b%b" % (_LIVE, _sample_digest(name, _LIVE, body), body)
+
+
+def discarded_row(name: str, row: bytes) -> bytes:
+    """Return the row of a sample that is discarded from now on."""
+    return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, row[_BODY:]), row[_BODY:])
+
+
+def read_sample(shelf: sqlite3.Connection, key: str, index: int) -> Sample | Discarded | None:
+    """Return the sample at an index of a key's list, a mark when it was discarded, None without one.
+
+    Raises:
+        UnsafeRow: when the row is not one that cachepipe wrote, such as a pickle.
+        DamagedCache: when it is not what was written there.
+    """
+    row = shelf.execute(GET, (f"{key}/{index}",)).fetchone()
+    return None if row is None else parse_sample(key, index, *row)
+
+
+def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> Sample | Discarded:
+    """Return the sample that a row of diskcache's table holds, or the mark of a discarded one."""
+    if mode != RAW or filename is not None or type(value) is not bytes:
+        raise UnsafeRow(
+            f"sample {index} of key {key} is stored in diskcache's mode {mode}, which may be a pickle; "
+            "cachepipe stores raw bytes only and never unpickles. Delete the row, or restore the cache"
+        )
+    state, body = value[:1], value[_BODY:]
+    if value[1:_BODY] != xxh3_64_hexdigest(f"{key}/{index}".encode() + state + body).encode():
+        raise DamagedCache(
+            f"sample {index} of key {key} is damaged. Run `cachepipe verify --repair` to have such samples "
+            "generated anew, or restore the cache from a copy"
+        )
+    if state == _GONE:
+        return DISCARDED
+    end = body.find(b"\n")
+    identifier = body[7 : body.find(b'"', 7)]
+    return Sample(index, identifier.decode(), body[end + 1 :], body[:end])
