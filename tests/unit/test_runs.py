@@ -103,9 +103,9 @@ def test_identities_beyond_those_used_last_are_not_in_memory():
     counted = Occurrences(kept=1000)
     for _ in range(2):
         for number in range(3000):
-            counted.take(("-", str(number), "r"))
+            counted.take(Identity("-", str(number), "r"))
     assert len(counted._next) <= 1000
-    assert [counted.take(("-", str(number), "r")) for number in (0, 1500, 2999)] == [2, 2, 2]
+    assert [counted.take(Identity("-", str(number), "r")) for number in (0, 1500, 2999)] == [2, 2, 2]
 
 
 def test_failures_that_are_not_asked_again_take_no_memory():
@@ -138,9 +138,9 @@ def test_counting_goes_on_in_memory_when_there_is_no_room_for_a_file(monkeypatch
 
     monkeypatch.setattr(sqlite3, "connect", full)
     counted = Occurrences(kept=10)
-    assert [counted.take(("-", str(number), "")) for number in [*range(500), *range(500)]] == [0] * 500 + [
-        1
-    ] * 500
+    assert [counted.take(Identity("-", str(number), "")) for number in [*range(500), *range(500)]] == [
+        0
+    ] * 500 + [1] * 500
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
@@ -148,14 +148,14 @@ def test_counting_goes_on_in_memory_when_there_is_no_room_for_a_file(monkeypatch
 def test_a_forked_child_leaves_the_file_to_its_parent():
     counted = Occurrences(kept=1)
     for number in range(1000):
-        counted.take(("-", str(number), "r"))
+        counted.take(Identity("-", str(number), "r"))
     child = os.fork()
     if not child:
         for number in range(1000, 3000):  # would write to the file that both have open
-            counted.take(("-", str(number), "r"))
+            counted.take(Identity("-", str(number), "r"))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert [counted.take(("-", str(number), "r")) for number in range(1000)] == [1] * 1000
+    assert [counted.take(Identity("-", str(number), "r")) for number in range(1000)] == [1] * 1000
 
 
 def test_uses_of_shared_draws_are_forgotten_when_there_are_many(monkeypatch):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 
 from cachepipe import MemoryStore
+from cachepipe.contract.draws import Identity
 from cachepipe.errors import NotStored, StageClosed
 from cachepipe.proxy import app, server
 from cachepipe.proxy.app import Proxy
@@ -45,7 +46,7 @@ async def test_a_stream_that_is_withdrawn_holds_its_number_no_longer():
         Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
     )
     run = ServedRun()
-    ticket, identity = Ticket(run), ("=a", "k", "")
+    ticket, identity = Ticket(run), Identity("=a", "k", "")
     number = ticket.take(identity)
     task = asyncio.get_running_loop().create_task(asyncio.Event().wait())
     proxy._leave(types.SimpleNamespace(stream=True), ticket, task)
@@ -61,7 +62,7 @@ async def test_an_answer_that_comes_just_as_its_client_leaves_is_for_the_next_of
     )
     await proxy.startup()
     run, leaves, sent = ServedRun(), asyncio.Event(), []
-    ticket, identity = Ticket(run), ("=a", "k", "")
+    ticket, identity = Ticket(run), Identity("=a", "k", "")
     number = ticket.take(identity)
 
     async def receive():
