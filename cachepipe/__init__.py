@@ -45,6 +45,9 @@ if TYPE_CHECKING:
         FreshIds as FreshIds,
     )
     from cachepipe.errors import (
+        LostSamples as LostSamples,
+    )
+    from cachepipe.errors import (
         NotStorable as NotStorable,
     )
     from cachepipe.errors import (
@@ -191,6 +194,7 @@ _HOMES = {
         "EvictionDisabled",
         "FormatError",
         "FreshIds",
+        "LostSamples",
         "NotStorable",
         "NotStored",
         "ReadOnlyStore",

@@ -118,6 +118,10 @@ class EvictionDisabled(CachepipeWarning):
     """A diskcache.Cache came with an eviction policy, now switched off: it would delete paid samples."""
 
 
+class LostSamples(CachepipeWarning):
+    """The machine stopped before samples were on its disk; they are generated anew."""
+
+
 class ReadOnlyStore(CachepipeWarning):
     """A cache folder cannot be written: it serves hits, and what is generated now is not stored."""
 

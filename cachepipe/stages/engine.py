@@ -554,8 +554,15 @@ class Engine:
     def _unstored(self, draw: Drawing, index: int, value: Any, error: Exception) -> None:
         """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
         self.give_up(draw, [index], None, keep=True)
+        try:
+            warnings.warn(
+                f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2
+            )
+        except NotStored as refused:  # its user has made it an error
+            if not draw.dead:
+                self._fail(draw, refused)
+            return
         self._filled(draw, index, value)
-        warnings.warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2)
 
     def give_up(
         self, draw: Drawing, indices: Sequence[int], error: BaseException | None, *, keep: bool = False

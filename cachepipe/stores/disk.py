@@ -19,9 +19,9 @@ from typing import Literal
 
 import diskcache
 
-from cachepipe import forks, keys
-from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
-from cachepipe.stores import folders, leases
+from cachepipe import forks
+from cachepipe.errors import DamagedCache, EvictionDisabled, LostSamples, ReadOnlyStore, StoreError
+from cachepipe.stores import folders, identity, leases, recovery
 from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
 from cachepipe.stores.sql import SqlStore
@@ -30,12 +30,12 @@ from cachepipe.stores.tables import SCHEMA
 Durability = Literal["process", "full"]
 
 # diskcache's own repair removes files whose path lacks the name of its database.
-_LEDGER = "ledger.cache.db"
-_SHELF = "cache.db"
+_LEDGER, _SHELF = identity.LEDGER, identity.SHELF
 _DISKCACHE = {**diskcache.DEFAULT_SETTINGS, **diskcache.core.METADATA}
 # Those of a received file decide nothing.
 _OURS = {**diskcache.DEFAULT_SETTINGS, "eviction_policy": "none", "cull_limit": 0}
 _LARGE = 16 << 20  # bytes of a write-ahead log above which opening makes a checkpoint
+_CHECKED = 256 << 20  # bytes of a file up to which all of it is checked after a process did not close it
 _MAPPED = 16 << 20  # bytes of a file that a connection reads through memory; all of it is resident in the end
 
 
@@ -122,16 +122,19 @@ class DiskStore(SqlStore):
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             self._make_shelf(theirs)
-            ledger = self._connect(_LEDGER)
+            ledger, shelf = self._connect(_LEDGER), self._connect(_SHELF)
             try:
                 known = check_ledger(ledger, str(self.folder))
                 if not known or not ledger.execute("SELECT 1 FROM meta").fetchone():
-                    self._check_no_samples()
+                    self._check_no_samples(shelf)
                     ledger.execute("PRAGMA journal_mode = WAL")
                     ledger.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 check_format(ledger, str(self.folder))
+                identity.check_parts(ledger, shelf, str(self.folder))
+                self._recover(ledger, shelf)
             finally:
                 ledger.close()
+                shelf.close()
         if self.durability == "full":
             for folder in {self.folder, *(each.parent for each in made)}:
                 folders.sync(folder)
@@ -168,18 +171,44 @@ class DiskStore(SqlStore):
             theirs.reset("eviction_policy", "none", update=False)
             theirs.reset("cull_limit", 0, update=False)
 
-    def _check_no_samples(self) -> None:
+    def _recover(self, ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> None:
+        """Begin with stamps beyond all that are there, and mend what processes have left that did not close.
+
+        Rows that a machine lost when it stopped, in one of the two files only, are those since the last
+        checkpoint. A sample that is lost so is generated anew, with a warning; one whose listing is lost
+        is listed again.
+        """
+        query = "SELECT id, name FROM leases WHERE ended IS NULL"
+        dead = {lease for lease, name in ledger.execute(query) if not self._lease_alive(name)}
+        since = identity.checkpointed(ledger)
+        self._memory.stamp = identity.greatest_stamp(ledger, shelf, unclean=bool(dead))
+        if not dead:
+            return
+        for connection, name in ((ledger, _LEDGER), (shelf, _SHELF)):
+            if _size(self.folder / name) <= _CHECKED:
+                found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if found != "ok":
+                    raise DamagedCache(
+                        f"the cache {self.folder} is damaged: SQLite says of {name}: {found}. Restore the "
+                        "cache from a copy, or run `cachepipe verify` to see what can be used"
+                    )
+        if self.durability != "full":
+            ledger.execute("BEGIN IMMEDIATE")
+            lost = recovery.relist(ledger, shelf, since)
+            ledger.execute("COMMIT")
+            if lost:
+                warnings.warn(
+                    f"the cache {self.folder} has lost {lost} samples: the machine stopped before they were "
+                    "on the disk. They are generated anew when they are asked for. With durability='full' "
+                    "none is lost",
+                    LostSamples,
+                    stacklevel=5,
+                )
+
+    def _check_no_samples(self, shelf: sqlite3.Connection) -> None:
         """Refuse to begin a new ledger beside samples of one that is lost: all would be bought again."""
-        shelf = self._connect(_SHELF)
-        try:
-            there = shelf.execute(
-                "SELECT 1 FROM Cache WHERE raw = 1 AND key >= ?1 || '-' AND key < ?1 || '.' LIMIT 1",
-                (keys.FORMAT,),
-            ).fetchone()
-        finally:
-            shelf.close()
-        if there is not None:
-            raise StoreError(
+        if identity.is_signed(shelf) or not identity.shelf_is_new(shelf):
+            raise DamagedCache(
                 f"the cache {self.folder} has samples, but not the ledger that tells whose they are. Restore "
                 f"its {_LEDGER} from where {_SHELF} came from; to begin anew, name another folder"
             )
@@ -196,6 +225,7 @@ class DiskStore(SqlStore):
             check_shelf(shelf, str(self.folder))
             check_ledger(ledger, str(self.folder))
             check_format(ledger, str(self.folder))
+            identity.check_parts(ledger, shelf, str(self.folder))
         except sqlite3.Error as error:
             raise StoreError(
                 f"the folder {self.folder} cannot be read as a cache: {error}. Check the path, or let one "

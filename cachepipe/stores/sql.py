@@ -24,10 +24,10 @@ from typing import Any
 from cachepipe import forks
 from cachepipe.contract.allotment import allot, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
-from cachepipe.contract.intervals import IndexSet, Interval, IntervalSet, Union
+from cachepipe.contract.intervals import IndexSet, IntervalSet, Union
 from cachepipe.errors import StoreError
 from cachepipe.keys import Question, encode
-from cachepipe.stores import tables
+from cachepipe.stores import identity, tables
 from cachepipe.stores.base import (
     Claim,
     DiscardInfo,
@@ -44,7 +44,8 @@ from cachepipe.stores.base import (
     StoredQuestion,
 )
 from cachepipe.stores.misses import Similar, nearest
-from cachepipe.stores.tables import LISTED, Part, locked, parse_sample, read_sample, unpack
+from cachepipe.stores.sets import LargeSet
+from cachepipe.stores.tables import LISTED, Segment, locked, parse_sample, read_sample, unpack
 from cachepipe.stores.transaction import Memory, Transaction
 from cachepipe.stores.writer import Locked, Writer
 
@@ -322,9 +323,11 @@ class SqlStore:
             except sqlite3.Error:  # no more files may be opened, or the folder has gone: it can wait
                 return
             self._opened += self._checkpointing
-        for connection in self._checkpointing:
-            with contextlib.suppress(sqlite3.OperationalError):
+        stamp, sample = self._memory.written_stamp, self._memory.written_sample
+        with contextlib.suppress(sqlite3.OperationalError):  # others write: it is for the next checkpoint
+            for connection in self._checkpointing:
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            identity.checkpoint(*self._checkpointing, stamp, sample)
 
     # Reading.
 
@@ -359,13 +362,13 @@ class SqlStore:
             if value is None and mode is None:
                 return None
             sample = parse_sample(name, index, mode, filename, value)
-            tables.check_part(draw, part, position, index, stamp, digest)
+            tables.check_segment(draw, part, position, index, stamp, digest)
             if type(sample) is not Sample:
                 return None
             shared = lease != self._memory.lease and self._shared({lease})
             return Grant([index], [sample], shared=shared) if self._stands(place, rows) else None
         for row in rows:
-            tables.check_part(draw, row[0], row[1], row[2], row[4], row[5])
+            tables.check_segment(draw, row[0], row[1], row[2], row[4], row[5])
         indices = laid((row[1], unpack(row[2])) for row in rows)
         if len(indices) < n:
             return None
@@ -393,7 +396,7 @@ class SqlStore:
         if all(self._leases.get(row[3], (True,))[0] is False for row in rows):
             return True
         ledger, _ = self._readable()
-        return bool(ledger.execute(tables.OWN_PARTS, place).fetchall() == [row[:6] for row in rows])
+        return bool(ledger.execute(tables.OWN_SEGMENTS, place).fetchall() == [row[:6] for row in rows])
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of it is stored, else None.
@@ -471,13 +474,13 @@ class SqlStore:
             "SELECT k.key, k.scope, k.at,"  # noqa: S608 - of constants
             " (SELECT coalesce(sum(stop - start), 0) FROM intervals WHERE owner = 0 AND key = k.id),"
             " (SELECT count(*) FROM pending WHERE key = k.id),"
-            " (SELECT count(DISTINCT namespace) FROM parts WHERE key = k.id AND namespace IS NOT"
+            " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
             "  (SELECT id FROM namespaces WHERE label = ?1)),"
             " (SELECT count(*) FROM discards WHERE key = k.id)"
             " FROM keys k"
             " WHERE (?2 = '' OR k.id IN (SELECT id FROM keys WHERE key >= ?2 AND key < ?3))"
             " AND (?4 IS NULL OR k.scope = ?4 OR substr(k.scope, 1, length(?4) + 1) = ?4 || '/')"
-            " AND (?5 IS NULL OR EXISTS (SELECT 1 FROM parts WHERE key = k.id AND namespace ="
+            " AND (?5 IS NULL OR EXISTS (SELECT 1 FROM segments WHERE key = k.id AND namespace ="
             "  (SELECT id FROM namespaces WHERE label = ?5)))"
             + " AND CAST(k.document AS TEXT) LIKE ? ESCAPE '|'" * len(holding)
             + f" ORDER BY k.id {'DESC' if newest else ''}",
@@ -551,15 +554,16 @@ class SqlStore:
         rows = ledger.execute(
             "SELECT n.label, k.key, s.request_id, s.occurrence, s.replicate,"
             " s.position, s.indices, s.generated, s.stamp"
-            " FROM parts s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
+            " FROM segments s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
             " WHERE (? IS NULL OR k.key = ?) AND (? IS NULL OR n.label = ?)"
             " ORDER BY s.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.part",
             (key, key, namespace, namespace),
         )
-        for identity, group in itertools.groupby(rows, key=lambda row: row[:5]):
-            parts = list(group)
-            indices = laid((row[5], unpack(row[6])) for row in parts)
-            yield DrawInfo(Draw(*identity), tuple(indices), sum(row[7] for row in parts), parts[0][8] / 1e6)
+        for whose, group in itertools.groupby(rows, key=lambda row: row[:5]):
+            segments = list(group)
+            indices = laid((row[5], unpack(row[6])) for row in segments)
+            generated = sum(row[7] for row in segments)
+            yield DrawInfo(Draw(*whose), tuple(indices), generated, segments[0][8] / 1e6)
 
     def namespaces(self) -> Iterator[NamespaceInfo]:
         """Iterate over the namespaces, in order of their first draw; the shared draws are left out."""
@@ -570,7 +574,7 @@ class SqlStore:
         drawn = {
             namespace: (draws, generated)
             for namespace, draws, generated in ledger.execute(
-                "SELECT namespace, sum(part = 0), sum(generated) FROM parts GROUP BY namespace"
+                "SELECT namespace, sum(part = 0), sum(generated) FROM segments GROUP BY namespace"
             )
         }
         for namespace, written in ledger.execute("SELECT id, label FROM namespaces ORDER BY id").fetchall():
@@ -585,7 +589,7 @@ class SqlStore:
             "SELECT (SELECT count(*) FROM keys),"
             " (SELECT coalesce(sum(stop - start), 0) FROM intervals WHERE owner = 0),"
             " (SELECT count(*) FROM pending),"
-            " (SELECT count(*) FROM parts WHERE part = 0),"
+            " (SELECT count(*) FROM segments WHERE part = 0),"
             " (SELECT count(*) FROM namespaces WHERE label != ?), (SELECT count(*) FROM discards)",
             (SHARED,),
         ).fetchone()
@@ -698,28 +702,6 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
     return identifier
 
 
-class _Set:
-    """A set of indices as a reader sees it."""
-
-    __slots__ = ("_key", "_label", "_ledger", "_where")
-
-    def __init__(self, ledger: sqlite3.Connection, owner: tuple[int, str], key: tuple[int, str]) -> None:
-        self._ledger = ledger
-        self._where = (owner[0], key[0])
-        self._label, self._key = owner[1], key[1]
-
-    def __contains__(self, index: int, /) -> bool:
-        interval = self.interval_at(index)
-        return interval is not None and interval[0] <= index
-
-    def interval_at(self, at: int) -> Interval | None:
-        row = self._ledger.execute(tables.INTERVAL_AT, (*self._where, at)).fetchone()
-        if row is None:
-            return None
-        tables.check_interval(self._label, self._key, *row)
-        return row[0], row[1]
-
-
 class _Book:
     """One key as a reader sees it, for a claim that lives in memory (see ``contract.allotment.Book``).
 
@@ -747,8 +729,8 @@ class _Book:
         self._namespace = namespace
         self._draw = draw
         self._own = IntervalSet()
-        stored = _Set(ledger, (namespace, draw.namespace), (key, draw.key))
-        self.listed: IndexSet = _Set(ledger, (LISTED, ""), (key, draw.key))
+        stored = LargeSet(ledger, (namespace, draw.namespace), (key, draw.key))
+        self.listed: IndexSet = LargeSet(ledger, (LISTED, ""), (key, draw.key))
         self.taken: IndexSet = Union(Union(stored, besides), self._own)
 
     def held(self) -> list[int]:
@@ -757,7 +739,7 @@ class _Book:
 
     def coupled(self) -> list[int]:
         first = self._ledger.execute(
-            "SELECT p.namespace, n.label FROM parts p JOIN namespaces n ON n.id = p.namespace"
+            "SELECT p.namespace, n.label FROM segments p JOIN namespaces n ON n.id = p.namespace"
             " WHERE p.key = ? AND p.request_id = ? AND p.occurrence = ? AND p.replicate = ?"
             " AND p.namespace != ? AND n.label != ? ORDER BY p.stamp, p.namespace LIMIT 1",
             (*self._place(), self._namespace, SHARED),
@@ -769,9 +751,9 @@ class _Book:
 
     def _laid(self, draw: Draw, namespace: int) -> list[int]:
         rows = self._ledger.execute(tables.OWN, (*self._place(), namespace))
-        parts = list(map(Part._make, rows))
-        tables.check_parts(draw, parts)
-        return laid((part.position, unpack(part.indices)) for part in parts)
+        segments = list(map(Segment._make, rows))
+        tables.check_segments(draw, segments)
+        return laid((part.position, unpack(part.indices)) for part in segments)
 
     def sample(self, index: int) -> Any:
         return read_sample(self._shelf, self._draw.key, index)

@@ -30,11 +30,11 @@ INSERT OR IGNORE INTO meta VALUES('format', {FORMAT});
 CREATE TABLE IF NOT EXISTS namespaces(id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS keys(
     id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, scope TEXT, document BLOB NOT NULL, at REAL NOT NULL);
--- A draw's indices by position, in parts; a later part overrides an earlier one. What one claim added, alike
--- in lease, token and stamp, stands or is undone as one: mostly a single part, more beside replaced samples.
+-- A draw's indices by position, in segments; a later one overrides an earlier one. What one claim added,
+-- alike in lease, token and stamp, stands or is undone as one: mostly one segment, more beside replacements.
 -- ``standing``: how many of them were delivered while the rest was missing, and so are never undone.
 -- ``place``: the place in the schedule that the draw noted, if it was handed over late (C11).
-CREATE TABLE IF NOT EXISTS parts(
+CREATE TABLE IF NOT EXISTS segments(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
     namespace INTEGER NOT NULL, part INTEGER NOT NULL, position INTEGER NOT NULL, indices NOT NULL,
     lease INTEGER NOT NULL, token TEXT, generated INTEGER NOT NULL, stamp INTEGER NOT NULL,
@@ -69,7 +69,7 @@ CREATE TABLE IF NOT EXISTS discards(
 CREATE TABLE IF NOT EXISTS sums(
     run TEXT NOT NULL, namespace INTEGER NOT NULL, stamp INTEGER NOT NULL, document BLOB NOT NULL,
     PRIMARY KEY(run, namespace)) WITHOUT ROWID;
--- Calls, or parts of calls, whose samples were reported to no request (C6), as JSON.
+-- Calls, or parts of calls, that no request was told of (C6), as JSON.
 CREATE TABLE IF NOT EXISTS unreported(
     stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace INTEGER, document BLOB NOT NULL);
 """
@@ -79,10 +79,12 @@ SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROW
 
 # Statements on the ledger. A draw's place is (key, request_id, occurrence, replicate), then its namespace.
 
-PART = " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? AND part = ?"
-_PART_COLUMNS = "namespace, part, position, indices, lease, token, stamp, standing, digest"
+SEGMENT = (
+    " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? AND part = ?"
+)
+_SEGMENT_COLUMNS = "namespace, part, position, indices, lease, token, stamp, standing, digest"
 DRAW = (
-    f"SELECT {_PART_COLUMNS} FROM parts"
+    f"SELECT {_SEGMENT_COLUMNS} FROM segments"
     " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3 AND replicate = ?4"
 )
 OTHERS = (
@@ -99,9 +101,12 @@ ROWS = 32
 """Rows to a statement that looks many draws up at once."""
 DRAWS = (
     "WITH w(k, r, o, c) AS (VALUES " + ", ".join(["(?, ?, ?, ?)"] * ROWS) + ")"
-    " SELECT w.k, w.r, w.o, w.c, " + ", ".join(f"s.{name}" for name in _PART_COLUMNS.split(", ")) + " FROM w"
-    " CROSS JOIN parts s ON s.key = w.k AND s.request_id = w.r AND s.occurrence = w.o AND s.replicate = w.c"
-    " AND s.namespace <= ifnull((SELECT t.namespace FROM parts t WHERE t.key = w.k AND t.request_id = w.r"
+    " SELECT w.k, w.r, w.o, w.c, "
+    + ", ".join(f"s.{name}" for name in _SEGMENT_COLUMNS.split(", "))
+    + " FROM w"
+    " CROSS JOIN segments s ON s.key = w.k AND s.request_id = w.r AND s.occurrence = w.o"
+    " AND s.replicate = w.c AND s.namespace <= ifnull("
+    "(SELECT t.namespace FROM segments t WHERE t.key = w.k AND t.request_id = w.r"
     f" AND t.occurrence = w.o AND t.replicate = w.c LIMIT 1 OFFSET {FEW}), 9223372036854775807)"
 )
 SMALL = 64
@@ -126,18 +131,18 @@ INTERVALS_NEAR = (
 )
 DROP_INTERVAL = "DELETE FROM intervals WHERE owner = ? AND key = ? AND stop = ?"
 PUT_INTERVAL = "INSERT INTO intervals VALUES(?, ?, ?, ?, ?)"
-PUT_PART = "INSERT INTO parts VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+PUT_SEGMENT = "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 
 # Statements on both: a reader has the samples attached as ``shelf``.
 
 RECALL = (
     "SELECT s.part, s.position, s.indices, s.lease, s.stamp, s.digest, c.mode, c.filename, c.value"
-    " FROM parts s LEFT JOIN shelf.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
+    " FROM segments s LEFT JOIN shelf.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
     " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.replicate = ?5 AND s.namespace = ?6"
     " ORDER BY s.part"
 )
-OWN_PARTS = (
-    "SELECT part, position, indices, lease, stamp, digest FROM parts"
+OWN_SEGMENTS = (
+    "SELECT part, position, indices, lease, stamp, digest FROM segments"
     " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? ORDER BY part"
 )
 
@@ -185,12 +190,12 @@ def unpack(written: int | str) -> list[int]:
 # Parts of draws.
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """A part of a draw as the ledger holds it.
 
     Attributes:
         namespace: the number of the namespace.
-        part: its place among the parts of the draw, in order of writing.
+        part: its place among the segments of the draw, in order of writing.
         position: the position of its first index in the draw.
         indices: its indices, as they are written (see ``unpack``).
         lease: the lease of the process that wrote it.
@@ -212,30 +217,32 @@ class Part(NamedTuple):
 
     @property
     def claim(self) -> tuple[Any, ...]:
-        """What the parts that one claim has added have in common."""
+        """What the segments that one claim has added have in common."""
         return self.lease, self.token, self.stamp
 
 
-def part_digest(draw: Draw, part: int, position: int, indices: int | str, stamp: int) -> bytes:
+def segment_digest(draw: Draw, part: int, position: int, indices: int | str, stamp: int) -> bytes:
     """Return what binds a part to its draw."""
     namespace, key, request_id, occurrence, replicate = draw
     text = f"{key}\0{namespace}\0{replicate}\0{request_id}\0{occurrence} {part} {position} {stamp} {indices}"
     return xxh3_64_digest(text.encode("utf-8", "surrogatepass"))
 
 
-def check_parts(draw: Draw, parts: Iterable[Part]) -> None:
-    """Refuse parts that are not what was written for a draw.
+def check_segments(draw: Draw, segments: Iterable[Segment]) -> None:
+    """Refuse segments that are not what was written for a draw.
 
     Raises:
         DamagedCache: when a digest does not fit.
     """
-    for part in parts:
-        check_part(draw, part[1], part[2], part[3], part[6], part[8])
+    for segment in segments:
+        check_segment(draw, segment[1], segment[2], segment[3], segment[6], segment[8])
 
 
-def check_part(draw: Draw, part: int, position: int, indices: int | str, stamp: int, digest: bytes) -> None:
-    """Refuse a part that is not what was written for a draw; see ``check_parts``."""
-    if part_digest(draw, part, position, indices, stamp) != digest:
+def check_segment(
+    draw: Draw, part: int, position: int, indices: int | str, stamp: int, digest: bytes
+) -> None:
+    """Refuse a segment that is not what was written for a draw; see ``check_segments``."""
+    if segment_digest(draw, part, position, indices, stamp) != digest:
         raise DamagedCache(
             f"the ledger's row of a draw of key {draw.key} is damaged. Run `cachepipe verify` to see what "
             "else is, and restore the cache from a copy"

@@ -17,7 +17,7 @@ import orjson
 
 from cachepipe.contract.allotment import DISCARDED, Discarded, added, allot, laid, lowest_new
 from cachepipe.contract.draws import SHARED, Draw
-from cachepipe.contract.intervals import IndexSet, Interval, IntervalSet, Union, merged, split
+from cachepipe.contract.intervals import IndexSet, Union
 from cachepipe.contract.undoing import Piece, fallen, settled
 from cachepipe.errors import DamagedCache, StoreError
 from cachepipe.keys import Question, trimmed
@@ -34,7 +34,8 @@ from cachepipe.stores.base import (
     Result,
     Sample,
 )
-from cachepipe.stores.tables import FEW, LISTED, PART, ROWS, SMALL, Part, pack, read_sample, unpack
+from cachepipe.stores.sets import LargeSet, SmallSet
+from cachepipe.stores.tables import FEW, LISTED, ROWS, SEGMENT, SMALL, Segment, pack, read_sample, unpack
 
 _REMEMBERED = 20_000  # keys, namespaces and sets remembered between transactions, half a kilobyte each
 _SEVERAL = 8  # claims from which on what they look at is read in a few statements
@@ -64,11 +65,15 @@ class Memory:
         self.reaped = 0.0
         self.stamp = 0
         """The greatest stamp that was seen, in microseconds since 1970."""
+        self.written_stamp = 0
+        """The greatest stamp of a row of the ledger that this process has written."""
+        self.written_sample: str | None = None
+        """The name of the sample that this process has stored last."""
         self.keys: dict[str, int] = {}
         self.written = written
         self.namespaces: dict[str, int] = {}
         self.labels: dict[int, str] = {LISTED: ""}
-        self.sets: dict[tuple[int, int], _SmallSet | None] = {}
+        self.sets: dict[tuple[int, int], SmallSet | None] = {}
         self.grown: list[tuple[int, int]] = []
         """Sets that have too many intervals by now; a transaction that holds them goes on with them."""
 
@@ -82,66 +87,6 @@ class Memory:
         self.grown.clear()
 
 
-class _SmallSet(IntervalSet):
-    """A set of indices in memory, with the rows that the ledger has of it."""
-
-    __slots__ = ("key", "label", "written")
-
-    def __init__(self, label: str, key: str, rows: Sequence[tuple[int, int, bytes]]) -> None:
-        for row in rows:
-            tables.check_interval(label, key, *row)
-        self.label = label
-        self.key = key
-        self.written = [row[:2] for row in rows]
-        super().__init__(self.written)
-
-
-class _LargeSet:
-    """A set of indices that has too many intervals to hold in memory: each look is a statement."""
-
-    __slots__ = ("_key", "_label", "_ledger", "_where")
-
-    def __init__(self, ledger: sqlite3.Connection, owner: tuple[int, str], key: tuple[int, str]) -> None:
-        self._ledger = ledger
-        self._where = (owner[0], key[0])
-        self._label, self._key = owner[1], key[1]
-
-    def __contains__(self, index: int, /) -> bool:
-        interval = self.interval_at(index)
-        return interval is not None and interval[0] <= index
-
-    def interval_at(self, at: int) -> Interval | None:
-        row = self._ledger.execute(tables.INTERVAL_AT, (*self._where, at)).fetchone()
-        return None if row is None else self._checked(row)
-
-    def add(self, index: int) -> None:
-        rows = self._ledger.execute(tables.INTERVALS_NEAR, (*self._where, index)).fetchall()
-        near = [self._checked(row) for row in rows]
-        if any(start <= index < stop for start, stop in near):
-            return
-        gone, interval = merged(near, index)
-        self._rewrite(gone, [interval])
-
-    def remove(self, index: int) -> None:
-        interval = self.interval_at(index)
-        if interval is not None and interval[0] <= index:
-            self._rewrite([interval], split(interval, index))
-
-    def _checked(self, row: tuple[int, int, bytes]) -> Interval:
-        tables.check_interval(self._label, self._key, *row)
-        return row[0], row[1]
-
-    def _rewrite(self, old: list[Interval], new: list[Interval]) -> None:
-        self._ledger.executemany(tables.DROP_INTERVAL, [(*self._where, stop) for _, stop in old])
-        self._ledger.executemany(
-            tables.PUT_INTERVAL,
-            [
-                (*self._where, stop, start, tables.interval_digest(self._label, self._key, start, stop))
-                for start, stop in new
-            ],
-        )
-
-
 class Transaction:
     """Applies operations inside ``BEGIN IMMEDIATE`` … ``COMMIT`` on the ledger's connection."""
 
@@ -152,13 +97,13 @@ class Transaction:
         self._now = time.time()
         self._clock = int(self._now * 1e6)
         self._keys: list[tuple[int, str, str | None, bytes, float]] = []
-        self._parts: list[tuple[Any, ...]] = []
+        self._segments: list[tuple[Any, ...]] = []
         self._pending: list[tuple[int, int, int]] = []
         self._uses: list[tuple[int, int, float]] = []
         self._touched: set[Place] = set()
         self._new_keys: set[int] = set()
-        self._dirty: dict[tuple[int, int], _SmallSet] = {}
-        self._found: dict[Place, list[Part]] = {}
+        self._dirty: dict[tuple[int, int], SmallSet] = {}
+        self._found: dict[Place, list[Segment]] = {}
         self._seen: dict[tuple[str, int], Sample | Discarded] = {}
         version = ledger.execute("PRAGMA data_version").fetchone()[0]
         if version != memory.version or len(memory.sets) > _REMEMBERED or len(memory.keys) > _REMEMBERED:
@@ -225,7 +170,7 @@ class Transaction:
             values: list[Any] = [value for place in wanted[at : at + ROWS] for value in place]
             values += [None] * (4 * ROWS - len(values))
             for row in self._ledger.execute(tables.DRAWS, values):
-                self._found[row[:4]].append(Part._make(row[4:]))
+                self._found[row[:4]].append(Segment._make(row[4:]))
         owners: dict[int, dict[int, str]] = {LISTED: {}}
         for claim in old:
             name = claim.draw.key
@@ -277,9 +222,9 @@ class Transaction:
             self._uses.append((key, self._namespace(claim.user), self._now))
         book = _Book(self, claim, key, namespace, place)
         own = book.own
-        tables.check_parts(draw, own)
+        tables.check_segments(draw, own)
         known = not draw.shared and book.taken.interval_at(0) is not None
-        held = laid((part.position, unpack(part.indices)) for part in own)
+        held = laid((segment.position, unpack(segment.indices)) for segment in own)
         allotment = allot(book, held, n, refresh=claim.refresh, couple=not draw.shared)
         assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
         samples, mine = allotment.samples, allotment.to_generate
@@ -291,20 +236,21 @@ class Transaction:
                 holds = self._join(claim, place, namespace, own)
             elif len(held) > n:
                 self._let_stand(claim, place, namespace, own, {*held[n:]})
-        parts = added(allotment, n, len(held), refresh=claim.refresh)
-        if parts:
+        segments = added(allotment, n, len(held), refresh=claim.refresh)
+        if segments:
             first = own[-1].part + 1 if own else 0
-            self._write(draw, (*place, namespace), first, parts, mine, token)
-            holds += range(first, first + len(parts))
+            self._write(draw, (*place, namespace), first, segments, mine, token)
+            holds += range(first, first + len(segments))
         return Grant(
             allotment.indices,
             samples,
             mine,
             tuple(holds) if missing else (),
-            sum(len(chosen) for _, chosen in parts),
+            sum(len(chosen) for _, chosen in segments),
             fresh_id=known and not own and bool(draw.request_id),
-            shared=bool(own) and self._memory.shared({part.lease for part in own}),
-            joined=missing and any(part.token != token or part.lease != self._lease() for part in own),
+            shared=bool(own) and self._memory.shared({segment.lease for segment in own}),
+            joined=missing
+            and any(segment.token != token or segment.lease != self._lease() for segment in own),
         )
 
     def _write(
@@ -312,21 +258,22 @@ class Transaction:
         draw: Draw,
         where: tuple[Any, ...],
         first: int,
-        parts: list[tuple[int, list[int]]],
+        segments: list[tuple[int, list[int]]],
         mine: list[int],
         token: str | None,
     ) -> None:
         """Write what one claim adds to a draw, at the latest before the draw is looked up again.
 
-        By lease, token and stamp its parts are known as one.
+        By lease, token and stamp its segments are known as one.
         """
         lease, stamp = self._lease(), self._stamp()
-        for part, (position, chosen) in enumerate(parts, first):
+        self._memory.written_stamp = stamp
+        for part, (position, chosen) in enumerate(segments, first):
             generated = len({*chosen}.intersection(mine)) if mine else 0
             standing = len(chosen) if token is None else 0
             indices = pack(chosen)
-            digest = tables.part_digest(draw, part, position, indices, stamp)
-            self._parts.append(
+            digest = tables.segment_digest(draw, part, position, indices, stamp)
+            self._segments.append(
                 (*where, part, position, indices, lease, token, generated, stamp, standing, digest)
             )
         place = where[:4]
@@ -342,8 +289,8 @@ class Transaction:
     def _place(key: int, draw: Draw) -> Place:
         return key, draw.request_id, draw.occurrence, draw.replicate
 
-    def rows(self, place: Place, namespace: int) -> tuple[list[Part], list[Part] | None]:
-        """Return a draw's parts in a namespace, and in the others.
+    def rows(self, place: Place, namespace: int) -> tuple[list[Segment], list[Segment] | None]:
+        """Return a draw's segments in a namespace, and in the others.
 
         When those are many, only those of the earliest, or None when it is not known which that is.
         """
@@ -364,10 +311,10 @@ class Transaction:
         first = [row for row in rows if row[0] != namespace]
         return [row for row in rows if row[0] == namespace], first or None
 
-    def _read(self, query: str, values: tuple[Any, ...]) -> list[Part]:
-        return list(map(Part._make, self._ledger.execute(query, values)))
+    def _read(self, query: str, values: tuple[Any, ...]) -> list[Segment]:
+        return list(map(Segment._make, self._ledger.execute(query, values)))
 
-    def coupled(self, draw: Draw, place: Place, namespace: int, others: list[Part] | None) -> list[int]:
+    def coupled(self, draw: Draw, place: Place, namespace: int, others: list[Segment] | None) -> list[int]:
         """Return the indices that the same draw has in the earliest other namespace."""
         if others is None:
             first = self._first(place)
@@ -378,14 +325,14 @@ class Transaction:
         if not others:
             return []
         shared = self._namespace(SHARED)
-        others = [part for part in others if part.namespace != shared]
+        others = [segment for segment in others if segment.namespace != shared]
         if not others:
             return []
         earliest = min(others, key=_earliest)
         self._memory.stamp = max(self._memory.stamp, earliest.stamp)
-        parts = [part for part in others if part.namespace == earliest.namespace]
-        tables.check_parts(draw._replace(namespace=self._label(earliest.namespace)), parts)
-        return laid((part.position, unpack(part.indices)) for part in parts)
+        segments = [segment for segment in others if segment.namespace == earliest.namespace]
+        tables.check_segments(draw._replace(namespace=self._label(earliest.namespace)), segments)
+        return laid((segment.position, unpack(segment.indices)) for segment in segments)
 
     def _first(self, place: Place) -> int | None:
         """Return the earliest namespace of a draw that has many rows; it is noted once found.
@@ -405,16 +352,16 @@ class Transaction:
             self._ledger.execute("INSERT INTO firsts VALUES(?, ?, ?, ?, ?)", (*place, row[0]))
         return int(row[0])
 
-    def _join(self, claim: Claim, place: Place, namespace: int, own: list[Part]) -> list[int]:
-        """Hold the parts of a draw that may yet be undone, whoever wrote them."""
+    def _join(self, claim: Claim, place: Place, namespace: int, own: list[Segment]) -> list[int]:
+        """Hold the segments of a draw that may yet be undone, whoever wrote them."""
         held: list[int] = []
-        for part in self._unsettled(claim.draw.key, own):
-            if part.token != claim.token or part.lease != self._lease():
+        for segment in self._unsettled(claim.draw.key, own):
+            if segment.token != claim.token or segment.lease != self._lease():
                 self._ledger.execute(
                     "INSERT OR IGNORE INTO holders VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
-                    (*place, namespace, part.part, self._holder(claim.token), self._lease()),
+                    (*place, namespace, segment.part, self._holder(claim.token), self._lease()),
                 )
-            held.append(part.part)
+            held.append(segment.part)
         return held
 
     def _holder(self, token: str) -> str:
@@ -422,32 +369,39 @@ class Transaction:
         return f"{self._lease()}-{token}"
 
     def _let_stand(
-        self, claim: Claim, place: Place, namespace: int, own: list[Part], beyond: set[int]
+        self, claim: Claim, place: Place, namespace: int, own: list[Segment], beyond: set[int]
     ) -> None:
-        """Note what is delivered now of parts that may yet be undone, as what lies beyond may fail."""
+        """Note what is delivered now of segments that may yet be undone, as what lies beyond may fail."""
         key, last, given = claim.draw.key, own[0], {}
-        for part in own:
-            standing = min(claim.n - part.position, len(unpack(part.indices)))
-            if standing > part.standing:
-                last, given[part.part] = part, standing
+        for segment in own:
+            standing = min(claim.n - segment.position, len(unpack(segment.indices)))
+            if standing > segment.standing:
+                last, given[segment.part] = segment, standing
         # What later claims added decides nothing of these.
-        rows = [part for part in own if part.part <= last.part or part.claim == last.claim] if given else []
-        after = [index for part in rows for index in unpack(part.indices) if index in beyond]
+        rows = (
+            [segment for segment in own if segment.part <= last.part or segment.claim == last.claim]
+            if given
+            else []
+        )
+        after = [index for segment in rows for index in unpack(segment.indices) if index in beyond]
         missing = [index for index in after if self.sample(key, index) is None]
-        for part in self._unsettled(key, rows, missing) if missing else ():
-            if part.part in given:
+        for segment in self._unsettled(key, rows, missing) if missing else ():
+            if segment.part in given:
                 self._found.pop(place, None)
                 self._ledger.execute(
-                    f"UPDATE parts SET standing = ?{PART}", (given[part.part], *place, namespace, part.part)
+                    f"UPDATE segments SET standing = ?{SEGMENT}",
+                    (given[segment.part], *place, namespace, segment.part),
                 )
 
-    def _unsettled(self, key: str, parts: list[Part], among: Collection[int] | None = None) -> list[Part]:
-        """Return the parts of a draw that may yet be undone, if samples are missing only ``among`` some."""
+    def _unsettled(
+        self, key: str, segments: list[Segment], among: Collection[int] | None = None
+    ) -> list[Segment]:
+        """Return the segments that may yet be undone, if samples are missing only ``among`` some."""
         first = settled(
-            _pieces(parts),
+            _pieces(segments),
             lambda index: (among is None or index in among) and self.sample(key, index) is None,
         )
-        return parts[first:]
+        return segments[first:]
 
     def lease(self, key: int, name: str, index: int, listed: IndexSet) -> bool:
         """Take the lease of an index without a sample, unless a live process has it.
@@ -509,6 +463,7 @@ class Transaction:
             self._shelf.execute("ROLLBACK")
             return False
         self._shelf.execute("COMMIT")
+        self._memory.written_sample = name
         return True
 
     def _commit(self, commit: Commit) -> Committed:
@@ -565,21 +520,25 @@ class Transaction:
         key = self._key_of(draw.key)
         namespace = self._namespace(draw.namespace)
         where = (*self._place(key, draw), namespace)
-        parts = self._read(tables.OWN, where)
-        tables.check_parts(draw, parts)
+        segments = self._read(tables.OWN, where)
+        tables.check_segments(draw, segments)
         released: set[int] = set()
-        for at, part in enumerate(parts):
-            if part.part in leave.held:
-                left = self._let_go(leave, where, part)
+        for at, segment in enumerate(segments):
+            if segment.part in leave.held:
+                left = self._let_go(leave, where, segment)
                 if left is not None:
-                    parts[at] = left
-                    released.add(part.part)
-        if all(part.standing == len(unpack(part.indices)) for part in parts if part.part in released):
+                    segments[at] = left
+                    released.add(segment.part)
+        if all(
+            segment.standing == len(unpack(segment.indices))
+            for segment in segments
+            if segment.part in released
+        ):
             return
         undone: list[int] = []
-        while fallen := self._fallen(draw.key, where, parts, released):
-            for part in fallen:  # when a refresh is undone, what it had replaced is there again
-                undone += self._undo(draw, where, part, parts)
+        while fallen := self._fallen(draw.key, where, segments, released):
+            for segment in fallen:  # when a refresh is undone, what it had replaced is there again
+                undone += self._undo(draw, where, segment, segments)
         for index in undone:
             self._remove(namespace, key, draw.key, index)
         if undone:
@@ -589,51 +548,57 @@ class Transaction:
                 where,
             )
 
-    def _let_go(self, leave: Leave, where: tuple[Any, ...], part: Part) -> Part | None:
+    def _let_go(self, leave: Leave, where: tuple[Any, ...], segment: Segment) -> Segment | None:
         """End a claimant's hold of a part, and note what it was given; return None if it had no hold."""
-        place = (*where, part.part)
-        if (part.lease, part.token) == (self._lease(), leave.token):
-            part = part._replace(token=None)
+        place = (*where, segment.part)
+        if (segment.lease, segment.token) == (self._lease(), leave.token):
+            segment = segment._replace(token=None)
             if not leave.complete:
-                self._ledger.execute(f"UPDATE parts SET token = NULL{PART}", place)
+                self._ledger.execute(f"UPDATE segments SET token = NULL{SEGMENT}", place)
         else:
             holder = (*place, self._holder(leave.token))
-            if not self._ledger.execute(f"DELETE FROM holders{PART} AND token = ?", holder).rowcount:
+            if not self._ledger.execute(f"DELETE FROM holders{SEGMENT} AND token = ?", holder).rowcount:
                 return None
-        given = min(leave.n - part.position, len(unpack(part.indices)))
-        if leave.complete and given > part.standing:
-            part = part._replace(standing=given)
-            self._ledger.execute(f"UPDATE parts SET standing = ?{PART}", (given, *place))
-        return part
+        given = min(leave.n - segment.position, len(unpack(segment.indices)))
+        if leave.complete and given > segment.standing:
+            segment = segment._replace(standing=given)
+            self._ledger.execute(f"UPDATE segments SET standing = ?{SEGMENT}", (given, *place))
+        return segment
 
-    def _fallen(self, key: str, where: tuple[Any, ...], parts: list[Part], released: set[int]) -> list[Part]:
-        """Return the parts to undo (see ``cachepipe.contract.undoing``)."""
-        by_number = {part.part: part for part in parts}
+    def _fallen(
+        self, key: str, where: tuple[Any, ...], segments: list[Segment], released: set[int]
+    ) -> list[Segment]:
+        """Return the segments to undo (see ``cachepipe.contract.undoing``)."""
+        by_number = {segment.part: segment for segment in segments}
 
         def held(piece: Piece) -> bool:
-            part = by_number[piece.number]
-            return self._held_by_others((*where, part.part), part.lease, part.token)
+            segment = by_number[piece.number]
+            return self._held_by_others((*where, segment.part), segment.lease, segment.token)
 
-        found = fallen(_pieces(parts), released, lambda index: self.sample(key, index) is None, held)
+        found = fallen(_pieces(segments), released, lambda index: self.sample(key, index) is None, held)
         return [by_number[piece.number] for piece in found]
 
-    def _undo(self, draw: Draw, where: tuple[Any, ...], part: Part, parts: list[Part]) -> list[int]:
+    def _undo(
+        self, draw: Draw, where: tuple[Any, ...], segment: Segment, segments: list[Segment]
+    ) -> list[int]:
         """Cut a part down to what was delivered of it; return the indices that are free again."""
-        place, indices = (*where, part.part), unpack(part.indices)
-        kept, free = indices[: part.standing], indices[part.standing :]
+        place, indices = (*where, segment.part), unpack(segment.indices)
+        kept, free = indices[: segment.standing], indices[segment.standing :]
         if not kept:
-            parts.remove(part)
-            self._ledger.execute(f"DELETE FROM parts{PART}", place)
+            segments.remove(segment)
+            self._ledger.execute(f"DELETE FROM segments{SEGMENT}", place)
         elif free:
             written = pack(kept)
-            digest = tables.part_digest(draw, part.part, part.position, written, part.stamp)
-            parts[parts.index(part)] = part._replace(indices=written, digest=digest)
-            self._ledger.execute(f"UPDATE parts SET indices = ?, digest = ?{PART}", (written, digest, *place))
+            digest = tables.segment_digest(draw, segment.part, segment.position, written, segment.stamp)
+            segments[segments.index(segment)] = segment._replace(indices=written, digest=digest)
+            self._ledger.execute(
+                f"UPDATE segments SET indices = ?, digest = ?{SEGMENT}", (written, digest, *place)
+            )
         return free
 
     def _held_by_others(self, where: tuple[Any, ...], author: int, token: str | None) -> bool:
         """Return True if a live claimant holds a part: its author, whose token is there, or a joiner."""
-        leases = {row[0] for row in self._ledger.execute(f"SELECT lease FROM holders{PART}", where)}
+        leases = {row[0] for row in self._ledger.execute(f"SELECT lease FROM holders{SEGMENT}", where)}
         if token is not None:
             leases.add(author)
         return any(lease == self._lease() or self._alive(lease) for lease in leases)
@@ -658,7 +623,7 @@ class Transaction:
 
     # Sets.
 
-    def _set(self, owner: int, key: int, name: str) -> _SmallSet | _LargeSet:
+    def _set(self, owner: int, key: int, name: str) -> SmallSet | LargeSet:
         """Return a set of indices of a key."""
         place = (owner, key)
         sets = self._memory.sets
@@ -674,24 +639,24 @@ class Transaction:
                 self._remember(each, key, name, rows)
         known = sets[place]
         if known is None:
-            return _LargeSet(self._ledger, (owner, self._label(owner)), (key, name))
+            return LargeSet(self._ledger, (owner, self._label(owner)), (key, name))
         return known
 
     def _remember(self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]]) -> None:
         small = len(rows) <= SMALL
-        self._memory.sets[owner, key] = _SmallSet(self._label(owner), name, rows) if small else None
+        self._memory.sets[owner, key] = SmallSet(self._label(owner), name, rows) if small else None
 
     def add(self, owner: int, key: int, name: str, index: int) -> None:
         """Put an index into a set."""
         known = self._set(owner, key, name)
         known.add(index)
-        if type(known) is _SmallSet:
+        if type(known) is SmallSet:
             self._dirty[owner, key] = known
 
     def _remove(self, owner: int, key: int, name: str, index: int) -> None:
         known = self._set(owner, key, name)
         known.remove(index)
-        if type(known) is _SmallSet:
+        if type(known) is SmallSet:
             self._dirty[owner, key] = known
 
     # What is gathered, and written many rows to a statement.
@@ -701,9 +666,9 @@ class Transaction:
             self._ledger.executemany("INSERT INTO keys VALUES(?, ?, ?, ?, ?)", self._keys)
             self._keys.clear()
             self._new_keys.clear()
-        if self._parts:
-            self._ledger.executemany(tables.PUT_PART, self._parts)
-            self._parts.clear()
+        if self._segments:
+            self._ledger.executemany(tables.PUT_SEGMENT, self._segments)
+            self._segments.clear()
             self._touched.clear()
         if self._pending:
             self._ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", self._pending)
@@ -886,13 +851,14 @@ class _Book:
         return self._transaction.lease(self._key, self._claim.draw.key, index, self.listed)
 
 
-def _earliest(part: Part) -> tuple[int, int]:
+def _earliest(segment: Segment) -> tuple[int, int]:
     """Return the order of namespaces by their first rows."""
-    return part.stamp, part.namespace
+    return segment.stamp, segment.namespace
 
 
-def _pieces(parts: Sequence[Part]) -> list[Piece]:
-    """Return parts as ``cachepipe.contract.undoing`` takes them."""
+def _pieces(segments: Sequence[Segment]) -> list[Piece]:
+    """Return segments as ``cachepipe.contract.undoing`` takes them."""
     return [
-        Piece(part.part, part.position, unpack(part.indices), part.claim, part.standing) for part in parts
+        Piece(segment.part, segment.position, unpack(segment.indices), segment.claim, segment.standing)
+        for segment in segments
     ]

@@ -236,7 +236,7 @@ async def test_c8_what_sqlite_says_of_a_damaged_ledger_is_a_store_error(tmp_path
     pipeline = OnlineAPI(ScriptedModel(), store)
     await pipeline.request(Request("p"))
     with sqlite3.connect(tmp_path / "ledger.cache.db") as connection:
-        for table in ("parts", "pending", "draws"):
+        for table in ("segments", "pending", "draws"):
             connection.execute(f"DROP TABLE IF EXISTS {table}")
     connection.close()
     if read == "glance":  # what is stored is told without the ledger

@@ -107,7 +107,7 @@ def check_ledger(folder):
     for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM intervals"):
         spans[owner, key].update(range(start, stop))
     held = collections.defaultdict(set)
-    for owner, key, indices in ledger.execute("SELECT namespace, key, indices FROM parts"):
+    for owner, key, indices in ledger.execute("SELECT namespace, key, indices FROM segments"):
         numbers = {int(index) for index in str(indices).split(",")}
         assert held[owner, key].isdisjoint(numbers), "C1: two draws of a namespace share a sample"
         held[owner, key] |= numbers

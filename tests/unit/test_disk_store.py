@@ -831,7 +831,7 @@ def test_the_log_is_moved_into_the_file_in_the_background(folder):
         not (folder / "ledger.cache.db-wal").exists() or (folder / "ledger.cache.db-wal").stat().st_size == 0
     )
     with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as ledger:
-        assert ledger.execute("SELECT count(*) FROM parts").fetchone() == (12_000,)
+        assert ledger.execute("SELECT count(*) FROM segments").fetchone() == (12_000,)
 
 
 def test_what_is_queued_is_written_when_the_store_is_closed(folder):

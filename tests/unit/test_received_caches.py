@@ -191,7 +191,7 @@ def test_a_journal_of_a_kill_is_rolled_back(received):
 
 ENDLESS = "WITH RECURSIVE e(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM e) SELECT count(*) FROM e"
 LEDGER = [
-    "CREATE TRIGGER t AFTER INSERT ON keys BEGIN DELETE FROM parts; END",
+    "CREATE TRIGGER t AFTER INSERT ON keys BEGIN DELETE FROM segments; END",
     f"CREATE TRIGGER t AFTER INSERT ON leases BEGIN {ENDLESS}; END",
     "CREATE VIEW v AS SELECT * FROM keys",
     "CREATE TABLE more(x CHECK(length(randomblob(1000000000)) > 0))",

@@ -1,0 +1,65 @@
+"""What is mended when a cache is opened that a process did not close (C12)."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from cachepipe.contract.allotment import DISCARDED
+from cachepipe.stores import tables
+from cachepipe.stores.sets import LargeSet
+from cachepipe.stores.tables import LISTED
+
+
+def relist(ledger: sqlite3.Connection, shelf: sqlite3.Connection, since: int) -> int:
+    """Bring the list of samples in line with the samples, for rows that were written since a checkpoint.
+
+    When a machine stops, either file may lose its last rows. A sample that is listed and lost is listed no
+    longer, so that it is generated anew; one that is stored and not listed is listed again.
+
+    Args:
+        ledger: a connection to the ledger, in a transaction that writes.
+        shelf: a connection to the samples.
+        since: the greatest stamp of the ledger at the checkpoint.
+
+    Returns:
+        How many samples were lost.
+    """
+    lost = 0
+    drawn = ledger.execute(
+        "SELECT k.id, k.key, s.indices FROM segments s JOIN keys k ON k.id = s.key WHERE s.stamp > ?",
+        (since,),
+    ).fetchall()
+    for key, name, written in drawn:
+        listed = LargeSet(ledger, (LISTED, ""), (key, name))
+        for index in tables.unpack(written):
+            if index in listed and not _pending(ledger, key, index):
+                found = shelf.execute(tables.GET, (f"{name}/{index}",)).fetchone()
+                if found is None:
+                    listed.remove(index)
+                    lost += 1
+    for name, mode, filename, value in _latest(ledger, shelf):
+        key_name, _, number = str(name).rpartition("/")
+        known = ledger.execute("SELECT id FROM keys WHERE key = ?", (key_name,)).fetchone()
+        if known is None or not number.isdecimal():
+            continue
+        listed = LargeSet(ledger, (LISTED, ""), (known[0], key_name))
+        if int(number) not in listed and (
+            tables.parse_sample(key_name, int(number), mode, filename, value) is not DISCARDED
+        ):
+            listed.add(int(number))
+    return lost
+
+
+def _pending(ledger: sqlite3.Connection, key: int, index: int) -> bool:
+    query = "SELECT 1 FROM pending WHERE key = ? AND sample = ?"
+    return ledger.execute(query, (key, index)).fetchone() is not None
+
+
+def _latest(ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> sqlite3.Cursor:
+    """Return the rows of the samples that were stored since the last checkpoint."""
+    noted = ledger.execute("SELECT value FROM meta WHERE name = 'sample'").fetchone()
+    return shelf.execute(
+        "SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key GLOB 'k[0-9]*-*/*' AND rowid >"
+        " ifnull((SELECT rowid FROM Cache WHERE key = ? AND raw = 1), 0)",
+        noted or (None,),
+    )

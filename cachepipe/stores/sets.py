@@ -1,0 +1,78 @@
+"""Sets of indices as rows of the ledger."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+from cachepipe.contract.intervals import Interval, IntervalSet, merged, split
+from cachepipe.stores import tables
+
+
+class SmallSet(IntervalSet):
+    """A set of indices in memory, with the rows that the ledger has of it."""
+
+    __slots__ = ("key", "label", "written")
+
+    def __init__(self, label: str, key: str, rows: Sequence[tuple[int, int, bytes]]) -> None:
+        for row in rows:
+            tables.check_interval(label, key, *row)
+        self.label = label
+        self.key = key
+        self.written = [row[:2] for row in rows]
+        super().__init__(self.written)
+
+
+class LargeSet:
+    """A set of indices in the ledger: each look is a statement. For readers, and for sets of many intervals.
+
+    Args:
+        ledger: a connection to the ledger.
+        owner: the number and the label of its owner; `LISTED` has none.
+        key: the number of the key, and the key.
+    """
+
+    __slots__ = ("_key", "_label", "_ledger", "_where")
+
+    def __init__(self, ledger: sqlite3.Connection, owner: tuple[int, str], key: tuple[int, str]) -> None:
+        self._ledger = ledger
+        self._where = (owner[0], key[0])
+        self._label, self._key = owner[1], key[1]
+
+    def __contains__(self, index: int, /) -> bool:
+        interval = self.interval_at(index)
+        return interval is not None and interval[0] <= index
+
+    def interval_at(self, at: int) -> Interval | None:
+        """Return the first interval whose stop is above ``at``."""
+        row = self._ledger.execute(tables.INTERVAL_AT, (*self._where, at)).fetchone()
+        return None if row is None else self._checked(row)
+
+    def add(self, index: int) -> None:
+        """Put an index into the set."""
+        rows = self._ledger.execute(tables.INTERVALS_NEAR, (*self._where, index)).fetchall()
+        near = [self._checked(row) for row in rows]
+        if any(start <= index < stop for start, stop in near):
+            return
+        gone, interval = merged(near, index)
+        self._rewrite(gone, [interval])
+
+    def remove(self, index: int) -> None:
+        """Take an index out of the set."""
+        interval = self.interval_at(index)
+        if interval is not None and interval[0] <= index:
+            self._rewrite([interval], split(interval, index))
+
+    def _checked(self, row: tuple[int, int, bytes]) -> Interval:
+        tables.check_interval(self._label, self._key, *row)
+        return row[0], row[1]
+
+    def _rewrite(self, old: list[Interval], new: list[Interval]) -> None:
+        self._ledger.executemany(tables.DROP_INTERVAL, [(*self._where, stop) for _, stop in old])
+        self._ledger.executemany(
+            tables.PUT_INTERVAL,
+            [
+                (*self._where, stop, start, tables.interval_digest(self._label, self._key, start, stop))
+                for start, stop in new
+            ],
+        )

@@ -1,0 +1,274 @@
+"""What is read from a cache is what was written there, or an error (C12)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from cachepipe import (
+    CachepipeError,
+    CachepipeWarning,
+    DamagedCache,
+    DiskStore,
+    LostSamples,
+    OnlineAPI,
+    Request,
+    Response,
+)
+
+PARTS = ("ledger.cache.db", "cache.db")
+WORK = [
+    Request(f"question {number % 6}", n=1 + number % 3, namespace=name, request_id=str(number // 6))
+    for name in (None, "b")
+    for number in range(12)
+]
+
+
+class Model:
+    model = "m"
+
+    def __init__(self, tag="first"):
+        self.tag = tag
+        self.made = 0
+
+    async def request(self, request):
+        self.made += request.n
+        return Response(
+            [f"{self.tag} {request.prompt} {self.made - k} " + "word " * 40 for k in range(request.n)]
+        )
+
+
+async def asked(folder, model, mode="read-write", work=WORK):
+    async with OnlineAPI(model, folder, mode=mode) as pipeline:
+        return [(await pipeline.request(request)).data for request in work]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "cache"
+    return folder, asyncio.run(asked(folder, Model()))
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(original[0], folder)
+    return folder
+
+
+class Outcome:
+    """What a damaged cache answers: every answer is the right one, or there is an error or a warning."""
+
+    def __init__(self, folder, right, mode):
+        model = Model("again")
+        self.error = None
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                got = asyncio.run(asked(folder, model, mode))
+            except CachepipeError as error:
+                self.error = error
+                got = []
+        self.warned = any(issubclass(one.category, CachepipeWarning) for one in told)
+        self.bought = model.made
+        self.wrong = [
+            (theirs, ours)
+            for theirs, ours in zip(got, right, strict=False)
+            if any(one not in ours and not one.startswith("again") for one in theirs)
+        ]
+        self.changed = bool(got) and got != right
+
+
+def test_the_cache_is_replayed_as_it_is(original, copy):
+    assert asyncio.run(asked(copy, None or Model("again"), "replay")) == original[1]
+
+
+@pytest.mark.parametrize("mode", ["replay", "read-write"])
+def test_c12_no_flipped_bit_gives_a_wrong_answer(original, tmp_path, mode):
+    """Nor is anything bought again in silence; rows that a flipped key or pointer hides are counted apart."""
+    source, right = original
+    chance = random.Random(7)
+    flips = 200
+    hidden = 0
+    for number in range(flips):
+        part = PARTS[number % 2]
+        folder = tmp_path / "flipped"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        data = bytearray((folder / part).read_bytes())
+        at, bit = chance.randrange(len(data)), chance.randrange(8)
+        data[at] ^= 1 << bit
+        (folder / part).write_bytes(data)
+        outcome = Outcome(folder, right, mode)
+        assert not outcome.wrong, (part, at, bit, outcome.wrong)
+        if outcome.error is None and not outcome.warned and (outcome.bought or outcome.changed):
+            hidden += 1
+    assert hidden <= flips * 0.03
+
+
+@pytest.mark.parametrize("mode", ["replay", "read-write"])
+def test_c12_no_truncated_part_gives_a_wrong_answer(original, tmp_path, mode):
+    source, right = original
+    chance = random.Random(11)
+    for number in range(20):
+        part = PARTS[number % 2]
+        folder = tmp_path / "cut"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        data = (folder / part).read_bytes()
+        (folder / part).write_bytes(data[: chance.randrange(len(data))])
+        outcome = Outcome(folder, right, mode)
+        assert not outcome.wrong
+        assert outcome.error is not None or not outcome.changed
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("how", ["missing", "emptied", "foreign", "older"])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_c12_a_part_that_does_not_belong_to_the_rest_is_refused(
+    original, copy, tmp_path, part, how, read_only
+):
+    match how:
+        case "missing":
+            (copy / part).unlink()
+        case "emptied":
+            (copy / part).write_bytes(b"")
+        case "foreign":
+            asyncio.run(asked(tmp_path / "other", Model("other")))
+            shutil.copy(tmp_path / "other" / part, copy / part)
+        case "older":
+            older = (copy / part).read_bytes()
+            asyncio.run(asked(copy, Model(), work=[Request("new", n=2)]))
+            (copy / part).write_bytes(older)
+    with pytest.raises(
+        CachepipeError, match=r"cannot be used|cannot be read|lacks|restore|Restore"
+    ) as caught:
+        DiskStore(copy, read_only=read_only or None)
+    assert copy.name in str(caught.value)
+
+
+def test_c12_a_listed_sample_that_is_missing_is_an_error_for_those_who_need_it(original, copy):
+    with contextlib.closing(sqlite3.connect(copy / "cache.db", isolation_level=None)) as shelf:
+        [(name,)] = shelf.execute("SELECT key FROM Cache ORDER BY rowid LIMIT 1").fetchall()
+        shelf.execute("DELETE FROM Cache WHERE key = ?", (name,))
+    model = Model("again")
+    with pytest.raises(DamagedCache, match="missing among the samples"):
+        asyncio.run(asked(copy, model, work=WORK[:1]))
+    assert model.made == 0
+    assert asyncio.run(asked(copy, model, work=WORK[1:2])) == original[1][1:2]
+
+
+def test_c12_a_row_that_was_moved_to_another_question_is_refused(original, copy):
+    with contextlib.closing(sqlite3.connect(copy / "cache.db", isolation_level=None)) as shelf:
+        (one, value), (other, _) = shelf.execute("SELECT key, value FROM Cache WHERE key GLOB '*/0' LIMIT 2")
+        shelf.execute("UPDATE Cache SET value = ? WHERE key = ?", (value, other))
+    with pytest.raises(DamagedCache, match="is damaged"):
+        asyncio.run(asked(copy, Model(), "replay"))
+    assert one != other
+
+
+@pytest.mark.parametrize("indices", ["0l1", "7", "", "0,0"])
+def test_c12_a_damaged_row_of_the_ledger_is_an_error_with_what_to_do(copy, indices):
+    with contextlib.closing(sqlite3.connect(copy / "ledger.cache.db", isolation_level=None)) as ledger:
+        ledger.execute("UPDATE segments SET indices = ?", (indices,))
+    for mode in ("read-write", "replay"):
+        with pytest.raises(DamagedCache, match="cachepipe verify"):
+            asyncio.run(asked(copy, Model(), mode))
+
+
+KILLED = """
+import asyncio, os, sys
+from cachepipe import OnlineAPI, Request, Response
+
+class Model:
+    model = "m"
+
+    async def request(self, request):
+        return Response([f"killed {request.prompt}"] * request.n)
+
+async def main():
+    pipeline = OnlineAPI(Model(), sys.argv[1])
+    for number in range(4):
+        await pipeline.request(Request(f"late {number}"))
+    os._exit(9)
+
+asyncio.run(main())
+"""
+
+
+def killed(folder):
+    process = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    assert process.returncode == 9
+
+
+LATE = [Request(f"late {number}") for number in range(4)]
+
+
+def test_c12_the_tail_lost_with_the_machine_is_told_and_generated_anew(original, copy):
+    """The file of the samples lost its last rows; the ledger did not."""
+    killed(copy)
+    with contextlib.closing(sqlite3.connect(copy / "cache.db", isolation_level=None)) as shelf:
+        names = [name for (name,) in shelf.execute("SELECT key FROM Cache ORDER BY rowid DESC LIMIT 2")]
+        shelf.executemany("DELETE FROM Cache WHERE key = ?", [(name,) for name in names])
+    model = Model("again")
+    with pytest.warns(LostSamples, match="lost 2 samples"):
+        got = asyncio.run(asked(copy, model, work=LATE))
+    assert model.made == 2
+    assert [data[0][:5] for data in got] == ["kille", "kille", "again", "again"]
+    assert asyncio.run(asked(copy, Model("none"), "replay")) == original[1]
+
+
+def test_c12_after_a_kill_nothing_is_told_of_a_whole_cache(copy):
+    killed(copy)
+    model = Model("again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = asyncio.run(asked(copy, model, work=LATE))
+    assert model.made == 0
+    assert got == [[f"killed {request.prompt}"] for request in LATE]
+
+
+def test_c12_a_sample_whose_listing_was_lost_with_the_machine_is_used_again(copy):
+    """The ledger lost the draw and the listing of a sample; the sample is there."""
+    killed(copy)
+    with contextlib.closing(sqlite3.connect(copy / "ledger.cache.db", isolation_level=None)) as ledger:
+        [(key,)] = ledger.execute("SELECT max(id) FROM keys").fetchall()
+        for table in ("segments", "intervals"):
+            ledger.execute(f"DELETE FROM {table} WHERE key = ?", (key,))  # noqa: S608 - of constants
+    model = Model("again")
+    got = asyncio.run(asked(copy, model, work=LATE))
+    assert model.made == 0
+    assert got == [[f"killed {request.prompt}"] for request in LATE]
+
+
+def test_c12_a_file_that_a_process_did_not_close_is_checked_when_it_is_opened(copy):
+    killed(copy)
+    path = copy / "ledger.cache.db"
+    with contextlib.closing(sqlite3.connect(path)) as ledger:
+        ledger.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        [(root,)] = ledger.execute("SELECT rootpage FROM sqlite_master WHERE name = 'segments'").fetchall()
+        [(size,)] = ledger.execute("PRAGMA page_size").fetchall()
+    data = bytearray(path.read_bytes())
+    data[(root - 1) * size + 3 : (root - 1) * size + 5] = b"\x00\x00"  # the page says that it holds no rows
+    path.write_bytes(data)
+    with pytest.raises(CachepipeError, match=r"damaged|malformed"):
+        DiskStore(copy)
+
+
+def test_stamps_go_on_where_the_cache_left_off_though_the_clock_was_set_back(copy, monkeypatch):
+    """C3: which namespace is the earliest is told by stamps."""
+    monkeypatch.setattr("cachepipe.stores.transaction.time.time", lambda: 1000.0)
+    asyncio.run(asked(copy, Model(), work=[Request("question 0", namespace="late", request_id="x")]))
+    with contextlib.closing(sqlite3.connect(copy / "ledger.cache.db")) as ledger:
+        rows = ledger.execute(
+            "SELECT n.label FROM segments s JOIN namespaces n ON n.id = s.namespace ORDER BY s.stamp"
+        ).fetchall()
+    assert rows[-1] == ("=late",)
