@@ -77,6 +77,9 @@ if TYPE_CHECKING:
     from cachepipe.errors import (
         UnsafeRow as UnsafeRow,
     )
+    from cachepipe.errors import (
+        WaitingForOthers as WaitingForOthers,
+    )
     from cachepipe.flow import (
         AsyncLimiter as AsyncLimiter,
     )
@@ -205,6 +208,7 @@ _HOMES = {
         "StoreLocked",
         "UnkeyableValue",
         "UnsafeRow",
+        "WaitingForOthers",
     ),
     "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),

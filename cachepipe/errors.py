@@ -110,6 +110,10 @@ class SharedDraw(CachepipeWarning):
     """Two processes that are alive at once made the same draw, and so share its samples."""
 
 
+class WaitingForOthers(CachepipeWarning):
+    """A request waits for a sample that another live process has been generating for long."""
+
+
 class NotStored(CachepipeWarning):
     """A sample was delivered but not stored; the message says why."""
 

@@ -34,6 +34,8 @@ class Options(TypedDict, total=False):
         window: seconds during which equal questions share one call; 0 (default) is a turn of the event loop.
         classes: dataclasses and pydantic models that may be stored as samples.
         durability: ``"process"`` (default), or ``"full"`` to survive the death of the machine.
+        wait_for_others: seconds to wait for a sample that another live process generates before it is
+            generated here; None (default) waits as long as that process lives.
         service: what limits the calls of the model and makes them again, such as ``Services.OpenAI()``;
             it stands between the batches and the model, so that hits know nothing of it.
     """
@@ -44,6 +46,7 @@ class Options(TypedDict, total=False):
     window: float
     classes: Iterable[type]
     durability: str
+    wait_for_others: float | None
     service: Any
 
 
@@ -129,8 +132,8 @@ class OnlineAPI(Pipeline):
         correctness: accepted from code written for CacheSaver; a rerun always gives the same here.
         hash: a function from a request to a string that stands for its fields in the key.
         in_flight: batches in flight at most; None is no limit.
-        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``, ``service`` (see
-            ``Options``).
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``,
+            ``wait_for_others``, ``service`` (see ``Options``).
     """
 
     def __init__(
@@ -178,8 +181,8 @@ class LocalAPI(Pipeline):
         correctness: accepted from code written for CacheSaver.
         hash: as in ``OnlineAPI``.
         in_flight: batches in flight at most: one that runs and one that is ready, unless told otherwise.
-        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``, ``service`` (see
-            ``Options``).
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``,
+            ``wait_for_others``, ``service`` (see ``Options``).
     """
 
     def __init__(
@@ -229,8 +232,8 @@ class OrderedLocalAPI(Pipeline):
         correctness: accepted from code written for CacheSaver.
         hash: as in ``OnlineAPI``.
         in_flight: hardware batches in flight at most.
-        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``, ``service`` (see
-            ``Options``).
+        options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``,
+            ``wait_for_others``, ``service`` (see ``Options``).
     """
 
     def __init__(

@@ -42,6 +42,8 @@ class AsyncCacher(Stage):
         hash: a function from a request to a string that stands for its fields in the key.
         classes: dataclasses and pydantic models that may be stored as samples.
         durability: ``"process"`` or ``"full"``, for a store that is opened here.
+        wait_for_others: seconds to wait for a sample that another live process generates before it is
+            generated here, for a store that is opened here; None waits as long as that process lives.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class AsyncCacher(Stage):
         hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
         classes: Iterable[type] = (),
         durability: str = "process",
+        wait_for_others: float | None = None,
     ) -> None:
         super().__init__(model)
         if mode not in MODES:
@@ -65,7 +68,10 @@ class AsyncCacher(Stage):
         if mode == "read-write" and switched_off():
             mode, cache = "bypass", MemoryStore()
         self.store, self._owns_store = open_store(
-            cache, durability=durability, read_only=True if mode == "replay" else None
+            cache,
+            durability=durability,
+            wait_for_others=wait_for_others,
+            read_only=True if mode == "replay" else None,
         )
         self._ended = False
         self.mode = mode

@@ -19,18 +19,31 @@ from typing import Any, NamedTuple
 from cachepipe import runs
 from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError
+from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, WaitingForOthers
 from cachepipe.keys import Question
 from cachepipe.stages.base import adapter_of
 from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
 from cachepipe.stages.lane import MANY, Lane
-from cachepipe.stores.base import Claim, Commit, Committed, Forgo, Grant, Leave, Sample, Store, new_meta
+from cachepipe.stores.base import (
+    Claim,
+    Commit,
+    Committed,
+    Forgo,
+    Grant,
+    Leave,
+    Process,
+    Sample,
+    Seize,
+    Store,
+    new_meta,
+)
 from cachepipe.stores.misses import missed
 from cachepipe.typedefs import Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
 _LOOK_FIRST, _LOOK_LAST = 0.005, 0.25  # seconds between looks at samples that other processes generate
+_LONG = 10.0  # seconds of waiting for another process after which it is told
 _ORPHAN_LOOKS = 6  # looks after which a sample of this process that nobody generates is taken over
 
 
@@ -113,6 +126,7 @@ class Drawing:
         "unsaved",
         "user",
         "values",
+        "waits_since",
     )
 
     def __init__(
@@ -140,6 +154,9 @@ class Drawing:
         self.needs: tuple[_Need, ...] = ()
         self.held: tuple[int, ...] = ()
         self.joined = False
+        self.waits_since: float | None = (
+            None  # when it began to wait for another process, on its loop's clock
+        )
         self.complete = False
         self.unsaved = False
         self.dead = False
@@ -680,6 +697,8 @@ class Engine:
 
     def _watch(self, draw: Drawing) -> None:
         strangers = draw.lane.strangers
+        if draw.waits_since is None:
+            draw.waits_since = draw.lane.loop.time()
         if not strangers:
             draw.lane.loop.call_later(_LOOK_FIRST, self._look, draw.lane, _LOOK_FIRST, {})
         strangers[draw] = None
@@ -708,7 +727,7 @@ class Engine:
                 if seen[place] >= _ORPHAN_LOOKS:
                     lane.put(Forgo(place[0], [index]), _unheard)
                     again[draw] = None
-            elif state != "pending":
+            elif state != "pending" or self._outwaited(draw, index):
                 again[draw] = None
         for draw in again:
             self.board.unwait(draw.question.key, draw.awaited, draw)
@@ -718,6 +737,38 @@ class Engine:
         if lane.strangers:
             pause = min(pause * 1.5, _LOOK_LAST)
             lane.loop.call_later(pause, self._look, lane, pause, seen)
+
+    def _outwaited(self, draw: Drawing, index: int) -> bool:
+        """Return True if a sample that another process generates is generated here from now on.
+
+        That is so after ``wait_for_others`` seconds, or after 10 s if that process is known to be stopped.
+        """
+        waited = draw.lane.loop.time() - (draw.waits_since or 0.0)
+        longest = self.store.wait_for_others
+        late = longest is not None and waited >= longest
+        if waited >= _LONG and not late:
+            process = self.store.generator(draw.question.key, index)
+            if process is None:
+                return False
+            late = process.stopped
+            self._warn_waiting(draw, process)
+        if late:
+            draw.lane.put(Seize(draw.question.key, [index]), _unheard)
+        return late
+
+    def _warn_waiting(self, draw: Drawing, process: Process) -> None:
+        if draw.run.first_time("waits for others"):
+            what = (
+                "That process is stopped, so the sample is generated here"
+                if process.stopped
+                else "With wait_for_others=SECONDS the sample is generated here after that time"
+            )
+            warnings.warn(
+                f"a request has waited {_LONG:.0f} s for a sample of key {draw.question.key}, which "
+                f"{process.name} generates. {what}",
+                WaitingForOthers,
+                stacklevel=2,
+            )
 
     # Warnings, each given once in a run.
 

@@ -61,7 +61,11 @@ def check_folder(name: str | os.PathLike[str]) -> None:
 
 
 def open_store(
-    cache: Any = None, *, durability: str = "process", read_only: bool | None = None
+    cache: Any = None,
+    *,
+    durability: str = "process",
+    wait_for_others: float | None = None,
+    read_only: bool | None = None,
 ) -> tuple[Store, bool]:
     """Return the store for a path, a ``diskcache.Cache``, a store, or None for the default folder.
 
@@ -75,7 +79,13 @@ def open_store(
     if isinstance(cache, str):
         check_folder(cache)
     if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):
-        return DiskStore(cache, durability=durability, read_only=read_only), True  # type: ignore[arg-type]
+        store = DiskStore(
+            cache,
+            durability=durability,  # type: ignore[arg-type]  # it is checked there
+            wait_for_others=wait_for_others,
+            read_only=read_only,
+        )
+        return store, True
     raise TypeError(
         f"cache= takes a folder, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"
     )

@@ -151,6 +151,17 @@ class Forgo:
 
 
 @dataclass(slots=True)
+class Seize:
+    """Take the leases of indices from a live process that has not generated their samples in time.
+
+    What it brings later is kept as an extra.
+    """
+
+    key: str
+    indices: Sequence[int]
+
+
+@dataclass(slots=True)
 class Leave:
     """End a claimant's hold of a draw; undo the draw when it is incomplete and nobody else holds it.
 
@@ -178,7 +189,7 @@ class Discard:
     why: str
 
 
-Operation = Claim | Commit | Forgo | Leave | Discard
+Operation = Claim | Commit | Forgo | Seize | Leave | Discard
 Result = Grant | Committed | None
 
 
@@ -232,6 +243,18 @@ class NamespaceInfo:
     generated: int
 
 
+class Process(NamedTuple):
+    """A process that uses a cache.
+
+    Attributes:
+        name: its host and process id, for people.
+        stopped: whether it is known to be stopped, by a signal or a debugger.
+    """
+
+    name: str
+    stopped: bool = False
+
+
 class Store(Protocol):
     """Where samples, questions and the ledger live."""
 
@@ -240,6 +263,9 @@ class Store(Protocol):
     read_only: bool
     """Whether nothing can be written; ``why_read_only`` says why."""
     why_read_only: str
+    wait_for_others: float | None
+    """Seconds to wait for a sample that another live process generates before it is generated here; None:
+    as long as that process lives."""
 
     def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
         """Apply the operations in one transaction, or return None at once if that would wait."""
@@ -280,6 +306,10 @@ class Store(Protocol):
 
     def similar(self, question: Question) -> StoredQuestion | None:
         """Return the stored question that differs least from another one; None if none is like it."""
+        ...
+
+    def generator(self, key: str, index: int) -> Process | None:
+        """Return the process that generates a sample."""
         ...
 
     def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:

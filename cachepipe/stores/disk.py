@@ -47,6 +47,9 @@ class DiskStore(SqlStore):
             whose folder is used and which stays the caller's to close.
         durability: ``"process"`` survives the death of any process; ``"full"`` waits for the disk at
             each commit, and so survives that of the machine.
+        wait_for_others: seconds to wait for a sample that another live process generates; then it is
+            generated here as well, and the later one of the two is kept as an extra. None waits as long as
+            that process lives, also while it is stopped.
         read_only: never write; None finds out whether the folder can be written.
 
     Raises:
@@ -59,12 +62,16 @@ class DiskStore(SqlStore):
         cache: str | os.PathLike[str] | diskcache.Cache,
         *,
         durability: Durability = "process",
+        wait_for_others: float | None = None,
         read_only: bool | None = None,
     ) -> None:
         if isinstance(cache, diskcache.FanoutCache | diskcache.Deque | diskcache.Index):
             raise TypeError(f"a cache is a folder or a diskcache.Cache; got a {type(cache).__name__}")
         if durability not in ("process", "full"):
             raise ValueError(f"durability is 'process' or 'full'; got {durability!r}")
+        if wait_for_others is not None and not wait_for_others >= 0:
+            raise ValueError(f"wait_for_others is a number of seconds, at least 0; got {wait_for_others!r}")
+        self.wait_for_others = wait_for_others
         theirs = cache if isinstance(cache, diskcache.Cache) else None
         folder = theirs.directory if theirs is not None else os.fspath(cache)
         self.folder = folders.expanded(folder)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cachepipe import forks
 from cachepipe.errors import StoreError
+from cachepipe.stores.base import Process
 from cachepipe.stores.folders import NOFOLLOW
 
 try:
@@ -140,6 +141,17 @@ def alive(folder: Path, name: str) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def process(name: str) -> Process:
+    """Return the process whose lease has this name."""
+    host, _, pid = name.rpartition("-")[0].rpartition("-")
+    state = ""
+    if host == socket.gethostname() and pid.isdecimal():
+        with contextlib.suppress(OSError):  # it has ended, or the system has no such files
+            # The name of the program stands in parentheses, and may hold anything.
+            state = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0]
+    return Process(f"process {pid:.20} on host {host:.80}", stopped=state in ("T", "t"))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from cachepipe.stores.base import (
     Grant,
     KeyInfo,
     NamespaceInfo,
+    Process,
     Sample,
     State,
     StoredQuestion,
@@ -86,6 +87,11 @@ class MemoryStore(SqlStore):
         """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
         with self._lock:
             return super().glance(wanted)
+
+    def generator(self, key: str, index: int) -> Process | None:
+        """Return the process that generates a sample."""
+        with self._lock:
+            return super().generator(key, index)
 
     def sample(self, key: str, index: int) -> Sample | None:
         """Return one sample of a key; None when it is not there, or discarded."""

@@ -27,7 +27,7 @@ from cachepipe.contract.draws import SHARED, Draw, namespace_of
 from cachepipe.contract.intervals import IndexSet, IntervalSet, Union
 from cachepipe.errors import StoreError
 from cachepipe.keys import Question, encode
-from cachepipe.stores import identity, tables
+from cachepipe.stores import identity, leases, tables
 from cachepipe.stores.base import (
     Claim,
     DiscardInfo,
@@ -38,6 +38,7 @@ from cachepipe.stores.base import (
     Leave,
     NamespaceInfo,
     Operation,
+    Process,
     Result,
     Sample,
     State,
@@ -123,6 +124,7 @@ class SqlStore:
     identity: str
     read_only = False
     why_read_only = ""
+    wait_for_others: float | None = None
 
     def __init__(self) -> None:
         self._reset()
@@ -430,6 +432,16 @@ class SqlStore:
             return self._glance(wanted)
         except sqlite3.Error as error:
             raise self._unreadable(error) from error
+
+    def generator(self, key: str, index: int) -> Process | None:
+        """Return the process that generates a sample."""
+        ledger, _ = self._readable()
+        row = ledger.execute(
+            "SELECT l.name FROM pending p JOIN leases l ON l.id = p.lease"
+            " WHERE p.key = (SELECT id FROM keys WHERE key = ?) AND p.sample = ?",
+            (key, index),
+        ).fetchone()
+        return None if row is None else leases.process(str(row[0]))
 
     def _glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         ledger, shelf = self._readable()

@@ -33,6 +33,7 @@ from cachepipe.stores.base import (
     Operation,
     Result,
     Sample,
+    Seize,
 )
 from cachepipe.stores.sets import LargeSet, SmallSet
 from cachepipe.stores.tables import FEW, LISTED, ROWS, SEGMENT, SMALL, Segment, pack, read_sample, unpack
@@ -149,6 +150,8 @@ class Transaction:
                 match operation:
                     case Forgo():
                         self._forgo(operation)
+                    case Seize():
+                        self._seize(operation)
                     case Leave():
                         self._leave(operation)
                     case Discard():
@@ -513,6 +516,15 @@ class Transaction:
             ).rowcount
             if gone and self.sample(forgo.key, index) is None:
                 self._remove(LISTED, key, forgo.key, index)
+
+    def _seize(self, seize: Seize) -> None:
+        key = self._key_of(seize.key)
+        for index in seize.indices:
+            gone = self._ledger.execute(
+                "DELETE FROM pending WHERE key = ? AND sample = ? AND lease != ?", (key, index, self._lease())
+            ).rowcount
+            if gone and self.sample(seize.key, index) is None:
+                self._remove(LISTED, key, seize.key, index)
 
     def _leave(self, leave: Leave) -> None:
         """End a hold. What is not settled and held by nobody else is undone, but what was delivered (C8)."""

@@ -16,6 +16,7 @@ from cachepipe.stores.base import (
     KeyInfo,
     NamespaceInfo,
     Operation,
+    Process,
     Result,
     Sample,
     State,
@@ -113,6 +114,11 @@ class FaultyStore:
         """Why nothing can be written, or an empty string."""
         return self.store.why_read_only
 
+    @property
+    def wait_for_others(self) -> float | None:
+        """How long to wait for other processes: as long as the wrapped store says."""
+        return self.store.wait_for_others
+
     def _fault(self, operations: Sequence[Operation]) -> None:
         for place, (kind, error) in enumerate(self._faults):
             if kind is None or any(type(operation) is kind for operation in operations):
@@ -158,6 +164,10 @@ class FaultyStore:
     def similar(self, question: Question) -> StoredQuestion | None:
         """Return the stored question that differs least from another one."""
         return self.store.similar(question)
+
+    def generator(self, key: str, index: int) -> Process | None:
+        """Return the process that generates a sample."""
+        return self.store.generator(key, index)
 
     def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
         """Iterate over the keys that start with a prefix."""
