@@ -38,7 +38,6 @@ from cachepipe.errors import (
     TooManySamples,
     UnkeyableValue,
 )
-from cachepipe.contract.draws import label
 from cachepipe.outages import advice_for, place
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
