@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
-from cachepipe.typedefs import MODES, Mode
+from cachepipe.contract.draws import Claimant
+from cachepipe.typedefs import MODES, Mode, check_replicate
 
 
 class Inherited:
@@ -33,6 +34,12 @@ class Using(NamedTuple):
     namespace: str | Inherited | None = INHERITED
     request_id: str | Inherited | None = INHERITED
     mode: Mode | Inherited = INHERITED
+    replicate: str | int | Inherited | None = INHERITED
+
+    def claimant(self, namespace: str | None) -> Claimant:
+        """Return who draws, given the namespace that holds without any block."""
+        replicate = None if isinstance(self.replicate, Inherited) else self.replicate
+        return Claimant(self.namespace_of(namespace), self.request_id_of(), replicate)
 
     def namespace_of(self, usual: str | None) -> str | None:
         """Return the namespace that holds, given the one that does without any block."""
@@ -62,18 +69,23 @@ def using(
     namespace: str | Inherited | None = INHERITED,
     request_id: str | Inherited | None = INHERITED,
     mode: Mode | Inherited = INHERITED,
+    replicate: str | int | Inherited | None = INHERITED,
 ) -> Iterator[None]:
-    """Set the namespace, request id and mode of the clients' calls made within the block.
+    """Set the namespace, request id, replicate and mode of the clients' calls made within the block.
 
     Args:
         namespace: the unit within which samples are independent.
         request_id: which draw a call is among equal questions of its namespace.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
+        replicate: which of several independent repetitions of the experiment a call belongs to.
     """
     names: dict[str, Any] = {"namespace": namespace, "request_id": request_id}
     for name, value in names.items():
         if value is not INHERITED and value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
+    if not isinstance(replicate, Inherited):
+        check_replicate(replicate)
+        names["replicate"] = replicate
     if not isinstance(mode, Inherited):
         if mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")

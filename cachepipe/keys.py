@@ -24,12 +24,11 @@ import orjson
 
 from cachepipe import jsontext
 from cachepipe.errors import UnkeyableValue
-from cachepipe.typedefs import Request, field_names
+from cachepipe.typedefs import UNASKED, Request, field_names
 
 FORMAT = "k2"
 """The name of the key format: a change of it is a new name, and old keys stay readable."""
 
-_UNASKED = frozenset({"n", "request_id", "namespace", "replicate"})
 _MARK = "\0"  # opens the names of the objects that stand for values JSON has no form for
 _LONG = 6  # items of a list from which on a look at its JSON is cheaper than a walk
 _PLAIN = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
@@ -263,7 +262,7 @@ def _plan(kind: type[Request]) -> tuple[tuple[str, ...], bool, bool]:
     plan = _PLANS.get(kind)
     if plan is None:
         names = field_names(kind)
-        asked = tuple(name for name in names if name not in _UNASKED)
+        asked = tuple(name for name in names if name not in UNASKED)
         plan = _PLANS[kind] = (asked, "seed" in names, "best_of" in names)
     return plan
 

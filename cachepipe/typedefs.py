@@ -98,14 +98,7 @@ class Request:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
-        replicate = self.replicate
-        if replicate is not None and type(replicate) is not str:
-            if type(replicate) is not int:
-                raise TypeError(
-                    f"replicate must be a string, a whole number or None; got {replicate!r}. Write "
-                    "replicate=str(...)"
-                )
-            object.__setattr__(self, "replicate", str(replicate))
+        check_replicate(self.replicate)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -130,6 +123,18 @@ class Request:
                 held[name] = by_value(value)
         object.__setattr__(twin, "n", n)
         return twin
+
+
+UNASKED = frozenset({"n", "request_id", "namespace", "replicate"})
+"""The fields of a request that are no part of what is asked."""
+
+
+def check_replicate(replicate: object) -> None:
+    """Refuse what names no replicate."""
+    if replicate is not None and type(replicate) is not int and not isinstance(replicate, str):
+        raise TypeError(
+            f"replicate must be a string, a whole number or None; got {replicate!r}. Write replicate=str(...)"
+        )
 
 
 _FIELDS: dict[type, tuple[str, ...]] = {}

@@ -124,8 +124,7 @@ class Call(Exchange):
             stream=stream,
             alone=not seam.is_plain(options),
             mode=mode,
-            namespace=using.namespace_of(surface.namespace),
-            request_id=using.request_id_of(),
+            claimant=using.claimant(surface.namespace),
             questions=questions,
         )
         self.max_retries = seam.own_retries(client, options)

@@ -26,7 +26,7 @@ from cachepipe.bounds import check_n, max_answer
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
-from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
+from cachepipe.contract.draws import Claimant, Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
@@ -384,8 +384,7 @@ def recalled(
     surface: Surface,
     asks: Sequence[wire.Ask],
     questions: Sequence[Question],
-    namespace: str | None,
-    request_id: str | None,
+    claimant: Claimant,
     occurrences: runs.Occurrences | None = None,
 ) -> list[Grant] | None:
     """Return the samples of a request's draws when the ledger and the store have them all, else None.
@@ -399,7 +398,7 @@ def recalled(
         occurrences = runs.current(store.identity)
     taken: list[Draw] = []
     grants: list[Grant] = []
-    user = label(namespace)
+    user = label(claimant.namespace)
     try:
         for ask, question in zip(asks, questions, strict=True):
             if ask.n > MANY:  # it would hold others up
@@ -407,7 +406,7 @@ def recalled(
             shared = question.function or surface.repeat == "same"
             if shared and (question.key, user) not in occurrences.used:
                 return None
-            identity = draw_of(question.key, namespace, request_id, None, occurrences, shared=shared)
+            identity = draw_of(question.key, claimant, occurrences, shared=shared)
             if not shared:
                 taken.append(identity)
             grant = store.recall(identity, ask.n)
@@ -455,8 +454,7 @@ class Exchange:
         stream: whether the answer is wanted as an event stream.
         alone: whether it must have a call of its own, such as one with headers of its own.
         mode: how the cache is used.
-        namespace: whose draw it is.
-        request_id: which draw it is among equal questions.
+        claimant: who draws.
         questions: the questions with their keys, where an equal request has had them made before.
     """
 
@@ -472,8 +470,7 @@ class Exchange:
         stream: bool,
         alone: bool,
         mode: Mode,
-        namespace: str | None,
-        request_id: str | None,
+        claimant: Claimant,
         questions: list[Question] | None = None,
     ) -> None:
         self.surface = surface
@@ -482,8 +479,7 @@ class Exchange:
         self.asks = asks
         self.stream = stream
         self.mode = mode
-        self.namespace = namespace
-        self.request_id = request_id
+        self.claimant = claimant
         self.brought: list[tuple[Arrived, list[Any]]] = []
         self.live: asyncio.Future[tuple[Tape, Arrived]] | None = None
         self.task: asyncio.Future[Response] | None = None
@@ -497,7 +493,7 @@ class Exchange:
         self._over = False  # nobody takes what a call brings any more
         self.questions = questions or questions_of(api, asks, url, headers, scope=surface.scope, alone=alone)
         names = tuple(question.key for question in self.questions)
-        self.record = info.Record(names, namespace, request_id, url)
+        self.record = info.Record(names, claimant, url)
 
     def own_context(self) -> contextvars.Context | None:
         """Return a context of its own for a task that uses `send`; None where it does not matter."""
@@ -531,7 +527,7 @@ class Exchange:
             return self._replayed()
         if self.mode != "read-write":
             return None
-        grants = recalled(self.surface, self.asks, self.questions, self.namespace, self.request_id)
+        grants = recalled(self.surface, self.asks, self.questions, self.claimant)
         return None if grants is None else self.granted(grants)
 
     def _replayed(self) -> Answer:
@@ -544,9 +540,7 @@ class Exchange:
             for ask, question in zip(self.asks, self.questions, strict=True):
                 identity = draw_of(
                     question.key,
-                    self.namespace,
-                    self.request_id,
-                    None,
+                    self.claimant,
                     occurrences,
                     shared=question.function or self.surface.repeat == "same",
                 )
@@ -560,7 +554,7 @@ class Exchange:
                     if grant is None:
                         _unclaim(done, occurrences)
                 if grant is None:
-                    raise missed(store, question, identity, ask.n, self.body, self.namespace)
+                    raise missed(store, question, identity, ask.n, self.body, self.claimant.namespace)
                 grants.append(grant)
         return self.granted(grants)
 
@@ -581,7 +575,7 @@ class Exchange:
         return [number > 0 for number in range(ask.n)]
 
     def _flags(self, place: int) -> list[bool]:
-        return self.flags(self.surface, self.namespace, self.questions[place], self.asks[place])
+        return self.flags(self.surface, self.claimant.namespace, self.questions[place], self.asks[place])
 
     def _made(self, samples: Sequence[Kept]) -> Answer:
         """Return an answer put together from samples."""
@@ -597,7 +591,7 @@ class Exchange:
         """Return the answer when the samples are drawn, or the stream that will bring them."""
         cacher = self.surface.cacher(self.mode)
         loop = asyncio.get_running_loop()
-        whose: dict[str, Any] = {"request_id": self.request_id, "namespace": self.namespace}
+        whose = self.claimant._asdict()
         requests = [
             Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
             for place, ask in enumerate(self.asks)
@@ -772,7 +766,7 @@ class Exchange:
             passage, arrived = await flow.call(
                 attempt,
                 body,
-                namespace=self.namespace,
+                namespace=self.claimant.namespace,
                 samples=0 if self.asks[0].function else None,
                 max_retries=self.max_retries,
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from cachepipe import prices
 from cachepipe.accounting import Account, Delivered, usage_of
+from cachepipe.contract.draws import Claimant
 from cachepipe.typedefs import Response
 
 
@@ -21,6 +22,7 @@ class Info:
         keys: the key of each question of the request.
         namespace: the namespace that drew the samples.
         request_id: the request id of the draw.
+        replicate: the replicate of the draw.
         complete: whether all samples are there; a stream's are when it has come to its end.
         cached: per sample, False exactly when it was generated on this request's behalf.
         duplicated: per sample, whether it was merged into the equal requests of its namespace that were
@@ -40,6 +42,7 @@ class Info:
     keys: tuple[str, ...]
     namespace: str | None
     request_id: str | None
+    replicate: str | int | None = None
     complete: bool = True
     cached: tuple[bool, ...] = ()
     duplicated: tuple[bool, ...] = ()
@@ -79,13 +82,10 @@ class Info:
 class Record:
     """What is known of a request so far."""
 
-    def __init__(
-        self, keys: tuple[str, ...], namespace: str | None, request_id: str | None, url: str
-    ) -> None:
+    def __init__(self, keys: tuple[str, ...], claimant: Claimant, url: str) -> None:
         self.keys = keys
         self.url = url
-        self.namespace = namespace
-        self.request_id = request_id
+        self.claimant = claimant
         self.responses: Sequence[Response] | None = None
         self.later: Callable[[], Sequence[Response]] | None = None
         """What makes the responses when somebody wants to know."""
@@ -96,7 +96,7 @@ class Record:
         if responses is None and self.later is not None:
             responses = self.responses = self.later()
         if responses is None:
-            return Info(self.keys[0], self.keys, self.namespace, self.request_id, complete=False)
+            return Info(self.keys[0], self.keys, *self.claimant, complete=False)
         cached = tuple(flag for response in responses for flag in response.cached or ())
         known = all(response.indices is not None for response in responses)
         sums = Delivered()
@@ -106,8 +106,7 @@ class Record:
         return Info(
             self.keys[0],
             self.keys,
-            self.namespace,
-            self.request_id,
+            *self.claimant,
             cached=cached,
             duplicated=tuple(flag for response in responses for flag in response.duplicated or ()),
             indices=tuple(index for response in responses for index in response.indices or ())

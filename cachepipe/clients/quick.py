@@ -200,18 +200,19 @@ def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]
     questions = questions_of(api, asks, *place, scope=surface.scope)
     grants = None
     if mode == "read-write":
-        namespace, request_id = using.namespace_of(surface.namespace), using.request_id_of()
-        grants = recalled(surface, asks, questions, namespace, request_id)
+        claimant = using.claimant(surface.namespace)
+        grants = recalled(surface, asks, questions, claimant)
         if grants is not None:
             samples = [kept for grant in grants for kept in kept_of(grant)]
             content = body_from(api, asks[0], samples)
             made = seam.validated(shape.cast_to, content, shape.options, samples[0].made_by)
             if made is not None:
                 flags = [
-                    kind.flags(surface, namespace, *asked) for asked in zip(questions, asks, strict=True)
+                    kind.flags(surface, claimant.namespace, *asked)
+                    for asked in zip(questions, asks, strict=True)
                 ]
                 names = tuple([question.key for question in questions])
-                record = info.Record(names, namespace, request_id, place[0])
+                record = info.Record(names, claimant, place[0])
                 record.later = functools.partial(responses_of, questions, grants, flags)
                 info.note(made, record)
                 return made, None, None

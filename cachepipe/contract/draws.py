@@ -69,6 +69,39 @@ class Draw(NamedTuple):
         return self.namespace == SHARED
 
 
+class Claimant(NamedTuple):
+    """Who draws, as the caller says it.
+
+    Attributes:
+        namespace: the unit within which samples are independent.
+        request_id: which draw it is among equal questions of its namespace.
+        replicate: which independent repetition of the experiment it belongs to; 3 and "3" are the same.
+    """
+
+    namespace: str | None = None
+    request_id: str | None = None
+    replicate: str | int | None = None
+
+
+class Claims(Protocol):
+    """What says who draws: a `Claimant`, or a request."""
+
+    @property
+    def namespace(self) -> str | None:
+        """The namespace."""
+        ...
+
+    @property
+    def request_id(self) -> str | None:
+        """The request id."""
+        ...
+
+    @property
+    def replicate(self) -> str | int | None:
+        """The replicate."""
+        ...
+
+
 class Counter(Protocol):
     """Counts the occurrences of equal requests: a run, or a request of the proxy that may be a retry."""
 
@@ -95,28 +128,18 @@ class Fixed:
         """Do nothing: the caller's next run counts anew."""
 
 
-def draw_of(
-    key: str,
-    namespace: str | None,
-    request_id: str | None,
-    replicate: str | int | None,
-    counter: Counter,
-    *,
-    shared: bool,
-) -> Draw:
+def draw_of(key: str, claimant: Claims, counter: Counter, *, shared: bool) -> Draw:
     """Return the identity of a request's draw, with the next occurrence number.
 
     Args:
         key: the key of its question.
-        namespace: the namespace of the request.
-        request_id: which draw it is among equal questions of its namespace.
-        replicate: which independent repetition of the experiment it belongs to; 3 and "3" are the same.
+        claimant: who draws.
         counter: counts the occurrences.
         shared: whether all requests for the question share one draw.
     """
     if shared:
         return Draw(SHARED, key, "", 0)
-    identity = Identity(label(namespace), key, request_id or "", label(replicate))
+    identity = Identity(label(claimant.namespace), key, claimant.request_id or "", label(claimant.replicate))
     return Draw(identity[0], key, identity[2], counter.take(identity), identity[3])
 
 

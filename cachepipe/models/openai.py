@@ -22,7 +22,7 @@ from urllib.parse import urlencode
 from cachepipe import context, jsontext, outages, telemetry, wire
 from cachepipe.accounting import Account, usage_of
 from cachepipe.keys import Question, provider_question
-from cachepipe.typedefs import Request, Response, field_names
+from cachepipe.typedefs import UNASKED, Request, Response, field_names
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -33,7 +33,7 @@ CHAT_COMPLETIONS: Final = "/chat/completions"
 
 _NO_KEY: Final = "EMPTY"  # servers that need no key get this; the SDK would refuse to send none
 _ASKED_BY_MESSAGES: Final = (wire.CHAT, wire.MESSAGES)
-_UNSENT: Final = frozenset({"prompt", "n", "request_id", "namespace"})
+_UNSENT: Final = UNASKED | {"prompt"}
 _MOST_INPUTS: Final = 2048  # what OpenAI takes in one call for embeddings
 _REFUSED: Final = frozenset({400, 413, 422})
 

@@ -19,7 +19,7 @@ import orjson
 
 from cachepipe import wire
 from cachepipe.keys import Question, provider_question
-from cachepipe.typedefs import Batch, Request, Response, field_names
+from cachepipe.typedefs import UNASKED, Batch, Request, Response, field_names
 
 try:
     import torch
@@ -29,7 +29,7 @@ except ImportError as error:
         "TransformersModel needs transformers and torch: pip install 'cachepipe[transformers]'"
     ) from error
 
-_UNASKED: Final = frozenset({"prompt", "n", "request_id", "namespace"})
+_UNASKED: Final = UNASKED | {"prompt"}
 _LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 _NOT_SETTINGS: Final = frozenset({"model", "messages", "prompt", "seed", "stop", *_LENGTHS})
 _RULED: Final = frozenset(  # what the adapter decides by itself

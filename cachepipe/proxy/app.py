@@ -28,7 +28,7 @@ from cachepipe.clients.exchange import (
 )
 from cachepipe.clients.seam import Source
 from cachepipe.context import Inherited
-from cachepipe.contract.draws import label
+from cachepipe.contract.draws import Claimant, label
 from cachepipe.errors import (
     BadAnswer,
     CacheMiss,
@@ -80,8 +80,7 @@ class Meant(NamedTuple):
     route: _Route
     url: str
     counting: Mapping[str, str]
-    namespace: str | None
-    request_id: str | None
+    claimant: Claimant
     pairs: list[tuple[bytes, bytes]]
     who: bytes
     scope: Mapping[str, Any]
@@ -234,7 +233,7 @@ class Proxy:
         namespace = self.settings.namespace
         try:
             if meant is not None and read is not None:
-                route, namespace = meant.route, meant.namespace
+                route, namespace = meant.route, meant.claimant.namespace
                 outcome = await self._drawn_anew(turn, meant, read)
             else:
                 route = self._placed(turn)
@@ -396,9 +395,7 @@ class Proxy:
         read = self._read(route.api, url, counting, content)
         if read is None:  # the provider says what is wrong with it, if anything
             return await self._passed(turn, route, "fwd=bypass", content)
-        exchange = self._exchange(
-            route, url, counting, read, mode, namespace, turn.says(b"x-cachepipe-request-id")
-        )
+        exchange = self._exchange(route, url, counting, read, mode, self._claimant(turn, namespace))
         return await self._drawn(turn, route, exchange, counting)
 
     def _exchange(
@@ -408,8 +405,7 @@ class Proxy:
         counting: Mapping[str, str],
         read: Read,
         mode: Mode,
-        namespace: str | None,
-        request_id: str | None,
+        claimant: Claimant,
     ) -> Served:
         assert route.upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
         assert route.api is not None  # noqa: S101 - as are those that pass through
@@ -427,9 +423,14 @@ class Proxy:
             stream=read.asks[0].stream,
             alone=False,
             mode=mode,
-            namespace=namespace,
-            request_id=request_id,
+            claimant=claimant,
         )
+
+    @staticmethod
+    def _claimant(turn: Turn, namespace: str | None) -> Claimant:
+        """Return who draws, as a request's headers say it."""
+        request_id, replicate = turn.says(b"x-cachepipe-request-id"), turn.says(b"x-cachepipe-replicate")
+        return Claimant(namespace, request_id, replicate)
 
     def _read(self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes) -> Read | None:
         """Return what a body asks; None where it is nothing that may come from the cache.
@@ -463,7 +464,7 @@ class Proxy:
     async def _drawn(
         self, turn: Turn, route: _Route, exchange: Served, counting: Mapping[str, str]
     ) -> Outcome:
-        run = self._run(exchange.namespace, route.place.run)
+        run = self._run(exchange.claimant.namespace, route.place.run)
         key = turn.says(b"idempotency-key")
         retry = turn.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
         entry = None
@@ -472,10 +473,9 @@ class Proxy:
         elif not retry:
             head = turn.scope.get(HEAD)
             if head is not None and exchange.mode == "read-write":
-                whose = (exchange.namespace, exchange.request_id)
                 scope = {name: turn.scope[name] for name in ("method", "headers")}
                 shown = self._shown(turn, exchange)
-                self.heads.keep(head, Meant(route, exchange.url, counting, *whose, *shown, scope))
+                self.heads.keep(head, Meant(route, exchange.url, counting, exchange.claimant, *shown, scope))
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
@@ -491,9 +491,8 @@ class Proxy:
 
     async def _drawn_anew(self, turn: Turn, meant: Meant, read: Read) -> Outcome:
         """Answer a request whose draw has just been looked for."""
-        whose = (meant.namespace, meant.request_id)
-        exchange = self._exchange(meant.route, meant.url, meant.counting, read, "read-write", *whose)
-        run = self._run(meant.namespace, meant.route.place.run)
+        exchange = self._exchange(meant.route, meant.url, meant.counting, read, "read-write", meant.claimant)
+        run = self._run(meant.claimant.namespace, meant.route.place.run)
         return await self._draw(turn, exchange, meant.pairs, meant.who, Ticket(run))
 
     async def _draw(
@@ -521,13 +520,13 @@ class Proxy:
         if not self._open or api is None:
             return None
         begun = time.perf_counter()
-        namespace = meant.namespace
+        namespace = meant.claimant.namespace
         try:
             read = self._read(api, meant.url, meant.counting, content)
             if read is None or not read.single:
                 return None
             counted = self._run(namespace, place.run).counted
-            grants = recalled(self.surface, read.asks, read.questions, namespace, meant.request_id, counted)
+            grants = recalled(self.surface, read.asks, read.questions, meant.claimant, counted)
         except (CachepipeError, Refused):
             return None  # what is wrong is told the ordinary way
         if grants is None:
@@ -552,9 +551,10 @@ class Proxy:
             raise Refused(
                 400, "bad_idempotency_key", f"an Idempotency-Key has at most {_LONGEST_KEY} characters"
             )
-        questions = exchange.record.keys
-        entry = run.entry(label(exchange.namespace), key, (*questions, exchange.request_id or ""))
-        if entry.questions != (*questions, exchange.request_id or ""):
+        claimant = exchange.claimant
+        asked = (*exchange.record.keys, claimant.request_id or "", label(claimant.replicate))
+        entry = run.entry(label(claimant.namespace), key, asked)
+        if entry.questions != asked:
             raise Refused(
                 422,
                 "idempotency_key_reused",
@@ -636,7 +636,7 @@ class Proxy:
                 if isinstance(content, Source):
                     content.leave()
                 elif exchange.record.responses is not None:
-                    self.counters.drew(exchange.namespace, exchange.record.responses, exchange.url)
+                    self.counters.drew(exchange.claimant.namespace, exchange.record.responses, exchange.url)
 
         task.add_done_callback(ended)
 
@@ -683,7 +683,7 @@ class Proxy:
     def _stream_ended(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any] | None) -> None:
         if drawing is not None and _succeeded(drawing):
             ticket.delivered()
-            self.counters.drew(exchange.namespace, [drawing.result()], exchange.url)
+            self.counters.drew(exchange.claimant.namespace, [drawing.result()], exchange.url)
         else:
             ticket.ended()
 
@@ -728,7 +728,7 @@ class Proxy:
 
     def _count(self, exchange: Served) -> Outcome:
         responses = exchange.record.responses or ()
-        self.counters.drew(exchange.namespace, responses, exchange.url)
+        self.counters.drew(exchange.claimant.namespace, responses, exchange.url)
         flags = [flag for response in responses for flag in response.cached or ()]
         return "hit" if all(flags) else "partial" if any(flags) else "miss"
 

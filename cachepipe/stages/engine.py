@@ -297,14 +297,7 @@ class Engine:
         if counter is None:
             counter = run
         shared = repeat == "same" or question.function
-        identity = draw_of(
-            question.key,
-            request.namespace,
-            request.request_id,
-            request.replicate,
-            counter,
-            shared=shared,
-        )
+        identity = draw_of(question.key, request, counter, shared=shared)
         user = label(request.namespace) if shared else None
         try:
             if mode == "replay" or self.store.read_only:

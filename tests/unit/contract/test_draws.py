@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.contract.draws import SHARED, Draw, Identity, draw_of, give_back, label, namespace_of
+from cachepipe.contract.draws import SHARED, Claimant, Draw, Identity, draw_of, give_back, label, namespace_of
 
 
 class Counter:
@@ -26,7 +26,7 @@ class Counter:
 
 
 def drawn(counter, key="k", namespace="n", request_id="r", replicate=None, *, shared=False):
-    return draw_of(key, namespace, request_id, replicate, counter, shared=shared)
+    return draw_of(key, Claimant(namespace, request_id, replicate), counter, shared=shared)
 
 
 def test_c2_equal_requests_are_counted_and_others_are_not():

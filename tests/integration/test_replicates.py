@@ -1,0 +1,114 @@
+"""Replicates are independent repetitions of an experiment within one namespace (C1, C2, C3, C10)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+
+import cachepipe
+from cachepipe import OnlineAPI, Request, Response
+from cachepipe.clients import AsyncOpenAI, OpenAI
+from cachepipe.models import OpenAIModel
+from cachepipe.proxy.server import running
+from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.testing import MockServer
+
+
+class Counting:
+    model = "counting"
+
+    def __init__(self):
+        self.made = 0
+        self.seen = []
+
+    async def request(self, request):
+        self.seen.append(request)
+        first, self.made = self.made, self.made + request.n
+        return Response([f"sample {number}" for number in range(first, self.made)])
+
+
+async def ask(folder, model, replicates, namespace="run", **options):
+    async with OnlineAPI(model, folder, **options) as pipeline:
+        return [
+            (await pipeline.request(Request("q", n=2, namespace=namespace, replicate=replicate))).data
+            for replicate in replicates
+        ]
+
+
+def test_c1_replicates_of_a_namespace_share_no_sample_and_c2_a_rerun_gives_each_its_own(tmp_path):
+    model = Counting()
+    got = asyncio.run(ask(tmp_path, model, [None, 1, 2, ""]))
+    assert len({sample for data in got for sample in data}) == 8
+    assert model.made == 8
+    again = asyncio.run(ask(tmp_path, model, ["", "2", "1", None]))
+    assert again == got[::-1]
+    assert model.made == 8
+
+
+def test_c3_another_namespace_repeats_each_replicate_in_whatever_order(tmp_path):
+    model = Counting()
+    got = asyncio.run(ask(tmp_path, model, [1, 2, 3]))
+    assert asyncio.run(ask(tmp_path, model, [3, 1, 2], namespace="other")) == [got[2], got[0], got[1]]
+    assert asyncio.run(ask(tmp_path, Counting(), [2], namespace="third", mode="replay")) == [got[1]]
+    assert model.made == 6
+
+
+def test_a_replicate_is_no_part_of_what_is_asked(tmp_path):
+    async def keys():
+        async with OnlineAPI(Counting(), tmp_path) as pipeline:
+            return {pipeline.key(Request("q", replicate=replicate)) for replicate in (None, 1, "x")}
+
+    assert len(asyncio.run(keys())) == 1
+
+
+@pytest.mark.parametrize("odd", [1.5, True, ["a"], b"a"])
+def test_what_names_no_replicate_is_refused_before_anything_is_asked(odd):
+    with pytest.raises(TypeError, match="replicate must be"):
+        Request("q", replicate=odd)
+    with pytest.raises(TypeError, match="replicate must be"), cachepipe.using(replicate=odd):
+        pass
+
+
+def text(answer):
+    return answer.choices[0].message.content
+
+
+ASKED = {"model": "ngram-1", "messages": [{"role": "user", "content": "Cats or dogs?"}]}
+
+
+@pytest.mark.anyio
+async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
+    """The core, the clients with and without the fast path, and the proxy."""
+    folder = str(tmp_path / "cache")
+    with MockServer.in_thread() as server:
+        where = {"base_url": server.base_url, "api_key": "k"}
+        async with OpenAIModel("ngram-1", **where) as model, OnlineAPI(model, folder) as pipeline:
+            requests = [Request("Cats or dogs?", namespace="a", replicate=number) for number in (1, 2)]
+            core = [(await pipeline.request(request)).data[0] for request in requests]
+        asked = server.stats.requests
+        async with AsyncOpenAI(**where, cache=folder, namespace="a") as client:
+            for number, expected in ((2, core[1]), (1, core[0])):
+                with cachepipe.using(replicate=number):
+                    answer = await client.chat.completions.create(**ASKED)
+                    assert text(answer) == expected
+                    assert cachepipe.info(answer).replicate == number
+                with cachepipe.run(), cachepipe.using(replicate=str(number)):
+                    raw = await client.chat.completions.with_raw_response.create(**ASKED)
+                    assert text(raw.parse()) == expected
+        with OpenAI(**where, cache=folder, namespace="a") as client, cachepipe.using(replicate=2):
+            assert text(client.chat.completions.create(**ASKED)) == core[1]
+        settings = Settings(port=0, upstreams=(Upstream.of("mock", server.base_url),), cache=folder)
+        with running(settings, lambda _: None) as proxy:
+            told = {"x-cachepipe-namespace": "a", "x-cachepipe-replicate": "2"}
+            async with openai.AsyncOpenAI(
+                base_url=f"{proxy.url}/v1", api_key="k", default_headers=told
+            ) as through:
+                assert text(await through.chat.completions.create(**ASKED)) == core[1]
+        assert server.stats.requests == asked == 2
+
+
+def test_an_adapter_sends_no_replicate_to_the_provider():
+    model = OpenAIModel("ngram-1", base_url="http://localhost:1/v1", api_key="k")
+    assert b"replicate" not in model.question(Request("q", replicate=3), None).document
