@@ -263,7 +263,7 @@ class Served(Exchange):
 
     def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
         """Return the samples of a call as they are stored, after counting them."""
-        self._spend(self.namespace, samples, self.url)
+        self._spend(self.claimant.namespace, samples, self.url)
         return super()._packed(samples, arrived)
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
