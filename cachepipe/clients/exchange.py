@@ -27,6 +27,7 @@ from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
 from cachepipe.clients.tape import AsyncTape, Tape
 from cachepipe.contract.draws import Claimant, Counter, Draw, draw_of, give_back, label
+from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
@@ -204,8 +205,8 @@ class Surface:
     repeat: Repeat
     service: Any = None
     cachers: dict[tuple[Mode, Repeat], AsyncCacher] = dataclasses.field(default_factory=dict)
-    served: dict[Any, dict[tuple[str, str | None], tuple[Any, int]]] = dataclasses.field(default_factory=dict)
-    """By loop: who asked last in its turn for a key and a namespace, and for how many samples so far."""
+    groups: dict[Any, Groups] = dataclasses.field(default_factory=dict)
+    """By loop: the equal requests that are served together in its turn."""
 
     def __post_init__(self) -> None:
         if self.service is not None and not isinstance(getattr(self.service, "flow", None), Flow):
@@ -245,7 +246,7 @@ class Surface:
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
         made.service = service
-        made.cachers, made.served = {}, {}
+        made.cachers, made.groups = {}, {}
         made.__post_init__()  # before anything is opened
         made.backing = Backing(cache)
         return made
@@ -257,33 +258,28 @@ class Surface:
 
     def changed(self, **changes: Any) -> Self:
         """Return the surface of a copy that differs in these; it shares no calls with this one."""
-        return dataclasses.replace(self, cachers={}, served={}, **changes)
+        return dataclasses.replace(self, cachers={}, groups={}, **changes)
 
     def named(self, namespace: str | None) -> Self:
         """Return the surface of the same client in another namespace; they share calls."""
         return dataclasses.replace(self, namespace=namespace)
 
-    def merged(self, key: str, namespace: str | None, n: int, asker: object = None) -> list[bool]:
-        """Return of each sample asked for now whether it is merged with one before it in this turn (C6).
+    def duplicated(self, key: str, namespace: str | None, n: int, asker: object = None) -> list[bool]:
+        """Return the flags ``duplicated`` of a question that is asked in this turn of the event loop.
 
         Args:
             key: the key of the question.
             namespace: whose draw it is.
             n: how many samples.
-            asker: whose own requests come one after the other; by default the task's that runs.
+            asker: who asks; by default the task that runs.
         """
         loop = asyncio.get_running_loop()
-        task = asyncio.current_task(loop) if asker is None else asker
-        served = self.served.get(loop)
-        if served is None:
-            served = self.served[loop] = {}
-            loop.call_soon(self.served.pop, loop, None)
-        opened = served.get((key, namespace))
-        before = 0
-        if opened is not None and opened[0] is not task:  # one task's own requests come one after the other
-            before = opened[1]
-        served[key, namespace] = (task, before + n)
-        return [number > 0 for number in range(before, before + n)]
+        groups = self.groups.get(loop)
+        if groups is None:
+            groups = self.groups[loop] = Groups()
+            loop.call_soon(self.groups.pop, loop, None)
+        asker = Asker(asyncio.current_task(loop) if asker is None else asker)
+        return groups.duplicated((key, label(namespace)), asker, n)
 
     def cacher(self, mode: Mode) -> AsyncCacher:
         """Return what draws samples in a mode."""
@@ -571,8 +567,8 @@ class Exchange:
     def flags(cls, surface: Surface, namespace: str | None, question: Question, ask: wire.Ask) -> list[bool]:
         """Return of each sample of a question whether it is merged with one before it (C6)."""
         if cls.in_turns:
-            return surface.merged(question.key, namespace, ask.n)
-        return [number > 0 for number in range(ask.n)]
+            return surface.duplicated(question.key, namespace, ask.n)
+        return lone(ask.n)
 
     def _flags(self, place: int) -> list[bool]:
         return self.flags(self.surface, self.claimant.namespace, self.questions[place], self.asks[place])

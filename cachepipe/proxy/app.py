@@ -532,7 +532,7 @@ class Proxy:
         if grants is None:
             return read
         key, index, kept = read.questions[0].key, grants[0].indices[0], kept_of(grants[0])
-        merged = self.surface.merged(key, namespace, 1, asker)[0]
+        merged = self.surface.duplicated(key, namespace, 1, asker)[0]
         content = body_from(api, read.asks[0], kept)
         self.counters.hit(namespace, key, index, kept[0], meant.url)
         self.counters.ended(namespace, "hit")

@@ -14,26 +14,23 @@ from typing import Any
 
 from cachepipe import keys
 from cachepipe.contract.draws import label
+from cachepipe.contract.flags import Asker, Groups
 from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.engine import Receipt, Stats
 from cachepipe.stages.generation import Call, Caller, Need, Wanted
 from cachepipe.typedefs import Batch, Request, Response
 
-_Group = tuple[str, str]
-"""A key and the label of a namespace."""
-
-
 _TURN = 256  # requests served before the loop is given a turn
 
 
 class _Lane:
-    """What one event loop's requests share: the groups that are open now, and who opened them."""
+    """What one event loop's requests share: the groups that are open now."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, model: Any) -> None:
         self.loop = loop
         self.thread = get_ident()
-        self.open: dict[_Group, tuple[object, object]] = {}
+        self.groups = Groups()
         self.served = 0
         self.caller = Caller(loop, model, _dropped)
         self.waiting: list[Wanted] = []
@@ -89,12 +86,12 @@ class AsyncDeduplicator(Stage):
         else:
             loop = asyncio.get_running_loop()
         self._check_open()
-        lane, owner = self._lane(loop), (asyncio.current_task(loop), None)
+        lane, asker = self._lane(loop), Asker(asyncio.current_task(loop))
         cacher = self._cacher
         if cacher is None:
-            return await self._merge(lane, request, owner)
+            return await self._merge(lane, request, asker)
         question = cacher.question(request)
-        duplicated = self._flags(lane, request, question, owner)
+        duplicated = self._flags(lane, request, question, asker)
         lane.served += 1
         if lane.served % _TURN:
             begun = cacher.begin(request, question, loop, duplicated)
@@ -120,25 +117,29 @@ class AsyncDeduplicator(Stage):
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
-        lane, owner = self._lane(asyncio.get_running_loop()), (asyncio.current_task(), batch)
+        lane, asker = self._lane(asyncio.get_running_loop()), Asker(asyncio.current_task(), batch)
         if self._cacher is None:
             return await together(
-                [self._merge(lane, request, owner) for request in batch.requests], return_exceptions
+                [self._merge(lane, request, asker) for request in batch.requests], return_exceptions
             )
 
         def flags(request: Request, question: keys.Question) -> list[bool]:
-            return self._flags(lane, request, question, owner)
+            return self._flags(lane, request, question, asker)
 
         return await self._cacher.draw_all(
             batch.requests, flags, occurrences=occurrences, return_exceptions=return_exceptions
         )
 
-    def _flags(
-        self, lane: _Lane, request: Request, question: keys.Question, owner: tuple[object, object]
-    ) -> list[bool]:
-        """Return the flags ``duplicated`` of a request: all but the first sample of a group are."""
-        duplicated = [True] * request.n
-        duplicated[0] = self._joins(lane, (question.key, label(request.namespace)), owner)
+    def _flags(self, lane: _Lane, request: Request, question: keys.Question, asker: Asker) -> list[bool]:
+        """Return the flags ``duplicated`` of a request, whose group stays open for this turn or window."""
+        group, groups = (question.key, label(request.namespace)), lane.groups
+        first = not groups
+        duplicated = groups.duplicated(group, asker, request.n)
+        if self.window:
+            if not duplicated[0]:
+                lane.loop.call_later(self.window, groups.close, group)
+        elif first:
+            lane.loop.call_soon(groups.clear)
         return duplicated
 
     def _ask(self, request: Request) -> keys.Question:
@@ -163,26 +164,10 @@ class AsyncDeduplicator(Stage):
         self._last = lane
         return lane
 
-    def _joins(self, lane: _Lane, group: _Group, owner: tuple[object, object]) -> bool:
-        """Tell whether a request joins a group that is open, and open one if not.
-
-        One task that awaits request after request is not in flight with itself, even when all of it
-        happens within one turn of the loop.
-        """
-        opener = lane.open.get(group)
-        if opener is not None and (opener[0] is not owner[0] or opener[1] is owner[1] is not None):
-            return True
-        if self.window:
-            lane.loop.call_later(self.window, lane.open.pop, group, None)
-        elif not lane.open:
-            lane.loop.call_soon(lane.open.clear)
-        lane.open[group] = owner
-        return False
-
-    async def _merge(self, lane: _Lane, request: Request, owner: tuple[object, object]) -> Response:
+    async def _merge(self, lane: _Lane, request: Request, asker: Asker) -> Response:
         """Return the request's part of what its group is asked for."""
         question = self._ask(request)
-        duplicated = self._flags(lane, request, question, owner)
+        duplicated = self._flags(lane, request, question, asker)
         group = (question.key, label(request.namespace)) if question.mergeable else None
         need = Wanted(lane.loop, request.asking(request.n), group)
         if not lane.waiting:
