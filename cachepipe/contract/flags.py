@@ -21,7 +21,7 @@ class Asker(NamedTuple):
 
 
 def lone(n: int) -> list[bool]:
-    """Return the flags ``duplicated`` of a request that is served alone: true for all but its first sample."""
+    """Return the flags ``duplicated`` of a request that is served alone: all but the first are true."""
     flags = [True] * n
     flags[0] = False
     return flags

@@ -1,10 +1,4 @@
-"""Calls to the model: which needs travel together, and what becomes of short and refused calls.
-
-Needs for one question that come together share calls with the summed ``n``, cut by the model's limit.
-A merged call that is refused, times out or is answered short is repeated as its callers wrote it
-before anyone sees an error, and the limit is lowered (C4). A model that returns fewer samples than
-asked is asked for the rest until a call brings nothing new three times in a row (C8).
-"""
+"""Calls to the model: which needs travel together is decided in ``cachepipe.contract.demands``."""
 
 from __future__ import annotations
 
@@ -14,13 +8,11 @@ from collections.abc import Callable, Hashable, Sequence
 from contextvars import copy_context
 from typing import Any
 
+from cachepipe.contract.demands import PATIENCE, Limit, answered, cut, largest, repeats
 from cachepipe.errors import ShortAnswer
 from cachepipe.stages.base import Flight, Stage, ask_batch, has_request, limit_of, samples_of
 from cachepipe.stores.base import new_id
 from cachepipe.typedefs import Request
-
-_REFUSED = frozenset({400, 413, 422})
-_PATIENCE = 3  # calls in a row that bring nothing new before a model is given up
 
 
 class Need:
@@ -102,11 +94,6 @@ class Call:
     def merged(self) -> bool:
         """Whether the call serves more than one need."""
         return len(self.pieces) > 1
-
-    @property
-    def largest(self) -> int:
-        """How many samples the largest of its pieces asks for."""
-        return max(len(slots) for _, slots in self.pieces)
 
     @property
     def wanted(self) -> bool:
@@ -197,26 +184,14 @@ class Caller:
         self._loop = loop
         self._model = model
         self._single_requests = has_request(model)
-        self._wish: int | None = getattr(model, "cut_n", None)
+        self._limit = Limit(getattr(model, "cut_n", None))
         self._submit = getattr(model, "submit", None)
         self._context_of = getattr(model, "context_of", None)
         self._extra = extra
-        self._lowered: int | None = None
         self._tasks: dict[asyncio.Task[None], list[Call]] = {}
         self.calls = 0
         self.generated = 0
         self.in_flight = 0
-
-    def limit(self, *, mergeable: bool = True) -> int | None:
-        """Return how many samples one call may ask for.
-
-        The model's own limit; for needs that may be cut and merged at will also the stages' wish, and
-        what refused and short calls have taught.
-        """
-        own = limit_of(self._model)
-        if not mergeable or (self._wish is None and self._lowered is None):
-            return own
-        return min(limit for limit in (own, self._wish, self._lowered) if limit)
 
     def start(self, needs: Sequence[Need]) -> None:
         """Begin the calls for needs that came together."""
@@ -225,12 +200,13 @@ class Caller:
         groups: dict[Hashable, list[Need]] = {}
         for need in needs:
             groups.setdefault(id(need) if need.group is None else need.group, []).append(need)
-        limit, own = self.limit(), self.limit(mergeable=False)
+        own = limit_of(self._model)
+        limit = self._limit.of(own)
         self._send(
             [
-                call
+                Call(pieces)
                 for group in groups.values()
-                for call in _cut(group, own if group[0].group is None else limit)
+                for pieces in cut(group, own if group[0].group is None else limit)
             ]
         )
 
@@ -342,40 +318,34 @@ class Caller:
             need.calls.discard(call)
             _deliver(need, slots, values, call)
             return
+        then = answered(call.pieces, len(values), call.empty)
         start = 0
-        missing: list[Piece] = []
-        for need, slots in call.pieces:
-            got = values[start : start + len(slots)]
-            start += len(slots)
+        for (need, slots), got in zip(call.pieces, then.given, strict=True):
             if got:
-                _deliver(need, slots[: len(got)], got, call)
-            if len(got) < len(slots):
-                missing.append((need, slots[len(got) :]))
-        if len(values) > start:
+                _deliver(need, slots[:got], values[start : start + got], call)
+            start += got
+        if then.extra:
             self._extra(call.pieces[0][0], values[start:], call)
         _detach(call)
-        if not missing:
-            return
-        if call.merged:
-            self._lower(max(len(values), call.largest))
-            self._send_each(missing)
-            return
-        rest = Call(missing, 0 if values else call.empty + 1)
-        if rest.empty < _PATIENCE:
-            self._send([rest])
-            return
-        need, slots = missing[0]
-        error = ShortAnswer(
-            f"asked for {need.request.n} samples, the model still owes {len(slots)} after {_PATIENCE} calls "
-            "in a row that brought none; see what it returns for n > 1, or set its max_n"
-        )
-        need.fail(slots, error)
+        if then.limit is not None:
+            self._limit.lower(then.limit)
+        if then.separately:
+            self._send_each(then.missing)
+        elif then.gives_up:
+            [(need, slots)] = then.missing
+            error = ShortAnswer(
+                f"asked for {need.request.n} samples, the model still owes {len(slots)} after {PATIENCE} "
+                "calls in a row that brought none; see what it returns for n > 1, or set its max_n"
+            )
+            need.fail(slots, error)
+        elif then.missing:
+            self._send([Call(list(then.missing), 0 if values else call.empty + 1)])
 
     def _failed(self, call: Call, error: BaseException) -> None:
         call.settled = True
         _detach(call)
-        if call.merged and _repeatable(error):
-            self._lower(call.largest)
+        if repeats(call.pieces, timed_out=_timed_out(error), status=_status_of(error)):
+            self._limit.lower(largest(call.pieces))
             self._send_each(call.pieces)
             return
         told = None if isinstance(error, asyncio.CancelledError | GeneratorExit) else error
@@ -392,9 +362,6 @@ class Caller:
                 need.fail(slots, None)
         self._send(wanted)
 
-    def _lower(self, limit: int) -> None:
-        self._lowered = limit if self._lowered is None else min(limit, self._lowered)
-
     @property
     def busy(self) -> bool:
         """Whether a call is in flight."""
@@ -406,28 +373,6 @@ class Caller:
             self._model.flush()
         if self._tasks:
             await asyncio.wait(list(self._tasks), return_when=asyncio.FIRST_COMPLETED)
-
-
-def _cut(needs: Sequence[Need], limit: int | None) -> list[Call]:
-    """Return calls that together ask for what is needed, each within the limit."""
-    if limit is None or (len(needs) == 1 and len(needs[0].slots) <= limit):
-        return [Call([(need, need.slots) for need in needs])]
-    calls: list[Call] = []
-    pieces: list[Piece] = []
-    room = limit
-    for need in needs:
-        slots, at = need.slots, 0
-        while at < len(slots):
-            part = slots[at : at + room]
-            pieces.append((need, part))
-            at += len(part)
-            room -= len(part)
-            if not room:
-                calls.append(Call(pieces))
-                pieces, room = [], limit
-    if pieces:
-        calls.append(Call(pieces))
-    return calls
 
 
 def _deliver(need: Need, slots: Sequence[int], values: list[Any], call: Call) -> None:
@@ -443,11 +388,13 @@ def _detach(call: Call) -> None:
         need.calls.discard(call)
 
 
-def _repeatable(error: BaseException) -> bool:
-    """Tell whether a merged call may have failed because it was merged: refused as sent, or timed out."""
-    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
-        return True
-    return getattr(error, "status_code", getattr(error, "status", None)) in _REFUSED
+def _timed_out(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+
+
+def _status_of(error: BaseException) -> object:
+    """Return the HTTP status code that the error of an SDK tells, if it tells one."""
+    return getattr(error, "status_code", getattr(error, "status", None))
 
 
 def withdraw(need: Need) -> None:
