@@ -25,6 +25,14 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+@pytest.fixture(autouse=True)
+def own_default_folder(monkeypatch, tmp_path_factory):
+    """Give each test a default cache folder of its own: none is made in the project."""
+    monkeypatch.setenv(
+        "CACHEPIPE_DIR", str(tmp_path_factory.getbasetemp() / f"default-{os.urandom(6).hex()}")
+    )
+
+
 @pytest.fixture(scope="session")
 def anyio_backend():
     """The backend that the async tests run on."""

@@ -9,11 +9,12 @@ but the first then begin with a mark of ours, which `Api.answer` and `Api.answer
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import orjson
@@ -533,12 +534,46 @@ def question_document(
         api: the API that is asked, where a scope of the user's stands for the endpoint's URL: equal bodies
             to two APIs are two questions. That of chat completions is left out.
     """
-    document: dict[str, Any] = {"body": ask.question}
+    document: dict[str, Any] = {"body": _without_secrets(ask.question)}
     if headers and (counting := answer_headers(headers)):
         document["headers"] = counting
     if api is not None and api.name != "chat completions":
         document["api"] = api.name
     return document
+
+
+SECRETS: Final = {
+    "tools": frozenset({"authorization", "headers"}),  # OpenAI's remote MCP servers
+    "mcp_servers": frozenset({"authorization_token"}),  # Anthropic's
+}
+"""Credentials within a body: by field, their names in the mappings that the field lists. Only digests of them
+are keyed and stored."""
+
+
+def _without_secrets(question: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a question in which digests stand for credentials."""
+    changed: dict[str, Any] = {}
+    for field, names in SECRETS.items():
+        items = question.get(field)
+        if isinstance(items, list | tuple) and any(
+            isinstance(item, Mapping) and not names.isdisjoint(item) for item in items
+        ):
+            changed[field] = [
+                {name: _digested(value) if name in names else value for name, value in item.items()}
+                if isinstance(item, Mapping)
+                else item
+                for item in items
+            ]
+    return {**question, **changed} if changed else question
+
+
+def _digested(value: Any) -> Any:
+    """Return a value in which digests stand for its texts."""
+    if isinstance(value, str):
+        return {"sha256": hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()}
+    if isinstance(value, Mapping):
+        return {name: _digested(item) for name, item in value.items()}
+    return value
 
 
 def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -395,6 +395,8 @@ def test_a_commit_that_fails_still_delivers_what_was_paid_for_and_says_so():
             with pytest.warns(NotStored, match="disk full"):
                 response = await api.request(Request("a"))
             assert (response.data, response.cached) == (["a#0"], [False])
+            with pytest.raises(NotStored, match="disk full"):  # where its user makes warnings errors
+                await api.request(Request("b"))
             assert (await api.request(Request("b"))).cached == [False]
 
     asyncio.run(main())

@@ -582,3 +582,32 @@ def test_c9_the_encoding_of_vectors_of_floats_does_not_count(known):
     body = {**MINIMAL[EMBEDDINGS], **known}
     for form in ("float", "base64", None):
         assert key_of(EMBEDDINGS, {**body, "encoding_format": form}) == key_of(EMBEDDINGS, body)
+
+
+TOOLS = {
+    "tools": [
+        {
+            "type": "mcp",
+            "server_url": "https://x",
+            "authorization": "sk-secret",
+            "headers": {"X-Key": "sk-more"},
+        },
+        {"type": "function", "name": "f"},
+    ]
+}
+SERVERS = {"mcp_servers": [{"type": "url", "url": "https://x", "authorization_token": "sk-secret"}]}
+
+
+@pytest.mark.parametrize(("api", "extra"), [(RESPONSES, TOOLS), (MESSAGES, SERVERS)])
+def test_credentials_within_a_body_are_not_stored_and_count_all_the_same(api, extra):
+    def document(fields):
+        [ask] = api.split({**MINIMAL[api], **fields})
+        return ask, provider_question("s", question_document(ask), as_written=api.as_written)
+
+    ask, question = document(extra)
+    assert b"sk-" not in question.document
+    assert b"server_url" in question.document or b"https://x" in question.document
+    assert ask.question[next(iter(extra))] == extra[next(iter(extra))]  # what is sent is what was written
+    _, other = document(json.loads(json.dumps(extra).replace("sk-secret", "sk-other")))
+    assert other.key != question.key
+    assert document(extra)[1].key == question.key
