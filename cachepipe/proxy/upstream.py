@@ -69,6 +69,12 @@ class Reader:
         return status
 
     @property
+    def http_version(self) -> str:
+        """The version of HTTP."""
+        version: str = self.response.http_version
+        return version
+
+    @property
     def pairs(self) -> list[tuple[bytes, bytes]]:
         """The headers as they came, by lower-case names."""
         return [(name.lower(), value) for name, value in self.response.headers.raw]
