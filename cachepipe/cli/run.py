@@ -436,6 +436,8 @@ def _money(account: Account) -> str:
 
 def _last_words(context: click.Context, options: dict[str, Any], mode: str, report: Report) -> Iterator[str]:
     """Yield what there is to say at the end."""
+    if not report.requests and not report.interrupted:
+        yield f"{options['requests']} holds no requests: expected a JSON object per line."
     if report.failed:
         kinds = ", ".join(f"{count} {code}" for code, count in sorted(report.errors.items()))
         yield f"{report.failed} requests failed ({kinds}). The first said: {report.example[:500]}"

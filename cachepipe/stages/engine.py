@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import itertools
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from cachepipe import runs
-from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError
+from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, warn
 from cachepipe.keys import Question
 from cachepipe.ledger import SHARED, Draw, Runs, label
 from cachepipe.stages.base import adapter_of
@@ -551,7 +550,7 @@ class Engine:
         """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
         self.give_up(draw, [index], None, keep=True)
         self._filled(draw, index, value)
-        warnings.warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2)
+        warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored)
 
     def give_up(
         self, draw: Drawing, indices: Sequence[int], error: BaseException | None, *, keep: bool = False
@@ -718,22 +717,20 @@ class Engine:
         if grant.shared:
             self._warn_shared(draw.question, draw.request, occurrences)
         if occurrences.count(draw.id, fresh_id=grant.fresh_id):
-            warnings.warn(
+            warn(
                 "most requests of this run have new request ids on questions that their namespace has asked "
                 "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
                 "in each run: not made from hash(str), uuids or times",
                 FreshIds,
-                stacklevel=2,
             )
 
     def _warn_shared(self, question: Question, request: Request, occurrences: runs.Occurrences) -> None:
         if occurrences.first_time("shared draw"):
-            warnings.warn(
+            warn(
                 f"another live process made the same draw (key {question.key}, namespace "
                 f"{request.namespace!r}, request id {request.request_id!r}) and has its samples too; workers "
                 "that mean independent samples need different request ids",
                 SharedDraw,
-                stacklevel=2,
             )
 
 

@@ -11,7 +11,6 @@ import os
 import sqlite3
 import tempfile
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Literal
 import diskcache
 
 from cachepipe import forks, keys
-from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError
+from cachepipe.errors import EvictionDisabled, ReadOnlyStore, StoreError, warn
 from cachepipe.stores import folders, leases
 from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.rows import SCHEMA, check_format, check_ledger, check_shelf
@@ -88,11 +87,10 @@ class DiskStore(SqlStore):
         if self.read_only:
             self._check_readable()
             if not read_only:
-                warnings.warn(
+                warn(
                     f"the cache {self.folder} cannot be written ({self.why_read_only}): it serves hits, and "
                     "what is generated now is not stored",
                     ReadOnlyStore,
-                    stacklevel=3,
                 )
             return
         try:
@@ -157,11 +155,10 @@ class DiskStore(SqlStore):
             diskcache.Cache(str(self.folder), timeout=60, **_OURS).close()
         policy = settings.get("eviction_policy")
         if policy not in (None, "none"):
-            warnings.warn(
+            warn(
                 f"the diskcache in {self.folder} had the eviction policy {policy!r}, which deletes paid "
                 "samples when it grows; it is now 'none'. Open it with eviction_policy='none' yourself",
                 EvictionDisabled,
-                stacklevel=6,
             )
         if theirs is not None:
             theirs.reset("eviction_policy", "none", update=False)
