@@ -40,7 +40,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_finish():
-    """Leave what is there before the first test out of the collections of garbage, of which tests make many."""
+    """Collect garbage only among what tests make: they do so often, and the SDKs are large."""
     gc.collect()
     gc.freeze()
 
