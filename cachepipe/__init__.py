@@ -66,6 +66,9 @@ if TYPE_CHECKING:
         StoreLocked as StoreLocked,
     )
     from cachepipe.errors import (
+        TooManySamples as TooManySamples,
+    )
+    from cachepipe.errors import (
         UnkeyableValue as UnkeyableValue,
     )
     from cachepipe.errors import (
@@ -195,6 +198,7 @@ _HOMES = {
         "StageClosed",
         "StoreError",
         "StoreLocked",
+        "TooManySamples",
         "UnkeyableValue",
         "UnsafeRow",
     ),
