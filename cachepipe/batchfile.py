@@ -36,7 +36,7 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
-from cachepipe import jsontext, outages, prices, runs, wire
+from cachepipe import jsontext, loops, outages, prices, runs, wire
 from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.bounds import check_n
 from cachepipe.errors import (
@@ -435,6 +435,7 @@ async def run_file(
     check_n(n)
     if concurrency < 1 or n < 1 or (limit is not None and limit < 1):
         raise ValueError("concurrency, n and limit are whole numbers, at least 1")
+    loops.running()  # before anything is opened
     defaults = Defaults(
         model=model,
         n=n,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import orjson
 
-from cachepipe import jsontext, keys, runs, telemetry, wire
+from cachepipe import jsontext, keys, loops, runs, telemetry, wire
 from cachepipe.bounds import check_n, max_answer
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
@@ -169,7 +169,7 @@ class Backing:
         tapes = list(self.tapes)
         for tape in tapes:
             tape.leave()
-        timer = asyncio.get_running_loop().call_later(timeout, _withdraw, tapes)
+        timer = loops.running().call_later(timeout, _withdraw, tapes)
         try:
             for cacher in list(self.cachers):
                 await cacher.close()
@@ -178,7 +178,7 @@ class Backing:
         runs.closed(self.store.identity, self)
         if self.owned:
             try:
-                await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+                await loops.running().run_in_executor(None, self.store.close)
             except RuntimeError:  # the interpreter is exiting, and starts no threads any more
                 self.store.close()
 
@@ -271,7 +271,7 @@ class Surface:
             n: how many samples.
             asker: whose own requests come one after the other; by default the task's that runs.
         """
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         task = asyncio.current_task(loop) if asker is None else asker
         served = self.served.get(loop)
         if served is None:
@@ -593,7 +593,7 @@ class Exchange:
     async def drawn(self) -> Answer:
         """Return the answer when the samples are drawn, or the stream that will bring them."""
         cacher = self.surface.cacher(self.mode)
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         whose: dict[str, Any] = {"request_id": self.request_id, "namespace": self.namespace}
         requests = [
             Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
@@ -764,7 +764,7 @@ class Exchange:
 
     async def _collected(self, asked: Asked) -> list[Any]:
         """Return the samples of one item of a list; what the cache lacks of the list travels in one call."""
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         future: asyncio.Future[list[Any]] = loop.create_future()
         self._items.append((asked, future))
         self._quiet = 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from threading import get_ident
 from typing import Any
 
-from cachepipe import keys
+from cachepipe import keys, loops
 from cachepipe.ledger import label
 from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
@@ -87,7 +87,7 @@ class AsyncDeduplicator(Stage):
         if last is not None and last.thread == get_ident() and last.loop.is_running():
             loop = last.loop
         else:
-            loop = asyncio.get_running_loop()
+            loop = loops.running()
         self._check_open()
         lane, owner = self._lane(loop), (asyncio.current_task(loop), None)
         cacher = self._cacher
@@ -120,7 +120,7 @@ class AsyncDeduplicator(Stage):
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
-        lane, owner = self._lane(asyncio.get_running_loop()), (asyncio.current_task(), batch)
+        lane, owner = self._lane(loops.running()), (asyncio.current_task(), batch)
         if self._cacher is None:
             return await together(
                 [self._merge(lane, request, owner) for request in batch.requests], return_exceptions
@@ -203,7 +203,7 @@ class AsyncDeduplicator(Stage):
     async def close(self) -> None:
         """Wait for what is in flight on this loop and close the stages behind."""
         self._closed = True
-        lane = self._lanes.get(asyncio.get_running_loop())
+        lane = self._lanes.get(loops.running())
         while lane is not None and (lane.waiting or lane.caller.busy):
             if lane.waiting:
                 _start(lane)

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 
 import anyio.to_thread
 
-from cachepipe import context, runs
+from cachepipe import context, loops, runs
 from cachepipe.clients.mixins import AsyncCached, SyncCached
 from cachepipe.clients.portal import in_portal, portal, submit
 from cachepipe.context import INHERITED, Inherited
@@ -310,8 +310,12 @@ def say_default(model: str, how: str) -> None:
 
 async def on_portal(work: Coroutine[Any, Any, T]) -> T:
     """Return what a coroutine returns that runs on the portal's loop, in the caller's context."""
-    loop = portal()
-    if asyncio.get_running_loop() is loop:
+    try:
+        here = loops.running()
+    except RuntimeError:
+        work.close()
+        raise
+    if here is portal():
         return await work
     return await asyncio.wrap_future(submit(work))
 
