@@ -33,7 +33,8 @@ def pytest_cmdline_main(config):
     ``-n`` says otherwise, and ``-p no:xdist`` does without.
     """
     option = config.option
-    whole = config.args_source is config.ArgsSource.TESTPATHS
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # which gets the same arguments, and starts no others
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not worker
     narrowed = option.keyword or option.markexpr or option.collectonly or option.usepdb
     if whole and not narrowed and getattr(option, "numprocesses", 0) is None:
         option.numprocesses, option.dist = "auto", "worksteal"
