@@ -64,10 +64,7 @@ async def fill(folder: Path, lines: int, base_url: str) -> None:
                 for number in range(start, min(start + _GROUP, lines))
             ]
             questions = [cacher.question(line.requests(_NAMESPACE)[0]) for line in some]
-            claims = [
-                Claim(Draw(label(_NAMESPACE), each.key, line.custom_id, 0), 1, each, "fill")
-                for line, each in zip(some, questions, strict=True)
-            ]
+            claims = [Claim(Draw(label(_NAMESPACE), each.key, "", 0), 1, each, "fill") for each in questions]
             await store.apply(claims)
             await store.apply([Commit(each.key, 0, payload, meta) for each in questions])
     await cacher.close()

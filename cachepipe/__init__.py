@@ -72,6 +72,9 @@ if TYPE_CHECKING:
         StoreLocked as StoreLocked,
     )
     from cachepipe.errors import (
+        TooManySamples as TooManySamples,
+    )
+    from cachepipe.errors import (
         UnkeyableValue as UnkeyableValue,
     )
     from cachepipe.errors import (
@@ -206,6 +209,7 @@ _HOMES = {
         "StageClosed",
         "StoreError",
         "StoreLocked",
+        "TooManySamples",
         "UnkeyableValue",
         "UnsafeRow",
         "WaitingForOthers",
@@ -244,6 +248,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cachepipe`` stays light."""
     module = _WHERE.get(name)
     if module is None:
+        for elsewhere in () if name.startswith("_") else ("cachepipe.clients", "cachepipe.models"):
+            if name in importlib.import_module(elsewhere).__all__:
+                # Python replaces the message of an AttributeError in ``from cachepipe import …``.
+                raise ImportError(f"{name} is in {elsewhere}: from {elsewhere} import {name}")
         raise AttributeError(f"module 'cachepipe' has no attribute {name!r}")
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value

@@ -2,9 +2,8 @@
 
 *Billed* is what a request paid for: its samples with ``cached`` false, and a call's prompt once, with the
 call's first sample. *As asked* is what the request would have cost alone, as it was written, in one call.
-*Saved* is as asked less billed. *Spent* is all that was generated, so it holds what was billed, and what
-reached no request (`Account.spend`). Pure functions and sums: prices come from a function that the caller
-passes.
+*Saved* is as asked less billed. *Spent* is everything that was generated: what was billed, and what reached
+no request (`Account.spend`). Nothing here does I/O; the caller passes a function that knows prices.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ class Delivered:
             cached: per sample, False if it was generated on the request's behalf.
             url: where the question goes.
         """
-        prompt = True  # which counts once, as the first sample tells it that tells anything
+        prompt = True  # it counts once, with the first sample that has usage
         for usage, hit in zip(usages, cached, strict=True):
             self.as_asked.add(usage, url, prompt=prompt)
             prompt = prompt and usage.counts is None

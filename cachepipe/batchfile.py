@@ -36,7 +36,7 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
-from cachepipe import jsontext, outages, prices, runs, wire
+from cachepipe import jsontext, loops, outages, prices, runs, wire
 from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.bounds import check_n
 from cachepipe.contract.draws import Identity, label
@@ -435,6 +435,7 @@ async def run_file(
     check_n(n)
     if concurrency < 1 or n < 1 or (limit is not None and limit < 1):
         raise ValueError("concurrency, n and limit are whole numbers, at least 1")
+    loops.running()  # before anything is opened
     defaults = Defaults(
         model=model,
         n=n,
@@ -644,7 +645,7 @@ class _Input:
 
 
 class _Earlier:
-    """The results of an earlier output, by the ids of their draws; the file is read when one is wanted first.
+    """The results of an earlier output by the ids of their draws. The file is read at the first search.
 
     Args:
         path: the earlier output, which need not exist.
@@ -863,7 +864,8 @@ class _Draw(NamedTuple):
         line: the line.
         requests: what it asks.
         occurrences: per question, how many earlier lines of the file ask the same.
-        id: names the draw in results: a digest of what is asked, of whom is left out.
+        id: identifies the draw in results: a digest of the namespace, the questions without their server,
+            and the occurrences.
     """
 
     line: Line
@@ -897,7 +899,7 @@ class _Service:
         self._report = report
         report.spent = model.spent
         self._stages: dict[wire.Api, tuple[AsyncDeduplicator, AsyncCacher]] = {}
-        # Counted by the lines themselves: a line that fails keeps its number, unlike a request of a run.
+        # Lines are counted here and not by the run, which gives back the numbers of requests that fail.
         self._counted = runs.Occurrences()
 
     def _stage(self, api: wire.Api) -> tuple[AsyncDeduplicator, AsyncCacher]:
@@ -926,6 +928,7 @@ class _Service:
     def _key(self, request: WireRequest) -> str:
         """Return what counts occurrences of a question; `ask` raises the error of one without a key."""
         try:
+            # Without the server: an unreachable address must not cost the results of another one.
             return self._model.question(request, "").key
         except UnkeyableValue:
             return ""

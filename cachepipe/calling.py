@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from cachepipe import progress
+from cachepipe import loops, progress
 
 _AT_ONCE = 100
 
@@ -38,6 +38,7 @@ async def alcall(
         kwargs: passed to the function.
     """
     _check(max_concurrent)
+    loops.running()  # its tasks need one
     items = list(inputs)
     results: list[Any] = [None] * len(items)
     failed: dict[int, BaseException] = {}

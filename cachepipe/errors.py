@@ -5,7 +5,10 @@ Errors of a model's own adapter are never wrapped: they reach the caller as the 
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import warnings
+from types import FrameType
+from typing import Any, Final
 
 
 class CachepipeError(Exception):
@@ -104,6 +107,22 @@ class NotStorable(CachepipeError, TypeError):  # noqa: N818 - names the value
 
 class CachepipeWarning(UserWarning):
     """The base of every warning that cachepipe gives."""
+
+
+_NOT_CALLERS: Final = frozenset(
+    {"anthropic", "anyio", "asyncio", "cachepipe", "concurrent", "contextlib", "contextvars", "diskcache"}
+    | {"functools", "httpcore", "httpcore2", "httpx", "httpx2", "openai", "threading", "together", "uvloop"}
+)
+"""The packages that lie between a line of the user's and a warning."""
+
+
+def warn(message: str, category: type[CachepipeWarning]) -> None:
+    """Give a warning that points at the line of the user's that led to it."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `warnings` does itself
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_CALLERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 class SharedDraw(CachepipeWarning):

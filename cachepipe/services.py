@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from cachepipe import forks
+from cachepipe import forks, loops
 from cachepipe.clients.portal import submit
 from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
 from cachepipe.flow.clock import CLOCK
@@ -238,6 +238,7 @@ class Service:
 
     async def close(self) -> None:
         """Close the clients that sessions and completions have used. Others are their makers' to close."""
+        loops.running()  # before anything is ended
         if self._lent is not None and (ended := self._lent.end()) is not None:
             await asyncio.wrap_future(ended)
         self.flow.limits.close()

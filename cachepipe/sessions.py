@@ -26,7 +26,7 @@ from cachepipe.clients.info import Info, info
 from cachepipe.conversations import Conversation, Message
 from cachepipe.flow import Limits
 from cachepipe.services import Service, Services
-from cachepipe.talk.access import is_cached, kept, located, on_portal, sending, wrapped
+from cachepipe.talk.access import is_cached, kept, located, on_portal, say_default, sending, wrapped
 from cachepipe.talk.completions import Answered, choices_of, dumped, parsed_answer, said_by_model
 from cachepipe.talk.tools import response_format
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
@@ -111,6 +111,7 @@ class Session:
         self.namespace = namespace
         self.llmconfig: dict[str, Any] = {**by_value(dict(DEFAULTS)), **_own_model(self.service)}
         self.llmconfig.update(by_value(dict(llmconfig or {})))
+        self._names_model = "model" in (llmconfig or {})
         opening = [] if system is None else [Message("system", _text(system))]
         self.conversation = Conversation(opening)
         self.info: Info | None = None
@@ -265,6 +266,8 @@ class Session:
         n = config.get("n", 1)
         if type(n) is not int or n < 1:
             raise ValueError(f"n is a whole number, at least 1; got {n!r:.100}")
+        if config.get("model") == DEFAULTS["model"] and not (self._names_model or "model" in params):
+            say_default(DEFAULTS["model"], "llmconfig={'model': ...} or model= names another")
         if not isinstance(config.get("model"), str):
             raise ValueError(  # noqa: TRY004 - the usual case is that there is none
                 "no model is named; write Session(llmconfig={'model': ...}), or model=... in the call"

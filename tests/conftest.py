@@ -1,8 +1,9 @@
-"""What all tests share: the event loop, Hypothesis profiles, and stores to test on."""
+"""What all tests share: the event loop, Hypothesis profiles, the processes, and stores to test on."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from cachepipe import DiskStore, MemoryStore
 
-settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile(
     "ci",
     max_examples=100,
@@ -23,6 +24,26 @@ settings.register_profile(
     "deep", max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite on all cores; a part of it, which one waits for, in this process.
+
+    ``-n`` says otherwise, and ``-p no:xdist`` does without.
+    """
+    option = config.option
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # which gets the same arguments, and starts no others
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not worker
+    narrowed = option.keyword or option.markexpr or option.collectonly or option.usepdb
+    if whole and not narrowed and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses, option.dist = "auto", "worksteal"
+
+
+def pytest_collection_finish():
+    """Collect garbage only among what tests make: they do so often, and the SDKs are large."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -108,14 +108,14 @@ interrupted. Run the same command again to go on: what was paid for is not asked
     metavar="NAME",
     help="The environment variable that holds the API key.",
 )
-@click.option("--temperature", type=float, help="For lines that do not say.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="For lines that do not say.")
+@click.option("--temperature", type=float, help="Default for lines without a temperature.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Default for lines without a limit.")
 @click.option(
     "--max-completion-tokens",
     type=click.IntRange(min=1),
     help="The same by its newer name, for models that want that.",
 )
-@click.option("--seed", type=int, help="For lines that do not say.")
+@click.option("--seed", type=int, help="Default for lines without a seed.")
 @click.option("--max-n", type=click.IntRange(min=1), help="The most samples the server gives in one call.")
 @click.option(
     "--retries", type=click.IntRange(min=0), help="How often a failed call is repeated.  [default: 2]"
@@ -247,7 +247,7 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
 
 @contextlib.contextmanager
 def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
-    """Let the first Ctrl-C, SIGTERM or SIGHUP end the run in good order, the second at once."""
+    """End the run in good order at the first Ctrl-C, SIGTERM or SIGHUP, and at once at the second."""
     loop = asyncio.get_running_loop()
     caught: list[int] = []
     terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
@@ -287,7 +287,7 @@ def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
 
 
 def _forget_closed(terminals: list[int]) -> None:
-    """Send what is written to terminals that were closed nowhere, where it would be an error."""
+    """Redirect closed terminals to the null device, because writing to them would raise."""
     for descriptor in terminals:
         if not os.isatty(descriptor):
             with Path(os.devnull).open("wb") as nowhere:
@@ -436,6 +436,8 @@ def _money(account: Account) -> str:
 
 def _last_words(context: click.Context, options: dict[str, Any], mode: str, report: Report) -> Iterator[str]:
     """Yield what there is to say at the end."""
+    if not report.requests and not report.interrupted:
+        yield f"{options['requests']} holds no requests: expected a JSON object per line."
     if report.failed:
         kinds = ", ".join(f"{count} {code}" for code, count in sorted(report.errors.items()))
         yield f"{report.failed} requests failed ({kinds}). The first said: {report.example[:500]}"

@@ -98,7 +98,7 @@ def serve(
     try:
         from cachepipe.proxy import server, settings  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise Failure(f"serving needs more packages: pip install 'cachepipe[proxy]' ({error})") from error
+        raise Failure(f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'") from error
 
     chosen = settings.from_file(config) if config else settings.Settings()
     key = settings.secret(api_key_env) if api_key_env else None
@@ -211,3 +211,9 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
     else:
         whose = "all namespaces" if namespace is None else f"namespace {visible(namespace)}"
         click.echo(f"A new run of {whose} has begun.")
+    if told.get("known") is False:
+        click.echo(
+            f"Neither this proxy nor its cache has seen the namespace {visible(str(namespace))}. "
+            "Check the name; `cachepipe stats` lists namespaces.",
+            err=True,
+        )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import orjson
 
-from cachepipe import jsontext, keys, runs, telemetry, wire
+from cachepipe import jsontext, keys, loops, runs, telemetry, wire
 from cachepipe.bounds import check_n, max_answer
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
@@ -171,7 +171,7 @@ class Backing:
         tapes = list(self.tapes)
         for tape in tapes:
             tape.leave()
-        timer = asyncio.get_running_loop().call_later(timeout, _withdraw, tapes)
+        timer = loops.running().call_later(timeout, _withdraw, tapes)
         try:
             for cacher in list(self.cachers):
                 await cacher.close()
@@ -180,7 +180,7 @@ class Backing:
         runs.closed(self.store.identity, self)
         if self.owned:
             try:
-                await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+                await loops.running().run_in_executor(None, self.store.close)
             except RuntimeError:  # the interpreter is exiting, and starts no threads any more
                 self.store.close()
 
@@ -273,7 +273,7 @@ class Surface:
             n: how many samples.
             asker: who asks; by default the task that runs.
         """
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         groups = self.groups.get(loop)
         if groups is None:
             groups = self.groups[loop] = Groups()
@@ -586,7 +586,7 @@ class Exchange:
     async def drawn(self) -> Answer:
         """Return the answer when the samples are drawn, or the stream that will bring them."""
         cacher = self.surface.cacher(self.mode)
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         whose = self.claimant._asdict()
         requests = [
             Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
@@ -770,7 +770,7 @@ class Exchange:
 
     async def _collected(self, asked: Asked) -> list[Any]:
         """Return the samples of one item of a list; what the cache lacks of the list travels in one call."""
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         future: asyncio.Future[list[Any]] = loop.create_future()
         self._items.append((asked, future))
         self._quiet = 0

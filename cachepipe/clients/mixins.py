@@ -35,6 +35,13 @@ _OPTIONS: Final[Mapping[str, tuple[Any, Any]]] = {
 }
 
 
+_CACHESAVERS: Final = {
+    "cachedir": "write cache=, which takes the same folder",
+    "batch_size": "calls go out as they come, and equal ones together. "
+    "For batches write OnlineAPI(OpenAIModel(...), cache, batch_size=...)",
+}
+"""What CacheSaver's clients take, and what to write instead."""
+
 _arriving: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
     "cachepipe_arriving", default=None
 )
@@ -309,6 +316,8 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     missing: Any = next(taken["max_retries"].default for taken in copies if "max_retries" in taken)
 
     def __init__(self: Any, **options: Any) -> None:  # noqa: N807 - it becomes the constructor
+        for name in _CACHESAVERS.keys() & options.keys():
+            raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
         ours = {name: options.pop(name, default) for name, (_, default) in _OPTIONS.items()}
         cache = ours.pop("cache")
         surface = cache if isinstance(cache, Surface) else None

@@ -36,6 +36,9 @@ _USUAL_RETRIES = 2
 _DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"})
 """Headers that told of the bytes on the wire, not of those that are handed on."""
 
+_FRAMED = frozenset({"HTTP/2", "HTTP/3"})
+"""The versions of HTTP that mark the end of each body."""
+
 RAW = "x-stainless-raw-response"
 """The header by which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
 _ABSENT = frozenset({"NotGiven", "Omit"})
@@ -320,6 +323,19 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
     made.history = response.history
     weakref.finalize(made, source.leave).atexit = False  # a stream that nobody reads or closes
     return made
+
+
+def ends_in_order(response: Any) -> bool:
+    """Return True if a body has a length or a last chunk, so that its end is no broken connection.
+
+    The HTTP library raises an error for a body that ends before.
+    """
+    headers = response.headers
+    return (
+        "content-length" in headers
+        or "chunked" in headers.get("transfer-encoding", "").lower()
+        or response.http_version in _FRAMED
+    )
 
 
 def when_read(response: Any, end: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from cachepipe import forks, wire
 from cachepipe.clients.portal import promised
-from cachepipe.clients.seam import Source
+from cachepipe.clients.seam import Source, ends_in_order
 
 ABANDONED_SECONDS = 120.0
 """How long the rest of a stream is read whose reader has stopped."""
@@ -116,7 +116,7 @@ class AsyncTape(Tape):
                 if self.recorder.ended or self.recorder.overflowed:
                     break
                 await self._until_wanted()
-            self._take(self.recorder.close())
+            self._take(self.recorder.close(in_order=ends_in_order(self.upstream)))
         except BaseException as error:
             self._error = error
             raise
@@ -173,8 +173,8 @@ class AsyncTape(Tape):
         while True:
             while self._events:
                 event = self._events.popleft()
-                if event.terminal and self.draw is not None:
-                    await asyncio.wait([self.draw])  # the sample is stored before anyone sees its end
+                if event.terminal:
+                    await self._until_stored()
                 if shown := self._shown(event):
                     yield shown
             if self._ended:
@@ -188,10 +188,17 @@ class AsyncTape(Tape):
                     yield chunk
             finally:
                 await self.upstream.aclose()
+        if self.recorder.complete:  # whose terminal event may be missing
+            await self._until_stored()
         if self._error is not None:
             if not isinstance(self._error, Exception):  # such as a cancellation: it was not this reader's
                 raise ConnectionResetError("the call that this stream came from was stopped")
             raise self._error
+
+    async def _until_stored(self) -> None:
+        """Wait until the sample is stored, before anyone sees the end of its stream."""
+        if self.draw is not None:
+            await asyncio.wait([self.draw])
 
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet."""
@@ -265,7 +272,10 @@ class SyncTape(Tape):
                 return
             try:
                 chunk = next(self._chunks, None)
-                events = self.recorder.close() if chunk is None else self.recorder.feed(chunk)
+                if chunk is None:
+                    events = self.recorder.close(in_order=ends_in_order(self.upstream))
+                else:
+                    events = self.recorder.feed(chunk)
             except Exception as error:  # noqa: BLE001 - it goes to whoever reads, and to whoever waits
                 self._error = error
                 self._end()
@@ -305,8 +315,8 @@ class SyncTape(Tape):
         while True:
             while self._events:
                 event = self._events.popleft()
-                if event.terminal and self._fork == forks.count:
-                    concurrent.futures.wait([self._stored])  # the sample is stored before anyone sees its end
+                if event.terminal:
+                    self._until_ended()
                 if shown := self._shown(event):
                     yield shown
             if self._ended and not self._events:
@@ -314,16 +324,22 @@ class SyncTape(Tape):
             try:
                 self._pull(reader=True)
             except BaseException:
-                self._undone()
+                self._until_ended(_UNDONE_SECONDS)
                 raise
+        if self.recorder.complete:  # whose terminal event may be missing
+            self._until_ended()
         if self._error is not None:
-            self._undone()
+            self._until_ended(_UNDONE_SECONDS)
             raise self._error
 
-    def _undone(self) -> None:
-        """Wait for the end of a draw that has failed, so that its reader's next attempt is the same draw."""
+    def _until_ended(self, timeout: float | None = None) -> None:
+        """Wait for the draw's end.
+
+        So the sample is stored before anyone sees the end of its stream, and after a failure its reader's
+        next attempt is the same draw.
+        """
         if self._fork == forks.count:
-            concurrent.futures.wait([self._stored], _UNDONE_SECONDS)
+            concurrent.futures.wait([self._stored], timeout)
 
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet.

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cachepipe import loops
+
 
 class Clock:
     """The machine's monotonic clock; a subclass may tell another time (``cachepipe.testing.FakeClock``)."""
@@ -21,7 +23,7 @@ class Clock:
 
     async def sleep(self, seconds: float) -> None:
         """Return so many seconds later."""
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         woken: asyncio.Future[None] = loop.create_future()
 
         def wake() -> None:

@@ -33,6 +33,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from cachepipe import loops
 from cachepipe.errors import StoreError
 from cachepipe.flow.adaptive import Adaptive
 from cachepipe.flow.clock import CLOCK, Clock
@@ -498,7 +499,7 @@ class Limits:
                 made = self._slot(known, tokens, rank, now)
                 self._count(made, now)
                 return made
-            loop = asyncio.get_running_loop()
+            loop = loops.running()
             ticket = _Ticket(loop, known, next(self._numbers), rank, tokens, now)
             known.add(ticket, namespace, self._virtual)
             self._busy = True

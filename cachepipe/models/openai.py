@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import urlencode
 
-from cachepipe import context, jsontext, outages, telemetry, wire
+from cachepipe import context, jsontext, loops, outages, telemetry, wire
 from cachepipe.accounting import Account, usage_of
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import UNASKED, Request, Response, field_names
@@ -147,7 +147,7 @@ class Connection:
         """Return the client for this loop, made now if it has not been: replays never need it."""
         if self._client is not None:
             return self._client
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         if loop not in self._by_loop:
             # It takes a second, in which the loop goes on.
             sdk = await asyncio.to_thread(importlib.import_module, self.package)
@@ -175,7 +175,7 @@ class Connection:
     async def close(self) -> None:
         """Close the client of this loop if it was made here."""
         self._forget_ended()
-        client = self._by_loop.pop(asyncio.get_running_loop(), None)
+        client = self._by_loop.pop(loops.running(), None)
         if client is not None:
             await client.close()
 
@@ -519,7 +519,7 @@ class ListModel:
         rest = _rest(request, wanted) if self._shares else None
         if rest is None:
             return await self.model.request(request)
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         group = self._open.get((loop, rest))
         if group is None or len(group.requests) == _MOST_INPUTS:
             group = self._open[loop, rest] = _Group()

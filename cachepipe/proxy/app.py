@@ -846,10 +846,16 @@ class Proxy:
                     503, "too_many_runs", "too many namespaces have runs of their own; restart the server"
                 )
             self._named[namespace] = ServedRun()
+            served = namespace in self.counters.namespaces
+            options["known"] = served or await asyncio.to_thread(self._holds, namespace)
         else:
             self._default = ServedRun()
             self._named.clear()
         await turn.tell({"run": secrets.token_hex(8), **options}, 201)
+
+    def _holds(self, namespace: str | None) -> bool:
+        """Return whether the cache has draws of a namespace."""
+        return any(info.namespace == namespace for info in self.store.namespaces())
 
     async def _browse(self, turn: Turn, path: str) -> None:
         query = turn.scope["query_string"].decode("latin-1")

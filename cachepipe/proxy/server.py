@@ -29,7 +29,8 @@ try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
     from uvicorn.server import HANDLED_SIGNALS
 except ImportError as error:  # pragma: no cover - it is in the extra
-    raise ImportError("the proxy needs more packages: pip install 'cachepipe[proxy]'") from error
+    needed = f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'"
+    raise ImportError(needed, name=error.name) from error
 
 _HEAD: Final = 65_536  # bytes of a request's line and headers
 _HEAD_SECONDS: Final = 30.0

@@ -20,7 +20,8 @@ from cachepipe.proxy.settings import Settings, Upstream
 try:
     import httpx2 as httpx
 except ImportError as error:  # pragma: no cover - it is in the extra
-    raise ImportError("the proxy needs more packages: pip install 'cachepipe[proxy]'") from error
+    needed = f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'"
+    raise ImportError(needed, name=error.name) from error
 
 _JSON: Final = (b"content-type", b"application/json")
 _PLAIN: Final = (b"accept-encoding", b"identity")  # compressed events would arrive in clumps
@@ -67,6 +68,12 @@ class Reader:
         """The status."""
         status: int = self.response.status_code
         return status
+
+    @property
+    def http_version(self) -> str:
+        """The version of HTTP."""
+        version: str = self.response.http_version
+        return version
 
     @property
     def pairs(self) -> list[tuple[bytes, bytes]]:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from cachepipe import loops
 from cachepipe.errors import StageClosed
 from cachepipe.stages.base import (
     Arrived,
@@ -243,7 +244,7 @@ class AsyncBatcher(Stage):
     def submit(self, request: Request) -> Ticket:
         """Queue a request without waiting; await the ticket for its response, or withdraw it."""
         self._check_open()
-        loop = asyncio.get_running_loop()
+        loop = loops.running()
         lane = self._lanes.get(loop)
         if lane is None:
             for old in list(self._lanes):
@@ -310,7 +311,7 @@ class AsyncBatcher(Stage):
 
     def flush(self) -> None:
         """Send what is queued on this loop, without waiting for its window."""
-        lane = self._lanes.get(asyncio.get_running_loop())
+        lane = self._lanes.get(loops.running())
         if lane is not None:
             lane.cut()
         super().flush()
@@ -318,7 +319,7 @@ class AsyncBatcher(Stage):
     async def close(self) -> None:
         """Send what is queued at once, wait for what is in flight on this loop, and refuse the rest."""
         self._closed = True
-        lane = self._lanes.get(asyncio.get_running_loop())
+        lane = self._lanes.get(loops.running())
         if lane is not None:
             lane.cut()
             while lane.flying:

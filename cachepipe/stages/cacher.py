@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from cachepipe import forks, keys, runs
+from cachepipe import forks, keys, loops, runs
 from cachepipe.contract.draws import Counter, Fixed
 from cachepipe.keys import Question
 from cachepipe.stages.base import Stage, adapter_of, given, together
@@ -107,7 +107,7 @@ class AsyncCacher(Stage):
             CacheMiss: in replay mode, when not all of them are stored.
             StoreError: when the store fails before anything is spent.
         """
-        return await self.draw(request, self.question(request), asyncio.get_running_loop())
+        return await self.draw(request, self.question(request), loops.running())
 
     async def draw(
         self,
@@ -230,7 +230,7 @@ class AsyncCacher(Stage):
         self._check_open()
         if self.mode == "bypass":
             return await together([self._bypassed(request, flags) for request in requests], return_exceptions)
-        loop, engine, crowd = asyncio.get_running_loop(), self._engine, len(requests) > 1
+        loop, engine, crowd = loops.running(), self._engine, len(requests) > 1
         receipts: list[Receipt] = []
         answers: list[Any] = []
         waiting: deque[tuple[int, Drawing, list[bool] | None]] = deque()
@@ -264,7 +264,7 @@ class AsyncCacher(Stage):
     async def _bypassed(self, request: Request, flags: Flags | None) -> Response:
         question = self.question(request)
         duplicated = None if flags is None else flags(request, question)
-        return await self._bypass(request, question, asyncio.get_running_loop(), duplicated)
+        return await self._bypass(request, question, loops.running(), duplicated)
 
     async def _outcome(
         self, draw: Drawing, duplicated: list[bool] | None, receipts: list[Receipt]
@@ -298,7 +298,7 @@ class AsyncCacher(Stage):
         if self._ended:
             return
         runs.closed(self.store.identity, self)
-        here = asyncio.get_running_loop()
+        here = loops.running()
         for lane in self._engine.lanes():
             if lane.loop is here:
                 await lane.drain()
@@ -308,4 +308,4 @@ class AsyncCacher(Stage):
         if isinstance(self.model, Stage):
             await self.model.close()
         if self._owns_store:
-            await asyncio.get_running_loop().run_in_executor(None, self.store.close)
+            await loops.running().run_in_executor(None, self.store.close)

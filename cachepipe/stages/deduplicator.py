@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from threading import get_ident
 from typing import Any
 
-from cachepipe import keys
+from cachepipe import keys, loops
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
 from cachepipe.stages.base import Stage, adapter_of, together
@@ -84,7 +84,7 @@ class AsyncDeduplicator(Stage):
         if last is not None and last.thread == get_ident() and last.loop.is_running():
             loop = last.loop
         else:
-            loop = asyncio.get_running_loop()
+            loop = loops.running()
         self._check_open()
         lane, asker = self._lane(loop), Asker(asyncio.current_task(loop))
         cacher = self._cacher
@@ -117,7 +117,7 @@ class AsyncDeduplicator(Stage):
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
-        lane, asker = self._lane(asyncio.get_running_loop()), Asker(asyncio.current_task(), batch)
+        lane, asker = self._lane(loops.running()), Asker(asyncio.current_task(), batch)
         if self._cacher is None:
             return await together(
                 [self._merge(lane, request, asker) for request in batch.requests], return_exceptions
@@ -188,7 +188,7 @@ class AsyncDeduplicator(Stage):
     async def close(self) -> None:
         """Wait for what is in flight on this loop and close the stages behind."""
         self._closed = True
-        lane = self._lanes.get(asyncio.get_running_loop())
+        lane = self._lanes.get(loops.running())
         while lane is not None and (lane.waiting or lane.caller.busy):
             if lane.waiting:
                 _start(lane)

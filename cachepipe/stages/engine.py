@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from cachepipe import runs
 from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, WaitingForOthers
+from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, WaitingForOthers, warn
 from cachepipe.keys import Question
 from cachepipe.stages.base import adapter_of
 from cachepipe.stages.board import board_of
@@ -565,9 +564,7 @@ class Engine:
         """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
         self.give_up(draw, [index], None, keep=True)
         try:
-            warnings.warn(
-                f"a sample of key {draw.question.key} was not cached: {error}", NotStored, stacklevel=2
-            )
+            warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored)
         except NotStored as refused:  # its user has made it an error
             if not draw.dead:
                 self._fail(draw, refused)
@@ -756,11 +753,10 @@ class Engine:
                 if process.stopped
                 else "With wait_for_others=SECONDS the sample is generated here after that time"
             )
-            warnings.warn(
+            warn(
                 f"a request has waited {_LONG:.0f} s for a sample of key {draw.question.key}, which "
                 f"{process.name} generates. {what}",
                 WaitingForOthers,
-                stacklevel=2,
             )
 
     # Warnings, each given once in a run.
@@ -769,22 +765,20 @@ class Engine:
         if grant.shared:
             self._warn_shared(draw.question, draw.request, draw.run)
         if draw.run.count(draw.id, fresh_id=grant.fresh_id):
-            warnings.warn(
+            warn(
                 "most requests of this run have new request ids on questions that their namespace has asked "
                 "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
                 "in each run: not made from hash(str), uuids or times",
                 FreshIds,
-                stacklevel=2,
             )
 
     def _warn_shared(self, question: Question, request: Request, run: runs.Occurrences) -> None:
         if run.first_time("shared draw"):
-            warnings.warn(
+            warn(
                 f"another live process made the same draw (key {question.key}, namespace "
                 f"{request.namespace!r}, request id {request.request_id!r}) and has its samples too; workers "
                 "that mean independent samples need different request ids",
                 SharedDraw,
-                stacklevel=2,
             )
 
 

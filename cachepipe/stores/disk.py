@@ -11,7 +11,6 @@ import os
 import sqlite3
 import tempfile
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Literal
 import diskcache
 
 from cachepipe import forks
-from cachepipe.errors import DamagedCache, EvictionDisabled, LostSamples, ReadOnlyStore, StoreError
+from cachepipe.errors import DamagedCache, EvictionDisabled, LostSamples, ReadOnlyStore, StoreError, warn
 from cachepipe.stores import folders, identity, leases, recovery
 from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
@@ -96,11 +95,10 @@ class DiskStore(SqlStore):
         if self.read_only:
             self._check_readable()
             if not read_only:
-                warnings.warn(
+                warn(
                     f"the cache {self.folder} cannot be written ({self.why_read_only}): it serves hits, and "
                     "what is generated now is not stored",
                     ReadOnlyStore,
-                    stacklevel=3,
                 )
             return
         try:
@@ -168,11 +166,10 @@ class DiskStore(SqlStore):
             diskcache.Cache(str(self.folder), timeout=60, **_OURS).close()
         policy = settings.get("eviction_policy")
         if policy not in (None, "none"):
-            warnings.warn(
+            warn(
                 f"the diskcache in {self.folder} had the eviction policy {policy!r}, which deletes paid "
                 "samples when it grows; it is now 'none'. Open it with eviction_policy='none' yourself",
                 EvictionDisabled,
-                stacklevel=6,
             )
         if theirs is not None:
             theirs.reset("eviction_policy", "none", update=False)
@@ -204,12 +201,11 @@ class DiskStore(SqlStore):
             lost = recovery.relist(ledger, shelf, since)
             ledger.execute("COMMIT")
             if lost:
-                warnings.warn(
+                warn(
                     f"the cache {self.folder} has lost {lost} samples: the machine stopped before they were "
                     "on the disk. They are generated anew when they are asked for. With durability='full' "
                     "none is lost",
                     LostSamples,
-                    stacklevel=5,
                 )
 
     def _check_no_samples(self, shelf: sqlite3.Connection) -> None:

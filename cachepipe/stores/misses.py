@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -95,7 +96,7 @@ def missed(
         else:
             near = store.similar(question)
             why = _unlike(question, near)
-    except StoreError:
+    except (StoreError, sqlite3.Error):
         why = ""  # the miss stands, whatever the search for its reason comes to
     return CacheMiss(question.key, namespace, request, why, None if near is None else near.key)
 

@@ -609,7 +609,10 @@ class Transaction:
         return free
 
     def _held_by_others(self, where: tuple[Any, ...], author: int, token: str | None) -> bool:
-        """Return True if a live claimant holds a part: its author, whose token is there, or a joiner."""
+        """Return True if a live claimant holds a segment: its author, whose token is there, or a joiner."""
+        mine = (*where, self._lease())
+        if self._ledger.execute(f"SELECT 1 FROM holders{SEGMENT} AND lease = ? LIMIT 1", mine).fetchone():
+            return True  # most holders of a crowd are this process's: one of them is enough
         leases = {row[0] for row in self._ledger.execute(f"SELECT lease FROM holders{SEGMENT}", where)}
         if token is not None:
             leases.add(author)

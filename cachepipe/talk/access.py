@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import logging
 import os
 import threading
 import weakref
@@ -23,7 +24,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 
 import anyio.to_thread
 
-from cachepipe import context, runs
+from cachepipe import context, loops, runs
 from cachepipe.clients.mixins import AsyncCached, SyncCached
 from cachepipe.clients.portal import in_portal, portal, submit
 from cachepipe.context import INHERITED, Inherited
@@ -33,6 +34,7 @@ from cachepipe.stores.folders import expanded
 from cachepipe.typedefs import REPEATS, Mode, Repeat
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL: Final = "gpt-4o-mini"
 """The model that is asked when neither the caller nor ``CACHEPIPE_MODEL`` names one."""
@@ -291,7 +293,16 @@ def model_of(access: Access, model: str | None) -> str:
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model= is the name of a model; got {model!r:.100}")
     own: str | None = getattr(access.service, "model", None)
-    return model or own or access.found("CACHEPIPE_MODEL") or DEFAULT_MODEL
+    named = model or own or access.found("CACHEPIPE_MODEL")
+    if named is None:
+        say_default(DEFAULT_MODEL, "model= or CACHEPIPE_MODEL names another")
+    return named or DEFAULT_MODEL
+
+
+@functools.cache
+def say_default(model: str, how: str) -> None:
+    """Say once that no model was named, which one is asked, and how to name another."""
+    _logger.warning("no model is named, so %s is asked; %s", model, how)
 
 
 # The portal.
@@ -299,8 +310,12 @@ def model_of(access: Access, model: str | None) -> str:
 
 async def on_portal(work: Coroutine[Any, Any, T]) -> T:
     """Return what a coroutine returns that runs on the portal's loop, in the caller's context."""
-    loop = portal()
-    if asyncio.get_running_loop() is loop:
+    try:
+        here = loops.running()
+    except RuntimeError:
+        work.close()
+        raise
+    if here is portal():
         return await work
     return await asyncio.wrap_future(submit(work))
 

@@ -53,6 +53,9 @@ def _faults(
     metavar="KIND[:SHARE]",
     help="Fail that share of requests, for example drop:0.1 or 503:0.05. May be repeated.",
 )
+@click.option(
+    "--any-model", is_flag=True, help="Answer to any model's name, not only to ngram-1 and ngram-1-embedding."
+)
 @click.option("--api-key", envvar="MOCK_SERVER_API_KEY", show_envvar=True, help="The only key to accept.")
 @click.option("--json", "as_json", is_flag=True, help="Say that the server is ready as a line of JSON.")
 def mock_server(
@@ -68,6 +71,7 @@ def mock_server(
     rate: float | None,
     burst: int | None,
     faults: tuple[Fault, ...],
+    any_model: bool,
     api_key: str | None,
     as_json: bool,
 ) -> None:
@@ -89,6 +93,7 @@ def mock_server(
             rate=rate,
             burst=burst,
             faults=faults,
+            any_model=any_model,
             api_key=api_key or None,
         )
     except ValueError as error:  # a number that is none, or has no end
@@ -101,6 +106,7 @@ def mock_server(
             click.echo(f"mock model server on {server.base_url}")
             key = "" if api_key else " OPENAI_API_KEY=any"
             click.echo(f"Use it:  export OPENAI_BASE_URL={server.base_url}{key}")
+            click.echo(f"Models:  {'any' if any_model else ', '.join(settings.models)}")
 
     try:
         run_server(host, port, settings, ready=announce)

@@ -21,7 +21,7 @@ x-mock-latency-per-token, x-mock-stream-delay, and x-mock-fault with a fault in 
 `Fault.parse` takes, or ``none``.
 
 Parameters that the model has no use for (penalties, `top_k`, `logit_bias` …) are accepted and ignored.
-So is the name of the model, except that it takes part in seeding.
+So is the name of the model, except that it takes part in seeding, and unless `any_model` is false.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ class Settings:
         seed: Makes the samples of unseeded requests, and the faults, a repeatable sequence.
         uses_tools: Whether a tool that is offered is called; else only one that is demanded is. Of several,
             the first that the conversation has not called yet.
-        models: The models that are listed. Any other name is answered too.
+        models: The models that are listed.
+        any_model: Whether other names are answered too; else they get 404, as from a real server.
         dimensions: The length of an embedding that does not ask for one.
         max_body: The largest request body in bytes; larger ones get 413.
         log_size: How many requests the log remembers.
@@ -188,6 +189,7 @@ class Settings:
     seed: int | None = None
     uses_tools: bool = False
     models: tuple[str, ...] = ("ngram-1", "ngram-1-embedding")
+    any_model: bool = True
     dimensions: int = 256
     max_body: int = 16 * 2**20
     log_size: int = 10_000
@@ -203,7 +205,7 @@ class Settings:
         _check("burst", burst, "a whole number, 1 or more, or None", burst is None or _is_count(burst, 1))
         _check("seed", seed, "a whole number or None", seed is None or _is_integer(seed))
         _check("api_key", "something else", "a string or None", key is None or isinstance(key, str))
-        for name in ("paused", "uses_tools"):
+        for name in ("paused", "uses_tools", "any_model"):
             _check(name, getattr(self, name), "true or false", isinstance(getattr(self, name), bool))
         _check("log_size", self.log_size, "a whole number, 0 or more", _is_count(self.log_size, 0))
         for name in ("faults", "script", "models"):
@@ -1513,12 +1515,12 @@ class MockServer:
         for entry in entries:
             if entry["id"] == name:
                 return _json_reply(entry)
-        raise _RefusalError(
-            404,
-            f"There is no model {name!r} here; there are {', '.join(self.settings.models)}.",
-            param="model",
-            code="model_not_found",
-        )
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> _RefusalError:
+        """Return the refusal of a model that is not there."""
+        known = f"There is no model {name!r} here; there are {', '.join(self.settings.models)}."
+        return _RefusalError(404, known, param="model", code="model_not_found")
 
     def _modelled(self, request: _Request, identity: str) -> _Reply:
         """Return the answer of the model, or the fault that comes instead."""
@@ -1532,6 +1534,9 @@ class MockServer:
         if reply is None:
             try:
                 body = _parsed(request.body)
+                name = body.get("model")
+                if not settings.any_model and isinstance(name, str) and name not in settings.models:
+                    raise self._unknown(name)
                 if request.path == "/v1/embeddings":
                     reply = self._embedded(body, settings, fault)
                 else:

@@ -6,7 +6,9 @@ came through one of them is a hit on every other.
 
     api = api_for("POST", url)
     asks = api.split(body)                    # one per question; usually one
-    key = provider_question(scope_of(url), question_document(asks[0], headers))
+    key = provider_question(
+        scope_of(url), question_document(asks[0], headers), as_written=api.as_written
+    )
     samples = api.samples(upstream_answer)    # one per choice, each an answer of its own
     api.answer(samples, asks[0])              # and together again
 """

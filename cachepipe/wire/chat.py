@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from cachepipe.wire.base import Sample, objects, text_of
 from cachepipe.wire.choices import ChoicesApi, Lane
-from cachepipe.wire.errors import BadAnswer
 from cachepipe.wire.sse import settled
 
 _STREAMED = ("reasoning_content", "reasoning", "content", "refusal")
@@ -26,8 +25,6 @@ class ChatApi(ChoicesApi):
 
     def delta_of(self, part: dict[str, Any]) -> dict[str, Any]:
         """Return what a streamed choice adds to its message, without the token ids of Together's."""
-        if "message" in part:
-            raise BadAnswer("a chunk of the stream holds a whole message where a delta was expected")
         delta: dict[str, Any] = part.get("delta") or {}
         if "token_id" in delta:
             return {name: value for name, value in delta.items() if name != "token_id"}
@@ -52,6 +49,9 @@ class ChatApi(ChoicesApi):
             if isinstance(text, str):
                 first[name] = ""
                 lanes.append((_string_of(name), text))
+            elif name == "content" and isinstance(text, list) and _is_mixed(text):
+                del first[name]
+                lanes += map(_part_of, [None, *text], text)
         calls = content.get("tool_calls")
         if calls and isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
             first["tool_calls"] = [{"index": number, **_opened(call)} for number, call in enumerate(calls)]
@@ -83,7 +83,23 @@ def _opened(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, "function": {**call["function"], "arguments": ""}} if _arguments(call) else call
 
 
-def _string_of(name: str) -> Callable[[str], Any]:
+def _is_mixed(parts: list[Any]) -> bool:
+    """Return True for a content that has text parts beside others; servers stream the text as strings."""
+    return len(objects(parts)) == len(parts) and len({_is_text(part) for part in parts}) > 1
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.keys() == {"type", "text"} and isinstance(part["text"], str)
+
+
+def _part_of(before: Any, part: Any) -> Lane:
+    """Return how a part of a content is streamed: a text as strings, unless it follows another text."""
+    if _is_text(part) and part["text"] and not _is_text(before):
+        return _string_of("content"), part["text"]
+    return _string_of("content"), [[part]]
+
+
+def _string_of(name: str) -> Callable[[Any], Any]:
     return lambda piece: {name: piece}
 
 

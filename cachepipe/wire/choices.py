@@ -41,9 +41,11 @@ from cachepipe.wire.usage import join_usage, split_usage
 _FAILED = frozenset({"error", "abort", "insufficient_system_resource"})
 """Reasons to finish by which OpenRouter, vLLM and DeepSeek report a failure under status 200."""
 
-Lane = tuple[Callable[[str], Any], str]
-"""A text that is streamed, and what makes a delta of a piece of it."""
+Lane = tuple[Callable[[Any], Any], str | list[Any]]
+"""A text that is streamed, or a list whose items are, and what makes a delta of a piece of it."""
 
+_CONTENTS = frozenset({"delta", "message", "text"})
+"""The fields of a streamed choice that bring its content, or repeat it, as Perplexity's ``message`` does."""
 _IN_EVERY_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
 
 
@@ -191,17 +193,18 @@ class ChoicesApi(Api):
         plain = {"logprobs": None} if "logprobs" in choice else {}
         chunks: list[dict[str, Any]] = []
         for make, text in lanes:
-            parts = by_token(unsent, text)
+            parts = by_token(unsent, text) if isinstance(text, str) else None
             if parts:
                 unsent = None
-            for part, own in parts or [(part, plain) for part in pieces(text)]:
+            for part, own in parts or [
+                (part, plain) for part in (pieces(text) if isinstance(text, str) else text)
+            ]:
                 chunks.append({self.delta: make(part), **own, "finish_reason": None})
         head = {self.delta: first, **plain, "finish_reason": None}
         if unsent is not None:
             head["logprobs"] = unsent
-        rest = {
-            name: value for name, value in choice.items() if name not in ("index", self.content, "logprobs")
-        }
+        told = {"index", "logprobs", *_CONTENTS}
+        rest = {name: value for name, value in choice.items() if name not in told}
         return [head, *chunks, {self.delta: self.no_delta, **plain, **rest}]
 
     @abstractmethod
@@ -212,12 +215,15 @@ class ChoicesApi(Api):
 class _ChoicesRecorder(StreamRecorder):
     """Puts together the choices of a stream, however they alternate."""
 
+    _may_lack_terminal = True  # each choice has its finish_reason
+
     def __init__(self, api: ChoicesApi, questions: Sequence[Body]) -> None:
         super().__init__(lambda whole: api.samples(whole, questions))
         self._api = api
         self._head: dict[str, Any] = {}
         self._usage: Any = None
         self._choices: dict[int, dict[str, Any]] = {}
+        self._elsewhere: set[int] = set()  # choices that have content in another field than that of deltas
 
     def _take(self, event: ServerEvent) -> Kind:
         if event.data.startswith(b"[DONE]"):
@@ -226,12 +232,14 @@ class _ChoicesRecorder(StreamRecorder):
         choices = chunk.pop("choices", None) or []
         usage = chunk.pop("usage", None)
         chunk.pop("obfuscation", None)
+        if sum(part.get("index") is None for part in choices) > 1:
+            raise BadAnswer("several choices of a chunk have no index; they cannot be told apart")
         for part in choices:
             self._add(part)
         for name, value in chunk.items():
             if not self._head.get(name) or (value and name not in _IN_EVERY_CHUNK):
                 self._head[name] = value  # what is told again, such as a report, is told anew
-        if usage is None:
+        if not usage:
             return ""
         self._usage = usage
         if choices:
@@ -242,7 +250,12 @@ class _ChoicesRecorder(StreamRecorder):
     def _add(self, part: dict[str, Any]) -> None:
         """Take in one choice of a chunk."""
         api = self._api
-        choice = self._choices.setdefault(part.get("index") or 0, {api.content: {}})
+        index = part.get("index") or 0
+        choice = self._choices.setdefault(index, {api.content: {}})
+        if any(_says(part.get(name)) for name in _CONTENTS if name != api.delta):
+            if part.get(api.delta) is None:
+                raise BadAnswer(f"a chunk of the stream has its content elsewhere than in {api.delta!r}")
+            self._elsewhere.add(index)
         delta = api.delta_of(part)
         if delta:
             merge(choice[api.content], delta)
@@ -252,7 +265,11 @@ class _ChoicesRecorder(StreamRecorder):
                 self._add_logprobs(choice, value, delta, part)
             elif name == "token_ids":  # vLLM's, a few with each delta
                 extend(choice, {name: value})
-            elif name not in ("index", "delta", "text") and (value is not None or name not in choice):
+            elif (
+                name != "index"
+                and name not in _CONTENTS
+                and (value not in (None, "") or not choice.get(name))
+            ):
                 choice[name] = value
 
     @staticmethod
@@ -261,7 +278,7 @@ class _ChoicesRecorder(StreamRecorder):
     ) -> None:
         """Take in log probabilities: lists that grow, or one number per token as Together sends them."""
         before = choice.setdefault("logprobs", None)
-        if value is None:
+        if value is None or value == []:
             return
         if isinstance(value, int | float):
             token = delta.get("content", delta.get("text"))
@@ -282,7 +299,12 @@ class _ChoicesRecorder(StreamRecorder):
                 raise BadAnswer(
                     f"choice {index} of the stream has no finish_reason; it is not a whole answer"
                 )
-            choices.append({"index": index, **choice, api.content: api.settle(choice[api.content])})
+            content = api.settle(choice[api.content])
+            if index in self._elsewhere and not _says(content):
+                raise BadAnswer(
+                    f"choice {index} of the stream has no {api.delta}, but content in other fields"
+                )
+            choices.append({"index": index, **choice, api.content: content})
         if not choices:
             raise BadAnswer("the stream brought no choice; ask again")
         head = self._head
@@ -292,6 +314,13 @@ class _ChoicesRecorder(StreamRecorder):
             name: head.pop(name) for name in ("id", "object", "created", "model") if name in head
         }
         return {**usual, "choices": choices, "usage": self._usage, **head}
+
+
+def _says(content: Any) -> bool:
+    """Return True if a text, a message or a delta says anything."""
+    if isinstance(content, Mapping):
+        return any(value for name, value in content.items() if name != "role")
+    return bool(content)
 
 
 def by_token(logprobs: Any, text: str) -> list[tuple[str, dict[str, Any]]] | None:

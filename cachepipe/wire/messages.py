@@ -109,7 +109,7 @@ class _MessageRecorder(StreamRecorder):
 
     def _take(self, event: ServerEvent) -> Kind:
         value = read_object(event)
-        match value.get("type"):
+        match value.get("type") or event.name:
             case "message_start":
                 self._message = value["message"]
             case "content_block_start":
@@ -141,9 +141,10 @@ class _MessageRecorder(StreamRecorder):
     def _tell(self, value: dict[str, Any]) -> None:
         """Take in what is known at the end; its counts are totals, so they replace the earlier ones."""
         told = {name: item for name, item in value.items() if name not in ("type", "delta", "usage")}
-        _replace(self._message, {**told, **value["delta"]})
+        _replace(self._message, {**told, **(value.get("delta") or {})})
         if value.get("usage"):
-            _replace(self._message.setdefault("usage", {}), value["usage"])
+            self._message["usage"] = usage = dict(self._message.get("usage") or {})
+            _replace(usage, value["usage"])
 
     def _whole(self) -> dict[str, Any]:
         for index, parts in self._parts.items():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from cachepipe import jsontext
 from cachepipe.wire.errors import BadAnswer
@@ -127,6 +128,9 @@ Finish = Callable[[dict[str, Any]], list[dict[str, Any]]]
 class StreamRecorder(ABC):
     """Puts the answer together that a stream brings, while the stream is passed on.
 
+    It reads whatever the SDK's own stream helpers read, so that no server's habits keep an answer from being
+    cached. Where it would make another answer than they do, there are no samples.
+
     Feeding never raises: a stream that is not in order is passed on all the same, and gives no samples.
 
     Attributes:
@@ -136,6 +140,9 @@ class StreamRecorder(ABC):
         overflowed: whether the answer is larger than what is kept of it; it is then passed on unread.
         error: why there will be no samples, or None.
     """
+
+    _may_lack_terminal: ClassVar[bool] = False
+    """Whether an answer says by itself that it is whole, so that its terminal event may be missing."""
 
     def __init__(self, finish: Finish) -> None:
         self.overflowed = False
@@ -182,10 +189,21 @@ class StreamRecorder(ABC):
             return [StreamEvent(self._reader.rest() + chunk)]
         return [self._record(event) for event in self._reader.feed(chunk)]
 
-    def close(self) -> list[StreamEvent]:
-        """Return what is left when the stream has ended; without its terminal event there are no samples."""
+    def close(self, *, in_order: bool = False) -> list[StreamEvent]:
+        """Return what is left when the stream has ended.
+
+        Args:
+            in_order: whether the body is known to have come whole, by its length or its last chunk. Some
+                servers leave out OpenAI's ``[DONE]``: an answer is whole all the same if all of its body
+                came and each choice says why it ended.
+        """
         events = [self._record(event) for event in self._reader.close()]
-        if not self.complete and self.error is None:
+        if self.complete or self.error is not None:
+            return events
+        if in_order and self._may_lack_terminal:
+            self.done = self.ended = True
+            self._attempt(self._conclude, b"its end")
+        else:
             self.error = BadAnswer("the stream ended before its terminal event; it is not a whole answer")
         return events
 
@@ -200,22 +218,30 @@ class StreamRecorder(ABC):
         return self._samples
 
     def _record(self, event: ServerEvent) -> StreamEvent:
-        self.done = self.done or event.data == b"[DONE]"
+        self.done = self.done or event.data.startswith(b"[DONE]")
         self.ended = self.ended or self.done
         if not event.data or self.complete or self.error is not None:
             return StreamEvent(event.raw)
-        kind: Kind = ""
+        kind = self._attempt(partial(self._take, event), event.data)
+        if kind == "terminal":
+            self.ended = True
+            self._attempt(self._conclude, event.data)
+        return StreamEvent(event.raw, self.complete, kind if isinstance(kind, bytes) else None)
+
+    def _attempt(self, step: Callable[[], Kind], data: bytes) -> Kind:
+        """Return what a step returns; note why it fails."""
         try:
-            kind = self._take(event)
-            if kind == "terminal":
-                self.ended = True
-                self._samples = self._finish(self._whole())
+            return step()
         except BadAnswer as error:
             self.error = error
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            self.error = BadAnswer(f"an event of the stream has an unknown form: {event.data!r:.200}")
+            self.error = BadAnswer(f"an event of the stream has an unknown form: {data!r:.200}")
             self.error.__cause__ = error
-        return StreamEvent(event.raw, self.complete, kind if isinstance(kind, bytes) else None)
+        return ""
+
+    def _conclude(self) -> Kind:
+        self._samples = self._finish(self._whole())
+        return "terminal"
 
     @abstractmethod
     def _take(self, event: ServerEvent) -> Kind:
@@ -238,7 +264,7 @@ def read_object(event: ServerEvent) -> dict[str, Any]:
         raise BadAnswer(f"an event of the stream is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadAnswer(f"an event of the stream must hold a JSON object; got {value!r:.200}")
-    if event.name == "error" or value.get("type") == "error" or value.get("error"):
+    if event.name == "error" or "error" in (value.get("type"), value.get("object")) or value.get("error"):
         raise BadAnswer(f"the stream brought an error: {value!r:.500}")
     return value
 
@@ -271,7 +297,8 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
     """Add a delta to what has come before it; `settled` makes plain values of the result.
 
     Strings are appended, except identities and repeated names; numbers are replaced; mappings are merged by
-    name; lists whose entries have an index are merged by it, others are appended to. Null changes nothing.
+    name; lists whose entries have an index are merged by it, others are appended to. A content that begins as
+    text and goes on in parts, or the other way round, becomes a list of parts. Null changes nothing.
 
     Raises:
         BadAnswer: when a value changes its kind midway, so that nobody can say what the whole is.
@@ -282,6 +309,10 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
             before = None  # an empty string announces content of any kind
         if value is None:
             into.setdefault(name, None)
+        elif name == "tool_calls" and isinstance(value, dict | list):
+            if before is None:
+                before = into[name] = []
+            _merge_calls(before, value if isinstance(value, list) else [value])
         elif isinstance(value, str):
             into[name] = _appended(name, before, value)
         elif isinstance(value, dict) and isinstance(before, dict | None):
@@ -289,10 +320,14 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
             merge(before, value)
         elif isinstance(value, list) and isinstance(before, list | None):
             into[name] = before = [] if before is None else before
-            if name == "tool_calls" or any(isinstance(item, dict) and "index" in item for item in value):
+            if any(isinstance(item, dict) and "index" in item for item in value):
                 _merge_indexed(before, value)
             else:
                 before.extend(value)
+        elif isinstance(value, list) and isinstance(before, _Text) and name == "content":
+            if not all(isinstance(item, dict) for item in value):
+                raise _changed(name)
+            into[name] = [_text_part(before), *value] if value else before
         elif before is None or type(before) is type(value) or isinstance(before, bool | int | float):
             into[name] = value
         else:
@@ -310,7 +345,18 @@ def _appended(name: str, before: Any, value: str) -> Any:
         return _Text(value)
     if not value:
         return before
+    if name == "content" and isinstance(before, list):
+        last = before[-1]
+        if isinstance(last, dict) and isinstance(last.get("text"), _Text):
+            last["text"].parts.append(value)
+        else:
+            before.append(_text_part(_Text(value)))
+        return before
     raise _changed(name)
+
+
+def _text_part(text: _Text) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def _changed(name: str) -> BadAnswer:
@@ -321,14 +367,41 @@ def _merge_indexed(entries: list[Any], deltas: list[Any]) -> None:
     """Merge each delta into the latest entry that it continues, or begin another one."""
     for delta in deltas:
         entry = next((entry for entry in reversed(entries) if _continues(delta, entry)), None)
-        if entry is None or _is_next_call(delta, entry):
-            entry = {}
-            entries.append(entry)
-        merge(entry, delta)
+        _merge_into(entries, entry, delta)
+
+
+def _merge_calls(calls: list[Any], deltas: list[Any]) -> None:
+    """Merge each delta into the tool call that it continues, or begin another call.
+
+    Some servers number all calls 0, or give them no index, no id or neither.
+    """
+    earlier = len(calls)
+    for delta in deltas:
+        index, identity = delta.get("index"), delta.get("id")
+        if index is not None:
+            found = (call for call in reversed(calls) if _continues(delta, call))
+        elif identity:
+            found = (call for call in reversed(calls) if call.get("id") == identity)
+        else:
+            found = (call for call in calls[-1:])  # the latest, unless it is another one by its name
+            if len(deltas) > 1 and not _name_of(delta):
+                raise BadAnswer("several parts of tool calls have neither an index nor an id nor a name")
+        call = next(found, None)
+        together = any(call is one for one in calls[earlier:])
+        if call is not None and _is_next_call(delta, call, together=together):
+            call = None
+        _merge_into(calls, call, delta)
+
+
+def _merge_into(entries: list[Any], entry: dict[str, Any] | None, delta: dict[str, Any]) -> None:
+    if entry is None:
+        entry = {}
+        entries.append(entry)
+    merge(entry, delta)
 
 
 def _continues(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
-    """Tell whether a delta has the index of an entry, and neither its id nor its type says otherwise."""
+    """Return True if a delta has the index of an entry, and neither its id nor its type says otherwise."""
     return (
         entry.get("index") == delta.get("index")
         and delta.get("id") in (None, "", entry.get("id"))
@@ -336,18 +409,46 @@ def _continues(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
     )
 
 
-def _is_next_call(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
-    """Tell whether a delta is a call of its own after a whole one; some servers give each of them index 0."""
-    call, before = delta.get("function"), entry.get("function")
-    if not isinstance(call, dict) or not isinstance(before, dict) or not call.get("name"):
+def _is_next_call(delta: dict[str, Any], call: dict[str, Any], *, together: bool) -> bool:
+    """Return True if a delta is a call of its own although it has the index, if any, of a call before it.
+
+    Then it names a function and has arguments, after a call with whole arguments. One without an index and an
+    id is also a call of its own if it names another function, since only names of calls with an index come in
+    pieces, or if it has arguments and comes in one list with the call before it.
+
+    Args:
+        delta: what comes.
+        call: the call before it.
+        together: whether the two come in one list.
+
+    Raises:
+        BadAnswer: when nothing tells whether a function without arguments is called once more.
+    """
+    name, before = _name_of(delta), _name_of(call)
+    if not name or not before:
         return False
-    arguments, text = call.get("arguments"), before.get("arguments")
-    if not isinstance(arguments, str) or not arguments.startswith("{") or not isinstance(text, _Text):
-        return False
-    if not text.parts[-1].endswith("}"):
-        return False
+    arguments, earlier = delta["function"].get("arguments"), call["function"].get("arguments")
+    if delta.get("index") is None and not delta.get("id"):
+        if settled(before) != name or (together and arguments is not None):
+            return True
+        begun = any(earlier.parts) if isinstance(earlier, _Text) else earlier
+        if arguments == "" and not begun:
+            raise BadAnswer(f"the function {name!r} is named twice; it may have been called once or twice")
+    begins = arguments.startswith("{") if isinstance(arguments, str) else isinstance(arguments, dict)
+    return begins and _is_whole(earlier)
+
+
+def _name_of(call: dict[str, Any]) -> Any:
+    function = call.get("function")
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _is_whole(arguments: Any) -> bool:
+    """Return True if the arguments of a call are a whole JSON object."""
+    if not isinstance(arguments, _Text) or not arguments.parts[-1].endswith("}"):
+        return isinstance(arguments, dict)
     try:
-        jsontext.loads("".join(text.parts).encode(errors="surrogatepass"))
+        jsontext.loads("".join(arguments.parts).encode(errors="surrogatepass"))
     except ValueError:
         return False
     return True

@@ -44,7 +44,11 @@ def notebook(server, folder, examples):
         timeout=90,
         check=False,
     )
-    assert (ran.stderr, ran.returncode) == ("", 0)
+    assert (ran.stderr.partition(";")[0], ran.returncode) == (
+        "no model is named, so gpt-4-1106-preview is asked",
+        0,
+    )
+    assert ran.stderr.count("\n") == 1, "once, however many sessions there are"
     return json.loads(ran.stdout)
 
 

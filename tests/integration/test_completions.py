@@ -756,10 +756,22 @@ async def test_calls_of_tools_are_told(server):
     assert completion.to_message().tool_calls == [call]
 
 
+async def test_the_default_model_is_said_once_when_it_is_asked(server, caplog, monkeypatch):
+    access.say_default.cache_clear()
+    monkeypatch.delenv("CACHEPIPE_MODEL", raising=False)
+    await generate_text_completion("Hi?", model="m")
+    assert caplog.messages == []
+    await generate_text_completion("Hi?")
+    await generate_text_completion("Ho?")
+    [said] = caplog.messages
+    assert said == "no model is named, so gpt-4o-mini is asked; model= or CACHEPIPE_MODEL names another"
+
+
 # The end of the process.
 
 
-def test_a_script_leaves_nothing_open(server, tmp_path):
+def test_a_script_leaves_nothing_open(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEPIPE_MODEL", "m")
     code = (
         "import asyncio, cachepipe\n"
         "print(asyncio.run(cachepipe.generate_text_completion('Hi?')).index)\n"

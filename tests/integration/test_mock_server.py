@@ -1309,3 +1309,26 @@ def test_the_package_tells_what_it_has():
     assert set(cachepipe.testing.__all__) <= set(dir(cachepipe.testing))
     with pytest.raises(AttributeError, match="has no 'Nothing'"):
         _ = cachepipe.testing.Nothing
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/embeddings", {"input": "x"}),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_an_unknown_model_is_refused_in_the_words_of_each_api(path, more):
+    with MockServer.in_thread(MockSettings(any_model=False)) as server:
+        refused = httpx.post(f"{server.url}{path}", json={"model": "gpt-9", **more})
+        known = httpx.post(f"{server.url}{path}", json={"model": "ngram-1", **more})
+    error = refused.json()["error"]
+    assert (refused.status_code, known.status_code) == (404, 200)
+    assert "'gpt-9'" in error["message"]
+    if path == "/v1/messages":
+        assert (refused.json()["type"], error["type"]) == ("error", "not_found_error")
+    else:
+        assert (error["code"], error["param"]) == ("model_not_found", "model")

@@ -545,6 +545,15 @@ def test_c9_one_scope_keeps_the_apis_apart_and_is_the_clients_too(server):
     assert server.stats.requests == asked
 
 
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_an_input_without_requests_says_so(server, content):
+    Path("empty.jsonl").write_text(content)
+    done = invoke(options(server, requests="empty.jsonl"))
+    assert done.exit_code == 0
+    assert "empty.jsonl holds no requests: expected a JSON object per line." in done.stderr
+    assert results() == []
+
+
 # Servers that are not there.
 
 

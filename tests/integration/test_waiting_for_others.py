@@ -102,7 +102,7 @@ def test_who_waits_for_a_process_that_runs_is_told_once_and_gets_its_sample(work
         told.append(str(message))
         assert finish(worker) == "['theirs'] [False] 0"
 
-    monkeypatch.setattr(engine.warnings, "warn", tell)
+    monkeypatch.setattr(engine, "warn", tell)
     response = asyncio.run(ask(tmp_path / "cache"))
     assert len(told) == 1
     assert "wait_for_others=SECONDS" in told[0]

@@ -38,7 +38,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
 from cachepipe.stores import folders, leases
-from cachepipe.stores.base import Claim, Commit, Forgo
+from cachepipe.stores.base import Claim, Commit, Forgo, Leave
 
 KEY = "k2-" + "a" * 64
 QUESTION = Question(KEY, None, b"{}")
@@ -858,3 +858,20 @@ def test_opening_and_closing_warns_of_nothing(folder):
         for _ in range(3):
             DiskStore(folder).close()
     assert issubclass(ReadOnlyStore, UserWarning)
+
+
+def test_c8_a_crowd_that_fails_together_costs_the_same_per_head(folder):
+    """Such as a list of 10,000 equal inputs that the provider refuses: each is a holder of one draw."""
+    steps = {}
+    for size in (100, 400):
+        store = DiskStore(folder / str(size))
+        draw = Draw("*", KEY, "", 0)
+        grants = store.write([Claim(draw, 1, QUESTION, f"{token}") for token in range(size)])
+        counted = [0]
+        store._writing[0].set_progress_handler(lambda c=counted: c.__setitem__(0, c[0] + 1), 100)
+        held = [Leave(draw, f"{token}", grant.held, complete=False) for token, grant in enumerate(grants)]
+        store.write([*held, Forgo(KEY, [0])])
+        steps[size] = counted[0]
+        assert store.totals()["draws"] == 0
+        store.close()
+    assert steps[400] < 6 * steps[100]

@@ -71,6 +71,32 @@ def test_a_name_that_is_not_there_is_an_attribute_error(module):
     assert not hasattr(module, "__wrapped__")
 
 
+@pytest.mark.parametrize("name", ["AsyncOpenAI", "OpenAI", "Together", "AzureOpenAI", "AnthropicModel"])
+def test_importing_a_client_or_adapter_from_the_top_says_where_it_is(name):
+    home = "cachepipe.models" if name.endswith("Model") else "cachepipe.clients"
+    with pytest.raises(ImportError, match=f"^{name} is in {home}: from {home} import {name}$"):
+        exec(f"from cachepipe import {name}")  # noqa: S102 - the statement is the case
+
+
+@pytest.mark.parametrize(("name", "instead"), [("cachedir", "write cache="), ("batch_size", "OnlineAPI")])
+def test_cachesavers_parameters_of_clients_say_what_to_write_instead(name, instead, tmp_path):
+    from cachepipe.clients import AsyncOpenAI, OpenAI  # noqa: PLC0415 - it takes its time
+
+    for kind in (AsyncOpenAI, OpenAI):
+        with pytest.raises(TypeError, match=f"{kind.__name__} takes no {name}=; .*{instead}"):
+            kind(api_key="k", **{name: tmp_path})
+
+
+@pytest.mark.parametrize("module", ["httptools", "httpx2", "prometheus_client", "uvicorn"])
+def test_a_missing_extra_is_said_once(module, tmp_path):
+    code = f"import sys; sys.modules['{module}'] = None; from cachepipe.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--upstream", "http://127.0.0.1:9/v1"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("pip install") == 1
+    assert f"needs {module}: pip install 'cachepipe[proxy]'" in done.stderr
+
+
 def test_every_module_of_the_package_can_be_imported():
     names = [info.name for info in pkgutil.walk_packages(cachepipe.__path__, "cachepipe.")]
     assert len(names) > 20

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import sqlite3
 import threading
 
 import pytest
@@ -137,6 +138,16 @@ async def test_threads_that_miss_at_once_get_their_reasons(store):
     for thread in threads:
         thread.join()
     assert {near.document for near in found} == {b'{"fields":{"prompt":"p"}}'}
+
+
+async def test_a_miss_stands_when_the_search_for_its_reason_fails(store, monkeypatch):
+    def broken(*_):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(type(store), "similar", broken)
+    error = await missed(store, Request("p"))
+    assert (error.why, error.nearest) == ("", None)
+    assert f"no complete answer for key {error.key} in namespace None. The request" in str(error)
 
 
 def test_a_miss_can_be_pickled():

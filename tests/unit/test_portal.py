@@ -71,7 +71,14 @@ def test_a_task_within_a_task_may_exit():
 
 
 def test_who_waits_for_a_thread_that_has_ended_gets_an_error_and_the_next_call_another_thread(dead):
-    waiting = submit(asyncio.Event().wait())
+    begun = threading.Event()
+
+    async def waits():
+        begun.set()
+        await asyncio.Event().wait()
+
+    waiting = submit(waits())
+    assert begun.wait(20)
     old = dead()
     with pytest.raises(RuntimeError, match="make the call again"):
         waiting.result(20)

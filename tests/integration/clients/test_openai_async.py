@@ -664,6 +664,29 @@ async def test_only_the_usage_is_taken_out_of_a_chunk_that_brings_more(wanted):
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(("framed", "paid"), [(True, 1), (False, 2)])
+async def test_c7_a_stream_without_done_is_stored_only_if_its_body_ended_in_order(framed, paid):
+    chunk = {**EMPTY, "object": "chat.completion.chunk"}
+    chunk["choices"] = [{"index": 0, "delta": {"content": "hello"}, "finish_reason": "stop"}]
+    library = library_of(openai.AsyncOpenAI(api_key=KEY))
+    calls = []
+
+    def answer(request):
+        calls.append(request)
+        content = b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        made = library.Response(200, content=content, headers={"content-type": "text/event-stream"})
+        if not framed:
+            del made.headers["content-length"]
+        return made
+
+    http = library.AsyncClient(transport=library.MockTransport(answer))
+    async with AsyncOpenAI(api_key=KEY, cache=MemoryStore(), http_client=http) as client:
+        for who in (client, client.in_namespace("b")):
+            async for got in await ask(who, stream=True):
+                assert got.choices[0].delta.content in ("hello", "", None)
+    assert len(calls) == paid
+
+
 async def test_a_stream_is_closed_soon_after_its_terminal_event_and_at_once_for_a_leaving_reader():
     chunk = {**EMPTY, "object": "chat.completion.chunk"}
     chunk["choices"] = [{"index": 0, "delta": {"content": "hello"}, "finish_reason": None}]

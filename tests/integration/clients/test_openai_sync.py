@@ -244,6 +244,53 @@ def test_c8_a_stream_whose_reader_is_interrupted_is_undone_and_later_calls_work(
         assert info(ask(client.in_namespace("b"))).indices == (0,)
 
 
+FINISHED = CHUNK + CHUNK.replace(b"null", b'"stop"')
+
+
+def odd_server(library, content):
+    """An HTTP client of a server that answers every stream with these bytes; a list has no length."""
+    calls = []
+
+    class Open(library.SyncByteStream):
+        def __iter__(self):
+            yield from content
+
+    def answer(request):
+        calls.append(request)
+        body = {"content": content} if isinstance(content, bytes) else {"stream": Open()}
+        return library.Response(200, headers={"content-type": "text/event-stream"}, **body)
+
+    return library.Client(transport=library.MockTransport(answer)), calls
+
+
+@pytest.mark.parametrize(
+    ("content", "paid"), [(FINISHED, 1), ([FINISHED], 2), (CHUNK, 2), (FINISHED[:-9], 2)]
+)
+@pytest.mark.parametrize("raw", [False, True])
+def test_c7_a_stream_without_its_last_event_is_stored_only_if_its_body_ended_in_order(content, paid, raw):
+    http, calls = odd_server(library_of(openai.OpenAI(api_key="k")), content)
+    with OpenAI(base_url="http://h/v1", api_key="k", http_client=http, cache=MemoryStore()) as client:
+        for who in (client, client.in_namespace("b")):
+            if raw:
+                how = {"model": "m", "messages": HELLO, "stream": True}
+                with who.chat.completions.with_streaming_response.create(**how) as response:
+                    assert b"".join(response.iter_bytes()).startswith(b"data: ")
+            else:
+                assert read(ask(who, stream=True))[0].strip("a") == ""
+        assert len(calls) == paid
+
+
+def test_c7_a_stream_without_its_last_event_is_stored_before_its_end_is_seen():
+    http, calls = odd_server(library_of(openai.OpenAI(api_key="k")), FINISHED)
+    store = MemoryStore()
+    with OpenAI(base_url="http://h/v1", api_key="k", http_client=http, cache=store) as client:
+        for _ in ask(client, stream=True):
+            pass
+        with OpenAI(base_url="http://h/v1", mode="replay", cache=store, namespace="b") as other:
+            assert texts(ask(other)) == ["aa"]
+    assert len(calls) == 1
+
+
 def test_c7_closing_a_client_waits_for_the_rest_of_a_stream_as_long_as_it_is_told():
     library, going_on = library_of(openai.OpenAI(api_key="k")), threading.Event()
 
@@ -567,7 +614,7 @@ def test_a_program_ends_at_once_and_quietly_though_it_has_left_a_stream(server, 
     events = 0.0 if way == "unread" else 600.0
     server.settings = server.settings.updated({"stream_delay": events, "max_tokens": 50})
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-c", LEAVES, server.base_url, str(tmp_path), EXITS[way]],
+        [sys.executable, "-W", "error", "-c", LEAVES, server.base_url, str(tmp_path), EXITS[way]],
         capture_output=True,
         text=True,
         timeout=110,  # the imports alone take a loaded machine half a minute

@@ -330,3 +330,14 @@ def test_a_model_is_loaded_by_name_and_named_in_keys(network, tokenizer, tmp_pat
         TransformersModel(network)
     with pytest.raises(TypeError, match="device_map"):
         TransformersModel(network, tokenizer, name="x", device_map="cpu")
+
+
+def test_c9_the_order_in_the_arguments_of_a_tool_call_counts(model):
+    """Chat templates write them as they are."""
+
+    def key_of(call, **message):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": call}}]
+        return model.question(Asked([{"role": "assistant", "tool_calls": calls, **message}])).key
+
+    assert key_of({"a": 1, "b": 2}) != key_of({"b": 2, "a": 1})
+    assert key_of({"a": 1}, content="", name="x") == key_of({"a": 1}, name="x", content="")

@@ -235,6 +235,10 @@ def test_the_commands_serve_and_new_run(command, upstream, asked, tmp_path):
     begun = command("new-run", "--url", told["url"], "--token-env", "TOKEN", TOKEN="t0ken")
     assert begun.communicate()[0] == "A new run of all namespaces has begun.\n"
     assert ask(told["base_url"]).content == first.content
+    wrong = command(
+        "new-run", "--url", told["url"], "--namespace", "mistyped", "--token-env", "TOKEN", TOKEN="t0ken"
+    )
+    assert "has seen the namespace mistyped. Check the name" in wrong.communicate()[1]
     refused = command("new-run", "--url", told["url"])
     assert "x-cachepipe-token" in refused.communicate()[1]
     assert refused.returncode == 2

@@ -254,3 +254,24 @@ def test_servers_in_front_of_the_proxy_are_asked_not_to_hold_events_back(proxy, 
         helpers.chat_url(proxy), json={**asked, "stream": True}, headers={"x-cachepipe-mode": "bypass"}
     )
     assert passed.headers["x-accel-buffering"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "pieces", "paid"),
+    [
+        (STREAM[:1], EVENTS[:3], 1),  # with a length
+        (STREAM[:1], EVENTS[:2], 1),
+        (STREAM, EVENTS[:3], 2),  # until the connection closes
+        (STREAM[:1], EVENTS[:1], 2),
+        ([*STREAM[:1], ("content-length", "900")], [*EVENTS[:3], None], 2),  # shorter than it says
+    ],
+)
+def test_c7_a_stream_without_done_is_stored_only_if_its_body_ended_in_order(
+    streaming, recorder, http, asked, helpers, pairs, pieces, paid
+):
+    for namespace in ("a", "b"):
+        recorder.answers[:] = [(200, pairs, pieces)]
+        with contextlib.suppress(httpx2.RemoteProtocolError):
+            answer = http.post(helpers.chat_url(streaming, namespace), json={**asked, "stream": True})
+            assert helpers.text_of(answer)[0].startswith("a")
+    assert len(recorder.requests) == paid

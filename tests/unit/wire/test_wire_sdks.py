@@ -9,6 +9,8 @@ import openai
 import orjson
 import pytest
 import together
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cachepipe.wire import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 
@@ -82,6 +84,121 @@ def test_openai_accumulates_the_replayed_chunks_into_the_whole_completion(answer
         assert got["logprobs"] == expected["logprobs"]
     assert told["usage"] == answer["usage"]
     assert told["id"] == answer["id"]
+
+
+def final_of(payload):
+    """What openai's own stream helper puts together; None where it cannot."""
+    with openai_client(payload).chat.completions.stream(model="m", messages=[]) as stream:
+        try:
+            [choice] = stream.get_final_completion().to_dict()["choices"]
+        except (AttributeError, RuntimeError, TypeError):
+            return None
+    message = choice["message"]
+    calls = [
+        (c.get("id"), c["function"]["name"], c["function"]["arguments"])
+        for c in message.get("tool_calls") or ()
+    ]
+    told = [message.get(name) or None for name in ("content", "refusal", "reasoning_content")]
+    return told, calls, choice["finish_reason"], (choice.get("logprobs") or {}).get("content")
+
+
+def read_by(payload):
+    """What a reader of the chunks puts together."""
+    texts, calls, finish = {}, {}, None
+    for chunk in openai_client(payload).chat.completions.create(model="m", messages=[], stream=True):
+        for choice in chunk.choices or ():
+            finish = choice.finish_reason or finish
+            delta = {} if choice.delta is None else choice.delta.to_dict()
+            for name in ("content", "refusal", "reasoning_content"):
+                texts[name] = texts.get(name, "") + (delta.get(name) or "")
+            for call in delta.get("tool_calls") or ():
+                made = calls.setdefault(call["index"], ["", "", ""])
+                made[0] = call.get("id") or made[0]
+                made[1] += call["function"].get("name") or ""
+                made[2] += call["function"].get("arguments") or ""
+    return texts, calls, finish
+
+
+def cut(draw, text):
+    """A text in pieces."""
+    ends = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+@st.composite
+def odd_streams(draw):
+    """A stream as one server or another sends it, and the habits that it has."""
+    words = st.text('ab {}"é😀\n', max_size=12)
+    deltas = []
+    for name in draw(st.permutations(["content", "refusal", "reasoning_content"]).map(lambda p: p[:2])):
+        deltas += [{name: piece} for piece in cut(draw, draw(words))]
+    for index in range(draw(st.integers(0, 2))):
+        begun = {
+            "index": index,
+            "id": f"c{index}",
+            "type": "function",
+            "function": {"name": "f", "arguments": ""},
+        }
+        deltas.append({"tool_calls": [begun]})
+        parts = cut(draw, orjson.dumps({"x": draw(words)}).decode())
+        deltas += [{"tool_calls": [{"index": index, "function": {"arguments": part}}]} for part in parts]
+    habit = {name: draw(st.booleans()) for name in HABITS}
+    if habit["role each time"]:
+        deltas = [{"role": "assistant", **delta} for delta in deltas]
+    if habit["delta null"]:
+        deltas.insert(draw(st.integers(0, len(deltas))), None)
+    chunks, said = [], ""
+    for delta in [*deltas, {}]:
+        said += (delta or {}).get("content") or ""
+        more = (
+            {"message": {"role": "assistant", "content": said}}
+            if habit["message beside"] and delta is not None
+            else {}
+        )
+        finish = "" if habit["empty finish"] else None
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, **more}
+        if habit["logprobs"]:
+            choice["logprobs"] = {"content": [{"token": "t", "logprob": -1.0, "top_logprobs": []}]}
+        chunks.append(
+            {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+        )
+    chunks[-1]["choices"][0]["finish_reason"] = "stop"
+    if habit["usage"]:
+        chunks.append({"choices": None if habit["choices null"] else [], "usage": USAGE})
+    end = draw(st.sampled_from([b"\n", b"\r\n", b"\r"]))
+    lines = []
+    for value in chunks:
+        lines += [b": keep-alive", b""] if habit["comments"] else []
+        lines += [b"data:" + orjson.dumps(value), b""]
+    lines += [] if habit["no DONE"] else [b"data: [DONE]", b""]
+    return end.join([*lines, b""])
+
+
+HABITS = (
+    "role each time",
+    "delta null",
+    "message beside",
+    "empty finish",
+    "logprobs",
+    "usage",
+    "choices null",
+    "comments",
+    "no DONE",
+)
+USAGE = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+
+
+@given(odd_streams(), st.integers(1, 99))
+def test_openai_puts_the_same_together_of_a_stream_and_of_its_replay_whatever_the_habits(stream, size):
+    recorder = CHAT.recorder()
+    for start in range(0, len(stream), size):
+        recorder.feed(stream[start : start + size])
+    recorder.close(in_order=True)
+    [ask] = CHAT.split({"stream": True})
+    replayed = b"".join(CHAT.stream(recorder.samples(), ask))
+    assert read_by(replayed) == read_by(stream)
+    original = final_of(stream)
+    assert original is None or final_of(replayed) == original
 
 
 @pytest.mark.parametrize("answer", CHATS.values(), ids=CHATS)

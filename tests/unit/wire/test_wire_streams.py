@@ -272,6 +272,131 @@ def test_c7_a_stream_whose_choice_did_not_finish_is_never_a_sample(finish):
         recorder.samples()
 
 
+FINISHED = sse(chunk({"role": "assistant", "content": "ok"}), chunk({}, "stop"))
+TEXT_FINISHED = sse({"choices": [{"index": 0, "text": "ok", "finish_reason": "length"}]})
+
+
+@pytest.mark.parametrize("tail", [b"", sse({**HEAD, "choices": [], "usage": USAGE}), b": bye\n\n", b"data: "])
+@pytest.mark.parametrize(("api", "stream"), [(CHAT, FINISHED), (COMPLETIONS, TEXT_FINISHED)])
+def test_c7_a_body_that_ended_in_order_is_whole_if_each_choice_says_why_it_ended(api, stream, tail):
+    for in_order in (True, False):
+        recorder = api.recorder()
+        recorder.feed(stream + tail)
+        assert not recorder.complete
+        recorder.close(in_order=in_order)
+        assert recorder.complete == recorder.ended == in_order
+    whole = api.recorder()
+    whole.feed(stream + tail.removesuffix(b"data: ") + b"data: [DONE]\n\n")
+    for recorder in (whole, api.recorder()):
+        recorder.feed(b"" if recorder is whole else stream + tail)
+        recorder.close(in_order=True)
+        assert recorder.samples() == whole.samples()
+
+
+@pytest.mark.parametrize(
+    ("api", "stream"),
+    [
+        (CHAT, sse(chunk({"content": "a"}, "stop"), chunk({"content": "b"}, None, 1))),
+        (CHAT, sse(chunk({"content": "a"}, ""))),
+        (CHAT, FINISHED + b'data: {"choices": [{"ind'),
+        (CHAT, FINISHED + sse({"error": {"message": "late"}})),
+        (CHAT, sse({**HEAD, "choices": []})),
+        (COMPLETIONS, sse({"choices": [{"index": 0, "text": "a", "finish_reason": None}]})),
+        (
+            MESSAGES,
+            typed(
+                {"type": "message_start", "message": {"content": []}},
+                {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+            ),
+        ),
+        (RESPONSES, typed({"type": "response.output_text.delta", "delta": "a"})),
+    ],
+)
+def test_c7_a_body_that_ended_in_order_is_no_sample_without_what_says_that_the_answer_is_whole(api, stream):
+    recorder = api.recorder()
+    recorder.feed(stream)
+    recorder.close(in_order=True)
+    assert not recorder.complete
+    with pytest.raises(BadAnswer):
+        recorder.samples()
+
+
+DELTA, STOP = {"content": "ab"}, chunk({}, "stop")
+QUIRKS = {
+    "perplexity": [
+        chunk({"role": "assistant", "content": "a"}, message={"role": "assistant", "content": "a"}),
+        {
+            **chunk({"role": "assistant", "content": "b"}, "stop", message={"content": "ab"}),
+            "object": "chat.completion.done",
+            "citations": ["https://a.example"],
+            "usage": USAGE,
+        },
+    ],
+    "null beside the delta": [
+        chunk({"content": "ab"}, message=None, text=None),
+        chunk({}, "stop", message=None),
+    ],
+    "text beside the delta": [chunk({"content": "a"}, text="a"), chunk({"content": "b"}, "stop", text="b")],
+    "an empty message": [
+        chunk({"content": "ab"}, message={"role": "assistant", "content": ""}),
+        chunk({}, "stop"),
+    ],
+    "no delta": [chunk({"content": "ab"}), chunk(None, "stop")],
+    "no index": [{"choices": [{"delta": {"content": c}, "finish_reason": "stop"}]} for c in "ab"],
+    "an empty finish_reason": [
+        chunk({"content": "ab"}, ""),
+        chunk({}, "stop"),
+        chunk({}, ""),
+        chunk({}, None),
+    ],
+    "no choices": [{**HEAD, "choices": None}, chunk({"content": "ab"}, "stop"), {**HEAD, "usage": USAGE}],
+    "usage each time": [{**chunk({"content": c}, "stop"), "usage": u} for c, u in (("a", USAGE), ("b", {}))],
+    "two deltas at once": [{"choices": [chunk({"content": c}, "stop")["choices"][0] for c in "ab"]}],
+    "an empty list of log probabilities": [chunk({"content": "ab"}, "stop", logprobs=[])],
+    "a ping": [{"type": "ping"}, chunk({"content": "ab"}, "stop")],
+}
+
+
+@pytest.mark.parametrize("chunks", QUIRKS.values(), ids=QUIRKS)
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
+def test_the_habits_of_servers_keep_no_answer_from_being_a_sample(chunks, end):
+    lines = [b"\xef\xbb\xbf: OPENROUTER PROCESSING", b""]
+    for value in chunks:
+        lines += [b"event: chunk", b"data:" + orjson.dumps(value), b"", b": keep-alive", b""]
+    stream = end.join([*lines, b"data: [DONE] ", b"", b""])
+    [sample] = recorded(CHAT, stream, 7).samples()
+    choice = sample["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "ab"}
+    assert choice["finish_reason"] == "stop"
+    assert sample.get("object") in ("chat.completion", None)
+    assert sample["usage"] in (None, USAGE)
+    assert not {"text", "delta"} & choice.keys()
+
+
+@pytest.mark.parametrize(
+    ("api", "parts"),
+    [
+        (CHAT, [{"message": {"content": "ab"}}]),
+        (CHAT, [{"delta": {}, "message": {"content": "ab"}}]),
+        (CHAT, [{"delta": {"role": "assistant", "content": ""}, "text": "ab"}]),
+        (CHAT, [{"delta": {"content": "a"}}, {"delta": {"content": "b"}}]),
+        (COMPLETIONS, [{"text": "", "delta": {"content": "ab"}}]),
+        (COMPLETIONS, [{"message": {"content": "ab"}}]),
+    ],
+)
+def test_c8_content_where_the_sdk_does_not_look_and_choices_without_index_give_no_sample(api, parts):
+    stream = sse({**HEAD, "choices": [{**part, "finish_reason": "stop"} for part in parts]}, b"[DONE]")
+    assert not recorded(api, stream).complete
+
+
+def test_a_delta_that_an_unstreamed_answer_has_beside_its_message_is_not_streamed():
+    """Perplexity's have one."""
+    answer = {**WHOLE, "choices": [{**WHOLE["choices"][0], "delta": {"role": "assistant", "content": "x"}}]}
+    [ask] = CHAT.split({"stream": True})
+    [sample] = recorded(CHAT, b"".join(CHAT.stream(CHAT.samples(answer), ask))).samples()
+    assert sample["choices"][0]["message"] == WHOLE["choices"][0]["message"]
+
+
 def test_a_stream_without_any_choice_is_no_sample():
     with pytest.raises(BadAnswer, match="no choice"):
         recorded(CHAT, sse({**HEAD, "choices": []}, b"[DONE]")).samples()
@@ -350,6 +475,85 @@ def test_tool_calls_that_share_an_index_or_have_none_are_told_apart_by_id():
     assert message_of(*({"tool_calls": [{"index": 0, **call}]} for call in whole))["tool_calls"] == whole
     assert message_of(*({"tool_calls": [call]} for call in whole))["tool_calls"] == whole
     assert message_of({"tool_calls": whole})["tool_calls"] == whole
+
+
+def calls_of(*lists):
+    """The names and arguments of the calls that chunks with these lists make."""
+    made = message_of(*({"tool_calls": calls} for calls in lists))["tool_calls"]
+    return [(call["function"]["name"], call["function"].get("arguments")) for call in made]
+
+
+def called(name=None, arguments=None, **more):
+    function = {"name": name, "arguments": arguments}
+    return {**more, "function": {field: value for field, value in function.items() if value is not None}}
+
+
+def test_calls_without_index_and_id_are_told_apart_by_name_and_whole_arguments():
+    assert calls_of([called("f", "{}")], [called("g", "{}")]) == [("f", "{}"), ("g", "{}")]
+    assert calls_of([called("f", '{"a":'), called("f", "{}")]) == [("f", '{"a":'), ("f", "{}")]
+    assert calls_of([called("f", "")], [called("g", "")]) == [("f", ""), ("g", "")]
+    assert calls_of([called("f", "{}")], [called("f", "{}")]) == [("f", "{}")] * 2
+    assert calls_of([called("f", {"a": 1})], [called("f", {"a": 2})]) == [("f", {"a": 1}), ("f", {"a": 2})]
+
+
+def test_parts_of_a_call_without_index_and_id_go_on_with_the_latest_call():
+    parts = [called("f", "", index=0, id="a")], [called(None, '{"x"')], [called(None, ":1}")]
+    assert calls_of(*parts) == [("f", '{"x":1}')]
+    parts = [called("f", "{}", id="a")], [called("g", "{", id="b")], [called(None, "}", id="b")]
+    assert calls_of(*parts) == [("f", "{}"), ("g", "{}")]
+    assert calls_of([called("f", "{", index=1, id="a")], [called(None, "}", id="a")]) == [("f", "{}")]
+
+
+def test_calls_of_the_text_generation_inference_server_are_mappings():
+    parts = [{"tool_calls": called("f", text, index=0, id="")} for text in ("{", "}")]
+    assert message_of(*parts)["tool_calls"] == [{"id": "", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        ([called("f", "")], [called("f", "")]),
+        ([called("f", ""), called("g", "")], [called(None, "{}"), called(None, "{}")]),
+    ],
+    ids=["once or twice", "whose arguments"],
+)
+def test_c8_calls_that_cannot_be_told_apart_give_no_sample(lists):
+    stream = sse(*(chunk({"tool_calls": calls}) for calls in lists), chunk({}, "tool_calls"), b"[DONE]")
+    assert not recorded(CHAT, stream).complete
+
+
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+
+
+@pytest.mark.parametrize(
+    ("contents", "whole"),
+    [
+        (["a", "b", [THOUGHT], "c", "d"], ["ab", THOUGHT, "cd"]),
+        ([[THOUGHT], "", "a", "b"], [THOUGHT, "ab"]),
+        (["", [THOUGHT], [THOUGHT], "a"], [THOUGHT, THOUGHT, "a"]),
+        (["a", [], "b"], "ab"),
+        (["a", [{"type": "text", "text": "b"}], [THOUGHT]], ["a", {"type": "text", "text": "b"}, THOUGHT]),
+    ],
+)
+def test_a_content_of_text_and_parts_becomes_a_list_of_parts_and_is_replayed_as_it_came(contents, whole):
+    stream = sse(*(chunk({"content": content}) for content in contents), chunk({}, "stop"), b"[DONE]")
+    [sample] = recorded(CHAT, stream).samples()
+    expected = whole
+    if isinstance(whole, list):
+        expected = [{"type": "text", "text": part} if isinstance(part, str) else part for part in whole]
+    assert sample["choices"][0]["message"]["content"] == expected
+    [ask] = CHAT.split({"stream": True})
+    replayed = b"".join(CHAT.stream([sample], ask))
+    assert recorded(CHAT, replayed).samples() == [sample]
+    if isinstance(whole, list):
+        first = next(delta for delta in contents if delta)
+        deltas = [choice["delta"].get("content") for choice in choices_of(replayed)]
+        assert type(next(filter(None, deltas))) is type(first)
+
+
+def choices_of(stream):
+    events = EventReader().feed(stream)
+    return [c for event in events if event.data[:1] == b"{" for c in orjson.loads(event.data)["choices"]]
 
 
 @pytest.mark.parametrize("identity", [{}, {"id": ""}])
