@@ -250,7 +250,7 @@ def test_statistics_of_sqlites_own_and_indexes_of_diskcaches_are_fine(tmp_path):
 
 
 def test_c12_a_ledger_that_lists_more_than_is_stored_is_read_in_the_time_of_what_is(received):
-    written(received / "ledger.cache.db", ("UPDATE spans SET stop = ?", 2**62))
+    written(received / "ledger.cache.db", ("UPDATE intervals SET stop = ?", 2**62))
     with contextlib.closing(DiskStore(received)) as store:
         (key,) = [info.key for info in store.keys()]  # noqa: SIM118 - a store is no mapping
         assert [sample.payload for sample in store.samples(key)] == [b'"x"']
