@@ -185,7 +185,7 @@ def test_c9_the_proxys_page_is_given_valid_json(provider, tmp_path, text):
         counted = orjson.loads(client.get(f"{server.url}/cachepipe/api/counters").content)
     assert told["items"][0]["value"] == {"raw": chat(text).decode()}
     assert told["items"][0]["summary"]["text"] == "hi"
-    assert counted["total"]["spent"]["total"] == 5
+    assert counted["total"]["spent"]["total_tokens"] == 5
 
 
 @pytest.mark.parametrize("wanted", [1, 2])
