@@ -332,7 +332,9 @@ class SqlStore:
         with contextlib.suppress(sqlite3.OperationalError):  # others write: it is for the next checkpoint
             for connection in self._checkpointing:
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            identity.checkpoint(*self._checkpointing, stamp, sample)
+            if self._writing is not None:
+                with self._lock:  # what is written through another connection would make this process forget
+                    identity.checkpoint(*self._writing, stamp, sample)
 
     # Reading.
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import socket
 import threading
+import time
 import types
 
 import httpx2
@@ -221,7 +222,15 @@ def text_of(response):
     return [choice["message"]["content"] for choice in response.json()["choices"]]
 
 
+def until(condition):
+    """Wait until another thread has done something."""
+    last = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < last
+        time.sleep(0.001)
+
+
 @pytest.fixture(scope="session")
 def helpers():
     """Functions that several files use."""
-    return type("Helpers", (), {"chat_url": staticmethod(chat_url), "text_of": staticmethod(text_of)})
+    return types.SimpleNamespace(chat_url=chat_url, text_of=text_of, until=until)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 
 import pytest
 
@@ -81,14 +80,6 @@ def held(server):
     return next(iter(server.server_state.connections))._held
 
 
-def until(condition):
-    """Wait until another thread has done something."""
-    last = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < last
-        time.sleep(0.001)
-
-
 def texts(answer):
     return [choice["message"]["content"] for choice in answer["choices"]]
 
@@ -139,7 +130,7 @@ def test_a_new_run_begins_from_the_front(fast, asked, http):
     assert len(server.at_once) == 2
 
 
-def test_a_body_may_come_in_pieces(fast, asked):
+def test_a_body_may_come_in_pieces(fast, asked, helpers):
     """As of clients that write the head by itself."""
     server = fast()
     with Client(server) as client:
@@ -149,7 +140,7 @@ def test_a_body_may_come_in_pieces(fast, asked):
         end = data.index(b"\r\n\r\n") + 4
         for stop in (end, end + 9):
             client.socket.sendall(data[len(held(server)) : stop])
-            until(lambda stop=stop: held(server) == data[:stop])
+            helpers.until(lambda stop=stop: held(server) == data[:stop])
         assert client.ask(data[stop:])[2] == first[2]
     assert len(server.at_once) == 1
 
@@ -217,16 +208,16 @@ def test_a_stream_is_a_stream(fast, asked):
     assert not server.at_once
 
 
-def test_a_stopping_server_answers_what_has_begun_to_come(serve, asked):
+def test_a_stopping_server_answers_what_has_begun_to_come(serve, asked, helpers):
     """The head of a request is there, and its body comes while the server stops."""
     server = serve()
     data = post(asked)
     with Client(server) as client:
         client.ask(data)
         client.socket.sendall(data[:-1])
-        until(lambda: held(server))
+        helpers.until(lambda: held(server))
         server.should_exit = True
-        until(lambda: not server.proxy.ready)
+        helpers.until(lambda: not server.proxy.ready)
         assert client.ask(data[-1:])[0] == 200
 
 
@@ -243,12 +234,12 @@ def under_way(fast, upstream, asked):
         yield server, client
 
 
-def test_a_miss_whose_client_leaves_is_there_for_the_next(under_way, asked, upstream):
+def test_a_miss_whose_client_leaves_is_there_for_the_next(under_way, asked, upstream, helpers):
     server, client = under_way
     client.socket.shutdown(socket.SHUT_RDWR)
-    until(lambda: server.proxy.counters.background == 1)
+    helpers.until(lambda: server.proxy.counters.background == 1)
     upstream.settings = MockSettings()
-    until(lambda: server.proxy.counters.background == 0)
+    helpers.until(lambda: server.proxy.counters.background == 0)
     with Client(server) as another:
         _, told, _ = another.ask(post({**asked, "seed": 1}))
     assert (told["cache-status"], told["x-cachepipe-indices"]) == ("cachepipe; hit", "0")
@@ -266,10 +257,10 @@ def test_what_comes_during_a_miss_is_answered_after_it(under_way, asked, upstrea
     assert [told[place][1]["x-cachepipe-indices"] for place in (0, 2, 3)] == ["0", "1", "2"]
 
 
-def test_a_stopping_server_finishes_a_miss(under_way, upstream):
+def test_a_stopping_server_finishes_a_miss(under_way, upstream, helpers):
     server, client = under_way
     server.should_exit = True
-    until(lambda: not server.proxy.ready)
+    helpers.until(lambda: not server.proxy.ready)
     upstream.settings = MockSettings()
     assert client.answer()[0] == 200
     assert client.ended()

@@ -203,6 +203,7 @@ def test_who_leaves_loses_nothing(proxy, upstream, http, asked, helpers, streame
     with pytest.raises(httpx2.TimeoutException):
         http.post(url, json=asked if not streamed else {**asked, "n": 2}, timeout=0.3)
     upstream.wait_until(lambda stats: stats.in_flight == 1)
+    helpers.until(lambda: proxy.proxy.counters.background == 1)  # it has seen its client leave
     upstream.settings = MockSettings()
     upstream.wait_until(lambda stats: stats.in_flight == 0)
     answer = http.post(url, json={**asked, "stream": streamed})
