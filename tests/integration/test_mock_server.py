@@ -26,7 +26,8 @@ from scipy.stats import chisquare
 from cachepipe.testing import MockServer, MockSettings, NGramModel
 from cachepipe.testing.command import mock_server
 from cachepipe.testing.ngram import default_model, flatten
-from cachepipe.testing.server import FAULTS, Fault, _Connection
+from cachepipe.testing.server import FAULTS, Fault
+from cachepipe.testing.server.connection import HttpConnection
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
 CHAT = "/v1/chat/completions"
@@ -366,7 +367,7 @@ async def test_an_answer_is_counted_before_anybody_has_it(pace):
             pass
 
     finished = asyncio.Event()
-    connection = _Connection(server)
+    connection = HttpConnection(server._responder, server._traffic)
     connection.connection_made(Transport())
     body = json.dumps(chat(stream=bool(pace.get("stream_delay")), max_tokens=3)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: h\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -44,6 +44,15 @@ def test_importing_the_test_doubles_imports_nothing_heavy_either():
     assert new.isdisjoint([*HEAVY, "pytest", "hypothesis"])
 
 
+def test_the_mock_server_imports_nothing_of_what_it_judges():
+    loaded = loaded_by("from cachepipe.testing.server import MockServer; MockServer()")
+    ours = {name for name in loaded if name.startswith("cachepipe.")}
+    assert {name for name in ours if not name.startswith("cachepipe.testing.server")} == {
+        "cachepipe.testing",
+        "cachepipe.testing.ngram",
+    }
+
+
 def test_a_pipeline_needs_no_client_library():
     loaded = loaded_by("from cachepipe import OnlineAPI, Request")
     assert loaded.isdisjoint(

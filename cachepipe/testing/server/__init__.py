@@ -1,0 +1,43 @@
+"""A model server on the loopback interface that speaks OpenAI's protocol and Anthropic's messages.
+
+The n-gram model of `cachepipe.testing.ngram` answers: real, random, and of a known distribution.
+Settings add latency, rate limits and the faults that real providers show. The server counts what it
+serves, so a test can say what a cache has saved.
+
+    async with MockServer(Settings(latency=0.05)) as server:
+        client = AsyncOpenAI(base_url=server.base_url, api_key="any")
+
+The modules, top to bottom:
+
+- `mock`: the server that tests use, and `run_server`.
+- `connection`, `traffic`: HTTP through h11, and who is connected. Only these know that time passes.
+- `responder`: which answer, error or fault a request gets. `faults`: how a fault spoils an answer.
+- `dialects`: the endpoints. `chat`, `completions`, `responses`, `messages`, `embeddings`: what each of
+  them takes and answers. `calls`, `answers`, `tools`, `schemas`, `refusals`:
+  what they share.
+- `settings`, `stats`: how the server behaves, and what it counts.
+
+The server imports nothing of cachepipe outside `cachepipe.testing`: it is the independent judge of how
+`cachepipe.wire` reads and writes the same protocols.
+
+For one request, the order is: key, rate limit, fault, validation, sampling, latency, writing. So
+samples are drawn in order of arrival, and a server with a seed answers the same sequence of requests
+with the same sequence of samples, whatever the latency.
+
+Over HTTP: ``GET`` and ``POST /mock/settings`` (a JSON object of `Settings` to change), ``GET
+/mock/stats``, ``POST /mock/reset``. For one request alone, headers override the settings: x-mock-latency,
+x-mock-latency-per-token, x-mock-stream-delay, and x-mock-fault with a fault in any form that
+`Fault.parse` takes, or ``none``.
+
+The server accepts and ignores parameters that the model has no use for (penalties, `top_k`, `logit_bias`
+…). It ignores the name of the model too, except that the name takes part in seeding, and unless
+`any_model` is false.
+"""
+
+from __future__ import annotations
+
+from cachepipe.testing.server.mock import MockServer, run_server
+from cachepipe.testing.server.settings import FAULTS, Fault, Settings
+from cachepipe.testing.server.stats import LogEntry, Stats
+
+__all__ = ["FAULTS", "Fault", "LogEntry", "MockServer", "Settings", "Stats", "run_server"]

@@ -1,0 +1,55 @@
+"""The endpoints that a model answers, by their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from cachepipe.testing.server import chat, completions, messages, responses
+from cachepipe.testing.server.answers import data_event
+from cachepipe.testing.server.refusals import RefusalError, error_object
+
+if TYPE_CHECKING:
+    from cachepipe.testing.ngram import NGramModel
+    from cachepipe.testing.server.answers import EventStream, ModelAnswer
+    from cachepipe.testing.server.calls import ModelCall
+    from cachepipe.testing.server.settings import Settings
+
+__all__ = ["DIALECTS", "EMBEDDINGS", "MODELS", "Dialect", "dialect_of"]
+
+EMBEDDINGS: Final = "/v1/embeddings"
+MODELS: Final = "/v1/models"
+
+
+def _error_event(refusal: RefusalError, _number: int) -> bytes:
+    return data_event(error_object(refusal))
+
+
+class Dialect(NamedTuple):
+    """How an endpoint reads a call, and writes an answer and an error, each whole or in a stream.
+
+    An error in a stream also gets the number of events before it.
+    """
+
+    read: Callable[[Mapping[str, Any], Settings, NGramModel], ModelCall]
+    write: Callable[[ModelAnswer], dict[str, Any]]
+    stream: Callable[[ModelAnswer], EventStream]
+    error: Callable[[RefusalError], dict[str, Any]] = error_object
+    error_event: Callable[[RefusalError, int], bytes] = _error_event
+
+
+DIALECTS: Final[Mapping[str, Dialect]] = {
+    "/v1/chat/completions": Dialect(chat.read, chat.write, chat.stream),
+    "/v1/completions": Dialect(completions.read, completions.write, completions.stream),
+    "/v1/responses": Dialect(
+        responses.read, responses.write, responses.stream, error_event=responses.error_event
+    ),
+    "/v1/messages": Dialect(
+        messages.read, messages.write, messages.stream, messages.error, messages.error_event
+    ),
+}
+
+
+def dialect_of(path: str) -> Dialect:
+    """Return the dialect of a path; other paths have that of chat completions, for its errors."""
+    return DIALECTS.get(path, DIALECTS["/v1/chat/completions"])
