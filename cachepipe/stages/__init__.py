@@ -1,4 +1,4 @@
-"""The stages: each usable alone around any model, each an async context manager."""
+"""The stages. Each works alone around any model, and each is an async context manager."""
 
 from cachepipe.stages.base import Stage
 from cachepipe.stages.batcher import AsyncBatcher

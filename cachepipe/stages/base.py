@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from typing import Self
 
 Arrived = Callable[[int, Any], None]
-"""Is told a request's place in its batch, and its answer or error, as soon as that is there; on the loop."""
+"""A callback on the loop that gets a request's place in its batch, and its answer or error once it comes."""
 
 
 class Stage:
     """A model in front of a model. Subclasses define ``request`` and, if they can do better, the batch.
 
-    A ``batch_request`` whose answers do not all come at once may take one more keyword, ``arrived``
-    (see `Arrived`), and tell it each answer as it comes; what it returns is whole all the same. One
-    without that keyword is asked without it.
+    If the answers of a ``batch_request`` do not arrive together, it may accept one more keyword, ``arrived``
+    (see `Arrived`), and call it with each answer. It still returns all answers. A method without this
+    keyword is called without it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -34,17 +34,17 @@ class Stage:
 
     @property
     def max_n(self) -> int | None:
-        """How many samples the model gives in one call at most; None when it has no limit."""
+        """The largest number of samples that the model returns in one call; None if it has no limit."""
         return limit_of(self.model)
 
     @property
     def cut_n(self) -> int | None:
-        """How many samples a request may ask for before it is better cut, where nothing speaks against it."""
+        """The number of samples above which a request is cut into several, if it may be cut."""
         return getattr(self.model, "cut_n", None)
 
     @property
     def cache_scope(self) -> str | None:
-        """Whose answers these are (see ``cachepipe.keys.scope_of``)."""
+        """The scope of the model's answers (see ``cachepipe.keys.scope_of``)."""
         from cachepipe.keys import scope_of  # noqa: PLC0415 - keys is not needed by every stage
 
         return scope_of(self.model)
@@ -70,7 +70,7 @@ class Stage:
             self.model.flush()
 
     async def close(self) -> None:
-        """End what is in flight and close the stages below. Idempotent."""
+        """Finish what is in flight and close the stages below. Idempotent."""
         self._closed = True
         if isinstance(self.model, Stage):
             await self.model.close()
@@ -90,7 +90,7 @@ class Stage:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no model before anything is asked of it."""
+    """Raise an error if the object is not a model, before anything is asked of it."""
     limit_of(model)
     if isinstance(model, type) or not (has_request(model) or has_batch(model)):
         raise TypeError(
@@ -100,7 +100,7 @@ def check_model(model: Any) -> None:
 
 
 def adapter_of(model: Any) -> Any:
-    """Return the adapter at the end of a chain of stages: it knows what goes to a provider."""
+    """Return the adapter at the end of a chain of stages: it knows what is sent to a provider."""
     while isinstance(model, Stage):
         model = model.model
     return model
@@ -147,7 +147,7 @@ async def together(requests: Iterable[Any], return_exceptions: bool) -> list[Any
 
 
 def given(answers: list[Any], return_exceptions: bool) -> list[Any]:
-    """Return answers, errors among them only if they may be; otherwise raise the first one."""
+    """Return the answers; raise the first error among them unless exceptions may be returned."""
     if not return_exceptions:
         for answer in answers:
             if isinstance(answer, BaseException):
@@ -163,7 +163,7 @@ async def each(
     Args:
         ask_one: asks for one request.
         requests: the requests.
-        arrived: is told each answer as it comes.
+        arrived: is called with each answer as it comes.
     """
 
     async def one(place: int, request: Request) -> Any:
@@ -204,7 +204,7 @@ async def ask_batch(
     Args:
         model: the model, whichever of the two protocols it speaks.
         requests: the requests.
-        arrived: is told each answer or error once: as soon as it is there, at the latest before this returns.
+        arrived: is called once for each answer or error: when it comes, or at the latest before this returns.
     """
     came: dict[int, Any] = {}
 
@@ -222,7 +222,7 @@ async def ask_batch(
 async def _ask_batch(
     model: Any, requests: Sequence[Request], came: dict[int, Any], take: Arrived
 ) -> list[Any]:
-    """Return one answer or error per request; those that have come before are taken."""
+    """Return one answer or error per request; answers that came earlier are used."""
     if not has_batch(model):
         return await each(model.request, requests, take)
     try:
@@ -243,7 +243,7 @@ async def _ask_batch(
 
 
 async def _repeat(model: Any, requests: Sequence[Request], came: dict[int, Any], take: Arrived) -> None:
-    """Ask one by one for those requests of a batch whose answers have not come."""
+    """Ask one by one for the requests of a batch that have no answer yet."""
     for place, request in enumerate(requests):
         if place not in came:
             try:
@@ -259,7 +259,7 @@ async def send(model: Any, batch: Batch, arrived: Arrived | None) -> list[Any]:
     Args:
         model: a model that takes batches.
         batch: the batch.
-        arrived: is told answers as they come, where the model can tell.
+        arrived: is called with answers as they come, if the model reports them.
     """
     method = model.batch_request
     function = getattr(method, "__func__", None)
@@ -275,7 +275,7 @@ async def send(model: Any, batch: Batch, arrived: Arrived | None) -> list[Any]:
 
 @lru_cache
 def _takes_arrived(function: Callable[..., Any]) -> bool:
-    """Tell whether a ``batch_request`` can tell its answers as they come."""
+    """Return True if a ``batch_request`` can report its answers as they come."""
     try:
         return "arrived" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # of one that is not written in Python
@@ -283,7 +283,7 @@ def _takes_arrived(function: Callable[..., Any]) -> bool:
 
 
 def _raisable(answer: Any) -> Any:
-    """Return an answer; a StopIteration, which no future takes, becomes what a coroutine makes of it."""
+    """Return an answer; a StopIteration, which a future cannot hold, becomes a RuntimeError."""
     if not isinstance(answer, StopIteration):
         return answer
     error = RuntimeError("a model's batch_request returned a StopIteration for one of its requests")
@@ -292,13 +292,13 @@ def _raisable(answer: Any) -> Any:
 
 
 class Flight:
-    """A batch in flight, as its members see it: it is stopped when nobody wants what it still owes.
+    """A batch in flight. It is stopped when no member wants one of its missing answers any more.
 
     Args:
-        members: who are owed an answer each, and want it.
+        members: the requests that wait for an answer.
 
     Attributes:
-        task: what asks for the batch, until it is stopped.
+        task: the task that asks for the batch, until it is stopped.
     """
 
     def __init__(self, members: Iterable[Hashable]) -> None:
@@ -307,21 +307,21 @@ class Flight:
         self._wanting = set(self._owed)
 
     def leave(self, member: Hashable) -> None:
-        """Note that a member wants no answer any more."""
+        """Note that a member does not want its answer any more."""
         self._wanting.discard(member)
         self._stop_unwanted()
 
     def answered(self, member: Hashable) -> None:
-        """Note that a member has got its answer or error."""
+        """Note that a member has received its answer or error."""
         self._owed.discard(member)
         self._wanting.discard(member)
         if self._owed and not self._wanting and self.task is not None:
-            # Not before the next turn: what others are owed may be about to come in this one.
+            # Not before the next turn: the answers of others may be about to come in this one.
             self.task.get_loop().call_soon(self._stop_unwanted)
 
     def _stop_unwanted(self) -> None:
         if self._owed and not self._wanting and self.task is not None:
-            task, self.task = self.task, None  # once: what it does to end is not disturbed
+            task, self.task = self.task, None  # cancel it only once: its cleanup must not be interrupted
             task.cancel()
 
 
@@ -329,7 +329,7 @@ def samples_of(answer: Any) -> list[Any]:
     """Return the samples of a model's answer.
 
     Raises:
-        BadAnswer: when it is no response, or its data no list.
+        BadAnswer: when it is not a response, or its data is not a list.
     """
     data = getattr(answer, "data", None)
     if type(data) is list:

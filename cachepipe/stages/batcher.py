@@ -44,7 +44,7 @@ class Ticket:
         return self._future.__await__()
 
     async def kept(self) -> Response:
-        """Return the response; a cancelled caller withdraws, and returns it if it comes all the same."""
+        """Return the response; a cancelled caller withdraws, but still returns the response if it comes."""
         try:
             return await self._future
         except asyncio.CancelledError:
@@ -55,7 +55,7 @@ class Ticket:
             return await self._future
 
     def result(self) -> Response:
-        """Return the response that has come, though its awaiter was cancelled, or raise that."""
+        """Return the response if it came although its awaiter was cancelled, else raise the cancellation."""
         if self._answer is None:
             return self._future.result()
         if isinstance(self._answer, BaseException):
@@ -63,7 +63,7 @@ class Ticket:
         return self._answer
 
     def withdraw(self) -> None:
-        """Give the place up. What has left in a batch with others comes back all the same."""
+        """Give the place up. A request that was already sent in a batch with others still gets its answer."""
         if self._answer is not None:
             return
         if self._batch is None:
@@ -73,7 +73,7 @@ class Ticket:
             self._batch.leave(self)
 
     def sent(self, batch: _Batch) -> None:
-        """Note that the request has left."""
+        """Note that the request was sent."""
         self._batch = batch
 
     def settle(self, answer: Response | BaseException) -> None:
@@ -82,7 +82,7 @@ class Ticket:
             return
         self._answer = answer
         if self._future.done():
-            return  # it was cancelled with its awaiter, who asks for the result
+            return  # it was cancelled with its awaiter, which asks for the result
         if isinstance(answer, asyncio.CancelledError):
             self._future.cancel()
         elif isinstance(answer, BaseException):
@@ -126,7 +126,7 @@ class _Lane:
         return len(self._queue) + sum(len(tickets) for tickets in self._ready)
 
     def put(self, ticket: Ticket) -> None:
-        """Queue a request; it opens a batch of its own when it does not fit into the open one."""
+        """Queue a request; if it does not fit into the open batch, it opens a new one."""
         n = ticket.request.n
         if self._queue and self._samples + n > self._size:
             self.cut()
@@ -141,7 +141,7 @@ class _Lane:
                 self._timer = self.loop.call_soon(self.cut)
 
     def drop(self, ticket: Ticket) -> None:
-        """Take a request out that has not left yet."""
+        """Remove a request that was not sent yet."""
         if ticket in self._queue:
             self._queue.remove(ticket)
             self._samples -= ticket.request.n
@@ -190,26 +190,26 @@ class _Lane:
                 raise
 
     def abort(self) -> None:
-        """Refuse what has not left yet."""
+        """Refuse the requests that were not sent yet."""
         waiting = [*self._queue, *(ticket for tickets in self._ready for ticket in tickets)]
         self._queue, self._ready, self._samples = [], [], 0
         for ticket in waiting:
-            ticket.settle(StageClosed("the batcher was closed before this request had left; send it again"))
+            ticket.settle(StageClosed("the batcher was closed before this request was sent; send it again"))
 
 
 class AsyncBatcher(Stage):
     """Collects requests into batches for a model.
 
     Args:
-        model: what answers the batches; one that has only ``request`` is asked for each at once.
-        batch_size: samples in a batch at most. A request for more is cut into pieces, unless it has a
-            ``seed`` or ``best_of`` or ``allow_batch_overflow`` is set; then it travels alone.
-        timeout: the window: seconds that a batch stays open for more after its first request. 0 is
-            the turn of the event loop.
-        in_flight: batches in flight at most; None is no limit.
-        prefer: which of a model's methods is used when it has both. ``"request"`` delivers each answer
-            as it comes, ``"batch"`` needs them all.
-        allow_batch_overflow: send a request for more than ``batch_size`` samples whole.
+        model: answers the batches; a model that has only ``request`` is called for each request concurrently.
+        batch_size: the largest number of samples in a batch. A request for more is cut into pieces, unless it
+            has a ``seed`` or ``best_of``, or ``allow_batch_overflow`` is set; then it is sent alone.
+        timeout: the window: seconds that a batch stays open after its first request. 0 means until the end
+            of the event loop's turn.
+        in_flight: the largest number of batches in flight; None means no limit.
+        prefer: the method to use if the model has both. ``"request"`` delivers each answer as it comes,
+            ``"batch"`` delivers all answers of a batch together.
+        allow_batch_overflow: send a request for more than ``batch_size`` samples in one piece.
     """
 
     def __init__(
@@ -257,11 +257,11 @@ class AsyncBatcher(Stage):
 
     @property
     def cut_n(self) -> int | None:
-        """How many samples one request may ask for before it is cut."""
+        """The number of samples above which a request is cut."""
         return None if self._overflow else self.batch_size
 
     async def request(self, request: Request) -> Response:
-        """Return the response; a cancelled caller takes nobody else's with it."""
+        """Return the response; cancelling a caller does not affect the other requests of its batch."""
         return await self._ask(request, self._one)
 
     async def batch_request(
@@ -272,8 +272,8 @@ class AsyncBatcher(Stage):
         Args:
             batch: the requests.
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
-            arrived: is told each answer as it comes: also after a cancellation, which then waits for what
-                travels in a batch with others and so comes all the same.
+            arrived: is called with each answer as it comes, also after a cancellation: this method then waits
+                for the answers of requests that were sent in a batch with others.
         """
         if arrived is None:
             return await super().batch_request(batch, return_exceptions=return_exceptions)
@@ -282,7 +282,7 @@ class AsyncBatcher(Stage):
         return given(answers, return_exceptions)
 
     def _ask(self, request: Request, one: Callable[[Request], Awaitable[Response]]) -> Awaitable[Response]:
-        """Ask for a request as a whole, or for its parts where it is larger than what may travel."""
+        """Ask for a request as a whole, or in parts if it is larger than one request may be."""
         limits = [self.max_n]
         if request.seed is None and request.best_of is None:
             limits.append(self.cut_n)

@@ -1,4 +1,4 @@
-"""Who in this process generates what, and who waits for it: across clients, loops and threads."""
+"""The samples in flight in this process: which loop generates them, and which draws wait for them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from cachepipe.stores.base import Sample
 
 
 class Maker(Protocol):
-    """Where samples are generated: a lane."""
+    """Generates samples: the write queue of a loop."""
 
     loop: asyncio.AbstractEventLoop
 
     def claims(self, key: str) -> bool:
-        """Tell, on any thread, whether it may be about to generate samples of a key."""
+        """Return True if it may be about to generate samples of a key. Thread-safe."""
         ...
 
 
 Told = Callable[[int, "Sample | None", "BaseException | None", bool], None]
-"""Learns, on any thread, of an index: its sample, or why none comes, and whether that was the last try."""
+"""A thread-safe callback: gets an index, its sample or the reason for its absence, and if no try is left."""
 
 
 class Board:
-    """Who in this process generates what, and who waits for it: one per store, for all threads."""
+    """The samples in flight in this process, with those who wait for them: one per store, for all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class Board:
             self._makers.add(lane)
 
     def anyone_claims(self, key: str) -> bool:
-        """Tell whether a lane may yet announce that it generates samples of a key: its loop may be busy."""
+        """Return True if a lane may still announce samples of a key: its loop may be busy."""
         with self._lock:
             makers = list(self._makers)
         return any(lane.claims(key) for lane in makers if not lane.loop.is_closed())
@@ -52,17 +52,17 @@ class Board:
             self._made[key, index] = lane
 
     def maker(self, key: str, index: int) -> Maker | None:
-        """Return the lane that generates a sample, if its loop lives."""
+        """Return the lane that generates a sample, if its loop is open."""
         lane = self._made.get((key, index))
         return None if lane is None or lane.loop.is_closed() else lane
 
     def wait(self, key: str, index: int, waiter: object, told: Told) -> None:
-        """Note that somebody waits for a sample."""
+        """Note that a waiter waits for a sample."""
         with self._lock:
             self._waiting.setdefault((key, index), []).append((waiter, told))
 
     def unwait(self, key: str, indices: Iterable[int], waiter: object) -> None:
-        """Note that somebody waits for these samples no more."""
+        """Note that a waiter does not wait for these samples any more."""
         with self._lock:
             for index in indices:
                 left = [pair for pair in self._waiting.get((key, index), ()) if pair[0] is not waiter]
@@ -72,12 +72,12 @@ class Board:
                     self._waiting.pop((key, index), None)
 
     def anyone_waits(self, key: str, indices: Iterable[int]) -> bool:
-        """Tell whether anybody waits for any of these samples."""
+        """Return True if anyone waits for one of these samples."""
         with self._lock:
             return any((key, index) in self._waiting for index in indices)
 
     def anyone_waits_for(self, key: str) -> bool:
-        """Tell whether anybody waits for any sample of a key."""
+        """Return True if anyone waits for a sample of a key."""
         with self._lock:
             return any(place[0] == key for place in self._waiting)
 
@@ -90,14 +90,14 @@ class Board:
         *,
         last: bool = False,
     ) -> None:
-        """Tell those who wait that a sample is stored, or will not come from who was to generate it.
+        """Notify the waiters that a sample is stored, or that its generation failed.
 
         Args:
             key: the key of its question.
             index: its index.
             sample: the sample, or None.
-            error: what its call failed with, if it did.
-            last: whether that call was the one further try of those who had waited.
+            error: the error of its call, if the call failed.
+            last: whether that call was the second and last try for the waiters.
         """
         with self._lock:
             self._made.pop((key, index), None)
@@ -113,7 +113,7 @@ _boards_lock = threading.Lock()
 
 
 def _after_fork() -> None:
-    """Let a forked child know that its parent's calls and waiters are not its own."""
+    """Clear the boards in a forked child: its parent's calls and waiters are not its own."""
     global _boards_lock  # noqa: PLW0603 - the parent may have held it while forking
     _boards_lock = threading.Lock()
     for board in list(_boards.values()):

@@ -1,9 +1,9 @@
-"""The cacher: draws claim their samples from a store, and what the store lacks is generated once.
+"""The cacher: draws claim their samples from a store, and missing samples are generated once.
 
-A request becomes a draw. What the ledger holds for it is answered at once; otherwise the draws of one
-turn of the event loop are claimed in one transaction, and what they are to generate is asked for
-together. Generation belongs to no caller: it goes on while anyone waits for it, and its samples are
-durable before anyone sees them. Which indices a draw gets is decided in ``cachepipe.contract.allotment``.
+A request becomes a draw. If the ledger holds the draw, the cacher answers at once. Otherwise it claims the
+draws of one turn of the event loop in one transaction, and asks the model for their missing samples
+together. Generation belongs to no caller: it continues while anyone waits for it, and its samples are
+durable before anyone sees them. ``cachepipe.contract.allotment`` decides which indices a draw gets.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Res
 from cachepipe.values import Codec
 
 Flags = Callable[[Request, Question], list[bool]]
-"""Returns the flags ``duplicated`` of a request."""
+"""A function that returns the flags ``duplicated`` of a request."""
 
 
 class AsyncCacher(Stage):
-    """A model whose samples are kept: each draw gets its own, and a rerun gets the same again.
+    """Caches the samples of a model: each draw gets its own, and a rerun gets the same ones again.
 
     Args:
-        model: what generates samples; asked only for what the store lacks.
+        model: generates samples; it is asked only for samples that the store lacks.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder (see
             ``cachepipe.stores.default_folder``).
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``, as in the contract. With
             ``CACHEPIPE_DISABLE=1`` in the environment ``"read-write"`` is ``"bypass"``.
-        scope: whose answers these are; default is the model's ``cache_scope``, or its ``model``.
+        scope: identifies the model in cache keys; default is the model's ``cache_scope``, or its ``model``.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: all requests for a
             question share one draw.
-        hash: a function from a request to a string that stands for its fields in the key.
+        hash: a function that returns a string for a request, which replaces its fields in the key.
         classes: dataclasses and pydantic models that may be stored as samples.
-        durability: ``"process"`` or ``"full"``, for a store that is opened here.
-        wait_for_others: seconds to wait for a sample that another live process generates before it is
-            generated here, for a store that is opened here; None waits as long as that process lives.
+        durability: ``"process"`` or ``"full"``, if the cacher opens the store.
+        wait_for_others: seconds to wait for a sample that another live process generates before generating
+            it here, if the cacher opens the store; None waits as long as that process lives.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class AsyncCacher(Stage):
         return keys.question(request, self.scope, self._hash)
 
     async def request(self, request: Request) -> Response:
-        """Return the samples of a draw; ``cached`` tells which were there already.
+        """Return the samples of a draw; ``cached`` says which were stored already.
 
         Raises:
             CacheMiss: in replay mode, when not all of them are stored.
@@ -120,16 +120,16 @@ class AsyncCacher(Stage):
         counter: Counter | None = None,
         looked: bool = False,
     ) -> Response:
-        """Return the samples of a draw of a question that is known already, on the running loop.
+        """Return the samples of a draw, for a caller that has made the question already.
 
         Args:
             request: the request.
-            question: what it asks.
+            question: the request's question.
             loop: the running loop.
-            duplicated: the flags that a deduplicator in front gives it.
-            receipts: gets what ``take_back`` needs when the response does not reach its caller.
+            duplicated: the flags from a deduplicator in front.
+            receipts: gets the receipt that ``take_back`` needs if the response does not reach its caller.
             counter: counts the occurrences of equal requests; by default the run.
-            looked: whether the caller has just looked, and the ledger does not hold it.
+            looked: whether the caller has just read the ledger and not found the draw.
         """
         begun = self.begin(request, question, loop, duplicated, receipts, counter=counter, looked=looked)
         return begun if isinstance(begun, Response) else await begun
@@ -145,7 +145,7 @@ class AsyncCacher(Stage):
         counter: Counter | None = None,
         looked: bool = False,
     ) -> Response | Coroutine[Any, Any, Response]:
-        """Begin a draw as ``draw`` does: return the response if all of it is there, else what to await."""
+        """Begin a draw as ``draw`` does: return the response if it is complete, else an awaitable."""
         self._check_open()
         if self.mode == "bypass":
             return self._bypass(request, question, loop, duplicated)
@@ -163,7 +163,7 @@ class AsyncCacher(Stage):
         counter: Counter | None = None,
         **options: bool,
     ) -> Response | Drawing:
-        """Begin a draw: return the response if all of it is there, else the draw."""
+        """Begin a draw: return the response if it is complete, else the draw."""
         engine = self._engine
         if duplicated is not None:
             engine.merged += sum(duplicated)
@@ -180,7 +180,7 @@ class AsyncCacher(Stage):
         )
 
     def take_back(self, receipts: Iterable[Receipt]) -> None:
-        """Let requests whose responses did not reach their caller be asked again as the same draws."""
+        """Take back responses that did not reach their caller: a retry is then the same draw."""
         for receipt in receipts:
             self._engine.take_back(receipt)
 
@@ -222,7 +222,7 @@ class AsyncCacher(Stage):
 
         Args:
             requests: the requests.
-            flags: returns the flags that a deduplicator in front gives a request.
+            flags: returns the flags of a request, from a deduplicator in front.
             occurrences: the occurrence of each request's draw, from a caller that counts them itself; by
                 default the run counts them.
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
@@ -281,19 +281,19 @@ class AsyncCacher(Stage):
             return error
 
     def widen(self, window: float) -> None:
-        """Let needs of one question that come within ``window`` seconds share a call."""
+        """Merge needs of one question that come within ``window`` seconds into shared calls."""
         self._engine.window = max(self._engine.window, window)
 
     def awaited(self, key: str) -> bool:
-        """Tell whether a draw of this process waits for a sample of this key that another generates."""
+        """Return True if a draw of this process waits for a sample of this key from another draw."""
         return self._engine.board.anyone_waits_for(key)
 
     def stats(self) -> Stats:
-        """Return what was done since the cacher was opened."""
+        """Return the figures since the cacher was opened."""
         return self._engine.stats()
 
     async def close(self) -> None:
-        """Wait for what is in flight, write it, and close the store if it was opened here."""
+        """Wait for calls in flight, write their samples, and close the store if the cacher opened it."""
         self._closed = True
         if self._ended:
             return

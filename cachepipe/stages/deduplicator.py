@@ -43,7 +43,7 @@ class AsyncDeduplicator(Stage):
         model: a cacher, or any model.
         window: seconds during which a group stays open; 0 is the turn of the event loop in which its
             first request came.
-        scope: whose answers these are, when there is no cacher behind to say so.
+        scope: identifies the model in cache keys, if no cacher behind does so.
     """
 
     def __init__(self, model: Any, *, window: float = 0.0, scope: str | None = None) -> None:
@@ -63,7 +63,7 @@ class AsyncDeduplicator(Stage):
         return f"<AsyncDeduplicator {self.stats().merged} samples merged>"
 
     def stats(self) -> Stats:
-        """Return what was done since the stage was opened; with a cacher behind, its figures."""
+        """Return the figures since the stage was opened; with a cacher behind, the cacher's figures."""
         if self._cacher is not None:
             return self._cacher.stats()
         callers = [lane.caller for lane in self._lanes.values()]
@@ -77,7 +77,7 @@ class AsyncDeduplicator(Stage):
         )
 
     async def request(self, request: Request) -> Response:
-        """Return the request's own samples; ``duplicated`` tells which were merged into a group."""
+        """Return the request's own samples; ``duplicated`` says which were merged into a group."""
         # Asking for the running loop is a system call on some versions of Python; a loop that runs on
         # this thread is the running one.
         last = self._last
@@ -113,7 +113,7 @@ class AsyncDeduplicator(Stage):
 
         Args:
             batch: the requests.
-            occurrences: see `AsyncCacher.draw_all`; of no use without a cacher.
+            occurrences: see `AsyncCacher.draw_all`; ignored without a cacher.
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
@@ -131,7 +131,7 @@ class AsyncDeduplicator(Stage):
         )
 
     def _flags(self, lane: _Lane, request: Request, question: keys.Question, asker: Asker) -> list[bool]:
-        """Return the flags ``duplicated`` of a request, whose group stays open for this turn or window."""
+        """Return the flags ``duplicated`` of a request; its group stays open for this turn or window."""
         group, groups = (question.key, label(request.namespace)), lane.groups
         first = not groups
         duplicated = groups.duplicated(group, asker, request.n)
@@ -143,7 +143,7 @@ class AsyncDeduplicator(Stage):
         return duplicated
 
     def _ask(self, request: Request) -> keys.Question:
-        """Return what a request asks, as a cacher would key it."""
+        """Return the question of a request, as a cacher would key it."""
         own = getattr(adapter_of(self.model), "question", None)
         question: keys.Question = (
             keys.question(request, self._scope) if own is None else own(request, self._scope)
@@ -165,7 +165,7 @@ class AsyncDeduplicator(Stage):
         return lane
 
     async def _merge(self, lane: _Lane, request: Request, asker: Asker) -> Response:
-        """Return the request's part of what its group is asked for."""
+        """Return the request's part of the samples that are asked for its group."""
         question = self._ask(request)
         duplicated = self._flags(lane, request, question, asker)
         group = (question.key, label(request.namespace)) if question.mergeable else None
@@ -202,4 +202,4 @@ def _start(lane: _Lane) -> None:
 
 
 def _dropped(need: Need, values: list[Any], call: Call) -> None:
-    """Let go of samples that nobody asked for: without a store there is nowhere to keep them."""
+    """Drop samples that nobody asked for: there is no store to keep them."""

@@ -1,7 +1,8 @@
-"""What becomes of a draw: its claim, the samples that it awaits or has generated, and its end.
+"""The life of a draw: its claim, the samples that it awaits or has generated, and its end.
 
-An engine is all of a cacher but its handle, so that a cacher is gone, and its run may end, when nobody
-refers to it any more. Everything that concerns a draw happens on the loop of its request.
+An engine holds the state of a cacher. Nothing that runs in the background refers to the cacher itself, so a
+cacher is collected, and its run may end, when the program does not refer to it any more. Everything that
+concerns a draw happens on the loop of its request.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from cachepipe.typedefs import Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
 _LOOK_FIRST, _LOOK_LAST = 0.005, 0.25  # seconds between looks at samples that other processes generate
-_LONG = 10.0  # seconds of waiting for another process after which it is told
-_ORPHAN_LOOKS = 6  # looks after which a sample of this process that nobody generates is taken over
+_LONG = 10.0  # seconds of waiting for another process after which a warning is given
+_ORPHAN_LOOKS = 6  # looks after which a sample of this process that no loop generates is taken over
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a cacher has done since it was opened, in samples unless said otherwise.
+    """The figures of a cacher since it was opened, in samples unless stated otherwise.
 
     Attributes:
         hits: delivered from the cache.
@@ -60,8 +61,8 @@ class Stats:
             nobody had asked for them.
         requests: requests begun.
         calls: calls made to the model.
-        queue_seconds: time that calls have waited for leave from a service or limiter, added up.
-        call_seconds: time that calls have taken from then on, added up; 0 where nothing limits them.
+        queue_seconds: total time that calls have waited for a service or limiter.
+        call_seconds: total time that calls have taken from then on; 0 where nothing limits them.
     """
 
     hits: int = 0
@@ -85,7 +86,7 @@ class Stats:
 
 
 class Receipt(NamedTuple):
-    """What was given out for a draw."""
+    """What a cacher needs in order to take a response back."""
 
     draw: Draw
     counter: Counter
@@ -133,7 +134,7 @@ class Drawing:
     ) -> None:
         self.lane = lane
         self.request = request if lent else request.asking(request.n)
-        self.lent = lent  # whether it is the caller's own, who can change what it holds meanwhile
+        self.lent = lent  # whether it is the caller's own object, which the caller can still change
         self.question = question
         self.mode = mode
         self.n = request.n
@@ -147,7 +148,7 @@ class Drawing:
         self.cached = [True] * self.n  # by position: False once it was generated on this draw's behalf
         self.generated = 0  # how many were
         self.missing: dict[int, int] = {}  # index -> position
-        # Most draws have none of these, so what holds them is made when the first one comes.
+        # Most draws have none of these, so the sets are made when the first index comes.
         self.awaited: set[int] = _NONE  # indices that others generate
         self.making: set[int] = _NONE  # indices that are generated on this draw's behalf
         self.needs: tuple[_Need, ...] = ()
@@ -163,14 +164,14 @@ class Drawing:
         self.future: asyncio.Future[None] = lane.loop.create_future()
 
     def own(self) -> Request:
-        """Return the request with all that it holds its own."""
+        """Return a request that the caller cannot change any more."""
         if self.lent:
             self.lent = False
             self.request = self.request.asking(self.n)
         return self.request
 
     def response(self, duplicated: list[bool] | None) -> Response:
-        """Return the response, once all is there."""
+        """Return the response of a complete draw."""
         return respond(self.values, self.cached, duplicated, tuple(self.indices), self.question.key)
 
 
@@ -181,7 +182,7 @@ def respond(
     indices: tuple[int, ...] | None,
     key: str,
 ) -> Response:
-    """Return a response with all that is known of its samples."""
+    """Return a response with its flags, indices and key."""
     response = Response(values, cached, duplicated)
     response.indices = indices
     response.key = key
@@ -193,7 +194,7 @@ _NONE: Any = frozenset()
 
 
 class _Need(Need):
-    """What a draw is to generate: the samples at these indices, in this order."""
+    """The samples that a draw must generate: those at these indices, in this order."""
 
     __slots__ = ("draw", "engine")
 
@@ -215,7 +216,7 @@ class _Need(Need):
 
 
 class Engine:
-    """All of a cacher but its handle, so that a cacher is gone when nobody refers to it any more."""
+    """The state of a cacher, without a reference to it: see the module's docstring."""
 
     def __init__(self, model: Any, store: Store, codec: Codec) -> None:
         self.model = model
@@ -257,7 +258,7 @@ class Engine:
             return list(self._lanes.values())
 
     def stats(self) -> Stats:
-        """Return what was done so far."""
+        """Return the figures so far."""
         callers = [lane.caller for lane in self.lanes()]
         return Stats(
             hits=self.hits,
@@ -286,10 +287,10 @@ class Engine:
         looked: bool = False,
         crowd: bool = False,
     ) -> Response | Drawing:
-        """Return the response when the ledger and the store have it all, else the draw to wait for.
+        """Return the response if the store has all samples of the draw, else the draw to wait for.
 
-        What comes with others, in a ``crowd``, is claimed with them at the end of the turn. The occurrences
-        of equal requests are counted by the ``counter``, which by default is the run.
+        Requests that come in a ``crowd`` are claimed together at the end of the turn. The ``counter``, by
+        default the run, counts the occurrences of equal requests.
         """
         self.requests += 1
         run = runs.current(self.store.identity)
@@ -386,14 +387,14 @@ class Engine:
         return draw.response(duplicated)
 
     def abandon(self, draw: Drawing) -> None:
-        """Give back what a draw has claimed, unless it has failed: nobody waits for its response any more."""
+        """Give back the claim of a draw that nobody waits for any more, unless the draw has failed."""
         if draw.complete or not draw.dead:
             self._abandon(draw)
         if not draw.future.cancel() and not draw.future.cancelled():
             draw.future.exception()  # nobody is told
 
     def take_back(self, receipt: Receipt) -> None:
-        """Let a request whose response did not reach its caller be asked again as the same draw."""
+        """Take back a response that did not reach its caller: a retry is then the same draw."""
         self.hits -= receipt.n - receipt.generated
         self.misses -= receipt.generated
         self.unreported += receipt.generated
@@ -404,7 +405,7 @@ class Engine:
                 taken.remove(index)
 
     def count_unreported(self, samples: int) -> None:
-        """Count samples that were generated and reached nobody."""
+        """Count samples that were generated and reached no caller."""
         self.unreported += samples
 
     # Claims.
@@ -477,7 +478,7 @@ class Engine:
         lane.want(need, window=self.window)
 
     def _start(self, lane: Lane) -> None:
-        """Ask for what is needed and ready."""
+        """Begin the calls for the needs that are ready."""
         wanted: list[Need] = []
         unwanted: list[Need] = []
         for need in lane.ready():
@@ -493,7 +494,7 @@ class Engine:
     # Samples that come, and samples that do not.
 
     def store_sample(self, draw: Drawing, index: int, value: Any, call: Call) -> None:
-        """Commit a sample that a call has brought, then hand it to whoever waits for it."""
+        """Commit a sample that a call has returned, then deliver it to the draws that wait for it."""
         key = draw.question.key
         if index < 0:  # a store that cannot be written
             self._filled(draw, index, value)
@@ -534,7 +535,7 @@ class Engine:
             need.draw.lane.put(commit, _unheard)
 
     def _commit(self, key: str, index: int | None, value: Any, call: Call) -> Commit:
-        """Return what stores a value, as the model's adapter packs it: its bytes, and what is noted of it."""
+        """Return the operation that stores a value, with the bytes and notes of the model's adapter."""
         meta = new_meta(call.id, call.seconds)
         if self._pack is None:
             return Commit(key, index, self.codec.encode(value), meta)
@@ -561,7 +562,7 @@ class Engine:
             self._complete(draw)
 
     def _unstored(self, draw: Drawing, index: int, value: Any, error: Exception) -> None:
-        """Deliver what could not be stored: it is paid for. The draw stands, and a rerun fills the gap."""
+        """Deliver a sample that could not be stored, as it is paid for. A rerun generates it again."""
         self.give_up(draw, [index], None, keep=True)
         try:
             warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored)
@@ -574,13 +575,13 @@ class Engine:
     def give_up(
         self, draw: Drawing, indices: Sequence[int], error: BaseException | None, *, keep: bool = False
     ) -> None:
-        """Free indices whose samples will not come; their draw fails, those who waited try once more."""
+        """Free the indices of samples that will not come. Their draw fails, and its waiters try once more."""
         key = draw.question.key
         draw.making -= {*indices}
 
         def done(_result: Any) -> None:
             for index in indices:
-                # Who waited tries once more; when that call fails, its outcome is theirs.
+                # The waiters try once more; if that call fails, they fail with its error.
                 self.board.settle(key, index, None, error, last=draw.retried)
 
         if indices and indices[0] >= 0:
@@ -598,7 +599,7 @@ class Engine:
     def _told(
         self, draw: Drawing, index: int, sample: Sample | None, error: BaseException | None, last: bool
     ) -> None:
-        """Learn on any thread of a sample that is awaited; take it on the draw's own loop."""
+        """Pass an awaited sample to the draw's own loop. Thread-safe."""
         draw.lane.soon(self.arrived, draw, index, sample, error, last)
 
     def arrived(
@@ -609,7 +610,7 @@ class Engine:
         error: BaseException | None,
         last: bool,
     ) -> None:
-        """Take a sample that another draw generated, or try for it once more."""
+        """Take a sample that another draw generated, or claim it once more if it did not come."""
         draw.awaited -= {index}
         if draw.dead or index not in draw.missing:
             return
@@ -694,7 +695,7 @@ class Engine:
         strangers[draw] = None
 
     def _look(self, lane: Lane, pause: float, orphans: dict[tuple[str, int], int]) -> None:
-        """See whether what this lane's draws await from elsewhere has come, or will not come."""
+        """Look for the samples that this lane's draws await from other processes."""
         places = [
             (draw, index)
             for draw in lane.strangers
@@ -729,9 +730,9 @@ class Engine:
             lane.loop.call_later(pause, self._look, lane, pause, seen)
 
     def _outwaited(self, draw: Drawing, index: int) -> bool:
-        """Return True if a sample that another process generates is generated here from now on.
+        """Return True if this process now generates a sample that another process was generating.
 
-        That is so after ``wait_for_others`` seconds, or after 10 s if that process is known to be stopped.
+        It does so after ``wait_for_others`` seconds, or after 10 s if the other process is stopped.
         """
         waited = draw.lane.loop.time() - (draw.waits_since or 0.0)
         longest = self.store.wait_for_others
@@ -776,11 +777,11 @@ class Engine:
         if run.first_time("shared draw"):
             warn(
                 f"another live process made the same draw (key {question.key}, namespace "
-                f"{request.namespace!r}, request id {request.request_id!r}) and has its samples too; workers "
-                "that mean independent samples need different request ids",
+                f"{request.namespace!r}, request id {request.request_id!r}) and gets the same samples; "
+                "workers that need independent samples must use different request ids or replicates",
                 SharedDraw,
             )
 
 
 def _unheard(_result: Any) -> None:
-    """Take a result that nobody waits for; its failure shows in the next claim."""
+    """Ignore a result that nobody waits for; its failure shows in the next claim."""

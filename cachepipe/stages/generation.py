@@ -1,4 +1,4 @@
-"""Calls to the model: which needs travel together is decided in ``cachepipe.contract.demands``."""
+"""Calls to the model; ``cachepipe.contract.demands`` decides which needs share a call."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cachepipe.typedefs import Request
 
 
 class Need:
-    """One draw's need of samples of one question. Subclasses say where they go.
+    """The samples of one question that one draw needs. Subclasses define where the samples go.
 
     Attributes:
-        request: what is asked; its ``n`` is what the caller wrote.
-        group: needs of one group may share a call; None is a group of its own.
-        slots: where the samples go. Each is bound to a place in a call before the call is made, so
-            that the order of completion decides nothing (C5).
+        request: the request, with the ``n`` that the caller wrote.
+        group: needs of one group may share a call; None means that the need shares no call.
+        slots: the places of the samples. Each is bound to a place in a call before the call is made, so the
+            order of completion does not matter (C5).
         calls: the calls in flight for it.
     """
 
@@ -40,11 +40,11 @@ class Need:
         raise NotImplementedError
 
     def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:
-        """Take samples that a call has brought."""
+        """Take samples that a call has returned."""
         raise NotImplementedError
 
     def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
-        """Learn that samples will not come; the error is None when the call was withdrawn."""
+        """Note that samples will not come; the error is None if the call was withdrawn."""
         raise NotImplementedError
 
 
@@ -52,7 +52,7 @@ Piece = tuple[Need, Sequence[int]]
 
 
 class Call:
-    """One call to the model: its id, for whom it is, how much it asks for, and how it is withdrawn."""
+    """One call to the model: its id, its needs, its number of samples, and how to withdraw it."""
 
     __slots__ = (
         "begun",
@@ -81,9 +81,9 @@ class Call:
 
     @property
     def request(self) -> Request:
-        """What the model is asked."""
+        """The request to send to the model."""
         request, total = self.pieces[0][0].request, self.total
-        if hasattr(type(request), "merging"):  # it wants to know whose samples these are, and where they go
+        if hasattr(type(request), "merging"):  # the request wants to know which draw its samples go to
             if self.merged:
                 merged: Request = request.merging(total)
                 return merged
@@ -101,7 +101,7 @@ class Call:
         return any(need.wanted for need, _ in self.pieces)
 
     def withdraw(self) -> None:
-        """Stop the call, unless it travels in a batch with others who still want theirs."""
+        """Stop the call, unless it is part of a batch that others still wait for."""
         self.withdrawn = True
         if self.ticket is not None:
             self.ticket.withdraw()
@@ -112,7 +112,7 @@ class Call:
 
 
 class Wanted(Need):
-    """A need whose samples go straight to the caller, not to a store."""
+    """A need of a caller without a store: its samples go to the caller directly."""
 
     __slots__ = ("_late", "_owed", "brought", "future", "values")
 
@@ -167,12 +167,12 @@ class Wanted(Need):
 
 
 class Caller:
-    """Asks a model for what is needed, in as few calls as its limit allows.
+    """Asks a model for the samples that are needed, in as few calls as its limit allows.
 
     Args:
-        loop: the event loop that it belongs to.
+        loop: the event loop of the calls.
         model: the model or stage to ask.
-        extra: takes samples that a model returned beyond what it was asked, with a need of their group.
+        extra: a function that takes samples beyond the number that was asked for, with a need of their group.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Caller:
         self.in_flight = 0
 
     def start(self, needs: Sequence[Need]) -> None:
-        """Begin the calls for needs that came together."""
+        """Begin the calls for needs that arrived together."""
         if not needs:
             return
         groups: dict[Hashable, list[Need]] = {}
@@ -229,7 +229,7 @@ class Caller:
                 need.calls.add(call)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Let nobody wait for a call whose task was cancelled before it had begun."""
+        """Fail the calls of a task that was cancelled before it began."""
         for call in self._tasks.pop(task):
             if not call.settled:
                 self._failed(call, asyncio.CancelledError())
@@ -248,7 +248,7 @@ class Caller:
                 try:
                     answer = await call.ticket
                 except asyncio.CancelledError:
-                    call.ticket.withdraw()  # the loop is ending, and asks nobody any more; what came counts
+                    call.ticket.withdraw()  # the loop is ending; an answer that came is still used
                     answer = call.ticket.result()
             else:
                 answer = await self._model.request(request)
@@ -291,7 +291,7 @@ class Caller:
             else:
                 self._answered(call, values)
 
-        here = copy_context()  # what begins when an answer comes is no part of the call that brought it
+        here = copy_context()  # work that begins when an answer comes is not part of the call's context
         try:
             await ask_batch(
                 self._model,
@@ -299,7 +299,7 @@ class Caller:
                 lambda place, answer: here.run(settle, place, answer),
             )
         except BaseException as error:
-            flight.task = None  # which ends here
+            flight.task = None  # the task ends here
             for place in range(len(calls)):
                 settle(place, error)
             if not isinstance(error, asyncio.CancelledError):
@@ -310,7 +310,7 @@ class Caller:
         self.in_flight += total
 
     def _answered(self, call: Call, values: list[Any]) -> None:
-        """Hand out what a call has brought, and ask again for what it has not."""
+        """Hand out the samples of a call, and ask again for those that are missing."""
         call.settled = True
         self.generated += len(values)
         if len(values) == call.total and not call.merged:
@@ -335,7 +335,7 @@ class Caller:
             [(need, slots)] = then.missing
             error = ShortAnswer(
                 f"asked for {need.request.n} samples, the model still owes {len(slots)} after {PATIENCE} "
-                "calls in a row that brought none; see what it returns for n > 1, or set its max_n"
+                "calls in a row that returned none; check what it returns for n > 1, or set its max_n"
             )
             need.fail(slots, error)
         elif then.missing:
@@ -353,7 +353,7 @@ class Caller:
             need.fail(slots, told)
 
     def _send_each(self, pieces: Sequence[Piece]) -> None:
-        """Ask for pieces as their callers wrote them, but for callers that have gone."""
+        """Ask for each piece in a call of its own, except for callers that do not wait any more."""
         wanted = []
         for need, slots in pieces:
             if need.wanted:
@@ -368,7 +368,7 @@ class Caller:
         return bool(self._tasks)
 
     async def step(self) -> None:
-        """Send what the stages below have queued, and wait until a call in flight has ended."""
+        """Send the requests that the stages below have queued, and wait until a call in flight has ended."""
         if isinstance(self._model, Stage):
             self._model.flush()
         if self._tasks:
@@ -376,7 +376,7 @@ class Caller:
 
 
 def _deliver(need: Need, slots: Sequence[int], values: list[Any], call: Call) -> None:
-    """Hand samples over; what goes wrong with them is the need's own failure, and hangs nobody."""
+    """Hand samples to a need. If that raises, only this need fails."""
     try:
         need.deliver(slots, values, call)
     except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
@@ -393,12 +393,12 @@ def _timed_out(error: BaseException) -> bool:
 
 
 def _status_of(error: BaseException) -> object:
-    """Return the HTTP status code that the error of an SDK tells, if it tells one."""
+    """Return the HTTP status code of an SDK's error, or None."""
     return getattr(error, "status_code", getattr(error, "status", None))
 
 
 def withdraw(need: Need) -> None:
-    """Stop the calls for a need that nobody else waits for."""
+    """Stop the calls for a need, unless others wait for them."""
     for call in list(need.calls):
         if not call.wanted:
             call.withdraw()

@@ -1,4 +1,4 @@
-"""One event loop's way to a store: what comes in one turn is written in one transaction."""
+"""One event loop's write queue: operations of one turn are written in one transaction."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cachepipe.stores.base import Claim, Commit, Operation, Store
 MANY = 1000
 """Samples of one draw above which even reading them is left to the store's thread."""
 _BYTES = 1 << 20  # of their weight in bytes
-_LOOK = 0.01  # seconds between looks whether what others generate has come
+_LOOK = 0.01  # seconds between looks at samples that other processes generate
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 
 _Queued = tuple[Operation, Callable[..., None], tuple[Any, ...]]
-"""An operation, and who gets its result, after arguments of their own."""
+"""An operation, the function that gets its result, and that function's first arguments."""
 
 
 def _weight(operation: Operation) -> int:
@@ -33,7 +33,7 @@ def _weight(operation: Operation) -> int:
 
 
 class _Turn:
-    """A lane's turn on its loop. One that a loop has dropped when it was closed is made up for."""
+    """A lane's turn on its loop. If the loop is closed before the turn, the lane writes without a loop."""
 
     __slots__ = ("_lane",)
 
@@ -51,7 +51,7 @@ class _Turn:
 
 
 class Lane:
-    """One event loop's way to the store: what comes in one turn is written in one transaction."""
+    """One event loop's write queue: operations of one turn are written in one transaction."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class Lane:
         caller: Caller,
         start: Callable[[Lane], None],
     ) -> None:
-        """Make one; ``start`` asks for the ``needs`` that are ``ready``."""
+        """Make one; ``start`` begins the calls for the ``needs`` that are ``ready``."""
         self.loop = loop
         self.caller = caller
         self.needs: list[Need] = []
-        """What is to be asked of the model at the end of this turn, or of the window."""
+        """The needs to ask the model for at the end of this turn, or of the window."""
         self._held: dict[Hashable, list[Need]] = {}
         self.strangers: dict[Any, None] = {}
-        """The draws that await samples which other processes generate, in order."""
+        """The draws that await samples from other processes, in order."""
         self.writes: set[asyncio.Future[list[Any]]] = set()
         self._store = store
         self._start = start
@@ -79,7 +79,7 @@ class Lane:
         self._fork = forks.count
 
     def soon(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on this lane's loop: now when it is the running one, else soon."""
+        """Call a function on this lane's loop: now if that loop is the running one, else soon."""
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - the documented one raises
             function(*arguments)
             return
@@ -97,7 +97,7 @@ class Lane:
                 self.loop.call_soon(_Turn(self))
 
     def put_now(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
-        """Apply an operation at once if that cannot wait, else queue it."""
+        """Apply an operation at once if no lock is in the way, else queue it."""
         try:
             results: list[Any] | None = self._store.apply_now([operation])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
@@ -123,7 +123,7 @@ class Lane:
             self.loop.call_soon(self._start, self)
 
     def alone(self) -> bool:
-        """Tell whether only the task that runs has asked for anything in this turn of the loop."""
+        """Return True if only the running task has made requests in this turn of the loop."""
         if self._operations:
             return False
         task = asyncio.current_task(self.loop)
@@ -136,18 +136,18 @@ class Lane:
         self._first = None
 
     def flush(self) -> None:
-        """Write what has come: inline, a part per turn of the loop, or on the store's thread if it must."""
+        """Write the queued operations: inline, some per turn of the loop, or on the store's thread."""
         batch = self._take(_INLINE)
         if not batch:
             return
         try:
             self._write(batch)
         finally:
-            if self._operations:  # behind the calls for what was granted just now
+            if self._operations:  # after the calls for samples that were granted just now
                 self.loop.call_soon(_Turn(self))
 
     def _take(self, most: int | None = None) -> list[_Queued]:
-        """Take operations from the queue; what waited for the last draw of its question waits no more."""
+        """Take operations from the queue; release needs that waited for the last claim of their question."""
         queue = self._operations
         batch = [queue.popleft() for _ in range(len(queue) if most is None else min(most, len(queue)))]
         for item in batch:
@@ -162,7 +162,7 @@ class Lane:
         return batch
 
     def rescue(self) -> None:
-        """Write what has come without a loop; nobody is left to take what would be claimed."""
+        """Write the queued operations without a loop, except claims: nobody is left to use them."""
         left = [item[0] for item in self._operations if type(item[0]) is not Claim]
         self._operations.clear()
         self._claiming.clear()
@@ -184,7 +184,7 @@ class Lane:
             if len(batch) == 1:
                 self._tell(*batch[0][1:], error)
                 return
-            results = None  # one of them is at fault: the others go on without it
+            results = None  # one operation is invalid: write the others without it
         if results is None:
             batch += self._take()
             batch = [item for item in batch if not self._recalled(*item)]
@@ -195,16 +195,16 @@ class Lane:
             self._tell(done, arguments, result)
 
     def _tell(self, done: Callable[..., None], arguments: tuple[Any, ...], result: Any) -> None:
-        """Hand a result on; what goes wrong with one must not keep the others from theirs."""
+        """Pass a result on; an error here must not keep other results from their callers."""
         try:
             done(*arguments, result)
         except Exception as error:  # noqa: BLE001 - reported, and its draw has failed already
             self.loop.call_exception_handler(
-                {"message": "cachepipe could not hand a result of its store on", "exception": error}
+                {"message": "cachepipe could not pass on a result of its store", "exception": error}
             )
 
     def _recalled(self, operation: Operation, done: Callable[..., None], arguments: tuple[Any, ...]) -> bool:
-        """Answer a claim that needs no writing: such a hit does not wait for whoever writes."""
+        """Answer a claim that needs no writing, so that a hit does not wait for another writer."""
         if (
             type(operation) is not Claim
             or operation.refresh
@@ -221,7 +221,7 @@ class Lane:
         return grant is not None
 
     def _hand_over(self, batch: list[_Queued]) -> None:
-        """Leave a batch to the store's thread now: a loop that is ending may begin no task any more."""
+        """Pass a batch to the store's thread now: a loop that is ending may not begin tasks any more."""
         written = asyncio.ensure_future(self._store.apply([item[0] for item in batch]), loop=self.loop)
         self._sent.append(batch)
         self.writes.add(written)
@@ -236,7 +236,7 @@ class Lane:
         if error is None:
             results: list[Any] = list(written.result())
         elif len(batch) > 1 and not isinstance(error, StoreLocked):
-            for item in batch:  # one of them is at fault: the others go on without it
+            for item in batch:  # one operation is invalid: write the others without it
                 self._hand_over([item])
             return
         else:
@@ -245,7 +245,7 @@ class Lane:
             self._tell(done, arguments, result)
 
     def ready(self) -> list[Need]:
-        """Take what can be asked for now; a question of which more draws are queued waits for them."""
+        """Take the needs that can be asked for now; others wait for queued draws of their question."""
         needs, self.needs = self.needs, []
         if not self._claiming:
             return needs
@@ -258,7 +258,7 @@ class Lane:
         return now
 
     def claims(self, key: str) -> bool:
-        """Tell, on any thread, whether draws of a key are queued, or granted and not yet heard of here."""
+        """Return True if draws of a key are queued or being granted. Thread-safe."""
         if key in self._claiming:
             return True
         sent = [item[0] for batch in list(self._sent) for item in list(batch)]
@@ -270,7 +270,7 @@ class Lane:
         return not self._operations
 
     async def drain(self) -> None:
-        """Wait until everything queued is written, and no call is in flight; end the window at once."""
+        """Wait until everything queued is written and no call is in flight; end the window at once."""
         while self._operations or self.writes or self.caller.busy or self.needs or self.strangers:
             if self.needs:
                 self._start(self)

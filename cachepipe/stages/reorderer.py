@@ -40,14 +40,14 @@ class RequestReorderer(Stage):
         return f"<RequestReorderer {self.model!r}>"
 
     async def request(self, request: Request) -> Response:
-        """Return the model's response: one request has no order."""
+        """Return the model's response: there is nothing to sort."""
         self._check_open()
         return await ask(self.model, request)
 
     async def batch_request(
         self, batch: Batch, *, return_exceptions: bool = False, arrived: Arrived | None = None
     ) -> list[Response]:
-        """Return the model's responses in the batch's own order, and tell each as it comes."""
+        """Return the model's responses in the batch's own order, and report each as it comes."""
         self._check_open()
         order = in_order(batch.requests)
         responses: list[Any] = [None] * len(order)

@@ -1,4 +1,4 @@
-"""Where samples and the ledger live, and how a store is found for what the caller gave."""
+"""Where samples and the ledger live, and which store a caller's argument stands for."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ def switched_off() -> bool:
 
 
 def default_folder() -> str:
-    """Return the folder of a cache that nobody named.
+    """Return the default cache folder.
 
-    ``CACHEPIPE_DIR``, else ``caches/`` of the project at hand when there is one, else the user's
-    cache folder.
+    ``CACHEPIPE_DIR``, else ``caches/`` in the current folder if it exists, else the user's cache folder.
 
     Raises:
-        StoreError: when that is in the home directory of a user who has none.
+        StoreError: when the user has no home directory.
     """
     if named := os.environ.get("CACHEPIPE_DIR"):
         return named
@@ -49,13 +48,13 @@ def default_folder() -> str:
 
 
 def check_folder(name: str | os.PathLike[str]) -> None:
-    """Refuse what is no name of a folder, though the system would take it for one.
+    """Raise an error for a string that the system accepts as a folder but that is not meant as one.
 
     Raises:
         StoreError: for an empty string, which is the current folder, and for a URL.
     """
     if name == "":
-        raise StoreError("a cache is a folder; got ''. Leave it out for the default one")
+        raise StoreError("a cache is a folder; got ''. Omit it to use the default folder")
     if isinstance(name, str) and "://" in name:
         raise StoreError(f"a cache is a folder, not a URL; got {name.rpartition('@')[2]!r}")
 
@@ -70,7 +69,7 @@ def open_store(
     """Return the store for a path, a ``diskcache.Cache``, a store, or None for the default folder.
 
     Returns:
-        The store, and whether it was opened here, and so is the opener's to close.
+        The store, and whether this function opened it, so that the caller must close it.
     """
     if cache is None:
         cache = default_folder()

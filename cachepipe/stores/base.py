@@ -1,9 +1,9 @@
 """What a store does, in the contract's own verbs.
 
-A store applies operations, several at a time, each list as one transaction and, for a store
-elsewhere, one round trip: **claim** a draw, **commit** samples, **forgo** the lease of samples that
-will not come, **leave** a draw. The rest is reading: **recall** a draw that is complete, **glance**
-at samples that others generate, and iteration for people who look at a cache.
+A store applies lists of operations, each list as one transaction and, for a remote store, one round trip:
+**claim** a draw, **commit** samples, **release leases** of samples that will not come, **release the hold**
+of a draw. The rest is reading: **recall** a draw that is complete, the **status** of samples that others
+generate, and iteration for people who look at a cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _prefix: tuple[int, str] = (-1, "")
 
 
 def new_id() -> str:
-    """Return a new permanent id: 80 bits drawn at random by this process, and a running number."""
+    """Return a new permanent id: 80 random bits of this process, and a running number."""
     global _prefix  # noqa: PLW0603 - a forked child draws its own
     if _prefix[0] != forks.count:
         _prefix = (forks.count, secrets.token_hex(10))
@@ -68,13 +68,13 @@ class Claim:
     """Claim ``n`` samples for a draw.
 
     Attributes:
-        draw: whose claim it is.
+        draw: the draw that claims.
         n: how many samples, from position 0.
-        question: what is asked, stored once per key.
-        token: names this claimant among those who may hold the draw at once.
+        question: the question, stored once per key.
+        token: identifies this claimant among those who hold the draw at the same time.
         refresh: replace the draw's samples by new ones.
-        user: the namespace's label that uses a shared draw; recorded, takes nothing.
-        avoid: indices that the namespace has taken by claims which live in memory.
+        user: the label of the namespace that uses a shared draw; it is recorded and takes no sample.
+        avoid: indices that claims in memory have taken in the namespace.
     """
 
     draw: Draw
@@ -88,17 +88,17 @@ class Claim:
 
 @dataclass(slots=True)
 class Grant:
-    """What a claim got.
+    """The result of a claim.
 
     Attributes:
         indices: the index of each position's sample; ``len(indices) == claim.n``.
         samples: per position, the sample if it exists.
-        mine: the indices that the claimant is to generate; the other missing ones are awaited.
-        held: the segments of the ledger that the claimant holds until it leaves.
+        mine: the indices that the claimant must generate; it awaits the other missing ones.
+        held: the segments of the ledger that the claimant holds until it releases them.
         added: how many positions are new in the ledger.
-        fresh_id: True when the namespace had drawn this key before, and not this draw.
-        shared: True when another live process made this draw.
-        joined: True when others hold the draw too; then the claimant leaves it when it is complete.
+        fresh_id: True if the namespace had drawn this key before, but not with this draw.
+        shared: True if another live process made this draw.
+        joined: True if others hold the draw too; the claimant then releases its hold at completion.
     """
 
     indices: list[int]
@@ -117,9 +117,9 @@ class Commit:
 
     Attributes:
         key: the key of its question.
-        index: the index that was claimed for it, or None for one that nobody asked for.
+        index: the index that was claimed for it, or None for an extra.
         payload: the encoded value.
-        meta: what else is recorded: ``call``, ``seconds`` …
+        meta: further facts to record: ``call``, ``seconds`` …
         id: the sample's permanent id.
     """
 
@@ -134,8 +134,8 @@ class Committed(NamedTuple):
     """Where a sample went.
 
     Attributes:
-        sample: as it is stored now.
-        kept: False when its lease was lost and it was stored as an extra, at another index.
+        sample: the sample as it is stored.
+        kept: False if its lease was lost and it was stored as an extra, at another index.
     """
 
     sample: Sample
@@ -154,7 +154,7 @@ class Forgo:
 class Seize:
     """Take the leases of indices from a live process that has not generated their samples in time.
 
-    What it brings later is kept as an extra.
+    If that process still commits them later, they are stored as extras.
     """
 
     key: str
@@ -167,10 +167,10 @@ class Leave:
 
     Attributes:
         draw: the draw.
-        token: who held it.
+        token: the claimant.
         held: the segments that it held.
-        complete: whether the claimant had what it wanted.
-        n: how many samples it was given, when it was complete: these stand.
+        complete: whether the claimant received all samples.
+        n: how many samples it received, if it was complete: these are never undone.
     """
 
     draw: Draw
@@ -182,7 +182,7 @@ class Leave:
 
 @dataclass(slots=True)
 class Discard:
-    """Mark a sample as discarded, on record: draws that had it get another at the same position."""
+    """Mark a sample as discarded, on record: its draws get another sample at the same position."""
 
     key: str
     index: int
@@ -195,7 +195,7 @@ Result = Grant | Committed | None
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """A key of the cache as a listing shows it."""
+    """A key of the cache, for listings."""
 
     key: str
     scope: str | None
@@ -207,7 +207,7 @@ class KeyInfo:
 
 @dataclass(frozen=True, slots=True)
 class StoredQuestion:
-    """What was asked, stored once per key: canonical JSON, its scope, and when."""
+    """A question, stored once per key: canonical JSON, its scope, and the time of its first request."""
 
     key: str
     scope: str | None
@@ -235,7 +235,7 @@ class DiscardInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NamespaceInfo:
-    """A namespace as a listing shows it: its draws, the samples that it drew and those generated for it."""
+    """A namespace, for listings: its draws, the samples that it drew and those generated for it."""
 
     namespace: str | None
     draws: int
@@ -256,34 +256,34 @@ class Process(NamedTuple):
 
 
 class Store(Protocol):
-    """Where samples, questions and the ledger live."""
+    """Stores samples, questions and the ledger."""
 
     identity: str
-    """Names what is stored: two stores in one process with one identity hold the same cache."""
+    """Identifies the cache: two stores of one process with the same identity hold the same cache."""
     read_only: bool
     """Whether nothing can be written; ``why_read_only`` says why."""
     why_read_only: str
     wait_for_others: float | None
-    """Seconds to wait for a sample that another live process generates before it is generated here; None:
+    """Seconds to wait for a sample that another live process generates before generating it here; None waits
     as long as that process lives."""
 
     def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
-        """Apply the operations in one transaction, or return None at once if that would wait."""
+        """Apply the operations in one transaction; return None at once if that would have to wait."""
         ...
 
     def apply(self, operations: Sequence[Operation]) -> Awaitable[list[Result]]:
         """Apply the operations in one transaction, in order, without blocking the event loop.
 
-        If it returns a future, they are on their way by then: nothing is lost with a loop that ends.
+        If it returns a future, the operations are already queued, and are applied even if the loop ends.
 
         Raises:
-            StoreError: when they could not be applied; then none was, but for samples that may lie on
-                the shelf already, where a repeated commit of the same id finds them.
+            StoreError: when they could not be applied; then none was, except that samples may be stored
+                already, and a repeated commit with the same id finds them.
         """
         ...
 
     def apply_soon(self, operations: Sequence[Operation]) -> None:
-        """Apply the operations without anyone waiting; also works where no event loop runs."""
+        """Apply the operations in the background; this also works without an event loop."""
         ...
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
@@ -291,37 +291,37 @@ class Store(Protocol):
         ...
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
-        """Return what a claim would get if all of it is stored, else None. Only reads.
+        """Return what a claim would get if all of its samples are stored, else None. Only reads.
 
         Args:
-            draw: whose claim it would be.
+            draw: the draw that would claim.
             n: how many samples.
-            taken: indices that the namespace has taken beside those of the ledger.
+            taken: indices that the namespace has taken in addition to those of the ledger.
         """
         ...
 
     def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
-        """Tell of each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
+        """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         ...
 
     def similar(self, question: Question) -> StoredQuestion | None:
-        """Return the stored question that differs least from another one; None if none is like it."""
+        """Return the stored question that differs least from another one; None if none is similar."""
         ...
 
     def generator(self, key: str, index: int) -> Process | None:
-        """Return the process that generates a sample."""
+        """Return the process that generates a sample, or None."""
         ...
 
     def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
-        """Iterate over the keys that start with a prefix, by their first request, or the newest first."""
+        """Iterate over the keys with a prefix, in order of their first request, or newest first."""
         ...
 
     def question(self, key: str) -> StoredQuestion | None:
-        """Return what was asked under a key."""
+        """Return the question of a key."""
         ...
 
     def sample(self, key: str, index: int) -> Sample | None:
-        """Return one sample of a key; None when it is not there, or discarded."""
+        """Return one sample of a key; None if it does not exist or was discarded."""
         ...
 
     def samples(self, key: str) -> Iterator[Sample]:
@@ -329,7 +329,7 @@ class Store(Protocol):
         ...
 
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
-        """Iterate over the ledger's draws, in order of their making; ``namespace`` is a label."""
+        """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""
         ...
 
     def namespaces(self) -> Iterator[NamespaceInfo]:
@@ -342,5 +342,5 @@ class Store(Protocol):
 
 
 def new_meta(call: str, seconds: float) -> dict[str, Any]:
-    """Return what is recorded of a sample beside its value."""
+    """Return the facts that are recorded with a sample."""
     return {"call": call, "seconds": round(seconds, 6)}

@@ -31,7 +31,7 @@ Durability = Literal["process", "full"]
 # diskcache's own repair removes files whose path lacks the name of its database.
 _LEDGER, _SHELF = identity.LEDGER, identity.SHELF
 _DISKCACHE = {**diskcache.DEFAULT_SETTINGS, **diskcache.core.METADATA}
-# Those of a received file decide nothing.
+# Settings in a received file have no effect.
 _OURS = {**diskcache.DEFAULT_SETTINGS, "eviction_policy": "none", "cull_limit": 0}
 _LARGE = 16 << 20  # bytes of a write-ahead log above which opening makes a checkpoint
 _CHECKED = 256 << 20  # bytes of a file up to which all of it is checked after a process did not close it
@@ -42,17 +42,17 @@ class DiskStore(SqlStore):
     """The samples and the ledger of one folder.
 
     Args:
-        cache: the folder, made if there is none (private to the user), or an open ``diskcache.Cache``,
-            whose folder is used and which stays the caller's to close.
+        cache: the folder, which is created if it does not exist (private to the user), or an open
+            ``diskcache.Cache``: its folder is used, and the caller closes it.
         durability: ``"process"`` survives the death of any process; ``"full"`` waits for the disk at
-            each commit, and so survives that of the machine.
+            each commit, and so survives a crash of the machine.
         wait_for_others: seconds to wait for a sample that another live process generates; then it is
             generated here as well, and the later one of the two is kept as an extra. None waits as long as
             that process lives, also while it is stopped.
-        read_only: never write; None finds out whether the folder can be written.
+        read_only: never write; None detects whether the folder can be written.
 
     Raises:
-        StoreError: when the folder cannot be made or opened, or is not a cache.
+        StoreError: when the folder cannot be created or opened, or is not a cache.
         FormatError: when a newer version wrote it.
     """
 
@@ -96,8 +96,8 @@ class DiskStore(SqlStore):
             self._check_readable()
             if not read_only:
                 warn(
-                    f"the cache {self.folder} cannot be written ({self.why_read_only}): it serves hits, and "
-                    "what is generated now is not stored",
+                    f"the cache {self.folder} cannot be written ({self.why_read_only}): it serves hits, but "
+                    "does not store new samples",
                     ReadOnlyStore,
                 )
             return
@@ -114,7 +114,7 @@ class DiskStore(SqlStore):
         return f"<DiskStore {self.folder}{' read-only' if self.read_only else ''}>"
 
     def _make(self, theirs: diskcache.Cache | None) -> None:
-        """Make what is missing of the folder and its files, one process at a time."""
+        """Create the folder and its files if they are missing, one process at a time."""
         made = folders.make(self.folder)
         ours = bool(made) or not any(self.folder.iterdir()) or (self.folder / _SHELF).exists()
         if ours and self.folder.stat().st_mode & 0o077:
@@ -176,11 +176,10 @@ class DiskStore(SqlStore):
             theirs.reset("cull_limit", 0, update=False)
 
     def _recover(self, ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> None:
-        """Begin with stamps beyond all that are there, and mend what processes have left that did not close.
+        """Continue after the greatest stamp, and repair what processes that did not close have left.
 
-        Rows that a machine lost when it stopped, in one of the two files only, are those since the last
-        checkpoint. A sample that is lost so is generated anew, with a warning; one whose listing is lost
-        is listed again.
+        When a machine stops, one of the two files may lose the rows since the last checkpoint. A lost sample
+        is generated again, with a warning. A sample that is missing in the list only is listed again.
         """
         query = "SELECT id, name FROM leases WHERE ended IS NULL"
         dead = {lease for lease, name in ledger.execute(query) if not self._lease_alive(name)}
@@ -203,17 +202,17 @@ class DiskStore(SqlStore):
             if lost:
                 warn(
                     f"the cache {self.folder} has lost {lost} samples: the machine stopped before they were "
-                    "on the disk. They are generated anew when they are asked for. With durability='full' "
-                    "none is lost",
+                    "on the disk. They are generated again when they are asked for. With durability='full' "
+                    "no sample is lost",
                     LostSamples,
                 )
 
     def _check_no_samples(self, shelf: sqlite3.Connection) -> None:
-        """Refuse to begin a new ledger beside samples of one that is lost: all would be bought again."""
+        """Refuse to create a ledger beside samples of a lost ledger: all would be bought again."""
         if identity.is_signed(shelf) or not identity.shelf_is_new(shelf):
             raise DamagedCache(
-                f"the cache {self.folder} has samples, but not the ledger that tells whose they are. Restore "
-                f"its {_LEDGER} from where {_SHELF} came from; to begin anew, name another folder"
+                f"the cache {self.folder} has samples, but its ledger, which says who drew them, is missing. "
+                f"Restore its {_LEDGER} from where {_SHELF} came from; to begin anew, name another folder"
             )
 
     def _check_readable(self) -> None:
@@ -231,18 +230,18 @@ class DiskStore(SqlStore):
             identity.check_parts(ledger, shelf, str(self.folder))
         except sqlite3.Error as error:
             raise StoreError(
-                f"the folder {self.folder} cannot be read as a cache: {error}. Check the path, or let one "
-                "process that may write open it first"
+                f"the folder {self.folder} cannot be read as a cache: {error}. Check the path, or open it "
+                "first in a process that may write"
             ) from error
 
     def _check_log(self, name: str, opened: Sequence[sqlite3.Connection]) -> None:
-        """Refuse to read a file whose latest rows lie beside it: they would be taken for missing."""
+        """Refuse to read a file while its latest rows are in a log beside it: they would seem missing."""
         if _size(self.folder / f"{name}-wal"):
             for connection in opened:
                 connection.close()
             raise StoreError(
-                f"the cache {self.folder} cannot be read where nothing can be written: {name}-wal holds what "
-                "its last process had not moved into the file. Open it once where it may be written"
+                f"the cache {self.folder} cannot be read where nothing can be written: {name}-wal holds rows "
+                "that its last process had not moved into the file. Open the cache once where it may be written"
             )
 
     def _connect(self, name: str, *, uri: str = "") -> sqlite3.Connection:
@@ -282,7 +281,7 @@ class DiskStore(SqlStore):
         return pair[0], pair[1]
 
     def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
-        """Apply the operations in one transaction, or return None at once if that would wait.
+        """Apply the operations in one transaction; return None at once if that would have to wait.
 
         With ``durability="full"`` it would wait for the disk.
         """
@@ -300,8 +299,8 @@ class DiskStore(SqlStore):
         if moved and self._holding is not None and self._holding.moved():
             return
         raise StoreError(
-            f"the cache folder {self.folder} was moved or deleted while it was open: what is stored now "
-            "would be lost, or not found. Put it back, or open the cache again"
+            f"the cache folder {self.folder} was moved or deleted while it was open: samples that are stored "
+            "now would be lost, or not found. Move it back, or open the cache again"
         )
 
     # Leases.
@@ -332,7 +331,7 @@ class DiskStore(SqlStore):
 
 
 def _inode(path: Path) -> int | None:
-    """Return what tells a file from another at its path, None for one that is not there."""
+    """Return the identity of the file at a path, or None if there is no file."""
     try:
         return path.stat().st_ino
     except OSError:
@@ -340,7 +339,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _size(path: Path) -> int:
-    """Return the size of a file, 0 for one that is not there."""
+    """Return the size of a file, or 0 if there is no file."""
     try:
         return path.stat().st_size
     except OSError:
@@ -348,7 +347,7 @@ def _size(path: Path) -> int:
 
 
 def _why_read_only(folder: Path) -> str:
-    """Return why nothing can be written to a folder, or an empty string."""
+    """Return why a folder cannot be written, or an empty string."""
     if not folder.exists():
         return ""
     if not folder.is_dir():

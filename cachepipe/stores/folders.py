@@ -1,6 +1,6 @@
 """Folders of caches: where they are, and which files in them are refused.
 
-A folder may come from anybody. So nothing that it holds is ever a path, and nothing in it leads out of it.
+A folder may come from anyone. So nothing that it holds is used as a path, and no link in it is followed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def expanded(folder: str | os.PathLike[str]) -> Path:
     """Return a folder as an absolute path.
 
     Raises:
-        StoreError: when it is in the home directory of a user who has none.
+        StoreError: when the path names the home directory of a user who has none.
     """
     try:
         return Path(folder).expanduser().resolve()
@@ -33,7 +33,7 @@ def expanded(folder: str | os.PathLike[str]) -> Path:
 
 
 def homeless(what: str) -> StoreError:
-    """Return the error for a folder in the home directory of a user who has none."""
+    """Return the error for a folder that needs a home directory, for a user who has none."""
     return StoreError(
         f"{what} cannot be opened: this user has no home directory. "
         "Name another folder: cache=, --cache or the environment variable CACHEPIPE_DIR"
@@ -43,12 +43,12 @@ def homeless(what: str) -> StoreError:
 def check_files(folder: Path, *names: str) -> None:
     """Refuse databases of a folder, and SQLite's files beside them, that lead to other files.
 
-    Hard links are not refused: no archive and no copy can bring one to a file outside of the folder, while
-    backups and package managers make them within.
+    Hard links are accepted: no archive and no copy can create one to a file outside the folder, while
+    backups and package managers create them inside.
 
     Raises:
-        StoreError: when one is a symbolic link or no regular file, or a journal names a file to delete.
-        OSError: when one cannot be looked at.
+        StoreError: when one is not a regular file, or a journal names a file to delete.
+        OSError: when one cannot be examined.
     """
     for name in names:
         for ending in _BESIDE:
@@ -80,14 +80,14 @@ def _names_a_file(journal: Path, size: int) -> bool:
 
 
 def make(folder: Path) -> Sequence[Path]:
-    """Make a folder and what is missing above it, private to the user; return what was made."""
+    """Create a folder and its missing parents, private to the user; return those that were created."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return missing
 
 
 def sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the names of a folder's entries are on the disk."""
     if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

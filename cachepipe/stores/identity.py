@@ -1,7 +1,7 @@
-"""Whether the parts of a cache belong together (C12).
+"""Checks that the parts of a cache belong together (C12).
 
-The ledger and the file of the samples carry one identity, and each says how much the other held at its last
-checkpoint. A part that is missing, emptied, foreign or older than that is refused at opening: with it, draws
+The ledger and the samples file carry one identity, and each notes how much the other held at the last
+checkpoint. A part that is missing, emptied, foreign or older than that is refused at opening. Otherwise draws
 would be replayed with samples that they never got, or bought again.
 """
 
@@ -23,7 +23,7 @@ _PUT_SHELF = "INSERT INTO cachepipe VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET
 
 
 def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: str) -> None:
-    """Refuse a ledger and samples that do not belong together; give a new cache its identity.
+    """Raise an error if a ledger and samples do not belong together; give a new cache its identity.
 
     Args:
         ledger: a connection to the ledger, whose tables exist.
@@ -31,7 +31,7 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
         where: the folder, for the message.
 
     Raises:
-        DamagedCache: when a part is lost, foreign or older than the other says.
+        DamagedCache: when a part is lost, foreign or older than the other part notes.
     """
     ours = _meta(ledger)
     theirs = _noted(shelf)
@@ -40,7 +40,7 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
         return
     if theirs is None:
         if shelf_is_new(shelf) and not ledger.execute("SELECT 1 FROM intervals LIMIT 1").fetchone():
-            _sign(shelf, ours["identity"])  # its maker was killed in between
+            _sign(shelf, ours["identity"])  # the process that created it was killed in between
             return
         raise _mismatch(where, SHELF, "its samples are lost", LEDGER)
     if ours.get("identity") is None:
@@ -55,7 +55,7 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
 
 
 def shelf_is_new(shelf: sqlite3.Connection) -> bool:
-    """Return True if there is no sample of ours in a file of samples."""
+    """Return True if a samples file holds no sample of cachepipe."""
     found = shelf.execute("SELECT name FROM sqlite_master WHERE name = 'Cache'").fetchone()
     if found is None:
         return True
@@ -64,12 +64,12 @@ def shelf_is_new(shelf: sqlite3.Connection) -> bool:
 
 
 def is_signed(shelf: sqlite3.Connection) -> bool:
-    """Return True if a file of samples carries the identity of a cache."""
+    """Return True if a samples file carries the identity of a cache."""
     return _noted(shelf) is not None
 
 
 def checkpoint(ledger: sqlite3.Connection, shelf: sqlite3.Connection, stamp: int, sample: str | None) -> None:
-    """Note how much both parts hold, after it is on the disk.
+    """Note how much both parts hold, once it is on the disk.
 
     Args:
         ledger: a connection to the ledger.
@@ -95,7 +95,7 @@ def greatest_stamp(ledger: sqlite3.Connection, shelf: sqlite3.Connection, *, unc
     Args:
         ledger: a connection to the ledger.
         shelf: a connection to the samples.
-        unclean: whether a process has ended without a checkpoint; then all rows are looked at.
+        unclean: whether a process has ended without a checkpoint; then all rows are read.
     """
     stamp = checkpointed(ledger)
     if unclean:
@@ -117,7 +117,7 @@ def _meta(ledger: sqlite3.Connection) -> dict[str, Any]:
 
 
 def _noted(shelf: sqlite3.Connection) -> dict[str, Any] | None:
-    """Return what a file of samples says of its cache, None where it says nothing."""
+    """Return what a samples file notes about its cache, or None."""
     if shelf.execute("SELECT 1 FROM sqlite_master WHERE name = 'cachepipe'").fetchone() is None:
         return None
     noted = dict(shelf.execute("SELECT name, value FROM cachepipe"))

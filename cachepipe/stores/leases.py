@@ -1,7 +1,7 @@
-"""Proof of life of a process that generates samples: an OS lock on a file of its own.
+"""Proof that a process which generates samples is alive: an OS lock on a file of its own.
 
-The lock is released by the operating system when the process dies, however it dies, so no clock and
-no heartbeat decides. All stores that one process opens on one folder share its lease.
+The operating system releases the lock when the process dies, however it dies, so no clock and no heartbeat
+is needed. All stores that one process opens on one folder share its lease.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Lease:
         _lock(self._descriptor, wait=True)
 
     def release(self) -> bool:
-        """Give the lease back; the last one to do so ends it, and is told True."""
+        """Give the lease back; the last holder ends it, and gets True."""
         with _guard:
             self.holders -= 1
             if self.holders:
@@ -77,7 +77,7 @@ class Lease:
             return True
 
     def moved(self) -> bool:
-        """Return True if the folder was moved: the lease's file exists, and no longer where it was made."""
+        """Return True if the folder was moved: the lease's file exists, but not at its path any more."""
         return not self._path.exists() and os.fstat(self._descriptor).st_nlink > 0
 
     def forget(self) -> None:
@@ -88,18 +88,18 @@ class Lease:
 
 
 def _place(folder: Path) -> Path:
-    """Return where the leases on a folder are."""
+    """Return the folder of a cache's leases."""
     place = folder / _FOLDER
     if place.is_symlink():
         raise StoreError(
-            f"the cache {folder} cannot be used: {_FOLDER} must be a folder, and is a symbolic link. "
+            f"the cache {folder} cannot be used: {_FOLDER} must be a folder, but is a symbolic link. "
             "Delete the link"
         )
     return place
 
 
 def hold(folder: Path) -> Lease:
-    """Return this process's lease on a folder, made if there is none."""
+    """Return this process's lease on a folder; create it if there is none."""
     with _guard:
         lease = _held.get(folder)
         if lease is None:
@@ -119,7 +119,7 @@ def own(folder: Path) -> str | None:
 def alive(folder: Path, name: str) -> bool:
     """Return True if the process that holds a lease lives.
 
-    The name may come from a received cache: one that no lease can have belongs to no process.
+    The name may come from a received cache: a name that no lease can have belongs to no process.
     """
     if name == own(folder):
         return True
@@ -156,7 +156,7 @@ def process(name: str) -> Process:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's one lock for making and opening its files; waits for others who do."""
+    """Hold the folder's lock for creating and opening its files; wait for others who hold it."""
     descriptor = os.open(folder / "lock.cache.db", os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o600)
     try:
         _lock(descriptor, wait=True)
@@ -166,7 +166,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _after_fork() -> None:
-    """Let a forked child begin without its parent's leases, which are not its own."""
+    """Drop the parent's leases in a forked child: they are not its own."""
     global _guard  # noqa: PLW0603 - the parent may have held it while forking
     _guard = threading.Lock()
     for lease in _held.values():

@@ -1,4 +1,4 @@
-"""A store that lives in memory and is gone with its last reference: for tests and for deduplication only."""
+"""A store in memory that is gone with its last reference: for tests, and for deduplication only."""
 
 from __future__ import annotations
 
@@ -84,27 +84,27 @@ class MemoryStore(SqlStore):
             return super().replay(draw, n, taken)
 
     def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
-        """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
+        """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         with self._lock:
             return super().glance(wanted)
 
     def generator(self, key: str, index: int) -> Process | None:
-        """Return the process that generates a sample."""
+        """Return the process that generates a sample, or None."""
         with self._lock:
             return super().generator(key, index)
 
     def sample(self, key: str, index: int) -> Sample | None:
-        """Return one sample of a key; None when it is not there, or discarded."""
+        """Return one sample of a key; None if it does not exist or was discarded."""
         with self._lock:
             return super().sample(key, index)
 
     def question(self, key: str) -> StoredQuestion | None:
-        """Return what was asked under a key."""
+        """Return the question of a key."""
         with self._lock:
             return super().question(key)
 
     def similar(self, question: Question) -> StoredQuestion | None:
-        """Return the stored question that differs least from another one; None if none is like it."""
+        """Return the stored question that differs least from another one; None if none is similar."""
         with self._lock:
             return super().similar(question)
 

@@ -1,4 +1,4 @@
-"""Why a question is not answered from the cache: what is stored instead, and what differs."""
+"""Explains a miss: which question is stored instead, and what differs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _SCOPES: Final = 64  # scopes under which the question that was asked is looked 
 _COMPARED: Final = 12  # questions that are compared with the one that was asked
 
 Rows = Callable[[int, int], Iterable[tuple[int, str | None, bytes | None]]]
-"""Returns id, scope and document of the questions above an id, the newest first; long documents as None."""
+"""A function that returns the id, scope and document of the questions above an id, the newest first; long
+documents as None."""
 
 
 class Similar:
-    """What the stored questions have in common, read at the first miss and then as questions come.
+    """The traits of the stored questions, read at the first miss and then as questions come.
 
     So a hundred thousand misses read each question once.
     """
@@ -53,7 +54,7 @@ class Similar:
             self._newest = newest
 
     def elsewhere(self, question: Question) -> list[str]:
-        """Return the keys that a question has under the scopes of the stored questions, at most a few."""
+        """Return the keys of a question under the scopes of the stored questions, at most a few."""
         with self._lock:
             scopes = list(self._scopes)[:_SCOPES]
         return [digest(scope, question.document) for scope in scopes]
@@ -83,10 +84,10 @@ def missed(
     Args:
         store: the cache.
         question: what was asked.
-        draw: whose draw it is.
+        draw: the draw.
         n: how many samples were asked for.
         request: the request as it was asked.
-        namespace: the namespace that asked.
+        namespace: the namespace of the request.
     """
     near: StoredQuestion | None = None
     try:
@@ -102,7 +103,7 @@ def missed(
 
 
 def _undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:
-    """Return why a question that is stored has no samples for a draw."""
+    """Return why a stored question has no samples for a draw."""
     has = f"the cache has {_counted(samples, 'sample')} of this question"
     if pending:
         has += f" and {pending} that another process generates or left unfinished"
@@ -119,7 +120,7 @@ def _undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:
 
 
 def _unlike(question: Question, near: StoredQuestion | None) -> str:
-    """Return how the stored question that is nearest to a question differs from it."""
+    """Return how the most similar stored question differs from a question."""
     if near is None:
         return "the cache holds no similar question"
     found = differences(question.scope, question.document, near.scope, near.document)

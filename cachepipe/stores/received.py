@@ -1,6 +1,6 @@
-"""What a received cache may consist of: tables that cachepipe and diskcache make, and nothing else.
+"""What a received cache may contain: the tables that cachepipe and diskcache create, and nothing else.
 
-A cache may come from anybody. Triggers and views in its files would run inside every statement.
+A cache may come from anyone. Triggers and views in its files would run inside every statement.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ def _ledger_schema() -> dict[str, str]:
 
 
 def check_ledger(ledger: sqlite3.Connection, where: str) -> set[str]:
-    """Return what a ledger consists of, which is empty for a new one.
+    """Return the schema of a ledger, which is empty for a new one.
 
     Raises:
         FormatError: when a newer version made it.
-        StoreError: when it holds anything that this version does not make, such as triggers and views:
-            these would run inside every statement.
+        StoreError: when it holds anything that this version does not create, such as triggers and views.
     """
     found, known = ledger.execute(_MADE).fetchall(), _ledger_schema()
     strange = [name for name, sql in found if known.get(name) != sql and not _OF_SQLITE.fullmatch(sql)]
@@ -51,10 +50,10 @@ def check_ledger(ledger: sqlite3.Connection, where: str) -> set[str]:
 
 
 def check_shelf(shelf: sqlite3.Connection, where: str) -> set[str]:
-    """Return what the file of samples consists of, which is empty for a new one.
+    """Return the schema of the samples file, which is empty for a new one.
 
     Raises:
-        StoreError: when it holds anything that diskcache does not make; see `check_ledger`.
+        StoreError: when it holds anything that diskcache does not create; see `check_ledger`.
     """
     found = shelf.execute(_MADE).fetchall()
     known = (_OF_DISKCACHE, _OF_SQLITE)
@@ -69,13 +68,13 @@ def _refuse(strange: Sequence[str], where: str, what: str) -> None:
     if strange:
         shown = ", ".join(sorted(map(repr, strange)))
         raise StoreError(
-            f"the cache {where} cannot be used: its {what} holds {shown:.200}, "
-            "which cachepipe does not make and which may do anything. Restore the file, or use another folder"
+            f"the cache {where} cannot be used: its {what} holds {shown:.200}, which cachepipe does not create "
+            "and which may do anything. Restore the file, or use another folder"
         )
 
 
 def check_format(ledger: sqlite3.Connection, where: str, *, empty: bool = False) -> None:
-    """Refuse a ledger whose format this version does not read; it may say none yet if ``empty``."""
+    """Refuse a ledger in a format that this version cannot read; an ``empty`` one may have no format."""
     row = ledger.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
     if row is None and empty:
         return

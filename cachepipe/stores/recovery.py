@@ -1,4 +1,4 @@
-"""What is mended when a cache is opened that a process did not close (C12)."""
+"""Repairs a cache at opening if a process did not close it (C12)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cachepipe.stores.tables import LISTED
 
 
 def relist(ledger: sqlite3.Connection, shelf: sqlite3.Connection, since: int) -> int:
-    """Bring the list of samples in line with the samples, for rows that were written since a checkpoint.
+    """Make the list of samples agree with the samples, for rows written since a checkpoint.
 
-    When a machine stops, either file may lose its last rows. A sample that is listed and lost is listed no
-    longer, so that it is generated anew; one that is stored and not listed is listed again.
+    When a machine stops, either file may lose its last rows. A listed sample that is lost is removed from the
+    list, so that it is generated again; a stored sample that is not listed is listed again.
 
     Args:
         ledger: a connection to the ledger, in a transaction that writes.

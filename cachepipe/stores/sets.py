@@ -10,7 +10,7 @@ from cachepipe.stores import tables
 
 
 class SmallSet(IntervalSet):
-    """A set of indices in memory, with the rows that the ledger has of it."""
+    """A set of indices in memory, with its rows in the ledger."""
 
     __slots__ = ("key", "label", "written")
 
@@ -24,11 +24,11 @@ class SmallSet(IntervalSet):
 
 
 class LargeSet:
-    """A set of indices in the ledger: each look is a statement. For readers, and for sets of many intervals.
+    """A set of indices in the ledger: each access is a statement. For readers and for sets of many intervals.
 
     Args:
         ledger: a connection to the ledger.
-        owner: the number and the label of its owner; `LISTED` has none.
+        owner: the number and the label of its owner; the label of `LISTED` is empty.
         key: the number of the key, and the key.
     """
 

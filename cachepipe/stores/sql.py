@@ -3,7 +3,7 @@
 Two files, each in WAL mode: ``ledger.cache.db`` holds small rows that one transaction must see together, and
 diskcache's ``cache.db`` the samples, one row each, never rewritten. A commit puts the samples down
 first, while it holds the ledger's write lock, and then takes their indices out of ``pending``; so an
-index that is neither pending nor stored has no sample, whoever was killed when.
+index that is neither pending nor stored has no sample, whenever a process was killed.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from cachepipe.stores.tables import LISTED, Segment, locked, parse_sample, read_
 from cachepipe.stores.transaction import Memory, Transaction
 from cachepipe.stores.writer import Locked, Writer
 
-_ALIVE_FOR = 0.25  # seconds for which a lease that was found alive is taken to be so
+_ALIVE_FOR = 0.25  # seconds for which a lease that was found alive counts as alive
 _CHECKPOINT_ROWS = 4000  # written rows after which the writer thread moves the WAL into the file
-_FEW = 64  # samples that are looked at one by one to see whether they are there
+_FEW = 64  # samples up to which each one is looked up
 _IDS = 50_000  # interned keys and namespaces that readers remember, 200 bytes each
 
 _LONG = 100_000  # indices of a list above which those that are stored are looked up first
@@ -72,7 +72,7 @@ _forking: list[SqlStore] = []
 
 
 def _before_fork() -> None:
-    """Let no transaction be under way while the process forks."""
+    """Wait for the transactions under way before the process forks, and allow no new ones."""
     _forking[:] = list(_stores)
     for store in _forking:
         store._lock.acquire()  # noqa: SLF001 - of this module
@@ -87,8 +87,8 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     """Close what was inherited, before anything is opened.
 
-    While an inherited connection is open, SQLite takes its locks for locks of this process, and a new
-    connection to the same file would take none of its own.
+    While an inherited connection is open, SQLite treats the parent's locks as locks of this process, and a
+    new connection to the same file would take no locks of its own.
     """
     for store in _forking:
         store._inherit()  # noqa: SLF001 - of this module
@@ -121,7 +121,7 @@ class _Readers:
 class SqlStore:
     """A store whose ledger and samples are SQLite tables.
 
-    Subclasses say how the two files are opened, and which processes live.
+    Subclasses define how the two files are opened, and which processes are alive.
     """
 
     identity: str
@@ -138,12 +138,12 @@ class SqlStore:
     def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         """Return connections to the ledger and to the samples, in autocommit mode.
 
-        One for writing does not wait for locks; one for reading has the samples attached as ``shelf``.
+        Connections for writing do not wait for locks; those for reading have the samples attached.
         """
         raise NotImplementedError
 
     def _lease_name(self) -> str:
-        """Return the name of this process's lease, made if there is none."""
+        """Return the name of this process's lease; create the lease if there is none."""
         raise NotImplementedError
 
     def _own_lease_name(self) -> str | None:
@@ -151,14 +151,14 @@ class SqlStore:
         raise NotImplementedError
 
     def _lease_alive(self, name: str) -> bool:
-        """Tell whether the process that holds a lease lives."""
+        """Return True if the process that holds a lease is alive."""
         raise NotImplementedError
 
     def _check_files(self, *, moved: bool = False) -> None:
-        """Raise a ``StoreError`` if the files are gone, or not where others look for them.
+        """Raise a ``StoreError`` if the files are gone, or were moved away from their path.
 
         Args:
-            moved: accept files that were moved: what was paid for is stored there.
+            moved: accept files that were moved, so that paid samples are stored there.
         """
 
     def _end_lease(self) -> None:
@@ -219,7 +219,7 @@ class SqlStore:
     # Applying operations.
 
     def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
-        """Apply the operations in one transaction, or return None at once if that would wait."""
+        """Apply the operations in one transaction; return None at once if that would have to wait."""
         self._check()
         if self._writer.busy or not self._lock.acquire(blocking=False):
             return None
@@ -234,7 +234,7 @@ class SqlStore:
         return results
 
     def apply(self, operations: Sequence[Operation]) -> asyncio.Future[list[Result]]:
-        """Apply the operations on the writer thread, in one transaction with what else has gathered."""
+        """Apply the operations on the writer thread, in one transaction with others that are queued."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Result]] = loop.create_future()
 
@@ -249,7 +249,7 @@ class SqlStore:
         def done(results: list[Result] | Exception) -> None:
             try:
                 loop.call_soon_threadsafe(settle, results)
-            except RuntimeError:  # the loop was closed: nobody waits any more
+            except RuntimeError:  # the loop was closed, so the caller is gone
                 self._undo(operations, results)
 
         try:
@@ -260,7 +260,7 @@ class SqlStore:
         return future
 
     def _undo(self, operations: Sequence[Operation], results: list[Result] | Exception) -> None:
-        """Give back what was granted to claimants that are gone."""
+        """Give back the grants of claimants that are gone."""
         if isinstance(results, Exception):
             return
         back: list[Operation] = []
@@ -274,7 +274,7 @@ class SqlStore:
             self.apply_soon(back)
 
     def apply_soon(self, operations: Sequence[Operation]) -> None:
-        """Apply the operations on the writer thread, without anyone waiting."""
+        """Apply the operations on the writer thread, in the background."""
         if not self._closed:
             self._check()
             self._writer.put(operations, lambda _results: None)
@@ -315,12 +315,12 @@ class SqlStore:
         return results
 
     def tidy(self) -> None:
-        """Make a checkpoint when enough was written, on connections of its own: nobody has to wait."""
+        """Make a checkpoint if enough was written, on connections of its own, so that no caller waits."""
         if self._rows > _CHECKPOINT_ROWS:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Move what the write-ahead logs hold into the files, as far as no reader is in the way."""
+        """Move the rows of the write-ahead logs into the files, unless readers are in the way."""
         self._rows = 0
         if self._checkpointing is None:
             try:
@@ -395,10 +395,10 @@ class SqlStore:
         return Grant(indices[:n], samples[:n], shared=shared) if self._stands(place, rows) else None
 
     def _stands(self, place: tuple[Any, ...], rows: list[Any]) -> bool:
-        """Return True if rows are there yet, after their samples were seen.
+        """Return True if the rows still exist after their samples were read.
 
-        The ledger is read before the shelf: in between, a draw may have been undone whose samples came then.
-        Nobody undoes those of processes that have ended.
+        The ledger is read before the samples. In between, the draw may have been undone, and its samples may
+        have come for another draw. Draws of processes that have ended are never undone.
         """
         if all(self._leases.get(row[3], (True,))[0] is False for row in rows):
             return True
@@ -406,7 +406,7 @@ class SqlStore:
         return bool(ledger.execute(tables.OWN_SEGMENTS, place).fetchall() == [row[:6] for row in rows])
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
-        """Return what a claim would get if all of it is stored, else None.
+        """Return what a claim would get if all of its samples are stored, else None.
 
         Raises:
             StoreError: when the files cannot be read.
@@ -428,7 +428,7 @@ class SqlStore:
         return Grant(allotment.indices, allotment.samples)
 
     def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
-        """Tell of each (key, index) whether its sample is stored, generated elsewhere or here, or free.
+        """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
 
         Raises:
             StoreError: when the files cannot be read.
@@ -439,7 +439,7 @@ class SqlStore:
             raise self._unreadable(error) from error
 
     def generator(self, key: str, index: int) -> Process | None:
-        """Return the process that generates a sample."""
+        """Return the process that generates a sample, or None."""
         ledger, _ = self._readable()
         row = ledger.execute(
             "SELECT l.name FROM pending p JOIN leases l ON l.id = p.lease"
@@ -452,7 +452,7 @@ class SqlStore:
         ledger, shelf = self._readable()
         states: list[State] = []
         for key, index in wanted:
-            # Pending before the sample: whoever commits does it the other way round.
+            # Read pending before the sample: a commit writes them in the opposite order.
             row = ledger.execute(
                 "SELECT l.id, l.name, l.ended FROM pending p JOIN leases l ON l.id = p.lease"
                 " WHERE p.key = (SELECT id FROM keys WHERE key = ?) AND p.sample = ?",
@@ -477,7 +477,7 @@ class SqlStore:
         namespace: str | None = None,
         holding: Sequence[str] = (),
     ) -> Iterator[KeyInfo]:
-        """Iterate over the keys that start with a prefix, by their first request, or the newest first.
+        """Iterate over the keys with a prefix, in order of their first request, or newest first.
 
         Args:
             prefix: the beginning of the keys.
@@ -507,7 +507,7 @@ class SqlStore:
             yield KeyInfo(key, whose, at, listed - pending - discards, pending, namespaces)
 
     def question(self, key: str) -> StoredQuestion | None:
-        """Return what was asked under a key."""
+        """Return the question of a key."""
         ledger, _ = self._readable()
         row = ledger.execute(
             "SELECT scope, document, at FROM keys WHERE key = ?",
@@ -516,7 +516,7 @@ class SqlStore:
         return None if row is None else StoredQuestion(key, row[0], row[1], row[2])
 
     def similar(self, question: Question) -> StoredQuestion | None:
-        """Return the stored question that differs least from another one; None if none is like it.
+        """Return the stored question that differs least from another one; None if none is similar.
 
         The same question under another scope is always found, others among the newest ones.
         """
@@ -537,7 +537,7 @@ class SqlStore:
         return nearest(question, itertools.starmap(StoredQuestion, rows))
 
     def sample(self, key: str, index: int) -> Sample | None:
-        """Return one sample of a key; None when it is not there, or discarded."""
+        """Return one sample of a key; None if it does not exist or was discarded."""
         _, shelf = self._readable()
         sample = read_sample(shelf, key, index)
         return sample if isinstance(sample, Sample) else None
@@ -551,7 +551,7 @@ class SqlStore:
             (key,),
         ).fetchall()
         listed: Iterable[int] = itertools.chain.from_iterable(range(start, stop) for start, stop in runs)
-        if sum(stop - start for start, stop in runs) > _LONG:  # a received ledger may list what never was
+        if sum(stop - start for start, stop in runs) > _LONG:  # a received ledger may list any number
             stored = shelf.execute(_STORED, (f"{key}/", f"{key}0", len(key) + 2)).fetchall()
             known = IntervalSet(runs)
             listed = sorted(index for (index,) in stored if index in known)
@@ -571,7 +571,7 @@ class SqlStore:
         yield from itertools.starmap(DiscardInfo, rows)
 
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
-        """Iterate over the ledger's draws, in order of their making; ``namespace`` is a label."""
+        """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""
         ledger, _ = self._readable()
         rows = ledger.execute(
             "SELECT n.label, k.key, s.request_id, s.occurrence, s.replicate,"
@@ -660,7 +660,7 @@ class SqlStore:
     # Leases.
 
     def _shared(self, leases: set[int]) -> bool:
-        """Tell whether another live process is among the leases that made a draw."""
+        """Return True if another live process is among the leases that made a draw."""
         for lease in leases:
             known = self._leases.get(lease)
             if lease == self._memory.lease or (known is not None and not known[0]):
@@ -679,7 +679,7 @@ class SqlStore:
         return False
 
     def _lives(self, lease: int, name: str) -> bool:
-        """Tell whether a lease's process lives; the dead stay dead, the living are asked again."""
+        """Return True if a lease's process is alive; only the answer False is remembered for good."""
         known = self._leases.get(lease)
         now = time.monotonic()
         if known is not None and (not known[0] or now - known[1] < _ALIVE_FOR):
@@ -695,13 +695,13 @@ def _marks(values: Sequence[Any]) -> str:
 
 
 def _containing(text: str) -> str:
-    """Return the pattern of documents, which are JSON, that contain a text."""
+    """Return a pattern for documents (JSON) that contain a text."""
     pattern = re.sub("([%_|])", r"|\1", encode(text).decode()[1:-1])
     return f"%{pattern}%"
 
 
 def _whole(ledger: sqlite3.Connection, key: int, first: int, last: int) -> bool:
-    """Tell whether all samples from the first index to the last are stored, by the ledger alone."""
+    """Return True if the ledger says that all samples from the first index to the last are stored."""
     run = ledger.execute(
         "SELECT start, stop FROM intervals WHERE owner = 0 AND key = ? AND stop > ? ORDER BY stop LIMIT 1",
         (key, first),
@@ -725,15 +725,15 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
 
 
 class _Book:
-    """One key as a reader sees it, for a claim that lives in memory (see ``contract.allotment.Book``).
+    """One key as a reader sees it, for a claim in memory (see ``contract.allotment.Book``).
 
     Args:
         ledger: a reader's connection to the ledger.
         shelf: a reader's connection to the samples.
         key: the number of the key.
-        namespace: the number of the draw's namespace, -1 for one that the ledger does not know.
+        namespace: the number of the draw's namespace, or -1 if the ledger does not know it.
         draw: the draw.
-        besides: what other claims that live in memory have taken in the namespace.
+        besides: the indices that other claims in memory have taken in the namespace.
     """
 
     def __init__(

@@ -30,9 +30,9 @@ INSERT OR IGNORE INTO meta VALUES('format', {FORMAT});
 CREATE TABLE IF NOT EXISTS namespaces(id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS keys(
     id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, scope TEXT, document BLOB NOT NULL, at REAL NOT NULL);
--- A draw's indices by position, in segments; a later one overrides an earlier one. What one claim added,
--- alike in lease, token and stamp, stands or is undone as one: mostly one segment, more beside replacements.
--- ``standing``: how many of them were delivered while the rest was missing, and so are never undone.
+-- A draw's indices by position, in segments; a later segment overrides an earlier one. The segments that one
+-- claim added have equal lease, token and stamp, and stand or are undone together.
+-- ``standing``: how many of its indices were delivered while the rest was missing, and so are never undone.
 -- ``place``: the place in the schedule that the draw noted, if it was handed over late (C11).
 CREATE TABLE IF NOT EXISTS segments(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
@@ -44,14 +44,14 @@ CREATE TABLE IF NOT EXISTS segments(
 CREATE TABLE IF NOT EXISTS firsts(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
     namespace INTEGER NOT NULL, PRIMARY KEY(key, request_id, occurrence, replicate)) WITHOUT ROWID;
--- Sets of indices as maximal intervals: owner 0 is what is listed, a namespace what it has taken.
+-- Sets of indices as maximal intervals: owner 0 has the listed indices, a namespace those that it has taken.
 CREATE TABLE IF NOT EXISTS intervals(
     owner INTEGER NOT NULL, key INTEGER NOT NULL, stop INTEGER NOT NULL, start INTEGER NOT NULL,
     digest BLOB NOT NULL, PRIMARY KEY(owner, key, stop)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pending(
     key INTEGER NOT NULL, sample INTEGER NOT NULL, lease INTEGER NOT NULL,
     PRIMARY KEY(key, sample)) WITHOUT ROWID;
--- Who has joined a part that somebody else wrote, while it was incomplete.
+-- The claimants that joined an incomplete part which another claimant wrote.
 CREATE TABLE IF NOT EXISTS holders(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
     namespace INTEGER NOT NULL, part INTEGER NOT NULL, token TEXT NOT NULL, lease INTEGER NOT NULL,
@@ -65,17 +65,17 @@ CREATE TABLE IF NOT EXISTS uses(
 CREATE TABLE IF NOT EXISTS discards(
     key INTEGER NOT NULL, sample INTEGER NOT NULL, at REAL NOT NULL, why TEXT NOT NULL,
     PRIMARY KEY(key, sample)) WITHOUT ROWID;
--- Per run and namespace, the sums of what was delivered (C6), as JSON.
+-- Per run and namespace, the sums of the delivered samples (C6), as JSON.
 CREATE TABLE IF NOT EXISTS sums(
     run TEXT NOT NULL, namespace INTEGER NOT NULL, stamp INTEGER NOT NULL, document BLOB NOT NULL,
     PRIMARY KEY(run, namespace)) WITHOUT ROWID;
--- Calls, or parts of calls, that no request was told of (C6), as JSON.
+-- Calls, or parts of calls, that reached no request (C6), as JSON.
 CREATE TABLE IF NOT EXISTS unreported(
     stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace INTEGER, document BLOB NOT NULL);
 """
 
 SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROWID"
-"""What the file of the samples says of the cache: its identity, and how much the ledger holds."""
+"""The table of the samples file with the cache's identity and the ledger's last checkpoint."""
 
 # Statements on the ledger. A draw's place is (key, request_id, occurrence, replicate), then its namespace.
 
@@ -96,9 +96,9 @@ OWN_AND_FIRST = (
     " AND occurrence = ?3 AND replicate = ?4))"
 )
 FEW = 8
-"""Rows of one draw, of all namespaces together, up to which they are simply read."""
+"""The number of rows of one draw, over all namespaces, up to which all are read."""
 ROWS = 32
-"""Rows to a statement that looks many draws up at once."""
+"""The number of draws that one statement looks up."""
 DRAWS = (
     "WITH w(k, r, o, c) AS (VALUES " + ", ".join(["(?, ?, ?, ?)"] * ROWS) + ")"
     " SELECT w.k, w.r, w.o, w.c, "
@@ -110,7 +110,7 @@ DRAWS = (
     f" AND t.occurrence = w.o AND t.replicate = w.c LIMIT 1 OFFSET {FEW}), 9223372036854775807)"
 )
 SMALL = 64
-"""Intervals up to which a set is held in memory as a whole."""
+"""The number of intervals up to which a set is held in memory."""
 SETS = (
     "SELECT s.key, s.start, s.stop, s.digest FROM json_each(?2) j"
     " CROSS JOIN intervals s ON s.owner = ?1 AND s.key = j.value AND s.stop <= ifnull("
@@ -163,7 +163,7 @@ REWRITE = "UPDATE Cache SET value = ? WHERE key = ? AND raw = 1"
 
 _LIVE = b"+"
 _GONE = b"-"
-_BODY = 17  # bytes of a sample's row before its header: what became of it, and the digest
+_BODY = 17  # bytes of a sample's row before its header: its state, and the digest
 _HEADER = b'{"id":"'
 
 
@@ -197,10 +197,10 @@ class Segment(NamedTuple):
         namespace: the number of the namespace.
         part: its place among the segments of the draw, in order of writing.
         position: the position of its first index in the draw.
-        indices: its indices, as they are written (see ``unpack``).
+        indices: its packed indices (see ``unpack``).
         lease: the lease of the process that wrote it.
-        token: the claimant that holds it; None when it does so no longer.
-        stamp: when it was written, as an order.
+        token: the claimant that holds it; None once it does not hold it any more.
+        stamp: the stamp of its writing.
         standing: how many of its indices were delivered while others were missing.
         digest: binds it to its draw.
     """
@@ -217,19 +217,19 @@ class Segment(NamedTuple):
 
     @property
     def claim(self) -> tuple[Any, ...]:
-        """What the segments that one claim has added have in common."""
+        """Equal for the segments that one claim has added."""
         return self.lease, self.token, self.stamp
 
 
 def segment_digest(draw: Draw, part: int, position: int, indices: int | str, stamp: int) -> bytes:
-    """Return what binds a part to its draw."""
+    """Return the digest that binds a part to its draw."""
     namespace, key, request_id, occurrence, replicate = draw
     text = f"{key}\0{namespace}\0{replicate}\0{request_id}\0{occurrence} {part} {position} {stamp} {indices}"
     return xxh3_64_digest(text.encode("utf-8", "surrogatepass"))
 
 
 def check_segments(draw: Draw, segments: Iterable[Segment]) -> None:
-    """Refuse segments that are not what was written for a draw.
+    """Raise an error if segments are not what was written for a draw.
 
     Raises:
         DamagedCache: when a digest does not fit.
@@ -241,11 +241,11 @@ def check_segments(draw: Draw, segments: Iterable[Segment]) -> None:
 def check_segment(
     draw: Draw, part: int, position: int, indices: int | str, stamp: int, digest: bytes
 ) -> None:
-    """Refuse a segment that is not what was written for a draw; see ``check_segments``."""
+    """Raise an error if a segment is not what was written for a draw; see ``check_segments``."""
     if segment_digest(draw, part, position, indices, stamp) != digest:
         raise DamagedCache(
-            f"the ledger's row of a draw of key {draw.key} is damaged. Run `cachepipe verify` to see what "
-            "else is, and restore the cache from a copy"
+            f"the ledger's row of a draw of key {draw.key} is damaged. Run `cachepipe verify` to find "
+            "further damage, and restore the cache from a copy"
         )
 
 
@@ -253,20 +253,20 @@ def check_segment(
 
 
 def interval_digest(label: str, key: str, start: int, stop: int) -> bytes:
-    """Return what binds an interval to the set of an owner, by its label, and a key."""
+    """Return the digest that binds an interval to its owner's label and its key."""
     return xxh3_64_digest(f"{key}\0{label}\0{start} {stop}".encode("utf-8", "surrogatepass"))
 
 
 def check_interval(label: str, key: str, start: int, stop: int, digest: bytes) -> None:
-    """Refuse an interval that is not what was written.
+    """Raise an error if an interval is not what was written.
 
     Raises:
         DamagedCache: when its digest does not fit.
     """
     if interval_digest(label, key, start, stop) != digest:
         raise DamagedCache(
-            f"the ledger's row of the samples of key {key} is damaged. Run `cachepipe verify` to see what "
-            "else is, and restore the cache from a copy"
+            f"the ledger's row of the samples of key {key} is damaged. Run `cachepipe verify` to find "
+            "further damage, and restore the cache from a copy"
         )
 
 
@@ -289,18 +289,18 @@ def discarded_row(name: str, row: bytes) -> bytes:
 
 
 def read_sample(shelf: sqlite3.Connection, key: str, index: int) -> Sample | Discarded | None:
-    """Return the sample at an index of a key's list, a mark when it was discarded, None without one.
+    """Return the sample at an index of a key's list, `DISCARDED`, or None if there is none.
 
     Raises:
-        UnsafeRow: when the row is not one that cachepipe wrote, such as a pickle.
-        DamagedCache: when it is not what was written there.
+        UnsafeRow: when cachepipe did not write the row, for example a pickle.
+        DamagedCache: when the row is not what was written there.
     """
     row = shelf.execute(GET, (f"{key}/{index}",)).fetchone()
     return None if row is None else parse_sample(key, index, *row)
 
 
 def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> Sample | Discarded:
-    """Return the sample that a row of diskcache's table holds, or the mark of a discarded one."""
+    """Return the sample in a row of diskcache's table, or `DISCARDED`."""
     if mode != RAW or filename is not None or type(value) is not bytes:
         raise UnsafeRow(
             f"sample {index} of key {key} is stored in diskcache's mode {mode}, which may be a pickle; "

@@ -1,9 +1,9 @@
 """One transaction on the ledger: the operations of a store as rows.
 
-Small sets of indices are held in memory while nobody else writes (SQLite's ``data_version`` tells), and
-new rows are gathered and written many to a statement at the end. So a thousand draws claimed at once
-cost a few statements, and a lone draw of a known key costs three. Which indices a draw gets is decided in
-``cachepipe.contract.allotment``; what is read ahead here changes no decision.
+Small sets of indices stay in memory while no other connection writes (SQLite's ``data_version`` shows it),
+and new rows are gathered and written at the end, many per statement. So a thousand draws claimed at once cost
+a few statements, and a lone draw of a known key costs three. ``cachepipe.contract.allotment`` decides which
+indices a draw gets; reading ahead here changes no decision.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from cachepipe.stores.sets import LargeSet, SmallSet
 from cachepipe.stores.tables import FEW, LISTED, ROWS, SEGMENT, SMALL, Segment, pack, read_sample, unpack
 
 _REMEMBERED = 20_000  # keys, namespaces and sets remembered between transactions, half a kilobyte each
-_SEVERAL = 8  # claims from which on what they look at is read in a few statements
+_SEVERAL = 8  # claims from which on their rows, sets and samples are read ahead in a few statements
 
 Place = tuple[int, str, int, str]
 """A draw apart from its namespace, as the ledger writes it: key, request id, occurrence, replicate."""
 
 
 class Memory:
-    """What a store remembers between its transactions; worth nothing once somebody else has written."""
+    """What a store remembers between its transactions; invalid once another connection has written."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Memory:
         written: dict[str, int],
         check_files: Callable[..., None],
     ) -> None:
-        """Make an empty one; ``written`` are ids of keys that readers have seen: they stay what they are."""
+        """Make an empty one; ``written`` holds ids of keys that readers have seen, which never change."""
         self.leased = leased
         self.lives = lives
         self.shared = shared
@@ -76,10 +76,10 @@ class Memory:
         self.labels: dict[int, str] = {LISTED: ""}
         self.sets: dict[tuple[int, int], SmallSet | None] = {}
         self.grown: list[tuple[int, int]] = []
-        """Sets that have too many intervals by now; a transaction that holds them goes on with them."""
+        """Sets that have too many intervals by now; the transaction that grew them still uses them."""
 
     def forget(self) -> None:
-        """Forget everything: a transaction was rolled back, or somebody else has written."""
+        """Forget everything: a transaction was rolled back, or another connection has written."""
         self.lease = None
         self.keys.clear()
         self.namespaces.clear()
@@ -115,10 +115,10 @@ class Transaction:
         memory.grown.clear()
 
     def apply(self, operations: Sequence[Operation]) -> list[Result]:
-        """Return the operations' results, after everything is written but the COMMIT."""
+        """Return the operations' results, after everything except the COMMIT."""
         kinds = [type(operation) for operation in operations]
         if Leave in kinds and Commit in kinds[kinds.index(Leave) :]:
-            # Readers see a sample before this transaction has ended: no draw that waits for it may be undone.
+            # Readers see a sample before this transaction ends: no draw that waits for it may be undone.
             first = kinds.index(Leave)
             late = sorted(range(first, len(kinds)), key=lambda place: kinds[place] is not Commit)
             order = [*range(first), *late]
@@ -162,7 +162,7 @@ class Transaction:
         return results
 
     def _look_ahead(self, claims: Sequence[Claim]) -> None:
-        """Read in a few statements what the claims will most likely look at: rows, sets and samples."""
+        """Read the rows, sets and samples that the claims will probably need, in a few statements."""
         known = self._memory.keys
         old = [claim for claim in claims if known.get(claim.draw.key)]
         if len(old) < _SEVERAL:
@@ -192,7 +192,7 @@ class Transaction:
         self._look_at_samples(old)
 
     def _look_at_samples(self, claims: Sequence[Claim]) -> None:
-        """Read the samples that claims will most likely get: their own, the coupled, or the first free."""
+        """Read the samples that claims will probably get: their own, the coupled, or the first free."""
         wanted: dict[str, tuple[str, int]] = {}
         for claim in claims:
             draw = claim.draw
@@ -267,7 +267,7 @@ class Transaction:
     ) -> None:
         """Write what one claim adds to a draw, at the latest before the draw is looked up again.
 
-        By lease, token and stamp its segments are known as one.
+        Equal lease, token and stamp mark its segments as one claim's.
         """
         lease, stamp = self._lease(), self._stamp()
         self._memory.written_stamp = stamp
@@ -284,7 +284,7 @@ class Transaction:
         self._found.pop(place, None)
 
     def _stamp(self) -> int:
-        """Return a stamp that is greater than every one that was seen: the earliest namespace goes by it."""
+        """Return a stamp that is greater than every stamp seen so far."""
         self._memory.stamp = stamp = max(self._clock, self._memory.stamp + 1)
         return stamp
 
@@ -295,7 +295,7 @@ class Transaction:
     def rows(self, place: Place, namespace: int) -> tuple[list[Segment], list[Segment] | None]:
         """Return a draw's segments in a namespace, and in the others.
 
-        When those are many, only those of the earliest, or None when it is not known which that is.
+        If there are many others, return only those of the earliest namespace, or None if that is unknown.
         """
         if place[0] in self._new_keys:
             if place not in self._touched:
@@ -338,9 +338,9 @@ class Transaction:
         return laid((segment.position, unpack(segment.indices)) for segment in segments)
 
     def _first(self, place: Place) -> int | None:
-        """Return the earliest namespace of a draw that has many rows; it is noted once found.
+        """Return the earliest namespace of a draw that has many rows, and note it.
 
-        None when all of the rows are those of the key's shared draw, which has no namespace.
+        None if all of the rows belong to the key's shared draw, which has no namespace.
         """
         row = self._ledger.execute(
             "SELECT namespace FROM firsts"
@@ -356,7 +356,7 @@ class Transaction:
         return int(row[0])
 
     def _join(self, claim: Claim, place: Place, namespace: int, own: list[Segment]) -> list[int]:
-        """Hold the segments of a draw that may yet be undone, whoever wrote them."""
+        """Hold the segments of a draw that may still be undone, whichever claimant wrote them."""
         held: list[int] = []
         for segment in self._unsettled(claim.draw.key, own):
             if segment.token != claim.token or segment.lease != self._lease():
@@ -368,19 +368,19 @@ class Transaction:
         return held
 
     def _holder(self, token: str) -> str:
-        """Return the token of a claimant among those of all processes."""
+        """Return a claimant's token that is unique among all processes."""
         return f"{self._lease()}-{token}"
 
     def _let_stand(
         self, claim: Claim, place: Place, namespace: int, own: list[Segment], beyond: set[int]
     ) -> None:
-        """Note what is delivered now of segments that may yet be undone, as what lies beyond may fail."""
+        """Mark what is delivered now of segments that may still be undone because later samples may fail."""
         key, last, given = claim.draw.key, own[0], {}
         for segment in own:
             standing = min(claim.n - segment.position, len(unpack(segment.indices)))
             if standing > segment.standing:
                 last, given[segment.part] = segment, standing
-        # What later claims added decides nothing of these.
+        # Segments of later claims do not affect these.
         rows = (
             [segment for segment in own if segment.part <= last.part or segment.claim == last.claim]
             if given
@@ -399,7 +399,7 @@ class Transaction:
     def _unsettled(
         self, key: str, segments: list[Segment], among: Collection[int] | None = None
     ) -> list[Segment]:
-        """Return the segments that may yet be undone, if samples are missing only ``among`` some."""
+        """Return the segments that may still be undone, if only samples ``among`` some can be missing."""
         first = settled(
             _pieces(segments),
             lambda index: (among is None or index in among) and self.sample(key, index) is None,
@@ -407,7 +407,7 @@ class Transaction:
         return segments[first:]
 
     def lease(self, key: int, name: str, index: int, listed: IndexSet) -> bool:
-        """Take the lease of an index without a sample, unless a live process has it.
+        """Take the lease of an index without a sample; return False if a live process has it.
 
         Raises:
             DamagedCache: when the list says that the sample is stored.
@@ -420,7 +420,7 @@ class Transaction:
         self._flush()
         if self._ledger.execute("INSERT OR IGNORE INTO pending VALUES(?, ?, ?)", row).rowcount:
             raise DamagedCache(
-                f"sample {index} of key {name} is listed in the ledger and missing among the samples. Run "
+                f"sample {index} of key {name} is listed in the ledger but missing among the samples. Run "
                 "`cachepipe verify --repair` to have such samples generated anew, or restore the cache from "
                 "a copy"
             )
@@ -429,7 +429,7 @@ class Transaction:
     # Commits.
 
     def _commit_all(self, commits: Sequence[Commit]) -> list[Result]:
-        """Store samples: all at once when every lease is still ours, else one by one."""
+        """Store samples: together if every lease is still ours, else one by one."""
         self._flush()
         self._seen.clear()
         self._memory.check_files(moved=True)
@@ -455,7 +455,7 @@ class Transaction:
         return Sample(index, commit.id, commit.payload, trimmed(orjson.dumps(header)))
 
     def _put(self, samples: list[tuple[Commit, Sample]]) -> bool:
-        """Write rows to the shelf, durably; return True if all of them were new."""
+        """Write rows to the samples file, durably; return True if all of them were new."""
         self._shelf.execute("BEGIN IMMEDIATE")
         rows = []
         for commit, sample in samples:
@@ -474,18 +474,18 @@ class Transaction:
         kept = commit.index is not None and self._still_ours(key, commit, commit.index)
         there = read_sample(self._shelf, name, commit.index) if commit.index is not None else None
         if kept and isinstance(there, Sample):
-            return Committed(there, kept=True)  # written before, by a transaction that was cut short
+            return Committed(there, kept=True)  # written earlier, by a transaction that was interrupted
         index = commit.index
         if index is None or not kept:
             listed = self._set(LISTED, key, name)
             index = lowest_new(listed, listed)
             while read_sample(self._shelf, name, index) is not None:
-                self.add(LISTED, key, name, index)  # stored, but not noted: its writer was killed in between
+                self.add(LISTED, key, name, index)  # stored, but not listed: its writer was killed in between
                 index = lowest_new(listed, listed)
             self.add(LISTED, key, name, index)
         sample = self._sample_of(commit, index)
         if not self._put([(commit, sample)]):
-            raise StoreError(f"sample {index} of key {name} was written by somebody else meanwhile")
+            raise StoreError(f"another process has written sample {index} of key {name} meanwhile; try again")
         return Committed(sample, kept)
 
     def _still_ours(self, key: int, commit: Commit, index: int) -> bool:
@@ -527,7 +527,7 @@ class Transaction:
                 self._remove(LISTED, key, seize.key, index)
 
     def _leave(self, leave: Leave) -> None:
-        """End a hold. What is not settled and held by nobody else is undone, but what was delivered (C8)."""
+        """Release a hold. Undo what is not settled, not delivered and not held by others (C8)."""
         draw = leave.draw
         key = self._key_of(draw.key)
         namespace = self._namespace(draw.namespace)
@@ -549,7 +549,7 @@ class Transaction:
             return
         undone: list[int] = []
         while fallen := self._fallen(draw.key, where, segments, released):
-            for segment in fallen:  # when a refresh is undone, what it had replaced is there again
+            for segment in fallen:  # if a refresh is undone, the samples that it had replaced return
                 undone += self._undo(draw, where, segment, segments)
         for index in undone:
             self._remove(namespace, key, draw.key, index)
@@ -561,7 +561,7 @@ class Transaction:
             )
 
     def _let_go(self, leave: Leave, where: tuple[Any, ...], segment: Segment) -> Segment | None:
-        """End a claimant's hold of a part, and note what it was given; return None if it had no hold."""
+        """Release a claimant's hold of a part, and mark what it received; return None if it had no hold."""
         place = (*where, segment.part)
         if (segment.lease, segment.token) == (self._lease(), leave.token):
             segment = segment._replace(token=None)
@@ -593,7 +593,7 @@ class Transaction:
     def _undo(
         self, draw: Draw, where: tuple[Any, ...], segment: Segment, segments: list[Segment]
     ) -> list[int]:
-        """Cut a part down to what was delivered of it; return the indices that are free again."""
+        """Reduce a part to its delivered indices; return the indices that are free again."""
         place, indices = (*where, segment.part), unpack(segment.indices)
         kept, free = indices[: segment.standing], indices[segment.standing :]
         if not kept:
@@ -609,10 +609,10 @@ class Transaction:
         return free
 
     def _held_by_others(self, where: tuple[Any, ...], author: int, token: str | None) -> bool:
-        """Return True if a live claimant holds a segment: its author, whose token is there, or a joiner."""
+        """Return True if a live claimant holds a segment: its author or a claimant that joined it."""
         mine = (*where, self._lease())
         if self._ledger.execute(f"SELECT 1 FROM holders{SEGMENT} AND lease = ? LIMIT 1", mine).fetchone():
-            return True  # most holders of a crowd are this process's: one of them is enough
+            return True  # most holders in a crowd belong to this process, and one is enough
         leases = {row[0] for row in self._ledger.execute(f"SELECT lease FROM holders{SEGMENT}", where)}
         if token is not None:
             leases.add(author)
@@ -632,7 +632,7 @@ class Transaction:
     # Samples.
 
     def sample(self, key: str, index: int) -> Sample | Discarded | None:
-        """Return the sample at an index, the mark of a discarded one, or None."""
+        """Return the sample at an index, `DISCARDED`, or None."""
         sample = self._seen.get((key, index)) if self._seen else None
         return read_sample(self._shelf, key, index) if sample is None else sample
 
@@ -643,7 +643,7 @@ class Transaction:
         place = (owner, key)
         sets = self._memory.sets
         if place not in sets:
-            # The set of all is looked at with that of a namespace, mostly.
+            # The listed set is usually needed together with a namespace's set.
             wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
             found: dict[int, list[tuple[int, int, bytes]]] = {each: [] for each in wanted}
             if key not in self._new_keys:
@@ -775,7 +775,7 @@ class Transaction:
             row = self._ledger.execute("SELECT label FROM namespaces WHERE id = ?", (namespace,)).fetchone()
             if row is None:
                 raise DamagedCache(
-                    f"the ledger has a draw of namespace number {namespace}, which it does not know. Restore "
+                    f"the ledger has a draw of namespace number {namespace}, but no such namespace. Restore "
                     "the cache from a copy"
                 )
             label = self._memory.labels[namespace] = str(row[0])
@@ -799,7 +799,7 @@ class Transaction:
         return row is not None and self._memory.lives(lease, row[0])
 
     def _reap_the_dead(self) -> None:
-        """Free what processes that have died were generating, and end their holds."""
+        """Free the samples that dead processes were generating, and end their holds."""
         now = time.monotonic()
         if now - self._memory.reaped < 0.1:
             return
@@ -867,7 +867,7 @@ class _Book:
 
 
 def _earliest(segment: Segment) -> tuple[int, int]:
-    """Return the order of namespaces by their first rows."""
+    """Return the sort key of namespaces: the stamp of their first row."""
     return segment.stamp, segment.namespace
 
 

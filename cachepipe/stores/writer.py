@@ -1,4 +1,4 @@
-"""The thread that writes when the loop must not wait, what has gathered meanwhile as one transaction."""
+"""The thread that writes when the loop must not wait: all queued operations as one transaction."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Locked(Exception):  # noqa: N818 - internal: says that a write would have 
 
 
 class Writable(Protocol):
-    """What the thread writes to."""
+    """A store that the thread writes to."""
 
     identity: str
 
@@ -35,12 +35,12 @@ class Writable(Protocol):
         ...
 
     def tidy(self) -> None:
-        """Do what is better done when nobody waits."""
+        """Do maintenance while no caller waits."""
         ...
 
 
 class Writer:
-    """A daemon thread, started when there is something to write first."""
+    """A daemon thread, started at the first write."""
 
     def __init__(self, store: Writable) -> None:
         self._store = store
@@ -50,7 +50,7 @@ class Writer:
         self._stopping = False
         self._woken = False
         self.busy = False
-        """Whether operations are queued or being written: later ones must queue behind them."""
+        """Whether operations are queued or being written; later operations must queue behind them."""
 
     def put(self, operations: Sequence[Operation], done: Done) -> None:
         """Queue operations; ``done`` gets their results, or the error, in the writer's thread."""
@@ -60,7 +60,7 @@ class Writer:
             self._start()
 
     def wake(self) -> None:
-        """Let the thread tidy up."""
+        """Wake the thread for maintenance."""
         with self._condition:
             self._woken = True
             self._start()
@@ -126,7 +126,7 @@ class Writer:
                 if time.monotonic() > until:
                     raise StoreLocked(
                         f"the cache {self._store.identity} has been locked by another process for "
-                        f"{LOCK_TIMEOUT:.0f} s; see which one writes there, then try again"
+                        f"{LOCK_TIMEOUT:.0f} s; find the process that writes there, then try again"
                     ) from None
                 time.sleep(pause)
                 pause = min(pause * 2, 0.02)
