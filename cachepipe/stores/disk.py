@@ -240,8 +240,8 @@ class DiskStore(SqlStore):
             for connection in opened:
                 connection.close()
             raise StoreError(
-                f"the cache {self.folder} cannot be read where nothing can be written: {name}-wal holds rows "
-                "that its last process had not moved into the file. Open the cache once where it may be written"
+                f"the cache {self.folder} cannot be read where nothing can be written: {name}-wal holds "
+                "rows that were not moved into the file. Open the cache once where it may be written"
             )
 
     def _connect(self, name: str, *, uri: str = "") -> sqlite3.Connection:

@@ -68,8 +68,8 @@ def _refuse(strange: Sequence[str], where: str, what: str) -> None:
     if strange:
         shown = ", ".join(sorted(map(repr, strange)))
         raise StoreError(
-            f"the cache {where} cannot be used: its {what} holds {shown:.200}, which cachepipe does not create "
-            "and which may do anything. Restore the file, or use another folder"
+            f"the cache {where} cannot be used: its {what} holds {shown:.200}, which cachepipe does not "
+            "create and which may do anything. Restore the file, or use another folder"
         )
 
 

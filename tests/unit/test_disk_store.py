@@ -538,7 +538,7 @@ def test_a_folder_that_cannot_be_written_serves_hits_and_says_why_it_cannot_stor
     ]
     assert [category for category, _ in warned] == ["ReadOnlyStore"]
     assert "permission" in warned[0][1]
-    assert "not stored" in warned[0][1]
+    assert "does not store new samples" in warned[0][1]
     assert sorted((path.name, path.stat().st_mtime_ns) for path in open_folder.rglob("*")) == before
 
 
@@ -573,7 +573,7 @@ def test_rows_that_cannot_be_read_are_not_taken_for_missing(folder, tmp_path, mo
     for name in ("ledger.cache.db", "cache.db"):
         (copy / f"{name}-shm").symlink_to(copy / "nowhere" / name)
     monkeypatch.setattr(folders, "check_files", lambda *_: None)  # the links stand for the medium
-    with pytest.raises(StoreError, match="db-wal holds what its last process had not moved"):
+    with pytest.raises(StoreError, match="db-wal holds rows that were not moved"):
         DiskStore(copy, read_only=True)
     for name in ("ledger.cache.db", "cache.db"):
         (copy / f"{name}-shm").unlink()

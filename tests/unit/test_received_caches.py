@@ -135,7 +135,7 @@ def test_c12_a_folder_of_leases_that_is_a_link_is_refused(received, outside):
     place = received / "leases.cache.db"
     place.rmdir()
     place.symlink_to(outside.parent)
-    with pytest.raises(StoreError, match="must be a folder, and is a symbolic link"):
+    with pytest.raises(StoreError, match="must be a folder, but is a symbolic link"):
         asked(received, "b")
 
 
@@ -212,7 +212,7 @@ SHELF = [
 )
 def test_c12_what_would_run_inside_a_statement_is_refused(received, name, statement):
     written(received / name, (statement,))
-    refused(received, "which cachepipe does not make")
+    refused(received, "which cachepipe does not create")
 
 
 @pytest.mark.parametrize(("name", "table"), [("ledger.cache.db", "meta"), ("cache.db", "Cache")])
@@ -220,7 +220,7 @@ def test_c12_a_view_in_place_of_a_table_is_refused_unread(received, name, table)
     view = f"CREATE VIEW {table} AS {ENDLESS}"
     written(received / name, (f"DROP TABLE {table}",), (view,))
     begun = time.process_time()
-    refused(received, "which cachepipe does not make")
+    refused(received, "which cachepipe does not create")
     assert time.process_time() - begun < 2
 
 
