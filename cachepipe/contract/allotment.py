@@ -117,6 +117,11 @@ def allot(
     return Allotment(indices, samples, to_generate, kept, replaced)
 
 
+def first(n: int) -> list[int]:
+    """Return what ``allot`` gives the first draw of a key: indices from the front, all to be generated."""
+    return list(range(n))
+
+
 def choose(listed: IndexSet, taken: IndexSet, preferred: int | None, *, new: bool = False) -> int:
     """Return the index that the next position of a draw gets (C3, C4).
 

@@ -76,6 +76,7 @@ class DiskStore(SqlStore):
         self.folder = folders.expanded(folder)
         self.identity = f"disk:{self.folder}"
         self.durability = durability
+        self._ledger_path = str(self.folder / _LEDGER)
         self._holding: leases.Lease | None = None
         self._inode: int | None = None
         self._theirs = None if theirs is None else weakref.ref(theirs)
@@ -105,7 +106,7 @@ class DiskStore(SqlStore):
             self._make(theirs)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
-        self._inode = _inode(self.folder / _LEDGER)
+        self._inode = _inode(self._ledger_path)
         if any(_size(self.folder / f"{name}-wal") > _LARGE for name in (_SHELF, _LEDGER)):
             self._rows = _LARGE
             self._writer.wake()  # other processes have left much in the logs
@@ -254,6 +255,7 @@ class DiskStore(SqlStore):
 
     def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         pair: list[sqlite3.Connection] = []
+        hows: list[str] = []
         for name in (_LEDGER, _SHELF):
             how = "?mode=ro" if self.read_only else ""
             connection = self._connect(name, uri=how)
@@ -276,8 +278,9 @@ class DiskStore(SqlStore):
             else:
                 connection.execute("PRAGMA query_only = 1")
             pair.append(connection)
+            hows.append(how)
         if not write:
-            pair[0].execute("ATTACH ? AS shelf", (f"{(self.folder / _SHELF).as_uri()}{how}",))
+            pair[1].execute("ATTACH ? AS ledger", (f"{(self.folder / _LEDGER).as_uri()}{hows[0]}",))
         return pair[0], pair[1]
 
     def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
@@ -294,7 +297,7 @@ class DiskStore(SqlStore):
         super()._inherit()
 
     def _check_files(self, *, moved: bool = False) -> None:
-        if _inode(self.folder / _LEDGER) == self._inode:
+        if _inode(self._ledger_path) == self._inode:
             return
         if moved and self._holding is not None and self._holding.moved():
             return
@@ -330,10 +333,10 @@ class DiskStore(SqlStore):
                 )
 
 
-def _inode(path: Path) -> int | None:
+def _inode(path: str) -> int | None:
     """Return the identity of the file at a path, or None if there is no file."""
     try:
-        return path.stat().st_ino
+        return os.stat(path).st_ino  # noqa: PTH116 - it is asked in every transaction
     except OSError:
         return None
 

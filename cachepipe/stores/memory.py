@@ -52,7 +52,7 @@ class MemoryStore(SqlStore):
             for name in ("ledger", "shelf")
         )
         if not write:
-            ledger.execute(f"ATTACH '{self._uri('shelf')}' AS shelf")
+            shelf.execute(f"ATTACH '{self._uri('ledger')}' AS ledger")
         return ledger, shelf
 
     def _uri(self, name: str) -> str:

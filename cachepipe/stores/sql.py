@@ -363,7 +363,7 @@ class SqlStore:
             key, namespace = ids
         name = draw.key
         place = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
-        rows = ledger.execute(tables.RECALL, (name + "/", *place)).fetchall()
+        rows = shelf.execute(tables.RECALL, (name + "/", *place)).fetchall()
         if len(rows) == 1 and n == 1 and type(index := rows[0][2]) is int:
             part, position, _, lease, stamp, digest, mode, filename, value = rows[0]
             if value is None and mode is None:
@@ -372,8 +372,7 @@ class SqlStore:
             tables.check_segment(draw, part, position, index, stamp, digest)
             if type(sample) is not Sample:
                 return None
-            shared = lease != self._memory.lease and self._shared({lease})
-            return Grant([index], [sample], shared=shared) if self._stands(place, rows) else None
+            return Grant([index], [sample], shared=lease != self._memory.lease and self._shared({lease}))
         for row in rows:
             tables.check_segment(draw, row[0], row[1], row[2], row[4], row[5])
         indices = laid((row[1], unpack(row[2])) for row in rows)
@@ -400,10 +399,14 @@ class SqlStore:
         The ledger is read before the samples. In between, the draw may have been undone, and its samples may
         have come for another draw. Draws of processes that have ended are never undone.
         """
-        if all(self._leases.get(row[3], (True,))[0] is False for row in rows):
-            return True
-        ledger, _ = self._readable()
-        return bool(ledger.execute(tables.OWN_SEGMENTS, place).fetchall() == [row[:6] for row in rows])
+        leases = self._leases
+        for row in rows:
+            known = leases.get(row[3])
+            if known is None or known[0]:
+                ledger, _ = self._readable()
+                digests = ledger.execute(tables.OWN_DIGESTS, place).fetchall()
+                return digests == [(row[5],) for row in rows]
+        return True
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None.

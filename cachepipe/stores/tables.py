@@ -133,16 +133,17 @@ DROP_INTERVAL = "DELETE FROM intervals WHERE owner = ? AND key = ? AND stop = ?"
 PUT_INTERVAL = "INSERT INTO intervals VALUES(?, ?, ?, ?, ?)"
 PUT_SEGMENT = "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 
-# Statements on both: a reader has the samples attached as ``shelf``.
+# A statement on both, on a reader's connection to the samples, which has the ledger attached. SQLite begins
+# to read the samples first: so a draw that the ledger holds, with a sample that is there, was complete then.
 
 RECALL = (
     "SELECT s.part, s.position, s.indices, s.lease, s.stamp, s.digest, c.mode, c.filename, c.value"
-    " FROM segments s LEFT JOIN shelf.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
+    " FROM ledger.segments s LEFT JOIN main.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
     " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.replicate = ?5 AND s.namespace = ?6"
     " ORDER BY s.part"
 )
-OWN_SEGMENTS = (
-    "SELECT part, position, indices, lease, stamp, digest FROM segments"
+OWN_DIGESTS = (
+    "SELECT digest FROM segments"
     " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? ORDER BY part"
 )
 

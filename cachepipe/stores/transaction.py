@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from cachepipe.contract.allotment import DISCARDED, Discarded, added, allot, laid, lowest_new
+from cachepipe.contract.allotment import DISCARDED, Discarded, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import IndexSet, Union
 from cachepipe.contract.undoing import Piece, fallen, settled
@@ -103,6 +103,8 @@ class Transaction:
         self._uses: list[tuple[int, int, float]] = []
         self._touched: set[Place] = set()
         self._new_keys: set[int] = set()
+        self._begun: set[int] = set()  # new keys of which the first samples are claimed
+        self._intervals: list[tuple[int, int, int, int, bytes]] = []
         self._dirty: dict[tuple[int, int], SmallSet] = {}
         self._found: dict[Place, list[Segment]] = {}
         self._seen: dict[tuple[str, int], Sample | Discarded] = {}
@@ -223,11 +225,16 @@ class Transaction:
         place = self._place(key, draw)
         if claim.user is not None:
             self._uses.append((key, self._namespace(claim.user), self._now))
+        if key in self._new_keys:
+            if key not in self._begun:
+                return self._claim_first(claim, key, namespace, place)
+            self._flush()
         book = _Book(self, claim, key, namespace, place)
         own = book.own
-        tables.check_segments(draw, own)
+        if own:
+            tables.check_segments(draw, own)
         known = not draw.shared and book.taken.interval_at(0) is not None
-        held = laid((segment.position, unpack(segment.indices)) for segment in own)
+        held = laid((segment.position, unpack(segment.indices)) for segment in own) if own else []
         allotment = allot(book, held, n, refresh=claim.refresh, couple=not draw.shared)
         assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
         samples, mine = allotment.samples, allotment.to_generate
@@ -241,9 +248,9 @@ class Transaction:
                 self._let_stand(claim, place, namespace, own, {*held[n:]})
         segments = added(allotment, n, len(held), refresh=claim.refresh)
         if segments:
-            first = own[-1].part + 1 if own else 0
-            self._write(draw, (*place, namespace), first, segments, mine, token)
-            holds += range(first, first + len(segments))
+            part = own[-1].part + 1 if own else 0
+            self._write(draw, (*place, namespace), part, segments, mine, token)
+            holds += range(part, part + len(segments))
         return Grant(
             allotment.indices,
             samples,
@@ -255,6 +262,18 @@ class Transaction:
             joined=missing
             and any(segment.token != token or segment.lease != self._lease() for segment in own),
         )
+
+    def _claim_first(self, claim: Claim, key: int, namespace: int, place: Place) -> Grant:
+        """Claim the first samples of a key: there is nothing to look at."""
+        indices, lease = first(claim.n), self._lease()
+        self._begun.add(key)
+        self._write(claim.draw, (*place, namespace), 0, [(0, indices)], indices, claim.token)
+        self._pending += [(key, index, lease) for index in indices]
+        stop = len(indices)
+        for owner, label in ((LISTED, ""), (namespace, claim.draw.namespace)):
+            digest = tables.interval_digest(label, claim.draw.key, 0, stop)
+            self._intervals.append((owner, key, stop, 0, digest))
+        return Grant(indices, [None] * stop, list(indices), (0,), stop)
 
     def _write(
         self,
@@ -297,11 +316,7 @@ class Transaction:
 
         If there are many others, return only those of the earliest namespace, or None if that is unknown.
         """
-        if place[0] in self._new_keys:
-            if place not in self._touched:
-                return [], []
-            self._flush()
-        elif place in self._touched:
+        if place in self._touched:
             self._flush()
         rows = self._found.get(place)
         if rows is None:
@@ -646,10 +661,9 @@ class Transaction:
             # The listed set is usually needed together with a namespace's set.
             wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
             found: dict[int, list[tuple[int, int, bytes]]] = {each: [] for each in wanted}
-            if key not in self._new_keys:
-                query = tables.TWO_SETS if len(wanted) > 1 else tables.ONE_SET
-                for each, *row in self._ledger.execute(query, (key, *wanted)):
-                    found[each].append(tuple(row))
+            query = tables.TWO_SETS if len(wanted) > 1 else tables.ONE_SET
+            for each, start, stop, digest in self._ledger.execute(query, (key, *wanted)):
+                found[each].append((start, stop, digest))
             for each, rows in found.items():
                 self._remember(each, key, name, rows)
         known = sets[place]
@@ -681,6 +695,10 @@ class Transaction:
             self._ledger.executemany("INSERT INTO keys VALUES(?, ?, ?, ?, ?)", self._keys)
             self._keys.clear()
             self._new_keys.clear()
+            self._begun.clear()
+        if self._intervals:
+            self._ledger.executemany(tables.PUT_INTERVAL, self._intervals)
+            self._intervals.clear()
         if self._segments:
             self._ledger.executemany(tables.PUT_SEGMENT, self._segments)
             self._segments.clear()
@@ -701,12 +719,11 @@ class Transaction:
             intervals, written = list(known), known.written
             if intervals == written:
                 continue
-            before, after = set(written), set(intervals)
-            gone += [(owner, key, stop) for _, stop in before - after]
-            new += [
-                (owner, key, stop, start, tables.interval_digest(known.label, known.key, start, stop))
-                for start, stop in after - before
-            ]
+            gone += [(owner, key, interval[1]) for interval in written if interval not in intervals]
+            for start, stop in intervals:
+                if (start, stop) not in written:
+                    digest = tables.interval_digest(known.label, known.key, start, stop)
+                    new.append((owner, key, stop, start, digest))
             known.written = intervals
             if len(intervals) > SMALL:
                 self._memory.grown.append((owner, key))

@@ -12,6 +12,7 @@ from cachepipe.contract.allotment import (
     added,
     allot,
     choose,
+    first,
     laid,
     lowest_listed_free,
     lowest_new,
@@ -216,3 +217,8 @@ def test_a_draw_whose_sample_was_replaced():
     assert laid([(0, [0, 1, 2]), (3, [3]), (1, [7])]) == [0, 7, 2, 3]
     assert laid([(0, [0, 1]), (0, [2]), (1, [])]) == [2]
     assert laid([]) == []
+
+
+@given(st.integers(1, 6), st.booleans(), st.booleans())
+def test_c3_the_first_draw_of_a_key_gets_what_an_empty_list_gives(n, refresh, couple):
+    assert first(n) == allot(Book(), [], n, refresh=refresh, couple=couple).to_generate
