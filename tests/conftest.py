@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
+import sqlite3
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -81,6 +83,33 @@ def store(new_store):
     made = new_store()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def until():
+    """A coroutine function that returns once a condition holds, for conditions that no event announces."""
+
+    async def wait(true):
+        async with asyncio.timeout(20):
+            while not true():  # noqa: ASYNC110 - no event announces it
+                await asyncio.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def locked():
+    """A context that holds the write lock of a cache's file as another process would; yields its release."""
+
+    @contextlib.contextmanager
+    def hold(folder, name="ledger.cache.db"):
+        connection = sqlite3.connect(folder / name, isolation_level=None, check_same_thread=False)
+        with contextlib.closing(connection):
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection.rollback
+            connection.rollback()
+
+    return hold
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
 
 
 def __getattr__(name: str) -> Any:
-    """Import a client when it is first used: each needs its SDK."""
+    """Import a client at its first use: each needs its SDK."""
     module = _WHERE.get(name)
     if module is None:
         raise AttributeError(f"module 'cachepipe.clients' has no attribute {name!r}")

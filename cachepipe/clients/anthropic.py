@@ -2,10 +2,10 @@
 
 ``client = Anthropic(cache="caches/exp", namespace="run-1")``
 
-This SDK has layers of its own between a call and the HTTP request that it becomes: tracing, retries and
-middleware, which may change what is asked. So the cache lies below them, where one attempt is made
-(``_attempt_request``): the key is that of what would be sent, and hits pass through the layers as answers of
-the provider do. Versions without them are served as the other SDKs are.
+This SDK has layers between a call and its HTTP request: tracing, retries and middleware, which may change the
+request. So the cache is below them, where the SDK makes one attempt (``_attempt_request``). The key is made
+from what would be sent, and hits pass through the layers as the provider's answers do. Versions without these
+layers are served as the other SDKs are.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ CREDENTIALS: dict[str, Any] = {
     "config": None,
     "profile": None,
 }
-"""What a client in replay mode that was given no credentials gets where the SDK finds none that work."""
+"""Placeholder credentials for a client in replay mode, if the SDK finds none."""
 
 _AT_ITS_PLACE = frozenset({"anthropic.lib.aws", "anthropic.lib.foundry"})
-"""Where classes are from that send to ``/v1/messages`` of their base URL what they are given."""
+"""The modules of classes that send calls unchanged to ``/v1/messages`` of their base URL."""
 
 
 @dataclass
 class _Request:
-    """One call of a method of the SDK, which is one or more attempts.
+    """One call of an SDK method, which makes one or more attempts.
 
     Attributes:
-        max_retries: how often it may be made again, if it says so itself.
-        records: what came of the attempts that were answered.
+        max_retries: how often it may be retried, if the call sets this.
+        records: the records of the attempts that were answered.
     """
 
     max_retries: int | None
@@ -64,11 +64,11 @@ class _Request:
 
 
 _request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("cachepipe_request", default=None)
-"""The call whose attempts are being made."""
+"""The call that is making its attempts now."""
 
 
 class Refused(CachepipeError):  # noqa: N818 - it never reaches a caller
-    """An attempt brought an error's status; the SDK judges it.
+    """An attempt returned an error status; the SDK decides what to do.
 
     Attributes:
         status_code: the status.
@@ -100,10 +100,10 @@ def _passed(call: Call, answer: Answer, options: Any) -> tuple[Any, Any]:
 
 
 class _Layered:
-    """What both kinds of clients have whose cache lies below the SDK's layers."""
+    """What synchronous and asynchronous clients with a cache below the SDK's layers have in common."""
 
     def _call(self, kind: Any, options: Any, details: dict[str, Any]) -> Any:
-        """Return one attempt as a call of the cache's, or None when it is not to be cached."""
+        """Return one attempt as a call of the cache, or None if it cannot be cached."""
         client: Any = self
         call = kind.of(client, client._cachepipe, None, options, stream=details["stream"], stream_cls=None)  # noqa: SLF001 - its other half
         if call is not None:
@@ -112,14 +112,14 @@ class _Layered:
         return call
 
     def _read_before(self, answer: Answer) -> Tape | None:
-        """Return the tape of a stream whose response was read before it came: that is handed on itself."""
+        """Return the tape of a stream that is handed on as it comes, or None."""
         tape = answer.content
         if answer.arrived is None or not isinstance(tape, Tape) or seam.unread(self, answer.arrived.response):
             return None
         return tape
 
     def _retries(self, options: Any) -> int | None:
-        """Return how often a call says that it may be made again; the SDK's options may have been changed."""
+        """Return how often a call may be retried, if it sets this; the SDK may have changed its options."""
         request = _request.get()
         return seam.own_retries(self, options) if request is None else request.max_retries
 
@@ -146,7 +146,7 @@ class AsyncLayered(_Layered, AsyncCached):
             _request.reset(token)
 
     async def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
-        """Return the response of one attempt, and the options that it was made with."""
+        """Return the response of one attempt, and the options it was made with."""
         call = self._call(Call, options, details)
         flow = self._limiting(options)
         try:
@@ -217,7 +217,7 @@ class SyncLayered(_Layered, SyncCached):
             _request.reset(token)
 
     def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
-        """Return the response of one attempt, and the options that it was made with."""
+        """Return the response of one attempt, and the options it was made with."""
         call = self._call(SyncCall, options, details)
         flow = self._limiting(options)
         try:
@@ -269,16 +269,16 @@ class SyncLayered(_Layered, SyncCached):
 
 
 class AsyncAnthropic(AsyncLayered, anthropic.AsyncAnthropic):
-    """``anthropic.AsyncAnthropic`` with a cache, which the parameters after the SDK's own describe.
+    """``anthropic.AsyncAnthropic`` with a cache. The cache's parameters follow the SDK's own.
 
     Args:
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
-        scope: what stands for the endpoint's URL in keys.
+        scope: replaces the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
-        service: the endpoint and its limits, such as ``cachepipe.Services.Anthropic(max_requests=50)``; calls
-            of the API then wait for their turn and are retried by it, not by the SDK.
+        service: the endpoint and its limits, such as ``cachepipe.Services.Anthropic(max_requests=50)``; the
+            service then schedules and retries calls, not the SDK.
     """
 
     if TYPE_CHECKING:
@@ -343,7 +343,7 @@ class Anthropic(SyncLayered, anthropic.Anthropic):
 
 
 def check_wrappable(kind: Any) -> None:
-    """Refuse the clients of platforms where a call is sent elsewhere, or in another form, than it says.
+    """Refuse the clients of platforms that rewrite calls before they are sent.
 
     Raises:
         TypeError: for those of Bedrock, Vertex and Google Cloud.
@@ -360,9 +360,9 @@ def check_wrappable(kind: Any) -> None:
 
 
 def _stand_for_the_sdks() -> None:
-    """Let our clients find credentials as the classes do that they stand for, which it tells by their type.
+    """Make the SDK look for credentials as it does for its own classes, which it recognises by their type.
 
-    Without it neither profiles nor workload identity would be looked for.
+    Without this it would look neither for profiles nor for workload identity.
     """
     module: Any = anthropic._client  # noqa: SLF001 - there is no other way
     original = getattr(module, "_is_base_client", None)
@@ -385,7 +385,7 @@ for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anth
 
 
 def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
-    """Tell the end of a call when it has come: that of a stream when it has been read."""
+    """Report the end of a call: for a stream, when it has been read."""
     headers = arrived.response.headers
     if stream:
         seam.when_read(arrived.response, functools.partial(passage.end, headers=headers))
@@ -394,7 +394,7 @@ def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
 
 
 def _usage(content: bytes | seam.Source) -> Any:
-    """Return the usage that an answer reports, or None."""
+    """Return the usage in an answer, or None."""
     try:
         answer = jsontext.loads(content) if isinstance(content, bytes) else None
     except ValueError:

@@ -1,8 +1,8 @@
 """Calls of the SDKs' clients as exchanges with the cache: one engine for all SDKs, synchronous or not.
 
-A call upstream is made by the SDK: with the caller's own arguments, in the caller's own context and, where
-the client is synchronous, in the caller's own thread. So retries, time-outs, hooks and errors are the
-SDK's, and so is what it makes of the response, be it one that arrived or one made of samples.
+The SDK makes each call upstream: with the caller's own arguments, in the caller's own context and, for a
+synchronous client, in the caller's own thread. So retries, time-outs, hooks and errors are the SDK's own. The
+SDK also parses every response, whether it arrived or was made from samples.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from cachepipe.errors import NotStored, TooManySamples
 from cachepipe.keys import Question
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
-"""How JSON values are told from others: those have no JSON by this."""
+"""Encodes JSON values only; other values raise an error."""
 
 receiving: contextvars.ContextVar[Any] = contextvars.ContextVar("cachepipe_receiving", default=None)
-"""The client whose response is to be handed over as it arrives, before the SDK makes anything of it."""
+"""The client that must hand over its next response as it arrives, before the SDK parses it."""
 
 
 def plain(value: Any) -> Any:
     """Return a value of a body as the SDKs send it: models as the fields that were set, times as text.
 
-    Numbers that are names in a mapping, such as the token ids of ``logit_bias``, become text as in JSON.
+    Numbers that are keys of a mapping, such as the token ids of ``logit_bias``, become text as in JSON.
     """
     if isinstance(value, Mapping):
         return {
@@ -54,7 +54,7 @@ def plain(value: Any) -> Any:
 
 
 def body_of(options: Any) -> dict[str, Any] | None:
-    """Return the JSON object that a call sends, ``extra_body`` included; None when it sends none."""
+    """Return the JSON object that a call sends, including ``extra_body``; None if it sends none."""
     body = options.json_data
     if getattr(options, "content", None) is not None or options.files or not isinstance(body, Mapping):
         return None
@@ -71,21 +71,21 @@ def body_of(options: Any) -> dict[str, Any] | None:
 
 
 class Call(Exchange):
-    """One call of a client whose answer may come from the cache.
+    """One call of a client that the cache may answer.
 
     Args:
         client: the client.
-        surface: what is ours of it.
-        cast_to: what the SDK is to make of the response.
+        surface: the client's view of the cache.
+        cast_to: the type into which the SDK parses the response.
         options: the SDK's own description of the request.
         stream: whether the caller wants a stream.
         stream_cls: the class of that stream.
-        api: what API it goes to.
-        body: what is sent.
-        asks: what it asks.
+        api: the API of the call.
+        body: the body to send.
+        asks: the questions in the body.
         mode: how the cache is used.
-        using: what the caller has set for it.
-        place: its URL and the headers that it is known to be sent with, where they are known.
+        using: the settings of the surrounding ``using`` block.
+        place: its URL and its known headers, if they are known.
         questions: see `Exchange`.
     """
 
@@ -132,7 +132,7 @@ class Call(Exchange):
 
     @classmethod
     def of(cls, client: Any, surface: Surface, cast_to: Any, options: Any, **how: Any) -> Self | None:
-        """Return the call that a request of the SDK is, or None when it is not to be cached."""
+        """Return a request of the SDK as a call, or None if it cannot be cached."""
         using = context.current()
         mode = using.mode_of(surface.mode)
         if mode == "bypass" or surface.backing.closed:
@@ -147,7 +147,7 @@ class Call(Exchange):
         except wire.BadRequest:
             return None  # the provider says what is wrong with it
         except TooManySamples as error:
-            message = f"{error}. The call goes to the provider as it is, and its answer is not cached"
+            message = f"{error}. The call is sent to the provider unchanged, and its answer is not cached"
             warnings.warn(message, NotStored, stacklevel=2)
             return None
         if any(not ask.cacheable or ask.stream != how["stream"] for ask in asks):
@@ -157,7 +157,7 @@ class Call(Exchange):
         )
 
     def arrived(self, answer: Answer) -> Arrived:
-        """Return an answer as the SDK takes it."""
+        """Return an answer in the form that the SDK parses."""
         self.kept = answer.kept
         arrived, content = answer.arrived, answer.content
         if arrived is None:
@@ -174,7 +174,7 @@ class Call(Exchange):
         return arrived
 
     def own_context(self) -> contextvars.Context | None:
-        """Return a copy of the caller's context, which calls of the SDK are made in."""
+        """Return a copy of the caller's context, in which the SDK makes its calls."""
         return self.context.copy()
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
@@ -192,7 +192,7 @@ class Call(Exchange):
 
 
 class SyncCall(Call):
-    """A call of a synchronous client: the cacher is on the portal's loop, the SDK in the caller's thread."""
+    """A synchronous client's call: the cacher runs on the portal's loop, the SDK in the caller's thread."""
 
     tape = SyncTape
     in_turns = False
@@ -204,7 +204,7 @@ class SyncCall(Call):
         self._idle = True
 
     def wait(self) -> Answer:
-        """Return what `drawn` does; meanwhile this thread makes the calls."""
+        """Return the result of `drawn`; this thread makes the calls while it waits."""
         work = self.drawn()
         check_elsewhere(work)
         future = submit(work)
@@ -227,15 +227,15 @@ class SyncCall(Call):
                     self._elsewhere(left)
 
     def _elsewhere(self, job: Callable[[], None]) -> None:
-        """Make a call in another thread than the caller's, which has gone on."""
+        """Make a call in another thread, since the caller's thread does not wait any more."""
         run = self.context.copy().run
         threading.Thread(target=run, args=(job,), name="cachepipe-call", daemon=True).start()
 
     def own_context(self) -> None:
-        """Return None: calls are made in the caller's thread, and in its context."""
+        """Return None: the caller's thread makes the calls, in its own context."""
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
-        """Return what the SDK receives; a call that has begun is not stopped, and its answer is kept."""
+        """Return what the SDK receives. A call that has begun is not stopped, and its answer is kept."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Arrived] = loop.create_future()
         arguments = self._arguments(body, stream=stream)

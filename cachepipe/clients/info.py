@@ -1,4 +1,4 @@
-"""What can be told of a response beside the response itself, which stays as the SDK makes it."""
+"""Facts about a response, kept beside it: the response itself stays as the SDK makes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cachepipe.typedefs import Response
 
 @dataclass(frozen=True)
 class Info:
-    """Where the samples of a response came from.
+    """Describes where the samples of a response came from.
 
     Attributes:
         key: the key of the question; of several questions, of the first.
@@ -23,19 +23,19 @@ class Info:
         namespace: the namespace that drew the samples.
         request_id: the request id of the draw.
         replicate: the replicate of the draw.
-        complete: whether all samples are there; a stream's are when it has come to its end.
-        cached: per sample, False exactly when it was generated on this request's behalf.
+        complete: whether all samples are known; for a stream, once it has ended.
+        cached: per sample, False exactly if it was generated on this request's behalf.
         duplicated: per sample, whether it was merged into the equal requests of its namespace that were
-            served in the same turn of the event loop, and is not the first sample of theirs.
-        indices: per sample, its index in the sample list of its key; None while that is not known.
+            served in the same turn of the event loop, and is not their first sample.
+        indices: per sample, its index in the sample list of its key; None while it is not known.
         as_asked: what the request would have cost alone, in one call: its prompt once, and all samples.
-        billed: what it paid for: the samples that were generated on its behalf, and the prompts of calls
-            whose first sample it got.
-        sums: both by model, for their prices.
+        billed: what the request paid for: the samples that were generated on its behalf, and the prompt of
+            each call that gave it its first sample.
+        sums: ``as_asked`` and ``billed`` by model, for their prices.
 
     ``as_asked`` and ``billed`` hold token counts by name (``prompt_tokens``, ``completion_tokens``,
-    ``total_tokens``, ``cached_tokens``, ``reasoning_tokens``), the number of ``samples``, and how many of
-    these are ``unknown``: they came without usage, so no count includes them.
+    ``total_tokens``, ``cached_tokens``, ``reasoning_tokens``), the number of ``samples``, and the number of
+    ``unknown`` samples, which came without usage and are in no count of tokens.
     """
 
     key: str
@@ -58,17 +58,17 @@ class Info:
 
     @property
     def as_asked_cost(self) -> float | None:
-        """The price of ``as_asked`` in US dollars; None if any of it is not known."""
+        """The price of ``as_asked`` in US dollars; None if a part of it is unknown."""
         return self._cost(self.sums.as_asked)
 
     @property
     def billed_cost(self) -> float | None:
-        """The price of ``billed`` in US dollars; None if any of it is not known."""
+        """The price of ``billed`` in US dollars; None if a part of it is unknown."""
         return self._cost(self.sums.billed)
 
     @property
     def saved_cost(self) -> float | None:
-        """The price of ``saved`` in US dollars; None if any of it is not known."""
+        """The price of ``saved`` in US dollars; None if a part of it is unknown."""
         whole, billed = self.as_asked_cost, self.billed_cost
         return None if whole is None or billed is None else whole - billed
 
@@ -80,7 +80,7 @@ class Info:
 
 
 class Record:
-    """What is known of a request so far."""
+    """The facts about a request that are known so far."""
 
     def __init__(self, keys: tuple[str, ...], claimant: Claimant, url: str) -> None:
         self.keys = keys
@@ -88,10 +88,10 @@ class Record:
         self.claimant = claimant
         self.responses: Sequence[Response] | None = None
         self.later: Callable[[], Sequence[Response]] | None = None
-        """What makes the responses when somebody wants to know."""
+        """Makes the responses at the first use."""
 
     def info(self) -> Info:
-        """Return what is known now."""
+        """Return the facts that are known now."""
         responses = self.responses
         if responses is None and self.later is not None:
             responses = self.responses = self.later()
@@ -122,7 +122,7 @@ _records: dict[int, tuple[weakref.ref[Any], Record]] = {}
 
 
 def note(thing: Any, record: Record) -> None:
-    """Note where a response came from, for as long as it lives; it is not touched, or need be hashable."""
+    """Note where a response came from, while it exists. It is not changed, and need not be hashable."""
     name = id(thing)
 
     def gone(reference: weakref.ref[Any]) -> None:
@@ -137,10 +137,10 @@ def note(thing: Any, record: Record) -> None:
 
 
 def info(response: Any) -> Info | None:
-    """Return where the samples of a client's response came from; None for what no cached call returned.
+    """Return where the samples of a client's response came from; None for an object of no cached call.
 
     Args:
-        response: what a call returned: a model, a stream, or a raw response.
+        response: the result of a call: a model, a stream, or a raw response.
     """
     for thing in (response, getattr(response, "http_response", None), getattr(response, "response", None)):
         entry = _records.get(id(thing))

@@ -1,4 +1,4 @@
-"""What makes a cached client of an SDK's own: two mixins, and the signatures of the SDK with ours added."""
+"""Makes cached clients of the SDKs' classes: two mixins, and the SDK's signatures with our parameters."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cachepipe.flow.flow import Flow, Passage
 from cachepipe.typedefs import Mode, Repeat
 
 OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
-"""The parameters that a cached client has beside the SDK's."""
+"""The parameters of a cached client in addition to the SDK's."""
 NO_KEY: Final = "none-needed-to-replay"
-"""The API key of a client in replay mode that was given none."""
+"""The API key of a client in replay mode if the caller gives none."""
 
 _OPTIONS: Final[Mapping[str, tuple[Any, Any]]] = {
     "cache": (Any, None),
@@ -36,20 +36,20 @@ _OPTIONS: Final[Mapping[str, tuple[Any, Any]]] = {
 
 
 _CACHESAVERS: Final = {
-    "cachedir": "write cache=, which takes the same folder",
+    "cachedir": "use cache=, which takes the same folder",
     "batch_size": "calls go out as they come, and equal ones together. "
     "For batches write OnlineAPI(OpenAIModel(...), cache, batch_size=...)",
 }
-"""What CacheSaver's clients take, and what to write instead."""
+"""The parameters of CacheSaver's clients, and what to write instead."""
 
 _arriving: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
     "cachepipe_arriving", default=None
 )
-"""Where the response of a call that is not cached is put, for the flow control to learn from."""
+"""Gets the response of an uncached call, for the flow control to learn from."""
 
 
 def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
-    """Tell the end of a call when it has come: that of a stream when it has been read."""
+    """Report the end of a call: for a stream, when it has been read."""
     response = responses[-1] if responses else None
     usage = getattr(result, "usage", None)
     if response is None:
@@ -60,22 +60,22 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
 
 
 class _Cached(outages.Telling):
-    """What both kinds of clients have."""
+    """What synchronous and asynchronous clients have in common."""
 
     _cachepipe: Surface
 
     def in_namespace(self, namespace: str | None) -> Self:
-        """Return this client in another namespace: connections, cache and calls in flight are shared."""
+        """Return this client in another namespace; the two share connections, cache and calls in flight."""
         client: Any = self
         twin: Self = client.copy(cache=self._cachepipe.named(namespace))
         return twin
 
     @contextlib.contextmanager
     def _explaining(self, *, reached: bool = True) -> Iterator[None]:
-        """Have the errors of calls name the URL, and each outage of the server told.
+        """Add the URL to errors of calls, and report each outage of the server.
 
         Args:
-            reached: whether the server has been reached when no error is raised.
+            reached: whether the absence of an error means that the server was reached.
         """
         client: Any = self
         try:
@@ -87,11 +87,11 @@ class _Cached(outages.Telling):
             outages.reached(f"{client.base_url}")
 
     def _limiting(self, options: Any) -> Flow | None:
-        """Return what limits a call that is not cached, if it is one that may generate something."""
+        """Return the flow control of an uncached call, if the call may generate something."""
         return self._cachepipe.flow if options.method.lower() == "post" else None
 
     def _passing(self, options: Any) -> dict[str, Any]:
-        """Return what the flow control is told of a call."""
+        """Return the arguments for the flow control of a call."""
         namespace = context.current().namespace_of(self._cachepipe.namespace)
         body = body_of(options) or {}
         return {"body": body, "namespace": namespace, "max_retries": seam.own_retries(self, options)}
@@ -131,7 +131,7 @@ class AsyncCached(_Cached):
         return result
 
     async def _uncached(self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any) -> Any:
-        """Make a call that has nothing to do with the cache; if it generates, by the service's limits."""
+        """Make an uncached call; if it may generate something, within the service's limits."""
         flow = self._limiting(options)
         if flow is None:
             return await request(cast_to, options, stream=stream, stream_cls=stream_cls)
@@ -148,7 +148,7 @@ class AsyncCached(_Cached):
         return result
 
     async def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
-        """Return the response of a call as it arrives, by way of the SDK."""
+        """Make a call through the SDK and return its response as it arrives."""
         sdk: Any = super()
         token = receiving.set(self)
         try:
@@ -187,11 +187,11 @@ class AsyncCached(_Cached):
         return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
 
     async def close(self, *, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
-        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too.
+        """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
 
         Args:
-            timeout: seconds to wait at most for the rest of streams that were left before their end; what has
-                not come by then is not cached.
+            timeout: the longest time in seconds to wait for the rest of streams that their readers left; a
+                stream that has not ended by then is not cached.
         """
         await self._cachepipe.backing.close(timeout)
         sdk: Any = super()
@@ -230,7 +230,7 @@ class SyncCached(_Cached):
         return result
 
     def _uncached(self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any) -> Any:
-        """Make a call that has nothing to do with the cache; if it generates, by the service's limits."""
+        """Make an uncached call; if it may generate something, within the service's limits."""
         flow = self._limiting(options)
         if flow is None:
             return request(cast_to, options, stream=stream, stream_cls=stream_cls)
@@ -249,7 +249,7 @@ class SyncCached(_Cached):
         return result
 
     def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
-        """Return the response of a call as it arrives, by way of the SDK."""
+        """Make a call through the SDK and return its response as it arrives."""
         sdk: Any = super()
         token = receiving.set(self)
         try:
@@ -288,11 +288,11 @@ class SyncCached(_Cached):
         return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
 
     def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
-        """Wait for what is in flight, then close the connections; as with the SDK, those of copies too.
+        """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
 
         Args:
-            timeout: seconds to wait at most for the rest of streams that were left before their end; what has
-                not come by then is not cached.
+            timeout: the longest time in seconds to wait for the rest of streams that their readers left; a
+                stream that has not ended by then is not cached.
         """
         surface = getattr(self, "_cachepipe", None)
         if surface is not None and not surface.backing.closed and not sys.is_finalizing():
@@ -302,14 +302,14 @@ class SyncCached(_Cached):
 
 
 def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Exception]) -> None:
-    """Give a class the SDK's constructor and ``copy`` with our parameters after the SDK's own.
+    """Give a class the SDK's constructor and ``copy``, with our parameters after the SDK's own.
 
-    They are made when the module is imported, so that they have the parameters of the version at hand.
+    They are made at import, so that they have the parameters of the installed version.
 
     Args:
         kind: our class.
         sdk: the SDK's class that it is a subclass of.
-        credentials: what a client that was given no credentials gets in replay mode.
+        credentials: placeholders for a client in replay mode without credentials.
         error: what the SDK raises for a client without credentials.
     """
     copies = (inspect.signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
@@ -365,7 +365,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
 
 
 def _sign(made: Callable[..., Any], like: Callable[..., Any], own: Mapping[str, Any], kind: type) -> None:
-    """Give a function the name, annotations and signature of another, with our parameters last."""
+    """Give a function the name, annotations and signature of another, followed by our parameters."""
     functools.update_wrapper(made, like, updated=())
     del made.__wrapped__  # type: ignore[attr-defined]  # its signature is not that of the other
     made.__qualname__ = f"{kind.__name__}.{like.__name__}"

@@ -2,8 +2,8 @@
 
 ``client = OpenAI(cache="caches/exp", namespace="run-1")``
 
-The constructor and ``copy`` are made from those of the SDK at hand when this module is imported; what type
-checkers see here are those of openai 3.
+The constructor and ``copy`` are made at import from those of the installed SDK. Type checkers see the
+signatures of openai 3, which are written out here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class AsyncOpenAI(AsyncCached, openai.AsyncOpenAI):
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
-        scope: what stands for the endpoint's URL in keys.
+        scope: replaces the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
-        service: the endpoint and its limits, such as ``cachepipe.Services.OpenAI(max_requests=500)``; calls
-            of the API then wait for their turn and are retried by it, not by the SDK.
+        service: the endpoint and its limits, such as ``cachepipe.Services.OpenAI(max_requests=500)``; the
+            service then schedules and retries calls, not the SDK.
     """
 
     if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class AsyncOpenAI(AsyncCached, openai.AsyncOpenAI):
             repeat: Repeat | openai.NotGiven = openai.not_given,
             service: Any = openai.not_given,
         ) -> Self:
-            """Return a client with the same options, but for those given; it shares connections and cache."""
+            """Return a client with the same options except those given; it shares connections and cache."""
             ...
 
         with_options = copy
@@ -157,7 +157,7 @@ class OpenAI(SyncCached, openai.OpenAI):
             repeat: Repeat | openai.NotGiven = openai.not_given,
             service: Any = openai.not_given,
         ) -> Self:
-            """Return a client with the same options, but for those given; it shares connections and cache."""
+            """Return a client with the same options except those given; it shares connections and cache."""
             ...
 
         with_options = copy

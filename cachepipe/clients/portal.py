@@ -1,11 +1,11 @@
-"""One event loop in a thread of its own, for calls from threads that have none.
+"""One event loop in a thread of its own, for calls from threads without a loop.
 
 The thread is a daemon: samples are durable before anyone sees them, so nothing is lost when the interpreter
-exits, and until then every thread can use it, whether a loop of its own runs there or not.
+exits. Until then every thread can use it, even if another loop runs in that thread.
 
-A task that raises ``SystemExit`` or ``KeyboardInterrupt`` stops its loop. Here the exception reaches the
-caller that waits for the task, and the loop goes on for the others. If the thread ends all the same, those
-who wait get an error, and the next call starts another thread.
+A task that raises ``SystemExit`` or ``KeyboardInterrupt`` normally stops its loop. Here the exception reaches
+the caller that waits for the task, and the loop continues for the others. If the thread ends nevertheless,
+its callers get an error, and the next call starts another thread.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ T = TypeVar("T")
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _promised: set[concurrent.futures.Future[Any]] = set()
-"""What is awaited of the loop; it fails when the loop's thread ends."""
+"""The futures that callers await; they fail when the loop's thread ends."""
 
 
 def portal() -> asyncio.AbstractEventLoop:
-    """Return the loop; the first caller starts it."""
+    """Return the loop; the first call starts it."""
     global _loop  # noqa: PLW0603 - there is one loop for the process
     if _loop is not None:
         return _loop
@@ -41,7 +41,7 @@ def portal() -> asyncio.AbstractEventLoop:
 
 
 def promised(future: concurrent.futures.Future[T], loop: asyncio.AbstractEventLoop) -> None:
-    """Have a future fail if the thread of this loop ends before the future is done."""
+    """Make a future fail if the thread of this loop ends before the future is done."""
     _promised.add(future)
     future.add_done_callback(_promised.discard)
     if loop is not _loop:
@@ -49,10 +49,10 @@ def promised(future: concurrent.futures.Future[T], loop: asyncio.AbstractEventLo
 
 
 def submit(work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-    """Return a future of what a coroutine returns on the loop.
+    """Run a coroutine on the loop and return a future of its result.
 
     Raises:
-        RuntimeError: when the interpreter is exiting, so that the loop runs no more.
+        RuntimeError: when the interpreter is exiting, so that the loop has stopped.
     """
     if sys.is_finalizing():
         work.close()
@@ -64,10 +64,10 @@ def submit(work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
 
 
 def in_portal(work: Coroutine[Any, Any, T]) -> T:
-    """Return what a coroutine returns on the loop; this thread waits for it.
+    """Run a coroutine on the loop, wait for it in this thread, and return its result.
 
     Raises:
-        RuntimeError: when this is the loop's own thread, which would wait for itself.
+        RuntimeError: when this is the loop's own thread.
     """
     check_elsewhere(work)
     future = submit(work)
@@ -79,7 +79,7 @@ def in_portal(work: Coroutine[Any, Any, T]) -> T:
 
 
 def check_elsewhere(work: Coroutine[Any, Any, Any]) -> None:
-    """Refuse to wait for a coroutine in the loop's own thread.
+    """Raise an error in the loop's own thread, which must not wait for itself.
 
     Raises:
         RuntimeError: when this is that thread.
@@ -118,7 +118,7 @@ def _fail(future: concurrent.futures.Future[Any]) -> None:
 
 
 def _after_fork() -> None:
-    """Let a forked child start a loop of its own: it inherits no threads."""
+    """Reset the portal in a forked child, which inherits no threads and starts a loop of its own."""
     global _lock, _loop, _promised  # the parent may have held the lock, and runs the loop
     _lock, _loop, _promised = threading.Lock(), None, set()
 

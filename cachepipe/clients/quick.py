@@ -1,10 +1,10 @@
-"""The fast path: plain calls of a resource's ``create`` are answered without the SDK's preparations.
+"""The fast path: answers plain calls of a resource's ``create`` without the SDK's preparations.
 
-Three quarters of a ``create()`` go into the transformation of its parameters, and most of the rest into a
-response object that nobody looks at. Of a call with nothing but JSON values the transformed body equals
-the arguments. So the first call with certain parameters goes the SDK's own way, and what that has made of
-them (the options of the request, the order of the body's fields) is learned as a `Shape`; later calls
-with the same parameters use it. Everything else goes the SDK's own way always.
+A ``create()`` spends three quarters of its time on the transformation of its parameters, and most of the rest
+on a response object that is not used. If all arguments are JSON values, the transformed body equals the
+arguments. So the first call with a set of parameters takes the SDK's normal path, and this module learns the
+result (the options of the request, the order of the body's fields) as a `Shape`. Later calls with the same
+parameters use the shape. All other calls take the SDK's normal path.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from cachepipe.errors import TooManySamples
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
-"""Where the resources are whose ``create`` is quickened."""
+"""The resources with a fast path for ``create``."""
 
 
 class Shape(NamedTuple):
-    """What the SDK makes of a call with certain parameters.
+    """What the SDK makes of a call with a set of parameters.
 
     Attributes:
-        options: its description of the request, without a body.
-        cast_to: what it makes of the answer.
-        api: what API the request goes to.
-        names: the fields of the body in order.
-        added: the fields that it adds to the arguments.
+        options: the SDK's description of the request, without a body.
+        cast_to: the type into which the SDK parses the answer.
+        api: the API of the request.
+        names: the fields of the body, in order.
+        added: the fields that the SDK adds to the arguments.
     """
 
     options: Any
@@ -55,14 +55,14 @@ class Shape(NamedTuple):
 
 
 class Lesson:
-    """A call that goes the SDK's own way, from which a shape may be learned."""
+    """A call on the SDK's normal path, from which a shape may be learned."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.arguments = arguments
         self.shape: Shape | None = None
 
     def learn(self, cast_to: Any, options: Any, *, stream: bool) -> None:
-        """Learn what the SDK has made of the arguments, if they are recognisably in it."""
+        """Learn the shape of the call, if its arguments can be recognised in the body."""
         api = wire.api_for(options.method, str(options.url))
         body = options.json_data
         if api is None or stream or not seam.is_plain(options) or not isinstance(body, Mapping):
@@ -80,11 +80,11 @@ class Lesson:
 
 
 lesson: contextvars.ContextVar[Lesson | None] = contextvars.ContextVar("cachepipe_lesson", default=None)
-"""The lesson that the call being made is part of."""
+"""The lesson of the call that is being made."""
 
 
 def quicken(resource: Any, names: tuple[str, ...]) -> Any:
-    """Return a resource of a client whose ``create``, there or below, takes the fast path."""
+    """Return a client's resource with the fast path for its ``create`` method, there or below."""
     last = resource
     for name in names:
         last = getattr(last, name, None)
@@ -96,7 +96,7 @@ def quicken(resource: Any, names: tuple[str, ...]) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _quick_class(kind: Any) -> Any:
-    """Return a subclass of a resource's class whose ``create`` takes the fast path."""
+    """Return a subclass of a resource's class with the fast path for ``create``."""
     own = kind.create
     make = _async_create if inspect.iscoroutinefunction(inspect.unwrap(own)) else _sync_create
     create = functools.wraps(own)(make(kind, own))
@@ -174,10 +174,10 @@ def _note_shape(shapes: dict[tuple[str, ...], Shape], taught: Lesson) -> None:
 
 
 def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
-    """Begin the call that these arguments make; return None if they are for the SDK.
+    """Begin a call with these arguments; return None if the SDK must handle them.
 
     Returns:
-        The SDK's object, if all of it is known; else None, the call, and the answer if that is known.
+        The SDK's object, if all of it is known; else None, the call, and the answer if it is known.
     """
     surface = client._cachepipe  # noqa: SLF001 - it is ours
     using = context.current()
@@ -234,7 +234,7 @@ def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]
 
 
 def _is_json(value: Any) -> bool:
-    """Tell whether a value is made of nothing but what JSON has."""
+    """Return True if a value consists of JSON values only."""
     try:
         orjson.dumps(value, option=STRICT)
     except TypeError:
@@ -244,7 +244,7 @@ def _is_json(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _is_usual(kind: Any) -> bool:
-    """Tell whether a class of clients makes its calls as ours do: a subclass of it may not."""
+    """Return True if a client class makes its calls as ours do, which a subclass may not."""
     return all(
         getattr(kind, name).__module__ == "cachepipe.clients.mixins"
         for name in ("request", "_process_response")
@@ -252,7 +252,7 @@ def _is_usual(kind: Any) -> bool:
 
 
 def _built(call: Call, answer: Answer) -> Any:
-    """Return the SDK's object for an answer, or None where only the SDK itself can make it."""
+    """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
     if type(answer.content) is not bytes or not answer.kept:
         return None
     made = seam.validated(call.cast_to, answer.content, call.options, answer.made_by)
@@ -262,7 +262,7 @@ def _built(call: Call, answer: Answer) -> Any:
 
 
 def property_of(sdk: Any, name: str, names: tuple[str, ...]) -> Any:
-    """Return a cached property like one of an SDK's client, whose resource is quickened; None without one."""
+    """Wrap the SDK's cached resource property with the fast path; None if the SDK lacks it."""
     own = inspect.getattr_static(sdk, name, None)
     if not isinstance(own, functools.cached_property):
         return None
@@ -276,7 +276,7 @@ def property_of(sdk: Any, name: str, names: tuple[str, ...]) -> Any:
 
 
 def equip(kind: Any, sdk: Any) -> None:
-    """Give a class of clients resources whose ``create`` takes the fast path."""
+    """Give a client class resources with the fast path for ``create``."""
     for name, *rest in _RESOURCES:
         made = property_of(sdk, name, tuple(rest))
         if made is not None:

@@ -1,9 +1,9 @@
-"""Where the clients meet the SDKs: every name of theirs that is not public is used in this module only.
+"""The internals of the SDKs: this is the only module that uses their private names.
 
-The SDKs are made by one generator and have in common: ``request(cast_to, options, *, stream, stream_cls)``,
-which all resources call; ``_process_response(...)``, which it ends in, and which makes models, streams and
-raw responses of an HTTP response; ``_maybe_override_cast_to``; the HTTP client ``_client``; and the default
-headers as they were given, ``_custom_headers``.
+One generator makes all of the SDKs. They have in common: ``request(cast_to, options, *, stream,
+stream_cls)``, which all resources call; ``_process_response(...)``, its last step, which makes models,
+streams and raw responses from an HTTP response; ``_maybe_override_cast_to``; the HTTP client ``_client``; and
+the default headers that the caller gave, ``_custom_headers``.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from typing import Any, NamedTuple
 from cachepipe import wire
 
 NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
-"""The methods of an SDK's client on which the clients stand."""
+"""The methods of an SDK's client that the cached clients use."""
 ATTRIBUTES = ("_client", "_custom_headers")
-"""Its attributes likewise."""
+"""The attributes of an SDK's client that the cached clients use."""
 
 _ERRORS = {"openai": "OpenAIError", "together": "TogetherError", "anthropic": "AnthropicError"}
-"""The SDKs, and the bases of their errors."""
+"""The SDKs, and the base classes of their errors."""
 
 _USUAL_RETRIES = 2
-"""How often all of the SDKs repeat a call unless they are told otherwise: their DEFAULT_MAX_RETRIES."""
+"""The default number of retries of all SDKs: their DEFAULT_MAX_RETRIES."""
 
 _DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"})
-"""Headers that told of the bytes on the wire, not of those that are handed on."""
+"""Headers that describe the bytes on the wire, not the decoded bytes."""
 
 _FRAMED = frozenset({"HTTP/2", "HTTP/3"})
 """The versions of HTTP that mark the end of each body."""
 
 RAW = "x-stainless-raw-response"
-"""The header by which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
+"""The header with which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
 _ABSENT = frozenset({"NotGiven", "Omit"})
-"""The classes of the values by which the SDKs say that there is none."""
+"""The classes of the SDKs' values for "not given"."""
 _EXTRAS = frozenset({"extra_headers", "extra_query", "extra_body"})
 _OWN = frozenset({RAW, "x-stainless-helper-method", "x-stainless-stream-helper"})
 
 
 class Arrived(NamedTuple):
-    """A response that the SDK has received and not yet made anything of.
+    """A response that the SDK has received and not parsed yet.
 
     Attributes:
         response: the HTTP response.
         details: the other arguments of ``_process_response``.
-        content: its body; empty when it is a stream, and where to read it when it is too large to be kept.
+        content: its body; empty for a stream, and a source for a body that is too large to be kept.
     """
 
     response: Any
@@ -70,20 +70,20 @@ def library_of(client: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def package_of(kind: Any) -> str:
-    """Return the name of the SDK that a class is from, or an empty string."""
+    """Return the name of a class's SDK, or an empty string."""
     roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
     return next((name for name in _ERRORS if name in roots), "")
 
 
 def error_of(kind: Any) -> type[Exception]:
-    """Return the base of the errors of the SDK that a class is from."""
+    """Return the base class of the errors of a class's SDK."""
     package = package_of(kind)
     error: type[Exception] = getattr(importlib.import_module(package), _ERRORS[package])
     return error
 
 
 def drop_resources(client: Any, original: Any) -> None:
-    """Let a client that has the attributes of another make resources of its own: theirs call the other."""
+    """Drop the resources that a client has copied from another, since they call the other client."""
     cached = {
         name
         for base in type(client).__mro__
@@ -100,7 +100,7 @@ def drop_resources(client: Any, original: Any) -> None:
 
 
 def replaced(client: Any) -> str | None:
-    """Return the dotted name of a method that somebody has replaced on a client or its resources, if any."""
+    """Return the dotted name of a method that was replaced on a client or its resources, if any."""
     for name in NAMES:
         if name in vars(client):
             return name
@@ -117,11 +117,11 @@ def replaced(client: Any) -> str | None:
 
 
 def sent_headers(client: Any, options: Any) -> dict[str, str]:
-    """Return the headers that a call is known to be sent with, by lower-case name.
+    """Return the known headers of a call, by lower-case name.
 
-    They are those of its HTTP client, the default headers that the client was given, with those that
-    Anthropic's always sends, and the call's own. A header that a later one of these leaves out is left out,
-    but for those of the HTTP client.
+    They are, in this order, the headers of its HTTP client, the client's default headers with those that
+    Anthropic's client always sends, and the call's own. A later source may remove a header of an earlier one,
+    except those of the HTTP client.
     """
     own = client.default_headers if package_of(kind_of(client)) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
     headers: dict[str, str] = {}
@@ -135,7 +135,7 @@ def sent_headers(client: Any, options: Any) -> dict[str, str]:
 
 
 def call_headers(options: Any) -> dict[str, str]:
-    """Return the headers of one call; those that stand for "leave it out" are left out."""
+    """Return the headers of one call, without those that it removes."""
     headers = options.headers
     if not isinstance(headers, Mapping):
         return {}
@@ -143,7 +143,7 @@ def call_headers(options: Any) -> dict[str, str]:
 
 
 def is_plain(options: Any) -> bool:
-    """Tell whether a call has nothing of its own beside its body, so that it may share one with others."""
+    """Return True if a call has no headers or options of its own, so that it may be merged with others."""
     if isinstance(options.headers, Mapping) and any(name.lower() not in _OWN for name in options.headers):
         return False
     return not options.params and not any(
@@ -152,18 +152,18 @@ def is_plain(options: Any) -> bool:
 
 
 def with_body(options: Any, body: Mapping[str, Any], *, once: bool = False) -> Any:
-    """Return options that send this body and are else the same, but for the SDK's own retries if ``once``."""
+    """Return the same options with another body, and without the SDK's own retries if ``once``."""
     changes = {"json_data": body, "extra_json": None}
     return options.model_copy(update={**changes, "max_retries": 0} if once else changes)
 
 
 def sent_once(options: Any) -> Any:
-    """Return options for a call that the SDK does not make again by itself."""
+    """Return options for a call that the SDK does not retry."""
     return options.model_copy(update={"max_retries": 0})
 
 
 def traces_itself(client: Any) -> bool:
-    """Tell whether the SDK makes spans of its own, where its user wants them: anthropic 2 and later."""
+    """Return True if the SDK can make spans of its own: anthropic 2 and later."""
     kind: type = type(client)
     return _traces_itself(kind)
 
@@ -175,7 +175,7 @@ def _traces_itself(kind: type) -> bool:
 
 
 def own_retries(client: Any, options: Any) -> int | None:
-    """Return how often a call may be made again, if it or its client says other than the SDK's default."""
+    """Return how often a call may be retried, if the call or its client overrides the SDK's default."""
     for wanted in (options.max_retries, client.max_retries):
         if _is_given(wanted) and isinstance(wanted, int) and wanted != _USUAL_RETRIES:
             return wanted
@@ -183,13 +183,13 @@ def own_retries(client: Any, options: Any) -> int | None:
 
 
 def overridden(client: Any, cast_to: Any, options: Any) -> tuple[Any, Any]:
-    """Return what a response is to be cast to and the options for it, the caller's own left unchanged."""
+    """Return the type into which a response is parsed, and the options for it, as a copy."""
     options = options.model_copy()
     return client._maybe_override_cast_to(cast_to, options), options  # noqa: SLF001 - this is the place
 
 
 def made_details(client: Any, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> dict[str, Any]:
-    """Return the arguments of ``_process_response`` for a response that no call has brought."""
+    """Return the arguments of ``_process_response`` for a response without a call."""
     cast_to, options = overridden(client, cast_to, options)
     return {
         "cast_to": cast_to,
@@ -201,12 +201,12 @@ def made_details(client: Any, cast_to: Any, options: Any, *, stream: bool, strea
 
 
 def kept_headers(response: Any) -> list[tuple[str, str]]:
-    """Return the headers of a response that still hold when its body is handed on decoded."""
+    """Return the headers of a response that are still valid for its decoded body."""
     return [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _DROPPED]
 
 
 class Source:
-    """Where the body of a response that is made here comes from: bytes at hand.
+    """The source of the body of a response that is made here: bytes in memory.
 
     Subclasses read a recorded stream.
     """
@@ -224,15 +224,15 @@ class Source:
             yield chunk
 
     def leave(self) -> None:
-        """Learn that the reader has stopped."""
+        """Note that the reader has stopped."""
 
     async def aleave(self) -> None:
-        """Learn that the reader has stopped, on a loop."""
+        """Note that the reader has stopped, on a loop."""
         self.leave()
 
 
 def broken(error: Exception) -> Source:
-    """Return a body that was lost on its way: whoever reads it gets the error of that."""
+    """Return a body that was lost in transit: reading it raises the error."""
 
     def lost(_: bytes) -> bytes:
         raise error
@@ -242,9 +242,9 @@ def broken(error: Exception) -> Source:
 
 @functools.lru_cache(maxsize=8)
 def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
-    """Return the class of bodies that responses to a kind of client take.
+    """Return the class of bodies for the responses of a kind of client.
 
-    A body is read in one of the two ways, as those that arrive are.
+    A body is read in one of two ways, synchronously or asynchronously, like one that arrived.
     """
 
     class Body(library.SyncByteStream):  # type: ignore[misc]  # chosen at run time
@@ -282,10 +282,10 @@ def _body(client: Any, *arguments: Any) -> Any:
 def made_response(
     client: Any, url: str, options: Any, content: bytes | Source, named: Mapping[str, str]
 ) -> Any:
-    """Return a response that no call has brought, with the request that it would have answered.
+    """Return a response without a call, with the request that it would have answered.
 
-    Its headers tell its type and, where that is known, which call made its samples: ``named``. Neither
-    credentials nor the SDK's own preparations are needed for it.
+    Its headers contain its type and, if known, the id of the call that made its samples: ``named``. It needs
+    neither credentials nor the SDK's preparations.
     """
     library = library_of(client)
     request = library.Request(options.method.upper(), url, headers=call_headers(options))
@@ -304,7 +304,7 @@ def made_response(
 
 
 def handed_on(client: Any, response: Any, source: Source) -> Any:
-    """Return a response like the one that arrived, whose body comes from a source."""
+    """Return a response like the one that arrived, with a body from a source."""
     began = time.monotonic()
 
     def ended() -> None:
@@ -326,9 +326,9 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
 
 
 def ends_in_order(response: Any) -> bool:
-    """Return True if a body has a length or a last chunk, so that its end is no broken connection.
+    """Return True if a body has a length or a last chunk, so that its end is not a broken connection.
 
-    The HTTP library raises an error for a body that ends before.
+    The HTTP library raises an error for a body that ends early.
     """
     headers = response.headers
     return (
@@ -339,11 +339,11 @@ def ends_in_order(response: Any) -> bool:
 
 
 def when_read(response: Any, end: Callable[[], None]) -> None:
-    """Call back once a response has been read to its end, was closed, or is held by nobody any more.
+    """Call a function once a response has been read to its end, was closed, or is not referenced any more.
 
     Args:
         response: the HTTP response.
-        end: what is called, perhaps more than once; it must not hold the response.
+        end: the function, which may be called more than once; it must not refer to the response.
     """
     if response.is_closed:
         end()
@@ -371,7 +371,7 @@ def when_read(response: Any, end: Callable[[], None]) -> None:
 
 
 def _elapsed(response: Any, began: float) -> dt.timedelta:
-    """Return how long a response took; one that is still being read has taken its time since it began."""
+    """Return how long a response took; for one that is still being read, the time since it began."""
     try:
         elapsed: dt.timedelta = response.elapsed
     except RuntimeError:
@@ -380,10 +380,10 @@ def _elapsed(response: Any, began: float) -> dt.timedelta:
 
 
 def ease_probes(client: Any) -> None:
-    """Make the probes of idle connections cheap, in an asynchronous HTTP client that the SDK has made itself.
+    """Make the probes of idle connections cheap, in an asynchronous HTTP client that the SDK has made.
 
-    The pool probes each idle connection whenever a call begins or ends. After the answers that are stored
-    together many are idle, and the way to the socket, which never changes, is most of what a probe takes.
+    The pool probes each idle connection whenever a call begins or ends. After a large transaction many
+    connections are idle, and finding the socket, which never changes, takes most of a probe's time.
     """
     backend = client._client  # noqa: SLF001 - this is the place
     for name in ("_transport", "_pool", "_network_backend"):
@@ -399,7 +399,7 @@ def ease_probes(client: Any) -> None:
 
 
 def _eased(stream: Any) -> Any:
-    """Return a connection whose socket is looked up once, with TLS and without."""
+    """Return a connection that looks its socket up once, with or without TLS."""
     about, start_tls, socket = stream.get_extra_info, stream.start_tls, stream.get_extra_info("socket")
     if not hasattr(select, "poll") or socket is None or socket.fileno() < 0:
         return stream
@@ -424,7 +424,7 @@ def kind_of(client: Any) -> Any:
 
 
 def is_own(function: Any, kind: Any) -> bool:
-    """Tell whether a method is the SDK's own, with nothing that somebody has put in front of it."""
+    """Return True if a method is the SDK's own and was not wrapped."""
     code = getattr(function, "__code__", None)
     package: Any = sys.modules.get(package_of(kind))
     return (
@@ -435,7 +435,7 @@ def is_own(function: Any, kind: Any) -> bool:
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a resource without those that stand for "not given"."""
+    """Return the arguments of a resource's call, without those that mean "not given"."""
     return {
         name: value
         for name, value in arguments.items()
@@ -444,20 +444,20 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def client_of(resource: Any) -> Any:
-    """Return the client that a resource is of."""
+    """Return the client of a resource."""
     return resource._client  # noqa: SLF001 - this is the place
 
 
 def is_strict(client: Any) -> bool:
-    """Tell whether a client is to refuse answers that its models do not fit."""
+    """Return True if a client refuses answers that do not fit its models."""
     strict: bool = client._strict_response_validation  # noqa: SLF001 - this is the place
     return strict
 
 
 def validated(cast_to: Any, content: bytes, options: Any, made_by: str | None) -> Any:
-    """Return the model that the SDK would make of an answer, or None where that takes the SDK itself.
+    """Return the model that the SDK would make of an answer, or None if only the SDK can make it.
 
-    The SDK constructs without looking; an answer that fits its model strictly gives the same object.
+    The SDK constructs models without validation; an answer that validates strictly gives the same object.
     """
     if _is_given(getattr(options, "post_parser", None)):
         return None
@@ -471,7 +471,7 @@ def validated(cast_to: Any, content: bytes, options: Any, made_by: str | None) -
 
 
 def unread(client: Any, response: Any) -> bool:
-    """Tell whether the body of a response is still to be read."""
+    """Return True if the body of a response was not read yet."""
     library = library_of(client)
     try:
         response.content  # noqa: B018 - it raises
@@ -481,7 +481,7 @@ def unread(client: Any, response: Any) -> bool:
 
 
 def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
-    """Return the full URL of a call with this body, with the query that it is sent with."""
+    """Return the full URL of a call with this body, including its query."""
     path = str(options.url)
     base = str(client.base_url).rstrip("/")
     if "://" in path:
@@ -501,7 +501,7 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
 
 
 class Place(NamedTuple):
-    """Where calls go that have nothing of their own beside their body, while their client stays as it is."""
+    """The URL and headers of calls without own headers or options, while their client is unchanged."""
 
     options: Any
     base: Any
@@ -516,7 +516,7 @@ class Place(NamedTuple):
 def place_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
     """Return the full URL and the known headers of a call as `url_of` and `sent_headers` do.
 
-    For a call with nothing of its own beside its body, they are remembered with the client by ``options``.
+    For a call without headers or options of its own, the client remembers them by ``options``.
     """
     places = vars(client).setdefault("_cachepipe_places", {})
     place: Place | None = places.get(id(options))
@@ -545,5 +545,5 @@ def _is_azure(kind: Any) -> bool:
 
 
 def _is_given(value: Any) -> bool:
-    """Tell whether a value is none of those by which the SDKs say that there is none."""
+    """Return True if a value is not one of the SDKs' values for "not given"."""
     return value is not None and type(value).__name__ not in _ABSENT

@@ -1,9 +1,9 @@
-"""Streams that are recorded while they pass: what the reader gets is what came, and the sample is kept.
+"""Records streams while they pass: the reader gets what came, and the sample is kept.
 
-A tape reads one piece of the upstream at a time, as its reader asks for more. When the terminal event
-has come the samples are stored, and only then is that event passed on. A reader that stops after some
-content leaves the rest to be read in the background; one that stops before any withdraws the call. When
-another draw waits for the sample, the tape reads ahead of its reader.
+A tape reads one piece of the upstream at a time, when its reader asks for more. When the terminal event has
+come, the samples are stored, and only then is that event passed on. If the reader stops after some content,
+the tape reads the rest in the background; if it stops before any content, the call is withdrawn. If another
+draw waits for the sample, the tape reads ahead of its reader.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from cachepipe.clients.portal import promised
 from cachepipe.clients.seam import Source, ends_in_order
 
 ABANDONED_SECONDS = 120.0
-"""How long the rest of a stream is read whose reader has stopped."""
+"""Seconds for which the rest of a stream is read after its reader has stopped."""
 _DRAINED_SECONDS = 0.1
-"""How long the end of a response is awaited after its terminal event, so that its connection is reused."""
+"""Seconds to wait for the end of a response after its terminal event, so that its connection is reused."""
 _UNDONE_SECONDS = 1.0
-"""How long the reader of a stream that broke waits at most until its draw is undone."""
+"""The longest time in seconds that the reader of a broken stream waits until its draw is undone."""
 _TURNS = 8  # turns of the loop that a leaving reader waits for what has come already
 _LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
 
 
 class Tape(Source):
-    """What the two kinds of tapes have in common.
+    """What synchronous and asynchronous tapes have in common.
 
     Args:
         response: the upstream's response, its body unread.
-        recorder: what puts the answer together.
-        hide_usage: whether the reader did not ask for the chunk of usage.
-        awaited: tells whether another draw waits for the sample.
+        recorder: assembles the answer.
+        hide_usage: whether to hide the usage chunk, because the reader did not ask for it.
+        awaited: returns True if another draw waits for the sample.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Tape(Source):
         self._error: BaseException | None = None
 
     def watch(self, draw: asyncio.Future[Any]) -> None:
-        """Note the draw that the samples are for."""
+        """Note the draw that needs the samples."""
         self.draw = draw
 
     def _take(self, events: Sequence[wire.StreamEvent]) -> None:
@@ -67,18 +67,18 @@ class Tape(Source):
             self._events.extend(events)
 
     def _shown(self, event: wire.StreamEvent) -> bytes:
-        """Return what the reader gets of an event."""
+        """Return the bytes of an event that the reader gets."""
         lean = event.without_usage
         return lean if self._hide_usage and lean is not None else event.raw
 
     @staticmethod
     def _bound(draw: asyncio.Future[Any]) -> None:
-        """Bound the time in which the rest of an abandoned stream is read; called on the draw's loop."""
+        """Limit the time for the rest of an abandoned stream; called on the draw's loop."""
         timer = draw.get_loop().call_later(ABANDONED_SECONDS, draw.cancel)
         draw.add_done_callback(lambda _: timer.cancel())
 
     def withdraw(self) -> None:
-        """Stop to read; the draw is cancelled, on its own loop."""
+        """Stop reading; the draw is cancelled, on its own loop."""
         if self.draw is not None:
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 self.draw.get_loop().call_soon_threadsafe(self.draw.cancel)
@@ -87,7 +87,7 @@ class Tape(Source):
         """Return the samples.
 
         Raises:
-            BadAnswer: when the stream brought no whole answer.
+            BadAnswer: when the stream was not a complete answer.
         """
         if self._error is not None and not self.recorder.complete:
             raise self._error  # what breaks after the terminal event costs no sample
@@ -95,7 +95,7 @@ class Tape(Source):
 
 
 class AsyncTape(Tape):
-    """A tape on an event loop; `run` is the call that the cache has asked for."""
+    """A tape on an event loop; `run` is the call that the cache asked for."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -133,9 +133,9 @@ class AsyncTape(Tape):
         return self._finish()
 
     async def _drained(self, chunks: AsyncIterator[bytes]) -> None:
-        """Read what follows the terminal event, for a moment, then close the response.
+        """Read what follows the terminal event, for a short time, then close the response.
 
-        Where the stream has not said that it is done, that is its reader's too.
+        If the stream has not said that it is done, the reader gets these events too.
         """
         try:
             with contextlib.suppress(Exception):  # it is of no use any more
@@ -150,7 +150,7 @@ class AsyncTape(Tape):
             await self.upstream.aclose()
 
     async def aleave(self) -> None:
-        """Learn that the reader has stopped; what has come already is read before it goes on."""
+        """Note that the reader has stopped, after reading what has come already."""
         self.leave()
         task = asyncio.current_task()
         if task is None or not inspect.iscoroutine(task.get_coro()):
@@ -196,7 +196,7 @@ class AsyncTape(Tape):
             raise self._error
 
     async def _until_stored(self) -> None:
-        """Wait until the sample is stored, before anyone sees the end of its stream."""
+        """Wait until the sample is stored, before the reader sees the end of the stream."""
         if self.draw is not None:
             await asyncio.wait([self.draw])
 
@@ -236,7 +236,7 @@ _drains: set[asyncio.Task[None]] = set()
 
 
 class SyncTape(Tape):
-    """A tape that the reader's own thread reads; the cache waits for it on the portal's loop."""
+    """A tape that the reader's own thread reads, while the cache waits for it on the portal's loop."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -261,12 +261,12 @@ class SyncTape(Tape):
         return self._finish()
 
     def watch(self, draw: asyncio.Future[Any]) -> None:
-        """Note the draw that the samples are for, and tell the reader's thread when it has ended."""
+        """Note the draw that needs the samples, and notify the reader's thread of its end."""
         super().watch(draw)
         draw.add_done_callback(lambda _: self._stored.set_result(None))
 
     def _pull(self, *, reader: bool) -> None:
-        """Read one piece, in whichever thread has come first."""
+        """Read one piece, in the thread that came first."""
         with self._reading:
             if self._ended or (reader and self._events):
                 return
@@ -335,7 +335,7 @@ class SyncTape(Tape):
     def _until_ended(self, timeout: float | None = None) -> None:
         """Wait for the draw's end.
 
-        So the sample is stored before anyone sees the end of its stream, and after a failure its reader's
+        So the sample is stored before the reader sees the end of the stream, and after a failure the reader's
         next attempt is the same draw.
         """
         if self._fork == forks.count:
@@ -344,8 +344,8 @@ class SyncTape(Tape):
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet.
 
-        The garbage collector calls this anywhere, even while the interpreter exits: so it neither starts a
-        thread nor waits for a lock, and leaves both to the portal.
+        The garbage collector may call this anywhere, even while the interpreter exits. So it neither starts a
+        thread nor waits for a lock, but leaves both to the portal.
         """
         if self._left or self._ended or self._fork != forks.count:  # a forked child shares the connection
             return

@@ -19,16 +19,16 @@ if not hasattr(together, "TogetherError"):
 
 
 class AsyncTogether(AsyncCached, together.AsyncTogether):
-    """``together.AsyncTogether`` with a cache, which the parameters after the SDK's own describe.
+    """``together.AsyncTogether`` with a cache. The cache's parameters follow the SDK's own.
 
     Args:
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
-        scope: what stands for the endpoint's URL in keys.
+        scope: replaces the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
-        service: the endpoint and its limits, such as ``cachepipe.Services.OpenAI(max_requests=500)``; calls
-            of the API then wait for their turn and are retried by it, not by the SDK.
+        service: the endpoint and its limits, such as ``cachepipe.Services.OpenAI(max_requests=500)``; the
+            service then schedules and retries calls, not the SDK.
     """
 
     if TYPE_CHECKING:

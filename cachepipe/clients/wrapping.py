@@ -1,4 +1,4 @@
-"""A cache for a client that exists already."""
+"""Gives an existing client a cache."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def wrap(
     repeat: Repeat = "fresh",
     service: Any = None,
 ) -> C:
-    """Return a client like the one given, with a cache; they share connections, and so their closing.
+    """Return a copy of a client, with a cache. The two share connections, so closing one closes both.
 
-    The client given stays as it is. What is returned is an instance of its class, and has what is set on it.
+    The original client is not changed. The copy is an instance of its class, with the same attributes.
 
     Args:
-        client: a client of the openai, together or anthropic package, of any class that sends its calls as
-            they are made: not those for Bedrock, Vertex and Google Cloud.
+        client: a client of the openai, together or anthropic package, of any class that sends its calls
+            unchanged: not the classes for Bedrock, Vertex and Google Cloud.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
-        scope: what stands for the endpoint's URL in keys.
+        scope: replaces the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
-        service: what limits and retries the client's calls; they go where the client sends them.
+        service: limits and retries the client's calls, which still go to the client's own URL.
 
     Raises:
-        TypeError: for anything else, for a client that has a cache already, and for one of which somebody,
-            such as a tool that traces calls, has replaced a method: what is returned would not have it.
+        TypeError: for any other object, for a client with a cache, and for a client with a replaced method
+            (by a tracing tool, for example), because the copy would not have the replacement.
     """
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
@@ -75,13 +75,13 @@ def _checked(client: Any) -> Any:
 
 
 def _layered() -> Any:
-    """Return the module of Anthropic's clients, which the others do without."""
+    """Return the module of Anthropic's clients; the other clients do not need it."""
     return importlib.import_module("cachepipe.clients.anthropic")
 
 
 @functools.lru_cache(maxsize=64)
 def _cached_class(kind: Any) -> Any:
-    """Return the class of cached clients that is a subclass of the class given."""
+    """Return the cached subclass of a client class."""
     asynchronous = inspect.iscoroutinefunction(kind.request)
     mixin: Any = AsyncCached if asynchronous else SyncCached
     credentials: dict[str, Any] = {"api_key": NO_KEY}

@@ -1,4 +1,4 @@
-"""Who may use a proxy: what calls it by its own name, is no page of another site, and shows the token."""
+"""Who may use a proxy: clients that use its own name, are not pages of another site, and send the token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="cachepipe"'), (b"www-a
 
 
 class Access:
-    """Lets requests in.
+    """Decides which requests are allowed.
 
     Args:
         settings: the token, and the names of the server.
@@ -34,14 +34,14 @@ class Access:
         self._any_name = settings.token is not None or not is_loopback(settings.host)
 
     def check(self, turn: Turn, path: str | None) -> None:
-        """Let a request in; a token that it shows as a key is taken from what goes upstream.
+        """Allow a request; remove a token that it sends as its API key from the headers for upstream.
 
         Args:
             turn: the request.
-            path: which of the proxy's own paths it is for; None when it is for an upstream.
+            path: the proxy's own path that it is for; None if it is for an upstream.
 
         Raises:
-            Refused: when it is not for this server, or shows no token.
+            Refused: when it is not for this server, or does not send the token.
         """
         if turn.method in ("CONNECT", "TRACE"):
             raise Refused(405, "bad_method", f"{turn.method} is not served here")
@@ -49,7 +49,7 @@ class Access:
         if turn.method == "GET" and b"websocket" in map(bytes.strip, offered):
             close = [(b"connection", b"close")]
             raise Refused(
-                501, "no_websockets", "WebSockets are not passed on; connect to the provider itself", close
+                501, "no_websockets", "WebSockets are not supported; connect to the provider directly", close
             )
         if not self._any_name:
             self._check_names(turn)
@@ -58,17 +58,17 @@ class Access:
             self._check_site(turn, path)
 
     def _check_names(self, turn: Turn) -> None:
-        """Refuse what calls this server by a name that somebody else made up for its address."""
+        """Refuse a request with an unknown host name, which another site may have given to this address."""
         host = turn.says(b"host")
         if host is not None and not self._is_ours(f"//{host}"):
             raise Refused(
                 403,
                 "bad_host",
-                f"this server is not called {host[:200]!r}; allow that name with --allow-host",
+                f"this server does not answer to the name {host[:200]!r}; allow it with --allow-host",
             )
 
     def _check_site(self, turn: Turn, path: str | None) -> None:
-        """Refuse what a page of another site has a browser send: forms and scripts name it, images do not."""
+        """Refuse other sites' pages, which browsers name for forms and scripts but not images."""
         origin = turn.says(b"origin")
         if origin is None:
             if turn.named.get(b"sec-fetch-site") == b"cross-site" and path not in _FREE:
@@ -82,7 +82,7 @@ class Access:
 
     @staticmethod
     def _check_token(turn: Turn, token: bytes) -> bool:
-        """Take the token wherever it is shown; tell whether as a password, which browsers send unasked."""
+        """Check the token; return True if it came as a password, which browsers send by themselves."""
         shown = [
             pair
             for pair in turn.headers
@@ -92,7 +92,7 @@ class Access:
             raise Refused(
                 401,
                 "bad_token",
-                "show the proxy's token: as the API key, or in the header x-cachepipe-token beside it",
+                "send the proxy's token as the API key, or in the header x-cachepipe-token",
                 _CHALLENGE,
             )
         turn.headers = [pair for pair in turn.headers if pair not in shown]
@@ -100,7 +100,7 @@ class Access:
 
 
 def _name(url: str) -> str:
-    """Return the name of a server, told by a URL, or by a host with or without a port."""
+    """Return the name of a server from a URL, or from a host with or without a port."""
     if "//" not in url:
         url = f"//[{url}]" if url.count(":") > 1 and "[" not in url else f"//{url}"
     try:
@@ -110,7 +110,7 @@ def _name(url: str) -> str:
 
 
 def _bare(shown: bytes) -> bytes:
-    """Return the secret that a header shows: bare, as a bearer's token or as a password."""
+    """Return the secret in a header: bare, as a bearer token or as a password."""
     scheme, blank, value = shown.strip().partition(b" ")
     if blank and scheme.lower() == b"bearer":
         return value.strip()

@@ -1,4 +1,4 @@
-"""The proxy as an ASGI application: whom it serves, what each request is, and what becomes of it."""
+"""The proxy as an ASGI application: decides what each request is, and answers it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _OWN: Final = frozenset({"/", "/healthz", "/readyz", "/metrics"})
 
 
 class _Route(NamedTuple):
-    """Where requests with one path go."""
+    """The destination of requests with one path."""
 
     place: paths.Place
     upstream: Upstream | None
@@ -75,7 +75,7 @@ class _Route(NamedTuple):
 
 
 class Meant(NamedTuple):
-    """What a head means, but for the body that follows it."""
+    """The meaning of a parsed head, without the body that follows it."""
 
     route: _Route
     url: str
@@ -87,14 +87,14 @@ class Meant(NamedTuple):
 
 
 class Proxy:
-    """The application; ``startup``, or the first request, opens its cache and ``shutdown`` closes it.
+    """The application. ``startup`` or the first request opens its cache, and ``shutdown`` closes it.
 
     Args:
-        settings: how it is set.
-        log: takes what is logged of each request; None for standard error.
+        settings: its settings.
+        log: takes the log entry of each request; None for standard error.
 
     Raises:
-        BadSettings: when it could not work, or would not be safe.
+        BadSettings: when it would not work, or would not be safe.
     """
 
     def __init__(self, settings: Settings, log: Callable[[Mapping[str, Any]], None] | None = None) -> None:
@@ -133,7 +133,7 @@ class Proxy:
         if self._open:
             return
         if self._ended:
-            raise StageClosed("this proxy has been shut down; make another one")
+            raise StageClosed("this proxy was shut down; make another one")
         settings = self.settings
         if self.mode == "bypass":
             self.store, self._owned = open_store(MemoryStore())
@@ -149,7 +149,7 @@ class Proxy:
         self.ready = True
 
     def stopping(self) -> None:
-        """Be no longer ready: from now on ``shutdown_timeout`` runs."""
+        """Stop being ready, and start ``shutdown_timeout``."""
         self.ready = False
         if self._until is None:
             self._until = asyncio.get_running_loop().time() + self.settings.shutdown_timeout
@@ -161,7 +161,7 @@ class Proxy:
             self._patience.reschedule(asyncio.get_running_loop().time())
 
     async def shutdown(self) -> None:
-        """Finish and store what is in flight, as long as ``shutdown_timeout`` allows, and close the cache."""
+        """Finish and store what is in flight, within ``shutdown_timeout``, and close the cache."""
         if not self._open:
             return
         self.stopping()
@@ -185,7 +185,7 @@ class Proxy:
         self.log.flush()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one request, or the server's own start and end."""
+        """Serve one request, or the server's startup and shutdown events."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
@@ -199,7 +199,7 @@ class Proxy:
     async def go_on(
         self, meant: Meant, read: Read, scope: Mapping[str, Any], receive: Receive, send: Send
     ) -> None:
-        """Serve a request whose head and body are known; see `at_once`."""
+        """Serve a request with a known head and body; see `at_once`."""
         await self._serve_turn(Turn(scope, receive, send, self.settings.client_timeout), meant, read)
 
     async def _serve_turn(self, turn: Turn, meant: Meant | None = None, read: Read | None = None) -> None:
@@ -256,7 +256,7 @@ class Proxy:
             await turn.answer(refusal.status_code, pairs, refusal.content)
         except asyncio.CancelledError:  # the server stops, and waits no longer
             outcome = "error"
-            await self._refuse(turn, route, Refused(503, "stopping", "the proxy has been stopped; try again"))
+            await self._refuse(turn, route, Refused(503, "stopping", "the proxy was stopped; try again"))
         except Exception as error:  # noqa: BLE001 - a server outlives whatever is wrong with one request
             outcome = "error"
             await self._refuse(turn, route, self._failure(turn, error))
@@ -267,7 +267,7 @@ class Proxy:
         self.log.request(turn, route.place if route else None, namespace, outcome)
 
     def _failure(self, turn: Turn, error: Exception) -> Refused:
-        """Return what a client learns of an error that is not the upstream's answer."""
+        """Return the response for an error that is not the upstream's answer."""
         if isinstance(error, UpstreamTimeout):
             return Refused(504, "upstream_timeout", str(error))
         if isinstance(error, UpstreamUnreachable):
@@ -285,12 +285,12 @@ class Proxy:
             return Refused(404, "cache_miss", message, pairs)
         if isinstance(error, StoreError):
             self.log.failed("the cache failed", error)
-            return Refused(503, "cache_failed", "the cache could not do what was asked of it; see the log")
+            return Refused(503, "cache_failed", "the cache could not carry out this request; see the log")
         self.log.failed("a request failed", error)
         return Refused(500, "internal_error", "the proxy failed; see its log")
 
     async def _refuse(self, turn: Turn, route: _Route | None, refusal: Refused) -> None:
-        """Answer with an error, in the words of the API that was asked."""
+        """Answer with an error, in the format of the API of the request."""
         turn.facts["error"] = refusal.code
         if turn.status:  # an answer has begun: without its end, the client sees that it is broken
             return
@@ -358,7 +358,7 @@ class Proxy:
         return "bypass" if self.mode == "bypass" else told
 
     def _run(self, namespace: str | None, run: str | None) -> ServedRun:
-        """Return the run that a request belongs to."""
+        """Return the run of a request."""
         if run is None:
             return self._named.get(namespace) or self._default
         found = self._labelled.get((namespace, run))
@@ -367,7 +367,7 @@ class Proxy:
                 raise Refused(
                     503,
                     "too_many_runs",
-                    f"{_LABELS} run labels have been used since the server was started; restart it",
+                    f"{_LABELS} run labels have been used since the server started; restart it",
                     [_NEVER_AGAIN],
                 )
             found = self._labelled[namespace, run] = ServedRun()
@@ -428,15 +428,15 @@ class Proxy:
 
     @staticmethod
     def _claimant(turn: Turn, namespace: str | None) -> Claimant:
-        """Return who draws, as a request's headers say it."""
+        """Return who draws, from a request's headers."""
         request_id, replicate = turn.says(b"x-cachepipe-request-id"), turn.says(b"x-cachepipe-replicate")
         return Claimant(namespace, request_id, replicate)
 
     def _read(self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes) -> Read | None:
-        """Return what a body asks; None where it is nothing that may come from the cache.
+        """Return the questions of a body; None if the cache cannot answer it.
 
         Raises:
-            TooManySamples: when it asks for more samples than a request may.
+            TooManySamples: when it asks for more samples than a request may ask for.
         """
         name = (url, *counting.items(), content)
         read = self._memory.get(name)
@@ -485,12 +485,12 @@ class Proxy:
         return await self._draw(turn, exchange, *self._shown(turn, exchange), ticket)
 
     def _shown(self, turn: Turn, exchange: Served) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        """Return the headers that a call goes with, and a digest of whose they are."""
+        """Return the headers of a call, and a digest of its credentials."""
         pairs = self._credited(headers.of_question(turn.headers), exchange.upstream)
         return pairs, headers.who_asks(exchange.upstream.name, pairs)
 
     async def _drawn_anew(self, turn: Turn, meant: Meant, read: Read) -> Outcome:
-        """Answer a request whose draw has just been looked for."""
+        """Answer a request after its draw was looked up."""
         exchange = self._exchange(meant.route, meant.url, meant.counting, read, "read-write", meant.claimant)
         run = self._run(meant.claimant.namespace, meant.route.place.run)
         return await self._draw(turn, exchange, meant.pairs, meant.who, Ticket(run))
@@ -506,15 +506,15 @@ class Proxy:
         return await self._await(turn, exchange, ticket, task)
 
     def at_once(self, meant: Meant, content: bytes, asker: object) -> bytes | Read | None:
-        """Return the whole response to a request whose draw is known.
+        """Return the complete response to a request with a known draw.
 
-        Of one whose draw is not known, it returns what its body asks, for `go_on`; and None of whatever
-        has to be served the ordinary way.
+        For an unknown draw, return the questions of its body, for `go_on`. For a request that must be served
+        the normal way, return None.
 
         Args:
-            meant: what was made of its head before.
+            meant: the meaning of its head.
             content: its body.
-            asker: who asks, by which requests that are served together are told from one client's own.
+            asker: the asker, which separates requests that are served together from those of one client.
         """
         api, place = meant.route.api, meant.route.place
         if not self._open or api is None:
@@ -542,10 +542,10 @@ class Proxy:
         return _ONE_HIT % told
 
     def _entry(self, run: ServedRun, exchange: Served, key: str) -> Any:
-        """Return what an idempotency key stands for.
+        """Return the entry of an idempotency key.
 
         Raises:
-            Refused: when it stands for another request.
+            Refused: when it was used with another request.
         """
         if len(key) > _LONGEST_KEY:
             raise Refused(
@@ -564,7 +564,7 @@ class Proxy:
         return entry
 
     def _credited(self, pairs: list[tuple[bytes, bytes]], upstream: Upstream) -> list[tuple[bytes, bytes]]:
-        """Return headers with the upstream's own key, where there is one, in place of the client's."""
+        """Return headers with the upstream's own key, if there is one, instead of the client's."""
         shown = upstream.shown_key
         if shown is None:
             return pairs
@@ -573,7 +573,7 @@ class Proxy:
         return [*pairs, (key_header, shown.encode())]
 
     def _surface(self, who: bytes, upstream: Upstream) -> Surface:
-        """Return the surface of requests that may share calls."""
+        """Return the view of the cache for requests that may share calls."""
         surface = self._surfaces.get(who)
         if surface is None:
             surface = self._surfaces[who] = self.surface.changed(service=upstream.flow)
@@ -590,7 +590,7 @@ class Proxy:
         ticket: Ticket,
         task: asyncio.Task[Answer],
     ) -> Outcome:
-        """Hand on what a draw brings, or let it go on when the client leaves."""
+        """Return the answer of a draw; if the client leaves, continue the draw without it."""
         try:
             here = await turn.or_gone(task)
         except BaseException:  # the server stops
@@ -618,7 +618,7 @@ class Proxy:
         return self._count(exchange) if answer.kept else "error"
 
     def _leave(self, exchange: Served, ticket: Ticket, task: asyncio.Task[Answer]) -> None:
-        """Let a draw go on whose client has gone: what it brings is stored, for who asks next."""
+        """Continue the draw of a client that has gone, and store its samples for the next request."""
         if exchange.stream and not task.done():
             task.add_done_callback(lambda _: ticket.unanswered())
             task.cancel()  # nothing has come of the stream
@@ -705,7 +705,7 @@ class Proxy:
         await turn.answer(status, pairs, content)
 
     def _told(self, exchange: Served, answer: Answer) -> list[tuple[bytes, bytes]]:
-        """Return the headers that say where an answer comes from."""
+        """Return the headers that describe where an answer comes from."""
         if not answer.kept:
             return [self._status("fwd=miss")]
         responses = exchange.record.responses
@@ -735,12 +735,12 @@ class Proxy:
     # What is passed through.
 
     async def _passed(self, turn: Turn, route: _Route, why: str, content: bytes | None) -> Outcome:
-        """Pass a request on as it came, and its answer back as it comes."""
+        """Forward a request unchanged, and its answer as it comes."""
         if self.settings.replay or turn.says(b"x-cachepipe-mode") == "replay":
             raise Refused(
                 404,
                 "not_cached",
-                "this request cannot be answered from a cache, and only replays are served",
+                "this request cannot be answered from a cache, and this proxy only replays",
                 [_NEVER_AGAIN],
             )
         upstream = route.upstream
@@ -788,7 +788,7 @@ class Proxy:
             await self._new_run(turn)
             return
         if turn.method not in ("GET", "HEAD"):
-            raise Refused(405, "bad_method", f"{path} is read with GET", [(b"allow", b"GET, HEAD")])
+            raise Refused(405, "bad_method", f"{path} supports GET only", [(b"allow", b"GET, HEAD")])
         if path == "/healthz":
             await turn.tell({"status": "ok"})
         elif path == "/readyz":
@@ -806,7 +806,7 @@ class Proxy:
         elif path.startswith("/cachepipe/api/"):
             await self._browse(turn, path.removeprefix("/cachepipe/api"))
         else:
-            raise Refused(404, "not_found", f"there is nothing at {path[:200]}; see /cachepipe")
+            raise Refused(404, "not_found", f"{path[:200]} does not exist; see /cachepipe")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -828,15 +828,15 @@ class Proxy:
         }
 
     async def _new_run(self, turn: Turn) -> None:
-        """Begin another run: of every namespace, or of one."""
+        """Begin a new run: of every namespace, or of one."""
         if turn.method != "POST":
-            raise Refused(405, "bad_method", "a run is begun with POST", [(b"allow", b"POST")])
+            raise Refused(405, "bad_method", "begin a run with POST", [(b"allow", b"POST")])
         content = await turn.body(65_536)
         options = None
         with contextlib.suppress(jsontext.LongInteger):
             options = read_object(content) if content.strip() else {}
         if options is None or not {*options} <= {"namespace"}:
-            raise Refused(400, "bad_run", 'a run is begun with nothing, or with {"namespace": "NAME"}')
+            raise Refused(400, "bad_run", 'begin a run with an empty body, or with {"namespace": "NAME"}')
         if "namespace" in options:
             namespace = options["namespace"]
             if namespace is not None and not isinstance(namespace, str):
@@ -854,7 +854,7 @@ class Proxy:
         await turn.tell({"run": secrets.token_hex(8), **options}, 201)
 
     def _holds(self, namespace: str | None) -> bool:
-        """Return whether the cache has draws of a namespace."""
+        """Return True if the cache has draws of a namespace."""
         return any(info.namespace == namespace for info in self.store.namespaces())
 
     async def _browse(self, turn: Turn, path: str) -> None:
@@ -880,7 +880,7 @@ _ONE_HIT: Final = (
 
 
 def _facts(keys: Sequence[str], responses: Sequence[Response]) -> list[tuple[bytes, bytes]]:
-    """Return the headers that say what samples an answer holds."""
+    """Return the headers that describe the samples of an answer."""
     pairs = listed(b"x-cachepipe-key", keys)
     one = responses[0]
     cached, merged, indices = one.cached or [], one.duplicated or [], one.indices
@@ -895,7 +895,7 @@ def _facts(keys: Sequence[str], responses: Sequence[Response]) -> list[tuple[byt
 
 
 def _made_by(api: wire.Api, name: str | None) -> list[tuple[bytes, bytes]]:
-    """Return the header that names the call which made an answer, if that is known."""
+    """Return the header with the id of the call that made an answer, if known."""
     return [] if name is None else [(id_header(api).encode(), name.encode("latin-1", "replace"))]
 
 

@@ -1,4 +1,4 @@
-"""The bodies of requests, read so that numbers keep their digits, and remembered."""
+"""A cache of parsed request bodies; numbers keep all of their digits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PER_BYTE: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A request's body as it was read; shared between equal requests, so nobody changes it.
+    """A parsed request body. Equal requests share it, so it must not be changed.
 
     Attributes:
         body: the body.
-        asks: what it asks.
+        asks: the questions in it.
         questions: the questions with their keys.
-        single: whether it asks for one sample of one question, and for no stream.
+        single: whether it asks for one sample of one question, without a stream.
     """
 
     body: dict[str, Any]
@@ -32,10 +32,10 @@ class Read:
 
 
 class Memory:
-    """The bodies read last: an evaluation asks the same questions again and again.
+    """The most recent parsed bodies: an evaluation asks the same questions again and again.
 
     Args:
-        size: bytes of memory that they may take, about.
+        size: the approximate number of bytes of memory that they may use.
         largest: bytes of the largest body that is remembered.
     """
 
@@ -46,14 +46,14 @@ class Memory:
         self._read: OrderedDict[tuple[Any, ...], Read] = OrderedDict()
 
     def get(self, name: tuple[Any, ...]) -> Read | None:
-        """Return what was read of a body; its name ends with its bytes."""
+        """Return a parsed body; its name ends with its bytes."""
         read = self._read.get(name)
         if read is not None:
             self._read.move_to_end(name)
         return read
 
     def put(self, name: tuple[Any, ...], read: Read) -> None:
-        """Remember what was read of a body, in place of the one that was used longest ago."""
+        """Remember a parsed body, and forget the least recently used ones."""
         if len(name[-1]) > self._largest or name in self._read:
             return
         self._read[name] = read
@@ -63,12 +63,12 @@ class Memory:
 
 
 def _weight(name: tuple[Any, ...], read: Read) -> int:
-    """Return about how many bytes of memory a body takes that was read: its text, values and questions."""
+    """Return the approximate number of bytes of memory of a parsed body: its text, values and questions."""
     return _QUESTION * len(read.questions) + _PER_BYTE * len(name[-1])
 
 
 def read_object(content: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that a body is; None when it is not one, as for lists and other encodings.
+    """Return the JSON object in a body; None if it is something else, such as a list or another encoding.
 
     Raises:
         LongInteger: when it holds an integer of more digits than can be keyed.

@@ -1,15 +1,15 @@
-"""What can be looked at through a proxy, as JSON: keys, questions, samples and draws. It only reads.
+"""The read-only JSON API of a proxy: keys, questions, samples and draws.
 
-    /cachepipe/api/status                 what is served, and how
+    /cachepipe/api/status                 the upstreams and settings
     /cachepipe/api/counters               hits, misses, spent, billed and saved since the start, by namespace
-    /cachepipe/api/namespaces             what the ledger holds of each namespace
+    /cachepipe/api/namespaces             each namespace, with its draws and samples
     /cachepipe/api/keys                   ?search= ?prefix= ?scope= ?namespace= ?after= ?limit=
-    /cachepipe/api/keys/KEY               what was asked, how many samples there are
+    /cachepipe/api/keys/KEY               the question, and its number of samples
     /cachepipe/api/keys/KEY/samples       ?from= ?limit=
     /cachepipe/api/keys/KEY/draws         ?namespace= ?after= ?limit=
 
-A listing is ``{"items": […], "next": …}``; ``next`` is null, or the ``after`` (or ``from``) of the next page:
-of keys, the last one, so that what is asked meanwhile moves nothing.
+A listing is ``{"items": […], "next": …}``; ``next`` is null, or the ``after`` (or ``from``) of the next page.
+For keys it is the last key of the page, so that new questions do not shift the pages.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _codec = Codec()
 
 
 class BadQuery(ValueError):  # noqa: N818 - names the thing at fault
-    """A query that cannot be answered; the message says why."""
+    """A query that cannot be answered, with the reason."""
 
 
 class NotThere(LookupError):  # noqa: N818 - names the thing at fault
-    """What was asked for is not in the cache."""
+    """The requested object is not in the cache."""
 
 
 def answer(store: Store, path: str, query: str, clock: Callable[[], float] = time.monotonic) -> Any:
-    """Return the JSON value at a path below ``/cachepipe/api``; it blocks while it reads.
+    """Return the JSON value at a path below ``/cachepipe/api``. This blocks while it reads.
 
     Args:
         store: the cache.
         path: the path, decoded: ``/namespaces``, ``/keys`` …
-        query: the query as it came.
-        clock: tells seconds, by which searches are kept short.
+        query: the raw query.
+        clock: returns seconds, and limits the time of searches.
 
     Raises:
         BadQuery: when the query is not understood.
-        NotThere: when there is no such thing.
+        NotThere: when the object does not exist.
     """
     try:
         pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=20, errors="strict")
@@ -82,7 +82,7 @@ def answer(store: Store, path: str, query: str, clock: Callable[[], float] = tim
         case ["keys", key, "draws"]:
             _known(options, "namespace", "after", "limit")
             return _draws(store, key, options)
-    raise NotThere("there is nothing here; see /cachepipe/api")
+    raise NotThere("this path does not exist; see /cachepipe/api")
 
 
 def _fields(info: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _number(options: Mapping[str, str], name: str, default: int, most: int | Non
 
 
 def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) -> dict[str, Any]:
-    """List keys, the newest first, page by page; a search stops after a while and tells where to go on."""
+    """List keys, newest first, page by page. A search stops after a while and returns where to continue."""
     limit = _number(options, "limit", _USUAL, _MOST) or 1
     search = options.get("search", "").casefold()
     scope, wanted, after = options.get("scope"), options.get("namespace"), options.get("after")
@@ -113,7 +113,7 @@ def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) 
         drawn = {draw.draw.key for draw in store.draws(namespace=label(wanted or None))}
     listed = store.keys(options.get("prefix", ""), newest=True)
     if after is not None and all(info.key != after for info in listed):  # those before it are passed over
-        raise NotThere("the key that the listing is to go on after is not in the cache; begin anew")
+        raise NotThere("the key in `after` is not in the cache; start the listing again")
     until = None
     items: list[dict[str, Any]] = []
     for info in listed:
@@ -132,7 +132,7 @@ def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) 
 
 
 def _searched(question: StoredQuestion) -> str:
-    """Return the text of a question that is searched: JSON as people read it."""
+    """Return the text in which searches look: a question's JSON as people read it."""
     return question.document.decode(errors="replace").casefold()
 
 
@@ -151,21 +151,21 @@ def _listing(info: KeyInfo, question: StoredQuestion | None) -> dict[str, Any]:
 
 
 def _asked(question: StoredQuestion | None) -> dict[str, Any]:
-    """Return the fields that were asked."""
+    """Return the fields of a request."""
     document = None if question is None else _document(question)
     asked = document.get("body", document.get("fields")) if isinstance(document, dict) else None
     return asked if isinstance(asked, dict) else {}
 
 
 def _document(question: StoredQuestion) -> Any:
-    """Return a question as JSON; None where it is none."""
+    """Return a question as JSON; None if it is not valid JSON."""
     with suppress(ValueError):
         return jsontext.loads(question.document)
     return None
 
 
 def prompt_of(asked: Mapping[str, Any]) -> str:
-    """Return the text that was asked: the last message of the user's, or the prompt."""
+    """Return the text of a question: the user's last message, or the prompt."""
     for name in ("messages", "prompt", "input"):
         value = asked.get(name)
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a proxy has done since it was started: counted by namespace, shown as JSON and to Prometheus."""
+"""The counts of a proxy since its start, by namespace, as JSON and for Prometheus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cachepipe.proxy.upstream import Caller
 from cachepipe.typedefs import Response
 
 Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"]
-"""How a request ended: all from the cache, none, some; passed through; its client gone; error; refused."""
+"""How requests end: all samples from the cache, none, some; passed through; client gone; error; refused."""
 
 _MOST: Final = 1000  # namespaces that are counted by themselves
 _USAGES: Final = 20_000  # samples whose usage is remembered, a quarter of a kilobyte each
@@ -31,9 +31,9 @@ _NOBODY: Final[Seller] = (None, "")
 
 
 class Prices:
-    """Unit prices, looked up once for each model and URL: a look takes longer than many hits.
+    """Unit prices, looked up once for each model and URL, because a look-up takes longer than many hits.
 
-    A model whose long prompts cost more is counted at the price of short ones.
+    If a model charges more for long prompts, the price of short ones is used.
     """
 
     def __init__(self) -> None:
@@ -50,27 +50,27 @@ class Prices:
         return seller
 
     def learn(self) -> None:
-        """Look up what is wanted; it blocks, and may be called from any thread."""
+        """Look up the missing prices. Blocks. Thread-safe."""
         for seller in list(self._wanted):
             self._known[seller] = prices.unit_prices(*seller)
             self._wanted.discard(seller)
 
     def cost(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
-        """Return the cost in US dollars of what was counted, as far as it was looked up; else None."""
+        """Return the cost in US dollars of token counts, or None if a price was not looked up."""
         return prices.cost_by_unit(counts, self._known.get((model, url)))
 
 
 @dataclass
 class Counts:
-    """What was done for one namespace.
+    """The counts of one namespace.
 
     Attributes:
         namespace: the namespace; None is one like any other.
-        requests: requests that ended, by how.
-        hits: samples that were there, or were generated for another request.
+        requests: requests that ended, by outcome.
+        hits: samples that were stored, or generated for another request.
         misses: samples generated on behalf of the request that got them.
-        delivered: what the answered requests would have cost alone, were billed, and saved, in tokens.
-        spent: the tokens of all samples that calls for the namespace's requests have brought.
+        delivered: tokens of the answered requests: as asked, billed and saved.
+        spent: tokens of all samples that calls for the namespace's requests have returned.
         last: when the last request ended, in seconds since 1970.
     """
 
@@ -87,7 +87,7 @@ class Counts:
         return {"spent": self.spent, **self.delivered.accounts()}
 
     def as_json(self, known: Prices) -> dict[str, Any]:
-        """Return the counts by name, with what the tokens cost where that is known."""
+        """Return the counts by name, with the cost of the tokens if it is known."""
         return {
             "namespace": self.namespace,
             "requests": dict(self.requests),
@@ -99,7 +99,7 @@ class Counts:
 
 
 def _labelled(namespace: str) -> str:
-    """Return a namespace as a label, none for two of them: in quotes where it could be taken for `_NONE`."""
+    """Return a namespace as a unique label, in quotes if it would look like `_NONE`."""
     encoded = namespace.encode(errors="backslashreplace")
     text = encoded.decode()
     if len(text) > _LONGEST:
@@ -134,7 +134,7 @@ class Counters:
         self.registry.register(self)
 
     def of(self, namespace: str | None) -> Counts:
-        """Return the counts of a namespace; from a certain number of them on, those of all others."""
+        """Return the counts of a namespace; further namespaces share one entry."""
         counts = self.namespaces.get(namespace)
         if counts is None:
             if len(self.namespaces) >= _MOST:
@@ -150,7 +150,7 @@ class Counters:
         return counts
 
     def drew(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
-        """Count what a request was given; the URL is the one that it would go to."""
+        """Count the samples that a request received; the URL is the upstream's."""
         for response in responses:
             cached = response.cached or [False] * len(response.data)
             indices = response.indices or (None,) * len(response.data)
@@ -161,11 +161,11 @@ class Counters:
             self._deliver(namespace, usages, cached, url)
 
     def hit(self, namespace: str | None, key: str, index: int, sample: Kept, url: str) -> None:
-        """Count a request that was given a sample that was there."""
+        """Count a request that received a stored sample."""
         self._deliver(namespace, [self._usage(key, index, sample)], [True], url)
 
     def spend(self, namespace: str | None, samples: Sequence[wire.Sample], url: str) -> None:
-        """Count what a call for a request has brought, whoever gets it."""
+        """Count the samples of a call for a request, whichever request gets them."""
         usages, url = self._sold([usage_of(sample) for sample in samples], url)
         self.of(namespace).spent.spend(usages, url)
 
@@ -177,14 +177,14 @@ class Counters:
         counts.delivered.add(usages, cached, url)
 
     def _sold(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
-        """Return usages and the URL by which they are summed: nobody's, if too many models were counted."""
+        """Return usages and the URL for their sums; no URL if too many models were counted."""
         sellers = [self.prices.seller(usage.model, url) for usage in usages]
         if _NOBODY in sellers:
             return [usage._replace(model=None) for usage in usages], ""
         return usages, url
 
     def _usage(self, key: str | None, index: int | None, sample: Kept) -> Usage:
-        """Return what a sample has used; one that has a place in the cache is read once."""
+        """Return the usage of a sample; a stored sample is read once."""
         if key is None or index is None:
             return usage_of(sample.value)
         usage = self._usages.get((key, index))
@@ -228,9 +228,9 @@ class Counters:
         return text
 
     def collect(self) -> Iterator[Metric]:
-        """Iterate over the counts as Prometheus has them."""
+        """Iterate over the counts in Prometheus' form."""
         requests = CounterMetricFamily(
-            "cachepipe_proxy_requests", "Requests that ended, by how.", labels=("namespace", "outcome")
+            "cachepipe_proxy_requests", "Requests that ended, by outcome.", labels=("namespace", "outcome")
         )
         samples = CounterMetricFamily(
             "cachepipe_proxy_samples",
@@ -254,7 +254,7 @@ class Counters:
                 tokens.add_metric((name, "completion", word), sums["completion_tokens"])
         calls = CounterMetricFamily("cachepipe_proxy_calls", "Calls to an upstream.", labels=("upstream",))
         running = GaugeMetricFamily(
-            "cachepipe_proxy_calls_in_flight", "Calls to an upstream now.", labels=("upstream",)
+            "cachepipe_proxy_calls_in_flight", "Calls to an upstream in flight.", labels=("upstream",)
         )
         for name, number in self.caller.calls.items():
             calls.add_metric((name,), number)
@@ -262,7 +262,7 @@ class Counters:
         flight = GaugeMetricFamily("cachepipe_proxy_requests_in_flight", "Requests now.")
         flight.add_metric((), self.in_flight)
         background = GaugeMetricFamily(
-            "cachepipe_proxy_abandoned_in_flight", "Answers being fetched whose client has gone."
+            "cachepipe_proxy_abandoned_in_flight", "Calls in flight for clients that have gone."
         )
         background.add_metric((), self.background)
         yield from (requests, samples, tokens, calls, running, flight, background)

@@ -1,4 +1,4 @@
-"""Which headers go where: what is one hop's own stays there, and what is ours is added.
+"""Which headers are forwarded: hop-by-hop headers are removed, and our own are added.
 
 Headers are pairs of bytes with lower-case names, as the ASGI specification has them.
 """
@@ -32,7 +32,7 @@ INERT: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"sandbox; default-src 'none'; frame-ancestors 'none'"),
 )
-"""What keeps an answer from acting in a browser as if it were a page of the proxy's."""
+"""Headers that prevent a browser from running an answer as a page of the proxy."""
 
 _UNBUFFERED: Final = (b"x-accel-buffering", b"no")  # nginx would hold events back
 _NOT_BACK: Final = frozenset({b"date", b"server", *(name for name, _ in INERT)})
@@ -41,7 +41,7 @@ _UNPACKED: Final = frozenset({b"gzip", b"deflate", b"identity", b""})
 _OURS: Final = b"x-cachepipe-"
 _NGINX: Final = b"x-accel-"  # commands to a server in front of this one
 KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
-"""The headers in which a client shows its key."""
+"""The headers with a client's API key."""
 
 _OF_ONE_CALL: Final = frozenset(
     {
@@ -68,7 +68,7 @@ _LONGEST: Final = 4000  # bytes of a header of ours: with more, clients refuse t
 
 
 def to_upstream(headers: Pairs) -> list[tuple[bytes, bytes]]:
-    """Return the headers of a request that go on: no hop's own, none of ours, neither host nor length."""
+    """Return the headers of a request to forward: without hop-by-hop headers, our own, host and length."""
     own = named_by_connection(headers)
     return [
         (name, value.strip(b" \t"))  # such as "Bearer " without a key
@@ -78,13 +78,13 @@ def to_upstream(headers: Pairs) -> list[tuple[bytes, bytes]]:
 
 
 def of_question(headers: Pairs) -> list[tuple[bytes, bytes]]:
-    """Return those that go upstream with a question, whose body and answer are the proxy's to write."""
+    """Return the headers to send upstream with a question; the proxy writes the body and the answer."""
     left_out = (b"cookie", b"accept-encoding", b"content-type", b"idempotency-key", b"content-encoding")
     return [pair for pair in to_upstream(headers) if pair[0] not in left_out]
 
 
 def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an upstream's answer that are handed on beside its bytes as they came."""
+    """Return the headers of an upstream's answer that are forwarded with its unchanged bytes."""
     pairs = [(name.lower(), value) for name, value in headers]
     own = named_by_connection(pairs)
     kept = [
@@ -101,7 +101,7 @@ def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
 
 
 def shown(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the headers of a provider's answer, kept or fresh, with what browsers and proxies are told."""
+    """Return the headers of a provider's answer, stored or fresh, with those for browsers and proxies."""
     events = any(
         name == b"content-type" and value.strip().lower().startswith(b"text/event-stream")
         for name, value in pairs
@@ -110,7 +110,7 @@ def shown(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 
 def is_packed(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Tell whether a body is encoded as nobody here has asked for, and so is only handed on."""
+    """Return True if a body has an encoding that the proxy did not ask for, and so is only forwarded."""
     return any(
         coding.strip().lower() not in _UNPACKED
         for name, value in headers
@@ -120,7 +120,7 @@ def is_packed(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def of_answer(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return those that still hold beside a body which was read and decoded; cookies are one client's."""
+    """Return the headers that are valid for a decoded body, without cookies, which belong to one client."""
     pairs = from_upstream(headers)
     left_out = {b"content-length", b"set-cookie"}
     if not is_packed(pairs):
@@ -129,7 +129,7 @@ def of_answer(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes
 
 
 def named_by_connection(headers: Pairs) -> frozenset[bytes]:
-    """Return the names that ``Connection`` makes one hop's own."""
+    """Return the names that ``Connection`` declares as hop-by-hop."""
     return frozenset(
         token.strip().lower()
         for name, value in headers
@@ -139,9 +139,9 @@ def named_by_connection(headers: Pairs) -> frozenset[bytes]:
 
 
 def who_asks(upstream: str, headers: Pairs) -> bytes:
-    """Return what tells apart requests that may not share a call: a digest, never a key itself.
+    """Return a digest that differs between requests that may not share a call; it contains no API key.
 
-    It covers the upstream's name and every header that goes there, but for those which are of one call
+    It covers the upstream's name and every header that is sent there, except headers that belong to one call
     and neither grant nor change anything.
     """
     kept = [
@@ -155,13 +155,13 @@ def who_asks(upstream: str, headers: Pairs) -> bytes:
 
 
 def listed(name: bytes, values: Sequence[str]) -> list[tuple[bytes, bytes]]:
-    """Return a header that lists values; none where the list is longer than clients take."""
+    """Return a header that lists values; no header if the list is longer than clients accept."""
     text = ", ".join(values).encode()
     return [(name, text)] if text and len(text) <= _LONGEST else []
 
 
 def text_of(value: bytes) -> str:
-    """Return what a header says: UTF-8, or where it is none Latin-1."""
+    """Return the text of a header: UTF-8, or Latin-1 if it is not valid UTF-8."""
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -169,5 +169,5 @@ def text_of(value: bytes) -> str:
 
 
 def said(headers: Pairs, name: bytes) -> list[str]:
-    """Return what the headers of one name say, in order."""
+    """Return the values of the headers with one name, in order."""
     return [text_of(value) for each, value in headers if each == name]

@@ -1,9 +1,8 @@
-"""The fast path: what a request's head says is read once; the same head again says the same.
+"""The fast path: a cache of parsed request heads.
 
-The requests of one client differ in little but their bodies. So what the application made of a head is kept
-by its bytes, all but the length of the body; where those come again, whole and in order, nothing of them
-is parsed, checked or looked up a second time. A question whose answer is known is then answered at once, by
-the protocol itself. Everything else goes the ordinary way.
+The requests of one client usually differ in their bodies only. So the proxy keeps the meaning of a head by
+its bytes, except the length of the body. Equal bytes are not parsed, checked or looked up again, and if the
+answer is known, the protocol itself answers at once. All other requests are served the normal way.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 HEAD: Final = "cachepipe.head"
-"""Where a scope has its head without the body's length, if what that means may be kept."""
+"""The key of an ASGI scope for the head without the body's length, if its meaning may be kept."""
 
 _END: Final = b"\r\n\r\n"
 _LENGTHS: Final = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 _LENGTH: Final = len(_LENGTHS[0])
 _LARGEST_HEAD: Final = 8192  # bytes of a head that is kept
-_LARGEST_BODY: Final = 32 << 10  # bytes of a body that is waited for; others go the ordinary way
+_LARGEST_BODY: Final = 32 << 10  # bytes of a body on the fast path; larger ones are served the normal way
 _MOST: Final = 1024  # heads that are kept
 
 
 class Asked(NamedTuple):
-    """What a request begins with.
+    """The beginning of a request.
 
     Attributes:
         name: its head without the body's length.
@@ -36,7 +35,7 @@ class Asked(NamedTuple):
 
 
 def asked(data: bytes) -> Asked | None:
-    """Return what bytes from a connection begin with, if that is the whole head of a request with a body."""
+    """Return the beginning of a request, if the bytes contain the whole head of a request with a body."""
     end = data.find(_END) + 4
     if not 4 < end <= _LARGEST_HEAD:
         return None
@@ -54,7 +53,7 @@ def asked(data: bytes) -> Asked | None:
 
 
 def is_plain(name: bytes) -> bool:
-    """Tell whether every HTTP parser finds the same lines in a head: no folded ones, nor lone line feeds."""
+    """Return True if every HTTP parser finds the same lines in a head: none folded, no lone line feeds."""
     return (
         name.count(b"\n") == name.count(b"\r\n") == name.count(b"\r")
         and b"\n " not in name
@@ -63,10 +62,10 @@ def is_plain(name: bytes) -> bool:
 
 
 class Heads(dict[bytes, Any]):
-    """What was made of the heads that came last, by their bytes without the body's length."""
+    """The meanings of the most recent heads, by their bytes without the body's length."""
 
     def keep(self, name: bytes, meaning: Any) -> None:
-        """Keep what a head means, in place of the one that came first."""
+        """Keep the meaning of a head, and forget the oldest one if there are too many."""
         if len(self) >= _MOST:
             del self[next(iter(self))]
         self[name] = meaning

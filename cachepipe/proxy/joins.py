@@ -1,9 +1,9 @@
-"""Which draw a request is: the next of its kind, or one that an earlier try of the same request made.
+"""Decides which draw a request is: a new one, or the draw of an earlier attempt of the same request.
 
-A run counts equal requests by their order of arrival (`cachepipe.runs`). A client that tries again means the
-draw which it has not got yet. It says so with an ``Idempotency-Key``, or by counting its tries
-(``x-stainless-retry-count``); and a number whose draw failed, or whose client left before the answer came,
-is given back at once, so that the next request of its kind gets it.
+A run counts equal requests by their order of arrival (`cachepipe.runs`). A client that retries means the draw
+that it has not received. It says so with an ``Idempotency-Key``, or with the number of its attempt
+(``x-stainless-retry-count``). If a draw fails, or its client leaves before the answer comes, its occurrence
+number is given back at once, and the next matching request gets it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class _Live:
 
 @dataclass(slots=True)
 class Entry:
-    """What the requests with one idempotency key draw.
+    """The draws of the requests with one idempotency key.
 
     Attributes:
-        questions: the keys of what is asked.
+        questions: the keys of the questions.
         numbers: per identity, the occurrence numbers in order.
-        delivered: whether one of them has got its answer.
+        delivered: whether one of the requests has received its answer.
     """
 
     questions: tuple[str, ...]
@@ -45,21 +45,21 @@ class Entry:
 
 
 class ServedRun(Run):
-    """A run of a proxy: what it has counted, and who holds what."""
+    """A run of a proxy: its counts, and the draws that requests in flight hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counted = Occurrences()
         self.live: dict[Identity, dict[int, _Live]] = {}
-        self.owed: dict[Identity, int] = {}  # numbers given back whose next try has not come
+        self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken yet
         self.entries: OrderedDict[tuple[str, str], Entry] = OrderedDict()
 
     def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store
-        """Return what this run has counted."""
+        """Return the counts of this run."""
         return self.counted
 
     def entry(self, label: str, key: str, questions: tuple[str, ...]) -> Entry:
-        """Return what the requests with an idempotency key draw, in a namespace by its label."""
+        """Return the entry of an idempotency key, in the namespace with this label."""
         entry = self.entries.get((label, key))
         if entry is None:
             entry = self.entries[label, key] = Entry(questions)
@@ -71,12 +71,12 @@ class ServedRun(Run):
 
 
 class Ticket:
-    """One request's place in a run: it counts the occurrences of the request's draws, or joins earlier tries.
+    """One request in a run: counts the occurrences of its draws, or attaches to an earlier attempt.
 
     Args:
         run: the run.
-        retry: whether the request says that it is a further try.
-        entry: what its idempotency key stands for, if it has one.
+        retry: whether the request says that it is a retry.
+        entry: the entry of its idempotency key, if it has one.
     """
 
     def __init__(self, run: ServedRun, *, retry: bool = False, entry: Entry | None = None) -> None:
@@ -86,7 +86,7 @@ class Ticket:
         self._held: list[tuple[Identity, int]] = []
 
     def take(self, identity: Identity) -> int:
-        """Return the number of this request's draw."""
+        """Return the occurrence number of this request's draw."""
         run, entry = self.run, self.entry
         number = self._joined(identity)
         if number is None:
@@ -104,7 +104,7 @@ class Ticket:
         return number
 
     def _joined(self, identity: Identity) -> int | None:
-        """Return the number of an earlier try's draw, if this request joins one."""
+        """Return the occurrence number of an earlier attempt's draw, if this request attaches to one."""
         run = self.run
         mine = [number for held, number in self._held if held == identity]
         if self.entry is not None:
@@ -126,14 +126,14 @@ class Ticket:
         return min(undelivered, default=None)
 
     def give_back(self, draw: Draw) -> None:
-        """Take back the number of a draw that was undone."""
+        """Take back the occurrence number of a draw that was undone."""
         identity = draw.identity
         if (identity, draw.occurrence) in self._held:
             self._held.remove((identity, draw.occurrence))
             self._release(identity, draw.occurrence, undone=True)
 
     def delivered(self) -> None:
-        """Note that the client has its answer."""
+        """Note that the client has received its answer."""
         if self.entry is not None:
             self.entry.delivered = True
         for identity, number in self._held:
@@ -141,7 +141,7 @@ class Ticket:
         self.ended()
 
     def left(self) -> None:
-        """Note that the client has gone while its draw goes on: the next of its kind is this one."""
+        """Note that the client has gone while its draw continues: the next matching request gets the draw."""
         for identity, number in self._held:
             live = self.run.live[identity][number]
             if live.holders == 1 and not (live.delivered or live.given_back or live.keyed):
@@ -149,12 +149,12 @@ class Ticket:
                 self._return(identity, number)
 
     def unanswered(self) -> None:
-        """Note that this request has ended without an answer: the next of its kind gets what stands of it."""
+        """Note that this request ended without an answer: the next matching request gets its draw."""
         self.left()
         self.ended()
 
     def ended(self) -> None:
-        """Note that nothing of this request is in flight any more."""
+        """Note that no part of this request is in flight any more."""
         held, self._held = self._held, []
         for identity, number in held:
             self._release(identity, number, undone=False)

@@ -1,4 +1,4 @@
-"""What a proxy writes of its requests: one line of JSON each, never a key, a header, a query or a text."""
+"""The log of a proxy: one line of JSON per request, without keys, headers, queries or texts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _LEVELS: Final = {
 
 
 class Log:
-    """Writes what has become of requests.
+    """Writes the log entries of requests.
 
     Args:
-        level: which are written: ``"all"``, ``"calls"``, ``"errors"`` or ``"off"``.
-        write: takes each; None for lines on standard error.
+        level: which entries to write: ``"all"``, ``"calls"``, ``"errors"`` or ``"off"``.
+        write: takes each entry; None for lines on standard error.
     """
 
     def __init__(self, level: str, write: Callable[[Mapping[str, Any]], None] | None = None) -> None:
@@ -46,7 +46,7 @@ class Log:
         return time.perf_counter() - turn.begun
 
     def request(self, turn: Turn, place: Place | None, namespace: str | None, outcome: str) -> None:
-        """Write what has become of a request."""
+        """Write the entry of a request that has ended."""
         if outcome not in self._wanted:
             return
         self._write(
@@ -65,7 +65,7 @@ class Log:
         )
 
     def hit(self, place: Place, namespace: str | None, key: str, size: int, begun: float) -> None:
-        """Write that a request was answered at once, as `request` does."""
+        """Write the entry of a request that was answered at once."""
         if "hit" not in self._wanted:
             return
         self._write(
@@ -84,7 +84,7 @@ class Log:
         )
 
     def failed(self, what: str, error: BaseException) -> None:
-        """Write an error that is nobody's but ours: where it was raised, without what it holds."""
+        """Write an internal error: where it was raised, without its message."""
         frames = traceback.extract_tb(error.__traceback__)
         where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
         message = (
@@ -104,7 +104,7 @@ class Log:
         )
 
     def warned(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        """Write a warning of cachepipe's, such as that an answer could not be stored; see `warnings`."""
+        """Write a warning of cachepipe, for example that an answer could not be stored; see `warnings`."""
         if not issubclass(category, CachepipeWarning):
             self._other_warning(message, category, *where, **more)
             return
@@ -118,7 +118,7 @@ class Log:
         )
 
     def handler(self) -> logging.Handler:
-        """Return a handler that writes what the library logs, such as that an upstream cannot be reached."""
+        """Return a handler for the library's own log, for example that an upstream cannot be reached."""
         handler = logging.Handler()
         handler.emit = self._logged  # type: ignore[method-assign]
         return handler
@@ -136,7 +136,7 @@ class Log:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what has gathered."""
+        """Write the collected lines."""
         lines, self._lines = self._lines, []
         if lines:
             sys.stderr.write(b"".join(lines).decode(errors="replace"))

@@ -1,14 +1,14 @@
-"""Where a request goes, told by its path alone.
+"""The destination of a request, from its path alone.
 
     /ns/NAME/v1/…            in the namespace NAME
     /ns/NAME@RUN/v1/…        there, in the run labelled RUN
     /up/UPSTREAM/v1/…        to the upstream of that name
-    /v1/…                    to the first one
-    /cachepipe/…             the proxy's own
+    /v1/…                    to the first upstream
+    /cachepipe/…             the proxy's own paths
 
-The rest of a path goes upstream as it came, percent-encoding included, so anything that two servers may read
-differently is refused: dot segments however they are encoded, backslashes, control characters. Where two of
-these parts meet, several slashes count as one: base URLs may end in a slash.
+The rest of a path is sent upstream unchanged, including its percent-encoding. So the proxy refuses anything
+that two servers may read differently: dot segments in any encoding, backslashes, control characters. Between
+two of these parts, several slashes count as one, because base URLs may end in a slash.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _BROKEN: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class BadPath(ValueError):  # noqa: N818 - names the thing at fault
-    """A path that nothing may be asked for at."""
+    """A path that is not allowed."""
 
 
 class NoPlace(BadPath):
-    """A path that leads nowhere."""
+    """A path that does not exist."""
 
 
 class Place(NamedTuple):
-    """Where a request goes.
+    """The destination of a request.
 
     Attributes:
-        rest: the path without what is the proxy's, beginning with a slash, as it came.
-        namespace: whose draws are made there; `INHERITED` when the path does not say.
+        rest: the raw path without the proxy's own parts, beginning with a slash.
+        namespace: the namespace that draws; `INHERITED` if the path does not name one.
         run: the label of a run, or None.
         upstream: the name of the upstream, or None.
     """
@@ -51,30 +51,30 @@ class Place(NamedTuple):
 
 
 def place(raw: bytes) -> Place:
-    """Return where a path leads.
+    """Return the destination of a path.
 
     Args:
-        raw: the path as it came, without the query.
+        raw: the raw path, without the query.
 
     Raises:
-        BadPath: when it is not fit to be sent on; the message says why.
+        BadPath: when it must not be forwarded; the message says why.
     """
     if not raw.startswith(b"/"):
-        raise BadPath("a request names a path that begins with a slash, and no other server")
+        raise BadPath("the target of a request is a path that begins with a slash, without a server's name")
     if len(raw) > _MOST:
         raise BadPath(f"a path has at most {_MOST} bytes")
     if not _PLAIN.fullmatch(raw) or _BROKEN.search(raw):
-        raise BadPath("the path holds characters that must be percent-encoded, or a broken encoding")
+        raise BadPath("the path contains characters that must be percent-encoded, or an invalid encoding")
     text = raw
     for _ in range(_DEPTH):
         if _DOTS.search(text) or _unsafe(text):
-            raise BadPath("a path holds no '.' or '..' segments, backslashes or control characters")
+            raise BadPath("a path must not contain '.' or '..' segments, backslashes or control characters")
         decoded = unquote_to_bytes(text)
         if decoded == text:
             break
         text = decoded
     else:
-        raise BadPath("the path is percent-encoded over and over")
+        raise BadPath("the path is percent-encoded too many times")
     found = Place(collapsed(raw.decode("ascii")))
     while True:
         head, name, rest = _split(found.rest)
@@ -95,7 +95,7 @@ def place(raw: bytes) -> Place:
 
 
 def collapsed(path: str) -> str:
-    """Return a path that begins with one slash where it began with several."""
+    """Return a path with its leading slashes collapsed into one."""
     return "/" + path.lstrip("/") if path.startswith("//") else path
 
 
@@ -104,7 +104,7 @@ def _unsafe(text: bytes) -> bool:
 
 
 def _split(path: str) -> tuple[str, str, str]:
-    """Return the first segment, the second, and what is left, which begins with a slash or is empty."""
+    """Return the first segment, the second, and the rest, which begins with a slash or is empty."""
     parts = path.split("/", 3)
     head = parts[1] if len(parts) > 1 else ""
     name = parts[2] if len(parts) > 2 else ""
@@ -115,4 +115,4 @@ def _decoded(name: str) -> str:
     try:
         return unquote_to_bytes(name).decode()
     except UnicodeDecodeError as error:
-        raise BadPath("the names of namespaces, runs and upstreams are UTF-8") from error
+        raise BadPath("the names of namespaces, runs and upstreams must be valid UTF-8") from error

@@ -1,4 +1,4 @@
-"""The proxy as a server: uvicorn, with what it leaves open closed, in a process or a thread of one's own."""
+"""The proxy as a server: uvicorn with stricter limits, in a process or a thread of its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BODY_SECONDS: Final = 1.0  # a body that takes longer goes the ordinary way
 
 
 class _Unframed(int):
-    """The length that is expected of a body which ends with its connection: whatever comes."""
+    """The expected length of a body that ends with its connection: any."""
 
     def __sub__(self, other: int) -> Self:
         return self
@@ -56,7 +56,7 @@ _UNFRAMED: Final = _Unframed(1 << 62)
 
 
 class _Gathered:
-    """A transport in whose place the parts of one answer are gathered, to be written as one."""
+    """A stand-in for a transport that gathers the parts of one answer, to write them together."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -76,7 +76,7 @@ class _Gathered:
 
 
 class _Cycle(RequestResponseCycle):
-    """A request whose head and body are known, and whose answer is written as one if it is sent as one."""
+    """A request with a known head and body; an answer in one message is written in one piece."""
 
     async def send(self, message: Any) -> None:
         if not message.get(WHOLE):
@@ -95,9 +95,10 @@ class _Cycle(RequestResponseCycle):
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, for strangers.
+    """uvicorn's protocol, hardened for untrusted clients.
 
-    Heads have a limit and come in time, targets are paths, answers are taken in time or thrown away.
+    It limits the size and the time of heads, accepts only paths as targets, and drops answers that a client
+    does not read in time.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -119,12 +120,12 @@ class Protocol(HttpToolsProtocol):
         self._used = 0.0  # when a request was last answered at once
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Give a new connection so long for the head of its first request."""
+        """Start the timer for the head of a new connection's first request."""
         super().connection_made(transport)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing any more."""
+        """Stop the timers."""
         self._stop_waiting()
         self._stop_looking()
         self._let_go()
@@ -133,12 +134,12 @@ class Protocol(HttpToolsProtocol):
     # A client that takes nothing.
 
     def pause_writing(self) -> None:
-        """Look from time to time whether the client takes what is written, also once nothing is to follow."""
+        """Check from time to time that the client reads what is written, also after the last byte."""
         super().pause_writing()
         self._look_again()
 
     def resume_writing(self) -> None:
-        """Go on writing."""
+        """Continue writing."""
         self._stop_looking()
         super().resume_writing()
 
@@ -160,7 +161,7 @@ class Protocol(HttpToolsProtocol):
             self._stalled = None
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection, whatever of its last answer was never taken."""
+        """Close an idle connection, even if its last answer was not read completely."""
         left = self._used + self.timeout_keep_alive - self.loop.time()
         if left > 0 or self._held:  # it was used without the timer's knowledge
             self._wait_idle(left if left > 0 else _BODY_SECONDS)
@@ -186,7 +187,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; what is no HTTP is answered with 400 and the end of the connection."""
+        """Take bytes; answer bytes that are not HTTP with 400, and close the connection."""
         if self.transport.is_closing() or self.parser is None:
             return
         if self._held:
@@ -198,7 +199,7 @@ class Protocol(HttpToolsProtocol):
             self._parse(data)
 
     def _at_once(self, data: bytes) -> bool:
-        """Answer a request whose head was served before, or wait for its body; else let it be parsed."""
+        """Answer a request with a known head, or wait for its body; otherwise parse it."""
         cycle = self.cycle
         if (cycle is not None and not cycle.response_complete) or self.flow.write_paused:
             return False
@@ -232,7 +233,7 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _go_on(self, meant: Meant, read: Read) -> None:
-        """Begin to serve a request whose head and body are known, as if they had been parsed."""
+        """Begin to serve a request with a known head and body, as if they had been parsed."""
         self._unset_keepalive_if_required()
         scope: Any = {"type": "http", "http_version": "1.1", WHOLE: True, **meant.scope}
         self.cycle = _Cycle(
@@ -255,7 +256,7 @@ class Protocol(HttpToolsProtocol):
         self.tasks.add(task)
 
     def _let_go(self) -> bytes:
-        """Return what was held, and hold nothing."""
+        """Return the held bytes, and hold none."""
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
@@ -271,7 +272,7 @@ class Protocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def shutdown(self) -> None:
-        """End the connection when what has begun to come is answered."""
+        """Close the connection once the requests that have begun are answered."""
         if self._held:
             self._parse(self._let_go())
         super().shutdown()
@@ -301,8 +302,8 @@ class Protocol(HttpToolsProtocol):
     def _gathered(self, data: bytes) -> bytes:
         """Return the bytes of a head to parse now, or none yet.
 
-        The parser gets the first piece at once, and then the end of the head or as much again as it has had:
-        its cost is linear in the size of the head, however many pieces that comes in.
+        The parser gets the first piece at once, and then the end of the head or as many bytes as it has had.
+        So its cost is linear in the size of the head, however many pieces the head comes in.
         """
         ends = _END in self._tail + data
         self._tail = (self._tail + data)[-3:]
@@ -324,7 +325,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _feed(self, data: memoryview) -> None:
-        """Parse, whatever other protocol a request offers to change to: HTTP/1.1 goes on (RFC 9110, 7.8)."""
+        """Parse bytes, and ignore an offer to change to another protocol (RFC 9110, 7.8)."""
         while True:
             try:
                 self.parser.feed_data(data)
@@ -337,7 +338,7 @@ class Protocol(HttpToolsProtocol):
                 return
 
     def _resume(self) -> None:
-        """Go on with the body of a request after whose head the parser has stopped."""
+        """Continue with the body of a request if the parser has stopped after the head."""
         framing = b"".join(b"%b: %b\r\n" % pair for pair in self.headers if pair[0] in _FRAMING)
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -364,7 +365,7 @@ class Protocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; the trailers of a body are left out."""
+        """Take a header; ignore the trailers of a body."""
         if self._in_head and not self._resuming:
             self._count(len(name) + len(value) + 3)
             super().on_header(name, value)
@@ -372,7 +373,7 @@ class Protocol(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._head += size
         if self._head > _HEAD:
-            raise ValueError(f"the head of a request has at most {_HEAD} bytes")
+            raise ValueError(f"the head of a request must not have more than {_HEAD} bytes")
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -380,10 +381,10 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
-        """Begin to serve a request whose head is whole.
+        """Begin to serve a request once its head is complete.
 
         Raises:
-            ValueError: when it names another server; the connection is then ended.
+            ValueError: when it names another server; the connection is then closed.
         """
         if self._resuming:
             return
@@ -392,16 +393,16 @@ class Protocol(HttpToolsProtocol):
         self._silent = 0
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
-            raise ValueError("requests are HTTP/1.1")
+            raise ValueError("requests must be HTTP/1.1")
         if not self.url.startswith(b"/"):
-            raise ValueError("a request names a path")
+            raise ValueError("the target of a request must be a path")
         if sum(name == b"host" for name, _ in self.headers) > 1:
-            raise ValueError("a request names one host")
+            raise ValueError("a request must name one host")
         lengths = [pair for pair in self.headers if pair[0] in _FRAMING]
         if len(lengths) > 1:
-            raise ValueError("the length of a body is told once")
+            raise ValueError("a request must state the length of its body only once")
         if lengths and lengths[0][0] == b"transfer-encoding" and lengths[0][1].strip().lower() != b"chunked":
-            raise ValueError("a body is chunked, and no more")
+            raise ValueError("a body must have no other transfer encoding than chunked")
         if self._name is not None and [name for name, _ in lengths] == [b"content-length"]:
             self._learn(self._name)
         self._name = None
@@ -415,7 +416,7 @@ class Protocol(HttpToolsProtocol):
             self.cycle.expected_content_length = _UNFRAMED
 
     def _learn(self, name: bytes) -> None:
-        """Let it be kept what a head means, unless anything about it concerns the connection."""
+        """Cache the parsed head, unless a header concerns the connection."""
         parser = self.parser
         if (
             is_plain(name)
@@ -427,7 +428,7 @@ class Protocol(HttpToolsProtocol):
             self.scope[HEAD] = name  # type: ignore[typeddict-unknown-key]
 
     def on_message_complete(self) -> None:
-        """Note that a request is whole."""
+        """Note that a request is complete."""
         if self.parser.should_upgrade() and self.scope["method"] != "CONNECT":
             return  # its body follows
         super().on_message_complete()
@@ -468,7 +469,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Stop at a signal, and then end as a server that was asked to: with the exit code 0."""
+        """Stop at a signal, with the exit code 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -496,13 +497,13 @@ class Server(uvicorn.Server):
                 self._told(self.url)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Stop at a signal; at a second Ctrl-C without what is in flight."""
+        """Stop at a signal; at a second Ctrl-C, give up what is in flight."""
         super().handle_exit(sig, frame)
         if self.force_exit and self._loop is not None:
             self._loop.call_soon_threadsafe(self.proxy.hurry)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, and finish those that are there."""
+        """Accept no more requests, and finish those in flight."""
         self.proxy.stopping()
         await super().shutdown(sockets)
 
@@ -513,7 +514,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Return a socket that listens where the settings say.
+    """Return a socket that listens at the address in the settings.
 
     Raises:
         BadSettings: when it cannot.
@@ -530,21 +531,21 @@ def listen(settings: Settings) -> socket.socket:
     except (OSError, UnicodeError) as error:
         listener.close()
         raise BadSettings(
-            f"{settings.host}:{settings.port} cannot be listened on: {error}; give another --host or --port"
+            f"cannot listen on {settings.host}:{settings.port}: {error}; give another --host or --port"
         ) from error
     listener.set_inheritable(False)
     return listener
 
 
 def _hush() -> None:
-    """Let the proxy's own log speak of what uvicorn notices too, such as answers that were broken off."""
+    """Pass uvicorn's own messages, such as interrupted answers, to the proxy's log."""
     logger = logging.getLogger("uvicorn.error")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
 
 
 def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None:
-    """Serve until the process is told to stop (SIGINT, SIGTERM), then finish what is in flight.
+    """Serve until the process receives SIGINT or SIGTERM, then finish what is in flight.
 
     Args:
         settings: how the proxy is set.
@@ -572,7 +573,7 @@ def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None
 
 @contextlib.contextmanager
 def running(settings: Settings, log: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[Server]:
-    """Run a proxy on a loop of its own, in a thread, while the context is entered.
+    """Run a proxy on its own loop, in a thread, within a context.
 
     Args:
         settings: how it is set.

@@ -1,4 +1,4 @@
-"""What a proxy is set to: its upstreams, its cache, whom it serves and how much it takes at once."""
+"""The settings of a proxy: its upstreams, its cache, its clients and its limits."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ _LIMITS: Final = frozenset(
 
 
 class BadSettings(CachepipeError, ValueError):  # noqa: N818 - names the thing at fault
-    """A proxy cannot be started as it is set."""
+    """A proxy cannot be started with these settings."""
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """A provider to ask.
+    """A provider.
 
     Attributes:
-        name: what it is called in paths (``/up/NAME/v1``), listings and metrics.
+        name: its name in paths (``/up/NAME/v1``), listings and metrics.
         url: its base URL, such as ``https://api.openai.com/v1``.
-        kind: whose dialect it speaks, which decides how a key is shown: ``"openai"`` or ``"anthropic"``.
-            ``/v1/messages`` goes to the first of kind ``anthropic`` where no other is named.
-        mount: the path at the proxy that ``url`` stands for: ``/v1``, unless the URL has no path.
-        api_key: the key to show it; None where clients bring their own.
-        key_header: the header that shows a key.
-        flow: how fast it is asked for what the cache lacks, or None; what passes through goes at once.
+        kind: its dialect, which decides how the API key is sent: ``"openai"`` or ``"anthropic"``. By default,
+            ``/v1/messages`` goes to the first upstream of the kind ``anthropic``.
+        mount: the local path prefix that maps to ``url``: ``/v1`` if the URL has a path, else none.
+        api_key: the API key to send; None if clients send their own.
+        key_header: the header for the API key.
+        flow: limits for calls that the cache cannot answer, or None; what passes through is not limited.
     """
 
     name: str
@@ -82,21 +82,21 @@ class Upstream:
         key_header: str | None = None,
         limits: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Return an upstream, what is not given told by its URL.
+        """Return an upstream, with defaults from its URL.
 
         Args:
             name: its name.
             url: its base URL.
-            kind: whose dialect it speaks.
-            mount: the path at the proxy.
-            api_key: the key to show it.
-            key_header: the header that shows a key.
-            limits: the parameters of `cachepipe.flow.Limits` but for its name and clock, and of
-                `cachepipe.flow.Retries` ``max_time`` and ``max_retries``, which is 0 unless given, as clients
-                try again themselves.
+            kind: its dialect.
+            mount: the local path prefix.
+            api_key: the API key to send.
+            key_header: the header for the API key.
+            limits: the parameters of `cachepipe.flow.Limits`, except its name and clock, and the parameters
+                ``max_time`` and ``max_retries`` of `cachepipe.flow.Retries`. ``max_retries`` is 0 by default,
+                because clients retry themselves.
 
         Raises:
-            BadSettings: when it cannot be one.
+            BadSettings: when a value is not valid.
         """
         what = f"the upstream {name!r}"
         if not _NAME.fullmatch(name):
@@ -121,7 +121,7 @@ class Upstream:
 
     @property
     def shown_key(self) -> str | None:
-        """The value of the header that shows the key."""
+        """The value of the header for the API key."""
         if self.api_key is None:
             return None
         return f"Bearer {self.api_key}" if self.key_header == "authorization" else self.api_key
@@ -134,12 +134,12 @@ def _flow(what: str, url: str, limits: Mapping[str, Any]) -> Flow:
             f"{what}: its limits hold {', '.join(map(repr, unknown))}; known are {', '.join(sorted(_LIMITS))}"
         )
     if not isinstance(options.get("per_model", {}), Mapping):
-        raise BadSettings(f"{what}: its limits cannot be set so: per_model is a table of models' limits")
+        raise BadSettings(f"{what}: its limits are not valid: per_model is a table of models' limits")
     retries = {name: options.pop(name) for name in _RETRIES if name in options}
     try:
         return Flow(Limits(**options, name=url), Retries(**{"max_retries": 0, **retries}))
     except (TypeError, ValueError, OSError) as error:
-        raise BadSettings(f"{what}: its limits cannot be set so: {error}") from error
+        raise BadSettings(f"{what}: its limits are not valid: {error}") from error
 
 
 def _url(what: str, url: Any) -> Any:
@@ -163,28 +163,28 @@ def _url(what: str, url: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a proxy is set; see `checked`, which every proxy calls.
+    """The settings of a proxy; every proxy calls `checked`.
 
     Attributes:
-        upstreams: the providers, by which the first is asked where a path names none.
+        upstreams: the providers; the first one is used for paths that name none.
         cache: a folder, a store, or None for the default folder.
         host: the address to listen on.
         port: the port, 0 for any free one.
-        replay: answer from the cache only; nothing is written, and no upstream is asked.
-        token: what clients must show; needed on every address but loopback.
+        replay: answer from the cache only; write nothing and call no upstream.
+        token: the token that clients must send; required on every address except loopback.
         namespace: the namespace of requests that name none.
         repeat: ``"fresh"``, or ``"same"`` for one draw per question.
-        durability: ``"process"``, or ``"full"`` to survive the death of the machine.
-        hosts: names by which clients may call it, beside its address; only loopback's are checked.
-        max_n: samples that one request may ask for; one that asks for more is refused.
-        max_answer: bytes of a decoded answer that may be stored; a larger one is passed on as it comes.
-        max_body: bytes of a request that may be answered from the cache; others are not limited.
-        max_connections: connections at once; further ones are refused with 503.
-        max_calls: calls to each upstream at once; further ones wait.
+        durability: ``"process"``, or ``"full"`` to survive a crash of the machine.
+        hosts: further host names for this server; names are checked on loopback only.
+        max_n: the largest number of samples of one request; requests for more are refused.
+        max_answer: the largest decoded answer in bytes that is stored; larger ones pass through.
+        max_body: the largest request in bytes that the cache may answer; other requests have no limit.
+        max_connections: the largest number of connections; further ones are refused with 503.
+        max_calls: the largest number of calls in flight to each upstream; further ones wait.
         connect_timeout: seconds until a connection to an upstream is made.
         timeout: seconds without a byte from an upstream.
-        client_timeout: seconds without a byte from a client, or taken by it.
-        shutdown_timeout: seconds in which what is in flight may end when the server stops.
+        client_timeout: seconds without a byte from or to a client.
+        shutdown_timeout: seconds for calls in flight to end when the server stops.
         log: which requests are logged: ``"all"``, ``"calls"`` upstream and errors, ``"errors"`` or ``"off"``.
     """
 
@@ -213,18 +213,18 @@ class Settings:
         """Return these settings.
 
         Raises:
-            BadSettings: when a proxy with them could not work, or would not be safe.
+            BadSettings: when a proxy with them would not work, or would not be safe.
         """
         if not self.upstreams:
             raise BadSettings("a proxy needs an upstream: --upstream https://api.openai.com/v1")
         names = [upstream.name for upstream in self.upstreams]
         if len({*names}) < len(names):
-            raise BadSettings(f"upstreams have different names; got {', '.join(names)}")
+            raise BadSettings(f"upstreams must have different names; got {', '.join(names)}")
         if self.token is not None and not self.token.strip():
             raise BadSettings("the token that clients must show is empty; set it to a long random text")
         if self.token is None and not is_loopback(self.host):
             raise BadSettings(
-                f"a proxy on {self.host} can be reached by others, so clients must show a token: name the "
+                f"a proxy on {self.host} can be reached by others, so clients must send a token: name the "
                 "environment variable that holds it with --token-env, or listen on 127.0.0.1"
             )
         if not 0 <= self.port <= 65535:
@@ -268,15 +268,15 @@ _OF_UPSTREAM: Final = ("url", "kind", "mount", "api_key_env", "key_header", "lim
 
 
 def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> Settings:
-    """Return the settings that a TOML file holds, not yet checked as a whole.
+    """Return the settings in a TOML file, not yet checked as a whole.
 
-    Beside the names of `Settings` there are ``token_env``, ``default`` (the name of the upstream that is
-    asked where a path names none), the tables ``[upstreams.NAME]`` with ``url``, ``kind``, ``mount``,
-    ``api_key_env`` and ``key_header``, and ``[upstreams.NAME.limits]`` with what `Upstream.of` takes. Keys
-    themselves are never in the file.
+    In addition to the names of `Settings` it may have ``token_env``, ``default`` (the upstream for paths that
+    name none), the tables ``[upstreams.NAME]`` with ``url``, ``kind``, ``mount``, ``api_key_env`` and
+    ``key_header``, and ``[upstreams.NAME.limits]`` with the limits of `Upstream.of`. API keys are never in
+    the file.
 
     Raises:
-        BadSettings: when it cannot be read, or holds what is not known.
+        BadSettings: when it cannot be read, or has unknown names.
     """
     environment = os.environ if environment is None else environment
     file = Path(path)
@@ -287,7 +287,7 @@ def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | Non
     known = {*_TYPES, "token_env", "default", "upstreams"}
     if unknown := sorted({*table} - known):
         raise BadSettings(
-            f"{file} holds {', '.join(map(repr, unknown))}, which is not known; known are "
+            f"{file} has the unknown names {', '.join(map(repr, unknown))}; known are "
             f"{', '.join(sorted(known))}"
         )
     values: dict[str, Any] = {}
@@ -329,27 +329,27 @@ def _upstream(file: Path, name: str, table: Mapping[str, Any], environment: Mapp
 
 
 def secret(variable: str, environment: Mapping[str, str] | None = None) -> str:
-    """Return what an environment variable holds, for keys and tokens.
+    """Return the value of an environment variable with an API key or a token.
 
     Raises:
-        BadSettings: when it is not set, or is not what a header can hold.
+        BadSettings: when it is not set, or a header cannot contain it.
     """
     value = (os.environ if environment is None else environment).get(variable, "").strip()
     if not value:
         raise BadSettings(f"the environment variable {variable} is not set, or empty; set it to the secret")
     if not (value.isascii() and value.isprintable()):
-        raise BadSettings(f"the environment variable {variable} holds characters that no header can")
+        raise BadSettings(f"the environment variable {variable} has characters that a header cannot contain")
     return value
 
 
 def named(text: str) -> tuple[str | None, str]:
-    """Return the name and the URL of ``NAME=URL``; the name is None where there is only a URL."""
+    """Return the name and the URL in ``NAME=URL``; the name is None if there is only a URL."""
     name, equals, url = text.partition("=")
     return (name, url) if equals and "/" not in name else (None, text)
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is of this machine only."""
+    """Return True if an address is a loopback address."""
     if host.lower() == "localhost":
         return True
     try:
@@ -359,7 +359,7 @@ def is_loopback(host: str) -> bool:
 
 
 def with_upstreams(settings: Settings, upstreams: list[Upstream]) -> Settings:
-    """Return settings whose upstreams are these, then those that they had."""
+    """Return settings with these upstreams, followed by the upstreams that they had."""
     own = {upstream.name for upstream in upstreams}
     kept = [upstream for upstream in settings.upstreams if upstream.name not in own]
     return replace(settings, upstreams=(*upstreams, *kept))

@@ -1,4 +1,4 @@
-"""One request to the proxy and its answer, as ASGI has them."""
+"""One request to the proxy and its answer, through ASGI."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 WHOLE: Final = "cachepipe.whole"
-"""In a scope: an answer may be sent in one message, which holds this name too."""
+"""A key of a scope: the answer may be sent in one message, which has this key too."""
 
 KEEPS: Final = "cachepipe.keeps"
-"""In a scope: a client of HTTP/1.0 asks to keep its connection."""
+"""A key of a scope: an HTTP/1.0 client asks to keep its connection."""
 
 _TURNS: Final = 5
 JSON: Final = (b"content-type", b"application/json")
@@ -29,15 +29,15 @@ _PRIVATE: Final = [(b"cache-control", b"no-store"), *headers.INERT]
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it would be an error
-    """The client has left, or takes nothing any more."""
+    """The client has left, or does not read any more."""
 
 
 class Refused(Exception):  # noqa: N818 - names what happened
-    """A request is answered with an error of the proxy's own.
+    """A request gets an error of the proxy itself.
 
     Args:
         status: the status.
-        code: a short name that programs may look for.
+        code: a short name for programs.
         message: what was expected, what arrived, what to do.
         pairs: further headers.
     """
@@ -53,12 +53,12 @@ class Refused(Exception):  # noqa: N818 - names what happened
 
 
 class Turn:
-    """One request: what it says, and what has become of it.
+    """One request, and the state of its answer.
 
     Args:
         scope: the ASGI scope.
-        receive: gives the body, and the client's leaving.
-        send: takes the answer.
+        receive: returns the parts of the body, and the end of the connection.
+        send: takes the parts of the answer.
         patience: seconds without a byte from or to the client.
     """
 
@@ -92,7 +92,7 @@ class Turn:
         self._watch: asyncio.Task[None] | None = None
 
     def says(self, name: bytes) -> str | None:
-        """Return what a header says, or None where it is missing."""
+        """Return the value of a header, or None."""
         value = self.named.get(name)
         return None if value is None else headers.text_of(value)
 
@@ -102,11 +102,11 @@ class Turn:
         """Return the whole body.
 
         Args:
-            most: how many bytes it may have.
+            most: the largest number of bytes.
 
         Raises:
             Refused: when it has more, or takes too long.
-            ClientGone: when it does not come to its end.
+            ClientGone: when it ends early.
         """
         told = self.named.get(b"content-length", b"0")
         if not told.isdigit() or int(told) > most:
@@ -136,13 +136,13 @@ class Turn:
                 message = await self.receive()
         except TimeoutError:
             close = [(b"connection", b"close")]
-            raise Refused(408, "too_slow", "the body of the request has not come to its end", close) from None
+            raise Refused(408, "too_slow", "the body of the request ended early", close) from None
         if message["type"] != "http.request":
             raise ClientGone
         return message
 
     async def chunks(self, taken: asyncio.Future[None]) -> AsyncIterator[bytes]:
-        """Iterate over the body as it comes, and tell when all of it has come."""
+        """Iterate over the body as it comes, and note its end."""
         while True:
             message = await self._received()
             more = message.get("more_body", False)
@@ -156,7 +156,7 @@ class Turn:
     # The client's leaving; only once the body has been read.
 
     async def or_gone(self, *work: asyncio.Future[Any]) -> bool:
-        """Wait until some work is done, or the client has gone; tell whether work is done."""
+        """Wait until some work is done or the client has gone; return True if work is done."""
         for _ in range(_TURNS):  # what is stored comes in a few turns, and needs no watch
             if any(each.done() for each in work):
                 return True
@@ -176,7 +176,7 @@ class Turn:
         return self._watch is not None and self._watch.done()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self._watch is not None:
             self._watch.cancel()
 
@@ -199,7 +199,7 @@ class Turn:
         """Send a part of the body, waiting until the client has room for it.
 
         Raises:
-            ClientGone: when it takes nothing for too long.
+            ClientGone: when the client reads nothing for too long.
         """
         self.sent += len(chunk)
         try:
@@ -209,7 +209,7 @@ class Turn:
             raise ClientGone from None
 
     async def answer(self, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
-        """Send a whole answer; it is small enough to wait in memory for a slow client."""
+        """Send a complete answer, which is small enough to wait in memory for a slow client."""
         self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
@@ -220,7 +220,7 @@ class Turn:
         await self.send_message({"type": "http.response.body", "body": content})
 
     async def tell(self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """Answer with JSON of the proxy's own."""
+        """Answer with JSON of the proxy itself."""
         try:
             content = orjson.dumps(value)
         except TypeError:  # what is stored may nest deep, and hold lone surrogates
@@ -228,9 +228,9 @@ class Turn:
         await self.answer(status, [JSON, *_PRIVATE, *pairs], content)
 
     async def stream(self, source: AsyncIterator[bytes]) -> bool:
-        """Send what a source brings as it comes; tell whether the client took all of it.
+        """Send the data of a source as it comes; return True if the client received all of it.
 
-        What the source raises is raised once what came before has been sent.
+        An error of the source is raised once the data before it was sent.
         """
         pump = asyncio.get_running_loop().create_task(self._pump(source))
         try:

@@ -1,4 +1,4 @@
-"""Calls to the providers: the connections, what can go wrong with them, and the exchange that makes them."""
+"""Calls to the providers: the connections, their errors, and the exchange that makes the calls."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _PACKED: Final = (b"accept-encoding", b"gzip, deflate")
 
 
 class UpstreamRefusal(CachepipeError):  # noqa: N818 - names what it holds
-    """An upstream answered with a status that is no success; it is handed on as it came.
+    """An upstream answered with an error status; the answer is forwarded unchanged.
 
     Attributes:
         status_code: the status.
         pairs: the headers.
-        headers: the same as a mapping of texts, in which flow control looks.
+        headers: the same headers as a mapping of texts, for the flow control.
         content: the body.
     """
 
@@ -47,7 +47,7 @@ class UpstreamRefusal(CachepipeError):  # noqa: N818 - names what it holds
 
 
 class UpstreamUnreachable(CachepipeError):  # noqa: N818 - names what happened
-    """An upstream could not be reached, or broke off before its answer was whole."""
+    """An upstream could not be reached, or closed the connection before its answer was complete."""
 
 
 class UpstreamTimeout(UpstreamUnreachable):
@@ -55,7 +55,7 @@ class UpstreamTimeout(UpstreamUnreachable):
 
 
 class Reader:
-    """A response of an upstream whose body is read as it comes; it holds its place among the calls."""
+    """A response of an upstream with a body that is read as it comes; it counts as a call in flight."""
 
     def __init__(self, response: Any, upstream: str, url: str, release: Callable[[], None]) -> None:
         self.response = response
@@ -81,7 +81,7 @@ class Reader:
         return [(name.lower(), value) for name, value in self.response.headers.raw]
 
     async def aiter_bytes(self) -> AsyncIterator[bytes]:
-        """Iterate over the body, decoded; as it came where its encoding is none that was asked for."""
+        """Iterate over the decoded body; if its encoding was not asked for, over the raw body."""
         response = self.response
         chunks = response.aiter_raw() if headers.is_packed(self.pairs) else response.aiter_bytes()
         async with _explained(*self._place):
@@ -89,13 +89,13 @@ class Reader:
                 yield chunk
 
     async def aiter_raw(self) -> AsyncIterator[bytes]:
-        """Iterate over the body as it came."""
+        """Iterate over the raw body."""
         async with _explained(*self._place):
             async for chunk in self.response.aiter_raw():
                 yield chunk
 
     async def aread(self, most: int) -> bytes | Source:
-        """Return the body, and close the response; of a body above ``most`` bytes, where to read it."""
+        """Return the body and close the response; for a body of more than ``most`` bytes, return a source."""
         chunks = self.aiter_bytes()
         begun: deque[bytes] = deque()
         size = 0
@@ -119,7 +119,7 @@ class Reader:
 
 
 class _Rest(Source):
-    """A body that is too large to be kept: what has been read of it, then the rest as it comes."""
+    """A body that is too large to be kept: the part that was read, then the rest as it comes."""
 
     def __init__(self, reader: Reader, begun: deque[bytes], chunks: AsyncIterator[bytes]) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Rest(Source):
 
 @contextlib.asynccontextmanager
 async def _explained(upstream: str, url: str) -> AsyncIterator[None]:
-    """Make an error of the connection one of ours; it holds no header."""
+    """Turn an error of the connection into one of ours, which contains no header."""
     where = f"the upstream {upstream!r} at {outages.place(url)}"
     try:
         yield
@@ -157,11 +157,11 @@ async def _explained(upstream: str, url: str) -> AsyncIterator[None]:
             f"{where} took too long ({type(error).__name__}); try again, or raise --timeout"
         ) from None
     except httpx.LocalProtocolError:  # what it says may hold a key
-        raise UpstreamUnreachable(f"a header cannot be sent to {where}") from None
+        raise UpstreamUnreachable(f"a header of this request cannot be sent to {where}") from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError) as error:
         outages.failed(error, url)
         raise UpstreamUnreachable(
-            f"{where} could not be reached, or broke off: {type(error).__name__}: {error}"
+            f"{where} could not be reached, or closed the connection: {type(error).__name__}: {error}"
         ) from None
 
 
@@ -175,7 +175,7 @@ class Caller:
         )
         timeout = httpx.Timeout(settings.timeout, connect=settings.connect_timeout, pool=None)
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
-        # A jar would show the cookies of one client to another.
+        # A cookie jar would send the cookies of one client with the requests of another.
         self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._client.headers.clear()
         self._places = {
@@ -192,10 +192,10 @@ class Caller:
         pairs: Sequence[tuple[bytes, bytes]],
         content: bytes | AsyncIterator[bytes] | None,
     ) -> Reader:
-        """Return an upstream's answer with its body unread; whoever gets it closes it.
+        """Return an upstream's answer with its body unread; the caller closes it.
 
         Raises:
-            UpstreamUnreachable: when there is none.
+            UpstreamUnreachable: when there is no answer.
         """
         name = upstream.name
         place = self._places[name]
@@ -223,7 +223,7 @@ class Caller:
         if not 200 <= reader.status < 600:
             await reader.aclose()
             raise UpstreamUnreachable(
-                f"the upstream {name!r} answered with status {reader.status}, which is none"
+                f"the upstream {name!r} answered with status {reader.status}, which is not valid"
             )
         return reader
 
@@ -233,17 +233,17 @@ class Caller:
 
 
 class Served(Exchange):
-    """A request to the proxy whose answer may come from the cache.
+    """A request to the proxy that the cache may answer.
 
     Args:
         caller: the connections.
-        upstream: whom it is for.
-        url: where it goes.
-        spend: counts what its calls bring: takes the namespace, samples and the URL.
+        upstream: its upstream.
+        url: its URL.
+        spend: counts the samples of its calls: takes the namespace, samples and the URL.
         arguments: those of `Exchange`.
 
     Attributes:
-        pairs: the headers that a call goes with, credentials included; set them before `drawn`.
+        pairs: the headers of its calls, including credentials; set them before `drawn`.
     """
 
     def __init__(
@@ -262,14 +262,14 @@ class Served(Exchange):
         self._spend = spend
 
     def most(self) -> int:
-        """Return how many bytes of an answer are kept in memory."""
+        """Return the largest size in bytes of an answer that is kept in memory."""
         return self.caller.most
 
     def keep(self) -> None:
-        """Keep the body as it is: it was read from the wire, so nobody else can change it."""
+        """Keep the body without copying it: it was read from the wire, so nothing else can change it."""
 
     def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
-        """Return the samples of a call as they are stored, after counting them."""
+        """Count the samples of a call, and return them in the form in which they are stored."""
         self._spend(self.claimant.namespace, samples, self.url)
         return super()._packed(samples, arrived)
 

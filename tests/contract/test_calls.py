@@ -298,3 +298,24 @@ async def test_c4_a_crowd_larger_than_a_transaction_still_shares_one_call(store)
         requests = [Request("p", namespace=f"{k % 3}", request_id=f"{k}") for k in range(1000)]
         await asyncio.gather(*(pipeline.request(request) for request in requests))
     assert model.asked == [334]
+
+
+@pytest.mark.parametrize("refused", [True, False], ids=["refused", "short"])
+async def test_c4_a_merged_call_is_repeated_only_for_callers_that_still_wait(store, refused):
+    model = ScriptedModel(hold=True)
+    async with asyncio.timeout(10), OnlineAPI(model, store) as pipeline:
+        tasks = [
+            asyncio.create_task(pipeline.request(Request("p", request_id=str(number)))) for number in range(5)
+        ]
+        [call] = await model.begun(1)
+        assert call.n == 5
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.wait(tasks[1:])
+        model.hold = False
+        if refused:
+            call.fail(ScriptedError(status_code=400))
+        else:
+            call.release(1)
+        assert len((await tasks[0]).data) == 1
+    assert model.asked == ([5, 1] if refused else [5])

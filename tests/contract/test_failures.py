@@ -480,3 +480,62 @@ async def test_an_error_below_a_batcher_keeps_its_identity(store):
     model = ScriptedModel([error])
     async with AsyncCacher(AsyncBatcher(model, 4), store) as cacher:
         assert await outcome(cacher.request(Request("p"))) is error
+
+
+def unset():
+    point = Point(1)
+    del point.x
+    return point
+
+
+def deep():
+    nested = []
+    for _ in range(300):
+        nested = [nested]
+    return Point(nested)
+
+
+@pytest.mark.parametrize("make", [deep, unset])
+async def test_c7_a_sample_that_no_codec_takes_is_delivered_and_so_are_those_after_it(store, make):
+    odd = make()
+    async with (
+        asyncio.timeout(10),
+        OnlineAPI(ScriptedModel([["a", odd, "b"]]), store, classes=[Point]) as pipe,
+    ):
+        with pytest.warns(NotStored):
+            answer = await pipe.request(Request("p", n=3))
+        delivered = answer.data[1] is odd  # pytest cannot print it
+        assert (answer.data[0], delivered, answer.data[2]) == ("a", True, "b")
+        assert stored(store) == 2
+
+
+async def test_c7_an_integer_of_any_length_is_stored(store):
+    async with asyncio.timeout(10), OnlineAPI(ScriptedModel([["a", 10**5000, "b"]]), store) as pipeline:
+        answer = await pipeline.request(Request("p", n=3))
+        equal = answer.data == ["a", 10**5000, "b"]
+        with cachepipe.run():
+            again = (await pipeline.request(Request("p", n=3))).data == answer.data
+    assert (equal, again) == (True, True)
+
+
+async def test_c1_a_batch_that_cannot_read_a_hit_gives_its_draw_back_once(store):
+    serial = iter(range(100))
+
+    class Model:
+        async def request(self, request):
+            return Response([Point(next(serial)) for _ in range(request.n)])
+
+    model = Model()
+    good, bad = OnlineAPI(model, store, classes=[Point]), OnlineAPI(model, store)
+    await good.request(Request("p"))
+    await good.request(Request("p"))
+    with cachepipe.run():
+        with pytest.raises(StoreError):
+            await bad.batch_request(Batch([Request("p")]))
+        one = await good.request(Request("p"))
+        other = await good.request(Request("p"))
+    assert one.indices == (0,)
+    assert other.indices == (1,), "C1: two requests of one run have the same draw"
+    assert bad.stats().hits == 0
+    await good.close()
+    await bad.close()

@@ -8,7 +8,7 @@ import random
 import pytest
 
 import cachepipe
-from cachepipe import CacheMiss, OnlineAPI, Request
+from cachepipe import Batch, CacheMiss, OnlineAPI, Request, Response, StoreError
 from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 
@@ -315,3 +315,57 @@ async def test_closing_the_last_pipeline_ends_the_run(store):
         again = await later.request(Request("p"))
     assert one.data != two.data
     assert again.data == one.data
+
+
+async def test_c8_a_batch_that_misses_in_replay_claims_nothing(store):
+    await OnlineAPI(ScriptedModel(), store).request(Request("p", namespace="a"))
+    with cachepipe.run():
+        replay = OnlineAPI(ScriptedModel(), store, mode="replay")
+        with pytest.raises(CacheMiss) as missed:
+            await replay.batch_request(Batch([Request("p", namespace="b"), Request("q", namespace="b")]))
+        assert missed.value.request.prompt == "q"
+        assert (await replay.request(Request("p", namespace="b"))).data == ["p#0"]
+
+
+async def test_replay_from_a_folder_that_does_not_exist_is_an_error_and_makes_nothing(tmp_path):
+    folder = tmp_path / "typo"
+    with pytest.raises(StoreError):
+        OnlineAPI(ScriptedModel(), folder, mode="replay")
+    assert not folder.exists()
+
+
+async def test_c4_the_other_calls_of_a_request_that_failed_in_bypass_are_stopped(store):
+    model = ScriptedModel(max_n=1, hold=True)
+    async with asyncio.timeout(10), OnlineAPI(model, store, mode="bypass") as pipeline:
+        task = asyncio.create_task(pipeline.request(Request("p", n=5)))
+        calls = await model.begun(5)
+        calls[0].fail()
+        with pytest.raises(ScriptedError):
+            await task
+        for call in calls:
+            await call.over()
+        assert [call.state for call in calls] == ["failed"] + ["cancelled"] * 4
+
+
+async def test_c6_what_comes_for_a_request_that_failed_in_bypass_is_unreported(store, until):
+    serial = iter(range(100))
+    ended = []
+
+    class Model:
+        max_n = 1
+
+        async def request(self, request):
+            if not next(serial):
+                raise ZeroDivisionError
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                ended.append(request)
+            return Response(["x"])  # it was paid for before it could be stopped
+
+    async with asyncio.timeout(10), OnlineAPI(Model(), store, mode="bypass") as pipeline:
+        with pytest.raises(ZeroDivisionError):
+            await pipeline.request(Request("p", n=5))
+        await until(lambda: not pipeline.stats().in_flight)
+        stats = pipeline.stats()
+        assert stats.generated == stats.unreported == len(ended) > 0

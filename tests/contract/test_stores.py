@@ -1,13 +1,17 @@
-"""The stores that come with cachepipe keep the public store contract."""
+"""The stores that come with cachepipe keep the public store contract, and raise our errors only."""
 
 from __future__ import annotations
+
+import sqlite3
 
 import pytest
 
 pytest.register_assert_rewrite("cachepipe.testing.contract")
 
-from cachepipe import DiskStore, MemoryStore  # noqa: E402 - after the rewriting is asked for
-from cachepipe.testing import FaultyStore, StoreContract  # noqa: E402 - likewise
+from cachepipe import DiskStore, MemoryStore, OnlineAPI, Request, StoreError  # noqa: E402 - after the rewriting is asked for
+from cachepipe.contract.draws import Draw  # noqa: E402 - likewise
+from cachepipe.contract.intervals import IntervalSet  # noqa: E402 - likewise
+from cachepipe.testing import FaultyStore, ScriptedModel, StoreContract  # noqa: E402 - likewise
 
 
 class TestMemoryStore(StoreContract):
@@ -32,3 +36,41 @@ class TestStoreThatIsAlwaysLocked(StoreContract):
         store = FaultyStore(DiskStore(tmp_path / "cache"))
         store.locked = True
         return store
+
+
+READS = {
+    "recall": lambda store, key: store.recall(Draw("-", key, "", 0), 1),
+    "replay": lambda store, key: store.replay(Draw("-", key, "", 0), 1, IntervalSet()),
+    "glance": lambda store, key: store.glance([(key, 0)]),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("read", READS)
+async def test_c8_every_read_of_a_closed_store_says_that_it_was_closed(store, read):
+    pipeline = OnlineAPI(ScriptedModel(), store)
+    await pipeline.request(Request("p"))
+    key = pipeline.key(Request("p"))
+    READS[read](store, key)
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        READS[read](store, key)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("read", READS)
+async def test_c8_what_sqlite_says_of_a_damaged_ledger_is_a_store_error(tmp_path, read):
+    store = DiskStore(tmp_path)
+    pipeline = OnlineAPI(ScriptedModel(), store)
+    await pipeline.request(Request("p"))
+    with sqlite3.connect(tmp_path / "ledger.cache.db") as connection:
+        for table in ("segments", "pending", "draws"):
+            connection.execute(f"DROP TABLE IF EXISTS {table}")
+    connection.close()
+    if read == "glance":  # what is stored is told without the ledger
+        with pytest.raises(StoreError):
+            store.glance([("0" * 64, 0)])
+    else:
+        with pytest.raises(StoreError):
+            READS[read](store, pipeline.key(Request("p")))
+    store.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 import subprocess
 import sys
 import time
@@ -29,18 +28,6 @@ class Model:
         return Response([f"{request.prompt}#{self.calls}.{i}" for i in range(request.n)])
 
 
-@contextlib.contextmanager
-def locked(folder, name):
-    """Hold the write lock of a file, as a process in the middle of a transaction does."""
-    connection = sqlite3.connect(folder / name, isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    finally:
-        connection.execute("ROLLBACK")
-        connection.close()
-
-
 async def turns(count):
     """Give the loop turns; none of them may be spent on waiting for a lock."""
     begun = time.monotonic()
@@ -54,7 +41,7 @@ def asking(pipeline, *prompts, **more):
 
 
 @pytest.mark.parametrize("name", ["ledger.cache.db", "cache.db"])
-async def test_the_loop_turns_and_hits_are_served_while_a_file_is_locked(tmp_path, name):
+async def test_the_loop_turns_and_hits_are_served_while_a_file_is_locked(tmp_path, name, locked):
     folder, model = tmp_path / "cache", Model()
     async with OnlineAPI(model, folder) as first:
         known = await first.request(Request("known", n=2))
@@ -106,7 +93,7 @@ async def test_the_loop_turns_while_another_process_holds_the_lock(holding):
     assert all(answer.cached == [False] for answer in answers)
 
 
-async def test_a_pipeline_opens_on_an_existing_cache_while_a_file_is_locked(tmp_path):
+async def test_a_pipeline_opens_on_an_existing_cache_while_a_file_is_locked(tmp_path, locked):
     folder, model = tmp_path / "cache", Model()
     async with OnlineAPI(model, folder) as first:
         known = await first.request(Request("known"))
@@ -177,7 +164,7 @@ async def test_answers_that_come_one_by_one_are_written_as_they_come(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Claim, Commit])
-async def test_a_lock_in_the_middle_of_a_request_costs_nothing_but_time(tmp_path, kind):
+async def test_a_lock_in_the_middle_of_a_request_costs_nothing_but_time(tmp_path, kind, locked):
     store = FaultyStore(DiskStore(tmp_path / "cache"))
     asked, gate = asyncio.Event(), asyncio.Event()
 

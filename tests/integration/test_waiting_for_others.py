@@ -1,4 +1,4 @@
-"""A process that is stopped, or takes too long, does not block the others in silence (C4)."""
+"""Samples that other processes generate: a process that is stopped or slow blocks nobody in silence (C4)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from cachepipe import DiskStore, OnlineAPI, Request, Response, WaitingForOthers
 from cachepipe.stages import engine
 from cachepipe.stores import leases
+from cachepipe.testing import ScriptedError, ScriptedModel
 
 WORKER = """
 import asyncio, sys
@@ -43,19 +44,27 @@ class Model:
         return Response(["ours"] * request.n)
 
 
+@contextlib.contextmanager
+def working(folder):
+    """Another process that is generating the sample of a question, until it is told to go on."""
+    command = [sys.executable, "-c", WORKER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "asked\n"
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
 @pytest.fixture
 def worker(tmp_path):
-    """Another process that is generating the sample of a question, until it is told to go on."""
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "cache")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "asked\n"
+    with working(tmp_path / "cache") as process:
         yield process
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGCONT)
-        process.kill()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(engine, "_LONG", 0.0)
 
@@ -71,6 +80,11 @@ def finish(worker):
     return worker.stdout.readline().strip()
 
 
+def waits(pipeline):
+    return any(lane.strangers for lane in pipeline._cacher._engine.lanes())
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_sample_of_a_stopped_process_is_generated_here_and_its_own_is_kept_as_an_extra(worker, tmp_path):
     worker.send_signal(signal.SIGSTOP)
     with pytest.warns(WaitingForOthers, match=rf"process {worker.pid} on host .*stopped") as told:
@@ -85,6 +99,7 @@ def test_a_sample_of_a_stopped_process_is_generated_here_and_its_own_is_kept_as_
         assert [sample.payload for sample in store.samples(info.key)] == [b'"ours"', b'"theirs"']
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_sample_that_takes_others_too_long_is_generated_here_if_that_is_wanted(worker, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -93,6 +108,7 @@ def test_a_sample_that_takes_others_too_long_is_generated_here_if_that_is_wanted
     assert finish(worker) == "['ours'] [True] 1"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_who_waits_for_a_process_that_runs_is_told_once_and_gets_its_sample(worker, tmp_path, monkeypatch):
     """C4: nothing is bought twice without being asked for."""
 
@@ -118,3 +134,31 @@ def test_wait_for_others_is_a_number_of_seconds(tmp_path):
 def test_the_name_of_a_lease_that_came_with_a_cache_is_only_shown():
     for name in ("", "-", "../../x", "host-12x-ab", "h-99999999999-ab"):
         assert not leases.process(name).stopped
+
+
+@pytest.mark.anyio
+async def test_c7_closing_waits_for_samples_that_another_process_generates(worker, tmp_path, turns, until):
+    pipeline = OnlineAPI(Model(), tmp_path / "cache")
+    task = asyncio.create_task(pipeline.request(Request("q", namespace="b")))
+    await until(lambda: waits(pipeline))
+    closing = asyncio.create_task(pipeline.close())
+    await turns(20)
+    assert not pipeline._cacher._ended, "closed under a request in flight"
+    assert await asyncio.to_thread(finish, worker) == "['theirs'] [False] 0"
+    async with asyncio.timeout(20):
+        assert (await task).data == ["theirs"]
+        await closing
+
+
+@pytest.mark.anyio
+async def test_c8_a_sample_whose_call_failed_here_may_come_from_another_process(tmp_path, until):
+    model = ScriptedModel([ScriptedError()])
+    async with OnlineAPI(model, tmp_path / "cache", scope="m") as pipeline:
+        with pytest.raises(ScriptedError):
+            await pipeline.request(Request("q", namespace="b"))
+        with working(tmp_path / "cache") as worker:
+            task = asyncio.create_task(pipeline.request(Request("q", namespace="b")))
+            await until(lambda: waits(pipeline))
+            assert await asyncio.to_thread(finish, worker) == "['theirs'] [False] 0"
+            async with asyncio.timeout(20):
+                assert (await task).data == ["theirs"]

@@ -1,5 +1,6 @@
 """The benchmarks work: each gets the right answers, at tiny sizes."""
 
+import ast
 import asyncio
 import importlib
 import json
@@ -180,3 +181,105 @@ def test_the_readme_has_the_figures_of_the_committed_run():
     told = re.findall(r"\| ([\d.]+) \| (holds|\*\*missed\*\*) \|", readme)
     assert len(told) >= 10
     assert set(told) <= measured
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.calls")
+
+
+def test_the_calls_of_each_kind_of_request_are_counted_on_each_way_in():
+    command = [sys.executable, "-m", "benchmarks.calls", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    for way in ("pipeline", "client"):
+        known, new, miss = (told[f"{way}, {kind}"] for kind in ("known draw", "new draw", "miss"))
+        for column in ("calls", "files", "switches"):
+            assert 0 < known[column] < new[column] < miss[column]
+
+
+def test_calls_are_counted_only_within_the_package_and_switches_only_within_a_thread(calls, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    for name, source in {"one": "def f(): return 1", "two": "def g(f): return [f(), f()]"}.items():
+        (package / f"{name}.py").write_text(source)
+    spaces = {}
+    for name in ("one", "two"):
+        path = package / f"{name}.py"
+        exec(compile(path.read_text(), str(path), "exec"), spaces)  # noqa: S102 - the module that is traced
+    tracing = calls.Trace(package)
+    try:
+        spaces["g"](spaces["f"])
+        with tracing.recording() as seen:
+            len(json.dumps(spaces["g"](spaces["f"])))
+    finally:
+        tracing.close()
+    assert [(call.file, call.name) for call in seen] == [("two.py", "g"), ("one.py", "f"), ("one.py", "f")]
+    assert calls.counted(seen) == {"calls": 3, "files": 2, "switches": 1}
+    elsewhere = calls.Call(-1, "two.py", "g", 1)
+    assert calls.counted([seen[0], elsewhere, seen[1], elsewhere])["switches"] == 1
+
+
+def test_coroutines_that_go_on_are_calls(calls, tmp_path):
+    path = tmp_path / "one.py"
+    space = {}
+    exec(compile("async def f(wait):\n    await wait\n", str(path), "exec"), space)  # noqa: S102 - likewise
+    tracing = calls.Trace(tmp_path)
+    try:
+        with tracing.recording() as seen:
+            asyncio.run(space["f"](asyncio.sleep(0)))
+    finally:
+        tracing.close()
+    assert [call.name for call in seen] == ["f", "f"]
+
+
+SOURCE = '''"""A module
+in three lines.
+"""
+
+# a comment
+
+
+def f(a, b):  # another
+    """What it does."""
+    if a and b:
+
+        text = """two
+lines"""
+        return [x for x in a if x]
+    return lambda: g() if b else text
+
+
+class C:
+    """A class."""
+
+    def g(self):
+        def h():
+            assert self
+        try:
+            h()
+        except ValueError:
+            pass
+'''
+
+
+def test_lines_of_code_are_no_blanks_comments_and_docstrings(calls):
+    assert calls.lines_of(SOURCE) == 14
+
+
+def test_the_complexity_of_a_function_counts_conditions_and_comprehensions(calls, tmp_path):
+    (tmp_path / "one.py").write_text(SOURCE)
+    (tmp_path / "testing").mkdir()
+    (tmp_path / "testing" / "two.py").write_text("def k():\n    return 1\n")
+    (tmp_path / "three.py").write_text("# Generated from one.py.\n" + SOURCE)
+    measured = calls.size(tmp_path)
+    assert (measured["lines"], measured["functions"]) == (14, 4)
+    [f, g, h, k] = [
+        calls.complexity(node)
+        for source in (SOURCE, "def k(): return 1")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert (f, g, h, k) == (7, 2, 2, 1)

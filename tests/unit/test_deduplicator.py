@@ -342,3 +342,32 @@ def test_flags_of_the_two_stages_are_independent():
         assert stage.stats().merged == 4
 
     run(main)
+
+
+@pytest.mark.anyio
+async def test_a_window_is_open_as_long_from_the_first_request_of_each_group(monkeypatch):
+    timers = []
+    monkeypatch.setattr(
+        asyncio.get_running_loop(), "call_later", lambda _after, *call, **_more: timers.append(call)
+    )
+    model = Model()
+    stage = AsyncDeduplicator(model, window=0.5)
+    tasks = [asyncio.create_task(stage.request(Request("a")))]
+    await turns(3)
+    opened = list(timers)
+    tasks.append(asyncio.create_task(stage.request(Request("b"))))
+    await turns(3)
+    for call, *arguments in opened:  # what ends the window of a
+        call(*arguments)
+    del timers[: len(opened)]
+    tasks.append(asyncio.create_task(stage.request(Request("b"))))
+    await turns(3)
+    while timers:
+        call, *arguments = timers.pop(0)
+        call(*arguments)
+        await turns(3)
+    monkeypatch.undo()
+    async with asyncio.timeout(10):
+        answers = await asyncio.gather(*tasks)
+        await stage.close()
+    assert [answer.duplicated for answer in answers] == [[False], [False], [True]]

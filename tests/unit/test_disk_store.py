@@ -875,3 +875,37 @@ def test_c8_a_crowd_that_fails_together_costs_the_same_per_head(folder):
         assert store.totals()["draws"] == 0
         store.close()
     assert steps[400] < 6 * steps[100]
+
+
+def test_a_close_moves_the_write_ahead_log_though_others_have_it_open(tmp_path):
+    class Large:
+        async def request(self, request):
+            return Response(["x" * 2000] * request.n)
+
+    stays = OnlineAPI(Large(), tmp_path)
+    asyncio.run(stays.request(Request("w")))
+    moved = []
+    for _ in range(4):
+
+        async def session(tag):
+            async with OnlineAPI(Large(), tmp_path) as pipeline:
+                requests = (pipeline.request(Request(f"{tag}-{number}")) for number in range(300))
+                await asyncio.gather(*requests)
+
+        asyncio.run(session(len(moved)))
+        moved.append((tmp_path / "cache.db").stat().st_size)
+    asyncio.run(stays.close())
+    assert moved[0] > 300 * 2000, "what was written is in the log alone"
+    assert moved == sorted(set(moved))
+
+
+def test_a_folder_opened_twice_is_still_open_for_other_processes(tmp_path):
+    """Else another process that ends believes itself the last one, and removes the logs that are in use."""
+    store = DiskStore(tmp_path)
+    asked(store, "known")
+    DiskStore(tmp_path).close()
+    code = "import sys, cachepipe; cachepipe.DiskStore(sys.argv[1]).close()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    logs = sorted(path.name for path in tmp_path.glob("*-wal"))
+    store.close()
+    assert logs == ["cache.db-wal", "ledger.cache.db-wal"]

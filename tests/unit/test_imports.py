@@ -87,7 +87,7 @@ def test_importing_a_client_or_adapter_from_the_top_says_where_it_is(name):
         exec(f"from cachepipe import {name}")  # noqa: S102 - the statement is the case
 
 
-@pytest.mark.parametrize(("name", "instead"), [("cachedir", "write cache="), ("batch_size", "OnlineAPI")])
+@pytest.mark.parametrize(("name", "instead"), [("cachedir", "use cache="), ("batch_size", "OnlineAPI")])
 def test_cachesavers_parameters_of_clients_say_what_to_write_instead(name, instead, tmp_path):
     from cachepipe.clients import AsyncOpenAI, OpenAI  # noqa: PLC0415 - it takes its time
 

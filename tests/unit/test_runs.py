@@ -295,3 +295,17 @@ def test_a_new_store_where_a_dead_one_was_begins_at_the_front():
             asyncio.run(pipeline.close())
             del pipeline
     assert MemoryStore().identity != MemoryStore().identity
+
+
+@pytest.mark.anyio
+async def test_c2_runs_of_stores_that_are_gone_are_forgotten():
+    store = MemoryStore()
+    identity = store.identity
+    async with OnlineAPI(Model(), store) as pipeline:
+        await pipeline.request(Request("p"))
+        assert identity in runs._runs
+    store.close()
+    del pipeline, store
+    gc.collect()
+    assert identity not in runs._runs
+    assert identity not in runs._open

@@ -79,12 +79,12 @@ def test_limits_stand_in_the_file(tmp_path):
     [
         ("limits = 3", "limits are a table"),
         ("limits = {x = 1}", "hold 'x'; known are adaptive"),
-        ("limits = {max_requests = 0}", "cannot be set so"),
-        ("limits = {max_requests = 'a'}", "cannot be set so"),
-        ("limits = {interval = -1}", "cannot be set so"),
-        ("limits = {max_retries = -1}", "cannot be set so"),
-        ("limits = {per_model = {m = {x = 1}}}", "cannot be set so"),
-        ("limits = {per_model = 3}", "cannot be set so"),
+        ("limits = {max_requests = 0}", "are not valid"),
+        ("limits = {max_requests = 'a'}", "are not valid"),
+        ("limits = {interval = -1}", "are not valid"),
+        ("limits = {max_retries = -1}", "are not valid"),
+        ("limits = {per_model = {m = {x = 1}}}", "are not valid"),
+        ("limits = {per_model = 3}", "are not valid"),
     ],
 )
 def test_limits_that_are_none_are_refused(tmp_path, limits, message):

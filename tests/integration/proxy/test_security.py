@@ -299,5 +299,5 @@ def test_no_key_is_kept_or_logged(serve, recorder, tmp_path, asked, helpers):
 def test_a_port_that_is_taken_is_an_error_in_words(proxy, tmp_path):
     port = int(proxy.url.rsplit(":", 1)[1])
     settings = Settings(upstreams=proxy.proxy.settings.upstreams, port=port, cache=str(tmp_path / "other"))
-    with pytest.raises(BadSettings, match="cannot be listened on"), running(settings):
+    with pytest.raises(BadSettings, match="cannot listen on"), running(settings):
         pass
