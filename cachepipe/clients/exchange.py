@@ -25,8 +25,17 @@ from cachepipe import jsontext, keys, loops, runs, telemetry, wire
 from cachepipe.bounds import check_n, max_answer
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
-from cachepipe.clients.tape import AsyncTape, Tape
-from cachepipe.contract.draws import Claimant, Counter, Draw, draw_of, give_back, label
+from cachepipe.clients.tape import AsyncTape, Replay, Tape
+from cachepipe.contract.draws import (
+    Claimant,
+    Counter,
+    Draw,
+    OneRequest,
+    Retried,
+    draw_of,
+    give_back,
+    label,
+)
 from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
@@ -34,6 +43,7 @@ from cachepipe.flow.flow import Flow, Passage
 from cachepipe.keys import Question, trimmed
 from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
+from cachepipe.stages.engine import Receipt
 from cachepipe.stages.lane import MANY
 from cachepipe.stores import open_store
 from cachepipe.stores.base import Grant, Sample
@@ -381,16 +391,20 @@ def recalled(
     questions: Sequence[Question],
     claimant: Claimant,
     occurrences: runs.Occurrences | None = None,
+    counter: Counter | None = None,
 ) -> list[Grant] | None:
     """Return the samples of a request's draws if the store has them all, else None.
 
-    Only reads. Thread-safe. ``occurrences`` are by default those of the current run.
+    Only reads. Thread-safe. ``occurrences`` are by default those of the current run, which is also the
+    ``counter`` unless there is another.
     """
     store = surface.backing.store
     if store.read_only:
         return None
     if occurrences is None:
         occurrences = runs.current(store.identity)
+    if counter is None:
+        counter = occurrences
     taken: list[Draw] = []
     grants: list[Grant] = []
     user = label(claimant.namespace)
@@ -401,7 +415,7 @@ def recalled(
             shared = question.function or surface.repeat == "same"
             if shared and (question.key, user) not in occurrences.used:
                 return None
-            identity = draw_of(question.key, claimant, occurrences, shared=shared)
+            identity = draw_of(question.key, claimant, counter, shared=shared)
             if not shared:
                 taken.append(identity)
             grant = store.recall(identity, ask.n)
@@ -411,7 +425,7 @@ def recalled(
     finally:
         if len(grants) < len(asks):  # the cacher begins anew, with the same numbers
             for draw in taken:
-                occurrences.give_back(draw)
+                counter.give_back(draw)
     for draw in taken:
         occurrences.count(draw, fresh_id=False)
     return grants
@@ -481,7 +495,12 @@ class Exchange:
         self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
         self.spans = True  # whether calls make spans here, as who sends them makes none
         self.claimed: tuple[int, ...] | None = None  # the indices of a lone question's samples to come
-        self.counter: Counter | None = None  # counts the occurrences of equal requests; by default the run
+        self.counter: Retried | None = None  # counts the occurrences of equal requests; by default the run
+        self.given_back = (
+            False  # whether the reader of the stream was cut off, so that its retry is this draw
+        )
+        self._receipts: list[Receipt] = []
+        self._undo: Callable[[], None] | None = None  # what takes back a stream that was replayed
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
         self._quiet = 0
@@ -520,7 +539,13 @@ class Exchange:
             return self._replayed()
         if self.mode != "read-write":
             return None
-        grants = recalled(self.surface, self.asks, self.questions, self.claimant)
+        grants = recalled(
+            self.surface,
+            self.asks,
+            self.questions,
+            self.claimant,
+            counter=self._counter() if self.stream else None,
+        )
         return None if grants is None else self.granted(grants)
 
     def _replayed(self) -> Answer:
@@ -549,7 +574,31 @@ class Exchange:
                 if grant is None:
                     raise missed(store, question, identity, ask.n, self.body, self.claimant.namespace)
                 grants.append(grant)
+        self._undo = partial(_unclaim, done, occurrences)
         return self.granted(grants)
+
+    def _counter(self) -> Retried:
+        """Return what counts the occurrences of a stream, which may be given back while its draw goes on."""
+        if self.counter is None:
+            self.counter = OneRequest(runs.current(self.surface.backing.store.identity))
+        return self.counter
+
+    def give_back(self) -> None:
+        """Learn that the reader of the stream was cancelled or timed out: its retry is the same draw (C8).
+
+        A sample that is still being recorded is then no longer this request's. Any thread may call this.
+        """
+        self.given_back = True
+        if self._undo is not None:
+            self._undo()
+        elif self.counter is not None:
+            self.counter.left()
+        if self.task is None or self.task.done():
+            self._take_back()
+
+    def _take_back(self) -> None:
+        receipts, self._receipts = self._receipts, []
+        self.surface.cacher(self.mode).take_back(receipts)
 
     def granted(self, grants: Sequence[Grant]) -> Answer:
         """Return the answer with the samples of these grants."""
@@ -575,7 +624,7 @@ class Exchange:
         made_by = samples[0].made_by
         if self.stream:
             events = self.api.stream([sample.value for sample in samples], self.asks[0])
-            return Answer(Source(list(events)), made_by=made_by)
+            return Answer(Replay(list(events), self.give_back), made_by=made_by)
         return Answer(body_from(self.api, self.asks[0], samples), made_by=made_by)
 
     # Draws.
@@ -584,6 +633,8 @@ class Exchange:
         """Draw the samples; return the answer, or the stream that generates them."""
         cacher = self.surface.cacher(self.mode)
         loop = loops.running()
+        if self.stream:
+            self._counter()
         whose = self.claimant._asdict()
         requests = [
             Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
@@ -619,7 +670,7 @@ class Exchange:
     async def _several(
         self, cacher: AsyncCacher, requests: Sequence[Asked], loop: asyncio.AbstractEventLoop
     ) -> list[Response]:
-        receipts: list[Any] = []
+        receipts = self._receipts
         try:
             return await together(
                 [
@@ -656,7 +707,15 @@ class Exchange:
         """Return the stream itself if this request generates it, else a replay of it."""
         live = self.live = loop.create_future()
         task = self.task = _begun(
-            cacher.draw(request, self.questions[0], loop, self._flags(0), counter=self.counter, looked=True),
+            cacher.draw(
+                request,
+                self.questions[0],
+                loop,
+                self._flags(0),
+                self._receipts,
+                counter=self.counter,
+                looked=True,
+            ),
             loop,
         )
         _tasks.add(task)
@@ -675,6 +734,8 @@ class Exchange:
         _tasks.discard(task)
         if not task.cancelled() and task.exception() is None:
             self.record.responses = [task.result()]
+            if self.given_back:
+                self._take_back()
 
     # Generation, on the loop of the cacher.
 
@@ -832,6 +893,7 @@ class Exchange:
             self.api.recorder().within(self.most()),
             hide_usage=hide_usage,
             awaited=partial(self.surface.cacher(self.mode).awaited, self.questions[0].key),
+            cut=self.give_back,
         )
         self.surface.backing.tapes.add(tape)
         if self.task is not None:
@@ -934,7 +996,7 @@ def _cached(question: Question, grant: Grant, duplicated: list[bool]) -> Respons
 
 
 def _unclaim(done: Sequence[tuple[Draw, IntervalSet, Grant | None]], occurrences: runs.Occurrences) -> None:
-    """Give back what was claimed in memory for a request that cannot be answered."""
+    """Give back what was claimed in memory for a request that was not answered."""
     for draw, taken, grant in done:
         give_back(draw, occurrences)
         for index in () if grant is None else grant.indices:

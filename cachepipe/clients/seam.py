@@ -8,11 +8,13 @@ the default headers that the caller gave, ``_custom_headers``.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import functools
 import importlib
 import inspect
 import select
+import socket
 import sys
 import time
 import weakref
@@ -230,6 +232,9 @@ class Source:
         """Note that the reader has stopped, on a loop."""
         self.leave()
 
+    def closing(self) -> None:
+        """Learn that the response is about to be closed; it may be closed already."""
+
 
 def broken(error: Exception) -> Source:
     """Return a body that was lost in transit: reading it raises the error."""
@@ -299,6 +304,7 @@ def made_response(
         else:
             headers["content-type"] = "text/event-stream; charset=utf-8"
         response = library.Response(200, headers=headers, stream=_body(client, content), request=request)
+        _watch_closing(response, content)
     response.elapsed = dt.timedelta(0)
     return response
 
@@ -320,9 +326,29 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
         extensions=response.extensions,
     )
     reference = weakref.ref(made)
+    _watch_closing(made, source)
     made.history = response.history
     weakref.finalize(made, source.leave).atexit = False  # a stream that nobody reads or closes
     return made
+
+
+def _watch_closing(response: Any, source: Source) -> None:
+    """Have a source learn whenever its response is closed, also by the HTTP library or more than once."""
+    reference, closing = weakref.ref(response), source.closing
+
+    def close() -> None:
+        closing()
+        whole = reference()
+        if whole is not None:
+            type(whole).close(whole)
+
+    async def aclose() -> None:
+        closing()
+        whole = reference()
+        if whole is not None:
+            await type(whole).aclose(whole)
+
+    response.close, response.aclose = close, aclose
 
 
 def ends_in_order(response: Any) -> bool:
@@ -336,6 +362,42 @@ def ends_in_order(response: Any) -> bool:
         or "chunked" in headers.get("transfer-encoding", "").lower()
         or response.http_version in _FRAMED
     )
+
+
+def take_read_timeout(response: Any, longest: float) -> float | None:
+    """Return the read time-out of a response whose body is unread, and raise that of its connection.
+
+    The connection is closed by its own time-out, and could not bring the rest any more. So the reader of a
+    recorded stream times out by itself (see `read_timeout`).
+
+    Args:
+        response: the response.
+        longest: the time-out of the connection from now on, unless that is longer already.
+    """
+    try:
+        timeouts = response.request.extensions["timeout"]
+        seconds: float | None = timeouts["read"]
+    except (AttributeError, KeyError, RuntimeError):  # who sends it knows no time-outs
+        return None
+    if seconds is not None:
+        timeouts["read"] = max(seconds, longest)
+    return seconds
+
+
+def read_timeout(response: Any) -> Exception:
+    """Return the error that the HTTP library raises when a body does not come in time."""
+    library = importlib.import_module(type(response.request).__module__.partition(".")[0])
+    error: Exception = library.ReadTimeout("The read operation timed out", request=response.request)
+    return error
+
+
+def hang_up(response: Any) -> None:
+    """Have a thread that waits for more of a body get an error at once, where the connection is its own."""
+    if response.http_version in _FRAMED:
+        return
+    with contextlib.suppress(AttributeError, KeyError, OSError):
+        stream = response.extensions["network_stream"]
+        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def when_read(response: Any, end: Callable[[], None]) -> None:

@@ -4,6 +4,10 @@ A tape reads one piece of the upstream at a time, when its reader asks for more.
 come, the samples are stored, and only then is that event passed on. If the reader stops after some content,
 the tape reads the rest in the background; if it stops before any content, the call is withdrawn. If another
 draw waits for the sample, the tape reads ahead of its reader.
+
+If the reader is cancelled, times out or is interrupted before the terminal event, it gives its draw back,
+also when it reads a replayed stream: its retry is the same draw, and gets the recorded sample. A reader that
+closes the stream of its own accord has had its draw (C8).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import inspect
+import queue
 import sys
 import threading
 from collections import deque
@@ -20,7 +25,7 @@ from typing import Any
 
 from cachepipe import forks, wire
 from cachepipe.clients.portal import promised
-from cachepipe.clients.seam import Source, ends_in_order
+from cachepipe.clients.seam import Source, ends_in_order, hang_up, read_timeout, take_read_timeout
 
 ABANDONED_SECONDS = 120.0
 """Seconds for which the rest of a stream is read after its reader has stopped."""
@@ -32,7 +37,94 @@ _TURNS = 8  # turns of the loop that a leaving reader waits for what has come al
 _LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
 
 
-class Tape(Source):
+class Watched(Source):
+    """A stream whose reader may be cut off, which gives its draw back.
+
+    Args:
+        cut: gives the draw back.
+
+    Attributes:
+        finished: whether the reader has taken the terminal event, and asked for what follows.
+    """
+
+    def __init__(self, cut: Callable[[], None]) -> None:
+        super().__init__()
+        self.finished = False
+        self._cut = cut
+        self._over = False  # whether there is nothing to give back any more
+        self._handled: BaseException | None = None
+        self._reader: tuple[asyncio.Task[Any] | None, int] = (None, 0)
+
+    def _watch(self) -> None:
+        """Note what the reader is handling while it reads; that is no reason for it to stop."""
+        self._handled = sys.exception()
+        task = _current_task()
+        self._reader = task, 0 if task is None else task.cancelling()
+
+    def cut_off(self) -> None:
+        """Give the draw back, once; any thread may call this."""
+        if not self._over:
+            self._over = True
+            self._cut()
+
+    def closing(self) -> None:
+        """Learn that the response is about to be closed: by its reader's own accord, or as that is stopped.
+
+        A generator that nobody holds any more closes it too, which says nothing about its reader.
+        """
+        if not self._over:
+            if self._is_stopped():
+                self.cut_off()
+            elif not isinstance(sys.exception(), GeneratorExit):
+                self._over = True
+
+    def _is_stopped(self) -> bool:
+        """Return True if the reader that closes the stream is being cancelled, timed out or interrupted."""
+        error = sys.exception()
+        if error not in (None, self._handled) and (
+            isinstance(error, TimeoutError) or not isinstance(error, Exception | GeneratorExit)
+        ):
+            return True
+        task = _current_task()
+        known, cancels = self._reader
+        return task is not None and task.cancelling() > (cancels if task is known else 0)
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
+
+
+class Replay(Watched):
+    """A stream that is made of stored samples.
+
+    Args:
+        events: its events; with the last one the stream has come to its end.
+        cut: see `Watched`.
+    """
+
+    def __init__(self, events: Sequence[bytes], cut: Callable[[], None]) -> None:
+        super().__init__(cut)
+        self.chunks = events
+        self._last = len(events)
+
+    def read(self) -> Iterator[bytes]:
+        """Iterate over the events for a reader in a thread."""
+        for place, event in enumerate(self.chunks, 1):
+            self._watch()
+            self._over = self._over or place == self._last
+            yield event
+        self.finished = True
+
+    async def aread(self) -> AsyncIterator[bytes]:
+        """Iterate over the events for a reader on a loop."""
+        for event in self.read():
+            yield event
+
+
+class Tape(Watched):
     """What synchronous and asynchronous tapes have in common.
 
     Args:
@@ -40,12 +132,19 @@ class Tape(Source):
         recorder: assembles the answer.
         hide_usage: whether to hide the usage chunk, because the reader did not ask for it.
         awaited: returns True if another draw waits for the sample.
+        cut: see `Watched`.
     """
 
     def __init__(
-        self, response: Any, recorder: wire.StreamRecorder, *, hide_usage: bool, awaited: Callable[[], bool]
+        self,
+        response: Any,
+        recorder: wire.StreamRecorder,
+        *,
+        hide_usage: bool,
+        awaited: Callable[[], bool],
+        cut: Callable[[], None],
     ) -> None:
-        super().__init__()
+        super().__init__(cut)
         self.upstream = response
         self.recorder = recorder
         self.draw: asyncio.Future[Any] | None = None
@@ -56,6 +155,7 @@ class Tape(Source):
         self._left = False
         self._ahead = False
         self._error: BaseException | None = None
+        self._patience = take_read_timeout(response, ABANDONED_SECONDS)
 
     def watch(self, draw: asyncio.Future[Any]) -> None:
         """Note the draw that needs the samples."""
@@ -68,6 +168,8 @@ class Tape(Source):
 
     def _shown(self, event: wire.StreamEvent) -> bytes:
         """Return the bytes of an event that the reader gets."""
+        self._watch()
+        self._over = self._over or event.terminal
         lean = event.without_usage
         return lean if self._hide_usage and lean is not None else event.raw
 
@@ -89,8 +191,11 @@ class Tape(Source):
         Raises:
             BadAnswer: when the stream was not a complete answer.
         """
-        if self._error is not None and not self.recorder.complete:
-            raise self._error  # what breaks after the terminal event costs no sample
+        error = self._error
+        if error is not None and not self.recorder.complete:  # what breaks later costs no sample
+            if isinstance(error, Exception):
+                raise error
+            raise ConnectionResetError(f"the recording was stopped by {type(error).__name__}") from error
         return self.recorder.samples()
 
 
@@ -177,11 +282,10 @@ class AsyncTape(Tape):
                     await self._until_stored()
                 if shown := self._shown(event):
                     yield shown
+                self.finished = self.finished or event.terminal
             if self._ended:
                 break
-            self._news.clear()
-            self._demand.set()
-            await self._news.wait()
+            await self._until_news()
         if self._onward is not None:
             try:
                 async for chunk in self._onward:
@@ -195,10 +299,28 @@ class AsyncTape(Tape):
                 raise ConnectionResetError("the call that this stream came from was stopped")
             raise self._error
 
+    async def _until_news(self) -> None:
+        """Wait until more has come; who stops to wait leaves the rest to the recording (C8)."""
+        self._news.clear()
+        self._demand.set()
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._news.wait()
+        except BaseException as error:
+            self.cut_off()
+            self.leave()
+            if isinstance(error, TimeoutError):
+                raise read_timeout(self.upstream) from None
+            raise
+
     async def _until_stored(self) -> None:
         """Wait until the sample is stored, before the reader sees the end of the stream."""
         if self.draw is not None:
-            await asyncio.wait([self.draw])
+            try:
+                await asyncio.wait([self.draw])
+            except BaseException:
+                self.cut_off()
+                raise
 
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet."""
@@ -236,18 +358,27 @@ _drains: set[asyncio.Task[None]] = set()
 
 
 class SyncTape(Tape):
-    """A tape that the reader's own thread reads, while the cache waits for it on the portal's loop."""
+    """A tape that a thread of its own reads, for a reader in another thread and the cache on the portal.
+
+    So what stops the reader, such as Ctrl-C or a time-out, does not stop the recording.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._reading = threading.Lock()
         self._stored: concurrent.futures.Future[None] = concurrent.futures.Future()
         promised(self._stored, self._loop)
         self._chunks = self.upstream.iter_bytes()
+        self._demand: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece to read
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece that was read
         self._wanted = True
         self._fork = forks.count
+        self._alone = False  # whether the reader reads from the upstream itself
+        try:
+            threading.Thread(target=self._record, name="cachepipe-stream", daemon=True).start()
+        except RuntimeError:  # the interpreter is exiting, and starts no threads
+            self._alone = True
 
     async def run(self) -> list[wire.Sample]:
         """Return the samples when the terminal event has come."""
@@ -258,6 +389,8 @@ class SyncTape(Tape):
                     self._read_on()
         finally:
             self._wanted = False
+            if not self._done.done() and self._left:
+                hang_up(self.upstream)
         return self._finish()
 
     def watch(self, draw: asyncio.Future[Any]) -> None:
@@ -265,33 +398,43 @@ class SyncTape(Tape):
         super().watch(draw)
         draw.add_done_callback(lambda _: self._stored.set_result(None))
 
-    def _pull(self, *, reader: bool) -> None:
-        """Read one piece, in the thread that came first."""
-        with self._reading:
-            if self._ended or (reader and self._events):
-                return
-            try:
-                chunk = next(self._chunks, None)
-                if chunk is None:
-                    events = self.recorder.close(in_order=ends_in_order(self.upstream))
-                else:
-                    events = self.recorder.feed(chunk)
-            except Exception as error:  # noqa: BLE001 - it goes to whoever reads, and to whoever waits
+    # In the thread that reads from the upstream.
+
+    def _record(self) -> None:
+        while self._goes_on():
+            self._pull()
+            self._news.put(None)
+            if self._left and not self._wanted and not self._ended:
+                self._error = TimeoutError("the rest of an abandoned stream took too long")
+                self._ended = True
+        self._end()
+        self._news.put(None)
+
+    def _goes_on(self) -> bool:
+        """Return True when somebody wants the next piece, and False when there is none to read."""
+        if not self._ended and (not self._ahead or self.recorder.overflowed):  # that is the reader's alone
+            self._demand.get()
+        return not self._ended
+
+    def _pull(self) -> None:
+        """Read one piece."""
+        try:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                events = self.recorder.close(in_order=ends_in_order(self.upstream))
+            else:
+                events = self.recorder.feed(chunk)
+        except BaseException as error:  # noqa: BLE001 - it goes to whoever reads, and to whoever waits
+            if not self._ended:
                 self._error = error
                 self._end()
-                return
-            except BaseException as error:  # such as Ctrl-C: it is this thread's alone
-                self._error = ConnectionResetError(
-                    f"the reader of this stream was interrupted by {type(error).__name__}; ask again"
-                )
-                self._end()
-                raise
-            self._take(events)
-            over = self.recorder.ended or self.recorder.overflowed
-            if chunk is None or self.recorder.done or (over and self._left):
-                self._end()
-            elif over:  # what may follow is the reader's alone
-                self._report()
+            return
+        self._take(events)
+        over = self.recorder.ended or self.recorder.overflowed
+        if chunk is None or self.recorder.done or (over and self._left):
+            self._end()
+        elif over:  # what may follow is the reader's alone
+            self._report()
 
     def _end(self) -> None:
         self._ended = True
@@ -310,6 +453,8 @@ class SyncTape(Tape):
         if not self._done.done():
             self._done.set_result(None)
 
+    # In the reader's thread.
+
     def read(self) -> Iterator[bytes]:
         """Iterate over the events for the reader."""
         while True:
@@ -319,18 +464,30 @@ class SyncTape(Tape):
                     self._until_ended()
                 if shown := self._shown(event):
                     yield shown
+                self.finished = self.finished or event.terminal
             if self._ended and not self._events:
                 break
-            try:
-                self._pull(reader=True)
-            except BaseException:
-                self._until_ended(_UNDONE_SECONDS)
-                raise
+            self._until_news()
         if self.recorder.complete:  # whose terminal event may be missing
             self._until_ended()
         if self._error is not None:
             self._until_ended(_UNDONE_SECONDS)
             raise self._error
+
+    def _until_news(self) -> None:
+        """Wait until more has come; a reader that is stopped meanwhile leaves the rest to the recording."""
+        if self._alone or self._fork != forks.count:
+            self._pull()
+            return
+        try:
+            self._demand.put(None)
+            self._news.get(timeout=self._patience)
+        except BaseException as error:
+            self.cut_off()
+            self.leave()
+            if isinstance(error, queue.Empty):
+                raise read_timeout(self.upstream) from None
+            raise
 
     def _until_ended(self, timeout: float | None = None) -> None:
         """Wait for the draw's end.
@@ -339,13 +496,17 @@ class SyncTape(Tape):
         next attempt is the same draw.
         """
         if self._fork == forks.count:
-            concurrent.futures.wait([self._stored], timeout)
+            try:
+                concurrent.futures.wait([self._stored], timeout)
+            except BaseException:
+                self.cut_off()
+                raise
 
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet.
 
-        The garbage collector may call this anywhere, even while the interpreter exits. So it neither starts a
-        thread nor waits for a lock, but leaves both to the portal.
+        The garbage collector may call this anywhere, even while the interpreter exits. So it waits for no
+        lock, but leaves the rest to the portal.
         """
         if self._left or self._ended or self._fork != forks.count:  # a forked child shares the connection
             return
@@ -358,26 +519,27 @@ class SyncTape(Tape):
             return
         self._events.clear()
         if self.recorder.ended or self.recorder.overflowed:
-            self._end()
+            self._stop()
         elif self.recorder.started:
             self._read_on()
             if self.draw is not None:
                 self._bound(self.draw)
         else:
             self._error = ConnectionResetError("the reader of this stream has left before any content came")
-            self._end()
+            self._stop()
             if self.draw is not None:
                 self.draw.cancel()
 
-    def _read_on(self) -> None:
-        """Read the rest in a thread of its own; on the portal."""
-        self._ahead = True
-        with contextlib.suppress(RuntimeError):  # the interpreter is exiting, and starts no threads
-            threading.Thread(target=self._rest, name="cachepipe-stream", daemon=True).start()
+    def _stop(self) -> None:
+        """Have the thread close the response; nobody else can while it reads."""
+        self._ended = True
+        hang_up(self.upstream)
+        self._demand.put(None)
+        if self._alone:
+            self._end()
+        self._report()
 
-    def _rest(self) -> None:
-        while not self._ended and (self._left or not self.recorder.overflowed):
-            self._pull(reader=False)
-            if self._left and not self._wanted and not self._ended:
-                self._error = TimeoutError("the rest of an abandoned stream took too long")
-                self._end()
+    def _read_on(self) -> None:
+        """Read the rest without waiting for the reader."""
+        self._ahead = True
+        self._demand.put(None)

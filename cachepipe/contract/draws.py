@@ -114,6 +114,45 @@ class Counter(Protocol):
         ...
 
 
+class Retried(Counter, Protocol):
+    """Counts for one request whose reader may be cut off, so that the next such request is its retry."""
+
+    def left(self) -> None:
+        """Give back the numbers of the request, unless they have been given back or its draws delivered."""
+        ...
+
+
+class OneRequest:
+    """Counts for one request, and gives each of its numbers back once at most.
+
+    A number that is given back while its draw goes on may be another request's by the time the draw ends.
+
+    Args:
+        counter: counts the occurrences of equal requests.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._held: set[Draw] = set()
+
+    def take(self, identity: Identity) -> int:
+        """Return the occurrence number of the next request of this identity."""
+        number = self._counter.take(identity)
+        self._held.add(identity.draw(number))
+        return number
+
+    def give_back(self, draw: Draw) -> None:
+        """Take back the number of a draw, unless it was given back before."""
+        if draw in self._held:
+            self._held.remove(draw)
+            self._counter.give_back(draw)
+
+    def left(self) -> None:
+        """Give back all numbers of the request."""
+        for draw in list(self._held):
+            self.give_back(draw)
+
+
 class Fixed:
     """The occurrence number of a caller that counts its requests itself, such as the lines of a file."""
 

@@ -27,6 +27,7 @@ from cachepipe.clients.exchange import (
     recalled,
 )
 from cachepipe.clients.seam import Source
+from cachepipe.clients.tape import Watched
 from cachepipe.context import Inherited
 from cachepipe.contract.draws import Claimant, label
 from cachepipe.errors import (
@@ -661,6 +662,8 @@ class Proxy:
         except UpstreamUnreachable as error:
             broken = error
         finally:
+            if not whole and not (isinstance(source, Watched) and source.finished):
+                exchange.give_back()
             source.leave()
             if drawing is None or drawing.done():
                 self._stream_ended(exchange, ticket, drawing)
@@ -682,7 +685,10 @@ class Proxy:
 
     def _stream_ended(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any] | None) -> None:
         if drawing is not None and _succeeded(drawing):
-            ticket.delivered()
+            if exchange.given_back:
+                ticket.ended()
+            else:
+                ticket.delivered()
             self.counters.drew(exchange.claimant.namespace, [drawing.result()], exchange.url)
         else:
             ticket.ended()

@@ -24,6 +24,7 @@ class _Live:
     """A draw that requests in flight hold."""
 
     holders: int = 0
+    waiting: int = 0  # those of them whose clients have not left
     delivered: bool = False
     given_back: bool = False
     keyed: bool = False
@@ -84,6 +85,7 @@ class Ticket:
         self.retry = retry
         self.entry = entry
         self._held: list[tuple[Identity, int]] = []
+        self._left = False
 
     def take(self, identity: Identity) -> int:
         """Return the occurrence number of this request's draw."""
@@ -93,6 +95,7 @@ class Ticket:
             number = run.counted.take(identity)
         live = run.live.setdefault(identity, {}).setdefault(number, _Live())
         live.holders += 1
+        live.waiting += 1
         live.given_back = False
         if entry is not None:
             live.keyed = True
@@ -142,9 +145,13 @@ class Ticket:
 
     def left(self) -> None:
         """Note that the client has gone while its draw continues: the next matching request gets the draw."""
+        if self._left:
+            return
+        self._left = True
         for identity, number in self._held:
             live = self.run.live[identity][number]
-            if live.holders == 1 and not (live.delivered or live.given_back or live.keyed):
+            live.waiting -= 1
+            if not live.waiting and not (live.delivered or live.given_back or live.keyed):
                 live.given_back = True
                 self._return(identity, number)
 
@@ -163,6 +170,7 @@ class Ticket:
         lives = self.run.live[identity]
         live = lives[number]
         live.holders -= 1
+        live.waiting -= not self._left
         if live.holders:
             return
         del lives[number]

@@ -407,8 +407,9 @@ class Plan:
                 if text := made.add(chunk):
                     yield text
         finally:
-            ended = answer.close() if hasattr(answer, "__aiter__") else anyio.to_thread.run_sync(answer.close)
-            await ended
+            closing = answer.close()  # here, where it shows whether the reader is being cancelled
+            if closing is not None:
+                await closing
         made.check_ended()
         yield self.completion(conversation, made, info(answer), begun)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import inspect
 import json
+import threading
 
 import httpx
 import openai
@@ -46,3 +49,87 @@ def answering():
     yield make
     for client in opened:
         client.close()
+
+
+class Gated:
+    """A server whose streams stop after the first content until ``gate`` is set.
+
+    Attributes:
+        gate: set it to let the streams go on.
+        calls: how many have come.
+        reached: set once a stream has come to the gate.
+    """
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.calls = 0
+        self.url = ""
+        self.reached = threading.Event()
+
+    def events(self, path, number):
+        """Return the events of a stream: those before the gate, and those after it."""
+        if path.endswith("/messages"):
+            usage = {"input_tokens": 1, "output_tokens": 1}
+            message = {
+                "id": f"m{number}",
+                "type": "message",
+                "role": "assistant",
+                "model": "m",
+                "content": [],
+            }
+            message |= {"stop_reason": None, "stop_sequence": None, "usage": usage}
+            text = {"type": "content_block_delta", "index": 0}
+            said = [f"sample{number}", " goes on"]
+            deltas = [{**text, "delta": {"type": "text_delta", "text": part}} for part in said]
+            block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+            end = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage}
+            before = [{"type": "message_start", "message": message}, block, deltas[0]]
+            after = [deltas[1], {"type": "content_block_stop", "index": 0}, end, {"type": "message_stop"}]
+            named = [
+                [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in part] for part in (before, after)
+            ]
+            return ["".join(part).encode() for part in named]
+        head = {"id": f"c{number}", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        made = [
+            {**head, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]}
+            for text, reason in ((f"sample{number}", None), (" goes on", "stop"))
+        ]
+        before, after = (f"data: {json.dumps(chunk)}\n\n".encode() for chunk in made)
+        return [before, after + b"data: [DONE]\n\n"]
+
+
+@pytest.fixture
+def gated():
+    """A server of OpenAI's chat and Anthropic's messages, whose streams stop after the first content."""
+    made = Gated()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            made.calls += 1
+            before, after = made.events(self.path, made.calls)
+            self.send_response_only(200)
+            self.send_header("content-type", "text/event-stream")
+            self.send_header("transfer-encoding", "chunked")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(before), before))
+                made.reached.set()
+                made.gate.wait(20)
+                self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(after), after))
+
+        def log_message(self, *_):
+            pass
+
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    made.url = f"http://127.0.0.1:{listener.server_port}"
+    thread = threading.Thread(target=lambda: listener.serve_forever(poll_interval=0.01), daemon=True)
+    thread.start()
+    yield made
+    made.gate.set()
+    listener.shutdown()
+    listener.server_close()
+    thread.join()

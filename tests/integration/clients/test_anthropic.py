@@ -425,8 +425,11 @@ async def test_c7_a_stream_that_breaks_after_its_terminal_event_loses_no_sample(
             raise http.ReadError("lost")
 
     response = http.Response(200, stream=Broken(), request=http.Request("POST", server.url))
-    tape = SyncTape(response, wire.MESSAGES.recorder(), hide_usage=False, awaited=lambda: False)
-    await asyncio.to_thread(tape._rest)
+    options = {"hide_usage": False, "awaited": lambda: False, "cut": lambda: None}
+    tape = SyncTape(response, wire.MESSAGES.recorder(), **options)
+    tape._read_on()
+    await asyncio.to_thread(tape._news.get)
+    await asyncio.to_thread(tape._news.get)
     [sample] = await tape.run()
     assert sample["content"]
 

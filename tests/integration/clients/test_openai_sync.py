@@ -656,4 +656,5 @@ def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reader_left
             if number == 4:
                 break
     server.wait_until(lambda stats: stats.in_flight == 0)
+    client.close()  # waits until the draw is undone
     assert client._cachepipe.backing.store.totals()["draws"] == 0

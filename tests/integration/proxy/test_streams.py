@@ -275,3 +275,37 @@ def test_c7_a_stream_without_done_is_stored_only_if_its_body_ended_in_order(
             answer = http.post(helpers.chat_url(streaming, namespace), json={**asked, "stream": True})
             assert helpers.text_of(answer)[0].startswith("a")
     assert len(recorder.requests) == paid
+
+
+def test_c8_the_retry_of_a_client_that_left_a_stream_is_the_same_draw(serve, gated, asked, helpers):
+    """Whether the retry is streamed, and whether it leaves too."""
+    proxy = serve(upstreams=(Upstream.of("gated", f"{gated.url}/v1"),))
+    url, stream = helpers.chat_url(proxy, "a"), {**asked, "stream": True}
+    with httpx2.stream("POST", url, json=stream, timeout=20) as answer:
+        next(answer.iter_raw())
+    _until(lambda: proxy.proxy.counters.background == 1)
+    for background in (2, 3):
+        with socket.create_connection(
+            (proxy.proxy.settings.host, int(proxy.url.rpartition(":")[2]))
+        ) as retry:
+            body = json.dumps(asked).encode()
+            head = b"POST /ns/a/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+            retry.sendall(head % len(body) + body)
+            _until(lambda: proxy.proxy.counters.in_flight == 1)
+        _until(lambda background=background: proxy.proxy.counters.background == background)
+    gated.gate.set()
+    _until(lambda: not proxy.proxy.counters.background)
+    retry = httpx2.post(url, json=stream, timeout=20)
+    assert (helpers.text_of(retry), retry.headers["x-cachepipe-indices"]) == (["sample1 goes on"], "0")
+    assert retry.headers["x-cachepipe-cached"] == "true"
+    assert helpers.text_of(httpx2.post(url, json=asked, timeout=20)) == ["sample2 goes on"]
+    rerun = httpx2.post(helpers.chat_url(proxy, "a", 1), json=asked, timeout=20)
+    assert helpers.text_of(rerun) == ["sample1 goes on"]
+    assert gated.calls == 2
+
+
+def _until(holds):
+    deadline = time.monotonic() + 20
+    while not holds() and time.monotonic() < deadline:
+        threading.Event().wait(0.001)
+    assert holds()

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.contract.draws import SHARED, Claimant, Draw, Identity, draw_of, give_back, label, namespace_of
+from cachepipe.contract.draws import (
+    SHARED,
+    Claimant,
+    Draw,
+    Identity,
+    OneRequest,
+    draw_of,
+    give_back,
+    label,
+    namespace_of,
+)
 
 
 class Counter:
@@ -86,3 +96,14 @@ def test_a_label_stands_for_one_namespace(namespace):
 @given(st.none() | st.text(), st.none() | st.text())
 def test_two_namespaces_have_two_labels(first, second):
     assert (label(first) == label(second)) == (first == second)
+
+
+def test_c8_one_request_gives_each_of_its_numbers_back_once():
+    counter = Counter()
+    one = OneRequest(counter)
+    first, second = drawn(one), drawn(one, key="other")
+    give_back(first, one)
+    one.left()
+    give_back(first, one)
+    give_back(second, one)
+    assert counter.returned == [first, second]

@@ -58,6 +58,20 @@ def test_a_client_that_leaves_gives_its_number_to_the_next():
     assert taken(run)[1] == 2
 
 
+def test_c8_a_retry_that_leaves_gives_the_number_to_the_next_though_the_first_try_goes_on():
+    run = ServedRun()
+    first, number = taken(run)
+    first.left()
+    for _ in range(2):
+        retry, same = taken(run)
+        assert same == number
+        retry.left()
+        retry.left()
+    first.ended()
+    assert taken(run)[1] == number
+    assert taken(run)[1] == number + 1
+
+
 def test_a_number_is_given_back_once():
     run = ServedRun()
     gone, number = taken(run)
