@@ -296,10 +296,12 @@ class DiskStore(SqlStore):
             theirs.close()  # it opens again by itself
         super()._inherit()
 
-    def _check_files(self, *, moved: bool = False) -> None:
-        if _inode(self._ledger_path) == self._inode:
-            return
-        if moved and self._holding is not None and self._holding.moved():
+    def _check_files(self, *, deleted: bool = False) -> None:
+        if deleted:
+            gone = self._holding is not None and self._holding.deleted()
+        else:
+            gone = _inode(self._ledger_path) != self._inode
+        if not gone:
             return
         raise StoreError(
             f"the cache folder {self.folder} was moved or deleted while it was open: samples that are stored "
@@ -336,7 +338,7 @@ class DiskStore(SqlStore):
 def _inode(path: str) -> int | None:
     """Return the identity of the file at a path, or None if there is no file."""
     try:
-        return os.stat(path).st_ino  # noqa: PTH116 - it is asked in every transaction
+        return os.stat(path).st_ino  # noqa: PTH116 - a string is what there is
     except OSError:
         return None
 

@@ -76,9 +76,9 @@ class Lease:
             self._path.unlink(missing_ok=True)
             return True
 
-    def moved(self) -> bool:
-        """Return True if the folder was moved: the lease's file exists, but not at its path any more."""
-        return not self._path.exists() and os.fstat(self._descriptor).st_nlink > 0
+    def deleted(self) -> bool:
+        """Return True if the file of the lease was deleted, usually with its folder, and not only moved."""
+        return self._descriptor >= 0 and os.fstat(self._descriptor).st_nlink == 0
 
     def forget(self) -> None:
         """Close the file; in a forked child this leaves the parent's lock alone."""

@@ -154,11 +154,11 @@ class SqlStore:
         """Return True if the process that holds a lease is alive."""
         raise NotImplementedError
 
-    def _check_files(self, *, moved: bool = False) -> None:
-        """Raise a ``StoreError`` if the files are gone, or were moved away from their path.
+    def _check_files(self, *, deleted: bool = False) -> None:
+        """Raise a ``StoreError`` if the files are gone, or not where others look for them.
 
         Args:
-            moved: accept files that were moved, so that paid samples are stored there.
+            deleted: only if they are gone: what was paid for is stored in files that were moved.
         """
 
     def _end_lease(self) -> None:

@@ -447,7 +447,7 @@ class Transaction:
         """Store samples: together if every lease is still ours, else one by one."""
         self._flush()
         self._seen.clear()
-        self._memory.check_files(moved=True)
+        self._memory.check_files(deleted=True)
         self._intern([commit.key for commit in commits])
         if any(commit.index is None for commit in commits):
             return [self._commit(commit) for commit in commits]

@@ -272,7 +272,16 @@ def test_a_termination_is_as_orderly(server):
     assert sum(map(len, stored().values())) == server.stats.samples_generated == 8 * N
 
 
+@pytest.fixture
+def heard_hangups():
+    """Let processes hear a hangup that this one may have been told to ignore, by ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.usefixtures("heard_hangups")
 def test_a_hangup_is_as_orderly(server):
     pause(server)
     with started(options(server)) as process:
@@ -287,6 +296,7 @@ def test_a_hangup_is_as_orderly(server):
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+@pytest.mark.usefixtures("heard_hangups")
 def test_c7_what_is_in_flight_when_the_terminal_is_closed_is_kept(server):
     pause(server)
     command = [sys.executable, "-c", "from cachepipe.cli import main; main()", "run", *options(server)]
@@ -852,8 +862,10 @@ def test_c6_what_no_line_got_is_spent_and_unreported(server):
     source = write("in.jsonl", [{"prompt": "question"}])
     server.settings = replace(server.settings, script=(None, *[Fault(kind="unavailable")] * 9), max_n=3)
     figures = called(server, status=1, requests=source, n=5, max_n=3)
-    assert (figures["hits"], figures["misses"], figures["unreported"]) == (0, 0, 3)
-    assert (figures["spent"]["samples"], figures["billed"]["samples"]) == (3, 0)
+    made = server.stats.samples_generated  # by whichever of the two calls came first
+    assert made in (2, 3)
+    assert (figures["hits"], figures["misses"], figures["unreported"]) == (0, 0, made)
+    assert (figures["spent"]["samples"], figures["billed"]["samples"]) == (made, 0)
     assert figures["spent"]["total_tokens"] == server.stats.tokens_in + server.stats.tokens_out > 0
 
 
