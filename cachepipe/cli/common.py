@@ -1,7 +1,7 @@
-r"""What the commands share: options, a store to look at, and text that is safe to print.
+r"""What the commands share: options, opening a store to read, and printing text safely.
 
-Samples and prompts are hostile text: whatever a terminal would obey is made visible before it is
-printed, as ``\x1b``, and what a pipe would misread is too.
+Samples and prompts are untrusted text: characters that a terminal would obey or a pipe would misread are made
+visible before printing, as ``\x1b``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 WIDTH: Final = 100
-"""How wide lines are kept where there is no terminal to ask."""
+"""The width of lines if there is no terminal."""
 
 _FLUSH: Final = 0.1  # seconds
 _BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]")
@@ -37,9 +37,9 @@ _NAMES: Final = 12  # columns that the first column of a table keeps, however na
 
 
 def json_text(value: Any) -> str:
-    """Return the JSON of a value on one line, equal to it when parsed, without a character to obey.
+    """Return the JSON of a value on one line, without characters that a terminal would obey.
 
-    Where the standard output has no Unicode it is ASCII, since replacements would make it no JSON.
+    It is ASCII if the standard output cannot encode Unicode, since replacements would make it invalid.
     """
     try:
         text = orjson.dumps(value).decode()
@@ -66,13 +66,13 @@ def _utf16(code: int) -> tuple[int, ...]:
 
 
 def beginning(text: str, width: int) -> str:
-    """Return the beginning of a text on one line: blanks run together, the rest visible, at most so wide."""
+    """Return the beginning of a text on one line of at most ``width`` columns, with blanks collapsed."""
     head = " ".join(text[: 8 * width + 64].split())
     return shortened(visible(head), width)
 
 
 def shortened(text: str, width: int) -> str:
-    """Return a text of one line cut to so many columns of a terminal, with an ellipsis where it was cut."""
+    """Return a text of one line cut to ``width`` columns of a terminal, with an ellipsis where it was cut."""
     if text.isascii():
         return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
     from rich.cells import get_character_cell_size  # noqa: PLC0415 - wide characters are rare
@@ -88,7 +88,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def when(at: float) -> str:
-    """Return a time (seconds since 1970) as the user's clock shows it, to the second."""
+    """Return a time (seconds since 1970) in the local time zone, to the second."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
     except (OverflowError, ValueError, OSError):
@@ -96,7 +96,7 @@ def when(at: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as people say it: ``812 B``, ``3.4 MB``."""
+    """Return a number of bytes in readable form: ``812 B``, ``3.4 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -105,7 +105,7 @@ def size(count: float) -> str:
 
 
 def dollars(cost: float) -> str:
-    """Return an amount of US dollars as people say it: ``$12.30``, ``$0.0042``, never rounded to nothing."""
+    """Return an amount of US dollars in readable form: ``$12.30``, ``$0.0042``, never rounded to 0."""
     amount = abs(cost)
     text = f"${amount:,.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
     if text == "$0.0000":
@@ -114,7 +114,7 @@ def dollars(cost: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """Return a part of a whole in per cent, never rounded up to all or down to nothing; a dash of nothing."""
+    """Return a part of a whole in per cent, never rounded to 100 or 0; a dash if the whole is 0."""
     if not whole:
         return "-"
     percent = 100 * part / whole
@@ -130,21 +130,21 @@ def share(part: float, whole: float) -> str:
 
 
 def cache_option(command: Command) -> Command:
-    """Add ``--cache DIR``, which arrives as ``cache``: a folder, or None for the default one."""
+    """Add ``--cache DIR``; the parameter ``cache`` is a folder, or None for the default folder."""
     return click.option(
         "--cache",
         metavar="DIR",
         type=click.Path(),
-        help="The folder of the cache; by default CACHEPIPE_DIR, else caches/default where there is a "
-        "folder caches, else the user's cache folder.",
+        help="The cache folder. Default: CACHEPIPE_DIR, else caches/default if the folder caches exists, "
+        "else the user's cache folder.",
     )(command)
 
 
 def json_option(what: str) -> Callable[[Command], Command]:
-    """Return what adds ``--json``, which arrives as ``as_json``.
+    """Return a decorator that adds ``--json``; the parameter is ``as_json``.
 
     Args:
-        what: what is printed then, in a few words.
+        what: the printed JSON, in a few words.
     """
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {what}.")
 
@@ -172,17 +172,17 @@ def folder_in_use(cache: str | None) -> tuple[Path, str]:
 _FOUND: Final = {
     "--cache": "named by --cache",
     "CACHEPIPE_DIR": "named by CACHEPIPE_DIR",
-    "project": "the default beside a folder caches",
+    "project": "the default if a folder caches exists",
     "user": "the user's default",
 }
 
 
 @contextlib.contextmanager
 def opened(cache: str | None) -> Iterator[DiskStore]:
-    """Open the store of a folder for looking at it; nothing is made or written.
+    """Open the store of a folder to read it; nothing is created or written.
 
     Raises:
-        StoreError: when there is no cache; it says which folder was looked at, and how to name another.
+        StoreError: when there is no cache; it names the folder, and says how to name another.
     """
     folder, how = folder_in_use(cache)
     try:
@@ -191,7 +191,7 @@ def opened(cache: str | None) -> Iterator[DiskStore]:
         raise StoreError(f"the folder {folder} ({_FOUND[how]}) cannot be read: {error.strerror}") from error
     if what:
         raise StoreError(
-            f"there is no cache to look at: the folder {folder} ({_FOUND[how]}) {what}. "
+            f"there is no cache: the folder {folder} ({_FOUND[how]}) {what}. "
             "Name another with --cache DIR or in CACHEPIPE_DIR, or fill it: cachepipe run --help"
         )
     from cachepipe.stores import DiskStore  # noqa: PLC0415 - help needs no store
@@ -208,18 +208,18 @@ def opened(cache: str | None) -> Iterator[DiskStore]:
 
 
 def _lack_of(folder: Path) -> str:
-    """Return why a folder is no cache, or an empty string."""
+    """Return why a folder is not a cache, or an empty string."""
     if not folder.is_dir():
-        return "is a file" if folder.is_file() else "is not there"
+        return "is a file" if folder.is_file() else "does not exist"
     with os.scandir(folder) as entries:
-        return "" if any(entry.name.endswith(".db") for entry in entries) else "holds none"
+        return "" if any(entry.name.endswith(".db") for entry in entries) else "does not contain one"
 
 
 # Printing.
 
 
 def styled(text: str, **style: Any) -> str:
-    """Return a text in a style (of ``click.style``) on a terminal without NO_COLOR, else as it is."""
+    """Return a text in a style (of ``click.style``) on a terminal without NO_COLOR, else unchanged."""
     if not shows_colours():
         return text
     return click.style(text, **style)
@@ -240,13 +240,13 @@ def echo_lines(lines: Iterable[str]) -> None:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", total: bool = False
 ) -> None:
-    """Print a table: ruled on a terminal, aligned with blanks elsewhere.
+    """Print a table: with rules on a terminal, aligned with blanks elsewhere.
 
     Args:
-        columns: the heads; one that begins with ``>`` has its cells at the right.
-        rows: the cells; text is made safe, and whole numbers are grouped for people, not for pipes.
-        title: what the table is of.
-        total: the last row adds up the others.
+        columns: the headings; a heading that begins with ``>`` aligns its cells to the right.
+        rows: the cells; text is made safe, and the digits of whole numbers are grouped on terminals only.
+        title: the title of the table.
+        total: whether the last row is the sum of the others.
     """
     heads = [name.removeprefix(">") for name in columns]
     rights = [name.startswith(">") for name in columns]
@@ -303,7 +303,7 @@ def _cell(value: Any, *, people: bool) -> str:
 
 
 def width_of(text: str) -> int:
-    """Return how many columns of a terminal a text of one line takes."""
+    """Return the width of a text of one line in columns of a terminal."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len  # noqa: PLC0415 - wide characters are rare

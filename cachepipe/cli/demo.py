@@ -1,8 +1,8 @@
-"""The command `demo`: what a cache saves, shown on real prompts and a real model that costs nothing.
+"""The command `demo` shows what a cache saves, with real prompts and a real model that costs nothing.
 
-The prompts are HumanEval's, the client is OpenAI's own, the code is that of `cachepipe run`. Only the
-server is small: the embedded model, in a thread. What was paid is read from the server's counters, not
-from the cache's; so the verdict is the word of the party that would have sent the bill.
+The prompts are HumanEval's, the client is OpenAI's own, and the code is that of `cachepipe run`. The server
+is the embedded model, in a thread. The demo reads what was paid from the server's counters, not from the
+cache's, because the server would send the bill.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Answers = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """What the server has counted: calls that arrived, samples that it made, tokens in and out."""
+    """The counts of the server: calls, generated samples, tokens in and out."""
 
     calls: int
     samples: int
@@ -58,11 +58,11 @@ class Step:
     """One run of the demo, and what it cost.
 
     Attributes:
-        name: what was done.
-        report: what the run says of itself.
-        bill: what the server says of it.
-        answers: the answer of each request that was answered, by its id.
-        asked: the samples that were asked for.
+        name: the name of the step.
+        report: the report of the run.
+        bill: the server's counts for the run.
+        answers: the answers by request id.
+        asked: the number of samples that were asked for.
     """
 
     name: str
@@ -114,15 +114,17 @@ With --json:
     "--prompts", default=40, show_default=True, type=click.IntRange(1, _PROMPTS), help="Prompts of HumanEval."
 )
 @click.option("--n", default=3, show_default=True, type=click.IntRange(1, 64), help="Samples of each prompt.")
-@click.option("--cache", metavar="DIR", type=click.Path(), help="Keep the cache here, to look at it later.")
+@click.option(
+    "--cache", metavar="DIR", type=click.Path(), help="Keep the cache in this folder, to look at it later."
+)
 @common.json_option("one object; see below")
 @click.pass_context
 def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, as_json: bool) -> None:
     """See what a cache saves; needs no key and no network.
 
-    A small model server is started on this machine, and real prompts are sent to it with OpenAI's client:
-    once, once more, under another namespace, with a few prompts changed, and with more samples of each.
-    What the server then says it was asked is held against what cachepipe promises.
+    The demo starts a small model server on this machine and sends real prompts to it with OpenAI's client:
+    once, a second time, in another namespace, with a few prompts changed, and with more samples of each.
+    Then it compares the server's counts with what cachepipe promises.
     """
     _check_cache(cache)
     with tempfile.TemporaryDirectory(prefix="cachepipe-demo-") as made:
@@ -149,11 +151,13 @@ def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, 
 
 
 def _check_cache(cache: str | None) -> None:
-    """Refuse what would keep no sample, before promises are made."""
+    """Raise an error if the cache cannot store samples."""
     from cachepipe.stores import DiskStore, check_folder, switched_off  # noqa: PLC0415 - help needs no store
 
     if switched_off():
-        raise Failure("CACHEPIPE_DISABLE switches all caches off, so there is nothing to see; unset it first")
+        raise Failure(
+            "CACHEPIPE_DISABLE switches all caches off, so the demo cannot show anything; unset it first"
+        )
     if cache is None:
         return
     check_folder(cache)
@@ -168,7 +172,7 @@ def _check_cache(cache: str | None) -> None:
 
 
 def _read_prompts(count: int) -> Lines:
-    """Return the first prompts of HumanEval, as lines of a batch file."""
+    """Return the first prompts of HumanEval as lines of a batch file."""
     text = resources.files("cachepipe.testing").joinpath("data/humaneval.jsonl").read_bytes()
     found: Lines = []
     for line in text.splitlines()[:count]:
@@ -202,7 +206,7 @@ async def _play(
 
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(MockServer.in_thread(MockSettings(latency=_LATENCY)))
-        # A proxy that the environment names is for the network, and there is none here.
+        # A proxy in the environment is for the network, which the demo does not use.
         http = openai.DefaultAsyncHttpxClient(trust_env=False)
         client = openai.AsyncOpenAI(base_url=server.base_url, api_key="none", http_client=http)
         async with client:
@@ -219,18 +223,18 @@ async def _play(
 
 
 class _Player:
-    """Runs files against the server and takes note of what it counts."""
+    """Runs files against the server and notes the server's counts."""
 
     def __init__(self, server: MockServer, client: Any, cache: str | Path, scratch: Path) -> None:
         self._server = server
         self._client = client
         self._cache = cache
         self._scratch = scratch
-        # A port may have been that of an earlier demo whose cache is used again.
+        # The port may be that of an earlier demo with the same cache.
         self._scope = f"{server.base_url}/chat/completions?demo={secrets.token_hex(4)}"
 
     async def step(self, name: str, lines: Lines, n: int, namespace: str) -> Step:
-        """Return what became of the lines, asked in a run of its own."""
+        """Run the lines in a run of their own, and return the step."""
         from cachepipe.batchfile import run_file  # noqa: PLC0415 - help needs none of it
 
         requests, results = self._scratch / "requests.jsonl", self._scratch / "results.jsonl"
@@ -257,14 +261,14 @@ class _Player:
         return Step(name, report, bill, answers, n * len(lines))
 
     async def _bill(self) -> Bill:
-        """Return the server's counts once nothing is under way."""
+        """Return the server's counts once no call is in flight."""
         await asyncio.to_thread(self._server.wait_until, lambda stats: stats.in_flight == 0)
         stats = self._server.stats
         return Bill(stats.requests, stats.samples_generated, stats.tokens_in + stats.tokens_out)
 
 
 def _promises(steps: list[Step], n: int, few: int) -> list[tuple[str, bool]]:
-    """Return what cachepipe promises, and whether the server's counts and the answers agree."""
+    """Return the promises of cachepipe, and whether the server's counts and the answers confirm them."""
     first, again, other, changed, more = steps
     count = len(first.answers)
     kept = [name for name in first.answers if changed.answers.get(name) == first.answers[name]]
@@ -280,18 +284,18 @@ def _promises(steps: list[Step], n: int, few: int) -> list[tuple[str, bool]]:
             all(step.report.failed == 0 and len(step.answers) == count for step in steps),
         ),
         (
-            "the first run pays for what it asks, once",
+            "the first run pays once for each sample",
             first.bill.samples == first.report.misses == first.asked - first.report.hits,
         ),
-        ("the same again costs nothing", again.bill == free),
+        ("the same run again costs nothing", again.bill == free),
         ("another namespace costs nothing", other.bill == free),
-        ("and both get the same answers", again.answers == first.answers == other.answers),
+        ("both get the same answers", again.answers == first.answers == other.answers),
         (
-            f"of changed prompts only those are paid for ({few} of {count})",
+            f"only changed prompts are paid for ({few} of {count})",
             (changed.bill.calls, changed.bill.samples) == (few, few * n) and len(kept) == count - few,
         ),
         (
-            f"of {n + _MORE} samples where {n} are cached, only {_MORE} are paid for, and the others stay",
+            f"of {n + _MORE} samples, {n} are cached, and only the other {_MORE} are paid for",
             more.bill.samples == _MORE * count and len(grown) == count,
         ),
     ]
@@ -306,7 +310,7 @@ def _texts(answer: dict[str, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _shown_progress(name: str, total: int) -> Iterator[Callable[[Report], None] | None]:
-    """Show a bar while a step runs, where people read the errors' stream."""
+    """Show a bar while a step runs, if standard error is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -368,7 +372,7 @@ def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: st
     )
     broken = sum(not kept for _, kept in promises)
     if broken:
-        verdict = f"{broken} of {len(promises)} promises were not held; this is a bug of cachepipe's."
+        verdict = f"{broken} of {len(promises)} promises were not kept; this is a bug of cachepipe."
     click.echo(common.styled(verdict, bold=True))
     if cache is not None:
         click.echo(f"The cache is kept: cachepipe stats --cache {visible(cache)}")

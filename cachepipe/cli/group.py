@@ -1,6 +1,6 @@
-"""The group `cachepipe`: which commands there are, and what becomes of their errors.
+"""The group `cachepipe`: its commands, and the handling of their errors.
 
-Commands are imported when they are called, and help is written from the table below; so ``cachepipe
+Commands are imported when they are called, and the help text comes from the table below. So ``cachepipe
 --help`` imports no client library, and a broken optional part breaks its own command only.
 """
 
@@ -23,26 +23,26 @@ from cachepipe.errors import CachepipeError, CachepipeWarning
 
 
 class Entry(NamedTuple):
-    """Where a command is, and what the group's help says of it."""
+    """The location of a command, and its line in the group's help."""
 
     target: str
     help: str
 
 
 COMMANDS: Final[dict[str, Entry]] = {
-    "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache where it can."),
+    "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache where possible."),
     "serve": Entry("cachepipe.cli.serve:serve", "Serve an API that answers from the cache, for any tool."),
-    "new-run": Entry("cachepipe.cli.serve:new_run", "Let a proxy count equal requests from the front again."),
+    "new-run": Entry("cachepipe.cli.serve:new_run", "Begin a new run of a proxy, so that a rerun replays."),
     "demo": Entry("cachepipe.cli.demo:demo", "See what a cache saves; needs no key and no network."),
-    "stats": Entry("cachepipe.cli.inspect:stats", "Count what is cached, and what each namespace reused."),
+    "stats": Entry("cachepipe.cli.inspect:stats", "Count the samples, and what each namespace reused."),
     "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),
-    "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and who drew which."),
-    "path": Entry("cachepipe.cli.inspect:path", "Print the folder of the cache in use."),
+    "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and their draws."),
+    "path": Entry("cachepipe.cli.inspect:path", "Print the cache folder in use."),
     "mock-server": Entry(
         "cachepipe.testing.command:mock_server", "Serve the embedded model as an OpenAI-compatible server."
     ),
 }
-"""The commands in the order of help: what one does first, then looking, then testing."""
+"""The commands in the order of the help: running, reading, testing."""
 
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)})
@@ -50,7 +50,7 @@ _INTERRUPTED: Final = 128 + 2
 """The exit code after Ctrl-C, also while a command is still being imported."""
 
 _NO_READER: Final = 128 + 13
-"""The exit code when what reads the output has gone away: that of a process which SIGPIPE ended."""
+"""The exit code if the reader of the output has gone: that of a process that SIGPIPE ended."""
 
 
 class Failure(click.ClickException):
@@ -59,7 +59,7 @@ class Failure(click.ClickException):
     exit_code = 2
 
     def format_message(self) -> str:
-        """Return the sentence, with whatever a terminal would obey made visible."""
+        """Return the sentence, with characters that a terminal would obey made visible."""
         from cachepipe.terminal import visible  # noqa: PLC0415 - only when something went wrong
 
         return visible(self.message, lines=True)
@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
     """A group whose commands are imported when they are called.
 
     Args:
-        entries: per name, where the command is and what help says of it, in the order of help.
+        entries: the location and help of each command, by name, in the order of the help.
     """
 
     def __init__(self, *args: Any, entries: dict[str, Entry], **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class LazyGroup(click.Group):
         return [*self.entries, *super().list_commands(ctx)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of that name, importing its module, or None when there is none."""
+        """Import and return the command of that name, or None if there is none."""
         entry = self.entries.get(cmd_name)
         if entry is None:
             return super().get_command(ctx, cmd_name)
@@ -92,7 +92,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the arguments name; of one that is not there, say what is like it."""
+        """Return the command that the arguments name; for an unknown name, suggest similar ones."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -108,7 +108,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, entry.help) for name, entry in self.entries.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was named; an error of cachepipe's becomes a sentence and the exit code 2."""
+        """Run the command; an error of cachepipe becomes a sentence and the exit code 2."""
         try:
             return super().invoke(ctx)
         except CachepipeError as error:
@@ -131,9 +131,9 @@ def cli() -> None:
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
-    """Run a command as the process's own, and exit with its code.
+    """Run a command as the main program, and exit with its code.
 
-    A reader that has gone away (``cachepipe ls | head``) ends the command quietly, as it ends others.
+    A reader that has gone (``cachepipe ls | head``) ends the command quietly.
     """
     for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, so each gets its own
         if getattr(sys, name) is None:  # it was closed, and a file that is opened would take its place
@@ -153,7 +153,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave(code: Any) -> None:
-    """Exit with a code once all is written; with that of a broken pipe when nobody reads it."""
+    """Exit with a code once the output is written; with that of a broken pipe if the reader has gone."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -166,7 +166,7 @@ def _leave(code: Any) -> None:
 
 
 def _unwritten(error: OSError) -> int:
-    """Say that the output could not be written, say to a full disk; return the exit code."""
+    """Report that the output could not be written, for example to a full disk; return the exit code."""
     Failure(f"the output cannot be written: {error.strerror}").show()
     return Failure.exit_code
 
@@ -182,7 +182,7 @@ def _show_warning(
     file: Any = None,
     line: Any = None,
 ) -> None:
-    """Print a warning of cachepipe's as a sentence, without the line of code that gave it."""
+    """Print a warning of cachepipe as a sentence, without its line of code."""
     if issubclass(category, CachepipeWarning) and file is None:
         from cachepipe.terminal import visible  # noqa: PLC0415 - only when something is odd
 

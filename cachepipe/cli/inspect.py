@@ -1,7 +1,7 @@
-"""Commands that look at a cache: `stats`, `ls`, `show` and `path`. They write nothing and make no folder.
+"""Commands that read a cache: `stats`, `ls`, `show` and `path`. They write nothing and create no folder.
 
-What they print with ``--json`` is stable: fields are added, never renamed or taken away. Times are seconds
-since 1970, sizes bytes, and a namespace that is null is that of requests which name none.
+Their ``--json`` output is stable: fields are added, never renamed or removed. Times are seconds since 1970,
+sizes are bytes, and the namespace null is that of requests without a namespace.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _limit(default: int, what: str) -> Callable[[common.Command], common.Command
 @common.cache_option
 @common.json_option('an object with "path", "exists" and "named_by"')
 def path(*, cache: str | None, as_json: bool) -> None:
-    """Print the folder of the cache in use, whether there is one yet or not.
+    """Print the cache folder in use, whether it exists or not.
 
-    named_by tells how it was found: "--cache", "CACHEPIPE_DIR", "project" (a folder caches where one is) or
+    named_by says how it was found: "--cache", "CACHEPIPE_DIR", "project" (there is a folder caches) or
     "user" (the user's cache folder).
     """
     folder, how = common.folder_in_use(cache)
@@ -76,30 +76,30 @@ def path(*, cache: str | None, as_json: bool) -> None:
 
 _STATS_JSON: Final = """\b
 With --json:
-  folder, bytes          where the cache is, and how large
+  folder, bytes          the folder of the cache, and its size
   keys, samples          different questions, and answers to them
-  pending, discarded     samples being generated, or left so by a killed process until another takes
-                         them over; samples taken back
+  pending, discarded     samples that are being generated (or were, by a killed process); discarded
+                         samples
   draws                  requests that have drawn samples
   drawn, generated, reused, reused_share
                          samples over all namespaces; reused_share = reused / drawn, or null
   namespaces             a list of namespace, draws, drawn, generated, reused, reused_share
-  shared                 draws, drawn, generated of answers for everybody
+  shared                 draws, drawn, generated of shared draws (embeddings, repeat="same")
   scopes                 with --scopes a list of scope, keys, samples, pending; else null
 """
 
 
 @click.command(epilog=_STATS_JSON)
 @common.cache_option
-@click.option("--scopes", is_flag=True, help="Count per scope as well, which reads every key.")
-@_limit(50, "At most so many rows in a table")
+@click.option("--scopes", is_flag=True, help="Count by scope too; this reads every key.")
+@_limit(50, "The largest number of rows in a table")
 @common.json_option("one object; see below")
 def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None:
-    """Count what is cached, and how many samples each namespace generated and reused.
+    """Count the samples, and how many of them each namespace generated and reused.
 
-    A namespace has drawn so many samples; some were generated for it, and the others were there: reused.
-    What one answer for everybody serves (embeddings, repeat="same") is counted apart, as it is not
-    written down how often it was.
+    Of the samples that a namespace has drawn, some were generated for it, and it reused the others. Shared
+    draws (embeddings, repeat="same") are counted separately, because the cache does not record how often they
+    are used.
     """
     with opened(cache) as store:
         figures = _figures(store, scopes=scopes)
@@ -156,7 +156,7 @@ def _drawn(drawn: int, generated: int) -> dict[str, Any]:
 
 
 def _bytes(folder: Path) -> int:
-    """Return the size of all files below a folder; those that vanish meanwhile count as nothing."""
+    """Return the size of all files below a folder; files that vanish meanwhile count as 0."""
     total = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -220,24 +220,24 @@ def _print_facts(facts: list[tuple[str, str]]) -> None:
 
 _LS_JSON: Final = """\b
 With --json, each line is an object:
-  key, scope             what identifies the question, and the endpoint or adapter that answers it
-  at                     when it was first asked
-  samples, pending       answers stored, and being generated (or left so by a killed process)
-  namespaces             how many namespaces have drawn any
-  model                  the model that was asked, or null
-  settings               what was asked besides the model and the texts, such as temperature
-  prompt                 the beginning of what was asked, 200 characters at most
+  key, scope             the key of the question, and the endpoint or adapter that answers it
+  at                     the time of its first request
+  samples, pending       stored samples, and samples that are being generated (or were, by a killed process)
+  namespaces             the number of namespaces that have drawn samples
+  model                  the model in the request, or null
+  settings               other fields of the request, such as temperature
+  prompt                 the beginning of the prompt, at most 200 characters
 """
 
 
 @click.command(epilog=_LS_JSON)
 @common.cache_option
-@click.option("--search", help="Only questions that contain this text, in upper or lower case.")
+@click.option("--search", help="Only questions that contain this text; case does not matter.")
 @click.option("--model", help="Only questions to this model.")
 @click.option("--scope", help="Only questions to this endpoint or adapter, or below this base URL.")
 @click.option("--namespace", help="Only questions that this namespace has drawn.")
-@click.option("--prefix", default="", help="Only keys that begin so.")
-@_limit(0, "At most so many questions")
+@click.option("--prefix", default="", help="Only keys with this prefix.")
+@_limit(0, "The largest number of questions")
 @common.json_option("a line of JSON per question; see below")
 def ls(
     *, cache: str | None, namespace: str | None, prefix: str, limit: int, as_json: bool, **wanted: str | None
@@ -252,13 +252,13 @@ def ls(
             return
         first = next(found, None)
         if first is None:
-            click.echo(f"no such question in {visible(str(store.folder))}", err=True)
+            click.echo(f"{visible(str(store.folder))} has no such question", err=True)
             return
         echo_lines(_table_lines(store, itertools.chain([first], found)))
 
 
 def _whole_prefix(prefix: str) -> str:
-    """Return a prefix with the name of the key format, which may be left out."""
+    """Return a prefix with the name of the key format, which the user may omit."""
     return prefix if FORMAT.startswith(prefix) or prefix.startswith(FORMAT) else f"{FORMAT}-{prefix}"
 
 
@@ -271,7 +271,7 @@ def _listed(
     model: str | None,
     scope: str | None,
 ) -> Iterator[KeyInfo]:
-    """Iterate over the keys that are asked for; one at a time, however many there are."""
+    """Iterate over the matching keys, one at a time."""
     texts = [search] if search and search.isascii() else []  # SQL ignores the case of ASCII only
     whose = None if namespace is None else label(namespace)
     scope = None if scope is None else _scope(scope)
@@ -281,7 +281,7 @@ def _listed(
 
 
 def _scope(scope: str) -> str:
-    """Return a scope as the cache spells it: a URL without credentials."""
+    """Return a scope in the cache's spelling: a URL without credentials."""
     from cachepipe import wire  # noqa: PLC0415 - only for URLs
 
     try:
@@ -291,7 +291,7 @@ def _scope(scope: str) -> str:
 
 
 def _fits(question: StoredQuestion | None, search: str, model: str | None) -> bool:
-    """Return whether a question contains a text, and asks a model."""
+    """Return True if a question contains a text and asks a model."""
     document = None if question is None else loaded(question.document)
     if model is not None and model not in (_model(document), None if question is None else question.scope):
         return False
@@ -349,7 +349,7 @@ def _about(listing: dict[str, Any]) -> str:
 
 
 def _prompt(document: Any) -> str:
-    """Return the text that was asked: of several messages, the last one's of the user."""
+    """Return the prompt: the text, or the user's last message."""
     asked = asked_in(document)
     for name in ("messages", "prompt", "input", "hash"):
         if asked.get(name) is not None:
@@ -358,7 +358,7 @@ def _prompt(document: Any) -> str:
 
 
 def _last_said(value: Any) -> Any:
-    """Return the content of the last message of the user's, or of the last one; what is no list stays."""
+    """Return the content of the user's last message, else of the last message; other values unchanged."""
     if isinstance(value, list):
         said = [item for item in value if isinstance(item, dict) and "content" in item]
         users = [item for item in said if item.get("role") == "user"]
@@ -384,15 +384,14 @@ def _text(value: Any) -> str:
 
 _SHOW_JSON: Final = """\b
 With --json:
-  key, scope, at         as ls has them
-  counts                 an object of samples, pending and namespaces, as ls counts them
-  question               what was asked: an object with "body" (and "headers"), "fields" or "hash"
-  draws                  a list of namespace, shared (an answer for everybody), request_id,
-                         occurrence, indices (by position), generated, at
-  samples                a list of index, id, at, seconds and value (as it is stored); for the
-                         answer of a provider also text, finish_reason, model and its counts of
-                         tokens
-  discarded              a list of index, at and why: samples taken back
+  key, scope, at         as in ls
+  counts                 an object of samples, pending and namespaces, as in ls
+  question               the request: an object with "body" (and "headers"), "fields" or "hash"
+  draws                  a list of namespace, shared (a shared draw), request_id, occurrence,
+                         indices (by position), generated, at
+  samples                a list of index, id, at, seconds and value (as stored); for the answer of a
+                         provider also text, finish_reason, model and token counts
+  discarded              a list of index, at and why: discarded samples
 """
 
 
@@ -402,13 +401,13 @@ With --json:
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
-    help="At most so many samples and draws; 0 for all.  [default: 20; with --json all]",
+    help="The largest number of samples and draws; 0 for all.  [default: 20; with --json all]",
 )
 @common.json_option("one object; see below")
 def show(*, key: str, cache: str | None, limit: int | None, as_json: bool) -> None:
-    """Show what was asked under KEY, its samples, and which draws took which.
+    """Show the question with this KEY, its samples, and which draw got which sample.
 
-    The beginning of a key is enough when no other key begins so.
+    A prefix of the key is enough if no other key has it.
     """
     with opened(cache) as store:
         info = _found(store, key)
@@ -419,7 +418,7 @@ def show(*, key: str, cache: str | None, limit: int | None, as_json: bool) -> No
 
 
 def _found(store: DiskStore, key: str) -> KeyInfo:
-    """Return the key that begins so.
+    """Return the key with this prefix.
 
     Raises:
         Failure: when there is none, or more than one.
@@ -438,11 +437,11 @@ def _found(store: DiskStore, key: str) -> KeyInfo:
         f"  {info.key}  {beginning(_listing(store, info)['prompt'], 40)}" for info in found[:_CANDIDATES]
     )
     more = "\n  and more" if len(found) > _CANDIDATES else ""
-    raise Failure(f"several keys begin with {key!r}; write more of one:\n{some}{more}")
+    raise Failure(f"several keys begin with {key!r}; give more characters:\n{some}{more}")
 
 
 def _print_json(store: DiskStore, info: KeyInfo, limit: int | None) -> None:
-    """Print one object, a piece at a time: a list of samples may be longer than memory."""
+    """Print one object piece by piece: a list of samples may be larger than memory."""
     question = store.question(info.key)
     head = {
         "key": info.key,
@@ -502,7 +501,7 @@ _OBJECTS: Final = {
 
 
 def _summary(value: Any, scope: str | None) -> dict[str, Any] | None:
-    """Return what the wire layer tells of a provider's answer, or None of any other value."""
+    """Return the wire layer's summary of a provider's answer, or None for other values."""
     if not isinstance(value, dict):
         return None
     from cachepipe import wire  # noqa: PLC0415 - only where there may be answers of providers
@@ -554,7 +553,7 @@ def _heading(text: str) -> str:
 
 def _asked_lines(document: Any) -> Iterator[str]:
     if not isinstance(document, dict):
-        yield "  (what was asked cannot be read)"
+        yield "  (the question cannot be read)"
         return
     asked = document.get("body", document.get("fields"))
     if not isinstance(asked, dict):
@@ -575,14 +574,14 @@ def _asked_lines(document: Any) -> Iterator[str]:
 
 
 def _content(message: dict[str, Any]) -> str:
-    """Return what a message says, with whatever else it holds as JSON."""
+    """Return the text of a message, and its other fields as JSON."""
     text = "" if message.get("content") is None else _text(message["content"])
     rest = {name: value for name, value in message.items() if name not in ("role", "content")}
     return "\n".join(part for part in (text, json_text(rest) if rest else "") if part)
 
 
 def _block(text: str) -> Iterator[str]:
-    """Iterate over the lines of a text, indented; other line ends than feeds are made visible."""
+    """Iterate over the lines of a text, indented; line ends other than line feeds are made visible."""
     for line in text.removesuffix("\n").split("\n"):
         yield f"    {visible(line, lines=True)}".rstrip()
 
@@ -602,7 +601,7 @@ def _sample_lines(sample: Sample, scope: str | None) -> Iterator[str]:
 
 
 def _value_text(sample: Sample) -> str:
-    """Return a sample's own value as text: a string as it is, anything else as Python writes it."""
+    """Return a sample's value as text: a string unchanged, any other value as its repr."""
     from cachepipe.values import Codec  # noqa: PLC0415
 
     try:
@@ -613,7 +612,7 @@ def _value_text(sample: Sample) -> str:
 
 
 def _numbers(indices: Sequence[int]) -> str:
-    """Return indices for people: of those that follow one another the first and the last."""
+    """Return indices in readable form: consecutive ones as a range."""
     parts: list[str] = []
     for _, group in itertools.groupby(enumerate(indices), key=lambda place: place[1] - place[0]):
         run = [index for _, index in group]

@@ -1,4 +1,4 @@
-"""The command `run`: a batch file in, its answers out, and a rerun that costs nothing."""
+"""The command `run` answers a batch file; a rerun costs nothing."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _BAR_FROM: Final = 72  # columns of a terminal
 
 _JSON: Final = """\b
 With --json, one object:
-  requests, done         lines with a request, and those that have ended
-  failed, kept           lines whose request failed; those of them whose earlier result stays
-  errors, example        how often each error code came; the message of the first error
+  requests, done         requests in the file, and those that have ended
+  failed, kept           requests that failed; failed requests that keep their earlier result
+  errors, example        the number of errors by code; the message of the first error
   hits, misses           samples from the cache, or generated for another line; samples generated for
                          the line that got them
-  generated, unreported  samples that the model returned; those of them that no line got
+  generated, unreported  samples that the model returned; those that reached no line
   calls                  calls to the server
   spent                  tokens of all samples that the model returned
   as_asked               what the answered lines would have cost alone, each in one call
-  billed, saved          what they paid for: their misses, and the prompt of each call once; as_asked
-                         less billed
-  seconds, most_ahead    how long it took; the most lines that were held at once
-  interrupted            whether it ended early
+  billed, saved          what the lines paid for: their misses, and the prompt of each call once;
+                         as_asked less billed
+  seconds, most_ahead    the duration; the largest number of lines in memory
+  interrupted            whether the run ended early
   output, partial        the results; those of an interrupted run, or null
   exit_status            see below
 spent, as_asked, billed and saved hold prompt_tokens, completion_tokens, total_tokens, cached_tokens,
@@ -62,27 +62,29 @@ reasoning_tokens, samples, unknown (samples without usage, in no count of tokens
 null if no price is known) and unpriced (samples without a known price, not in cost).
 """
 _STATUS: Final = """
-Exit status: 0 when all is well, 1 when requests failed, 2 when nothing could be run, 130 when it was
-interrupted. Run the same command again to go on: what was paid for is not asked again.
+Exit status: 0 for success, 1 if requests failed, 2 if nothing could be run, 130 if it was interrupted.
+Run the same command again to continue: answers that were paid for are not asked again.
 """
 
 
 @click.command("run", epilog=f"{_JSON}{_STATUS}")
 @click.argument("requests", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the results are written."
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The file for the results."
 )
-@click.option("--model", help="The model, for lines that name none.")
-@click.option("--base-url", help="The API's address, such as http://localhost:8000/v1.  [default: OpenAI's]")
+@click.option("--model", help="Default model for lines without a model.")
+@click.option(
+    "--base-url", help="The base URL of the API, such as http://localhost:8000/v1.  [default: OpenAI's]"
+)
 @click.option("--n", default=1, show_default=True, type=click.IntRange(min=1), help="Samples per request.")
-@click.option("--namespace", help="The experiment: within it, samples are independent.")
+@click.option("--namespace", help="The experiment; samples are independent within it.")
 @click.option(
     "--concurrency", default=16, show_default=True, type=click.IntRange(min=1), help="Requests in flight."
 )
 @cache_option
 @click.option("--mode", type=click.Choice(MODES), help="How the cache is used.  [default: read-write]")
-@click.option("--replay", is_flag=True, help="Only replay: never call the model. The same as --mode replay.")
-@click.option("--refresh", is_flag=True, help="Generate all samples anew. The same as --mode refresh.")
+@click.option("--replay", is_flag=True, help="Only replay; never call the model. The same as --mode replay.")
+@click.option("--refresh", is_flag=True, help="Generate all samples again. The same as --mode refresh.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write the cache. The same as --mode bypass.")
 @click.option(
     "--scope",
@@ -93,7 +95,7 @@ interrupted. Run the same command again to go on: what was paid for is not asked
     default="fresh",
     show_default=True,
     type=click.Choice(REPEATS),
-    help="Whether equal questions of different lines get fresh samples or the same ones.",
+    help="Give equal questions of different lines fresh samples, or the same ones.",
 )
 @click.option(
     "--ids",
@@ -113,30 +115,34 @@ interrupted. Run the same command again to go on: what was paid for is not asked
 @click.option(
     "--max-completion-tokens",
     type=click.IntRange(min=1),
-    help="The same by its newer name, for models that want that.",
+    help="The same by its newer name, for models that require it.",
 )
 @click.option("--seed", type=int, help="Default for lines without a seed.")
-@click.option("--max-n", type=click.IntRange(min=1), help="The most samples the server gives in one call.")
 @click.option(
-    "--retries", type=click.IntRange(min=0), help="How often a failed call is repeated.  [default: 2]"
+    "--max-n",
+    type=click.IntRange(min=1),
+    help="The largest number of samples that the server returns in one call.",
+)
+@click.option(
+    "--retries", type=click.IntRange(min=0), help="The number of retries of a failed call.  [default: 2]"
 )
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for each attempt of a call."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Run only so many requests, from the first.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on the standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but what went wrong.")
+@click.option("--limit", type=click.IntRange(min=1), help="Run only this many requests, from the first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.pass_context
 def run(context: click.Context, /, **options: Any) -> None:
-    """Answer the requests of a file, each line of it once.
+    """Answer the requests of a file, each line once.
 
     REQUESTS holds one JSON object per line: OpenAI's batch requests (custom_id, method, url, body), or a
     prompt, or messages. In lines with a prompt or messages, the fields model, n, temperature, top_p,
-    max_tokens, max_completion_tokens, seed and stop are part of what is asked. A line's own settings win
-    over the options. Other fields are carried along to the result.
+    max_tokens, max_completion_tokens, seed and stop are part of the question. A line's own settings
+    override the options. Other fields are copied to the result.
 
-    The results are OpenAI's batch results, in the order of the requests. Each tells which of its samples
-    came from the cache.
+    The results are OpenAI's batch results, in the order of the requests. Each result says which of its
+    samples came from the cache.
     """
     context.exit(_run(context, options))
 
@@ -152,7 +158,7 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
     except CachepipeError as error:
         raise Failure(_blotted(str(error), options, key)) from error
     except KeyboardInterrupt:
-        click.echo(f"Stopped at once. To go on: {_again(context, options)}", err=True)
+        click.echo(f"Stopped at once. To continue: {_again(context, options)}", err=True)
         return _SIGNALLED + signal.SIGINT
     status = _SIGNALLED + number if report.interrupted else SOME_FAILED if report.failed else 0
     if not options["quiet"]:
@@ -165,7 +171,7 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
 
 
 def _mode(options: dict[str, Any]) -> Any:
-    """Return the mode that the options ask for."""
+    """Return the mode that the options choose."""
     asked = {
         name: mode
         for name, mode in (
@@ -177,7 +183,7 @@ def _mode(options: dict[str, Any]) -> Any:
         if mode is not None
     }
     if len(set(asked.values())) > 1:
-        raise click.UsageError(f"{' and '.join(asked)} ask for different modes; give one of them.")
+        raise click.UsageError(f"{' and '.join(asked)} ask for different modes; use only one of them.")
     if asked:
         return next(iter(asked.values()))
     from cachepipe.stores import switched_off  # noqa: PLC0415 - help needs none of it
@@ -186,7 +192,7 @@ def _mode(options: dict[str, Any]) -> Any:
 
 
 def _key(options: dict[str, Any], mode: str) -> str:
-    """Return the API key, empty where none is needed."""
+    """Return the API key; an empty one if the server needs none."""
     name = options["api_key_env"]
     key = os.environ.get(name)
     if key is not None or mode == "replay":
@@ -201,7 +207,7 @@ def _key(options: dict[str, Any], mode: str) -> str:
 
 
 async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen) -> tuple[Report, int]:
-    """Return the report of the run, and the number of the signal that stopped it."""
+    """Run the file; return the report, and the number of the signal that stopped the run."""
     from cachepipe.batchfile import BatchFileError, Stop, run_file  # noqa: PLC0415 - so that --help is quick
 
     folder, _ = folder_in_use(options["cache"])
@@ -295,7 +301,7 @@ def _forget_closed(terminals: list[int]) -> None:
 
 
 class _Screen:
-    """Shows how far a run is: a bar on a terminal, a line now and then elsewhere."""
+    """Shows the progress of a run: a bar on a terminal, a line from time to time elsewhere."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.report: Report | None = None
@@ -307,21 +313,21 @@ class _Screen:
         self._begun = 0.0
 
     def update(self, report: Report) -> None:
-        """Take the figures as they are now, and say the first error at once."""
+        """Take the current figures, and print the first error at once."""
         self.report = report
         if report.failed and not self._failed and not self._quiet:
-            self.say(visible(f"The first request that failed said: {report.example[:500]}"))
+            self.say(visible(f"The first error was: {report.example[:500]}"))
         self._failed = bool(report.failed)
 
     def say(self, sentence: str) -> None:
-        """Write a sentence to the standard error, above the bar if there is one."""
+        """Write a sentence to standard error, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         else:
             click.echo(sentence, err=True)
 
     async def tick(self) -> None:
-        """Show the figures again and again, until cancelled."""
+        """Show the figures repeatedly, until cancelled."""
         if self._quiet:
             return
         loop = asyncio.get_running_loop()
@@ -357,7 +363,7 @@ class _Screen:
         )
 
     def close(self) -> None:
-        """Draw the figures for the last time."""
+        """Show the final figures."""
         if self._bar is not None and self.report is not None:
             self._draw(self.report)
             self._bar.stop()
@@ -365,7 +371,7 @@ class _Screen:
 
 
 def _bar() -> Any:
-    """Return a new bar on the standard error."""
+    """Return a new bar on standard error."""
     from rich.console import Console  # noqa: PLC0415 - only where there is a terminal
     from rich.progress import (  # noqa: PLC0415 - likewise
         BarColumn,
@@ -391,7 +397,7 @@ def _bar() -> Any:
 
 
 def _table(report: Report) -> None:
-    """Write what the run has done and cost."""
+    """Print the figures and the cost of the run."""
     rows = {
         "requests": f"{report.done}"
         if report.done == report.requests
@@ -417,7 +423,7 @@ def _samples(report: Report) -> str:
 
 
 def _money(account: Account) -> str:
-    """Return the tokens of an account and their cost, as far as these are known."""
+    """Return the tokens of an account and their cost, if known."""
     from cachepipe import prices  # noqa: PLC0415 - help needs none of it
 
     counts = account.counts()
@@ -435,37 +441,37 @@ def _money(account: Account) -> str:
 
 
 def _last_words(context: click.Context, options: dict[str, Any], mode: str, report: Report) -> Iterator[str]:
-    """Yield what there is to say at the end."""
+    """Yield the closing messages."""
     if not report.requests and not report.interrupted:
         yield f"{options['requests']} holds no requests: expected a JSON object per line."
     if report.failed:
         kinds = ", ".join(f"{count} {code}" for code, count in sorted(report.errors.items()))
-        yield f"{report.failed} requests failed ({kinds}). The first said: {report.example[:500]}"
+        yield f"{report.failed} requests failed ({kinds}). The first error was: {report.example[:500]}"
     if report.kept:
         place = report.partial if report.interrupted else report.output
-        yield f"{report.kept} earlier results kept in {place} in place of errors."
+        yield f"{report.kept} earlier results were kept in {place} instead of errors."
     if report.interrupted:
         if report.partial is not None:
             yield f"The results so far are in {report.partial}."
-        kept = "Nothing was kept (--no-cache)." if mode == "bypass" else "What is paid for is in the cache."
-        yield f"Interrupted. {kept} To go on: {_again(context, options)}"
+        kept = "Nothing was cached (--no-cache)." if mode == "bypass" else "All paid answers are cached."
+        yield f"Interrupted. {kept} To continue: {_again(context, options)}"
     elif report.output is not None and not options["quiet"]:
         yield f"The results are in {report.output}."
         if report.failed and mode != "bypass":
             missing = report.errors.get("cache_miss")
-            aim = "generate what is missing" if missing else "ask again for those that failed"
+            aim = "generate the missing samples" if missing else "retry the failed requests"
             yield f"To {aim}: {_again(context, options)}"
 
 
 def _again(context: click.Context, options: dict[str, Any]) -> str:
-    """Return the command that goes on where this one has ended, without credentials."""
+    """Return the command that continues this run, without credentials."""
     words = context.command_path.split()
     for parameter in context.command.params:
         name, value = parameter.name or "", options.get(parameter.name or "")
         if context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
             continue
         if name in ("replay", "refresh") or (name == "mode" and value in ("replay", "refresh")):
-            continue  # replaying brings nothing more, and refreshing would generate all of it once more
+            continue  # replaying again finds nothing more, and refreshing would generate everything again
         if name == "base_url" and value is not None:
             scheme, mark, rest = str(value).rpartition("//")
             value = f"{scheme}{mark}{rest.rpartition('@')[2]}"
@@ -479,7 +485,7 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
 
 
 def _blotted(text: str, options: dict[str, Any], key: str) -> str:
-    """Return a text without the API key and the credentials within the address, safe to print."""
+    """Return a text without the API key and the URL's credentials, safe to print."""
     address = options["base_url"] or os.environ.get("OPENAI_BASE_URL") or ""
     credentials = address.rpartition("@")[0].rpartition("//")[2]
     for secret in (key, f"{credentials}@", credentials.rpartition(":")[2]):
@@ -490,7 +496,7 @@ def _blotted(text: str, options: dict[str, Any], key: str) -> str:
 
 @contextlib.contextmanager
 def _spoken_warnings(screen: _Screen) -> Iterator[None]:
-    """Say cachepipe's own warnings as sentences."""
+    """Print cachepipe's own warnings as sentences."""
     with warnings.catch_warnings():
         usual: Callable[..., None] = warnings.showwarning
 

@@ -1,4 +1,4 @@
-"""The commands `serve`, which runs the proxy, and `new-run`, which lets one count from the front again."""
+"""The commands `serve`, which runs the proxy, and `new-run`, which begins a new run of a proxy."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _EPILOG: Final = """\b
 Clients take one of these as their base URL:
   http://127.0.0.1:8080/v1              in the namespace of --namespace
   http://127.0.0.1:8080/ns/NAME/v1      in the namespace NAME
-  http://127.0.0.1:8080/ns/NAME@RUN/v1  there, counted afresh for each new label RUN
+  http://127.0.0.1:8080/ns/NAME@RUN/v1  there, with a new run for each new label RUN
   http://127.0.0.1:8080/up/OTHER/v1     to the upstream OTHER
-Anthropic's take the same without /v1. What is going on: /cachepipe, /metrics.
+Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metrics.
 """
 
 
@@ -37,43 +37,51 @@ Anthropic's take the same without /v1. What is going on: /cachepipe, /metrics.
     "upstreams",
     metavar="[NAME=]URL",
     multiple=True,
-    help="The base URL of a provider, such as https://api.openai.com/v1. May be repeated, with names; the "
-    "first is asked where a path names none.",
+    help="The base URL of a provider, such as https://api.openai.com/v1. Can be repeated, with names; the "
+    "first is the default.",
 )
 @cache_option
-@click.option("--config", type=click.Path(dir_okay=False), help="A TOML file; options go before it.")
-@click.option("--host", help="The address to listen on; by default 127.0.0.1, this machine only.")
-@click.option("--port", type=click.IntRange(0, 65535), help="The port, 0 for any; by default 8080.")
-@click.option("--replay", is_flag=True, help="Answer from the cache only: needs no key and no network.")
+@click.option("--config", type=click.Path(dir_okay=False), help="A TOML file; options override it.")
+@click.option("--host", help="The address to listen on. Default: 127.0.0.1, this machine only.")
+@click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 for any free port. Default: 8080.")
+@click.option("--replay", is_flag=True, help="Answer from the cache only; needs no key and no network.")
 @click.option(
     "--api-key-env",
     metavar="NAME",
-    help="The variable that holds the first upstream's key; clients need none.",
+    help="The environment variable with the first upstream's key; clients then need none.",
 )
-@click.option("--token-env", metavar="NAME", help="The variable that holds the token clients must show.")
-@click.option("--namespace", help="The namespace of requests that name none.")
 @click.option(
-    "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further name that clients call this by."
+    "--token-env", metavar="NAME", help="The environment variable with the token that clients must send."
+)
+@click.option("--namespace", help="The namespace of requests without a namespace.")
+@click.option(
+    "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further host name for this server."
 )
 @click.option(
     "--max-n",
     type=click.IntRange(min=1),
-    help="Samples that a request may ask for; CACHEPIPE_MAX_N or 10000.",
+    help="The largest number of samples of a request. Default: CACHEPIPE_MAX_N or 10000.",
 )
 @click.option(
     "--max-answer",
     type=click.IntRange(min=1),
-    help="MiB of a decoded answer that can be cached; others pass through; CACHEPIPE_MAX_ANSWER or 64.",
+    help="The largest decoded answer in MiB that is cached. Default: CACHEPIPE_MAX_ANSWER or 64.",
 )
-@click.option("--max-body", type=click.IntRange(min=1), help="MiB of a request that can be cached; 128.")
-@click.option("--max-connections", type=click.IntRange(min=1), help="Connections at once; 2000.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for upstream; 600."
+    "--max-body", type=click.IntRange(min=1), help="The largest request in MiB that is cached. Default: 128."
+)
+@click.option(
+    "--max-connections", type=click.IntRange(min=1), help="The largest number of connections. Default: 2000."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds to wait for upstream. Default: 600.",
 )
 @click.option(
     "--log",
     type=click.Choice(["all", "calls", "errors", "off"]),
-    help="Requests to log, as JSON lines: by default those that were no hits.",
+    help="The requests to log, as JSON lines. Default: all except hits.",
 )
 @json_option('once it listens, an object with "url" and "base_url"')
 def serve(
@@ -92,8 +100,8 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible API that answers from the cache, and asks the provider for the rest.
 
-    A tool in any language uses it by its base URL. Its own key goes upstream with what the cache lacks,
-    and is never stored. Stop it with Ctrl-C: what is in flight is finished first.
+    A tool in any language can use it as its base URL. The proxy forwards the tool's own key with requests
+    that the cache cannot answer, and never stores it. Stop it with Ctrl-C: it finishes what is in flight.
     """
     try:
         from cachepipe.proxy import server, settings  # noqa: PLC0415 - an extra
@@ -130,7 +138,7 @@ def serve(
 
 
 def _remembered(chosen: Settings) -> list[Any]:
-    """Return the upstreams whose answers a cache holds, so that a replay need not be told of them."""
+    """Return the upstreams of the answers in a cache, so that a replay needs no --upstream."""
     from cachepipe.cli.common import opened  # noqa: PLC0415 - only here
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
     from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
@@ -149,7 +157,7 @@ def _remembered(chosen: Settings) -> list[Any]:
             place = (url.removesuffix(ending), "anthropic" if theirs else "openai")
             bases[place] = bases.get(place, 0) + 1
     if not bases:
-        raise Failure("there is nothing in the cache that could be replayed; see `cachepipe stats`")
+        raise Failure("the cache has nothing to replay; see `cachepipe stats`")
     most = sorted(bases, key=lambda place: -bases[place])
     return [
         Upstream.of("upstream" if not number else f"upstream-{number + 1}", base, kind=kind)
@@ -172,15 +180,15 @@ def _say(url: str, chosen: Settings, *, as_json: bool) -> None:
 
 
 @click.command("new-run")
-@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="Where the proxy serves.")
-@click.option("--namespace", help="Only the run of this namespace; by default of all.")
-@click.option("--token-env", metavar="NAME", help="The variable that holds the proxy's token.")
-@json_option("what the proxy answered")
+@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="The URL of the proxy.")
+@click.option("--namespace", help="Begin a run of this namespace only. Default: all namespaces.")
+@click.option("--token-env", metavar="NAME", help="The environment variable with the proxy's token.")
+@json_option("the proxy's answer")
 def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: bool) -> None:
-    """Begin a new run of a proxy: equal requests are counted from the front again, so a rerun replays."""
+    """Begin a new run of a proxy: it counts equal requests from the start again, so a rerun replays."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Failure(f"--url is where the proxy serves, such as http://127.0.0.1:8080; got {url!r}")
+        raise Failure(f"--url is the URL of the proxy, such as http://127.0.0.1:8080; got {url!r}")
     place = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
     headers = {"content-type": "application/json"}
     if token_env:
@@ -205,7 +213,9 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
     if answer.status != 201 or not isinstance(told, dict):
         refusal = told.get("error") if isinstance(told, dict) else None
         message = refusal.get("message") if isinstance(refusal, dict) else None
-        raise Failure(f"{place} has begun no run: status {answer.status}{f', {message}' if message else ''}")
+        raise Failure(
+            f"{place} did not begin a run: status {answer.status}{f', {message}' if message else ''}"
+        )
     if as_json:
         click.echo(json_text(told))
     else:

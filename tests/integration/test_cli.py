@@ -251,7 +251,7 @@ def test_ls_finds_the_questions_of_an_adapter_by_its_model(cache):
 def test_ls_of_nothing_prints_nothing_and_says_so(cache):
     result = called("ls", "--cache", cache, "--prefix", "zz")
     assert result.stdout == ""
-    assert result.stderr == f"no such question in {cache}\n"
+    assert result.stderr == f"{cache} has no such question\n"
     assert listed("--cache", cache, "--prefix", "zz") == []
 
 
@@ -274,7 +274,7 @@ def test_a_cache_that_is_not_there_is_one_sentence_and_exit_code_2(tmp_path):
     for command in (["stats"], ["ls"], ["show", "k2-5f2c"]):
         result = called(*command, "--cache", str(tmp_path / "none"), code=2)
         assert result.stdout == ""
-        assert result.stderr.startswith("Error: there is no cache to look at: the folder ")
+        assert result.stderr.startswith("Error: there is no cache: the folder ")
         assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -325,7 +325,7 @@ def test_show_names_an_answer_for_everybody(cache):
 def test_show_of_an_ambiguous_prefix_lists_the_candidates(cache):
     result = called("show", "k2", "--cache", cache, code=2)
     assert result.stdout == ""
-    assert result.stderr.startswith("Error: several keys begin with 'k2'; write more of one:\n")
+    assert result.stderr.startswith("Error: several keys begin with 'k2'; give more characters:\n")
     for each in listed("--cache", cache):
         assert each["key"] in result.stderr
 
@@ -462,7 +462,7 @@ def test_python_m_is_the_console_script(cache):
 def test_an_error_of_a_process_is_a_sentence_without_a_traceback(tmp_path):
     ran = process("stats", env={**os.environ, "CACHEPIPE_DIR": str(tmp_path / "none")})
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert "(named by CACHEPIPE_DIR) is not there" in ran.stderr
+    assert "(named by CACHEPIPE_DIR) does not exist" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
@@ -535,7 +535,7 @@ def test_new_run_of_what_is_no_proxy_is_one_sentence():
         place = f"127.0.0.1:{server.server_port}"
         result = called("new-run", "--url", f"http://me:secret@{place}", code=2)
         thread.join()
-    assert result.stderr == f"Error: http://{place} has begun no run: status 404\n"
+    assert result.stderr == f"Error: http://{place} did not begin a run: status 404\n"
 
 
 # demo
@@ -597,6 +597,6 @@ def test_the_demo_exits_with_1_when_a_promise_is_broken(monkeypatch):
     told = json.loads(called("demo", "--prompts", "2", "--n", "1", "--json", code=1).stdout)
     assert not told["held"]
     broken = [promise["promise"] for promise in told["promises"] if not promise["held"]]
-    assert "the same again costs nothing" in broken
+    assert "the same run again costs nothing" in broken
     output = called("demo", "--prompts", "2", "--n", "1", code=1).stdout
     assert "NOT HELD  another namespace costs nothing" in output

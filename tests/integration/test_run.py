@@ -235,7 +235,7 @@ def test_c7_ctrl_c_ends_in_good_order_keeps_what_is_paid_and_says_how_to_go_on(s
         f"HumanEval/{i}" for i in range(figures["done"])
     ]
     assert not Path("out.jsonl").exists()
-    command = shlex.split(told.partition("To go on: ")[2])
+    command = shlex.split(told.partition("To continue: ")[2])
     assert command == ["cachepipe", "run", *options(server), "--json"]
     done = invoke(command[2:])
     assert done.exit_code == 0
@@ -253,7 +253,7 @@ def test_a_second_ctrl_c_waits_for_nothing(server):
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
         assert process.wait() == 130
-    assert "To go on: cachepipe run" in told
+    assert "To continue: cachepipe run" in told
     assert "Traceback" not in told
     assert names() == ["cache"]
     pause(server, paused=False)
@@ -267,7 +267,7 @@ def test_a_termination_is_as_orderly(server):
         process.send_signal(signal.SIGTERM)
         said(process, "Stopping")
         pause(server, paused=False)
-        assert "To go on" in process.stderr.read()
+        assert "To continue" in process.stderr.read()
         assert process.wait() == 128 + signal.SIGTERM
     assert sum(map(len, stored().values())) == server.stats.samples_generated == 8 * N
 
@@ -289,7 +289,7 @@ def test_a_hangup_is_as_orderly(server):
         process.send_signal(signal.SIGHUP)
         said(process, "Stopping")
         pause(server, paused=False)
-        assert "To go on" in process.stderr.read()
+        assert "To continue" in process.stderr.read()
         assert process.wait() == 128 + signal.SIGHUP
     assert sum(map(len, stored().values())) == server.stats.samples_generated == 8 * N
     assert called(server)["hits"] == 8 * N
@@ -381,9 +381,9 @@ def test_failures_are_told_with_the_command_that_asks_only_them(server):
     done = invoke(options(server, requests=source, concurrency=1))
     assert done.exit_code == 1
     assert done.stdout == ""
-    assert "1 requests failed (1 server_error). The first said: out of \\x1b[31mbeans" in done.stderr
+    assert "1 requests failed (1 server_error). The first error was: out of \\x1b[31mbeans" in done.stderr
     command = ["cachepipe", "run", *options(server, requests=source, concurrency=1)]
-    assert f"To ask again for those that failed: {shlex.join(command)}" in done.stderr
+    assert f"To retry the failed requests: {shlex.join(command)}" in done.stderr
 
 
 def test_the_sdk_repeats_failed_calls_as_often_as_it_is_told(server):
@@ -415,7 +415,7 @@ def test_a_failed_run_keeps_the_results_that_are_there_and_says_so(server, how):
         for _ in range(2):  # what is kept is kept again
             done = invoke([*options(asked, requests=source, **more), "--json"])
             assert done.exit_code == 1
-            assert "3 earlier results kept in out.jsonl in place of errors." in done.stderr
+            assert "3 earlier results were kept in out.jsonl instead of errors." in done.stderr
             figures = json.loads(done.stdout)
             assert (figures["failed"], figures["kept"], figures["hits"]) == (4, 3, 0)
             after = results()
@@ -576,7 +576,7 @@ def test_an_unreachable_server_is_told_once_and_at_once_and_in_each_line(server)
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     first, *others = done.stderr.splitlines()
     assert first.startswith(f"Warning: the server at {url} cannot be reached: Connection refused; the next")
-    assert others[0].startswith(f"The first request that failed said: Connection error: {url} cannot be")
+    assert others[0].startswith(f"The first error was: Connection error: {url} cannot be")
     assert sum(line.startswith("Warning") for line in others) == 0
     for line in results():
         assert line["error"]["code"] == "connection_error"
@@ -623,7 +623,7 @@ def test_replay_needs_neither_key_nor_server_and_a_miss_is_an_error_line(server,
     assert line["cachepipe"]["key"] in line["error"]["message"]
     assert server.stats.requests == asked
     done = invoke(options(server, limit=4, replay=True))
-    assert "To generate what is missing: cachepipe run" in done.stderr
+    assert "To generate the missing samples: cachepipe run" in done.stderr
     assert "replay" not in done.stderr.partition("To generate")[2]
 
 
@@ -806,7 +806,7 @@ def test_an_address_that_cannot_be_read_is_told_without_its_credentials(server, 
 
 def test_help_tells_the_exit_codes(server):
     told = " ".join(invoke(["--help"]).output.split())
-    assert "0 when all is well, 1 when requests failed, 2 when nothing could be run, 130 when it was" in told
+    assert "0 for success, 1 if requests failed, 2 if nothing could be run, 130 if it was interrupted" in told
 
 
 def test_a_line_that_asks_for_too_many_samples_fails_alone(server, tmp_path):

@@ -173,7 +173,7 @@ def test_the_folder_is_the_one_given_else_the_environments_else_the_projects(tmp
 
 def test_looking_at_a_cache_that_is_not_there_makes_none_and_says_where_it_looked(tmp_path):
     missing = tmp_path / "missing"
-    with pytest.raises(StoreError, match=r"missing \(named by --cache\) is not there.*--cache DIR"):
+    with pytest.raises(StoreError, match=r"missing \(named by --cache\) does not exist.*--cache DIR"):
         common.opened(str(missing)).__enter__()
     assert not missing.exists()
 
@@ -195,7 +195,7 @@ def test_the_path_of_a_folder_that_cannot_be_looked_at_is_printed_all_the_same(t
 
 
 def test_an_empty_folder_and_a_file_are_no_caches(tmp_path):
-    with pytest.raises(StoreError, match="holds none"):
+    with pytest.raises(StoreError, match="does not contain one"):
         common.opened(str(tmp_path)).__enter__()
     assert list(tmp_path.iterdir()) == []
     file = tmp_path / "file"
