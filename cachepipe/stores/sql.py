@@ -177,6 +177,7 @@ class SqlStore:
         self._closed = False
         self._writer = Writer(self)
         self._key_ids: dict[str, int] = {}
+        self._transaction: Transaction | None = None
         self._memory = Memory(self._lease_name, self._lives, self._shared, self._key_ids, self._check_files)
         self._namespace_ids: dict[str, int] = {}
         self._leases: dict[int, tuple[bool, float]] = {}
@@ -294,8 +295,11 @@ class SqlStore:
         try:
             ledger.execute("BEGIN IMMEDIATE")
             try:
-                results = Transaction(self._memory, ledger, shelf).apply(operations)
+                transaction = self._transaction or Transaction(self._memory, ledger, shelf)
+                self._transaction = None
+                results = transaction.run(operations)
                 ledger.execute("COMMIT")
+                self._transaction = transaction
             except BaseException:
                 if shelf.in_transaction:
                     shelf.execute("ROLLBACK")

@@ -89,14 +89,17 @@ class Memory:
 
 
 class Transaction:
-    """Applies operations inside ``BEGIN IMMEDIATE`` … ``COMMIT`` on the ledger's connection."""
+    """Applies operations inside ``BEGIN IMMEDIATE`` … ``COMMIT`` on the ledger's connection.
+
+    It may be used again after a COMMIT; one that has failed is thrown away.
+    """
 
     def __init__(self, memory: Memory, ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> None:
         self._memory = memory
         self._ledger = ledger
         self._shelf = shelf
-        self._now = time.time()
-        self._clock = int(self._now * 1e6)
+        self._now = 0.0
+        self._clock = 0
         self._keys: list[tuple[int, str, str | None, bytes, float]] = []
         self._segments: list[tuple[Any, ...]] = []
         self._pending: list[tuple[int, int, int]] = []
@@ -108,23 +111,34 @@ class Transaction:
         self._dirty: dict[tuple[int, int], SmallSet] = {}
         self._found: dict[Place, list[Segment]] = {}
         self._seen: dict[tuple[str, int], Sample | Discarded] = {}
-        version = ledger.execute("PRAGMA data_version").fetchone()[0]
+
+    def run(self, operations: Sequence[Operation]) -> list[Result]:
+        """Return the operations' results, after everything except the COMMIT."""
+        memory = self._memory
+        self._now = time.time()
+        self._clock = int(self._now * 1e6)
+        if self._found:
+            self._found.clear()
+        if self._seen:
+            self._seen.clear()
+        version = self._ledger.execute("PRAGMA data_version").fetchone()[0]
         if version != memory.version or len(memory.sets) > _REMEMBERED or len(memory.keys) > _REMEMBERED:
             memory.forget()
             memory.version = version
-        for place in memory.grown:
-            memory.sets[place] = None
-        memory.grown.clear()
+        if memory.grown:
+            for place in memory.grown:
+                memory.sets[place] = None
+            memory.grown.clear()
+        return self._apply(operations)
 
-    def apply(self, operations: Sequence[Operation]) -> list[Result]:
-        """Return the operations' results, after everything except the COMMIT."""
+    def _apply(self, operations: Sequence[Operation]) -> list[Result]:
         kinds = [type(operation) for operation in operations]
         if Leave in kinds and Commit in kinds[kinds.index(Leave) :]:
             # Readers see a sample before this transaction ends: no draw that waits for it may be undone.
             first = kinds.index(Leave)
             late = sorted(range(first, len(kinds)), key=lambda place: kinds[place] is not Commit)
             order = [*range(first), *late]
-            found = dict(zip(order, self.apply([operations[place] for place in order]), strict=True))
+            found = dict(zip(order, self._apply([operations[place] for place in order]), strict=True))
             return [found[place] for place in range(len(order))]
         results: list[Result] = []
         claims = [operation for operation in operations if type(operation) is Claim]
