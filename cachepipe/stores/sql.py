@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
+import inspect
 import itertools
 import os
 import re
@@ -18,8 +20,8 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from cachepipe import forks
 from cachepipe.contract.allotment import allot, laid
@@ -57,6 +59,9 @@ _IDS = 50_000  # interned keys and namespaces that readers remember, 200 bytes e
 
 _LONG = 100_000  # indices of a list above which those that are stored are looked up first
 _STORED = "SELECT CAST(substr(key, ?3) AS INTEGER) FROM Cache WHERE raw = 1 AND key > ?1 AND key < ?2"
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _stores: weakref.WeakSet[SqlStore] = weakref.WeakSet()
 
@@ -101,6 +106,25 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=_after_fork_in_parent,
         after_in_child=_after_fork_in_child,
     )
+
+
+def _reads(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Turn SQLite's errors in a method of a store, or in the generator that it returns, into ours."""
+    if inspect.isgeneratorfunction(method):
+
+        @functools.wraps(method)
+        def iterate(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            with args[0]._reading_rows():  # type: ignore[attr-defined]  # noqa: SLF001 - of this module
+                yield from method(*args, **kwargs)
+
+        return iterate
+
+    @functools.wraps(method)
+    def read(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with args[0]._reading_rows():  # type: ignore[attr-defined]  # noqa: SLF001 - of this module
+            return method(*args, **kwargs)
+
+    return read
 
 
 class _Readers:
@@ -307,7 +331,7 @@ class SqlStore:
             if locked(error):
                 raise Locked from error
             raise StoreError(f"the cache {self.identity} could not be written: {error}") from error
-        except sqlite3.DatabaseError as error:
+        except tables.UNREADABLE as error:
             raise StoreError(f"the cache {self.identity} is damaged: {error}") from error
         except OSError as error:
             raise StoreError(f"the cache {self.identity} could not be written: {error}") from error
@@ -346,11 +370,22 @@ class SqlStore:
         """
         try:
             return self._recall(draw, n)
-        except sqlite3.Error as error:
+        except tables.UNREADABLE as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: sqlite3.Error) -> StoreError:
-        return StoreError(f"the cache {self.identity} could not be read: {error}")
+    @contextlib.contextmanager
+    def _reading_rows(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours; in a generator, also those between two of its values."""
+        try:
+            yield
+        except tables.UNREADABLE as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"the cache {self.identity} could not be read: {error}. Run `cachepipe verify` to see whether it "
+            "is damaged"
+        )
 
     def _recall(self, draw: Draw, n: int) -> Grant | None:
         ledger, shelf = self._readable()
@@ -414,7 +449,7 @@ class SqlStore:
         Raises:
             StoreError: when the files cannot be read.
         """
-        try:
+        with self._reading_rows():
             ledger, shelf = self._readable()
             key = self._key_id(ledger, draw.key)
             if key is None:
@@ -422,8 +457,6 @@ class SqlStore:
             namespace = self._namespace_id(ledger, draw.namespace)
             book = _Book(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
             allotment = allot(book, book.held(), n, couple=not draw.shared, stored_only=True)
-        except sqlite3.Error as error:
-            raise self._unreadable(error) from error
         if allotment is None:
             return None
         for index in allotment.indices:
@@ -436,11 +469,10 @@ class SqlStore:
         Raises:
             StoreError: when the files cannot be read.
         """
-        try:
+        with self._reading_rows():
             return self._glance(wanted)
-        except sqlite3.Error as error:
-            raise self._unreadable(error) from error
 
+    @_reads
     def generator(self, key: str, index: int) -> Process | None:
         """Return the process that generates a sample, or None."""
         ledger, _ = self._readable()
@@ -471,6 +503,7 @@ class SqlStore:
                 states.append("free")
         return states
 
+    @_reads
     def keys(
         self,
         prefix: str = "",
@@ -509,6 +542,7 @@ class SqlStore:
         for key, whose, at, listed, pending, namespaces, discards in rows:
             yield KeyInfo(key, whose, at, listed - pending - discards, pending, namespaces)
 
+    @_reads
     def question(self, key: str) -> StoredQuestion | None:
         """Return the question of a key."""
         ledger, _ = self._readable()
@@ -518,6 +552,7 @@ class SqlStore:
         ).fetchone()
         return None if row is None else StoredQuestion(key, row[0], row[1], row[2])
 
+    @_reads
     def similar(self, question: Question) -> StoredQuestion | None:
         """Return the stored question that differs least from another one; None if none is similar.
 
@@ -539,20 +574,25 @@ class SqlStore:
         )
         return nearest(question, itertools.starmap(StoredQuestion, rows))
 
+    @_reads
     def sample(self, key: str, index: int) -> Sample | None:
         """Return one sample of a key; None if it does not exist or was discarded."""
         _, shelf = self._readable()
         sample = read_sample(shelf, key, index)
         return sample if isinstance(sample, Sample) else None
 
+    @_reads
     def samples(self, key: str) -> Iterator[Sample]:
         """Iterate over the samples of a key by index; discarded ones are left out."""
         ledger, shelf = self._readable()
-        runs = ledger.execute(
-            "SELECT start, stop FROM intervals WHERE owner = 0 AND key = (SELECT id FROM keys WHERE key = ?)"
-            " ORDER BY stop",
+        rows = ledger.execute(
+            "SELECT start, stop, digest FROM intervals"
+            " WHERE owner = 0 AND key = (SELECT id FROM keys WHERE key = ?) ORDER BY stop",
             (key,),
         ).fetchall()
+        for row in rows:
+            tables.check_interval("", key, *row)
+        runs = [(start, stop) for start, stop, _ in rows]
         listed: Iterable[int] = itertools.chain.from_iterable(range(start, stop) for start, stop in runs)
         if sum(stop - start for start, stop in runs) > _LONG:  # a received ledger may list any number
             stored = shelf.execute(_STORED, (f"{key}/", f"{key}0", len(key) + 2)).fetchall()
@@ -563,6 +603,7 @@ class SqlStore:
             if isinstance(sample, Sample):
                 yield sample
 
+    @_reads
     def discards(self, key: str) -> Iterator[DiscardInfo]:
         """Iterate over the samples of a key that were discarded, by index."""
         ledger, _ = self._readable()
@@ -573,23 +614,27 @@ class SqlStore:
         )
         yield from itertools.starmap(DiscardInfo, rows)
 
+    @_reads
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
         """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""
         ledger, _ = self._readable()
         rows = ledger.execute(
             "SELECT n.label, k.key, s.request_id, s.occurrence, s.replicate,"
-            " s.position, s.indices, s.generated, s.stamp"
+            " s.position, s.indices, s.generated, s.stamp, s.part, s.digest"
             " FROM segments s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
             " WHERE (? IS NULL OR k.key = ?) AND (? IS NULL OR n.label = ?)"
             " ORDER BY s.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.part",
             (key, key, namespace, namespace),
         )
         for whose, group in itertools.groupby(rows, key=lambda row: row[:5]):
-            segments = list(group)
+            draw, segments = Draw(*whose), list(group)
+            for row in segments:
+                tables.check_segment(draw, row[9], row[5], row[6], row[8], row[10])
             indices = laid((row[5], unpack(row[6])) for row in segments)
             generated = sum(row[7] for row in segments)
-            yield DrawInfo(Draw(*whose), tuple(indices), generated, segments[0][8] / 1e6)
+            yield DrawInfo(draw, tuple(indices), generated, segments[0][8] / 1e6)
 
+    @_reads
     def namespaces(self) -> Iterator[NamespaceInfo]:
         """Iterate over the namespaces, in order of their first draw; the shared draws are left out."""
         ledger, _ = self._readable()
@@ -607,6 +652,7 @@ class SqlStore:
                 draws, generated = drawn.get(namespace, (0, 0))
                 yield NamespaceInfo(namespace_of(written), draws, taken.get(namespace, 0), generated)
 
+    @_reads
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
         ledger, _ = self._readable()

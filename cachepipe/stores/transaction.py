@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from cachepipe.contract.allotment import DISCARDED, Discarded, added, allot, first, laid, lowest_new
+from cachepipe.contract.allotment import Discarded, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import IndexSet, Union
 from cachepipe.contract.undoing import Piece, fallen, settled
@@ -511,12 +511,8 @@ class Transaction:
         there = read_sample(self._shelf, commit.key, index)
         if there is not None:
             return isinstance(there, Sample) and there.id == commit.id
-        if not gone:
-            pending = self._ledger.execute(
-                "SELECT 1 FROM pending WHERE key = ? AND sample = ?", (key, index)
-            ).fetchone()
-            if pending is not None:
-                return False
+        if not gone and self._is_pending(key, index):
+            return False
         if index not in self._set(LISTED, key, commit.key):
             self.add(LISTED, key, commit.key, index)
         return True
@@ -634,15 +630,25 @@ class Transaction:
         return any(lease == self._lease() or self._alive(lease) for lease in leases)
 
     def _discard(self, discard: Discard) -> None:
-        key, name = self._key_of(discard.key), f"{discard.key}/{discard.index}"
-        row = self._shelf.execute(tables.GET, (name,)).fetchone()
-        if row is None:
-            raise StoreError(f"there is no sample {discard.index} of key {discard.key} to discard")
-        if tables.parse_sample(discard.key, discard.index, *row) is not DISCARDED:
-            self._shelf.execute(tables.REWRITE, (tables.discarded_row(name, row[2]), name))
+        """Mark a sample as discarded, on record; it may be damaged, or listed and missing."""
+        name, index = discard.key, discard.index
+        key = self._key_of(name)
+        listed = self._set(LISTED, key, name)
+        row = self._shelf.execute(tables.GET_DAMAGED, (f"{name}/{index}",)).fetchone()
+        if row is None and (index not in listed or self._is_pending(key, index)):
+            raise StoreError(f"there is no sample {index} of key {name} to discard")
+        if not tables.is_discarded(name, index, row):
+            gone = tables.discarded_row(f"{name}/{index}", b"" if row is None else row[2] or b"")
+            self._shelf.execute(tables.PUT_DISCARDED, (f"{name}/{index}", self._now, self._now, gone))
+        if index not in listed:
+            self.add(LISTED, key, name, index)
         self._ledger.execute(
-            "INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", (key, discard.index, self._now, discard.why)
+            "INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", (key, index, self._now, discard.why)
         )
+
+    def _is_pending(self, key: int, index: int) -> bool:
+        query = "SELECT 1 FROM pending WHERE key = ? AND sample = ?"
+        return self._ledger.execute(query, (key, index)).fetchone() is not None
 
     # Samples.
 

@@ -30,6 +30,7 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
 from cachepipe.stores import sql
 from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
+from cachepipe.stores.verify import Report, check_rows
 from cachepipe.testing import MortalStore
 
 KEYS = ["k2-a", "k2-b"]
@@ -446,6 +447,14 @@ class StoreMachine(RuleBasedStateMachine):
         for place, taken in self.taken().items() if drawn or received else ():
             assert drawn[place] | received.get(place, set()) <= taken
             assert taken <= drawn[place] | self.replaced[place] | self.discarded[place[1]]
+
+    @invariant()
+    def a_check_finds_nothing_wrong(self):
+        """C12: whatever happened to processes, the rows of both files agree."""
+        if hasattr(self, "processes"):
+            report = Report()
+            check_rows(*self.processes[0]._readable(), report)
+            assert report.problems.keys() <= {"question"}, report  # those of this test have made-up keys
 
     @invariant()
     def the_list_is_what_is_stored(self):
