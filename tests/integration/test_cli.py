@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -639,17 +638,11 @@ class Stranger(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
 
-
-def test_new_run_of_what_is_no_proxy_is_one_sentence():
-    with http.server.HTTPServer(("127.0.0.1", 0), Stranger) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
-        place = f"127.0.0.1:{server.server_port}"
+def test_new_run_of_what_is_no_proxy_is_one_sentence(answering_with):
+    with answering_with(Stranger) as url:
+        place = url.removeprefix("http://")
         result = called("new-run", "--url", f"http://me:secret@{place}", code=2)
-        thread.join()
     assert result.stderr == f"Error: http://{place} did not begin a run: status 404\n"
 
 
