@@ -1,4 +1,4 @@
-"""Requests, batches and responses, and the two protocols that models and pipelines speak."""
+"""Requests, batches and responses, and the two protocols of models and pipelines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 def by_value(value: Any) -> Any:
-    """Return an equal value of the same types that shares nothing mutable with the one given."""
+    """Return a deep copy of a JSON-like value, which shares nothing mutable with it."""
     kind = type(value)
     if kind in _SCALARS:
         return value
@@ -52,7 +52,7 @@ def _frozen_hash(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """A question to a model, taken by value: what the caller changes later changes nothing here.
+    """A question to a model, taken by value: later changes by the caller have no effect.
 
     Subclass it as a frozen dataclass to add fields (``temperature`` …); they may lack defaults. Every
     field but ``n``, ``request_id``, ``namespace`` and ``replicate`` is part of what is asked, and so of the
@@ -126,11 +126,11 @@ class Request:
 
 
 UNASKED = frozenset({"n", "request_id", "namespace", "replicate"})
-"""The fields of a request that are no part of what is asked."""
+"""The fields of a request that are not part of the question."""
 
 
 def check_replicate(replicate: object) -> None:
-    """Refuse what names no replicate."""
+    """Raise an error if the value is not the name of a replicate."""
     if replicate is not None and type(replicate) is not int and not isinstance(replicate, str):
         raise TypeError(
             f"replicate must be a string, a whole number or None; got {replicate!r}. Write replicate=str(...)"
@@ -181,7 +181,7 @@ class _Answer(NamedTuple):
 class Response(_Answer):
     """The samples that answer one request, and where each came from.
 
-    ``len(data) == request.n`` for what a pipeline returns; so have ``cached`` and ``duplicated``.
+    In a pipeline's response, ``data``, ``cached`` and ``duplicated`` have ``request.n`` items.
 
     Attributes:
         data: the samples, in the order of their positions in the draw.
@@ -207,7 +207,7 @@ class Response(_Answer):
 
 @runtime_checkable
 class SingleRequestModel(Protocol):
-    """Anything that answers one request: a model's adapter, a stage or a pipeline."""
+    """An object that answers one request: a model's adapter, a stage or a pipeline."""
 
     async def request(self, request: Request) -> Response:
         """Return a response with ``request.n`` samples."""
@@ -216,7 +216,7 @@ class SingleRequestModel(Protocol):
 
 @runtime_checkable
 class BatchRequestModel(Protocol):
-    """Anything that answers a batch of requests."""
+    """An object that answers a batch of requests."""
 
     async def batch_request(self, batch: Batch) -> list[Response]:
         """Return one response per request of the batch, in its order."""
