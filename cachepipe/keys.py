@@ -333,15 +333,3 @@ def provider_question(
     }
     text = encode(form)
     return Question(digest(scope, text), scope, text, mergeable, function)
-
-
-def scope_of(model: Any) -> str | None:
-    """Return the default scope of an adapter: its ``cache_scope``, else its ``model`` if that is a string."""
-    scope = getattr(model, "cache_scope", None)
-    if scope is None:
-        scope = getattr(model, "model", None)
-        if not isinstance(scope, str):
-            return None
-    if not isinstance(scope, str):
-        raise UnkeyableValue(f"a model's cache_scope must be a string; {model!r} has {scope!r}")
-    return scope

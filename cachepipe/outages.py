@@ -93,7 +93,8 @@ def explained(error: BaseException) -> None:
 
 def advice_on(error: BaseException) -> str:
     """Return what is wrong with the URL of a call that got status 404; empty if unknown."""
-    if getattr(error, "status_code", None) != 404 or "model" in str(getattr(error, "code", None)):
+    status, code = getattr(error, "status_code", None), getattr(error, "code", None)
+    if status != 404 or "model" in str(code):
         return ""
     return advice_for(url_of(error))
 

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
-from cachepipe.stages.base import Arrived, Stage, has_request
+from cachepipe.stages.adapting import has_request
+from cachepipe.stages.base import Stage
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
 from cachepipe.stages.engine import Stats
 from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
-from cachepipe.typedefs import Batch, Mode, Repeat, Request, Response, SingleRequestModel
+from cachepipe.typedefs import Arrived, Batch, Mode, Repeat, Request, Response, SingleRequestModel
 
 Hash = Callable[[Request], str] | None
 
@@ -103,11 +104,11 @@ class Pipeline(Stage):
         """Return the figures since the pipeline was opened: hits, misses, merged, generated and more."""
         stats = self._head.stats()
         stage: Any = self.model
-        while not hasattr(stage, "queue_seconds"):  # as a limiter has it
-            if not isinstance(stage, Stage):
-                return stats
+        while isinstance(stage, Stage):
+            if stage.queue_seconds or stage.call_seconds:
+                return replace(stats, queue_seconds=stage.queue_seconds, call_seconds=stage.call_seconds)
             stage = stage.model
-        return replace(stats, queue_seconds=stage.queue_seconds, call_seconds=stage.call_seconds)
+        return stats
 
     async def close(self) -> None:
         """Wait for what is in flight on this loop and write it. Idempotent."""

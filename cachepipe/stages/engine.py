@@ -21,6 +21,7 @@ from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, WaitingForOthers, warn
 from cachepipe.keys import Question
+from cachepipe.stages.adapting import hooks_of
 from cachepipe.stages.base import adapter_of
 from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
@@ -228,10 +229,8 @@ class Engine:
         self._lock = threading.Lock()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._last: Lane | None = None
-        adapter = adapter_of(model)
-        self._present = getattr(adapter, "present", None)
-        self._pack = getattr(adapter, "pack", None)
-        self._unpack = getattr(adapter, "unpack", None)
+        hooks = hooks_of(adapter_of(model))
+        self._present, self._pack, self._unpack = hooks.present, hooks.pack, hooks.unpack
         self._calls = self._generated = 0  # of loops that are closed
 
     def lane(self, loop: asyncio.AbstractEventLoop) -> Lane:

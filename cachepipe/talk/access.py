@@ -20,6 +20,7 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from inspect import signature
 from typing import Any, Final, Protocol, Self, TypeVar
 
 import anyio.to_thread
@@ -29,6 +30,7 @@ from cachepipe.clients.mixins import AsyncCached, SyncCached
 from cachepipe.clients.portal import in_portal, portal, submit
 from cachepipe.context import INHERITED, Inherited
 from cachepipe.services import Service, close_lent, ollama_url, stripped
+from cachepipe.stages.adapting import name_of
 from cachepipe.stores import Store, check_folder, default_folder, open_store
 from cachepipe.stores.folders import expanded
 from cachepipe.typedefs import REPEATS, Mode, Repeat
@@ -275,7 +277,7 @@ def _taken(method: Any) -> frozenset[str] | None:
 @functools.lru_cache(maxsize=16)
 def _parameters(function: Any) -> frozenset[str] | None:
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = signature(function).parameters
     except (TypeError, ValueError):
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -292,7 +294,7 @@ def model_of(access: Access, model: str | None) -> str:
     """Return the model to ask."""
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model= is the name of a model; got {model!r:.100}")
-    own: str | None = getattr(access.service, "model", None)
+    own: str | None = name_of(access.service)
     named = model or own or access.found("CACHEPIPE_MODEL")
     if named is None:
         say_default(DEFAULT_MODEL, "model= or CACHEPIPE_MODEL names another")
