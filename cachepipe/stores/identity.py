@@ -35,6 +35,9 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
     """
     ours = _meta(ledger)
     theirs = _noted(shelf)
+    for part, noted in ((LEDGER, ours), (SHELF, theirs or {})):
+        if type(noted.get("stamp", 0)) is not int:
+            raise _mismatch(where, part, "its checkpoint is damaged", "the rest")
     if ours.get("identity") is None and theirs is None:
         return  # a new cache
     if theirs is None:
@@ -137,7 +140,7 @@ def _noted(shelf: sqlite3.Connection) -> dict[str, Any] | None:
 
 
 def _greatest(ledger: sqlite3.Connection) -> int:
-    return int(ledger.execute("SELECT coalesce(max(stamp), 0) FROM segments").fetchone()[0])
+    return int(ledger.execute("SELECT coalesce(max(CAST(stamp AS INTEGER)), 0) FROM segments").fetchone()[0])
 
 
 def _mismatch(where: str, what: str, why: str, beside: str) -> DamagedCache:

@@ -375,11 +375,15 @@ class SqlStore:
 
     @contextlib.contextmanager
     def _reading_rows(self) -> Iterator[None]:
-        """Turn SQLite's errors into ours; in a generator, also those between two of its values."""
+        """Turn the errors of damaged rows into ours; in a generator, also those between two of its values."""
         try:
             yield
+        except UnicodeEncodeError:  # what is looked for cannot be stored, so it is the caller's error
+            raise
         except tables.UNREADABLE as error:
             raise self._unreadable(error) from error
+        except (TypeError, ValueError) as error:
+            raise tables.damaged_row("a value of the wrong type") from error
 
     def _unreadable(self, error: Exception) -> StoreError:
         return StoreError(
@@ -524,7 +528,7 @@ class SqlStore:
         """
         ledger, _ = self._readable()
         rows = ledger.execute(
-            "SELECT k.key, k.scope, k.at,"  # noqa: S608 - of constants
+            "SELECT k.key, CAST(k.scope AS TEXT), CAST(k.at AS REAL),"  # noqa: S608 - of constants
             " (SELECT coalesce(sum(stop - start), 0) FROM intervals WHERE owner = 0 AND key = k.id),"
             " (SELECT count(*) FROM pending WHERE key = k.id),"
             " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
@@ -547,7 +551,7 @@ class SqlStore:
         """Return the question of a key."""
         ledger, _ = self._readable()
         row = ledger.execute(
-            "SELECT scope, document, at FROM keys WHERE key = ?",
+            "SELECT CAST(scope AS TEXT), CAST(document AS BLOB), CAST(at AS REAL) FROM keys WHERE key = ?",
             (key,),
         ).fetchone()
         return None if row is None else StoredQuestion(key, row[0], row[1], row[2])
@@ -568,7 +572,7 @@ class SqlStore:
         )
         ids, keys = self._similar.ids(question), self._similar.elsewhere(question)
         rows = ledger.execute(
-            "SELECT key, scope, document, at FROM keys"  # noqa: S608 - of marks
+            "SELECT key, CAST(scope AS TEXT), CAST(document AS BLOB), CAST(at AS REAL) FROM keys"  # noqa: S608 - of marks
             f" WHERE key IN ({_marks(keys)}) OR id IN ({_marks(ids)})",
             (*keys, *ids),
         )

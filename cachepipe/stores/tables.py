@@ -194,10 +194,25 @@ def pack(indices: Sequence[int]) -> int | str:
 
 
 def unpack(written: int | str) -> list[int]:
-    """Return the indices that the ledger wrote."""
+    """Return the indices that the ledger wrote.
+
+    Raises:
+        DamagedCache: when it holds something else there.
+    """
     if type(written) is int:
         return [written]
-    return [int(part) for part in str(written).split(",")] if written else []
+    try:
+        return [int(part) for part in str(written).split(",")] if written else []
+    except ValueError as error:
+        raise damaged_row(f"the indices {written!r:.80}") from error
+
+
+def damaged_row(what: str) -> DamagedCache:
+    """Return the error for a row of the ledger that holds what cachepipe does not write."""
+    return DamagedCache(
+        f"the ledger is damaged: it holds {what}. Run `cachepipe verify` to see what else is damaged, and "
+        "restore the cache from a copy"
+    )
 
 
 # Parts of draws.

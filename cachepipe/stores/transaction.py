@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -207,7 +207,7 @@ class Transaction:
             indices = list(range(first, first + claim.n))
             if rows:
                 others = {row.namespace: row for row in reversed(rows)}
-                row = others.get(namespace) or min(others.values(), key=_earliest)
+                row = others.get(namespace) or _earliest(others.values())
                 if row.position == 0:
                     indices = unpack(row.indices)[: claim.n]
             for index in indices:
@@ -346,7 +346,7 @@ class Transaction:
         others = [segment for segment in others if segment.namespace != shared]
         if not others:
             return []
-        earliest = min(others, key=_earliest)
+        earliest = _earliest(others)
         self._memory.stamp = max(self._memory.stamp, earliest.stamp)
         segments = [segment for segment in others if segment.namespace == earliest.namespace]
         tables.check_segments(draw._replace(namespace=self._label(earliest.namespace)), segments)
@@ -889,9 +889,12 @@ class _Book:
         return self._transaction.lease(self._key, self._claim.draw.key, index, self.listed)
 
 
-def _earliest(segment: Segment) -> tuple[int, int]:
-    """Return the sort key of namespaces: the stamp of their first row."""
-    return segment.stamp, segment.namespace
+def _earliest(segments: Iterable[Segment]) -> Segment:
+    """Return the first row of the earliest namespace."""
+    try:
+        return min(segments, key=lambda segment: (segment.stamp, segment.namespace))
+    except TypeError as error:
+        raise tables.damaged_row("a stamp that is not a number") from error
 
 
 def _pieces(segments: Sequence[Segment]) -> list[Piece]:

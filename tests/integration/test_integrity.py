@@ -172,6 +172,55 @@ def test_c12_no_truncated_part_gives_a_wrong_answer(original, tmp_path, seed):
             assert not verify(folder).whole, (part, cut)
 
 
+ODD = {
+    "cache.db": [
+        "UPDATE Cache SET value = CAST(x'2bff' AS TEXT)",
+        "UPDATE Cache SET mode = CAST(x'ff' AS TEXT)",
+        "UPDATE cachepipe SET value = 'x' WHERE name = 'stamp'",
+    ],
+    "ledger.cache.db": [
+        "UPDATE segments SET indices = CAST(x'ff' AS TEXT)",
+        "UPDATE segments SET indices = 1.5",
+        "UPDATE segments SET stamp = 'x' WHERE namespace = 1",
+        "UPDATE segments SET position = x'00'",
+        "UPDATE segments SET lease = 'q'",
+        "UPDATE segments SET generated = 'x'",
+        "UPDATE segments SET token = x'ff'",
+        "UPDATE intervals SET start = x'01'",
+        "UPDATE intervals SET digest = 5",
+        "UPDATE keys SET at = x'ff'",
+        "UPDATE keys SET scope = CAST(x'ff' AS TEXT)",
+        "UPDATE keys SET document = 7",
+        "UPDATE namespaces SET label = CAST(x'ff' || id AS TEXT)",
+        "UPDATE meta SET value = 'x' WHERE name = 'stamp'",
+        "UPDATE meta SET value = x'ff' WHERE name = 'sample'",
+        "INSERT INTO discards VALUES(1, 'x', 'y', 5)",
+        "INSERT INTO pending VALUES(1, 'x', 'y')",
+        "INSERT INTO firsts SELECT key, request_id, 0, replicate, 'x' FROM segments WHERE namespace = 1",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "statement"), [(part, statement) for part, statements in ODD.items() for statement in statements]
+)
+def test_c12_a_value_of_the_wrong_type_gives_no_raw_exception_and_a_check_finds_it(
+    original, copy, tmp_path, part, statement
+):
+    with contextlib.closing(sqlite3.connect(copy / part, isolation_level=None)) as file:
+        file.execute(statement)
+    data = (copy / part).read_bytes()
+    for mode in ("replay", "read-write"):
+        for at_once in (False, True):
+            with damaged(copy, tmp_path / "again", part, data) as folder:
+                outcome = Outcome(folder, original[1], mode, at_once=at_once)
+            assert not outcome.wrong
+            assert not outcome.silent
+    with contextlib.suppress(StoreError):
+        looked_at(copy)
+    assert not verify(copy).whole
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("how", ["missing", "emptied", "foreign", "older", "swapped"])
 @pytest.mark.parametrize("read_only", [False, True])
