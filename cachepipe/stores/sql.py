@@ -34,13 +34,13 @@ from cachepipe.stores.base import (
     Claim,
     DiscardInfo,
     DrawInfo,
-    Forgo,
     Grant,
     KeyInfo,
-    Leave,
     NamespaceInfo,
     Operation,
     Process,
+    ReleaseHold,
+    ReleaseLease,
     Result,
     Sample,
     State,
@@ -291,9 +291,9 @@ class SqlStore:
         for operation, result in zip(operations, results, strict=True):
             if isinstance(operation, Claim) and isinstance(result, Grant):
                 if result.mine:
-                    back.append(Forgo(operation.draw.key, result.mine))
+                    back.append(ReleaseLease(operation.draw.key, result.mine))
                 if result.held:
-                    back.append(Leave(operation.draw, operation.token, result.held, complete=False))
+                    back.append(ReleaseHold(operation.draw, operation.token, result.held, complete=False))
         if back:
             self.apply_soon(back)
 
@@ -459,22 +459,22 @@ class SqlStore:
             if key is None:
                 return None
             namespace = self._namespace_id(ledger, draw.namespace)
-            book = _Book(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
-            allotment = allot(book, book.held(), n, couple=not draw.shared, stored_only=True)
+            view = _KeyView(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
+            allotment = allot(view, view.held(), n, couple=not draw.shared, stored_only=True)
         if allotment is None:
             return None
         for index in allotment.indices:
             taken.add(index)
         return Grant(allotment.indices, allotment.samples)
 
-    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
 
         Raises:
             StoreError: when the files cannot be read.
         """
         with self._reading_rows():
-            return self._glance(wanted)
+            return self._status(wanted)
 
     @_reads
     def generator(self, key: str, index: int) -> Process | None:
@@ -487,7 +487,7 @@ class SqlStore:
         ).fetchone()
         return None if row is None else leases.process(str(row[0]))
 
-    def _glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+    def _status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         ledger, shelf = self._readable()
         states: list[State] = []
         for key, index in wanted:
@@ -777,8 +777,8 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
     return identifier
 
 
-class _Book:
-    """One key as a reader sees it, for a claim in memory (see ``contract.allotment.Book``).
+class _KeyView:
+    """One key as a reader sees it, for a claim in memory (see ``contract.allotment.KeyView``).
 
     Args:
         ledger: a reader's connection to the ledger.

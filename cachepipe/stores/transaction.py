@@ -27,10 +27,10 @@ from cachepipe.stores.base import (
     Commit,
     Committed,
     Discard,
-    Forgo,
     Grant,
-    Leave,
     Operation,
+    ReleaseHold,
+    ReleaseLease,
     Result,
     Sample,
     Seize,
@@ -119,9 +119,9 @@ class Transaction:
     def apply(self, operations: Sequence[Operation]) -> list[Result]:
         """Return the operations' results, after everything except the COMMIT."""
         kinds = [type(operation) for operation in operations]
-        if Leave in kinds and Commit in kinds[kinds.index(Leave) :]:
+        if ReleaseHold in kinds and Commit in kinds[kinds.index(ReleaseHold) :]:
             # Readers see a sample before this transaction ends: no draw that waits for it may be undone.
-            first = kinds.index(Leave)
+            first = kinds.index(ReleaseHold)
             late = sorted(range(first, len(kinds)), key=lambda place: kinds[place] is not Commit)
             order = [*range(first), *late]
             found = dict(zip(order, self.apply([operations[place] for place in order]), strict=True))
@@ -150,12 +150,12 @@ class Transaction:
                 self._found.clear()
                 self._seen.clear()
                 match operation:
-                    case Forgo():
-                        self._forgo(operation)
+                    case ReleaseLease():
+                        self._release_lease(operation)
                     case Seize():
                         self._seize(operation)
-                    case Leave():
-                        self._leave(operation)
+                    case ReleaseHold():
+                        self._release_hold(operation)
                     case Discard():
                         self._discard(operation)
                 results.append(None)
@@ -229,13 +229,13 @@ class Transaction:
             if key not in self._begun:
                 return self._claim_first(claim, key, namespace, place)
             self._flush()
-        book = _Book(self, claim, key, namespace, place)
-        own = book.own
+        view = _KeyView(self, claim, key, namespace, place)
+        own = view.own
         if own:
             tables.check_segments(draw, own)
-        known = not draw.shared and book.taken.interval_at(0) is not None
+        known = not draw.shared and view.taken.interval_at(0) is not None
         held = laid((segment.position, unpack(segment.indices)) for segment in own) if own else []
-        allotment = allot(book, held, n, refresh=claim.refresh, couple=not draw.shared)
+        allotment = allot(view, held, n, refresh=claim.refresh, couple=not draw.shared)
         assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
         samples, mine = allotment.samples, allotment.to_generate
         missing = None in samples
@@ -519,14 +519,14 @@ class Transaction:
 
     # What else happens to a draw and to a sample.
 
-    def _forgo(self, forgo: Forgo) -> None:
-        key = self._key_of(forgo.key)
-        for index in forgo.indices:
+    def _release_lease(self, release: ReleaseLease) -> None:
+        key = self._key_of(release.key)
+        for index in release.indices:
             gone = self._ledger.execute(
                 "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?", (key, index, self._lease())
             ).rowcount
-            if gone and self.sample(forgo.key, index) is None:
-                self._remove(LISTED, key, forgo.key, index)
+            if gone and self.sample(release.key, index) is None:
+                self._remove(LISTED, key, release.key, index)
 
     def _seize(self, seize: Seize) -> None:
         key = self._key_of(seize.key)
@@ -537,9 +537,9 @@ class Transaction:
             if gone and self.sample(seize.key, index) is None:
                 self._remove(LISTED, key, seize.key, index)
 
-    def _leave(self, leave: Leave) -> None:
+    def _release_hold(self, release: ReleaseHold) -> None:
         """Release a hold. Undo what is not settled, not delivered and not held by others (C8)."""
-        draw = leave.draw
+        draw = release.draw
         key = self._key_of(draw.key)
         namespace = self._namespace(draw.namespace)
         where = (*self._place(key, draw), namespace)
@@ -547,8 +547,8 @@ class Transaction:
         tables.check_segments(draw, segments)
         released: set[int] = set()
         for at, segment in enumerate(segments):
-            if segment.part in leave.held:
-                left = self._let_go(leave, where, segment)
+            if segment.part in release.held:
+                left = self._let_go(release, where, segment)
                 if left is not None:
                     segments[at] = left
                     released.add(segment.part)
@@ -571,19 +571,19 @@ class Transaction:
                 where,
             )
 
-    def _let_go(self, leave: Leave, where: tuple[Any, ...], segment: Segment) -> Segment | None:
+    def _let_go(self, release: ReleaseHold, where: tuple[Any, ...], segment: Segment) -> Segment | None:
         """Release a claimant's hold of a part, and mark what it received; return None if it had no hold."""
         place = (*where, segment.part)
-        if (segment.lease, segment.token) == (self._lease(), leave.token):
+        if (segment.lease, segment.token) == (self._lease(), release.token):
             segment = segment._replace(token=None)
-            if not leave.complete:
+            if not release.complete:
                 self._ledger.execute(f"UPDATE segments SET token = NULL{SEGMENT}", place)
         else:
-            holder = (*place, self._holder(leave.token))
+            holder = (*place, self._holder(release.token))
             if not self._ledger.execute(f"DELETE FROM holders{SEGMENT} AND token = ?", holder).rowcount:
                 return None
-        given = min(leave.n - segment.position, len(unpack(segment.indices)))
-        if leave.complete and given > segment.standing:
+        given = min(release.n - segment.position, len(unpack(segment.indices)))
+        if release.complete and given > segment.standing:
             segment = segment._replace(standing=given)
             self._ledger.execute(f"UPDATE segments SET standing = ?{SEGMENT}", (given, *place))
         return segment
@@ -845,8 +845,8 @@ class Transaction:
             self._ledger.execute("UPDATE leases SET ended = ? WHERE id = ?", (self._now, lease))
 
 
-class _Book:
-    """One key as a transaction shows it to a claim (see ``cachepipe.contract.allotment.Book``)."""
+class _KeyView:
+    """One key as a transaction shows it to a claim (see ``cachepipe.contract.allotment.KeyView``)."""
 
     __slots__ = (
         "_claim",

@@ -25,7 +25,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.keys import provider_question
 from cachepipe.models import OpenAIModel
 from cachepipe.stores import DiskStore
-from cachepipe.stores.base import Claim, Commit, Discard, Leave
+from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold
 from cachepipe.testing import MockServer, MockSettings
 
 HOSTILE = "roll\x1b[31m\x07\nsecond\u202eline\r"
@@ -206,7 +206,7 @@ def varied(tmp_path_factory):
         question = provider_question(f"{base}/chat/completions", {"body": body})
         draw = Draw("=a" if number else "=b", question.key, "", 0)
         grant, _ = store.write([Claim(draw, 1, question, "t"), Commit(question.key, 0, b'"x"', {"at": 1})])
-        store.write([Leave(draw, "t", grant.held, complete=True, n=1)])
+        store.write([ReleaseHold(draw, "t", grant.held, complete=True, n=1)])
     store.close()
     return folder
 
