@@ -16,23 +16,23 @@ from cachepipe.wire import bills_prompt, token_counts
 from cachepipe.wire.usage import COUNTS
 
 NAMES: Final = (*COUNTS, "samples", "unknown")
-"""What is summed: tokens by kind, samples, and how many of these came without usage."""
+"""The sums: tokens by kind, samples, and samples without usage."""
 
 _OF_PROMPT: Final = ("prompt_tokens", "cached_tokens")
 
 Seller = tuple[str | None, str]
-"""A model, and the URL that it answers at."""
+"""A model, and its URL."""
 
 Price = Callable[[Mapping[str, int], str | None, str], float | None]
-"""Returns the cost in US dollars of tokens of a model at a URL, or None if it is not known."""
+"""A function that returns the cost in US dollars of tokens of a model at a URL, or None if it is unknown."""
 
 
 class Usage(NamedTuple):
-    """What one sample has used.
+    """The usage of one sample.
 
     Attributes:
-        model: the model that the sample names.
-        counts: its tokens by kind, its call's whole prompt among them; None if its provider reports none.
+        model: the model in the sample.
+        counts: its tokens by kind, including its call's whole prompt; None if its provider reports none.
         first: whether the prompt of its call was billed with it.
     """
 
@@ -42,7 +42,7 @@ class Usage(NamedTuple):
 
 
 def usage_of(sample: Mapping[str, Any]) -> Usage:
-    """Return what a stored sample has used."""
+    """Return the usage of a stored sample."""
     model, counts = sample.get("model"), token_counts(sample.get("usage"))
     known = {name: counts[name] or 0 for name in COUNTS}
     return Usage(
@@ -53,7 +53,7 @@ def usage_of(sample: Mapping[str, Any]) -> Usage:
 
 
 class Account:
-    """Token counts, summed by who sells them."""
+    """Sums of token counts, by model and URL."""
 
     def __init__(self) -> None:
         self.sold: dict[Seller, dict[str, int]] = {}
@@ -65,8 +65,8 @@ class Account:
         """Add a sample.
 
         Args:
-            usage: what the sample has used.
-            url: where it was asked for.
+            usage: the usage of the sample.
+            url: the URL of its endpoint.
             prompt: whether its prompt counts.
         """
         sums = self._sums((usage.model, url))
@@ -88,18 +88,18 @@ class Account:
             self.add(usage, url, prompt=usage.first)
 
     def join(self, other: Account, sign: int = 1) -> None:
-        """Add all of another account, or take it off."""
+        """Add another account, or subtract it."""
         for seller, counts in other.sold.items():
             sums = self._sums(seller)
             for name, count in counts.items():
                 sums[name] += sign * count
 
     def counts(self) -> dict[str, int]:
-        """Return the sums over all sellers."""
+        """Return the sums over all models and URLs."""
         return {name: sum(sums[name] for sums in self.sold.values()) for name in NAMES}
 
     def cost(self, price: Price) -> tuple[float | None, int]:
-        """Return the cost of what has a price, None without any; and how many samples have none.
+        """Return the cost of the samples with a price (None if there are none), and the number of the others.
 
         A sample without usage has no price either.
         """
@@ -145,12 +145,12 @@ class Delivered:
         return saved
 
     def add(self, usages: Sequence[Usage], cached: Sequence[bool], url: str) -> None:
-        """Add the samples that one question of a request was given.
+        """Add the samples that one question of a request received.
 
         Args:
-            usages: what each sample has used.
+            usages: the usage of each sample.
             cached: per sample, False if it was generated on the request's behalf.
-            url: where the question goes.
+            url: the URL of the endpoint.
         """
         prompt = True  # it counts once, with the first sample that has usage
         for usage, hit in zip(usages, cached, strict=True):

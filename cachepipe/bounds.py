@@ -1,6 +1,6 @@
-"""How much one request may ask for, and how much of one answer is kept in memory.
+"""Limits on the samples of one request and on the size of one answer in memory.
 
-The environment sets both: ``CACHEPIPE_MAX_N`` is a number of samples, ``CACHEPIPE_MAX_ANSWER`` one of MiB.
+The environment sets both: ``CACHEPIPE_MAX_N`` is a number of samples, ``CACHEPIPE_MAX_ANSWER`` a size in MiB.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MIB: Final = 64
 
 
 def max_n() -> int:
-    """Return the most samples that one request may ask for.
+    """Return the largest number of samples of one request.
 
     Raises:
         CachepipeError: when the environment holds another thing than a number for it.
@@ -24,7 +24,7 @@ def max_n() -> int:
 
 
 def max_answer() -> int:
-    """Return the most bytes of a decoded answer that are kept in memory, and so in the cache.
+    """Return the largest size in bytes of a decoded answer that is kept in memory, and so in the cache.
 
     Raises:
         CachepipeError: when the environment holds another thing than a number for it.
@@ -33,15 +33,15 @@ def max_answer() -> int:
 
 
 def check_n(n: int, prompts: int = 1, most: int | None = None) -> None:
-    """Refuse a request for more samples than one may ask for, before anything is made for them.
+    """Refuse a request for too many samples, before anything is allocated for them.
 
     Args:
-        n: how many samples it asks for, of each of its prompts; one of each is never too much.
-        prompts: how many prompts it has.
-        most: the bound, if it is another than that of the environment.
+        n: the number of samples per prompt; one sample per prompt is always allowed.
+        prompts: the number of prompts.
+        most: the limit, if it differs from the environment's.
 
     Raises:
-        TooManySamples: when they are too many.
+        TooManySamples: when there are too many.
     """
     if n == 1:
         return
@@ -51,7 +51,7 @@ def check_n(n: int, prompts: int = 1, most: int | None = None) -> None:
         each = f" for each of {prompts} prompts" if prompts > 1 else ""
         raise TooManySamples(
             f"a request asks for at most {most} samples; got n = {shown}{each}. Ask in several requests, or "
-            "raise the bound: the environment variable CACHEPIPE_MAX_N, or --max-n of a proxy"
+            "raise the limit: the environment variable CACHEPIPE_MAX_N, or --max-n of a proxy"
         )
 
 

@@ -1,4 +1,4 @@
-"""A function applied to many inputs: results in order, so many at once, errors raised or as values."""
+"""Applies a function to many inputs concurrently: results in order, errors raised or returned."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ async def alcall(
     show_progress: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
-    """Return ``[await func(item, **kwargs) for each input]``, in order, many of them at once.
+    """Return ``[await func(item, **kwargs) for each input]``, in order, run concurrently.
 
-    A function that is not asynchronous is called all the same, on this loop.
+    A synchronous function is called too, on this loop.
 
     Args:
         inputs: the inputs.

@@ -1,9 +1,9 @@
-"""What holds for the calls made within a block: whose draws they are, and how the cache is used.
+"""Settings for the calls within a block: who draws, and how the cache is used.
 
     with cachepipe.using(namespace="run-2", request_id="q17"):
         client.chat.completions.create(...)
 
-It follows tasks and threads as context variables do, and goes before what a client was made with.
+They follow tasks and threads as context variables do, and override the settings of clients.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Inherited:
 
 
 INHERITED: Final = Inherited()
-"""The default of ``using``: whatever holds outside."""
+"""The default of ``using``: the setting outside the block."""
 
 
 class Using(NamedTuple):
-    """What the innermost blocks have set; what they have not is `INHERITED`."""
+    """The settings of the innermost blocks; unset ones are `INHERITED`."""
 
     namespace: str | Inherited | None = INHERITED
     request_id: str | Inherited | None = INHERITED
@@ -37,20 +37,20 @@ class Using(NamedTuple):
     replicate: str | int | Inherited | None = INHERITED
 
     def claimant(self, namespace: str | None) -> Claimant:
-        """Return who draws, given the namespace that holds without any block."""
+        """Return who draws, given the namespace outside all blocks."""
         replicate = None if isinstance(self.replicate, Inherited) else self.replicate
         return Claimant(self.namespace_of(namespace), self.request_id_of(), replicate)
 
     def namespace_of(self, usual: str | None) -> str | None:
-        """Return the namespace that holds, given the one that does without any block."""
+        """Return the current namespace, given the one outside all blocks."""
         return usual if isinstance(self.namespace, Inherited) else self.namespace
 
     def request_id_of(self) -> str | None:
-        """Return the request id that holds."""
+        """Return the current request id."""
         return None if isinstance(self.request_id, Inherited) else self.request_id
 
     def mode_of(self, usual: Mode) -> Mode:
-        """Return the mode that holds, given the one that does without any block."""
+        """Return the current mode, given the one outside all blocks."""
         return usual if isinstance(self.mode, Inherited) else self.mode
 
 
@@ -59,7 +59,7 @@ _current: ContextVar[Using] = ContextVar("cachepipe_using", default=_NOTHING)
 
 
 def current() -> Using:
-    """Return what holds for a call made now."""
+    """Return the settings for a call made now."""
     return _current.get()
 
 
@@ -99,12 +99,12 @@ def using(
 
 
 class Attempt:
-    """One attempt at a call, where a stage above makes further ones; adapters tell it what they see.
+    """One attempt of a call that a stage above retries; adapters report what they see.
 
     Attributes:
-        number: how many were made before.
-        sole: whether the adapter is to make no further attempts by itself.
-        headers: those of the answer, if the adapter tells.
+        number: the number of earlier attempts.
+        sole: whether the adapter must not retry by itself.
+        headers: the headers of the answer, if the adapter reports them.
     """
 
     __slots__ = ("headers", "number", "sole")
@@ -121,7 +121,7 @@ attempt: ContextVar[Attempt | None] = ContextVar("cachepipe_attempt", default=No
 
 @contextlib.contextmanager
 def attempting(number: int) -> Iterator[Attempt]:
-    """Let what is called within the block know that it is an attempt, after so many others."""
+    """Mark the calls within the block as one attempt, after ``number`` others."""
     made = Attempt(number, sole=True)
     token = attempt.set(made)
     try:

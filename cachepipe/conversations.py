@@ -1,4 +1,4 @@
-"""Messages and conversations: who said what, in an order that a chat model takes."""
+"""Messages and conversations, in an order that chat models accept."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _WIDTH: Final = 80
 
 @dataclass(frozen=True)
 class Message:
-    """What one side of a conversation says.
+    """A message of a conversation.
 
     Attributes:
         role: ``"system"``, ``"developer"``, ``"user"``, ``"assistant"`` or ``"tool"``.
         content: the text, or a list of parts such as texts and images; None for an assistant that only
             calls tools.
-        name: the name of the participant, where there are several of one role.
+        name: the name of the participant, if several have the same role.
         tool_calls: the calls of tools that an assistant makes, as the provider's JSON has them.
         tool_call_id: the call that a tool's message answers.
 
     Raises:
         ValueError: for a role that does not exist.
-        TypeError: for a content that is none.
+        TypeError: for an invalid content.
     """
 
     role: str
@@ -81,14 +81,14 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The content as text: of parts, those that are texts; empty when there is none."""
+        """The text of the content; for a list of parts, of its text parts; empty if there is none."""
         return text_of(self.content)
 
     @classmethod
     def of(cls, said: Sayable) -> Self:
-        """Return the message that is meant: a message, a mapping, an SDK's message, or ``"role:content"``.
+        """Convert a message, a mapping, an SDK's message, or ``"role:content"`` to a message.
 
-        Of a mapping, what is empty is left out; what a model says in refusing is its content.
+        Empty fields of a mapping are dropped; a model's refusal becomes the content.
 
         Raises:
             ValueError: for a text that does not begin with a role and a colon.
@@ -120,7 +120,7 @@ class Message:
         return cls(**{"content": None, **given})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the message as a provider takes it; what is None is left out, but for the content."""
+        """Return the message as a provider takes it, without fields that are None, except the content."""
         return {
             name: by_value(value)
             for name in self.__dataclass_fields__
@@ -130,7 +130,7 @@ class Message:
 
 @runtime_checkable
 class Dumped(Protocol):
-    """A message of an SDK, which is a model of pydantic's."""
+    """A message of an SDK, which is a pydantic model."""
 
     def model_dump(self, *, exclude_none: bool = ...) -> dict[str, Any]:
         """Return its fields."""
@@ -138,7 +138,7 @@ class Dumped(Protocol):
 
 
 Sayable: TypeAlias = Message | Mapping[str, Any] | str | Dumped
-"""What `Message.of` takes."""
+"""The arguments that `Message.of` accepts."""
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Conversation:
     """Messages in the order in which they were said.
 
     Attributes:
-        messages: the messages. The list may be changed freely; only `add_message` checks an order.
+        messages: the messages. You may change the list freely; only `add_message` checks the order.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -211,7 +211,7 @@ class Conversation:
         return []
 
     def copy(self) -> Self:
-        """Return a conversation with the same messages, to go on in another way."""
+        """Return an independent conversation with the same messages."""
         return type(self)(list(self.messages))
 
     def to_messages(self) -> list[dict[str, Any]]:
@@ -224,10 +224,10 @@ class Conversation:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Return the conversation that a JSON text holds: ``{"messages": […]}``, or the list alone.
+        """Return the conversation in a JSON text: ``{"messages": […]}``, or the list alone.
 
         Raises:
-            ValueError: when it holds none.
+            ValueError: when the text is not a conversation.
         """
         value = json.loads(text)
         messages = value.get("messages") if isinstance(value, dict) else value
@@ -238,7 +238,7 @@ class Conversation:
         try:
             return cls(messages)
         except TypeError as error:
-            raise ValueError(f"the JSON text holds what is no message: {error}") from error
+            raise ValueError(f"the JSON text has an invalid message: {error}") from error
 
     def to_jsonl(self) -> str:
         """Return the conversation with one message per line, as JSON."""
@@ -246,13 +246,13 @@ class Conversation:
 
     @classmethod
     def from_jsonl(cls, lines: str | bytes | Iterable[str | bytes]) -> Self:
-        """Return the conversation that lines hold, one message each; empty lines are left out.
+        """Return the conversation in lines with one message each; empty lines are ignored.
 
         Args:
             lines: a text, or an open file.
 
         Raises:
-            ValueError: for a line that is no message; it says which.
+            ValueError: for a line that is not a message; it names the line.
         """
         if isinstance(lines, bytes):
             lines = lines.decode()
@@ -264,14 +264,14 @@ class Conversation:
                 try:
                     messages.append(Message.of(_mapping(json.loads(line))))
                 except (TypeError, ValueError) as error:
-                    raise ValueError(f"line {number} is no message: {error}") from error
+                    raise ValueError(f"line {number} is not a message: {error}") from error
         return cls(messages)
 
     def to_pretty_string(self, *, color: bool | None = None) -> str:
-        """Return the conversation for people: each role in a colour of its own, with separators between.
+        """Return the conversation in readable form, with separators and a colour for each role.
 
         Args:
-            color: whether to; None where colours are shown: on a terminal, without NO_COLOR.
+            color: whether to use colours; None uses them on a terminal without NO_COLOR.
         """
         color = terminal.shows_colours() if color is None else color
         blocks = []
@@ -293,7 +293,7 @@ class Conversation:
 
 
 def text_of(content: Any) -> str:
-    """Return a content as text: of parts, those that are texts; empty when there is none."""
+    """Return the text of a content; for a list of parts, of its text parts; empty if there is none."""
     if isinstance(content, str):
         return content
     parts = (part for part in content or () if isinstance(part, Mapping))
@@ -301,7 +301,7 @@ def text_of(content: Any) -> str:
 
 
 def _shown(message: Message) -> Iterator[str]:
-    """Iterate over what a message says, parts that are no text and calls of tools included."""
+    """Iterate over the contents of a message, including non-text parts and tool calls."""
     if isinstance(message.content, str):
         yield message.content
     for part in message.content if isinstance(message.content, list) else ():

@@ -1,6 +1,6 @@
-"""What differs between two questions: for people who wonder why the cache does not hold theirs.
+"""Compares two questions, to explain why the cache does not have a question.
 
-Everything here is pure. Documents are those of `cachepipe.keys.Question`: canonical JSON.
+Everything here is pure. Documents are canonical JSON, as in `cachepipe.keys.Question`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from cachepipe import jsontext
 
 _TEXTS: Final = ("system", "instructions", "messages", "prompt", "input", "hash")
-"""The fields that hold what is said; all others are settings."""
+"""The fields with texts; all others are settings."""
 _SAID: Final = 40  # characters that two texts have in common where one continues or replaces the other
 _SHOWN: Final = 60  # characters of a value
 _AROUND: Final = 12  # characters that are shown before the place where two texts part
@@ -34,8 +34,8 @@ class Difference(NamedTuple):
     """One thing in which two questions differ.
 
     Attributes:
-        path: where it is, such as ``scope``, ``temperature`` or ``messages[1].content``.
-        asked: the value in the question that was asked; `ABSENT` if it has none.
+        path: the path of the value, such as ``scope``, ``temperature`` or ``messages[1].content``.
+        asked: the value in the request's question; `ABSENT` if it has none.
         stored: the value in the stored question, likewise.
     """
 
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 
     @property
     def size(self) -> float:
-        """How much it is: from 1 to 2 for texts, the less they share the more; else 1."""
+        """The size of the difference: 1, and for texts up to 2, the less they have in common."""
         if not isinstance(self.asked, str) or not isinstance(self.stored, str) or self.path == "scope":
             return 1.0
         same = _same_start(self.asked, self.stored) + _same_start(self.asked[::-1], self.stored[::-1])
@@ -62,7 +62,7 @@ class Difference(NamedTuple):
 
 
 def loaded(document: bytes) -> Any:
-    """Return what a document says, or None where it cannot be read."""
+    """Return the content of a document, or None if it cannot be read."""
     try:
         return jsontext.loads(document)
     except ValueError:
@@ -70,7 +70,7 @@ def loaded(document: bytes) -> Any:
 
 
 def asked_in(document: Any) -> dict[str, Any]:
-    """Return the fields that a document asks: the body for a provider, or the fields of a request."""
+    """Return the fields of a document: a provider's body, or the fields of a request."""
     if not isinstance(document, dict):
         return {}
     fields = document.get("body", document.get("fields"))
@@ -78,7 +78,7 @@ def asked_in(document: Any) -> dict[str, Any]:
 
 
 def settings_in(document: Any) -> dict[str, Any]:
-    """Return the fields of a document that are no texts, by name, with its headers."""
+    """Return the settings of a document by name, with its headers."""
     found = {name: value for name, value in asked_in(document).items() if name not in _TEXTS}
     if isinstance(document, dict) and document.get("headers"):
         found["headers"] = document["headers"]
@@ -88,7 +88,7 @@ def settings_in(document: Any) -> dict[str, Any]:
 def differences(
     asked_scope: str | None, asked: bytes, stored_scope: str | None, stored: bytes
 ) -> list[Difference]:
-    """Return what differs between a question that was asked and a stored one, the scope first."""
+    """Return the differences between a request's question and a stored one, the scope first."""
     found = [] if asked_scope == stored_scope else [Difference("scope", asked_scope, stored_scope)]
     if asked == stored:
         return found
@@ -99,7 +99,7 @@ def differences(
 
 
 def _flat(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a document with the fields that are asked at its top."""
+    """Return a document with its fields at the top level."""
     rest = {name: value for name, value in document.items() if name not in ("body", "fields", "hash")}
     return {**asked_in(document), **rest}
 
@@ -131,13 +131,13 @@ def told(found: list[Difference]) -> str:
 
 
 def _parting(one: str, other: str) -> tuple[str, str]:
-    """Return two texts from a little before the place where they part."""
+    """Return two texts from shortly before their first difference."""
     begin = max(_same_start(one, other) - _AROUND, 0)
     return ("…" if begin else "") + one[begin:], ("…" if begin else "") + other[begin:]
 
 
 def _same_start(one: str, other: str) -> int:
-    """Return how many characters two texts have in common from their start."""
+    """Return the length of the common prefix of two texts."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -157,10 +157,10 @@ def _shown(value: Any) -> str:
 
 
 def traits(document: bytes) -> list[int]:
-    """Return numbers that similar questions share, the most telling first; they hold in this process only.
+    """Return hashes that similar questions share, the most specific first; valid in this process only.
 
-    They stand for the whole document, for all of its texts, for its last text, for the start and the end of
-    that, and for its first text. Case and blanks do not count in texts.
+    They are made from the whole document, all of its texts, its last text, the start and the end of that
+    text, and its first text. Case and blanks are ignored.
     """
     read = loaded(document)
     said = [" ".join(text.casefold().split()) for text in _texts(read)]
@@ -176,13 +176,13 @@ def traits(document: bytes) -> list[int]:
 
 
 def _texts(document: Any) -> list[str]:
-    """Return what is said in a document, in its order: all texts, but for the roles and kinds of messages."""
+    """Return the texts of a document in order, without the roles and types of messages."""
     fields = asked_in(document)
     return [text for name in _TEXTS if name in fields for text in strings(fields[name])]
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Iterate over all texts within a value, but for the roles and kinds of messages and parts."""
+    """Iterate over all texts in a value, except the roles and types of messages and parts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

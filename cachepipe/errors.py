@@ -1,4 +1,4 @@
-"""What can go wrong, each error a sentence: what was expected, what arrived, what to do.
+"""The errors and warnings. Each message is a sentence: what was expected, what arrived, what to do.
 
 Errors of a model's own adapter are never wrapped: they reach the caller as the adapter raised them.
 """
@@ -20,8 +20,8 @@ class CacheMiss(CachepipeError):  # noqa: N818 - the field calls it a miss
 
     Attributes:
         key: the key of the question.
-        namespace: the namespace that asked.
-        request: the request as it was asked, or None where the surface has none.
+        namespace: the namespace of the request.
+        request: the request, or None if there is no request object.
         why: what the cache holds instead, and what differs; part of a sentence.
         nearest: the key of the stored question that differs least; None if the question itself is stored,
             or none is similar.
@@ -44,7 +44,7 @@ class CacheMiss(CachepipeError):  # noqa: N818 - the field calls it a miss
 
     @property
     def reason(self) -> str:
-        """What was not found and why, without the request."""
+        """The key and namespace without an answer, and the reason, without the request."""
         reason = f": {self.why}" if self.why else ""
         return f"replay found no complete answer for key {self.key} in namespace {self.namespace!r}{reason}"
 
@@ -53,20 +53,20 @@ class CacheMiss(CachepipeError):  # noqa: N818 - the field calls it a miss
         shown = shown if len(shown) <= 300 else shown[:297] + "..."
         return (
             f"{self.reason}. The request was {shown}. "
-            "Run it once with mode='read-write' to generate what is missing."
+            "Run it once with mode='read-write' to generate the missing samples."
         )
 
 
 class UnkeyableValue(CachepipeError, TypeError):  # noqa: N818 - names the value, as TypeError does
-    """A request holds a value from which no stable key can be made (NaN, a set, an unknown class …)."""
+    """A request has a value from which no stable key can be made (NaN, a set, an unknown class …)."""
 
 
 class TooManySamples(CachepipeError, ValueError):  # noqa: N818 - names what is wrong
-    """A request asks for more samples than one request may; nothing was made or sent for it."""
+    """A request asks for more samples than allowed; nothing was allocated or sent for it."""
 
 
 class BadAnswer(CachepipeError):  # noqa: N818 - names the thing at fault
-    """A model answered with something that is not an answer; it is not cached."""
+    """A model returned something that is not a valid answer; it is not cached."""
 
 
 class ShortAnswer(BadAnswer):
@@ -74,15 +74,15 @@ class ShortAnswer(BadAnswer):
 
 
 class BatchMismatch(BadAnswer):
-    """A model returned another number of responses than it was sent requests."""
+    """A model returned a different number of responses than requests."""
 
 
 class StageClosed(CachepipeError):  # noqa: N818 - names the state
-    """A request came to a stage or pipeline after it was closed."""
+    """A request was made to a stage or pipeline after it was closed."""
 
 
 class StoreError(CachepipeError):
-    """A store could not do what was asked of it."""
+    """A store could not carry out an operation."""
 
 
 class StoreLocked(StoreError):  # noqa: N818 - names the state
@@ -90,7 +90,7 @@ class StoreLocked(StoreError):  # noqa: N818 - names the state
 
 
 class FormatError(StoreError):
-    """A folder holds a cache in a format that this version does not know."""
+    """A cache has a format that this version does not know."""
 
 
 class DamagedCache(StoreError):  # noqa: N818 - names the thing at fault
@@ -102,7 +102,7 @@ class UnsafeRow(StoreError):  # noqa: N818 - names the thing at fault
 
 
 class NotStorable(CachepipeError, TypeError):  # noqa: N818 - names the value
-    """A sample holds a value that cannot be stored safely."""
+    """A sample has a value that cannot be stored safely."""
 
 
 class CachepipeWarning(UserWarning):
@@ -113,11 +113,11 @@ _NOT_CALLERS: Final = frozenset(
     {"anthropic", "anyio", "asyncio", "cachepipe", "concurrent", "contextlib", "contextvars", "diskcache"}
     | {"functools", "httpcore", "httpcore2", "httpx", "httpx2", "openai", "threading", "together", "uvloop"}
 )
-"""The packages that lie between a line of the user's and a warning."""
+"""The packages between the user's code and a warning."""
 
 
 def warn(message: str, category: type[CachepipeWarning]) -> None:
-    """Give a warning that points at the line of the user's that led to it."""
+    """Give a warning that points at the line of the user's code that caused it."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `warnings` does itself
     level = 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_CALLERS:
@@ -126,11 +126,11 @@ def warn(message: str, category: type[CachepipeWarning]) -> None:
 
 
 class SharedDraw(CachepipeWarning):
-    """Two processes that are alive at once made the same draw, and so share its samples."""
+    """Two live processes made the same draw, and so share its samples."""
 
 
 class WaitingForOthers(CachepipeWarning):
-    """A request waits for a sample that another live process has been generating for long."""
+    """A request has waited long for a sample that another live process generates."""
 
 
 class NotStored(CachepipeWarning):
@@ -142,11 +142,11 @@ class EvictionDisabled(CachepipeWarning):
 
 
 class LostSamples(CachepipeWarning):
-    """The machine stopped before samples were on its disk; they are generated anew."""
+    """The machine stopped before samples were on its disk; they are generated again."""
 
 
 class ReadOnlyStore(CachepipeWarning):
-    """A cache folder cannot be written: it serves hits, and what is generated now is not stored."""
+    """A cache folder cannot be written: it serves hits, but new samples are not stored."""
 
 
 class FreshIds(CachepipeWarning):

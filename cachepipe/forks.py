@@ -1,4 +1,4 @@
-"""How many forks this process descends from: compared, without a system call, by what must not cross one."""
+"""Counts forks, so that objects which must not cross a fork can detect one without a system call."""
 
 from __future__ import annotations
 

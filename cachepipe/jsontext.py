@@ -1,9 +1,9 @@
-"""JSON as cachepipe reads and writes it: integers keep their digits, and what the SDKs read can be read.
+"""Reads and writes JSON: integers keep their digits, and every answer that the SDKs accept can be read.
 
 The SDKs read answers with the standard library, which accepts NaN, infinities, lone surrogates and
 integers of up to 4,300 digits. orjson is many times faster, but refuses the first three and reads
-integers beyond 64 bits as floats. So orjson reads and writes what both treat alike, and the standard
-library does the rest.
+integers beyond 64 bits as floats. So orjson reads and writes JSON that both treat alike, and the standard
+library all other JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 import orjson
 
 MOST_DIGITS: Final = 4300
-"""How many digits an integer may have: Python's own limit for reading one."""
+"""The largest number of digits of an integer: Python's own limit for reading one."""
 
 _ZEROS: Final = bytes(0x30 if byte in b"0123456789" else byte for byte in range(256))
 _LONG_NUMBER: Final = b"0" * 19  # orjson reads integers of so many digits as floats, if they are too large
@@ -24,11 +24,11 @@ _DEEPEST: Final = 250  # levels that orjson writes; it reads more
 
 
 class LongInteger(ValueError):  # noqa: N818 - names the thing at fault
-    """A JSON text holds an integer of more than 4,300 digits."""
+    """A JSON text has an integer of more than 4,300 digits."""
 
 
 class Verbatim(dict[str, Any]):
-    """A JSON object with the text that it was read from, which a strict parser would refuse or change.
+    """A JSON object with its original text, which a strict parser would refuse or change.
 
     Attributes:
         text: the text.
@@ -41,7 +41,7 @@ def loads(content: bytes) -> Any:
     """Return the value of a JSON text as the SDKs read it.
 
     Raises:
-        ValueError: when it is not JSON that Python reads, or nests too deep.
+        ValueError: when Python cannot read it as JSON, or it nests too deep.
     """
     return _loaded(content)[0]
 
@@ -73,11 +73,11 @@ def _loaded(content: bytes) -> tuple[Any, bool]:
 
 
 def dumps(value: Any) -> bytes:
-    """Return the JSON of a value, from which `loads` reads an equal one; of a `Verbatim` object its text.
+    """Return the JSON of a value, from which `loads` reads an equal value; for a `Verbatim` object, its text.
 
     Raises:
-        TypeError: when it holds something that has no JSON.
-        ValueError: when it holds itself.
+        TypeError: when it contains a value without a JSON form.
+        ValueError: when it contains itself.
     """
     if type(value) is Verbatim:
         return value.text.encode()
@@ -92,7 +92,7 @@ def dumps(value: Any) -> bytes:
 
 
 def is_strict(value: Any) -> bool:
-    """Return True if every JSON parser reads an equal value from what is written for this one."""
+    """Return True if every JSON parser reads an equal value from the JSON of this value."""
     try:
         return type(value) is not Verbatim and _is_whole(orjson.dumps(value), value)
     except TypeError:
@@ -100,12 +100,12 @@ def is_strict(value: Any) -> bool:
 
 
 def shown(value: Any) -> Any:
-    """Return a value for JSON of our own: itself if it is strict, else ``{"raw": "<its text>"}``."""
+    """Return a value for cachepipe's JSON output: itself if it is strict, else ``{"raw": "<its text>"}``."""
     return value if is_strict(value) else {"raw": dumps(value).decode()}
 
 
 def valid(value: Any) -> Any:
-    """Return a value for JSON that is read back: itself, or its text if it holds NaN or infinities."""
+    """Return a value for JSON that is read back: itself, or its text if it contains NaN or infinities."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
@@ -123,11 +123,11 @@ def mended(text: str) -> str:
 
 
 def _is_whole(text: bytes, value: Any) -> bool:
-    """Return True if JSON that orjson has written holds all of a value; it writes NaN as null."""
+    """Return True if orjson's JSON represents a value completely; orjson writes NaN as null."""
     return b"null" not in text or bool(orjson.loads(text) == value)
 
 
 def _integer(digits: str) -> int:
     if len(digits.lstrip("-")) > MOST_DIGITS:
-        raise LongInteger(f"it holds an integer of more than {MOST_DIGITS:,} digits; write it as a string")
+        raise LongInteger(f"it has an integer of more than {MOST_DIGITS:,} digits; write it as a string")
     return int(digits)

@@ -1,4 +1,4 @@
-"""Same question, same key: the canonical form of what is asked, and its digest.
+"""Same question, same key: the canonical form of a question, and its digest.
 
 The key is the SHA-256 of the canonical JSON of ``[scope, document]``. The canonical form has one
 spelling for values that compare equal: whole floats become integers, tuples become lists, and mapping
@@ -27,14 +27,14 @@ from cachepipe.errors import UnkeyableValue
 from cachepipe.typedefs import UNASKED, Request, field_names
 
 FORMAT = "k2"
-"""The name of the key format: a change of it is a new name, and old keys stay readable."""
+"""The name of the key format. A changed format gets a new name, and old keys stay readable."""
 
 _MARK = "\0"  # opens the names of the objects that stand for values JSON has no form for
-_LONG = 6  # items of a list from which on a look at its JSON is cheaper than a walk
+_LONG = 6  # items of a list from which on a check of its JSON is cheaper than a walk through it
 _PLAIN = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
 _EXPONENTS = (b"e+",) if b"e+" in orjson.dumps(1e22) else tuple(b"e%d" % digit for digit in range(1, 10))
 _SIGNS = (b".0", *_EXPONENTS, b'"\\u0000')
-"""What JSON has in it if a whole float is there (from 1e16 on with an exponent), or a marked name."""
+"""Strings in JSON that indicate a whole float (from 1e16 on with an exponent), or a marked name."""
 _TOO_LARGE = 10**jsontext.MOST_DIGITS
 
 AsWritten = Mapping[str, frozenset[str]]
@@ -43,12 +43,12 @@ names, at any depth; within the whole field if there are no names."""
 
 
 class Question(NamedTuple):
-    """What is asked, apart from how many samples are wanted and by whom.
+    """A question, without the number of samples and who wants them.
 
     Attributes:
         key: the digest, a string such as ``k2-5f2c…``.
-        scope: whose answer it is: an endpoint's URL, an adapter's name, or None.
-        document: what was asked, as canonical JSON.
+        scope: identifies the endpoint (its URL) or the adapter (its name); or None.
+        document: the question, as canonical JSON.
         mergeable: whether several draws may share one call (not with ``seed`` or ``best_of``).
         function: whether the answer is a function of the question (embeddings, moderations).
     """
@@ -61,7 +61,7 @@ class Question(NamedTuple):
 
 
 def canonical(value: Any) -> Any:
-    """Return the canonical form of a JSON-like value: plain types that JSON spells in one way only.
+    """Return the canonical form of a JSON-like value: plain types with exactly one JSON spelling.
 
     Raises:
         UnkeyableValue: for NaN, infinities, integers of more than 4,300 digits, sets, mapping keys that
@@ -91,7 +91,7 @@ def canonical(value: Any) -> Any:
 
 
 def _is_canonical(value: Any, names: frozenset[str] = frozenset()) -> bool:
-    """Return True if a value is its own canonical form, without a walk through it; False may be wrong.
+    """Return True if a value is certainly its own canonical form, without a walk through it.
 
     Plain JSON comes back equal from its spelling: tuples, numbers that are not finite, enumerations and the
     like do not. Whole floats do, but they show in the spelling, and so do marked names.
@@ -115,7 +115,7 @@ def _is_canonical(value: Any, names: frozenset[str] = frozenset()) -> bool:
 
 @functools.cache
 def _openings(names: frozenset[str]) -> tuple[bytes, ...]:
-    """Return how JSON spells these names before a mapping or list."""
+    """Return the JSON spelling of these names before a mapping or list."""
     return tuple(b'"%b":%b' % (name.encode(), opening) for name in sorted(names) for opening in (b"{", b"["))
 
 
@@ -129,7 +129,7 @@ def _mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 class _Ordered(dict[str, Any]):
-    """A mapping in canonical form, with those within it, that is spelled in its own order."""
+    """A mapping in canonical form that keeps its own order, as do the mappings in it."""
 
 
 def _ordered(value: Any) -> Any:
@@ -217,18 +217,18 @@ def _fields(value: Any) -> Mapping[str, Any] | None:
 
 
 def trimmed(data: bytes) -> bytes:
-    """Return the same bytes in no more memory than they take.
+    """Return a copy of bytes that uses no more memory than their length.
 
-    orjson leaves what it writes in a buffer of many times its length, for as long as anyone holds the bytes.
+    orjson returns its output in a buffer of many times its length, which lives as long as the bytes.
     """
     return b"%b" % data
 
 
 def encode(form: Any) -> bytes:
-    """Return the one JSON spelling of a canonical form: sorted keys, no blanks, UTF-8.
+    """Return the only JSON spelling of a canonical form: sorted keys, no blanks, UTF-8.
 
-    Whole numbers beyond 64 bits and lone surrogates, which orjson refuses, take the standard
-    library's spelling; a document with neither never does, so each document has one spelling.
+    Whole numbers beyond 64 bits and lone surrogates, which orjson refuses, get the standard library's
+    spelling. Documents without them never do, so each document has one spelling.
     """
     try:
         option = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -250,7 +250,7 @@ def _sorted(form: Any) -> Any:
 
 
 def digest(scope: str | None, document: bytes) -> str:
-    """Return the key of a canonical document within a scope."""
+    """Return the key of a canonical document in a scope."""
     return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (jsontext.dumps(scope), document)).hexdigest()}"
 
 
@@ -258,7 +258,7 @@ _PLANS: dict[type, tuple[tuple[str, ...], bool, bool]] = {}
 
 
 def _plan(kind: type[Request]) -> tuple[tuple[str, ...], bool, bool]:
-    """Return which fields of a request class are asked, and whether it has a ``seed`` and a ``best_of``."""
+    """Return a request class's fields for the key, and whether it has a ``seed`` and a ``best_of``."""
     plan = _PLANS.get(kind)
     if plan is None:
         names = field_names(kind)
@@ -268,7 +268,7 @@ def _plan(kind: type[Request]) -> tuple[tuple[str, ...], bool, bool]:
 
 
 def asked(request: Request) -> dict[str, Any]:
-    """Return the fields of a request that are part of what is asked, in canonical form.
+    """Return the fields of a request that are part of the question, in canonical form.
 
     Fields that are None are left out, so that an optional field can be added without a new key.
     """
@@ -285,13 +285,13 @@ def question(
     scope: str | None = None,
     hash: Callable[[Request], str] | None = None,  # noqa: A002 - CacheSaver's name
 ) -> Question:
-    """Return the question that a request asks of somebody's own adapter.
+    """Return the question of a request to a user's own adapter.
 
     Args:
-        request: the request; its fields are what is asked.
-        scope: whose answer it is.
-        hash: a function from a request to a string which stands for the fields, for those who
-            decide themselves which requests are the same.
+        request: the request; its fields are the question.
+        scope: identifies the adapter.
+        hash: a function that returns a string for a request, which replaces the fields: requests with equal
+            strings ask the same.
     """
     _, has_seed, has_best_of = _plan(type(request))
     seed = request.seed if has_seed else None
@@ -317,13 +317,13 @@ def provider_question(
     mergeable: bool = True,
     function: bool = False,
 ) -> Question:
-    """Return the question that goes to a provider: its endpoint's URL, and the body as it is sent.
+    """Return the question of a request to a provider: its endpoint's URL, and the body as it is sent.
 
     Args:
         scope: the full URL of the endpoint without credentials.
         document: ``{"body": …}`` without ``n`` and transport fields, and ``"headers"`` when there are
             any that change the answer.
-        as_written: where in the body the order of mapping keys counts.
+        as_written: the parts of the body in which the order of mapping keys counts.
         mergeable: whether several draws may share one call.
         function: whether the answer is a function of the question.
     """
@@ -333,15 +333,3 @@ def provider_question(
     }
     text = encode(form)
     return Question(digest(scope, text), scope, text, mergeable, function)
-
-
-def scope_of(model: Any) -> str | None:
-    """Return the default scope of an adapter: its ``cache_scope``, else its ``model`` when a string."""
-    scope = getattr(model, "cache_scope", None)
-    if scope is None:
-        scope = getattr(model, "model", None)
-        if not isinstance(scope, str):
-            return None
-    if not isinstance(scope, str):
-        raise UnkeyableValue(f"a model's cache_scope must be a string; {model!r} has {scope!r}")
-    return scope

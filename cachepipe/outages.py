@@ -1,6 +1,6 @@
-"""Servers that cannot be reached: each outage is told once, at its first failure, with the server's URL.
+"""Unreachable servers: reports each outage once, at its first failure, with the server's URL.
 
-It is told to the logger ``cachepipe.outages``, so on standard error where no logging is set up.
+The report goes to the logger ``cachepipe.outages``, and so to standard error if no logging is set up.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _lock = threading.Lock()
 
 
 def is_connection_error(error: BaseException | None) -> bool:
-    """Return whether a call did not reach the server, or no answer came back in time."""
+    """Return True if a call did not reach the server, or no answer came back in time."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     return not _KINDS.isdisjoint(base.__name__ for base in type(error).__mro__)
 
 
 def failed(error: BaseException, url: str = "", *, wait: float | None = None) -> None:
-    """Tell of a call that failed, if it is the first of an outage.
+    """Report a call that failed, if it is the first of an outage.
 
     Args:
-        error: what it failed with; only errors of the connection begin an outage.
-        url: where the call went; default is what the error tells.
-        wait: in how many seconds the call is made again, if that is known.
+        error: its error; only connection errors begin an outage.
+        url: the URL of the call; default is the URL in the error.
+        wait: seconds until the next attempt, if known.
     """
     if not is_connection_error(error):
         return
@@ -67,14 +67,14 @@ def failed(error: BaseException, url: str = "", *, wait: float | None = None) ->
 
 
 def reached(url: str) -> None:
-    """Note that a server has answered, so that its next outage is told again."""
+    """Note that a server has answered, so that its next outage is reported."""
     if _down:
         with _lock:
             _down.discard(_origin(place(url)))
 
 
 def explained(error: BaseException) -> None:
-    """Add to the message of an SDK's error what its user needs: the URL, or what is wrong with it."""
+    """Add the URL, or what is wrong with it, to the message of an SDK's error."""
     message = getattr(error, "message", None)
     if not isinstance(message, str):
         return
@@ -92,14 +92,15 @@ def explained(error: BaseException) -> None:
 
 
 def advice_on(error: BaseException) -> str:
-    """Return what is wrong with the URL of a call that was answered with 404; empty if nothing shows."""
-    if getattr(error, "status_code", None) != 404 or "model" in str(getattr(error, "code", None)):
+    """Return what is wrong with the URL of a call that got status 404; empty if unknown."""
+    status, code = getattr(error, "status_code", None), getattr(error, "code", None)
+    if status != 404 or "model" in str(code):
         return ""
     return advice_for(url_of(error))
 
 
 def advice_for(url: str) -> str:
-    """Return what is wrong with the URL of an endpoint that is not there; empty if nothing shows."""
+    """Return what is wrong with the URL of an endpoint that does not exist; empty if unknown."""
     base = url
     for ending in _ENDINGS:
         base = base.removesuffix(ending)
@@ -116,7 +117,7 @@ def advice_for(url: str) -> str:
 
 
 def url_of(error: BaseException) -> str:
-    """Return the URL of the call that failed, without credentials and query; empty if it is not known."""
+    """Return the URL of the failed call, without credentials and query; empty if unknown."""
     try:
         return place(str(getattr(getattr(error, "request", None), "url", "")))
     except RuntimeError:  # an error of httpx's that has no request
@@ -134,21 +135,21 @@ def _origin(url: str) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Iterate over an error and what caused it, back to what failed first."""
+    """Iterate over an error and its causes, back to the first one."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _trouble(error: BaseException) -> str:
-    """Return whether a server was reached at all, as part of a sentence."""
+    """Return what happened to a server, as part of a sentence."""
     kinds = {type(one).__name__ for one in _causes(error)}
     reached = _UNREACHED.isdisjoint(kinds)
     return "has not answered in time, or broke off" if reached else "cannot be reached"
 
 
 def _reason(error: BaseException) -> str:
-    """Return why a connection failed, in the words of what failed first."""
+    """Return why a connection failed, in the words of the first cause."""
     *_, first = _causes(error)
     if isinstance(first, OSError) and first.errno is not None:
         return os.strerror(first.errno) if first.errno > 0 else str(first.strerror)
@@ -156,7 +157,7 @@ def _reason(error: BaseException) -> str:
 
 
 class Telling:
-    """Goes in front of an SDK's client class, and tells of failed attempts that the SDK makes again."""
+    """A mixin for an SDK's client class that reports failed attempts which the SDK retries."""
 
     def _calculate_retry_timeout(self, *arguments: Any, **options: Any) -> float:
         sdk: Any = super()
@@ -169,5 +170,5 @@ class Telling:
 
 @functools.cache
 def telling(kind: type) -> Any:
-    """Return a subclass of an SDK's client class that tells of outages."""
+    """Return a subclass of an SDK's client class that reports outages."""
     return type(kind.__name__, (Telling, kind), {})

@@ -1,9 +1,9 @@
-"""Stages put together: for paid APIs, for models that batch on hardware, and for those in a fixed order.
+"""Pipelines of stages: for paid APIs, for models that batch on hardware, and for batches in a fixed order.
 
-The order is deduplicator, cacher, batcher, model. The deduplicator comes first, so that it sees equal
-requests before they are told apart by their draws; the cacher comes before the batcher, so that a hit
-never waits for a batch window; what reaches the batcher has to be generated, for all draws and
-namespaces that need it together.
+The order is deduplicator, cacher, batcher, model. The deduplicator comes first, because it must see equal
+requests before they become different draws. The cacher comes before the batcher, so that a hit never waits
+for a batch window. The batcher gets only requests for samples that must be generated, for all draws and
+namespaces together.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
-from cachepipe.stages.base import Arrived, Stage, has_request
+from cachepipe.stages.adapting import has_request
+from cachepipe.stages.base import Stage
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
 from cachepipe.stages.engine import Stats
 from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
-from cachepipe.typedefs import Batch, Mode, Repeat, Request, Response, SingleRequestModel
+from cachepipe.typedefs import Arrived, Batch, Mode, Repeat, Request, Response, SingleRequestModel
 
 Hash = Callable[[Request], str] | None
 
 
 class Options(TypedDict, total=False):
-    """What every pipeline takes by keyword.
+    """The keyword parameters of every pipeline.
 
     Attributes:
         mode: ``"read-write"`` (default), ``"replay"``, ``"refresh"`` or ``"bypass"``.
-        scope: whose answers these are; default is the model's ``cache_scope``, or its ``model``.
+        scope: identifies the model in cache keys; default is the model's ``cache_scope``, or its ``model``.
         repeat: ``"fresh"`` (default): a repeated request gets fresh samples; ``"same"``: all share one draw.
-        window: seconds during which equal questions share one call; 0 (default) is a turn of the event loop.
+        window: seconds in which equal questions share a call; 0 (default) means a turn of the event loop.
         classes: dataclasses and pydantic models that may be stored as samples.
-        durability: ``"process"`` (default), or ``"full"`` to survive the death of the machine.
+        durability: ``"process"`` (default), or ``"full"`` to survive a crash of the machine.
         wait_for_others: seconds to wait for a sample that another live process generates before it is
             generated here; None (default) waits as long as that process lives.
-        service: what limits the calls of the model and makes them again, such as ``Services.OpenAI()``;
-            it stands between the batches and the model, so that hits know nothing of it.
+        service: limits and retries the calls of the model, such as ``Services.OpenAI()``. It is between the
+            batcher and the model, so it does not affect hits.
     """
 
     mode: Mode
@@ -69,7 +70,7 @@ class Pipeline(Stage):
 
     @property
     def store(self) -> Store:
-        """Where the samples are."""
+        """The store of the samples."""
         return self._cacher.store
 
     async def request(self, request: Request) -> Response:
@@ -96,18 +97,18 @@ class Pipeline(Stage):
         return await self._head.batch_request(batch, return_exceptions=return_exceptions)
 
     def key(self, request: Request) -> str:
-        """Return the key of what a request asks."""
+        """Return the key of a request's question."""
         return self._cacher.question(request).key
 
     def stats(self) -> Stats:
-        """Return what was done since the pipeline was opened: hits, misses, merged, generated and more."""
+        """Return the figures since the pipeline was opened: hits, misses, merged, generated and more."""
         stats = self._head.stats()
         stage: Any = self.model
-        while not hasattr(stage, "queue_seconds"):  # as a limiter has it
-            if not isinstance(stage, Stage):
-                return stats
+        while isinstance(stage, Stage):
+            if stage.queue_seconds or stage.call_seconds:
+                return replace(stats, queue_seconds=stage.queue_seconds, call_seconds=stage.call_seconds)
             stage = stage.model
-        return replace(stats, queue_seconds=stage.queue_seconds, call_seconds=stage.call_seconds)
+        return stats
 
     async def close(self) -> None:
         """Wait for what is in flight on this loop and write it. Idempotent."""
@@ -120,14 +121,14 @@ class Pipeline(Stage):
 
 
 class OnlineAPI(Pipeline):
-    """For paid APIs: each request gets its answer as it comes, as many in flight as are asked for.
+    """For paid APIs: each request gets its answer as it comes, with any number of requests in flight.
 
     Args:
-        model: the adapter; its ``request`` is used when it has both methods, so that one failure
-            among many takes nobody else's paid answer with it.
+        model: the adapter; if it has both methods, ``request`` is used, so that one failure does not affect
+            other requests.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
-        batch_size: misses that leave together; 1 sends each at once.
-        timeout: seconds that a miss waits for others to fill its batch. It is no HTTP time-out.
+        batch_size: the number of misses sent together; 1 sends each at once.
+        timeout: seconds that a miss waits for others to fill its batch. It is not an HTTP time-out.
         allow_batch_overflow: send a request for more than ``batch_size`` samples in one call.
         correctness: accepted from code written for CacheSaver; a rerun always gives the same here.
         hash: a function from a request to a string that stands for its fields in the key.
@@ -216,11 +217,11 @@ class LocalAPI(Pipeline):
 
 
 class OrderedLocalAPI(Pipeline):
-    """For models whose batches must not depend on timing: misses are collected, sorted, then batched.
+    """For models with batches that must not depend on timing: misses are collected, sorted, then batched.
 
-    What has to be generated is collected until ``collection_batch_size`` samples are there or
-    ``timeout`` seconds have passed, sorted by request id ("2" before "10"), and cut into hardware
-    batches in that order. Hits do not wait for the collection.
+    Misses are collected until ``collection_batch_size`` samples are needed or ``timeout`` seconds have
+    passed, sorted by request id ("2" before "10"), and cut into hardware batches in that order. Hits do not
+    wait for the collection.
 
     Args:
         model: the adapter; its ``batch_request`` is used when it has both methods.
@@ -271,7 +272,7 @@ class OrderedLocalAPI(Pipeline):
 
 
 def _limited(model: Any, options: Options) -> Any:
-    """Return the model behind the limits of the service, if there is one among the options."""
+    """Return the model with the limits of the service, if the options have one."""
     service = options.pop("service", None)
     if service is None:
         return model
@@ -288,7 +289,7 @@ def _limited(model: Any, options: Options) -> Any:
 
 
 class _Batches(Stage):
-    """A model that takes batches only, behind stages that take requests as well."""
+    """A model that takes batches only, behind stages that also take single requests."""
 
     request = SingleRequestModel.request
 
@@ -302,7 +303,7 @@ class _Batches(Stage):
 
 
 class _Cutting(Stage):
-    """The collection, telling the cacher above how large the hardware's requests may be."""
+    """The collecting batcher, which gives the cacher above the size limit of the hardware's requests."""
 
     def __init__(self, collection: AsyncBatcher, hardware: AsyncBatcher) -> None:
         super().__init__(collection)

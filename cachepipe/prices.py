@@ -1,11 +1,11 @@
-"""What tokens cost, by the table of ``genai-prices``: pip install 'cachepipe[prices]'.
+"""Prices of tokens, from the table of ``genai-prices``: pip install 'cachepipe[prices]'.
 
-The table is that package's, with its date; nothing is fetched. Without the package, and for models and
-servers that it does not know, the cost is None: unknown is not nothing.
+The table is that of the installed package; nothing is downloaded. Without the package, and for models and
+servers that it does not know, the cost is None, which means unknown.
 
-The URL tells the provider. Behind any other host, such as a proxy or a gateway, the name of the model does: a
-provider's own name (``gpt-4o-mini``), or one with the provider in front (``openai/gpt-4o-mini``). A name that
-states a size (``gpt-oss-20b``) is that of a model that anyone can serve, so only the URL tells its price.
+The URL decides the provider. Behind another host, such as a proxy or a gateway, the name of the model does:
+a provider's own name (``gpt-4o-mini``), or one with the provider in front (``openai/gpt-4o-mini``). A model
+with a size in its name (``gpt-oss-20b``) can be served by anyone, so only the URL decides its price.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DATED: Final = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 
 @functools.lru_cache(maxsize=1)
 def _table() -> Any:
-    """Return the package that knows prices, or None."""
+    """Return the package with the prices, or None."""
     try:
         import genai_prices  # noqa: PLC0415 - an extra, and slow to import
     except ImportError:
@@ -31,13 +31,13 @@ def _table() -> Any:
 
 
 def cost_of(counts: Mapping[str, int | None], model: Any, url: str) -> float | None:
-    """Return the cost of the tokens of one call in US dollars, or None where that is not known.
+    """Return the cost of the tokens of one call in US dollars, or None if it is unknown.
 
     Args:
         counts: as in `cachepipe.accounting`: ``prompt_tokens`` with the ``cached_tokens`` among them, and
             ``completion_tokens``.
-        model: the model that the answer names, whatever the server takes for one.
-        url: where the request went.
+        model: the model in the answer.
+        url: the URL of the request.
     """
     table = _table()
     if table is None or not isinstance(model, str):
@@ -61,7 +61,7 @@ def cost_of(counts: Mapping[str, int | None], model: Any, url: str) -> float | N
 
 
 def _sold_as(table: Any, model: str, url: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the names under which the table may know a model, each with what tells the provider."""
+    """Yield the names under which the table may have a model, each with its provider or URL."""
     undated = _DATED.sub("", model)
     names = [model] if undated == model else [model, undated]
     at_url = {"provider_api_url": url}
@@ -89,7 +89,7 @@ def _knows(table: Any, provider: str | None, url: str | None) -> bool:
 
 
 class UnitPrices(NamedTuple):
-    """What a token costs in US dollars, by its kind."""
+    """The prices of a token in US dollars, by its kind."""
 
     prompt: float
     cached: float
@@ -98,7 +98,7 @@ class UnitPrices(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def unit_prices(model: str | None, url: str) -> UnitPrices | None:
-    """Return what a token of a small call costs, or None where that is not known."""
+    """Return the prices of a token of a small call, or None if they are unknown."""
     each = (
         {"prompt_tokens": _UNIT},
         {"prompt_tokens": _UNIT, "cached_tokens": _UNIT},
@@ -110,7 +110,7 @@ def unit_prices(model: str | None, url: str) -> UnitPrices | None:
 
 
 def cost_by_unit(counts: Mapping[str, int], price: UnitPrices | None) -> float | None:
-    """Return the cost of tokens of many calls at unit prices, or None where these are not known."""
+    """Return the cost of tokens of many calls at unit prices, or None if they are unknown."""
     if price is None:
         return None
     cached = counts["cached_tokens"]
@@ -119,8 +119,8 @@ def cost_by_unit(counts: Mapping[str, int], price: UnitPrices | None) -> float |
 
 
 def cost_of_sum(counts: Mapping[str, int], model: str | None, url: str) -> float | None:
-    """Return the cost of tokens of many calls in US dollars, or None where that is not known.
+    """Return the cost of tokens of many calls in US dollars, or None if it is unknown.
 
-    Prices that grow with the length of a prompt go by calls, so those of short prompts count here.
+    If a price depends on the length of the prompt, the price of short prompts is used.
     """
     return cost_by_unit(counts, unit_prices(model, url))

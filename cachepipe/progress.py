@@ -1,4 +1,4 @@
-"""A progress bar for people: in terminals and notebooks, and nowhere else."""
+"""A progress bar, in terminals and notebooks only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BAR_FROM: Final = 64  # columns of a terminal
 
 
 class Tick(Protocol):
-    """Tell that one more is done."""
+    """A function to call when one more is done."""
 
     def __call__(self, *, cached: bool = False, failed: bool = False) -> None:
-        """Count one that was cached, failed, or neither. May be called from any thread."""
+        """Count one that was cached, failed, or neither. Thread-safe."""
         ...
 
 
@@ -28,12 +28,12 @@ def _silent(*, cached: bool = False, failed: bool = False) -> None:
 
 @contextlib.contextmanager
 def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
-    """Show how many of a total are done, how many were hits, and the time left, on standard error.
+    """Show the number done of a total, the number of hits, and the time left, on standard error.
 
     Args:
-        total: how many there are.
-        label: what they are, in a word.
-        show: False shows nothing, as does standard error that is no terminal outside a notebook.
+        total: the total number.
+        label: a word for the items.
+        show: False shows nothing. Outside terminals and notebooks nothing is shown either.
     """
     if not show or not total:
         yield _silent
@@ -102,13 +102,13 @@ def _in_notebook(total: int, label: str) -> Iterator[Tick]:
 
 
 class _Counts:
-    """How many are done, and how many of them were hits or failed."""
+    """The number done, and how many of them were hits or failed."""
 
     def __init__(self) -> None:
         self.done = self.cached = self.failed = 0
 
     def added(self, *, cached: bool, failed: bool) -> str:
-        """Count one more; return in words how many were hits and failed."""
+        """Count one more; return the numbers of hits and failures in words."""
         self.done += 1
         self.cached += cached
         self.failed += failed

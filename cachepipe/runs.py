@@ -1,10 +1,10 @@
-"""IntervalSet: what counts the occurrences of equal requests, and when counting begins anew.
+"""Runs: count the occurrences of equal requests, until counting starts again.
 
 A run lasts from the opening of the first pipeline or client on a store in this process until none is
 open; ``with cachepipe.run():`` begins another. A forked child is another process, so another run.
 
-Memory is bounded: of the identities that a run has counted, those used last are in memory, and the others in
-a temporary file, about 30 bytes each.
+Memory is bounded: a run keeps the most recently used identities in memory, and the others in a temporary
+file, with about 30 bytes each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError
 
 KEPT: Final = 50_000
-"""How many identities a run counts in memory; about 300 bytes each."""
+"""The number of identities that a run keeps in memory; about 300 bytes each."""
 _PART: Final = 256  # identities that move to the file at once: about a millisecond
 _SEVERAL: Final = 20  # draws before anything is said about most of them
 _TOUCHED: Final = 20_000  # places remembered; by then all has been said
@@ -41,16 +41,16 @@ _V = TypeVar("_V")
 
 
 class Spilling(dict[_K, _V]):
-    """A mapping that holds so many entries in memory, and older ones in a temporary file.
+    """A mapping with a limited number of entries in memory, and older ones in a temporary file.
 
-    Reading a missing one brings it back; who has put something in calls ``trim``. Nothing is ever
-    deleted: an entry is set to what a new one would be. Not for several threads at once.
+    Reading a missing entry loads it. Callers call ``trim`` after setting an entry. Entries are never deleted;
+    they are set to the value of a new entry instead. Not thread-safe.
 
     Args:
-        new: returns the value of what was never set.
-        dump: returns a value as SQLite can hold it.
-        load: returns the value again.
-        kept: how many entries stay in memory.
+        new: returns the value of an entry that was never set.
+        dump: converts a value for SQLite.
+        load: converts it back.
+        kept: the number of entries in memory.
     """
 
     def __init__(
@@ -68,8 +68,7 @@ class Spilling(dict[_K, _V]):
             row = self._file.execute("SELECT value FROM spilled WHERE digest = ?", (_digest(key),)).fetchone()
         except sqlite3.Error as error:
             raise StoreError(
-                f"what this run has counted cannot be read from its temporary file: {error}. "
-                "Begin another run"
+                f"the counts of this run cannot be read from its temporary file: {error}. Begin another run"
             ) from error
         return self._new() if row is None else self._load(row[0])
 
@@ -105,7 +104,7 @@ class Spilling(dict[_K, _V]):
         return self._file is not None
 
     def inherit(self) -> None:
-        """Leave the file to the parent process, in a forked child; closing it could wait for ever."""
+        """Leave the file to the parent process, in a forked child, where closing it could block for ever."""
         _inherited.append(self._file)
         self._file = None
 
@@ -115,13 +114,13 @@ _inherited: list[Any] = []
 
 
 def _digest(key: tuple[str, ...]) -> bytes:
-    """Return 16 bytes that stand for strings, whatever they contain."""
+    """Return a 16-byte digest of strings, whatever they contain."""
     text = ":".join((*map(str, map(len, key)), *key))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class _Recent(set[tuple[str, str]]):
-    """A set that begins anew when it is large."""
+    """A set that is cleared when it gets large."""
 
     def add(self, place: tuple[str, str]) -> None:
         if len(self) >= _USED:
@@ -130,10 +129,10 @@ class _Recent(set[tuple[str, str]]):
 
 
 class Occurrences:
-    """One run's memory of one store. Every method may be called from any thread.
+    """The memory of one run about one store. Every method is thread-safe.
 
     Args:
-        kept: how many identities are counted in memory.
+        kept: the number of identities in memory.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
@@ -151,7 +150,7 @@ class Occurrences:
         self._fresh_ids = 0
         self._warned: set[str] = set()
         self.replaying = threading.Lock()
-        """Held by threads that replay at once, while they take what lives in memory."""
+        """Held by threads that replay concurrently, while they take indices in memory."""
         self.used: set[tuple[str, str]] = _Recent()
         """Shared draws whose use by a namespace is on record: those used last."""
 
@@ -192,11 +191,11 @@ class Occurrences:
 
     @property
     def replays(self) -> bool:
-        """Whether there are claims which live in memory only."""
+        """Whether there are claims in memory only."""
         return bool(self._taken)
 
     def taken(self, namespace: str, key: str) -> IntervalSet:
-        """Return the indices that claims which are not in the ledger have taken; may be added to at once."""
+        """Return the indices that claims outside the ledger have taken; the caller may add to them."""
         place = (namespace, key)
         with self._lock:
             taken = self._taken[place]
@@ -206,9 +205,9 @@ class Occurrences:
             return taken
 
     def count(self, draw: Draw, *, fresh_id: bool) -> bool:
-        """Count a draw; tell, once, when most of the run's have new request ids on old keys.
+        """Count a draw; return True once, when most draws of the run have new request ids on old keys.
 
-        Only the first draw of each namespace and key counts: replicates within one run are no sign.
+        Only the first draw of each namespace and key counts, because replicates within a run are normal.
         """
         if self._told:
             return False
@@ -225,7 +224,7 @@ class Occurrences:
         return not few and self.first_time("fresh ids")
 
     def first_time(self, what: str) -> bool:
-        """Tell whether this run asks about something for the first time: for warnings given once."""
+        """Return True if this is the run's first call for a subject: for warnings given once."""
         with self._lock:
             if what in self._warned:
                 return False
@@ -263,9 +262,9 @@ _runs: dict[str, Occurrences] = {}
 
 @contextlib.contextmanager
 def run() -> Iterator[Run]:
-    """Begin another run: inside the block, equal requests are counted from the front again.
+    """Begin another run: inside the block, equal requests are counted from the start again.
 
-    It follows tasks and threads as context variables do.
+    The run follows tasks and threads as context variables do.
     """
     with within(Run()) as begun:
         yield begun
@@ -273,7 +272,7 @@ def run() -> Iterator[Run]:
 
 @contextlib.contextmanager
 def within(begun: Run) -> Iterator[Run]:
-    """Make what is asked inside the block part of a run that has begun before."""
+    """Make the requests inside the block part of an existing run."""
     token = _current.set(begun)
     try:
         yield begun
@@ -282,7 +281,7 @@ def within(begun: Run) -> Iterator[Run]:
 
 
 def opened(store: str, user: object) -> None:
-    """Note that a pipeline or client uses a store. It counts until ``closed`` or no longer referenced."""
+    """Note that a pipeline or client uses a store, until ``closed`` is called or it is not referenced."""
     with _lock:
         users = _open.setdefault(store, set())
         if not users:
@@ -292,7 +291,7 @@ def opened(store: str, user: object) -> None:
 
 
 def closed(store: str, user: object) -> None:
-    """Note that a pipeline or client uses a store no longer."""
+    """Note that a pipeline or client does not use a store any more."""
     _gone(store, weakref.ref(user))
 
 
@@ -309,7 +308,7 @@ def _gone(store: str, reference: weakref.ref[Any]) -> None:
 
 
 def current(store: str) -> Occurrences:
-    """Return the memory of the run that a call made now belongs to."""
+    """Return the memory of the current run."""
     own = _current.get()
     if own is not None:
         return own.of(store)

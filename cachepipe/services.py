@@ -3,8 +3,8 @@
     service = Services.OpenAI(max_requests=500, max_tokens=200_000)
     client = service.client(cache="caches/exp", namespace="run-1")
 
-What is shared is the object: two services have two sets of limits, even for the same endpoint, unless
-``shared=`` names a folder in which all processes of the machine keep one.
+The object is shared: two services have two sets of limits, even for the same endpoint, unless ``shared=``
+names a folder in which all processes of the machine keep one set.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ _WITH_VERSION: Final = frozenset(
 
 
 class Service:
-    """An endpoint, and how fast it may be called by all who share this object.
+    """An endpoint, with limits for all calls through this object.
 
     Args:
-        base_url: where the API is. A user and a key in it (``https://user:key@host/v1``) are sent as HTTP
+        base_url: the base URL. A user and a key in it (``https://user:key@host/v1``) are sent as HTTP
             Basic credentials; they are never shown, stored or part of a cache key.
-        api_key: the key; default is that of the environment variable named by ``key_scheme``.
-        key_scheme: the name of that variable; None where the endpoint needs no key.
-        name: what it is called where it is shown; default is the host.
-        sdk: whose clients it makes: ``"openai"``, ``"together"`` or ``"anthropic"``.
-        model: the model of sessions that name none.
-        max_requests: calls within any interval; None is no limit.
-        max_tokens: tokens within any interval; None is no limit.
+        api_key: the API key; default is the value of the environment variable ``key_scheme``.
+        key_scheme: the name of that variable; None if the endpoint needs no key.
+        name: its display name; default is the host.
+        sdk: the SDK of its clients: ``"openai"``, ``"together"`` or ``"anthropic"``.
+        model: the default model of sessions.
+        max_requests: calls within any interval; None means no limit.
+        max_tokens: tokens within any interval; None means no limit.
         interval: seconds.
-        max_concurrency: calls at once; None is no limit.
-        per_model: further limits by the name of the model: mappings of ``max_requests``, ``max_tokens``,
+        max_concurrency: calls in flight; None means no limit.
+        per_model: further limits by model name: mappings of ``max_requests``, ``max_tokens``,
             ``interval`` and ``max_concurrency``.
         adaptive: whether 429s and overloads slow the calls down.
         transit: seconds that a request may be on its way; see ``cachepipe.flow.Limits``.
-        max_retries: how often a failed call is made again at most. The SDK makes none again by itself.
-        max_time: seconds from a call's first failure after which it is not made again.
-        token_encoding_name: the encoding by which tiktoken, where it is installed, counts tokens.
-        shared: a folder in which the processes of this machine share the quotas; None is this object alone.
-        clock: tells the time.
+        max_retries: the largest number of retries of a failed call. The SDK does not retry by itself.
+        max_time: seconds after a call's first failure after which it is not retried.
+        token_encoding_name: the encoding with which tiktoken, if installed, counts tokens.
+        shared: a folder in which the processes of this machine share the quotas; None shares nothing.
+        clock: returns the time.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Service:
         raise TypeError("a Service holds a key and live limits, so it is not pickled; make another one there")
 
     def stats(self) -> FlowStats:
-        """Return what went through: calls, refusals, retries, tokens, time in the queue and in calls."""
+        """Return the figures: calls, refusals, retries, tokens, time in the queue and in calls."""
         return self.flow.limits.stats()
 
     # Clients.
@@ -151,9 +151,9 @@ class Service:
             cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
             namespace: the unit within which samples are independent, in practice one experiment.
             mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
-            scope: what stands for the endpoint's URL in keys.
+            scope: replaces the endpoint's URL in keys.
             repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
-            sdk: whose client, if not the service's own choice; the endpoint must speak its protocol.
+            sdk: the SDK of the client; default is the service's. The endpoint must speak its protocol.
             options: further arguments of the SDK's client.
 
         Raises:
@@ -197,11 +197,11 @@ class Service:
         return kind(**ours, service=service or self, **options)
 
     def client_options(self, sdk: str = "openai", *, replays: bool = False) -> dict[str, Any]:
-        """Return what a client of an SDK is made with to reach this endpoint; it holds the key.
+        """Return the constructor arguments of an SDK's client for this endpoint, including the API key.
 
         Args:
-            sdk: whose client.
-            replays: whether it will make no calls, so that a missing key does not matter.
+            sdk: the SDK.
+            replays: whether the client will make no calls, so that it needs no key.
 
         Raises:
             ValueError: when there is no key, and one is needed.
@@ -221,9 +221,9 @@ class Service:
         return {**options, "api_key": key or _NO_KEY}
 
     def lent(self, cache: Store, mode: Mode, repeat: Repeat, sdk: str | None = None) -> Any:
-        """Return the client that sessions and completions share, for a store; on the portal's loop only.
+        """Return the shared client of sessions and completions for a store; on the portal's loop only.
 
-        It is closed when this service is, or is no longer referenced.
+        It is closed with this service, or when the service is no longer referenced.
         """
         loan = self._lent
         if loan is None or not loan.holds:
@@ -237,7 +237,7 @@ class Service:
         return loan.clients[name]
 
     async def close(self) -> None:
-        """Close the clients that sessions and completions have used. Others are their makers' to close."""
+        """Close the clients of sessions and completions. The caller closes all other clients."""
         loops.running()  # before anything is ended
         if self._lent is not None and (ended := self._lent.end()) is not None:
             await asyncio.wrap_future(ended)
@@ -245,7 +245,7 @@ class Service:
 
 
 class _Loan:
-    """What clients have of their service that are its own: not it itself, which they would keep for ever."""
+    """The shared clients of a service. They do not refer to the service, so that it can be collected."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
@@ -255,11 +255,11 @@ class _Loan:
 
     @property
     def holds(self) -> bool:
-        """Whether the clients are this process's: a forked child leaves them to its parent."""
+        """Whether this process made the clients; a forked child leaves them to its parent."""
         return self._fork == forks.count
 
     def end(self) -> concurrent.futures.Future[None] | None:
-        """Have the clients closed; in any thread, and where an object is let go."""
+        """Close the clients, from any thread or finalizer."""
         return submit(self.close()) if self.holds and not sys.is_finalizing() else None
 
     async def close(self) -> None:
@@ -281,12 +281,12 @@ async def close_lent() -> None:
 
 
 def stripped(key: Any) -> Any:
-    """Return a key without the line break of its file: no header takes it, and the error would show all."""
+    """Return a key without its file's line break, which a header cannot contain."""
     return key.strip() if isinstance(key, str) else key
 
 
 def _parted(url: str) -> tuple[str, str | None]:
-    """Return a URL without what it says of a user, and the header that says it instead."""
+    """Return a URL without its credentials, and the header with these credentials."""
     if not isinstance(url, str):
         raise TypeError(f"base_url is a string such as 'https://host/v1'; got {type(url).__name__}")
     try:
@@ -308,33 +308,33 @@ def _parted(url: str) -> tuple[str, str | None]:
 
 
 class Services:
-    """The endpoints that are known. Each takes what `Service` takes; the limits are those of its defaults."""
+    """The known endpoints. Each takes the parameters of `Service`, with default limits."""
 
     @staticmethod
     def OpenAI(**options: Any) -> Service:  # noqa: N802 - a name, as the providers write it
-        """Return OpenAI, or what ``OPENAI_BASE_URL`` names; the key is that of ``OPENAI_API_KEY``."""
+        """Return OpenAI, or the endpoint in ``OPENAI_BASE_URL``; the key is in ``OPENAI_API_KEY``."""
         return _service("OpenAI", "OPENAI", "https://api.openai.com/v1", "gpt-4-1106-preview", options)
 
     @staticmethod
     def OpenRouter(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return OpenRouter; the key is that of ``OPENROUTER_API_KEY``."""
+        """Return OpenRouter; the key is in ``OPENROUTER_API_KEY``."""
         url, model = "https://openrouter.ai/api/v1", "openai/gpt-4-1106-preview"
         return _service("OpenRouter", "OPENROUTER", url, model, options)
 
     @staticmethod
     def Together(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Together; the key is that of ``TOGETHER_API_KEY``."""
+        """Return Together; the key is in ``TOGETHER_API_KEY``."""
         return _service("Together", "TOGETHER", "https://api.together.xyz/v1", None, options)
 
     @staticmethod
     def Anthropic(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Anthropic; the key is that of ``ANTHROPIC_API_KEY``. Its clients are Anthropic's."""
+        """Return Anthropic; the key is in ``ANTHROPIC_API_KEY``. Its clients are Anthropic's."""
         options = {"sdk": "anthropic", **options}
         return _service("Anthropic", "ANTHROPIC", "https://api.anthropic.com/v1", None, options)
 
     @staticmethod
     def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return an Ollama on this machine, or where ``OLLAMA_HOST`` says; it has no key and no quota."""
+        """Return Ollama on this machine, or at ``OLLAMA_HOST``; it has no key and no quota."""
         free = {"max_requests": None, "max_tokens": None, "key_scheme": None}
         url = ollama_url(os.environ.get("OLLAMA_HOST") or "localhost")
         return Service(**{"name": "Ollama", "base_url": url, **free, **options})
@@ -344,14 +344,14 @@ class Services:
         """Return any endpoint that speaks OpenAI's protocol.
 
         Args:
-            base_url: where it is, usually ending in ``/v1``.
-            options: as for `Service`; no key is sent unless ``api_key`` or ``key_scheme`` is given.
+            base_url: its base URL, which usually ends in ``/v1``.
+            options: as for `Service`; a key is sent only with ``api_key`` or ``key_scheme``.
         """
         return Service(base_url, **options)
 
 
 def ollama_url(host: str, secret: str | None = None) -> str:
-    """Return the base URL of an Ollama.
+    """Return the base URL of an Ollama server.
 
     Args:
         host: as in ``OLLAMA_HOST``: a host, ``host:port``, or a URL.

@@ -4,8 +4,8 @@
     ten = await session.initiate({"sum": "return |x| + |y|"}, context={"x": 7, "y": 3})
     twenty = await session.followup("times 2", temperature=0.5)
 
-What a session asks is drawn like anything else: a rerun, in this process or another one, gets the same
-answers without a call.
+The questions of a session are draws like all others: a rerun, in this process or another one, gets the same
+answers without calls.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "tool_choice": "none",
     "user": None,
 }
-"""The parameters of a session that says nothing else."""
+"""The default parameters of a session."""
 
 _FORMAT: Final = "cachepipe-session-1"
 _MAY_HOLD_KEYS: Final = ("extra_headers", "extra_query")
@@ -56,15 +56,15 @@ _MAY_HOLD_KEYS: Final = ("extra_headers", "extra_query")
 class Session:
     """A conversation with a model.
 
-    Calls of one session are made one after the other, in the order in which they were asked for; any number
-    of sessions run at once. A call that fails leaves the conversation as it was.
+    A session makes its calls one after the other, in the order of its method calls. Any number of sessions
+    can run concurrently. A call that fails does not change the conversation.
 
     Args:
-        system: the system message: a string or a mapping; None is none.
+        system: the system message: a string or a mapping; None for no message.
         service: the endpoint and its limits; default is a new ``Services.OpenAI()``.
         llmconfig: parameters of calls that differ from `DEFAULTS`.
         namespace: the unit within which samples are independent, in practice one experiment;
-            `cachepipe.using` goes before it.
+            `cachepipe.using` overrides it.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
         repeat: ``"fresh"``: a repeated question gets a fresh sample; ``"same"``: it gets the same again.
@@ -72,13 +72,13 @@ class Session:
             cache, so it goes without ``cache``, ``mode`` and ``repeat``.
 
     Attributes:
-        conversation: what was said, the system message first.
-        llmconfig: the parameters of calls that say nothing else; a dictionary to change.
+        conversation: the messages, beginning with the system message.
+        llmconfig: the default parameters of calls, as a dictionary that you may change.
         info: what `cachepipe.info` returns for the last answer, such as ``cached``, ``billed`` and ``saved``;
-            None before there is one.
+            None before the first answer.
 
     Raises:
-        TypeError, ValueError, StoreError: for arguments that are none, or exclude each other.
+        TypeError, ValueError, StoreError: for arguments that are not valid, or exclude each other.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class Session:
         request_id: str | None = None,
         **params: Any,
     ) -> Any:
-        """Begin the conversation anew with an instruction, and return the answer; see `followup`.
+        """Start the conversation again with an instruction, and return the answer; see `followup`.
 
         Args:
-            instruction: what to do.
-            context: what to do it with.
-            system: another system message than the session was made with.
+            instruction: the instruction.
+            context: the data for it.
+            system: replaces the session's system message.
             request_id: which draw this is among equal questions of the namespace.
             params: parameters of this call that differ from ``llmconfig``.
         """
@@ -165,19 +165,19 @@ class Session:
         request_id: str | None = None,
         **params: Any,
     ) -> Any:
-        """Go on with the conversation, and return the answer.
+        """Continue the conversation, and return the answer.
 
         Args:
-            instruction: what to do next; may be left out where tools have answered.
-            context: what to do it with.
-            tool_outputs: what the called tools have returned, by the id of the call.
+            instruction: the next instruction; optional with ``tool_outputs``.
+            context: the data for it.
+            tool_outputs: the results of the called tools, by the id of the call.
             request_id: which draw this is among equal questions of the namespace.
             params: parameters of this call that differ from ``llmconfig``. One that is None is left out.
 
         Returns:
-            The text of the answer; where the model calls tools instead, the calls as mappings; an instance
-            where ``response_format`` is a pydantic model; with ``n`` above 1 a list of these, the first of
-            which goes into the conversation; with ``stream=True`` an asynchronous iterator of pieces of text.
+            The text of the answer; the calls as mappings, if the model calls tools instead; an instance, if
+            ``response_format`` is a pydantic model. With ``n`` above 1, a list of these; the first one is
+            added to the conversation. With ``stream=True``, an asynchronous iterator of pieces of text.
         """
         if not isinstance(tool_outputs or {}, Mapping):
             raise TypeError(
@@ -204,7 +204,7 @@ class Session:
             pieces = None if self._pieces is None else self._pieces()
             if pieces is not None and not pieces.ended:
                 raise RuntimeError(
-                    "the answer before is still being streamed; read it to its end, or aclose() it"
+                    "the previous answer is still being streamed; read it to its end, or call its aclose()"
                 )
             before = self.conversation.messages if opening is None else opening
             _check_answers(Conversation(before).open_calls(), said)
@@ -231,10 +231,10 @@ class Session:
         return values if body.get("n", 1) > 1 else values[0]
 
     async def _run(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        """Return what a coroutine returns, which runs where calls are made.
+        """Run a coroutine on the loop of the session's calls, and return its result.
 
-        Those of a service are made on the portal's loop: so the sessions of all loops share connections, and
-        none is left to a loop that has ended.
+        Calls of a service run on the portal's loop. So the sessions of all loops share connections, and no
+        connection belongs to a loop that has ended.
         """
         return await (on_portal(work()) if self._client is None else work())
 
@@ -251,9 +251,9 @@ class Session:
     def _body(
         self, messages: list[Message], params: Mapping[str, Any]
     ) -> tuple[dict[str, Any], type[pydantic.BaseModel] | None]:
-        """Return what is sent, and the class that answers are made of, if any.
+        """Return the body to send, and the class for the answers, if any.
 
-        What cannot be sent is refused before anything is spent.
+        A body that cannot be sent is refused before anything is spent.
         """
         config = {name: value for name, value in {**self.llmconfig, **params}.items() if value is not None}
         extra = config.get("extra_body") or {}
@@ -287,7 +287,7 @@ class Session:
     # What becomes of the conversation.
 
     def branch(self) -> Self:
-        """Return another session that goes on from here; the two know nothing of each other any more."""
+        """Return a copy of the session that continues independently."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.llmconfig = by_value(self.llmconfig)
@@ -320,16 +320,16 @@ class Session:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """Return a session that goes on where a saved one was.
+        """Return a session that continues a saved one.
 
         Args:
             path: the file.
-            options: as for the constructor, but for ``system``; a ``namespace`` or ``llmconfig`` given
-                here goes before the saved one.
+            options: as for the constructor, except ``system``; ``namespace`` and ``llmconfig`` override the
+                saved ones.
 
         Raises:
             TypeError: for ``system``, which the saved session has.
-            ValueError: when the file holds no session.
+            ValueError: when the file does not contain a session.
         """
         if "system" in options:
             raise TypeError(
@@ -355,11 +355,11 @@ class Session:
 class Pieces(AsyncIterator[str]):
     """The pieces of an answer's text as they come. At the end, the answer is part of the conversation.
 
-    A reader that stops calls `aclose`: what it has read is then what was said. The rest is read in the
-    background, so that the sample is kept.
+    A reader that stops early calls `aclose`: the part that it has read becomes the answer in the
+    conversation. The rest is read in the background, so that the sample is stored.
 
     Attributes:
-        ended: whether there will be no more.
+        ended: whether there are no more pieces.
 
     Raises:
         BadAnswer: when the stream ends before the answer does; the conversation stays as it was.
@@ -376,7 +376,7 @@ class Pieces(AsyncIterator[str]):
 
     @property
     def text(self) -> str:
-        """What has come so far."""
+        """The text so far."""
         return "".join(self._pieces)
 
     async def __anext__(self) -> str:
@@ -414,12 +414,12 @@ class Pieces(AsyncIterator[str]):
 
 
 def _turns() -> Limits:
-    """Return what lets one call through at a time, in order, on whichever loops they are made."""
+    """Return a context manager that allows one call at a time, in order, on any loops."""
     return Limits(max_concurrency=1, adaptive=False)
 
 
 def _text(said: str | Mapping[str, Any]) -> str:
-    """Return a text as it is, and a mapping as JSON."""
+    """Return a text unchanged, and a mapping as JSON."""
     if isinstance(said, str):
         return said
     if isinstance(said, Mapping):
@@ -428,7 +428,7 @@ def _text(said: str | Mapping[str, Any]) -> str:
 
 
 def _instruction(instruction: str | Mapping[str, Any], context: str | Mapping[str, Any] | None) -> Message:
-    """Return the message of an instruction; with a context it is JSON of both."""
+    """Return the message of an instruction; with a context, it is JSON of both."""
     if context is None:
         return Message("user", _text(instruction))
     for value in (instruction, context):
@@ -446,7 +446,7 @@ def _dumped(value: Any) -> str:
 def _heard(
     choice: Any, kind: type[pydantic.BaseModel] | None, key: str | None, index: int | None
 ) -> tuple[Message, Any]:
-    """Return a choice of an answer as a message, and as what a caller gets of it."""
+    """Return a choice of an answer as a message, and in the form for the caller."""
     text, refusal, called = Answered(dumped(choice.message)).parts()
     message = said_by_model(text, refusal, called)
     if kind is None or refusal or called:
@@ -455,7 +455,7 @@ def _heard(
 
 
 def _check_client(client: Any) -> None:
-    """Refuse what is no asynchronous client of chat completions."""
+    """Raise an error if the object is not an asynchronous client with chat completions."""
     request = getattr(type(client), "request", None)
     if not hasattr(getattr(client, "chat", None), "completions") or (
         request is not None and not inspect.iscoroutinefunction(request)
@@ -467,7 +467,7 @@ def _check_client(client: Any) -> None:
 
 
 def _cached(client: Any, cache: Any, mode: Mode, repeat: Repeat) -> Any:
-    """Return a client with a cache: one of an SDK's is given it, any other is used as it is."""
+    """Return a client with a cache: an SDK's client gets one, any other client is used unchanged."""
     kind: Any = type(client)
     if not is_cached(client) and seam.package_of(kind):
         return wrapped(client, located(cache), mode, repeat)
@@ -479,16 +479,14 @@ def _cached(client: Any, cache: Any, mode: Mode, repeat: Repeat) -> Any:
 
 
 def _check_answers(calls: list[str], said: list[Message]) -> None:
-    """Refuse what providers do: outputs of calls that are not open, and calls without an output."""
+    """Refuse what providers refuse: outputs of calls that are not open, and calls without an output."""
     given = [message.tool_call_id for message in said if message.role == "tool"]
     if unknown := [call for call in given if call not in calls]:
         known = ", ".join(map(repr, calls)) or "none"
         raise ValueError(f"no open call of a tool has the id {unknown[0]!r}; open are {known}")
     if missing := [call for call in calls if call not in given]:
         named = ", ".join(map(repr, missing))
-        raise ValueError(
-            f"the model waits for what its calls of tools return: give tool_outputs= for {named}"
-        )
+        raise ValueError(f"the model waits for the results of its tool calls: give tool_outputs= for {named}")
 
 
 def _own_model(service: Service | None) -> dict[str, Any]:

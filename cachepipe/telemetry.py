@@ -1,7 +1,7 @@
 """Spans and metrics of calls to providers, after OpenTelemetry's semantic conventions for generative AI.
 
-They are made where the program has imported OpenTelemetry, which a program that exports them has; otherwise
-a call costs one look-up more. A hit is no call, and makes no span. Neither prompts nor answers are recorded.
+They are made if the program has imported OpenTelemetry, as programs that export them do; otherwise a call
+costs one more look-up. Cache hits create no span. Prompts and answers are not recorded.
 
 Spans are named ``{operation} {model}`` and have the kind CLIENT; the metrics are
 ``gen_ai.client.operation.duration`` in seconds and ``gen_ai.client.token.usage`` in tokens.
@@ -57,7 +57,7 @@ _TOKENS: Final = tuple(4**power for power in range(14))
 
 
 class _Tools:
-    """What spans and metrics are made with; found once."""
+    """The tracer and the instruments; found once."""
 
     def __init__(self) -> None:
         from opentelemetry import metrics, trace  # noqa: PLC0415 - only for programs that have it
@@ -69,13 +69,13 @@ class _Tools:
         self.duration = meter.create_histogram(
             "gen_ai.client.operation.duration",
             unit="s",
-            description="How long calls to models have taken.",
+            description="Duration of calls to models.",
             explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self.usage = meter.create_histogram(
             "gen_ai.client.token.usage",
             unit="{token}",
-            description="How many tokens calls to models have used.",
+            description="Tokens used by calls to models.",
             explicit_bucket_boundaries_advisory=_TOKENS,
         )
 
@@ -84,20 +84,20 @@ _tools: _Tools | None = None
 
 
 def wanted() -> bool:
-    """Tell whether anybody may look at spans and metrics."""
+    """Return True if the program may export spans and metrics."""
     return "opentelemetry" in sys.modules
 
 
 def begin(
     api: str, url: str, body: Mapping[str, Any], context: contextvars.Context | None = None
 ) -> Call | None:
-    """Begin the span of a call; None where nobody would look at it.
+    """Begin the span of a call; None if nothing would export it.
 
     Args:
         api: the name of the API, as `cachepipe.wire` has it.
-        url: where it goes.
-        body: what is sent.
-        context: that of the caller, whose span this one's parent is; default is the current one.
+        url: the URL of the call.
+        body: the body of the call.
+        context: the caller's context, with the parent span; default is the current one.
     """
     global _tools  # noqa: PLW0603 - found once, when a program has it
     if not wanted():
@@ -157,8 +157,8 @@ class Call:
         """End the span. Idempotent.
 
         Args:
-            answer: what the provider answered; its usage, model and reasons to stop are told.
-            error: what it failed with.
+            answer: the provider's answer; its usage, model and finish reasons are recorded.
+            error: the error of the call, if it failed.
         """
         if self._ended:
             return
@@ -193,7 +193,7 @@ class Call:
         self._span.end()
 
     def end_with(self, content: bytes) -> None:
-        """End the span with an answer as it has arrived."""
+        """End the span with an answer in raw form."""
         try:
             answer = jsontext.loads(content)
         except ValueError:

@@ -1,7 +1,7 @@
-r"""Text that is safe to print, and when it may have colours.
+r"""Makes text safe to print, and decides about colours.
 
-Samples and prompts are hostile text: whatever a terminal would obey is made visible before it is
-printed, as ``\x1b``, and what a pipe would misread is too.
+Samples and prompts are untrusted text: characters that a terminal would obey or a pipe would misread are made
+visible before printing, as ``\x1b``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OBEYED = (
     "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
 )
 UNSAFE: Final = re.compile(f"[{_OBEYED}]")
-"""A character that a terminal would obey; line feeds and tabs are none."""
+"""A character that a terminal would obey, except line feeds and tabs."""
 _UNSAFE_IN_LINE: Final = re.compile(f"[{_OBEYED}\t\n]")
 _NAMED: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -41,22 +41,22 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 def on_terminal() -> bool:
-    """Tell whether what is printed is read on a terminal."""
+    """Return True if a stream is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def shows_colours() -> bool:
-    """Tell whether what is printed may have colours: on a terminal that knows them, without NO_COLOR."""
+    """Return True if output may have colours: on a terminal that supports them, without NO_COLOR."""
     return on_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def coloured(text: str, codes: str, *, color: bool) -> str:
-    """Return a text in colours, each of its lines by itself, or as it is.
+    """Return a text with each line coloured, or unchanged.
 
     Args:
         text: text that is safe to print.
         codes: the parameters of the terminal's sequence, such as ``"1;34"``.
-        color: whether to.
+        color: whether to colour it.
     """
     if not color or not text:
         return text

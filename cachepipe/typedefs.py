@@ -1,18 +1,18 @@
-"""Requests, batches and responses, and the two protocols that models and pipelines speak."""
+"""Requests, batches and responses, and the two protocols of models and pipelines."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from cachepipe.bounds import check_n
 
 if TYPE_CHECKING:
+    import contextvars
     from typing import Self
-
 Mode = Literal["read-write", "replay", "refresh", "bypass"]
 Repeat = Literal["fresh", "same"]
 
@@ -23,7 +23,7 @@ _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 def by_value(value: Any) -> Any:
-    """Return an equal value of the same types that shares nothing mutable with the one given."""
+    """Return a deep copy of a JSON-like value, which shares nothing mutable with it."""
     kind = type(value)
     if kind in _SCALARS:
         return value
@@ -52,7 +52,7 @@ def _frozen_hash(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """A question to a model, taken by value: what the caller changes later changes nothing here.
+    """A question to a model, taken by value: later changes by the caller have no effect.
 
     Subclass it as a frozen dataclass to add fields (``temperature`` …); they may lack defaults. Every
     field but ``n``, ``request_id``, ``namespace`` and ``replicate`` is part of what is asked, and so of the
@@ -124,13 +124,26 @@ class Request:
         object.__setattr__(twin, "n", n)
         return twin
 
+    def merging(self, n: int) -> Self:
+        """Return the question for n samples of a call that serves several draws.
+
+        Override it in a request that must know about the call which it becomes.
+        """
+        return self if n == self.n else self.asking(n)
+
+    def placed(self, indices: Sequence[int]) -> None:
+        """Learn the indices of the samples that a call is about to bring for this request alone.
+
+        It does nothing here; override it likewise.
+        """
+
 
 UNASKED = frozenset({"n", "request_id", "namespace", "replicate"})
-"""The fields of a request that are no part of what is asked."""
+"""The fields of a request that are not part of the question."""
 
 
 def check_replicate(replicate: object) -> None:
-    """Refuse what names no replicate."""
+    """Raise an error if the value is not the name of a replicate."""
     if replicate is not None and type(replicate) is not int and not isinstance(replicate, str):
         raise TypeError(
             f"replicate must be a string, a whole number or None; got {replicate!r}. Write replicate=str(...)"
@@ -181,7 +194,7 @@ class _Answer(NamedTuple):
 class Response(_Answer):
     """The samples that answer one request, and where each came from.
 
-    ``len(data) == request.n`` for what a pipeline returns; so have ``cached`` and ``duplicated``.
+    In a pipeline's response, ``data``, ``cached`` and ``duplicated`` have ``request.n`` items.
 
     Attributes:
         data: the samples, in the order of their positions in the draw.
@@ -207,7 +220,7 @@ class Response(_Answer):
 
 @runtime_checkable
 class SingleRequestModel(Protocol):
-    """Anything that answers one request: a model's adapter, a stage or a pipeline."""
+    """An object that answers one request: a model's adapter, a stage or a pipeline."""
 
     async def request(self, request: Request) -> Response:
         """Return a response with ``request.n`` samples."""
@@ -216,8 +229,87 @@ class SingleRequestModel(Protocol):
 
 @runtime_checkable
 class BatchRequestModel(Protocol):
-    """Anything that answers a batch of requests."""
+    """An object that answers a batch of requests."""
 
     async def batch_request(self, batch: Batch) -> list[Response]:
         """Return one response per request of the batch, in its order."""
+        ...
+
+
+Arrived = Callable[[int, Any], None]
+"""A callback on the loop that gets a request's place in its batch, and its answer or error once it comes."""
+
+
+class ReportingModel(Protocol):
+    """A `BatchRequestModel` that reports each answer of a batch as it comes.
+
+    The stages pass ``arrived`` to each ``batch_request`` that has a parameter of this name. A sample that is
+    reported is stored and delivered at once, also if the rest of the batch is cancelled later.
+    """
+
+    async def batch_request(self, batch: Batch, *, arrived: Arrived | None = None) -> list[Response]:
+        """Return one response per request, in order; call ``arrived`` with each answer or error before."""
+        ...
+
+
+class Ticket(Protocol, Awaitable[Response]):
+    """A request's place in a queue. Await it for the response."""
+
+    def withdraw(self) -> None:
+        """Give the place up. A request that was sent together with others still gets its answer."""
+        ...
+
+    def result(self) -> Response:
+        """Return the response if it came although its awaiter was cancelled, else raise the cancellation."""
+        ...
+
+
+class ModelHooks(Protocol):
+    """Everything that a model may offer beside its ``request`` or ``batch_request``. All of it is optional.
+
+    A stage looks a hook up once, when it is made (``cachepipe.stages.adapting``); ``max_n`` and ``cut_n`` may
+    change later. `docs/adapters.md` shows the hooks at work.
+
+    Attributes:
+        max_n: the largest number of samples that one call returns. Default: no limit.
+        cut_n: the number of samples above which a request is cut into several, unless it has a ``seed`` or
+            ``best_of``. Default: never.
+        cache_scope: identifies the model in cache keys. Default: ``model``.
+        model: the name of the model, also for estimates of tokens. Default: unknown.
+    """
+
+    max_n: int | None
+    cut_n: int | None
+    cache_scope: str | None
+    model: str | None
+
+    def question(self, request: Request, scope: str | None) -> Any:
+        """Return what a request asks, with its key: a `cachepipe.keys.Question`.
+
+        Default: the question that all fields of the request make (C9).
+        """
+        ...
+
+    def present(self, sample: Any) -> Any:
+        """Return what callers get of a sample, generated or stored. Default: the sample itself."""
+        ...
+
+    def pack(self, sample: Any) -> tuple[bytes, Mapping[str, Any]]:
+        """Return the bytes to store for a sample, and what is noted beside it. Default: its JSON, nothing."""
+        ...
+
+    def unpack(self, stored: Any) -> Any:
+        """Return a sample as callers get it. Default: the JSON that is read and presented.
+
+        Args:
+            stored: the stored sample, with its bytes in ``payload`` and what was noted in ``header``.
+        """
+        ...
+
+    def context_of(self, request: Request) -> contextvars.Context | None:
+        """Return the context in which the call for a request runs. Default: that of whoever asks first."""
+        ...
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request without waiting for it. Default: a task awaits ``request``."""
         ...

@@ -1,9 +1,8 @@
-"""Samples as bytes, and back, equal to what went in.
+"""Converts samples to bytes and back to equal values.
 
-JSON, with one kind of marked object for what JSON has no form for: tuples, bytes, numbers beyond its
-range, mappings with keys that are not strings, answers with JSON that only a lenient parser reads, and
-instances of classes that the caller has named. No class
-is ever looked up because the bytes name it, and nothing is ever unpickled.
+The bytes are JSON, with marked objects for values without a JSON form: tuples, bytes, numbers beyond JSON's
+range, mappings with keys that are not strings, answers that only a lenient parser reads, and instances of
+classes that the caller has named. Bytes never cause a class to be looked up, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _INT64 = (-(1 << 63), 1 << 64)
 
 
 class Codec:
-    """Turns samples into bytes and back.
+    """Converts samples to bytes and back.
 
     Args:
         classes: dataclasses and pydantic models whose instances may be stored; each is known by its
@@ -47,7 +46,7 @@ class Codec:
         """Return the bytes of a value.
 
         Raises:
-            NotStorable: when the value could not be brought back equal to what it is.
+            NotStorable: when the value could not be restored to an equal one.
         """
         if type(value) is str:
             form = value
@@ -65,10 +64,10 @@ class Codec:
                 raise NotStorable(f"a sample cannot be written as JSON: {error}") from error
 
     def decode(self, data: bytes) -> Any:
-        """Return the value whose bytes these are.
+        """Return the value of bytes.
 
         Raises:
-            StoreError: when they are no such bytes, or need a class that the caller has not named.
+            StoreError: when the bytes are damaged, or need a class that the caller has not named.
         """
         try:
             form = orjson.loads(data)
@@ -195,10 +194,10 @@ class Codec:
 
 
 def shown(data: bytes) -> Any:
-    """Return what JSON of our own shows of a stored sample.
+    """Return a stored sample for cachepipe's JSON output.
 
-    A JSON value is shown as it is, or as ``{"raw": "<its text>"}`` where a strict parser would refuse or
-    change it. Any other value (tuples, bytes …) is shown in the form in which it is stored.
+    A JSON value is unchanged, or ``{"raw": "<its text>"}`` if a strict parser would refuse or change it. Any
+    other value (tuples, bytes …) has the form in which it is stored.
 
     Raises:
         ValueError: when the bytes are not JSON.

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -178,11 +177,27 @@ _FOUND: Final = {
 
 
 @contextlib.contextmanager
-def opened(cache: str | None) -> Iterator[DiskStore]:
-    """Open the store of a folder to read it; nothing is created or written.
+def opened(cache: str | None, *, write: bool = False) -> Iterator[DiskStore]:
+    """Open the store of a folder that is a cache; without ``write``, nothing is created or written.
 
     Raises:
         StoreError: when there is no cache; it names the folder, and says how to name another.
+    """
+    folder = existing_folder(cache)
+    from cachepipe.stores import DiskStore  # noqa: PLC0415 - help needs no store
+
+    store = DiskStore(folder, read_only=not write)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def existing_folder(cache: str | None) -> Path:
+    """Return the folder of the cache that a command uses.
+
+    Raises:
+        StoreError: when there is no cache in it.
     """
     folder, how = folder_in_use(cache)
     try:
@@ -194,17 +209,7 @@ def opened(cache: str | None) -> Iterator[DiskStore]:
             f"there is no cache: the folder {folder} ({_FOUND[how]}) {what}. "
             "Name another with --cache DIR or in CACHEPIPE_DIR, or fill it: cachepipe run --help"
         )
-    from cachepipe.stores import DiskStore  # noqa: PLC0415 - help needs no store
-
-    store = DiskStore(folder, read_only=True)
-    try:
-        yield store
-    except sqlite3.Error as error:
-        raise StoreError(
-            f"the cache {folder} cannot be read: {error}. Restore it, or name another"
-        ) from error
-    finally:
-        store.close()
+    return folder
 
 
 def _lack_of(folder: Path) -> str:

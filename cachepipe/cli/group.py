@@ -38,6 +38,8 @@ COMMANDS: Final[dict[str, Entry]] = {
     "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),
     "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and their draws."),
     "path": Entry("cachepipe.cli.inspect:path", "Print the cache folder in use."),
+    "verify": Entry("cachepipe.cli.verify:verify", "Check that a cache is whole, and repair it."),
+    "discard": Entry("cachepipe.cli.verify:discard", "Discard samples, so that draws get others instead."),
     "mock-server": Entry(
         "cachepipe.testing.command:mock_server", "Serve the embedded model as an OpenAI-compatible server."
     ),

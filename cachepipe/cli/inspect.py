@@ -175,7 +175,7 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
         ("draws", f"{figures['draws']:,}"),
         ("reused", f"{reused:,} of {drawn:,} samples drawn ({common.share(reused, drawn)})"),
     ]
-    _print_facts(lines)
+    print_facts(lines)
     rows = [
         [
             _NO_NAMESPACE if each["namespace"] is None else each["namespace"] or "''",
@@ -207,10 +207,11 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
 
 def _say_rest(count: int, limit: int, what: str) -> None:
     if count > limit > 0:
-        click.echo(f"and {_counted(count - limit, f'more {what}')}; --limit 0 shows all")
+        click.echo(f"and {counted(count - limit, f'more {what}')}; --limit 0 shows all")
 
 
-def _print_facts(facts: list[tuple[str, str]]) -> None:
+def print_facts(facts: list[tuple[str, str]]) -> None:
+    """Print facts, each after its name."""
     width = max(len(name) for name, _ in facts)
     echo_lines(f"{styled(name.ljust(width), dim=True)}  {visible(fact)}" for name, fact in facts)
 
@@ -410,14 +411,14 @@ def show(*, key: str, cache: str | None, limit: int | None, as_json: bool) -> No
     A prefix of the key is enough if no other key has it.
     """
     with opened(cache) as store:
-        info = _found(store, key)
+        info = found_key(store, key)
         if as_json:
             _print_json(store, info, limit or None)
         else:
             echo_lines(_shown(store, info, 20 if limit is None else limit or None))
 
 
-def _found(store: DiskStore, key: str) -> KeyInfo:
+def found_key(store: DiskStore, key: str) -> KeyInfo:
     """Return the key with this prefix.
 
     Raises:
@@ -521,7 +522,7 @@ def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
     pending = f", {info.pending} pending" if info.pending else ""
     discards = list(store.discards(info.key))
     taken_back = f", {len(discards):,} discarded" if discards else ""
-    samples, spaces = _counted(info.samples, "sample"), _counted(info.namespaces, "namespace")
+    samples, spaces = counted(info.samples, "sample"), counted(info.namespaces, "namespace")
     yield f"first asked {when(info.at)}, {samples}{pending}{taken_back}, drawn by {spaces}"
     if info.scope is not None:
         yield f"scope {visible(info.scope)}"
@@ -543,7 +544,8 @@ def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield from _draw_lines(store.draws(key=info.key), limit)
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """Return a count with its noun, as in ``1 draw`` and ``2,000 draws``."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 

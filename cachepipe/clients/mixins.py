@@ -9,6 +9,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any, Final, Self
 
 from cachepipe import context, outages
@@ -312,7 +313,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
         credentials: placeholders for a client in replay mode without credentials.
         error: what the SDK raises for a client without credentials.
     """
-    copies = (inspect.signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
+    copies = (signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
     missing: Any = next(taken["max_retries"].default for taken in copies if "max_retries" in taken)
 
     def __init__(self: Any, **options: Any) -> None:  # noqa: N807 - it becomes the constructor
@@ -377,7 +378,7 @@ def _sign(made: Callable[..., Any], like: Callable[..., Any], own: Mapping[str, 
     returned = {"return": hints.pop("return")} if "return" in hints else {}
     added = {name: annotation for name, (annotation, _) in own.items()}
     made.__annotations__ = {**hints, **added, **returned}
-    parameters = list(inspect.signature(like).parameters.values())
+    parameters = list(signature(like).parameters.values())
     parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
     rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
     parameters += [

@@ -21,7 +21,7 @@ class Discarded:
 DISCARDED = Discarded()
 
 
-class Book(Protocol):
+class KeyView(Protocol):
     """One key as a store shows it to one draw, as of one moment."""
 
     @property
@@ -70,7 +70,7 @@ class Allotment(NamedTuple):
 
 
 def allot(
-    book: Book,
+    view: KeyView,
     held: Sequence[int],
     n: int,
     *,
@@ -81,7 +81,7 @@ def allot(
     """Return what a draw of ``n`` samples gets.
 
     Args:
-        book: the key, as the store shows it to this draw. What is allotted is taken and leased there.
+        view: the key, as the store shows it to this draw. What is allotted is taken and leased there.
         held: the indices that the ledger holds for the draw, by position.
         n: how many samples are wanted.
         refresh: replace what the ledger holds by samples that are not listed yet.
@@ -97,21 +97,21 @@ def allot(
     for position in range(n):
         sample: Any = DISCARDED
         if position < kept:
-            sample = book.sample(indices[position])
+            sample = view.sample(indices[position])
             if sample is DISCARDED:
                 replaced.append(position)
         while sample is DISCARDED:
             if coupled is None:
-                coupled = book.coupled()
+                coupled = view.coupled()
             preferred = coupled[position] if position < len(coupled) else None
-            index = choose(book.listed, book.taken, preferred, new=refresh)
-            book.take(index)  # a discarded one stays taken: nothing comes back to it
+            index = choose(view.listed, view.taken, preferred, new=refresh)
+            view.take(index)  # a discarded one stays taken: nothing comes back to it
             indices[position : position + 1] = [index]
-            sample = book.sample(index) if index in book.listed else None
+            sample = view.sample(index) if index in view.listed else None
         if sample is None:
             if stored_only:
                 return None
-            if book.lease(indices[position]):
+            if view.lease(indices[position]):
                 to_generate.append(indices[position])
         samples.append(sample)
     return Allotment(indices, samples, to_generate, kept, replaced)

@@ -15,8 +15,9 @@ from cachepipe.accounting import Account, usage_of
 from cachepipe.flow.limits import FlowStats, Limits, Quota, holding
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimate, Estimator
-from cachepipe.stages.base import Arrived, Stage, adapter_of, ask, ask_batch, each, given, has_batch, send
-from cachepipe.typedefs import Batch, Request, Response, field_names
+from cachepipe.stages.adapting import has_batch, name_of
+from cachepipe.stages.base import Stage, adapter_of, ask, ask_batch, each, given, send
+from cachepipe.typedefs import Arrived, Batch, Request, Response, field_names
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ class AsyncLimiter(Stage):
         fields = {name: getattr(request, name) for name in field_names(type(request))}
         if isinstance(request.prompt, Mapping):
             fields |= request.prompt
-        fields["model"] = fields.get("model") or getattr(self._adapter, "model", None)
+        fields["model"] = fields.get("model") or name_of(self._adapter)
         return fields
 
 

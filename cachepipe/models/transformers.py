@@ -136,8 +136,9 @@ class TransformersModel:
             raise TypeError(
                 "a model that is loaded comes with its tokenizer: TransformersModel(model, tokenizer)"
             )
-        revision = getattr(model.config, "_commit_hash", None)
-        own = "@".join(filter(None, (getattr(model.config, "_name_or_path", ""), revision)))
+        config = model.config
+        revision = getattr(config, "_commit_hash", None)
+        own = "@".join(filter(None, (getattr(config, "_name_or_path", ""), revision)))
         if not (name or own):
             raise ValueError(
                 "the model has no name, so its answers could be taken for another's: give name=..."
@@ -228,13 +229,14 @@ class TransformersModel:
             if start is None:
                 raise wire.BadRequest(f"the prompt is empty, and {self.name} has no token to begin with")
             tokens = [start]
-        most = getattr(self._model.config, "max_position_embeddings", None)
+        config, defaults = self._model.config, self._model.generation_config
+        most = getattr(config, "max_position_embeddings", None)
         if most is not None and len(tokens) + length > most:
             raise wire.BadRequest(
                 f"a prompt of {len(tokens)} tokens and an answer of {length} do not fit into the {most} "
                 f"positions of {self.name}; shorten the one or the other"
             )
-        stop = body.get("stop") or getattr(self._model.generation_config, "stop_strings", None) or ()
+        stop = body.get("stop") or getattr(defaults, "stop_strings", None) or ()
         stop = (stop,) if isinstance(stop, str) else stop
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
             raise wire.BadRequest(f"stop is a text or a list of texts; got {stop!r:.200}")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cachepipe.errors import BadAnswer, BatchMismatch, StageClosed
-from cachepipe.typedefs import Batch, Request, Response
+from cachepipe.stages.adapting import (
+    check_model,
+    cut_of,
+    has_batch,
+    has_request,
+    limit_of,
+    reports_arrivals,
+    scope_of,
+)
+from cachepipe.typedefs import Arrived, Batch, Request, Response, Ticket
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
-
-Arrived = Callable[[int, Any], None]
-"""A callback on the loop that gets a request's place in its batch, and its answer or error once it comes."""
 
 
 class Stage:
@@ -25,7 +29,16 @@ class Stage:
     If the answers of a ``batch_request`` do not arrive together, it may accept one more keyword, ``arrived``
     (see `Arrived`), and call it with each answer. It still returns all answers. A method without this
     keyword is called without it.
+
+    Attributes:
+        queue_seconds: total time that the calls of this stage have waited for its leave.
+        call_seconds: total time that they have taken from then on.
+        submit: see `cachepipe.typedefs.ModelHooks`; None if requests are not queued here.
     """
+
+    queue_seconds: float = 0.0
+    call_seconds: float = 0.0
+    submit: Callable[[Request], Ticket] | None = None
 
     def __init__(self, model: Any) -> None:
         check_model(model)
@@ -40,13 +53,11 @@ class Stage:
     @property
     def cut_n(self) -> int | None:
         """The number of samples above which a request is cut into several, if it may be cut."""
-        return getattr(self.model, "cut_n", None)
+        return cut_of(self.model)
 
     @property
     def cache_scope(self) -> str | None:
-        """The scope of the model's answers (see ``cachepipe.keys.scope_of``)."""
-        from cachepipe.keys import scope_of  # noqa: PLC0415 - keys is not needed by every stage
-
+        """The scope of the model's answers (see ``cachepipe.stages.adapting.scope_of``)."""
         return scope_of(self.model)
 
     async def request(self, request: Request) -> Response:
@@ -89,56 +100,11 @@ class Stage:
         await self.close()
 
 
-def check_model(model: Any) -> None:
-    """Raise an error if the object is not a model, before anything is asked of it."""
-    limit_of(model)
-    if isinstance(model, type) or not (has_request(model) or has_batch(model)):
-        raise TypeError(
-            "a model has `async request(Request) -> Response` or `async batch_request(Batch) -> "
-            f"list[Response]`; got {model!r}"
-        )
-
-
 def adapter_of(model: Any) -> Any:
     """Return the adapter at the end of a chain of stages: it knows what is sent to a provider."""
     while isinstance(model, Stage):
         model = model.model
     return model
-
-
-def has_request(model: Any) -> bool:
-    """Tell whether a model answers single requests."""
-    return _overrides(model, "request")
-
-
-def has_batch(model: Any) -> bool:
-    """Tell whether a model answers batches."""
-    return _overrides(model, "batch_request")
-
-
-def _overrides(model: Any, name: str) -> bool:
-    """Tell whether a model has a method of its own, not only the protocol's empty one."""
-    from cachepipe.typedefs import BatchRequestModel, SingleRequestModel  # noqa: PLC0415 - only here
-
-    method = getattr(type(model), name, None)
-    if method is None:
-        return callable(getattr(model, name, None))
-    return method not in (
-        getattr(SingleRequestModel, name, None),
-        getattr(BatchRequestModel, name, None),
-    )
-
-
-def limit_of(model: Any) -> int | None:
-    """Return a model's limit on ``n``, its attribute ``max_n``; None or 0 is no limit."""
-    limit: Any = getattr(model, "max_n", None)
-    if limit is None:
-        return None
-    if type(limit) is not int and not isinstance(limit, bool) and hasattr(limit, "__index__"):
-        limit = limit.__index__()
-    if type(limit) is not int or limit < 0:
-        raise TypeError(f"max_n is a whole number of samples or None; {model!r} has {limit!r}")
-    return limit or None
 
 
 async def together(requests: Iterable[Any], return_exceptions: bool) -> list[Any]:
@@ -268,18 +234,9 @@ async def send(model: Any, batch: Batch, arrived: Arrived | None) -> list[Any]:
         stage._check_open()  # noqa: SLF001 - this module's own
         return await each(stage.request, batch.requests, arrived)
     options: dict[str, Any] = {"return_exceptions": True} if isinstance(model, Stage) else {}
-    if function is not None and _takes_arrived(function):
+    if function is not None and reports_arrivals(function):
         options["arrived"] = arrived
     return list(await method(batch, **options))
-
-
-@lru_cache
-def _takes_arrived(function: Callable[..., Any]) -> bool:
-    """Return True if a ``batch_request`` can report its answers as they come."""
-    try:
-        return "arrived" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of one that is not written in Python
-        return False
 
 
 def _raisable(answer: Any) -> Any:

@@ -14,18 +14,17 @@ from typing import Any, Literal
 
 from cachepipe import loops
 from cachepipe.errors import StageClosed
+from cachepipe.stages.adapting import has_request
 from cachepipe.stages.base import (
-    Arrived,
     Flight,
     Stage,
     ask_batch,
     each,
     given,
-    has_request,
     samples_of,
     together,
 )
-from cachepipe.typedefs import Batch, Request, Response
+from cachepipe.typedefs import Arrived, Batch, Request, Response
 
 
 class Ticket:

@@ -16,6 +16,7 @@ from typing import Any
 from cachepipe import forks, keys, loops, runs
 from cachepipe.contract.draws import Counter, Fixed
 from cachepipe.keys import Question
+from cachepipe.stages.adapting import hooks_of, scope_of
 from cachepipe.stages.base import Stage, adapter_of, given, together
 from cachepipe.stages.engine import Drawing, Engine, Receipt, Stats, respond
 from cachepipe.stages.generation import Wanted
@@ -76,9 +77,9 @@ class AsyncCacher(Stage):
         self._ended = False
         self.mode = mode
         self.repeat = repeat
-        self.scope = scope if scope is not None else keys.scope_of(model)
+        self.scope = scope if scope is not None else scope_of(model)
         self._hash = hash
-        self._question = getattr(adapter_of(model), "question", None)
+        self._question = hooks_of(adapter_of(model)).question
         self._engine = Engine(model, self.store, codec)
         runs.opened(self.store.identity, self)
 

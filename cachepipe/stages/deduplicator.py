@@ -15,6 +15,7 @@ from typing import Any
 from cachepipe import keys, loops
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
+from cachepipe.stages.adapting import hooks_of, scope_of
 from cachepipe.stages.base import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.engine import Receipt, Stats
@@ -52,7 +53,8 @@ class AsyncDeduplicator(Stage):
             raise ValueError(f"window is a number of seconds, at least 0; got {window!r}")
         self.window = window
         self._cacher = model if isinstance(model, AsyncCacher) else None
-        self._scope = scope if scope is not None else keys.scope_of(model)
+        self._scope = scope if scope is not None else scope_of(model)
+        self._question = hooks_of(adapter_of(model)).question
         self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
         self._last: _Lane | None = None
         self._requests = self._merged = self._misses = 0
@@ -144,7 +146,7 @@ class AsyncDeduplicator(Stage):
 
     def _ask(self, request: Request) -> keys.Question:
         """Return the question of a request, as a cacher would key it."""
-        own = getattr(adapter_of(self.model), "question", None)
+        own = self._question
         question: keys.Question = (
             keys.question(request, self._scope) if own is None else own(request, self._scope)
         )

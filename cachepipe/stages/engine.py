@@ -21,6 +21,7 @@ from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, WaitingForOthers, warn
 from cachepipe.keys import Question
+from cachepipe.stages.adapting import hooks_of
 from cachepipe.stages.base import adapter_of
 from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
@@ -29,10 +30,10 @@ from cachepipe.stores.base import (
     Claim,
     Commit,
     Committed,
-    Forgo,
     Grant,
-    Leave,
     Process,
+    ReleaseHold,
+    ReleaseLease,
     Sample,
     Seize,
     Store,
@@ -228,10 +229,8 @@ class Engine:
         self._lock = threading.Lock()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._last: Lane | None = None
-        adapter = adapter_of(model)
-        self._present = getattr(adapter, "present", None)
-        self._pack = getattr(adapter, "pack", None)
-        self._unpack = getattr(adapter, "unpack", None)
+        hooks = hooks_of(adapter_of(model))
+        self._present, self._pack, self._unpack = hooks.present, hooks.pack, hooks.unpack
         self._calls = self._generated = 0  # of loops that are closed
 
     def lane(self, loop: asyncio.AbstractEventLoop) -> Lane:
@@ -427,7 +426,7 @@ class Engine:
             if not draw.dead:
                 unmade = [] if isinstance(result, Exception) else sorted({*result.mine} - draw.making)
                 if unmade:
-                    draw.lane.put(Forgo(draw.question.key, unmade), _unheard)
+                    draw.lane.put(ReleaseLease(draw.question.key, unmade), _unheard)
                 self._fail(draw, error)
 
     def _granted(self, draw: Drawing, grant: Grant | Exception) -> None:
@@ -441,7 +440,7 @@ class Engine:
         if draw.dead:
             self._leave(draw, _unheard)
             if grant.mine:
-                lane.put(Forgo(key, grant.mine), _unheard)
+                lane.put(ReleaseLease(key, grant.mine), _unheard)
             return
         if draw.user is not None:
             draw.run.used.add((key, draw.user))
@@ -585,7 +584,7 @@ class Engine:
                 self.board.settle(key, index, None, error, last=draw.retried)
 
         if indices and indices[0] >= 0:
-            draw.lane.put(Forgo(key, indices), done)
+            draw.lane.put(ReleaseLease(key, indices), done)
         if keep or draw.dead:
             return
         if error is None:
@@ -677,7 +676,7 @@ class Engine:
 
     def _leave(self, draw: Drawing, then: Callable[[Any], None]) -> None:
         if draw.held:
-            draw.lane.put(Leave(draw.id, draw.token, draw.held, draw.complete, draw.n), then)
+            draw.lane.put(ReleaseHold(draw.id, draw.token, draw.held, draw.complete, draw.n), then)
         else:
             then(None)
 
@@ -705,7 +704,7 @@ class Engine:
         seen: dict[tuple[str, int], int] = {}
         again: dict[Drawing, None] = {}
         try:
-            states = self.store.glance([(draw.question.key, index) for draw, index in places])
+            states = self.store.status([(draw.question.key, index) for draw, index in places])
         except StoreError as error:
             for draw in list(lane.strangers):
                 self._fail(draw, error)
@@ -716,7 +715,7 @@ class Engine:
                 # Granted to another lane of this process that has not announced it yet, or is gone.
                 seen[place] = 0 if self.board.anyone_claims(place[0]) else orphans.get(place, 0) + 1
                 if seen[place] >= _ORPHAN_LOOKS:
-                    lane.put(Forgo(place[0], [index]), _unheard)
+                    lane.put(ReleaseLease(place[0], [index]), _unheard)
                     again[draw] = None
             elif state != "pending" or self._outwaited(draw, index):
                 again[draw] = None

@@ -10,7 +10,8 @@ from typing import Any
 
 from cachepipe.contract.demands import PATIENCE, Limit, answered, cut, largest, repeats
 from cachepipe.errors import ShortAnswer
-from cachepipe.stages.base import Flight, Stage, ask_batch, has_request, limit_of, samples_of
+from cachepipe.stages.adapting import cut_of, has_request, hooks_of, limit_of
+from cachepipe.stages.base import Flight, Stage, ask_batch, samples_of
 from cachepipe.stores.base import new_id
 from cachepipe.typedefs import Request
 
@@ -82,12 +83,11 @@ class Call:
     @property
     def request(self) -> Request:
         """The request to send to the model."""
-        request, total = self.pieces[0][0].request, self.total
-        if hasattr(type(request), "merging"):  # the request wants to know which draw its samples go to
-            if self.merged:
-                merged: Request = request.merging(total)
-                return merged
-            request.placed(self.pieces[0][1])
+        [(need, slots), *others] = self.pieces
+        request, total = need.request, self.total
+        if others:
+            return request.merging(total)
+        request.placed(slots)
         return request if request.n == total else request.asking(total)
 
     @property
@@ -184,9 +184,9 @@ class Caller:
         self._loop = loop
         self._model = model
         self._single_requests = has_request(model)
-        self._limit = Limit(getattr(model, "cut_n", None))
-        self._submit = getattr(model, "submit", None)
-        self._context_of = getattr(model, "context_of", None)
+        self._limit = Limit(cut_of(model))
+        hooks = hooks_of(model)
+        self._submit, self._context_of = hooks.submit, hooks.context_of
         self._extra = extra
         self._tasks: dict[asyncio.Task[None], list[Call]] = {}
         self.calls = 0

@@ -143,7 +143,7 @@ class Committed(NamedTuple):
 
 
 @dataclass(slots=True)
-class Forgo:
+class ReleaseLease:
     """Give up the leases of indices that will not be generated here."""
 
     key: str
@@ -162,7 +162,7 @@ class Seize:
 
 
 @dataclass(slots=True)
-class Leave:
+class ReleaseHold:
     """End a claimant's hold of a draw; undo the draw when it is incomplete and nobody else holds it.
 
     Attributes:
@@ -189,7 +189,7 @@ class Discard:
     why: str
 
 
-Operation = Claim | Commit | Forgo | Seize | Leave | Discard
+Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard
 Result = Grant | Committed | None
 
 
@@ -300,7 +300,7 @@ class Store(Protocol):
         """
         ...
 
-    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         ...
 

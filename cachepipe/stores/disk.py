@@ -24,7 +24,7 @@ from cachepipe.stores import folders, identity, leases, recovery
 from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
 from cachepipe.stores.sql import SqlStore
-from cachepipe.stores.tables import SCHEMA
+from cachepipe.stores.tables import SCHEMA, UNREADABLE
 
 Durability = Literal["process", "full"]
 
@@ -104,7 +104,7 @@ class DiskStore(SqlStore):
             return
         try:
             self._make(theirs)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *UNREADABLE) as error:
             raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
         self._inode = _inode(self._ledger_path)
         if any(_size(self.folder / f"{name}-wal") > _LARGE for name in (_SHELF, _LEDGER)):
@@ -137,6 +137,7 @@ class DiskStore(SqlStore):
                     ledger.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 check_format(ledger, str(self.folder))
                 identity.check_parts(ledger, shelf, str(self.folder))
+                identity.sign(ledger, shelf)
                 self._recover(ledger, shelf)
             finally:
                 ledger.close()
@@ -229,46 +230,29 @@ class DiskStore(SqlStore):
             check_ledger(ledger, str(self.folder))
             check_format(ledger, str(self.folder))
             identity.check_parts(ledger, shelf, str(self.folder))
-        except sqlite3.Error as error:
+        except UNREADABLE as error:
             raise StoreError(
                 f"the folder {self.folder} cannot be read as a cache: {error}. Check the path, or open it "
                 "first in a process that may write"
             ) from error
 
-    def _check_log(self, name: str, opened: Sequence[sqlite3.Connection]) -> None:
-        """Refuse to read a file while its latest rows are in a log beside it: they would seem missing."""
-        if _size(self.folder / f"{name}-wal"):
-            for connection in opened:
-                connection.close()
-            raise StoreError(
-                f"the cache {self.folder} cannot be read where nothing can be written: {name}-wal holds "
-                "rows that were not moved into the file. Open the cache once where it may be written"
-            )
-
-    def _connect(self, name: str, *, uri: str = "") -> sqlite3.Connection:
-        path = self.folder / name
-        connection = sqlite3.connect(
-            f"{path.as_uri()}{uri}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
-        )
-        connection.execute("PRAGMA trusted_schema = OFF")
-        return connection
+    def _connect(self, name: str) -> sqlite3.Connection:
+        return connect(self.folder / name)
 
     def _open(self, *, write: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         pair: list[sqlite3.Connection] = []
         hows: list[str] = []
         for name in (_LEDGER, _SHELF):
-            how = "?mode=ro" if self.read_only else ""
-            connection = self._connect(name, uri=how)
+            how = ""
             if self.read_only:
                 try:
-                    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-                except sqlite3.OperationalError:
-                    # SQLite wants to make its side files, and cannot: read the file as it lies there.
-                    connection.close()
-                    self._check_log(name, pair)
-                    how = "?immutable=1"
-                    connection = self._connect(name, uri=how)
+                    connection, how = connect_to_read(self.folder / name)
+                except StoreError:
+                    for other in pair:
+                        other.close()
+                    raise
             else:
+                connection = self._connect(name)
                 full = self.durability == "full"
                 connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
@@ -333,6 +317,39 @@ class DiskStore(SqlStore):
                     " AND NOT EXISTS (SELECT 1 FROM holders WHERE lease = leases.id)",
                     (time.time(), holding.name),
                 )
+
+
+def connect(path: Path, *, uri: str = "") -> sqlite3.Connection:
+    """Return a connection to one file of a cache, in autocommit mode."""
+    connection = sqlite3.connect(
+        f"{path.as_uri()}{uri}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA trusted_schema = OFF")
+    return connection
+
+
+def connect_to_read(path: Path) -> tuple[sqlite3.Connection, str]:
+    """Return a connection that only reads one file of a cache, and the options of its URI.
+
+    Raises:
+        StoreError: when the latest rows are in a log beside the file, which cannot be read where nothing can
+            be written: the rows would seem missing.
+    """
+    how = "?mode=ro"
+    connection = connect(path, uri=how)
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        # SQLite wants to make its side files, and cannot: read the file as it lies there.
+        connection.close()
+        if _size(path.with_name(f"{path.name}-wal")):
+            raise StoreError(
+                f"the cache {path.parent} cannot be read where nothing can be written: {path.name}-wal holds "
+                "rows that were not moved into the file. Open the cache once where it may be written"
+            ) from None
+        how = "?immutable=1"
+        connection = connect(path, uri=how)
+    return connection, how
 
 
 def _inode(path: str) -> int | None:

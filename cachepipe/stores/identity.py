@@ -23,7 +23,7 @@ _PUT_SHELF = "INSERT INTO cachepipe VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET
 
 
 def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: str) -> None:
-    """Raise an error if a ledger and samples do not belong together; give a new cache its identity.
+    """Raise an error if a ledger and samples do not belong together.
 
     Args:
         ledger: a connection to the ledger, whose tables exist.
@@ -35,13 +35,14 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
     """
     ours = _meta(ledger)
     theirs = _noted(shelf)
+    for part, noted in ((LEDGER, ours), (SHELF, theirs or {})):
+        if type(noted.get("stamp", 0)) is not int:
+            raise _mismatch(where, part, "its checkpoint is damaged", "the rest")
     if ours.get("identity") is None and theirs is None:
-        _begin(ledger, shelf)
-        return
+        return  # a new cache
     if theirs is None:
         if shelf_is_new(shelf) and not ledger.execute("SELECT 1 FROM intervals LIMIT 1").fetchone():
-            _sign(shelf, ours["identity"])  # the process that created it was killed in between
-            return
+            return  # the process that created it was killed in between
         raise _mismatch(where, SHELF, "its samples are lost", LEDGER)
     if ours.get("identity") is None:
         raise _mismatch(where, LEDGER, "the ledger that says who drew them is lost", SHELF)
@@ -52,6 +53,20 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
         raise _mismatch(where, SHELF, f"it lacks samples that the ledger has seen, such as {sample}", LEDGER)
     if theirs.get("stamp", 0) > ours.get("stamp", 0) and theirs["stamp"] > _greatest(ledger):
         raise _mismatch(where, LEDGER, "it lacks draws that were made before the last checkpoint", SHELF)
+
+
+def sign(ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> None:
+    """Give a new cache its identity; one that has its own keeps it."""
+    identity = _meta(ledger).get("identity")
+    if identity is None:
+        identity = secrets.token_hex(16)
+        ledger.execute("INSERT INTO meta VALUES('identity', ?)", (identity,))
+    if _noted(shelf) is None:
+        shelf.execute("BEGIN IMMEDIATE")
+        if shelf.execute("SELECT 1 FROM sqlite_master WHERE name = 'cachepipe'").fetchone() is None:
+            shelf.execute(tables.SHELF_SCHEMA)
+        shelf.execute(_PUT_SHELF, ("identity", identity))
+        shelf.execute("COMMIT")
 
 
 def shelf_is_new(shelf: sqlite3.Connection) -> bool:
@@ -124,22 +139,8 @@ def _noted(shelf: sqlite3.Connection) -> dict[str, Any] | None:
     return noted if "identity" in noted else None
 
 
-def _begin(ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> None:
-    identity = secrets.token_hex(16)
-    ledger.execute("INSERT INTO meta VALUES('identity', ?)", (identity,))
-    _sign(shelf, identity)
-
-
-def _sign(shelf: sqlite3.Connection, identity: str) -> None:
-    shelf.execute("BEGIN IMMEDIATE")
-    if shelf.execute("SELECT 1 FROM sqlite_master WHERE name = 'cachepipe'").fetchone() is None:
-        shelf.execute(tables.SHELF_SCHEMA)
-    shelf.execute(_PUT_SHELF, ("identity", identity))
-    shelf.execute("COMMIT")
-
-
 def _greatest(ledger: sqlite3.Connection) -> int:
-    return int(ledger.execute("SELECT coalesce(max(stamp), 0) FROM segments").fetchone()[0])
+    return int(ledger.execute("SELECT coalesce(max(CAST(stamp AS INTEGER)), 0) FROM segments").fetchone()[0])
 
 
 def _mismatch(where: str, what: str, why: str, beside: str) -> DamagedCache:

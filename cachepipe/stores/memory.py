@@ -83,10 +83,10 @@ class MemoryStore(SqlStore):
         with self._lock:
             return super().replay(draw, n, taken)
 
-    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         with self._lock:
-            return super().glance(wanted)
+            return super().status(wanted)
 
     def generator(self, key: str, index: int) -> Process | None:
         """Return the process that generates a sample, or None."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 
-from cachepipe.contract.allotment import DISCARDED
 from cachepipe.stores import tables
 from cachepipe.stores.sets import LargeSet
 from cachepipe.stores.tables import LISTED
@@ -43,10 +42,9 @@ def relist(ledger: sqlite3.Connection, shelf: sqlite3.Connection, since: int) ->
         if known is None or not number.isdecimal():
             continue
         listed = LargeSet(ledger, (LISTED, ""), (known[0], key_name))
-        if int(number) not in listed and (
-            tables.parse_sample(key_name, int(number), mode, filename, value) is not DISCARDED
-        ):
-            listed.add(int(number))
+        row = (mode, filename, value)
+        if int(number) not in listed and not tables.is_discarded(key_name, int(number), row):
+            listed.add(int(number))  # also a damaged one: it is an error for those who need it
     return lost
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
+import inspect
 import itertools
 import os
 import re
@@ -18,8 +20,8 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from cachepipe import forks
 from cachepipe.contract.allotment import allot, laid
@@ -32,13 +34,13 @@ from cachepipe.stores.base import (
     Claim,
     DiscardInfo,
     DrawInfo,
-    Forgo,
     Grant,
     KeyInfo,
-    Leave,
     NamespaceInfo,
     Operation,
     Process,
+    ReleaseHold,
+    ReleaseLease,
     Result,
     Sample,
     State,
@@ -57,6 +59,9 @@ _IDS = 50_000  # interned keys and namespaces that readers remember, 200 bytes e
 
 _LONG = 100_000  # indices of a list above which those that are stored are looked up first
 _STORED = "SELECT CAST(substr(key, ?3) AS INTEGER) FROM Cache WHERE raw = 1 AND key > ?1 AND key < ?2"
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _stores: weakref.WeakSet[SqlStore] = weakref.WeakSet()
 
@@ -101,6 +106,25 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=_after_fork_in_parent,
         after_in_child=_after_fork_in_child,
     )
+
+
+def _reads(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Turn SQLite's errors in a method of a store, or in the generator that it returns, into ours."""
+    if inspect.isgeneratorfunction(method):
+
+        @functools.wraps(method)
+        def iterate(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            with args[0]._reading_rows():  # type: ignore[attr-defined]  # noqa: SLF001 - of this module
+                yield from method(*args, **kwargs)
+
+        return iterate
+
+    @functools.wraps(method)
+    def read(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with args[0]._reading_rows():  # type: ignore[attr-defined]  # noqa: SLF001 - of this module
+            return method(*args, **kwargs)
+
+    return read
 
 
 class _Readers:
@@ -268,9 +292,9 @@ class SqlStore:
         for operation, result in zip(operations, results, strict=True):
             if isinstance(operation, Claim) and isinstance(result, Grant):
                 if result.mine:
-                    back.append(Forgo(operation.draw.key, result.mine))
+                    back.append(ReleaseLease(operation.draw.key, result.mine))
                 if result.held:
-                    back.append(Leave(operation.draw, operation.token, result.held, complete=False))
+                    back.append(ReleaseHold(operation.draw, operation.token, result.held, complete=False))
         if back:
             self.apply_soon(back)
 
@@ -311,7 +335,7 @@ class SqlStore:
             if locked(error):
                 raise Locked from error
             raise StoreError(f"the cache {self.identity} could not be written: {error}") from error
-        except sqlite3.DatabaseError as error:
+        except tables.UNREADABLE as error:
             raise StoreError(f"the cache {self.identity} is damaged: {error}") from error
         except OSError as error:
             raise StoreError(f"the cache {self.identity} could not be written: {error}") from error
@@ -350,11 +374,26 @@ class SqlStore:
         """
         try:
             return self._recall(draw, n)
-        except sqlite3.Error as error:
+        except tables.UNREADABLE as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: sqlite3.Error) -> StoreError:
-        return StoreError(f"the cache {self.identity} could not be read: {error}")
+    @contextlib.contextmanager
+    def _reading_rows(self) -> Iterator[None]:
+        """Turn the errors of damaged rows into ours; in a generator, also those between two of its values."""
+        try:
+            yield
+        except UnicodeEncodeError:  # what is looked for cannot be stored, so it is the caller's error
+            raise
+        except tables.UNREADABLE as error:
+            raise self._unreadable(error) from error
+        except (TypeError, ValueError) as error:
+            raise tables.damaged_row("a value of the wrong type") from error
+
+    def _unreadable(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"the cache {self.identity} could not be read: {error}. Run `cachepipe verify` to see whether it "
+            "is damaged"
+        )
 
     def _recall(self, draw: Draw, n: int) -> Grant | None:
         ledger, shelf = self._readable()
@@ -418,33 +457,30 @@ class SqlStore:
         Raises:
             StoreError: when the files cannot be read.
         """
-        try:
+        with self._reading_rows():
             ledger, shelf = self._readable()
             key = self._key_id(ledger, draw.key)
             if key is None:
                 return None
             namespace = self._namespace_id(ledger, draw.namespace)
-            book = _Book(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
-            allotment = allot(book, book.held(), n, couple=not draw.shared, stored_only=True)
-        except sqlite3.Error as error:
-            raise self._unreadable(error) from error
+            view = _KeyView(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
+            allotment = allot(view, view.held(), n, couple=not draw.shared, stored_only=True)
         if allotment is None:
             return None
         for index in allotment.indices:
             taken.add(index)
         return Grant(allotment.indices, allotment.samples)
 
-    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
 
         Raises:
             StoreError: when the files cannot be read.
         """
-        try:
-            return self._glance(wanted)
-        except sqlite3.Error as error:
-            raise self._unreadable(error) from error
+        with self._reading_rows():
+            return self._status(wanted)
 
+    @_reads
     def generator(self, key: str, index: int) -> Process | None:
         """Return the process that generates a sample, or None."""
         ledger, _ = self._readable()
@@ -455,7 +491,7 @@ class SqlStore:
         ).fetchone()
         return None if row is None else leases.process(str(row[0]))
 
-    def _glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+    def _status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         ledger, shelf = self._readable()
         states: list[State] = []
         for key, index in wanted:
@@ -475,6 +511,7 @@ class SqlStore:
                 states.append("free")
         return states
 
+    @_reads
     def keys(
         self,
         prefix: str = "",
@@ -495,7 +532,7 @@ class SqlStore:
         """
         ledger, _ = self._readable()
         rows = ledger.execute(
-            "SELECT k.key, k.scope, k.at,"  # noqa: S608 - of constants
+            "SELECT k.key, CAST(k.scope AS TEXT), CAST(k.at AS REAL),"  # noqa: S608 - of constants
             " (SELECT coalesce(sum(stop - start), 0) FROM intervals WHERE owner = 0 AND key = k.id),"
             " (SELECT count(*) FROM pending WHERE key = k.id),"
             " (SELECT count(DISTINCT namespace) FROM segments WHERE key = k.id AND namespace IS NOT"
@@ -513,15 +550,17 @@ class SqlStore:
         for key, whose, at, listed, pending, namespaces, discards in rows:
             yield KeyInfo(key, whose, at, listed - pending - discards, pending, namespaces)
 
+    @_reads
     def question(self, key: str) -> StoredQuestion | None:
         """Return the question of a key."""
         ledger, _ = self._readable()
         row = ledger.execute(
-            "SELECT scope, document, at FROM keys WHERE key = ?",
+            "SELECT CAST(scope AS TEXT), CAST(document AS BLOB), CAST(at AS REAL) FROM keys WHERE key = ?",
             (key,),
         ).fetchone()
         return None if row is None else StoredQuestion(key, row[0], row[1], row[2])
 
+    @_reads
     def similar(self, question: Question) -> StoredQuestion | None:
         """Return the stored question that differs least from another one; None if none is similar.
 
@@ -537,26 +576,31 @@ class SqlStore:
         )
         ids, keys = self._similar.ids(question), self._similar.elsewhere(question)
         rows = ledger.execute(
-            "SELECT key, scope, document, at FROM keys"  # noqa: S608 - of marks
+            "SELECT key, CAST(scope AS TEXT), CAST(document AS BLOB), CAST(at AS REAL) FROM keys"  # noqa: S608 - of marks
             f" WHERE key IN ({_marks(keys)}) OR id IN ({_marks(ids)})",
             (*keys, *ids),
         )
         return nearest(question, itertools.starmap(StoredQuestion, rows))
 
+    @_reads
     def sample(self, key: str, index: int) -> Sample | None:
         """Return one sample of a key; None if it does not exist or was discarded."""
         _, shelf = self._readable()
         sample = read_sample(shelf, key, index)
         return sample if isinstance(sample, Sample) else None
 
+    @_reads
     def samples(self, key: str) -> Iterator[Sample]:
         """Iterate over the samples of a key by index; discarded ones are left out."""
         ledger, shelf = self._readable()
-        runs = ledger.execute(
-            "SELECT start, stop FROM intervals WHERE owner = 0 AND key = (SELECT id FROM keys WHERE key = ?)"
-            " ORDER BY stop",
+        rows = ledger.execute(
+            "SELECT start, stop, digest FROM intervals"
+            " WHERE owner = 0 AND key = (SELECT id FROM keys WHERE key = ?) ORDER BY stop",
             (key,),
         ).fetchall()
+        for row in rows:
+            tables.check_interval("", key, *row)
+        runs = [(start, stop) for start, stop, _ in rows]
         listed: Iterable[int] = itertools.chain.from_iterable(range(start, stop) for start, stop in runs)
         if sum(stop - start for start, stop in runs) > _LONG:  # a received ledger may list any number
             stored = shelf.execute(_STORED, (f"{key}/", f"{key}0", len(key) + 2)).fetchall()
@@ -567,6 +611,7 @@ class SqlStore:
             if isinstance(sample, Sample):
                 yield sample
 
+    @_reads
     def discards(self, key: str) -> Iterator[DiscardInfo]:
         """Iterate over the samples of a key that were discarded, by index."""
         ledger, _ = self._readable()
@@ -577,23 +622,27 @@ class SqlStore:
         )
         yield from itertools.starmap(DiscardInfo, rows)
 
+    @_reads
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
         """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""
         ledger, _ = self._readable()
         rows = ledger.execute(
             "SELECT n.label, k.key, s.request_id, s.occurrence, s.replicate,"
-            " s.position, s.indices, s.generated, s.stamp"
+            " s.position, s.indices, s.generated, s.stamp, s.part, s.digest"
             " FROM segments s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
             " WHERE (? IS NULL OR k.key = ?) AND (? IS NULL OR n.label = ?)"
             " ORDER BY s.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.part",
             (key, key, namespace, namespace),
         )
         for whose, group in itertools.groupby(rows, key=lambda row: row[:5]):
-            segments = list(group)
+            draw, segments = Draw(*whose), list(group)
+            for row in segments:
+                tables.check_segment(draw, row[9], row[5], row[6], row[8], row[10])
             indices = laid((row[5], unpack(row[6])) for row in segments)
             generated = sum(row[7] for row in segments)
-            yield DrawInfo(Draw(*whose), tuple(indices), generated, segments[0][8] / 1e6)
+            yield DrawInfo(draw, tuple(indices), generated, segments[0][8] / 1e6)
 
+    @_reads
     def namespaces(self) -> Iterator[NamespaceInfo]:
         """Iterate over the namespaces, in order of their first draw; the shared draws are left out."""
         ledger, _ = self._readable()
@@ -611,6 +660,7 @@ class SqlStore:
                 draws, generated = drawn.get(namespace, (0, 0))
                 yield NamespaceInfo(namespace_of(written), draws, taken.get(namespace, 0), generated)
 
+    @_reads
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
         ledger, _ = self._readable()
@@ -731,8 +781,8 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
     return identifier
 
 
-class _Book:
-    """One key as a reader sees it, for a claim in memory (see ``contract.allotment.Book``).
+class _KeyView:
+    """One key as a reader sees it, for a claim in memory (see ``contract.allotment.KeyView``).
 
     Args:
         ledger: a reader's connection to the ledger.

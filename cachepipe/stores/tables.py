@@ -156,11 +156,18 @@ PUT = (
     " ON CONFLICT(key, raw) DO NOTHING"
 )
 GET = "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1"
+GET_DAMAGED = (
+    f"SELECT CASE WHEN mode = {RAW} AND filename IS NULL AND typeof(value) = 'blob' THEN {RAW} END, NULL,"
+    " CAST(value AS BLOB) FROM Cache WHERE key = ? AND raw = 1"
+)
+"""Like ``GET``, for rows that may hold anything; those that no sample has come without a mode."""
 SAMPLES = (
     "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
     " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"
 )
-REWRITE = "UPDATE Cache SET value = ? WHERE key = ? AND raw = 1"
+PUT_DISCARDED = PUT.replace(
+    "DO NOTHING", f"DO UPDATE SET mode = {RAW}, filename = NULL, value = excluded.value, expire_time = NULL"
+)
 
 _LIVE = b"+"
 _GONE = b"-"
@@ -168,9 +175,14 @@ _BODY = 17  # bytes of a sample's row before its header: its state, and the dige
 _HEADER = b'{"id":"'
 
 
+UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
+"""What reading a damaged file raises; a message of SQLite's that quotes the file may be no UTF-8."""
+
+
 def locked(error: sqlite3.OperationalError) -> bool:
     """Return True if SQLite refused because another connection writes."""
-    return (error.sqlite_errorcode & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    code = getattr(error, "sqlite_errorcode", 0)  # text that is not UTF-8 is an error without a code
+    return (code & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 # Indices.
@@ -182,10 +194,25 @@ def pack(indices: Sequence[int]) -> int | str:
 
 
 def unpack(written: int | str) -> list[int]:
-    """Return the indices that the ledger wrote."""
+    """Return the indices that the ledger wrote.
+
+    Raises:
+        DamagedCache: when it holds something else there.
+    """
     if type(written) is int:
         return [written]
-    return [int(part) for part in str(written).split(",")] if written else []
+    try:
+        return [int(part) for part in str(written).split(",")] if written else []
+    except ValueError as error:
+        raise damaged_row(f"the indices {written!r:.80}") from error
+
+
+def damaged_row(what: str) -> DamagedCache:
+    """Return the error for a row of the ledger that holds what cachepipe does not write."""
+    return DamagedCache(
+        f"the ledger is damaged: it holds {what}. Run `cachepipe verify` to see what else is damaged, and "
+        "restore the cache from a copy"
+    )
 
 
 # Parts of draws.
@@ -284,8 +311,8 @@ def sample_row(name: str, sample: Sample) -> bytes:
     return b"%b%b%b" % (_LIVE, _sample_digest(name, _LIVE, body), body)
 
 
-def discarded_row(name: str, row: bytes) -> bytes:
-    """Return the row of a sample that is discarded from now on."""
+def discarded_row(name: str, row: bytes = b"") -> bytes:
+    """Return the row of a sample that is discarded from now on; it keeps what the row before it held."""
     return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, row[_BODY:]), row[_BODY:])
 
 
@@ -305,7 +332,8 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
     if mode != RAW or filename is not None or type(value) is not bytes:
         raise UnsafeRow(
             f"sample {index} of key {key} is stored in diskcache's mode {mode}, which may be a pickle; "
-            "cachepipe stores raw bytes only and never unpickles. Delete the row, or restore the cache"
+            "cachepipe stores raw bytes only and never unpickles. Run `cachepipe verify --repair` to have it "
+            "generated anew, or restore the cache from a copy"
         )
     state, body = value[:1], value[_BODY:]
     if value[1:_BODY] != xxh3_64_hexdigest(f"{key}/{index}".encode() + state + body).encode():
@@ -318,3 +346,11 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
     end = body.find(b"\n")
     identifier = body[7 : body.find(b'"', 7)]
     return Sample(index, identifier.decode(), body[end + 1 :], body[:end])
+
+
+def is_discarded(key: str, index: int, row: Sequence[Any] | None) -> bool:
+    """Return True if the row of a sample marks it as discarded; a damaged row does not."""
+    try:
+        return row is not None and parse_sample(key, index, *row) is DISCARDED
+    except (DamagedCache, UnsafeRow):
+        return False

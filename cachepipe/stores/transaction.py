@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import orjson
 
-from cachepipe.contract.allotment import DISCARDED, Discarded, added, allot, first, laid, lowest_new
+from cachepipe.contract.allotment import Discarded, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import IndexSet, Union
 from cachepipe.contract.undoing import Piece, fallen, settled
@@ -27,10 +27,10 @@ from cachepipe.stores.base import (
     Commit,
     Committed,
     Discard,
-    Forgo,
     Grant,
-    Leave,
     Operation,
+    ReleaseHold,
+    ReleaseLease,
     Result,
     Sample,
     Seize,
@@ -133,9 +133,9 @@ class Transaction:
 
     def _apply(self, operations: Sequence[Operation]) -> list[Result]:
         kinds = [type(operation) for operation in operations]
-        if Leave in kinds and Commit in kinds[kinds.index(Leave) :]:
+        if ReleaseHold in kinds and Commit in kinds[kinds.index(ReleaseHold) :]:
             # Readers see a sample before this transaction ends: no draw that waits for it may be undone.
-            first = kinds.index(Leave)
+            first = kinds.index(ReleaseHold)
             late = sorted(range(first, len(kinds)), key=lambda place: kinds[place] is not Commit)
             order = [*range(first), *late]
             found = dict(zip(order, self._apply([operations[place] for place in order]), strict=True))
@@ -164,12 +164,12 @@ class Transaction:
                 self._found.clear()
                 self._seen.clear()
                 match operation:
-                    case Forgo():
-                        self._forgo(operation)
+                    case ReleaseLease():
+                        self._release_lease(operation)
                     case Seize():
                         self._seize(operation)
-                    case Leave():
-                        self._leave(operation)
+                    case ReleaseHold():
+                        self._release_hold(operation)
                     case Discard():
                         self._discard(operation)
                 results.append(None)
@@ -221,7 +221,7 @@ class Transaction:
             indices = list(range(first, first + claim.n))
             if rows:
                 others = {row.namespace: row for row in reversed(rows)}
-                row = others.get(namespace) or min(others.values(), key=_earliest)
+                row = others.get(namespace) or _earliest(others.values())
                 if row.position == 0:
                     indices = unpack(row.indices)[: claim.n]
             for index in indices:
@@ -243,13 +243,13 @@ class Transaction:
             if key not in self._begun:
                 return self._claim_first(claim, key, namespace, place)
             self._flush()
-        book = _Book(self, claim, key, namespace, place)
-        own = book.own
+        view = _KeyView(self, claim, key, namespace, place)
+        own = view.own
         if own:
             tables.check_segments(draw, own)
-        known = not draw.shared and book.taken.interval_at(0) is not None
+        known = not draw.shared and view.taken.interval_at(0) is not None
         held = laid((segment.position, unpack(segment.indices)) for segment in own) if own else []
-        allotment = allot(book, held, n, refresh=claim.refresh, couple=not draw.shared)
+        allotment = allot(view, held, n, refresh=claim.refresh, couple=not draw.shared)
         assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
         samples, mine = allotment.samples, allotment.to_generate
         missing = None in samples
@@ -360,7 +360,7 @@ class Transaction:
         others = [segment for segment in others if segment.namespace != shared]
         if not others:
             return []
-        earliest = min(others, key=_earliest)
+        earliest = _earliest(others)
         self._memory.stamp = max(self._memory.stamp, earliest.stamp)
         segments = [segment for segment in others if segment.namespace == earliest.namespace]
         tables.check_segments(draw._replace(namespace=self._label(earliest.namespace)), segments)
@@ -525,26 +525,22 @@ class Transaction:
         there = read_sample(self._shelf, commit.key, index)
         if there is not None:
             return isinstance(there, Sample) and there.id == commit.id
-        if not gone:
-            pending = self._ledger.execute(
-                "SELECT 1 FROM pending WHERE key = ? AND sample = ?", (key, index)
-            ).fetchone()
-            if pending is not None:
-                return False
+        if not gone and self._is_pending(key, index):
+            return False
         if index not in self._set(LISTED, key, commit.key):
             self.add(LISTED, key, commit.key, index)
         return True
 
     # What else happens to a draw and to a sample.
 
-    def _forgo(self, forgo: Forgo) -> None:
-        key = self._key_of(forgo.key)
-        for index in forgo.indices:
+    def _release_lease(self, release: ReleaseLease) -> None:
+        key = self._key_of(release.key)
+        for index in release.indices:
             gone = self._ledger.execute(
                 "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?", (key, index, self._lease())
             ).rowcount
-            if gone and self.sample(forgo.key, index) is None:
-                self._remove(LISTED, key, forgo.key, index)
+            if gone and self.sample(release.key, index) is None:
+                self._remove(LISTED, key, release.key, index)
 
     def _seize(self, seize: Seize) -> None:
         key = self._key_of(seize.key)
@@ -555,9 +551,9 @@ class Transaction:
             if gone and self.sample(seize.key, index) is None:
                 self._remove(LISTED, key, seize.key, index)
 
-    def _leave(self, leave: Leave) -> None:
+    def _release_hold(self, release: ReleaseHold) -> None:
         """Release a hold. Undo what is not settled, not delivered and not held by others (C8)."""
-        draw = leave.draw
+        draw = release.draw
         key = self._key_of(draw.key)
         namespace = self._namespace(draw.namespace)
         where = (*self._place(key, draw), namespace)
@@ -565,8 +561,8 @@ class Transaction:
         tables.check_segments(draw, segments)
         released: set[int] = set()
         for at, segment in enumerate(segments):
-            if segment.part in leave.held:
-                left = self._let_go(leave, where, segment)
+            if segment.part in release.held:
+                left = self._let_go(release, where, segment)
                 if left is not None:
                     segments[at] = left
                     released.add(segment.part)
@@ -589,19 +585,19 @@ class Transaction:
                 where,
             )
 
-    def _let_go(self, leave: Leave, where: tuple[Any, ...], segment: Segment) -> Segment | None:
+    def _let_go(self, release: ReleaseHold, where: tuple[Any, ...], segment: Segment) -> Segment | None:
         """Release a claimant's hold of a part, and mark what it received; return None if it had no hold."""
         place = (*where, segment.part)
-        if (segment.lease, segment.token) == (self._lease(), leave.token):
+        if (segment.lease, segment.token) == (self._lease(), release.token):
             segment = segment._replace(token=None)
-            if not leave.complete:
+            if not release.complete:
                 self._ledger.execute(f"UPDATE segments SET token = NULL{SEGMENT}", place)
         else:
-            holder = (*place, self._holder(leave.token))
+            holder = (*place, self._holder(release.token))
             if not self._ledger.execute(f"DELETE FROM holders{SEGMENT} AND token = ?", holder).rowcount:
                 return None
-        given = min(leave.n - segment.position, len(unpack(segment.indices)))
-        if leave.complete and given > segment.standing:
+        given = min(release.n - segment.position, len(unpack(segment.indices)))
+        if release.complete and given > segment.standing:
             segment = segment._replace(standing=given)
             self._ledger.execute(f"UPDATE segments SET standing = ?{SEGMENT}", (given, *place))
         return segment
@@ -648,15 +644,25 @@ class Transaction:
         return any(lease == self._lease() or self._alive(lease) for lease in leases)
 
     def _discard(self, discard: Discard) -> None:
-        key, name = self._key_of(discard.key), f"{discard.key}/{discard.index}"
-        row = self._shelf.execute(tables.GET, (name,)).fetchone()
-        if row is None:
-            raise StoreError(f"there is no sample {discard.index} of key {discard.key} to discard")
-        if tables.parse_sample(discard.key, discard.index, *row) is not DISCARDED:
-            self._shelf.execute(tables.REWRITE, (tables.discarded_row(name, row[2]), name))
+        """Mark a sample as discarded, on record; it may be damaged, or listed and missing."""
+        name, index = discard.key, discard.index
+        key = self._key_of(name)
+        listed = self._set(LISTED, key, name)
+        row = self._shelf.execute(tables.GET_DAMAGED, (f"{name}/{index}",)).fetchone()
+        if row is None and (index not in listed or self._is_pending(key, index)):
+            raise StoreError(f"there is no sample {index} of key {name} to discard")
+        if not tables.is_discarded(name, index, row):
+            gone = tables.discarded_row(f"{name}/{index}", b"" if row is None else row[2] or b"")
+            self._shelf.execute(tables.PUT_DISCARDED, (f"{name}/{index}", self._now, self._now, gone))
+        if index not in listed:
+            self.add(LISTED, key, name, index)
         self._ledger.execute(
-            "INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", (key, discard.index, self._now, discard.why)
+            "INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", (key, index, self._now, discard.why)
         )
+
+    def _is_pending(self, key: int, index: int) -> bool:
+        query = "SELECT 1 FROM pending WHERE key = ? AND sample = ?"
+        return self._ledger.execute(query, (key, index)).fetchone() is not None
 
     # Samples.
 
@@ -853,8 +859,8 @@ class Transaction:
             self._ledger.execute("UPDATE leases SET ended = ? WHERE id = ?", (self._now, lease))
 
 
-class _Book:
-    """One key as a transaction shows it to a claim (see ``cachepipe.contract.allotment.Book``)."""
+class _KeyView:
+    """One key as a transaction shows it to a claim (see ``cachepipe.contract.allotment.KeyView``)."""
 
     __slots__ = (
         "_claim",
@@ -897,9 +903,12 @@ class _Book:
         return self._transaction.lease(self._key, self._claim.draw.key, index, self.listed)
 
 
-def _earliest(segment: Segment) -> tuple[int, int]:
-    """Return the sort key of namespaces: the stamp of their first row."""
-    return segment.stamp, segment.namespace
+def _earliest(segments: Iterable[Segment]) -> Segment:
+    """Return the first row of the earliest namespace."""
+    try:
+        return min(segments, key=lambda segment: (segment.stamp, segment.namespace))
+    except TypeError as error:
+        raise tables.damaged_row("a stamp that is not a number") from error
 
 
 def _pieces(segments: Sequence[Segment]) -> list[Piece]:

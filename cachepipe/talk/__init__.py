@@ -1,4 +1,4 @@
-"""The pleasant layer for scripts and notebooks: completions, chats, their histories, results as tables.
+"""The layer for scripts and notebooks: completions, chats, their histories, and results as tables.
 
-Everything here goes through the drop-in clients, so it is cached, replayed and counted as their calls are.
+All calls go through the drop-in clients, so they are cached, replayed and counted like all others.
 """

@@ -1,10 +1,10 @@
-"""Where a completion is asked for: what the caller gave, else the environment, made into a client.
+"""Makes the client for a completion from the caller's options, else from the environment.
 
-A client that nobody gave is made once for each cache, endpoint and mode, and stays open as long as the
-process, or the service that it was had of; the store of a folder is opened once for all. So connections are
-reused, and all that a program asks is one run, also where it calls ``asyncio.run`` several times. It lives on
-the loop of `cachepipe.clients.portal`, which has a thread of its own: so there is one way for callers with a
-loop, without one, and in notebooks.
+If the caller gives no client, one is made for each cache, endpoint and mode. It stays open as long as the
+process, or as long as its service; the store of a folder is opened once. So connections are reused, and a
+program is one run, even if it calls ``asyncio.run`` several times. The client runs on the loop of
+`cachepipe.clients.portal`, which has its own thread, so it serves callers with a loop, without one, and in
+notebooks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from inspect import signature
 from typing import Any, Final, Protocol, Self, TypeVar
 
 import anyio.to_thread
@@ -29,6 +30,7 @@ from cachepipe.clients.mixins import AsyncCached, SyncCached
 from cachepipe.clients.portal import in_portal, portal, submit
 from cachepipe.context import INHERITED, Inherited
 from cachepipe.services import Service, close_lent, ollama_url, stripped
+from cachepipe.stages.adapting import name_of
 from cachepipe.stores import Store, check_folder, default_folder, open_store
 from cachepipe.stores.folders import expanded
 from cachepipe.typedefs import REPEATS, Mode, Repeat
@@ -37,7 +39,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL: Final = "gpt-4o-mini"
-"""The model that is asked when neither the caller nor ``CACHEPIPE_MODEL`` names one."""
+"""The default model, if neither the caller nor ``CACHEPIPE_MODEL`` names one."""
 
 NAMES: Final = (
     "cache",
@@ -50,28 +52,28 @@ NAMES: Final = (
     "repeat",
     "request_id",
 )
-"""The options that say where and how to ask; all others go into the request."""
+"""The options for the client and the cache; all others become fields of the request."""
 
 _CLOSING_SECONDS: Final = 10.0
 
 
 class ServiceLike(Protocol):
-    """What is needed of a service: drop-in clients bound to it."""
+    """The part of a service that is needed here: drop-in clients bound to it."""
 
     def client(self, **options: Any) -> Any:
-        """Return an asynchronous client; ``cache=``, ``mode=`` and ``repeat=`` are given to it."""
+        """Return an asynchronous client with ``cache=``, ``mode=`` and ``repeat=``."""
         ...
 
 
 class Access:
-    """Where and how to ask.
+    """The endpoint, the cache and the mode of calls.
 
     Args:
-        options: the options of `NAMES`; what is missing is looked up.
-        environment: what is looked at before the environment of the process.
+        options: the options of `NAMES`; missing ones are looked up.
+        environment: settings that override the environment of the process.
 
     Raises:
-        TypeError, ValueError: for options that exclude each other, or are none.
+        TypeError, ValueError: for options that exclude each other, or are not valid.
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> None:
@@ -116,7 +118,7 @@ class Access:
     # What was given.
 
     def found(self, name: str) -> str | None:
-        """Return a setting by its name in the environment; None where it is not set, or empty."""
+        """Return a setting by its name in the environment; None if it is not set, or empty."""
         value = self._environment.get(name)
         return str(value) if value else os.environ.get(name) or None
 
@@ -131,8 +133,8 @@ class Access:
     def _endpoint(self, options: Mapping[str, Any]) -> tuple[str | None, str | None]:
         """Return the key and the base URL.
 
-        Where no OpenAI key or URL is found, ``OLLAMA_HOST`` is asked, as which a host, ``host:port`` or a
-        URL will do; ``AUTH`` holds its credentials, when it is reached through a gateway that wants some.
+        If no OpenAI key or URL is found, ``OLLAMA_HOST`` is used: a host, ``host:port`` or a URL. ``AUTH``
+        contains the credentials for a gateway in front of it.
         """
         key = stripped(options.get("api_key")) or stripped(self.found("OPENAI_API_KEY")) or None
         url = options.get("base_url") or self.found("OPENAI_BASE_URL")
@@ -163,7 +165,7 @@ class Access:
         return self.client is None or not self._is_async
 
     async def opened(self) -> Any:
-        """Return the client, on the loop where its calls are made."""
+        """Return the client, on the loop of its calls."""
         if self.client is not None:
             return self.client
         mode = self.mode or context.current().mode_of("read-write")
@@ -187,10 +189,10 @@ class Access:
         return known[0]
 
     async def fitted(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a body as the client takes it.
+        """Return a body in the form that the client accepts.
 
         Raises:
-            TypeError: for a field that is no parameter of the client's method; nothing has been asked then.
+            TypeError: for a field that is not a parameter of the client's method, before anything is asked.
         """
         client = await self.opened()
         if "logprobs" in body and _is_of("together", client):  # it takes one number for both
@@ -208,10 +210,10 @@ class Access:
 
     @contextlib.contextmanager
     def using(self, request_id: str | Inherited | None = INHERITED) -> Iterator[None]:
-        """Let the calls of a block be the draws that the caller means.
+        """Set namespace and request id for the calls within a block.
 
         Args:
-            request_id: goes before the one that was given.
+            request_id: overrides the request id in the options.
         """
         if isinstance(request_id, Inherited):
             request_id = self.request_id
@@ -220,7 +222,7 @@ class Access:
             yield
 
     async def ask(self, body: Mapping[str, Any], request_id: str | Inherited | None = INHERITED) -> Any:
-        """Return what the client makes of the answer to a chat request."""
+        """Make a chat request, and return the client's object for the answer."""
         body = await self.fitted(body)
         client = self._opened = await self.opened()
         with self.using(request_id), sending():
@@ -233,7 +235,7 @@ class Access:
     def generated(self, key: str, index: int | None) -> tuple[float, float] | None:
         """Return when the generation of a sample began and ended, in seconds since 1970.
 
-        None where it is not stored, or was brought here by somebody who did not tell.
+        None if it is not stored, or its times are unknown.
         """
         if index is None or index < 0:
             return None
@@ -243,11 +245,11 @@ class Access:
         return sample.at - seconds, sample.at
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what a coroutine returns, which runs where calls are made."""
+        """Run a coroutine on the loop of the calls, and return its result."""
         return await on_portal(work()) if self.on_portal else await work()
 
     def wait(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what a coroutine returns, which runs on the portal's loop, to a caller without a loop."""
+        """Run a coroutine on the portal's loop for a caller without a loop, and return its result."""
         if not self.on_portal:
             raise TypeError(
                 f"the functions and methods that wait take no asynchronous client, whose loop is not theirs; "
@@ -257,25 +259,25 @@ class Access:
 
 
 def is_cached(client: Any) -> bool:
-    """Tell whether a client is one of ours, and so has a cache and a namespace."""
+    """Return True if a client is one of cachepipe's, and so has a cache and a namespace."""
     return isinstance(client, AsyncCached | SyncCached)
 
 
 def _check_completes(client: Any, told: str) -> None:
-    """Refuse a client that has no chat completions."""
+    """Raise an error for a client without chat completions."""
     if not hasattr(getattr(client, "chat", None), "completions"):
         raise TypeError(f"{told}, with chat.completions; got {client!r:.200}")
 
 
 def _taken(method: Any) -> frozenset[str] | None:
-    """Return the parameters that a client's method takes; None where it takes any."""
+    """Return the parameters of a client's method; None if it accepts any."""
     return _parameters(getattr(method, "__func__", method))
 
 
 @functools.lru_cache(maxsize=16)
 def _parameters(function: Any) -> frozenset[str] | None:
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = signature(function).parameters
     except (TypeError, ValueError):
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -284,15 +286,15 @@ def _parameters(function: Any) -> frozenset[str] | None:
 
 
 def _is_of(sdk: str, client: Any) -> bool:
-    """Tell whether a client is one of an SDK's."""
+    """Return True if a client belongs to an SDK."""
     return any(kind.__module__.partition(".")[0] == sdk for kind in type(client).__mro__)
 
 
 def model_of(access: Access, model: str | None) -> str:
-    """Return the model to ask."""
+    """Return the model to use."""
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model= is the name of a model; got {model!r:.100}")
-    own: str | None = getattr(access.service, "model", None)
+    own: str | None = name_of(access.service)
     named = model or own or access.found("CACHEPIPE_MODEL")
     if named is None:
         say_default(DEFAULT_MODEL, "model= or CACHEPIPE_MODEL names another")
@@ -301,7 +303,7 @@ def model_of(access: Access, model: str | None) -> str:
 
 @functools.cache
 def say_default(model: str, how: str) -> None:
-    """Say once that no model was named, which one is asked, and how to name another."""
+    """Report once that the default model is used, and how to name another."""
     _logger.warning("no model is named, so %s is asked; %s", model, how)
 
 
@@ -309,7 +311,7 @@ def say_default(model: str, how: str) -> None:
 
 
 async def on_portal(work: Coroutine[Any, Any, T]) -> T:
-    """Return what a coroutine returns that runs on the portal's loop, in the caller's context."""
+    """Run a coroutine on the portal's loop, in the caller's context, and return its result."""
     try:
         here = loops.running()
     except RuntimeError:
@@ -321,18 +323,18 @@ async def on_portal(work: Coroutine[Any, Any, T]) -> T:
 
 
 _clients: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-"""The clients that nobody gave, with what keeps their names their own. Touched on the portal's loop only."""
+"""The clients that were made here, with the objects that keep ids unique. For the portal's loop only."""
 _stores: dict[str | int, tuple[Store, Any]] = {}
-"""The stores that were opened here, likewise."""
+"""The stores that were opened here. For the portal's loop only."""
 _holders: weakref.WeakKeyDictionary[Store, _Holder] = weakref.WeakKeyDictionary()
-"""What keeps the runs of stores going, while these live."""
+"""The objects that keep the runs of stores open, while the stores exist."""
 _wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def sending() -> Iterator[None]:
-    """Say what is wrong with a text that has no form in UTF-8, without all that is around it."""
+    """Return what is wrong with a text that UTF-8 cannot encode, without the rest of the text."""
     try:
         yield
     except UnicodeEncodeError as error:
@@ -345,10 +347,10 @@ def sending() -> Iterator[None]:
 
 
 def located(cache: Any) -> Any:
-    """Return what stands for a cache, where it is a folder by its absolute path; None is the default folder.
+    """Return a cache argument with a folder as its absolute path; None means the default folder.
 
     Raises:
-        StoreError: for what is no name of a folder.
+        StoreError: for a string that is not the name of a folder.
     """
     if cache is None:
         cache = default_folder()
@@ -361,9 +363,8 @@ def located(cache: Any) -> Any:
 def kept(cache: Any) -> Store:
     """Return the store of what `located` returns.
 
-    One that is opened here stays open until `close_clients`. The run of a store goes on until then, or while
-    the store that was given lives: so what is asked by those who come and go one after the other is one run,
-    and they share its files.
+    A store that is opened here stays open until `close_clients`. The run of a store lasts until then, or
+    while the caller's store exists. So consecutive callers are in one run, and share its files.
     """
     name = cache if isinstance(cache, str) else id(cache)
     with _lock:
@@ -379,11 +380,11 @@ def kept(cache: Any) -> Store:
 
 
 class _Holder:
-    """Keeps a run going."""
+    """Keeps a run open."""
 
 
 def wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -> Any:
-    """Return a plain client with a cache: the same each time, so that what it is asked is one run."""
+    """Return a plain client with a cache: the same one each time, so that its calls are one run."""
     from cachepipe.clients.wrapping import wrap  # noqa: PLC0415 - now it is needed
 
     store = kept(cache)
@@ -399,7 +400,7 @@ _limiters: weakref.WeakKeyDictionary[Any, anyio.CapacityLimiter] = weakref.WeakK
 
 
 def _threads() -> anyio.CapacityLimiter:
-    """Return a limiter that does not limit: how many ask at once, the caller says."""
+    """Return a limiter without a limit, because the caller limits the number of calls."""
     loop = asyncio.get_running_loop()
     limiter = _limiters.get(loop)
     if limiter is None:
@@ -408,7 +409,7 @@ def _threads() -> anyio.CapacityLimiter:
 
 
 async def close_clients() -> None:
-    """Wait for what is in flight, and close the clients that nobody gave; asking anew opens others."""
+    """Wait for what is in flight, and close the clients that were made here; later calls make new ones."""
 
     async def close() -> None:
         clients = [client for client, *_ in _clients.values()]
@@ -436,7 +437,7 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
-    """Let a forked child open clients of its own: it shares no connections with its parent."""
+    """Drop the clients in a forked child, which must not share connections with its parent."""
     global _lock  # noqa: PLW0603 - the parent may have held it while forking
     _lock = threading.Lock()
     _clients.clear()

@@ -1,4 +1,4 @@
-"""A chat: a conversation that grows by what the user says, what the model answers, and tools in between."""
+"""A chat: a conversation that grows with the user's messages, the model's answers, and calls of tools."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cachepipe.talk.access import Access
 from cachepipe.talk.completions import Options, Plan, TextCompletion, checked
 
 MOST_ROUNDS: Final = 8
-"""How often a model may call tools before it answers, by default."""
+"""The default number of rounds in which a model may call tools before it answers."""
 
 
 class ToolLoopError(CachepipeError):
-    """A model went on calling tools, or called one that is not there to be called."""
+    """A model did not stop calling tools, or called a tool that cannot be called."""
 
 
 class Chat:
@@ -34,19 +34,19 @@ class Chat:
         chat.add("user:Italy")
         print(chat.complete())
 
-    Messages are taken in any order: histories of requests that came at once interleave.
+    Messages are accepted in any order, because the histories of concurrent requests interleave.
 
     Args:
-        environment: what is looked at before the environment of the process, such as the arguments of a
+        environment: settings that override the environment of the process, such as the arguments of a
             serverless action: ``OPENAI_API_KEY``, ``OPENAI_BASE_URL``, ``OLLAMA_HOST``, ``AUTH``,
             ``CACHEPIPE_DIR``, ``CACHEPIPE_NAMESPACE``, ``CACHEPIPE_MODEL``.
-        messages: messages to begin with.
-        max_rounds: how often the model may call tools before it answers.
+        messages: the first messages.
+        max_rounds: the number of rounds in which the model may call tools before it answers.
         **options: see `cachepipe.talk.completions.Options`. Tools that are functions are called.
 
     Attributes:
-        conversation: what has been said.
-        completions: what the model has answered, with times, tokens and flags; of a round of tools too.
+        conversation: the messages so far.
+        completions: the model's answers, with times, tokens and flags, including those of tool rounds.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Chat:
 
     @property
     def model(self) -> str:
-        """The model that is asked."""
+        """The model of the chat."""
         return self._plan.model
 
     def add(self, message: Sayable) -> Self:
@@ -92,11 +92,11 @@ class Chat:
         return self
 
     def complete(self) -> Any:
-        """Return the model's answer, which is added to the messages; tools are called meanwhile.
+        """Call the model, and the tools that it asks for; add the answer to the messages and return it.
 
-        The text, or with ``response_format=`` the instance of that class. Where it fails the messages
-        stay as they are. Calls of tools that are mappings are left to the caller, with all that come with
-        them: they are in the last of the messages, and each is answered by a message of a tool.
+        Returns the text, or with ``response_format=`` the instance of that class. If this fails, the
+        messages do not change. The caller answers calls of tools that are mappings, and all calls beside
+        them: they are in the last message, and a tool message answers each.
 
         Raises:
             ToolLoopError: when the model calls tools for too many rounds.
@@ -116,8 +116,8 @@ class Chat:
     def stream(self) -> Spoken:
         """Return the model's answer as it comes: iterate over its text with ``for`` or ``async for``.
 
-        At its end it is added to the messages. A reader that stops early leaves the messages as they
-        are; what the model has begun is read to its end in the background and stored.
+        At the end, the answer is added to the messages. If the reader stops early, the messages do not
+        change, and the rest is read in the background and stored.
         """
         return self._spoken(streams=True)
 
@@ -128,11 +128,11 @@ class Chat:
     async def _turns(
         self, said: Conversation, within: contextvars.Context, *, streams: bool
     ) -> AsyncGenerator[str | _Due | TextCompletion, None]:
-        """Iterate over the text of an answer, the calls of tools to make before it goes on, and it itself.
+        """Iterate over the text of an answer, the tool calls to make before it continues, and the answer.
 
         Args:
-            said: what is to be answered.
-            within: the context in which the answer was asked for, which is read wherever its reader likes.
+            said: the messages to answer.
+            within: the context of the caller, which may differ from the reader's.
             streams: whether the text comes in pieces.
         """
         begun = said
@@ -172,7 +172,7 @@ class Spoken:
     """The text of an answer as it comes: iterate with ``for`` or with ``async for``, once.
 
     Attributes:
-        completion: the answer, with its times and flags, when it has come to its end; else None.
+        completion: the answer, with its times and flags, once it is complete; else None.
     """
 
     def __init__(self, turns: AsyncGenerator[str | _Due | TextCompletion, None], access: Access) -> None:
@@ -185,9 +185,9 @@ class Spoken:
 
     @property
     def result(self) -> Any:
-        """The text, or what was made of it by ``response_format``; None while it is under way.
+        """The text, or the instance of ``response_format``; None until the answer is complete.
 
-        Where the model refuses, this is what it says of that.
+        If the model refuses, this is the refusal message.
         """
         whole = self.completion
         if whole is None:
@@ -219,7 +219,7 @@ class Spoken:
         raise StopIteration
 
     def close(self) -> None:
-        """Stop; what the model has begun is read on in the background and stored."""
+        """Stop; the rest of the answer is read in the background and stored."""
         self._access.wait(self._end)
 
     def __enter__(self) -> Self:
@@ -257,7 +257,7 @@ class Spoken:
 
 
 class _Due:
-    """A call of a tool that is to be made before the conversation goes on, where its caller is."""
+    """A tool call to make before the conversation continues, in the caller's thread or on its loop."""
 
     def __init__(self, call: Mapping[str, Any], functions: Mapping[str, tools.Tool]) -> None:
         function = call.get("function") or {}
@@ -268,7 +268,7 @@ class _Due:
         self.result = f"There is no tool {self.name!r}; there are: {self.known}."
 
     def _given(self) -> Callable[[], Any] | None:
-        """Return what is to be called; None when the model is to be told what it did wrong."""
+        """Return the function to call; None if the call is invalid and is reported back to the model."""
         if self.tool is None:
             return None
         try:
@@ -278,7 +278,7 @@ class _Due:
             return None
 
     def make(self) -> None:
-        """Call the tool, in this thread; what it raises passes."""
+        """Call the tool in this thread; its exceptions propagate."""
         if (call := self._given()) is None:
             return
         try:
@@ -288,7 +288,7 @@ class _Due:
             raise self._failed(error) from error
 
     async def amake(self) -> None:
-        """Call the tool, without blocking the loop; what it raises passes."""
+        """Call the tool without blocking the loop; its exceptions propagate."""
         if (call := self._given()) is None:
             return
         try:
@@ -298,5 +298,5 @@ class _Due:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> RuntimeError:
-        """Return an error for what ends an iteration: it would end that over the answer, without any."""
+        """Return an error for an exception that would silently end the iteration over the answer."""
         return RuntimeError(f"the tool {self.name} raised {type(error).__name__}")

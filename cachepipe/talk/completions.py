@@ -38,38 +38,37 @@ from cachepipe.wire.sse import merge
 
 _MOST_ALTERNATIVES: Final = 20
 _COLOURS: Final = ((0.9, "32"), (0.6, "92"), (0.3, "33"), (0.1, "91"), (0.0, "31"))
-"""From which probability on a token has which colour: from green over yellow to red."""
+"""The colours of tokens by their lowest probability, from green to red."""
 
 
 class Options(TypedDict, total=False):
-    """What every function here takes beside what it completes.
+    """The options of every function here.
 
-    What else the SDK's ``chat.completions.create`` takes is taken too.
+    All other parameters of the SDK's ``chat.completions.create`` are accepted too.
 
     Attributes:
         model: the model; else ``CACHEPIPE_MODEL`` of the environment, else `DEFAULT_MODEL`.
         log_probs: whether to get the log probabilities of the tokens.
         top_log_probs: how many of the most probable tokens to get at each position, at most 20.
-        response_format: a class of pydantic's, of which ``completion.parsed`` will be; or a mapping as the
-            provider takes it.
-        tools: Python functions that the model may call, or mappings as the provider takes them. A
-            completion tells of the calls in ``tool_calls``; `Chat` makes them.
+        response_format: a pydantic class for ``completion.parsed``, or a mapping as the provider takes it.
+        tools: Python functions that the model may call, or mappings as the provider takes them. The calls are
+            in the completion's ``tool_calls``; `Chat` makes them.
         cache: a folder, a store, or a ``diskcache.Cache``; else ``CACHEPIPE_DIR``, else the default folder.
         namespace: the unit within which samples are independent; else ``CACHEPIPE_NAMESPACE``.
         request_id: which draw this is among equal questions of the namespace.
         mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
         repeat: ``"fresh"``: a repeated request gets a fresh sample; ``"same"``: it gets the same again.
-        service: what limits and retries, of which the client is had.
-        client: a client to use, with a cache or without.
+        service: makes the client, and limits and retries its calls.
+        client: a client to use, with or without a cache.
         api_key: the key; else ``OPENAI_API_KEY``.
-        base_url: where the API is; else ``OPENAI_BASE_URL``. Where neither URL nor key is found,
+        base_url: the base URL of the API; else ``OPENAI_BASE_URL``. If neither URL nor key is found,
             ``OLLAMA_HOST``.
         temperature: how much the samples vary.
         top_p: from how much of the probability they are drawn.
         max_tokens: the most tokens of an answer, by its old name.
         max_completion_tokens: the most tokens of an answer.
         stop: where an answer ends.
-        seed: passed on; it makes no two draws the same.
+        seed: passed on; two draws stay independent.
         frequency_penalty: passed on.
         presence_penalty: passed on.
         logit_bias: passed on.
@@ -81,14 +80,14 @@ class Options(TypedDict, total=False):
         modalities: passed on.
         prediction: passed on.
         web_search_options: passed on.
-        extra_query: what is added to the URL.
-        user: passed on, and no part of the question, as are the next.
+        extra_query: added to the URL.
+        user: passed on, and not part of the question; this also holds for the following fields.
         service_tier: passed on.
         metadata: passed on.
         store: passed on.
         safety_identifier: passed on.
         prompt_cache_key: passed on.
-        extra_body: what else goes into the request's body.
+        extra_body: further fields of the request's body.
         extra_headers: headers of this request.
         timeout: seconds after which a call is given up.
     """
@@ -142,8 +141,8 @@ class TokenLogProb:
 
     Attributes:
         token: the token.
-        log_prob: the natural logarithm of its probability; nan where the provider does not tell it.
-        raw: its bytes, where they are not those of ``token``: those of a part of a character.
+        log_prob: the natural logarithm of its probability; nan if the provider does not report it.
+        raw: its bytes, if they differ from those of ``token``, as for a part of a character.
     """
 
     token: str
@@ -152,12 +151,12 @@ class TokenLogProb:
 
     @property
     def probability(self) -> float:
-        """The probability, from 0 to 1, also of what is rounded above; nan where it is not known."""
+        """The probability, limited to the range from 0 to 1; nan if it is unknown."""
         return math.exp(min(self.log_prob, 0.0))
 
 
 def _characters(tokens: Iterable[TokenLogProb]) -> Iterator[tuple[str, list[TokenLogProb]]]:
-    """Iterate over texts of whole characters and the tokens that they are made of, mostly one."""
+    """Iterate over texts of complete characters with their tokens, usually one."""
     parts: list[TokenLogProb] = []
     for token in tokens:
         if token.raw is None:
@@ -193,32 +192,31 @@ class _Cost:
 
 @dataclass(frozen=True)
 class TextCompletion:
-    """An answer of a model, how it came about, and what it cost.
+    """An answer of a model, with its times, tokens and cost.
 
-    Times are seconds since 1970. Those of the generation are kept with the sample: a cached completion has
-    the times of the call that made it, and its retrieval is told apart.
+    Times are seconds since 1970. The times of the generation are stored with the sample: a cached completion
+    has the times of the call that made it, and separate times of its retrieval.
 
     Attributes:
-        conversation: what was completed.
-        model: the model that was asked.
-        message: the text of the answer; empty when there is none, such as beside calls of tools.
-        start_time: when its generation began.
-        end_time: when its generation was over.
-        cached: whether it was in the cache, or somebody else's at the time; False exactly when it was
-            generated on this request's behalf.
-        retrieval_start_time: when it was asked for here.
-        retrieval_end_time: when it was there.
+        conversation: the conversation that was completed.
+        model: the model in the request.
+        message: the text of the answer; empty if there is none, for example with tool calls.
+        start_time: the start of its generation.
+        end_time: the end of its generation.
+        cached: False exactly if it was generated on this request's behalf.
+        retrieval_start_time: the time of the request.
+        retrieval_end_time: the time at which the answer was available.
         token_log_probs: the tokens of the answer with their log probabilities; None if not asked for.
-        full_token_log_probs: at each position the most probable tokens; None if not asked for.
-        usage: token counts as asked: what it would have used alone, whether it was cached or not.
-        cost: the price of that in US dollars; None where it is not known.
+        full_token_log_probs: the most probable tokens at each position; None if not asked for.
+        usage: token counts as asked: those of the request alone, whether it was cached or not.
+        cost: the price of ``usage`` in US dollars; None if it is unknown.
         finish_reason: why it ended, in the provider's words.
-        refusal: what the model said in place of an answer, if the provider tells the two apart.
+        refusal: the model's refusal message, if the provider reports refusals separately.
         tool_calls: the calls of tools that the model wants, as the provider's JSON has them.
         parsed: the answer as an instance of ``response_format``, if that was a class.
-        key: the key of the question; None when it was not cached.
+        key: the key of the question; None without a cache.
         index: the sample's index in the list of its key.
-        namespace: whose draw it is.
+        namespace: the namespace of the draw.
         request_id: which draw it is among equal questions.
     """
 
@@ -245,20 +243,20 @@ class TextCompletion:
 
     @property
     def duration(self) -> float:
-        """How long its generation took, in seconds."""
+        """The duration of its generation in seconds."""
         return self.end_time - self.start_time
 
     @property
     def retrieval_duration(self) -> float:
-        """How long it took to get it here, in seconds: of a cached one, from the cache."""
+        """The duration of its retrieval in seconds; for a cached one, from the cache."""
         return self.retrieval_end_time - self.retrieval_start_time
 
     def to_message(self) -> Message:
-        """Return the answer as a message of the assistant."""
+        """Return the answer as an assistant message."""
         return said_by_model(self.message, self.refusal, self.tool_calls)
 
     def to_pretty_string(self, *, color: bool | None = None) -> str:
-        """Return the conversation with the answer, for people. See `Conversation.to_pretty_string`."""
+        """Return the conversation with the answer in readable form; see `Conversation.to_pretty_string`."""
         whole = Conversation([*self.conversation.messages, self.to_message()])
         return whole.to_pretty_string(color=color)
 
@@ -268,8 +266,8 @@ class TextCompletion:
         """Return the answer's tokens, each coloured by its probability: green where it was sure, else red.
 
         Args:
-            show_probabilities: write the probability behind each token, such as ``Paris[0.9731]``.
-            color: whether to colour; None where colours are shown: on a terminal, without NO_COLOR.
+            show_probabilities: write the probability after each token, such as ``Paris[0.9731]``.
+            color: whether to use colours; None uses them on a terminal without NO_COLOR.
 
         Raises:
             ValueError: when the completion has no log probabilities.
@@ -290,7 +288,7 @@ class TextCompletion:
 
 
 def said_by_model(text: str, refusal: str | None, calls: list[dict[str, Any]]) -> Message:
-    """Return what a model has said as a message: a refusal in place of a text that is not there."""
+    """Return a model's answer as a message, with the refusal message if there is no text."""
     return Message("assistant", text or refusal or (None if calls else ""), tool_calls=calls or None)
 
 
@@ -305,7 +303,7 @@ class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N81
 
     @classmethod
     def of(cls, results: list[TextCompletion | Exception]) -> Self:
-        """Return the error that tells of the failures among results."""
+        """Return the error for the failures among results."""
         errors = [result for result in results if isinstance(result, Exception)]
         made = cls(
             f"{len(errors)} of {len(results)} completions failed; the others are in .results, and cached: "
@@ -326,14 +324,14 @@ class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N81
 
 
 class Plan:
-    """What every completion with the same options has in common.
+    """The common part of all completions with the same options.
 
     Args:
         options: see `Options`.
-        environment: what is looked at before the environment of the process.
+        environment: settings that override the environment of the process.
 
     Raises:
-        TypeError, ValueError: for options that are none; nothing has been asked then.
+        TypeError, ValueError: for options that are not valid, before anything is asked.
     """
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> None:
@@ -371,7 +369,7 @@ class Plan:
         return {"logprobs": True} if top is None else {"logprobs": True, "top_logprobs": top}
 
     def leaves(self, call: Mapping[str, Any]) -> bool:
-        """Tell whether a call is of a tool that was given as a mapping, and so is the caller's to make."""
+        """Return True if a call is of a tool that was given as a mapping, so that the caller makes it."""
         return tools.name_of(call) in self._others
 
     async def complete(
@@ -395,8 +393,8 @@ class Plan:
         """Iterate over the text of a completion as it comes, and then the completion.
 
         Args:
-            conversation: what is completed.
-            within: the context in which it is asked for.
+            conversation: the conversation to complete.
+            within: the context of the caller.
         """
         begun = time.time()
         body = {"model": self.model, "messages": conversation.to_messages(), **self.body, "stream": True}
@@ -416,13 +414,13 @@ class Plan:
     def completion(
         self, conversation: Conversation, made: Answered, noted: Info | None, begun: float
     ) -> TextCompletion:
-        """Return the completion that an answer is.
+        """Return an answer as a completion.
 
         Args:
-            conversation: what was completed; later changes of it change nothing here.
+            conversation: the conversation that was completed; it is copied.
             made: the answer.
-            noted: what the client tells of it.
-            begun: when it was asked for.
+            noted: the client's facts about it.
+            begun: the time of the request.
         """
         ended = time.time()
         text, refusal, calls = made.parts()
@@ -476,8 +474,8 @@ def parsed_answer(
         kind: the class.
         text: the answer.
         finish_reason: why it ended.
-        key: the key of the question, for who reads the error.
-        index: the sample's index in the list of its key, likewise.
+        key: the key of the question, for the error message.
+        index: the sample's index in the list of its key, for the error message.
 
     Raises:
         BadAnswer: when it does not fit.
@@ -493,10 +491,10 @@ def parsed_answer(
 
 
 class Answered:
-    """What a model answered, whole or put together from a stream as the cache does it.
+    """A model's answer, complete or assembled from a stream as the cache does it.
 
     Args:
-        said: the message, when it is there as a whole.
+        said: the message, if it is complete.
     """
 
     def __init__(self, said: Mapping[str, Any] | None = None) -> None:
@@ -507,7 +505,7 @@ class Answered:
         self.usage: Mapping[str, Any] = {}
 
     def add(self, chunk: Any) -> str:
-        """Add a chunk of a stream; return the text that it brings."""
+        """Add a chunk of a stream; return its text."""
         if chunk.usage is not None:
             self.usage = dumped(chunk.usage)
         if not chunk.choices:
@@ -521,10 +519,10 @@ class Answered:
         return text or str(delta.get("refusal") or "")
 
     def check_ended(self) -> None:
-        """Refuse the answer of a stream that ended before the answer did.
+        """Raise an error if the stream ended before the answer did.
 
         Raises:
-            BadAnswer: when no chunk told why the answer ends.
+            BadAnswer: when no chunk had a finish reason.
         """
         if self.finish_reason is None:
             raise BadAnswer("the stream ended before the answer did; expected a choice with a finish_reason")
@@ -542,7 +540,7 @@ class Answered:
         return text_of(content), message.get("refusal"), message.get("tool_calls") or []
 
     def add_log_probs(self, told: Any, text: str = "") -> None:
-        """Add the log probabilities that a choice tells, or a part of one that brings a text."""
+        """Add the log probabilities of a choice, or of a chunk of one."""
         if isinstance(told, int | float):  # Together's, of the one token that a chunk brings
             told = {"tokens": [text], "token_logprobs": [told]}
         told = {} if told is None else dumped(told)
@@ -581,7 +579,7 @@ def choices_of(answer: Any) -> Sequence[Any]:
     """Return the choices of an answer.
 
     Raises:
-        BadAnswer: when there is none, or one has no message, with what the provider says in its place.
+        BadAnswer: when there is none, or one has no message; with the provider's text.
     """
     choices = getattr(answer, "choices", None)
     if not choices or any(getattr(choice, "message", None) is None for choice in choices):
@@ -604,7 +602,7 @@ def dumped(thing: Any) -> dict[str, Any]:
 
 
 async def _chunks(stream: Any) -> AsyncIterator[Any]:
-    """Iterate over a stream of an SDK; over a synchronous one in threads."""
+    """Iterate over an SDK's stream; over a synchronous one in threads."""
     if hasattr(stream, "__aiter__"):
         async for chunk in stream:
             yield chunk
@@ -614,10 +612,10 @@ async def _chunks(stream: Any) -> AsyncIterator[Any]:
 
 
 def conversation_of(prompt: Any) -> Conversation:
-    """Return the conversation that a prompt begins.
+    """Return a conversation that begins with a prompt.
 
     Raises:
-        TypeError: for what is no string.
+        TypeError: for a value that is not a string.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"a prompt is a string; got {prompt!r:.100}. For messages there is Conversation")
@@ -625,11 +623,11 @@ def conversation_of(prompt: Any) -> Conversation:
 
 
 def checked(conversation: Any) -> Conversation:
-    """Return a conversation that can be completed: a copy of the one given.
+    """Return a copy of a conversation that can be completed.
 
     Raises:
-        TypeError: for what is no conversation.
-        ValueError: for one without messages.
+        TypeError: for a value that is not a conversation.
+        ValueError: for a conversation without messages.
     """
     if not isinstance(conversation, Conversation):
         raise TypeError(f"expected a Conversation; got {conversation!r:.100}")
@@ -642,7 +640,7 @@ async def generate_text_completion(prompt: str, **options: Unpack[Options]) -> T
     """Return a completion of a prompt.
 
     Args:
-        prompt: what the user says.
+        prompt: the user's message.
         **options: see `Options`.
 
     Raises:
@@ -654,7 +652,7 @@ async def generate_text_completion(prompt: str, **options: Unpack[Options]) -> T
 async def generate_text_completion_for_conversation(
     conversation: Conversation, **options: Unpack[Options]
 ) -> TextCompletion:
-    """Return a completion of a conversation, which itself stays as it is. See `generate_text_completion`."""
+    """Return a completion of a conversation, which is not changed. See `generate_text_completion`."""
     plan, conversation = Plan(options), checked(conversation)
     return await plan.access.run(lambda: plan.complete(conversation))
 
@@ -703,19 +701,19 @@ async def generate_text_completions(
 ) -> Any:
     """Return the completions of prompts, in their order.
 
-    A prompt that stands in the list several times gets as many independent samples, and a rerun gets them
-    again in the same order. A failure of one loses none of the others.
+    A prompt that is in the list several times gets as many independent samples, and a rerun gets the same
+    samples in the same order. The failure of one completion does not affect the others.
 
     Args:
-        prompts: what the user says in each.
-        n_parallel: how many are asked for at once.
+        prompts: the user's messages.
+        n_parallel: the number of concurrent requests.
         show_progress: show a progress bar, in terminals and notebooks.
-        return_exceptions: return errors in the place of completions; else they are raised together when all
-            have ended.
+        return_exceptions: return errors in the places of completions; otherwise they are raised together
+            when all have ended.
         **options: see `Options`.
 
     Raises:
-        CompletionsFailed: when some have failed; it holds the others.
+        CompletionsFailed: when some have failed; it contains the others.
     """
     return await _many(_begun(prompts), options, n_parallel, show_progress, return_exceptions)
 
@@ -829,7 +827,7 @@ class _Crowd:
         self.n_parallel = n_parallel
 
     def request_ids(self) -> list[str | Inherited | None]:
-        """Return the request id of each: equal ones are told apart, by their order, whoever comes first."""
+        """Return a request id for each: equal questions differ by their order in the list."""
         given = self.plan.access.request_id
         if isinstance(given, Inherited):
             given = context.current().request_id
@@ -845,7 +843,7 @@ class _Crowd:
     def work(
         self, tick: progress.Tick
     ) -> Callable[[], Coroutine[Any, Any, list[TextCompletion | Exception]]]:
-        """Return what completes them all, and its results in input order."""
+        """Return a coroutine that completes them all, and its results in input order."""
         ids = self.request_ids()
 
         async def complete() -> list[TextCompletion | Exception]:
@@ -873,7 +871,7 @@ class _Crowd:
 
 
 def _cancelled(error: asyncio.CancelledError) -> CachepipeError:
-    """Return the error of a completion that its client has cancelled, not they who wait for it."""
+    """Return the error for a completion that its client has cancelled, not the caller."""
     made = CachepipeError("the call was cancelled by its client; was that closed meanwhile?")
     made.__cause__ = error
     return made

@@ -1,8 +1,8 @@
-"""What was said in a conversation, kept between requests: on a Redis or Valkey server, or in a folder.
+"""Stores the messages of conversations between requests: on a Redis or Valkey server, or in a folder.
 
-Each conversation has a random id that nobody can guess, and expires. Messages are appended, several at once
-or one by one, and never rewritten: what two requests of one conversation save at once is kept both,
-in an order that is the same for every reader.
+Each conversation has a random id that cannot be guessed, and expires. Messages are appended, together or one
+by one, and never rewritten. So if two requests of one conversation save at once, both are kept, in the same
+order for every reader.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from cachepipe.talk.chat import Chat
 
 DAY: Final = 86_400
-"""Seconds after its last message that a conversation is kept for, by default."""
+"""The default number of seconds for which a conversation is kept after its last message."""
 PREFIX: Final = "cachepipe:"
-"""What the names of keys on a server begin with, by default."""
+"""The default prefix of keys on a server."""
 FILE: Final = "histories.cache.db"
-"""The file of a folder that holds conversations."""
+"""The file in a folder with the conversations."""
 
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{8,128}")
 _PATIENCE: Final = 30.0  # seconds to wait for another process that writes
@@ -47,18 +47,18 @@ CREATE INDEX IF NOT EXISTS messages_of ON messages(id);
 
 
 class Keeper(Protocol):
-    """Where messages are kept."""
+    """Stores messages."""
 
     def append(self, name: str, lines: Sequence[str], ttl: int) -> None:
-        """Append lines to what is kept under a name, all at once, and keep it for so many seconds more."""
+        """Append lines to a name in one step, and keep the name for a number of seconds."""
         ...
 
     def read(self, name: str) -> list[str]:
-        """Return the lines that are kept under a name; none when it is unknown or has expired."""
+        """Return the lines of a name; none if it is unknown or has expired."""
         ...
 
     def delete(self, name: str) -> None:
-        """Forget what is kept under a name."""
+        """Delete a name."""
         ...
 
 
@@ -73,17 +73,17 @@ class History:
         return answer, history.id()
 
     Args:
-        environment: what is looked at before the environment of the process, such as the arguments of a
+        environment: settings that override the environment of the process, such as the arguments of a
             serverless action: ``REDIS_URL``, ``REDIS_PREFIX``, ``CACHEPIPE_DIR``, and ``state``.
-        state: the id of a conversation to go on with.
+        state: the id of a conversation to continue.
         url: the server, such as ``redis://…``, ``rediss://…`` or ``valkey://…``; else ``REDIS_URL``.
-        prefix: what the names of all keys begin with; else ``REDIS_PREFIX``, else ``"cachepipe:"``.
-        ttl: seconds after its last message that the conversation is kept for.
-        cache: without a server, the folder where the conversation is kept; else ``CACHEPIPE_DIR``, else the
-            default folder.
+        prefix: the prefix of all keys; else ``REDIS_PREFIX``, else ``"cachepipe:"``.
+        ttl: seconds for which the conversation is kept after its last message.
+        cache: without a server, the folder for the conversation; else ``CACHEPIPE_DIR``, else the default
+            folder.
 
     Raises:
-        ValueError: for an id, URL, prefix or time that is none.
+        ValueError: for an id, URL, prefix or time that is not valid.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class History:
         return f"<History {self._keeper!r}>"  # not its id, which lets everybody read it
 
     def id(self) -> str:
-        """Return the id, by which the conversation is found again; whoever knows it can read it."""
+        """Return the id of the conversation. Anyone who knows it can read the conversation."""
         return self._id
 
     def save(self, *messages: Sayable) -> None:
-        """Append messages, all at once: `Message`, mappings, or texts such as ``"user:Hello"``.
+        """Append messages in one step: `Message`, mappings, or texts such as ``"user:Hello"``.
 
         Raises:
-            ValueError: for what is no message; nothing is saved then.
+            ValueError: for a value that is not a message; then nothing is saved.
             StoreError: when they could not be saved.
         """
         said = [Message.of(message).to_dict() for message in messages]
@@ -144,7 +144,7 @@ class History:
             self._keeper.append(self._id, lines, self.ttl)
 
     def conversation(self) -> Conversation:
-        """Return what has been said; empty when nothing was saved, or it has expired.
+        """Return the conversation; empty if nothing was saved, or it has expired.
 
         Raises:
             StoreError: when it could not be read.
@@ -159,7 +159,7 @@ class History:
             ) from error
 
     def load(self, chat: Chat) -> Chat:
-        """Add what has been said to a chat, and return the chat.
+        """Add the stored messages to a chat, and return the chat.
 
         Raises:
             StoreError: when it could not be read.
@@ -168,7 +168,7 @@ class History:
         return chat
 
     def delete(self) -> None:
-        """Forget what has been said.
+        """Delete the conversation.
 
         Raises:
             StoreError: when it could not be done.
@@ -188,8 +188,8 @@ class FolderKeeper:
     """Messages in an SQLite file of a folder, which any number of processes may use.
 
     Args:
-        folder: the folder, made if there is none, private to the user.
-        clock: tells the time, in seconds since 1970.
+        folder: the folder, which is created if it does not exist, private to the user.
+        clock: returns the time in seconds since 1970.
     """
 
     def __init__(self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
@@ -218,7 +218,7 @@ class FolderKeeper:
             raise StoreError(f"the histories in {self.path} cannot be used: {error}") from error
 
     def append(self, name: str, lines: Sequence[str], ttl: int) -> None:
-        """Append lines in one transaction, which also forgets what has expired."""
+        """Append lines in one transaction, which also deletes expired lines."""
         now = self._clock()
         with self._opened() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -245,7 +245,7 @@ class FolderKeeper:
             return [line for (line,) in rows]
 
     def delete(self, name: str) -> None:
-        """Forget the lines of a name."""
+        """Delete the lines of a name."""
         if self.path.exists():
             with self._opened() as connection:
                 connection.execute("BEGIN IMMEDIATE")
@@ -255,7 +255,7 @@ class FolderKeeper:
 
 
 def _folder(cache: Any) -> str:
-    """Return the folder of what stands for a cache."""
+    """Return the folder of a cache argument."""
     folder = located(getattr(cache, "folder", None) or getattr(cache, "directory", None) or cache)
     if not isinstance(folder, str):
         raise TypeError(f"cache= of a history is a folder, or a cache in one; got {cache!r:.100}")

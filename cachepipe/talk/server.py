@@ -24,10 +24,10 @@ class ServerKeeper:
 
     Args:
         url: the server; a password in it is never shown.
-        prefix: what the names of all keys begin with.
+        prefix: the prefix of all keys.
 
     Raises:
-        ValueError: for a URL that is none, or an empty prefix.
+        ValueError: for an invalid URL, or an empty prefix.
     """
 
     def __init__(self, url: str, prefix: str) -> None:
@@ -73,7 +73,7 @@ class ServerKeeper:
             return [line.decode() for line in client.lrange(self._key(name), 0, -1)]
 
     def delete(self, name: str) -> None:
-        """Forget the lines of a name."""
+        """Delete the lines of a name."""
         with self._asking() as client:
             client.delete(self._key(name))
 
@@ -89,7 +89,7 @@ def _parts(url: str) -> SplitResult:
 
 @functools.lru_cache(maxsize=16)
 def _client(url: str) -> Any:
-    """Return the client of a server: one for the process, which any number of threads may use."""
+    """Return the client of a server: one for the process, which is thread-safe."""
     try:
         return redis.Redis.from_url(url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE)
     except ValueError as error:

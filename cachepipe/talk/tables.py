@@ -1,4 +1,4 @@
-"""Completions as tables: data frames, lines of JSON, and side by side for people."""
+"""Completions as tables: data frames, lines of JSON, and side by side."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def to_dataframe(
     has only ``error``.
 
     Args:
-        completions: completions, and errors in the place of those that failed.
-        library: ``"pandas"`` or ``"polars"``; None is the first of them that is installed.
+        completions: completions, and errors in the places of failed ones.
+        library: ``"pandas"`` or ``"polars"``; None uses the first one that is installed.
 
     Raises:
-        ImportError: when none is installed.
+        ImportError: when neither is installed.
     """
     rows = [_row(completion) for completion in completions]
     if library not in (None, "pandas", "polars"):
@@ -87,7 +87,7 @@ def _row(completion: TextCompletion | BaseException) -> dict[str, Any]:
 
 
 def _encodable(value: Any) -> Any:
-    """Return a cell with U+FFFD for lone surrogates, which not every library takes."""
+    """Return a cell with U+FFFD for lone surrogates, which some libraries refuse."""
     if not isinstance(value, str):
         return value
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -96,7 +96,7 @@ def _encodable(value: Any) -> Any:
 def to_jsonl(
     completions: Iterable[TextCompletion | BaseException], path: str | os.PathLike[str] | None = None
 ) -> str:
-    """Return completions as lines of JSON with all that is known of each; an error's has only ``error``.
+    """Return completions as lines of JSON with all of their fields; the line of an error has only ``error``.
 
     Args:
         completions: completions, and errors in the place of those that failed.
@@ -130,15 +130,15 @@ def _plain(tokens: Any) -> Any:
 
 
 def from_jsonl(text: str | os.PathLike[str]) -> list[TextCompletion | dict[str, Any]]:
-    """Return the completions that lines of JSON hold, in their order; of errors, what was told of them.
+    """Return the completions in lines of JSON, in their order, with errors in their places.
 
-    ``parsed`` is left as a mapping.
+    ``parsed`` stays a mapping.
 
     Args:
-        text: the lines, or the path of a file (not a string) that holds them.
+        text: the lines, or the path of a file with them (not a string).
 
     Raises:
-        ValueError: for a line that is no completion; it says which.
+        ValueError: for a line that is not a completion; it names the line.
     """
     lines = (text if isinstance(text, str) else Path(text).read_text(encoding="utf-8")).split("\n")
     found: list[TextCompletion | dict[str, Any]] = []
@@ -178,14 +178,14 @@ def side_by_side(
     width: int | None = None,
     color: bool | None = None,
 ) -> str:
-    """Return samples beside each other for people, under their prompt; as many in a row as fit.
+    """Return samples side by side under their prompt, with as many in a row as fit.
 
     Args:
         completions: completions, and errors in the place of those that failed. Where their prompts differ,
             each sample has its own above it.
-        labels: what stands above each; by default its number, model, and whether it was cached.
-        width: columns to use; by default those of the terminal, and 100 where there is none.
-        color: whether to; None where colours are shown: on a terminal, without NO_COLOR.
+        labels: the heading of each; by default its number, model, and whether it was cached.
+        width: columns to use; by default the width of the terminal, or 100 without one.
+        color: whether to use colours; None uses them on a terminal without NO_COLOR.
 
     Raises:
         ValueError: when there are not as many labels as completions, or too few columns.

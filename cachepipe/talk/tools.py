@@ -1,4 +1,4 @@
-"""Plain Python functions as tools: what a model is told of them, and calling them with what it says."""
+"""Plain Python functions as tools: their schemas for the model, and their calls with its arguments."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pydantic_core import to_json
 class Tool:
     """A function that a model may call.
 
-    Its schema is made of its annotations, by pydantic; ``Annotated[str, Field(description="…")]`` describes
-    a parameter, and the docstring the function.
+    pydantic makes its schema from its annotations; ``Annotated[str, Field(description="…")]`` describes a
+    parameter, and the docstring describes the function.
 
     Args:
         function: the function, synchronous or not; parameters can be given by name.
 
     Raises:
-        TypeError: for what is no function, or one whose parameters have no JSON schema.
+        TypeError: for a value that is not a function, or a function with parameters without a JSON schema.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -58,7 +58,7 @@ class Tool:
 
     @functools.cached_property
     def description(self) -> str:
-        """What the function's docstring says."""
+        """The function's docstring."""
         return inspect.getdoc(self.function) or ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,10 +69,10 @@ class Tool:
         return {"type": "function", "function": function}
 
     def given(self, arguments: str) -> Callable[[], Any]:
-        """Return the function with its arguments, which are JSON as the model wrote it.
+        """Return the function bound to its arguments, from the model's JSON.
 
         Raises:
-            pydantic.ValidationError: when they do not fit.
+            pydantic.ValidationError: when the arguments do not fit.
         """
         args, named = self._adapter.validate_json(arguments or "{}")
         return functools.partial(self.function, *args, **named)
@@ -81,7 +81,7 @@ class Tool:
 def as_tools(
     tools: Iterable[Callable[..., Any] | Mapping[str, Any]],
 ) -> tuple[list[dict[str, Any]], dict[str, Tool]]:
-    """Return tools as a provider takes them, and those that are functions by their names.
+    """Return tools as a provider takes them, and the functions among them by name.
 
     Args:
         tools: functions, and mappings as the provider takes them.
@@ -108,32 +108,32 @@ def as_tools(
 
 
 def name_of(tool: Mapping[str, Any]) -> str | None:
-    """Return the name of a tool or of the call of one, which are mappings as the provider has them."""
+    """Return the name of a tool, or of a tool call, from the provider's mapping."""
     detail = tool.get(str(tool.get("type", "function")))
     name: str | None = (detail if isinstance(detail, Mapping) else tool).get("name")
     return name
 
 
 def told(error: pydantic.ValidationError) -> str:
-    """Return what is wrong with arguments, without the addresses of pages, which name pydantic's release."""
+    """Return what is wrong with arguments, without pydantic's URLs, which depend on its version."""
     wrong = error.errors(include_url=False, include_context=False, include_input=False)
     pairs = ((".".join(map(str, one["loc"])), one["msg"]) for one in wrong)
     return "; ".join(": ".join(filter(None, pair)) for pair in pairs)
 
 
 def as_text(result: Any) -> str:
-    """Return what a tool's function returned as the model gets it: a string as it is, all else as JSON.
+    """Return the result of a tool in the form for the model: a string unchanged, any other value as JSON.
 
-    The same result gives the same text in every process, so that what is asked with it is found again.
+    Equal results give equal texts in every process, so that questions with them are found in the cache.
 
     Raises:
-        ValueError: for an object whose text is its address.
+        ValueError: for an object with only its address as text.
     """
     return result if isinstance(result, str) else to_json(_ordered(result), fallback=_as_told).decode()
 
 
 def _ordered(value: Any) -> Any:
-    """Return a value with its sets in an order that does not change."""
+    """Return a value with its sets in a stable order."""
     if isinstance(value, Mapping):
         return {name: _ordered(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -147,19 +147,19 @@ def _as_told(value: Any) -> str:
     text = str(value)
     if f"{id(value):x}" in text.lower():
         raise TypeError(  # pydantic makes a ValueError of it
-            f"a tool returned {text:.100}, of which a model can make nothing; return text, numbers, lists, "
+            f"a tool returned {text:.100}, which a model cannot use; return text, numbers, lists, "
             "mappings, dataclasses or pydantic models"
         )
     return text
 
 
 def response_format(wanted: Any) -> tuple[Any, type[pydantic.BaseModel] | None]:
-    """Return a response format as a provider takes it, and the class that answers are made of, if any.
+    """Return a response format as a provider takes it, and the class for the answers, if any.
 
-    A pydantic class gives what the SDK's own ``parse`` sends, and so the same key.
+    A pydantic class gives the same body as the SDK's own ``parse``, and so the same key.
 
     Raises:
-        TypeError: for what is neither a class of pydantic's nor a mapping.
+        TypeError: for a value that is neither a pydantic class nor a mapping.
     """
     if isinstance(wanted, Mapping):
         return dict(wanted), None

@@ -32,10 +32,10 @@ from cachepipe.stores.base import (
     Commit,
     Committed,
     Discard,
-    Forgo,
     Grant,
-    Leave,
     Operation,
+    ReleaseHold,
+    ReleaseLease,
     Result,
     Sample,
     Store,
@@ -92,7 +92,7 @@ class StoreContract:
 
     def leave(self, store: Store, draw: Draw, grant: Grant, *, complete: bool, token: str = "one") -> None:  # noqa: S107 - names a holder
         """End a hold."""
-        self.apply(store, Leave(draw, token, grant.held, complete))
+        self.apply(store, ReleaseHold(draw, token, grant.held, complete))
 
     def fill(self, store: Store, draw: Draw, n: int = 1, token: str = "one") -> Grant:  # noqa: S107 - names a holder
         """Claim, generate what is the claimant's to generate, and leave the draw complete."""
@@ -214,7 +214,9 @@ class StoreContract:
         """C8: what it had added is free again."""
         self.fill(store, drawn("a"), 2)
         grant = self.claim(store, drawn("a"), n, refresh=True)
-        self.apply(store, Forgo(KEY, grant.mine), Leave(drawn("a"), "one", grant.held, complete=False))
+        self.apply(
+            store, ReleaseLease(KEY, grant.mine), ReleaseHold(drawn("a"), "one", grant.held, complete=False)
+        )
         assert self.claim(store, drawn("a"), 2).indices == [0, 1]
         assert self.claim(store, drawn("b"), 1).indices == [2]
 
@@ -276,7 +278,7 @@ class StoreContract:
     def test_a_commit_after_the_lease_was_lost_is_kept_as_an_extra(self, store: Store) -> None:
         """C6 and C7: what was bought twice is kept, at another index."""
         self.claim(store, drawn("a"))
-        self.apply(store, Forgo(KEY, [0]))
+        self.apply(store, ReleaseLease(KEY, [0]))
         assert self.claim(store, drawn("a"), token="two").mine == [0]
         self.commit(store, 0, "on time")
         late = self.commit(store, 0, "late")
@@ -288,7 +290,7 @@ class StoreContract:
         self, store: Store
     ) -> None:
         self.claim(store, drawn("a"))
-        self.apply(store, Forgo(KEY, [0]))
+        self.apply(store, ReleaseLease(KEY, [0]))
         assert self.commit(store, 0).kept
         assert [sample.index for sample in store.samples(KEY)] == [0]
         assert self.claim(store, drawn("b")).indices == [1]
@@ -336,23 +338,25 @@ class StoreContract:
 
     def test_a_forgone_index_is_free_and_the_next_who_needs_one_generates_it(self, store: Store) -> None:
         grant = self.claim(store, drawn("a"), 2)
-        self.apply(store, Forgo(KEY, [0]), Leave(drawn("a"), "one", grant.held, complete=False))
-        assert store.glance([(KEY, 0), (KEY, 1)]) == ["free", "ours"]
+        self.apply(store, ReleaseLease(KEY, [0]), ReleaseHold(drawn("a"), "one", grant.held, complete=False))
+        assert store.status([(KEY, 0), (KEY, 1)]) == ["free", "ours"]
         grant = self.claim(store, drawn("b"), 2)
         assert sorted(grant.indices) == [0, 1]
         assert grant.mine == [0]
 
     def test_forgoing_a_stored_sample_changes_nothing(self, store: Store) -> None:
         self.fill(store, drawn("a"), 1)
-        self.apply(store, Forgo(KEY, [0, 7]))
-        assert store.glance([(KEY, 0)]) == ["stored"]
+        self.apply(store, ReleaseLease(KEY, [0, 7]))
+        assert store.status([(KEY, 0)]) == ["stored"]
         assert self.claim(store, drawn("a"), 1).mine == []
 
     def test_an_incomplete_draw_that_is_left_is_undone(self, store: Store) -> None:
         """C8: its indices are free again, and what was stored of it serves others."""
         grant = self.claim(store, drawn("a"), 3)
         self.commit(store, 1)
-        self.apply(store, Forgo(KEY, [0, 2]), Leave(drawn("a"), "one", grant.held, complete=False))
+        self.apply(
+            store, ReleaseLease(KEY, [0, 2]), ReleaseHold(drawn("a"), "one", grant.held, complete=False)
+        )
         assert list(store.draws()) == []
         again = self.claim(store, drawn("b"), 2)
         assert (again.indices, again.mine) == ([1, 0], [0])
@@ -379,7 +383,9 @@ class StoreContract:
     def test_undoing_an_extension_leaves_the_positions_before_it(self, store: Store) -> None:
         self.fill(store, drawn("a"), 2)
         grant = self.claim(store, drawn("a"), 4)
-        self.apply(store, Forgo(KEY, grant.mine), Leave(drawn("a"), "one", grant.held, complete=False))
+        self.apply(
+            store, ReleaseLease(KEY, grant.mine), ReleaseHold(drawn("a"), "one", grant.held, complete=False)
+        )
         assert [info.indices for info in store.draws()] == [(0, 1)]
         assert self.claim(store, drawn("b"), 1).indices == [2]
 
@@ -389,7 +395,7 @@ class StoreContract:
         second = self.claim(store, drawn("a"), 2, token="two")
         self.commit(store, 1)
         self.leave(store, drawn("a"), second, complete=False, token="two")
-        self.apply(store, Forgo(KEY, [0]), Leave(drawn("a"), "one", first.held, complete=False))
+        self.apply(store, ReleaseLease(KEY, [0]), ReleaseHold(drawn("a"), "one", first.held, complete=False))
         grant = self.fill(store, drawn("a"), 2)
         recalled = store.recall(drawn("a"), 2)
         assert recalled is not None
@@ -424,7 +430,7 @@ class StoreContract:
 
     def give_up(self, store: Store, grant: Grant, token: str = "one") -> tuple[int, ...]:  # noqa: S107 - names a holder
         """Fail for want of sample 3; return what the ledger holds then."""
-        self.apply(store, Forgo(KEY, [3]), Leave(drawn("a"), token, grant.held, complete=False))
+        self.apply(store, ReleaseLease(KEY, [3]), ReleaseHold(drawn("a"), token, grant.held, complete=False))
         [info] = store.draws(KEY, label(None))
         return info.indices
 
@@ -447,7 +453,7 @@ class StoreContract:
         grant = self.claim(store, drawn("a"), 3)
         assert grant.mine == [3, 4]
         self.commit(store, 3)
-        self.apply(store, Forgo(KEY, [4]), Leave(drawn("a"), "one", grant.held, complete=False))
+        self.apply(store, ReleaseLease(KEY, [4]), ReleaseHold(drawn("a"), "one", grant.held, complete=False))
         assert [info.indices for info in store.draws()] == [(0, 1, 2)]
         assert self.claim(store, drawn("b")).indices == [3]
 
@@ -492,7 +498,7 @@ class StoreContract:
         second = self.claim(store, drawn("a"), 1, token="two")
         assert (second.indices, second.samples) == ([2], [None])
         self.commit(store, 2)
-        self.apply(store, Leave(drawn("a"), "two", second.held, complete=True, n=1))
+        self.apply(store, ReleaseHold(drawn("a"), "two", second.held, complete=True, n=1))
         assert self.give_up(store, first) == (2, 1)
         assert self.claim(store, drawn("b")).indices == [3]
 
@@ -505,7 +511,9 @@ class StoreContract:
         short = self.claim(store, drawn("a"), 1, token="two")
         assert (short.indices, short.mine, short.held) == ([3], [], ())
         third = self.claim(store, drawn("a"), 3, token="three")
-        self.apply(store, Forgo(KEY, [1, 2]), Leave(drawn("a"), "one", first.held, complete=False))
+        self.apply(
+            store, ReleaseLease(KEY, [1, 2]), ReleaseHold(drawn("a"), "one", first.held, complete=False)
+        )
         self.leave(store, drawn("a"), third, complete=False, token="three")
         assert [info.indices for info in store.draws()] == [(3,)]
         assert self.claim(store, drawn("b")).indices == [1]
@@ -544,7 +552,9 @@ class StoreContract:
         self.commit(store, 0)
         short = self.claim(store, drawn("a"), 1, token="two")
         assert (short.indices, short.mine, short.held) == ([0], [], ())
-        self.apply(store, Forgo(KEY, [1, 2]), Leave(drawn("a"), "one", first.held, complete=False))
+        self.apply(
+            store, ReleaseLease(KEY, [1, 2]), ReleaseHold(drawn("a"), "one", first.held, complete=False)
+        )
         assert [info.indices for info in store.draws()] == [(0,)]
         assert self.claim(store, drawn("b"), 1).indices == [1]
         assert self.claim(store, drawn("a"), 1).indices == [0]
@@ -556,7 +566,9 @@ class StoreContract:
         self.commit(store, 1)
         short = self.claim(store, drawn("a"), 2, token="three")
         assert (short.indices, short.mine, short.held) == ([0, 1], [], ())
-        self.apply(store, Forgo(KEY, [2, 3]), Leave(drawn("a"), "two", longer.held, complete=False))
+        self.apply(
+            store, ReleaseLease(KEY, [2, 3]), ReleaseHold(drawn("a"), "two", longer.held, complete=False)
+        )
         assert [info.indices for info in store.draws()] == [(0, 1)]
         assert self.claim(store, drawn("b"), 1).indices == [2]
 
@@ -567,8 +579,10 @@ class StoreContract:
         short = self.claim(store, drawn("a"), 2, token="three")
         assert short.held
         self.commit(store, 1)
-        self.apply(store, Leave(drawn("a"), "three", short.held, complete=True, n=2))
-        self.apply(store, Forgo(KEY, [2, 3]), Leave(drawn("a"), "two", longer.held, complete=False))
+        self.apply(store, ReleaseHold(drawn("a"), "three", short.held, complete=True, n=2))
+        self.apply(
+            store, ReleaseLease(KEY, [2, 3]), ReleaseHold(drawn("a"), "two", longer.held, complete=False)
+        )
         assert [info.indices for info in store.draws()] == [(0, 1)]
         assert self.claim(store, drawn("b"), 1).indices == [2]
 
@@ -604,11 +618,11 @@ class StoreContract:
         assert store.replay(drawn("x", namespace="second"), 2, taken) is not None
         assert store.replay(drawn("x", key=OTHER), 1, IntervalSet()) is None
 
-    def test_a_glance_tells_stored_ours_and_free(self, store: Store) -> None:
+    def test_a_status_is_stored_ours_or_free(self, store: Store) -> None:
         self.claim(store, drawn("a"), 2)
         self.commit(store, 0)
-        assert store.glance([(KEY, 1), (KEY, 0), (KEY, 2), (OTHER, 0)]) == ["ours", "stored", "free", "free"]
-        assert store.glance([]) == []
+        assert store.status([(KEY, 1), (KEY, 0), (KEY, 2), (OTHER, 0)]) == ["ours", "stored", "free", "free"]
+        assert store.status([]) == []
 
     # Discards.
 
@@ -634,7 +648,7 @@ class StoreContract:
         grant = store.replay(drawn("a", namespace="third"), 1, IntervalSet())
         assert grant is not None
         assert grant.indices == [1]
-        assert store.glance([(KEY, 0)]) != ["stored"]
+        assert store.status([(KEY, 0)]) != ["stored"]
         self.apply(store, Discard(KEY, 0, "twice changes nothing"))
 
     def test_discarding_what_is_not_there_is_refused(self, store: Store) -> None:

@@ -157,9 +157,9 @@ class FaultyStore:
         """Return what a claim would get if all of it is stored, else None."""
         return self.store.replay(draw, n, taken)
 
-    def glance(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
-        return self.store.glance(wanted)
+        return self.store.status(wanted)
 
     def similar(self, question: Question) -> StoredQuestion | None:
         """Return the stored question that differs least from another one."""

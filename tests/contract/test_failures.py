@@ -22,7 +22,7 @@ from cachepipe import (
     StoreError,
 )
 from cachepipe.contract.draws import Draw
-from cachepipe.stores.base import Claim, Commit, Forgo
+from cachepipe.stores.base import Claim, Commit, ReleaseLease
 from cachepipe.testing import FaultyStore
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 from cachepipe.values import Codec
@@ -128,7 +128,7 @@ async def test_c8_a_claim_that_is_granted_after_its_request_was_cancelled_is_und
             await turns(5)
             task.cancel()
             await asyncio.wait([task])
-    assert store.glance([place]) == ["free"]
+    assert store.status([place]) == ["free"]
     assert list(store.draws()) == []
     assert model.calls == []
 
@@ -145,7 +145,7 @@ async def test_c8_a_partial_hit_that_cannot_be_read_gives_back_what_it_was_to_ge
         with pytest.raises(StoreError):
             await bad.request(Request("p", n=2, namespace="b"))
         key = bad.key(Request("p"))
-    assert store.glance([(key, 0), (key, 1)]) == ["stored", "free"]
+    assert store.status([(key, 0), (key, 1)]) == ["stored", "free"]
     assert [info.draw.namespace for info in store.draws()] == ["-"]
 
 
@@ -156,7 +156,7 @@ async def test_c6_a_sample_that_was_bought_twice_is_kept_as_an_extra_and_unrepor
         task = asyncio.create_task(pipeline.request(Request("p", namespace="a")))
         [call] = await model.begun(1)
         question = pipeline._cacher.question(Request("p"))
-        store.apply_now([Forgo(question.key, [0])])
+        store.apply_now([ReleaseLease(question.key, [0])])
         [grant] = store.apply_now([Claim(Draw("=b", question.key, "", 0), 1, question, "another")])
         assert grant.mine == [0]
         store.apply_now([Commit(question.key, 0, Codec(()).encode("theirs"), {})])

@@ -20,7 +20,7 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
 from cachepipe.stages.generation import Caller, Wanted
 from cachepipe.stores import sql, transaction
-from cachepipe.stores.base import Claim, Commit, Discard, Forgo, Leave
+from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
 from cachepipe.testing import MortalStore
 
 pytestmark = pytest.mark.anyio
@@ -71,16 +71,16 @@ def test_c1_who_joined_a_draw_holds_it_whatever_number_another_process_gave_its_
     author, first, second = process("author"), process("first"), process("second")
     grant = claim(author, draw(), 2, "7")
     one, two = claim(first, draw(), 2, "3"), claim(second, draw(), 2, "3")
-    author.write([Forgo(KEY, grant.mine), Leave(draw(), "7", grant.held, complete=False)])
-    first.write([Leave(draw(), "3", one.held, complete=False)])
+    author.write([ReleaseLease(KEY, grant.mine), ReleaseHold(draw(), "7", grant.held, complete=False)])
+    first.write([ReleaseHold(draw(), "3", one.held, complete=False)])
     assert [found.indices for found in second.draws()] == [(0, 1)]
-    second.write([Leave(draw(), "3", two.held, complete=False)])
+    second.write([ReleaseHold(draw(), "3", two.held, complete=False)])
     assert not list(second.draws())
 
 
 def fail(store, grant, token="one"):  # noqa: S107 - no secret
     """Give up a claim whose samples will not come; return what the ledger holds of each draw."""
-    store.write([Forgo(KEY, grant.mine), Leave(draw(), token, grant.held, complete=False)])
+    store.write([ReleaseLease(KEY, grant.mine), ReleaseHold(draw(), token, grant.held, complete=False)])
     return [found.indices for found in store.draws()]
 
 
@@ -131,7 +131,7 @@ def test_c1_what_a_joiner_received_in_place_of_a_discarded_sample_stands_when_it
     first.write([Commit(KEY, 0, b"0", {}), Discard(KEY, 0, "a refusal")])
     short = generate(second, draw(), 1, "two")
     assert (short.indices, short.joined) == ([3], True)
-    second.write([Leave(draw(), "two", short.held, complete=True, n=1)])
+    second.write([ReleaseHold(draw(), "two", short.held, complete=True, n=1)])
     last = claim(first, draw(), 3, "three")
     kill(second)
     fail(first, grant)
@@ -162,7 +162,7 @@ def test_c1_a_refresh_that_was_recalled_stands_when_who_took_it_over_is_cancelle
     assert generate(first, draw(), 2).mine == [2, 3]
     assert reader.recall(draw(), 2).indices == [2, 3]
     held = tuple({*before.held, *joined.held})
-    first.write([Forgo(KEY, before.mine), Leave(draw(), "one", held, complete=False)])
+    first.write([ReleaseLease(KEY, before.mine), ReleaseHold(draw(), "one", held, complete=False)])
     assert reader.recall(draw(), 2).indices == [2, 3]
     assert claim(reader, draw("a", "another")).indices == [4], "what was refreshed stays taken"
 
@@ -203,7 +203,7 @@ def test_c1_a_draw_that_is_undone_while_it_is_looked_at_is_not_delivered(tmp_pat
     store.recall(draw("a"), 2)  # so that the connections are open
     look = sql.read_sample
     commits = [Commit(KEY, index, b"%d" % index, {}) for index in maker.mine]
-    history = [Leave(draw("a"), "two", grant.held, complete=False), *commits]
+    history = [ReleaseHold(draw("a"), "two", grant.held, complete=False), *commits]
 
     def late(*given):
         if history:
@@ -222,7 +222,7 @@ def test_c1_a_draw_is_not_undone_in_the_transaction_that_stores_its_samples(stor
     """Readers see them before it has ended, and the draw beside them."""
     maker = claim(store, draw("b"), 2)
     grant = claim(store, draw("a"), 2, "two")
-    leave = Leave(draw("a"), "two", grant.held, complete=False)
+    leave = ReleaseHold(draw("a"), "two", grant.held, complete=False)
     results = store.write([leave, *(Commit(KEY, index, b"%d" % index, {}) for index in maker.mine)])
     assert [result and result.sample.index for result in results] == [None, 0, 1]
     assert store.recall(draw("a"), 2).indices == [0, 1]

@@ -41,7 +41,7 @@ class TestStoreThatIsAlwaysLocked(StoreContract):
 READS = {
     "recall": lambda store, key: store.recall(Draw("-", key, "", 0), 1),
     "replay": lambda store, key: store.replay(Draw("-", key, "", 0), 1, IntervalSet()),
-    "glance": lambda store, key: store.glance([(key, 0)]),
+    "status": lambda store, key: store.status([(key, 0)]),
 }
 
 
@@ -67,9 +67,9 @@ async def test_c8_what_sqlite_says_of_a_damaged_ledger_is_a_store_error(tmp_path
         for table in ("segments", "pending", "draws"):
             connection.execute(f"DROP TABLE IF EXISTS {table}")
     connection.close()
-    if read == "glance":  # what is stored is told without the ledger
+    if read == "status":  # what is stored is told without the ledger
         with pytest.raises(StoreError):
-            store.glance([("0" * 64, 0)])
+            store.status([("0" * 64, 0)])
     else:
         with pytest.raises(StoreError):
             READS[read](store, pipeline.key(Request("p")))

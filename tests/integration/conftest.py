@@ -51,6 +51,30 @@ def answering():
         client.close()
 
 
+@pytest.fixture(scope="session")
+def answering_with():
+    """A context that runs an HTTP server around a handler class, and yields its URL."""
+
+    @contextlib.contextmanager
+    def serve(handler):
+        class Quiet(handler):
+            def log_message(self, *_):
+                pass
+
+        listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+        listener.daemon_threads = True
+        thread = threading.Thread(target=lambda: listener.serve_forever(poll_interval=0.01), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.server_port}"
+        finally:
+            listener.shutdown()
+            listener.server_close()
+            thread.join()
+
+    return serve
+
+
 class Gated:
     """A server whose streams stop after the first content until ``gate`` is set.
 
@@ -99,7 +123,7 @@ class Gated:
 
 
 @pytest.fixture
-def gated():
+def gated(answering_with):
     """A server of OpenAI's chat and Anthropic's messages, whose streams stop after the first content."""
     made = Gated()
 
@@ -120,16 +144,6 @@ def gated():
                 made.gate.wait(20)
                 self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(after), after))
 
-        def log_message(self, *_):
-            pass
-
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
-    made.url = f"http://127.0.0.1:{listener.server_port}"
-    thread = threading.Thread(target=lambda: listener.serve_forever(poll_interval=0.01), daemon=True)
-    thread.start()
-    yield made
-    made.gate.set()
-    listener.shutdown()
-    listener.server_close()
-    thread.join()
+    with answering_with(Handler) as made.url:
+        yield made
+        made.gate.set()

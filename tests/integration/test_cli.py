@@ -1,14 +1,16 @@
 """The commands that look at a cache, and the demo, as a user meets them."""
 
 import asyncio
+import contextlib
 import http.server
 import json
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.keys import provider_question
 from cachepipe.models import OpenAIModel
 from cachepipe.stores import DiskStore
-from cachepipe.stores.base import Claim, Commit, Discard, Leave
+from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold
 from cachepipe.testing import MockServer, MockSettings
 
 HOSTILE = "roll\x1b[31m\x07\nsecond\u202eline\r"
@@ -204,7 +206,7 @@ def varied(tmp_path_factory):
         question = provider_question(f"{base}/chat/completions", {"body": body})
         draw = Draw("=a" if number else "=b", question.key, "", 0)
         grant, _ = store.write([Claim(draw, 1, question, "t"), Commit(question.key, 0, b'"x"', {"at": 1})])
-        store.write([Leave(draw, "t", grant.held, complete=True, n=1)])
+        store.write([ReleaseHold(draw, "t", grant.held, complete=True, n=1)])
     store.close()
     return folder
 
@@ -430,6 +432,118 @@ def test_scopes_beyond_the_limit_are_counted(cache):
     assert output.endswith("and 1 more scope; --limit 0 shows all\n")
 
 
+# verify and discard
+
+
+@pytest.fixture
+def copy(cache, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(cache, folder)
+    return folder
+
+
+def damage(folder, statement, *values):
+    with contextlib.closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as shelf:
+        shelf.execute(statement, values)
+
+
+def test_verify_says_that_nothing_is_wrong(copy):
+    assert called("verify", "--cache", str(copy)).stdout.splitlines() == [
+        f"cache    {copy}",
+        "checked  4 questions, 6 samples, 6 draws, 0 discarded",
+        "result   nothing is wrong",
+    ]
+    assert as_json("verify", "--cache", str(copy)) == {
+        "folder": str(copy),
+        "whole": True,
+        "checked": {"questions": 4, "samples": 6, "draws": 6, "discarded": 0},
+        "foreign": 0,
+        "recent": 0,
+        "unfinished": 0,
+        "problems": [],
+        "repaired": None,
+    }
+
+
+def test_verify_says_what_is_wrong_and_what_to_do_and_repairs_it_on_request(copy):
+    damage(copy, "DELETE FROM Cache WHERE rowid = 2")
+    shown = called("verify", "--cache", str(copy), code=1).stdout
+    assert "the cache is damaged" in shown
+    assert re.search(r"a listed sample is not stored +1 +run `cachepipe verify --repair`", shown)
+    assert re.search(r"^  k2-[0-9a-f]{64}/1$", shown, re.MULTILINE)
+    told = json.loads(called("verify", "--cache", str(copy), "--json", code=1).stdout)
+    assert [(each["kind"], each["count"]) for each in told["problems"]] == [("missing", 1)]
+    told = as_json("verify", "--cache", str(copy), "--repair")
+    assert (told["whole"], told["problems"]) == (True, [])
+    assert [each["kind"] for each in told["repaired"]] == ["missing"]
+    assert as_json("stats", "--cache", str(copy))["discarded"] == 1
+    assert "nothing is wrong" in called("verify", "--cache", str(copy), "--repair").stdout
+
+
+def test_verify_leaves_files_alone_that_do_not_belong_together(copy, tmp_path):
+    asyncio.run(fill(tmp_path / "other"))
+    shutil.copy(tmp_path / "other" / "cache.db", copy / "cache.db")
+    before = (copy / "ledger.cache.db").read_bytes()
+    shown = called("verify", "--cache", str(copy), "--repair", code=1).stdout
+    assert "Nothing was repaired" in shown
+    assert "restore the cache from a copy" in shown
+    assert (copy / "ledger.cache.db").read_bytes() == before
+
+
+def test_verify_says_which_folder_is_no_cache(tmp_path):
+    assert "there is no cache" in called("verify", "--cache", str(tmp_path), code=2).stderr
+
+
+def test_discard_takes_one_sample_back_and_says_how_many_draws_had_it(copy):
+    key = listed("--cache", str(copy))[0]["key"]
+    told = as_json("discard", f"{key[:12]}/1", "--why", "a refusal", "--cache", str(copy))
+    assert told == {"key": key, "discarded": [1], "draws": 2}
+    [discard] = as_json("show", key, "--cache", str(copy))["discarded"]
+    assert (discard["index"], discard["why"]) == (1, "a refusal")
+    again = asyncio.run(draw_again(copy))
+    assert again == {"a": [True, False], "b": [True, True]}  # they share the new one
+    assert as_json("verify", "--cache", str(copy))["whole"]
+
+
+async def draw_again(folder):
+    async with OnlineAPI(Dice(), folder) as pipeline:
+        asks = [Request("question 1", n=2, request_id="r1", namespace=namespace) for namespace in ("a", "b")]
+        return {ask.namespace: (await pipeline.request(ask)).cached for ask in asks}
+
+
+def test_discard_takes_all_samples_of_a_question_back(copy):
+    key = listed("--cache", str(copy))[1]["key"]
+    shown = called("discard", key, "--why", "truncated", "--cache", str(copy)).stdout
+    assert shown == f"discarded 2 samples of {key}, which 2 draws had\n"
+    assert as_json("show", key, "--cache", str(copy))["samples"] == []
+    assert "discarded 0 samples" in called("discard", key, "--why", "twice", "--cache", str(copy)).stdout
+
+
+def test_a_damaged_sample_can_be_discarded(copy):
+    key = listed("--cache", str(copy))[0]["key"]
+    damage(copy, "UPDATE Cache SET value = x'00' WHERE key = ?", f"{key}/0")
+    assert "verify --repair" in called("show", key, "--cache", str(copy), code=2).stderr
+    called("discard", f"{key}/0", "--why", "damaged", "--cache", str(copy))
+    assert as_json("verify", "--cache", str(copy))["whole"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{key}/1"], "Missing option '--why'"),
+        (["{key}/9", "--why", "w"], "there is no sample 9 of key"),
+        (["{key}/last", "--why", "w"], "a whole number; got 'last'"),
+        (["k2-nothing", "--why", "w"], "no key in"),
+        (["k2", "--why", "w"], "several keys begin with 'k2'"),
+    ],
+)
+def test_discard_says_what_it_cannot_find(copy, arguments, message):
+    key = listed("--cache", str(copy))[0]["key"]
+    shown = called("discard", *(each.format(key=key) for each in arguments), "--cache", str(copy), code=2)
+    assert message in shown.stderr
+    assert as_json("stats", "--cache", str(copy))["discarded"] == 0
+
+
 # As a process.
 
 
@@ -524,17 +638,11 @@ class Stranger(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
 
-
-def test_new_run_of_what_is_no_proxy_is_one_sentence():
-    with http.server.HTTPServer(("127.0.0.1", 0), Stranger) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
-        place = f"127.0.0.1:{server.server_port}"
+def test_new_run_of_what_is_no_proxy_is_one_sentence(answering_with):
+    with answering_with(Stranger) as url:
+        place = url.removeprefix("http://")
         result = called("new-run", "--url", f"http://me:secret@{place}", code=2)
-        thread.join()
     assert result.stderr == f"Error: http://{place} did not begin a run: status 404\n"
 
 

@@ -131,7 +131,7 @@ def stored_in(folder):
     found = collections.defaultdict(set)
     for info in store.keys(""):
         for index in range(200):
-            if store.glance([(info.key, index)]) == ["stored"]:
+            if store.status([(info.key, index)]) == ["stored"]:
                 found[info.key].add(index)
     store.close()
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
-import threading
 
 import anthropic
 import httpx2
@@ -61,7 +60,7 @@ class Provider:
 
 
 @pytest.fixture
-def provider():
+def provider(answering_with):
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -77,18 +76,9 @@ def provider():
             self.end_headers()
             self.wfile.write(answer)
 
-        def log_message(self, *_):
-            pass
-
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
-    made = Provider(f"http://127.0.0.1:{listener.server_port}")
-    thread = threading.Thread(target=lambda: listener.serve_forever(poll_interval=0.01), daemon=True)
-    thread.start()
-    yield made
-    listener.shutdown()
-    listener.server_close()
-    thread.join()
+    with answering_with(Handler) as url:
+        made = Provider(url)
+        yield made
 
 
 def asked(content="hello", **more):

@@ -13,7 +13,7 @@ import pytest
 
 from cachepipe import AsyncBatcher, AsyncDeduplicator, MemoryStore, OnlineAPI, Request, Response
 from cachepipe.stages import engine
-from cachepipe.stores.base import Forgo
+from cachepipe.stores.base import ReleaseLease
 from cachepipe.testing import ScriptedModel
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -97,7 +97,7 @@ def test_c4_a_claim_that_is_granted_after_its_loop_has_gone_is_undone(tmp_path, 
 
     async def written():
         for _ in range(3):  # behind the claim, and behind what undoes it
-            await pipeline.store.apply([Forgo(pipeline.key(Request("w")), [9])])
+            await pipeline.store.apply([ReleaseLease(pipeline.key(Request("w")), [9])])
 
     asyncio.run(written())
     connection = sqlite3.connect(tmp_path / "ledger.cache.db")
@@ -116,15 +116,15 @@ def test_c4_a_loop_that_is_busy_loses_its_claim_to_no_other_loop(tmp_path, monke
     place = [(pipeline.key(request), 0)]
     queued, looked = threading.Event(), threading.Event()
     looks = []
-    glance = pipeline.store.glance
+    status = pipeline.store.status
 
     def counting(wanted):
         if looked.is_set() or not wanted:
-            return glance(wanted)
+            return status(wanted)
         looks.append(wanted)
         if len(looks) > 3 * engine._ORPHAN_LOOKS:
             looked.set()
-        return glance(wanted)
+        return status(wanted)
 
     async def busy():
         task = asyncio.create_task(pipeline.request(request))
@@ -143,10 +143,10 @@ def test_c4_a_loop_that_is_busy_loses_its_claim_to_no_other_loop(tmp_path, monke
     with locked(tmp_path) as release:
         thread.start()
         assert queued.wait(20)
-    while glance(place) == ["free"]:
+    while status(place) == ["free"]:
         threading.Event().wait(0.001)
     monkeypatch.setattr(engine, "_LOOK_LAST", 0.005)
-    monkeypatch.setattr(pipeline.store, "glance", counting)
+    monkeypatch.setattr(pipeline.store, "status", counting)
     answers.append(asyncio.run(other()))
     thread.join()
     asyncio.run(pipeline.close())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 from dataclasses import dataclass
 
 import pytest
@@ -15,33 +14,6 @@ from cachepipe import AsyncBatcher, Batch, BatchMismatch, Request, Response, Sta
 class Seeded(Request):
     seed: int | None = None
     best_of: int | None = None
-
-
-class Selector(selectors.SelectSelector):
-    loop = None
-
-    def select(self, timeout=None):
-        assert timeout is not None, "everything waits for something that will never happen"
-        self.loop.now += max(timeout, 0)
-        return super().select(0)
-
-
-class Loop(asyncio.SelectorEventLoop):
-    """An event loop whose time is spent at once."""
-
-    def __init__(self):
-        self.now = 0.0
-        selector = Selector()
-        selector.loop = self
-        super().__init__(selector)
-
-    def time(self):
-        return self.now
-
-
-def run(main):
-    with asyncio.Runner(loop_factory=Loop) as runner:
-        return runner.run(main())
 
 
 def now():
@@ -114,7 +86,7 @@ def sizes(model):
 
 
 @pytest.mark.parametrize(("ns", "expected"), [([1] * 7, [3, 3, 1]), ([2, 2, 1], [2, 3]), ([3, 1, 2], [3, 3])])
-def test_a_batch_holds_at_most_its_size_in_samples(ns, expected):
+def test_a_batch_holds_at_most_its_size_in_samples(ns, expected, run):
     async def main():
         model = Batched()
         batcher = AsyncBatcher(model, 3, 5)
@@ -124,7 +96,7 @@ def test_a_batch_holds_at_most_its_size_in_samples(ns, expected):
     run(main)
 
 
-def test_a_full_batch_never_waits_for_its_window():
+def test_a_full_batch_never_waits_for_its_window(run):
     async def main():
         model = Batched()
         batcher = AsyncBatcher(model, 2, 3600)
@@ -135,7 +107,7 @@ def test_a_full_batch_never_waits_for_its_window():
     run(main)
 
 
-def test_a_batch_that_is_not_full_leaves_a_window_after_its_first_request():
+def test_a_batch_that_is_not_full_leaves_a_window_after_its_first_request(run):
     async def main():
         model = Batched()
         batcher = AsyncBatcher(model, 10, 5)
@@ -151,7 +123,7 @@ def test_a_batch_that_is_not_full_leaves_a_window_after_its_first_request():
     run(main)
 
 
-def test_a_window_of_zero_is_a_turn_of_the_loop():
+def test_a_window_of_zero_is_a_turn_of_the_loop(run):
     async def main():
         model = Batched()
         batcher = AsyncBatcher(model, 10)
@@ -162,7 +134,7 @@ def test_a_window_of_zero_is_a_turn_of_the_loop():
     run(main)
 
 
-def test_a_request_that_does_not_fit_sends_the_open_batch_and_opens_another():
+def test_a_request_that_does_not_fit_sends_the_open_batch_and_opens_another(run):
     async def main():
         model = Batched()
         batcher = AsyncBatcher(model, 3, 5)
@@ -175,7 +147,7 @@ def test_a_request_that_does_not_fit_sends_the_open_batch_and_opens_another():
     run(main)
 
 
-def test_a_timer_of_a_batch_that_has_left_cuts_no_other():
+def test_a_timer_of_a_batch_that_has_left_cuts_no_other(run):
     async def main():
         model = Batched()
         batcher = AsyncBatcher(model, 2, 5)
@@ -189,7 +161,7 @@ def test_a_timer_of_a_batch_that_has_left_cuts_no_other():
     run(main)
 
 
-def test_a_request_larger_than_a_batch_is_cut():
+def test_a_request_larger_than_a_batch_is_cut(run):
     async def main():
         model = Batched()
         response = await AsyncBatcher(model, 3, 5).request(Request("a", n=8))
@@ -200,7 +172,7 @@ def test_a_request_larger_than_a_batch_is_cut():
 
 
 @pytest.mark.parametrize("fields", [{"seed": 0}, {"best_of": 9}])
-def test_one_with_a_seed_or_best_of_travels_whole(fields):
+def test_one_with_a_seed_or_best_of_travels_whole(fields, run):
     """C4: such requests are neither merged nor cut."""
 
     async def main():
@@ -211,7 +183,7 @@ def test_one_with_a_seed_or_best_of_travels_whole(fields):
     run(main)
 
 
-def test_overflow_lets_it_travel_whole_too_but_within_the_models_limit():
+def test_overflow_lets_it_travel_whole_too_but_within_the_models_limit(run):
     async def main():
         model = Batched()
         await AsyncBatcher(model, 3, 5, allow_batch_overflow=True).request(Request("a", n=8))
@@ -226,7 +198,7 @@ def test_overflow_lets_it_travel_whole_too_but_within_the_models_limit():
 # In flight.
 
 
-def test_batches_do_not_wait_for_one_another():
+def test_batches_do_not_wait_for_one_another(run):
     async def main():
         model = Batched(seconds=10)
         batcher = AsyncBatcher(model, 1)
@@ -236,7 +208,7 @@ def test_batches_do_not_wait_for_one_another():
     run(main)
 
 
-def test_at_most_so_many_are_in_flight_as_were_asked_for():
+def test_at_most_so_many_are_in_flight_as_were_asked_for(run):
     async def main():
         model = Batched(seconds=10)
         batcher = AsyncBatcher(model, 1, in_flight=2)
@@ -253,7 +225,7 @@ def test_at_most_so_many_are_in_flight_as_were_asked_for():
 # Each its own.
 
 
-def test_each_request_gets_its_own_result_in_any_order():
+def test_each_request_gets_its_own_result_in_any_order(run):
     async def main():
         batcher = AsyncBatcher(Batched(), 4, 1)
         answers = await batcher.batch_request(
@@ -264,7 +236,7 @@ def test_each_request_gets_its_own_result_in_any_order():
     run(main)
 
 
-def test_each_request_gets_its_own_error():
+def test_each_request_gets_its_own_error(run):
     class Picky(Batched):
         def answer(self, request):
             return KeyError(request.prompt) if request.prompt in "bd" else super().answer(request)
@@ -279,7 +251,7 @@ def test_each_request_gets_its_own_error():
     run(main)
 
 
-def test_a_batch_that_fails_as_a_whole_is_repeated_one_by_one():
+def test_a_batch_that_fails_as_a_whole_is_repeated_one_by_one(run):
     class Fragile(Batched):
         def answer(self, request):
             if request.prompt == "bad":
@@ -298,7 +270,7 @@ def test_a_batch_that_fails_as_a_whole_is_repeated_one_by_one():
     run(main)
 
 
-def test_a_lone_request_that_fails_is_not_repeated():
+def test_a_lone_request_that_fails_is_not_repeated(run):
     class Fragile(Batched):
         def answer(self, request):
             raise ConnectionError
@@ -313,7 +285,7 @@ def test_a_lone_request_that_fails_is_not_repeated():
 
 
 @pytest.mark.parametrize("returned", [0, 1, 3])
-def test_another_number_of_responses_is_an_error_for_all_and_nobody_hangs(returned):
+def test_another_number_of_responses_is_an_error_for_all_and_nobody_hangs(returned, run):
     class Wrong:
         async def batch_request(self, batch):
             return [Response(["x"])] * returned
@@ -326,7 +298,7 @@ def test_another_number_of_responses_is_an_error_for_all_and_nobody_hangs(return
     run(main)
 
 
-def test_return_exceptions_puts_errors_in_their_places():
+def test_return_exceptions_puts_errors_in_their_places(run):
     class Picky(Batched):
         def answer(self, request):
             return KeyError("b") if request.prompt == "b" else super().answer(request)
@@ -345,7 +317,7 @@ def test_return_exceptions_puts_errors_in_their_places():
 # A model that has only request, or both.
 
 
-def test_a_model_that_has_only_request_is_asked_for_each_at_once():
+def test_a_model_that_has_only_request_is_asked_for_each_at_once(run):
     async def main():
         model = Single()
         answers = await asyncio.gather(*ask(AsyncBatcher(model, 3, 1), *"abc"))
@@ -355,7 +327,7 @@ def test_a_model_that_has_only_request_is_asked_for_each_at_once():
     run(main)
 
 
-def test_prefer_chooses_between_the_methods_of_a_model_that_has_both():
+def test_prefer_chooses_between_the_methods_of_a_model_that_has_both(run):
     class Both(Batched):
         def __init__(self):
             super().__init__()
@@ -375,7 +347,7 @@ def test_prefer_chooses_between_the_methods_of_a_model_that_has_both():
 
 
 @pytest.mark.parametrize("prefer", ["request", "batch"])
-def test_a_model_of_single_requests_delivers_each_answer_as_it_comes(prefer):
+def test_a_model_of_single_requests_delivers_each_answer_as_it_comes(prefer, run):
     async def main():
         tasks = ask(AsyncBatcher(Uneven(), 3, prefer=prefer), "9", "1", "5")
         await tasks[1]
@@ -388,7 +360,7 @@ def test_a_model_of_single_requests_delivers_each_answer_as_it_comes(prefer):
 # Cancellation.
 
 
-def test_a_cancelled_request_leaves_the_queue():
+def test_a_cancelled_request_leaves_the_queue(run):
     async def main():
         model = Batched()
         batcher = AsyncBatcher(model, 3, 5)
@@ -403,7 +375,7 @@ def test_a_cancelled_request_leaves_the_queue():
     run(main)
 
 
-def test_one_that_waits_for_its_turn_to_fly_leaves_too():
+def test_one_that_waits_for_its_turn_to_fly_leaves_too(run):
     async def main():
         model = Batched(seconds=10)
         batcher = AsyncBatcher(model, 1, in_flight=1)
@@ -417,7 +389,7 @@ def test_one_that_waits_for_its_turn_to_fly_leaves_too():
     run(main)
 
 
-def test_one_in_flight_leaves_the_others_flying():
+def test_one_in_flight_leaves_the_others_flying(run):
     async def main():
         gate = asyncio.Event()
         model = Batched(gate=gate)
@@ -434,7 +406,7 @@ def test_one_in_flight_leaves_the_others_flying():
     run(main)
 
 
-def test_a_batch_that_nobody_wants_any_more_is_stopped():
+def test_a_batch_that_nobody_wants_any_more_is_stopped(run):
     async def main():
         model = Batched(gate=asyncio.Event())
         tasks = ask(AsyncBatcher(model, 2, 1), *"ab")
@@ -448,7 +420,7 @@ def test_a_batch_that_nobody_wants_any_more_is_stopped():
     run(main)
 
 
-def test_what_is_stopped_is_stopped_once_and_may_end_as_it_needs():
+def test_what_is_stopped_is_stopped_once_and_may_end_as_it_needs(run):
     """Also where its requests end one after the other."""
     ended = []
 
@@ -471,7 +443,7 @@ def test_what_is_stopped_is_stopped_once_and_may_end_as_it_needs():
     run(main)
 
 
-def test_a_batch_whose_other_requests_have_their_answers_is_stopped_by_the_last_who_waits():
+def test_a_batch_whose_other_requests_have_their_answers_is_stopped_by_the_last_who_waits(run):
     async def main():
         batcher = AsyncBatcher(Uneven(), 4)
         tasks = ask(batcher, "1", "2", "8", "9")
@@ -488,7 +460,7 @@ def test_a_batch_whose_other_requests_have_their_answers_is_stopped_by_the_last_
     run(main)
 
 
-def test_a_ticket_that_has_its_answer_and_is_withdrawn_stops_nobody_elses():
+def test_a_ticket_that_has_its_answer_and_is_withdrawn_stops_nobody_elses(run):
     async def main():
         batcher = AsyncBatcher(Uneven(), 2)
         first, second = (batcher.submit(Request(prompt)) for prompt in "12")
@@ -503,7 +475,7 @@ def test_a_ticket_that_has_its_answer_and_is_withdrawn_stops_nobody_elses():
 # The end.
 
 
-def test_closing_sends_what_is_queued_and_waits_for_what_is_in_flight():
+def test_closing_sends_what_is_queued_and_waits_for_what_is_in_flight(run):
     async def main():
         model = Batched(seconds=10)
         batcher = AsyncBatcher(model, 3, 3600)
@@ -520,7 +492,7 @@ def test_closing_sends_what_is_queued_and_waits_for_what_is_in_flight():
     run(main)
 
 
-def test_closing_in_mid_batch_with_a_limit_in_flight_delivers_or_refuses_everything():
+def test_closing_in_mid_batch_with_a_limit_in_flight_delivers_or_refuses_everything(run):
     async def main():
         model = Batched(seconds=10)
         batcher = AsyncBatcher(model, 1, in_flight=1)
@@ -537,7 +509,7 @@ def test_closing_in_mid_batch_with_a_limit_in_flight_delivers_or_refuses_everyth
     run(main)
 
 
-def test_a_batch_that_is_cancelled_from_within_reaches_its_callers():
+def test_a_batch_that_is_cancelled_from_within_reaches_its_callers(run):
     class Cancelling:
         async def batch_request(self, batch):
             raise asyncio.CancelledError
@@ -551,7 +523,7 @@ def test_a_batch_that_is_cancelled_from_within_reaches_its_callers():
     run(main)
 
 
-def test_one_batcher_serves_several_loops_one_after_the_other():
+def test_one_batcher_serves_several_loops_one_after_the_other(run):
     batcher = AsyncBatcher(Batched(), 2, 1)
 
     async def main():
@@ -587,7 +559,7 @@ def test_what_is_no_model_is_refused(model):
         AsyncBatcher(model)
 
 
-def test_a_thousand_requests_make_as_few_batches_as_there_can_be():
+def test_a_thousand_requests_make_as_few_batches_as_there_can_be(run):
     async def main():
         model = Batched()
         await asyncio.gather(*ask(AsyncBatcher(model, 64, 1), *map(str, range(1000))))

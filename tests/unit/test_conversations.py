@@ -192,13 +192,13 @@ def test_a_file_of_lines_is_read(tmp_path):
 
 
 def test_the_line_at_fault_is_named():
-    with pytest.raises(ValueError, match=r"line 2 is no message: .*got 'robot'"):
+    with pytest.raises(ValueError, match=r"line 2 is not a message: .*got 'robot'"):
         Conversation.from_jsonl('{"role":"user","content":"a"}\n{"role":"robot","content":"a"}\n')
-    with pytest.raises(ValueError, match="line 1 is no message"):
+    with pytest.raises(ValueError, match="line 1 is not a message"):
         Conversation.from_jsonl("[1]")
     with pytest.raises(ValueError, match="as JSON is"):
         Conversation.from_json(json.dumps({"messages": 3}))
-    with pytest.raises(ValueError, match=r"holds what is no message: .* got 1"):
+    with pytest.raises(ValueError, match=r"has an invalid message: .* got 1"):
         Conversation.from_json("[1]")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 from dataclasses import dataclass
 
 import pytest
@@ -14,33 +13,6 @@ from cachepipe import AsyncCacher, AsyncDeduplicator, Batch, MemoryStore, Reques
 @dataclass(frozen=True)
 class Seeded(Request):
     seed: int | None = None
-
-
-class Selector(selectors.SelectSelector):
-    loop = None
-
-    def select(self, timeout=None):
-        assert timeout is not None, "everything waits for something that will never happen"
-        self.loop.now += max(timeout, 0)
-        return super().select(0)
-
-
-class Loop(asyncio.SelectorEventLoop):
-    """An event loop whose time is spent at once."""
-
-    def __init__(self):
-        self.now = 0.0
-        selector = Selector()
-        selector.loop = self
-        super().__init__(selector)
-
-    def time(self):
-        return self.now
-
-
-def run(main):
-    with asyncio.Runner(loop_factory=Loop) as runner:
-        return runner.run(main())
 
 
 class Model:
@@ -73,7 +45,7 @@ async def turns(count=20):
 # Alone.
 
 
-def test_identical_requests_that_are_in_flight_together_are_one_call_with_the_summed_n():
+def test_identical_requests_that_are_in_flight_together_are_one_call_with_the_summed_n(run):
     async def main():
         model = Model()
         answers = await asyncio.gather(*ask(AsyncDeduplicator(model), "a", "b", "a", "a", n=2))
@@ -85,7 +57,7 @@ def test_identical_requests_that_are_in_flight_together_are_one_call_with_the_su
     run(main)
 
 
-def test_the_first_sample_of_a_group_is_no_duplicate_and_all_others_are():
+def test_the_first_sample_of_a_group_is_no_duplicate_and_all_others_are(run):
     """C6."""
 
     async def main():
@@ -96,7 +68,7 @@ def test_the_first_sample_of_a_group_is_no_duplicate_and_all_others_are():
     run(main)
 
 
-def test_a_lone_request_with_two_samples_is_such_a_group():
+def test_a_lone_request_with_two_samples_is_such_a_group(run):
     """C6."""
 
     async def main():
@@ -107,7 +79,7 @@ def test_a_lone_request_with_two_samples_is_such_a_group():
     run(main)
 
 
-def test_one_task_that_asks_again_and_again_is_not_in_flight_with_itself():
+def test_one_task_that_asks_again_and_again_is_not_in_flight_with_itself(run):
     class Instant:
         async def request(self, request):
             return Response(["x"] * request.n)
@@ -122,7 +94,7 @@ def test_one_task_that_asks_again_and_again_is_not_in_flight_with_itself():
     run(main)
 
 
-def test_a_batch_is_served_together():
+def test_a_batch_is_served_together(run):
     async def main():
         model = Model()
         batch = Batch([Request("a"), Request("b"), Request("a", n=2)])
@@ -133,7 +105,7 @@ def test_a_batch_is_served_together():
     run(main)
 
 
-def test_ids_do_not_tell_requests_apart_but_namespaces_do():
+def test_ids_do_not_tell_requests_apart_but_namespaces_do(run):
     async def main():
         model = Model()
         stage = AsyncDeduplicator(model)
@@ -148,7 +120,7 @@ def test_ids_do_not_tell_requests_apart_but_namespaces_do():
     run(main)
 
 
-def test_requests_with_a_seed_are_flagged_but_not_merged():
+def test_requests_with_a_seed_are_flagged_but_not_merged(run):
     """C4: they travel as their callers wrote them."""
 
     async def main():
@@ -160,7 +132,7 @@ def test_requests_with_a_seed_are_flagged_but_not_merged():
     run(main)
 
 
-def test_a_call_asks_for_no_more_than_the_model_gives():
+def test_a_call_asks_for_no_more_than_the_model_gives(run):
     async def main():
         model = Model(max_n=4)
         answers = await asyncio.gather(*ask(AsyncDeduplicator(model), "a", "a", "a", n=3))
@@ -170,7 +142,7 @@ def test_a_call_asks_for_no_more_than_the_model_gives():
     run(main)
 
 
-def test_requests_within_the_window_share_a_call_and_later_ones_do_not():
+def test_requests_within_the_window_share_a_call_and_later_ones_do_not(run):
     async def main():
         model = Model()
         stage = AsyncDeduplicator(model, window=10)
@@ -188,7 +160,7 @@ def test_requests_within_the_window_share_a_call_and_later_ones_do_not():
     run(main)
 
 
-def test_an_error_reaches_the_group_that_needed_the_call_and_no_other():
+def test_an_error_reaches_the_group_that_needed_the_call_and_no_other(run):
     """C8, as the adapter raised it."""
     error = ConnectionError("down")
 
@@ -208,7 +180,7 @@ def test_an_error_reaches_the_group_that_needed_the_call_and_no_other():
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_merged_call_that_is_refused_is_repeated_as_its_callers_wrote_it(status):
+def test_a_merged_call_that_is_refused_is_repeated_as_its_callers_wrote_it(status, run):
     """C4: and the limit is lowered for the run."""
 
     class Refused(Exception):  # noqa: N818 - as a client library has it
@@ -233,7 +205,7 @@ def test_a_merged_call_that_is_refused_is_repeated_as_its_callers_wrote_it(statu
     run(main)
 
 
-def test_a_cancelled_caller_leaves_the_shared_call_running():
+def test_a_cancelled_caller_leaves_the_shared_call_running(run):
     async def main():
         gate = asyncio.Event()
         model = Model(gate=gate)
@@ -249,7 +221,7 @@ def test_a_cancelled_caller_leaves_the_shared_call_running():
     run(main)
 
 
-def test_a_call_that_nobody_waits_for_is_stopped():
+def test_a_call_that_nobody_waits_for_is_stopped(run):
     async def main():
         stopped = []
 
@@ -271,7 +243,7 @@ def test_a_call_that_nobody_waits_for_is_stopped():
     run(main)
 
 
-def test_what_was_cancelled_before_its_window_ended_is_not_asked():
+def test_what_was_cancelled_before_its_window_ended_is_not_asked(run):
     async def main():
         model = Model()
         stage = AsyncDeduplicator(model, window=3600)
@@ -286,7 +258,7 @@ def test_what_was_cancelled_before_its_window_ended_is_not_asked():
     asyncio.run(main())  # in real time: the window is open
 
 
-def test_closing_waits_for_what_is_in_flight():
+def test_closing_waits_for_what_is_in_flight(run):
     async def main():
         stage = AsyncDeduplicator(Model(), window=5)
         tasks = ask(stage, "a", "b")
@@ -302,7 +274,7 @@ def test_closing_waits_for_what_is_in_flight():
     run(main)
 
 
-def test_stats_count_samples():
+def test_stats_count_samples(run):
     async def main():
         stage = AsyncDeduplicator(Model())
         await asyncio.gather(*ask(stage, "a", "a", "b", n=2))
@@ -329,7 +301,7 @@ def test_a_window_is_a_number_of_seconds():
 # In front of a cacher.
 
 
-def test_flags_of_the_two_stages_are_independent():
+def test_flags_of_the_two_stages_are_independent(run):
     """Cached tells who paid, duplicated who was served together."""
 
     async def main():

@@ -38,7 +38,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
 from cachepipe.stores import folders, leases
-from cachepipe.stores.base import Claim, Commit, Forgo, Leave
+from cachepipe.stores.base import Claim, Commit, ReleaseHold, ReleaseLease
 
 KEY = "k2-" + "a" * 64
 QUESTION = Question(KEY, None, b"{}")
@@ -103,7 +103,7 @@ def test_the_bomb_works(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [4, 3, 2, 1], ids=["pickle", "text", "binary", "raw"])
-@pytest.mark.parametrize("way", ["recall", "claim", "replay", "pipeline", "glance", "samples"])
+@pytest.mark.parametrize("way", ["recall", "claim", "replay", "pipeline", "status", "samples"])
 def test_a_row_that_cachepipe_did_not_write_is_refused_unread(folder, bomb, mode, way):
     asked(folder, "q")
     connection = shelf(folder)
@@ -124,8 +124,8 @@ def test_a_row_that_cachepipe_did_not_write_is_refused_unread(folder, bomb, mode
                     store.apply_now([Claim(Draw("=x", key, "", 0), 1, Question(key, None, b""), "t")])
                 case "replay":
                     store.replay(Draw("=x", key, "", 0), 1, IntervalSet())
-                case "glance":
-                    store.glance([(key, 0)])
+                case "status":
+                    store.status([(key, 0)])
                 case "samples":
                     list(store.samples(key))
 
@@ -158,7 +158,7 @@ def test_c7_a_sample_whose_commit_was_cut_short_outlives_the_lease_that_is_given
             pending = ledger.execute("SELECT * FROM pending").fetchall()
             store.write([Commit(KEY, 0, b'"x"', {})])
             ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", pending)
-        store.write([Forgo(KEY, [0])])
+        store.write([ReleaseLease(KEY, [0])])
         assert [sample.payload for sample in store.samples(KEY)] == [b'"x"']
         assert claim(store, namespace="=another", n=2).mine == [1]
 
@@ -869,8 +869,10 @@ def test_c8_a_crowd_that_fails_together_costs_the_same_per_head(folder):
         grants = store.write([Claim(draw, 1, QUESTION, f"{token}") for token in range(size)])
         counted = [0]
         store._writing[0].set_progress_handler(lambda c=counted: c.__setitem__(0, c[0] + 1), 100)
-        held = [Leave(draw, f"{token}", grant.held, complete=False) for token, grant in enumerate(grants)]
-        store.write([*held, Forgo(KEY, [0])])
+        held = [
+            ReleaseHold(draw, f"{token}", grant.held, complete=False) for token, grant in enumerate(grants)
+        ]
+        store.write([*held, ReleaseLease(KEY, [0])])
         steps[size] = counted[0]
         assert store.totals()["draws"] == 0
         store.close()

@@ -24,7 +24,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cachepipe import Request, UnkeyableValue
-from cachepipe.keys import FORMAT, asked, canonical, digest, encode, provider_question, question, scope_of
+from cachepipe.keys import FORMAT, asked, canonical, digest, encode, provider_question, question
+from cachepipe.stages.adapting import scope_of
 from cachepipe.values import Codec
 
 

@@ -13,7 +13,7 @@ import diskcache
 import pytest
 
 from cachepipe import DiskStore, OnlineAPI, Request, Response, StoreError, open_store
-from cachepipe.stores import folders, leases
+from cachepipe.stores import folders, leases, tables
 from cachepipe.talk.history import FILE, FolderKeeper
 
 FILES = ("cache.db", "ledger.cache.db")
@@ -250,9 +250,11 @@ def test_statistics_of_sqlites_own_and_indexes_of_diskcaches_are_fine(tmp_path):
 
 
 def test_c12_a_ledger_that_lists_more_than_is_stored_is_read_in_the_time_of_what_is(received):
-    written(received / "ledger.cache.db", ("UPDATE intervals SET stop = ?", 2**62))
     with contextlib.closing(DiskStore(received)) as store:
         (key,) = [info.key for info in store.keys()]  # noqa: SIM118 - a store is no mapping
+        digest = tables.interval_digest("", key, 0, 2**62)
+        longer = "UPDATE intervals SET stop = ?, digest = ? WHERE owner = 0"
+        written(received / "ledger.cache.db", (longer, 2**62, digest))
         assert [sample.payload for sample in store.samples(key)] == [b'"x"']
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import cachepipe.stores.writer
 from cachepipe import DiskStore, OnlineAPI, Request, StoreError, StoreLocked
-from cachepipe.stores.base import Forgo
+from cachepipe.stores.base import ReleaseLease
 from cachepipe.testing import ScriptedModel
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -29,7 +29,7 @@ def known(store):
 def put_to_writer(store, key):
     """Let a store's writer thread write something; return the thread."""
     written = threading.Event()
-    store._writer.put([Forgo(key, [0])], lambda _: written.set())
+    store._writer.put([ReleaseLease(key, [0])], lambda _: written.set())
     thread = store._writer._thread
     assert thread is not None
     assert written.wait(20)
@@ -68,10 +68,10 @@ def test_c8_what_queues_behind_a_lock_waits_for_it_once_and_fails_together(monke
             pass
 
     writer = cachepipe.stores.writer.Writer(Store())
-    writer.put([Forgo("k", [0])], told.append)
+    writer.put([ReleaseLease("k", [0])], told.append)
     assert begun.wait(20)
     for _ in range(4):
-        writer.put([Forgo("k", [0])], told.append)
+        writer.put([ReleaseLease("k", [0])], told.append)
     gate.set()
     writer.stop()
     assert tried == [1, 4]
@@ -82,7 +82,7 @@ def test_c8_what_queues_behind_a_lock_waits_for_it_once_and_fails_together(monke
 def test_full_durability_never_writes_on_the_loop_s_thread(tmp_path, durability, inline):
     store = DiskStore(tmp_path, durability=durability)
     key = known(store)
-    results = store.apply_now([Forgo(key, [0])])
+    results = store.apply_now([ReleaseLease(key, [0])])
     assert (results is not None) is inline
     store.close()
 

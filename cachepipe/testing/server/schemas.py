@@ -25,6 +25,11 @@ def instance(schema: object, text: str, root: Mapping[str, Any], depth: int = 0)
     followed = _followed(schema, root)
     if followed is not None:
         return instance(followed, text, root, depth + 1)
+    return _of_type(schema, text, root, depth)
+
+
+def _of_type(schema: Mapping[str, Any], text: str, root: Mapping[str, Any], depth: int) -> Any:
+    """Return a value of the schema's type, the first one if it has several."""
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) and kind else kind
     if kind == "object":

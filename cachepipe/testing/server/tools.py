@@ -22,13 +22,19 @@ def tool_of(body: Mapping[str, Any], settings: Settings, schema_field: str) -> d
     tools = _offered(body.get("tools") or (), wanted)
     if forced and not tools:
         raise bad("tool_choice", "one of the tools given in tools", body.get("tool_choice"))
-    called = set(_called(body.get("messages", body.get("input"))))
-    left = [tool for tool in tools if tool.get("name") not in called]
-    if not left and forced:
-        left = tools[-1:]
-    if not left:
+    tool = _next(tools, body.get("messages", body.get("input")), forced=forced)
+    if tool is None:
         return {}
-    return {"tool": str(left[0].get("name")), "schema": left[0].get(schema_field) or {"type": "object"}}
+    return {"tool": str(tool.get("name")), "schema": tool.get(schema_field) or {"type": "object"}}
+
+
+def _next(tools: list[Mapping[str, Any]], messages: object, *, forced: bool) -> Mapping[str, Any] | None:
+    """Return the first tool that the conversation has not called yet; the last one where one is forced."""
+    called = set(_called(messages))
+    for tool in tools:
+        if tool.get("name") not in called:
+            return tool
+    return tools[-1] if forced else None
 
 
 def _object(value: object) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ import ssl
 
 import pytest
 
+from cachepipe.testing import MockServer, MockSettings
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_certificates():
@@ -13,3 +15,10 @@ def no_certificates():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
         yield
+
+
+@pytest.fixture
+def server():
+    """A mock server in a thread of its own; its answers are short."""
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
+        yield running

@@ -24,7 +24,6 @@ from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
 from cachepipe.clients.tape import SyncTape
 from cachepipe.clients.wrapping import wrap
-from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.server import Fault
 
 VERSION = tuple(map(int, version("anthropic").split(".")[:2]))
@@ -51,12 +50,6 @@ def _no_credentials_around(monkeypatch, tmp_path):
         if name.startswith("ANTHROPIC_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("ANTHROPIC_CONFIG_DIR", str(tmp_path / "none"))
-
-
-@pytest.fixture
-def server():
-    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
-        yield running
 
 
 @pytest.fixture

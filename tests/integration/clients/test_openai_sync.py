@@ -24,15 +24,8 @@ from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import library_of
 from cachepipe.context import using
-from cachepipe.testing import MockServer, MockSettings
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
-
-
-@pytest.fixture
-def server():
-    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
-        yield running
 
 
 @pytest.fixture

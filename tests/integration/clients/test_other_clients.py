@@ -15,15 +15,8 @@ from cachepipe.clients.info import info
 from cachepipe.clients.mixins import OURS
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
 from cachepipe.clients.wrapping import wrap
-from cachepipe.testing import MockServer, MockSettings
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
-
-
-@pytest.fixture
-def server():
-    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
-        yield running
 
 
 def texts(response):

@@ -20,7 +20,6 @@ from cachepipe.clients import AsyncOpenAI, OpenAI, quick
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import library_of
 from cachepipe.context import using
-from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio
 HELLO = [{"role": "user", "content": "hello"}]
@@ -30,12 +29,6 @@ is_quick = pytest.mark.skipif(
     reason="this SDK makes its resources at once, and all calls go the general way",
 )
 ABSENT = [openai.NOT_GIVEN, *([openai.omit] if hasattr(openai, "omit") else [])]
-
-
-@pytest.fixture
-def server():
-    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
-        yield running
 
 
 @pytest.fixture

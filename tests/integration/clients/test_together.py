@@ -12,19 +12,12 @@ from cachepipe.clients import OpenAI
 from cachepipe.clients.info import info
 from cachepipe.clients.seam import ATTRIBUTES, NAMES
 from cachepipe.clients.wrapping import wrap
-from cachepipe.testing import MockServer, MockSettings
 
 if hasattr(together, "TogetherError"):
     from cachepipe.clients import AsyncTogether, Together
 
 since_2 = pytest.mark.skipif(not hasattr(together, "TogetherError"), reason="this is together 1")
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
-
-
-@pytest.fixture
-def server():
-    with MockServer.in_thread(MockSettings(seed=1, max_tokens=12)) as running:
-        yield running
 
 
 @pytest.fixture

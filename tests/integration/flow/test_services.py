@@ -33,12 +33,6 @@ class Hurried(Clock):
 
 
 @pytest.fixture
-async def server():
-    async with MockServer(MockSettings(seed=1, max_tokens=8)) as running:
-        yield running
-
-
-@pytest.fixture
 def threaded():
     with MockServer.in_thread(MockSettings(seed=1, max_tokens=8)) as running:
         yield running

@@ -33,12 +33,6 @@ TOOL = {
 
 
 @pytest.fixture
-async def server():
-    async with MockServer(MockSettings(seed=1, max_tokens=8)) as running:
-        yield running
-
-
-@pytest.fixture
 async def service(server):
     made = Services.custom(server.base_url, model="m")
     yield made

@@ -55,12 +55,6 @@ def points(exporter, name):
     return {tuple(sorted(dict(point.attributes).items())): point for point in found}
 
 
-@pytest.fixture
-async def server():
-    async with MockServer(MockSettings(seed=1, max_tokens=8)) as running:
-        yield running
-
-
 async def test_a_call_is_a_span_and_a_hit_is_none(server, spans, exporter):
     async with AsyncOpenAI(base_url=server.base_url, api_key="sk-hidden", cache=MemoryStore()) as client:
         with trace.get_tracer("program").start_as_current_span("work") as parent:

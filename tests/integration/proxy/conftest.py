@@ -7,7 +7,6 @@ import http.server
 import itertools
 import json
 import socket
-import threading
 import time
 import types
 
@@ -95,7 +94,7 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recording():
+def recording(answering_with):
     """Run an upstream that records what it gets, and answers as it is told."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -142,31 +141,22 @@ def recording():
                 return self.answer
             raise AttributeError(name)
 
-        def log_message(self, *_):
-            pass
-
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
-    made = Recorder(f"http://127.0.0.1:{listener.server_port}")
-    thread = threading.Thread(target=lambda: listener.serve_forever(poll_interval=0.01), daemon=True)
-    thread.start()
-    yield made
-    listener.shutdown()
-    listener.server_close()
-    thread.join()
+    with answering_with(Handler) as url:
+        made = Recorder(url)
+        yield made
 
 
 @pytest.fixture
-def recorder():
+def recorder(answering_with):
     """An upstream that records what it gets, and answers as it is told."""
-    with recording() as made:
+    with recording(answering_with) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
+def recorded(tmp_path_factory, answering_with):
     """A proxy for many tests, and the upstream that records what comes through it."""
-    with recording() as made:
+    with recording(answering_with) as made:
         upstreams = (Upstream.of("recorder", made.base_url),)
         options = {"cache": str(tmp_path_factory.mktemp("cache")), "port": 0, "log": "off"}
         with running(Settings(upstreams=upstreams, **options)) as server:

@@ -143,13 +143,13 @@ def test_wrong_lengths_and_early_leaving_cache_nothing_but_what_was_asked(strang
     assert alive(stranger)
 
 
-def test_nothing_but_answers_was_cached(stranger):
+def test_nothing_but_answers_was_cached(stranger, helpers):
     """Runs after the others of this file; with none of them the cache is empty, and that is true as well."""
     for samples in stored(stranger).values():
         for sample in samples:
             assert {"object", "data"} & {*sample} or {"choices", "output", "content"} & {*sample}
             assert not sample.get("error")
-    assert stranger.proxy.counters.in_flight == 0
+    helpers.until(lambda: not stranger.proxy.counters.in_flight)  # those who left early are noticed late
 
 
 def test_pipelined_requests_are_answered_in_their_order(stranger):

@@ -35,7 +35,7 @@ def chosen(listed, taken, preferred, *, new=False):
 
 
 @dataclass
-class Book:
+class KeyView:
     """A key in memory: ``states`` says of each listed index whether it is stored, discarded or pending."""
 
     states: dict[int, str] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def test_nothing_is_generated_while_a_listed_sample_is_free(listed, taken, prefe
 
 
 books = st.builds(
-    Book,
+    KeyView,
     st.dictionaries(indices, st.sampled_from(["stored", "stored", "discarded", "pending"]), max_size=12),
     sets,
     st.lists(indices, unique=True, max_size=4),
@@ -121,34 +121,34 @@ books = st.builds(
 
 
 @given(books, st.integers(1, 6), st.booleans(), st.booleans())
-def test_c1_a_new_draw_gets_distinct_indices_that_were_free_and_takes_them(book, n, refresh, couple):
-    before = {index for index in range(60) if index in book.taken}
-    states = dict(book.states)
-    got = allot(book, [], n, refresh=refresh, couple=couple)
+def test_c1_a_new_draw_gets_distinct_indices_that_were_free_and_takes_them(view, n, refresh, couple):
+    before = {index for index in range(60) if index in view.taken}
+    states = dict(view.states)
+    got = allot(view, [], n, refresh=refresh, couple=couple)
     assert len(set(got.indices)) == len(got.samples) == n
     assert before.isdisjoint(got.indices)
-    assert set(got.indices) <= set(book.took)
+    assert set(got.indices) <= set(view.took)
     assert (got.kept, got.replaced) == (0, [])
     for index, sample in zip(got.indices, got.samples, strict=True):
         assert (sample is not None) == (states.get(index) == "stored" and not refresh)
-    assert got.to_generate == [index for index in got.indices if index not in states] == book.leased
+    assert got.to_generate == [index for index in got.indices if index not in states] == view.leased
 
 
 @given(books, st.integers(1, 6))
-def test_c4_nothing_is_generated_while_the_list_has_free_samples(book, n):
-    free = [index for index, state in book.states.items() if state != "discarded" and index not in book.taken]
-    got = allot(book, [], n)
+def test_c4_nothing_is_generated_while_the_list_has_free_samples(view, n):
+    free = [index for index, state in view.states.items() if state != "discarded" and index not in view.taken]
+    got = allot(view, [], n)
     assert len(got.to_generate) == max(0, n - len(free))
 
 
 @given(books, st.integers(1, 6))
-def test_c3_a_new_draw_follows_the_earliest_namespace_where_its_samples_are_free(book, n):
-    states, taken = dict(book.states), set(book.taken_before)
-    got = allot(book, [], n)
+def test_c3_a_new_draw_follows_the_earliest_namespace_where_its_samples_are_free(view, n):
+    states, taken = dict(view.states), set(view.taken_before)
+    got = allot(view, [], n)
     given_before = set()
     for position, index in enumerate(got.indices):
-        if position < len(book.follows):
-            preferred = book.follows[position]
+        if position < len(view.follows):
+            preferred = view.follows[position]
             usable = states.get(preferred) in ("stored", "pending")
             if usable and preferred not in taken and preferred not in given_before:
                 assert index == preferred
@@ -156,13 +156,13 @@ def test_c3_a_new_draw_follows_the_earliest_namespace_where_its_samples_are_free
 
 
 @given(books, st.lists(indices, unique=True, min_size=1, max_size=4), st.integers(1, 6))
-def test_c2_a_draw_keeps_what_the_ledger_holds_but_discarded_samples(book, held, n):
+def test_c2_a_draw_keeps_what_the_ledger_holds_but_discarded_samples(view, held, n):
     for index in held:
-        book.states.setdefault(index, "stored")
-        book.listed.add(index)
-        book.taken.add(index)
-    states = dict(book.states)
-    got = allot(book, held, n)
+        view.states.setdefault(index, "stored")
+        view.listed.add(index)
+        view.taken.add(index)
+    states = dict(view.states)
+    got = allot(view, held, n)
     assert got.kept == min(n, len(held))
     for position, index in enumerate(held[:n]):
         assert (position in got.replaced) == (states[index] == "discarded")
@@ -170,15 +170,15 @@ def test_c2_a_draw_keeps_what_the_ledger_holds_but_discarded_samples(book, held,
 
 
 @given(books, st.lists(indices, unique=True, max_size=3), st.integers(1, 5))
-def test_a_replay_gives_what_a_claim_would_or_nothing(book, held, n):
+def test_a_replay_gives_what_a_claim_would_or_nothing(view, held, n):
     """Modes: a pending sample or a partial hit is a miss."""
     for index in held:
-        book.states.setdefault(index, "stored")
-        book.listed.add(index)
-        book.taken.add(index)
-    twin = Book(dict(book.states), {index for index in range(60) if index in book.taken}, book.follows)
+        view.states.setdefault(index, "stored")
+        view.listed.add(index)
+        view.taken.add(index)
+    twin = KeyView(dict(view.states), {index for index in range(60) if index in view.taken}, view.follows)
     replayed = allot(twin, held, n, stored_only=True)
-    claimed = allot(book, held, n)
+    claimed = allot(view, held, n)
     if None in claimed.samples:
         assert replayed is None
         assert twin.leased == []
@@ -187,18 +187,18 @@ def test_a_replay_gives_what_a_claim_would_or_nothing(book, held, n):
 
 
 def test_a_refresh_leaves_what_is_listed_and_replaces_the_whole_draw():
-    book = Book({0: "stored", 1: "stored", 2: "pending"}, {0, 1})
-    got = allot(book, [0, 1], 1, refresh=True)
+    view = KeyView({0: "stored", 1: "stored", 2: "pending"}, {0, 1})
+    got = allot(view, [0, 1], 1, refresh=True)
     assert (got.indices, got.to_generate, got.kept) == ([3], [3], 0)
     assert added(got, 1, 2, refresh=True) == [(0, [3]), (1, [])]
 
 
 def test_what_a_claim_adds_is_what_it_replaced_and_what_lies_beyond():
-    book = Book({0: "discarded", 1: "stored"}, {0, 1})
-    got = allot(book, [0, 1], 4)
+    view = KeyView({0: "discarded", 1: "stored"}, {0, 1})
+    got = allot(view, [0, 1], 4)
     assert got.indices == [2, 1, 3, 4]
     assert added(got, 4, 2, refresh=False) == [(0, [2]), (2, [3, 4])]
-    assert added(allot(Book({0: "stored"}, {0}), [0], 1), 1, 1, refresh=False) == []
+    assert added(allot(KeyView({0: "stored"}, {0}), [0], 1), 1, 1, refresh=False) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.lists(indices, min_size=1, max_size=4)), max_size=6))
@@ -221,4 +221,4 @@ def test_a_draw_whose_sample_was_replaced():
 
 @given(st.integers(1, 6), st.booleans(), st.booleans())
 def test_c3_the_first_draw_of_a_key_gets_what_an_empty_list_gives(n, refresh, couple):
-    assert first(n) == allot(Book(), [], n, refresh=refresh, couple=couple).to_generate
+    assert first(n) == allot(KeyView(), [], n, refresh=refresh, couple=couple).to_generate

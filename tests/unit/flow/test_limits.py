@@ -27,11 +27,6 @@ class RefusedError(Exception):
         )
 
 
-@pytest.fixture
-def clock():
-    return FakeClock()
-
-
 def limits(clock, *quota, **options):
     return Limits(*quota, **{"adaptive": False, "clock": clock, **options})
 

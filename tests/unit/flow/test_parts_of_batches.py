@@ -39,11 +39,6 @@ IDS = {"a": "10", "bad": "9", "c": "2", "d": "1"}  # in natural order: d, c, bad
 GOOD = ["a", "c", "d"]
 
 
-@pytest.fixture
-def clock():
-    return FakeClock()
-
-
 class Failing:
     """A model that takes batches only, and answers a question only after so many failures."""
 

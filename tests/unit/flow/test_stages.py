@@ -22,7 +22,7 @@ from cachepipe import (
 from cachepipe.flow.flow import Flow
 from cachepipe.flow.limits import Limits
 from cachepipe.flow.retries import Retries
-from cachepipe.testing import FakeClock, ScriptedError, ScriptedModel
+from cachepipe.testing import ScriptedError, ScriptedModel
 
 pytestmark = pytest.mark.anyio
 
@@ -31,11 +31,6 @@ pytestmark = pytest.mark.anyio
 class Asked(Request):
     model: str | None = None
     max_tokens: int | None = None
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 def flow(clock, *quota, **options):

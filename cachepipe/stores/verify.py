@@ -1,0 +1,633 @@
+"""A complete check of a cache (C12): each row against its digest, and against the rows of the other tables.
+
+The check only reads. It sees the ledger as of one moment and the samples as of a later one, so it can run
+while other processes use the cache. Its memory grows with the rows of one question, not with the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from cachepipe import keys
+from cachepipe.contract.allotment import DISCARDED, laid
+from cachepipe.contract.draws import SHARED, Draw, namespace_of
+from cachepipe.contract.intervals import Interval, IntervalSet
+from cachepipe.errors import DamagedCache, FormatError, StoreError, UnsafeRow
+from cachepipe.stores import identity, tables
+from cachepipe.stores.disk import connect_to_read
+from cachepipe.stores.folders import check_files
+from cachepipe.stores.received import check_format, check_ledger, check_shelf
+from cachepipe.stores.tables import LISTED, Segment, unpack
+
+_EXAMPLES: Final = 10  # of each kind of problem
+_STEP: Final = 1000  # rows to a step of the progress
+_MESSAGES: Final = 100  # of SQLite's own check of a file
+
+_NAME: Final = re.compile(r"(k[0-9]+-[^/]+)/(0|[1-9][0-9]{0,17})")
+_OF_INDEX: Final = re.compile(
+    r"row \d+ missing from index|wrong # of entries in index|non-unique entry in index", re.IGNORECASE
+)
+
+COPY: Final = "restore the cache from a copy"
+REPAIR: Final = "run `cachepipe verify --repair`"
+
+KINDS: Final[dict[str, tuple[str, str]]] = {
+    "parts": ("the files do not belong together, or one is missing", COPY),
+    "file": ("SQLite reports damage in a file", COPY),
+    "index": ("an index of a file does not fit its table", REPAIR),
+    "hidden": ("a row that the check found and look-ups do not find", COPY),
+    "question": ("a question that does not give its key", COPY),
+    "draw": ("a row of a draw is damaged", COPY),
+    "set": ("a row that lists or assigns samples is damaged", COPY),
+    "unknown": ("a row that belongs to no known question or namespace", COPY),
+    "repeated": ("one namespace has two draws with the same sample", COPY),
+    "unassigned": ("a draw has a sample that its namespace does not note as taken", COPY),
+    "undrawn": ("a namespace notes a sample as taken that no draw of its has", COPY),
+    "sample": ("a stored sample is damaged", REPAIR),
+    "missing": ("a listed sample is not stored", REPAIR),
+    "unlisted": ("a stored sample is not listed", REPAIR),
+    "stray": ("the question of a stored sample is missing", COPY),
+    "discard": ("a sample is discarded in one of the two files only", REPAIR),
+    "lease": ("a sample is noted as being generated, but not in order", REPAIR),
+    "first": ("the note of a draw's earliest namespace is wrong", REPAIR),
+}
+"""Per kind of problem, what is wrong and what to do about it."""
+
+
+class Stored(NamedTuple):
+    """Where a sample is, or should be."""
+
+    key: str
+    index: int  # type: ignore[assignment]  # a place is no sequence that one searches
+
+
+class Absent(NamedTuple):
+    """Listed samples of a key that are not stored: those from ``start``, below ``stop``."""
+
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Problem:
+    """What is wrong in one way: how often, and some of the places."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check has found.
+
+    Attributes:
+        counts: how many questions, samples, draws and discarded samples were checked.
+        foreign: rows in the file of samples that are not cachepipe's; they are left alone.
+        recent: samples that a killed process stored last, or that a running one stores now; the next
+            opening of the cache lists them.
+        unfinished: positions of draws without a sample, as killed runs leave them; the sample is generated
+            when it is asked for.
+        problems: by kind (see ``KINDS``).
+    """
+
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("questions", "samples", "draws", "discarded"), 0)
+    )
+    foreign: int = 0
+    recent: int = 0
+    unfinished: int = 0
+    problems: dict[str, Problem] = field(default_factory=dict)
+    damaged: list[Stored] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
+    unlisted: list[Stored] = field(default_factory=list)
+    discards: list[Stored] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Count a problem."""
+        problem = self.problems.setdefault(kind, Problem())
+        problem.count += count
+        if len(problem.examples) < _EXAMPLES:
+            problem.examples.append(example.encode(errors="backslashreplace").decode())
+
+
+Step = Callable[[], object]
+Progress = Callable[[int], contextlib.AbstractContextManager[Step]]
+"""Takes the number of steps of a check; what it returns is entered for what is called after each step."""
+
+
+def unseen(steps: int) -> contextlib.AbstractContextManager[Step]:  # noqa: ARG001 - nobody looks
+    """Show no progress."""
+    return contextlib.nullcontext(lambda: None)
+
+
+def verify(folder: Path, progress: Progress = unseen) -> Report:
+    """Return what is wrong in the cache of a folder; only reads.
+
+    Raises:
+        StoreError: when the folder cannot be read, or nothing in it may be read.
+    """
+    report = Report()
+    missing = [name for name in (identity.LEDGER, identity.SHELF) if not (folder / name).exists()]
+    if missing:
+        report.add("parts", f"the folder has no {' and no '.join(missing)}", len(missing))
+        return report
+    try:
+        with _opened(folder) as (ledger, shelf):
+            if _may_be_read(ledger, shelf, folder, report):
+                check_rows(ledger, shelf, report, progress)
+    except (OSError, *tables.UNREADABLE) as error:
+        report.add("file", str(error))
+    return report
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[sqlite3.Connection, sqlite3.Connection]]:
+    """Open both files for reading; text that is not UTF-8 is read too, and fails its digest."""
+    with contextlib.ExitStack() as stack:
+        pair = []
+        for name in (identity.LEDGER, identity.SHELF):
+            connection, _ = connect_to_read(folder / name)
+            stack.enter_context(contextlib.closing(connection))
+            connection.execute("PRAGMA query_only = 1")
+            connection.text_factory = lambda text: text.decode(errors="surrogateescape")
+            pair.append(connection)
+        yield pair[0], pair[1]
+
+
+def _may_be_read(ledger: sqlite3.Connection, shelf: sqlite3.Connection, folder: Path, report: Report) -> bool:
+    """Check that the files are what cachepipe makes and belong together; return False if no row may be read.
+
+    Raises:
+        FormatError: when another version wrote them.
+    """
+    try:
+        check_files(folder, identity.LEDGER, identity.SHELF)
+        has_ledger = "meta" in check_ledger(ledger, str(folder))
+        has_shelf = "Cache" in check_shelf(shelf, str(folder))
+    except FormatError:
+        raise
+    except StoreError as error:  # reading might run what they hold
+        report.add("file", str(error))
+        return False
+    empty = [name for name, has in ((identity.LEDGER, has_ledger), (identity.SHELF, has_shelf)) if not has]
+    if empty:
+        report.add("parts", f"{' and '.join(empty)} has none of its tables", len(empty))
+        return False
+    check_format(ledger, str(folder))
+    try:
+        identity.check_parts(ledger, shelf, str(folder))
+    except DamagedCache as error:
+        report.add("parts", str(error))
+    return True
+
+
+def check_rows(
+    ledger: sqlite3.Connection, shelf: sqlite3.Connection, report: Report, progress: Progress = unseen
+) -> None:
+    """Check all rows of a ledger and its samples; add what is wrong to a report."""
+    _Check(ledger, shelf, report, progress).run()
+
+
+class _Rows:
+    """The rows of a table in the order of its first column, taken one number of a question at a time."""
+
+    def __init__(self, cursor: sqlite3.Cursor, stray: Callable[[tuple[Any, ...]], None]) -> None:
+        self._cursor = cursor
+        self._stray = stray
+        self._next = cursor.fetchone()
+
+    def of(self, key: float) -> list[tuple[Any, ...]]:
+        """Return the rows of a question; those before them belong to none, or lie out of order."""
+        found = []
+        while self._next is not None and not (type(self._next[0]) is int and self._next[0] > key):
+            if self._next[0] == key:
+                found.append(self._next)
+            else:
+                self._stray(self._next)
+            self._next = self._cursor.fetchone()
+        return found
+
+    def finish(self) -> None:
+        """Report the rows after the last question."""
+        self.of(float("inf"))
+
+
+class _Question(NamedTuple):
+    """A question, with what the check reads of it."""
+
+    number: int
+    key: str
+    listed: IntervalSet | None
+    taken: dict[int, IntervalSet | None]
+    stored: list[int]
+    pending: set[int]
+    discarded: set[int]
+
+
+class _Check:
+    def __init__(
+        self, ledger: sqlite3.Connection, shelf: sqlite3.Connection, report: Report, progress: Progress
+    ) -> None:
+        self._ledger = ledger
+        self._shelf = shelf
+        self._report = report
+        self._progress = progress
+        self._labels: dict[int, str] = {LISTED: ""}
+        self._rows = 0
+        self._step: Step = lambda: None
+
+    def run(self) -> None:
+        """Check everything."""
+        self._check_files()
+        try:
+            # The ledger first: whoever commits stores the sample before the ledger has it.
+            self._ledger.execute("BEGIN")
+            size = 0
+            with self._reading("the ledger"):
+                self._labels |= dict(self._ledger.execute("SELECT id, label FROM namespaces"))
+                size += self._one(self._ledger, "SELECT count(*) FROM segments")
+            self._shelf.execute("BEGIN")
+            with self._reading("the file of samples"):
+                size += self._one(self._shelf, "SELECT count(*) FROM Cache")
+            with self._progress(size // _STEP + 1) as self._step:
+                for check in (self._check_questions, self._check_leases_and_firsts):
+                    with self._reading("the ledger"):
+                        check()
+                with self._reading("the file of samples"):
+                    self._check_samples()
+                self._step()
+            self._ledger.execute("ROLLBACK")
+            with self._reading("the ledger"):
+                self._confirm()
+        finally:
+            for connection in (self._ledger, self._shelf):
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Report what ends the reading of a part; the check goes on with the next part."""
+        try:
+            yield
+        except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
+            self._report.add("file", f"{what} cannot be read to its end: {error}")
+
+    @staticmethod
+    def _one(connection: sqlite3.Connection, query: str, values: Sequence[Any] = ()) -> Any:
+        row = connection.execute(query, values).fetchone()
+        return None if row is None else row[0]
+
+    def _passed(self) -> None:
+        self._rows += 1
+        if self._rows % _STEP == 0:
+            self._step()
+
+    def _check_files(self) -> None:
+        """Ask SQLite about the structure of both files."""
+        for connection, name in ((self._ledger, identity.LEDGER), (self._shelf, identity.SHELF)):
+            with self._reading(name):
+                rows = connection.execute(f"PRAGMA main.integrity_check({_MESSAGES})")
+                for line in (line for (text,) in rows.fetchall() for line in str(text).splitlines()):
+                    if line != "ok":
+                        kind = "index" if _OF_INDEX.match(line) else "file"
+                        self._report.add(kind, f"{name}: {line}")
+
+    # The ledger.
+
+    def _check_questions(self) -> None:
+        def table(query: str) -> _Rows:
+            what = query.split(" FROM ")[1].split(maxsplit=1)[0]
+            return _Rows(
+                self._ledger.execute(query),
+                lambda row: self._report.add("unknown", f"{what}: question number {row[0]!r}"),
+            )
+
+        segments = table(
+            "SELECT key, request_id, occurrence, replicate, namespace, part, position, indices, lease, token,"
+            " stamp, standing, digest FROM segments"
+            " ORDER BY key, request_id, occurrence, replicate, namespace, part"
+        )
+        intervals = table("SELECT key, owner, start, stop, digest FROM intervals ORDER BY key, owner, stop")
+        pending = table("SELECT key, sample FROM pending ORDER BY key, sample")
+        discards = table("SELECT key, sample FROM discards ORDER BY key, sample")
+        for number, key, scope, document, at in self._ledger.execute(
+            "SELECT id, key, scope, document, at FROM keys ORDER BY id"
+        ):
+            self._report.counts["questions"] += 1
+            if not self._is_question(number, key, scope, document) or type(at) is not float:
+                self._report.add("question", str(key))
+            question = self._question(
+                number, str(key), intervals.of(number), pending.of(number), discards.of(number)
+            )
+            self._check_list(question)
+            self._check_draws(question, segments.of(number))
+        for rows in (segments, intervals, pending, discards):
+            rows.finish()
+
+    def _is_question(self, number: int, key: Any, scope: Any, document: Any) -> bool:
+        """Return True if a document gives its key; report one that look-ups do not find."""
+        if type(key) is not str or type(document) is not bytes or not _encodable(key):
+            return False
+        if self._one(self._ledger, "SELECT id FROM keys WHERE key = ?", (key,)) != number:
+            self._report.add("hidden", f"question {key}")
+        return (scope is None or _encodable(scope)) and keys.digest(scope, document) == key
+
+    def _question(
+        self,
+        number: int,
+        key: str,
+        intervals: list[tuple[Any, ...]],
+        pending: list[tuple[Any, ...]],
+        discards: list[tuple[Any, ...]],
+    ) -> _Question:
+        owned: dict[int, list[tuple[Any, ...]]] = {LISTED: []}
+        for _, owner, *interval in intervals:
+            owned.setdefault(owner, []).append(tuple(interval))
+        sets = {owner: self._set(number, key, owner, rows) for owner, rows in owned.items()}
+        self._report.counts["discarded"] += len(discards)
+        return _Question(
+            number,
+            key,
+            sets.pop(LISTED),
+            sets,
+            self._stored(key),
+            {row[1] for row in pending},
+            {row[1] for row in discards},
+        )
+
+    def _set(self, number: int, key: str, owner: int, rows: list[tuple[Any, ...]]) -> IntervalSet | None:
+        """Return a set of indices; None for one that is damaged."""
+        name = self._labels.get(owner)
+        if name is None:
+            self._report.add("unknown", f"intervals: namespace number {owner!r} of question {key}", len(rows))
+            return None
+        last = -1
+        for start, stop, digest in rows:
+            if not _encodable(key, name) or tables.interval_digest(name, key, start, stop) != digest:
+                self._report.add("set", f"question {key}, {_whose(name)}")
+                return None
+            if not last < start < stop:
+                self._report.add("set", f"question {key}, {_whose(name)}: intervals overlap")
+                return None
+            last = stop
+        query = "SELECT count(*) FROM intervals WHERE owner = ? AND key = ?"
+        if self._one(self._ledger, query, (owner, number)) != len(rows):
+            self._report.add("hidden", f"a set of question {key}, {_whose(name)}")
+        return IntervalSet((start, stop) for start, stop, _ in rows)
+
+    def _stored(self, key: str) -> list[int]:
+        """Return the indices of a question's stored samples, as look-ups find them."""
+        if not _encodable(key):
+            return []
+        query = "SELECT key FROM Cache WHERE raw = 1 AND key > ? AND key < ?"
+        names = (_NAME.fullmatch(str(name)) for (name,) in self._shelf.execute(query, (f"{key}/", f"{key}0")))
+        return sorted(int(name[2]) for name in names if name is not None)
+
+    def _check_list(self, question: _Question) -> None:
+        """Check that what is listed is stored or pending, and the other way round."""
+        key, listed = question.key, question.listed
+        for index in question.discarded:
+            self._check_discarded(question, index)
+        if listed is None:
+            return
+        there = sorted({*question.stored, *question.pending})
+        for start, stop in _gaps(listed, there):
+            self._report.absent.append(Absent(key, start, stop))
+            self._report.add("missing", _name(key, start, stop), stop - start)
+        self._report.unlisted += [Stored(key, index) for index in question.stored if index not in listed]
+        for index in question.pending:
+            if index not in listed:
+                self._report.add("lease", f"{key}/{index}: it is not listed")
+
+    def _check_discarded(self, question: _Question, index: int) -> None:
+        """Check that a sample that is discarded on record is marked so."""
+        if index in question.stored:
+            row = self._shelf.execute(tables.GET, (f"{question.key}/{index}",)).fetchone()
+            with contextlib.suppress(DamagedCache, UnsafeRow):  # damaged ones are reported as such
+                if tables.parse_sample(question.key, index, *row) is not DISCARDED:
+                    self._report.discards.append(Stored(question.key, index))
+        elif question.listed is not None and index not in question.listed:
+            self._report.add("unknown", f"discards: sample {index} of question {question.key}")
+
+    def _check_draws(self, question: _Question, rows: list[tuple[Any, ...]]) -> None:
+        """Check the draws of a question, and what its namespaces have taken (C1)."""
+        drawn: dict[int, dict[int, tuple[Any, ...]]] = {}
+        unsure: set[int] = set()
+        present = {*question.stored, *question.pending}
+        listed = question.listed or IntervalSet()
+        draws: dict[tuple[Any, ...], list[Segment]] = {}
+        for row in rows:
+            self._passed()
+            draws.setdefault(row[1:5], []).append(Segment._make(row[4:]))
+        self._report.counts["draws"] += len(draws)
+        for place, segments in draws.items():
+            namespace = place[3]
+            draw = self._draw(question.key, place)
+            if draw is None or not self._are_segments(draw, segments):
+                unsure.add(namespace)
+                continue
+            taken = question.taken.get(namespace, IntervalSet())
+            holders = drawn.setdefault(namespace, {})
+            for index in {index for segment in segments for index in unpack(segment.indices)}:
+                if holders.setdefault(index, place) != place:
+                    self._report.add("repeated", f"{question.key}/{index}, {_whose(draw.namespace)}")
+                if taken is not None and index not in taken:
+                    self._report.add("unassigned", f"{question.key}/{index}, {_told(draw)}")
+            self._report.unfinished += sum(
+                index not in present and index not in listed
+                for index in laid((segment.position, unpack(segment.indices)) for segment in segments)
+            )
+        found = self._one(self._ledger, "SELECT count(*) FROM segments WHERE key = ?", (question.number,))
+        if found != len(rows):
+            self._report.add("hidden", f"draws of question {question.key}", abs(found - len(rows)))
+        for namespace, taken in question.taken.items():
+            if taken is not None and namespace not in unsure:
+                known = sorted({*drawn.get(namespace, ()), *question.discarded})
+                for start, stop in _gaps(taken, known):
+                    whose = _whose(self._labels[namespace])
+                    self._report.add("undrawn", f"{_name(question.key, start, stop)}, {whose}", stop - start)
+
+    def _draw(self, key: str, place: tuple[Any, ...]) -> Draw | None:
+        """Return the draw of some rows; None if the ledger does not know its namespace."""
+        request_id, occurrence, replicate, namespace = place
+        name = self._labels.get(namespace)
+        if name is None:
+            self._report.add("unknown", f"segments: namespace number {namespace!r} of question {key}")
+            return None
+        return Draw(name, key, request_id, occurrence, replicate)
+
+    def _are_segments(self, draw: Draw, segments: list[Segment]) -> bool:
+        """Return True if the rows of a draw are what was written."""
+        try:
+            tables.check_segments(draw, segments)
+            standing = all(0 <= part.standing <= len(unpack(part.indices)) for part in segments)
+        except (DamagedCache, TypeError, ValueError):
+            standing = False
+        if not standing:
+            self._report.add("draw", _told(draw))
+        return standing
+
+    def _check_leases_and_firsts(self) -> None:
+        key_of = "(SELECT k.key FROM keys k WHERE k.id = key)"
+        for key, request_id in self._ledger.execute(f"SELECT {key_of}, request_id FROM {ODD_SEGMENTS}"):
+            self._report.add("draw", f"question {key}, request {request_id!r}")
+        for key, index in self._ledger.execute(
+            f"SELECT (SELECT k.key FROM keys k WHERE k.id = pending.key), sample FROM {LOST_LEASES}"
+        ):
+            self._report.add("lease", f"{key}/{index}: the process that generates it is not known")
+        for key, request_id in self._ledger.execute(
+            f"SELECT (SELECT k.key FROM keys k WHERE k.id = f.key), f.request_id FROM {WRONG_FIRSTS}",
+            (SHARED,),
+        ):
+            self._report.add("first", f"question {key}, request {request_id!r}")
+
+    # The samples.
+
+    def _check_samples(self) -> None:
+        """Check each row of the file of samples, in the order of the table itself."""
+        query = "SELECT rowid, key, raw, mode, filename, value FROM Cache NOT INDEXED ORDER BY rowid"
+        for rowid, written, raw, *row in self._shelf.execute(query):
+            self._passed()
+            match = _NAME.fullmatch(written) if type(written) is str and raw == 1 else None
+            if match is None or not _encodable(written):
+                self._report.foreign += 1
+                continue
+            sample = Stored(match[1], int(match[2]))
+            if (
+                self._one(self._shelf, "SELECT rowid FROM Cache WHERE key = ? AND raw = 1", (written,))
+                != rowid
+            ):
+                self._report.add("hidden", f"sample {written}")
+            if self._one(self._ledger, "SELECT 1 FROM keys WHERE key = ?", (sample.key,)) is None:
+                self._report.unlisted.append(sample)
+            try:
+                state = tables.parse_sample(*sample, *row)
+            except (DamagedCache, UnsafeRow):
+                self._report.damaged.append(sample)
+                self._report.add("sample", written)
+                continue
+            if state is not DISCARDED:
+                self._report.counts["samples"] += 1
+            elif not self._on_record(sample):
+                self._report.discards.append(sample)
+
+    def _on_record(self, sample: Stored) -> bool:
+        query = "SELECT 1 FROM discards WHERE key = (SELECT id FROM keys WHERE key = ?) AND sample = ?"
+        return self._one(self._ledger, query, sample) is not None
+
+    # What another process may have changed between the two moments.
+
+    def _confirm(self) -> None:
+        """Look again at samples and discards that the ledger did not have yet when it was read."""
+        report = self._report
+        report.unlisted = [sample for sample in report.unlisted if not self._is_listed(sample)]
+        recent = self._recent() if report.unlisted else set()
+        report.recent = sum(sample in recent for sample in report.unlisted)
+        report.unlisted = [sample for sample in report.unlisted if sample not in recent]
+        for sample in report.unlisted:
+            known = self._one(self._ledger, "SELECT 1 FROM keys WHERE key = ?", (sample.key,)) is not None
+            report.add("unlisted" if known else "stray", f"{sample.key}/{sample.index}")
+        discards = dict.fromkeys(report.discards)
+        report.discards = [
+            sample
+            for sample in discards
+            if self._on_record(sample)
+            != tables.is_discarded(
+                *sample, self._shelf.execute(tables.GET, (f"{sample.key}/{sample.index}",)).fetchone()
+            )
+        ]
+        for sample in report.discards:
+            report.add("discard", f"{sample.key}/{sample.index}")
+
+    def _is_listed(self, sample: Stored) -> bool:
+        query = (
+            "SELECT start <= ?2 FROM intervals WHERE owner = 0 AND key = (SELECT id FROM keys WHERE key = ?1)"
+            " AND stop > ?2 ORDER BY stop LIMIT 1"
+        )
+        return bool(self._one(self._ledger, query, sample))
+
+    def _recent(self) -> set[Stored]:
+        """Return the samples since the last checkpoint, if a process runs or has not closed the cache."""
+        if self._one(self._ledger, "SELECT 1 FROM leases WHERE ended IS NULL") is None:
+            return set()
+        last = self._one(self._ledger, "SELECT value FROM meta WHERE name = 'sample'")
+        names = self._shelf.execute(
+            "SELECT key FROM Cache WHERE raw = 1 AND rowid >"
+            " ifnull((SELECT rowid FROM Cache WHERE key = ? AND raw = 1), 0)",
+            (last,),
+        )
+        found = (_NAME.fullmatch(str(name)) for (name,) in names)
+        return {Stored(name[1], int(name[2])) for name in found if name is not None}
+
+
+ODD_SEGMENTS: Final = (
+    "segments WHERE typeof(lease) != 'integer' OR typeof(generated) != 'integer'"
+    " OR typeof(token) NOT IN ('null', 'text')"
+)
+"""Rows of draws with values of the wrong type beside those that the digest covers."""
+
+LOST_LEASES: Final = "pending WHERE lease NOT IN (SELECT id FROM leases WHERE ended IS NULL)"
+"""Samples that are noted as being generated by a process that has ended, or was never there."""
+
+WRONG_FIRSTS: Final = (
+    "firsts AS f WHERE f.namespace IS NOT"
+    " (SELECT s.namespace FROM segments s WHERE s.key = f.key AND s.request_id = f.request_id"
+    " AND s.occurrence = f.occurrence AND s.replicate = f.replicate"
+    " AND s.namespace IS NOT (SELECT id FROM namespaces WHERE label = ?)"
+    " ORDER BY s.stamp, s.namespace LIMIT 1)"
+)
+"""Notes of the earliest namespace of a draw that the rows of the draw do not confirm."""
+
+
+def _gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Interval]:
+    """Iterate over what is left of intervals without some indices, which are sorted."""
+    place = 0
+    for start, stop in intervals:
+        at = start
+        while place < len(present) and present[place] < stop:
+            if present[place] > at:
+                yield at, present[place]
+            at = max(at, present[place] + 1)
+            place += 1
+        if at < stop:
+            yield at, stop
+
+
+def _encodable(*texts: Any) -> bool:
+    """Return True if values are texts that can be looked up: text that was not UTF-8 in the file cannot."""
+    try:
+        return all(type(text) is str and text.encode() is not None for text in texts)
+    except UnicodeEncodeError:
+        return False
+
+
+def _name(key: str, start: int, stop: int) -> str:
+    return f"{key}/{start}" if stop == start + 1 else f"{key}/{start} to {stop - 1}"
+
+
+def _whose(written: str) -> str:
+    if written == SHARED:
+        return "for everybody"
+    if not written:
+        return "its list"
+    name = namespace_of(written)
+    return "no namespace" if name is None else f"namespace {name!r}"
+
+
+def _told(draw: Draw) -> str:
+    """Return a draw for people."""
+    request = f", request {draw.request_id!r}" if draw.request_id else ""
+    again = f", time {draw.occurrence + 1}" if draw.occurrence else ""
+    return f"question {draw.key}, {_whose(draw.namespace)}{request}{again}"
