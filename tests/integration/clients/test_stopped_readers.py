@@ -100,8 +100,15 @@ async def too_slow(client):
     await read(client.with_options(timeout=library_of(client).Timeout(20, read=0.05)))
 
 
+def with_helper(resource):
+    """Return a resource of an SDK; skip the test where this SDK has no helper for streams there."""
+    if not hasattr(resource, "stream"):
+        pytest.skip("the helper came with openai 1.92")
+    return resource
+
+
 async def with_the_helper(client):
-    kind = client.messages if hasattr(client, "messages") else client.chat.completions
+    kind = with_helper(client.messages if hasattr(client, "messages") else client.chat.completions)
     more = {"max_tokens": 9} if hasattr(client, "messages") else {}
     async with asyncio.timeout(None) as limit, kind.stream(model="m", messages=HELLO, **more) as stream:
         async for _ in stream:
@@ -319,7 +326,7 @@ def stopped_raw(client, error):
 
 
 def stopped_in_the_helper(client, error):
-    with client.chat.completions.stream(model="m", messages=HELLO) as stream:
+    with with_helper(client.chat.completions).stream(model="m", messages=HELLO) as stream:
         for _ in stream:
             raise error
 
