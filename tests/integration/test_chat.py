@@ -527,9 +527,7 @@ def test_what_a_tool_returns_is_told_whole_and_the_same_in_every_process(result,
 
 def test_what_has_no_text_of_its_own_is_refused():
     """Its address would make another question of each run."""
-    with pytest.raises(
-        ValueError, match=r"returned <object object at .*>, of which a model can make nothing"
-    ):
+    with pytest.raises(ValueError, match=r"returned <object object at .*>, which a model cannot use"):
         tools.as_text({"a": object()})
 
 
