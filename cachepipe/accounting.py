@@ -3,14 +3,19 @@
 *Billed* is what a request paid for: its samples with ``cached`` false, and a call's prompt once, with the
 call's first sample. *As asked* is what the request would have cost alone, as it was written, in one call.
 *Saved* is as asked less billed. *Spent* is everything that was generated: what was billed, and what reached
-no request (`Account.spend`). Nothing here does I/O; the caller passes a function that knows prices.
+no request (`Account.spend`). *Wasted* is the part of spent that no namespace holds. The usage of a sample is
+recorded in its header (`noted`), so that stored rows can be summed without parsing answers. Nothing here does
+I/O; the caller passes a function that knows prices.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
+
+import orjson
 
 from cachepipe.wire import bills_prompt, token_counts
 from cachepipe.wire.usage import COUNTS
@@ -19,6 +24,9 @@ NAMES: Final = (*COUNTS, "samples", "unknown")
 """The sums: tokens by kind, samples, and samples without usage."""
 
 _OF_PROMPT: Final = ("prompt_tokens", "cached_tokens")
+_MOST: Final = 1 << 40  # tokens of one sample above which its usage cannot be right
+_LONGEST: Final = 200  # characters of a name in a header
+_SOLD: Final = b'"sold":'  # the last field of a header: what was sold, to whom a price belongs
 
 Seller = tuple[str | None, str]
 """A model, and its URL."""
@@ -34,11 +42,13 @@ class Usage(NamedTuple):
         model: the model in the sample.
         counts: its tokens by kind, including its call's whole prompt; None if its provider reports none.
         first: whether the prompt of its call was billed with it.
+        url: where the call went; None if it went where the question is asked.
     """
 
     model: str | None
     counts: Mapping[str, int] | None
     first: bool
+    url: str | None = None
 
 
 def usage_of(sample: Mapping[str, Any]) -> Usage:
@@ -47,8 +57,65 @@ def usage_of(sample: Mapping[str, Any]) -> Usage:
     known = {name: counts[name] or 0 for name in COUNTS}
     return Usage(
         model if isinstance(model, str) else None,
-        None if counts["total_tokens"] is None else known,
+        None if counts["total_tokens"] is None or not _are_counts([*known.values()]) else known,
         bills_prompt(sample),
+    )
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < _MOST for value in values)
+
+
+def noted(sample: Mapping[str, Any], url: str | None = None) -> dict[str, Any]:
+    """Return what is recorded beside a provider's sample: what it has used, and what may decide its price.
+
+    Args:
+        sample: the sample.
+        url: where the call went, unless the scope of the question says so.
+    """
+    usage = usage_of(sample)
+    reported = sample.get("usage")
+    tier = sample.get("service_tier") or (reported.get("service_tier") if type(reported) is dict else None)
+    note = {"tier": tier, "fingerprint": sample.get("system_fingerprint")}
+    sold = {
+        "model": usage.model if is_name(usage.model) else None,
+        "url": url,
+        "first": None if usage.first else False,
+        "usage": None if usage.counts is None else [*usage.counts.values()],
+    }
+    return {
+        **{name: value for name, value in note.items() if is_name(value)},
+        "sold": {name: value for name, value in sold.items() if value is not None},
+    }
+
+
+def is_name(value: Any) -> bool:
+    """Return True if a value from elsewhere is a name that a sample's header can hold."""
+    return type(value) is str and 0 < len(value) <= _LONGEST and (value.isascii() or value.isprintable())
+
+
+def sold_in(header: bytes) -> bytes:
+    """Return the part of a sample's header that says what was sold; equal parts are equal usages."""
+    place = header.rfind(_SOLD)
+    return header[place + len(_SOLD) : -1] if place >= 0 else b""
+
+
+@functools.lru_cache(maxsize=4096)
+def usage_sold(sold: bytes) -> Usage:
+    """Return the usage that ``sold_in`` has found; of what cannot be read, nothing is known."""
+    try:
+        found = orjson.loads(sold) if sold else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return Usage(None, None, first=True)
+    model, url, usage = found.get("model"), found.get("url"), found.get("usage")
+    counts = usage if isinstance(usage, list) and len(usage) == len(COUNTS) and _are_counts(usage) else None
+    return Usage(
+        model if isinstance(model, str) else None,
+        None if counts is None else dict(zip(COUNTS, counts, strict=True)),
+        found.get("first") is not False,
+        url if isinstance(url, str) else None,
     )
 
 
@@ -61,26 +128,27 @@ class Account:
     def __repr__(self) -> str:
         return f"<Account {self.counts()['total_tokens']} tokens>"
 
-    def add(self, usage: Usage, url: str, *, prompt: bool) -> None:
+    def add(self, usage: Usage, url: str, *, prompt: bool, times: int = 1) -> None:
         """Add a sample.
 
         Args:
             usage: the usage of the sample.
             url: the URL of its endpoint.
             prompt: whether its prompt counts.
+            times: how often it is added; -1 takes it off.
         """
-        sums = self._sums((usage.model, url))
-        sums["samples"] += 1
+        sums = self._sums((usage.model, usage.url or url))
+        sums["samples"] += times
         counts = usage.counts
         if counts is None:
-            sums["unknown"] += 1
+            sums["unknown"] += times
             return
         for name, count in counts.items():
-            sums[name] += count
+            sums[name] += times * count
         if not prompt:
-            sums["total_tokens"] -= counts["prompt_tokens"]
+            sums["total_tokens"] -= times * counts["prompt_tokens"]
             for name in _OF_PROMPT:
-                sums[name] -= counts[name]
+                sums[name] -= times * counts[name]
 
     def spend(self, usages: Iterable[Usage], url: str) -> None:
         """Add samples that were generated: the prompt of a call counts with its first sample."""
@@ -117,6 +185,42 @@ class Account:
         cost, unpriced = self.cost(price)
         return {**self.counts(), "cost": cost, "unpriced": unpriced}
 
+    def rows(self) -> list[list[Any]]:
+        """Return the sums as JSON can hold them: a model, a URL and the counts in the order of ``NAMES``."""
+        return [[*seller, *(sums[name] for name in NAMES)] for seller, sums in self.sold.items()]
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Any]]) -> Self:
+        """Return the account that ``rows`` has written.
+
+        Raises:
+            ValueError: when it is something else.
+        """
+        account = cls()
+        for model, url, *counts in rows:
+            known = isinstance(model, str | None) and isinstance(url, str)
+            if not known or any(type(count) is not int for count in counts):
+                raise ValueError(
+                    f"sums are a model, a URL and whole numbers; got {[model, url, *counts]!r:.200}"
+                )
+            account.sold[model, url] = dict(zip(NAMES, counts, strict=True))
+        return account
+
+    def dumps(self) -> bytes:
+        """Return the sums as JSON."""
+        return orjson.dumps(self.rows())
+
+    @classmethod
+    def loads(cls, document: bytes) -> Self:
+        """Return the account that ``dumps`` has written."""
+        return cls.of(orjson.loads(document))
+
+    def __sub__(self, other: Account) -> Account:
+        rest = Account()
+        rest.join(self)
+        rest.join(other, -1)
+        return rest
+
     def _sums(self, seller: Seller) -> dict[str, int]:
         sums = self.sold.get(seller)
         if sums is None:
@@ -129,41 +233,100 @@ class Delivered:
     """The sums of what was delivered.
 
     Attributes:
+        requests: how many questions of requests were answered.
         as_asked: what each request would have cost alone, as it was written, in one call.
         billed: what the requests paid for.
+        unstored: the part of billed that could not be stored.
     """
 
+    requests: int = 0
     as_asked: Account = field(default_factory=Account)
     billed: Account = field(default_factory=Account)
+    unstored: Account = field(default_factory=Account)
 
     @property
     def saved(self) -> Account:
         """As asked less billed."""
-        saved = Account()
-        saved.join(self.as_asked)
-        saved.join(self.billed, -1)
-        return saved
+        return self.as_asked - self.billed
 
-    def add(self, usages: Sequence[Usage], cached: Sequence[bool], url: str) -> None:
+    def add(
+        self,
+        usages: Sequence[Usage],
+        cached: Sequence[bool],
+        url: str,
+        *,
+        times: int = 1,
+        stored: Sequence[bool] = (),
+    ) -> None:
         """Add the samples that one question of a request received.
 
         Args:
             usages: the usage of each sample.
             cached: per sample, False if it was generated on the request's behalf.
             url: the URL of the endpoint.
+            times: how often it received them; -1 takes a delivery back.
+            stored: per sample, whether it is stored; by default all are.
         """
+        self.requests += times
         prompt = True  # it counts once, with the first sample that has usage
-        for usage, hit in zip(usages, cached, strict=True):
-            self.as_asked.add(usage, url, prompt=prompt)
+        for usage, hit, kept in zip(usages, cached, stored or [True] * len(usages), strict=True):
+            self.as_asked.add(usage, url, prompt=prompt, times=times)
             prompt = prompt and usage.counts is None
             if not hit:
-                self.billed.add(usage, url, prompt=usage.first)
+                self.billed.add(usage, url, prompt=usage.first, times=times)
+            if not (hit or kept):
+                self.unstored.add(usage, url, prompt=usage.first, times=times)
 
     def join(self, other: Delivered) -> None:
         """Add all of other sums."""
+        self.requests += other.requests
         self.as_asked.join(other.as_asked)
         self.billed.join(other.billed)
+        self.unstored.join(other.unstored)
+
+    def dumps(self) -> bytes:
+        """Return the sums as JSON."""
+        each = {"as_asked": self.as_asked, "billed": self.billed, "unstored": self.unstored}
+        rows = {name: account.rows() for name, account in each.items()}
+        return orjson.dumps({"requests": self.requests, **rows})
+
+    @classmethod
+    def loads(cls, document: bytes) -> Self:
+        """Return the sums that ``dumps`` has written."""
+        found = orjson.loads(document)
+        accounts = {name: Account.of(found[name]) for name in ("as_asked", "billed", "unstored")}
+        return cls(int(found["requests"]), **accounts)
 
     def accounts(self) -> dict[str, Account]:
         """Return the sums by name."""
         return {"as_asked": self.as_asked, "billed": self.billed, "saved": self.saved}
+
+
+@dataclass
+class Statement:
+    """What a cache has cost and saved for one namespace, or for all, derived from its rows.
+
+    Attributes:
+        delivered: the sums of what was delivered.
+        spent: the samples that were generated for its requests.
+        held: those of them that a namespace holds.
+    """
+
+    delivered: Delivered = field(default_factory=Delivered)
+    spent: Account = field(default_factory=Account)
+    held: Account = field(default_factory=Account)
+
+    def join(self, other: Statement) -> None:
+        """Add all of another statement."""
+        self.delivered.join(other.delivered)
+        self.spent.join(other.spent)
+        self.held.join(other.held)
+
+    def accounts(self) -> dict[str, Account]:
+        """Return the sums by name."""
+        return {
+            "spent": self.spent,
+            **self.delivered.accounts(),
+            "unreported": self.spent - self.delivered.billed,
+            "wasted": self.spent - self.held,
+        }

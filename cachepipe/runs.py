@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import secrets
 import sqlite3
 import sys
 import threading
@@ -133,9 +134,13 @@ class Occurrences:
 
     Args:
         kept: the number of identities in memory.
+
+    Attributes:
+        name: the name of the run, drawn at random; a run with several stores has one for each.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
+        self.name = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._next: Spilling[Identity, int] = Spilling(int, int, int, kept)
         self._returned: dict[Identity, list[int]] = {}  # ascending, all below the next

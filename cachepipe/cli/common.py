@@ -23,6 +23,7 @@ from cachepipe.errors import StoreError
 from cachepipe.terminal import UNSAFE, on_terminal, shows_colours, visible
 
 if TYPE_CHECKING:
+    from cachepipe.accounting import Account
     from cachepipe.stores import DiskStore
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -240,6 +241,24 @@ def echo_lines(lines: Iterable[str]) -> None:
             sys.stdout.flush()
             flushed = now
     sys.stdout.flush()
+
+
+def money(account: Account) -> str:
+    """Return the tokens of an account and their cost, if known."""
+    from cachepipe import prices  # noqa: PLC0415 - help needs none of it
+
+    counts = account.counts()
+    cost, unpriced = account.cost(prices.cost_of_sum)
+    if counts["unknown"] and not counts["total_tokens"]:
+        return "unknown"
+    told = f"{counts['total_tokens']:,} tokens"
+    if counts["unknown"]:
+        told += f" and {counts['unknown']:,} samples without usage"
+    if cost is not None and account.sold:
+        told += f", {dollars(cost)}"
+        if unpriced > counts["unknown"]:
+            told += f" and {unpriced - counts['unknown']:,} samples without a known price"
+    return told
 
 
 def print_table(

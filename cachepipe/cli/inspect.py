@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,10 +32,11 @@ from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.differences import asked_in, loaded, settings_in, strings
 from cachepipe.errors import CachepipeError
 from cachepipe.keys import FORMAT
-from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
+from cachepipe.stores.base import DrawInfo, KeyInfo, NamespaceInfo, Sample, StoredQuestion
 from cachepipe.terminal import on_terminal, visible
 
 if TYPE_CHECKING:
+    from cachepipe.accounting import Statement
     from cachepipe.stores import DiskStore
 
 _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of any real cache apart
@@ -83,9 +84,19 @@ With --json:
   draws                  requests that have drawn samples
   drawn, generated, reused, reused_share
                          samples over all namespaces; reused_share = reused / drawn, or null
-  namespaces             a list of namespace, draws, drawn, generated, reused, reused_share
+  requests               questions answered, over all runs; the sums below follow from it
+  spent                  all that was generated: billed, and what reached no request
+  billed                 what the answered requests paid for
+  as_asked               what each would have cost alone, in one call
+  saved                  as_asked less billed, so a rerun saves what it replays
+  unreported             spent less billed: for requests that failed, were cancelled or killed, and extras
+  wasted                 the part of spent that no namespace holds
+  namespaces             a list of namespace, draws, drawn, generated, reused, reused_share, and the sums
   shared                 draws, drawn, generated of shared draws (embeddings, repeat="same")
   scopes                 with --scopes a list of scope, keys, samples, pending; else null
+Each sum has samples, unknown (samples without usage, in no count of tokens), prompt_tokens,
+completion_tokens, total_tokens, cached_tokens, reasoning_tokens, cost (US dollars, or null), unpriced.
+A running process adds what it has answered every few seconds; a killed one has not added the last.
 """
 
 
@@ -95,25 +106,37 @@ With --json:
 @_limit(50, "The largest number of rows in a table")
 @common.json_option("one object; see below")
 def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None:
-    """Count the samples, and how many of them each namespace generated and reused.
+    """Count the samples, what each namespace generated and reused, and what it spent and saved.
 
     Of the samples that a namespace has drawn, some were generated for it, and it reused the others. Shared
-    draws (embeddings, repeat="same") are counted separately, because the cache does not record how often they
-    are used.
+    draws (embeddings, repeat="same") are counted separately; their costs and savings belong to the
+    namespaces that ask. Costs in money need the extra cachepipe[prices].
     """
+    from cachepipe.stores.sums import statements  # noqa: PLC0415 - help needs none of it
+
     with opened(cache) as store:
-        figures = _figures(store, scopes=scopes)
+        sums = statements(store)
+        figures = _figures(store, sums, scopes=scopes)
     if as_json:
         click.echo(json_text(figures))
     else:
-        _print_stats(figures, limit)
+        _print_stats(figures, sums, limit)
 
 
-def _figures(store: DiskStore, *, scopes: bool) -> dict[str, Any]:
+def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -> dict[str, Any]:
     totals = store.totals()
+    known = list(store.namespaces())
+    drawn = {label(info.namespace) for info in known}
+    # Of a namespace that only replays, the ledger has no draws.
+    known += [NamespaceInfo(namespace_of(name), 0, 0, 0) for name in sums if name not in drawn]
     namespaces = [
-        {"namespace": info.namespace, "draws": info.draws, **_drawn(info.samples, info.generated)}
-        for info in store.namespaces()
+        {
+            "namespace": info.namespace,
+            "draws": info.draws,
+            **_drawn(info.samples, info.generated),
+            **_sums(sums.get(label(info.namespace))),
+        }
+        for info in known
     ]
     shared = {"draws": 0, "drawn": 0, "generated": 0}
     if totals["draws"] > sum(namespace["draws"] for namespace in namespaces):
@@ -129,9 +152,31 @@ def _figures(store: DiskStore, *, scopes: bool) -> dict[str, Any]:
             sum(namespace["drawn"] for namespace in namespaces),
             sum(namespace["generated"] for namespace in namespaces),
         ),
+        **_sums(_total(sums)),
         "namespaces": namespaces,
         "shared": shared,
         "scopes": _scopes(store) if scopes else None,
+    }
+
+
+def _total(sums: Mapping[str, Statement]) -> Statement:
+    from cachepipe.accounting import Statement  # noqa: PLC0415 - help needs none of it
+
+    total = Statement()
+    for statement in sums.values():
+        total.join(statement)
+    return total
+
+
+def _sums(statement: Statement | None) -> dict[str, Any]:
+    """Return the sums of a namespace, or of all."""
+    from cachepipe import prices  # noqa: PLC0415 - help needs none of it
+
+    statement = _total({}) if statement is None else statement
+    accounts = statement.accounts()
+    return {
+        "requests": statement.delivered.requests,
+        **{name: account.as_dict(prices.cost_of_sum) for name, account in accounts.items()},
     }
 
 
@@ -165,7 +210,7 @@ def _bytes(folder: Path) -> int:
     return total
 
 
-def _print_stats(figures: dict[str, Any], limit: int) -> None:
+def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int) -> None:
     drawn, reused = figures["drawn"], figures["reused"]
     extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
     lines = [
@@ -175,10 +220,14 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
         ("draws", f"{figures['draws']:,}"),
         ("reused", f"{reused:,} of {drawn:,} samples drawn ({common.share(reused, drawn)})"),
     ]
+    accounts = _total(sums).accounts()
+    for name, account in accounts.items():
+        samples = counted(account.counts()["samples"], "sample")
+        lines.append((name.replace("_", " "), f"{samples}, {common.money(account)}"))
     print_facts(lines)
     rows = [
         [
-            _NO_NAMESPACE if each["namespace"] is None else each["namespace"] or "''",
+            _named(each["namespace"]),
             each["draws"],
             each["drawn"],
             each["generated"],
@@ -195,6 +244,14 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
         click.echo()
         common.print_table(("namespace", ">draws", ">drawn", ">generated", ">reused", ">share"), shown)
     _say_rest(len(rows), limit, "namespace")
+    costs = [
+        [_named(each["namespace"]), each["requests"], *(_cell(each[name]) for name in accounts)]
+        for each in figures["namespaces"][: limit or None]
+    ]
+    if costs:
+        click.echo()
+        heads = [f">{name.replace('_', ' ')}" for name in accounts]
+        common.print_table(("tokens of namespace", ">requests", *heads), costs)
     if figures["scopes"]:
         click.echo()
         scopes = [
@@ -203,6 +260,18 @@ def _print_stats(figures: dict[str, Any], limit: int) -> None:
         ]
         common.print_table(("scope", ">keys", ">samples"), scopes)
         _say_rest(len(figures["scopes"]), limit, "scope")
+
+
+def _named(namespace: str | None) -> str:
+    return _NO_NAMESPACE if namespace is None else namespace or "''"
+
+
+def _cell(sums: Mapping[str, Any]) -> str:
+    """Return the tokens of a sum and their cost, as far as these are known."""
+    if sums["unknown"] and not sums["total_tokens"]:
+        return "unknown"
+    known = f"{sums['total_tokens']:,}{'+' * bool(sums['unknown'])}"
+    return f"{known} {common.dollars(sums['cost'])}" if sums["cost"] else known
 
 
 def _say_rest(count: int, limit: int, what: str) -> None:

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe.cli.common import cache_option, dollars, folder_in_use, json_text
+from cachepipe.cli.common import cache_option, folder_in_use, json_text, money
 from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
 from cachepipe.terminal import visible
 from cachepipe.typedefs import MODES, REPEATS
 
 if TYPE_CHECKING:
-    from cachepipe.accounting import Account
     from cachepipe.batchfile import Report, Stop
 
 __all__ = ["run"]
@@ -408,8 +407,8 @@ def _table(report: Report) -> None:
         "samples generated": f"{report.generated}"
         + f" ({report.unreported} unreported)" * bool(report.unreported),
         "errors": f"{report.failed}",
-        "spent": _money(report.spent),
-        "saved": _money(report.delivered.saved),
+        "spent": money(report.spent),
+        "saved": money(report.delivered.saved),
         "time": f"{report.seconds:.1f} s",
     }
     width = max(map(len, rows.values()))
@@ -420,24 +419,6 @@ def _table(report: Report) -> None:
 def _samples(report: Report) -> str:
     """Return the counts of samples in words."""
     return f"samples: {report.hits} hits, {report.misses} misses"
-
-
-def _money(account: Account) -> str:
-    """Return the tokens of an account and their cost, if known."""
-    from cachepipe import prices  # noqa: PLC0415 - help needs none of it
-
-    counts = account.counts()
-    cost, unpriced = account.cost(prices.cost_of_sum)
-    if counts["unknown"] and not counts["total_tokens"]:
-        return "unknown"
-    told = f"{counts['total_tokens']:,} tokens"
-    if counts["unknown"]:
-        told += f" and {counts['unknown']:,} samples without usage"
-    if cost is not None and account.sold:
-        told += f", {dollars(cost)}"
-        if unpriced > counts["unknown"]:
-            told += f" and {unpriced - counts['unknown']:,} samples without a known price"
-    return told
 
 
 def _last_words(context: click.Context, options: dict[str, Any], mode: str, report: Report) -> Iterator[str]:

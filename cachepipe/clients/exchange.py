@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from cachepipe import jsontext, keys, loops, runs, telemetry, wire
+from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n, max_answer
 from cachepipe.clients import info
 from cachepipe.clients.seam import Arrived, Source
@@ -48,6 +49,7 @@ from cachepipe.stages.lane import MANY
 from cachepipe.stores import open_store
 from cachepipe.stores.base import Grant, Sample
 from cachepipe.stores.misses import missed
+from cachepipe.stores.sums import What, deliveries_of
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, Request, Response, by_value
 from cachepipe.values import Codec
 
@@ -167,6 +169,7 @@ class Backing:
         self.closed = False
         self.cachers: weakref.WeakSet[AsyncCacher] = weakref.WeakSet()
         self.tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
+        self.deliveries = deliveries_of(self.store)
         runs.opened(self.store.identity, self)
 
     async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
@@ -188,6 +191,7 @@ class Backing:
         finally:
             timer.cancel()
         runs.closed(self.store.identity, self)
+        await self.deliveries.write()
         if self.owned:
             try:
                 await loops.running().run_in_executor(None, self.store.close)
@@ -428,7 +432,21 @@ def recalled(
                 counter.give_back(draw)
     for draw in taken:
         occurrences.count(draw, fresh_id=False)
+    _deliver(surface, occurrences.name, user, questions, grants)
     return grants
+
+
+def _deliver(
+    surface: Surface,
+    run: str,
+    namespace: str,
+    questions: Sequence[Question],
+    grants: Sequence[Grant],
+    what: What = "delivered",
+) -> None:
+    """Add known draws to the sums of a run, or take them back."""
+    for question, grant in zip(questions, grants, strict=True):
+        surface.backing.deliveries.add_known(run, namespace, question.scope, grant, what)
 
 
 def responses_of(
@@ -500,6 +518,7 @@ class Exchange:
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
         self._receipts: list[Receipt] = []
+        self._known: tuple[str, Sequence[Grant]] | None = None  # what was there, and the name of the run
         self._undo: Callable[[], None] | None = None  # what takes back a stream that was replayed
         self._snapped = False
         self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
@@ -539,14 +558,13 @@ class Exchange:
             return self._replayed()
         if self.mode != "read-write":
             return None
-        grants = recalled(
-            self.surface,
-            self.asks,
-            self.questions,
-            self.claimant,
-            counter=self._counter() if self.stream else None,
-        )
-        return None if grants is None else self.granted(grants)
+        run = runs.current(self.surface.backing.store.identity)
+        counter = self._counter() if self.stream else None
+        grants = recalled(self.surface, self.asks, self.questions, self.claimant, run, counter)
+        if grants is None:
+            return None
+        self._known = run.name, grants
+        return self.granted(grants)
 
     def _replayed(self) -> Answer:
         """Return the answer if all of its samples are stored, with a claim in memory only; see `known`."""
@@ -575,6 +593,8 @@ class Exchange:
                     raise missed(store, question, identity, ask.n, self.body, self.claimant.namespace)
                 grants.append(grant)
         self._undo = partial(_unclaim, done, occurrences)
+        self._known = occurrences.name, grants
+        _deliver(self.surface, occurrences.name, label(self.claimant.namespace), self.questions, grants)
         return self.granted(grants)
 
     def _counter(self) -> Retried:
@@ -589,6 +609,10 @@ class Exchange:
         A sample that is still being recorded is then no longer this request's. Any thread may call this.
         """
         self.given_back = True
+        if self._known is not None:
+            (run, grants), self._known = self._known, None
+            namespace = label(self.claimant.namespace)
+            _deliver(self.surface, run, namespace, self.questions, grants, "taken back")
         if self._undo is not None:
             self._undo()
         elif self.counter is not None:
@@ -786,9 +810,17 @@ class Exchange:
 
     def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
         """Return the samples of a call in the form in which they are stored."""
-        made_by = arrived.response.headers.get(id_header(self.api))
-        noted = trimmed(orjson.dumps({"request": made_by})) if made_by else b""
-        return [Kept(_codec.encode(sample), noted) for sample in samples]
+        names = {
+            "request": arrived.response.headers.get(id_header(self.api)),
+            "asked": self.body.get("model"),
+        }
+        about = {name: value for name, value in names.items() if is_name(value)}
+        url = wire.scope_of(self.record.url)
+        elsewhere = None if url == self.questions[0].scope else url
+        return [
+            Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, elsewhere)})))
+            for sample in samples
+        ]
 
     async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[_Made | None, Arrived]:
         """Make a call, scheduled and retried by the flow control if there is one.

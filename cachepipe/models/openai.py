@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import urlencode
 
 from cachepipe import context, jsontext, loops, outages, telemetry, wire
-from cachepipe.accounting import Account, usage_of
+from cachepipe.accounting import Account, noted, usage_of
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import UNASKED, Request, Response, field_names
+from cachepipe.values import Codec
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -36,6 +37,7 @@ _ASKED_BY_MESSAGES: Final = (wire.CHAT, wire.MESSAGES)
 _UNSENT: Final = UNASKED | {"prompt"}
 _MOST_INPUTS: Final = 2048  # what OpenAI takes in one call for embeddings
 _REFUSED: Final = frozenset({400, 413, 422})
+_codec = Codec()
 
 
 @dataclass(frozen=True)
@@ -374,6 +376,10 @@ class OpenAIModel:
         """Return what ``Response.data`` holds of a stored sample: all of it if ``raw``, else what it says."""
         return sample if self.raw else self.api.plain(sample)
 
+    def pack(self, sample: wire.Sample) -> tuple[bytes, Mapping[str, Any]]:
+        """Return what is stored of a sample, and what is recorded beside it."""
+        return _codec.encode(sample), noted(sample)
+
     def _wanted(self, request: Request) -> _Wanted:
         if not isinstance(request, WireRequest):
             wanted = _Wanted(*self._ask(self.endpoint, self._body(request), request.n), self.endpoint, {})
@@ -505,6 +511,7 @@ class ListModel:
         self.model = model
         self.question = model.question
         self.present = model.present
+        self.pack = model.pack
         self.cache_scope = model.cache_scope
         self.max_n = model.max_n
         self._open: dict[Any, _Group] = {}

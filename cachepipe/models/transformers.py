@@ -18,8 +18,10 @@ from typing import Any, Final
 import orjson
 
 from cachepipe import wire
+from cachepipe.accounting import noted
 from cachepipe.keys import Question, provider_question
 from cachepipe.typedefs import UNASKED, Batch, Request, Response, field_names
+from cachepipe.values import Codec
 
 try:
     import torch
@@ -30,6 +32,7 @@ except ImportError as error:
     ) from error
 
 _UNASKED: Final = UNASKED | {"prompt"}
+_codec = Codec()
 _LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 _NOT_SETTINGS: Final = frozenset({"model", "messages", "prompt", "seed", "stop", *_LENGTHS})
 _RULED: Final = frozenset(  # what the adapter decides by itself
@@ -180,6 +183,10 @@ class TransformersModel:
     def present(self, sample: wire.Sample) -> Any:
         """Return what ``Response.data`` holds of a stored sample: its text; with ``raw=True``, all of it."""
         return sample if self.raw else _api_of(sample["object"]).summary(sample)["text"]
+
+    def pack(self, sample: wire.Sample) -> tuple[bytes, Mapping[str, Any]]:
+        """Return what is stored of a sample, and what is recorded beside it."""
+        return _codec.encode(sample), noted(sample)
 
     def _body(self, request: Request) -> dict[str, Any]:
         """Return what a request asks, in the words of OpenAI's API."""

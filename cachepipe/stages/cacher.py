@@ -305,6 +305,7 @@ class AsyncCacher(Stage):
                 await lane.drain()
             elif lane.loop.is_running() and lane._fork == forks.count:  # noqa: SLF001 - loops run in their own process
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(), lane.loop))
+        await self._engine.deliveries.write()
         self._ended = True
         if isinstance(self.model, Stage):
             await self.model.close()

@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
+
+import orjson
 
 from cachepipe import runs
 from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
@@ -40,6 +42,7 @@ from cachepipe.stores.base import (
     new_meta,
 )
 from cachepipe.stores.misses import missed
+from cachepipe.stores.sums import Delivery, deliveries_of, is_stored
 from cachepipe.typedefs import Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
@@ -94,6 +97,7 @@ class Receipt(NamedTuple):
     run: runs.Occurrences
     n: int
     generated: int
+    delivery: Delivery
     remembered: tuple[int, ...] = ()
 
 
@@ -108,6 +112,7 @@ class Drawing:
         "dead",
         "future",
         "generated",
+        "headers",
         "held",
         "id",
         "indices",
@@ -148,6 +153,7 @@ class Drawing:
         self.values: list[Any] = [None] * self.n
         self.cached = [True] * self.n  # by position: False once it was generated on this draw's behalf
         self.generated = 0  # how many were
+        self.headers = [b""] * self.n  # by position: what is stored beside the sample
         self.missing: dict[int, int] = {}  # index -> position
         # Most draws have none of these, so the sets are made when the first index comes.
         self.awaited: set[int] = _NONE  # indices that others generate
@@ -170,6 +176,11 @@ class Drawing:
             self.lent = False
             self.request = self.request.asking(self.n)
         return self.request
+
+    @property
+    def namespace(self) -> str:
+        """The label of the namespace that it is made for; a shared draw's own is none."""
+        return self.id.namespace if self.user is None else self.user
 
     def response(self, duplicated: list[bool] | None) -> Response:
         """Return the response of a complete draw."""
@@ -225,6 +236,7 @@ class Engine:
         self.codec = codec
         self.window = 0.0
         self.board = board_of(store.identity)
+        self.deliveries = deliveries_of(store)
         self.merged = self.hits = self.misses = self.unreported = self.requests = 0
         self._lock = threading.Lock()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
@@ -300,11 +312,9 @@ class Engine:
         user = label(request.namespace) if shared else None
         try:
             if mode == "replay" or self.store.read_only:
-                replayed = self._replay(lane, request, question, identity, mode, counter, run, duplicated)
-                if receipts is not None and type(replayed) is Response:
-                    remembered = replayed.indices or ()
-                    receipts.append(Receipt(identity, counter, run, request.n, 0, remembered))
-                return replayed
+                return self._replay(
+                    lane, request, question, identity, mode, counter, run, duplicated, receipts
+                )
             # In a crowd the claims of this turn, in one transaction, also find what is known already.
             if (
                 mode == "read-write"
@@ -316,10 +326,7 @@ class Engine:
                 grant = self.store.recall(identity, request.n)
                 if grant is not None:
                     run.count(identity, fresh_id=False)
-                    known = self._known(request, question, grant, run, duplicated)
-                    if receipts is not None:
-                        receipts.append(Receipt(identity, counter, run, request.n, 0))
-                    return known
+                    return self._known(request, question, identity, counter, grant, run, duplicated, receipts)
         except BaseException:
             give_back(identity, counter)
             raise
@@ -337,14 +344,22 @@ class Engine:
         self,
         request: Request,
         question: Question,
+        identity: Draw,
+        counter: Counter,
         grant: Grant,
         run: runs.Occurrences,
         duplicated: list[bool] | None,
+        receipts: list[Receipt] | None,
+        remembered: tuple[int, ...] = (),
     ) -> Response:
         if grant.shared:
             self._warn_shared(question, request, run)
         values = [self.decode(sample) for sample in grant.samples if sample is not None]
         self.hits += request.n
+        namespace = label(request.namespace) if identity.shared else identity.namespace
+        delivery = self.deliveries.add_known(run.name, namespace, question.scope, grant)
+        if receipts is not None:
+            receipts.append(Receipt(identity, counter, run, request.n, 0, delivery, remembered))
         return respond(values, [True] * request.n, duplicated, tuple(grant.indices), question.key)
 
     def _replay(
@@ -357,11 +372,15 @@ class Engine:
         counter: Counter,
         run: runs.Occurrences,
         duplicated: list[bool] | None,
+        receipts: list[Receipt] | None,
     ) -> Response | Drawing:
         taken = IntervalSet() if identity.shared else run.taken(identity.namespace, question.key)
         grant = None if mode == "refresh" else self.store.replay(identity, request.n, taken)
         if grant is not None:
-            return self._known(request, question, grant, run, duplicated)
+            remembered = tuple(grant.indices)
+            return self._known(
+                request, question, identity, counter, grant, run, duplicated, receipts, remembered
+            )
         if mode == "replay":
             raise missed(self.store, question, identity, request.n, request, request.namespace)
         draw = Drawing(lane, request, question, mode)
@@ -381,8 +400,11 @@ class Engine:
             raise
         self.hits += draw.n - draw.generated
         self.misses += draw.generated
+        cached = tuple(draw.cached) if draw.generated else None
+        where = draw.run.name, draw.namespace, draw.question.scope
+        delivery = self.deliveries.add(Delivery(*where, tuple(draw.headers), cached))
         if receipts is not None:
-            receipts.append(Receipt(draw.id, draw.counter, draw.run, draw.n, draw.generated))
+            receipts.append(Receipt(draw.id, draw.counter, draw.run, draw.n, draw.generated, delivery))
         return draw.response(duplicated)
 
     def abandon(self, draw: Drawing) -> None:
@@ -397,6 +419,7 @@ class Engine:
         self.hits -= receipt.n - receipt.generated
         self.misses -= receipt.generated
         self.unreported += receipt.generated
+        self.deliveries.add(receipt.delivery._replace(what="taken back"))
         give_back(receipt.draw, receipt.counter)
         if receipt.remembered and not receipt.draw.shared:
             taken = receipt.run.taken(receipt.draw.namespace, receipt.draw.key)
@@ -453,6 +476,7 @@ class Engine:
                 continue
             if sample is not None:
                 draw.values[position] = self.decode(sample)
+                draw.headers[position] = sample.header
                 continue
             draw.missing[index] = position
             if index not in mine and index not in draw.making and index not in draw.awaited:
@@ -494,23 +518,29 @@ class Engine:
 
     def store_sample(self, draw: Drawing, index: int, value: Any, call: Call) -> None:
         """Commit a sample that a call has returned, then deliver it to the draws that wait for it."""
-        key = draw.question.key
         if index < 0:  # a store that cannot be written
-            self._filled(draw, index, value)
+            self._filled(draw, index, value, b"")
             return
         try:
-            commit = self._commit(key, index, value, call)
+            commit = self._commit(draw, index, value, call)
         except Exception as error:  # noqa: BLE001 - whatever a value does to its encoder, it is paid for
-            self._unstored(draw, index, value, error)
+            self._unstored(draw, index, value, b"", error)
             return
 
-        draw.lane.put(commit, self._stored, draw, index, value)
+        draw.lane.put(commit, self._stored, draw, index, value, commit.meta)
 
-    def _stored(self, draw: Drawing, index: int, value: Any, result: Committed | Exception) -> None:
+    def _stored(
+        self,
+        draw: Drawing,
+        index: int,
+        value: Any,
+        meta: Mapping[str, Any],
+        result: Committed | Exception,
+    ) -> None:
         draw.making -= {index}
         key = draw.question.key
         if isinstance(result, Exception):
-            self._unstored(draw, index, value, result)
+            self._unstored(draw, index, value, orjson.dumps(meta), result)
             return
         if not result.kept:
             self.unreported += 1
@@ -519,7 +549,7 @@ class Engine:
                 self._claim(draw)
             return
         self.board.settle(key, index, result.sample)
-        self._filled(draw, index, value)
+        self._filled(draw, index, value, result.sample.header)
 
     def keep_extra(self, need: Need, values: list[Any], call: Call) -> None:
         """Store samples that nobody asked for; they serve whoever needs the next."""
@@ -528,22 +558,24 @@ class Engine:
             return
         for value in values:
             try:
-                commit = self._commit(need.draw.question.key, None, value, call)
+                commit = self._commit(need.draw, None, value, call)
             except Exception:  # noqa: BLE001, S112 - nobody asked for it
                 continue
             need.draw.lane.put(commit, _unheard)
 
-    def _commit(self, key: str, index: int | None, value: Any, call: Call) -> Commit:
+    def _commit(self, draw: Drawing, index: int | None, value: Any, call: Call) -> Commit:
         """Return the operation that stores a value, with the bytes and notes of the model's adapter."""
-        meta = new_meta(call.id, call.seconds)
+        key = draw.question.key
+        meta = new_meta(call.id, call.seconds, draw.run.name, draw.namespace)
         if self._pack is None:
             return Commit(key, index, self.codec.encode(value), meta)
         payload, noted = self._pack(value)
         return Commit(key, index, payload, {**meta, **noted})
 
-    def _filled(self, draw: Drawing, index: int, value: Any) -> None:
+    def _filled(self, draw: Drawing, index: int, value: Any, header: bytes) -> None:
         if draw.dead:
             self.unreported += 1
+            self._lose(draw, [header])
             return
         position = draw.missing.pop(index, None)
         if position is None:  # the draw was laid anew meanwhile
@@ -553,23 +585,40 @@ class Engine:
             draw.values[position] = value if self._present is None else self._present(value)
         except Exception as error:  # noqa: BLE001 - the adapter's own; the sample is stored
             self.unreported += 1
+            self._lose(draw, [header])
             self._fail(draw, error)
             return
+        draw.headers[position] = header
         draw.cached[position] = False
         draw.generated += 1
         if not draw.missing:
             self._complete(draw)
 
-    def _unstored(self, draw: Drawing, index: int, value: Any, error: Exception) -> None:
+    def _lose(self, draw: Drawing, headers: Iterable[bytes]) -> None:
+        """Note samples that reach nobody, as far as they are not stored: else the store accounts for them."""
+        lost = tuple([header for header in headers if not is_stored(header)])
+        if lost:
+            where = draw.run.name, draw.namespace, draw.question.scope
+            self.deliveries.add(Delivery(*where, lost, what="lost"))
+
+    def _lose_generated(self, draw: Drawing) -> None:
+        """Note what was generated for a draw that fails or was cancelled."""
+        self.unreported += draw.generated
+        if draw.generated:
+            generated = zip(draw.headers, draw.cached, strict=True)
+            self._lose(draw, [header for header, cached in generated if not cached])
+
+    def _unstored(self, draw: Drawing, index: int, value: Any, header: bytes, error: Exception) -> None:
         """Deliver a sample that could not be stored, as it is paid for. A rerun generates it again."""
         self.give_up(draw, [index], None, keep=True)
         try:
             warn(f"a sample of key {draw.question.key} was not cached: {error}", NotStored)
         except NotStored as refused:  # its user has made it an error
+            self._lose(draw, [header])
             if not draw.dead:
                 self._fail(draw, refused)
             return
-        self._filled(draw, index, value)
+        self._filled(draw, index, value, header)
 
     def give_up(
         self, draw: Drawing, indices: Sequence[int], error: BaseException | None, *, keep: bool = False
@@ -620,11 +669,13 @@ class Engine:
             draw.retried = draw.retried or error is not None
             self._claim(draw)
             return
+        position = draw.missing[index]
         try:
-            draw.values[draw.missing[index]] = self.decode(sample)
+            draw.values[position] = self.decode(sample)
         except Exception as unreadable:  # noqa: BLE001 - such as one of an unnamed class
             self._fail(draw, unreadable)
             return
+        draw.headers[position] = sample.header
         del draw.missing[index]
         if not draw.missing:
             self._complete(draw)
@@ -658,7 +709,7 @@ class Engine:
     def _abandon(self, draw: Drawing) -> None:
         """Undo a draw whose caller has gone, and stop the calls that nobody waits for any more."""
         if draw.complete:
-            self.unreported += draw.generated
+            self._lose_generated(draw)
             self._give_back(draw)
             draw.dead = True
             return
@@ -669,7 +720,7 @@ class Engine:
     def _end(self, draw: Drawing, then: Callable[[Any], None] | None = None) -> None:
         draw.dead = True
         draw.lane.strangers.pop(draw, None)
-        self.unreported += draw.generated
+        self._lose_generated(draw)
         self.board.unwait(draw.question.key, draw.awaited, draw)
         self._give_back(draw)
         self._leave(draw, _unheard if then is None else then)

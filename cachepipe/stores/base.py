@@ -2,8 +2,8 @@
 
 A store applies lists of operations, each list as one transaction and, for a remote store, one round trip:
 **claim** a draw, **commit** samples, **release leases** of samples that will not come, **release the hold**
-of a draw. The rest is reading: **recall** a draw that is complete, the **status** of samples that others
-generate, and iteration for people who look at a cache.
+of a draw, **note** what was delivered. The rest is reading: **recall** a draw that is complete, the
+**status** of samples that others generate, and iteration for people who look at a cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import orjson
 
 from cachepipe import forks
+from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
@@ -189,7 +190,24 @@ class Discard:
     why: str
 
 
-Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard
+@dataclass(slots=True)
+class Note:
+    """Add to the sums of what a run has delivered in a namespace (C6).
+
+    Attributes:
+        run: the name of the run.
+        namespace: the label of the namespace.
+        delivered: what is added to the sums.
+        unreported: samples that were generated, and neither stored nor delivered.
+    """
+
+    run: str
+    namespace: str
+    delivered: Delivered = field(default_factory=Delivered)
+    unreported: Account = field(default_factory=Account)
+
+
+Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note
 Result = Grant | Committed | None
 
 
@@ -241,6 +259,20 @@ class NamespaceInfo:
     draws: int
     samples: int
     generated: int
+
+
+class Bought(NamedTuple):
+    """What a stored sample says of its price.
+
+    Attributes:
+        scope: the scope of its question.
+        header: JSON of its id and stamp, and of the call that made it; empty if it cannot be read.
+        held: whether a namespace holds it.
+    """
+
+    scope: str | None
+    header: bytes
+    held: bool
 
 
 class Process(NamedTuple):
@@ -336,11 +368,26 @@ class Store(Protocol):
         """Iterate over the namespaces, in order of their first draw."""
         ...
 
+    def sums(self) -> Iterator[Note]:
+        """Iterate over the sums of the runs, and over what they have left unreported."""
+        ...
+
+    def bought(self) -> Iterator[Bought]:
+        """Iterate over all samples, the discarded ones too, as they count in what was spent."""
+        ...
+
     def close(self) -> None:
         """Write what is queued and release what the store opened itself. Idempotent."""
         ...
 
 
-def new_meta(call: str, seconds: float) -> dict[str, Any]:
-    """Return the facts that are recorded with a sample."""
-    return {"call": call, "seconds": round(seconds, 6)}
+def new_meta(call: str, seconds: float, run: str, namespace: str) -> dict[str, Any]:
+    """Return the facts that are recorded with a sample.
+
+    Args:
+        call: the id of the call that brought it.
+        seconds: how long the call took.
+        run: the name of the run that made the call.
+        namespace: the label of the namespace that it was generated for.
+    """
+    return {"call": call, "seconds": round(seconds, 6), "run": run, "namespace": namespace}

@@ -11,10 +11,12 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
 from cachepipe.stores.base import (
+    Bought,
     DrawInfo,
     Grant,
     KeyInfo,
     NamespaceInfo,
+    Note,
     Process,
     Sample,
     State,
@@ -127,6 +129,16 @@ class MemoryStore(SqlStore):
         """Iterate over the namespaces, as they are now; the shared draws are left out."""
         with self._lock:
             return iter(list(super().namespaces()))
+
+    def sums(self) -> Iterator[Note]:
+        """Iterate over the sums of the runs, as they are now, and over what they have left unreported."""
+        with self._lock:
+            return iter(list(super().sums()))
+
+    def bought(self) -> Iterator[Bought]:
+        """Iterate over all samples, as they are now, the discarded ones too."""
+        with self._lock:
+            return iter(list(super().bought()))
 
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import operator
 import os
 import re
 import sqlite3
@@ -24,19 +25,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from cachepipe import forks
+from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import allot, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
 from cachepipe.contract.intervals import IndexSet, IntervalSet, Union
-from cachepipe.errors import StoreError
+from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
 from cachepipe.keys import Question, encode
 from cachepipe.stores import identity, leases, tables
 from cachepipe.stores.base import (
+    Bought,
     Claim,
     DiscardInfo,
     DrawInfo,
     Grant,
     KeyInfo,
     NamespaceInfo,
+    Note,
     Operation,
     Process,
     ReleaseHold,
@@ -659,6 +663,44 @@ class SqlStore:
             if written != SHARED:
                 draws, generated = drawn.get(namespace, (0, 0))
                 yield NamespaceInfo(namespace_of(written), draws, taken.get(namespace, 0), generated)
+
+    @_reads
+    def sums(self) -> Iterator[Note]:
+        """Iterate over the sums of the runs, and over what they have left unreported.
+
+        Raises:
+            DamagedCache: when a row is not what was written.
+        """
+        ledger, _ = self._readable()
+        for run, namespace, *row in ledger.execute("SELECT run, namespace, document, digest FROM sums"):
+            yield Note(run, namespace, tables.read_sums(Delivered.loads, run, namespace, *row))
+        for run, namespace, *row in ledger.execute("SELECT run, namespace, document, digest FROM unreported"):
+            lost = tables.read_sums(Account.loads, run, namespace, *row)
+            yield Note(run, namespace, unreported=lost)
+
+    @_reads
+    def bought(self) -> Iterator[Bought]:
+        """Iterate over all samples, the discarded ones too, as they count in what was spent."""
+        ledger, shelf = self._readable()
+        taken = itertools.groupby(
+            ledger.execute("SELECT key, start, stop FROM intervals WHERE owner > 0 ORDER BY key, start"),
+            key=operator.itemgetter(0),
+        )
+        at, held = next(taken, (None, ()))
+        for key, name, scope in ledger.execute("SELECT id, key, scope FROM keys ORDER BY id"):
+            while at is not None and at < key:
+                at, held = next(taken, (None, ()))
+            intervals = [(start, stop) for _, start, stop in held] if at == key else []
+            for place, *row in shelf.execute(tables.OF_KEY, (f"{name}/", f"{name}0")):
+                try:
+                    index = int(place[len(name) + 1 :])
+                    header, gone = tables.header_of(name, index, *row)
+                except ValueError:  # not a sample's row
+                    continue
+                except (DamagedCache, UnsafeRow):
+                    header, gone = b"", True
+                is_held = not gone and any(start <= index < stop for start, stop in intervals)
+                yield Bought(scope, header, is_held)
 
     @_reads
     def totals(self) -> dict[str, int]:

@@ -7,9 +7,10 @@ when it is read.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
@@ -17,6 +18,8 @@ from cachepipe.contract.allotment import DISCARDED, Discarded
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores.base import Sample
+
+_Sums = TypeVar("_Sums")
 
 FORMAT = 2
 """The version of the tables below; a ledger with a higher one is refused."""
@@ -65,13 +68,14 @@ CREATE TABLE IF NOT EXISTS uses(
 CREATE TABLE IF NOT EXISTS discards(
     key INTEGER NOT NULL, sample INTEGER NOT NULL, at REAL NOT NULL, why TEXT NOT NULL,
     PRIMARY KEY(key, sample)) WITHOUT ROWID;
--- Per run and namespace, the sums of the delivered samples (C6), as JSON.
+-- Per run and label of a namespace, the sums of the delivered samples (C6), as JSON.
 CREATE TABLE IF NOT EXISTS sums(
-    run TEXT NOT NULL, namespace INTEGER NOT NULL, stamp INTEGER NOT NULL, document BLOB NOT NULL,
-    PRIMARY KEY(run, namespace)) WITHOUT ROWID;
--- Calls, or parts of calls, that reached no request (C6), as JSON.
+    run TEXT NOT NULL, namespace TEXT NOT NULL, stamp INTEGER NOT NULL, document BLOB NOT NULL,
+    digest BLOB NOT NULL, PRIMARY KEY(run, namespace)) WITHOUT ROWID;
+-- Parts of calls that are not stored and reached no request (C6), as JSON.
 CREATE TABLE IF NOT EXISTS unreported(
-    stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace INTEGER, document BLOB NOT NULL);
+    stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace TEXT NOT NULL, document BLOB NOT NULL,
+    digest BLOB NOT NULL);
 """
 
 SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROWID"
@@ -133,6 +137,11 @@ DROP_INTERVAL = "DELETE FROM intervals WHERE owner = ? AND key = ? AND stop = ?"
 PUT_INTERVAL = "INSERT INTO intervals VALUES(?, ?, ?, ?, ?)"
 PUT_SEGMENT = "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 
+ADD_SUMS = (
+    "INSERT INTO sums VALUES(?, ?, ?, ?, ?) ON CONFLICT(run, namespace) DO UPDATE SET stamp = excluded.stamp,"
+    " document = excluded.document, digest = excluded.digest"
+)
+
 # A statement on both, on a reader's connection to the samples, which has the ledger attached. SQLite begins
 # to read the samples first: so a draw that the ledger holds, with a sample that is there, was complete then.
 
@@ -168,6 +177,7 @@ SAMPLES = (
 PUT_DISCARDED = PUT.replace(
     "DO NOTHING", f"DO UPDATE SET mode = {RAW}, filename = NULL, value = excluded.value, expire_time = NULL"
 )
+OF_KEY = "SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key > ? AND key < ?"
 
 _LIVE = b"+"
 _GONE = b"-"
@@ -298,6 +308,31 @@ def check_interval(label: str, key: str, start: int, stop: int, digest: bytes) -
         )
 
 
+# Sums.
+
+
+def sums_digest(run: str, namespace: str, document: bytes) -> bytes:
+    """Return what binds sums to a run and the label of a namespace."""
+    return xxh3_64_digest(f"{run}\0{namespace}\0".encode("utf-8", "surrogatepass") + document)
+
+
+def read_sums(
+    loads: Callable[[bytes], _Sums], run: str, namespace: str, document: bytes, digest: bytes
+) -> _Sums:
+    """Return what ``loads`` makes of the document of a row of sums.
+
+    Raises:
+        DamagedCache: when the row is not what was written.
+    """
+    with contextlib.suppress(ValueError, TypeError, LookupError):
+        if sums_digest(run, namespace, document) == digest:
+            return loads(document)
+    raise DamagedCache(
+        f"the ledger's sums of the run {run} are damaged. Run `cachepipe verify` to find further damage, "
+        "restore the cache from a copy"
+    )
+
+
 # Samples.
 
 
@@ -328,7 +363,28 @@ def read_sample(shelf: sqlite3.Connection, key: str, index: int) -> Sample | Dis
 
 
 def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> Sample | Discarded:
-    """Return the sample in a row of diskcache's table, or `DISCARDED`."""
+    """Return the sample in a row of diskcache's table, or `DISCARDED`.
+
+    Raises:
+        UnsafeRow: when cachepipe did not write the row, for example a pickle.
+        DamagedCache: when the row is not what was written there.
+    """
+    state, body = _checked(key, index, mode, filename, value)
+    if state == _GONE:
+        return DISCARDED
+    end = body.find(b"\n")
+    identifier = body[7 : body.find(b'"', 7)]
+    return Sample(index, identifier.decode(), body[end + 1 :], body[:end])
+
+
+def header_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bool]:
+    """Return the header in a row as ``parse_sample`` reads it, and whether the sample was discarded."""
+    state, body = _checked(key, index, mode, filename, value)
+    return body[: body.find(b"\n")], state == _GONE
+
+
+def _checked(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes]:
+    """Return what became of the sample in a row, and its header and payload."""
     if mode != RAW or filename is not None or type(value) is not bytes:
         raise UnsafeRow(
             f"sample {index} of key {key} is stored in diskcache's mode {mode}, which may be a pickle; "
@@ -341,11 +397,7 @@ def parse_sample(key: str, index: int, mode: Any, filename: Any, value: Any) -> 
             f"sample {index} of key {key} is damaged. Run `cachepipe verify --repair` to have such samples "
             "generated anew, or restore the cache from a copy"
         )
-    if state == _GONE:
-        return DISCARDED
-    end = body.find(b"\n")
-    identifier = body[7 : body.find(b'"', 7)]
-    return Sample(index, identifier.decode(), body[end + 1 :], body[:end])
+    return state, body
 
 
 def is_discarded(key: str, index: int, row: Sequence[Any] | None) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from cachepipe.accounting import Delivered
 from cachepipe.contract.allotment import Discarded, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import IndexSet, Union
@@ -28,6 +29,7 @@ from cachepipe.stores.base import (
     Committed,
     Discard,
     Grant,
+    Note,
     Operation,
     ReleaseHold,
     ReleaseLease,
@@ -172,6 +174,8 @@ class Transaction:
                         self._release_hold(operation)
                     case Discard():
                         self._discard(operation)
+                    case Note():
+                        self._note(operation)
                 results.append(None)
             place += 1
         self._flush()
@@ -663,6 +667,22 @@ class Transaction:
     def _is_pending(self, key: int, index: int) -> bool:
         query = "SELECT 1 FROM pending WHERE key = ? AND sample = ?"
         return self._ledger.execute(query, (key, index)).fetchone() is not None
+
+    def _note(self, note: Note) -> None:
+        place = (note.run, note.namespace)
+        if note.unreported.sold:
+            document = note.unreported.dumps()
+            digest = tables.sums_digest(*place, document)
+            row = (self._stamp(), *place, document, digest)
+            self._ledger.execute("INSERT INTO unreported VALUES(?, ?, ?, ?, ?)", row)
+        if note.delivered.as_asked.sold:
+            query = "SELECT document, digest FROM sums WHERE run = ? AND namespace = ?"
+            found = self._ledger.execute(query, place).fetchone()
+            sums = tables.read_sums(Delivered.loads, *place, *found) if found else Delivered()
+            sums.join(note.delivered)
+            document = sums.dumps()
+            digest = tables.sums_digest(*place, document)
+            self._ledger.execute(tables.ADD_SUMS, (*place, self._stamp(), document, digest))
 
     # Samples.
 

@@ -23,6 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("StoreContract needs pytest: pip install pytest") from error
 
+from cachepipe.accounting import Delivered, Usage
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError
@@ -33,6 +34,7 @@ from cachepipe.stores.base import (
     Committed,
     Discard,
     Grant,
+    Note,
     Operation,
     ReleaseHold,
     ReleaseLease,
@@ -40,6 +42,7 @@ from cachepipe.stores.base import (
     Sample,
     Store,
 )
+from cachepipe.wire.usage import COUNTS
 
 KEY = "k2-" + "a" * 64
 OTHER = "k2-" + "b" * 64
@@ -757,6 +760,51 @@ class StoreContract:
         assert sorted(got) == list(range(80))
         assert [sample.index for sample in store.samples(KEY)] == list(range(80))
 
+    # Sums.
+
+    def test_c6_notes_of_a_run_and_namespace_add_up(self, store: Store) -> None:
+        first, second = _delivered("m", 5), _delivered("other", 7)
+        self.apply(store, Note("run", label("a"), first), Note("run", label("b"), first))
+        self.apply(store, Note("run", label("a"), second), Note("another", label("a"), second))
+        found = {(note.run, note.namespace): note.delivered for note in store.sums()}
+        assert {place: _tokens(sums) for place, sums in found.items()} == {
+            ("run", label("a")): {"m": 5, "other": 7},
+            ("run", label("b")): {"m": 5},
+            ("another", label("a")): {"other": 7},
+        }
+        assert found["run", label("a")].requests == 2
+
+    def test_c6_what_is_taken_back_is_in_no_sum(self, store: Store) -> None:
+        self.apply(store, Note("run", label(None), _delivered("m", 5)))
+        self.apply(store, Note("run", label(None), _delivered("m", 5, times=-1)))
+        [note] = store.sums()
+        assert note.delivered.requests == 0
+        assert _tokens(note.delivered) == {"m": 0}
+
+    def test_c6_unreported_calls_are_kept_one_by_one(self, store: Store) -> None:
+        lost = _delivered("m", 5).as_asked
+        for _ in range(2):
+            self.apply(store, Note("run", label(None), unreported=lost))
+        assert [note.unreported.sold for note in store.sums()] == [lost.sold] * 2
+
+    def test_c6_every_sample_counts_as_bought_and_says_whether_a_namespace_holds_it(
+        self, store: Store
+    ) -> None:
+        self.fill(store, drawn("a", namespace="one"), 2)
+        self.fill(store, drawn("a", namespace="two"), 3)
+        self.commit(store, None, "extra")
+        self.fill(store, drawn("a", key=OTHER))
+        self.apply(store, Discard(KEY, 1, "bad"))
+        bought = list(store.bought())
+        assert {each.scope for each in bought} == {asked().scope}
+        assert sorted(each.held for each in bought) == [False, False, True, True, True]
+        headers = {sample.header for key in (KEY, OTHER) for sample in store.samples(key)}
+        assert headers < {each.header for each in bought}, "the discarded one is there too"
+
+    def test_a_note_makes_no_namespace(self, store: Store) -> None:
+        self.apply(store, Note("run", label("a"), _delivered("m", 5)))
+        assert list(store.namespaces()) == []
+
     # The end.
 
     def test_listing_is_not_disturbed_by_writers(self, store: Store) -> None:
@@ -800,6 +848,17 @@ class StoreContract:
         assert store.why_read_only == ""
         assert isinstance(store.identity, str)
         assert store.identity
+
+
+def _delivered(model: str, tokens: int, *, times: int = 1) -> Delivered:
+    counts = {**dict.fromkeys(COUNTS, 0), "prompt_tokens": tokens, "total_tokens": tokens}
+    delivered = Delivered()
+    delivered.add([Usage(model, counts, first=True)], [False], "https://api.example/v1", times=times)
+    return delivered
+
+
+def _tokens(delivered: Delivered) -> dict[str | None, int]:
+    return {model: sums["total_tokens"] for (model, _), sums in delivered.billed.sold.items()}
 
 
 async def _applied(store: Store, operations: Sequence[Operation]) -> list[Result]:

@@ -11,10 +11,12 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.keys import Question
 from cachepipe.stores.base import (
+    Bought,
     DrawInfo,
     Grant,
     KeyInfo,
     NamespaceInfo,
+    Note,
     Operation,
     Process,
     Result,
@@ -192,6 +194,14 @@ class FaultyStore:
     def namespaces(self) -> Iterator[NamespaceInfo]:
         """Iterate over the namespaces."""
         return self.store.namespaces()
+
+    def sums(self) -> Iterator[Note]:
+        """Iterate over the sums of the runs."""
+        return self.store.sums()
+
+    def bought(self) -> Iterator[Bought]:
+        """Iterate over all samples as they count in what was spent."""
+        return self.store.bought()
 
     def close(self) -> None:
         """Close the wrapped store."""

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 import cachepipe
 from cachepipe import Batch, OnlineAPI, Request, Response
+from cachepipe.accounting import noted
 from cachepipe.cli import demo, inspect
 from cachepipe.cli.group import cli
 from cachepipe.contract.draws import Draw
@@ -27,9 +28,13 @@ from cachepipe.models import OpenAIModel
 from cachepipe.stores import DiskStore
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold
 from cachepipe.testing import MockServer, MockSettings
+from cachepipe.values import Codec
 
 HOSTILE = "roll\x1b[31m\x07\nsecond\u202eline\r"
 ESCAPES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
+
+
+SUMS = ("spent", "billed", "as_asked", "saved", "unreported", "wasted")
 
 
 class Dice:
@@ -109,7 +114,8 @@ def test_path_prints_the_folder_in_use_and_makes_none(tmp_path):
 
 def test_stats_tell_what_each_namespace_paid_and_reused(cache):
     figures = as_json("stats", "--cache", cache, "--scopes")
-    assert figures["namespaces"] == [
+    counts = ("namespace", "draws", "drawn", "generated", "reused", "reused_share")
+    assert [{name: each[name] for name in counts} for each in figures["namespaces"]] == [
         {"namespace": "a", "draws": 2, "drawn": 4, "generated": 4, "reused": 0, "reused_share": 0.0},
         {"namespace": "b", "draws": 2, "drawn": 4, "generated": 0, "reused": 4, "reused_share": 1.0},
         {"namespace": None, "draws": 1, "drawn": 1, "generated": 1, "reused": 0, "reused_share": 0.0},
@@ -142,6 +148,78 @@ def test_stats_are_a_table_for_people(cache):
     assert re.search(r"^b +2 +4 +0 +4 +100%$", output, re.MULTILINE)
     assert re.search(r"^\(for everybody\) +1 +1 +1 +- +-$", output, re.MULTILINE)
     assert "and 2 more namespaces; --limit 0 shows all" in output
+
+
+class Priced(Dice):
+    """A model whose answers say what they have used; every second one comes from a model without a price."""
+
+    model = "https://api.openai.com/v1/chat/completions"
+
+    def pack(self, value):
+        usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+        name = "gpt-4o" if value.endswith(("1", "3")) else "unheard-of"
+        return Codec().encode(value), noted({"model": name, "usage": usage})
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory):
+    """A cache that one run has filled, and two have replayed; a request failed, and one asked for more."""
+    folder = str(tmp_path_factory.mktemp("replayed") / "cache")
+
+    async def fill():
+        for _ in range(3):
+            async with OnlineAPI(Priced(), folder) as pipeline:
+                for number in range(3):
+                    await pipeline.request(Request(f"question {number}", namespace="exp"))
+        async with OnlineAPI(Dice(), folder, scope="own") as pipeline:
+            await pipeline.request(Request("unpriced"))
+
+    asyncio.run(fill())
+    return folder
+
+
+def test_c6_stats_tell_what_was_spent_and_what_each_rerun_saved(replayed):
+    figures = as_json("stats", "--cache", replayed)
+    assert {name: figures[name]["total_tokens"] for name in SUMS} == {
+        "spent": 3300,
+        "billed": 3300,
+        "as_asked": 9900,
+        "saved": 6600,
+        "unreported": 0,
+        "wasted": 0,
+    }
+    assert figures["requests"] == 10
+    assert [figures["spent"][name] for name in ("samples", "unknown", "unpriced")] == [4, 1, 2]
+    assert figures["saved"]["cost"] == pytest.approx(2 * figures["billed"]["cost"])
+    exp, own = figures["namespaces"]
+    assert (exp["namespace"], exp["requests"], exp["saved"]["samples"]) == ("exp", 9, 6)
+    assert (own["namespace"], own["spent"]["unknown"], own["saved"]["samples"]) == (None, 1, 0)
+
+
+def test_c6_stats_say_unknown_and_not_nothing(replayed):
+    output = called("stats", "--cache", replayed).stdout
+    assert re.search(r"^saved +6 samples, 6,600 tokens, \$", output, re.MULTILINE)
+    assert re.search(r"^exp +9 +3,300 \$", output, re.MULTILINE)
+    assert re.search(r"^\(none\) +1 +unknown +unknown +unknown +0 +0 +0$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "document = CAST(replace(document, '1100', '1200') AS BLOB)",
+        "document = replace(document, '1100', '1200')",
+        "run = run || 'x'",
+        "namespace = namespace || 'x'",
+    ],
+)
+def test_c12_stats_refuse_sums_that_are_not_what_was_written(replayed, tmp_path, change):
+    folder = tmp_path / "copy"
+    shutil.copytree(replayed, folder)
+    ledger = sqlite3.connect(folder / "ledger.cache.db")
+    with ledger:
+        ledger.execute(f"UPDATE sums SET {change}")  # noqa: S608 - of constants
+    ledger.close()
+    assert "sums of the run" in called("stats", "--cache", str(folder), code=2).stderr
 
 
 # ls

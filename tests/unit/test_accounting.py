@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.accounting import Account, Delivered, usage_of
+from cachepipe.accounting import Account, Delivered, noted, sold_in, usage_of, usage_sold
 from cachepipe.wire import CHAT
 
 URL = "http://model/v1/chat/completions"
@@ -136,3 +137,100 @@ def test_prompt_tokens_that_the_provider_had_cached_count_once_as_well():
     usages = [usage_of(sample) for sample in CHAT.samples(answer)]
     sums = deliver((usages, [False, False]))
     assert sums.billed.counts()["cached_tokens"] == sums.as_asked.counts()["cached_tokens"] == 8
+
+
+# What a header says.
+
+
+def in_header(sample, **more):
+    return orjson.dumps({"id": "x", "stamp": 1, "request": '"sold":{}', **noted(sample, **more)})
+
+
+def sample(**fields):
+    usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+    return {"model": "m", "usage": usage, **fields}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"usage": None}, {"model": None}, {"model": 'a "sold":{"model":"b"}'}, {"model": "名前"}],
+    ids=["usual", "no usage", "no model", "misleading", "not ASCII"],
+)
+def test_c6_a_header_tells_the_usage_of_its_sample(fields):
+    assert usage_sold(sold_in(in_header(sample(**fields)))) == usage_of(sample(**fields))
+
+
+def test_c6_of_samples_of_one_call_the_headers_tell_whose_prompt_was_billed():
+    choices = [{"index": i, "message": {"content": "x"}, "finish_reason": "stop"} for i in range(3)]
+    samples = CHAT.samples({**sample(), "choices": choices})
+    assert [usage_sold(sold_in(in_header(each))).first for each in samples] == [True, False, False]
+
+
+def test_a_header_tells_tier_fingerprint_and_an_url_beside_the_scope():
+    header = in_header(sample(service_tier="flex", system_fingerprint="fp"), url="https://else/v1")
+    assert orjson.loads(header)["tier"] == "flex"
+    assert orjson.loads(header)["fingerprint"] == "fp"
+    assert usage_sold(sold_in(header)).url == "https://else/v1"
+    of_anthropic = sample(usage={"input_tokens": 1, "output_tokens": 2, "service_tier": "standard"})
+    assert orjson.loads(in_header(of_anthropic))["tier"] == "standard"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "\ud800"},
+        {"model": "m" * 300},
+        {"system_fingerprint": "\udfff"},
+        {"service_tier": ["a"]},
+        {"usage": {"prompt_tokens": 10**30, "completion_tokens": 1}},
+        {"usage": {"prompt_tokens": -5, "completion_tokens": 1}},
+        {"usage": {"total_tokens": True}},
+        {"usage": "much"},
+    ],
+    ids=["surrogate", "long", "fingerprint", "tier", "large", "negative", "true", "text"],
+)
+def test_what_servers_say_beyond_reason_is_left_out_of_headers(fields):
+    header = in_header(sample(**fields))
+    usage = usage_sold(sold_in(header))
+    assert (usage.model is None) == ("model" in fields)
+    assert (usage.counts is None) == ("usage" in fields)
+
+
+@pytest.mark.parametrize(
+    "sold",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"usage":[1]}',
+        b'{"usage":[1,2,3,4,-5]}',
+        b'{"usage":[99999999999999999999,0,0,0,0]}',
+        b'{"usage":{"a":1}}',
+        b'{"model":5,"url":1,"first":2}',
+    ],
+)
+def test_c6_a_header_that_cannot_be_read_is_unknown_usage(sold):
+    usage = usage_sold(sold)
+    assert usage == (None, None, True, None)
+
+
+def test_sums_are_the_same_after_they_were_written():
+    sums = deliver((call(10, [1, 2]), [False, True]), (call(10, [5], usage=False), [False]))
+    again = Delivered.loads(sums.dumps())
+    assert again.requests == sums.requests == 2
+    assert {name: account.sold for name, account in again.accounts().items()} == {
+        name: account.sold for name, account in sums.accounts().items()
+    }
+
+
+def test_c6_a_delivery_that_is_taken_back_is_in_no_sum():
+    sums = deliver((call(10, [1, 2]), [False, True]))
+    sums.add(call(10, [1, 2]), [False, True], URL, times=-1)
+    assert set(totals(sums).values()) == {0}
+    assert sums.requests == 0
+
+
+def test_c6_what_is_delivered_several_times_is_asked_for_as_often():
+    sums = deliver()
+    sums.add(call(10, [1, 2]), [True, True], URL, times=3)
+    assert totals(sums) == {"as_asked": 39, "billed": 0, "saved": 39}

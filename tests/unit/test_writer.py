@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import cachepipe.stores.sums
 import cachepipe.stores.writer
 from cachepipe import DiskStore, OnlineAPI, Request, StoreError, StoreLocked
 from cachepipe.stores.base import ReleaseLease
@@ -101,14 +102,18 @@ def test_the_writer_thread_ends_when_it_is_idle_and_begins_again(tmp_path, monke
 
 
 @LINUX
-def test_a_pipeline_dropped_after_its_writer_thread_ran_leaves_no_thread_and_no_files(tmp_path, monkeypatch):
+def test_a_pipeline_dropped_after_its_threads_ran_leaves_no_thread_and_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(cachepipe.stores.writer, "_IDLE", 0.01)
+    monkeypatch.setattr(cachepipe.stores.sums, "SECONDS", 0.01)
     stays = DiskStore(tmp_path)  # keeps what the folder's own opening costs
     files = len(list(Path("/proc/self/fd").iterdir()))
     threads = set(threading.enumerate())
     for number in range(3):
         pipeline = OnlineAPI(ScriptedModel(), tmp_path, scope="s")
         asyncio.run(pipeline.request(Request(f"p{number}")))
+        for thread in set(threading.enumerate()) - threads:
+            if thread.name == "cachepipe-sums":
+                thread.join(20)
         put_to_writer(pipeline.store, pipeline.key(Request("p"))).join(20)
         store = weakref.ref(pipeline.store)
         del pipeline

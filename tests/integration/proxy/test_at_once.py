@@ -7,10 +7,13 @@ import socket
 
 import pytest
 
+from cachepipe import DiskStore
+from cachepipe.contract.draws import label
 from cachepipe.proxy import server as servers
 from cachepipe.proxy.heads import Heads, is_plain
 from cachepipe.proxy.heads import asked as begun
 from cachepipe.proxy.settings import Upstream
+from cachepipe.stores.sums import statements
 from cachepipe.testing import MockSettings
 
 HEAD = b"POST /ns/%b/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n%b"
@@ -326,3 +329,19 @@ def test_so_many_heads_are_kept():
         heads.keep(b"%d" % number, number)
     assert len(heads) == 1024
     assert (b"975" in heads, b"976" in heads) == (False, True)
+
+
+def test_c6_what_is_answered_at_once_is_in_the_sums_of_the_cache(fast, asked, tmp_path):
+    server = fast()
+    with Client(server) as client:
+        for run in range(4):
+            client.ask(post({**asked, "seed": run}, b"a@%d" % run))
+            client.ask(post(asked, b"a@%d" % run))
+    assert len(server.at_once) == 3
+    server.proxy.surface.backing.deliveries.write_now()
+    store = DiskStore(tmp_path / "cache", read_only=True)
+    found = statements(store)[label("a")]
+    store.close()
+    assert found.delivered.requests == 8
+    assert found.delivered.saved.counts()["samples"] == 3
+    assert found.spent.counts() == found.delivered.billed.counts()

@@ -1,0 +1,226 @@
+"""Sums of what was delivered (C6): gathered in memory, added up and written in the background.
+
+A delivery costs an entry in a queue. A thread sums what has gathered and writes it a few seconds later, or at
+once when it is much; closing a pipeline or client, and the end of the interpreter, write the rest. So the
+sums lack what a killed process has delivered in its last seconds. What was spent is read from the samples
+themselves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
+
+import orjson
+
+from cachepipe.accounting import Statement, sold_in, usage_sold
+from cachepipe.contract.draws import label
+from cachepipe.errors import StoreError
+from cachepipe.stores.base import Grant, Note, Store
+
+SECONDS: Final = 2.0
+"""How long after a delivery the sums are written."""
+MOST: Final = 4096
+"""Deliveries that are summed at once when they have gathered."""
+_STORED: Final = b'"stamp":'  # what only the header of a stored sample has
+
+What = Literal["delivered", "taken back", "lost"]
+_TIMES: Final[dict[What, int]] = {"delivered": 1, "taken back": -1}
+
+
+class Delivery(NamedTuple):
+    """What became of samples.
+
+    Attributes:
+        run: the name of the run.
+        namespace: the label of the namespace.
+        scope: the scope of the question.
+        headers: the header of each sample; empty where nothing is known.
+        cached: per sample, False if it was generated on the request's behalf; None if no sample was.
+        what: whether they were delivered, or taken back because the response did not reach its caller, or
+            lost: neither stored nor delivered.
+    """
+
+    run: str
+    namespace: str
+    scope: str | None
+    headers: tuple[bytes, ...]
+    cached: tuple[bool, ...] | None = None
+    what: What = "delivered"
+
+
+def is_stored(header: bytes) -> bool:
+    """Return True if a header is that of a stored sample."""
+    return _STORED in header
+
+
+class Deliveries:
+    """What was delivered from a store and is not in its sums yet. May be added to from any thread.
+
+    Args:
+        store: the store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._begin()
+        _all.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Deliveries {len(self._waiting)} not yet summed>"
+
+    def _begin(self) -> None:
+        self._waiting: deque[Delivery] = deque()
+        self._idle = True
+        self._hurry = threading.Event()
+
+    def add(self, delivery: Delivery) -> Delivery:
+        """Add a delivery to the sums, soon; a store that cannot be written has none."""
+        if not self._store.read_only:
+            self._waiting.append(delivery)
+            if self._idle:
+                self._idle = False
+                try:
+                    threading.Thread(target=self._work, name="cachepipe-sums", daemon=True).start()
+                except RuntimeError:  # the interpreter ends, or there are too many threads
+                    self._idle = True
+            elif len(self._waiting) == MOST:
+                self._hurry.set()
+        return delivery
+
+    def add_known(
+        self, run: str, namespace: str, scope: str | None, grant: Grant, what: What = "delivered"
+    ) -> Delivery:
+        """Add a delivery of samples that were all there."""
+        headers = tuple([sample.header for sample in grant.samples if sample is not None])
+        return self.add(Delivery(run, namespace, scope, headers, None, what))
+
+    def _work(self) -> None:
+        self._hurry.wait(SECONDS)
+        self._hurry.clear()
+        self._idle = True  # before the queue is emptied: what comes later starts another thread
+        with contextlib.suppress(StoreError):  # it was closed
+            if notes := self._sums():
+                self._store.apply_soon(notes)
+
+    async def write(self) -> None:
+        """Write what has gathered; return when it is written."""
+        with contextlib.suppress(StoreError):  # the store was closed before its users were
+            if notes := self._sums():
+                await self._store.apply(notes)
+        self._hurry.set()
+
+    def write_now(self) -> None:
+        """Write what has gathered, when the interpreter ends and no loop runs any more."""
+        with contextlib.suppress(StoreError, RuntimeError):  # no thread can be started any more
+            if (notes := self._sums()) and self._store.apply_now(notes) is None:
+                self._store.apply_soon(notes)
+
+    def inherit(self) -> None:
+        """Begin anew in a forked child: what has gathered is the parent's to write."""
+        self._begin()
+
+    def _sums(self) -> list[Note]:
+        """Take what has gathered; return its sums by run and namespace."""
+        known: Counter[tuple[str, str, str | None, tuple[bytes, ...]]] = Counter()
+        notes: dict[tuple[str, str], Note] = {}
+
+        def note_of(run: str, namespace: str) -> Note:
+            return notes.setdefault((run, namespace), Note(run, namespace))
+
+        for _ in range(len(self._waiting)):
+            try:
+                delivery = self._waiting.popleft()
+            except IndexError:  # another thread sums it up
+                break
+            run, namespace, scope, headers, cached, what = delivery
+            sold = tuple(map(sold_in, headers))
+            if cached is None and what == "delivered":
+                known[run, namespace, scope, sold] += 1
+                continue
+            note, usages = note_of(run, namespace), list(map(usage_sold, sold))
+            if what == "lost":
+                note.unreported.spend(usages, scope or "")
+                continue
+            stored = list(map(is_stored, headers))
+            note.delivered.add(
+                usages, cached or _hits(usages), scope or "", times=_TIMES[what], stored=stored
+            )
+        for (run, namespace, scope, sold), times in known.items():
+            usages = list(map(usage_sold, sold))
+            note_of(run, namespace).delivered.add(usages, _hits(usages), scope or "", times=times)
+        return list(notes.values())
+
+
+def _hits(samples: Sequence[object]) -> list[bool]:
+    return [True] * len(samples)
+
+
+_all: weakref.WeakSet[Deliveries] = weakref.WeakSet()
+_of_stores: weakref.WeakValueDictionary[int, Deliveries] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def deliveries_of(store: Store) -> Deliveries:
+    """Return what gathers the deliveries from a store, for all who use it in this process."""
+    with _lock:
+        deliveries = _of_stores.get(id(store))
+        if deliveries is None:
+            deliveries = _of_stores[id(store)] = Deliveries(store)
+        return deliveries
+
+
+@atexit.register
+def _write_all() -> None:
+    for deliveries in list(_all):
+        deliveries.write_now()
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603 - the parent may have held it while forking
+    _lock = threading.Lock()
+    for deliveries in list(_all):
+        deliveries.inherit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def statements(store: Store) -> dict[str, Statement]:
+    """Return what a cache has cost and saved, by the label of the namespace.
+
+    Raises:
+        DamagedCache: when the sums are not what was written.
+    """
+    found: dict[str, Statement] = {}
+
+    def of(namespace: str) -> Statement:
+        return found.setdefault(namespace, Statement())
+
+    for note in store.sums():
+        statement = of(note.namespace)
+        statement.delivered.join(note.delivered)
+        statement.spent.join(note.delivered.unstored)
+        statement.spent.join(note.unreported)
+    for scope, header, held in store.bought():
+        statement, usages = of(_namespace_in(header)), [usage_sold(sold_in(header))]
+        statement.spent.spend(usages, scope or "")
+        if held:
+            statement.held.spend(usages, scope or "")
+    return found
+
+
+def _namespace_in(header: bytes) -> str:
+    """Return the label of the namespace that a sample was generated for; that of None if nothing says so."""
+    try:
+        namespace = orjson.loads(header).get("namespace")
+    except (ValueError, AttributeError):
+        namespace = None
+    return namespace if isinstance(namespace, str) else label(None)
