@@ -26,7 +26,7 @@ NAMES: Final = (*COUNTS, "samples", "unknown")
 _OF_PROMPT: Final = ("prompt_tokens", "cached_tokens")
 _MOST: Final = 1 << 40  # tokens of one sample above which its usage cannot be right
 _LONGEST: Final = 200  # characters of a name in a header
-_SOLD: Final = b'"sold":'  # the last field of a header: what was sold, to whom a price belongs
+SOLD: Final = b'"sold":'  # the last field of a header: what was sold, to whom a price belongs
 
 Seller = tuple[str | None, str]
 """A model, and its URL."""
@@ -96,8 +96,8 @@ def is_name(value: Any) -> bool:
 
 def sold_in(header: bytes) -> bytes:
     """Return the part of a sample's header that says what was sold; equal parts are equal usages."""
-    place = header.rfind(_SOLD)
-    return header[place + len(_SOLD) : -1] if place >= 0 else b""
+    place = header.rfind(SOLD)
+    return header[place + len(SOLD) : -1] if place >= 0 else b""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -269,13 +269,13 @@ class Delivered:
         """
         self.requests += times
         prompt = True  # it counts once, with the first sample that has usage
-        for usage, hit, kept in zip(usages, cached, stored or [True] * len(usages), strict=True):
+        for place, (usage, hit) in enumerate(zip(usages, cached, strict=True)):
             self.as_asked.add(usage, url, prompt=prompt, times=times)
             prompt = prompt and usage.counts is None
             if not hit:
                 self.billed.add(usage, url, prompt=usage.first, times=times)
-            if not (hit or kept):
-                self.unstored.add(usage, url, prompt=usage.first, times=times)
+                if stored and not stored[place]:
+                    self.unstored.add(usage, url, prompt=usage.first, times=times)
 
     def join(self, other: Delivered) -> None:
         """Add all of other sums."""

@@ -49,7 +49,7 @@ from cachepipe.stages.lane import MANY
 from cachepipe.stores import open_store
 from cachepipe.stores.base import Grant, Sample
 from cachepipe.stores.misses import missed
-from cachepipe.stores.sums import What, deliveries_of
+from cachepipe.stores.sums import deliveries_of, known
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, Request, Response, by_value
 from cachepipe.values import Codec
 
@@ -442,11 +442,16 @@ def _deliver(
     namespace: str,
     questions: Sequence[Question],
     grants: Sequence[Grant],
-    what: What = "delivered",
+    *,
+    taken_back: bool = False,
 ) -> None:
     """Add known draws to the sums of a run, or take them back."""
+    deliveries = surface.backing.deliveries
     for question, grant in zip(questions, grants, strict=True):
-        surface.backing.deliveries.add_known(run, namespace, question.scope, grant, what)
+        if taken_back:
+            deliveries.add(known(run, namespace, question.scope, grant, "taken back"))
+        else:
+            deliveries.add_known(run, namespace, question.scope, grant)
 
 
 def responses_of(
@@ -612,7 +617,7 @@ class Exchange:
         if self._known is not None:
             (run, grants), self._known = self._known, None
             namespace = label(self.claimant.namespace)
-            _deliver(self.surface, run, namespace, self.questions, grants, "taken back")
+            _deliver(self.surface, run, namespace, self.questions, grants, taken_back=True)
         if self._undo is not None:
             self._undo()
         elif self.counter is not None:

@@ -42,7 +42,7 @@ from cachepipe.stores.base import (
     new_meta,
 )
 from cachepipe.stores.misses import missed
-from cachepipe.stores.sums import Delivery, deliveries_of, is_stored
+from cachepipe.stores.sums import Delivery, deliveries_of, is_stored, known
 from cachepipe.typedefs import Mode, Repeat, Request, Response
 from cachepipe.values import Codec
 
@@ -357,8 +357,9 @@ class Engine:
         values = [self.decode(sample) for sample in grant.samples if sample is not None]
         self.hits += request.n
         namespace = label(request.namespace) if identity.shared else identity.namespace
-        delivery = self.deliveries.add_known(run.name, namespace, question.scope, grant)
+        self.deliveries.add_known(run.name, namespace, question.scope, grant)
         if receipts is not None:
+            delivery = known(run.name, namespace, question.scope, grant)
             receipts.append(Receipt(identity, counter, run, request.n, 0, delivery, remembered))
         return respond(values, [True] * request.n, duplicated, tuple(grant.indices), question.key)
 
@@ -402,7 +403,8 @@ class Engine:
         self.misses += draw.generated
         cached = tuple(draw.cached) if draw.generated else None
         where = draw.run.name, draw.namespace, draw.question.scope
-        delivery = self.deliveries.add(Delivery(*where, tuple(draw.headers), cached))
+        delivery = Delivery(*where, tuple(draw.headers), cached)
+        self.deliveries.add(delivery)
         if receipts is not None:
             receipts.append(Receipt(draw.id, draw.counter, draw.run, draw.n, draw.generated, delivery))
         return draw.response(duplicated)

@@ -14,12 +14,11 @@ import os
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from cachepipe.accounting import Statement, sold_in, usage_sold
+from cachepipe.accounting import SOLD, Statement, sold_in, usage_sold
 from cachepipe.contract.draws import label
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import Grant, Note, Store
@@ -30,6 +29,7 @@ MOST: Final = 4096
 """Deliveries that are summed at once when they have gathered."""
 _STORED: Final = b'"stamp":'  # what only the header of a stored sample has
 
+_T = TypeVar("_T")
 What = Literal["delivered", "taken back", "lost"]
 _TIMES: Final[dict[What, int]] = {"delivered": 1, "taken back": -1}
 
@@ -55,6 +55,10 @@ class Delivery(NamedTuple):
     what: What = "delivered"
 
 
+_Place = tuple[str, str, str | None]
+"""A run, the label of a namespace and the scope of a question."""
+
+
 def is_stored(header: bytes) -> bool:
     """Return True if a header is that of a stored sample."""
     return _STORED in header
@@ -69,37 +73,52 @@ class Deliveries:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._kept = not store.read_only
         self._begin()
         _all.add(self)
 
     def __repr__(self) -> str:
-        return f"<Deliveries {len(self._waiting)} not yet summed>"
+        return f"<Deliveries {len(self._waiting) + sum(map(len, self._known.values()))} not yet summed>"
 
     def _begin(self) -> None:
         self._waiting: deque[Delivery] = deque()
+        self._known: dict[_Place, deque[bytes]] = {}
         self._idle = True
         self._hurry = threading.Event()
 
-    def add(self, delivery: Delivery) -> Delivery:
+    def add(self, delivery: Delivery) -> None:
         """Add a delivery to the sums, soon; a store that cannot be written has none."""
-        if not self._store.read_only:
+        if self._kept:
             self._waiting.append(delivery)
-            if self._idle:
-                self._idle = False
-                try:
-                    threading.Thread(target=self._work, name="cachepipe-sums", daemon=True).start()
-                except RuntimeError:  # the interpreter ends, or there are too many threads
-                    self._idle = True
-            elif len(self._waiting) == MOST:
-                self._hurry.set()
-        return delivery
+            if self._idle or len(self._waiting) == MOST:
+                self._wake()
 
-    def add_known(
-        self, run: str, namespace: str, scope: str | None, grant: Grant, what: What = "delivered"
-    ) -> Delivery:
-        """Add a delivery of samples that were all there."""
-        headers = tuple([sample.header for sample in grant.samples if sample is not None])
-        return self.add(Delivery(run, namespace, scope, headers, None, what))
+    def add_known(self, run: str, namespace: str, scope: str | None, grant: Grant) -> None:
+        """Add a delivery of samples that were all there; see ``add``.
+
+        The usual one is a header in a queue: nothing that the garbage collector has to look at.
+        """
+        samples = grant.samples
+        if len(samples) != 1 or samples[0] is None:
+            self.add(known(run, namespace, scope, grant))
+        elif self._kept:
+            headers = self._known.get((run, namespace, scope))
+            if headers is None:
+                headers = self._known.setdefault((run, namespace, scope), deque())
+            headers.append(samples[0].header)
+            if self._idle or len(headers) == MOST:
+                self._wake()
+
+    def _wake(self) -> None:
+        """Have what has gathered written: soon, or at once if it is much."""
+        if not self._idle:
+            self._hurry.set()
+            return
+        self._idle = False
+        try:
+            threading.Thread(target=self._work, name="cachepipe-sums", daemon=True).start()
+        except RuntimeError:  # the interpreter ends, or there are too many threads
+            self._idle = True
 
     def _work(self) -> None:
         self._hurry.wait(SECONDS)
@@ -128,38 +147,46 @@ class Deliveries:
 
     def _sums(self) -> list[Note]:
         """Take what has gathered; return its sums by run and namespace."""
-        known: Counter[tuple[str, str, str | None, tuple[bytes, ...]]] = Counter()
         notes: dict[tuple[str, str], Note] = {}
 
         def note_of(run: str, namespace: str) -> Note:
-            return notes.setdefault((run, namespace), Note(run, namespace))
+            note = notes.get((run, namespace))
+            if note is None:
+                note = notes[run, namespace] = Note(run, namespace)
+            return note
 
-        for _ in range(len(self._waiting)):
-            try:
-                delivery = self._waiting.popleft()
-            except IndexError:  # another thread sums it up
-                break
-            run, namespace, scope, headers, cached, what = delivery
-            sold = tuple(map(sold_in, headers))
-            if cached is None and what == "delivered":
-                known[run, namespace, scope, sold] += 1
-                continue
-            note, usages = note_of(run, namespace), list(map(usage_sold, sold))
+        for run, namespace, scope, headers, cached, what in _taken(self._waiting):
+            note, usages = note_of(run, namespace), [usage_sold(sold_in(header)) for header in headers]
             if what == "lost":
                 note.unreported.spend(usages, scope or "")
+            else:
+                flags, stored = cached or [True] * len(usages), list(map(is_stored, headers))
+                note.delivered.add(usages, flags, scope or "", times=_TIMES[what], stored=stored)
+        for place, waiting in list(self._known.items()):
+            taken = _taken(waiting)
+            if not taken:  # nor since the last time: who still had it in hand then has let go
+                del self._known[place]
                 continue
-            stored = list(map(is_stored, headers))
-            note.delivered.add(
-                usages, cached or _hits(usages), scope or "", times=_TIMES[what], stored=stored
-            )
-        for (run, namespace, scope, sold), times in known.items():
-            usages = list(map(usage_sold, sold))
-            note_of(run, namespace).delivered.add(usages, _hits(usages), scope or "", times=times)
+            run, namespace, scope = place
+            delivered = note_of(run, namespace).delivered
+            for sold, times in Counter([header[header.rfind(SOLD) :] for header in taken]).items():
+                delivered.add([usage_sold(sold_in(sold))], [True], scope or "", times=times)
         return list(notes.values())
 
 
-def _hits(samples: Sequence[object]) -> list[bool]:
-    return [True] * len(samples)
+def known(run: str, namespace: str, scope: str | None, grant: Grant, what: What = "delivered") -> Delivery:
+    """Return the delivery of samples that were all there."""
+    headers = tuple([sample.header for sample in grant.samples if sample is not None])
+    return Delivery(run, namespace, scope, headers, None, what)
+
+
+def _taken(waiting: deque[_T]) -> list[_T]:
+    """Take everything out of a queue; another thread may do so at the same time."""
+    taken: list[_T] = []
+    with contextlib.suppress(IndexError):
+        for _ in range(len(waiting)):
+            taken.append(waiting.popleft())  # noqa: PERF401 - what was taken before an error counts
+    return taken
 
 
 _all: weakref.WeakSet[Deliveries] = weakref.WeakSet()
@@ -202,7 +229,9 @@ def statements(store: Store) -> dict[str, Statement]:
     found: dict[str, Statement] = {}
 
     def of(namespace: str) -> Statement:
-        return found.setdefault(namespace, Statement())
+        if namespace not in found:
+            found[namespace] = Statement()
+        return found[namespace]
 
     for note in store.sums():
         statement = of(note.namespace)
