@@ -418,7 +418,7 @@ async def test_a_service_gives_one_client_for_each_cache(server, tmp_path):
     assert server.stats.requests == 2
 
 
-async def test_services_that_come_and_go_are_one_run(server):
+async def test_services_that_come_and_go_are_one_run(server, until):
     """C1: equal questions of one run get samples of their own, whoever asks them."""
     store = MemoryStore()
     for _ in range(2):
@@ -429,8 +429,7 @@ async def test_services_that_come_and_go_are_one_run(server):
     gone = weakref.ref(store)
     await close_clients()
     del store
-    gc.collect()
-    assert gone() is None
+    await until(lambda: gc.collect() >= 0 and gone() is None)  # a thread may hold it while it sums
 
 
 async def test_clients_that_come_and_go_are_one_run(server, tmp_path):

@@ -424,6 +424,7 @@ async def test_a_slow_caller_s_list_keeps_no_other_waiting(server):
         quick = await cacher.batch_request(Batch(inputs("cd", "quick")))
         assert [len(response.data) for response in quick] == [1, 1]
         assert not waiting.done()
+        await asyncio.to_thread(server.wait_until, lambda stats: stats.requests == 2)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
