@@ -106,13 +106,17 @@ async def test_a_pipeline_opens_on_an_existing_cache_while_a_file_is_locked(tmp_
 
 
 async def test_nothing_that_blocks_is_called_on_the_loop_while_hits_and_misses_are_served(tmp_path):
-    """Apart from SQLite's own short reads and writes, which never wait for a lock."""
+    """Apart from SQLite's short reads and writes, which never wait for a lock, and a look at the ledger's inode.
+
+    That look, ten times a second at most, notices a folder that was moved or deleted.
+    """
     async with OnlineAPI(Model(), tmp_path / "cache") as pipeline:
         await asyncio.gather(*asking(pipeline, "warm"))
         with blockbuster_ctx() as guard:
             for function in guard.functions:
                 if "sqlite3" in function:
                     guard.functions[function].deactivate()
+            guard.functions["os.stat"].can_block_in("cachepipe/stores/disk.py", "_inode")
             misses = await asyncio.gather(*asking(pipeline, *map(str, range(200)), n=2))
             hits = await asyncio.gather(*asking(pipeline, *map(str, range(200)), namespace="other", n=2))
     assert [answer.data for answer in misses] == [answer.data for answer in hits]

@@ -773,13 +773,13 @@ def test_a_list_of_twenty_thousand_samples_appends_like_one_of_ten(folder):
     counter = Counter(store)
 
     def append(first, count):
-        grants = store.apply_now(
+        grants = store.write(
             [
                 Claim(Draw("-", KEY, str(number), 0), 1, QUESTION, "t")
                 for number in range(first, first + count)
             ]
         )
-        store.apply_now([Commit(KEY, grant.mine[0], b"x", {}) for grant in grants])
+        store.write([Commit(KEY, grant.mine[0], b"x", {}) for grant in grants])
 
     append(0, 10)
     small = [counter.of(lambda at=at: append(at, 1)) for at in range(10, 15)]

@@ -119,6 +119,6 @@ def test_a_pipeline_dropped_after_its_threads_ran_leaves_no_thread_and_no_files(
         del pipeline
         gc.collect()
         assert store() is None, "somebody holds it"
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads  # those of earlier tests may have ended meanwhile
     assert len(list(Path("/proc/self/fd").iterdir())) <= files + 2
     stays.close()
