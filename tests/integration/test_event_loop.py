@@ -106,9 +106,9 @@ async def test_a_pipeline_opens_on_an_existing_cache_while_a_file_is_locked(tmp_
 
 
 async def test_nothing_that_blocks_is_called_on_the_loop_while_hits_and_misses_are_served(tmp_path):
-    """Apart from SQLite's short reads and writes, which never wait for a lock, and a look at the ledger's inode.
+    """Apart from SQLite's short reads and writes, which never wait for a lock, and one look at a file.
 
-    That look, ten times a second at most, notices a folder that was moved or deleted.
+    The look at the ledger's inode, ten times a second at most, notices a folder that was moved or deleted.
     """
     async with OnlineAPI(Model(), tmp_path / "cache") as pipeline:
         await asyncio.gather(*asking(pipeline, "warm"))
