@@ -15,6 +15,8 @@ from cachepipe.stages.base import Flight, Stage, ask_batch, samples_of
 from cachepipe.stores.base import new_id
 from cachepipe.typedefs import Request
 
+_STEP = 0.05  # seconds after which closing sends again what the stages below have queued
+
 
 class Need:
     """The samples of one question that one draw needs. Subclasses define where the samples go.
@@ -368,11 +370,15 @@ class Caller:
         return bool(self._tasks)
 
     async def step(self) -> None:
-        """Send the requests that the stages below have queued, and wait until a call in flight has ended."""
+        """Send the requests that the stages below have queued, and wait until a call in flight has ended.
+
+        It returns earlier now and then: a call that has just begun may reach their queues only later.
+        """
+        await asyncio.sleep(0)
         if isinstance(self._model, Stage):
             self._model.flush()
         if self._tasks:
-            await asyncio.wait(list(self._tasks), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(list(self._tasks), timeout=_STEP, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _deliver(need: Need, slots: Sequence[int], values: list[Any], call: Call) -> None:

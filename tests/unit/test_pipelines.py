@@ -141,6 +141,28 @@ def test_ordered_local_takes_its_two_batch_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
+def test_closing_waits_for_no_batch_window_though_a_claim_was_granted_late(pipeline):
+    """Another thread or process was writing when the request was claimed."""
+
+    async def main():
+        store = FaultyStore(MemoryStore())
+        store.locked = True
+        sizes = (
+            {"collection_batch_size": 9, "hardware_batch_size": 9}
+            if pipeline is OrderedLocalAPI
+            else {"batch_size": 9}
+        )
+        api = pipeline(Both(), store, timeout=3600, **sizes)
+        async with asyncio.timeout(20):
+            [miss] = ask(api, "new")
+            await asyncio.sleep(0)
+            await api.close()
+            assert (await miss).cached == [False]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_hit_never_waits_for_a_batch_window(pipeline):
     async def main():
         store = MemoryStore()
