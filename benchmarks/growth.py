@@ -26,8 +26,8 @@ import cachepipe
 from benchmarks import data, floors
 from benchmarks.harness import Entry, Sizes, Table, equal, expect
 from cachepipe.contract.draws import Draw, label
+from cachepipe.contract.keys import Question, question
 from cachepipe.errors import FreshIds
-from cachepipe.keys import Question, question
 from cachepipe.stores import DiskStore
 from cachepipe.stores.base import Claim, Commit, Store
 from cachepipe.typedefs import Request, Response

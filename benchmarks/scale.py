@@ -27,8 +27,8 @@ import cachepipe
 from benchmarks import data
 from benchmarks.harness import ROOT, Entry, Goals, Role, Sizes, Table, equal, expect
 from cachepipe.contract.draws import Draw, label
+from cachepipe.contract.keys import question
 from cachepipe.errors import FreshIds
-from cachepipe.keys import question
 from cachepipe.stores import DiskStore
 from cachepipe.stores.base import Claim, Commit, Store
 from cachepipe.typedefs import Request, Response

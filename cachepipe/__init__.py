@@ -10,13 +10,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cachepipe.calling import alcall as alcall
-    from cachepipe.calling import lcall as lcall
-    from cachepipe.clients.info import info as info
-    from cachepipe.clients.wrapping import wrap as wrap
+    from cachepipe.chat.chat import Chat as Chat
+    from cachepipe.chat.chat import ToolLoopError as ToolLoopError
+    from cachepipe.chat.completions import (
+        CompletionsFailed as CompletionsFailed,
+    )
+    from cachepipe.chat.completions import (
+        TextCompletion as TextCompletion,
+    )
+    from cachepipe.chat.completions import (
+        TokenLogProb as TokenLogProb,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completion as generate_text_completion,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completion_for_conversation as generate_text_completion_for_conversation,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completion_for_conversation_sync as generate_text_completion_for_conversation_sync,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completion_sync as generate_text_completion_sync,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completions as generate_text_completions,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completions_for_conversations as generate_text_completions_for_conversations,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completions_for_conversations_sync as generate_text_completions_for_conversations_sync,
+    )
+    from cachepipe.chat.completions import (
+        generate_text_completions_sync as generate_text_completions_sync,
+    )
+    from cachepipe.chat.conversations import Conversation as Conversation
+    from cachepipe.chat.conversations import Message as Message
+    from cachepipe.chat.history import History as History
+    from cachepipe.chat.sessions import Session as Session
+    from cachepipe.chat.tables import from_jsonl as from_jsonl
+    from cachepipe.chat.tables import side_by_side as side_by_side
+    from cachepipe.chat.tables import to_dataframe as to_dataframe
+    from cachepipe.chat.tables import to_jsonl as to_jsonl
     from cachepipe.context import using as using
-    from cachepipe.conversations import Conversation as Conversation
-    from cachepipe.conversations import Message as Message
     from cachepipe.errors import (
         BadAnswer as BadAnswer,
     )
@@ -95,6 +132,8 @@ if TYPE_CHECKING:
     from cachepipe.flow import (
         Retries as Retries,
     )
+    from cachepipe.parallel import alcall as alcall
+    from cachepipe.parallel import lcall as lcall
     from cachepipe.pipelines import (
         LocalAPI as LocalAPI,
     )
@@ -105,9 +144,10 @@ if TYPE_CHECKING:
         OrderedLocalAPI as OrderedLocalAPI,
     )
     from cachepipe.runs import run as run
+    from cachepipe.sdk.info import info as info
+    from cachepipe.sdk.wrapping import wrap as wrap
     from cachepipe.services import Service as Service
     from cachepipe.services import Services as Services
-    from cachepipe.sessions import Session as Session
     from cachepipe.stages import (
         AsyncBatcher as AsyncBatcher,
     )
@@ -126,46 +166,6 @@ if TYPE_CHECKING:
     from cachepipe.stores import DiskStore as DiskStore
     from cachepipe.stores import MemoryStore as MemoryStore
     from cachepipe.stores import open_store as open_store
-    from cachepipe.talk.chat import Chat as Chat
-    from cachepipe.talk.chat import ToolLoopError as ToolLoopError
-    from cachepipe.talk.completions import (
-        CompletionsFailed as CompletionsFailed,
-    )
-    from cachepipe.talk.completions import (
-        TextCompletion as TextCompletion,
-    )
-    from cachepipe.talk.completions import (
-        TokenLogProb as TokenLogProb,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completion as generate_text_completion,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completion_for_conversation as generate_text_completion_for_conversation,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completion_for_conversation_sync as generate_text_completion_for_conversation_sync,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completion_sync as generate_text_completion_sync,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completions as generate_text_completions,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completions_for_conversations as generate_text_completions_for_conversations,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completions_for_conversations_sync as generate_text_completions_for_conversations_sync,
-    )
-    from cachepipe.talk.completions import (
-        generate_text_completions_sync as generate_text_completions_sync,
-    )
-    from cachepipe.talk.history import History as History
-    from cachepipe.talk.tables import from_jsonl as from_jsonl
-    from cachepipe.talk.tables import side_by_side as side_by_side
-    from cachepipe.talk.tables import to_dataframe as to_dataframe
-    from cachepipe.talk.tables import to_jsonl as to_jsonl
     from cachepipe.typedefs import (
         Batch as Batch,
     )
@@ -185,11 +185,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "cachepipe.calling": ("alcall", "lcall"),
-    "cachepipe.clients.info": ("info",),
-    "cachepipe.clients.wrapping": ("wrap",),
+    "cachepipe.parallel": ("alcall", "lcall"),
+    "cachepipe.sdk.info": ("info",),
+    "cachepipe.sdk.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
-    "cachepipe.conversations": ("Conversation", "Message"),
+    "cachepipe.chat.conversations": ("Conversation", "Message"),
     "cachepipe.errors": (
         "BadAnswer",
         "BatchMismatch",
@@ -218,11 +218,11 @@ _HOMES = {
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),
-    "cachepipe.sessions": ("Session",),
+    "cachepipe.chat.sessions": ("Session",),
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
-    "cachepipe.talk.chat": ("Chat", "ToolLoopError"),
-    "cachepipe.talk.completions": (
+    "cachepipe.chat.chat": ("Chat", "ToolLoopError"),
+    "cachepipe.chat.completions": (
         "CompletionsFailed",
         "TextCompletion",
         "TokenLogProb",
@@ -235,8 +235,8 @@ _HOMES = {
         "generate_text_completions_for_conversations_sync",
         "generate_text_completions_sync",
     ),
-    "cachepipe.talk.history": ("History",),
-    "cachepipe.talk.tables": ("from_jsonl", "side_by_side", "to_dataframe", "to_jsonl"),
+    "cachepipe.chat.history": ("History",),
+    "cachepipe.chat.tables": ("from_jsonl", "side_by_side", "to_dataframe", "to_jsonl"),
     "cachepipe.typedefs": ("Batch", "BatchRequestModel", "Request", "Response", "SingleRequestModel"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
@@ -248,7 +248,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cachepipe`` stays light."""
     module = _WHERE.get(name)
     if module is None:
-        for elsewhere in () if name.startswith("_") else ("cachepipe.clients", "cachepipe.models"):
+        for elsewhere in () if name.startswith("_") else ("cachepipe.sdk", "cachepipe.models"):
             if name in importlib.import_module(elsewhere).__all__:
                 # Python replaces the message of an AttributeError in ``from cachepipe import …``.
                 raise ImportError(f"{name} is in {elsewhere}: from {elsewhere} import {name}")

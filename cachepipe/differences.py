@@ -1,6 +1,6 @@
 """Compares two questions, to explain why the cache does not have a question.
 
-Everything here is pure. Documents are canonical JSON, as in `cachepipe.keys.Question`.
+Everything here is pure. Documents are canonical JSON, as in `cachepipe.contract.keys.Question`.
 """
 
 from __future__ import annotations

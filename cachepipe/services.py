@@ -20,10 +20,10 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cachepipe import forks, loops
-from cachepipe.clients.portal import submit
 from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
 from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
+from cachepipe.sdk.portal import submit
 from cachepipe.stores import Store
 from cachepipe.typedefs import Mode, Repeat
 
@@ -187,7 +187,7 @@ class Service:
         options: Mapping[str, Any],
         service: Service | _Loan | None = None,
     ) -> Any:
-        from cachepipe import clients  # noqa: PLC0415 - each needs its SDK
+        from cachepipe import sdk as clients  # noqa: PLC0415 - each needs its SDK
 
         sdk = self.sdk if sdk is None else sdk
         if sdk not in _CLIENTS:

@@ -284,7 +284,7 @@ class ModelHooks(Protocol):
     model: str | None
 
     def question(self, request: Request, scope: str | None) -> Any:
-        """Return what a request asks, with its key: a `cachepipe.keys.Question`.
+        """Return what a request asks, with its key: a `cachepipe.contract.keys.Question`.
 
         Default: the question that all fields of the request make (C9).
         """

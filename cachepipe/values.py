@@ -16,8 +16,8 @@ from typing import Any
 import orjson
 
 from cachepipe import jsontext
+from cachepipe.contract.keys import trimmed
 from cachepipe.errors import NotStorable, StoreError
-from cachepipe.keys import trimmed
 
 _MARK = "\0"
 _MARKED = b'"\\u0000'  # how JSON spells the opening of a marked name

@@ -29,9 +29,9 @@ from cachepipe.cli.common import (
 )
 from cachepipe.cli.group import Failure
 from cachepipe.contract.draws import SHARED, label, namespace_of
+from cachepipe.contract.keys import FORMAT
 from cachepipe.differences import asked_in, loaded, settings_in, strings
 from cachepipe.errors import CachepipeError
-from cachepipe.keys import FORMAT
 from cachepipe.stores.base import DrawInfo, KeyInfo, NamespaceInfo, Sample, StoredQuestion
 from cachepipe.terminal import on_terminal, visible
 

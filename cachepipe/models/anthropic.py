@@ -23,7 +23,7 @@ class AnthropicModel(OpenAIModel):
     It takes what `OpenAIModel` takes: the fields of a request go into the body. Messages that begin with one
     of the system's are sent with its content as ``system``, unless the request has a field of that name.
     The API gives one sample per call, so a request for n samples is n calls at once. A sample that came
-    through a client of `cachepipe.clients` or a proxy is a hit here, and the other way round.
+    through a client of `cachepipe.sdk` or a proxy is a hit here, and the other way round.
     Errors are those of the anthropic package.
 
     Args:

@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 
 from cachepipe import context, jsontext, loops, outages, telemetry, wire
 from cachepipe.accounting import Account, noted, usage_of
-from cachepipe.keys import Question, provider_question
+from cachepipe.contract.keys import Question, provider_question
 from cachepipe.typedefs import UNASKED, Request, Response, field_names
 from cachepipe.values import Codec
 

@@ -19,7 +19,7 @@ import orjson
 
 from cachepipe import wire
 from cachepipe.accounting import noted
-from cachepipe.keys import Question, provider_question
+from cachepipe.contract.keys import Question, provider_question
 from cachepipe.typedefs import UNASKED, Batch, Request, Response, field_names
 from cachepipe.values import Codec
 

@@ -15,19 +15,6 @@ from urllib.parse import quote
 
 import cachepipe
 from cachepipe import jsontext, runs, wire
-from cachepipe.clients.exchange import (
-    Answer,
-    Backing,
-    Surface,
-    body_from,
-    check_size,
-    id_header,
-    kept_of,
-    questions_of,
-    recalled,
-)
-from cachepipe.clients.seam import Source
-from cachepipe.clients.tape import Watched
 from cachepipe.context import Inherited
 from cachepipe.contract.draws import Claimant, label
 from cachepipe.errors import (
@@ -42,15 +29,28 @@ from cachepipe.errors import (
 from cachepipe.outages import advice_for, place
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
-from cachepipe.proxy.bodies import Memory, Read, read_object
+from cachepipe.proxy.body_cache import Memory, Read, read_object
 from cachepipe.proxy.counters import Counters, Outcome
+from cachepipe.proxy.head_cache import HEAD, Heads
 from cachepipe.proxy.headers import listed
-from cachepipe.proxy.heads import HEAD, Heads
-from cachepipe.proxy.joins import ServedRun, Ticket
+from cachepipe.proxy.idempotency import ServedRun, Ticket
 from cachepipe.proxy.log import Log
 from cachepipe.proxy.settings import Settings, Upstream
 from cachepipe.proxy.turn import JSON, ClientGone, Receive, Refused, Send, Turn
 from cachepipe.proxy.upstream import Caller, Served, UpstreamRefusal, UpstreamTimeout, UpstreamUnreachable
+from cachepipe.sdk.exchange import (
+    Answer,
+    Backing,
+    Surface,
+    body_from,
+    check_size,
+    id_header,
+    kept_of,
+    questions_of,
+    recalled,
+)
+from cachepipe.sdk.internals import Source
+from cachepipe.sdk.stream_recorder import Watched
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, Mode, Response
 

@@ -17,9 +17,9 @@ from typing import Any, Final, Self
 
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy.app import Meant, Proxy
-from cachepipe.proxy.bodies import Read
+from cachepipe.proxy.body_cache import Read
+from cachepipe.proxy.head_cache import HEAD, asked, is_plain
 from cachepipe.proxy.headers import named_by_connection
-from cachepipe.proxy.heads import HEAD, asked, is_plain
 from cachepipe.proxy.settings import BadSettings, Settings
 from cachepipe.proxy.turn import KEEPS, WHOLE
 

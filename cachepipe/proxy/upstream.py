@@ -11,11 +11,11 @@ from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 from cachepipe import jsontext, outages, wire
-from cachepipe.clients.exchange import Exchange, Kept
-from cachepipe.clients.seam import Arrived, Source
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy import headers
 from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.sdk.exchange import Exchange, Kept
+from cachepipe.sdk.internals import Arrived, Source
 
 try:
     import httpx2 as httpx

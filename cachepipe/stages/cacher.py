@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from cachepipe import forks, keys, loops, runs
+from cachepipe import forks, loops, runs
+from cachepipe.contract import keys
 from cachepipe.contract.draws import Counter, Fixed
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 from cachepipe.stages.adapting import hooks_of, scope_of
 from cachepipe.stages.base import Stage, adapter_of, given, together
 from cachepipe.stages.engine import Drawing, Engine, Receipt, Stats, respond

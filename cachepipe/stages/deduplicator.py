@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from threading import get_ident
 from typing import Any
 
-from cachepipe import keys, loops
+from cachepipe import loops
+from cachepipe.contract import keys
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
 from cachepipe.stages.adapting import hooks_of, scope_of

@@ -21,13 +21,13 @@ import orjson
 from cachepipe import runs
 from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.keys import Question
 from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, WaitingForOthers, warn
-from cachepipe.keys import Question
 from cachepipe.stages.adapting import hooks_of
 from cachepipe.stages.base import adapter_of
-from cachepipe.stages.board import board_of
 from cachepipe.stages.generation import Call, Caller, Need, withdraw
-from cachepipe.stages.lane import MANY, Lane
+from cachepipe.stages.in_flight import board_of
+from cachepipe.stages.write_queue import MANY, Lane
 from cachepipe.stores.base import (
     Claim,
     Commit,

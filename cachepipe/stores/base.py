@@ -20,7 +20,7 @@ from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 
 _ids = itertools.count()
 _prefix: tuple[int, str] = (-1, "")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.keys import Question, digest
 from cachepipe.differences import differences, told, traits
 from cachepipe.errors import CacheMiss, StoreError
-from cachepipe.keys import Question, digest
 from cachepipe.stores.base import Store, StoredQuestion
 
 _QUESTIONS: Final = 100_000  # the newest questions that are looked through

@@ -29,8 +29,8 @@ from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import allot, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
 from cachepipe.contract.intervals import IndexSet, IntervalSet, Union
+from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
-from cachepipe.keys import Question, encode
 from cachepipe.stores import identity, leases, tables
 from cachepipe.stores.base import (
     Bought,

@@ -19,9 +19,9 @@ from cachepipe.accounting import Delivered
 from cachepipe.contract.allotment import Discarded, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import IndexSet, Union
+from cachepipe.contract.keys import Question, trimmed
 from cachepipe.contract.undoing import Piece, fallen, settled
 from cachepipe.errors import DamagedCache, StoreError
-from cachepipe.keys import Question, trimmed
 from cachepipe.stores import tables
 from cachepipe.stores.base import (
     Claim,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from cachepipe import keys
+from cachepipe.contract import keys
 from cachepipe.contract.allotment import DISCARDED, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
 from cachepipe.contract.intervals import Interval, IntervalSet

@@ -26,8 +26,8 @@ except ImportError as error:
 from cachepipe.accounting import Delivered, Usage
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
-from cachepipe.keys import Question
 from cachepipe.stores.base import (
     Claim,
     Commit,

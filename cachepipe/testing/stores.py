@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 from cachepipe.stores.base import (
     Bought,
     DrawInfo,

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import orjson
 
 from cachepipe import jsontext
-from cachepipe.keys import AsWritten
+from cachepipe.contract.keys import AsWritten
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.usage import token_counts
 

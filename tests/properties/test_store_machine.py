@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from cachepipe import MemoryStore
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 from cachepipe.stores import sql
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
 from cachepipe.stores.verify import Report, check_rows

@@ -3,9 +3,9 @@
 import pytest
 
 from cachepipe import wire
-from cachepipe.clients.exchange import questions_of
+from cachepipe.contract.keys import provider_question
 from cachepipe.differences import ABSENT, Difference, differences, told, traits
-from cachepipe.keys import provider_question
+from cachepipe.sdk.exchange import questions_of
 
 HERE = "https://here/v1/chat/completions"
 

@@ -36,7 +36,7 @@ from cachepipe import (
 )
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 from cachepipe.stores import folders, leases
 from cachepipe.stores.base import Claim, Commit, ReleaseHold, ReleaseLease
 
@@ -592,7 +592,7 @@ def test_replay_on_an_empty_cache_is_a_miss(folder):
 CREATOR = """
 import sys
 from cachepipe import DiskStore
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 from cachepipe.contract.draws import Draw
 from cachepipe.stores.base import Claim
 print("ready", flush=True)

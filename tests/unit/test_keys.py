@@ -24,7 +24,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cachepipe import Request, UnkeyableValue
-from cachepipe.keys import FORMAT, asked, canonical, digest, encode, provider_question, question
+from cachepipe.contract.keys import FORMAT, asked, canonical, digest, encode, provider_question, question
 from cachepipe.stages.adapting import scope_of
 from cachepipe.values import Codec
 
@@ -495,7 +495,7 @@ def test_what_is_kept_takes_no_more_memory_than_it_is_long(kept):
 SCRIPT = """
 import json, sys
 from cachepipe import Request
-from cachepipe.keys import question
+from cachepipe.contract.keys import question
 prompt = {"b": [1.0, "\\ud800"], "a": {"z": 1, "y": (2, None)}, "é": 2**70}
 print(question(Request(prompt, n=3), "s").key)
 """

@@ -9,7 +9,7 @@ import pytest
 
 import cachepipe
 from cachepipe import CacheMiss, OnlineAPI, Request, wire
-from cachepipe.keys import provider_question
+from cachepipe.contract.keys import provider_question
 from cachepipe.stores import misses
 from cachepipe.stores.misses import Similar
 from cachepipe.testing import ScriptedModel

@@ -13,8 +13,8 @@ import diskcache
 import pytest
 
 from cachepipe import DiskStore, OnlineAPI, Request, Response, StoreError, open_store
+from cachepipe.chat.history import FILE, FolderKeeper
 from cachepipe.stores import folders, leases, tables
-from cachepipe.talk.history import FILE, FolderKeeper
 
 FILES = ("cache.db", "ledger.cache.db")
 

@@ -23,7 +23,7 @@ from cachepipe import (
     to_dataframe,
     to_jsonl,
 )
-from cachepipe.talk.tables import COLUMNS
+from cachepipe.chat.tables import COLUMNS
 
 
 class Capital(BaseModel):

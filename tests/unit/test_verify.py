@@ -13,7 +13,7 @@ import pytest
 
 from cachepipe import DamagedCache, DiskStore, FormatError, OnlineAPI, Request, Response
 from cachepipe.contract.draws import Draw, label
-from cachepipe.keys import provider_question
+from cachepipe.contract.keys import provider_question
 from cachepipe.stores import tables
 from cachepipe.stores.base import Claim, Commit, Discard
 from cachepipe.stores.repair import repair

@@ -19,11 +19,11 @@ import pytest
 from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, telemetry, using, wire
-from cachepipe.clients import Anthropic, AsyncAnthropic, seam
-from cachepipe.clients.info import info
-from cachepipe.clients.seam import ATTRIBUTES, NAMES
-from cachepipe.clients.tape import SyncTape
-from cachepipe.clients.wrapping import wrap
+from cachepipe.sdk import Anthropic, AsyncAnthropic, internals
+from cachepipe.sdk.info import info
+from cachepipe.sdk.internals import ATTRIBUTES, NAMES
+from cachepipe.sdk.stream_recorder import SyncTape
+from cachepipe.sdk.wrapping import wrap
 from cachepipe.testing.server import Fault
 
 VERSION = tuple(map(int, version("anthropic").split(".")[:2]))
@@ -368,7 +368,7 @@ def recorded(server):
     """Return the body of a stream, and the SDK's HTTP library."""
     with anthropic.Anthropic(base_url=server.url, api_key=KEY) as plain:
         body = plain.messages.with_raw_response.create(**ASK, stream=True).http_response.read()
-        return body, importlib.import_module(seam.library_of(plain).__name__)
+        return body, importlib.import_module(internals.library_of(plain).__name__)
 
 
 def test_what_follows_the_terminal_event_reaches_the_reader(server):
@@ -443,7 +443,7 @@ def test_spans_are_the_sdks_business(server, monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_the_application_does_to_a_response_is_as_with_the_sdk(server, stream):
     """A body that was read already, is read the wrong way, or is lost; and the time that a stream took."""
-    http = importlib.import_module(seam.library_of(anthropic.Anthropic(api_key="k")).__name__)
+    http = importlib.import_module(internals.library_of(anthropic.Anthropic(api_key="k")).__name__)
 
     class Lost(http.SyncByteStream):
         def __iter__(self):
@@ -666,7 +666,7 @@ def test_the_clients_say_what_they_need(monkeypatch):
     import builtins  # noqa: PLC0415 - only here
     import sys  # noqa: PLC0415
 
-    from cachepipe import clients  # noqa: PLC0415
+    from cachepipe import sdk  # noqa: PLC0415
 
     original = builtins.__import__
 
@@ -675,11 +675,11 @@ def test_the_clients_say_what_they_need(monkeypatch):
             raise ImportError("No module named 'anthropic'")
         return original(name, *arguments, **options)
 
-    monkeypatch.delitem(sys.modules, "cachepipe.clients.anthropic", raising=False)
-    monkeypatch.delitem(vars(clients), "Anthropic", raising=False)
+    monkeypatch.delitem(sys.modules, "cachepipe.sdk.anthropic", raising=False)
+    monkeypatch.delitem(vars(sdk), "Anthropic", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'cachepipe\[anthropic\]'"):
-        clients.Anthropic  # noqa: B018 - it is imported when it is named
+        sdk.Anthropic  # noqa: B018 - it is imported when it is named
 
 
 # On a loop.

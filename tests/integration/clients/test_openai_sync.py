@@ -20,10 +20,10 @@ from openai import Stream
 from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, NotStored
-from cachepipe.clients import AsyncOpenAI, OpenAI
-from cachepipe.clients.info import info
-from cachepipe.clients.seam import library_of
 from cachepipe.context import using
+from cachepipe.sdk import AsyncOpenAI, OpenAI
+from cachepipe.sdk.info import info
+from cachepipe.sdk.internals import library_of
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
 
@@ -174,7 +174,7 @@ CHUNK = (
 
 
 def test_c7_the_rest_of_a_stalled_stream_is_given_up_in_time(monkeypatch):
-    monkeypatch.setattr("cachepipe.clients.tape.ABANDONED_SECONDS", 0)
+    monkeypatch.setattr("cachepipe.sdk.stream_recorder.ABANDONED_SECONDS", 0)
     library, going_on, late = library_of(openai.OpenAI(api_key="k")), threading.Event(), []
 
     class Stalled(library.SyncByteStream):
@@ -440,7 +440,7 @@ def test_a_known_draw_is_answered_in_the_calling_thread(server, client, monkeypa
     def refuse(_):
         raise AssertionError("a hit must not need the portal")
 
-    monkeypatch.setattr("cachepipe.clients.calls.submit", refuse)
+    monkeypatch.setattr("cachepipe.sdk.calls.submit", refuse)
     with cachepipe.run():
         assert info(ask(client.in_namespace("b"))).cached == (True,)
 
@@ -503,7 +503,7 @@ def test_a_forked_child_closes_its_copy_and_leaves_what_is_in_flight_to_its_pare
 
 SCRIPT = """
 import atexit, sys
-from cachepipe.clients import OpenAI
+from cachepipe.sdk import OpenAI
 client = OpenAI(base_url=sys.argv[1], api_key="k", cache=sys.argv[2])
 def ask(prompt):
     answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": prompt}])
@@ -593,7 +593,7 @@ EXITS = {
 """Ways to leave a stream before its end, as the last thing that a program does."""
 LEAVES = """
 import sys
-from cachepipe.clients import OpenAI
+from cachepipe.sdk import OpenAI
 client = OpenAI(base_url=sys.argv[1], api_key="k", cache=sys.argv[2])
 how = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
 def ask():
@@ -631,7 +631,7 @@ def test_a_call_for_too_many_samples_goes_to_the_provider_as_it_is(server, clien
 def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
     server, client, monkeypatch, stream, until
 ):
-    monkeypatch.setattr("cachepipe.clients.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.sdk.exchange.max_answer", lambda: 300)
     for _ in range(2):
         answer = ask(client, "large", stream=stream)
         assert len((read(answer) if stream else texts(answer))[0]) > 20
@@ -646,7 +646,7 @@ def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
 
 
 def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reader_left(server, client, monkeypatch):
-    monkeypatch.setattr("cachepipe.clients.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.sdk.exchange.max_answer", lambda: 300)
     with ask(client, "large", stream=True) as stream:
         for number, _ in enumerate(stream):
             if number == 4:

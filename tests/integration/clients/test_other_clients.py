@@ -10,11 +10,11 @@ import openai
 import pytest
 
 from cachepipe import MemoryStore
-from cachepipe.clients import AsyncAzureOpenAI, AzureOpenAI, OpenAI
-from cachepipe.clients.info import info
-from cachepipe.clients.mixins import OURS
-from cachepipe.clients.seam import ATTRIBUTES, NAMES
-from cachepipe.clients.wrapping import wrap
+from cachepipe.sdk import AsyncAzureOpenAI, AzureOpenAI, OpenAI
+from cachepipe.sdk.info import info
+from cachepipe.sdk.internals import ATTRIBUTES, NAMES
+from cachepipe.sdk.mixins import OURS
+from cachepipe.sdk.wrapping import wrap
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
 
@@ -128,7 +128,7 @@ def test_a_client_whose_methods_somebody_has_replaced_is_refused_and_one_may_rep
 def test_azures_deployments_are_part_of_the_scope(kind):
     azure = {"azure_endpoint": "https://name.openai.azure.com", "api_version": "2024-10-21", "api_key": "k"}
     client = kind(**azure, cache=MemoryStore())
-    from cachepipe.clients import seam  # noqa: PLC0415 - only here
+    from cachepipe.sdk import internals  # noqa: PLC0415 - only here
 
     options = openai._models.FinalRequestOptions.construct(
         method="post", url="/chat/completions", json_data={"model": "m", "messages": HELLO}
@@ -137,7 +137,7 @@ def test_azures_deployments_are_part_of_the_scope(kind):
     for path in ("/chat/completions", "/responses"):
         for made in (client, kind(azure_deployment="mine", cache=MemoryStore(), **azure)):
             options.url = path
-            url = seam.url_of(made, options, options.json_data)
+            url = internals.url_of(made, options, options.json_data)
             assert url == str(made._build_request(options.model_copy()).url)
     assert client.copy(namespace="b")._cachepipe.namespace == "b"
     assert "azure_ad_token" in typing.get_type_hints(kind.copy)

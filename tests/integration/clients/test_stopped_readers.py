@@ -16,9 +16,9 @@ import pytest
 
 import cachepipe
 from cachepipe import MemoryStore
-from cachepipe.clients import Anthropic, AsyncAnthropic, AsyncOpenAI, OpenAI
-from cachepipe.clients.info import info
-from cachepipe.clients.seam import library_of
+from cachepipe.sdk import Anthropic, AsyncAnthropic, AsyncOpenAI, OpenAI
+from cachepipe.sdk.info import info
+from cachepipe.sdk.internals import library_of
 
 HELLO = [{"role": "user", "content": "q"}]
 WHOLE = "sample1 goes on"

@@ -6,10 +6,10 @@ import anthropic
 import pytest
 
 from cachepipe import OnlineAPI, Request
-from cachepipe.clients import AsyncAnthropic
-from cachepipe.clients.info import info
 from cachepipe.models import AnthropicModel
 from cachepipe.proxy.settings import Upstream
+from cachepipe.sdk import AsyncAnthropic
+from cachepipe.sdk.info import info
 
 ASK = {"model": "m", "max_tokens": 12, "messages": [{"role": "user", "content": "hello"}]}
 

@@ -10,8 +10,8 @@ import pytest
 from cachepipe import DiskStore
 from cachepipe.contract.draws import label
 from cachepipe.proxy import server as servers
-from cachepipe.proxy.heads import Heads, is_plain
-from cachepipe.proxy.heads import asked as begun
+from cachepipe.proxy.head_cache import Heads, is_plain
+from cachepipe.proxy.head_cache import asked as begun
 from cachepipe.proxy.settings import Upstream
 from cachepipe.stores.sums import statements
 from cachepipe.testing import MockSettings

@@ -14,7 +14,7 @@ from cachepipe.contract.draws import Identity
 from cachepipe.errors import NotStored, StageClosed
 from cachepipe.proxy import app, server
 from cachepipe.proxy.app import Proxy
-from cachepipe.proxy.joins import ServedRun, Ticket
+from cachepipe.proxy.idempotency import ServedRun, Ticket
 from cachepipe.proxy.settings import Settings, Upstream
 from cachepipe.proxy.turn import ClientGone, Turn
 

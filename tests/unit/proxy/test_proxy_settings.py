@@ -7,11 +7,11 @@ import tracemalloc
 
 import pytest
 
-from cachepipe.clients.exchange import questions_of
-from cachepipe.keys import provider_question
-from cachepipe.proxy.bodies import Memory, Read, read_object
+from cachepipe.contract.keys import provider_question
+from cachepipe.proxy.body_cache import Memory, Read, read_object
 from cachepipe.proxy.headers import INERT, from_upstream, to_upstream, who_asks
 from cachepipe.proxy.settings import BadSettings, Settings, Upstream, from_file, named, secret
+from cachepipe.sdk.exchange import questions_of
 from cachepipe.wire import CHAT
 
 FILE = """

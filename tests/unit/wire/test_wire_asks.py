@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepipe import errors
-from cachepipe.clients.exchange import questions_of
-from cachepipe.keys import encode, provider_question
+from cachepipe.contract.keys import encode, provider_question
 from cachepipe.models import OpenAIModel
 from cachepipe.models.openai import WireRequest
+from cachepipe.sdk.exchange import questions_of
 from cachepipe.wire import (
     APIS,
     CHAT,

@@ -26,13 +26,13 @@ import anyio.to_thread
 import pydantic
 
 from cachepipe import context, progress, terminal, wire
-from cachepipe.calling import alcall
-from cachepipe.clients.info import Info, info
+from cachepipe.chat import tools
+from cachepipe.chat.access import NAMES, Access, ServiceLike, model_of
+from cachepipe.chat.conversations import Conversation, Message, text_of
 from cachepipe.context import INHERITED, Inherited
-from cachepipe.conversations import Conversation, Message, text_of
 from cachepipe.errors import BadAnswer, CachepipeError
-from cachepipe.talk import tools
-from cachepipe.talk.access import NAMES, Access, ServiceLike, model_of
+from cachepipe.parallel import alcall
+from cachepipe.sdk.info import Info, info
 from cachepipe.typedefs import Mode, Repeat
 from cachepipe.wire.sse import merge
 

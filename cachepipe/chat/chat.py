@@ -11,12 +11,12 @@ from typing import Any, Final, Self, Unpack
 import anyio.to_thread
 import pydantic
 
-from cachepipe.clients.portal import in_portal
-from cachepipe.conversations import Conversation, Message, Sayable
+from cachepipe.chat import tools
+from cachepipe.chat.access import Access
+from cachepipe.chat.completions import Options, Plan, TextCompletion, checked
+from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import CachepipeError
-from cachepipe.talk import tools
-from cachepipe.talk.access import Access
-from cachepipe.talk.completions import Options, Plan, TextCompletion, checked
+from cachepipe.sdk.portal import in_portal
 
 MOST_ROUNDS: Final = 8
 """The default number of rounds in which a model may call tools before it answers."""
@@ -42,7 +42,7 @@ class Chat:
             ``CACHEPIPE_DIR``, ``CACHEPIPE_NAMESPACE``, ``CACHEPIPE_MODEL``.
         messages: the first messages.
         max_rounds: the number of rounds in which the model may call tools before it answers.
-        **options: see `cachepipe.talk.completions.Options`. Tools that are functions are called.
+        **options: see `cachepipe.chat.completions.Options`. Tools that are functions are called.
 
     Attributes:
         conversation: the messages so far.

@@ -7,7 +7,7 @@ from typing import Any, assert_type
 from openai.types.chat import ChatCompletionMessage
 
 from cachepipe import Chat, History, Session, TextCompletion, generate_text_completion_sync
-from cachepipe.talk.completions import generate_text_completions
+from cachepipe.chat.completions import generate_text_completions
 
 
 def complete() -> None:

@@ -7,9 +7,9 @@ import importlib
 import inspect
 from typing import Any, TypeVar
 
-from cachepipe.clients import seam
-from cachepipe.clients.exchange import Surface
-from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.sdk import internals
+from cachepipe.sdk.exchange import Surface
+from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
 
 C = TypeVar("C")
@@ -45,7 +45,7 @@ def wrap(
     """
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
-    seam.drop_resources(made, client)
+    internals.drop_resources(made, client)
     made._cachepipe = Surface.of(cache, namespace, mode, scope, repeat, service)  # noqa: SLF001 - it is ours
     wrapped: C = made
     return wrapped
@@ -57,15 +57,15 @@ def _checked(client: Any) -> Any:
         raise TypeError(
             f"this {kind.__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
         )
-    package = seam.package_of(kind)
-    if not package or not all(callable(getattr(kind, name, None)) for name in seam.NAMES):
+    package = internals.package_of(kind)
+    if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
         raise TypeError(
             "wrap() takes a client of openai>=1.60, together>=2 or anthropic>=0.49; "
             f"got {client!r:.200} of {kind.__module__}"
         )
     if package == "anthropic":
         _layered().check_wrappable(kind)
-    name = seam.replaced(client)
+    name = internals.replaced(client)
     if name is not None:
         raise TypeError(
             f"wrap() takes a client as its SDK made it; the method {name} of this one was replaced, and "
@@ -76,7 +76,7 @@ def _checked(client: Any) -> Any:
 
 def _layered() -> Any:
     """Return the module of Anthropic's clients; the other clients do not need it."""
-    return importlib.import_module("cachepipe.clients.anthropic")
+    return importlib.import_module("cachepipe.sdk.anthropic")
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,11 +85,11 @@ def _cached_class(kind: Any) -> Any:
     asynchronous = inspect.iscoroutinefunction(kind.request)
     mixin: Any = AsyncCached if asynchronous else SyncCached
     credentials: dict[str, Any] = {"api_key": NO_KEY}
-    if seam.package_of(kind) == "anthropic":
+    if internals.package_of(kind) == "anthropic":
         layered = _layered()
         mixin = layered.AsyncLayered if asynchronous else layered.SyncLayered
         credentials = layered.CREDENTIALS
     about = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     made = type(kind.__name__, (mixin, kind), about)
-    equip(made, kind, credentials=credentials, error=seam.error_of(kind))
+    equip(made, kind, credentials=credentials, error=internals.error_of(kind))
     return made

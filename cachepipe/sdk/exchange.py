@@ -21,12 +21,10 @@ from typing import Any, NamedTuple, Self
 
 import orjson
 
-from cachepipe import jsontext, keys, loops, runs, telemetry, wire
+from cachepipe import jsontext, loops, runs, telemetry, wire
 from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n, max_answer
-from cachepipe.clients import info
-from cachepipe.clients.seam import Arrived, Source
-from cachepipe.clients.tape import AsyncTape, Replay, Tape
+from cachepipe.contract import keys
 from cachepipe.contract.draws import (
     Claimant,
     Counter,
@@ -39,13 +37,16 @@ from cachepipe.contract.draws import (
 )
 from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.keys import Question, trimmed
 from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
-from cachepipe.keys import Question, trimmed
+from cachepipe.sdk import info
+from cachepipe.sdk.internals import Arrived, Source
+from cachepipe.sdk.stream_recorder import AsyncTape, Replay, Tape
 from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.engine import Receipt
-from cachepipe.stages.lane import MANY
+from cachepipe.stages.write_queue import MANY
 from cachepipe.stores import open_store
 from cachepipe.stores.base import Grant, Sample
 from cachepipe.stores.misses import missed
@@ -474,7 +475,7 @@ class Exchange:
     """One request that the cache may answer. Subclasses define `send`.
 
     Call ``known()``, and if it returns None, ``await drawn()``; ``record`` then describes the answer (see
-    `cachepipe.clients.info`).
+    `cachepipe.sdk.info`).
 
     Args:
         surface: the cache, and how it is used.

@@ -19,13 +19,13 @@ from typing import Any, Self
 import orjson
 
 from cachepipe import context, wire
-from cachepipe.clients import info, seam
-from cachepipe.clients.exchange import Answer, Exchange, Surface, check_size, id_header
-from cachepipe.clients.portal import check_elsewhere, submit
-from cachepipe.clients.seam import Arrived
-from cachepipe.clients.tape import SyncTape
+from cachepipe.contract.keys import Question
 from cachepipe.errors import NotStored, TooManySamples
-from cachepipe.keys import Question
+from cachepipe.sdk import info, internals
+from cachepipe.sdk.exchange import Answer, Exchange, Surface, check_size, id_header
+from cachepipe.sdk.internals import Arrived
+from cachepipe.sdk.portal import check_elsewhere, submit
+from cachepipe.sdk.stream_recorder import SyncTape
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 """Encodes JSON values only; other values raise an error."""
@@ -110,7 +110,9 @@ class Call(Exchange):
         self.cast_to = cast_to
         self.options = options
         self.stream_cls = stream_cls
-        self.url, headers = place or (seam.url_of(client, options, body), seam.sent_headers(client, options))
+        if place is None:
+            place = internals.url_of(client, options, body), internals.sent_headers(client, options)
+        self.url, headers = place
         self.context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
         self.receive = client._receive  # noqa: SLF001 - its other half
@@ -122,13 +124,13 @@ class Call(Exchange):
             self.url,
             headers,
             stream=stream,
-            alone=not seam.is_plain(options),
+            alone=not internals.is_plain(options),
             mode=mode,
             claimant=using.claimant(surface.namespace),
             questions=questions,
         )
-        self.max_retries = seam.own_retries(client, options)
-        self.spans = not seam.traces_itself(client)
+        self.max_retries = internals.own_retries(client, options)
+        self.spans = not internals.traces_itself(client)
 
     @classmethod
     def of(cls, client: Any, surface: Surface, cast_to: Any, options: Any, **how: Any) -> Self | None:
@@ -161,14 +163,14 @@ class Call(Exchange):
         self.kept = answer.kept
         arrived, content = answer.arrived, answer.content
         if arrived is None:
-            details = seam.made_details(
+            details = internals.made_details(
                 self.client, self.cast_to, self.options, stream=self.stream, stream_cls=self.stream_cls
             )
             named = {} if answer.made_by is None else {id_header(self.api): answer.made_by}
-            response = seam.made_response(self.client, self.url, self.options, content, named)
+            response = internals.made_response(self.client, self.url, self.options, content, named)
             arrived = Arrived(response, details)
-        elif isinstance(content, seam.Source):
-            arrived = Arrived(seam.handed_on(self.client, arrived.response, content), arrived.details)
+        elif isinstance(content, internals.Source):
+            arrived = Arrived(internals.handed_on(self.client, arrived.response, content), arrived.details)
         if self.kept:
             info.note(arrived.response, self.record)
         return arrived
@@ -185,7 +187,7 @@ class Call(Exchange):
     def _arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
         return {
             "cast_to": self.cast_to,
-            "options": seam.with_body(self.options, body, once=self.surface.flow is not None),
+            "options": internals.with_body(self.options, body, once=self.surface.flow is not None),
             "stream": stream,
             "stream_cls": self.stream_cls if stream else None,
         }

@@ -18,9 +18,10 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from cachepipe import context, wire
-from cachepipe.clients import info, seam
-from cachepipe.clients.calls import STRICT, Call, SyncCall
-from cachepipe.clients.exchange import (
+from cachepipe.errors import TooManySamples
+from cachepipe.sdk import info, internals
+from cachepipe.sdk.calls import STRICT, Call, SyncCall
+from cachepipe.sdk.exchange import (
     Answer,
     body_from,
     check_size,
@@ -29,7 +30,6 @@ from cachepipe.clients.exchange import (
     recalled,
     responses_of,
 )
-from cachepipe.errors import TooManySamples
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
@@ -65,7 +65,7 @@ class Lesson:
         """Learn the shape of the call, if its arguments can be recognised in the body."""
         api = wire.api_for(options.method, str(options.url))
         body = options.json_data
-        if api is None or stream or not seam.is_plain(options) or not isinstance(body, Mapping):
+        if api is None or stream or not internals.is_plain(options) or not isinstance(body, Mapping):
             return
         if options.extra_json is not None or getattr(options, "content", None) is not None or options.files:
             return
@@ -76,7 +76,7 @@ class Lesson:
             body[name] != value for name, value in self.arguments.items()
         ):
             return
-        self.shape = Shape(seam.with_body(options, {}), cast_to, api, tuple(body), added)
+        self.shape = Shape(internals.with_body(options, {}), cast_to, api, tuple(body), added)
 
 
 lesson: contextvars.ContextVar[Lesson | None] = contextvars.ContextVar("cachepipe_lesson", default=None)
@@ -89,7 +89,7 @@ def quicken(resource: Any, names: tuple[str, ...]) -> Any:
     for name in names:
         last = getattr(last, name, None)
     kind: Any = type(last)
-    if seam.is_own(getattr(kind, "create", None), kind):
+    if internals.is_own(getattr(kind, "create", None), kind):
         last.__class__ = _quick_class(kind)
     return resource
 
@@ -110,7 +110,7 @@ def _async_create(kind: Any, own: Any) -> Callable[..., Any]:
     async def create(self: Any, **arguments: Any) -> Any:
         if kind.create is not own:  # somebody has put something in front of it since
             return await kind.create(self, **arguments)
-        given = seam.given(arguments)
+        given = internals.given(arguments)
         shape = shapes.get(tuple(given))
         if shape is None:
             taught = Lesson(given)
@@ -120,7 +120,7 @@ def _async_create(kind: Any, own: Any) -> Callable[..., Any]:
             finally:
                 lesson.reset(token)
                 _note_shape(shapes, taught)
-        begun = _begin(Call, seam.client_of(self), shape, given)
+        begun = _begin(Call, internals.client_of(self), shape, given)
         if begun is None:
             return await own(self, **arguments)
         made, call, answer = begun
@@ -142,7 +142,7 @@ def _sync_create(kind: Any, own: Any) -> Callable[..., Any]:
     def create(self: Any, **arguments: Any) -> Any:
         if kind.create is not own:
             return kind.create(self, **arguments)
-        given = seam.given(arguments)
+        given = internals.given(arguments)
         shape = shapes.get(tuple(given))
         if shape is None:
             taught = Lesson(given)
@@ -152,7 +152,7 @@ def _sync_create(kind: Any, own: Any) -> Callable[..., Any]:
             finally:
                 lesson.reset(token)
                 _note_shape(shapes, taught)
-        begun = _begin(SyncCall, seam.client_of(self), shape, given)
+        begun = _begin(SyncCall, internals.client_of(self), shape, given)
         if begun is None:
             return own(self, **arguments)
         made, call, answer = begun
@@ -182,9 +182,9 @@ def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]
     surface = client._cachepipe  # noqa: SLF001 - it is ours
     using = context.current()
     mode = using.mode_of(surface.mode)
-    if mode == "bypass" or surface.backing.closed or seam.is_strict(client):
+    if mode == "bypass" or surface.backing.closed or internals.is_strict(client):
         return None
-    if not _is_json(given) or not _is_usual(seam.kind_of(client)) or "request" in vars(client):
+    if not _is_json(given) or not _is_usual(internals.kind_of(client)) or "request" in vars(client):
         return None
     api, added = shape.api, shape.added
     body = {name: given[name] if name in given else added[name] for name in shape.names}
@@ -196,7 +196,7 @@ def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]
     for ask in asks:
         if ask.stream or not ask.cacheable:
             return None
-    place = seam.place_of(client, shape.options, body)
+    place = internals.place_of(client, shape.options, body)
     questions = questions_of(api, asks, *place, scope=surface.scope)
     grants = None
     if mode == "read-write":
@@ -205,7 +205,7 @@ def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]
         if grants is not None:
             samples = [kept for grant in grants for kept in kept_of(grant)]
             content = body_from(api, asks[0], samples)
-            made = seam.validated(shape.cast_to, content, shape.options, samples[0].made_by)
+            made = internals.validated(shape.cast_to, content, shape.options, samples[0].made_by)
             if made is not None:
                 flags = [
                     kind.flags(surface, claimant.namespace, *asked)
@@ -246,8 +246,7 @@ def _is_json(value: Any) -> bool:
 def _is_usual(kind: Any) -> bool:
     """Return True if a client class makes its calls as ours do, which a subclass may not."""
     return all(
-        getattr(kind, name).__module__ == "cachepipe.clients.mixins"
-        for name in ("request", "_process_response")
+        getattr(kind, name).__module__ == "cachepipe.sdk.mixins" for name in ("request", "_process_response")
     )
 
 
@@ -255,7 +254,7 @@ def _built(call: Call, answer: Answer) -> Any:
     """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
     if type(answer.content) is not bytes or not answer.kept:
         return None
-    made = seam.validated(call.cast_to, answer.content, call.options, answer.made_by)
+    made = internals.validated(call.cast_to, answer.content, call.options, answer.made_by)
     if made is not None:
         info.note(made, call.record)
     return made

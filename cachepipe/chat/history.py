@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio.to_thread
 
-from cachepipe.conversations import Conversation, Message, Sayable
+from cachepipe.chat.access import located
+from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import StoreError
 from cachepipe.stores.folders import check_files, expanded
-from cachepipe.talk.access import located
 
 if TYPE_CHECKING:
-    from cachepipe.talk.chat import Chat
+    from cachepipe.chat.chat import Chat
 
 DAY: Final = 86_400
 """The default number of seconds for which a conversation is kept after its last message."""
@@ -116,7 +116,7 @@ class History:
         url = url or settings.get("REDIS_URL")
         self._keeper: Keeper
         if url:
-            from cachepipe.talk.server import ServerKeeper  # noqa: PLC0415 - it needs redis
+            from cachepipe.chat.server import ServerKeeper  # noqa: PLC0415 - it needs redis
 
             prefix = settings.get("REDIS_PREFIX", PREFIX) if prefix is None else prefix
             self._keeper = ServerKeeper(str(url), str(prefix))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import openai
 
-from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
 
 

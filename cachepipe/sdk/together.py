@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import together
 
-from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
 
 if not hasattr(together, "TogetherError"):
     raise ImportError(
         f"the cached Together clients need together>=2; {together.__version__} is installed, whose clients"
-        " are not made as those of later versions are. Upgrade it, or use cachepipe.clients.OpenAI(base_url="
+        " are not made as those of later versions are. Upgrade it, or use cachepipe.sdk.OpenAI(base_url="
         '"https://api.together.xyz/v1", api_key=...), which asks the same server'
     )
 

@@ -3,7 +3,7 @@
 If the caller gives no client, one is made for each cache, endpoint and mode. It stays open as long as the
 process, or as long as its service; the store of a folder is opened once. So connections are reused, and a
 program is one run, even if it calls ``asyncio.run`` several times. The client runs on the loop of
-`cachepipe.clients.portal`, which has its own thread, so it serves callers with a loop, without one, and in
+`cachepipe.sdk.portal`, which has its own thread, so it serves callers with a loop, without one, and in
 notebooks.
 """
 
@@ -26,9 +26,9 @@ from typing import Any, Final, Protocol, Self, TypeVar
 import anyio.to_thread
 
 from cachepipe import context, loops, runs
-from cachepipe.clients.mixins import AsyncCached, SyncCached
-from cachepipe.clients.portal import in_portal, portal, submit
 from cachepipe.context import INHERITED, Inherited
+from cachepipe.sdk.mixins import AsyncCached, SyncCached
+from cachepipe.sdk.portal import in_portal, portal, submit
 from cachepipe.services import Service, close_lent, ollama_url, stripped
 from cachepipe.stages.adapting import name_of
 from cachepipe.stores import Store, check_folder, default_folder, open_store
@@ -146,7 +146,7 @@ class Access:
 
     def _take_client(self) -> None:
         self._is_async = inspect.iscoroutinefunction(getattr(type(self.client), "request", None))
-        _check_completes(self.client, "client= takes a client of openai, together or cachepipe.clients")
+        _check_completes(self.client, "client= takes a client of openai, together or cachepipe.sdk")
         if is_cached(self.client):
             if self._cache is not None:
                 raise TypeError(
@@ -181,7 +181,7 @@ class Access:
                 client = self.service.client(**ours)
                 _check_completes(client, "service= takes a service of chat completions")
             else:
-                from cachepipe.clients.openai import AsyncOpenAI  # noqa: PLC0415 - now it is needed
+                from cachepipe.sdk.openai import AsyncOpenAI  # noqa: PLC0415 - now it is needed
 
                 client = AsyncOpenAI(api_key=self.api_key, base_url=self.base_url, **ours)
             # What an id stands for is kept with it, so that it stands for nothing else.
@@ -385,7 +385,7 @@ class _Holder:
 
 def wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -> Any:
     """Return a plain client with a cache: the same one each time, so that its calls are one run."""
-    from cachepipe.clients.wrapping import wrap  # noqa: PLC0415 - now it is needed
+    from cachepipe.sdk.wrapping import wrap  # noqa: PLC0415 - now it is needed
 
     store = kept(cache)
     name = (id(store), mode, repeat)

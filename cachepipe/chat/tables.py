@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from cachepipe import jsontext, terminal
-from cachepipe.conversations import Conversation
-from cachepipe.talk.completions import TextCompletion, TokenLogProb
+from cachepipe.chat.completions import TextCompletion, TokenLogProb
+from cachepipe.chat.conversations import Conversation
 
 COLUMNS: Final = (
     "prompt",

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cachepipe import alcall, calling, lcall, using
+from cachepipe import alcall, lcall, parallel, using
 from cachepipe.context import current
 
 pytestmark = pytest.mark.anyio
@@ -158,8 +158,8 @@ def test_after_an_interrupt_nothing_more_is_begun_in_threads(monkeypatch):
         under_way.release()
         released.wait()
 
-    monkeypatch.setattr(calling, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(calling, "wait", interrupted)
+    monkeypatch.setattr(parallel, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(parallel, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lcall(range(100), call, max_concurrent=2)
     assert sorted(begun) == [0, 1]

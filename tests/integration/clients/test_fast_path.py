@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
 from cachepipe import CacheMiss, MemoryStore
-from cachepipe.clients import AsyncOpenAI, OpenAI, quick
-from cachepipe.clients.info import info
-from cachepipe.clients.seam import library_of
 from cachepipe.context import using
+from cachepipe.sdk import AsyncOpenAI, OpenAI, fast_path
+from cachepipe.sdk.info import info
+from cachepipe.sdk.internals import library_of
 
 pytestmark = pytest.mark.anyio
 HELLO = [{"role": "user", "content": "hello"}]
@@ -33,7 +33,7 @@ ABSENT = [openai.NOT_GIVEN, *([openai.omit] if hasattr(openai, "omit") else [])]
 
 @pytest.fixture
 def client(server):
-    quick._quick_class.cache_clear()  # nothing has been learned
+    fast_path._quick_class.cache_clear()  # nothing has been learned
     with OpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore(), max_retries=0) as made:
         yield made
 
@@ -282,7 +282,7 @@ def test_replay_answers_in_the_calling_thread_and_misses_by_name(server, monkeyp
         raise AssertionError("the portal was used")
 
     with OpenAI(base_url=server.base_url, cache=store, mode="replay", namespace="b", api_key="k") as client:
-        monkeypatch.setattr("cachepipe.clients.calls.submit", refuse)
+        monkeypatch.setattr("cachepipe.sdk.calls.submit", refuse)
         assert [ask(client), ask(client, n=2)] == first
         with pytest.raises(CacheMiss):
             ask(client)
@@ -333,7 +333,7 @@ async def test_embeddings_take_the_fast_path_too(server):
     assert seen[0] == seen[1] == seen[2] == seen[4]
     assert isinstance(seen[3][0], str)
     assert server.stats.requests == 1
-    assert quick.lesson.get() is None
+    assert fast_path.lesson.get() is None
 
 
 def test_a_replay_that_misses_one_prompt_of_a_list_claims_nothing(server):

@@ -21,14 +21,14 @@ from typing import Any, Final, Self
 import pydantic
 
 from cachepipe import context as calls
-from cachepipe.clients import seam
-from cachepipe.clients.info import Info, info
-from cachepipe.conversations import Conversation, Message
+from cachepipe.chat.access import is_cached, kept, located, on_portal, say_default, sending, wrapped
+from cachepipe.chat.completions import Answered, choices_of, dumped, parsed_answer, said_by_model
+from cachepipe.chat.conversations import Conversation, Message
+from cachepipe.chat.tools import response_format
 from cachepipe.flow import Limits
+from cachepipe.sdk import internals
+from cachepipe.sdk.info import Info, info
 from cachepipe.services import Service, Services
-from cachepipe.talk.access import is_cached, kept, located, on_portal, say_default, sending, wrapped
-from cachepipe.talk.completions import Answered, choices_of, dumped, parsed_answer, said_by_model
-from cachepipe.talk.tools import response_format
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
 
 DEFAULTS: Final[Mapping[str, Any]] = {
@@ -469,7 +469,7 @@ def _check_client(client: Any) -> None:
 def _cached(client: Any, cache: Any, mode: Mode, repeat: Repeat) -> Any:
     """Return a client with a cache: an SDK's client gets one, any other client is used unchanged."""
     kind: Any = type(client)
-    if not is_cached(client) and seam.package_of(kind):
+    if not is_cached(client) and internals.package_of(kind):
         return wrapped(client, located(cache), mode, repeat)
     if cache is not None or (mode, repeat) != ("read-write", "fresh"):
         raise TypeError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cachepipe import jsontext, wire
-from cachepipe.keys import Question
+from cachepipe.contract.keys import Question
 
 _QUESTION: Final = 5000
 _PER_BYTE: Final = 12

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cachepipe.contract.draws import Identity
-from cachepipe.proxy.joins import ServedRun, Ticket
+from cachepipe.proxy.idempotency import ServedRun, Ticket
 
 ONE = Identity("=a", "k", "")
 

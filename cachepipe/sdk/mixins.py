@@ -13,12 +13,12 @@ from inspect import signature
 from typing import Any, Final, Self
 
 from cachepipe import context, outages
-from cachepipe.clients import info, quick, seam
-from cachepipe.clients.calls import Call, SyncCall, body_of, receiving
-from cachepipe.clients.exchange import CLOSING_SECONDS, Answer, Surface
-from cachepipe.clients.portal import in_portal, submit
-from cachepipe.clients.seam import Arrived
 from cachepipe.flow.flow import Flow, Passage
+from cachepipe.sdk import fast_path, info, internals
+from cachepipe.sdk.calls import Call, SyncCall, body_of, receiving
+from cachepipe.sdk.exchange import CLOSING_SECONDS, Answer, Surface
+from cachepipe.sdk.internals import Arrived
+from cachepipe.sdk.portal import in_portal, submit
 from cachepipe.typedefs import Mode, Repeat
 
 OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
@@ -57,7 +57,7 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         passage.end(usage=usage)
     else:
         headers = response.headers
-        seam.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
+        internals.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
 class _Cached(outages.Telling):
@@ -95,7 +95,7 @@ class _Cached(outages.Telling):
         """Return the arguments for the flow control of a call."""
         namespace = context.current().namespace_of(self._cachepipe.namespace)
         body = body_of(options) or {}
-        return {"body": body, "namespace": namespace, "max_retries": seam.own_retries(self, options)}
+        return {"body": body, "namespace": namespace, "max_retries": internals.own_retries(self, options)}
 
 
 class AsyncCached(_Cached):
@@ -106,7 +106,7 @@ class AsyncCached(_Cached):
     ) -> Any:
         """Return what the SDK makes of the answer, from the cache or not."""
         sdk: Any = super()
-        taught = quick.lesson.get()
+        taught = fast_path.lesson.get()
         if taught is not None:
             taught.learn(cast_to, options, stream=stream)
         call = Call.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
@@ -136,7 +136,7 @@ class AsyncCached(_Cached):
         flow = self._limiting(options)
         if flow is None:
             return await request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        once = seam.sent_once(options)
+        once = internals.sent_once(options)
         responses: list[Any] = []
         token = _arriving.set(responses)
         try:
@@ -182,10 +182,10 @@ class AsyncCached(_Cached):
             return await sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:
             return Arrived(response, details)
-        if not seam.unread(self, response):
+        if not internals.unread(self, response):
             return Arrived(response, details, response.content)
         content = await response.aread()
-        return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
+        return Arrived(internals.handed_on(self, response, internals.Source([content])), details, content)
 
     async def close(self, *, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
@@ -205,7 +205,7 @@ class SyncCached(_Cached):
     def request(self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None) -> Any:
         """Return what the SDK makes of the answer, from the cache or not."""
         sdk: Any = super()
-        taught = quick.lesson.get()
+        taught = fast_path.lesson.get()
         if taught is not None:
             taught.learn(cast_to, options, stream=stream)
         call = SyncCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
@@ -235,7 +235,7 @@ class SyncCached(_Cached):
         flow = self._limiting(options)
         if flow is None:
             return request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        once = seam.sent_once(options)
+        once = internals.sent_once(options)
         responses: list[Any] = []
         token = _arriving.set(responses)
         try:
@@ -283,10 +283,10 @@ class SyncCached(_Cached):
             return sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:
             return Arrived(response, details)
-        if not seam.unread(self, response):
+        if not internals.unread(self, response):
             return Arrived(response, details, response.content)
         content = response.read()
-        return Arrived(seam.handed_on(self, response, seam.Source([content])), details, content)
+        return Arrived(internals.handed_on(self, response, internals.Source([content])), details, content)
 
     def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
@@ -325,7 +325,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
         replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
         if surface is None and hasattr(ours["service"], "client_options"):
             given = {name: value for name, value in options.items() if value is not None}
-            its = ours["service"].client_options(seam.package_of(sdk), replays=replays)
+            its = ours["service"].client_options(internals.package_of(sdk), replays=replays)
             if "default_headers" in its:
                 its["default_headers"] |= given.pop("default_headers", {})
             options = {**its, **given}
@@ -337,7 +337,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
             sdk.__init__(self, **{**options, **credentials})
         self._cachepipe = Surface.of(cache, **ours) if surface is None else surface
         if options.get("http_client") is None:
-            seam.ease_probes(self)
+            internals.ease_probes(self)
 
     def copy(self: Any, **options: Any) -> Any:
         changes = {name: options.pop(name) for name in OURS if options.get(name, missing) is not missing}
@@ -362,7 +362,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     }
     _sign(copy, sdk.copy, own, kind)
     kind.copy = kind.with_options = copy
-    quick.equip(kind, sdk)
+    fast_path.equip(kind, sdk)
 
 
 def _sign(made: Callable[..., Any], like: Callable[..., Any], own: Mapping[str, Any], kind: type) -> None:

@@ -26,15 +26,15 @@ except ImportError as error:
 import anthropic._client
 
 from cachepipe import jsontext, outages
-from cachepipe.clients import info, seam
-from cachepipe.clients.calls import Call, SyncCall
-from cachepipe.clients.exchange import Answer, Unkept
-from cachepipe.clients.mixins import NO_KEY, AsyncCached, SyncCached, equip
-from cachepipe.clients.portal import in_portal
-from cachepipe.clients.seam import Arrived
-from cachepipe.clients.tape import Tape
 from cachepipe.errors import CachepipeError
 from cachepipe.flow.flow import Passage
+from cachepipe.sdk import info, internals
+from cachepipe.sdk.calls import Call, SyncCall
+from cachepipe.sdk.exchange import Answer, Unkept
+from cachepipe.sdk.internals import Arrived
+from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.sdk.portal import in_portal
+from cachepipe.sdk.stream_recorder import Tape
 from cachepipe.typedefs import Mode, Repeat
 
 CREDENTIALS: dict[str, Any] = {
@@ -114,14 +114,18 @@ class _Layered:
     def _read_before(self, answer: Answer) -> Tape | None:
         """Return the tape of a stream that is handed on as it comes, or None."""
         tape = answer.content
-        if answer.arrived is None or not isinstance(tape, Tape) or seam.unread(self, answer.arrived.response):
+        if (
+            answer.arrived is None
+            or not isinstance(tape, Tape)
+            or internals.unread(self, answer.arrived.response)
+        ):
             return None
         return tape
 
     def _retries(self, options: Any) -> int | None:
         """Return how often a call may be retried, if it sets this; the SDK may have changed its options."""
         request = _request.get()
-        return seam.own_retries(self, options) if request is None else request.max_retries
+        return internals.own_retries(self, options) if request is None else request.max_retries
 
 
 class AsyncLayered(_Layered, AsyncCached):
@@ -134,9 +138,9 @@ class AsyncLayered(_Layered, AsyncCached):
         sdk: Any = super(AsyncCached, self)
         if not hasattr(sdk, "_attempt_request"):
             return await super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        request = _Request(seam.own_retries(self, options))
+        request = _Request(internals.own_retries(self, options))
         if self._limiting(options) is not None:
-            options = seam.sent_once(options)
+            options = internals.sent_once(options)
         token = _request.set(request)
         try:
             with self._explaining(reached=False):
@@ -187,14 +191,14 @@ class AsyncLayered(_Layered, AsyncCached):
         made_with = {"options": prepared}
         if stream:
             return Arrived(response, made_with)
-        if not seam.unread(self, response):
+        if not internals.unread(self, response):
             return Arrived(response, made_with, response.content)
         try:
             content = await response.aread()
         except Exception as error:
-            broken = Arrived(seam.handed_on(self, response, seam.broken(error)), made_with)
+            broken = Arrived(internals.handed_on(self, response, internals.broken(error)), made_with)
             raise Unkept(broken, error) from error
-        return Arrived(seam.handed_on(self, response, seam.Source([content])), made_with, content)
+        return Arrived(internals.handed_on(self, response, internals.Source([content])), made_with, content)
 
 
 class SyncLayered(_Layered, SyncCached):
@@ -205,9 +209,9 @@ class SyncLayered(_Layered, SyncCached):
         sdk: Any = super(SyncCached, self)
         if not hasattr(sdk, "_attempt_request"):
             return super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        request = _Request(seam.own_retries(self, options))
+        request = _Request(internals.own_retries(self, options))
         if self._limiting(options) is not None:
-            options = seam.sent_once(options)
+            options = internals.sent_once(options)
         token = _request.set(request)
         try:
             with self._explaining(reached=False):
@@ -258,14 +262,14 @@ class SyncLayered(_Layered, SyncCached):
         made_with = {"options": prepared}
         if stream:
             return Arrived(response, made_with)
-        if not seam.unread(self, response):
+        if not internals.unread(self, response):
             return Arrived(response, made_with, response.content)
         try:
             content = response.read()
         except Exception as error:
-            broken = Arrived(seam.handed_on(self, response, seam.broken(error)), made_with)
+            broken = Arrived(internals.handed_on(self, response, internals.broken(error)), made_with)
             raise Unkept(broken, error) from error
-        return Arrived(seam.handed_on(self, response, seam.Source([content])), made_with, content)
+        return Arrived(internals.handed_on(self, response, internals.Source([content])), made_with, content)
 
 
 class AsyncAnthropic(AsyncLayered, anthropic.AsyncAnthropic):
@@ -354,7 +358,7 @@ def check_wrappable(kind: Any) -> None:
     if not direct or not all(name.startswith(tuple(_AT_ITS_PLACE)) for name in elsewhere):
         raise TypeError(
             f"calls of {kind.__name__} cannot be cached: it rewrites them for its platform after they are "
-            "made. Use cachepipe.clients.AsyncAnthropic or Anthropic, or wrap a client of Anthropic, "
+            "made. Use cachepipe.sdk.AsyncAnthropic or Anthropic, or wrap a client of Anthropic, "
             "AnthropicAWS or AnthropicFoundry"
         )
 
@@ -388,12 +392,12 @@ def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
     """Report the end of a call: for a stream, when it has been read."""
     headers = arrived.response.headers
     if stream:
-        seam.when_read(arrived.response, functools.partial(passage.end, headers=headers))
+        internals.when_read(arrived.response, functools.partial(passage.end, headers=headers))
     else:
         passage.end(usage=_usage(arrived.content), headers=headers)
 
 
-def _usage(content: bytes | seam.Source) -> Any:
+def _usage(content: bytes | internals.Source) -> Any:
     """Return the usage in an answer, or None."""
     try:
         answer = jsontext.loads(content) if isinstance(content, bytes) else None

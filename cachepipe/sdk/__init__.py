@@ -1,0 +1,45 @@
+"""Drop-in clients: the SDKs' own classes with a cache, each imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cachepipe.sdk.anthropic import Anthropic as Anthropic
+    from cachepipe.sdk.anthropic import AsyncAnthropic as AsyncAnthropic
+    from cachepipe.sdk.info import Info as Info
+    from cachepipe.sdk.openai import AsyncAzureOpenAI as AsyncAzureOpenAI
+    from cachepipe.sdk.openai import AsyncOpenAI as AsyncOpenAI
+    from cachepipe.sdk.openai import AzureOpenAI as AzureOpenAI
+    from cachepipe.sdk.openai import OpenAI as OpenAI
+    from cachepipe.sdk.together import AsyncTogether as AsyncTogether
+    from cachepipe.sdk.together import Together as Together
+
+_WHERE = {
+    "Anthropic": "cachepipe.sdk.anthropic",
+    "AsyncAnthropic": "cachepipe.sdk.anthropic",
+    "AsyncAzureOpenAI": "cachepipe.sdk.openai",
+    "AsyncOpenAI": "cachepipe.sdk.openai",
+    "AsyncTogether": "cachepipe.sdk.together",
+    "AzureOpenAI": "cachepipe.sdk.openai",
+    "Info": "cachepipe.sdk.info",
+    "OpenAI": "cachepipe.sdk.openai",
+    "Together": "cachepipe.sdk.together",
+}
+
+__all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
+
+
+def __getattr__(name: str) -> Any:
+    """Import a client at its first use: each needs its SDK."""
+    module = _WHERE.get(name)
+    if module is None:
+        raise AttributeError(f"module 'cachepipe.sdk' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})
