@@ -27,6 +27,19 @@ from cachepipe.errors import (
     UnkeyableValue,
 )
 from cachepipe.outages import advice_for, place
+from cachepipe.providers.exchange import (
+    Answer,
+    Backing,
+    Surface,
+    body_from,
+    check_size,
+    id_header,
+    kept_of,
+    questions_of,
+    recalled,
+)
+from cachepipe.providers.responses import Source
+from cachepipe.providers.stream_recorder import Watched
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import Access
 from cachepipe.proxy.body_cache import Memory, Read, read_object
@@ -38,19 +51,6 @@ from cachepipe.proxy.log import Log
 from cachepipe.proxy.settings import Settings, Upstream
 from cachepipe.proxy.turn import JSON, ClientGone, Receive, Refused, Send, Turn
 from cachepipe.proxy.upstream import Caller, Served, UpstreamRefusal, UpstreamTimeout, UpstreamUnreachable
-from cachepipe.sdk.exchange import (
-    Answer,
-    Backing,
-    Surface,
-    body_from,
-    check_size,
-    id_header,
-    kept_of,
-    questions_of,
-    recalled,
-)
-from cachepipe.sdk.internals import Source
-from cachepipe.sdk.stream_recorder import Watched
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, Mode, Response
 
