@@ -24,6 +24,8 @@ import orjson
 from cachepipe import jsontext, loops, runs, telemetry, wire
 from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n, max_answer
+from cachepipe.cache.engine import Receipt
+from cachepipe.cache.write_queue import MANY
 from cachepipe.contract import keys
 from cachepipe.contract.draws import (
     Claimant,
@@ -43,10 +45,8 @@ from cachepipe.flow.flow import Flow, Passage
 from cachepipe.providers import info
 from cachepipe.providers.responses import Arrived, Source
 from cachepipe.providers.stream_recorder import AsyncTape, Replay, Tape
-from cachepipe.stages.base import together
+from cachepipe.stage import together
 from cachepipe.stages.cacher import AsyncCacher
-from cachepipe.stages.engine import Receipt
-from cachepipe.stages.write_queue import MANY
 from cachepipe.stores import open_store
 from cachepipe.stores.base import Grant, Sample
 from cachepipe.stores.misses import missed
