@@ -32,7 +32,7 @@ from cachepipe.chat.conversations import Conversation, Message, text_of
 from cachepipe.context import INHERITED, Inherited
 from cachepipe.errors import BadAnswer, CachepipeError
 from cachepipe.parallel import alcall
-from cachepipe.sdk.info import Info, info
+from cachepipe.providers.info import Info, info
 from cachepipe.typedefs import Mode, Repeat
 from cachepipe.wire.sse import merge
 

@@ -26,8 +26,8 @@ from cachepipe.chat.completions import Answered, choices_of, dumped, parsed_answ
 from cachepipe.chat.conversations import Conversation, Message
 from cachepipe.chat.tools import response_format
 from cachepipe.flow import Limits
+from cachepipe.providers.info import Info, info
 from cachepipe.sdk import internals
-from cachepipe.sdk.info import Info, info
 from cachepipe.services import Service, Services
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
 

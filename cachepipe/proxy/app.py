@@ -27,6 +27,19 @@ from cachepipe.errors import (
     UnkeyableValue,
 )
 from cachepipe.outages import advice_for, public_url
+from cachepipe.providers.exchange import (
+    Answer,
+    Backing,
+    Surface,
+    body_from,
+    check_size,
+    id_header,
+    kept_of,
+    questions_of,
+    recalled,
+)
+from cachepipe.providers.responses import Source
+from cachepipe.providers.stream_recorder import Watched
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import AccessControl
 from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
@@ -44,19 +57,6 @@ from cachepipe.proxy.upstream import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from cachepipe.sdk.exchange import (
-    Answer,
-    Backing,
-    Surface,
-    body_from,
-    check_size,
-    id_header,
-    kept_of,
-    questions_of,
-    recalled,
-)
-from cachepipe.sdk.internals import Source
-from cachepipe.sdk.stream_recorder import Watched
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, Mode, Response
 

@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from cachepipe import prices, wire
 from cachepipe.accounting import Account, Delivered, Seller, Usage, usage_of
+from cachepipe.providers.exchange import Kept
 from cachepipe.proxy.upstream import UpstreamClient
-from cachepipe.sdk.exchange import Kept
 from cachepipe.typedefs import Response
 
 Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"]

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from cachepipe import jsontext, outages, wire
 from cachepipe.errors import CachepipeError
+from cachepipe.providers.exchange import Exchange, Kept
+from cachepipe.providers.responses import Arrived, Source
 from cachepipe.proxy import headers
 from cachepipe.proxy.settings import ProxySettings, Upstream
-from cachepipe.sdk.exchange import Exchange, Kept
-from cachepipe.sdk.internals import Arrived, Source
 
 try:
     import httpx2 as httpx

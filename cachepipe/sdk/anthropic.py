@@ -28,13 +28,14 @@ import anthropic._client
 from cachepipe import jsontext, outages
 from cachepipe.errors import CachepipeError
 from cachepipe.flow.flow import Passage
-from cachepipe.sdk import info, internals
+from cachepipe.portal import in_portal
+from cachepipe.providers import info
+from cachepipe.providers.exchange import Answer, Unkept
+from cachepipe.providers.responses import Arrived, Source, broken
+from cachepipe.providers.stream_recorder import Tape
+from cachepipe.sdk import internals
 from cachepipe.sdk.calls import Call, SyncCall
-from cachepipe.sdk.exchange import Answer, Unkept
-from cachepipe.sdk.internals import Arrived
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
-from cachepipe.sdk.portal import in_portal
-from cachepipe.sdk.stream_recorder import Tape
 from cachepipe.typedefs import Mode, Repeat
 
 CREDENTIALS: dict[str, Any] = {
@@ -196,9 +197,9 @@ class AsyncLayered(_Layered, AsyncCached):
         try:
             content = await response.aread()
         except Exception as error:
-            broken = Arrived(internals.handed_on(self, response, internals.broken(error)), made_with)
-            raise Unkept(broken, error) from error
-        return Arrived(internals.handed_on(self, response, internals.Source([content])), made_with, content)
+            arrived = Arrived(internals.handed_on(self, response, broken(error)), made_with)
+            raise Unkept(arrived, error) from error
+        return Arrived(internals.handed_on(self, response, Source([content])), made_with, content)
 
 
 class SyncLayered(_Layered, SyncCached):
@@ -267,9 +268,9 @@ class SyncLayered(_Layered, SyncCached):
         try:
             content = response.read()
         except Exception as error:
-            broken = Arrived(internals.handed_on(self, response, internals.broken(error)), made_with)
-            raise Unkept(broken, error) from error
-        return Arrived(internals.handed_on(self, response, internals.Source([content])), made_with, content)
+            arrived = Arrived(internals.handed_on(self, response, broken(error)), made_with)
+            raise Unkept(arrived, error) from error
+        return Arrived(internals.handed_on(self, response, Source([content])), made_with, content)
 
 
 class AsyncAnthropic(AsyncLayered, anthropic.AsyncAnthropic):
@@ -397,7 +398,7 @@ def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
         passage.end(usage=_usage(arrived.content), headers=headers)
 
 
-def _usage(content: bytes | internals.Source) -> Any:
+def _usage(content: bytes | Source) -> Any:
     """Return the usage in an answer, or None."""
     try:
         answer = jsontext.loads(content) if isinstance(content, bytes) else None

@@ -21,11 +21,12 @@ import orjson
 from cachepipe import context, wire
 from cachepipe.contract.keys import Question
 from cachepipe.errors import NotStored, TooManySamples
-from cachepipe.sdk import info, internals
-from cachepipe.sdk.exchange import Answer, Exchange, Surface, check_size, id_header
-from cachepipe.sdk.internals import Arrived
-from cachepipe.sdk.portal import check_elsewhere, submit
-from cachepipe.sdk.stream_recorder import SyncTape
+from cachepipe.portal import check_elsewhere, submit
+from cachepipe.providers import info
+from cachepipe.providers.exchange import Answer, Exchange, Surface, check_size, id_header
+from cachepipe.providers.responses import Arrived, Source
+from cachepipe.providers.stream_recorder import SyncTape
+from cachepipe.sdk import internals
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 """Encodes JSON values only; other values raise an error."""
@@ -169,7 +170,7 @@ class Call(Exchange):
             named = {} if answer.made_by is None else {id_header(self.api): answer.made_by}
             response = internals.made_response(self.client, self.url, self.options, content, named)
             arrived = Arrived(response, details)
-        elif isinstance(content, internals.Source):
+        elif isinstance(content, Source):
             arrived = Arrived(internals.handed_on(self.client, arrived.response, content), arrived.details)
         if self.kept:
             info.note(arrived.response, self.record)

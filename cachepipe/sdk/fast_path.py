@@ -19,9 +19,8 @@ import orjson
 
 from cachepipe import context, wire
 from cachepipe.errors import TooManySamples
-from cachepipe.sdk import info, internals
-from cachepipe.sdk.calls import STRICT, Call, SyncCall
-from cachepipe.sdk.exchange import (
+from cachepipe.providers import info
+from cachepipe.providers.exchange import (
     Answer,
     body_from,
     check_size,
@@ -30,6 +29,8 @@ from cachepipe.sdk.exchange import (
     recalled,
     responses_of,
 )
+from cachepipe.sdk import internals
+from cachepipe.sdk.calls import STRICT, Call, SyncCall
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))

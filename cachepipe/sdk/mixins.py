@@ -14,11 +14,12 @@ from typing import Any, Final, Self
 
 from cachepipe import context, outages
 from cachepipe.flow.flow import Flow, Passage
-from cachepipe.sdk import fast_path, info, internals
+from cachepipe.portal import in_portal, submit
+from cachepipe.providers import info
+from cachepipe.providers.exchange import CLOSING_SECONDS, Answer, Surface
+from cachepipe.providers.responses import Arrived, Source
+from cachepipe.sdk import fast_path, internals
 from cachepipe.sdk.calls import Call, SyncCall, body_of, receiving
-from cachepipe.sdk.exchange import CLOSING_SECONDS, Answer, Surface
-from cachepipe.sdk.internals import Arrived
-from cachepipe.sdk.portal import in_portal, submit
 from cachepipe.typedefs import Mode, Repeat
 
 OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
@@ -185,7 +186,7 @@ class AsyncCached(_Cached):
         if not internals.unread(self, response):
             return Arrived(response, details, response.content)
         content = await response.aread()
-        return Arrived(internals.handed_on(self, response, internals.Source([content])), details, content)
+        return Arrived(internals.handed_on(self, response, Source([content])), details, content)
 
     async def close(self, *, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
@@ -286,7 +287,7 @@ class SyncCached(_Cached):
         if not internals.unread(self, response):
             return Arrived(response, details, response.content)
         content = response.read()
-        return Arrived(internals.handed_on(self, response, internals.Source([content])), details, content)
+        return Arrived(internals.handed_on(self, response, Source([content])), details, content)
 
     def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.

@@ -19,10 +19,10 @@ import pytest
 from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, telemetry, using, wire
+from cachepipe.providers.info import info
+from cachepipe.providers.stream_recorder import SyncTape
 from cachepipe.sdk import Anthropic, AsyncAnthropic, internals
-from cachepipe.sdk.info import info
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
-from cachepipe.sdk.stream_recorder import SyncTape
 from cachepipe.sdk.wrapping import wrap
 from cachepipe.testing.server import Fault
 

@@ -17,8 +17,8 @@ from openai.types.chat import ChatCompletionMessage
 
 from cachepipe import CacheMiss, MemoryStore
 from cachepipe.context import using
+from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncOpenAI, OpenAI, fast_path
-from cachepipe.sdk.info import info
 from cachepipe.sdk.internals import library_of
 
 pytestmark = pytest.mark.anyio

@@ -8,10 +8,10 @@ import tracemalloc
 import pytest
 
 from cachepipe.contract.keys import provider_question
+from cachepipe.providers.exchange import questions_of
 from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
 from cachepipe.proxy.headers import INERT, from_upstream, to_upstream, who_asks
 from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream, from_file, named, secret
-from cachepipe.sdk.exchange import questions_of
 from cachepipe.wire import CHAT
 
 FILE = """

@@ -24,8 +24,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from cachepipe import forks, wire
-from cachepipe.sdk.internals import Source, ends_in_order, hang_up, read_timeout, take_read_timeout
-from cachepipe.sdk.portal import promised
+from cachepipe.portal import promised
+from cachepipe.providers.responses import Source, ends_in_order, hang_up, read_timeout, take_read_timeout
 
 ABANDONED_SECONDS = 120.0
 """Seconds for which the rest of a stream is read after its reader has stopped."""

@@ -40,9 +40,9 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question, trimmed
 from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
-from cachepipe.sdk import info
-from cachepipe.sdk.internals import Arrived, Source
-from cachepipe.sdk.stream_recorder import AsyncTape, Replay, Tape
+from cachepipe.providers import info
+from cachepipe.providers.responses import Arrived, Source
+from cachepipe.providers.stream_recorder import AsyncTape, Replay, Tape
 from cachepipe.stages.base import together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.engine import Receipt
@@ -475,7 +475,7 @@ class Exchange:
     """One request that the cache may answer. Subclasses define `send`.
 
     Call ``known()``, and if it returns None, ``await drawn()``; ``record`` then describes the answer (see
-    `cachepipe.sdk.info`).
+    `cachepipe.providers.info`).
 
     Args:
         surface: the cache, and how it is used.
