@@ -838,7 +838,7 @@ class Exchange:
         wanted = self.spans and telemetry.wanted()
         if flow is None and not wanted:
             return None, await self.send(body, stream=stream)
-        spans: list[telemetry.Call | None] = []
+        spans: list[telemetry.CallSpan | None] = []
 
         async def attempt() -> Arrived:
             about = self.api.name, self.record.url, body, getattr(self, "context", None)
@@ -992,7 +992,7 @@ def _resumed(work: Coroutine[Any, Any, Any], waiting: Any) -> Generator[Any, Any
 class _Made:
     """A call upstream with an answer that has begun to arrive, until its end is reported."""
 
-    def __init__(self, passage: Passage | None, span: telemetry.Call | None, arrived: Arrived) -> None:
+    def __init__(self, passage: Passage | None, span: telemetry.CallSpan | None, arrived: Arrived) -> None:
         self._passage = passage
         self._span = span
         self._headers = getattr(arrived.response, "headers", None)

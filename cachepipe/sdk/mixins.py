@@ -61,7 +61,7 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         internals.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
-class _Cached(outages.Telling):
+class _Cached(outages.OutageReports):
     """What synchronous and asynchronous clients have in common."""
 
     _cachepipe: Surface
@@ -83,7 +83,7 @@ class _Cached(outages.Telling):
         try:
             yield
         except Exception as error:
-            outages.explained(error)
+            outages.explain(error)
             raise
         if reached:
             outages.reached(f"{client.base_url}")
