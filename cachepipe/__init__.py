@@ -139,8 +139,8 @@ if TYPE_CHECKING:
     from cachepipe.pipelines import (
         OrderedLocalAPI as OrderedLocalAPI,
     )
+    from cachepipe.providers.info import info as info
     from cachepipe.runs import run as run
-    from cachepipe.sdk.info import info as info
     from cachepipe.sdk.wrapping import wrap as wrap
     from cachepipe.services import Service as Service
     from cachepipe.services import Services as Services
@@ -182,7 +182,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "cachepipe.parallel": ("alcall", "lcall"),
-    "cachepipe.sdk.info": ("info",),
+    "cachepipe.providers.info": ("info",),
     "cachepipe.sdk.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
     "cachepipe.chat.conversations": ("Conversation", "Message"),

@@ -3,7 +3,7 @@
 If the caller gives no client, one is made for each cache, endpoint and mode. It stays open as long as the
 process, or as long as its service; the store of a folder is opened once. So connections are reused, and a
 program is one run, even if it calls ``asyncio.run`` several times. The client runs on the loop of
-`cachepipe.sdk.portal`, which has its own thread, so it serves callers with a loop, without one, and in
+`cachepipe.portal`, which has its own thread, so it serves callers with a loop, without one, and in
 notebooks.
 """
 
@@ -27,9 +27,9 @@ import anyio.to_thread
 
 from cachepipe import context, loops, runs
 from cachepipe.context import Inherited
+from cachepipe.portal import in_portal, portal, submit
 from cachepipe.sdk import internals
 from cachepipe.sdk.mixins import AsyncCached, SyncCached
-from cachepipe.sdk.portal import in_portal, portal, submit
 from cachepipe.services import Service, close_lent, ollama_url, stripped
 from cachepipe.stores import Store, check_folder, default_folder, open_store
 from cachepipe.stores.folders import expanded

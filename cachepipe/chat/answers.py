@@ -14,7 +14,7 @@ import pydantic
 from cachepipe import terminal, wire
 from cachepipe.chat.conversations import Conversation, Message, text_of
 from cachepipe.errors import BadAnswer
-from cachepipe.sdk.info import Info
+from cachepipe.providers.info import Info
 from cachepipe.wire.sse import merge
 
 _COLOURS: Final = ((0.9, "32"), (0.6, "92"), (0.3, "33"), (0.1, "91"), (0.0, "31"))

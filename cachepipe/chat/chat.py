@@ -18,7 +18,7 @@ from cachepipe.chat.answers import TextCompletion
 from cachepipe.chat.completions import Options, Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import CachepipeError
-from cachepipe.sdk.portal import in_portal
+from cachepipe.portal import in_portal
 
 MOST_ROUNDS: Final = 8
 """The default number of rounds in which a model may call tools before it answers."""

@@ -28,7 +28,7 @@ from cachepipe.chat.answers import Answered, TextCompletion, choices_of, parsed_
 from cachepipe.chat.conversations import Conversation, Message
 from cachepipe.errors import CachepipeError
 from cachepipe.parallel import alcall
-from cachepipe.sdk.info import Info, info
+from cachepipe.providers.info import Info, info
 
 _MOST_ALTERNATIVES: Final = 20
 _NOT_TAKEN: Final = {

@@ -23,7 +23,7 @@ from cachepipe.chat.completions import Plan, Reply
 from cachepipe.chat.conversations import Conversation, Message
 from cachepipe.context import INHERITED, Using, current
 from cachepipe.flow import Limits
-from cachepipe.sdk.info import Info
+from cachepipe.providers.info import Info
 from cachepipe.services import Service, Services
 from cachepipe.typedefs import Mode, Repeat, by_value
 

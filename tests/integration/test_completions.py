@@ -50,8 +50,8 @@ from cachepipe import (
 )
 from cachepipe.chat import access
 from cachepipe.chat.access import Access, close_clients
+from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
-from cachepipe.sdk.portal import in_portal
 from cachepipe.services import Service, Services
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import default_model, flatten

@@ -13,7 +13,7 @@ from cachepipe.chat.access import close_clients
 from cachepipe.chat.sessions import DEFAULTS
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running
-from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer
 
@@ -101,7 +101,7 @@ async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
                     assert text(raw.parse()) == expected
         with OpenAI(**where, cache=folder, namespace="a") as client, cachepipe.using(replicate=2):
             assert text(client.chat.completions.create(**ASKED)) == core[1]
-        settings = Settings(port=0, upstreams=(Upstream.of("mock", server.base_url),), cache=folder)
+        settings = ProxySettings(port=0, upstreams=(Upstream.of("mock", server.base_url),), cache=folder)
         with running(settings, lambda _: None) as proxy:
             told = {"x-cachepipe-namespace": "a", "x-cachepipe-replicate": "2"}
             async with openai.AsyncOpenAI(
