@@ -21,7 +21,6 @@ from cachepipe import context, wire
 from cachepipe.errors import TooManySamples
 from cachepipe.providers import info
 from cachepipe.providers.exchange import (
-    Answer,
     body_from,
     check_size,
     kept_of,
@@ -29,6 +28,7 @@ from cachepipe.providers.exchange import (
     recalled,
     responses_of,
 )
+from cachepipe.providers.generation import Answer
 from cachepipe.sdk import internals
 from cachepipe.sdk.calls import STRICT, ClientCall, SyncClientCall
 
