@@ -45,7 +45,22 @@ _CLOSING_SECONDS: Final = 10.0
 
 
 class AccessOptions(TypedDict, total=False):
-    """The options for the client and the cache; all others become fields of the request."""
+    """The options for the client and the cache.
+
+    Attributes:
+        cache: a folder, a store, or a ``diskcache.Cache``; else ``CACHEPIPE_DIR``, else the default folder.
+        namespace: the unit within which samples are independent; else ``CACHEPIPE_NAMESPACE``.
+        request_id: which draw this is among equal questions of the namespace.
+        replicate: which of several independent repetitions of the experiment this belongs to.
+        mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
+        repeat: ``"fresh"``: a repeated request gets a fresh sample; ``"same"``: it gets the same again.
+        service: makes the client, and limits and retries its calls.
+        client: a client to use, with or without a cache. An object that is not an SDK's client, but has an
+            asynchronous ``chat.completions.create``, is used unchanged.
+        api_key: the key; else ``OPENAI_API_KEY``.
+        base_url: the base URL of the API; else ``OPENAI_BASE_URL``. If neither URL nor key is found,
+            ``OLLAMA_HOST``.
+    """
 
     cache: Any
     namespace: str | None
@@ -216,8 +231,11 @@ class Access:
             body = _fitted(client, body)
             if self._is_async:
                 return await client.chat.completions.create(**body)
+            # A limiter of its own, because the caller limits the number of calls.
             return await anyio.to_thread.run_sync(
-                lambda: client.chat.completions.create(**body), abandon_on_cancel=True, limiter=_threads()
+                lambda: client.chat.completions.create(**body),
+                abandon_on_cancel=True,
+                limiter=anyio.CapacityLimiter(1),
             )
 
     def generated(self, key: str, index: int | None) -> tuple[float, float] | None:
@@ -413,18 +431,6 @@ def wrapped(client: Any, cache: Any, repeat: Repeat | None) -> Any:
         if name not in known:  # what is made keeps the store, so that the name is its own
             known[name] = wrap(client, cache=store, repeat=repeat or "fresh")
         return known[name]
-
-
-_limiters: weakref.WeakKeyDictionary[Any, anyio.CapacityLimiter] = weakref.WeakKeyDictionary()
-
-
-def _threads() -> anyio.CapacityLimiter:
-    """Return a limiter without a limit, because the caller limits the number of calls."""
-    loop = asyncio.get_running_loop()
-    limiter = _limiters.get(loop)
-    if limiter is None:
-        limiter = _limiters[loop] = anyio.CapacityLimiter(float("inf"))
-    return limiter
 
 
 async def close_clients() -> None:
