@@ -30,14 +30,15 @@ async def alcall(
     Args:
         inputs: the inputs.
         func: the function.
-        max_concurrent: how many inputs are under way at once at most.
-        return_exceptions: put an error in the place of its result; otherwise no further input is begun after
-            an error, those under way are awaited, and the first of their errors in order is raised. What is
-            no ``Exception``, such as ``SystemExit``, is always raised, and what is under way is cancelled.
+        max_concurrent: the largest number of concurrent calls.
+        return_exceptions: return errors in the places of results. Otherwise no further call begins after an
+            error, the calls under way are awaited, and the first of their errors in order is raised. An
+            exception that is not an ``Exception``, such as ``SystemExit``, is always raised, and cancels the
+            calls under way.
         show_progress: show a bar on a terminal or in a notebook.
         kwargs: passed to the function.
     """
-    loops.running()  # its tasks need one
+    loops.running()  # fails without a loop
     calls = _Calls(inputs, max_concurrent, return_exceptions=return_exceptions)
     with progress.shown(len(calls.results), _name(func), show=show_progress) as tick:
 
@@ -60,7 +61,7 @@ async def alcall(
             async with asyncio.TaskGroup() as group:
                 for _ in range(calls.workers):
                     group.create_task(work())
-        except BaseExceptionGroup as raised:  # by a function, and no Exception
+        except BaseExceptionGroup as raised:  # from a function; not an Exception
             raise raised.exceptions[0] from None
     return calls.outcome()
 
@@ -74,15 +75,16 @@ def lcall(
     show_progress: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
-    """Return ``[func(item, **kwargs) for each input]``, in order; several at once go to threads.
+    """Return ``[func(item, **kwargs) for each input]``, in order; concurrent calls run in threads.
 
     Args:
         inputs: the inputs.
-        func: the function; it is called in the caller's thread when one is under way at a time.
-        max_concurrent: how many inputs are under way at once at most.
-        return_exceptions: put an error in the place of its result; otherwise no further input is begun after
-            an error, those under way are awaited, and the first of their errors in order is raised. What is
-            no ``Exception``, such as ``SystemExit``, is always raised, once those under way have ended.
+        func: the function; with ``max_concurrent=1`` it is called in the caller's thread.
+        max_concurrent: the largest number of concurrent calls.
+        return_exceptions: return errors in the places of results. Otherwise no further call begins after an
+            error, the calls under way are awaited, and the first of their errors in order is raised. An
+            exception that is not an ``Exception``, such as ``SystemExit``, is always raised, when the calls
+            under way have ended.
         show_progress: show a bar on a terminal or in a notebook.
         kwargs: passed to the function.
 

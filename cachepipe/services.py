@@ -34,9 +34,8 @@ _CLIENTS: Final = {
 }
 _NO_KEY: Final = "none-needed"
 _OLLAMA_PORT: Final = 11434
-_WITH_VERSION: Final = frozenset(
-    {"openai"}
-)  # SDKs whose base URL ends in /v1; the others' paths begin with it
+_WITH_VERSION: Final = frozenset({"openai"})
+"""The SDKs with /v1 in their base URL; the others add it to the path."""
 
 
 class LimitOptions(TypedDict, total=False):
@@ -104,7 +103,7 @@ class Service:
         self.base_url, self._basic = _parted(base_url)
         if self._basic is not None and api_key is not None:
             raise ValueError(
-                "the base URL has credentials in it already; leave them out there, or api_key here"
+                "the base URL has credentials already; remove them from the URL, or leave out api_key="
             )
         self.key_scheme = key_scheme
         self.name = name if name is not None else urlsplit(self.base_url).netloc
@@ -213,7 +212,7 @@ class Service:
 
     async def close(self) -> None:
         """Close the clients of sessions and completions. The caller closes all other clients."""
-        loops.running()  # before anything is ended
+        loops.running()  # fails without a loop, before anything is closed
         if self._lent is not None and (ended := self._lent.end()) is not None:
             await asyncio.wrap_future(ended)
         self.flow.limits.close()
@@ -240,7 +239,7 @@ class _Loan:
     async def close(self) -> None:
         """Wait for what is in flight, and close the clients; on the portal's loop."""
         async with self._closing:
-            ended, self.clients = self.clients, {}  # others may be lent meanwhile
+            ended, self.clients = self.clients, {}  # the service may lend others meanwhile
             for client in ended.values():
                 await client.close()
             if not self.clients:
@@ -282,7 +281,7 @@ def _parted(url: str) -> tuple[str, str | None]:
         host = None
     if host is None or parts.scheme not in ("http", "https"):
         raise ValueError(
-            "base_url must be of the form https://host/v1; what was given is not (it is not shown here)"
+            "base_url must be of the form https://host/v1; the given URL is not (it is not shown here)"
         )
     user, at, place = parts.netloc.rpartition("@")
     bare = urlunsplit((parts.scheme, place, parts.path.rstrip("/"), parts.query, ""))
@@ -358,6 +357,6 @@ def _service(name: str, prefix: str, url: str, model: str | None, options: Mappi
     """Return a service with the defaults of a provider; its own variable may name another URL."""
     url = os.environ.get(f"{prefix}_BASE_URL") or url
     if prefix in ("TOGETHER", "ANTHROPIC") and not urlsplit(url).path.rstrip("/"):
-        url = f"{url.rstrip('/')}/v1"  # as their SDKs have it
+        url = f"{url.rstrip('/')}/v1"  # as their SDKs do
     known = {"base_url": url, "key_scheme": f"{prefix}_API_KEY", "name": name, "model": model}
     return Service(**{**known, **options})

@@ -222,7 +222,7 @@ class Spoken:
         return item
 
     async def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # what is being cancelled ends by itself
+        with contextlib.suppress(RuntimeError):  # a generator that is being cancelled ends by itself
             await self._turns.aclose()
         self.ended = True
 
@@ -236,7 +236,7 @@ class Spoken:
             try:
                 item.make()
             except BaseException:
-                self.close()  # the model is told nothing of a call that was not made
+                self.close()  # a call that was not made is not reported to the model
                 raise
         raise StopIteration
 

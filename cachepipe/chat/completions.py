@@ -146,7 +146,7 @@ class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N81
         results: in input order, completions, and errors in the place of those that failed.
     """
 
-    results: list[TextCompletion | Exception]
+    results: list[TextCompletion | Exception] = []  # noqa: RUF012 - each error gets its own
 
     @classmethod
     def of(cls, results: list[TextCompletion | Exception]) -> Self:
@@ -163,7 +163,7 @@ class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N81
     def derive(self, excs: Sequence[Any], /) -> Any:
         """Return a group of some of the errors, as ``except*`` makes it."""
         made = type(self)(self.message, excs)
-        made.results = getattr(self, "results", [])
+        made.results = self.results
         return made
 
 
@@ -523,7 +523,7 @@ class _Crowd:
 
     async def _complete(self, tick: progress.Tick) -> Results:
         if self._asked:
-            await self.plan.access.check(self.plan.body)  # what is wrong for all of them is told once
+            await self.plan.access.check(self.plan.body)  # an error that all would raise is raised once
 
         async def one(asked: tuple[Conversation, dict[str, str]]) -> TextCompletion:
             try:

@@ -11,6 +11,7 @@ answers without calls.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import weakref
@@ -200,8 +201,9 @@ class Session:
                     "the previous answer is still being streamed; read it to its end, or call its aclose()"
                 )
             before = self.conversation.messages if opening is None else opening
-            _check_answers(Conversation(before).open_calls(), said)
-            conversation = Conversation([*before, *said])
+            conversation = Conversation(before)
+            _check_answers(conversation, said)
+            conversation.messages.extend(said)
             settings = self._settings(request_id)
             plan, fields = self._plan(params)
             reply = await self._access.run(lambda: plan.ask(conversation, fields, **settings._asdict()))
@@ -256,8 +258,7 @@ class Session:
 
     def branch(self) -> Self:
         """Return a copy of the session that continues independently."""
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin = copy.copy(self)
         twin.llmconfig = by_value(self.llmconfig)
         twin.conversation = self.conversation.copy()
         twin._turns = _turns()  # noqa: SLF001 - its own class
@@ -389,12 +390,11 @@ def _value(completion: TextCompletion) -> Any:
     return completion.tool_calls if text is None else text
 
 
-def _check_answers(calls: list[str], said: list[Message]) -> None:
+def _check_answers(conversation: Conversation, said: list[Message]) -> None:
     """Refuse what providers refuse: outputs of calls that are not open, and calls without an output."""
     given = [message.tool_call_id for message in said if message.role == "tool"]
-    if unknown := [call for call in given if call not in calls]:
-        known = ", ".join(map(repr, calls)) or "none"
-        raise ValueError(f"no open call of a tool has the id {unknown[0]!r}; open are {known}")
-    if missing := [call for call in calls if call not in given]:
+    for call in given:
+        conversation.check_open(call)
+    if missing := [call for call in conversation.open_calls() if call not in given]:
         named = ", ".join(map(repr, missing))
         raise ValueError(f"the model waits for the results of its tool calls: give tool_outputs= for {named}")
