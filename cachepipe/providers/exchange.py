@@ -659,8 +659,14 @@ class Exchange:
 
     # Draws.
 
-    async def drawn(self) -> Answer:
-        """Draw the samples; return the answer, or the stream that generates them."""
+    async def drawn(self, counter: Retried | None = None) -> Answer:
+        """Draw the samples; return the answer, or the stream that generates them.
+
+        Args:
+            counter: counts the occurrences of equal requests; by default the run does.
+        """
+        if counter is not None:
+            self.counter = counter
         cacher = self.surface.cacher(self.mode)
         loop = loops.running()
         if self.stream:
