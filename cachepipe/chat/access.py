@@ -26,11 +26,11 @@ from typing import Any, Final, Protocol, Self, TypeVar
 import anyio.to_thread
 
 from cachepipe import context, loops, runs
+from cachepipe.adapting import name_of
 from cachepipe.context import INHERITED, Inherited
 from cachepipe.portal import in_portal, portal, submit
 from cachepipe.sdk.mixins import AsyncCached, SyncCached
 from cachepipe.services import Service, close_lent, ollama_url, stripped
-from cachepipe.stages.adapting import name_of
 from cachepipe.stores import Store, check_folder, default_folder, open_store
 from cachepipe.stores.folders import expanded
 from cachepipe.typedefs import REPEATS, Mode, Repeat

@@ -181,7 +181,8 @@ class Proxy:
         http = self._http(scope, receive, send)
         http.route = Route(head.destination, head.upstream, head.url, head.api)
         http.namespace = head.claimant.namespace
-        await self._serve(http, self._drawn_anew(http, head, body))
+        run = self.runs.run(head.claimant.namespace, head.destination.run)
+        await self._serve(http, self._draw(http, head, body, "read-write", RequestCounter(run)))
 
     def _http(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> HttpExchange:
         return HttpExchange(scope, receive, send, self.settings.client_timeout, self.settings.namespace)
@@ -388,31 +389,31 @@ class Proxy:
     async def _cached(self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode) -> Outcome:
         """Answer a request from the cache, or with a call that the cache makes."""
         run = self.runs.run(head.claimant.namespace, head.destination.run)
-        exchange = self._exchange(head, body, mode)
         key = http.says(b"idempotency-key")
         retry = http.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
-        entry = None if key is None else run.entry(key, head.claimant, exchange.record.keys)
-        delivery = Delivery(self, http, exchange, RequestCounter(run, retry=retry, entry=entry))
+        keys = [question.key for question in body.questions]
+        entry = None if key is None else run.entry(key, head.claimant, keys)
+        counter = RequestCounter(run, retry=retry, entry=entry)
         if key is None and not retry:
             name = http.scope.get(HEAD)
             if name is not None and mode == "read-write":
                 self.heads.keep(name, head)
+            exchange = ProxyExchange(self.client, self.counters.spend, self.surface, head, body, mode)
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
-                return await delivery.send(answer)
-        return await delivery.draw()
+                return await Delivery(self, http, exchange, counter).send(answer)
+        return await self._draw(http, head, body, mode, counter)
 
-    async def _drawn_anew(self, http: HttpExchange, head: ParsedHead, body: ParsedBody) -> Outcome:
-        run = self.runs.run(head.claimant.namespace, head.destination.run)
-        return await Delivery(
-            self, http, self._exchange(head, body, "read-write"), RequestCounter(run)
-        ).draw()
+    async def _draw(
+        self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode, counter: RequestCounter
+    ) -> Outcome:
+        """Draw the samples of a request that are not known, and answer it."""
+        surface = self._surface_of(head)
+        exchange = ProxyExchange(self.client, self.counters.spend, surface, head, body, mode, counter)
+        return await Delivery(self, http, exchange, counter).draw()
 
-    def _exchange(self, head: ParsedHead, body: ParsedBody, mode: Mode) -> ProxyExchange:
-        return ProxyExchange(self.client, self.counters.spend, self.surface, head, body, mode)
-
-    def surface_of(self, head: ParsedHead) -> Surface:
+    def _surface_of(self, head: ParsedHead) -> Surface:
         """Return the view of the cache for the draws of one caller, which may share calls."""
         surface = self._surfaces.get(head.caller)
         if surface is None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from cachepipe import wire
-from cachepipe.providers.exchange import Answer, id_header
+from cachepipe.providers.exchange import id_header
+from cachepipe.providers.generation import Answer
 from cachepipe.proxy import headers
 from cachepipe.proxy.headers import listed
 from cachepipe.proxy.upstream import ProxyExchange

@@ -6,9 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from cachepipe import runs
-from cachepipe.providers.exchange import Answer
-from cachepipe.providers.responses import Source
-from cachepipe.providers.stream_recorder import Watched
+from cachepipe.providers.generation import Answer
+from cachepipe.providers.responses import BodySource
+from cachepipe.providers.stream_recorder import StreamSource
 from cachepipe.proxy import cache_headers, headers
 from cachepipe.proxy.counters import Outcome
 from cachepipe.proxy.http_exchange import JSON, ClientGone, HttpExchange
@@ -41,9 +41,8 @@ class Delivery:
 
     async def draw(self) -> Outcome:
         """Draw the samples, and send the answer."""
-        self._exchange.surface = self._proxy.surface_of(self._exchange.head)
         with runs.within(self._counter.run):
-            task = asyncio.get_running_loop().create_task(self._exchange.drawn(self._counter))
+            task = asyncio.get_running_loop().create_task(self._exchange.drawn())
         return await self.drawn(task)
 
     async def drawn(self, task: asyncio.Future[Answer]) -> Outcome:
@@ -59,7 +58,7 @@ class Delivery:
             raise ClientGone
         try:
             answer = task.result()
-            live = answer.arrived is not None and isinstance(answer.content, Source)
+            live = answer.arrived is not None and isinstance(answer.content, BodySource)
             outcome = None if live else await self.send(answer)
         except asyncio.CancelledError:
             counter.unanswered()
@@ -80,13 +79,13 @@ class Delivery:
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
-            pairs = headers.shown([_EVENTS if isinstance(content, Source) else JSON])
+            pairs = headers.shown([_EVENTS if isinstance(content, BodySource) else JSON])
             pairs += cache_headers.call_id(exchange.api, answer.made_by)
         else:
             status = arrived.response.status
             pairs = headers.of_answer(arrived.response.pairs)
         pairs += self._described(answer)
-        if isinstance(content, Source):
+        if isinstance(content, BodySource):
             content = b"".join(content.read())
         self._http.facts["key"] = exchange.record.keys[0]
         await self._http.answer(status, pairs, content)
@@ -120,7 +119,7 @@ class Delivery:
         self._counter.ended()
         if _succeeded(task):
             content = task.result().content
-            if isinstance(content, Source):
+            if isinstance(content, BodySource):
                 content.leave()
             elif self._exchange.record.responses is not None:
                 self._count(self._exchange.record.responses)
@@ -131,7 +130,7 @@ class Delivery:
         """Send the events of a call as they come."""
         exchange, http, source = self._exchange, self._http, answer.content
         assert answer.arrived is not None  # noqa: S101 - told by the caller
-        assert isinstance(source, Source)  # noqa: S101 - likewise
+        assert isinstance(source, BodySource)  # noqa: S101 - likewise
         response, draw = answer.arrived.response, exchange.task
         whole = False
         try:
@@ -141,7 +140,7 @@ class Delivery:
             http.facts["error"] = "upstream_broke_off"
             return "error"
         finally:
-            if not whole and not (isinstance(source, Watched) and source.finished):
+            if not whole and not (isinstance(source, StreamSource) and source.finished):
                 exchange.give_back()
             source.leave()
             if draw is None or draw.done():

@@ -11,9 +11,11 @@ from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 from cachepipe import jsontext, outages, wire
+from cachepipe.contract.draws import Retried
 from cachepipe.errors import CachepipeError
-from cachepipe.providers.exchange import Exchange, Kept, Surface
-from cachepipe.providers.responses import Arrived, Source
+from cachepipe.providers.exchange import Exchange, Surface
+from cachepipe.providers.generation import Kept
+from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
 from cachepipe.proxy.body_cache import ParsedBody
 from cachepipe.proxy.head_cache import ParsedHead
@@ -97,7 +99,7 @@ class UpstreamResponse:
             async for chunk in self.response.aiter_raw():
                 yield chunk
 
-    async def aread(self, most: int) -> bytes | Source:
+    async def aread(self, most: int) -> bytes | BodySource:
         """Return the body and close the response; for a body of more than ``most`` bytes, return a source."""
         chunks = self.aiter_bytes()
         begun: deque[bytes] = deque()
@@ -121,7 +123,7 @@ class UpstreamResponse:
             await self.response.aclose()
 
 
-class _UnreadBody(Source):
+class _UnreadBody(BodySource):
     """A body that is too large to be kept: the part that was read, then the rest as it comes."""
 
     def __init__(self, reader: UpstreamResponse, begun: deque[bytes], chunks: AsyncIterator[bytes]) -> None:
@@ -245,6 +247,7 @@ class ProxyExchange(Exchange):
         head: the head of the request.
         body: its body.
         mode: how the cache is used.
+        counter: counts the occurrences of its draws; None for its run.
     """
 
     def __init__(
@@ -255,6 +258,7 @@ class ProxyExchange(Exchange):
         head: ParsedHead,
         body: ParsedBody,
         mode: Mode,
+        counter: Retried | None = None,
     ) -> None:
         super().__init__(
             surface,
@@ -268,6 +272,7 @@ class ProxyExchange(Exchange):
             mode=mode,
             claimant=head.claimant,
             questions=body.questions,
+            counter=counter,
         )
         self.head = head
         self._client = client
@@ -280,24 +285,24 @@ class ProxyExchange(Exchange):
     def keep(self) -> None:
         """Keep the body without copying it: it was read from the wire, so nothing else can change it."""
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
         self._spend(self.claimant.namespace, samples, self.head.url)
         return super()._packed(samples, arrived)
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
+    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""
         pairs = [*self.head.pairs, _JSON, _PLAIN if stream else _PACKED]
         upstream, url = self.head.upstream, self.head.url
         reader = await self._client.call(upstream, "POST", url, pairs, jsontext.dumps(body))
         if stream and 200 <= reader.status < 300:
-            return Arrived(reader, {})
+            return Received(reader, {})
         content = await reader.aread(self.most())
         if not 200 <= reader.status < 300:
             pairs = headers.of_answer(reader.pairs)
-            if isinstance(content, Source):
+            if isinstance(content, BodySource):
                 content.leave()
                 content = b"The upstream's error has more than %d bytes, and is left out.\n" % self.most()
                 pairs = headers.of_answer([(b"content-type", b"text/plain; charset=utf-8")])
             raise UpstreamRefusal(upstream.name, reader.status, pairs, content)
-        return Arrived(reader, {}, content)
+        return Received(reader, {}, content)
