@@ -28,7 +28,6 @@ from cachepipe.errors import (
 )
 from cachepipe.outages import advice_for, public_url
 from cachepipe.providers.exchange import (
-    Answer,
     Backing,
     Surface,
     body_from,
@@ -38,6 +37,7 @@ from cachepipe.providers.exchange import (
     questions_of,
     recalled,
 )
+from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource
 from cachepipe.providers.stream_recorder import StreamSource
 from cachepipe.proxy import browse, headers, page, paths

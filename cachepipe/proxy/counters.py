@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from cachepipe import prices, wire
 from cachepipe.accounting import Account, Delivered, Seller, Usage, usage_of
-from cachepipe.providers.exchange import Kept
+from cachepipe.providers.generation import Kept
 from cachepipe.proxy.upstream import UpstreamClient
 from cachepipe.typedefs import Response
 

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from cachepipe import jsontext, outages, wire
 from cachepipe.errors import CachepipeError
-from cachepipe.providers.exchange import Exchange, Kept
+from cachepipe.providers.exchange import Exchange
+from cachepipe.providers.generation import Kept
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
 from cachepipe.proxy.settings import ProxySettings, Upstream

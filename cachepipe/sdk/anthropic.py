@@ -28,7 +28,7 @@ from cachepipe.errors import CachepipeError
 from cachepipe.flow.flow import Passage
 from cachepipe.portal import run_now
 from cachepipe.providers import info
-from cachepipe.providers.exchange import Unkept
+from cachepipe.providers.generation import Unkept
 from cachepipe.providers.responses import BodySource, Received, broken
 from cachepipe.providers.stream_recorder import RecordedStream
 from cachepipe.sdk import internals

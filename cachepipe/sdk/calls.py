@@ -23,7 +23,8 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import NotStored, TooManySamples
 from cachepipe.portal import check_elsewhere, submit
 from cachepipe.providers import info
-from cachepipe.providers.exchange import Answer, Exchange, Surface, check_size, id_header
+from cachepipe.providers.exchange import Exchange, Surface, check_size, id_header
+from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.providers.stream_recorder import SyncRecordedStream
 from cachepipe.sdk import internals
@@ -114,7 +115,7 @@ class ClientCall(Exchange):
         if place is None:
             place = internals.url_of(client, options, body), internals.sent_headers(client, options)
         self.url, headers = place
-        self.context = contextvars.copy_context()
+        self.context: contextvars.Context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
         self.receive = client._receive  # noqa: SLF001 - it is ours
         super().__init__(

@@ -22,7 +22,6 @@ from cachepipe.errors import TooManySamples
 from cachepipe.portal import run_now
 from cachepipe.providers import info
 from cachepipe.providers.exchange import (
-    Answer,
     body_from,
     check_size,
     kept_of,
@@ -30,6 +29,7 @@ from cachepipe.providers.exchange import (
     recalled,
     responses_of,
 )
+from cachepipe.providers.generation import Answer
 from cachepipe.sdk import internals
 from cachepipe.sdk.calls import STRICT, ClientCall
 

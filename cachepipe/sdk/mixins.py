@@ -17,7 +17,8 @@ from cachepipe import context, outages
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.portal import in_portal, run_now, submit
 from cachepipe.providers import info
-from cachepipe.providers.exchange import CLOSING_SECONDS, Answer, Surface
+from cachepipe.providers.exchange import CLOSING_SECONDS, Surface
+from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.sdk import fast_path, internals
 from cachepipe.sdk.calls import ClientCall, SyncClientCall, body_of, receiving
