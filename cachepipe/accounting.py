@@ -27,6 +27,7 @@ _OF_PROMPT: Final = ("prompt_tokens", "cached_tokens")
 _MOST: Final = 1 << 40  # tokens of one sample above which its usage cannot be right
 _LONGEST: Final = 200  # characters of a name in a header
 SOLD: Final = b'"sold":'  # the last field of a header: what was sold, to whom a price belongs
+_USAGE: Final = b',"usage":['  # the last field of what was sold
 
 Seller = tuple[str | None, str]
 """A model, and its URL."""
@@ -119,6 +120,16 @@ def usage_sold(sold: bytes) -> Usage:
     )
 
 
+def _numbers(written: Sequence[bytes]) -> list[int] | None:
+    """Return the counts of many samples, one behind the other; None if one of them must be read by itself."""
+    try:
+        numbers = orjson.loads(b"[%b]" % b",".join(written))
+    except ValueError:
+        return None
+    ints = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < _MOST
+    return numbers if ints and len(numbers) == len(COUNTS) * len(written) else None
+
+
 class Account:
     """Sums of token counts, by model and URL."""
 
@@ -149,6 +160,33 @@ class Account:
             sums["total_tokens"] -= times * counts["prompt_tokens"]
             for name in _OF_PROMPT:
                 sums[name] -= times * counts[name]
+
+    def add_whole(self, headers: Iterable[bytes], url: str) -> None:
+        """Add samples with their prompts: the same as `add` for each, in a fraction of the time.
+
+        Args:
+            headers: the header of each sample.
+            url: the URL of their endpoint.
+        """
+        alike: dict[bytes, list[bytes]] = {}
+        for header in headers:
+            start, end = header.rfind(SOLD), header.rfind(_USAGE)
+            written = header[end + len(_USAGE) : -3]
+            if 0 <= start < end and header.endswith(b"]}}") and written.count(b",") == len(COUNTS) - 1:
+                alike.setdefault(header[start + len(SOLD) : end], []).append(written)
+            else:
+                self.add(usage_sold(sold_in(header)), url, prompt=True)
+        for sold, counts in alike.items():
+            numbers = _numbers(counts)
+            if numbers is None:
+                for written in counts:
+                    self.add(usage_sold(b"%b%b%b]}" % (sold, _USAGE, written)), url, prompt=True)
+                continue
+            usage = usage_sold(sold + b"}")
+            sums = self._sums((usage.model, usage.url or url))
+            sums["samples"] += len(counts)
+            for place, name in enumerate(COUNTS):
+                sums[name] += sum(numbers[place :: len(COUNTS)])
 
     def spend(self, usages: Iterable[Usage], url: str) -> None:
         """Add samples that were generated: the prompt of a call counts with its first sample."""
@@ -276,6 +314,11 @@ class Delivered:
                 self.billed.add(usage, url, prompt=usage.first, times=times)
                 if stored and not stored[place]:
                     self.unstored.add(usage, url, prompt=usage.first, times=times)
+
+    def add_hits(self, headers: Sequence[bytes], url: str) -> None:
+        """Add questions that received one stored sample each; see `Account.add_whole`."""
+        self.requests += len(headers)
+        self.as_asked.add_whole(headers, url)
 
     def join(self, other: Delivered) -> None:
         """Add all of other sums."""

@@ -13,12 +13,12 @@ import contextlib
 import os
 import threading
 import weakref
-from collections import Counter, deque
+from collections import deque
 from typing import Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from cachepipe.accounting import SOLD, Statement, sold_in, usage_sold
+from cachepipe.accounting import Statement, sold_in, usage_sold
 from cachepipe.contract.draws import label
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import Grant, Note, Store
@@ -168,9 +168,7 @@ class Deliveries:
                 del self._known[place]
                 continue
             run, namespace, scope = place
-            delivered = note_of(run, namespace).delivered
-            for sold, times in Counter([header[header.rfind(SOLD) :] for header in taken]).items():
-                delivered.add([usage_sold(sold_in(sold))], [True], scope or "", times=times)
+            note_of(run, namespace).delivered.add_hits(taken, scope or "")
         return list(notes.values())
 
 
