@@ -139,17 +139,18 @@ class Account:
     def __repr__(self) -> str:
         return f"<Account {self.counts()['total_tokens']} tokens>"
 
-    def add(self, usage: Usage, url: str, *, prompt: bool, times: int = 1) -> None:
-        """Add a sample.
+    def add(self, usage: Usage, url: str, *, prompt: bool, times: int = 1, samples: int = 1) -> None:
+        """Add a sample, or several of which the usage is the sum.
 
         Args:
             usage: the usage of the sample.
             url: the URL of its endpoint.
             prompt: whether its prompt counts.
             times: how often it is added; -1 takes it off.
+            samples: how many samples it is the usage of.
         """
         sums = self._sums((usage.model, usage.url or url))
-        sums["samples"] += times
+        sums["samples"] += times * samples
         counts = usage.counts
         if counts is None:
             sums["unknown"] += times
@@ -161,12 +162,14 @@ class Account:
             for name in _OF_PROMPT:
                 sums[name] -= times * counts[name]
 
-    def add_whole(self, headers: Iterable[bytes], url: str) -> None:
-        """Add samples with their prompts: the same as `add` for each, in a fraction of the time.
+    def add_all(self, headers: Iterable[bytes], url: str, *, prompts: bool = False) -> None:
+        """Add samples by their headers: the same as `add` for each, in a fraction of the time.
 
         Args:
             headers: the header of each sample.
             url: the URL of their endpoint.
+            prompts: whether the prompt of each counts; by default that of a call counts with its first
+                sample.
         """
         alike: dict[bytes, list[bytes]] = {}
         for header in headers:
@@ -175,18 +178,19 @@ class Account:
             if 0 <= start < end and header.endswith(b"]}}") and written.count(b",") == len(COUNTS) - 1:
                 alike.setdefault(header[start + len(SOLD) : end], []).append(written)
             else:
-                self.add(usage_sold(sold_in(header)), url, prompt=True)
+                usage = usage_sold(sold_in(header))
+                self.add(usage, url, prompt=prompts or usage.first)
         for sold, counts in alike.items():
             numbers = _numbers(counts)
             if numbers is None:
                 for written in counts:
-                    self.add(usage_sold(b"%b%b%b]}" % (sold, _USAGE, written)), url, prompt=True)
+                    usage = usage_sold(b"%b%b%b]}" % (sold, _USAGE, written))
+                    self.add(usage, url, prompt=prompts or usage.first)
                 continue
             usage = usage_sold(sold + b"}")
-            sums = self._sums((usage.model, usage.url or url))
-            sums["samples"] += len(counts)
-            for place, name in enumerate(COUNTS):
-                sums[name] += sum(numbers[place :: len(COUNTS)])
+            sums = {name: sum(numbers[place :: len(COUNTS)]) for place, name in enumerate(COUNTS)}
+            whole = Usage(usage.model, sums, usage.first, usage.url)
+            self.add(whole, url, prompt=prompts or usage.first, samples=len(counts))
 
     def spend(self, usages: Iterable[Usage], url: str) -> None:
         """Add samples that were generated: the prompt of a call counts with its first sample."""
@@ -316,9 +320,9 @@ class Delivered:
                     self.unstored.add(usage, url, prompt=usage.first, times=times)
 
     def add_hits(self, headers: Sequence[bytes], url: str) -> None:
-        """Add questions that received one stored sample each; see `Account.add_whole`."""
+        """Add questions that received one stored sample each; see `Account.add_all`."""
         self.requests += len(headers)
-        self.as_asked.add_whole(headers, url)
+        self.as_asked.add_all(headers, url, prompts=True)
 
     def join(self, other: Delivered) -> None:
         """Add all of other sums."""

@@ -98,6 +98,17 @@ class Union:
         return min(one, other)
 
 
+def covered(intervals: Iterable[Interval]) -> IntervalSet:
+    """Return the indices that are in any of some intervals, which come in the order of their starts."""
+    found: list[Interval] = []
+    for start, stop in intervals:
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return IntervalSet(found)
+
+
 def merged(intervals: Sequence[Interval], index: int) -> tuple[list[Interval], Interval]:
     """Return which intervals an added index replaces, and the interval that replaces them.
 

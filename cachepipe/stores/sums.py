@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import threading
 import weakref
@@ -236,11 +237,17 @@ def statements(store: Store) -> dict[str, Statement]:
         statement.delivered.join(note.delivered)
         statement.spent.join(note.delivered.unstored)
         statement.spent.join(note.unreported)
-    for scope, header, held in store.bought():
-        statement, usages = of(_namespace_in(header)), [usage_sold(sold_in(header))]
-        statement.spent.spend(usages, scope or "")
-        if held:
-            statement.held.spend(usages, scope or "")
+    waiting: dict[tuple[str, str | None, bool], list[bytes]] = {}
+    bought = store.bought()
+    while each := list(itertools.islice(bought, MOST)):
+        for scope, header, held in each:
+            waiting.setdefault((_namespace_in(header), scope, held), []).append(header)
+        for (namespace, scope, held), headers in waiting.items():
+            statement = of(namespace)
+            statement.spent.add_all(headers, scope or "")
+            if held:
+                statement.held.add_all(headers, scope or "")
+        waiting.clear()
     return found
 
 

@@ -267,3 +267,11 @@ def test_c6_hits_that_are_summed_together_give_the_sums_of_each(headers):
         alone.add([usage_sold(sold_in(header))], [True], URL)
     assert together.requests == alone.requests
     assert together.as_asked.sold == alone.as_asked.sold
+
+
+@given(st.lists(HEADERS, max_size=12))
+def test_c6_samples_that_are_summed_together_are_spent_as_each_of_them(headers):
+    together, alone = Account(), Account()
+    together.add_all(headers, URL)
+    alone.spend([usage_sold(sold_in(header)) for header in headers], URL)
+    assert together.sold == alone.sold

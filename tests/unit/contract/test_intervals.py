@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.contract.intervals import IntervalSet, Union, changes, merged, split
+from cachepipe.contract.intervals import IntervalSet, Union, changes, covered, merged, split
 
 indices = st.integers(0, 24)
 sets = st.sets(indices)
@@ -104,3 +104,10 @@ def test_changes_of_large_sets_compare_each_interval_a_few_times():
     gone, added = changes(old, new)
     assert (gone, added) == (old[:1000], new[1000:])
     assert Counted.compared < 20 * 2000
+
+
+@given(st.lists(st.tuples(indices, indices)))
+def test_intervals_that_overlap_cover_what_each_of_them_has(pairs):
+    intervals = sorted((min(pair), max(pair) + 1) for pair in pairs)
+    numbers = {number for start, stop in intervals for number in range(start, stop)}
+    assert list(covered(intervals)) == intervals_of(numbers)
