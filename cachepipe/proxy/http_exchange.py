@@ -12,17 +12,22 @@ from typing import Any, Final
 import orjson
 
 from cachepipe.proxy import headers
+from cachepipe.proxy.routing import Route
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-WHOLE: Final = "cachepipe.whole"
+ONE_MESSAGE: Final = "cachepipe.one_message"
 """A key of a scope: the answer may be sent in one message, which has this key too."""
 
-KEEPS: Final = "cachepipe.keeps"
+KEEP_ALIVE: Final = "cachepipe.keep_alive"
 """A key of a scope: an HTTP/1.0 client asks to keep its connection."""
 
+NEVER_AGAIN: Final = (b"x-should-retry", b"false")
+"""Tells clients that a retry would get the same refusal."""
+
+_CLOSE: Final = [(b"connection", b"close")]
 _TURNS: Final = 5
 JSON: Final = (b"content-type", b"application/json")
 _PRIVATE: Final = [(b"cache-control", b"no-store"), *headers.INERT]
@@ -32,7 +37,7 @@ class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it would be 
     """The client has left, or does not read any more."""
 
 
-class Refused(Exception):  # noqa: N818 - names what happened
+class Refusal(Exception):  # noqa: N818 - names what happened
     """A request gets an error of the proxy itself.
 
     Args:
@@ -52,7 +57,7 @@ class Refused(Exception):  # noqa: N818 - names what happened
         self.pairs = pairs
 
 
-class Turn:
+class HttpExchange:
     """One request, and the state of its answer.
 
     Args:
@@ -60,6 +65,11 @@ class Turn:
         receive: returns the parts of the body, and the end of the connection.
         send: takes the parts of the answer.
         patience: seconds without a byte from or to the client.
+        namespace: the namespace of a request that names none.
+
+    Attributes:
+        route: the route of its path, once it is found.
+        facts: further facts for the log.
     """
 
     __slots__ = (
@@ -69,15 +79,24 @@ class Turn:
         "headers",
         "method",
         "named",
+        "namespace",
         "patience",
         "receive",
+        "route",
         "scope",
         "send_message",
         "sent",
         "status",
     )
 
-    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, patience: float) -> None:
+    def __init__(
+        self,
+        scope: Mapping[str, Any],
+        receive: Receive,
+        send: Send,
+        patience: float,
+        namespace: str | None = None,
+    ) -> None:
         self.scope = scope
         self.receive = receive
         self.send_message = send
@@ -85,6 +104,8 @@ class Turn:
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.named = dict(self.headers)
         self.method: str = scope["method"]
+        self.namespace = namespace
+        self.route: Route | None = None
         self.begun = time.perf_counter()
         self.status = 0
         self.sent = 0
@@ -96,6 +117,13 @@ class Turn:
         value = self.named.get(name)
         return None if value is None else headers.text_of(value)
 
+    @property
+    def url(self) -> str:
+        """The URL at the upstream, with the query."""
+        assert self.route is not None  # noqa: S101 - told by the caller
+        query = self.scope["query_string"]
+        return f"{self.route.url}?{query.decode('latin-1')}" if query else self.route.url
+
     # The request's body.
 
     async def body(self, most: int) -> bytes:
@@ -105,7 +133,7 @@ class Turn:
             most: the largest number of bytes.
 
         Raises:
-            Refused: when it has more, or takes too long.
+            Refusal: when it has more, or takes too long.
             ClientGone: when it ends early.
         """
         told = self.named.get(b"content-length", b"0")
@@ -125,18 +153,16 @@ class Turn:
         raise self.too_large(most)
 
     @staticmethod
-    def too_large(most: int) -> Refused:
+    def too_large(most: int) -> Refusal:
         """Return the refusal of a body that is too large."""
-        close = [(b"connection", b"close")]
-        return Refused(413, "too_large", f"a request that can be cached has at most {most} bytes", close)
+        return Refusal(413, "too_large", f"a request that can be cached has at most {most} bytes", _CLOSE)
 
     async def _received(self) -> Message:
         try:
             async with asyncio.timeout(self.patience):
                 message = await self.receive()
         except TimeoutError:
-            close = [(b"connection", b"close")]
-            raise Refused(408, "too_slow", "the body of the request ended early", close) from None
+            raise Refusal(408, "too_slow", "the body of the request ended early", _CLOSE) from None
         if message["type"] != "http.request":
             raise ClientGone
         return message
@@ -192,7 +218,7 @@ class Turn:
         """Return headers that tell a client of HTTP/1.0 whether its connection stays open."""
         if self.scope.get("http_version") != "1.0" or any(name == b"connection" for name, _ in pairs):
             return pairs
-        lives = KEEPS in self.scope and any(name == b"content-length" for name, _ in pairs)
+        lives = KEEP_ALIVE in self.scope and any(name == b"content-length" for name, _ in pairs)
         return [*pairs, (b"connection", b"keep-alive" if lives else b"close")]
 
     async def write(self, chunk: bytes, *, more: bool = True) -> None:
@@ -213,8 +239,8 @@ class Turn:
         self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
-        if WHOLE in self.scope:
-            await self.send_message({WHOLE: True, "status": status, "headers": pairs, "body": content})
+        if ONE_MESSAGE in self.scope:
+            await self.send_message({ONE_MESSAGE: True, "status": status, "headers": pairs, "body": content})
             return
         await self.start(status, pairs)
         await self.send_message({"type": "http.response.body", "body": content})
