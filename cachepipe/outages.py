@@ -56,7 +56,7 @@ def failed(error: BaseException, url: str = "", *, wait: float | None = None) ->
     """
     if not is_connection_error(error):
         return
-    where = place(url) or url_of(error)
+    where = public_url(url) or url_of(error)
     with _lock:
         if _origin(where) in _down:
             return
@@ -70,10 +70,10 @@ def reached(url: str) -> None:
     """Note that a server has answered, so that its next outage is reported."""
     if _down:
         with _lock:
-            _down.discard(_origin(place(url)))
+            _down.discard(_origin(public_url(url)))
 
 
-def explained(error: BaseException) -> None:
+def explain(error: BaseException) -> None:
     """Add the URL, or what is wrong with it, to the message of an SDK's error."""
     message = getattr(error, "message", None)
     if not isinstance(message, str):
@@ -119,12 +119,12 @@ def advice_for(url: str) -> str:
 def url_of(error: BaseException) -> str:
     """Return the URL of the failed call, without credentials and query; empty if unknown."""
     try:
-        return place(str(getattr(getattr(error, "request", None), "url", "")))
+        return public_url(str(getattr(getattr(error, "request", None), "url", "")))
     except RuntimeError:  # an error of httpx's that has no request
         return ""
 
 
-def place(url: Any) -> str:
+def public_url(url: Any) -> str:
     """Return a URL with its scheme, host, port and path only."""
     parts = urlsplit(str(url))
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else ""
@@ -156,7 +156,7 @@ def _reason(error: BaseException) -> str:
     return str(first) or type(first).__name__
 
 
-class Telling:
+class OutageReports:
     """A mixin for an SDK's client class that reports failed attempts which the SDK retries."""
 
     def _calculate_retry_timeout(self, *arguments: Any, **options: Any) -> float:
@@ -169,6 +169,6 @@ class Telling:
 
 
 @functools.cache
-def telling(kind: type) -> Any:
+def reporting(kind: type) -> Any:
     """Return a subclass of an SDK's client class that reports outages."""
-    return type(kind.__name__, (Telling, kind), {})
+    return type(kind.__name__, (OutageReports, kind), {})

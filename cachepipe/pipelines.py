@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
-from cachepipe.stages.adapting import has_request
-from cachepipe.stages.base import Stage
+from cachepipe.adapting import has_request
+from cachepipe.cache.engine import Stats
+from cachepipe.stage import Stage
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
-from cachepipe.stages.engine import Stats
 from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Arrived, Batch, Mode, Repeat, Request, Response, SingleRequestModel

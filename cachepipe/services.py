@@ -23,7 +23,7 @@ from cachepipe import forks, loops
 from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
 from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
-from cachepipe.sdk.portal import submit
+from cachepipe.portal import submit
 from cachepipe.stores import Store
 from cachepipe.typedefs import Mode, Repeat
 

@@ -90,7 +90,7 @@ def wanted() -> bool:
 
 def begin(
     api: str, url: str, body: Mapping[str, Any], context: contextvars.Context | None = None
-) -> Call | None:
+) -> CallSpan | None:
     """Begin the span of a call; None if nothing would export it.
 
     Args:
@@ -107,13 +107,13 @@ def begin(
             _tools = _Tools()
         except (ImportError, TypeError):  # parts of it only, or a version before these arguments
             return None
-    make = Call
+    make = CallSpan
     return (
         make(_tools, api, url, body) if context is None else context.copy().run(make, _tools, api, url, body)
     )
 
 
-class Call:
+class CallSpan:
     """A call to a provider, from its beginning to its end."""
 
     def __init__(self, tools: _Tools, api: str, url: str, body: Mapping[str, Any]) -> None:

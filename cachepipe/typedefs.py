@@ -267,7 +267,7 @@ class Ticket(Protocol, Awaitable[Response]):
 class ModelHooks(Protocol):
     """Everything that a model may offer beside its ``request`` or ``batch_request``. All of it is optional.
 
-    A stage looks a hook up once, when it is made (``cachepipe.stages.adapting``); ``max_n`` and ``cut_n`` may
+    A stage looks a hook up once, when it is made (``cachepipe.adapting``); ``max_n`` and ``cut_n`` may
     change later. `docs/adapters.md` shows the hooks at work.
 
     Attributes:

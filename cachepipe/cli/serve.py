@@ -16,7 +16,7 @@ from cachepipe.cli.group import Failure
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
-    from cachepipe.proxy.settings import Settings
+    from cachepipe.proxy.settings import ProxySettings
 
 _MIB: Final = 1 << 20
 _SECONDS: Final = 30.0
@@ -108,7 +108,7 @@ def serve(
     except ImportError as error:
         raise Failure(f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'") from error
 
-    chosen = settings.from_file(config) if config else settings.Settings()
+    chosen = settings.from_file(config) if config else settings.ProxySettings()
     key = settings.secret(api_key_env) if api_key_env else None
     made = []
     for place, text in enumerate(upstreams):
@@ -137,7 +137,7 @@ def serve(
     server.serve(chosen, lambda url: _say(url, chosen, as_json=as_json))
 
 
-def _remembered(chosen: Settings) -> list[Any]:
+def _remembered(chosen: ProxySettings) -> list[Any]:
     """Return the upstreams of the answers in a cache, so that a replay needs no --upstream."""
     from cachepipe.cli.common import opened  # noqa: PLC0415 - only here
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
@@ -165,7 +165,7 @@ def _remembered(chosen: Settings) -> list[Any]:
     ]
 
 
-def _say(url: str, chosen: Settings, *, as_json: bool) -> None:
+def _say(url: str, chosen: ProxySettings, *, as_json: bool) -> None:
     first = chosen.upstreams[0]
     base = f"{url}{first.mount}"
     if as_json:

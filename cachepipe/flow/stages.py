@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from cachepipe import context
 from cachepipe.accounting import Account, usage_of
+from cachepipe.adapting import has_batch, name_of
 from cachepipe.flow.limits import FlowStats, Limits, Quota, holding
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimate, Estimator
-from cachepipe.stages.adapting import has_batch, name_of
-from cachepipe.stages.base import Stage, adapter_of, ask, ask_batch, each, given, send
+from cachepipe.stage import Stage, adapter_of, ask, ask_batch, each, given, send
 from cachepipe.typedefs import Arrived, Batch, Request, Response, field_names
 
 T = TypeVar("T")

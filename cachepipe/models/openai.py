@@ -133,7 +133,7 @@ class Connection:
                         endpoint, content=content, cast_to=self._answer_class, options=options
                     )
         except BaseException as error:
-            outages.explained(error)
+            outages.explain(error)
             if span is not None:
                 span.end(error=error)
             raise
@@ -161,7 +161,7 @@ class Connection:
     def _made(self, sdk: Any) -> Any:
         """Return a new client."""
         key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
-        return outages.telling(getattr(sdk, self.client_name))(
+        return outages.reporting(getattr(sdk, self.client_name))(
             base_url=self._base_url,
             api_key=_NO_KEY if key == "" else key,
             # The SDK's own would try to close itself on whatever loop runs when it is collected.
@@ -224,7 +224,7 @@ class EagerConnection(Connection):
             raise ImportError(
                 f"this adapter needs a recent {self.package}: pip install -U {self.package}"
             ) from error
-        kind = outages.telling(getattr(sdk, self.client_name))
+        kind = outages.reporting(getattr(sdk, self.client_name))
         given = {
             "base_url": base_url,
             "api_key": _NO_KEY if api_key == "" else api_key,

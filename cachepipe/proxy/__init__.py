@@ -1,6 +1,6 @@
 """The proxy: an HTTP server that answers from the cache, and asks the provider for what the cache lacks.
 
 Any tool in any language can use it as its base URL. It shares keys and samples with the library, the clients
-and the command line (`cachepipe.wire` and `cachepipe.sdk.exchange`), so a sample that one of them stored
-is a hit on every other. `cachepipe serve` runs it; it needs ``pip install 'cachepipe[proxy]'``.
+and the command line (`cachepipe.wire` and `cachepipe.providers.exchange`), so a sample that one of them
+stored is a hit on every other. `cachepipe serve` runs it; it needs ``pip install 'cachepipe[proxy]'``.
 """

@@ -12,90 +12,90 @@ from urllib.parse import urlsplit
 
 from cachepipe.proxy import page
 from cachepipe.proxy.headers import KEYS
-from cachepipe.proxy.settings import Settings, is_loopback
-from cachepipe.proxy.turn import Refused, Turn
+from cachepipe.proxy.http_exchange import HttpExchange, Refusal
+from cachepipe.proxy.settings import ProxySettings, is_loopback
 
 _FREE: Final = frozenset({"/healthz", "/readyz", *page.FILES})  # the page asks for the token itself
 _BESIDE: Final = b"x-cachepipe-token"
 _CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="cachepipe"'), (b"www-authenticate", b"Bearer")]
 
 
-class Access:
+class AccessControl:
     """Decides which requests are allowed.
 
     Args:
         settings: the token, and the names of the server.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ProxySettings) -> None:
         self._names = {_name(host) for host in settings.hosts} - {""}
         self._is_ours = functools.lru_cache(256)(self._named_ours)
         self._token = None if settings.token is None else settings.token.encode()
         self._any_name = settings.token is not None or not is_loopback(settings.host)
 
-    def check(self, turn: Turn, path: str | None) -> None:
+    def check(self, http: HttpExchange, path: str | None) -> None:
         """Allow a request; remove a token that it sends as its API key from the headers for upstream.
 
         Args:
-            turn: the request.
+            http: the request.
             path: the proxy's own path that it is for; None if it is for an upstream.
 
         Raises:
-            Refused: when it is not for this server, or does not send the token.
+            Refusal: when it is not for this server, or does not send the token.
         """
-        if turn.method in ("CONNECT", "TRACE"):
-            raise Refused(405, "bad_method", f"{turn.method} is not served here")
-        offered = turn.named.get(b"upgrade", b"").lower().split(b",")
-        if turn.method == "GET" and b"websocket" in map(bytes.strip, offered):
+        if http.method in ("CONNECT", "TRACE"):
+            raise Refusal(405, "bad_method", f"{http.method} is not served here")
+        offered = http.named.get(b"upgrade", b"").lower().split(b",")
+        if http.method == "GET" and b"websocket" in map(bytes.strip, offered):
             close = [(b"connection", b"close")]
-            raise Refused(
+            raise Refusal(
                 501, "no_websockets", "WebSockets are not supported; connect to the provider directly", close
             )
         if not self._any_name:
-            self._check_names(turn)
-            self._check_site(turn, path)
-        if self._token is not None and path not in _FREE and self._check_token(turn, self._token):
-            self._check_site(turn, path)
+            self._check_names(http)
+            self._check_site(http, path)
+        if self._token is not None and path not in _FREE and self._check_token(http, self._token):
+            self._check_site(http, path)
 
-    def _check_names(self, turn: Turn) -> None:
+    def _check_names(self, http: HttpExchange) -> None:
         """Refuse a request with an unknown host name, which another site may have given to this address."""
-        host = turn.says(b"host")
+        host = http.says(b"host")
         if host is not None and not self._is_ours(f"//{host}"):
-            raise Refused(
+            raise Refusal(
                 403,
                 "bad_host",
                 f"this server does not answer to the name {host[:200]!r}; allow it with --allow-host",
             )
 
-    def _check_site(self, turn: Turn, path: str | None) -> None:
+    def _check_site(self, http: HttpExchange, path: str | None) -> None:
         """Refuse other sites' pages, which browsers name for forms and scripts but not images."""
-        origin = turn.says(b"origin")
+        origin = http.says(b"origin")
         if origin is None:
-            if turn.named.get(b"sec-fetch-site") == b"cross-site" and path not in _FREE:
-                raise Refused(403, "bad_origin", "pages of other sites may not use this server")
-        elif not self._is_ours(origin) and origin.partition("://")[2] != turn.says(b"host"):
-            raise Refused(403, "bad_origin", f"pages of {origin[:200]!r} may not use this server")
+            if http.named.get(b"sec-fetch-site") == b"cross-site" and path not in _FREE:
+                raise Refusal(403, "bad_origin", "pages of other sites may not use this server")
+        elif not self._is_ours(origin) and origin.partition("://")[2] != http.says(b"host"):
+            raise Refusal(403, "bad_origin", f"pages of {origin[:200]!r} may not use this server")
 
     def _named_ours(self, url: str) -> bool:
         name = _name(url)
         return is_loopback(name) or name in self._names
 
     @staticmethod
-    def _check_token(turn: Turn, token: bytes) -> bool:
+    def _check_token(http: HttpExchange, token: bytes) -> bool:
         """Check the token; return True if it came as a password, which browsers send by themselves."""
         shown = [
             pair
-            for pair in turn.headers
+            for pair in http.headers
             if (pair[0] in KEYS or pair[0] == _BESIDE) and hmac.compare_digest(_bare(pair[1]), token)
         ]
         if not shown:
-            raise Refused(
+            raise Refusal(
                 401,
                 "bad_token",
                 "send the proxy's token as the API key, or in the header x-cachepipe-token",
                 _CHALLENGE,
             )
-        turn.headers = [pair for pair in turn.headers if pair not in shown]
+        http.headers = [pair for pair in http.headers if pair not in shown]
         return all(value.lstrip()[:6].lower() == b"basic " for _, value in shown)
 
 

@@ -26,20 +26,8 @@ from cachepipe.errors import (
     TooManySamples,
     UnkeyableValue,
 )
-from cachepipe.outages import advice_for, place
-from cachepipe.proxy import browse, headers, page, paths
-from cachepipe.proxy.access import Access
-from cachepipe.proxy.body_cache import Memory, Read, read_object
-from cachepipe.proxy.counters import Counters, Outcome
-from cachepipe.proxy.head_cache import HEAD, Heads
-from cachepipe.proxy.headers import listed
-from cachepipe.proxy.idempotency import ServedRun, Ticket
-from cachepipe.proxy.log import Log
-from cachepipe.proxy.settings import Settings, Upstream
-from cachepipe.proxy.turn import JSON, ClientGone, Receive, Refused, Send, Turn
-from cachepipe.proxy.upstream import Caller, Served, UpstreamRefusal, UpstreamTimeout, UpstreamUnreachable
-from cachepipe.sdk.exchange import (
-    Answer,
+from cachepipe.outages import advice_for, public_url
+from cachepipe.providers.exchange import (
     Backing,
     Surface,
     body_from,
@@ -49,8 +37,26 @@ from cachepipe.sdk.exchange import (
     questions_of,
     recalled,
 )
-from cachepipe.sdk.internals import Source
-from cachepipe.sdk.stream_recorder import Watched
+from cachepipe.providers.generation import Answer
+from cachepipe.providers.responses import BodySource
+from cachepipe.providers.stream_recorder import StreamSource
+from cachepipe.proxy import browse, headers, page, paths
+from cachepipe.proxy.access import AccessControl
+from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
+from cachepipe.proxy.counters import Counters, Outcome
+from cachepipe.proxy.head_cache import HEAD, HeadCache
+from cachepipe.proxy.headers import listed
+from cachepipe.proxy.http_exchange import JSON, ClientGone, HttpExchange, Receive, Refusal, Send
+from cachepipe.proxy.idempotency import ProxyRun, RequestCounter
+from cachepipe.proxy.log import RequestLog
+from cachepipe.proxy.settings import ProxySettings, Upstream
+from cachepipe.proxy.upstream import (
+    ProxyExchange,
+    UpstreamClient,
+    UpstreamRefusal,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, Mode, Response
 
@@ -66,19 +72,19 @@ _MESSAGES: Final = re.compile(r"/v1/messages(/|$)")
 _OWN: Final = frozenset({"/", "/healthz", "/readyz", "/metrics"})
 
 
-class _Route(NamedTuple):
+class Route(NamedTuple):
     """The destination of requests with one path."""
 
-    place: paths.Place
+    destination: paths.Destination
     upstream: Upstream | None
     url: str
     api: wire.Api | None
 
 
-class Meant(NamedTuple):
+class ParsedHead(NamedTuple):
     """The meaning of a parsed head, without the body that follows it."""
 
-    route: _Route
+    route: Route
     url: str
     counting: Mapping[str, str]
     claimant: Claimant
@@ -98,26 +104,28 @@ class Proxy:
         BadSettings: when it would not work, or would not be safe.
     """
 
-    def __init__(self, settings: Settings, log: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self, settings: ProxySettings, log: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
         self.settings = settings.checked()
         self.upstreams = {upstream.name: upstream for upstream in settings.upstreams}
         self.mode: Mode = "replay" if settings.replay else "bypass" if switched_off() else "read-write"
-        self.log = Log(settings.log, log)
+        self.log = RequestLog(settings.log, log)
         self.ready = False
         self._open = self._ended = False
         self._until: float | None = None  # when the loop's clock says so, what is in flight is given up
         self._patience: asyncio.Timeout | None = None  # until then, while a shutdown waits
-        self._default = ServedRun()
-        self._named: dict[str | None, ServedRun] = {}
-        self._labelled: dict[tuple[str | None, str], ServedRun] = {}
-        self._memory = Memory()
-        self.heads = Heads()
+        self._default = ProxyRun()
+        self._named: dict[str | None, ProxyRun] = {}
+        self._labelled: dict[tuple[str | None, str], ProxyRun] = {}
+        self._memory = BodyCache()
+        self.heads = HeadCache()
         self._surfaces: OrderedDict[bytes, Surface] = OrderedDict()
         self._background: set[asyncio.Task[Any]] = set()
         self._route = functools.lru_cache(4096)(self._routed)
         self._first = settings.upstreams[0]
         self._anthropic = next((each for each in settings.upstreams if each.kind == "anthropic"), None)
-        self._access = Access(settings)
+        self._access = AccessControl(settings)
 
     def __repr__(self) -> str:
         return f"<Proxy {', '.join(self.upstreams)}{' replay' if self.settings.replay else ''}>"
@@ -145,7 +153,7 @@ class Proxy:
         self._open = True
         self.surface = Surface.of(self.store, settings.namespace, self.mode, None, settings.repeat)
         self.backing: Backing = self.surface.backing
-        self.caller = Caller(settings)
+        self.caller = UpstreamClient(settings)
         self.counters = Counters(self.caller)
         self.ready = True
 
@@ -195,21 +203,23 @@ class Proxy:
             return
         if not self._open:  # a server without lifespan events
             await self.startup()
-        await self._serve_turn(Turn(scope, receive, send, self.settings.client_timeout))
+        await self._serve_http(HttpExchange(scope, receive, send, self.settings.client_timeout))
 
     async def go_on(
-        self, meant: Meant, read: Read, scope: Mapping[str, Any], receive: Receive, send: Send
+        self, head: ParsedHead, read: ParsedBody, scope: Mapping[str, Any], receive: Receive, send: Send
     ) -> None:
         """Serve a request with a known head and body; see `at_once`."""
-        await self._serve_turn(Turn(scope, receive, send, self.settings.client_timeout), meant, read)
+        await self._serve_http(HttpExchange(scope, receive, send, self.settings.client_timeout), head, read)
 
-    async def _serve_turn(self, turn: Turn, meant: Meant | None = None, read: Read | None = None) -> None:
+    async def _serve_http(
+        self, http: HttpExchange, head: ParsedHead | None = None, read: ParsedBody | None = None
+    ) -> None:
         self.counters.in_flight += 1
         try:
-            await self._serve(turn, meant, read)
+            await self._serve(http, head, read)
         finally:
             self.counters.in_flight -= 1
-            turn.close()
+            http.close()
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
@@ -228,79 +238,83 @@ class Proxy:
 
     # One request.
 
-    async def _serve(self, turn: Turn, meant: Meant | None, read: Read | None) -> None:
+    async def _serve(self, http: HttpExchange, head: ParsedHead | None, read: ParsedBody | None) -> None:
         outcome: Outcome = "refused"
-        route: _Route | None = None
+        route: Route | None = None
         namespace = self.settings.namespace
         try:
-            if meant is not None and read is not None:
-                route, namespace = meant.route, meant.claimant.namespace
-                outcome = await self._drawn_anew(turn, meant, read)
+            if head is not None and read is not None:
+                route, namespace = head.route, head.claimant.namespace
+                outcome = await self._drawn_anew(http, head, read)
             else:
-                route = self._placed(turn)
-                self._access.check(turn, route.place.rest if route.upstream is None else None)
+                route = self._placed(http)
+                self._access.check(http, route.destination.rest if route.upstream is None else None)
                 if route.upstream is None:
-                    await self._own(turn, route.place.rest)
+                    await self._own(http, route.destination.rest)
                     return
-                namespace = self._namespace(turn, route.place)
-                outcome = await self._asked(turn, route, namespace)
-        except Refused as refusal:
-            await self._refuse(turn, route, refusal)
+                namespace = self._namespace(http, route.destination)
+                outcome = await self._asked(http, route, namespace)
+        except Refusal as refusal:
+            await self._refuse(http, route, refusal)
         except ClientGone:
             outcome = "left"
-            turn.status = turn.status or 499
+            http.status = http.status or 499
         except UpstreamRefusal as refusal:
             outcome = "error"
-            if refusal.status_code == 404 and route is not None and (advice := advice_for(place(route.url))):
-                turn.facts["advice"] = advice
+            if (
+                refusal.status_code == 404
+                and route is not None
+                and (advice := advice_for(public_url(route.url)))
+            ):
+                http.facts["advice"] = advice
             pairs = [*refusal.pairs, self._status(f"fwd=miss; fwd-status={refusal.status_code}")]
-            await turn.answer(refusal.status_code, pairs, refusal.content)
+            await http.answer(refusal.status_code, pairs, refusal.content)
         except asyncio.CancelledError:  # the server stops, and waits no longer
             outcome = "error"
-            await self._refuse(turn, route, Refused(503, "stopping", "the proxy was stopped; try again"))
+            await self._refuse(http, route, Refusal(503, "stopping", "the proxy was stopped; try again"))
         except Exception as error:  # noqa: BLE001 - a server outlives whatever is wrong with one request
             outcome = "error"
-            await self._refuse(turn, route, self._failure(turn, error))
+            await self._refuse(http, route, self._failure(http, error))
         if outcome != "refused" or route is not None:
             self.counters.ended(namespace, outcome)
         if outcome != "hit":
-            self.counters.seconds.observe(self.log.seconds(turn))
-        self.log.request(turn, route.place if route else None, namespace, outcome)
+            self.counters.seconds.observe(self.log.seconds(http))
+        self.log.request(http, route.destination if route else None, namespace, outcome)
 
-    def _failure(self, turn: Turn, error: Exception) -> Refused:
+    def _failure(self, http: HttpExchange, error: Exception) -> Refusal:
         """Return the response for an error that is not the upstream's answer."""
         if isinstance(error, UpstreamTimeout):
-            return Refused(504, "upstream_timeout", str(error))
+            return Refusal(504, "upstream_timeout", str(error))
         if isinstance(error, UpstreamUnreachable):
-            return Refused(502, "upstream_unreachable", str(error))
+            return Refusal(502, "upstream_unreachable", str(error))
         if isinstance(error, TooManySamples):
-            return Refused(400, "n_too_large", str(error), [_NEVER_AGAIN])
+            return Refusal(400, "n_too_large", str(error), [_NEVER_AGAIN])
         if isinstance(error, BadAnswer):
-            return Refused(502, "bad_answer", str(error))
+            return Refusal(502, "bad_answer", str(error))
         if isinstance(error, CacheMiss):
-            turn.facts["key"] = error.key
+            http.facts["key"] = error.key
             message = f"{error.reason}. Run it once without --replay to generate what is missing."
             pairs = [_NEVER_AGAIN, (b"x-cachepipe-key", error.key.encode())]
             if error.nearest is not None:
                 pairs.append((b"x-cachepipe-nearest", error.nearest.encode()))
-            return Refused(404, "cache_miss", message, pairs)
+            return Refusal(404, "cache_miss", message, pairs)
         if isinstance(error, StoreError):
             self.log.failed("the cache failed", error)
-            return Refused(503, "cache_failed", "the cache could not carry out this request; see the log")
+            return Refusal(503, "cache_failed", "the cache could not carry out this request; see the log")
         self.log.failed("a request failed", error)
-        return Refused(500, "internal_error", "the proxy failed; see its log")
+        return Refusal(500, "internal_error", "the proxy failed; see its log")
 
-    async def _refuse(self, turn: Turn, route: _Route | None, refusal: Refused) -> None:
+    async def _refuse(self, http: HttpExchange, route: Route | None, refusal: Refusal) -> None:
         """Answer with an error, in the format of the API of the request."""
-        turn.facts["error"] = refusal.code
-        if turn.status:  # an answer has begun: without its end, the client sees that it is broken
+        http.facts["error"] = refusal.code
+        if http.status:  # an answer has begun: without its end, the client sees that it is broken
             return
         kind = "invalid_request_error" if refusal.status < 500 else "api_error"
         error = {"type": kind, "message": refusal.message, "code": refusal.code}
         if route is not None and route.api is wire.MESSAGES:
-            await turn.tell({"type": "error", "error": error}, refusal.status, refusal.pairs)
+            await http.tell({"type": "error", "error": error}, refusal.status, refusal.pairs)
         else:
-            await turn.tell({"error": {**error, "param": None}}, refusal.status, refusal.pairs)
+            await http.tell({"error": {**error, "param": None}}, refusal.status, refusal.pairs)
 
     @staticmethod
     def _status(text: str) -> tuple[bytes, bytes]:
@@ -308,109 +322,111 @@ class Proxy:
 
     # Where it goes.
 
-    def _placed(self, turn: Turn) -> _Route:
-        raw = turn.scope.get("raw_path") or quote(turn.scope["path"]).encode()
+    def _placed(self, http: HttpExchange) -> Route:
+        raw = http.scope.get("raw_path") or quote(http.scope["path"]).encode()
         try:
             return self._route(raw)
         except paths.BadPath as error:
-            self._access.check(turn, None)  # what there is else is told to nobody without the token
-            status = 404 if isinstance(error, paths.NoPlace) else 400
-            raise Refused(status, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
+            self._access.check(http, None)  # what there is else is told to nobody without the token
+            status = 404 if isinstance(error, paths.UnknownPath) else 400
+            raise Refusal(status, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
 
-    def _routed(self, raw: bytes) -> _Route:
-        place = paths.place(raw)
-        rest = place.rest
-        own = place.upstream is None and isinstance(place.namespace, Inherited)
+    def _routed(self, raw: bytes) -> Route:
+        destination = paths.destination_of(raw)
+        rest = destination.rest
+        own = destination.upstream is None and isinstance(destination.namespace, Inherited)
         if own and (rest in _OWN or rest == "/cachepipe" or rest.startswith("/cachepipe/")):
-            return _Route(place, None, "", None)
-        if place.upstream is not None:
-            upstream = self.upstreams.get(place.upstream)
+            return Route(destination, None, "", None)
+        if destination.upstream is not None:
+            upstream = self.upstreams.get(destination.upstream)
             if upstream is None:
                 known = ", ".join(self.upstreams)
-                raise paths.NoPlace(f"there is no upstream {place.upstream!r}; there are {known}")
+                raise paths.UnknownPath(f"there is no upstream {destination.upstream!r}; there are {known}")
         elif self._anthropic is not None and _MESSAGES.match(rest):
             upstream = self._anthropic
         else:
             upstream = self._first
         mount = upstream.mount
         if rest != mount and not rest.startswith(f"{mount}/"):
-            raise paths.NoPlace(
+            raise paths.UnknownPath(
                 f"paths of the upstream {upstream.name!r} begin with {mount}; the base URL ends with it"
             )
         below = paths.collapsed(rest[len(mount) :])
-        return _Route(place, upstream, upstream.url + below, wire.api_for("POST", rest))
+        return Route(destination, upstream, upstream.url + below, wire.api_for("POST", rest))
 
-    def _namespace(self, turn: Turn, place: paths.Place) -> str | None:
-        told = turn.says(b"x-cachepipe-namespace")
+    def _namespace(self, http: HttpExchange, destination: paths.Destination) -> str | None:
+        told = http.says(b"x-cachepipe-namespace")
         if told is not None:
             return told
-        return self.settings.namespace if isinstance(place.namespace, Inherited) else place.namespace
+        return (
+            self.settings.namespace if isinstance(destination.namespace, Inherited) else destination.namespace
+        )
 
-    def _mode(self, turn: Turn) -> Mode:
-        told = turn.says(b"x-cachepipe-mode")
+    def _mode(self, http: HttpExchange) -> Mode:
+        told = http.says(b"x-cachepipe-mode")
         if told is None:
             return self.mode
         if told not in MODES:
-            raise Refused(
+            raise Refusal(
                 400, "bad_mode", f"x-cachepipe-mode is one of {', '.join(MODES)}; got {told[:50]!r}"
             )
         if self.settings.replay and told != "replay":
-            raise Refused(400, "bad_mode", f"this server only replays; it cannot {told}", [_NEVER_AGAIN])
+            raise Refusal(400, "bad_mode", f"this server only replays; it cannot {told}", [_NEVER_AGAIN])
         return "bypass" if self.mode == "bypass" else told
 
-    def _run(self, namespace: str | None, run: str | None) -> ServedRun:
+    def _run(self, namespace: str | None, run: str | None) -> ProxyRun:
         """Return the run of a request."""
         if run is None:
             return self._named.get(namespace) or self._default
         found = self._labelled.get((namespace, run))
         if found is None:
             if len(self._labelled) >= _LABELS:
-                raise Refused(
+                raise Refusal(
                     503,
                     "too_many_runs",
                     f"{_LABELS} run labels have been used since the server started; restart it",
                     [_NEVER_AGAIN],
                 )
-            found = self._labelled[namespace, run] = ServedRun()
+            found = self._labelled[namespace, run] = ProxyRun()
         return found
 
     # What it asks.
 
-    async def _asked(self, turn: Turn, route: _Route, namespace: str | None) -> Outcome:
-        mode = self._mode(turn)
+    async def _asked(self, http: HttpExchange, route: Route, namespace: str | None) -> Outcome:
+        mode = self._mode(http)
         why = ""
-        if turn.method != "POST":
+        if http.method != "POST":
             why = "fwd=method"
-        elif route.api is None or mode == "bypass" or b"content-encoding" in turn.named:
+        elif route.api is None or mode == "bypass" or b"content-encoding" in http.named:
             why = "fwd=bypass"
         if why:
-            return await self._passed(turn, route, why, None)
+            return await self._passed(http, route, why, None)
         assert route.api is not None  # noqa: S101 - told above
-        content = await turn.body(self.settings.max_body)
-        query = turn.scope["query_string"].decode("latin-1")
+        content = await http.body(self.settings.max_body)
+        query = http.scope["query_string"].decode("latin-1")
         url = f"{route.url}?{query}" if query else route.url
         counting = {}
         for name in _COUNTING:
-            if name in turn.named and name not in headers.named_by_connection(turn.headers):
-                counting[name.decode()] = ", ".join(headers.said(turn.headers, name))
+            if name in http.named and name not in headers.named_by_connection(http.headers):
+                counting[name.decode()] = ", ".join(headers.said(http.headers, name))
         read = self._read(route.api, url, counting, content)
         if read is None:  # the provider says what is wrong with it, if anything
-            return await self._passed(turn, route, "fwd=bypass", content)
-        exchange = self._exchange(route, url, counting, read, mode, self._claimant(turn, namespace))
-        return await self._drawn(turn, route, exchange, counting)
+            return await self._passed(http, route, "fwd=bypass", content)
+        exchange = self._exchange(route, url, counting, read, mode, self._claimant(http, namespace))
+        return await self._drawn(http, route, exchange, counting)
 
     def _exchange(
         self,
-        route: _Route,
+        route: Route,
         url: str,
         counting: Mapping[str, str],
-        read: Read,
+        read: ParsedBody,
         mode: Mode,
         claimant: Claimant,
-    ) -> Served:
+    ) -> ProxyExchange:
         assert route.upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
         assert route.api is not None  # noqa: S101 - as are those that pass through
-        return Served(
+        return ProxyExchange(
             self.caller,
             route.upstream,
             url,
@@ -428,12 +444,14 @@ class Proxy:
         )
 
     @staticmethod
-    def _claimant(turn: Turn, namespace: str | None) -> Claimant:
+    def _claimant(http: HttpExchange, namespace: str | None) -> Claimant:
         """Return who draws, from a request's headers."""
-        request_id, replicate = turn.says(b"x-cachepipe-request-id"), turn.says(b"x-cachepipe-replicate")
+        request_id, replicate = http.says(b"x-cachepipe-request-id"), http.says(b"x-cachepipe-replicate")
         return Claimant(namespace, request_id, replicate)
 
-    def _read(self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes) -> Read | None:
+    def _read(
+        self, api: wire.Api, url: str, counting: Mapping[str, str], content: bytes
+    ) -> ParsedBody | None:
         """Return the questions of a body; None if the cache cannot answer it.
 
         Raises:
@@ -446,7 +464,7 @@ class Proxy:
         try:
             body = read_object(content)
         except jsontext.LongInteger as error:
-            raise Refused(400, "bad_request", f"the request cannot be keyed: {error}") from None
+            raise Refusal(400, "bad_request", f"the request cannot be keyed: {error}") from None
         if body is None:
             return None
         try:
@@ -458,105 +476,112 @@ class Proxy:
         except (UnkeyableValue, RecursionError, wire.BadRequest):
             return None
         single = len(asks) == asks[0].n == 1 and not asks[0].stream
-        read = Read(body, asks, questions, single)
+        read = ParsedBody(body, asks, questions, single)
         self._memory.put(name, read)
         return read
 
     async def _drawn(
-        self, turn: Turn, route: _Route, exchange: Served, counting: Mapping[str, str]
+        self, http: HttpExchange, route: Route, exchange: ProxyExchange, counting: Mapping[str, str]
     ) -> Outcome:
-        run = self._run(exchange.claimant.namespace, route.place.run)
-        key = turn.says(b"idempotency-key")
-        retry = turn.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
+        run = self._run(exchange.claimant.namespace, route.destination.run)
+        key = http.says(b"idempotency-key")
+        retry = http.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
         entry = None
         if key is not None:
             entry = self._entry(run, exchange, key)
         elif not retry:
-            head = turn.scope.get(HEAD)
+            head = http.scope.get(HEAD)
             if head is not None and exchange.mode == "read-write":
-                scope = {name: turn.scope[name] for name in ("method", "headers")}
-                shown = self._shown(turn, exchange)
-                self.heads.keep(head, Meant(route, exchange.url, counting, exchange.claimant, *shown, scope))
+                scope = {name: http.scope[name] for name in ("method", "headers")}
+                shown = self._shown(http, exchange)
+                self.heads.keep(
+                    head, ParsedHead(route, exchange.url, counting, exchange.claimant, *shown, scope)
+                )
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
-                await self._hand_on(turn, exchange, answer)
+                await self._hand_on(http, exchange, answer)
                 return self._count(exchange)
-        ticket = Ticket(run, retry=retry, entry=entry)
-        return await self._draw(turn, exchange, *self._shown(turn, exchange), ticket)
+        ticket = RequestCounter(run, retry=retry, entry=entry)
+        return await self._draw(http, exchange, *self._shown(http, exchange), ticket)
 
-    def _shown(self, turn: Turn, exchange: Served) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    def _shown(self, http: HttpExchange, exchange: ProxyExchange) -> tuple[list[tuple[bytes, bytes]], bytes]:
         """Return the headers of a call, and a digest of its credentials."""
-        pairs = self._credited(headers.of_question(turn.headers), exchange.upstream)
+        pairs = self._credited(headers.of_question(http.headers), exchange.upstream)
         return pairs, headers.who_asks(exchange.upstream.name, pairs)
 
-    async def _drawn_anew(self, turn: Turn, meant: Meant, read: Read) -> Outcome:
+    async def _drawn_anew(self, http: HttpExchange, head: ParsedHead, read: ParsedBody) -> Outcome:
         """Answer a request after its draw was looked up."""
-        exchange = self._exchange(meant.route, meant.url, meant.counting, read, "read-write", meant.claimant)
-        run = self._run(meant.claimant.namespace, meant.route.place.run)
-        return await self._draw(turn, exchange, meant.pairs, meant.who, Ticket(run))
+        exchange = self._exchange(head.route, head.url, head.counting, read, "read-write", head.claimant)
+        run = self._run(head.claimant.namespace, head.route.destination.run)
+        return await self._draw(http, exchange, head.pairs, head.who, RequestCounter(run))
 
     async def _draw(
-        self, turn: Turn, exchange: Served, pairs: list[tuple[bytes, bytes]], who: bytes, ticket: Ticket
+        self,
+        http: HttpExchange,
+        exchange: ProxyExchange,
+        pairs: list[tuple[bytes, bytes]],
+        who: bytes,
+        ticket: RequestCounter,
     ) -> Outcome:
         exchange.pairs = pairs
         exchange.surface = self._surface(who, exchange.upstream)
         exchange.counter = ticket
         with runs.within(ticket.run):
             task = asyncio.get_running_loop().create_task(exchange.drawn())
-        return await self._await(turn, exchange, ticket, task)
+        return await self._await(http, exchange, ticket, task)
 
-    def at_once(self, meant: Meant, content: bytes, asker: object) -> bytes | Read | None:
+    def at_once(self, head: ParsedHead, content: bytes, asker: object) -> bytes | ParsedBody | None:
         """Return the complete response to a request with a known draw.
 
         For an unknown draw, return the questions of its body, for `go_on`. For a request that must be served
         the normal way, return None.
 
         Args:
-            meant: the meaning of its head.
+            head: the meaning of its head.
             content: its body.
             asker: the asker, which separates requests that are served together from those of one client.
         """
-        api, place = meant.route.api, meant.route.place
+        api, destination = head.route.api, head.route.destination
         if not self._open or api is None:
             return None
         begun = time.perf_counter()
-        namespace = meant.claimant.namespace
+        namespace = head.claimant.namespace
         try:
-            read = self._read(api, meant.url, meant.counting, content)
+            read = self._read(api, head.url, head.counting, content)
             if read is None or not read.single:
                 return None
-            counted = self._run(namespace, place.run).counted
-            grants = recalled(self.surface, read.asks, read.questions, meant.claimant, counted)
-        except (CachepipeError, Refused):
+            counted = self._run(namespace, destination.run).counted
+            grants = recalled(self.surface, read.asks, read.questions, head.claimant, counted)
+        except (CachepipeError, Refusal):
             return None  # what is wrong is told the ordinary way
         if grants is None:
             return read
         key, index, kept = read.questions[0].key, grants[0].indices[0], kept_of(grants[0])
         merged = self.surface.duplicated(key, namespace, 1, asker)[0]
         content = body_from(api, read.asks[0], kept)
-        self.counters.hit(namespace, key, index, kept[0], meant.url)
+        self.counters.hit(namespace, key, index, kept[0], head.url)
         self.counters.ended(namespace, "hit")
-        self.log.hit(place, namespace, key, len(content), begun)
+        self.log.hit(destination, namespace, key, len(content), begun)
         made_by = b"".join([b"%b: %b\r\n" % pair for pair in _made_by(api, kept[0].made_by)])
         told = (made_by, key.encode(), _FLAGS[merged], index, len(content), content)
         return _ONE_HIT % told
 
-    def _entry(self, run: ServedRun, exchange: Served, key: str) -> Any:
+    def _entry(self, run: ProxyRun, exchange: ProxyExchange, key: str) -> Any:
         """Return the entry of an idempotency key.
 
         Raises:
-            Refused: when it was used with another request.
+            Refusal: when it was used with another request.
         """
         if len(key) > _LONGEST_KEY:
-            raise Refused(
+            raise Refusal(
                 400, "bad_idempotency_key", f"an Idempotency-Key has at most {_LONGEST_KEY} characters"
             )
         claimant = exchange.claimant
         asked = (*exchange.record.keys, claimant.request_id or "", label(claimant.replicate))
         entry = run.entry(label(claimant.namespace), key, asked)
         if entry.questions != asked:
-            raise Refused(
+            raise Refusal(
                 422,
                 "idempotency_key_reused",
                 "this Idempotency-Key was used with another request; each request has its own",
@@ -586,25 +611,25 @@ class Proxy:
 
     async def _await(
         self,
-        turn: Turn,
-        exchange: Served,
-        ticket: Ticket,
+        http: HttpExchange,
+        exchange: ProxyExchange,
+        ticket: RequestCounter,
         task: asyncio.Task[Answer],
     ) -> Outcome:
         """Return the answer of a draw; if the client leaves, continue the draw without it."""
         try:
-            here = await turn.or_gone(task)
+            here = await http.or_gone(task)
         except BaseException:  # the server stops
             self._leave(exchange, ticket, task)
             raise
-        if not here or turn.gone:  # in one turn with the answer, perhaps: nothing of it was sent
+        if not here or http.gone:  # in one turn with the answer, perhaps: nothing of it was sent
             self._leave(exchange, ticket, task)
             raise ClientGone
         try:
             answer = task.result()
-            live = answer.arrived is not None and isinstance(answer.content, Source)
+            live = answer.arrived is not None and isinstance(answer.content, BodySource)
             if not live:
-                await self._hand_on(turn, exchange, answer)
+                await self._hand_on(http, exchange, answer)
         except asyncio.CancelledError:
             ticket.unanswered()
             if not task.cancelled():
@@ -614,11 +639,11 @@ class Proxy:
             ticket.unanswered()
             raise
         if live:
-            return await self._streamed(turn, exchange, ticket, answer)
+            return await self._streamed(http, exchange, ticket, answer)
         ticket.delivered()
         return self._count(exchange) if answer.kept else "error"
 
-    def _leave(self, exchange: Served, ticket: Ticket, task: asyncio.Task[Answer]) -> None:
+    def _leave(self, exchange: ProxyExchange, ticket: RequestCounter, task: asyncio.Task[Answer]) -> None:
         """Continue the draw of a client that has gone, and store its samples for the next request."""
         if exchange.stream and not task.done():
             task.add_done_callback(lambda _: ticket.unanswered())
@@ -634,7 +659,7 @@ class Proxy:
             ticket.ended()
             if not task.cancelled() and task.exception() is None:
                 content = task.result().content
-                if isinstance(content, Source):
+                if isinstance(content, BodySource):
                     content.leave()
                 elif exchange.record.responses is not None:
                     self.counters.drew(exchange.claimant.namespace, exchange.record.responses, exchange.url)
@@ -643,13 +668,13 @@ class Proxy:
 
     async def _streamed(
         self,
-        turn: Turn,
-        exchange: Served,
-        ticket: Ticket,
+        http: HttpExchange,
+        exchange: ProxyExchange,
+        ticket: RequestCounter,
         answer: Answer,
     ) -> Outcome:
         source = answer.content
-        assert isinstance(source, Source)  # noqa: S101 - told by the caller
+        assert isinstance(source, BodySource)  # noqa: S101 - told by the caller
         assert answer.arrived is not None  # noqa: S101 - likewise
         drawing = exchange.task
         pairs = headers.of_answer(answer.arrived.response.pairs)
@@ -657,12 +682,12 @@ class Proxy:
         broken: Exception | None = None
         whole = False
         try:
-            await turn.start(answer.arrived.response.status, pairs)
-            whole = await turn.stream(source.aread())
+            await http.start(answer.arrived.response.status, pairs)
+            whole = await http.stream(source.aread())
         except UpstreamUnreachable as error:
             broken = error
         finally:
-            if not whole and not (isinstance(source, Watched) and source.finished):
+            if not whole and not (isinstance(source, StreamSource) and source.finished):
                 exchange.give_back()
             source.leave()
             if drawing is None or drawing.done():
@@ -671,7 +696,7 @@ class Proxy:
                 self.counters.background += 1
                 drawing.add_done_callback(functools.partial(self._abandoned, exchange, ticket))
         if broken is not None:
-            turn.facts["error"] = "upstream_broke_off"
+            http.facts["error"] = "upstream_broke_off"
             return "error"
         if not whole:
             raise ClientGone
@@ -679,11 +704,15 @@ class Proxy:
             return "passed"
         return "miss" if drawing is not None and _succeeded(drawing) else "error"
 
-    def _abandoned(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any]) -> None:
+    def _abandoned(
+        self, exchange: ProxyExchange, ticket: RequestCounter, drawing: asyncio.Future[Any]
+    ) -> None:
         self.counters.background -= 1
         self._stream_ended(exchange, ticket, drawing)
 
-    def _stream_ended(self, exchange: Served, ticket: Ticket, drawing: asyncio.Future[Any] | None) -> None:
+    def _stream_ended(
+        self, exchange: ProxyExchange, ticket: RequestCounter, drawing: asyncio.Future[Any] | None
+    ) -> None:
         if drawing is not None and _succeeded(drawing):
             if exchange.given_back:
                 ticket.ended()
@@ -695,22 +724,22 @@ class Proxy:
 
     # What is answered.
 
-    async def _hand_on(self, turn: Turn, exchange: Served, answer: Answer) -> None:
+    async def _hand_on(self, http: HttpExchange, exchange: ProxyExchange, answer: Answer) -> None:
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
-            pairs = headers.shown([_EVENTS if isinstance(content, Source) else JSON])
+            pairs = headers.shown([_EVENTS if isinstance(content, BodySource) else JSON])
             pairs += _made_by(exchange.api, answer.made_by)
         else:
             status = arrived.response.status
             pairs = headers.of_answer(arrived.response.pairs)
         pairs += self._told(exchange, answer)
-        if isinstance(content, Source):
+        if isinstance(content, BodySource):
             content = b"".join(content.read())
-        turn.facts["key"] = exchange.record.keys[0]
-        await turn.answer(status, pairs, content)
+        http.facts["key"] = exchange.record.keys[0]
+        await http.answer(status, pairs, content)
 
-    def _told(self, exchange: Served, answer: Answer) -> list[tuple[bytes, bytes]]:
+    def _told(self, exchange: ProxyExchange, answer: Answer) -> list[tuple[bytes, bytes]]:
         """Return the headers that describe where an answer comes from."""
         if not answer.kept:
             return [self._status("fwd=miss")]
@@ -732,7 +761,7 @@ class Proxy:
             return [*pairs, _HIT]
         return [*pairs, self._status(f"fwd={'partial' if any(cached) else 'miss'}{stored}")]
 
-    def _count(self, exchange: Served) -> Outcome:
+    def _count(self, exchange: ProxyExchange) -> Outcome:
         responses = exchange.record.responses or ()
         self.counters.drew(exchange.claimant.namespace, responses, exchange.url)
         flags = [flag for response in responses for flag in response.cached or ()]
@@ -740,10 +769,10 @@ class Proxy:
 
     # What is passed through.
 
-    async def _passed(self, turn: Turn, route: _Route, why: str, content: bytes | None) -> Outcome:
+    async def _passed(self, http: HttpExchange, route: Route, why: str, content: bytes | None) -> Outcome:
         """Forward a request unchanged, and its answer as it comes."""
-        if self.settings.replay or turn.says(b"x-cachepipe-mode") == "replay":
-            raise Refused(
+        if self.settings.replay or http.says(b"x-cachepipe-mode") == "replay":
+            raise Refusal(
                 404,
                 "not_cached",
                 "this request cannot be answered from a cache, and this proxy only replays",
@@ -751,25 +780,25 @@ class Proxy:
             )
         upstream = route.upstream
         assert upstream is not None  # noqa: S101 - routes of the proxy's own are served elsewhere
-        pairs = self._credited(headers.to_upstream(turn.headers), upstream)
-        length = turn.named.get(b"content-length")
+        pairs = self._credited(headers.to_upstream(http.headers), upstream)
+        length = http.named.get(b"content-length")
         sent: Any = content
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if content is None:
             if length is not None and length != b"0":
                 pairs.append((b"content-length", length))
-                sent = turn.chunks(taken)
-            elif b"transfer-encoding" in turn.named:
-                sent = turn.chunks(taken)
-        query = turn.scope["query_string"]
+                sent = http.chunks(taken)
+            elif b"transfer-encoding" in http.named:
+                sent = http.chunks(taken)
+        query = http.scope["query_string"]
         url = f"{route.url}?{query.decode('latin-1')}" if query else route.url
         work = asyncio.get_running_loop().create_task(
-            self.caller.call(upstream, turn.method, url, pairs, sent)
+            self.caller.call(upstream, http.method, url, pairs, sent)
         )
         try:
             if sent is not content:  # a client is watched only once its body has been read
                 await asyncio.wait((work, taken), return_when=asyncio.FIRST_COMPLETED)
-            reader = await work if await turn.or_gone(work) else None
+            reader = await work if await http.or_gone(work) else None
         except BaseException:
             work.cancel()
             raise
@@ -780,8 +809,8 @@ class Proxy:
             pairs = headers.from_upstream(reader.pairs)
             if reader.status in (204, 304):  # what has no body has no length of one that would come
                 pairs = [pair for pair in pairs if pair[0] != b"content-length"]
-            await turn.start(reader.status, [*pairs, self._status(why)])
-            if not await turn.stream(reader.aiter_raw()):
+            await http.start(reader.status, [*pairs, self._status(why)])
+            if not await http.stream(reader.aiter_raw()):
                 raise ClientGone
         finally:
             await reader.aclose()
@@ -789,30 +818,30 @@ class Proxy:
 
     # The proxy's own.
 
-    async def _own(self, turn: Turn, path: str) -> None:
+    async def _own(self, http: HttpExchange, path: str) -> None:
         if path == "/cachepipe/runs":
-            await self._new_run(turn)
+            await self._new_run(http)
             return
-        if turn.method not in ("GET", "HEAD"):
-            raise Refused(405, "bad_method", f"{path} supports GET only", [(b"allow", b"GET, HEAD")])
+        if http.method not in ("GET", "HEAD"):
+            raise Refusal(405, "bad_method", f"{path} supports GET only", [(b"allow", b"GET, HEAD")])
         if path == "/healthz":
-            await turn.tell({"status": "ok"})
+            await http.tell({"status": "ok"})
         elif path == "/readyz":
-            await turn.tell({"status": "ok" if self.ready else "stopping"}, 200 if self.ready else 503)
+            await http.tell({"status": "ok" if self.ready else "stopping"}, 200 if self.ready else 503)
         elif path == "/metrics":
             kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
-            await turn.answer(200, [kind, *headers.INERT], self.counters.metrics())
+            await http.answer(200, [kind, *headers.INERT], self.counters.metrics())
         elif path in page.FILES:
-            await turn.answer(200, *page.answer(path))
+            await http.answer(200, *page.answer(path))
         elif path in ("/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
-            await turn.tell(self._state())
+            await http.tell(self._state())
         elif path == "/cachepipe/api/counters":
             await asyncio.to_thread(self.counters.prices.learn)
-            await turn.tell(self.counters.as_json())
+            await http.tell(self.counters.as_json())
         elif path.startswith("/cachepipe/api/"):
-            await self._browse(turn, path.removeprefix("/cachepipe/api"))
+            await self._browse(http, path.removeprefix("/cachepipe/api"))
         else:
-            raise Refused(404, "not_found", f"{path[:200]} does not exist; see /cachepipe")
+            raise Refusal(404, "not_found", f"{path[:200]} does not exist; see /cachepipe")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -833,45 +862,45 @@ class Proxy:
             ],
         }
 
-    async def _new_run(self, turn: Turn) -> None:
+    async def _new_run(self, http: HttpExchange) -> None:
         """Begin a new run: of every namespace, or of one."""
-        if turn.method != "POST":
-            raise Refused(405, "bad_method", "begin a run with POST", [(b"allow", b"POST")])
-        content = await turn.body(65_536)
+        if http.method != "POST":
+            raise Refusal(405, "bad_method", "begin a run with POST", [(b"allow", b"POST")])
+        content = await http.body(65_536)
         options = None
         with contextlib.suppress(jsontext.LongInteger):
             options = read_object(content) if content.strip() else {}
         if options is None or not {*options} <= {"namespace"}:
-            raise Refused(400, "bad_run", 'begin a run with an empty body, or with {"namespace": "NAME"}')
+            raise Refusal(400, "bad_run", 'begin a run with an empty body, or with {"namespace": "NAME"}')
         if "namespace" in options:
             namespace = options["namespace"]
             if namespace is not None and not isinstance(namespace, str):
-                raise Refused(400, "bad_run", f"a namespace is a text or null; got {namespace!r:.100}")
+                raise Refusal(400, "bad_run", f"a namespace is a text or null; got {namespace!r:.100}")
             if len(self._named) >= _LABELS and namespace not in self._named:
-                raise Refused(
+                raise Refusal(
                     503, "too_many_runs", "too many namespaces have runs of their own; restart the server"
                 )
-            self._named[namespace] = ServedRun()
+            self._named[namespace] = ProxyRun()
             served = namespace in self.counters.namespaces
             options["known"] = served or await asyncio.to_thread(self._holds, namespace)
         else:
-            self._default = ServedRun()
+            self._default = ProxyRun()
             self._named.clear()
-        await turn.tell({"run": secrets.token_hex(8), **options}, 201)
+        await http.tell({"run": secrets.token_hex(8), **options}, 201)
 
     def _holds(self, namespace: str | None) -> bool:
         """Return True if the cache has draws of a namespace."""
         return any(info.namespace == namespace for info in self.store.namespaces())
 
-    async def _browse(self, turn: Turn, path: str) -> None:
-        query = turn.scope["query_string"].decode("latin-1")
+    async def _browse(self, http: HttpExchange, path: str) -> None:
+        query = http.scope["query_string"].decode("latin-1")
         try:
             found = await asyncio.to_thread(browse.answer, self.store, path, query)
         except browse.BadQuery as error:
-            raise Refused(400, "bad_query", str(error)) from None
+            raise Refusal(400, "bad_query", str(error)) from None
         except browse.NotThere as error:
-            raise Refused(404, "not_found", str(error)) from None
-        await turn.tell(found)
+            raise Refusal(404, "not_found", str(error)) from None
+        await http.tell(found)
 
 
 _WORDS: Final = {True: "true", False: "false"}

@@ -15,7 +15,7 @@ _PER_BYTE: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ParsedBody:
     """A parsed request body. Equal requests share it, so it must not be changed.
 
     Attributes:
@@ -31,7 +31,7 @@ class Read:
     single: bool = False
 
 
-class Memory:
+class BodyCache:
     """The most recent parsed bodies: an evaluation asks the same questions again and again.
 
     Args:
@@ -43,16 +43,16 @@ class Memory:
         self._size = size
         self._largest = largest
         self._held = 0
-        self._read: OrderedDict[tuple[Any, ...], Read] = OrderedDict()
+        self._read: OrderedDict[tuple[Any, ...], ParsedBody] = OrderedDict()
 
-    def get(self, name: tuple[Any, ...]) -> Read | None:
+    def get(self, name: tuple[Any, ...]) -> ParsedBody | None:
         """Return a parsed body; its name ends with its bytes."""
         read = self._read.get(name)
         if read is not None:
             self._read.move_to_end(name)
         return read
 
-    def put(self, name: tuple[Any, ...], read: Read) -> None:
+    def put(self, name: tuple[Any, ...], read: ParsedBody) -> None:
         """Remember a parsed body, and forget the least recently used ones."""
         if len(name[-1]) > self._largest or name in self._read:
             return
@@ -62,7 +62,7 @@ class Memory:
             self._held -= _weight(*self._read.popitem(last=False))
 
 
-def _weight(name: tuple[Any, ...], read: Read) -> int:
+def _weight(name: tuple[Any, ...], read: ParsedBody) -> int:
     """Return the approximate number of bytes of memory of a parsed body: its text, values and questions."""
     return _QUESTION * len(read.questions) + _PER_BYTE * len(name[-1])
 

@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from cachepipe import prices, wire
 from cachepipe.accounting import Account, Delivered, Seller, Usage, usage_of
-from cachepipe.proxy.upstream import Caller
-from cachepipe.sdk.exchange import Kept
+from cachepipe.providers.generation import Kept
+from cachepipe.proxy.upstream import UpstreamClient
 from cachepipe.typedefs import Response
 
 Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"]
@@ -115,7 +115,7 @@ class Counters:
         clock: tells the time in seconds since 1970.
     """
 
-    def __init__(self, caller: Caller, clock: Any = time.time) -> None:
+    def __init__(self, caller: UpstreamClient, clock: Any = time.time) -> None:
         self.caller = caller
         self.clock = clock
         self.started: float = clock()

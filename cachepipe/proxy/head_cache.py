@@ -20,7 +20,7 @@ _LARGEST_BODY: Final = 32 << 10  # bytes of a body on the fast path; larger ones
 _MOST: Final = 1024  # heads that are kept
 
 
-class Asked(NamedTuple):
+class RequestStart(NamedTuple):
     """The beginning of a request.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
     size: int
 
 
-def asked(data: bytes) -> Asked | None:
+def split_head(data: bytes) -> RequestStart | None:
     """Return the beginning of a request, if the bytes contain the whole head of a request with a body."""
     end = data.find(_END) + 4
     if not 4 < end <= _LARGEST_HEAD:
@@ -49,7 +49,7 @@ def asked(data: bytes) -> Asked | None:
     if not length.isdigit() or len(length) > 5:
         return None
     size = int(length)
-    return Asked(data[:at] + data[stop:end], end, size) if size <= _LARGEST_BODY else None
+    return RequestStart(data[:at] + data[stop:end], end, size) if size <= _LARGEST_BODY else None
 
 
 def is_plain(name: bytes) -> bool:
@@ -61,7 +61,7 @@ def is_plain(name: bytes) -> bool:
     )
 
 
-class Heads(dict[bytes, Any]):
+class HeadCache(dict[bytes, Any]):
     """The meanings of the most recent heads, by their bytes without the body's length."""
 
     def keep(self, name: bytes, meaning: Any) -> None:

@@ -31,7 +31,7 @@ class _Live:
 
 
 @dataclass(slots=True)
-class Entry:
+class IdempotencyEntry:
     """The draws of the requests with one idempotency key.
 
     Attributes:
@@ -45,7 +45,7 @@ class Entry:
     delivered: bool = False
 
 
-class ServedRun(Run):
+class ProxyRun(Run):
     """A run of a proxy: its counts, and the draws that requests in flight hold."""
 
     def __init__(self) -> None:
@@ -53,17 +53,17 @@ class ServedRun(Run):
         self.counted = Occurrences()
         self.live: dict[Identity, dict[int, _Live]] = {}
         self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken yet
-        self.entries: OrderedDict[tuple[str, str], Entry] = OrderedDict()
+        self.entries: OrderedDict[tuple[str, str], IdempotencyEntry] = OrderedDict()
 
     def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store
         """Return the counts of this run."""
         return self.counted
 
-    def entry(self, label: str, key: str, questions: tuple[str, ...]) -> Entry:
+    def entry(self, label: str, key: str, questions: tuple[str, ...]) -> IdempotencyEntry:
         """Return the entry of an idempotency key, in the namespace with this label."""
         entry = self.entries.get((label, key))
         if entry is None:
-            entry = self.entries[label, key] = Entry(questions)
+            entry = self.entries[label, key] = IdempotencyEntry(questions)
             if len(self.entries) > _KEYS:
                 self.entries.popitem(last=False)
         else:
@@ -71,7 +71,7 @@ class ServedRun(Run):
         return entry
 
 
-class Ticket:
+class RequestCounter:
     """One request in a run: counts the occurrences of its draws, or attaches to an earlier attempt.
 
     Args:
@@ -80,7 +80,7 @@ class Ticket:
         entry: the entry of its idempotency key, if it has one.
     """
 
-    def __init__(self, run: ServedRun, *, retry: bool = False, entry: Entry | None = None) -> None:
+    def __init__(self, run: ProxyRun, *, retry: bool = False, entry: IdempotencyEntry | None = None) -> None:
         self.run = run
         self.retry = retry
         self.entry = entry

@@ -14,8 +14,8 @@ from typing import Any, Final
 import orjson
 
 from cachepipe.errors import CachepipeWarning
-from cachepipe.proxy.paths import Place
-from cachepipe.proxy.turn import Turn
+from cachepipe.proxy.http_exchange import HttpExchange
+from cachepipe.proxy.paths import Destination
 
 _DELAY: Final = 0.05  # seconds that lines are gathered
 _LEVELS: Final = {
@@ -26,7 +26,7 @@ _LEVELS: Final = {
 }
 
 
-class Log:
+class RequestLog:
     """Writes the log entries of requests.
 
     Args:
@@ -41,30 +41,32 @@ class Log:
         self._other_warning: Callable[..., None] = warnings.showwarning
 
     @staticmethod
-    def seconds(turn: Turn) -> float:
+    def seconds(http: HttpExchange) -> float:
         """Return how long a request has taken so far."""
-        return time.perf_counter() - turn.begun
+        return time.perf_counter() - http.begun
 
-    def request(self, turn: Turn, place: Place | None, namespace: str | None, outcome: str) -> None:
+    def request(
+        self, http: HttpExchange, destination: Destination | None, namespace: str | None, outcome: str
+    ) -> None:
         """Write the entry of a request that has ended."""
         if outcome not in self._wanted:
             return
         self._write(
             {
                 "at": round(time.time(), 3),
-                "method": turn.method,
-                "path": place.rest if place is not None else None,
-                "upstream": place.upstream if place is not None else None,
+                "method": http.method,
+                "path": destination.rest if destination is not None else None,
+                "upstream": destination.upstream if destination is not None else None,
                 "namespace": namespace,
-                "status": turn.status,
+                "status": http.status,
                 "outcome": outcome,
-                "ms": round(self.seconds(turn) * 1000, 1),
-                "bytes": turn.sent,
-                **turn.facts,
+                "ms": round(self.seconds(http) * 1000, 1),
+                "bytes": http.sent,
+                **http.facts,
             }
         )
 
-    def hit(self, place: Place, namespace: str | None, key: str, size: int, begun: float) -> None:
+    def hit(self, destination: Destination, namespace: str | None, key: str, size: int, begun: float) -> None:
         """Write the entry of a request that was answered at once."""
         if "hit" not in self._wanted:
             return
@@ -72,8 +74,8 @@ class Log:
             {
                 "at": round(time.time(), 3),
                 "method": "POST",
-                "path": place.rest,
-                "upstream": place.upstream,
+                "path": destination.rest,
+                "upstream": destination.upstream,
                 "namespace": namespace,
                 "status": 200,
                 "outcome": "hit",

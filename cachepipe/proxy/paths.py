@@ -30,11 +30,11 @@ class BadPath(ValueError):  # noqa: N818 - names the thing at fault
     """A path that is not allowed."""
 
 
-class NoPlace(BadPath):
+class UnknownPath(BadPath):
     """A path that does not exist."""
 
 
-class Place(NamedTuple):
+class Destination(NamedTuple):
     """The destination of a request.
 
     Attributes:
@@ -50,7 +50,7 @@ class Place(NamedTuple):
     upstream: str | None = None
 
 
-def place(raw: bytes) -> Place:
+def destination_of(raw: bytes) -> Destination:
     """Return the destination of a path.
 
     Args:
@@ -75,7 +75,7 @@ def place(raw: bytes) -> Place:
         text = decoded
     else:
         raise BadPath("the path is percent-encoded too many times")
-    found = Place(collapsed(raw.decode("ascii")))
+    found = Destination(collapsed(raw.decode("ascii")))
     while True:
         head, name, rest = _split(found.rest)
         if head == "ns" and found.namespace is INHERITED:

@@ -16,12 +16,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
 
 from cachepipe.errors import CachepipeError
-from cachepipe.proxy.app import Meant, Proxy
-from cachepipe.proxy.body_cache import Read
-from cachepipe.proxy.head_cache import HEAD, asked, is_plain
+from cachepipe.proxy.app import ParsedHead, Proxy
+from cachepipe.proxy.body_cache import ParsedBody
+from cachepipe.proxy.head_cache import HEAD, is_plain, split_head
 from cachepipe.proxy.headers import named_by_connection
-from cachepipe.proxy.settings import BadSettings, Settings
-from cachepipe.proxy.turn import KEEPS, WHOLE
+from cachepipe.proxy.http_exchange import KEEP_ALIVE, ONE_MESSAGE
+from cachepipe.proxy.settings import BadSettings, ProxySettings
 
 try:
     import httptools
@@ -79,7 +79,7 @@ class _Cycle(RequestResponseCycle):
     """A request with a known head and body; an answer in one message is written in one piece."""
 
     async def send(self, message: Any) -> None:
-        if not message.get(WHOLE):
+        if not message.get(ONE_MESSAGE):
             await super().send(message)
             return
         transport = self.transport
@@ -94,7 +94,7 @@ class _Cycle(RequestResponseCycle):
             self.transport = transport
 
 
-class Protocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, hardened for untrusted clients.
 
     It limits the size and the time of heads, accepts only paths as targets, and drops answers that a client
@@ -170,7 +170,7 @@ class Protocol(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    # Heads.
+    # HeadCache.
 
     def _await_head(self) -> None:
         if self._late is None:
@@ -203,11 +203,11 @@ class Protocol(HttpToolsProtocol):
         cycle = self.cycle
         if (cycle is not None and not cycle.response_complete) or self.flow.write_paused:
             return False
-        begun = asked(data)
+        begun = split_head(data)
         if begun is None:
             return False
-        meant = self._proxy.heads.get(begun.name)
-        if meant is None:
+        head = self._proxy.heads.get(begun.name)
+        if head is None:
             self._name = begun.name
             return False
         missing = begun.end + begun.size - len(data)
@@ -219,12 +219,12 @@ class Protocol(HttpToolsProtocol):
             return True
         if missing < 0 or len(self.connections) > self._proxy.settings.max_connections:
             return False
-        written = self._proxy.at_once(meant, data[begun.end :], self)
+        written = self._proxy.at_once(head, data[begun.end :], self)
         if written is None:
             return False
         self._stop_waiting()
-        if isinstance(written, Read):
-            self._go_on(meant, written)
+        if isinstance(written, ParsedBody):
+            self._go_on(head, written)
             return True
         self._used = self.loop.time()
         if self.timeout_keep_alive_task is None:
@@ -232,10 +232,10 @@ class Protocol(HttpToolsProtocol):
         self.transport.write(written)
         return True
 
-    def _go_on(self, meant: Meant, read: Read) -> None:
+    def _go_on(self, head: ParsedHead, read: ParsedBody) -> None:
         """Begin to serve a request with a known head and body, as if they had been parsed."""
         self._unset_keepalive_if_required()
-        scope: Any = {"type": "http", "http_version": "1.1", WHOLE: True, **meant.scope}
+        scope: Any = {"type": "http", "http_version": "1.1", ONE_MESSAGE: True, **head.scope}
         self.cycle = _Cycle(
             scope=scope,
             transport=self.transport,
@@ -250,7 +250,7 @@ class Protocol(HttpToolsProtocol):
             on_response=self.on_response_complete,
         )
         self.cycle.more_body = False
-        app: Any = functools.partial(self._proxy.go_on, meant, read)
+        app: Any = functools.partial(self._proxy.go_on, head, read)
         task = self.loop.create_task(self.cycle.run_asgi(app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
@@ -408,7 +408,7 @@ class Protocol(HttpToolsProtocol):
         self._name = None
         keeps = self.parser.should_keep_alive() and b"close" not in named_by_connection(self.headers)
         if version == "1.0" and keeps:
-            self.scope[KEEPS] = True  # type: ignore[typeddict-unknown-key]
+            self.scope[KEEP_ALIVE] = True  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
         if version == "1.0":  # knows no chunks
             self.cycle.keep_alive = keeps
@@ -449,7 +449,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 proxy,
-                http=Protocol,
+                http=HttpProtocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -513,7 +513,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def listen(settings: Settings) -> socket.socket:
+def listen(settings: ProxySettings) -> socket.socket:
     """Return a socket that listens at the address in the settings.
 
     Raises:
@@ -544,7 +544,7 @@ def _hush() -> None:
     logger.propagate = False
 
 
-def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None:
+def serve(settings: ProxySettings, told: Callable[[str], None] | None = None) -> None:
     """Serve until the process receives SIGINT or SIGTERM, then finish what is in flight.
 
     Args:
@@ -572,7 +572,9 @@ def serve(settings: Settings, told: Callable[[str], None] | None = None) -> None
 
 
 @contextlib.contextmanager
-def running(settings: Settings, log: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[Server]:
+def running(
+    settings: ProxySettings, log: Callable[[Mapping[str, Any]], None] | None = None
+) -> Iterator[Server]:
     """Run a proxy on its own loop, in a thread, within a context.
 
     Args:

@@ -18,7 +18,7 @@ from cachepipe.flow import Limits, Retries
 from cachepipe.flow.flow import Flow
 
 Kind = Literal["openai", "anthropic"]
-Log = Literal["all", "calls", "errors", "off"]
+LogLevel = Literal["all", "calls", "errors", "off"]
 KINDS: Final = ("openai", "anthropic")
 LOGS: Final = ("all", "calls", "errors", "off")
 
@@ -162,7 +162,7 @@ def _url(what: str, url: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProxySettings:
     """The settings of a proxy; every proxy calls `checked`.
 
     Attributes:
@@ -207,7 +207,7 @@ class Settings:
     timeout: float = 600.0
     client_timeout: float = 120.0
     shutdown_timeout: float = 60.0
-    log: Log = "calls"
+    log: LogLevel = "calls"
 
     def checked(self) -> Self:
         """Return these settings.
@@ -267,11 +267,11 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 _OF_UPSTREAM: Final = ("url", "kind", "mount", "api_key_env", "key_header", "limits")
 
 
-def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> Settings:
+def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> ProxySettings:
     """Return the settings in a TOML file, not yet checked as a whole.
 
-    In addition to the names of `Settings` it may have ``token_env``, ``default`` (the upstream for paths that
-    name none), the tables ``[upstreams.NAME]`` with ``url``, ``kind``, ``mount``, ``api_key_env`` and
+    In addition to the names of `ProxySettings` it may have ``token_env``, ``default`` (the upstream for paths
+    that name none), the tables ``[upstreams.NAME]`` with ``url``, ``kind``, ``mount``, ``api_key_env`` and
     ``key_header``, and ``[upstreams.NAME.limits]`` with the limits of `Upstream.of`. API keys are never in
     the file.
 
@@ -308,7 +308,7 @@ def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | Non
         upstreams.sort(key=lambda upstream: upstream.name != table["default"])
     if "token_env" in table:
         values["token"] = secret(table["token_env"], environment)
-    return Settings(upstreams=tuple(upstreams), **values)
+    return ProxySettings(upstreams=tuple(upstreams), **values)
 
 
 def _upstream(file: Path, name: str, table: Mapping[str, Any], environment: Mapping[str, str]) -> Upstream:
@@ -358,11 +358,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def with_upstreams(settings: Settings, upstreams: list[Upstream]) -> Settings:
+def with_upstreams(settings: ProxySettings, upstreams: list[Upstream]) -> ProxySettings:
     """Return settings with these upstreams, followed by the upstreams that they had."""
     own = {upstream.name for upstream in upstreams}
     kept = [upstream for upstream in settings.upstreams if upstream.name not in own]
     return replace(settings, upstreams=(*upstreams, *kept))
 
 
-assert {*_TYPES} | {"upstreams", "token"} == {each.name for each in fields(Settings)}  # noqa: S101 - by hand
+assert {*_TYPES} | {"upstreams", "token"} == {each.name for each in fields(ProxySettings)}  # noqa: S101 - by hand

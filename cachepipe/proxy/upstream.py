@@ -12,10 +12,11 @@ from typing import Any, Final
 
 from cachepipe import jsontext, outages, wire
 from cachepipe.errors import CachepipeError
+from cachepipe.providers.exchange import Exchange
+from cachepipe.providers.generation import Kept
+from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
-from cachepipe.proxy.settings import Settings, Upstream
-from cachepipe.sdk.exchange import Exchange, Kept
-from cachepipe.sdk.internals import Arrived, Source
+from cachepipe.proxy.settings import ProxySettings, Upstream
 
 try:
     import httpx2 as httpx
@@ -54,7 +55,7 @@ class UpstreamTimeout(UpstreamUnreachable):
     """An upstream took too long."""
 
 
-class Reader:
+class UpstreamResponse:
     """A response of an upstream with a body that is read as it comes; it counts as a call in flight."""
 
     def __init__(self, response: Any, upstream: str, url: str, release: Callable[[], None]) -> None:
@@ -94,7 +95,7 @@ class Reader:
             async for chunk in self.response.aiter_raw():
                 yield chunk
 
-    async def aread(self, most: int) -> bytes | Source:
+    async def aread(self, most: int) -> bytes | BodySource:
         """Return the body and close the response; for a body of more than ``most`` bytes, return a source."""
         chunks = self.aiter_bytes()
         begun: deque[bytes] = deque()
@@ -104,7 +105,7 @@ class Reader:
                 begun.append(chunk)
                 size += len(chunk)
                 if size > most:
-                    return _Rest(self, begun, chunks)
+                    return _UnreadBody(self, begun, chunks)
         except BaseException:
             await self.aclose()
             raise
@@ -118,10 +119,10 @@ class Reader:
             await self.response.aclose()
 
 
-class _Rest(Source):
+class _UnreadBody(BodySource):
     """A body that is too large to be kept: the part that was read, then the rest as it comes."""
 
-    def __init__(self, reader: Reader, begun: deque[bytes], chunks: AsyncIterator[bytes]) -> None:
+    def __init__(self, reader: UpstreamResponse, begun: deque[bytes], chunks: AsyncIterator[bytes]) -> None:
         super().__init__()
         self._reader = reader
         self._begun = begun
@@ -147,8 +148,8 @@ class _Rest(Source):
 
 @contextlib.asynccontextmanager
 async def _explained(upstream: str, url: str) -> AsyncIterator[None]:
-    """Turn an error of the connection into one of ours, which contains no header."""
-    where = f"the upstream {upstream!r} at {outages.place(url)}"
+    """HttpExchange an error of the connection into one of ours, which contains no header."""
+    where = f"the upstream {upstream!r} at {outages.public_url(url)}"
     try:
         yield
     except httpx.TimeoutException as error:
@@ -165,10 +166,10 @@ async def _explained(upstream: str, url: str) -> AsyncIterator[None]:
         ) from None
 
 
-class Caller:
+class UpstreamClient:
     """The connections to the upstreams of a proxy."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ProxySettings) -> None:
         self.most = settings.max_answer
         limits = httpx.Limits(
             max_connections=None, max_keepalive_connections=settings.max_calls, keepalive_expiry=30.0
@@ -191,7 +192,7 @@ class Caller:
         url: str,
         pairs: Sequence[tuple[bytes, bytes]],
         content: bytes | AsyncIterator[bytes] | None,
-    ) -> Reader:
+    ) -> UpstreamResponse:
         """Return an upstream's answer with its body unread; the caller closes it.
 
         Raises:
@@ -219,7 +220,7 @@ class Caller:
         except BaseException:
             release()
             raise
-        reader = Reader(response, name, url, release)
+        reader = UpstreamResponse(response, name, url, release)
         if not 200 <= reader.status < 600:
             await reader.aclose()
             raise UpstreamUnreachable(
@@ -232,7 +233,7 @@ class Caller:
         await self._client.aclose()
 
 
-class Served(Exchange):
+class ProxyExchange(Exchange):
     """A request to the proxy that the cache may answer.
 
     Args:
@@ -248,7 +249,7 @@ class Served(Exchange):
 
     def __init__(
         self,
-        caller: Caller,
+        caller: UpstreamClient,
         upstream: Upstream,
         url: str,
         spend: Callable[[str | None, Sequence[wire.Sample], str], None],
@@ -268,23 +269,23 @@ class Served(Exchange):
     def keep(self) -> None:
         """Keep the body without copying it: it was read from the wire, so nothing else can change it."""
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
         self._spend(self.claimant.namespace, samples, self.url)
         return super()._packed(samples, arrived)
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
+    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""
         pairs = [*self.pairs, _JSON, _PLAIN if stream else _PACKED]
         reader = await self.caller.call(self.upstream, "POST", self.url, pairs, jsontext.dumps(body))
         if stream and 200 <= reader.status < 300:
-            return Arrived(reader, {})
+            return Received(reader, {})
         content = await reader.aread(self.most())
         if not 200 <= reader.status < 300:
             pairs = headers.of_answer(reader.pairs)
-            if isinstance(content, Source):
+            if isinstance(content, BodySource):
                 content.leave()
                 content = b"The upstream's error has more than %d bytes, and is left out.\n" % self.most()
                 pairs = headers.of_answer([(b"content-type", b"text/plain; charset=utf-8")])
             raise UpstreamRefusal(self.upstream.name, reader.status, pairs, content)
-        return Arrived(reader, {}, content)
+        return Received(reader, {}, content)

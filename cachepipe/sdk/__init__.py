@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cachepipe.providers.info import Info as Info
     from cachepipe.sdk.anthropic import Anthropic as Anthropic
     from cachepipe.sdk.anthropic import AsyncAnthropic as AsyncAnthropic
-    from cachepipe.sdk.info import Info as Info
     from cachepipe.sdk.openai import AsyncAzureOpenAI as AsyncAzureOpenAI
     from cachepipe.sdk.openai import AsyncOpenAI as AsyncOpenAI
     from cachepipe.sdk.openai import AzureOpenAI as AzureOpenAI
@@ -23,7 +23,7 @@ _WHERE = {
     "AsyncOpenAI": "cachepipe.sdk.openai",
     "AsyncTogether": "cachepipe.sdk.together",
     "AzureOpenAI": "cachepipe.sdk.openai",
-    "Info": "cachepipe.sdk.info",
+    "Info": "cachepipe.providers.info",
     "OpenAI": "cachepipe.sdk.openai",
     "Together": "cachepipe.sdk.together",
 }

@@ -8,21 +8,20 @@ the default headers that the caller gave, ``_custom_headers``.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import functools
 import importlib
 import inspect
 import select
-import socket
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachepipe import wire
+from cachepipe.providers.responses import BodySource
 
 NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 """The methods of an SDK's client that the cached clients use."""
@@ -38,29 +37,12 @@ _USUAL_RETRIES = 2
 _DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"})
 """Headers that describe the bytes on the wire, not the decoded bytes."""
 
-_FRAMED = frozenset({"HTTP/2", "HTTP/3"})
-"""The versions of HTTP that mark the end of each body."""
-
 RAW = "x-stainless-raw-response"
 """The header with which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
 _ABSENT = frozenset({"NotGiven", "Omit"})
 """The classes of the SDKs' values for "not given"."""
 _EXTRAS = frozenset({"extra_headers", "extra_query", "extra_body"})
 _OWN = frozenset({RAW, "x-stainless-helper-method", "x-stainless-stream-helper"})
-
-
-class Arrived(NamedTuple):
-    """A response that the SDK has received and not parsed yet.
-
-    Attributes:
-        response: the HTTP response.
-        details: the other arguments of ``_process_response``.
-        content: its body; empty for a stream, and a source for a body that is too large to be kept.
-    """
-
-    response: Any
-    details: dict[str, Any]
-    content: bytes | Source = b""
 
 
 def library_of(client: Any) -> Any:
@@ -207,44 +189,6 @@ def kept_headers(response: Any) -> list[tuple[str, str]]:
     return [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _DROPPED]
 
 
-class Source:
-    """The source of the body of a response that is made here: bytes in memory.
-
-    Subclasses read a recorded stream.
-    """
-
-    def __init__(self, chunks: Iterable[bytes] = ()) -> None:
-        self.chunks = chunks
-
-    def read(self) -> Iterator[bytes]:
-        """Iterate over the body in a thread."""
-        return iter(self.chunks)
-
-    async def aread(self) -> AsyncIterator[bytes]:
-        """Iterate over the body on a loop."""
-        for chunk in self.chunks:
-            yield chunk
-
-    def leave(self) -> None:
-        """Note that the reader has stopped."""
-
-    async def aleave(self) -> None:
-        """Note that the reader has stopped, on a loop."""
-        self.leave()
-
-    def closing(self) -> None:
-        """Learn that the response is about to be closed; it may be closed already."""
-
-
-def broken(error: Exception) -> Source:
-    """Return a body that was lost in transit: reading it raises the error."""
-
-    def lost(_: bytes) -> bytes:
-        raise error
-
-    return Source(map(lost, (b"",)))
-
-
 @functools.lru_cache(maxsize=8)
 def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
     """Return the class of bodies for the responses of a kind of client.
@@ -253,7 +197,7 @@ def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
     """
 
     class Body(library.SyncByteStream):  # type: ignore[misc]  # chosen at run time
-        def __init__(self, source: Source, ended: Callable[[], None] = lambda: None) -> None:
+        def __init__(self, source: BodySource, ended: Callable[[], None] = lambda: None) -> None:
             self.source = source
             self.ended = ended
 
@@ -265,7 +209,7 @@ def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
             self.ended()
 
     class AsyncBody(library.AsyncByteStream):  # type: ignore[misc]  # likewise
-        def __init__(self, source: Source, ended: Callable[[], None] = lambda: None) -> None:
+        def __init__(self, source: BodySource, ended: Callable[[], None] = lambda: None) -> None:
             self.source = source
             self.ended = ended
 
@@ -285,7 +229,7 @@ def _body(client: Any, *arguments: Any) -> Any:
 
 
 def made_response(
-    client: Any, url: str, options: Any, content: bytes | Source, named: Mapping[str, str]
+    client: Any, url: str, options: Any, content: bytes | BodySource, named: Mapping[str, str]
 ) -> Any:
     """Return a response without a call, with the request that it would have answered.
 
@@ -300,7 +244,7 @@ def made_response(
         response = library.Response(200, headers=headers, content=content, request=request)
     else:
         if isinstance(content, bytes):
-            content = Source([content])
+            content = BodySource([content])
         else:
             headers["content-type"] = "text/event-stream; charset=utf-8"
         response = library.Response(200, headers=headers, stream=_body(client, content), request=request)
@@ -309,7 +253,7 @@ def made_response(
     return response
 
 
-def handed_on(client: Any, response: Any, source: Source) -> Any:
+def handed_on(client: Any, response: Any, source: BodySource) -> Any:
     """Return a response like the one that arrived, with a body from a source."""
     began = time.monotonic()
 
@@ -332,7 +276,7 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
     return made
 
 
-def _watch_closing(response: Any, source: Source) -> None:
+def _watch_closing(response: Any, source: BodySource) -> None:
     """Have a source learn whenever its response is closed, also by the HTTP library or more than once."""
     reference, closing = weakref.ref(response), source.closing
 
@@ -349,55 +293,6 @@ def _watch_closing(response: Any, source: Source) -> None:
             await type(whole).aclose(whole)
 
     response.close, response.aclose = close, aclose
-
-
-def ends_in_order(response: Any) -> bool:
-    """Return True if a body has a length or a last chunk, so that its end is not a broken connection.
-
-    The HTTP library raises an error for a body that ends early.
-    """
-    headers = response.headers
-    return (
-        "content-length" in headers
-        or "chunked" in headers.get("transfer-encoding", "").lower()
-        or response.http_version in _FRAMED
-    )
-
-
-def take_read_timeout(response: Any, longest: float) -> float | None:
-    """Return the read time-out of a response whose body is unread, and raise that of its connection.
-
-    The connection is closed by its own time-out, and could not bring the rest any more. So the reader of a
-    recorded stream times out by itself (see `read_timeout`).
-
-    Args:
-        response: the response.
-        longest: the time-out of the connection from now on, unless that is longer already.
-    """
-    try:
-        timeouts = response.request.extensions["timeout"]
-        seconds: float | None = timeouts["read"]
-    except (AttributeError, KeyError, RuntimeError):  # who sends it knows no time-outs
-        return None
-    if seconds is not None:
-        timeouts["read"] = max(seconds, longest)
-    return seconds
-
-
-def read_timeout(response: Any) -> Exception:
-    """Return the error that the HTTP library raises when a body does not come in time."""
-    library = importlib.import_module(type(response.request).__module__.partition(".")[0])
-    error: Exception = library.ReadTimeout("The read operation timed out", request=response.request)
-    return error
-
-
-def hang_up(response: Any) -> None:
-    """Have a thread that waits for more of a body get an error at once, where the connection is its own."""
-    if response.http_version in _FRAMED:
-        return
-    with contextlib.suppress(AttributeError, KeyError, OSError):
-        stream = response.extensions["network_stream"]
-        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def when_read(response: Any, end: Callable[[], None]) -> None:
@@ -562,7 +457,7 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
     return f"{url}{'&' if '?' in url else '?'}{text}" if text else url
 
 
-class Place(NamedTuple):
+class CallTarget(NamedTuple):
     """The URL and headers of calls without own headers or options, while their client is unchanged."""
 
     options: Any
@@ -575,13 +470,13 @@ class Place(NamedTuple):
     headers: Mapping[str, str]
 
 
-def place_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
+def target_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
     """Return the full URL and the known headers of a call as `url_of` and `sent_headers` do.
 
     For a call without headers or options of its own, the client remembers them by ``options``.
     """
     places = vars(client).setdefault("_cachepipe_places", {})
-    place: Place | None = places.get(id(options))
+    place: CallTarget | None = places.get(id(options))
     http = client._client  # noqa: SLF001 - this is the place
     sent, params = http.headers.raw, http.params  # which its owner may change
     base, query, given = client.base_url, client.default_query, client._custom_headers  # noqa: SLF001 - likewise
@@ -597,7 +492,7 @@ def place_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, M
         return place.url, place.headers
     url, headers = url_of(client, options, body), sent_headers(client, options)
     if not _is_azure(kind_of(client)):  # where the URL tells the model
-        places[id(options)] = Place(options, base, dict(query), dict(given), sent, params, url, headers)
+        places[id(options)] = CallTarget(options, base, dict(query), dict(given), sent, params, url, headers)
     return url, headers
 
 

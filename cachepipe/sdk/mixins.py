@@ -14,11 +14,13 @@ from typing import Any, Final, Self
 
 from cachepipe import context, outages
 from cachepipe.flow.flow import Flow, Passage
-from cachepipe.sdk import fast_path, info, internals
-from cachepipe.sdk.calls import Call, SyncCall, body_of, receiving
-from cachepipe.sdk.exchange import CLOSING_SECONDS, Answer, Surface
-from cachepipe.sdk.internals import Arrived
-from cachepipe.sdk.portal import in_portal, submit
+from cachepipe.portal import in_portal, submit
+from cachepipe.providers import info
+from cachepipe.providers.exchange import CLOSING_SECONDS, Surface
+from cachepipe.providers.generation import Answer
+from cachepipe.providers.responses import BodySource, Received
+from cachepipe.sdk import fast_path, internals
+from cachepipe.sdk.calls import ClientCall, SyncClientCall, body_of, receiving
 from cachepipe.typedefs import Mode, Repeat
 
 OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
@@ -60,7 +62,7 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         internals.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
-class _Cached(outages.Telling):
+class _Cached(outages.OutageReports):
     """What synchronous and asynchronous clients have in common."""
 
     _cachepipe: Surface
@@ -82,7 +84,7 @@ class _Cached(outages.Telling):
         try:
             yield
         except Exception as error:
-            outages.explained(error)
+            outages.explain(error)
             raise
         if reached:
             outages.reached(f"{client.base_url}")
@@ -109,7 +111,7 @@ class AsyncCached(_Cached):
         taught = fast_path.lesson.get()
         if taught is not None:
             taught.learn(cast_to, options, stream=stream)
-        call = Call.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
+        call = ClientCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
         if call is None:
             token = receiving.set(None)
             try:
@@ -122,7 +124,7 @@ class AsyncCached(_Cached):
             answer = await call.drawn()
         return await self._processed(call, answer)
 
-    async def _processed(self, call: Call, answer: Answer) -> Any:
+    async def _processed(self, call: ClientCall, answer: Answer) -> Any:
         """Return what the SDK makes of an answer."""
         sdk: Any = super()
         arrived = call.arrived(answer)
@@ -181,11 +183,11 @@ class AsyncCached(_Cached):
             sdk: Any = super()
             return await sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:
-            return Arrived(response, details)
+            return Received(response, details)
         if not internals.unread(self, response):
-            return Arrived(response, details, response.content)
+            return Received(response, details, response.content)
         content = await response.aread()
-        return Arrived(internals.handed_on(self, response, internals.Source([content])), details, content)
+        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
 
     async def close(self, *, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
@@ -208,7 +210,9 @@ class SyncCached(_Cached):
         taught = fast_path.lesson.get()
         if taught is not None:
             taught.learn(cast_to, options, stream=stream)
-        call = SyncCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
+        call = SyncClientCall.of(
+            self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls
+        )
         if call is None:
             token = receiving.set(None)
             try:
@@ -221,7 +225,7 @@ class SyncCached(_Cached):
             answer = call.wait()
         return self._processed(call, answer)
 
-    def _processed(self, call: Call, answer: Answer) -> Any:
+    def _processed(self, call: ClientCall, answer: Answer) -> Any:
         """Return what the SDK makes of an answer."""
         sdk: Any = super()
         arrived = call.arrived(answer)
@@ -282,11 +286,11 @@ class SyncCached(_Cached):
             sdk: Any = super()
             return sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:
-            return Arrived(response, details)
+            return Received(response, details)
         if not internals.unread(self, response):
-            return Arrived(response, details, response.content)
+            return Received(response, details, response.content)
         content = response.read()
-        return Arrived(internals.handed_on(self, response, internals.Source([content])), details, content)
+        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
 
     def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.

@@ -7,8 +7,8 @@ import importlib
 import inspect
 from typing import Any, TypeVar
 
+from cachepipe.providers.exchange import Surface
 from cachepipe.sdk import internals
-from cachepipe.sdk.exchange import Surface
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
 

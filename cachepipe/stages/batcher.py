@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Literal
 
 from cachepipe import loops
+from cachepipe.adapting import has_request
 from cachepipe.errors import StageClosed
-from cachepipe.stages.adapting import has_request
-from cachepipe.stages.base import (
+from cachepipe.stage import (
     Flight,
     Stage,
     ask_batch,

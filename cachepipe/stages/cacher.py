@@ -14,13 +14,13 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from cachepipe import forks, loops, runs
+from cachepipe.adapting import hooks_of, scope_of
+from cachepipe.cache.calls import Wanted
+from cachepipe.cache.engine import Drawing, Engine, Receipt, Stats, respond
 from cachepipe.contract import keys
 from cachepipe.contract.draws import Counter, Fixed
 from cachepipe.contract.keys import Question
-from cachepipe.stages.adapting import hooks_of, scope_of
-from cachepipe.stages.base import Stage, adapter_of, given, together
-from cachepipe.stages.engine import Drawing, Engine, Receipt, Stats, respond
-from cachepipe.stages.generation import Wanted
+from cachepipe.stage import Stage, adapter_of, given, together
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
 from cachepipe.values import Codec

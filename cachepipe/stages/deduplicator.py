@@ -13,14 +13,14 @@ from threading import get_ident
 from typing import Any
 
 from cachepipe import loops
+from cachepipe.adapting import hooks_of, scope_of
+from cachepipe.cache.calls import Call, Caller, Need, Wanted
+from cachepipe.cache.engine import Receipt, Stats
 from cachepipe.contract import keys
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
-from cachepipe.stages.adapting import hooks_of, scope_of
-from cachepipe.stages.base import Stage, adapter_of, together
+from cachepipe.stage import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
-from cachepipe.stages.engine import Receipt, Stats
-from cachepipe.stages.generation import Call, Caller, Need, Wanted
 from cachepipe.typedefs import Batch, Request, Response
 
 _TURN = 256  # requests served before the loop is given a turn

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from cachepipe.stages.base import Stage, ask, ask_batch, given
+from cachepipe.stage import Stage, ask, ask_batch, given
 from cachepipe.typedefs import Arrived, Batch, Request, Response
 
 _NUMBERS = re.compile(r"(\d+)", re.ASCII)

@@ -14,11 +14,11 @@ from typing import ClassVar
 import pytest
 
 from cachepipe import DiskStore, LocalAPI, Request, Response, StoreError
+from cachepipe.cache.calls import Caller, Wanted
 from cachepipe.contract import allotment
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
-from cachepipe.stages.generation import Caller, Wanted
 from cachepipe.stores import sql, transaction
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
 from cachepipe.testing import MortalStore

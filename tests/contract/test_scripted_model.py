@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cachepipe import Batch, Request, Response
-from cachepipe.stages.adapting import has_batch, has_request
+from cachepipe.adapting import has_batch, has_request
 from cachepipe.testing import ScriptedModel
 from cachepipe.testing.models import ScriptedError
 

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import chisquare
 
 from cachepipe import MemoryStore, OnlineAPI, Request
-from cachepipe.stages import engine
+from cachepipe.cache import engine
 from cachepipe.testing import NGramModel
 from cachepipe.testing.models import ScriptedModel
 from cachepipe.testing.ngram import END, flatten, generator

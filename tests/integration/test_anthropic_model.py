@@ -13,8 +13,8 @@ import together
 
 from cachepipe import BadAnswer, CacheMiss, MemoryStore, OnlineAPI, Request, wire
 from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel, WireRequest
+from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncAnthropic, AsyncTogether, OpenAI
-from cachepipe.sdk.info import info
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

@@ -18,7 +18,7 @@ from cachepipe.batchfile import run_file
 from cachepipe.cli.group import cli
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running
-from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.sdk import Anthropic, AsyncOpenAI, OpenAI
 
 pytestmark = pytest.mark.anyio
@@ -89,7 +89,7 @@ def asked(content="hello", **more):
 def proxied(provider, cache):
     upstreams = (Upstream.of("p", f"{provider.url}/v1"),)
     with (
-        running(Settings(port=0, log="off", upstreams=upstreams, cache=str(cache))) as server,
+        running(ProxySettings(port=0, log="off", upstreams=upstreams, cache=str(cache))) as server,
         httpx2.Client(timeout=20) as client,
     ):
         yield lambda namespace, body: client.post(
@@ -164,7 +164,7 @@ def test_c9_the_proxys_page_is_given_valid_json(provider, tmp_path, text):
     provider.answers = lambda _: chat(text)
     upstreams = (Upstream.of("p", f"{provider.url}/v1"),)
     with (
-        running(Settings(port=0, log="off", upstreams=upstreams, cache=str(tmp_path))) as server,
+        running(ProxySettings(port=0, log="off", upstreams=upstreams, cache=str(tmp_path))) as server,
         httpx2.Client(timeout=20) as client,
     ):
         sent = client.post(
@@ -337,7 +337,7 @@ def test_c9_the_proxy_sends_what_it_keys(provider, tmp_path):
         b'{"model":"n","messages":["\\ud83d"]}',
     ]
     with (
-        running(Settings(port=0, log="off", upstreams=upstreams, cache=str(tmp_path))) as server,
+        running(ProxySettings(port=0, log="off", upstreams=upstreams, cache=str(tmp_path))) as server,
         httpx2.Client(timeout=20, headers={"authorization": "Bearer k"}) as client,
     ):
         answers = [

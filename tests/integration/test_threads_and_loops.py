@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cachepipe import AsyncBatcher, AsyncDeduplicator, MemoryStore, OnlineAPI, Request, Response
-from cachepipe.stages import engine
+from cachepipe.cache import engine
 from cachepipe.stores.base import ReleaseLease
 from cachepipe.testing import ScriptedModel
 

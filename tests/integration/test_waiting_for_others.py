@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from cachepipe import DiskStore, OnlineAPI, Request, Response, WaitingForOthers
-from cachepipe.stages import engine
+from cachepipe.cache import engine
 from cachepipe.stores import leases
 from cachepipe.testing import ScriptedError, ScriptedModel
 

@@ -9,11 +9,11 @@ import pytest
 
 import cachepipe
 from cachepipe import AsyncBatcher, AsyncCacher, AsyncDeduplicator, MemoryStore, Request, Response
-from cachepipe.stages.adapting import Hooks, hooks_of
-from cachepipe.stages.base import Stage
+from cachepipe.adapting import Hooks, hooks_of
+from cachepipe.stage import Stage
 from cachepipe.typedefs import ModelHooks
 
-DOOR = "stages/adapting.py"
+DOOR = "adapting.py"
 
 
 class Plain:

@@ -5,7 +5,7 @@ import pytest
 from cachepipe import wire
 from cachepipe.contract.keys import provider_question
 from cachepipe.differences import ABSENT, Difference, differences, told, traits
-from cachepipe.sdk.exchange import questions_of
+from cachepipe.providers.exchange import questions_of
 
 HERE = "https://here/v1/chat/completions"
 

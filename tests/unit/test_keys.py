@@ -24,8 +24,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cachepipe import Request, UnkeyableValue
+from cachepipe.adapting import scope_of
 from cachepipe.contract.keys import FORMAT, asked, canonical, digest, encode, provider_question, question
-from cachepipe.stages.adapting import scope_of
 from cachepipe.values import Codec
 
 

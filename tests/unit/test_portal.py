@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from cachepipe.sdk.portal import in_portal, portal, promised, submit
+from cachepipe.portal import in_portal, portal, promised, submit
 
 
 class OddError(BaseException):

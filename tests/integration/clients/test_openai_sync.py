@@ -21,8 +21,8 @@ from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, NotStored
 from cachepipe.context import using
+from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncOpenAI, OpenAI
-from cachepipe.sdk.info import info
 from cachepipe.sdk.internals import library_of
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
@@ -174,7 +174,7 @@ CHUNK = (
 
 
 def test_c7_the_rest_of_a_stalled_stream_is_given_up_in_time(monkeypatch):
-    monkeypatch.setattr("cachepipe.sdk.stream_recorder.ABANDONED_SECONDS", 0)
+    monkeypatch.setattr("cachepipe.providers.stream_recorder.ABANDONED_SECONDS", 0)
     library, going_on, late = library_of(openai.OpenAI(api_key="k")), threading.Event(), []
 
     class Stalled(library.SyncByteStream):
@@ -631,7 +631,7 @@ def test_a_call_for_too_many_samples_goes_to_the_provider_as_it_is(server, clien
 def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
     server, client, monkeypatch, stream, until
 ):
-    monkeypatch.setattr("cachepipe.sdk.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.providers.generation.max_answer", lambda: 300)
     for _ in range(2):
         answer = ask(client, "large", stream=stream)
         assert len((read(answer) if stream else texts(answer))[0]) > 20
@@ -646,7 +646,7 @@ def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
 
 
 def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reader_left(server, client, monkeypatch):
-    monkeypatch.setattr("cachepipe.sdk.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.providers.generation.max_answer", lambda: 300)
     with ask(client, "large", stream=True) as stream:
         for number, _ in enumerate(stream):
             if number == 4:

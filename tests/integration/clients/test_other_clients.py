@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from cachepipe import MemoryStore
+from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncAzureOpenAI, AzureOpenAI, OpenAI
-from cachepipe.sdk.info import info
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.mixins import OURS
 from cachepipe.sdk.wrapping import wrap

@@ -8,8 +8,8 @@ import pytest
 import together
 
 from cachepipe import MemoryStore, sdk
+from cachepipe.providers.info import info
 from cachepipe.sdk import OpenAI
-from cachepipe.sdk.info import info
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.wrapping import wrap
 

@@ -199,7 +199,7 @@ def test_providers_have_the_names_of_the_conventions(url, provider, spans):
 
 def test_a_program_without_opentelemetry_does_not_import_it():
     code = (
-        "import sys, cachepipe.sdk.exchange as e; from cachepipe import telemetry; "
+        "import sys, cachepipe.providers.exchange as e; from cachepipe import telemetry; "
         "assert telemetry.begin('messages', 'https://h/v1', {}) is None; "
         "print(any(name.startswith('opentelemetry') for name in sys.modules))"
     )

@@ -17,7 +17,7 @@ from dspy.clients.engines import AsyncLM15Engine, LM15Engine
 from dspy.lm15 import RouterConfig
 
 from cachepipe.proxy.server import running
-from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.settings import ProxySettings, Upstream
 
 
 class _Response:
@@ -188,7 +188,7 @@ def test_by_way_of_the_proxy(server, tmp_path, engine):
         return said, first.toDict(), second.toDict(), whole.toDict()
 
     upstreams = (Upstream.of("mock", server.base_url),)
-    with running(Settings(port=0, cache=str(tmp_path), upstreams=upstreams, log="errors")) as proxy:
+    with running(ProxySettings(port=0, cache=str(tmp_path), upstreams=upstreams, log="errors")) as proxy:
         first = asyncio.run(program(f"{proxy.url}/ns/first/v1"))
         asked = server.stats.requests
         assert asked >= 4

@@ -9,7 +9,7 @@ from inspect_ai.scorer import includes
 from inspect_ai.solver import generate
 
 from cachepipe.proxy.server import running
-from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.settings import ProxySettings, Upstream
 
 EPOCHS = 3
 CITIES = ("Paris", "Rome", "Oslo", "Bern")
@@ -19,7 +19,7 @@ CITIES = ("Paris", "Rome", "Oslo", "Bern")
 def base_url(server, tmp_path):
     """The address of a proxy in front of the mock server, without the namespace."""
     upstream = Upstream.of("mock", server.base_url)
-    with running(Settings(upstreams=(upstream,), cache=str(tmp_path / "cache"), port=0)) as proxy:
+    with running(ProxySettings(upstreams=(upstream,), cache=str(tmp_path / "cache"), port=0)) as proxy:
         yield proxy.url
 
 

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from cachepipe.proxy.server import running
-from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.testing import MockServer
 
 ANSWER = json.dumps(
@@ -47,7 +47,7 @@ def serve(upstream, tmp_path):
             options.setdefault("upstreams", (Upstream.of("mock", upstream.base_url),))
             options.setdefault("cache", str(tmp_path / "cache"))
             logged = []
-            settings = Settings(port=0, log="all", **options)
+            settings = ProxySettings(port=0, log="all", **options)
             server = stack.enter_context(running(settings, logged.append))
             server.logged = logged
             return server
@@ -159,7 +159,7 @@ def recorded(tmp_path_factory, answering_with):
     with recording(answering_with) as made:
         upstreams = (Upstream.of("recorder", made.base_url),)
         options = {"cache": str(tmp_path_factory.mktemp("cache")), "port": 0, "log": "off"}
-        with running(Settings(upstreams=upstreams, **options)) as server:
+        with running(ProxySettings(upstreams=upstreams, **options)) as server:
             yield server, made
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from cachepipe import OnlineAPI, Request
 from cachepipe.models import AnthropicModel
+from cachepipe.providers.info import info
 from cachepipe.proxy.settings import Upstream
 from cachepipe.sdk import AsyncAnthropic
-from cachepipe.sdk.info import info
 
 ASK = {"model": "m", "max_tokens": 12, "messages": [{"role": "user", "content": "hello"}]}
 

@@ -10,8 +10,8 @@ import pytest
 from cachepipe import DiskStore
 from cachepipe.contract.draws import label
 from cachepipe.proxy import server as servers
-from cachepipe.proxy.head_cache import Heads, is_plain
-from cachepipe.proxy.head_cache import asked as begun
+from cachepipe.proxy.head_cache import HeadCache, is_plain
+from cachepipe.proxy.head_cache import split_head as begun
 from cachepipe.proxy.settings import Upstream
 from cachepipe.stores.sums import statements
 from cachepipe.testing import MockSettings
@@ -324,7 +324,7 @@ def test_what_parsers_may_read_differently_is_not_kept(name):
 
 
 def test_so_many_heads_are_kept():
-    heads = Heads()
+    heads = HeadCache()
     for number in range(2000):
         heads.keep(b"%d" % number, number)
     assert len(heads) == 1024

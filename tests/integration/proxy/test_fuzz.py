@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachepipe.proxy.server import running
-from cachepipe.proxy.settings import Settings, Upstream
+from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.testing import MockServer
 
 
@@ -28,7 +28,7 @@ def stranger(tmp_path_factory):
             "max_body": 100_000,
         }
         upstreams = (Upstream.of("mock", upstream.base_url),)
-        with running(Settings(upstreams=upstreams, **options)) as server, client:
+        with running(ProxySettings(upstreams=upstreams, **options)) as server, client:
             yield server
 
 

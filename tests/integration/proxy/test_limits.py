@@ -9,7 +9,7 @@ import time
 import httpx2
 import pytest
 
-from cachepipe.proxy.settings import BadSettings, Settings, Upstream, from_file
+from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream, from_file
 from cachepipe.testing import MockSettings
 
 LATER = (429, [("retry-after-ms", "1")], [b'{"error": {"message": "slower"}}'])
@@ -71,7 +71,7 @@ def test_limits_stand_in_the_file(tmp_path):
     assert one.flow.limits.per_model["m"].max_requests == 1
     assert one.flow.retries.max_retries == 3
     assert other.flow is None
-    assert Settings(upstreams=(one,)).checked()
+    assert ProxySettings(upstreams=(one,)).checked()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_the_most_samples_of_a_request_can_be_set(serve, recorder, asked, helper
     assert post(helpers.chat_url(proxy), {**asked, "n": 3}).status_code == 400
     assert post(helpers.chat_url(proxy), {**asked, "n": 2}).status_code == 200
     with pytest.raises(BadSettings, match="max_n is at least 1"):
-        Settings(upstreams=proxy.proxy.settings.upstreams, max_n=0).checked()
+        ProxySettings(upstreams=proxy.proxy.settings.upstreams, max_n=0).checked()
 
 
 def test_a_list_of_more_inputs_than_are_cached_passes_through(serve, recorder):

@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from cachepipe import outages
-from cachepipe.proxy.log import Log
+from cachepipe.proxy.log import RequestLog
 from cachepipe.proxy.settings import Upstream
 
 ANSWER = json.dumps(
@@ -179,7 +179,7 @@ def test_an_upstream_that_is_not_there_is_told_once_in_the_log(serve, http, help
     monkeypatch.setattr(outages, "_down", set())
     proxy = serve(upstreams=(Upstream.of("none", "http://127.0.0.1:9/v1"),))
     written = []
-    logger, handler = logging.getLogger("cachepipe"), Log("all", written.append).handler()
+    logger, handler = logging.getLogger("cachepipe"), RequestLog("all", written.append).handler()
     logger.addHandler(handler)
     for _ in range(3):
         assert http.post(helpers.chat_url(proxy), json=asked).status_code == 502

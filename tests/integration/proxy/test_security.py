@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from cachepipe.proxy.server import running
-from cachepipe.proxy.settings import BadSettings, Settings, Upstream
+from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream
 
 
 def status(answer):
@@ -114,10 +114,10 @@ def test_an_address_that_others_reach_demands_a_token():
     upstreams = (Upstream.of("a", "https://a.example/v1"),)
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
         with pytest.raises(BadSettings, match="--token-env"):
-            Settings(upstreams=upstreams, host=host).checked()
-        Settings(upstreams=upstreams, host=host, token="t").checked()
+            ProxySettings(upstreams=upstreams, host=host).checked()
+        ProxySettings(upstreams=upstreams, host=host, token="t").checked()
     for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
-        Settings(upstreams=upstreams, host=host).checked()
+        ProxySettings(upstreams=upstreams, host=host).checked()
 
 
 def test_a_token_is_shown_as_the_key_or_beside_it_and_goes_no_further(serve, recorder, asked, helpers):
@@ -298,6 +298,8 @@ def test_no_key_is_kept_or_logged(serve, recorder, tmp_path, asked, helpers):
 
 def test_a_port_that_is_taken_is_an_error_in_words(proxy, tmp_path):
     port = int(proxy.url.rsplit(":", 1)[1])
-    settings = Settings(upstreams=proxy.proxy.settings.upstreams, port=port, cache=str(tmp_path / "other"))
+    settings = ProxySettings(
+        upstreams=proxy.proxy.settings.upstreams, port=port, cache=str(tmp_path / "other")
+    )
     with pytest.raises(BadSettings, match="cannot listen on"), running(settings):
         pass

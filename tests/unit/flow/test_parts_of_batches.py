@@ -25,11 +25,11 @@ from cachepipe import (
     StageClosed,
     context,
 )
+from cachepipe.cache.calls import Caller, Wanted, withdraw
 from cachepipe.flow.flow import Flow
 from cachepipe.flow.limits import Limits
 from cachepipe.flow.retries import Retries
-from cachepipe.stages.base import Stage, ask_batch
-from cachepipe.stages.generation import Caller, Wanted, withdraw
+from cachepipe.stage import Stage, ask_batch
 from cachepipe.testing import FakeClock, ScriptedError, ScriptedModel
 from cachepipe.typedefs import SingleRequestModel
 

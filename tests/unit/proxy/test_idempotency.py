@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cachepipe.contract.draws import Identity
-from cachepipe.proxy.idempotency import ServedRun, Ticket
+from cachepipe.proxy.idempotency import ProxyRun, RequestCounter
 
 ONE = Identity("=a", "k", "")
 
 
 def taken(run, **options):
-    ticket = Ticket(run, **options)
+    ticket = RequestCounter(run, **options)
     return ticket, ticket.take(ONE)
 
 
@@ -22,7 +22,7 @@ def undo(ticket, number):
 
 
 def test_requests_count_up_and_failures_give_back():
-    run = ServedRun()
+    run = ProxyRun()
     first, zero = taken(run)
     second, one = taken(run)
     assert (zero, one) == (0, 1)
@@ -34,7 +34,7 @@ def test_requests_count_up_and_failures_give_back():
 
 
 def test_what_stands_of_a_request_without_an_answer_is_for_the_next():
-    run = ServedRun()
+    run = ProxyRun()
     first, number = taken(run)
     first.unanswered()
     assert not run.live
@@ -47,7 +47,7 @@ def test_what_stands_of_a_request_without_an_answer_is_for_the_next():
 
 
 def test_a_client_that_leaves_gives_its_number_to_the_next():
-    run = ServedRun()
+    run = ProxyRun()
     gone, number = taken(run)
     gone.left()
     following, same = taken(run)
@@ -59,7 +59,7 @@ def test_a_client_that_leaves_gives_its_number_to_the_next():
 
 
 def test_c8_a_retry_that_leaves_gives_the_number_to_the_next_though_the_first_try_goes_on():
-    run = ServedRun()
+    run = ProxyRun()
     first, number = taken(run)
     first.left()
     for _ in range(2):
@@ -73,7 +73,7 @@ def test_c8_a_retry_that_leaves_gives_the_number_to_the_next_though_the_first_tr
 
 
 def test_a_number_is_given_back_once():
-    run = ServedRun()
+    run = ProxyRun()
     gone, number = taken(run)
     gone.left()
     undo(gone, number)
@@ -81,7 +81,7 @@ def test_a_number_is_given_back_once():
 
 
 def test_a_retry_joins_the_oldest_in_flight_but_for_what_was_given_back():
-    run = ServedRun()
+    run = ProxyRun()
     _, zero = taken(run)
     failing, one = taken(run)
     assert (zero, one) == (0, 1)
@@ -92,7 +92,7 @@ def test_a_retry_joins_the_oldest_in_flight_but_for_what_was_given_back():
 
 
 def test_a_delivered_draw_is_joined_by_its_key_only():
-    run = ServedRun()
+    run = ProxyRun()
     ticket, _ = taken(run, entry=run.entry("=a", "i", ("k",)))
     ticket.delivered()
     assert taken(run, retry=True)[1] == 1
@@ -107,7 +107,7 @@ class Joins(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.run = ServedRun()
+        self.run = ProxyRun()
         self.flight = []
         self.delivered = []
 

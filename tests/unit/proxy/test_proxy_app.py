@@ -14,9 +14,9 @@ from cachepipe.contract.draws import Identity
 from cachepipe.errors import NotStored, StageClosed
 from cachepipe.proxy import app, server
 from cachepipe.proxy.app import Proxy
-from cachepipe.proxy.idempotency import ServedRun, Ticket
-from cachepipe.proxy.settings import Settings, Upstream
-from cachepipe.proxy.turn import ClientGone, Turn
+from cachepipe.proxy.http_exchange import ClientGone, HttpExchange
+from cachepipe.proxy.idempotency import ProxyRun, RequestCounter
+from cachepipe.proxy.settings import ProxySettings, Upstream
 
 
 @pytest.mark.anyio
@@ -25,7 +25,7 @@ async def test_the_time_of_a_shutdown_runs_from_its_beginning(monkeypatch):
     monkeypatch.setattr(app, "_LAST_SECONDS", 0.0)
     loop = asyncio.get_running_loop()
     proxy = Proxy(
-        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+        ProxySettings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
     )
     await proxy.startup()
     forever = loop.create_task(asyncio.Event().wait())
@@ -43,26 +43,26 @@ async def test_the_time_of_a_shutdown_runs_from_its_beginning(monkeypatch):
 async def test_a_stream_that_is_withdrawn_holds_its_number_no_longer():
     """Also where its draw stands, as its samples came in that moment."""
     proxy = Proxy(
-        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+        ProxySettings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
     )
-    run = ServedRun()
-    ticket, identity = Ticket(run), Identity("=a", "k", "")
+    run = ProxyRun()
+    ticket, identity = RequestCounter(run), Identity("=a", "k", "")
     number = ticket.take(identity)
     task = asyncio.get_running_loop().create_task(asyncio.Event().wait())
     proxy._leave(types.SimpleNamespace(stream=True), ticket, task)
     await asyncio.wait([task])
     assert not run.live
-    assert Ticket(run).take(identity) == number
+    assert RequestCounter(run).take(identity) == number
 
 
 @pytest.mark.anyio
 async def test_an_answer_that_comes_just_as_its_client_leaves_is_for_the_next_of_its_kind():
     proxy = Proxy(
-        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+        ProxySettings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
     )
     await proxy.startup()
-    run, leaves, sent = ServedRun(), asyncio.Event(), []
-    ticket, identity = Ticket(run), Identity("=a", "k", "")
+    run, leaves, sent = ProxyRun(), asyncio.Event(), []
+    ticket, identity = RequestCounter(run), Identity("=a", "k", "")
     number = ticket.take(identity)
 
     async def receive():
@@ -72,25 +72,25 @@ async def test_an_answer_that_comes_just_as_its_client_leaves_is_for_the_next_of
     async def send(message):
         sent.append(message)
 
-    turn = Turn({"method": "POST", "headers": []}, receive, send, 1.0)
+    http = HttpExchange({"method": "POST", "headers": []}, receive, send, 1.0)
     exchange = types.SimpleNamespace(stream=False, record=types.SimpleNamespace(responses=None))
     answered = asyncio.get_running_loop().create_future()  # as the task of a draw
-    waiting = asyncio.create_task(proxy._await(turn, exchange, ticket, answered))
+    waiting = asyncio.create_task(proxy._await(http, exchange, ticket, answered))
     for _ in range(20):  # more turns than it waits before it watches
         await asyncio.sleep(0)
-    turn._watch.add_done_callback(lambda _: answered.set_result(types.SimpleNamespace(content=b"{}")))
+    http._watch.add_done_callback(lambda _: answered.set_result(types.SimpleNamespace(content=b"{}")))
     leaves.set()
     with pytest.raises(ClientGone):
         await waiting
     assert not sent
-    assert Ticket(run).take(identity) == number
+    assert RequestCounter(run).take(identity) == number
     await proxy.shutdown()
 
 
 @pytest.mark.anyio
 async def test_it_opens_with_the_first_request_and_never_again_after_its_end():
     proxy = Proxy(
-        Settings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
+        ProxySettings(upstreams=(Upstream.of("a", "http://127.0.0.1:9/v1"),), cache=MemoryStore(), log="off")
     )
     sent = []
 
@@ -120,7 +120,7 @@ def test_warnings_are_lines_of_the_log(monkeypatch, capsys):
     upstreams = (Upstream.of("a", "http://127.0.0.1:9/v1"),)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        server.serve(Settings(upstreams=upstreams, cache=MemoryStore(), port=0, log="off"))
+        server.serve(ProxySettings(upstreams=upstreams, cache=MemoryStore(), port=0, log="off"))
     line = json.loads(capsys.readouterr().err)
     assert (line["level"], line["warning"]) == ("warning", "NotStored")
     assert line["message"] == "a sample was not cached"

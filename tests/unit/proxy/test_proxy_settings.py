@@ -8,10 +8,10 @@ import tracemalloc
 import pytest
 
 from cachepipe.contract.keys import provider_question
-from cachepipe.proxy.body_cache import Memory, Read, read_object
+from cachepipe.providers.exchange import questions_of
+from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
 from cachepipe.proxy.headers import INERT, from_upstream, to_upstream, who_asks
-from cachepipe.proxy.settings import BadSettings, Settings, Upstream, from_file, named, secret
-from cachepipe.sdk.exchange import questions_of
+from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream, from_file, named, secret
 from cachepipe.wire import CHAT
 
 FILE = """
@@ -104,7 +104,7 @@ def test_what_a_file_may_not_hold(tmp_path, text, message):
 )
 def test_what_could_not_work_is_refused(options, message):
     with pytest.raises(BadSettings, match=message):
-        Settings(**{"upstreams": (Upstream.of("a", "http://x/v1"),), **options}).checked()
+        ProxySettings(**{"upstreams": (Upstream.of("a", "http://x/v1"),), **options}).checked()
 
 
 def test_names_and_secrets():
@@ -165,16 +165,16 @@ def test_bodies_are_read_as_they_are_meant(content, value):
 
 def test_the_memory_of_bodies_is_bounded():
     question = provider_question("https://a.example/v1", {"body": {}})
-    memory = Memory(size=12_000, largest=5)
+    memory = BodyCache(size=12_000, largest=5)
     for content in (b"aaaa", b"bbbb", b"cccccc"):
-        memory.put(("u", content), Read({}, (), [question]))
+        memory.put(("u", content), ParsedBody({}, (), [question]))
     assert memory.get(("u", b"cccccc")) is None
     assert memory.get(("u", b"aaaa")) is not None
-    memory.put(("u", b"dddd"), Read({}, (), [question]))
+    memory.put(("u", b"dddd"), ParsedBody({}, (), [question]))
     assert memory.get(("u", b"bbbb")) is None
     assert memory.get(("v", b"aaaa")) is None
     assert memory.get(("u", b"aaaa")) is not None
-    memory.put(("u", b"eeee"), Read({}, (), [question, question]))  # as much as two others
+    memory.put(("u", b"eeee"), ParsedBody({}, (), [question, question]))  # as much as two others
     assert memory.get(("u", b"dddd")) is None
     assert memory.get(("u", b"aaaa")) is None
     assert memory.get(("u", b"eeee")) is not None
@@ -182,7 +182,7 @@ def test_the_memory_of_bodies_is_bounded():
 
 def test_short_bodies_are_not_taken_for_small():
     """What is made of a short body takes kilobytes."""
-    memory = Memory(size=200_000)
+    memory = BodyCache(size=200_000)
     tracemalloc.start()
     try:
         for number in range(300):
@@ -190,7 +190,7 @@ def test_short_bodies_are_not_taken_for_small():
             body = read_object(content)
             asks = CHAT.split(body)
             questions = questions_of(CHAT, asks, "https://a.example/v1/chat/completions", {})
-            memory.put(("u", content), Read(body, asks, questions))
+            memory.put(("u", content), ParsedBody(body, asks, questions))
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

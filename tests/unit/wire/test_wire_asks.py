@@ -13,7 +13,7 @@ from cachepipe import errors
 from cachepipe.contract.keys import encode, provider_question
 from cachepipe.models import OpenAIModel
 from cachepipe.models.openai import WireRequest
-from cachepipe.sdk.exchange import questions_of
+from cachepipe.providers.exchange import questions_of
 from cachepipe.wire import (
     APIS,
     CHAT,

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cachepipe.errors import BadAnswer, BatchMismatch, StageClosed
-from cachepipe.stages.adapting import (
+from cachepipe.adapting import (
     check_model,
     cut_of,
     has_batch,
@@ -16,6 +15,7 @@ from cachepipe.stages.adapting import (
     reports_arrivals,
     scope_of,
 )
+from cachepipe.errors import BadAnswer, BatchMismatch, StageClosed
 from cachepipe.typedefs import Arrived, Batch, Request, Response, Ticket
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Stage:
 
     @property
     def cache_scope(self) -> str | None:
-        """The scope of the model's answers (see ``cachepipe.stages.adapting.scope_of``)."""
+        """The scope of the model's answers (see ``cachepipe.adapting.scope_of``)."""
         return scope_of(self.model)
 
     async def request(self, request: Request) -> Response:

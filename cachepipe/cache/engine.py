@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 import orjson
 
 from cachepipe import runs
+from cachepipe.adapting import hooks_of
+from cachepipe.cache.calls import Call, Caller, Need, withdraw
+from cachepipe.cache.in_flight import board_of
+from cachepipe.cache.write_queue import MANY, Lane
 from cachepipe.contract.draws import Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.errors import FreshIds, NotStored, SharedDraw, StoreError, WaitingForOthers, warn
-from cachepipe.stages.adapting import hooks_of
-from cachepipe.stages.base import adapter_of
-from cachepipe.stages.generation import Call, Caller, Need, withdraw
-from cachepipe.stages.in_flight import board_of
-from cachepipe.stages.write_queue import MANY, Lane
+from cachepipe.stage import adapter_of
 from cachepipe.stores.base import (
     Claim,
     Commit,

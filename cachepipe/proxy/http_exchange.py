@@ -17,10 +17,10 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-WHOLE: Final = "cachepipe.whole"
+ONE_MESSAGE: Final = "cachepipe.one_message"
 """A key of a scope: the answer may be sent in one message, which has this key too."""
 
-KEEPS: Final = "cachepipe.keeps"
+KEEP_ALIVE: Final = "cachepipe.keep_alive"
 """A key of a scope: an HTTP/1.0 client asks to keep its connection."""
 
 _TURNS: Final = 5
@@ -32,7 +32,7 @@ class ClientGone(Exception):  # noqa: N818 - nobody is left to whom it would be 
     """The client has left, or does not read any more."""
 
 
-class Refused(Exception):  # noqa: N818 - names what happened
+class Refusal(Exception):  # noqa: N818 - names what happened
     """A request gets an error of the proxy itself.
 
     Args:
@@ -52,7 +52,7 @@ class Refused(Exception):  # noqa: N818 - names what happened
         self.pairs = pairs
 
 
-class Turn:
+class HttpExchange:
     """One request, and the state of its answer.
 
     Args:
@@ -105,7 +105,7 @@ class Turn:
             most: the largest number of bytes.
 
         Raises:
-            Refused: when it has more, or takes too long.
+            Refusal: when it has more, or takes too long.
             ClientGone: when it ends early.
         """
         told = self.named.get(b"content-length", b"0")
@@ -125,10 +125,10 @@ class Turn:
         raise self.too_large(most)
 
     @staticmethod
-    def too_large(most: int) -> Refused:
+    def too_large(most: int) -> Refusal:
         """Return the refusal of a body that is too large."""
         close = [(b"connection", b"close")]
-        return Refused(413, "too_large", f"a request that can be cached has at most {most} bytes", close)
+        return Refusal(413, "too_large", f"a request that can be cached has at most {most} bytes", close)
 
     async def _received(self) -> Message:
         try:
@@ -136,7 +136,7 @@ class Turn:
                 message = await self.receive()
         except TimeoutError:
             close = [(b"connection", b"close")]
-            raise Refused(408, "too_slow", "the body of the request ended early", close) from None
+            raise Refusal(408, "too_slow", "the body of the request ended early", close) from None
         if message["type"] != "http.request":
             raise ClientGone
         return message
@@ -192,7 +192,7 @@ class Turn:
         """Return headers that tell a client of HTTP/1.0 whether its connection stays open."""
         if self.scope.get("http_version") != "1.0" or any(name == b"connection" for name, _ in pairs):
             return pairs
-        lives = KEEPS in self.scope and any(name == b"content-length" for name, _ in pairs)
+        lives = KEEP_ALIVE in self.scope and any(name == b"content-length" for name, _ in pairs)
         return [*pairs, (b"connection", b"keep-alive" if lives else b"close")]
 
     async def write(self, chunk: bytes, *, more: bool = True) -> None:
@@ -213,8 +213,8 @@ class Turn:
         self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
-        if WHOLE in self.scope:
-            await self.send_message({WHOLE: True, "status": status, "headers": pairs, "body": content})
+        if ONE_MESSAGE in self.scope:
+            await self.send_message({ONE_MESSAGE: True, "status": status, "headers": pairs, "body": content})
             return
         await self.start(status, pairs)
         await self.send_message({"type": "http.response.body", "body": content})

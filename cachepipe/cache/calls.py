@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable, Sequence
 from contextvars import copy_context
 from typing import Any
 
+from cachepipe.adapting import cut_of, has_request, hooks_of, limit_of
 from cachepipe.contract.demands import PATIENCE, Limit, answered, cut, largest, repeats
 from cachepipe.errors import ShortAnswer
-from cachepipe.stages.adapting import cut_of, has_request, hooks_of, limit_of
-from cachepipe.stages.base import Flight, Stage, ask_batch, samples_of
+from cachepipe.stage import Flight, Stage, ask_batch, samples_of
 from cachepipe.stores.base import new_id
 from cachepipe.typedefs import Request
 

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from cachepipe import forks
+from cachepipe.cache.calls import Caller, Need
 from cachepipe.errors import StoreError, StoreLocked
-from cachepipe.stages.generation import Caller, Need
 from cachepipe.stores.base import Claim, Commit, Operation, Store
 
 MANY = 1000
