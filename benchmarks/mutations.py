@@ -2,7 +2,7 @@
 
 For each clause of the contract, the modules that decide it are broken in a few chosen ways, one at a time, in
 a copy of the package. The module's own tests, which do no I/O, then run on the copy. The table shows which
-test catches each mutation. The exit code is 1 if a mutation survives, or if its text is no longer in the module.
+test catches each mutation. It exits with 1 if a mutation survives, or if its text is no longer in the module.
 """
 
 from __future__ import annotations
