@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
+import httpx2 as httpx
+
 from cachepipe import jsontext, outages, wire
 from cachepipe.contract.draws import Retried
 from cachepipe.errors import CachepipeError
@@ -21,12 +23,6 @@ from cachepipe.proxy.body_cache import ParsedBody
 from cachepipe.proxy.head_cache import ParsedHead
 from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.typedefs import Mode
-
-try:
-    import httpx2 as httpx
-except ImportError as error:  # pragma: no cover - it is in the extra
-    needed = f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'"
-    raise ImportError(needed, name=error.name) from error
 
 _JSON: Final = (b"content-type", b"application/json")
 _PLAIN: Final = (b"accept-encoding", b"identity")  # compressed events would arrive in clumps
