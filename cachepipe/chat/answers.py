@@ -46,7 +46,7 @@ def _characters(tokens: Iterable[TokenLogProb]) -> Iterator[tuple[str, list[Toke
     parts: list[TokenLogProb] = []
     for token in tokens:
         if token.raw is None:
-            yield from ((part.token, [part]) for part in parts)  # they make no character
+            yield from ((part.token, [part]) for part in parts)  # they are not a character
             parts = []
             yield token.token, [token]
             continue
@@ -58,7 +58,7 @@ def _characters(tokens: Iterable[TokenLogProb]) -> Iterator[tuple[str, list[Toke
 
 
 class _Cost:
-    """A field that may be given as an `Info`, whose price is looked up once somebody wants to know."""
+    """A field that may be given as an `Info`; its price is looked up when it is first read."""
 
     @overload
     def __get__(self, completion: None, _: type) -> None: ...
@@ -200,7 +200,7 @@ def parsed_answer(
     except pydantic.ValidationError as error:
         cut = " (it was cut off: raise max_completion_tokens)" if finish_reason == "length" else ""
         raise BadAnswer(
-            f"the answer is no {kind.__name__}{cut}: {text!r:.200}. It stays in the cache as "
+            f"the answer is not a valid {kind.__name__}{cut}: {text!r:.200}. It stays in the cache as "
             f"sample {index} of key {key}; another request_id draws another"
         ) from error
 
@@ -285,7 +285,7 @@ class Answered:
 def _token(entry: Mapping[str, Any]) -> TokenLogProb:
     value, text = entry.get("logprob"), str(entry.get("token") or "")
     raw = None
-    with contextlib.suppress(TypeError, ValueError):  # servers tell odd things
+    with contextlib.suppress(TypeError, ValueError):  # servers send odd values
         raw = bytes(list(entry.get("bytes") or ())) or None
     if raw == text.encode("utf-8", "surrogatepass"):
         raw = None

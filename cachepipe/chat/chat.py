@@ -177,15 +177,23 @@ class Spoken:
 
     Attributes:
         completion: the answer, with its times and flags, once it is complete; else None.
+        ended: whether there is no more text.
     """
 
     def __init__(self, turns: AsyncGenerator[str | _Due | TextCompletion, None], access: Access) -> None:
         self._turns = turns
         self._access = access
+        self._pieces: list[str] = []
         self.completion: TextCompletion | None = None
+        self.ended = False
 
     def __repr__(self) -> str:
         return f"<Spoken {'under way' if self.completion is None else 'complete'}>"
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
 
     @property
     def result(self) -> Any:
@@ -199,15 +207,24 @@ class Spoken:
         return whole.to_message().text if whole.parsed is None else whole.parsed
 
     async def _next(self) -> str | _Due | None:
-        item = await anext(self._turns, None)
+        """Return the next piece of text, or the next tool call to make; None at the end."""
+        try:
+            item = await anext(self._turns, None)
+        except BaseException:
+            self.ended = True
+            raise
         if isinstance(item, TextCompletion):
             self.completion = item
             return await self._next()
+        if isinstance(item, str):
+            self._pieces.append(item)
+        self.ended = item is None
         return item
 
     async def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # what is being cancelled ends by itself
+        with contextlib.suppress(RuntimeError):  # a generator that is being cancelled ends by itself
             await self._turns.aclose()
+        self.ended = True
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -219,7 +236,7 @@ class Spoken:
             try:
                 item.make()
             except BaseException:
-                self.close()  # the model is told nothing of a call that was not made
+                self.close()  # a call that was not made is not reported to the model
                 raise
         raise StopIteration
 

@@ -748,7 +748,7 @@ async def test_an_answer_that_does_not_fit_is_kept_and_the_error_says_where(serv
     class Never(BaseModel):
         age: int = Field(gt=10**9)
 
-    with pytest.raises(BadAnswer, match=r"the answer is no Never.*sample 0 of key k2-"):
+    with pytest.raises(BadAnswer, match=r"the answer is not a valid Never.*sample 0 of key k2-"):
         await generate_text_completion("Who?", response_format=Never)
 
 

@@ -158,7 +158,10 @@ async def test_an_answer_that_is_no_such_model_says_where_it_is_kept(answering, 
         assert cachepipe.info(again).cached == (True,)
         plain = answering(answer('{"value":', "length"), answer("many"), kind=openai.AsyncOpenAI)
         wrapped = cachepipe.wrap(plain, cache=store)
-        for told in (r"no Sum \(it was cut off.*sample 0 of key", "no Sum: 'many'.*sample 1 of key"):
+        for told in (
+            r"not a valid Sum \(it was cut off.*sample 0 of key",
+            "a valid Sum: 'many'.*sample 1 of key",
+        ):
             session = Session(client=wrapped, llmconfig={"model": "m"})
             with pytest.raises(BadAnswer, match=told):
                 await session.initiate("subtract", response_format=Sum)
