@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import inspect
@@ -13,7 +14,8 @@ import pydantic
 
 from cachepipe.chat import tools
 from cachepipe.chat.access import Access
-from cachepipe.chat.completions import Options, Plan, TextCompletion, checked
+from cachepipe.chat.answers import TextCompletion
+from cachepipe.chat.completions import Options, Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import CachepipeError
 from cachepipe.portal import in_portal
@@ -64,7 +66,7 @@ class Chat:
             )
         if type(max_rounds) is not int or max_rounds < 0:
             raise ValueError(f"max_rounds= is a whole number, at least 0; got {max_rounds!r:.100}")
-        self._plan = Plan(options, environment)
+        self._plan = Plan.of(options, environment)
         self.conversation = Conversation(messages)
         self.completions: list[TextCompletion] = []
         self.max_rounds = max_rounds
@@ -140,7 +142,9 @@ class Chat:
         done: list[TextCompletion] = []
         for left in range(self.max_rounds, -1, -1):
             if streams:
-                async with contextlib.aclosing(self._plan.streamed(said, within)) as parts:
+                asked = self._plan.ask(said, {"stream": True})
+                reply = await asyncio.create_task(asked, context=within)
+                async with contextlib.aclosing(reply.parts()) as parts:
                     async for part in parts:
                         if isinstance(part, str):
                             yield part
@@ -173,15 +177,23 @@ class Spoken:
 
     Attributes:
         completion: the answer, with its times and flags, once it is complete; else None.
+        ended: whether there is no more text.
     """
 
     def __init__(self, turns: AsyncGenerator[str | _Due | TextCompletion, None], access: Access) -> None:
         self._turns = turns
         self._access = access
+        self._pieces: list[str] = []
         self.completion: TextCompletion | None = None
+        self.ended = False
 
     def __repr__(self) -> str:
         return f"<Spoken {'under way' if self.completion is None else 'complete'}>"
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
 
     @property
     def result(self) -> Any:
@@ -194,12 +206,25 @@ class Spoken:
             return None
         return whole.to_message().text if whole.parsed is None else whole.parsed
 
-    async def _next(self) -> str | _Due | TextCompletion | None:
-        return await anext(self._turns, None)
+    async def _next(self) -> str | _Due | None:
+        """Return the next piece of text, or the next tool call to make; None at the end."""
+        try:
+            item = await anext(self._turns, None)
+        except BaseException:
+            self.ended = True
+            raise
+        if isinstance(item, TextCompletion):
+            self.completion = item
+            return await self._next()
+        if isinstance(item, str):
+            self._pieces.append(item)
+        self.ended = item is None
+        return item
 
     async def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # what is being cancelled ends by itself
+        with contextlib.suppress(RuntimeError):  # a generator that is being cancelled ends by itself
             await self._turns.aclose()
+        self.ended = True
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -208,13 +233,10 @@ class Spoken:
         while (item := self._access.wait(self._next)) is not None:
             if isinstance(item, str):
                 return item
-            if isinstance(item, TextCompletion):
-                self.completion = item
-                continue
             try:
                 item.make()
             except BaseException:
-                self.close()  # the model is told nothing of a call that was not made
+                self.close()  # a call that was not made is not reported to the model
                 raise
         raise StopIteration
 
@@ -235,9 +257,6 @@ class Spoken:
         while (item := await self._access.run(self._next)) is not None:
             if isinstance(item, str):
                 return item
-            if isinstance(item, TextCompletion):
-                self.completion = item
-                continue
             try:
                 await item.amake()
             except BaseException:

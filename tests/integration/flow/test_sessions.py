@@ -158,7 +158,10 @@ async def test_an_answer_that_is_no_such_model_says_where_it_is_kept(answering, 
         assert cachepipe.info(again).cached == (True,)
         plain = answering(answer('{"value":', "length"), answer("many"), kind=openai.AsyncOpenAI)
         wrapped = cachepipe.wrap(plain, cache=store)
-        for told in (r"no Sum \(it was cut off.*sample 0 of key", "no Sum: 'many'.*sample 1 of key"):
+        for told in (
+            r"not a valid Sum \(it was cut off.*sample 0 of key",
+            "a valid Sum: 'many'.*sample 1 of key",
+        ):
             session = Session(client=wrapped, llmconfig={"model": "m"})
             with pytest.raises(BadAnswer, match=told):
                 await session.initiate("subtract", response_format=Sum)
@@ -521,6 +524,17 @@ async def test_a_block_says_whose_draws_the_calls_of_a_session_are(server, servi
     with using(request_id="1"):
         await ask(request_id="2")
     assert {(info.draw.namespace, info.draw.request_id) for info in store.draws()} >= {("=a", "2")}
+
+
+async def test_a_session_draws_in_the_namespace_of_a_client_with_its_own_cache(server):
+    store = MemoryStore()
+    where = {"base_url": server.base_url, "api_key": "k", "cache": store}
+    async with AsyncOpenAI(**where, namespace="client's", mode="refresh") as client:
+        for options in ({}, {"namespace": "own"}):
+            session = Session("x", client=client, llmconfig={"model": "m"}, **options)
+            await session.initiate("hi")
+            assert session.info.cached == (False,)
+    assert {info.draw.namespace for info in store.draws()} == {"=client's", "=own"}
 
 
 async def test_sessions_that_come_and_go_are_one_run(server, tmp_path):
