@@ -83,9 +83,7 @@ class Secrets:
     ) -> None:
         found = {key for key in keys if isinstance(key, str)}
         for url in urls:
-            credentials = (
-                (url or "").rpartition("@")[0].rpartition("//")[2]
-            )  # also of a URL that is not valid
+            credentials = (url or "").rpartition("@")[0].rpartition("//")[2]
             found |= {f"{credentials}@", *credentials.split(":", 1)}
         found |= {unquote(secret) for secret in found}
         self._found = sorted((secret for secret in found if len(secret) >= shortest), key=len, reverse=True)
