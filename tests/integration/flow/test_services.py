@@ -498,7 +498,7 @@ def test_an_address_that_is_none_is_refused_without_showing_it(url):
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="credentials in it already"):
+    with pytest.raises(ValueError, match="has credentials already"):
         Services.custom("https://user:word@host/v1", api_key=KEY)
     with pytest.raises(ValueError, match="sdk is one of"):
         Services.custom("https://host/v1", sdk="curl")
