@@ -225,7 +225,7 @@ class Distant(httpx.AsyncHTTPTransport):
 
 
 async def test_a_rate_that_the_server_does_not_tell_is_kept_to_without_an_error():
-    """Client and server share a clock that stands still during calls, so the load of the machine has no effect.
+    """Client and server share a clock that stands still during calls, so a loaded machine changes nothing.
 
     The rate is small here; ``python -m benchmarks.hidden_rate`` measures how much of it is used.
     """
