@@ -450,8 +450,7 @@ class Exchange(Calls):
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
         self.questions = questions or questions_of(api, asks, url, headers, scope=surface.scope, alone=alone)
-        names = tuple(question.key for question in self.questions)
-        self.record = info.Record(names, claimant, url)
+        self.record = info.Record(self.questions, claimant, url)
 
     def own_context(self) -> contextvars.Context | None:
         """Return the context for a task that uses `send`; None if any context will do."""

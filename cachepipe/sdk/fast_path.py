@@ -3,8 +3,8 @@
 A ``create()`` spends three quarters of its time on the transformation of its parameters, and most of the rest
 on a response object that is not used. If all arguments are JSON values, the transformed body equals the
 arguments. So the first call with a set of parameters takes the SDK's normal path, and this module learns the
-result (the options of the request, the order of the body's fields) as a `Shape`. Later calls with the same
-parameters use the shape. All other calls take the SDK's normal path.
+result (the options of the request, the order of the body's fields) as a `CallShape`. Later calls with the
+same parameters use the shape. All other calls take the SDK's normal path.
 """
 
 from __future__ import annotations
@@ -12,55 +12,56 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from cachepipe import context, wire
+from cachepipe.bounds import check_n
 from cachepipe.errors import TooManySamples
+from cachepipe.portal import run_now
 from cachepipe.providers import info
 from cachepipe.providers.exchange import (
     body_from,
-    check_size,
     kept_of,
     questions_of,
     recalled,
     responses_of,
 )
-from cachepipe.providers.generation import Answer
 from cachepipe.sdk import internals
-from cachepipe.sdk.calls import STRICT, ClientCall, SyncClientCall
+from cachepipe.sdk.calls import STRICT
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
 """The resources with a fast path for ``create``."""
 
 
-class Shape(NamedTuple):
+class CallShape(NamedTuple):
     """What the SDK makes of a call with a set of parameters.
 
     Attributes:
         options: the SDK's description of the request, without a body.
         cast_to: the type into which the SDK parses the answer.
+        parsed_once: whether the SDK returns the parsed answer as it is.
         api: the API of the request.
-        names: the fields of the body, in order.
-        added: the fields that the SDK adds to the arguments.
+        body: the fields of the body in order, with the values of those that the SDK adds to the arguments.
     """
 
     options: Any
     cast_to: Any
+    parsed_once: bool
     api: wire.Api
-    names: tuple[str, ...]
-    added: Mapping[str, Any]
+    body: Mapping[str, Any]
 
 
-class Lesson:
+class ObservedCall:
     """A call on the SDK's normal path, from which a shape may be learned."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.arguments = arguments
-        self.shape: Shape | None = None
+        self.shape: CallShape | None = None
 
     def learn(self, cast_to: Any, options: Any, *, stream: bool) -> None:
         """Learn the shape of the call, if its arguments can be recognised in the body."""
@@ -72,16 +73,16 @@ class Lesson:
             return
         if "encoding_format" in self.arguments or not _is_json(self.arguments):
             return  # the parser of embeddings knows the format
-        added = {name: value for name, value in body.items() if name not in self.arguments}
-        if len(body) - len(added) != len(self.arguments) or any(
-            body[name] != value for name, value in self.arguments.items()
-        ):
+        if any(name not in body or body[name] != value for name, value in self.arguments.items()):
             return
-        self.shape = Shape(internals.with_body(options, {}), cast_to, api, tuple(body), added)
+        bare, once = internals.with_body(options, {}), internals.is_parsed_once(options)
+        self.shape = CallShape(bare, cast_to, once, api, dict(body))
 
 
-lesson: contextvars.ContextVar[Lesson | None] = contextvars.ContextVar("cachepipe_lesson", default=None)
-"""The lesson of the call that is being made."""
+observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
+    "cachepipe_observed", default=None
+)
+"""The call that is being made."""
 
 
 def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
@@ -99,139 +100,109 @@ def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
 def _fast_class(kind: Any) -> Any:
     """Return a subclass of a resource's class with the fast path for ``create``."""
     own = kind.create
-    make = _async_create if inspect.iscoroutinefunction(inspect.unwrap(own)) else _sync_create
-    create = functools.wraps(own)(make(kind, own))
+    create = _create(kind, own)
+    if not inspect.iscoroutinefunction(inspect.unwrap(own)):
+        create = run_now(create)
+    functools.update_wrapper(create, own)
     about = {"create": create, "__doc__": kind.__doc__, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), {**about, "__qualname__": kind.__qualname__})
 
 
-def _async_create(kind: Any, own: Any) -> Callable[..., Any]:
-    shapes: dict[tuple[str, ...], Shape] = {}
+def _create(kind: Any, own: Any) -> Callable[..., Any]:
+    """Return a ``create`` method with the fast path, as a coroutine function."""
+    shapes: dict[tuple[str, ...], CallShape] = {}
 
     async def create(self: Any, **arguments: Any) -> Any:
+        client = internals.client_of(self)
+        settled = client._settled  # noqa: SLF001 - it is ours
         if kind.create is not own:  # somebody has put something in front of it since
-            return await kind.create(self, **arguments)
+            return await settled(kind.create(self, **arguments))
         given = internals.given(arguments)
         shape = shapes.get(tuple(given))
         if shape is None:
-            taught = Lesson(given)
-            token = lesson.set(taught)
+            call = ObservedCall(given)
+            token = observed.set(call)
             try:
-                return await own(self, **arguments)
+                return await settled(own(self, **arguments))
             finally:
-                lesson.reset(token)
-                _note_shape(shapes, taught)
-        begun = _begin(ClientCall, internals.client_of(self), shape, given)
+                observed.reset(token)
+                if call.shape is not None and len(shapes) < _MOST_SHAPES:
+                    shapes[tuple(given)] = call.shape
+        begun = _begin(client, shape, given)
         if begun is None:
-            return await own(self, **arguments)
+            return await settled(own(self, **arguments))
         made, call, answer = begun
-        if call is None:
+        if made is not None:
             return made
         if answer is None:
-            answer = await call.drawn()
-        made = _built(call, answer)
-        if made is None:
-            made = await call.client._processed(call, answer)  # noqa: SLF001 - it is ours
-        return made
+            answer = await settled(call.answer())
+            if type(answer.content) is bytes and answer.kept:
+                made = _made(shape, answer.content, answer.made_by, call.record)
+        return await client._parsed(call, answer) if made is None else made  # noqa: SLF001 - it is ours
 
     return create
 
 
-def _sync_create(kind: Any, own: Any) -> Callable[..., Any]:
-    shapes: dict[tuple[str, ...], Shape] = {}
-
-    def create(self: Any, **arguments: Any) -> Any:
-        if kind.create is not own:
-            return kind.create(self, **arguments)
-        given = internals.given(arguments)
-        shape = shapes.get(tuple(given))
-        if shape is None:
-            taught = Lesson(given)
-            token = lesson.set(taught)
-            try:
-                return own(self, **arguments)
-            finally:
-                lesson.reset(token)
-                _note_shape(shapes, taught)
-        begun = _begin(SyncClientCall, internals.client_of(self), shape, given)
-        if begun is None:
-            return own(self, **arguments)
-        made, call, answer = begun
-        if call is None:
-            return made
-        if answer is None:
-            answer = call.wait()
-        made = _built(call, answer)
-        if made is None:
-            made = call.client._processed(call, answer)  # noqa: SLF001 - it is ours
-        return made
-
-    return create
-
-
-def _note_shape(shapes: dict[tuple[str, ...], Shape], taught: Lesson) -> None:
-    if taught.shape is not None and len(shapes) < _MOST_SHAPES:
-        shapes[tuple(taught.arguments)] = taught.shape
-
-
-def _begin(kind: type[ClientCall], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
+def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     """Begin a call with these arguments; return None if the SDK must handle them.
 
     Returns:
         The SDK's object, if all of it is known; else None, the call, and the answer if it is known.
     """
-    surface = client._cachepipe  # noqa: SLF001 - it is ours
+    surface, kind = client._cachepipe, client._call_class  # noqa: SLF001 - they are ours
     using = context.current()
     mode = using.mode_of(surface.mode)
-    if mode == "bypass" or surface.backing.closed or internals.is_strict(client):
+    if mode == "bypass" or surface.backing.closed or not internals.is_usual(client) or not _is_json(given):
         return None
-    if not _is_json(given) or not _is_usual(internals.kind_of(client)) or "request" in vars(client):
-        return None
-    api, added = shape.api, shape.added
-    body = {name: given[name] if name in given else added[name] for name in shape.names}
+    api, body = shape.api, {**shape.body, **given}
     try:
         asks = api.split(body)
-        check_size(asks)
+        check_n(asks[0].n, len(asks))
     except (wire.BadRequest, TooManySamples):
         return None
     for ask in asks:
         if ask.stream or not ask.cacheable:
             return None
-    place = internals.target_of(client, shape.options, body)
-    questions = questions_of(api, asks, *place, scope=surface.scope)
-    grants = None
-    if mode == "read-write":
-        claimant = using.claimant(surface.namespace)
-        grants = recalled(surface, asks, questions, claimant)
-        if grants is not None:
-            samples = [kept for grant in grants for kept in kept_of(grant)]
-            content = body_from(api, asks[0], samples)
-            made = internals.validated(shape.cast_to, content, shape.options, samples[0].made_by)
-            if made is not None:
-                flags = [
-                    kind.flags(surface, claimant.namespace, *asked)
-                    for asked in zip(questions, asks, strict=True)
-                ]
-                names = tuple([question.key for question in questions])
-                record = info.Record(names, claimant, place[0])
-                record.later = functools.partial(responses_of, questions, grants, flags)
-                info.note(made, record)
-                return made, None, None
-    how: dict[str, Any] = {"api": api, "body": body, "asks": asks, "mode": mode, "using": using}
+    target = internals.known_target(client, shape.options, body)
+    questions = questions_of(api, asks, target.url, target.headers, scope=surface.scope)
+    claimant = using.claimant(surface.namespace)
+    grants = recalled(surface, asks, questions, claimant) if mode == "read-write" else None
+    if grants is not None:
+        samples = list(itertools.chain.from_iterable(map(kept_of, grants)))
+        record = info.Record(questions, claimant, target.url)
+        made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
+        if made is not None:
+            flagged = functools.partial(kind.flags, surface, claimant.namespace)
+            flags = list(map(flagged, questions, asks))
+            record.later = functools.partial(responses_of, questions, grants, flags)
+            return made, None, None
     call = kind(
         client,
-        surface,
         shape.cast_to,
         shape.options,
+        target,
+        api=api,
+        body=body,
+        asks=asks,
         stream=False,
-        stream_cls=None,
-        place=place,
+        alone=False,
+        mode=mode,
+        claimant=claimant,
         questions=questions,
-        **how,
     )
     if mode == "replay":
         return None, call, call.known()
     return None, call, None if grants is None else call.granted(grants)
+
+
+def _made(shape: CallShape, content: bytes, made_by: str | None, record: info.Record) -> Any:
+    """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
+    if not shape.parsed_once:
+        return None
+    made = internals.validated(shape.cast_to, content, made_by)
+    if made is not None:
+        info.note(made, record)
+    return made
 
 
 def _is_json(value: Any) -> bool:
@@ -241,24 +212,6 @@ def _is_json(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-@functools.lru_cache(maxsize=64)
-def _is_usual(kind: Any) -> bool:
-    """Return True if a client class makes its calls as ours do, which a subclass may not."""
-    return all(
-        getattr(kind, name).__module__ == "cachepipe.sdk.mixins" for name in ("request", "_process_response")
-    )
-
-
-def _built(call: ClientCall, answer: Answer) -> Any:
-    """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
-    if type(answer.content) is not bytes or not answer.kept:
-        return None
-    made = internals.validated(call.cast_to, answer.content, call.options, answer.made_by)
-    if made is not None:
-        info.note(made, call.record)
-    return made
 
 
 def property_of(sdk: Any, name: str, names: tuple[str, ...]) -> Any:
