@@ -298,24 +298,22 @@ class Services:
     @staticmethod
     def OpenAI(**options: Any) -> Service:  # noqa: N802 - a name, as the providers write it
         """Return OpenAI, or the endpoint in ``OPENAI_BASE_URL``; the key is in ``OPENAI_API_KEY``."""
-        return _service("OpenAI", "OPENAI", "https://api.openai.com/v1", "gpt-4-1106-preview", options)
+        return _service("OpenAI", "https://api.openai.com/v1", options, "gpt-4-1106-preview")
 
     @staticmethod
     def OpenRouter(**options: Any) -> Service:  # noqa: N802 - likewise
         """Return OpenRouter; the key is in ``OPENROUTER_API_KEY``."""
-        url, model = "https://openrouter.ai/api/v1", "openai/gpt-4-1106-preview"
-        return _service("OpenRouter", "OPENROUTER", url, model, options)
+        return _service("OpenRouter", "https://openrouter.ai/api/v1", options, "openai/gpt-4-1106-preview")
 
     @staticmethod
     def Together(**options: Any) -> Service:  # noqa: N802 - likewise
         """Return Together; the key is in ``TOGETHER_API_KEY``."""
-        return _service("Together", "TOGETHER", "https://api.together.xyz/v1", None, options)
+        return _service("Together", "https://api.together.xyz/v1", options)
 
     @staticmethod
     def Anthropic(**options: Any) -> Service:  # noqa: N802 - likewise
         """Return Anthropic; the key is in ``ANTHROPIC_API_KEY``. Its clients are Anthropic's."""
-        options = {"sdk": "anthropic", **options}
-        return _service("Anthropic", "ANTHROPIC", "https://api.anthropic.com/v1", None, options)
+        return _service("Anthropic", "https://api.anthropic.com/v1", {"sdk": "anthropic", **options})
 
     @staticmethod
     def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise
@@ -353,8 +351,9 @@ def ollama_url(host: str, secret: str | None = None) -> str:
     return f"{scheme}://{place}/v1"
 
 
-def _service(name: str, prefix: str, url: str, model: str | None, options: Mapping[str, Any]) -> Service:
+def _service(name: str, url: str, options: Mapping[str, Any], model: str | None = None) -> Service:
     """Return a service with the defaults of a provider; its own variable may name another URL."""
+    prefix = name.upper()
     url = os.environ.get(f"{prefix}_BASE_URL") or url
     if prefix in ("TOGETHER", "ANTHROPIC") and not urlsplit(url).path.rstrip("/"):
         url = f"{url.rstrip('/')}/v1"  # as their SDKs do

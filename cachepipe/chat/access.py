@@ -79,17 +79,42 @@ _SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
 _ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
 
 
+class Environment:
+    """The settings that options may leave out.
+
+    Args:
+        given: settings that override the environment of the process.
+        whose: the class that takes them, for the error.
+
+    Raises:
+        TypeError: when they are not a mapping.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None = None, whose: str = "Access") -> None:
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"{whose} takes a mapping of settings, and options by name; got {type(given).__name__}"
+            )
+        self._given = given or {}
+
+    def found(self, name: str) -> str | None:
+        """Return a setting by its name; None if it is not set, or empty."""
+        value = self._given.get(name)
+        return str(value) if value else os.environ.get(name) or None
+
+
 class Access:
     """The endpoint, the cache and the mode of calls.
 
     Args:
         options: the options for the client and the cache; missing ones are looked up.
-        environment: settings that override the environment of the process.
+        environment: the settings for missing options; default is the environment of the process.
         sdk: the SDK for the clients of a service; default is the service's.
 
     Attributes:
         client: the caller's client with its cache; None if the client is made here.
         service: the caller's service.
+        found: looks up a setting in the environment.
 
     Raises:
         TypeError, ValueError: for options that exclude each other, or are not valid.
@@ -98,11 +123,11 @@ class Access:
     def __init__(
         self,
         options: Mapping[str, Any],
-        environment: Mapping[str, Any] | None = None,
+        environment: Environment | None = None,
         *,
         sdk: str | None = None,
     ) -> None:
-        self._environment = environment or {}
+        self.found = (environment or Environment()).found
         self._sdk = sdk
         self._opened: Any = None
         self.service: Service | None = options.get("service")
@@ -139,11 +164,6 @@ class Access:
         return self  # its options do not change
 
     # What was given.
-
-    def found(self, name: str) -> str | None:
-        """Return a setting by its name in the environment; None if it is not set, or empty."""
-        value = self._environment.get(name)
-        return str(value) if value else os.environ.get(name) or None
 
     def _settings_of(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
         """Return the settings for `context.using`.
