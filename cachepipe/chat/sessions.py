@@ -268,8 +268,8 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation, the parameters, the namespace and the replicate to a file as JSON.
 
-        The file has no key and no URL. A class as ``response_format`` is left out, and so are ``extra_headers`` and ``extra_query``, which
-        may hold keys; give them again to `load`.
+        The file has no key and no URL. A class as ``response_format`` is left out, and so are
+        ``extra_headers`` and ``extra_query``, which may hold keys; give them again to `load`.
         """
         llmconfig = {
             name: value
