@@ -29,7 +29,7 @@ from cachepipe.progress import Tick, shown
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
-    from cachepipe.batchfile import Report
+    from cachepipe.batch import Report
     from cachepipe.testing import MockServer
 
 _PROMPTS: Final = 164
@@ -240,7 +240,7 @@ class _Player:
 
     async def step(self, name: str, lines: Lines, n: int, namespace: str) -> Step:
         """Run the lines in a run of their own, and return the step."""
-        from cachepipe.batchfile import run_file  # noqa: PLC0415 - help needs none of it
+        from cachepipe.batch import run_file  # noqa: PLC0415 - help needs none of it
 
         requests, results = self._scratch / "requests.jsonl", self._scratch / "results.jsonl"
         requests.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
