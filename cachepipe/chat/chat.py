@@ -17,9 +17,10 @@ from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.answers import TextCompletion
 from cachepipe.chat.completions import Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
-from cachepipe.chat.options import AccessOptions, Options, describes
+from cachepipe.chat.options import AccessOptions, Options
 from cachepipe.errors import CachepipeError
 from cachepipe.portal import in_portal
+from cachepipe.typedefs import describes
 
 MOST_ROUNDS: Final = 8
 """The default number of rounds in which a model may call tools before it answers."""

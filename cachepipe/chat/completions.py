@@ -26,10 +26,11 @@ from cachepipe.chat import tools
 from cachepipe.chat.access import Access, Environment, model_of
 from cachepipe.chat.answers import Answered, TextCompletion, choices_of, parsed_answer
 from cachepipe.chat.conversations import Conversation, Message
-from cachepipe.chat.options import NAMES, AccessOptions, ManyOptions, Options, StrictOptions, describes
+from cachepipe.chat.options import NAMES, AccessOptions, ManyOptions, Options, StrictOptions
 from cachepipe.errors import CachepipeError
 from cachepipe.parallel import alcall
 from cachepipe.providers.info import Info, info
+from cachepipe.typedefs import describes
 
 _MOST_ALTERNATIVES: Final = 20
 _NOT_TAKEN: Final = {

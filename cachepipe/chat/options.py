@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, TypedDict, TypeVar
+from typing import Any, Final, Literal, TypedDict
 
 import pydantic
 
 from cachepipe.services import Service
 from cachepipe.typedefs import Mode, Repeat
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class AccessOptions(TypedDict, total=False):
@@ -145,18 +142,3 @@ class StrictOptions(_CrowdOptions, total=False):
     """`ManyOptions` with which failures are raised, so that all results are completions."""
 
     return_exceptions: Literal[False]
-
-
-def describes(*kinds: type) -> Callable[[F], F]:
-    """Return a decorator that adds the descriptions of options to a docstring, for ``help()``.
-
-    Args:
-        kinds: the classes with the options.
-    """
-    sections = [(inspect.getdoc(kind) or "").partition("Attributes:\n")[2] for kind in kinds]
-
-    def describe(thing: F) -> F:
-        thing.__doc__ = "\n".join([inspect.getdoc(thing) or "", "\nOptions:", *sections])
-        return thing
-
-    return describe

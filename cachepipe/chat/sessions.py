@@ -24,12 +24,12 @@ from cachepipe.chat.answers import TextCompletion
 from cachepipe.chat.chat import Spoken
 from cachepipe.chat.completions import Plan, Reply
 from cachepipe.chat.conversations import Conversation, Message
-from cachepipe.chat.options import AccessOptions, describes
+from cachepipe.chat.options import AccessOptions
 from cachepipe.context import Using, current
 from cachepipe.flow import Limits
 from cachepipe.providers.info import Info
 from cachepipe.services import Service, Services
-from cachepipe.typedefs import by_value
+from cachepipe.typedefs import by_value, describes
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "model": "gpt-4-1106-preview",

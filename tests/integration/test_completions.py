@@ -55,7 +55,7 @@ from cachepipe.chat.kept import close_clients, on_portal
 from cachepipe.chat.options import AccessOptions, ManyOptions, Options
 from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
-from cachepipe.services import Service, Services
+from cachepipe.services import LimitOptions, Service, Services
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import default_model, flatten
 
@@ -733,6 +733,7 @@ def test_help_describes_each_option():
         (generate_text_completions_for_conversations_sync, ManyOptions),
         (cachepipe.Chat, Options),
         (Session, AccessOptions),
+        (Service, LimitOptions),
     ):
         text = pydoc.render_doc(shown)
         assert [name for name in kind.__annotations__ if f"    {name}: " not in text] == []
