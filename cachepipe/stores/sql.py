@@ -54,7 +54,7 @@ from cachepipe.stores.ledger import DrawView
 from cachepipe.stores.misses import Similar, nearest
 from cachepipe.stores.sets import LargeSet
 from cachepipe.stores.tables import LISTED, SegmentRow, locked, parse_sample, read_sample, unpack
-from cachepipe.stores.transaction import Memory, Transaction
+from cachepipe.stores.transaction import SqlLedger
 from cachepipe.stores.writer import Locked, Writer
 
 _ALIVE_FOR = 0.25  # seconds for which a lease that was found alive counts as alive
@@ -119,8 +119,14 @@ def _reads(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
         @functools.wraps(method)
         def iterate(*args: _P.args, **kwargs: _P.kwargs) -> Any:
-            with args[0]._reading_rows():  # type: ignore[attr-defined]  # noqa: SLF001 - of this module
-                yield from method(*args, **kwargs)
+            store: Any = args[0]
+            with store._reading_rows():  # noqa: SLF001 - of this module
+                rows: Any = method(*args, **kwargs)
+                if store._has_snapshots:  # noqa: SLF001 - of this module
+                    yield from rows
+                    return
+                rows = list(rows)
+            yield from rows
 
         return iterate
 
@@ -157,6 +163,7 @@ class SqlStore:
     read_only = False
     why_read_only = ""
     wait_for_others: float | None = None
+    _has_snapshots = True  # readers see what was stored when they began, whatever is written meanwhile
 
     def __init__(self) -> None:
         self._reset()
@@ -206,8 +213,9 @@ class SqlStore:
         self._closed = False
         self._writer = Writer(self)
         self._key_ids: dict[str, int] = {}
-        self._transaction: Transaction | None = None
-        self._memory = Memory(self._lease_name, self._lives, self._shared, self._key_ids, self._check_files)
+        self._ledger = SqlLedger(
+            self._lease_name, self._lives, self._shared, self._check_files, self._key_ids
+        )
         self._namespace_ids: dict[str, int] = {}
         self._leases: dict[int, tuple[bool, float]] = {}
         self._rows = 0
@@ -324,17 +332,14 @@ class SqlStore:
         try:
             ledger.execute("BEGIN IMMEDIATE")
             try:
-                transaction = self._transaction or Transaction(self._memory, ledger, shelf)
-                self._transaction = None
-                results = transaction.run(operations)
+                results = self._ledger.run(ledger, shelf, operations)
                 ledger.execute("COMMIT")
-                self._transaction = transaction
             except BaseException:
                 if shelf.in_transaction:
                     shelf.execute("ROLLBACK")
                 if ledger.in_transaction:
                     ledger.execute("ROLLBACK")
-                self._memory.forget()
+                self._ledger.forget()
                 raise
         except sqlite3.OperationalError as error:
             if locked(error):
@@ -361,7 +366,7 @@ class SqlStore:
             except sqlite3.Error:  # no more files may be opened, or the folder has gone: it can wait
                 return
             self._opened += self._checkpointing
-        stamp, sample = self._memory.written_stamp, self._memory.written_sample
+        stamp, sample = self._ledger.written_stamp, self._ledger.written_sample
         with contextlib.suppress(sqlite3.OperationalError):  # others write: it is for the next checkpoint
             for connection in self._checkpointing:
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
@@ -420,7 +425,7 @@ class SqlStore:
             tables.check_segment(draw, number, position, index, stamp, digest)
             if type(sample) is not Sample:
                 return None
-            return Grant([index], [sample], shared=lease != self._memory.lease and self._shared({lease}))
+            return Grant([index], [sample], shared=lease != self._ledger.own_lease and self._shared({lease}))
         for row in rows:
             tables.check_segment(draw, row[0], row[1], row[2], row[4], row[5])
         indices = laid((row[1], unpack(row[2])) for row in rows)
@@ -456,45 +461,31 @@ class SqlStore:
                 return digests == [(row[5],) for row in rows]
         return True
 
+    @_reads
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None.
 
         Raises:
             StoreError: when the files cannot be read.
         """
-        with self._reading_rows():
-            ledger, shelf = self._readable()
-            key = self._key_id(ledger, draw.key)
-            if key is None:
-                return None
-            namespace = self._namespace_id(ledger, draw.namespace)
-            view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
-            grant = operations.replay(view, draw, n)
+        ledger, shelf = self._readable()
+        key = self._key_id(ledger, draw.key)
+        if key is None:
+            return None
+        namespace = self._namespace_id(ledger, draw.namespace)
+        view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
+        grant = operations.replay(view, draw, n)
         for index in () if grant is None else grant.indices:
             taken.add(index)
         return grant
 
+    @_reads
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
 
         Raises:
             StoreError: when the files cannot be read.
         """
-        with self._reading_rows():
-            return self._status(wanted)
-
-    @_reads
-    def generator(self, key: str, index: int) -> Process | None:
-        """Return the process that generates a sample, or None."""
-        ledger, _ = self._readable()
-        row = ledger.execute(
-            "SELECT l.name FROM pending p JOIN leases l ON l.id = p.lease"
-            " WHERE p.key = (SELECT id FROM keys WHERE key = ?) AND p.sample = ?",
-            (key, index),
-        ).fetchone()
-        return None if row is None else leases.process(str(row[0]))
-
-    def _status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         ledger, shelf = self._readable()
         states: list[State] = []
         for key, index in wanted:
@@ -513,6 +504,17 @@ class SqlStore:
             else:
                 states.append("free")
         return states
+
+    @_reads
+    def generator(self, key: str, index: int) -> Process | None:
+        """Return the process that generates a sample, or None."""
+        ledger, _ = self._readable()
+        row = ledger.execute(
+            "SELECT l.name FROM pending p JOIN leases l ON l.id = p.lease"
+            " WHERE p.key = (SELECT id FROM keys WHERE key = ?) AND p.sample = ?",
+            (key, index),
+        ).fetchone()
+        return None if row is None else leases.process(str(row[0]))
 
     @_reads
     def keys(
@@ -761,7 +763,7 @@ class SqlStore:
         """Return True if another live process is among the leases that made a draw."""
         for lease in leases:
             known = self._leases.get(lease)
-            if lease == self._memory.lease or (known is not None and not known[0]):
+            if lease == self._ledger.own_lease or (known is not None and not known[0]):
                 continue
             if known is None or time.monotonic() - known[1] > _ALIVE_FOR:
                 ledger, _ = self._readable()

@@ -346,7 +346,7 @@ def test_c7_nothing_is_claimed_in_a_folder_that_has_gone_and_what_was_is_stored_
         folder.rename(other)
     if what == "made anew":
         DiskStore(folder).close()
-    store._memory.reaped = 0.0  # they are looked at ten times a second
+    store._ledger.reaped = 0.0  # they are looked at ten times a second
     with pytest.raises(StoreError, match="moved or deleted"):
         claim(store, draw("b"))
     commit = Commit(KEY, grant.mine[0], b"0", {})

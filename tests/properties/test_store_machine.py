@@ -161,7 +161,7 @@ class StoreMachine(RuleBasedStateMachine):
         return self.processes[number % len(self.processes)]
 
     def apply(self, process, *operations):
-        process._memory.reaped = 0.0  # the dead are looked for at each claim
+        process._ledger.reaped = 0.0  # the dead are looked for at each claim
         return process.apply_now(operations)
 
     # What happens.
