@@ -41,7 +41,7 @@ class BodySource:
 
     async def aread(self) -> AsyncIterator[bytes]:
         """Iterate over the body on a loop."""
-        for chunk in self.chunks:
+        for chunk in self.read():
             yield chunk
 
     def leave(self) -> None:

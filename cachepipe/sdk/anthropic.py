@@ -23,15 +23,14 @@ except ImportError as error:
         "the cached Anthropic clients need anthropic: pip install 'cachepipe[anthropic]'"
     ) from error
 
-from cachepipe import jsontext, outages
+from cachepipe import outages
 from cachepipe.errors import CachepipeError
-from cachepipe.flow.flow import Passage
 from cachepipe.portal import run_now
 from cachepipe.providers import info
-from cachepipe.providers.generation import Unkept
-from cachepipe.providers.responses import BodySource, Received, broken
+from cachepipe.providers.generation import Made, Unkept
+from cachepipe.providers.responses import Received, broken
 from cachepipe.providers.stream_recorder import RecordedStream
-from cachepipe.sdk import internals
+from cachepipe.sdk import http, internals
 from cachepipe.sdk.calls import ClientCall
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
 from cachepipe.sdk.options import ClientOptions
@@ -135,7 +134,11 @@ class AttemptsCached(Cached):
             )
         except AttemptRefused as refused:
             return refused.response, refused.prepared
-        _end(passage, received, stream=stream)
+        made = Made(passage, None, received)
+        if stream:
+            http.when_read(received.response, made.end)
+        else:
+            made.end_with(received.content if isinstance(received.content, bytes) else b"")
         return received.response, received.details["options"]
 
     async def _answered(self, call: ClientCall) -> Received:
@@ -145,7 +148,7 @@ class AttemptsCached(Cached):
         if (
             received is not None
             and isinstance(recording, RecordedStream)
-            and not internals.unread(received.response)
+            and not http.unread(received.response)
         ):  # a stream that is handed on as it comes
             await self._settled(self._read_to_end(recording))
             answer = answer._replace(content=b"", kept=recording.recorder.complete)
@@ -173,7 +176,7 @@ class AttemptsCached(Cached):
         try:
             return await self._as_received(response, made_with, stream=stream)
         except Exception as error:
-            received = Received(internals.handed_on(self, response, broken(error)), made_with)
+            received = Received(http.handed_on(self, response, broken(error)), made_with)
             raise Unkept(received, error) from error
 
 
@@ -255,21 +258,3 @@ def check_wrappable(kind: Any) -> None:
 internals.count_as_base_clients(AttemptsCached, anthropic.Anthropic, anthropic.AsyncAnthropic)
 for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anthropic.Anthropic)):
     equip(_kind, _sdk, credentials=CREDENTIALS, error=anthropic.AnthropicError)
-
-
-def _end(passage: Passage, arrived: Received, *, stream: bool) -> None:
-    """Report the end of a call: for a stream, when it has been read."""
-    headers = arrived.response.headers
-    if stream:
-        internals.when_read(arrived.response, functools.partial(passage.end, headers=headers))
-    else:
-        passage.end(usage=_usage(arrived.content), headers=headers)
-
-
-def _usage(content: bytes | BodySource) -> Any:
-    """Return the usage in an answer, or None."""
-    try:
-        answer = jsontext.loads(content) if isinstance(content, bytes) else None
-    except ValueError:
-        return None
-    return answer.get("usage") if isinstance(answer, dict) else None

@@ -28,7 +28,7 @@ from cachepipe.providers.exchange import Exchange, check_size, id_header
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.providers.stream_recorder import SyncRecordedStream
-from cachepipe.sdk import internals
+from cachepipe.sdk import http, internals
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 """Encodes JSON values only; other values raise an error."""
@@ -166,10 +166,10 @@ class ClientCall(Exchange):
                 self.client, self.cast_to, self.options, stream=self.stream, stream_cls=self.stream_cls
             )
             named = {} if answer.made_by is None else {id_header(self.api): answer.made_by}
-            response = internals.made_response(self.client, self.url, self.options, content, named)
+            response = http.made_response(self.client, self.url, self.options, content, named)
             arrived = Received(response, details)
         elif isinstance(content, BodySource):
-            arrived = Received(internals.handed_on(self.client, arrived.response, content), arrived.details)
+            arrived = Received(http.handed_on(self.client, arrived.response, content), arrived.details)
         if self.kept:
             info.note(arrived.response, self.record)
         return arrived

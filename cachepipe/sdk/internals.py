@@ -8,20 +8,15 @@ the default headers that the caller gave, ``_custom_headers``.
 
 from __future__ import annotations
 
-import datetime as dt
 import functools
 import importlib
 import inspect
-import select
 import sys
-import time
-import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachepipe import wire
-from cachepipe.providers.responses import BodySource
 
 NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 """The methods of an SDK's client that the cached clients use."""
@@ -34,27 +29,12 @@ _ERRORS = {"openai": "OpenAIError", "together": "TogetherError", "anthropic": "A
 _USUAL_RETRIES = 2
 """The default number of retries of all SDKs: their DEFAULT_MAX_RETRIES."""
 
-_DROPPED = frozenset({"content-length", "transfer-encoding", "content-encoding"})
-"""Headers that describe the bytes on the wire, not the decoded bytes."""
-
 RAW = "x-stainless-raw-response"
 """The header with which ``with_raw_response`` and ``with_streaming_response`` mark a call."""
 _ABSENT = frozenset({"NotGiven", "Omit"})
 """The classes of the SDKs' values for "not given"."""
 _EXTRAS = frozenset({"extra_headers", "extra_query", "extra_body"})
 _OWN = frozenset({RAW, "x-stainless-helper-method", "x-stainless-stream-helper"})
-
-
-def library_of(client: Any) -> Any:
-    """Return the HTTP library that a client runs on, ``httpx2`` or ``httpx``."""
-    http, url = client._client, client.base_url  # noqa: SLF001 - this is the place
-    return _library_of(http.__class__, url.__class__)
-
-
-@functools.lru_cache(maxsize=64)
-def _library_of(http: Any, url: Any) -> Any:
-    roots = (kind.__module__.partition(".")[0] for kind in (*http.__mro__, url))
-    return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
 
 
 @functools.lru_cache(maxsize=256)
@@ -123,14 +103,6 @@ def sent_headers(client: Any, options: Any) -> dict[str, str]:
     return {**client._client.headers, **headers}  # noqa: SLF001 - likewise
 
 
-def call_headers(options: Any) -> dict[str, str]:
-    """Return the headers of one call, without those that it removes."""
-    headers = options.headers
-    if not isinstance(headers, Mapping):
-        return {}
-    return {name: value for name, value in headers.items() if isinstance(value, str)}
-
-
 def is_plain(options: Any) -> bool:
     """Return True if a call has no headers or options of its own, so that it may be merged with others."""
     if isinstance(options.headers, Mapping) and any(name.lower() not in _OWN for name in options.headers):
@@ -167,12 +139,6 @@ def own_retries(client: Any, options: Any) -> int | None:
         if _is_given(wanted) and isinstance(wanted, int) and wanted != _USUAL_RETRIES:
             return wanted
     return None
-
-
-def overridden(client: Any, cast_to: Any, options: Any) -> tuple[Any, Any]:
-    """Return the type into which a response is parsed, and the options for it, as a copy."""
-    options = options.model_copy()
-    return client._maybe_override_cast_to(cast_to, options), options  # noqa: SLF001 - this is the place
 
 
 def process(sdk: Any, response: Any, details: Mapping[str, Any]) -> Any:
@@ -215,205 +181,14 @@ def count_as_base_clients(mixin: type, *kinds: type) -> None:
 
 def made_details(client: Any, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> dict[str, Any]:
     """Return the arguments of ``_process_response`` for a response without a call."""
-    cast_to, options = overridden(client, cast_to, options)
+    options = options.model_copy()
     return {
-        "cast_to": cast_to,
+        "cast_to": client._maybe_override_cast_to(cast_to, options),  # noqa: SLF001 - this is the place
         "options": options,
         "stream": stream,
         "stream_cls": stream_cls,
         "retries_taken": 0,
     }
-
-
-def kept_headers(response: Any) -> list[tuple[str, str]]:
-    """Return the headers of a response that are still valid for its decoded body."""
-    return [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _DROPPED]
-
-
-@functools.lru_cache(maxsize=8)
-def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
-    """Return the class of bodies for the responses of a kind of client.
-
-    A body is read in one of two ways, synchronously or asynchronously, like one that arrived.
-    """
-
-    class Body(library.SyncByteStream):  # type: ignore[misc]  # chosen at run time
-        def __init__(self, source: BodySource, ended: Callable[[], None] = lambda: None) -> None:
-            self.source = source
-            self.ended = ended
-
-        def __iter__(self) -> Iterator[bytes]:
-            return self.source.read()
-
-        def close(self) -> None:
-            self.source.leave()
-            self.ended()
-
-    class AsyncBody(library.AsyncByteStream):  # type: ignore[misc]  # likewise
-        def __init__(self, source: BodySource, ended: Callable[[], None] = lambda: None) -> None:
-            self.source = source
-            self.ended = ended
-
-        def __aiter__(self) -> AsyncIterator[bytes]:
-            return self.source.aread()
-
-        async def aclose(self) -> None:
-            await self.source.aleave()
-            self.ended()
-
-    return AsyncBody if asynchronous else Body
-
-
-def _body(client: Any, *arguments: Any) -> Any:
-    library = library_of(client)
-    return _body_class(library, isinstance(client._client, library.AsyncClient))(*arguments)  # noqa: SLF001 - this is the place
-
-
-def made_response(
-    client: Any, url: str, options: Any, content: bytes | BodySource, named: Mapping[str, str]
-) -> Any:
-    """Return a response without a call, with the request that it would have answered.
-
-    Its headers contain its type and, if known, the id of the call that made its samples: ``named``. It needs
-    neither credentials nor the SDK's preparations.
-    """
-    library = library_of(client)
-    request = library.Request(options.method.upper(), url, headers=call_headers(options))
-    raw = call_headers(options).get(RAW) or call_headers(options).get("X-Stainless-Raw-Response")
-    headers = {"content-type": "application/json", **named}
-    if isinstance(content, bytes) and raw != "stream":
-        response = library.Response(200, headers=headers, content=content, request=request)
-    else:
-        if isinstance(content, bytes):
-            content = BodySource([content])
-        else:
-            headers["content-type"] = "text/event-stream; charset=utf-8"
-        response = library.Response(200, headers=headers, stream=_body(client, content), request=request)
-        _watch_closing(response, content)
-    response.elapsed = dt.timedelta(0)
-    return response
-
-
-def handed_on(client: Any, response: Any, source: BodySource) -> Any:
-    """Return a response like the one that arrived, with a body from a source."""
-    began = time.monotonic()
-
-    def ended() -> None:
-        whole = reference()
-        if whole is not None:
-            whole.elapsed = _elapsed(response, began)
-
-    made = library_of(client).Response(
-        response.status_code,
-        headers=kept_headers(response),
-        stream=_body(client, source, ended),
-        request=response.request,
-        extensions=response.extensions,
-    )
-    reference = weakref.ref(made)
-    _watch_closing(made, source)
-    made.history = response.history
-    weakref.finalize(made, source.leave).atexit = False  # a stream that nobody reads or closes
-    return made
-
-
-def _watch_closing(response: Any, source: BodySource) -> None:
-    """Have a source learn whenever its response is closed, also by the HTTP library or more than once."""
-    reference, closing = weakref.ref(response), source.closing
-
-    def close() -> None:
-        closing()
-        whole = reference()
-        if whole is not None:
-            type(whole).close(whole)
-
-    async def aclose() -> None:
-        closing()
-        whole = reference()
-        if whole is not None:
-            await type(whole).aclose(whole)
-
-    response.close, response.aclose = close, aclose
-
-
-def when_read(response: Any, end: Callable[[], None]) -> None:
-    """Call a function once a response has been read to its end, was closed, or is not referenced any more.
-
-    Args:
-        response: the HTTP response.
-        end: the function, which may be called more than once; it must not refer to the response.
-    """
-    if response.is_closed:
-        end()
-        return
-    reference = weakref.ref(response)
-
-    def close() -> None:
-        whole = reference()
-        try:
-            if whole is not None:
-                type(whole).close(whole)
-        finally:
-            end()
-
-    async def aclose() -> None:
-        whole = reference()
-        try:
-            if whole is not None:
-                await type(whole).aclose(whole)
-        finally:
-            end()
-
-    response.close, response.aclose = close, aclose
-    weakref.finalize(response, end).atexit = False
-
-
-def _elapsed(response: Any, began: float) -> dt.timedelta:
-    """Return how long a response took; for one that is still being read, the time since it began."""
-    try:
-        elapsed: dt.timedelta = response.elapsed
-    except RuntimeError:
-        return dt.timedelta(seconds=time.monotonic() - began)
-    return elapsed
-
-
-def ease_probes(client: Any) -> None:
-    """Make the probes of idle connections cheap, in an asynchronous HTTP client that the SDK has made.
-
-    The pool probes each idle connection whenever a call begins or ends. After a large transaction many
-    connections are idle, and finding the socket, which never changes, takes most of a probe's time.
-    """
-    backend = client._client  # noqa: SLF001 - this is the place
-    for name in ("_transport", "_pool", "_network_backend"):
-        backend = getattr(backend, name, None)
-    connect = getattr(backend, "connect_tcp", None)
-    if not inspect.iscoroutinefunction(connect):
-        return
-
-    async def connect_tcp(*arguments: Any, **options: Any) -> Any:
-        return _eased(await connect(*arguments, **options))
-
-    backend.connect_tcp = connect_tcp
-
-
-def _eased(stream: Any) -> Any:
-    """Return a connection that looks its socket up once, with or without TLS."""
-    about, start_tls, socket = stream.get_extra_info, stream.start_tls, stream.get_extra_info("socket")
-    if not hasattr(select, "poll") or socket is None or socket.fileno() < 0:
-        return stream
-    poller = select.poll()
-    poller.register(socket.fileno(), select.POLLIN)
-
-    def get_extra_info(info: str) -> Any:
-        if info == "is_readable":
-            return socket.fileno() < 0 or bool(poller.poll(0))
-        return about(info)
-
-    async def started_tls(*arguments: Any, **options: Any) -> Any:
-        return _eased(await start_tls(*arguments, **options))
-
-    stream.get_extra_info, stream.start_tls = get_extra_info, started_tls
-    return stream
 
 
 def is_own(function: Any, kind: Any) -> bool:
@@ -434,6 +209,11 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in arguments.items()
         if type(value).__name__ not in _ABSENT and not (value is None and name in _EXTRAS)
     }
+
+
+def http_of(client: Any) -> Any:
+    """Return the HTTP client of a client."""
+    return client._client  # noqa: SLF001 - this is the place
 
 
 def client_of(resource: Any) -> Any:
@@ -474,15 +254,6 @@ def validated(cast_to: Any, content: bytes, made_by: str | None) -> Any:
     if package_of(cast_to) == "openai":
         made._request_id = made_by  # noqa: SLF001 - this is the place
     return made
-
-
-def unread(response: Any) -> bool:
-    """Return True if the body of a response was not read yet."""
-    try:
-        response.content  # noqa: B018 - it raises
-    except RuntimeError:  # the HTTP library's ResponseNotRead
-        return True
-    return False
 
 
 def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
