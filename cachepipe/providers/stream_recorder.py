@@ -34,12 +34,12 @@ _DRAINED_SECONDS = 0.1
 """Seconds to wait for the end of a response after its terminal event, so that its connection is reused."""
 _UNDONE_SECONDS = 1.0
 """The longest time in seconds that the reader of a broken stream waits until its draw is undone."""
-_TURNS = 8  # turns of the loop that a leaving reader waits for what has come already
-_LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
+_TURNS = 8  # turns of the loop that a leaving reader waits for the end of the response
+_LOOK = 0.05  # seconds between checks whether another draw waits for the sample of a stalled reader
 
 
 class StreamSource(BodySource):
-    """A stream whose reader may be cut off, which gives its draw back.
+    """A stream that gives its draw back if its reader is stopped before the end.
 
     Args:
         cut: gives the draw back.
@@ -57,7 +57,7 @@ class StreamSource(BodySource):
         self._reader: tuple[asyncio.Task[Any] | None, int] = (None, 0)
 
     def _watch(self) -> None:
-        """Note what the reader is handling while it reads; that is no reason for it to stop."""
+        """Note the exception that the reader handles while it reads; it is not what stops the reader."""
         self._handled = sys.exception()
         task = _current_task()
         self._reader = task, 0 if task is None else task.cancelling()
@@ -69,9 +69,9 @@ class StreamSource(BodySource):
             self._cut()
 
     def closing(self) -> None:
-        """Learn that the response is about to be closed: by its reader's own accord, or as that is stopped.
+        """Give the draw back if the response is closed because its reader was stopped.
 
-        A generator that nobody holds any more closes it too, which says nothing about its reader.
+        The garbage collector may close the response too; this shows nothing about the reader.
         """
         if not self._over:
             if self._is_stopped():
@@ -102,7 +102,7 @@ class ReplayedStream(StreamSource):
     """A stream that is made of stored samples.
 
     Args:
-        events: its events; with the last one the stream has come to its end.
+        events: its events; the last one ends the stream.
         cut: see `StreamSource`.
     """
 
@@ -192,7 +192,7 @@ class RecordedStream(StreamSource):
             if self._ended and not self._events:
                 break
             yield self._until_news
-        if self.recorder.complete:  # whose terminal event may be missing
+        if self.recorder.complete:  # the terminal event may be missing
             yield self._until_drawn
         if self._error is not None:
             yield functools.partial(self._until_drawn, _UNDONE_SECONDS)
@@ -217,7 +217,7 @@ class RecordedStream(StreamSource):
             BadAnswer: when the stream was not a complete answer.
         """
         error = self._error
-        if error is not None and not self.recorder.complete:  # what breaks later costs no sample
+        if error is not None and not self.recorder.complete:  # a later error loses no sample
             if isinstance(error, Exception):
                 raise error
             raise ConnectionResetError(f"the recording was stopped by {type(error).__name__}") from error
@@ -285,11 +285,11 @@ class AsyncRecordedStream(RecordedStream):
             await self.upstream.aclose()
 
     async def aleave(self) -> None:
-        """Note that the reader has stopped, after reading what has come already."""
+        """Note that the reader has stopped, and wait a few turns for the end of the response."""
         self.leave()
         task = asyncio.current_task()
         if task is None or not inspect.iscoroutine(task.get_coro()):
-            return  # the garbage collector closes a stream and what it reads from at once
+            return  # the garbage collector closes the stream, and does not wait
         for _ in range(_TURNS):
             if self.upstream.is_closed:
                 break
@@ -372,7 +372,7 @@ _ends: set[asyncio.Task[None]] = set()
 
 
 class SyncRecordedStream(RecordedStream):
-    """A recording that a thread of its own reads, for a reader in another thread and the cache on the portal.
+    """A recording for a reader in a thread; another thread reads the upstream, and the draw is on the portal.
 
     So what stops the reader, such as Ctrl-C or a time-out, does not stop the recording.
     """
@@ -426,7 +426,7 @@ class SyncRecordedStream(RecordedStream):
 
     def _goes_on(self) -> bool:
         """Return True when somebody wants the next piece, and False when there is none to read."""
-        if not self._ended and (not self._ahead or self.recorder.overflowed):  # that is the reader's alone
+        if not self._ended and (not self._ahead or self.recorder.overflowed):  # then only the reader wants it
             self._demand.get()
         return not self._ended
 
@@ -438,7 +438,7 @@ class SyncRecordedStream(RecordedStream):
                 events = self.recorder.close(in_order=ends_in_order(self.upstream))
             else:
                 events = self.recorder.feed(chunk)
-        except BaseException as error:  # noqa: BLE001 - it goes to whoever reads, and to whoever waits
+        except BaseException as error:  # noqa: BLE001 - the reader and the draw get it
             if not self._ended:
                 self._error = error
                 self._end()
@@ -447,7 +447,7 @@ class SyncRecordedStream(RecordedStream):
         over = self.recorder.ended or self.recorder.overflowed
         if chunk is None or self.recorder.done or (over and self._left):
             self._end()
-        elif over:  # what may follow is the reader's alone
+        elif over:  # only the reader wants what may follow
             self._report()
 
     def _end(self) -> None:
@@ -528,7 +528,7 @@ class SyncRecordedStream(RecordedStream):
                 self.draw.cancel()
 
     def _stop(self) -> None:
-        """Have the thread close the response; nobody else can while it reads."""
+        """Make the thread close the response; no other thread can do so while it reads."""
         self._ended = True
         hang_up(self.upstream)
         self._demand.put(None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -84,11 +84,12 @@ class AttemptRefused(CachepipeError):  # noqa: N818 - it never reaches a caller
 
 
 class AttemptsCached(Cached):
-    """Goes in front of a client's class, above the SDK's layers for `request`, below them for an attempt."""
+    """Goes in front of a client's class whose SDK has layers; it puts the cache below them.
 
-    def _read_to_end(self, recording: RecordedStream) -> Any:
-        """Read a recording to its end; return a step of the client's kind (see `Cached`)."""
-        raise NotImplementedError
+    `request` is above the SDK's layers, ``_attempt_request`` below them.
+    """
+
+    _read_to_end: Callable[[RecordedStream], Any]  # a step (see `Cached`)
 
     async def request(
         self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
@@ -142,7 +143,7 @@ class AttemptsCached(Cached):
         return received.response, received.details["options"]
 
     async def _answered(self, call: ClientCall) -> Received:
-        """Return the answer to an attempt; only its details tell other options than the call's."""
+        """Return the answer to an attempt, with the options in its details if the SDK has changed them."""
         answer = call.known() or await self._settled(call.answer())
         received, recording = answer.arrived, answer.content
         if (

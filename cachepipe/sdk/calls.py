@@ -222,7 +222,7 @@ class SyncClientCall(ClientCall):
         finally:
             with self._lock:
                 self._idle = False
-            while not self._jobs.empty():  # somebody else waits for these
+            while not self._jobs.empty():  # others wait for these calls
                 left = self._jobs.get()
                 if left is not None:
                     self._elsewhere(left)
@@ -238,13 +238,13 @@ class SyncClientCall(ClientCall):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Return what the SDK receives. A call that has begun is not stopped, and its answer is kept."""
         received: concurrent.futures.Future[Received] = concurrent.futures.Future()
-        received.set_running_or_notify_cancel()  # so nobody can cancel it
+        received.set_running_or_notify_cancel()  # so that it cannot be cancelled
         arguments = self._arguments(body, stream=stream)
 
         def job() -> None:
             try:
                 received.set_result(self.receive(**arguments))
-            except Exception as error:  # noqa: BLE001 - it belongs to those who need the call
+            except Exception as error:  # noqa: BLE001 - the draws that need the call get it
                 received.set_exception(error)
             except BaseException:
                 received.set_exception(asyncio.CancelledError())

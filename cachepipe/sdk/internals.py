@@ -52,7 +52,7 @@ def error_of(kind: Any) -> type[Exception]:
 
 
 def drop_resources(client: Any, original: Any) -> None:
-    """Drop the resources that a client has copied from another, since they call the other client."""
+    """Drop the resources that a client has copied from another client, because they call that client."""
     cached = {
         name
         for base in type(client).__mro__
@@ -62,10 +62,10 @@ def drop_resources(client: Any, original: Any) -> None:
     for name, value in list(vars(client).items()):
         if name in cached:
             del vars(client)[name]
-        elif getattr(value, "_client", None) is original:  # as older SDKs keep them
+        elif getattr(value, "_client", None) is original:  # older SDKs keep resources as attributes
             setattr(client, name, type(value)(client))
     if getattr(client, "_middleware_chain", None) is not None:
-        client._middleware_chain = client._build_middleware_chain()  # noqa: SLF001 - likewise; it ends in the other
+        client._middleware_chain = client._build_middleware_chain()  # noqa: SLF001 - this is the place; the old chain ends in the original
 
 
 def replaced(client: Any) -> str | None:
@@ -92,7 +92,8 @@ def sent_headers(client: Any, options: Any) -> dict[str, str]:
     Anthropic's client always sends, and the call's own. A later source may remove a header of an earlier one,
     except those of the HTTP client.
     """
-    own = client.default_headers if package_of(client.__class__) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
+    always_sent = package_of(client.__class__) == "anthropic"
+    own = client.default_headers if always_sent else client._custom_headers  # noqa: SLF001 - this is the place
     headers: dict[str, str] = {}
     for layer in (own, options.headers):
         for name, value in layer.items() if isinstance(layer, Mapping) else ():
@@ -100,7 +101,7 @@ def sent_headers(client: Any, options: Any) -> dict[str, str]:
                 headers[name.lower()] = value
             elif type(value).__name__ == "Omit":
                 headers.pop(name.lower(), None)
-    return {**client._client.headers, **headers}  # noqa: SLF001 - likewise
+    return {**http_of(client).headers, **headers}
 
 
 def is_plain(options: Any) -> bool:
@@ -176,7 +177,7 @@ def count_as_base_clients(mixin: type, *kinds: type) -> None:
         first, *others = type(client).__bases__
         return original(client) or (issubclass(first, mixin) and others in [[kind] for kind in kinds])
 
-    module._is_base_client = is_base_client  # noqa: SLF001 - likewise
+    module._is_base_client = is_base_client  # noqa: SLF001 - this is the place
 
 
 def made_details(client: Any, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
         url = wire.azure_url(base, path, body.get("model"), client)
     else:
         url = f"{base}/{path.lstrip('/')}"
-    params = client._client.params  # noqa: SLF001 - this is the place; the HTTP client adds them
+    params = http_of(client).params  # the HTTP client adds them
     query = {name: values[0] if len(values := params.get_list(name)) == 1 else values for name in params}
     query |= {**client.default_query, **(options.params or {})}
     query = {name: value for name, value in query.items() if _is_given(value)}
@@ -277,12 +278,12 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
 
 
 class CallTarget(NamedTuple):
-    """Where a call goes.
+    """The URL of a call, and the headers that belong to its key.
 
     Attributes:
         url: the full URL, including its query.
         headers: the headers that change the answer.
-        state: the settings of the client that both follow from.
+        state: the client's settings from which both were computed.
     """
 
     url: str
@@ -291,27 +292,27 @@ class CallTarget(NamedTuple):
 
 
 def target_of(client: Any, options: Any, body: Mapping[str, Any]) -> CallTarget:
-    """Return where a call with this body goes."""
+    """Return the URL of a call with this body, and its headers that change the answer."""
     return CallTarget(url_of(client, options, body), wire.answer_headers(sent_headers(client, options)))
 
 
 def known_target(client: Any, options: Any, body: Mapping[str, Any]) -> CallTarget:
-    """Return the same as `target_of`, which the client remembers by ``options`` until its settings change.
+    """Return the same as `target_of`; the client keeps the result until its settings change.
 
     Args:
         client: the client.
         options: the options of a call without headers or options of its own.
         body: the body of the call.
     """
-    http = client._client  # noqa: SLF001 - this is the place
+    http = http_of(client)
     targets: dict[int, CallTarget] = vars(client).setdefault("_cachepipe_targets", {})
-    given = client._custom_headers  # noqa: SLF001 - likewise
+    given = client._custom_headers  # noqa: SLF001 - this is the place
     state = options, client.base_url, http.params, http.headers.raw, client.default_query, given
     target = targets.get(id(options))
     if target is None or target.state != state:
         state = *state[:-2], dict(client.default_query), dict(given)  # the client's own may change
         target = target_of(client, options, body)._replace(state=state)
-        if not _is_azure(client.__class__):  # where the URL contains the model
+        if not _is_azure(client.__class__):  # the URL of Azure contains the model
             targets[id(options)] = target
     return target
 

@@ -60,35 +60,29 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
 
 
 class Cached(outages.OutageReports):
-    """Goes in front of a client's class, with `AsyncCached` or `SyncCached`.
+    """Goes in front of a client's class, as `AsyncCached` or `SyncCached`.
 
-    Each method is a coroutine that serves both kinds of clients. In a synchronous client it never waits,
-    because what it awaits is there already, and `run_now` makes a plain method of it.
+    Its methods are coroutines that serve both kinds of clients. In a synchronous client they never wait,
+    because what they await is there already, and `run_now` makes plain methods of them.
 
     Attributes:
         _call_class: the class of the client's calls.
+        _settled: returns an awaitable of the result of a step: of its coroutine, or of its result.
+        _within_limits: makes a call within the limits of a flow control; a step.
+        _read: reads the body of a response; a step.
     """
 
     _cachepipe: Surface
     _call_class: type[ClientCall]
+    _settled: Callable[[Any], Awaitable[Any]]
+    _within_limits: Callable[..., Any]
+    _read: Callable[[Any], Any]
 
     def in_namespace(self, namespace: str | None) -> Self:
         """Return this client in another namespace; the two share connections, cache and calls in flight."""
         client: Any = self
         twin: Self = client.copy(cache=self._cachepipe.named(namespace))
         return twin
-
-    def _settled(self, step: Any) -> Awaitable[Any]:
-        """Return an awaitable of what a step of the client's kind returns: its coroutine, or its result."""
-        raise NotImplementedError
-
-    def _within_limits(self, flow: Flow, make: Callable[[], Any], **about: Any) -> Any:
-        """Make a call within the limits of a flow control; return a step of the client's kind."""
-        raise NotImplementedError
-
-    def _read(self, response: Any) -> Any:
-        """Read the body of a response; return a step of the client's kind."""
-        raise NotImplementedError
 
     async def request(
         self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
@@ -105,9 +99,7 @@ class Cached(outages.OutageReports):
         token = receiving.set(None)
         try:
             with self._explaining():
-                return await self._uncached(
-                    sdk.request, cast_to, options, stream=stream, stream_cls=stream_cls
-                )
+                return await self._uncached(sdk.request, cast_to, options, **how)
         finally:
             receiving.reset(token)
 
