@@ -140,8 +140,9 @@ class TextCompletion:
         return self.retrieval_end_time - self.retrieval_start_time
 
     def to_message(self) -> Message:
-        """Return the answer as an assistant message."""
-        return said_by_model(self.message, self.refusal, self.tool_calls)
+        """Return the answer as an assistant message; if it has no text, with the refusal message."""
+        text = self.message or self.refusal or (None if self.tool_calls else "")
+        return Message("assistant", text, tool_calls=self.tool_calls or None)
 
     def to_pretty_string(self, *, color: bool | None = None) -> str:
         """Return the conversation with the answer in readable form; see `Conversation.to_pretty_string`."""
@@ -173,11 +174,6 @@ class TextCompletion:
                 told = (f"[{token.probability:.4f}]" for token in tokens)
                 pieces += [terminal.coloured(probability, "2", color=color) for probability in told]
         return "".join(pieces)
-
-
-def said_by_model(text: str, refusal: str | None, calls: list[dict[str, Any]]) -> Message:
-    """Return a model's answer as a message, with the refusal message if there is no text."""
-    return Message("assistant", text or refusal or (None if calls else ""), tool_calls=calls or None)
 
 
 def parsed_answer(

@@ -13,7 +13,7 @@ import anyio.to_thread
 import pydantic
 
 from cachepipe.chat import tools
-from cachepipe.chat.access import Access
+from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.answers import TextCompletion
 from cachepipe.chat.completions import Options, Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
@@ -60,13 +60,9 @@ class Chat:
         max_rounds: int = MOST_ROUNDS,
         **options: Unpack[Options],
     ) -> None:
-        if environment is not None and not isinstance(environment, Mapping):
-            raise TypeError(
-                f"Chat takes a mapping of settings, and options by name; got {environment!r:.100}"
-            )
         if type(max_rounds) is not int or max_rounds < 0:
             raise ValueError(f"max_rounds= is a whole number, at least 0; got {max_rounds!r:.100}")
-        self._plan = Plan.of(options, environment)
+        self._plan = Plan.of(options, Environment(environment, "Chat"))
         self.conversation = Conversation(messages)
         self.completions: list[TextCompletion] = []
         self.max_rounds = max_rounds
@@ -208,18 +204,22 @@ class Spoken:
 
     async def _next(self) -> str | _Due | None:
         """Return the next piece of text, or the next tool call to make; None at the end."""
-        try:
-            item = await anext(self._turns, None)
-        except BaseException:
-            self.ended = True
-            raise
+        item = await anext(self._turns, None)
         if isinstance(item, TextCompletion):
             self.completion = item
             return await self._next()
         if isinstance(item, str):
             self._pieces.append(item)
-        self.ended = item is None
         return item
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Note that an exception ends the iteration."""
+        try:
+            yield
+        except BaseException:
+            self.ended = True
+            raise
 
     async def _end(self) -> None:
         with contextlib.suppress(RuntimeError):  # a generator that is being cancelled ends by itself
@@ -230,15 +230,19 @@ class Spoken:
         return self
 
     def __next__(self) -> str:
-        while (item := self._access.wait(self._next)) is not None:
+        while True:
+            with self._reading():
+                item = self._access.wait(self._next)
             if isinstance(item, str):
                 return item
+            if item is None:
+                self.ended = True
+                raise StopIteration
             try:
                 item.make()
             except BaseException:
                 self.close()  # a call that was not made is not reported to the model
                 raise
-        raise StopIteration
 
     def close(self) -> None:
         """Stop; the rest of the answer is read in the background and stored."""
@@ -254,15 +258,19 @@ class Spoken:
         return self
 
     async def __anext__(self) -> str:
-        while (item := await self._access.run(self._next)) is not None:
+        while True:
+            with self._reading():
+                item = await self._access.run(self._next)
             if isinstance(item, str):
                 return item
+            if item is None:
+                self.ended = True
+                raise StopAsyncIteration
             try:
                 await item.amake()
             except BaseException:
                 await self.aclose()
                 raise
-        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Do what `close` does, on an event loop."""

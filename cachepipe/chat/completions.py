@@ -23,7 +23,7 @@ import pydantic
 
 from cachepipe import context, progress
 from cachepipe.chat import tools
-from cachepipe.chat.access import NAMES, Access, AccessOptions, model_of
+from cachepipe.chat.access import NAMES, Access, AccessOptions, Environment, model_of
 from cachepipe.chat.answers import Answered, TextCompletion, choices_of, parsed_answer
 from cachepipe.chat.conversations import Conversation, Message
 from cachepipe.errors import CachepipeError
@@ -202,12 +202,12 @@ class Plan:
         self.body = {**body, **_log_probs(wanted, top)}
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Self:
+    def of(cls, options: Mapping[str, Any], environment: Environment | None = None) -> Self:
         """Return a plan with an access of its own.
 
         Args:
             options: see `Options`.
-            environment: settings that override the environment of the process.
+            environment: the settings for missing options.
         """
         body = {name: value for name, value in options.items() if name not in NAMES}
         return cls(Access(options, environment), body)

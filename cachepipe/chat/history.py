@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio.to_thread
 
-from cachepipe.chat.access import located
+from cachepipe.chat.access import Environment
 from cachepipe.chat.conversations import Conversation, Message, Sayable
+from cachepipe.chat.kept import located
 from cachepipe.errors import StoreError
 from cachepipe.stores.folders import check_files, expanded
 
@@ -97,13 +98,7 @@ class History:
         ttl: int = DAY,
         cache: Any = None,
     ) -> None:
-        if environment is not None and not isinstance(environment, Mapping):
-            raise TypeError(
-                f"History takes a mapping of settings, and options by name; got {type(environment).__name__}"
-            )
-        settings = {
-            name: value for given in (os.environ, environment or {}) for name, value in given.items() if value
-        }
+        found = Environment(environment, "History").found
         state = state or (environment or {}).get("state") or secrets.token_urlsafe(18)
         if not isinstance(state, str) or not _ID.fullmatch(state):
             raise ValueError(
@@ -113,15 +108,15 @@ class History:
             raise ValueError(f"ttl= is a whole number of seconds, at least 1; got {ttl!r:.100}")
         self._id = state
         self.ttl = ttl
-        url = url or settings.get("REDIS_URL")
+        url = url or found("REDIS_URL")
         self._keeper: Keeper
         if url:
             from cachepipe.chat.server import ServerKeeper  # noqa: PLC0415 - it needs redis
 
-            prefix = settings.get("REDIS_PREFIX", PREFIX) if prefix is None else prefix
+            prefix = found("REDIS_PREFIX") or PREFIX if prefix is None else prefix
             self._keeper = ServerKeeper(str(url), str(prefix))
         else:
-            self._keeper = FolderKeeper(_folder(settings.get("CACHEPIPE_DIR") if cache is None else cache))
+            self._keeper = FolderKeeper(_folder(found("CACHEPIPE_DIR") if cache is None else cache))
 
     def __repr__(self) -> str:
         return f"<History {self._keeper!r}>"  # not its id, with which anyone can read it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import insort
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 SHARED = "*"
@@ -164,6 +166,30 @@ class Fixed:
         return self._occurrence
 
     def give_back(self, draw: Draw) -> None:
+        """Do nothing: the caller's next run counts anew."""
+
+
+class Numbered:
+    """Gives the occurrence numbers of one request whose caller counts by itself, such as a line of a file.
+
+    Args:
+        numbers: for each of its questions the key, and the occurrence number.
+    """
+
+    def __init__(self, numbers: Iterable[tuple[str, int]]) -> None:
+        self._free: dict[str, list[int]] = {}
+        for key, number in numbers:
+            self._free.setdefault(key, []).append(number)
+
+    def take(self, identity: Identity) -> int:
+        """Return the number of the next question with this key."""
+        return self._free[identity.key].pop(0)
+
+    def give_back(self, draw: Draw) -> None:
+        """Take back the number of a draw, which this request may make again."""
+        insort(self._free[draw.key], draw.occurrence)
+
+    def left(self) -> None:
         """Do nothing: the caller's next run counts anew."""
 
 

@@ -28,7 +28,7 @@ from cachepipe.stores.base import Store, StoredQuestion
 _MOST: Final = 200  # items of a listing
 _USUAL: Final = 50
 _USUAL_SAMPLES: Final = 20
-_SECONDS: Final = 0.25  # of looking, after which a search gives what it has found
+_SECONDS: Final = 0.25  # after which a search returns what it has found so far
 _BEGINNING: Final = 300  # characters of a prompt or an answer in a listing
 
 
@@ -101,12 +101,12 @@ def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) 
     if wanted is not None:
         drawn = {draw.draw.key for draw in store.draws(namespace=label(wanted or None))}
     listed = store.keys(options.get("prefix", ""), newest=True)
-    if after is not None and all(info.key != after for info in listed):  # those before it are passed over
+    if after is not None and all(info.key != after for info in listed):  # this also skips the keys before it
         raise NotThere("the key in `after` is not in the cache; start the listing again")
     until = None
     items: list[dict[str, Any]] = []
     for info in listed:
-        if until is None:  # however long it took to come here, there is something to go on from
+        if until is None:  # start the time here, so that each page makes progress
             until = clock() + _SECONDS
         if len(items) == limit or clock() > until:
             return {"items": items, "next": after}
@@ -121,7 +121,7 @@ def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) 
 
 
 def _searched(question: StoredQuestion) -> str:
-    """Return the text in which searches look: a question's JSON as people read it."""
+    """Return the text that searches compare: a question's JSON without regard to case."""
     return question.document.decode(errors="replace").casefold()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -20,9 +21,9 @@ from cachepipe.typedefs import Response
 Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"]
 """How requests end: all samples from the cache, none, some; passed through; client gone; error; refused."""
 
-_MOST: Final = 1000  # namespaces that are counted by themselves
-_USAGES: Final = 20_000  # samples whose usage is remembered, a quarter of a kilobyte each
-_LONGEST: Final = 200  # characters of a label that are a namespace's own
+_MOST: Final = 1000  # namespaces with counts of their own
+_USAGES: Final = 20_000  # samples whose usage is kept in memory, 250 bytes each
+_LONGEST: Final = 200  # characters of a namespace in a label; longer ones end with a digest
 _OTHERS: Final = "(others)"
 _NONE: Final = "(none)"
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 25.0, 100.0)
@@ -41,7 +42,7 @@ class Prices:
         self._wanted: set[Seller] = set()
 
     def seller(self, model: str | None, url: str) -> Seller:
-        """Return whose price to look up; from a certain number of them on, nobody's."""
+        """Return the model and URL whose price to look up; `_NOBODY` if there are too many."""
         seller = (model, url)
         if seller not in self._known and seller not in self._wanted:
             if len(self._known) + len(self._wanted) >= _MOST:
@@ -75,12 +76,22 @@ class Counts:
     """
 
     namespace: str | None = None
-    requests: dict[str, int] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)
     hits: int = 0
     misses: int = 0
     delivered: Delivered = field(default_factory=Delivered)
     spent: Account = field(default_factory=Account)
     last: float = 0.0
+
+    def join(self, other: Counts) -> None:
+        """Add the counts of another namespace."""
+        for outcome, number in other.requests.items():
+            self.requests[outcome] += number
+        self.hits += other.hits
+        self.misses += other.misses
+        self.delivered.join(other.delivered)
+        self.spent.join(other.spent)
+        self.last = max(self.last, other.last)
 
     def accounts(self) -> dict[str, Account]:
         """Return the sums of tokens by name."""
@@ -98,7 +109,7 @@ class Counts:
         }
 
 
-def _labelled(namespace: str) -> str:
+def _label_of(namespace: str) -> str:
     """Return a namespace as a unique label, in quotes if it would look like `_NONE`."""
     encoded = namespace.encode(errors="backslashreplace")
     text = encoded.decode()
@@ -145,7 +156,7 @@ class Counters:
     def ended(self, namespace: str | None, outcome: Outcome) -> Counts:
         """Count the end of a request."""
         counts = self.of(namespace)
-        counts.requests[outcome] = counts.requests.get(outcome, 0) + 1
+        counts.requests[outcome] += 1
         counts.last = self.clock()
         return counts
 
@@ -166,17 +177,17 @@ class Counters:
 
     def spend(self, namespace: str | None, samples: Sequence[wire.Sample], url: str) -> None:
         """Count the samples of a call for a request, whichever request gets them."""
-        usages, url = self._sold([usage_of(sample) for sample in samples], url)
+        usages, url = self._priced([usage_of(sample) for sample in samples], url)
         self.of(namespace).spent.spend(usages, url)
 
     def _deliver(self, namespace: str | None, usages: list[Usage], cached: Sequence[bool], url: str) -> None:
         counts = self.of(namespace)
         counts.hits += sum(cached)
         counts.misses += len(cached) - sum(cached)
-        usages, url = self._sold(usages, url)
+        usages, url = self._priced(usages, url)
         counts.delivered.add(usages, cached, url)
 
-    def _sold(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
+    def _priced(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
         """Return usages and the URL for their sums; no URL if too many models were counted."""
         sellers = [self.prices.seller(usage.model, url) for usage in usages]
         if _NOBODY in sellers:
@@ -199,13 +210,7 @@ class Counters:
         each = sorted(self.namespaces.values(), key=lambda counts: -counts.last)
         totals = Counts()
         for counts in each:
-            totals.hits += counts.hits
-            totals.misses += counts.misses
-            totals.last = max(totals.last, counts.last)
-            for outcome, number in counts.requests.items():
-                totals.requests[outcome] = totals.requests.get(outcome, 0) + number
-            totals.spent.join(counts.spent)
-            totals.delivered.join(counts.delivered)
+            totals.join(counts)
         total = totals.as_json(self.prices)
         del total["namespace"]
         return {
@@ -243,7 +248,7 @@ class Counters:
             labels=("namespace", "of", "sum"),
         )
         for namespace, counts in self.namespaces.items():
-            name = _NONE if namespace is None else _labelled(namespace)
+            name = _NONE if namespace is None else _label_of(namespace)
             for outcome, number in counts.requests.items():
                 requests.add_metric((name, outcome), number)
             samples.add_metric((name, "cache"), counts.hits)
@@ -259,10 +264,12 @@ class Counters:
         for name, number in self.client.calls.items():
             calls.add_metric((name,), number)
             running.add_metric((name,), self.client.in_flight[name])
-        flight = GaugeMetricFamily("cachepipe_proxy_requests_in_flight", "Requests now.")
-        flight.add_metric((), self.in_flight)
-        background = GaugeMetricFamily(
-            "cachepipe_proxy_abandoned_in_flight", "Calls in flight for clients that have gone."
+        flight = GaugeMetricFamily(
+            "cachepipe_proxy_requests_in_flight", "Requests now.", value=self.in_flight
         )
-        background.add_metric((), self.background)
+        background = GaugeMetricFamily(
+            "cachepipe_proxy_abandoned_in_flight",
+            "Calls in flight for clients that have gone.",
+            value=self.background,
+        )
         yield from (requests, samples, tokens, calls, running, flight, background)

@@ -49,7 +49,7 @@ class Delivery:
         """Send the answer of a draw; if the client leaves, continue the draw without it."""
         counter = self._counter
         try:
-            here = await self._http.or_gone(task)
+            here = await self._http.wait_for(task)
         except BaseException:  # the server stops
             self.leave(task)
             raise
@@ -79,7 +79,7 @@ class Delivery:
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
-            pairs = headers.shown([_EVENTS if isinstance(content, BodySource) else JSON])
+            pairs = headers.with_safety([_EVENTS if isinstance(content, BodySource) else JSON])
             pairs += cache_headers.call_id(exchange.api, answer.made_by)
         else:
             status = arrived.response.status
@@ -129,7 +129,7 @@ class Delivery:
     async def _stream(self, answer: Answer) -> Outcome:
         """Send the events of a call as they come."""
         exchange, http, source = self._exchange, self._http, answer.content
-        assert answer.arrived is not None  # noqa: S101 - told by the caller
+        assert answer.arrived is not None  # noqa: S101 - the caller checks it
         assert isinstance(source, BodySource)  # noqa: S101 - likewise
         response, draw = answer.arrived.response, exchange.task
         whole = False

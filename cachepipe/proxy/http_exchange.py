@@ -64,7 +64,7 @@ class HttpExchange:
         scope: the ASGI scope.
         receive: returns the parts of the body, and the end of the connection.
         send: takes the parts of the answer.
-        patience: seconds without a byte from or to the client.
+        timeout: seconds without a byte from or to the client.
         namespace: the namespace of a request that names none.
 
     Attributes:
@@ -72,35 +72,18 @@ class HttpExchange:
         facts: further facts for the log.
     """
 
-    __slots__ = (
-        "_watch",
-        "begun",
-        "facts",
-        "headers",
-        "method",
-        "named",
-        "namespace",
-        "patience",
-        "receive",
-        "route",
-        "scope",
-        "send_message",
-        "sent",
-        "status",
-    )
-
     def __init__(
         self,
         scope: Mapping[str, Any],
         receive: Receive,
         send: Send,
-        patience: float,
+        timeout: float,
         namespace: str | None = None,
     ) -> None:
         self.scope = scope
         self.receive = receive
         self.send_message = send
-        self.patience = patience
+        self.timeout = timeout
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.named = dict(self.headers)
         self.method: str = scope["method"]
@@ -112,17 +95,15 @@ class HttpExchange:
         self.facts: dict[str, Any] = {}
         self._watch: asyncio.Task[None] | None = None
 
-    def says(self, name: bytes) -> str | None:
+    def header(self, name: bytes) -> str | None:
         """Return the value of a header, or None."""
         value = self.named.get(name)
         return None if value is None else headers.text_of(value)
 
-    @property
-    def url(self) -> str:
-        """The URL at the upstream, with the query."""
-        assert self.route is not None  # noqa: S101 - told by the caller
+    def with_query(self, url: str) -> str:
+        """Return a URL with the query of the request."""
         query = self.scope["query_string"]
-        return f"{self.route.url}?{query.decode('latin-1')}" if query else self.route.url
+        return f"{url}?{query.decode('latin-1')}" if query else url
 
     # The request's body.
 
@@ -136,21 +117,19 @@ class HttpExchange:
             Refusal: when it has more, or takes too long.
             ClientGone: when it ends early.
         """
-        told = self.named.get(b"content-length", b"0")
-        if not told.isdigit() or int(told) > most:
+        length = self.named.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > most:
             raise self.too_large(most)
-        message = await self._received()
-        content: bytes = message.get("body", b"")
-        if not message.get("more_body", False) and len(content) <= most:
-            return content
-        parts, size = [content], len(content)
-        while size <= most:
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more:
             message = await self._received()
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if not message.get("more_body", False) and size <= most:
-                return b"".join(parts)
-        raise self.too_large(most)
+            more = message.get("more_body", False)
+            if size > most:
+                raise self.too_large(most)
+        return b"".join(parts)
 
     @staticmethod
     def too_large(most: int) -> Refusal:
@@ -159,7 +138,7 @@ class HttpExchange:
 
     async def _received(self) -> Message:
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.timeout):
                 message = await self.receive()
         except TimeoutError:
             raise Refusal(408, "too_slow", "the body of the request ended early", _CLOSE) from None
@@ -169,21 +148,20 @@ class HttpExchange:
 
     async def chunks(self, taken: asyncio.Future[None]) -> AsyncIterator[bytes]:
         """Iterate over the body as it comes, and note its end."""
-        while True:
+        more = True
+        while more:
             message = await self._received()
             more = message.get("more_body", False)
             if not more:
                 taken.set_result(None)
             if message.get("body"):
                 yield message["body"]
-            if not more:
-                return
 
-    # The client's leaving; only once the body has been read.
+    # Clients that leave. They are watched only once the body has been read.
 
-    async def or_gone(self, *work: asyncio.Future[Any]) -> bool:
+    async def wait_for(self, *work: asyncio.Future[Any]) -> bool:
         """Wait until some work is done or the client has gone; return True if work is done."""
-        for _ in range(_TURNS):  # what is stored comes in a few turns, and needs no watch
+        for _ in range(_TURNS):  # a stored answer arrives within a few turns, and needs no watch
             if any(each.done() for each in work):
                 return True
             await asyncio.sleep(0)
@@ -229,13 +207,13 @@ class HttpExchange:
         """
         self.sent += len(chunk)
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.timeout):
                 await self.send_message({"type": "http.response.body", "body": chunk, "more_body": more})
         except TimeoutError:
             raise ClientGone from None
 
     async def answer(self, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
-        """Send a complete answer, which is small enough to wait in memory for a slow client."""
+        """Send a complete answer. It may wait in memory for a slow client."""
         self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
@@ -245,11 +223,13 @@ class HttpExchange:
         await self.start(status, pairs)
         await self.send_message({"type": "http.response.body", "body": content})
 
-    async def tell(self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """Answer with JSON of the proxy itself."""
+    async def send_json(
+        self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        """Answer with JSON that the proxy makes itself."""
         try:
             content = orjson.dumps(value)
-        except TypeError:  # what is stored may nest deep, and hold lone surrogates
+        except TypeError:  # stored values may nest deeply, and contain lone surrogates
             content = json.dumps(value, default=repr).encode()
         await self.answer(status, [JSON, *_PRIVATE, *pairs], content)
 
@@ -260,7 +240,7 @@ class HttpExchange:
         """
         pump = asyncio.get_running_loop().create_task(self._pump(source))
         try:
-            if await self.or_gone(pump):
+            if await self.wait_for(pump):
                 pump.result()
                 return True
         except ClientGone:
@@ -269,8 +249,8 @@ class HttpExchange:
             if not pump.done():
                 pump.cancel()
                 await asyncio.wait([pump])
-            with contextlib.suppress(RuntimeError):  # it is being closed already
-                await source.aclose()  # type: ignore[attr-defined]  # sources are generators
+            with contextlib.suppress(RuntimeError):  # it is already being closed
+                await source.aclose()  # type: ignore[attr-defined]  # all sources are generators
         return False
 
     async def _pump(self, source: AsyncIterator[bytes]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from asyncio.events import TimerHandle
+from asyncio.events import AbstractEventLoop, TimerHandle
+from collections.abc import Callable
 from typing import Any, Final, Self
 
 import httptools
@@ -21,6 +22,28 @@ _HEAD_SECONDS: Final = 30.0
 _END: Final = b"\r\n\r\n"
 _FRAMING: Final = (b"content-length", b"transfer-encoding")
 _BODY_SECONDS: Final = 1.0  # a body that takes longer is parsed the normal way
+
+
+class _Timer:
+    """A timer that can be started and stopped again and again."""
+
+    def __init__(self) -> None:
+        self._handle: TimerHandle | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self._handle is not None
+
+    def start(
+        self, loop: AbstractEventLoop, seconds: float, call: Callable[..., None], *arguments: Any
+    ) -> None:
+        self.stop()
+        self._handle = loop.call_later(seconds, call, *arguments)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
 
 
 class _Unframed(int):
@@ -92,16 +115,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._tail = b""  # the last bytes that came
         self._since_body = 0  # bytes parsed since the last byte of a body
         self._resuming = False  # whether the parser is given a head that was parsed before
-        self._head_timer: TimerHandle | None = None
-        self._stall_timer: TimerHandle | None = None
+        self._head_timer = _Timer()
+        self._stall_timer = _Timer()
         self._proxy: Proxy = self.config.app  # type: ignore[assignment]
         self._at_start = True  # whether the parser is between two requests
-        self._head_name: bytes | None = (
-            None  # the head that the parser is given, as the cache of heads names it
-        )
+        self._head_name: bytes | None = None  # the name of the head that the parser is given
         self._held = bytearray()  # a known head, while its body arrives
         self._awaited = 0  # the length of the known head and its body
-        self._body_timer: TimerHandle | None = None
+        self._body_timer = _Timer()
         self._used = 0.0  # when a request was last answered at once
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -111,8 +132,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
-        self._stop_head_timer()
-        self._stop_watching()
+        self._head_timer.stop()
+        self._stall_timer.stop()
         self._take_held()
         super().connection_lost(exc)
 
@@ -125,25 +146,19 @@ class HttpProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """Continue writing."""
-        self._stop_watching()
+        self._stall_timer.stop()
         super().resume_writing()
 
     def _watch_reading(self) -> None:
-        self._stop_watching()
-        patience = self.config.app.settings.client_timeout  # type: ignore[union-attr]  # a proxy
+        patience = self._proxy.settings.client_timeout
         left = self.transport.get_write_buffer_size()
-        self._stall_timer = self.loop.call_later(patience, self._check_reading, left)
+        self._stall_timer.start(self.loop, patience, self._check_reading, left)
 
     def _check_reading(self, before: int) -> None:
         if self.transport.get_write_buffer_size() < before:
             self._watch_reading()
         else:  # closing would wait until the client has read everything
             self.transport.abort()
-
-    def _stop_watching(self) -> None:
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, even if its last answer was not read completely."""
@@ -158,16 +173,11 @@ class HttpProtocol(HttpToolsProtocol):
     # Heads.
 
     def _start_head_timer(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._close_late)
-
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        if not self._head_timer.runs:
+            self._head_timer.start(self.loop, _HEAD_SECONDS, self._close_late)
 
     def _close_late(self) -> None:
-        self._head_timer = None
+        self._head_timer.stop()
         if not self.transport.is_closing():
             self.transport.close()
 
@@ -197,17 +207,17 @@ class HttpProtocol(HttpToolsProtocol):
             return False
         missing = begun.end + begun.size - len(data)
         if missing > 0:
-            self._stop_head_timer()
+            self._head_timer.stop()
             self._held += data
             self._awaited = begun.end + begun.size
-            self._body_timer = self.loop.call_later(_BODY_SECONDS, self._parse_held)
+            self._body_timer.start(self.loop, _BODY_SECONDS, self._parse_held)
             return True
         if missing < 0 or len(self.connections) > self._proxy.settings.max_connections:
             return False
         written = self._proxy.at_once(head, data[begun.end :], self)
         if written is None:
             return False
-        self._stop_head_timer()
+        self._head_timer.stop()
         if isinstance(written, ParsedBody):
             self._serve_parsed(head, written)
             return True
@@ -235,16 +245,14 @@ class HttpProtocol(HttpToolsProtocol):
             on_response=self.on_response_complete,
         )
         self.cycle.more_body = False
-        app: Any = functools.partial(self._proxy.go_on, head, body)
+        app: Any = functools.partial(self._proxy.serve_parsed, head, body)
         task = self.loop.create_task(self.cycle.run_asgi(app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
 
     def _take_held(self) -> bytes:
         """Return the bytes of the request whose body arrives, and forget them."""
-        if self._body_timer is not None:
-            self._body_timer.cancel()
-            self._body_timer = None
+        self._body_timer.stop()
         held, self._held = bytes(self._held), bytearray()
         return held
 
@@ -373,7 +381,7 @@ class HttpProtocol(HttpToolsProtocol):
         """
         if self._resuming:
             return
-        self._stop_head_timer()
+        self._head_timer.stop()
         self._in_head = False
         self._since_body = 0
         version = self.parser.get_http_version()

@@ -28,7 +28,7 @@ class _Live:
     """A draw that requests in flight hold."""
 
     holders: int = 0
-    waiting: int = 0  # those of them whose clients have not left
+    waiting: int = 0  # holders whose clients have not left
     delivered: bool = False
     given_back: bool = False
     keyed: bool = False
@@ -56,7 +56,7 @@ class ProxyRun(Run):
         super().__init__()
         self.counted = Occurrences()
         self.live: dict[Identity, dict[int, _Live]] = {}
-        self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken yet
+        self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken
         self.entries: OrderedDict[tuple[str, str], IdempotencyEntry] = OrderedDict()
 
     def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store

@@ -36,7 +36,7 @@ from cachepipe.wire.base import (
 from cachepipe.wire.chat import CHAT
 from cachepipe.wire.completions import COMPLETIONS
 from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
-from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer, WireError
+from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
 from cachepipe.wire.sse import EventReader, ServerEvent, StreamEvent, StreamRecorder
@@ -63,7 +63,6 @@ __all__ = [
     "ServerEvent",
     "StreamEvent",
     "StreamRecorder",
-    "WireError",
     "answer_headers",
     "api_for",
     "azure_kinds",

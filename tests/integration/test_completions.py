@@ -49,7 +49,8 @@ from cachepipe import (
     to_jsonl,
 )
 from cachepipe.chat import access
-from cachepipe.chat.access import Access, close_clients
+from cachepipe.chat.access import Access, Environment
+from cachepipe.chat.kept import close_clients, on_portal
 from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
 from cachepipe.services import Service, Services
@@ -359,7 +360,7 @@ async def test_waiting_on_the_loop_that_is_waited_for_is_refused():
         in_portal(asyncio.sleep(0))
 
     with pytest.raises(RuntimeError, match="await the asynchronous twin"):
-        await access.on_portal(wait())
+        await on_portal(wait())
 
 
 # Clients.
@@ -495,7 +496,7 @@ async def test_an_asynchronous_client_is_not_for_functions_that_wait(server):
 def test_what_is_not_given_is_found(environment, key, url, monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OLLAMA_HOST", "AUTH"):
         monkeypatch.delenv(name, raising=False)
-    found = Access({}, environment)
+    found = Access({}, Environment(environment))
     assert (found.api_key, found.base_url) == (key, url)
     assert "secret" not in repr(found)
     for name, value in environment.items():
