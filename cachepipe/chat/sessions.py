@@ -90,7 +90,7 @@ class Session:
                 "client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
                 f"got {client!r:.200}"
             )
-        if keeps_cache(client) and given.keys() & {"cache", "mode", "repeat"}:
+        if keeps_cache(client) and any(given.get(name) for name in ("cache", "mode", "repeat")):
             raise TypeError(
                 "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
             )
@@ -268,9 +268,8 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation, the parameters, the namespace and the replicate to a file as JSON.
 
-        The file has no key and no URL.
-        A class as ``response_format`` is left out, and so are ``extra_headers`` and ``extra_query``, which
-        may hold keys; give them again to `load`.
+        The file has no key and no URL. A class as ``response_format`` is left out, and so are
+        ``extra_headers`` and ``extra_query``, which may hold keys; give them again to `load`.
         """
         llmconfig = {
             name: value

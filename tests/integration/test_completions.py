@@ -49,7 +49,8 @@ from cachepipe import (
     to_jsonl,
 )
 from cachepipe.chat import access
-from cachepipe.chat.access import Access, Environment, close_clients
+from cachepipe.chat.access import Access, Environment
+from cachepipe.chat.kept import close_clients, on_portal
 from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
 from cachepipe.services import Service, Services
@@ -359,7 +360,7 @@ async def test_waiting_on_the_loop_that_is_waited_for_is_refused():
         in_portal(asyncio.sleep(0))
 
     with pytest.raises(RuntimeError, match="await the asynchronous twin"):
-        await access.on_portal(wait())
+        await on_portal(wait())
 
 
 # Clients.
