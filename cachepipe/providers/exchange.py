@@ -43,8 +43,8 @@ from cachepipe.contract.keys import Question, trimmed
 from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.providers import info
-from cachepipe.providers.responses import Arrived, Source
-from cachepipe.providers.stream_recorder import AsyncTape, Replay, Tape
+from cachepipe.providers.responses import BodySource, Received
+from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStream, ReplayedStream
 from cachepipe.stage import together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stores import open_store
@@ -70,7 +70,7 @@ class Unkept(CachepipeError):  # noqa: N818 - it never reaches a caller
 
     status_code = 422
 
-    def __init__(self, arrived: Arrived, error: BaseException) -> None:
+    def __init__(self, arrived: Received, error: BaseException) -> None:
         super().__init__(f"not cached: {error}")
         self.arrived = arrived
 
@@ -78,7 +78,7 @@ class Unkept(CachepipeError):  # noqa: N818 - it never reaches a caller
 class TooLarge(Unkept):
     """A call returned an answer that is too large to be kept; one reader may read it as it comes."""
 
-    def __init__(self, arrived: Arrived, most: int) -> None:
+    def __init__(self, arrived: Received, most: int) -> None:
         error = wire.BadAnswer(
             f"the answer has more than {most} bytes, and is neither cached nor combined with others. Raise "
             "the limit: the environment variable CACHEPIPE_MAX_ANSWER, or --max-answer of a proxy"
@@ -100,7 +100,7 @@ class TooLarge(Unkept):
 
     def leave(self) -> None:
         """Give the rest of the answer up, unless a caller reads it."""
-        if not self._gone and isinstance(self.arrived.content, Source):
+        if not self._gone and isinstance(self.arrived.content, BodySource):
             self.arrived.content.leave()
         self._gone = True
 
@@ -169,7 +169,7 @@ class Backing:
         self.store, self.owned = open_store(cache)
         self.closed = False
         self.cachers: weakref.WeakSet[AsyncCacher] = weakref.WeakSet()
-        self.tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
+        self.recordings: weakref.WeakSet[RecordedStream] = weakref.WeakSet()
         self.deliveries = deliveries_of(self.store)
         runs.opened(self.store.identity, self)
 
@@ -182,10 +182,10 @@ class Backing:
         if self.closed:
             return
         self.closed = True
-        tapes = list(self.tapes)
-        for tape in tapes:
-            tape.leave()
-        timer = loops.running().call_later(timeout, _withdraw, tapes)
+        recordings = list(self.recordings)
+        for recording in recordings:
+            recording.leave()
+        timer = loops.running().call_later(timeout, _withdraw, recordings)
         try:
             for cacher in list(self.cachers):
                 await cacher.close()
@@ -200,9 +200,9 @@ class Backing:
                 self.store.close()
 
 
-def _withdraw(tapes: Sequence[Tape]) -> None:
-    for tape in tapes:
-        tape.withdraw()
+def _withdraw(recordings: Sequence[RecordedStream]) -> None:
+    for recording in recordings:
+        recording.withdraw()
 
 
 @dataclass(eq=False)
@@ -347,8 +347,8 @@ class Answer(NamedTuple):
         made_by: the provider's id of the call that generated its first sample, if known.
     """
 
-    content: bytes | Source
-    arrived: Arrived | None = None
+    content: bytes | BodySource
+    arrived: Received | None = None
     kept: bool = True
     made_by: str | None = None
 
@@ -513,8 +513,8 @@ class Exchange:
         self.stream = stream
         self.mode = mode
         self.claimant = claimant
-        self.brought: list[tuple[Arrived, list[Any]]] = []
-        self.live: asyncio.Future[tuple[Tape, Arrived]] | None = None
+        self.brought: list[tuple[Received, list[Any]]] = []
+        self.live: asyncio.Future[tuple[RecordedStream, Received]] | None = None
         self.task: asyncio.Future[Response] | None = None
         self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
         self.spans = True  # whether calls make spans here, as who sends them makes none
@@ -538,7 +538,7 @@ class Exchange:
         """Return the context for a task that uses `send`; None if any context will do."""
         return None
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
+    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call; its error reaches exactly the requests that needed it.
 
         Args:
@@ -654,7 +654,7 @@ class Exchange:
         made_by = samples[0].made_by
         if self.stream:
             events = self.api.stream([sample.value for sample in samples], self.asks[0])
-            return Answer(Replay(list(events), self.give_back), made_by=made_by)
+            return Answer(ReplayedStream(list(events), self.give_back), made_by=made_by)
         return Answer(body_from(self.api, self.asks[0], samples), made_by=made_by)
 
     # Draws.
@@ -798,7 +798,7 @@ class Exchange:
             body = self.api.merge_body(questions, n, transport=self.asks[0].transport)
         made, arrived = await self._upstream(body, stream=False)
         content, most = arrived.content, self.most()
-        if isinstance(content, Source) or len(content) > most:
+        if isinstance(content, BodySource) or len(content) > most:
             if made is not None:
                 made.end()
             raise TooLarge(arrived, most)
@@ -814,7 +814,7 @@ class Exchange:
         self.brought.append((arrived, kept))
         return kept
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
         """Return the samples of a call in the form in which they are stored."""
         names = {
             "request": arrived.response.headers.get(id_header(self.api)),
@@ -828,7 +828,7 @@ class Exchange:
             for sample in samples
         ]
 
-    async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[_Made | None, Arrived]:
+    async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[_Made | None, Received]:
         """Make a call, scheduled and retried by the flow control if there is one.
 
         Returns:
@@ -840,7 +840,7 @@ class Exchange:
             return None, await self.send(body, stream=stream)
         spans: list[telemetry.CallSpan | None] = []
 
-        async def attempt() -> Arrived:
+        async def attempt() -> Received:
             about = self.api.name, self.record.url, body, getattr(self, "context", None)
             span = telemetry.begin(*about) if wanted else None
             try:
@@ -903,7 +903,7 @@ class Exchange:
             if not future.done():
                 future.set_result(samples[place * share : (place + 1) * share])
 
-    async def _recorded(self, live: asyncio.Future[tuple[Tape, Arrived]]) -> list[Any]:
+    async def _recorded(self, live: asyncio.Future[tuple[RecordedStream, Received]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""
         body, added = self.api.inject_usage(self.body)
         try:
@@ -914,36 +914,40 @@ class Exchange:
             added = False  # not every server knows how to report usage: what counts is what its caller wrote
             made, arrived = await self._upstream(self.body, stream=True)
         if made is None:
-            return self._packed(await self._taped(arrived, live, hide_usage=added), arrived)
+            return self._packed(await self._recorded_samples(arrived, live, hide_usage=added), arrived)
         try:
-            samples = await self._taped(arrived, live, hide_usage=added)
+            samples = await self._recorded_samples(arrived, live, hide_usage=added)
         except BaseException as error:
             made.end(error=error)
             raise
         made.end(self.api.answer(samples, self.asks[0]))
         return self._packed(samples, arrived)
 
-    async def _taped(
-        self, arrived: Arrived, live: asyncio.Future[tuple[Tape, Arrived]], *, hide_usage: bool
+    async def _recorded_samples(
+        self,
+        arrived: Received,
+        live: asyncio.Future[tuple[RecordedStream, Received]],
+        *,
+        hide_usage: bool,
     ) -> list[Any]:
-        tape = self.tape(
+        recording = self.recording(
             arrived.response,
             self.api.recorder().within(self.most()),
             hide_usage=hide_usage,
             awaited=partial(self.surface.cacher(self.mode).awaited, self.questions[0].key),
             cut=self.give_back,
         )
-        self.surface.backing.tapes.add(tape)
+        self.surface.backing.recordings.add(recording)
         if self.task is not None:
-            tape.watch(self.task)
+            recording.watch(self.task)
         if live.done():  # the caller has gone
-            tape.leave()
+            recording.leave()
         else:
-            live.set_result((tape, arrived))
-        samples: list[Any] = await tape.run()
+            live.set_result((recording, arrived))
+        samples: list[Any] = await recording.run()
         return samples
 
-    tape: Callable[..., Any] = AsyncTape
+    recording: Callable[..., Any] = AsyncRecordedStream
 
 
 _tasks: set[asyncio.Future[Any]] = set()
@@ -992,7 +996,7 @@ def _resumed(work: Coroutine[Any, Any, Any], waiting: Any) -> Generator[Any, Any
 class _Made:
     """A call upstream with an answer that has begun to arrive, until its end is reported."""
 
-    def __init__(self, passage: Passage | None, span: telemetry.CallSpan | None, arrived: Arrived) -> None:
+    def __init__(self, passage: Passage | None, span: telemetry.CallSpan | None, arrived: Received) -> None:
         self._passage = passage
         self._span = span
         self._headers = getattr(arrived.response, "headers", None)

@@ -12,7 +12,7 @@ _FRAMED = frozenset({"HTTP/2", "HTTP/3"})
 """The versions of HTTP that mark the end of each body."""
 
 
-class Arrived(NamedTuple):
+class Received(NamedTuple):
     """A response that the SDK has received and not parsed yet.
 
     Attributes:
@@ -23,10 +23,10 @@ class Arrived(NamedTuple):
 
     response: Any
     details: dict[str, Any]
-    content: bytes | Source = b""
+    content: bytes | BodySource = b""
 
 
-class Source:
+class BodySource:
     """The source of the body of a response that is made here: bytes in memory.
 
     Subclasses read a recorded stream.
@@ -55,13 +55,13 @@ class Source:
         """Learn that the response is about to be closed; it may be closed already."""
 
 
-def broken(error: Exception) -> Source:
+def broken(error: Exception) -> BodySource:
     """Return a body that was lost in transit: reading it raises the error."""
 
     def lost(_: bytes) -> bytes:
         raise error
 
-    return Source(map(lost, (b"",)))
+    return BodySource(map(lost, (b"",)))
 
 
 def ends_in_order(response: Any) -> bool:

@@ -1,12 +1,12 @@
-"""Records streams while they pass: the reader gets what came, and the sample is kept.
+"""Records streams while they pass: the reader gets the events, and the sample is stored.
 
-A tape reads one piece of the upstream at a time, when its reader asks for more. When the terminal event has
-come, the samples are stored, and only then is that event passed on. If the reader stops after some content,
-the tape reads the rest in the background; if it stops before any content, the call is withdrawn. If another
-draw waits for the sample, the tape reads ahead of its reader.
+A recording reads one piece of the upstream at a time, when its reader asks for more. When the terminal event
+arrives, the recording stores the samples and then passes that event on. If the reader stops after some
+content, the recording reads the rest in the background. If the reader stops before any content, the recording
+cancels the call. If another draw waits for the sample, the recording reads ahead of its reader.
 
-If the reader is cancelled, times out or is interrupted before the terminal event, it gives its draw back,
-also when it reads a replayed stream: its retry is the same draw, and gets the recorded sample. A reader that
+A reader that is cancelled, times out or is interrupted before the terminal event gives its draw back, also
+when it reads a replayed stream: its retry is the same draw, and gets the recorded sample. A reader that
 closes the stream of its own accord has had its draw (C8).
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from cachepipe import forks, wire
 from cachepipe.portal import promised
-from cachepipe.providers.responses import Source, ends_in_order, hang_up, read_timeout, take_read_timeout
+from cachepipe.providers.responses import BodySource, ends_in_order, hang_up, read_timeout, take_read_timeout
 
 ABANDONED_SECONDS = 120.0
 """Seconds for which the rest of a stream is read after its reader has stopped."""
@@ -37,7 +37,7 @@ _TURNS = 8  # turns of the loop that a leaving reader waits for what has come al
 _LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
 
 
-class Watched(Source):
+class StreamSource(BodySource):
     """A stream whose reader may be cut off, which gives its draw back.
 
     Args:
@@ -97,12 +97,12 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-class Replay(Watched):
+class ReplayedStream(StreamSource):
     """A stream that is made of stored samples.
 
     Args:
         events: its events; with the last one the stream has come to its end.
-        cut: see `Watched`.
+        cut: see `StreamSource`.
     """
 
     def __init__(self, events: Sequence[bytes], cut: Callable[[], None]) -> None:
@@ -124,15 +124,15 @@ class Replay(Watched):
             yield event
 
 
-class Tape(Watched):
-    """What synchronous and asynchronous tapes have in common.
+class RecordedStream(StreamSource):
+    """What synchronous and asynchronous recordings have in common.
 
     Args:
         response: the upstream's response, its body unread.
         recorder: assembles the answer.
         hide_usage: whether to hide the usage chunk, because the reader did not ask for it.
         awaited: returns True if another draw waits for the sample.
-        cut: see `Watched`.
+        cut: see `StreamSource`.
     """
 
     def __init__(
@@ -199,8 +199,8 @@ class Tape(Watched):
         return self.recorder.samples()
 
 
-class AsyncTape(Tape):
-    """A tape on an event loop; `run` is the call that the cache asked for."""
+class AsyncRecordedStream(RecordedStream):
+    """A recording on an event loop; `run` is the call that the cache asked for."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -357,8 +357,8 @@ _drains: set[asyncio.Task[None]] = set()
 """Responses of which only the end is to come."""
 
 
-class SyncTape(Tape):
-    """A tape that a thread of its own reads, for a reader in another thread and the cache on the portal.
+class SyncRecordedStream(RecordedStream):
+    """A recording that a thread of its own reads, for a reader in another thread and the cache on the portal.
 
     So what stops the reader, such as Ctrl-C or a time-out, does not stop the recording.
     """

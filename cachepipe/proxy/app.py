@@ -38,8 +38,8 @@ from cachepipe.providers.exchange import (
     questions_of,
     recalled,
 )
-from cachepipe.providers.responses import Source
-from cachepipe.providers.stream_recorder import Watched
+from cachepipe.providers.responses import BodySource
+from cachepipe.providers.stream_recorder import StreamSource
 from cachepipe.proxy import browse, headers, page, paths
 from cachepipe.proxy.access import AccessControl
 from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
@@ -627,7 +627,7 @@ class Proxy:
             raise ClientGone
         try:
             answer = task.result()
-            live = answer.arrived is not None and isinstance(answer.content, Source)
+            live = answer.arrived is not None and isinstance(answer.content, BodySource)
             if not live:
                 await self._hand_on(http, exchange, answer)
         except asyncio.CancelledError:
@@ -659,7 +659,7 @@ class Proxy:
             ticket.ended()
             if not task.cancelled() and task.exception() is None:
                 content = task.result().content
-                if isinstance(content, Source):
+                if isinstance(content, BodySource):
                     content.leave()
                 elif exchange.record.responses is not None:
                     self.counters.drew(exchange.claimant.namespace, exchange.record.responses, exchange.url)
@@ -674,7 +674,7 @@ class Proxy:
         answer: Answer,
     ) -> Outcome:
         source = answer.content
-        assert isinstance(source, Source)  # noqa: S101 - told by the caller
+        assert isinstance(source, BodySource)  # noqa: S101 - told by the caller
         assert answer.arrived is not None  # noqa: S101 - likewise
         drawing = exchange.task
         pairs = headers.of_answer(answer.arrived.response.pairs)
@@ -687,7 +687,7 @@ class Proxy:
         except UpstreamUnreachable as error:
             broken = error
         finally:
-            if not whole and not (isinstance(source, Watched) and source.finished):
+            if not whole and not (isinstance(source, StreamSource) and source.finished):
                 exchange.give_back()
             source.leave()
             if drawing is None or drawing.done():
@@ -728,13 +728,13 @@ class Proxy:
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
-            pairs = headers.shown([_EVENTS if isinstance(content, Source) else JSON])
+            pairs = headers.shown([_EVENTS if isinstance(content, BodySource) else JSON])
             pairs += _made_by(exchange.api, answer.made_by)
         else:
             status = arrived.response.status
             pairs = headers.of_answer(arrived.response.pairs)
         pairs += self._told(exchange, answer)
-        if isinstance(content, Source):
+        if isinstance(content, BodySource):
             content = b"".join(content.read())
         http.facts["key"] = exchange.record.keys[0]
         await http.answer(status, pairs, content)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from cachepipe import jsontext, outages, wire
 from cachepipe.errors import CachepipeError
 from cachepipe.providers.exchange import Exchange, Kept
-from cachepipe.providers.responses import Arrived, Source
+from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
 from cachepipe.proxy.settings import ProxySettings, Upstream
 
@@ -94,7 +94,7 @@ class UpstreamResponse:
             async for chunk in self.response.aiter_raw():
                 yield chunk
 
-    async def aread(self, most: int) -> bytes | Source:
+    async def aread(self, most: int) -> bytes | BodySource:
         """Return the body and close the response; for a body of more than ``most`` bytes, return a source."""
         chunks = self.aiter_bytes()
         begun: deque[bytes] = deque()
@@ -118,7 +118,7 @@ class UpstreamResponse:
             await self.response.aclose()
 
 
-class _UnreadBody(Source):
+class _UnreadBody(BodySource):
     """A body that is too large to be kept: the part that was read, then the rest as it comes."""
 
     def __init__(self, reader: UpstreamResponse, begun: deque[bytes], chunks: AsyncIterator[bytes]) -> None:
@@ -268,23 +268,23 @@ class ProxyExchange(Exchange):
     def keep(self) -> None:
         """Keep the body without copying it: it was read from the wire, so nothing else can change it."""
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Arrived) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
         self._spend(self.claimant.namespace, samples, self.url)
         return super()._packed(samples, arrived)
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
+    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""
         pairs = [*self.pairs, _JSON, _PLAIN if stream else _PACKED]
         reader = await self.caller.call(self.upstream, "POST", self.url, pairs, jsontext.dumps(body))
         if stream and 200 <= reader.status < 300:
-            return Arrived(reader, {})
+            return Received(reader, {})
         content = await reader.aread(self.most())
         if not 200 <= reader.status < 300:
             pairs = headers.of_answer(reader.pairs)
-            if isinstance(content, Source):
+            if isinstance(content, BodySource):
                 content.leave()
                 content = b"The upstream's error has more than %d bytes, and is left out.\n" % self.most()
                 pairs = headers.of_answer([(b"content-type", b"text/plain; charset=utf-8")])
             raise UpstreamRefusal(self.upstream.name, reader.status, pairs, content)
-        return Arrived(reader, {}, content)
+        return Received(reader, {}, content)

@@ -31,10 +31,10 @@ from cachepipe.flow.flow import Passage
 from cachepipe.portal import in_portal
 from cachepipe.providers import info
 from cachepipe.providers.exchange import Answer, Unkept
-from cachepipe.providers.responses import Arrived, Source, broken
-from cachepipe.providers.stream_recorder import Tape
+from cachepipe.providers.responses import BodySource, Received, broken
+from cachepipe.providers.stream_recorder import RecordedStream
 from cachepipe.sdk import internals
-from cachepipe.sdk.calls import Call, SyncCall
+from cachepipe.sdk.calls import ClientCall, SyncClientCall
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
 
@@ -68,7 +68,7 @@ _request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("cach
 """The call that is making its attempts now."""
 
 
-class Refused(CachepipeError):  # noqa: N818 - it never reaches a caller
+class AttemptRefused(CachepipeError):  # noqa: N818 - it never reaches a caller
     """An attempt returned an error status; the SDK decides what to do.
 
     Attributes:
@@ -91,7 +91,7 @@ def _noted(result: Any, request: _Request) -> Any:
     return result
 
 
-def _passed(call: Call, answer: Answer, options: Any) -> tuple[Any, Any]:
+def _passed(call: ClientCall, answer: Answer, options: Any) -> tuple[Any, Any]:
     """Return the response of an attempt that was answered, and the options that it was made with."""
     arrived = call.arrived(answer)
     request = _request.get()
@@ -112,16 +112,16 @@ class _Layered:
             call.max_retries = self._retries(options)
         return call
 
-    def _read_before(self, answer: Answer) -> Tape | None:
-        """Return the tape of a stream that is handed on as it comes, or None."""
-        tape = answer.content
+    def _read_before(self, answer: Answer) -> RecordedStream | None:
+        """Return the recording of a stream that is handed on as it comes, or None."""
+        recording = answer.content
         if (
             answer.arrived is None
-            or not isinstance(tape, Tape)
+            or not isinstance(recording, RecordedStream)
             or internals.unread(self, answer.arrived.response)
         ):
             return None
-        return tape
+        return recording
 
     def _retries(self, options: Any) -> int | None:
         """Return how often a call may be retried, if it sets this; the SDK may have changed its options."""
@@ -152,16 +152,16 @@ class AsyncLayered(_Layered, AsyncCached):
 
     async def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
         """Return the response of one attempt, and the options it was made with."""
-        call = self._call(Call, options, details)
+        call = self._call(ClientCall, options, details)
         flow = self._limiting(options)
         try:
             if call is not None:
                 answer = call.known() or await call.drawn()
-                tape = self._read_before(answer)
-                if tape is not None:
-                    async for _ in tape.aread():
+                recording = self._read_before(answer)
+                if recording is not None:
+                    async for _ in recording.aread():
                         pass
-                    answer = answer._replace(content=b"", kept=tape.recorder.complete)
+                    answer = answer._replace(content=b"", kept=recording.recorder.complete)
                 return _passed(call, answer, options)
             if flow is None:
                 sdk: Any = super()
@@ -169,18 +169,18 @@ class AsyncLayered(_Layered, AsyncCached):
                 return attempt
             about = {**self._passing(options), "max_retries": self._retries(options)}
             passage, arrived = await flow.call(lambda: self._receive_attempt(options, **details), **about)
-        except Refused as refused:
+        except AttemptRefused as refused:
             return refused.response, refused.prepared
         _end(passage, arrived, stream=details["stream"])
         return arrived.response, arrived.details["options"]
 
     async def _receive_attempt(
         self, options: Any, *, stream: bool, cast_to: Any = None, stream_cls: Any = None, **details: Any
-    ) -> Arrived:
+    ) -> Received:
         """Return the response of an attempt as it arrives.
 
         Raises:
-            Refused: when it has the status of an error.
+            AttemptRefused: when it has the status of an error.
         """
         del cast_to, stream_cls  # these are for `_receive`
         sdk: Any = super()
@@ -188,18 +188,18 @@ class AsyncLayered(_Layered, AsyncCached):
         outages.reached(f"{response.url}")
         if not response.is_success:
             await response.aread()
-            raise Refused(response, prepared)
+            raise AttemptRefused(response, prepared)
         made_with = {"options": prepared}
         if stream:
-            return Arrived(response, made_with)
+            return Received(response, made_with)
         if not internals.unread(self, response):
-            return Arrived(response, made_with, response.content)
+            return Received(response, made_with, response.content)
         try:
             content = await response.aread()
         except Exception as error:
-            arrived = Arrived(internals.handed_on(self, response, broken(error)), made_with)
+            arrived = Received(internals.handed_on(self, response, broken(error)), made_with)
             raise Unkept(arrived, error) from error
-        return Arrived(internals.handed_on(self, response, Source([content])), made_with, content)
+        return Received(internals.handed_on(self, response, BodySource([content])), made_with, content)
 
 
 class SyncLayered(_Layered, SyncCached):
@@ -223,16 +223,16 @@ class SyncLayered(_Layered, SyncCached):
 
     def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
         """Return the response of one attempt, and the options it was made with."""
-        call = self._call(SyncCall, options, details)
+        call = self._call(SyncClientCall, options, details)
         flow = self._limiting(options)
         try:
             if call is not None:
                 answer = call.known() or call.wait()
-                tape = self._read_before(answer)
-                if tape is not None:
-                    for _ in tape.read():
+                recording = self._read_before(answer)
+                if recording is not None:
+                    for _ in recording.read():
                         pass
-                    answer = answer._replace(content=b"", kept=tape.recorder.complete)
+                    answer = answer._replace(content=b"", kept=recording.recorder.complete)
                 return _passed(call, answer, options)
             if flow is None:
                 sdk: Any = super()
@@ -240,18 +240,18 @@ class SyncLayered(_Layered, SyncCached):
                 return attempt
             about = {**self._passing(options), "max_retries": self._retries(options), "wait": in_portal}
             passage, arrived = flow.call_in_thread(lambda: self._receive_attempt(options, **details), **about)
-        except Refused as refused:
+        except AttemptRefused as refused:
             return refused.response, refused.prepared
         _end(passage, arrived, stream=details["stream"])
         return arrived.response, arrived.details["options"]
 
     def _receive_attempt(
         self, options: Any, *, stream: bool, cast_to: Any = None, stream_cls: Any = None, **details: Any
-    ) -> Arrived:
+    ) -> Received:
         """Return the response of an attempt as it arrives.
 
         Raises:
-            Refused: when it has the status of an error.
+            AttemptRefused: when it has the status of an error.
         """
         del cast_to, stream_cls  # these are for `_receive`
         sdk: Any = super()
@@ -259,18 +259,18 @@ class SyncLayered(_Layered, SyncCached):
         outages.reached(f"{response.url}")
         if not response.is_success:
             response.read()
-            raise Refused(response, prepared)
+            raise AttemptRefused(response, prepared)
         made_with = {"options": prepared}
         if stream:
-            return Arrived(response, made_with)
+            return Received(response, made_with)
         if not internals.unread(self, response):
-            return Arrived(response, made_with, response.content)
+            return Received(response, made_with, response.content)
         try:
             content = response.read()
         except Exception as error:
-            arrived = Arrived(internals.handed_on(self, response, broken(error)), made_with)
+            arrived = Received(internals.handed_on(self, response, broken(error)), made_with)
             raise Unkept(arrived, error) from error
-        return Arrived(internals.handed_on(self, response, Source([content])), made_with, content)
+        return Received(internals.handed_on(self, response, BodySource([content])), made_with, content)
 
 
 class AsyncAnthropic(AsyncLayered, anthropic.AsyncAnthropic):
@@ -389,7 +389,7 @@ for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anth
     equip(_kind, _sdk, credentials=CREDENTIALS, error=anthropic.AnthropicError)
 
 
-def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
+def _end(passage: Passage, arrived: Received, *, stream: bool) -> None:
     """Report the end of a call: for a stream, when it has been read."""
     headers = arrived.response.headers
     if stream:
@@ -398,7 +398,7 @@ def _end(passage: Passage, arrived: Arrived, *, stream: bool) -> None:
         passage.end(usage=_usage(arrived.content), headers=headers)
 
 
-def _usage(content: bytes | Source) -> Any:
+def _usage(content: bytes | BodySource) -> Any:
     """Return the usage in an answer, or None."""
     try:
         answer = jsontext.loads(content) if isinstance(content, bytes) else None

@@ -24,8 +24,8 @@ from cachepipe.errors import NotStored, TooManySamples
 from cachepipe.portal import check_elsewhere, submit
 from cachepipe.providers import info
 from cachepipe.providers.exchange import Answer, Exchange, Surface, check_size, id_header
-from cachepipe.providers.responses import Arrived, Source
-from cachepipe.providers.stream_recorder import SyncTape
+from cachepipe.providers.responses import BodySource, Received
+from cachepipe.providers.stream_recorder import SyncRecordedStream
 from cachepipe.sdk import internals
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -71,7 +71,7 @@ def body_of(options: Any) -> dict[str, Any] | None:
     return dict(body)
 
 
-class Call(Exchange):
+class ClientCall(Exchange):
     """One call of a client that the cache may answer.
 
     Args:
@@ -159,7 +159,7 @@ class Call(Exchange):
             client, surface, cast_to, options, api=api, body=body, asks=asks, mode=mode, using=using, **how
         )
 
-    def arrived(self, answer: Answer) -> Arrived:
+    def arrived(self, answer: Answer) -> Received:
         """Return an answer in the form that the SDK parses."""
         self.kept = answer.kept
         arrived, content = answer.arrived, answer.content
@@ -169,9 +169,9 @@ class Call(Exchange):
             )
             named = {} if answer.made_by is None else {id_header(self.api): answer.made_by}
             response = internals.made_response(self.client, self.url, self.options, content, named)
-            arrived = Arrived(response, details)
-        elif isinstance(content, Source):
-            arrived = Arrived(internals.handed_on(self.client, arrived.response, content), arrived.details)
+            arrived = Received(response, details)
+        elif isinstance(content, BodySource):
+            arrived = Received(internals.handed_on(self.client, arrived.response, content), arrived.details)
         if self.kept:
             info.note(arrived.response, self.record)
         return arrived
@@ -180,9 +180,9 @@ class Call(Exchange):
         """Return a copy of the caller's context, in which the SDK makes its calls."""
         return self.context.copy()
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
+    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Return what the SDK receives."""
-        arrived: Arrived = await self.receive(**self._arguments(body, stream=stream))
+        arrived: Received = await self.receive(**self._arguments(body, stream=stream))
         return arrived
 
     def _arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
@@ -194,10 +194,10 @@ class Call(Exchange):
         }
 
 
-class SyncCall(Call):
+class SyncClientCall(ClientCall):
     """A synchronous client's call: the cacher runs on the portal's loop, the SDK in the caller's thread."""
 
-    tape = SyncTape
+    recording = SyncRecordedStream
     in_turns = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -237,13 +237,13 @@ class SyncCall(Call):
     def own_context(self) -> None:
         """Return None: the caller's thread makes the calls, in its own context."""
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Arrived:
+    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Return what the SDK receives. A call that has begun is not stopped, and its answer is kept."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Arrived] = loop.create_future()
+        future: asyncio.Future[Received] = loop.create_future()
         arguments = self._arguments(body, stream=stream)
 
-        def settle(arrived: Arrived | None, error: BaseException | None) -> None:
+        def settle(arrived: Received | None, error: BaseException | None) -> None:
             if future.done():
                 if arrived is not None and stream:
                     arrived.response.close()

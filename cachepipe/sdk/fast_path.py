@@ -30,7 +30,7 @@ from cachepipe.providers.exchange import (
     responses_of,
 )
 from cachepipe.sdk import internals
-from cachepipe.sdk.calls import STRICT, Call, SyncCall
+from cachepipe.sdk.calls import STRICT, ClientCall, SyncClientCall
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
@@ -84,19 +84,19 @@ lesson: contextvars.ContextVar[Lesson | None] = contextvars.ContextVar("cachepip
 """The lesson of the call that is being made."""
 
 
-def quicken(resource: Any, names: tuple[str, ...]) -> Any:
+def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
     """Return a client's resource with the fast path for its ``create`` method, there or below."""
     last = resource
     for name in names:
         last = getattr(last, name, None)
     kind: Any = type(last)
     if internals.is_own(getattr(kind, "create", None), kind):
-        last.__class__ = _quick_class(kind)
+        last.__class__ = _fast_class(kind)
     return resource
 
 
 @functools.lru_cache(maxsize=64)
-def _quick_class(kind: Any) -> Any:
+def _fast_class(kind: Any) -> Any:
     """Return a subclass of a resource's class with the fast path for ``create``."""
     own = kind.create
     make = _async_create if inspect.iscoroutinefunction(inspect.unwrap(own)) else _sync_create
@@ -121,7 +121,7 @@ def _async_create(kind: Any, own: Any) -> Callable[..., Any]:
             finally:
                 lesson.reset(token)
                 _note_shape(shapes, taught)
-        begun = _begin(Call, internals.client_of(self), shape, given)
+        begun = _begin(ClientCall, internals.client_of(self), shape, given)
         if begun is None:
             return await own(self, **arguments)
         made, call, answer = begun
@@ -153,7 +153,7 @@ def _sync_create(kind: Any, own: Any) -> Callable[..., Any]:
             finally:
                 lesson.reset(token)
                 _note_shape(shapes, taught)
-        begun = _begin(SyncCall, internals.client_of(self), shape, given)
+        begun = _begin(SyncClientCall, internals.client_of(self), shape, given)
         if begun is None:
             return own(self, **arguments)
         made, call, answer = begun
@@ -174,7 +174,7 @@ def _note_shape(shapes: dict[tuple[str, ...], Shape], taught: Lesson) -> None:
         shapes[tuple(taught.arguments)] = taught.shape
 
 
-def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
+def _begin(kind: type[ClientCall], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
     """Begin a call with these arguments; return None if the SDK must handle them.
 
     Returns:
@@ -197,7 +197,7 @@ def _begin(kind: type[Call], client: Any, shape: Shape, given: Mapping[str, Any]
     for ask in asks:
         if ask.stream or not ask.cacheable:
             return None
-    place = internals.place_of(client, shape.options, body)
+    place = internals.target_of(client, shape.options, body)
     questions = questions_of(api, asks, *place, scope=surface.scope)
     grants = None
     if mode == "read-write":
@@ -251,7 +251,7 @@ def _is_usual(kind: Any) -> bool:
     )
 
 
-def _built(call: Call, answer: Answer) -> Any:
+def _built(call: ClientCall, answer: Answer) -> Any:
     """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
     if type(answer.content) is not bytes or not answer.kept:
         return None
@@ -269,7 +269,7 @@ def property_of(sdk: Any, name: str, names: tuple[str, ...]) -> Any:
     make: Any = own.func
 
     def get(self: Any) -> Any:
-        return quicken(make(self), names)
+        return with_fast_path(make(self), names)
 
     get.__doc__ = own.__doc__
     return functools.cached_property(get)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachepipe import wire
-from cachepipe.providers.responses import Source
+from cachepipe.providers.responses import BodySource
 
 NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 """The methods of an SDK's client that the cached clients use."""
@@ -197,7 +197,7 @@ def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
     """
 
     class Body(library.SyncByteStream):  # type: ignore[misc]  # chosen at run time
-        def __init__(self, source: Source, ended: Callable[[], None] = lambda: None) -> None:
+        def __init__(self, source: BodySource, ended: Callable[[], None] = lambda: None) -> None:
             self.source = source
             self.ended = ended
 
@@ -209,7 +209,7 @@ def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
             self.ended()
 
     class AsyncBody(library.AsyncByteStream):  # type: ignore[misc]  # likewise
-        def __init__(self, source: Source, ended: Callable[[], None] = lambda: None) -> None:
+        def __init__(self, source: BodySource, ended: Callable[[], None] = lambda: None) -> None:
             self.source = source
             self.ended = ended
 
@@ -229,7 +229,7 @@ def _body(client: Any, *arguments: Any) -> Any:
 
 
 def made_response(
-    client: Any, url: str, options: Any, content: bytes | Source, named: Mapping[str, str]
+    client: Any, url: str, options: Any, content: bytes | BodySource, named: Mapping[str, str]
 ) -> Any:
     """Return a response without a call, with the request that it would have answered.
 
@@ -244,7 +244,7 @@ def made_response(
         response = library.Response(200, headers=headers, content=content, request=request)
     else:
         if isinstance(content, bytes):
-            content = Source([content])
+            content = BodySource([content])
         else:
             headers["content-type"] = "text/event-stream; charset=utf-8"
         response = library.Response(200, headers=headers, stream=_body(client, content), request=request)
@@ -253,7 +253,7 @@ def made_response(
     return response
 
 
-def handed_on(client: Any, response: Any, source: Source) -> Any:
+def handed_on(client: Any, response: Any, source: BodySource) -> Any:
     """Return a response like the one that arrived, with a body from a source."""
     began = time.monotonic()
 
@@ -276,7 +276,7 @@ def handed_on(client: Any, response: Any, source: Source) -> Any:
     return made
 
 
-def _watch_closing(response: Any, source: Source) -> None:
+def _watch_closing(response: Any, source: BodySource) -> None:
     """Have a source learn whenever its response is closed, also by the HTTP library or more than once."""
     reference, closing = weakref.ref(response), source.closing
 
@@ -457,7 +457,7 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
     return f"{url}{'&' if '?' in url else '?'}{text}" if text else url
 
 
-class Place(NamedTuple):
+class CallTarget(NamedTuple):
     """The URL and headers of calls without own headers or options, while their client is unchanged."""
 
     options: Any
@@ -470,13 +470,13 @@ class Place(NamedTuple):
     headers: Mapping[str, str]
 
 
-def place_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
+def target_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
     """Return the full URL and the known headers of a call as `url_of` and `sent_headers` do.
 
     For a call without headers or options of its own, the client remembers them by ``options``.
     """
     places = vars(client).setdefault("_cachepipe_places", {})
-    place: Place | None = places.get(id(options))
+    place: CallTarget | None = places.get(id(options))
     http = client._client  # noqa: SLF001 - this is the place
     sent, params = http.headers.raw, http.params  # which its owner may change
     base, query, given = client.base_url, client.default_query, client._custom_headers  # noqa: SLF001 - likewise
@@ -492,7 +492,7 @@ def place_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, M
         return place.url, place.headers
     url, headers = url_of(client, options, body), sent_headers(client, options)
     if not _is_azure(kind_of(client)):  # where the URL tells the model
-        places[id(options)] = Place(options, base, dict(query), dict(given), sent, params, url, headers)
+        places[id(options)] = CallTarget(options, base, dict(query), dict(given), sent, params, url, headers)
     return url, headers
 
 

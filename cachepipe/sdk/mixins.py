@@ -17,9 +17,9 @@ from cachepipe.flow.flow import Flow, Passage
 from cachepipe.portal import in_portal, submit
 from cachepipe.providers import info
 from cachepipe.providers.exchange import CLOSING_SECONDS, Answer, Surface
-from cachepipe.providers.responses import Arrived, Source
+from cachepipe.providers.responses import BodySource, Received
 from cachepipe.sdk import fast_path, internals
-from cachepipe.sdk.calls import Call, SyncCall, body_of, receiving
+from cachepipe.sdk.calls import ClientCall, SyncClientCall, body_of, receiving
 from cachepipe.typedefs import Mode, Repeat
 
 OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
@@ -110,7 +110,7 @@ class AsyncCached(_Cached):
         taught = fast_path.lesson.get()
         if taught is not None:
             taught.learn(cast_to, options, stream=stream)
-        call = Call.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
+        call = ClientCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
         if call is None:
             token = receiving.set(None)
             try:
@@ -123,7 +123,7 @@ class AsyncCached(_Cached):
             answer = await call.drawn()
         return await self._processed(call, answer)
 
-    async def _processed(self, call: Call, answer: Answer) -> Any:
+    async def _processed(self, call: ClientCall, answer: Answer) -> Any:
         """Return what the SDK makes of an answer."""
         sdk: Any = super()
         arrived = call.arrived(answer)
@@ -182,11 +182,11 @@ class AsyncCached(_Cached):
             sdk: Any = super()
             return await sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:
-            return Arrived(response, details)
+            return Received(response, details)
         if not internals.unread(self, response):
-            return Arrived(response, details, response.content)
+            return Received(response, details, response.content)
         content = await response.aread()
-        return Arrived(internals.handed_on(self, response, Source([content])), details, content)
+        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
 
     async def close(self, *, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
@@ -209,7 +209,9 @@ class SyncCached(_Cached):
         taught = fast_path.lesson.get()
         if taught is not None:
             taught.learn(cast_to, options, stream=stream)
-        call = SyncCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
+        call = SyncClientCall.of(
+            self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls
+        )
         if call is None:
             token = receiving.set(None)
             try:
@@ -222,7 +224,7 @@ class SyncCached(_Cached):
             answer = call.wait()
         return self._processed(call, answer)
 
-    def _processed(self, call: Call, answer: Answer) -> Any:
+    def _processed(self, call: ClientCall, answer: Answer) -> Any:
         """Return what the SDK makes of an answer."""
         sdk: Any = super()
         arrived = call.arrived(answer)
@@ -283,11 +285,11 @@ class SyncCached(_Cached):
             sdk: Any = super()
             return sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
         if stream:
-            return Arrived(response, details)
+            return Received(response, details)
         if not internals.unread(self, response):
-            return Arrived(response, details, response.content)
+            return Received(response, details, response.content)
         content = response.read()
-        return Arrived(internals.handed_on(self, response, Source([content])), details, content)
+        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
 
     def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, telemetry, using, wire
 from cachepipe.providers.info import info
-from cachepipe.providers.stream_recorder import SyncTape
+from cachepipe.providers.stream_recorder import SyncRecordedStream
 from cachepipe.sdk import Anthropic, AsyncAnthropic, internals
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.wrapping import wrap
@@ -419,7 +419,7 @@ async def test_c7_a_stream_that_breaks_after_its_terminal_event_loses_no_sample(
 
     response = http.Response(200, stream=Broken(), request=http.Request("POST", server.url))
     options = {"hide_usage": False, "awaited": lambda: False, "cut": lambda: None}
-    tape = SyncTape(response, wire.MESSAGES.recorder(), **options)
+    tape = SyncRecordedStream(response, wire.MESSAGES.recorder(), **options)
     tape._read_on()
     await asyncio.to_thread(tape._news.get)
     await asyncio.to_thread(tape._news.get)

@@ -33,7 +33,7 @@ ABSENT = [openai.NOT_GIVEN, *([openai.omit] if hasattr(openai, "omit") else [])]
 
 @pytest.fixture
 def client(server):
-    fast_path._quick_class.cache_clear()  # nothing has been learned
+    fast_path._fast_class.cache_clear()  # nothing has been learned
     with OpenAI(base_url=server.base_url, api_key="k", cache=MemoryStore(), max_retries=0) as made:
         yield made
 
