@@ -125,7 +125,7 @@ class Cache:
 
     def stats(self) -> Stats:
         """Return the figures so far."""
-        callers = [queue.caller for queue in self._open()]
+        callers = [queue.caller for queue in self.open_queues()]
         return Stats(
             hits=self.hits,
             misses=self.misses,
@@ -137,7 +137,8 @@ class Cache:
             calls=self._calls + sum(caller.calls for caller in callers),
         )
 
-    def _open(self) -> list[WriteQueue]:
+    def open_queues(self) -> list[WriteQueue]:
+        """Return the write queues of the loops that have made requests."""
         with self._lock:
             return list(self._queues.values())
 
@@ -148,7 +149,13 @@ class Cache:
     # What is stored.
 
     def look(
-        self, claimant: Claims, asked: Asked, request: Any, counter: Counter | None = None
+        self,
+        claimant: Claims,
+        asked: Asked,
+        request: Any,
+        *,
+        run: runs.Occurrences | None = None,
+        counter: Counter | None = None,
     ) -> Found | None:
         """Return the samples of a request's draws if all of them are stored, else None.
 
@@ -158,6 +165,7 @@ class Cache:
             claimant: who draws.
             asked: the questions of the request.
             request: the request, for the error.
+            run: the run; by default the current one.
             counter: counts the occurrences of equal requests; by default the run.
 
         Raises:
@@ -165,7 +173,8 @@ class Cache:
         """
         if self.mode in {"refresh", "bypass"}:
             return None
-        run = runs.current(self.store.identity)
+        if run is None:
+            run = runs.current(self.store.identity)
         if counter is None:
             counter = run
         if self.in_memory:
@@ -275,7 +284,7 @@ class Cache:
 
     async def drain(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for calls in flight, and until everything is written."""
-        for queue in self._open():
+        for queue in self.open_queues():
             if queue.loop is loop:
                 await queue.drain()
             elif queue.loop.is_running() and queue.fork == forks.count:  # loops run in their own process

@@ -331,7 +331,7 @@ class Drawing:
 
     def _wake(self, effect: lifecycle.Wake, samples: Sequence[Sample | None]) -> None:
         sample = samples[0] if effect.stored else None
-        self.cache.in_flight.settle(self.question.key, effect.index, sample)
+        self.cache.in_flight.settle(self.question.key, effect.place, sample)
 
     def _claim(self, _effect: object, _samples: object) -> None:
         self.claim()
@@ -383,7 +383,6 @@ class Drawing:
             self.cache.deliveries.add(
                 Delivery(self.run.name, self.user, self.question.scope, lost, what="lost")
             )
-
 
     _performs: ClassVar[Mapping[type, Callable[[Any, Any, Any], None]]] = {
         lifecycle.Fill: _fill,
@@ -489,3 +488,22 @@ def warn_shared(question: Question, claimant: Claims, run: runs.Occurrences) -> 
             "workers that need independent samples must use different request ids or replicates",
             SharedDraw,
         )
+
+
+async def outcomes(
+    drawings: Sequence[Drawing], duplicated: Sequence[list[bool] | None]
+) -> list[Response | BaseException]:
+    """Return the response or the error of each draw, in order, after all of them have ended."""
+    return [await _outcome(*one) for one in zip(drawings, duplicated, strict=True)]
+
+
+async def _outcome(drawing: Drawing, duplicated: list[bool] | None) -> Response | BaseException:
+    try:
+        return await drawing.response(duplicated)
+    except asyncio.CancelledError as stopped:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return stopped  # its call was stopped from outside
+    except Exception as error:  # noqa: BLE001 - it is this request's own
+        return error

@@ -57,9 +57,9 @@ class FreeLeases(NamedTuple):
 
 
 class Wake(NamedTuple):
-    """Tell the waiters of an index that its sample is stored, or not coming at this index."""
+    """Tell the waiters of an index, the ``place``, that its sample is stored, or will not come there."""
 
-    index: int
+    place: int
     stored: bool
 
 
@@ -236,10 +236,10 @@ class DrawState:
                 wait.append(index)
         effects: list[Effect] = [Fill(fill)] if fill else []
         if wait:
-            self.awaited = self.awaited.union(wait)
+            self.awaited = {*self.awaited, *wait}
             effects.append(Await(wait))
         if mine:
-            self.making = self.making.union(mine)
+            self.making = {*self.making, *mine}
             effects.append(Generate(mine))
         if not missing:
             effects += self._completed()
@@ -338,7 +338,8 @@ class DrawState:
     def _undone(self, error: BaseException | None) -> Effects:
         self.phase = Phase.ENDED
         stop = (StopWaiting(list(self.awaited)),) if self.awaited else ()
-        return (Waste(self._own()), *stop, GiveBack(), Release(complete=False, error=error))
+        ends = (Waste(self._own()), *stop, GiveBack(), Release(complete=False, error=error))
+        return ends if self.stored else (*ends, Withdraw())  # nobody else can use what comes
 
     def _released(self) -> Effects:
         return (Release(complete=False),)

@@ -34,9 +34,7 @@ from cachepipe.providers.exchange import (
     body_from,
     check_size,
     id_header,
-    kept_of,
     questions_of,
-    recalled,
 )
 from cachepipe.providers.responses import BodySource
 from cachepipe.providers.stream_recorder import StreamSource
@@ -552,12 +550,13 @@ class Proxy:
             if read is None or not read.single:
                 return None
             counted = self._run(namespace, destination.run).counted
-            grants = recalled(self.surface, read.asks, read.questions, head.claimant, counted)
+            cache = self.surface.cache("read-write")
+            found = cache.look(head.claimant, [(read.questions[0], 1)], content, run=counted)
         except (CachepipeError, Refusal):
             return None  # what is wrong is told the ordinary way
-        if grants is None:
+        if found is None:
             return read
-        key, index, kept = read.questions[0].key, grants[0].indices[0], kept_of(grants[0])
+        key, index, kept = read.questions[0].key, found.grants[0].indices[0], found.values()
         merged = self.surface.duplicated(key, namespace, 1, asker)[0]
         content = body_from(api, read.asks[0], kept)
         self.counters.hit(namespace, key, index, kept[0], head.url)

@@ -24,10 +24,7 @@ from cachepipe.providers.exchange import (
     Answer,
     body_from,
     check_size,
-    kept_of,
     questions_of,
-    recalled,
-    responses_of,
 )
 from cachepipe.sdk import internals
 from cachepipe.sdk.calls import STRICT, ClientCall, SyncClientCall
@@ -199,12 +196,13 @@ def _begin(kind: type[ClientCall], client: Any, shape: Shape, given: Mapping[str
             return None
     place = internals.target_of(client, shape.options, body)
     questions = questions_of(api, asks, *place, scope=surface.scope)
-    grants = None
+    found = None
     if mode == "read-write":
         claimant = using.claimant(surface.namespace)
-        grants = recalled(surface, asks, questions, claimant)
-        if grants is not None:
-            samples = [kept for grant in grants for kept in kept_of(grant)]
+        asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
+        found = surface.cache(mode).look(claimant, asked, body)
+        if found is not None:
+            samples = found.values()
             content = body_from(api, asks[0], samples)
             made = internals.validated(shape.cast_to, content, shape.options, samples[0].made_by)
             if made is not None:
@@ -214,7 +212,7 @@ def _begin(kind: type[ClientCall], client: Any, shape: Shape, given: Mapping[str
                 ]
                 names = tuple([question.key for question in questions])
                 record = info.Record(names, claimant, place[0])
-                record.later = functools.partial(responses_of, questions, grants, flags)
+                record.later = functools.partial(found.responses, flags)
                 info.note(made, record)
                 return made, None, None
     how: dict[str, Any] = {"api": api, "body": body, "asks": asks, "mode": mode, "using": using}
@@ -231,7 +229,7 @@ def _begin(kind: type[ClientCall], client: Any, shape: Shape, given: Mapping[str
     )
     if mode == "replay":
         return None, call, call.known()
-    return None, call, None if grants is None else call.granted(grants)
+    return None, call, None if found is None else call.answered(found)
 
 
 def _is_json(value: Any) -> bool:

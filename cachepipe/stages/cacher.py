@@ -15,7 +15,7 @@ from typing import Any
 from cachepipe import loops, runs
 from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Cache, Found, Stats
-from cachepipe.cache.drawing import Drawing
+from cachepipe.cache.drawing import Drawing, outcomes
 from cachepipe.contract import keys
 from cachepipe.contract.draws import Fixed
 from cachepipe.contract.keys import Question
@@ -109,7 +109,7 @@ class AsyncCacher(Stage):
             StoreError: when the store fails before anything is spent.
         """
         begun = self.begin(request, self.question(request), loops.running())
-        return await begun.response(None) if type(begun) is Drawing else begun.responses([None])[0]
+        return await begun.response(None) if isinstance(begun, Drawing) else begun.responses([None])[0]
 
     def begin(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Found | Drawing:
         """Return what is stored for a request, or begin to draw it.
@@ -163,7 +163,7 @@ class AsyncCacher(Stage):
                     counter = None if occurrences is None else Fixed(occurrences[place])
                     found = None
                     if cache.in_memory or (len(requests) == 1 and queue.idle):
-                        found = cache.look(request, [(question, request.n)], request, counter)
+                        found = cache.look(request, [(question, request.n)], request, counter=counter)
                     if found is not None:
                         begun.append(found)
                         answers += found.responses([duplicated])
@@ -175,8 +175,9 @@ class AsyncCacher(Stage):
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     answers.append(error)
             await asyncio.sleep(0)  # hits do not suspend
-            for place, drawing, duplicated in waiting:
-                answers[place] = await _outcome(drawing, duplicated)
+            ended = await outcomes([one[1] for one in waiting], [one[2] for one in waiting])
+            for (place, *_), answer in zip(waiting, ended, strict=True):
+                answers[place] = answer
             return given(answers, return_exceptions)
         except BaseException:
             for one in begun:
@@ -207,16 +208,3 @@ class AsyncCacher(Stage):
             await self.model.close()
         if self._owns_store:
             await loops.running().run_in_executor(None, self.store.close)
-
-
-async def _outcome(drawing: Drawing, duplicated: list[bool] | None) -> Response | BaseException:
-    """Return a draw's response, or its error."""
-    try:
-        return await drawing.response(duplicated)
-    except asyncio.CancelledError as stopped:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        return stopped  # its call was stopped from outside
-    except Exception as error:  # noqa: BLE001 - it is this request's own
-        return error

@@ -97,7 +97,7 @@ class AsyncDeduplicator(Stage):
         question = cacher.question(request)
         duplicated = self._flags(lane, request, question, asker)
         begun = cacher.begin(request, question, loop)
-        if type(begun) is Drawing:
+        if isinstance(begun, Drawing):
             response = await begun.response(duplicated)
         else:
             [response] = begun.responses([duplicated])
