@@ -10,16 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cachepipe.chat.answers import TextCompletion as TextCompletion
+    from cachepipe.chat.answers import TokenLogProb as TokenLogProb
     from cachepipe.chat.chat import Chat as Chat
     from cachepipe.chat.chat import ToolLoopError as ToolLoopError
     from cachepipe.chat.completions import (
         CompletionsFailed as CompletionsFailed,
-    )
-    from cachepipe.chat.completions import (
-        TextCompletion as TextCompletion,
-    )
-    from cachepipe.chat.completions import (
-        TokenLogProb as TokenLogProb,
     )
     from cachepipe.chat.completions import (
         generate_text_completion as generate_text_completion,
@@ -222,10 +218,9 @@ _HOMES = {
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
     "cachepipe.chat.chat": ("Chat", "ToolLoopError"),
+    "cachepipe.chat.answers": ("TextCompletion", "TokenLogProb"),
     "cachepipe.chat.completions": (
         "CompletionsFailed",
-        "TextCompletion",
-        "TokenLogProb",
         "generate_text_completion",
         "generate_text_completion_for_conversation",
         "generate_text_completion_for_conversation_sync",

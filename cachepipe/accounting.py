@@ -27,6 +27,7 @@ _OF_PROMPT: Final = ("prompt_tokens", "cached_tokens")
 _MOST: Final = 1 << 40  # tokens of one sample above which its usage cannot be right
 _LONGEST: Final = 200  # characters of a name in a header
 SOLD: Final = b'"sold":'  # the last field of a header: what was sold, to whom a price belongs
+_USAGE: Final = b',"usage":['  # the last field of what was sold
 
 Seller = tuple[str | None, str]
 """A model, and its URL."""
@@ -119,6 +120,16 @@ def usage_sold(sold: bytes) -> Usage:
     )
 
 
+def _numbers(written: Sequence[bytes]) -> list[int] | None:
+    """Return the counts of many samples, one behind the other; None if one of them must be read by itself."""
+    try:
+        numbers = orjson.loads(b"[%b]" % b",".join(written))
+    except ValueError:
+        return None
+    ints = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < _MOST
+    return numbers if ints and len(numbers) == len(COUNTS) * len(written) else None
+
+
 class Account:
     """Sums of token counts, by model and URL."""
 
@@ -128,17 +139,18 @@ class Account:
     def __repr__(self) -> str:
         return f"<Account {self.counts()['total_tokens']} tokens>"
 
-    def add(self, usage: Usage, url: str, *, prompt: bool, times: int = 1) -> None:
-        """Add a sample.
+    def add(self, usage: Usage, url: str, *, prompt: bool, times: int = 1, samples: int = 1) -> None:
+        """Add a sample, or several of which the usage is the sum.
 
         Args:
             usage: the usage of the sample.
             url: the URL of its endpoint.
             prompt: whether its prompt counts.
             times: how often it is added; -1 takes it off.
+            samples: how many samples it is the usage of.
         """
         sums = self._sums((usage.model, usage.url or url))
-        sums["samples"] += times
+        sums["samples"] += times * samples
         counts = usage.counts
         if counts is None:
             sums["unknown"] += times
@@ -149,6 +161,36 @@ class Account:
             sums["total_tokens"] -= times * counts["prompt_tokens"]
             for name in _OF_PROMPT:
                 sums[name] -= times * counts[name]
+
+    def add_all(self, headers: Iterable[bytes], url: str, *, prompts: bool = False) -> None:
+        """Add samples by their headers: the same as `add` for each, in a fraction of the time.
+
+        Args:
+            headers: the header of each sample.
+            url: the URL of their endpoint.
+            prompts: whether the prompt of each counts; by default that of a call counts with its first
+                sample.
+        """
+        alike: dict[bytes, list[bytes]] = {}
+        for header in headers:
+            start, end = header.rfind(SOLD), header.rfind(_USAGE)
+            written = header[end + len(_USAGE) : -3]
+            if 0 <= start < end and header.endswith(b"]}}") and written.count(b",") == len(COUNTS) - 1:
+                alike.setdefault(header[start + len(SOLD) : end], []).append(written)
+            else:
+                usage = usage_sold(sold_in(header))
+                self.add(usage, url, prompt=prompts or usage.first)
+        for sold, counts in alike.items():
+            numbers = _numbers(counts)
+            if numbers is None:
+                for written in counts:
+                    usage = usage_sold(b"%b%b%b]}" % (sold, _USAGE, written))
+                    self.add(usage, url, prompt=prompts or usage.first)
+                continue
+            usage = usage_sold(sold + b"}")
+            sums = {name: sum(numbers[place :: len(COUNTS)]) for place, name in enumerate(COUNTS)}
+            whole = Usage(usage.model, sums, usage.first, usage.url)
+            self.add(whole, url, prompt=prompts or usage.first, samples=len(counts))
 
     def spend(self, usages: Iterable[Usage], url: str) -> None:
         """Add samples that were generated: the prompt of a call counts with its first sample."""
@@ -276,6 +318,11 @@ class Delivered:
                 self.billed.add(usage, url, prompt=usage.first, times=times)
                 if stored and not stored[place]:
                     self.unstored.add(usage, url, prompt=usage.first, times=times)
+
+    def add_hits(self, headers: Sequence[bytes], url: str) -> None:
+        """Add questions that received one stored sample each; see `Account.add_all`."""
+        self.requests += len(headers)
+        self.as_asked.add_all(headers, url, prompts=True)
 
     def join(self, other: Delivered) -> None:
         """Add all of other sums."""

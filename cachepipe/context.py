@@ -36,18 +36,20 @@ class Using(NamedTuple):
     mode: Mode | Inherited = INHERITED
     replicate: str | int | Inherited | None = INHERITED
 
+    def over(self, outer: Using) -> Using:
+        """Return these settings, and those of ``outer`` for the unset ones."""
+        pairs: Any = zip(self, outer, strict=True)
+        return Using(*(theirs if isinstance(own, Inherited) else own for own, theirs in pairs))
+
     def claimant(self, namespace: str | None) -> Claimant:
         """Return who draws, given the namespace outside all blocks."""
+        request_id = None if isinstance(self.request_id, Inherited) else self.request_id
         replicate = None if isinstance(self.replicate, Inherited) else self.replicate
-        return Claimant(self.namespace_of(namespace), self.request_id_of(), replicate)
+        return Claimant(self.namespace_of(namespace), request_id, replicate)
 
     def namespace_of(self, usual: str | None) -> str | None:
         """Return the current namespace, given the one outside all blocks."""
         return usual if isinstance(self.namespace, Inherited) else self.namespace
-
-    def request_id_of(self) -> str | None:
-        """Return the current request id."""
-        return None if isinstance(self.request_id, Inherited) else self.request_id
 
     def mode_of(self, usual: Mode) -> Mode:
         """Return the current mode, given the one outside all blocks."""
@@ -79,19 +81,14 @@ def using(
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
         replicate: which of several independent repetitions of the experiment a call belongs to.
     """
-    names: dict[str, Any] = {"namespace": namespace, "request_id": request_id}
-    for name, value in names.items():
-        if value is not INHERITED and value is not None and not isinstance(value, str):
+    for name, value in (("namespace", namespace), ("request_id", request_id)):
+        if not isinstance(value, str | Inherited | None):
             raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
     if not isinstance(replicate, Inherited):
         check_replicate(replicate)
-        names["replicate"] = replicate
-    if not isinstance(mode, Inherited):
-        if mode not in MODES:
-            raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")
-        names["mode"] = mode
-    given = {name: value for name, value in names.items() if value is not INHERITED}
-    token = _current.set(_current.get()._replace(**given))
+    if not isinstance(mode, Inherited) and mode not in MODES:
+        raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")
+    token = _current.set(Using(namespace, request_id, mode, replicate).over(_current.get()))
     try:
         yield
     finally:

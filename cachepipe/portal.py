@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import os
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -76,6 +77,22 @@ def in_portal(work: Coroutine[Any, Any, T]) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+def run_now(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    """Make a plain function of a coroutine function that awaits only what is there already."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        work = function(*arguments, **options)
+        try:
+            work.send(None)
+        except StopIteration as end:
+            return end.value
+        work.close()
+        raise RuntimeError(f"{function.__qualname__} waits; only its asynchronous twin may")
+
+    return run
 
 
 def check_elsewhere(work: Coroutine[Any, Any, Any]) -> None:

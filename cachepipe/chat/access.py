@@ -21,14 +21,14 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from inspect import signature
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Final, Self, TypedDict, TypeVar
 
 import anyio.to_thread
 
 from cachepipe import context, loops, runs
-from cachepipe.adapting import name_of
-from cachepipe.context import INHERITED, Inherited
+from cachepipe.context import Inherited
 from cachepipe.portal import in_portal, portal, submit
+from cachepipe.sdk import internals
 from cachepipe.sdk.mixins import AsyncCached, SyncCached
 from cachepipe.services import Service, close_lent, ollama_url, stripped
 from cachepipe.stores import Store, check_folder, default_folder, open_store
@@ -41,71 +41,79 @@ _logger = logging.getLogger(__name__)
 DEFAULT_MODEL: Final = "gpt-4o-mini"
 """The default model, if neither the caller nor ``CACHEPIPE_MODEL`` names one."""
 
-NAMES: Final = (
-    "cache",
-    "namespace",
-    "service",
-    "client",
-    "api_key",
-    "base_url",
-    "mode",
-    "repeat",
-    "request_id",
-)
-"""The options for the client and the cache; all others become fields of the request."""
-
 _CLOSING_SECONDS: Final = 10.0
 
 
-class ServiceLike(Protocol):
-    """The part of a service that is needed here: drop-in clients bound to it."""
+class AccessOptions(TypedDict, total=False):
+    """The options for the client and the cache; all others become fields of the request."""
 
-    def client(self, **options: Any) -> Any:
-        """Return an asynchronous client with ``cache=``, ``mode=`` and ``repeat=``."""
-        ...
+    cache: Any
+    namespace: str | None
+    request_id: str | None
+    replicate: str | int | None
+    mode: Mode | None
+    repeat: Repeat | None
+    service: Service | None
+    client: Any
+    api_key: str | None
+    base_url: str | None
+
+
+NAMES: Final = tuple(AccessOptions.__annotations__)
+_SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
+_ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
 
 
 class Access:
     """The endpoint, the cache and the mode of calls.
 
     Args:
-        options: the options of `NAMES`; missing ones are looked up.
+        options: the options for the client and the cache; missing ones are looked up.
         environment: settings that override the environment of the process.
+        sdk: the SDK for the clients of a service; default is the service's.
+
+    Attributes:
+        client: the caller's client with its cache; None if the client is made here.
+        service: the caller's service.
 
     Raises:
         TypeError, ValueError: for options that exclude each other, or are not valid.
     """
 
-    def __init__(self, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        environment: Mapping[str, Any] | None = None,
+        *,
+        sdk: str | None = None,
+    ) -> None:
         self._environment = environment or {}
+        self._sdk = sdk
         self._opened: Any = None
-        self.client: Any = options.get("client")
-        self.service: ServiceLike | None = options.get("service")
-        if self.service is not None and not callable(getattr(self.service, "client", None)):
+        self.service: Service | None = options.get("service")
+        if self.service is not None and not isinstance(self.service, Service):
             raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {self.service!r:.100}")
-        self.mode: Mode | None = options.get("mode")
-        self.repeat: Repeat | None = options.get("repeat")
-        if self.repeat is not None and self.repeat not in REPEATS:
-            raise ValueError(f"repeat is 'fresh' or 'same'; got {self.repeat!r}")
-        self.request_id: str | Inherited | None = options.get("request_id", INHERITED)
-        self.namespace = self._namespace(options)
+        self._repeat: Repeat | None = options.get("repeat")
+        if self._repeat is not None and self._repeat not in REPEATS:
+            raise ValueError(f"repeat is 'fresh' or 'same'; got {self._repeat!r}")
+        client, cache = options.get("client"), options.get("cache")
+        self._settings = self._settings_of(options, given=not keeps_cache(client))
         with self.using():
-            pass  # what is no mode, namespace or request id is refused
-        self._cache = options.get("cache")
-        if not is_cached(self.client):
-            self._cache = located(self.found("CACHEPIPE_DIR") if self._cache is None else self._cache)
-        where = [name for name in ("client", "service") if options.get(name) is not None]
-        where += [name for name in ("api_key", "base_url") if options.get(name) is not None]
+            pass  # invalid settings are refused
+        where = [name for name in _ENDPOINTS if options.get(name) is not None]
         if len(where) > 1 and where != ["api_key", "base_url"]:
             raise TypeError(f"give {where[0]}= or {where[1]}=, not both: the first knows where to ask")
+        if client is None or not keeps_cache(client):
+            cache = located(self.found("CACHEPIPE_DIR") if cache is None else cache)
+        self._cache = cache
+        self.client = None if client is None else self._with_cache(client)
+        self._is_async = client is None or is_asynchronous(client)
         self.api_key = self.base_url = None
-        if self.client is not None:
-            self._take_client()
-        elif self.service is None:
+        if client is None and self.service is None:
             self.api_key, self.base_url = self._endpoint(options)
 
     def __repr__(self) -> str:
-        return f"<Access namespace={self.namespace!r} mode={self.mode!r}>"  # never a key, nor a URL with one
+        return f"<Access {self._settings}>"  # never a key, nor a URL with one
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -122,13 +130,20 @@ class Access:
         value = self._environment.get(name)
         return str(value) if value else os.environ.get(name) or None
 
-    def _namespace(self, options: Mapping[str, Any]) -> str | Inherited | None:
-        if "namespace" in options:
-            given: str | None = options["namespace"]
-            return given
-        if is_cached(self.client) or not isinstance(context.current().namespace, Inherited):
-            return INHERITED
-        return self.found("CACHEPIPE_NAMESPACE") or INHERITED
+    def _settings_of(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
+        """Return the settings for `context.using`.
+
+        Args:
+            options: the caller's options.
+            given: whether the environment may name the namespace.
+        """
+        settings = {name: options[name] for name in _SETTINGS if name in options}
+        if settings.get("mode") is None:
+            settings.pop("mode", None)
+        inherits = "namespace" not in settings and isinstance(context.current().namespace, Inherited)
+        if inherits and given and (named := self.found("CACHEPIPE_NAMESPACE")):
+            settings["namespace"] = named
+        return settings
 
     def _endpoint(self, options: Mapping[str, Any]) -> tuple[str | None, str | None]:
         """Return the key and the base URL.
@@ -144,89 +159,62 @@ class Access:
         secret = self.found("AUTH")
         return secret or "ollama", ollama_url(host, secret)
 
-    def _take_client(self) -> None:
-        self._is_async = inspect.iscoroutinefunction(getattr(type(self.client), "request", None))
-        _check_completes(self.client, "client= takes a client of openai, together or cachepipe.sdk")
-        if is_cached(self.client):
-            if self._cache is not None:
-                raise TypeError(
-                    "the client has a cache already: leave out cache=, or use client.copy(cache=...)"
-                )
-            if self.repeat is not None:
-                self.client = self.client.copy(repeat=self.repeat)
-        else:
-            self.client = wrapped(self.client, self._cache, self.mode, self.repeat)
+    def _with_cache(self, client: Any) -> Any:
+        """Return the caller's client with a cache: an SDK's client gets one, others have their own."""
+        _check_completes(client, "client= takes a client of openai, together or cachepipe.sdk")
+        if not keeps_cache(client):
+            return wrapped(client, self._cache, self._repeat)
+        if self._cache is not None or (self._repeat is not None and not is_cached(client)):
+            raise TypeError(
+                "the client has its own cache; give cache= and repeat= to it, as in client.copy(cache=...)"
+            )
+        return client if self._repeat is None else client.copy(repeat=self._repeat)
 
     # Asking.
 
-    @property
-    def on_portal(self) -> bool:
-        """Whether calls are made on the portal's loop, else on the caller's."""
-        return self.client is None or not self._is_async
-
-    async def opened(self) -> Any:
-        """Return the client, on the loop of its calls."""
+    def opened(self) -> Any:
+        """Return the client; on the loop of its calls, and within `using`."""
         if self.client is not None:
             return self.client
-        mode = self.mode or context.current().mode_of("read-write")
-        ours: dict[str, Any] = {"cache": kept(self._cache), "mode": mode, "repeat": self.repeat or "fresh"}
-        if isinstance(self.service, Service):
-            client = self.service.lent(**ours)
+        store, repeat = kept(self._cache), self._repeat or "fresh"
+        mode = context.current().mode_of("read-write")
+        if self.service is not None:
+            client = self.service.lent(store, mode, repeat, self._sdk)
             _check_completes(client, "service= takes a service of chat completions")
             return client
-        name = (id(ours["cache"]), id(self.service), self.api_key, self.base_url, mode, ours["repeat"])
-        known = _clients.get(name)
-        if known is None:
-            if self.service is not None:
-                client = self.service.client(**ours)
-                _check_completes(client, "service= takes a service of chat completions")
-            else:
-                from cachepipe.sdk.openai import AsyncOpenAI  # noqa: PLC0415 - now it is needed
+        name = (id(store), self.api_key, self.base_url, mode, repeat)
+        if name not in _clients:  # it keeps the store, so that the id stays the store's
+            from cachepipe.sdk.openai import AsyncOpenAI  # noqa: PLC0415 - now it is needed
 
-                client = AsyncOpenAI(api_key=self.api_key, base_url=self.base_url, **ours)
-            # What an id stands for is kept with it, so that it stands for nothing else.
-            known = _clients[name] = (client, self.service, ours["cache"])
-        return known[0]
-
-    async def fitted(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a body in the form that the client accepts.
-
-        Raises:
-            TypeError: for a field that is not a parameter of the client's method, before anything is asked.
-        """
-        client = await self.opened()
-        if "logprobs" in body and _is_of("together", client):  # it takes one number for both
-            body = {**body, "logprobs": body.get("top_logprobs") or 1}
-            body.pop("top_logprobs", None)
-        taken = _taken(client.chat.completions.create)
-        if taken is not None and (wrong := next((name for name in body if name not in taken), None)):
-            near = difflib.get_close_matches(wrong, [*taken, *NAMES], 1)
-            meant = f" Did you mean {near[0]}=?" if near else ""
-            raise TypeError(
-                f"{type(client).__name__} takes no {wrong}=.{meant} "
-                "What only the provider knows goes into extra_body="
+            _clients[name] = AsyncOpenAI(
+                api_key=self.api_key, base_url=self.base_url, cache=store, mode=mode, repeat=repeat
             )
-        return body
+        return _clients[name]
 
-    @contextlib.contextmanager
-    def using(self, request_id: str | Inherited | None = INHERITED) -> Iterator[None]:
-        """Set namespace and request id for the calls within a block.
+    def using(self, **settings: Any) -> contextlib.AbstractContextManager[None]:
+        """Return a block with the settings of the calls.
 
         Args:
-            request_id: overrides the request id in the options.
+            settings: override those in the options.
         """
-        if isinstance(request_id, Inherited):
-            request_id = self.request_id
-        mode = INHERITED if self.mode is None else self.mode
-        with context.using(namespace=self.namespace, request_id=request_id, mode=mode):
-            yield
+        return context.using(**{**self._settings, **settings})
 
-    async def ask(self, body: Mapping[str, Any], request_id: str | Inherited | None = INHERITED) -> Any:
-        """Make a chat request, and return the client's object for the answer."""
-        body = await self.fitted(body)
-        client = self._opened = await self.opened()
-        with self.using(request_id), sending():
-            if self.client is None or self._is_async:
+    async def check(self, body: Mapping[str, Any]) -> None:
+        """Raise the errors that every call with such a body would raise, before anything is asked."""
+        with self.using():
+            _fitted(self.opened(), body)
+
+    async def ask(self, body: Mapping[str, Any], **settings: Any) -> Any:
+        """Make a chat request, and return the client's object for the answer.
+
+        Args:
+            body: the body.
+            settings: override those in the options.
+        """
+        with self.using(**settings), sending():
+            client = self._opened = self.opened()
+            body = _fitted(client, body)
+            if self._is_async:
                 return await client.chat.completions.create(**body)
             return await anyio.to_thread.run_sync(
                 lambda: client.chat.completions.create(**body), abandon_on_cancel=True, limiter=_threads()
@@ -237,7 +225,7 @@ class Access:
 
         None if it is not stored, or its times are unknown.
         """
-        if index is None or index < 0:
+        if index is None or index < 0 or not is_cached(self._opened):
             return None
         sample = self._opened._cachepipe.backing.store.sample(key, index)  # noqa: SLF001 - it is ours
         if sample is None or (seconds := sample.meta.get("seconds")) is None:
@@ -245,12 +233,16 @@ class Access:
         return sample.at - seconds, sample.at
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine on the loop of the calls, and return its result."""
-        return await on_portal(work()) if self.on_portal else await work()
+        """Run a coroutine on the loop of the calls, and return its result.
+
+        Calls run on the portal's loop, so callers of all loops share connections, and no connection belongs
+        to a loop that has ended. Only those of the caller's asynchronous client run on the caller's loop.
+        """
+        return await (work() if self.client is not None and self._is_async else on_portal(work()))
 
     def wait(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine on the portal's loop for a caller without a loop, and return its result."""
-        if not self.on_portal:
+        if self.client is not None and self._is_async:
             raise TypeError(
                 f"the functions and methods that wait take no asynchronous client, whose loop is not theirs; "
                 f"got {type(self.client).__name__}. Give a synchronous client, or await the asynchronous twin"
@@ -263,19 +255,51 @@ def is_cached(client: Any) -> bool:
     return isinstance(client, AsyncCached | SyncCached)
 
 
+def keeps_cache(client: Any) -> bool:
+    """Return True if a client is used unchanged: one of cachepipe's, or no client of an SDK."""
+    return client is not None and (is_cached(client) or not internals.package_of(client.__class__))
+
+
+def is_asynchronous(client: Any) -> bool:
+    """Return True if a client's calls are awaited, as those of an unknown client."""
+    request = getattr(type(client), "request", None)
+    return request is None or inspect.iscoroutinefunction(request)
+
+
+def completes(client: Any) -> bool:
+    """Return True if a client has chat completions."""
+    return hasattr(getattr(client, "chat", None), "completions")
+
+
 def _check_completes(client: Any, told: str) -> None:
-    """Raise an error for a client without chat completions."""
-    if not hasattr(getattr(client, "chat", None), "completions"):
+    if not completes(client):
         raise TypeError(f"{told}, with chat.completions; got {client!r:.200}")
 
 
-def _taken(method: Any) -> frozenset[str] | None:
-    """Return the parameters of a client's method; None if it accepts any."""
-    return _parameters(getattr(method, "__func__", method))
+def _fitted(client: Any, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a body in the form that the client accepts.
+
+    Raises:
+        TypeError: for a field that is not a parameter of the client's method, before anything is asked.
+    """
+    if "logprobs" in body and internals.package_of(client.__class__) == "together":
+        body = {**body, "logprobs": body.get("top_logprobs") or 1}  # it takes one number for both
+        body.pop("top_logprobs", None)
+    create = client.chat.completions.create
+    taken = _parameters(getattr(create, "__func__", create))
+    if taken is not None and (wrong := next((name for name in body if name not in taken), None)):
+        near = difflib.get_close_matches(wrong, {*taken, *NAMES} - {wrong}, 1)
+        meant = f" Did you mean {near[0]}=?" if near else ""
+        raise TypeError(
+            f"{type(client).__name__} takes no {wrong}=.{meant} "
+            "What only the provider knows goes into extra_body="
+        )
+    return body
 
 
 @functools.lru_cache(maxsize=16)
 def _parameters(function: Any) -> frozenset[str] | None:
+    """Return the names of a function's parameters; None if it accepts any."""
     try:
         parameters = signature(function).parameters
     except (TypeError, ValueError):
@@ -285,16 +309,11 @@ def _parameters(function: Any) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def _is_of(sdk: str, client: Any) -> bool:
-    """Return True if a client belongs to an SDK."""
-    return any(kind.__module__.partition(".")[0] == sdk for kind in type(client).__mro__)
-
-
 def model_of(access: Access, model: str | None) -> str:
     """Return the model to use."""
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model= is the name of a model; got {model!r:.100}")
-    own: str | None = name_of(access.service)
+    own = None if access.service is None else access.service.model
     named = model or own or access.found("CACHEPIPE_MODEL")
     if named is None:
         say_default(DEFAULT_MODEL, "model= or CACHEPIPE_MODEL names another")
@@ -322,8 +341,8 @@ async def on_portal(work: Coroutine[Any, Any, T]) -> T:
     return await asyncio.wrap_future(submit(work))
 
 
-_clients: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-"""The clients that were made here, with the objects that keep ids unique. For the portal's loop only."""
+_clients: dict[tuple[Any, ...], Any] = {}
+"""The clients that were made here. For the portal's loop only."""
 _stores: dict[str | int, tuple[Store, Any]] = {}
 """The stores that were opened here. For the portal's loop only."""
 _holders: weakref.WeakKeyDictionary[Store, _Holder] = weakref.WeakKeyDictionary()
@@ -383,16 +402,16 @@ class _Holder:
     """Keeps a run open."""
 
 
-def wrapped(client: Any, cache: Any, mode: Mode | None, repeat: Repeat | None) -> Any:
+def wrapped(client: Any, cache: Any, repeat: Repeat | None) -> Any:
     """Return a plain client with a cache: the same one each time, so that its calls are one run."""
     from cachepipe.sdk.wrapping import wrap  # noqa: PLC0415 - now it is needed
 
     store = kept(cache)
-    name = (id(store), mode, repeat)
+    name = (id(store), repeat)
     with _lock:
         known = _wrappers.setdefault(client, {})
         if name not in known:  # what is made keeps the store, so that the name is its own
-            known[name] = wrap(client, cache=store, mode=mode or "read-write", repeat=repeat or "fresh")
+            known[name] = wrap(client, cache=store, repeat=repeat or "fresh")
         return known[name]
 
 
@@ -412,7 +431,7 @@ async def close_clients() -> None:
     """Wait for what is in flight, and close the clients that were made here; later calls make new ones."""
 
     async def close() -> None:
-        clients = [client for client, *_ in _clients.values()]
+        clients = list(_clients.values())
         _clients.clear()
         closing = (close_lent(), *(client.close() for client in clients))
         await asyncio.gather(*closing, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import inspect
@@ -13,7 +14,8 @@ import pydantic
 
 from cachepipe.chat import tools
 from cachepipe.chat.access import Access
-from cachepipe.chat.completions import Options, Plan, TextCompletion, checked
+from cachepipe.chat.answers import TextCompletion
+from cachepipe.chat.completions import Options, Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import CachepipeError
 from cachepipe.portal import in_portal
@@ -64,7 +66,7 @@ class Chat:
             )
         if type(max_rounds) is not int or max_rounds < 0:
             raise ValueError(f"max_rounds= is a whole number, at least 0; got {max_rounds!r:.100}")
-        self._plan = Plan(options, environment)
+        self._plan = Plan.of(options, environment)
         self.conversation = Conversation(messages)
         self.completions: list[TextCompletion] = []
         self.max_rounds = max_rounds
@@ -140,7 +142,9 @@ class Chat:
         done: list[TextCompletion] = []
         for left in range(self.max_rounds, -1, -1):
             if streams:
-                async with contextlib.aclosing(self._plan.streamed(said, within)) as parts:
+                asked = self._plan.ask(said, {"stream": True})
+                reply = await asyncio.create_task(asked, context=within)
+                async with contextlib.aclosing(reply.parts()) as parts:
                     async for part in parts:
                         if isinstance(part, str):
                             yield part
@@ -194,8 +198,12 @@ class Spoken:
             return None
         return whole.to_message().text if whole.parsed is None else whole.parsed
 
-    async def _next(self) -> str | _Due | TextCompletion | None:
-        return await anext(self._turns, None)
+    async def _next(self) -> str | _Due | None:
+        item = await anext(self._turns, None)
+        if isinstance(item, TextCompletion):
+            self.completion = item
+            return await self._next()
+        return item
 
     async def _end(self) -> None:
         with contextlib.suppress(RuntimeError):  # what is being cancelled ends by itself
@@ -208,9 +216,6 @@ class Spoken:
         while (item := self._access.wait(self._next)) is not None:
             if isinstance(item, str):
                 return item
-            if isinstance(item, TextCompletion):
-                self.completion = item
-                continue
             try:
                 item.make()
             except BaseException:
@@ -235,9 +240,6 @@ class Spoken:
         while (item := await self._access.run(self._next)) is not None:
             if isinstance(item, str):
                 return item
-            if isinstance(item, TextCompletion):
-                self.completion = item
-                continue
             try:
                 await item.amake()
             except BaseException:

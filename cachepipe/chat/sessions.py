@@ -10,26 +10,22 @@ answers without calls.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-import pydantic
-
-from cachepipe import context as calls
-from cachepipe.chat.access import is_cached, kept, located, on_portal, say_default, sending, wrapped
-from cachepipe.chat.completions import Answered, choices_of, dumped, parsed_answer, said_by_model
+from cachepipe.chat.access import Access, completes, is_asynchronous, keeps_cache, say_default
+from cachepipe.chat.answers import TextCompletion
+from cachepipe.chat.completions import Plan, Reply
 from cachepipe.chat.conversations import Conversation, Message
-from cachepipe.chat.tools import response_format
+from cachepipe.context import INHERITED, Using, current
 from cachepipe.flow import Limits
-from cachepipe.providers.info import Info, info
-from cachepipe.sdk import internals
+from cachepipe.providers.info import Info
 from cachepipe.services import Service, Services
-from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, by_value
+from cachepipe.typedefs import Mode, Repeat, by_value
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "model": "gpt-4-1106-preview",
@@ -64,12 +60,14 @@ class Session:
         service: the endpoint and its limits; default is a new ``Services.OpenAI()``.
         llmconfig: parameters of calls that differ from `DEFAULTS`.
         namespace: the unit within which samples are independent, in practice one experiment;
+            `cachepipe.using` overrides it. None means the client's, if the client has its own cache.
+        replicate: which of several independent repetitions of the experiment the session belongs to;
             `cachepipe.using` overrides it.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
         repeat: ``"fresh"``: a repeated question gets a fresh sample; ``"same"``: it gets the same again.
-        client: an asynchronous client to use instead of one of the service's. One of cachepipe's has its own
-            cache, so it goes without ``cache``, ``mode`` and ``repeat``.
+        client: an asynchronous client to use instead of one of the service's. Only an SDK's client takes
+            ``cache``, ``mode`` and ``repeat``; one of cachepipe's, or any other, has its own cache.
 
     Attributes:
         conversation: the messages, beginning with the system message.
@@ -88,6 +86,7 @@ class Session:
         service: Service | None = None,
         llmconfig: Mapping[str, Any] | None = None,
         namespace: str | None = None,
+        replicate: str | int | None = None,
         cache: Any = None,
         mode: Mode = "read-write",
         repeat: Repeat = "fresh",
@@ -98,26 +97,43 @@ class Session:
                 raise TypeError(
                     "a client has its own endpoint and limits; pass a service or a client, not both"
                 )
-            _check_client(client)
-        if mode not in MODES:
-            raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r:.100}")
-        if repeat not in REPEATS:
-            raise ValueError(f"repeat is 'fresh' or 'same'; got {repeat!r:.100}")
-        if service is not None and not isinstance(service, Service):
-            raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {service!r}")
+            if not (completes(client) and is_asynchronous(client)):
+                raise TypeError(
+                    "client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
+                    f"got {client!r:.200}"
+                )
+        own = keeps_cache(client)
+        if own and (cache is not None or (mode, repeat) != ("read-write", "fresh")):
+            raise TypeError(
+                "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
+            )
         if llmconfig is not None and not isinstance(llmconfig, Mapping):
             raise TypeError(f"llmconfig is a mapping of parameters; got {llmconfig!r:.100}")
         self.service = Services.OpenAI() if service is None and client is None else service
+        self._access = Access(
+            {
+                "service": self.service,
+                "client": client,
+                "cache": cache,
+                "repeat": None if own else repeat,
+                "mode": mode,
+                "namespace": namespace,
+                "replicate": replicate,
+            },
+            sdk="openai",
+        )
         self.namespace = namespace
-        self.llmconfig: dict[str, Any] = {**by_value(dict(DEFAULTS)), **_own_model(self.service)}
+        self.replicate = replicate
+        self._mode = INHERITED if own else mode
+        self._inherits = own
+        self.llmconfig: dict[str, Any] = by_value(dict(DEFAULTS))
+        if self.service is not None:
+            self.llmconfig["model"] = self.service.model
         self.llmconfig.update(by_value(dict(llmconfig or {})))
         self._names_model = "model" in (llmconfig or {})
         opening = [] if system is None else [Message("system", _text(system))]
         self.conversation = Conversation(opening)
         self.info: Info | None = None
-        self._client = None if client is None else _cached(client, cache, mode, repeat)
-        self._mode, self._repeat = mode, repeat
-        self._cache = None if client is not None else located(cache)
         self._pieces: weakref.ref[Pieces] | None = None
         self._turns = _turns()
 
@@ -208,64 +224,43 @@ class Session:
                 )
             before = self.conversation.messages if opening is None else opening
             _check_answers(Conversation(before).open_calls(), said)
-            messages = [*before, *said]
-            body, kind = self._body(messages, params)
-            using = calls.current()
-            whose = using.namespace_of(self.namespace)
-            which = using.request_id_of() if request_id is None else request_id
-            with calls.using(namespace=whose, request_id=which):
-                answer = await self._run(lambda: self._answer(body))
-            if body.get("stream"):
-                pieces = Pieces(answer, self, messages)
+            conversation = Conversation([*before, *said])
+            settings = self._settings(request_id)
+            plan, fields = self._plan(params)
+            reply = await self._access.run(lambda: plan.ask(conversation, fields, **settings._asdict()))
+            if fields.get("stream"):
+                pieces = Pieces(reply, self)
                 self._pieces = weakref.ref(pieces)
                 return pieces
-            told = info(answer)
-            key, indices = (None, None) if told is None else (told.key, told.indices)
-            heard = [
-                _heard(choice, kind, key, None if indices is None else indices[place])
-                for place, choice in enumerate(choices_of(answer))
-            ]
-            self.conversation = Conversation([*messages, heard[0][0]])
-            self.info = told
-        values = [value for _, value in heard]
-        return values if body.get("n", 1) > 1 else values[0]
+            completions = reply.completions()
+            self.conversation = Conversation([*conversation, completions[0].to_message()])
+            self.info = reply.info
+        values = [_value(completion) for completion in completions]
+        return values if fields.get("n", 1) > 1 else values[0]
 
-    async def _run(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        """Run a coroutine on the loop of the session's calls, and return its result.
+    def _settings(self, request_id: str | None) -> Using:
+        """Return the settings of a call: its own, then those of `cachepipe.using`, then the session's."""
+        namespace = INHERITED if self._inherits and self.namespace is None else self.namespace
+        settings = current().over(Using(namespace, None, self._mode, self.replicate))
+        return settings if request_id is None else settings._replace(request_id=request_id)
 
-        Calls of a service run on the portal's loop. So the sessions of all loops share connections, and no
-        connection belongs to a loop that has ended.
-        """
-        return await (on_portal(work()) if self._client is None else work())
+    def _plan(self, params: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+        """Return what to ask, and the fields ``n`` and ``stream``.
 
-    async def _answer(self, body: Mapping[str, Any]) -> Any:
-        """Return the answer to a request, or the stream of one."""
-        client = self._client
-        if client is None:
-            service: Any = self.service
-            mode = calls.current().mode_of(self._mode)
-            client = service.lent(kept(self._cache), mode, self._repeat, sdk="openai")
-        with sending():
-            return await client.chat.completions.create(**body)
-
-    def _body(
-        self, messages: list[Message], params: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], type[pydantic.BaseModel] | None]:
-        """Return the body to send, and the class for the answers, if any.
-
-        A body that cannot be sent is refused before anything is spent.
+        Parameters that cannot be sent are refused before anything is spent.
         """
         config = {name: value for name, value in {**self.llmconfig, **params}.items() if value is not None}
-        extra = config.get("extra_body") or {}
-        if not isinstance(extra, Mapping):
-            raise TypeError(f"extra_body= is a mapping; got {extra!r:.100}")
-        if "messages" in config or "messages" in extra:
-            raise TypeError("messages= is not taken here: they are those of session.conversation")
-        if wrong := [name for name in ("n", "stream") if name in extra]:
-            raise TypeError(f"{wrong[0]}= is given by itself, not in extra_body=")
-        n = config.get("n", 1)
+        fields: dict[str, Any] = {name: config.pop(name) for name in ("n", "stream") if name in config}
+        extra = config.get("extra_body")
+        if isinstance(extra, Mapping) and (wrong := {"n", "stream"} & extra.keys()):
+            raise TypeError(f"{min(wrong)}= is given by itself, not in extra_body=")
+        n = fields.get("n", 1)
         if type(n) is not int or n < 1:
             raise ValueError(f"n is a whole number, at least 1; got {n!r:.100}")
+        if not fields.get("stream"):
+            fields.pop("stream", None)
+        elif n > 1:
+            raise ValueError("a session streams one answer; ask for n answers with stream=False")
         if config.get("model") == DEFAULTS["model"] and not (self._names_model or "model" in params):
             say_default(DEFAULTS["model"], "llmconfig={'model': ...} or model= names another")
         if not isinstance(config.get("model"), str):
@@ -273,16 +268,8 @@ class Session:
                 "no model is named; write Session(llmconfig={'model': ...}), or model=... in the call"
             )
         if not config.get("tools"):
-            config.pop("tools", None)
             config.pop("tool_choice", None)  # providers take no choice of no tools
-        if not config.get("stream"):
-            config.pop("stream", None)
-        elif n > 1:
-            raise ValueError("a session streams one answer; ask for n answers with stream=False")
-        kind = None
-        if (form := config.get("response_format")) is not None:
-            config["response_format"], kind = response_format(form)
-        return {**config, "messages": [message.to_dict() for message in messages]}, kind
+        return Plan(self._access, config), fields
 
     # What becomes of the conversation.
 
@@ -297,8 +284,9 @@ class Session:
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the conversation, the parameters and the namespace to a file as JSON; no key, no URL.
+        """Write the conversation, the parameters, the namespace and the replicate to a file as JSON.
 
+        The file has no key and no URL.
         A class as ``response_format`` is left out, and so are ``extra_headers`` and ``extra_query``, which
         may hold keys; give them again to `load`.
         """
@@ -310,6 +298,7 @@ class Session:
         saved = {
             "format": _FORMAT,
             "namespace": self.namespace,
+            "replicate": self.replicate,
             "llmconfig": llmconfig,
             "messages": self.conversation.to_messages(),
         }
@@ -324,8 +313,8 @@ class Session:
 
         Args:
             path: the file.
-            options: as for the constructor, except ``system``; ``namespace`` and ``llmconfig`` override the
-                saved ones.
+            options: as for the constructor, except ``system``; ``namespace``, ``replicate`` and
+                ``llmconfig`` override the saved ones.
 
         Raises:
             TypeError: for ``system``, which the saved session has.
@@ -342,12 +331,12 @@ class Session:
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             raise ValueError(f"{path} holds no session; expected a file that Session.save() has written")
         try:
-            namespace, llmconfig, messages = (saved[name] for name in ("namespace", "llmconfig", "messages"))
-            conversation = Conversation(messages)
-            llmconfig = {**llmconfig, **(options.get("llmconfig") or {})}
+            conversation = Conversation(saved["messages"])
+            given = {name: saved[name] for name in ("namespace", "replicate")} | options
+            given["llmconfig"] = {**saved["llmconfig"], **(options.get("llmconfig") or {})}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds a session that is damaged: {error!r}") from error
-        made = cls(**{"namespace": namespace, **options, "llmconfig": llmconfig})
+        made = cls(**given)
         made.conversation = conversation
         return made
 
@@ -365,12 +354,11 @@ class Pieces(AsyncIterator[str]):
         BadAnswer: when the stream ends before the answer does; the conversation stays as it was.
     """
 
-    def __init__(self, stream: Any, session: Session, messages: list[Message]) -> None:
-        self._stream = stream
+    def __init__(self, reply: Reply, session: Session) -> None:
+        self._reply = reply
+        self._parts = reply.parts()
+        self._run = session._access.run  # noqa: SLF001 - a part of it
         self._session: Session | None = session
-        self._run = session._run  # noqa: SLF001 - a part of it
-        self._messages = messages
-        self._heard = Answered()
         self._pieces: list[str] = []
         self.ended = False
 
@@ -380,37 +368,38 @@ class Pieces(AsyncIterator[str]):
         return "".join(self._pieces)
 
     async def __anext__(self) -> str:
-        while not self.ended:
-            try:
-                chunk = await self._run(self._next)
-                if chunk is None:
-                    self._heard.check_ended()
-                    self._end(said_by_model(*self._heard.parts()))
-                    break
-                piece = self._heard.add(chunk)
-            except BaseException:
-                self.ended = True  # the conversation stays as it was
-                raise
-            if piece:
-                self._pieces.append(piece)
-                return piece
+        if self.ended:
+            raise StopAsyncIteration
+        try:
+            part = await self._run(self._next)
+        except BaseException:
+            self.ended = True  # the conversation stays as it was
+            raise
+        if isinstance(part, str):
+            self._pieces.append(part)
+            return part
+        self._end(part.to_message())
         raise StopAsyncIteration
 
-    async def _next(self) -> Any:
-        return await anext(self._stream, None)
+    async def _next(self) -> str | TextCompletion:
+        return await anext(self._parts)
 
     async def aclose(self) -> None:
         """Stop reading."""
         if not self.ended:
             self._end(Message("assistant", self.text) if self._pieces else None)
-            await self._run(self._stream.close)
+            await self._run(self._close)
+
+    async def _close(self) -> None:
+        await self._parts.aclose()
+        await self._reply.close()  # the iteration may not have begun
 
     def _end(self, said: Message | None) -> None:
         self.ended = True
         session, self._session = self._session, None
         if session is not None and said is not None:
-            session.conversation = Conversation([*self._messages, said])
-            session.info = info(self._stream)
+            session.conversation = Conversation([*self._reply.conversation, said])
+            session.info = self._reply.info
 
 
 def _turns() -> Limits:
@@ -443,39 +432,12 @@ def _dumped(value: Any) -> str:
         raise TypeError(f"what is said must be possible to write as JSON: {error}") from error
 
 
-def _heard(
-    choice: Any, kind: type[pydantic.BaseModel] | None, key: str | None, index: int | None
-) -> tuple[Message, Any]:
-    """Return a choice of an answer as a message, and in the form for the caller."""
-    text, refusal, called = Answered(dumped(choice.message)).parts()
-    message = said_by_model(text, refusal, called)
-    if kind is None or refusal or called:
-        return message, called if message.content is None else message.content
-    return message, parsed_answer(kind, text, choice.finish_reason, key, index)
-
-
-def _check_client(client: Any) -> None:
-    """Raise an error if the object is not an asynchronous client with chat completions."""
-    request = getattr(type(client), "request", None)
-    if not hasattr(getattr(client, "chat", None), "completions") or (
-        request is not None and not inspect.iscoroutinefunction(request)
-    ):
-        raise TypeError(
-            f"client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
-            f"got {client!r:.200}"
-        )
-
-
-def _cached(client: Any, cache: Any, mode: Mode, repeat: Repeat) -> Any:
-    """Return a client with a cache: an SDK's client gets one, any other client is used unchanged."""
-    kind: Any = type(client)
-    if not is_cached(client) and internals.package_of(kind):
-        return wrapped(client, located(cache), mode, repeat)
-    if cache is not None or (mode, repeat) != ("read-write", "fresh"):
-        raise TypeError(
-            "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
-        )
-    return client
+def _value(completion: TextCompletion) -> Any:
+    """Return an answer in the form for the caller: an instance, a text, or calls of tools."""
+    if completion.parsed is not None:
+        return completion.parsed
+    text = completion.to_message().content
+    return completion.tool_calls if text is None else text
 
 
 def _check_answers(calls: list[str], said: list[Message]) -> None:
@@ -487,7 +449,3 @@ def _check_answers(calls: list[str], said: list[Message]) -> None:
     if missing := [call for call in calls if call not in given]:
         named = ", ".join(map(repr, missing))
         raise ValueError(f"the model waits for the results of its tool calls: give tool_outputs= for {named}")
-
-
-def _own_model(service: Service | None) -> dict[str, Any]:
-    return {} if service is None else {"model": service.model}

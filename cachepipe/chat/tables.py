@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from cachepipe import jsontext, terminal
-from cachepipe.chat.completions import TextCompletion, TokenLogProb
+from cachepipe.chat.answers import TextCompletion, TokenLogProb
 from cachepipe.chat.conversations import Conversation
 
 COLUMNS: Final = (
@@ -36,6 +36,7 @@ COLUMNS: Final = (
     "index",
     "namespace",
     "request_id",
+    "replicate",
     "error",
 )
 """The columns of a data frame."""

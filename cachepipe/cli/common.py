@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -50,19 +50,14 @@ def json_text(value: Any) -> str:
 
 
 def _takes_unicode() -> bool:
-    """Tell whether the standard output can hold any text."""
+    """Return True if the standard output can hold any text."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return encoding.lower().startswith("utf")
 
 
 def _escaped(match: re.Match[str]) -> str:
-    return "".join(f"\\u{unit:04x}" for unit in _utf16(ord(match[0])))
-
-
-def _utf16(code: int) -> tuple[int, ...]:
-    if code < 0x10000:
-        return (code,)
-    return 0xD800 + ((code - 0x10000) >> 10), 0xDC00 + ((code - 0x10000) & 0x3FF)
+    units = match[0].encode("utf-16-be", "surrogatepass").hex()
+    return re.sub("(....)", r"\\u\1", units)
 
 
 def beginning(text: str, width: int) -> str:
@@ -75,16 +70,11 @@ def shortened(text: str, width: int) -> str:
     """Return a text of one line cut to ``width`` columns of a terminal, with an ellipsis where it was cut."""
     if text.isascii():
         return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
-    from rich.cells import get_character_cell_size  # noqa: PLC0415 - wide characters are rare
+    from rich.text import Text  # noqa: PLC0415 - wide characters are rare
 
-    used = kept = 0
-    for place, character in enumerate(text):
-        used += get_character_cell_size(character)
-        if used > width:
-            return f"{text[:kept]}…"
-        if used < width:
-            kept = place + 1
-    return text
+    cut = Text(text)
+    cut.truncate(width, overflow="ellipsis")
+    return cut.plain
 
 
 def when(at: float) -> str:
@@ -261,21 +251,32 @@ def money(account: Account) -> str:
     return told
 
 
+Columns = dict[str, "str | Callable[[Mapping[str, Any]], Any]"]
+"""The columns of a table: by heading, the name of a field of a row, or a function of the row.
+
+A heading that begins with ``>`` aligns its cells to the right.
+"""
+
+
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", total: bool = False
+    columns: Columns, rows: Sequence[Mapping[str, Any]], *, title: str = "", total: bool = False
 ) -> None:
     """Print a table: with rules on a terminal, aligned with blanks elsewhere.
 
     Args:
-        columns: the headings; a heading that begins with ``>`` aligns its cells to the right.
-        rows: the cells; text is made safe, and the digits of whole numbers are grouped on terminals only.
+        columns: the columns.
+        rows: the rows, as `json_text` prints them; text is made safe, and the digits of whole numbers are
+            grouped on terminals only.
         title: the title of the table.
         total: whether the last row is the sum of the others.
     """
     heads = [name.removeprefix(">") for name in columns]
     rights = [name.startswith(">") for name in columns]
     people = on_terminal()
-    cells = [[_cell(value, people=people) for value in row] for row in rows]
+    cells = [
+        [_cell(row[of] if isinstance(of, str) else of(row), people=people) for of in columns.values()]
+        for row in rows
+    ]
     if people:
         _print_ruled(heads, cells, rights, title, total=total)
         return
@@ -288,6 +289,17 @@ def print_table(
         ]
         lines.append("  ".join(padded).rstrip())
     echo_lines(lines)
+
+
+def print_facts(facts: list[tuple[str, str]]) -> None:
+    """Print facts, each after its name."""
+    width = max(len(name) for name, _ in facts)
+    echo_lines(f"{styled(name.ljust(width), dim=True)}  {visible(fact)}" for name, fact in facts)
+
+
+def counted(count: int, what: str) -> str:
+    """Return a count with its noun, as in ``1 draw`` and ``2,000 draws``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _print_ruled(

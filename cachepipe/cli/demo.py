@@ -13,7 +13,7 @@ import secrets
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -338,23 +338,27 @@ def _total(steps: list[Step]) -> dict[str, Any]:
     }
 
 
+def _saved(what: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return the cell with the share of samples or tokens that were saved."""
+    return lambda row: common.share(row[what]["saved"], row[what]["as_asked"])
+
+
+_COLUMNS: Final[common.Columns] = {
+    "step": "step",
+    ">requests": "requests",
+    ">calls": "calls",
+    ">samples spent": lambda row: row["samples"]["spent"],
+    ">hits": "hits",
+    ">time": lambda row: f"{row['seconds']:.2f} s",
+    ">samples saved": _saved("samples"),
+    ">tokens saved": _saved("tokens"),
+}
+
+
 def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: str | None) -> None:
     total = _total(steps)
-    rows = [
-        [
-            figures["step"],
-            figures["requests"],
-            figures["calls"],
-            figures["samples"]["spent"],
-            figures["hits"],
-            f"{figures['seconds']:.2f} s",
-            common.share(figures["samples"]["saved"], figures["samples"]["as_asked"]),
-            common.share(figures["tokens"]["saved"], figures["tokens"]["as_asked"]),
-        ]
-        for figures in [*(step.as_dict() for step in steps), {"step": "together", **total}]
-    ]
-    heads = (">requests", ">calls", ">samples spent", ">hits", ">time", ">samples saved", ">tokens saved")
-    common.print_table(("step", *heads), rows, total=True)
+    rows = [*(step.as_dict() for step in steps), {"step": "together", **total}]
+    common.print_table(_COLUMNS, rows, total=True)
     click.echo()
     for promise, kept in promises:
         mark = common.styled("held", fg="green") if kept else common.styled("NOT HELD", fg="red", bold=True)

@@ -11,32 +11,29 @@ import itertools
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from cachepipe import prices, wire
+from cachepipe.accounting import Statement
 from cachepipe.cli import common
-from cachepipe.cli.common import (
-    WIDTH,
-    beginning,
-    echo_lines,
-    json_text,
-    opened,
-    styled,
-    when,
-)
+from cachepipe.cli.common import WIDTH, beginning, counted, echo_lines, json_text, opened, styled, when
 from cachepipe.cli.group import Failure
 from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.contract.keys import FORMAT
-from cachepipe.differences import asked_in, loaded, settings_in, strings
+from cachepipe.differences import asked_in, settings_in, strings
 from cachepipe.errors import CachepipeError
+from cachepipe.listings import document_of, draw_fields, key_fields, model_in, sample_fields, text_of
 from cachepipe.stores.base import DrawInfo, KeyInfo, NamespaceInfo, Sample, StoredQuestion
+from cachepipe.stores.sums import statements
 from cachepipe.terminal import on_terminal, visible
+from cachepipe.values import Codec
 
 if TYPE_CHECKING:
-    from cachepipe.accounting import Statement
     from cachepipe.stores import DiskStore
 
 _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of any real cache apart
@@ -112,8 +109,6 @@ def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None
     draws (embeddings, repeat="same") are counted separately; their costs and savings belong to the
     namespaces that ask. Costs in money need the extra cachepipe[prices].
     """
-    from cachepipe.stores.sums import statements  # noqa: PLC0415 - help needs none of it
-
     with opened(cache) as store:
         sums = statements(store)
         figures = _figures(store, sums, scopes=scopes)
@@ -127,52 +122,44 @@ def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -
     totals = store.totals()
     known = list(store.namespaces())
     drawn = {label(info.namespace) for info in known}
-    # Of a namespace that only replays, the ledger has no draws.
+    # The ledger has no draws of a namespace that only replays.
     known += [NamespaceInfo(namespace_of(name), 0, 0, 0) for name in sums if name not in drawn]
     namespaces = [
         {
             "namespace": info.namespace,
             "draws": info.draws,
             **_drawn(info.samples, info.generated),
-            **_sums(sums.get(label(info.namespace))),
+            **_sums(sums.get(label(info.namespace), Statement())),
         }
         for info in known
     ]
-    shared = {"draws": 0, "drawn": 0, "generated": 0}
-    if totals["draws"] > sum(namespace["draws"] for namespace in namespaces):
-        for draw in store.draws(namespace=SHARED):
-            shared["draws"] += 1
-            shared["drawn"] += len(draw.indices)
-            shared["generated"] += draw.generated
+    has_shared = totals["draws"] > sum(info.draws for info in known)
+    shared = list(store.draws(namespace=SHARED)) if has_shared else []
     return {
         "folder": str(store.folder),
         "bytes": _bytes(store.folder),
         **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
-        **_drawn(
-            sum(namespace["drawn"] for namespace in namespaces),
-            sum(namespace["generated"] for namespace in namespaces),
-        ),
+        **_drawn(sum(info.samples for info in known), sum(info.generated for info in known)),
         **_sums(_total(sums)),
         "namespaces": namespaces,
-        "shared": shared,
+        "shared": {
+            "draws": len(shared),
+            "drawn": sum(len(draw.indices) for draw in shared),
+            "generated": sum(draw.generated for draw in shared),
+        },
         "scopes": _scopes(store) if scopes else None,
     }
 
 
 def _total(sums: Mapping[str, Statement]) -> Statement:
-    from cachepipe.accounting import Statement  # noqa: PLC0415 - help needs none of it
-
     total = Statement()
     for statement in sums.values():
         total.join(statement)
     return total
 
 
-def _sums(statement: Statement | None) -> dict[str, Any]:
+def _sums(statement: Statement) -> dict[str, Any]:
     """Return the sums of a namespace, or of all."""
-    from cachepipe import prices  # noqa: PLC0415 - help needs none of it
-
-    statement = _total({}) if statement is None else statement
     accounts = statement.accounts()
     return {
         "requests": statement.delivered.requests,
@@ -181,12 +168,10 @@ def _sums(statement: Statement | None) -> dict[str, Any]:
 
 
 def _scopes(store: DiskStore) -> list[dict[str, Any]]:
-    found: dict[str | None, dict[str, int]] = {}
+    found: dict[str | None, Counter[str]] = {}
     for info in store.keys():  # noqa: SIM118 - a store is no mapping
-        counts = found.setdefault(info.scope, {"keys": 0, "samples": 0, "pending": 0})
-        counts["keys"] += 1
-        counts["samples"] += info.samples
-        counts["pending"] += info.pending
+        counts = found.setdefault(info.scope, Counter())
+        counts.update(keys=1, samples=info.samples, pending=info.pending)
     return [{"scope": scope, **counts} for scope, counts in found.items()]
 
 
@@ -210,79 +195,84 @@ def _bytes(folder: Path) -> int:
     return total
 
 
+def _name_of(row: Mapping[str, Any]) -> str:
+    namespace: str | None = row["namespace"]
+    return _NO_NAMESPACE if namespace is None else namespace or "''"
+
+
+def _share_of(row: Mapping[str, Any]) -> str:
+    return "-" if row["reused"] == "-" else common.share(row["reused"], row["drawn"])
+
+
+_DRAWN: Final[common.Columns] = {
+    "namespace": _name_of,
+    ">draws": "draws",
+    ">drawn": "drawn",
+    ">generated": "generated",
+    ">reused": "reused",
+    ">share": _share_of,
+}
+_SCOPES: Final[common.Columns] = {
+    "scope": lambda row: "(none)" if row["scope"] is None else row["scope"],
+    ">keys": "keys",
+    ">samples": "samples",
+}
+
+
 def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int) -> None:
-    drawn, reused = figures["drawn"], figures["reused"]
     extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
-    lines = [
+    share = f"{figures['reused']:,} of {figures['drawn']:,} samples drawn ({_share_of(figures)})"
+    facts = [
         ("cache", f"{figures['folder']} ({common.size(figures['bytes'])})"),
         ("keys", f"{figures['keys']:,}"),
         ("samples", ", ".join([f"{figures['samples']:,}", *extra])),
         ("draws", f"{figures['draws']:,}"),
-        ("reused", f"{reused:,} of {drawn:,} samples drawn ({common.share(reused, drawn)})"),
+        ("reused", share),
     ]
     accounts = _total(sums).accounts()
     for name, account in accounts.items():
         samples = counted(account.counts()["samples"], "sample")
-        lines.append((name.replace("_", " "), f"{samples}, {common.money(account)}"))
-    print_facts(lines)
-    rows = [
-        [
-            _named(each["namespace"]),
-            each["draws"],
-            each["drawn"],
-            each["generated"],
-            each["reused"],
-            common.share(each["reused"], each["drawn"]),
-        ]
-        for each in figures["namespaces"]
-    ]
-    shown = rows[:limit] if limit else rows
-    if shared := figures["shared"]["draws"]:
-        counts = figures["shared"]
-        shown.append(["(for everybody)", shared, counts["drawn"], counts["generated"], "-", "-"])
+        facts.append((name.replace("_", " "), f"{samples}, {common.money(account)}"))
+    common.print_facts(facts)
+    namespaces = figures["namespaces"]
+    _print_rows(_DRAWN, namespaces, limit, "namespace", last=_shared_row(figures["shared"]))
+    sums_of = {f">{name.replace('_', ' ')}": _tokens_of(name) for name in accounts}
+    tokens: common.Columns = {"tokens of namespace": _name_of, ">requests": "requests", **sums_of}
+    _print_rows(tokens, namespaces, limit)
+    _print_rows(_SCOPES, figures["scopes"] or [], limit, "scope")
+
+
+def _shared_row(counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    return [{"namespace": "(for everybody)", **counts, "reused": "-"}] if counts["draws"] else []
+
+
+def _print_rows(
+    columns: common.Columns,
+    rows: Sequence[Mapping[str, Any]],
+    limit: int,
+    what: str = "",
+    last: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Print the first rows as a table, and how many more there are; ``last`` always follows them."""
+    shown = [*rows[: limit or None], *last]
     if shown:
         click.echo()
-        common.print_table(("namespace", ">draws", ">drawn", ">generated", ">reused", ">share"), shown)
-    _say_rest(len(rows), limit, "namespace")
-    costs = [
-        [_named(each["namespace"]), each["requests"], *(_cell(each[name]) for name in accounts)]
-        for each in figures["namespaces"][: limit or None]
-    ]
-    if costs:
-        click.echo()
-        heads = [f">{name.replace('_', ' ')}" for name in accounts]
-        common.print_table(("tokens of namespace", ">requests", *heads), costs)
-    if figures["scopes"]:
-        click.echo()
-        scopes = [
-            ["(none)" if each["scope"] is None else each["scope"], each["keys"], each["samples"]]
-            for each in figures["scopes"][: limit or None]
-        ]
-        common.print_table(("scope", ">keys", ">samples"), scopes)
-        _say_rest(len(figures["scopes"]), limit, "scope")
+        common.print_table(columns, shown)
+    if what and len(rows) > limit > 0:
+        click.echo(f"and {counted(len(rows) - limit, f'more {what}')}; --limit 0 shows all")
 
 
-def _named(namespace: str | None) -> str:
-    return _NO_NAMESPACE if namespace is None else namespace or "''"
+def _tokens_of(name: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return the cell with the tokens of a sum and their cost, as far as these are known."""
 
+    def cell(row: Mapping[str, Any]) -> str:
+        sums = row[name]
+        if sums["unknown"] and not sums["total_tokens"]:
+            return "unknown"
+        known = f"{sums['total_tokens']:,}{'+' * bool(sums['unknown'])}"
+        return f"{known} {common.dollars(sums['cost'])}" if sums["cost"] else known
 
-def _cell(sums: Mapping[str, Any]) -> str:
-    """Return the tokens of a sum and their cost, as far as these are known."""
-    if sums["unknown"] and not sums["total_tokens"]:
-        return "unknown"
-    known = f"{sums['total_tokens']:,}{'+' * bool(sums['unknown'])}"
-    return f"{known} {common.dollars(sums['cost'])}" if sums["cost"] else known
-
-
-def _say_rest(count: int, limit: int, what: str) -> None:
-    if count > limit > 0:
-        click.echo(f"and {counted(count - limit, f'more {what}')}; --limit 0 shows all")
-
-
-def print_facts(facts: list[tuple[str, str]]) -> None:
-    """Print facts, each after its name."""
-    width = max(len(name) for name, _ in facts)
-    echo_lines(f"{styled(name.ljust(width), dim=True)}  {visible(fact)}" for name, fact in facts)
+    return cell
 
 
 # ls
@@ -352,8 +342,6 @@ def _listed(
 
 def _scope(scope: str) -> str:
     """Return a scope in the cache's spelling: a URL without credentials."""
-    from cachepipe import wire  # noqa: PLC0415 - only for URLs
-
     try:
         return wire.scope_of(scope)
     except wire.BadRequest:  # the name of an adapter
@@ -362,33 +350,19 @@ def _scope(scope: str) -> str:
 
 def _fits(question: StoredQuestion | None, search: str, model: str | None) -> bool:
     """Return True if a question contains a text and asks a model."""
-    document = None if question is None else loaded(question.document)
-    if model is not None and model not in (_model(document), None if question is None else question.scope):
+    document = document_of(question)
+    if model is not None and model not in (model_in(document), None if question is None else question.scope):
         return False
     return not search or search.casefold() in "\n".join(strings(asked_in(document))).casefold()
 
 
-def _model(document: Any) -> str | None:
-    model = asked_in(document).get("model")
-    return model if isinstance(model, str) else None
-
-
 def _listing(store: DiskStore, info: KeyInfo) -> dict[str, Any]:
-    question = store.question(info.key)
-    document = None if question is None else loaded(question.document)
+    document = document_of(store.question(info.key))
     settings = settings_in(document)
     settings.pop("model", None)
-    return {
-        "key": info.key,
-        "scope": info.scope,
-        "at": info.at,
-        "samples": info.samples,
-        "pending": info.pending,
-        "namespaces": info.namespaces,
-        "model": _model(document),
-        "settings": settings,
-        "prompt": _prompt(document)[:_BEGINNING],
-    }
+    fields = key_fields(info, document, _BEGINNING)
+    prompt = fields.pop("prompt")
+    return {**fields, "settings": settings, "prompt": prompt}
 
 
 def _table_lines(store: DiskStore, found: Iterator[KeyInfo]) -> Iterator[str]:
@@ -413,40 +387,6 @@ def _about(listing: dict[str, Any]) -> str:
     """Return the model and the settings of a question on one line."""
     settings = [f"{name}={json_text(value)}" for name, value in listing["settings"].items()]
     return " ".join([listing["model"] or "", *settings]).strip()
-
-
-# What was asked.
-
-
-def _prompt(document: Any) -> str:
-    """Return the prompt: the text, or the user's last message."""
-    asked = asked_in(document)
-    for name in ("messages", "prompt", "input", "hash"):
-        if asked.get(name) is not None:
-            return _text(_last_said(asked[name]))
-    return _text(asked) if asked else ""
-
-
-def _last_said(value: Any) -> Any:
-    """Return the content of the user's last message, else of the last message; other values unchanged."""
-    if isinstance(value, list):
-        said = [item for item in value if isinstance(item, dict) and "content" in item]
-        users = [item for item in said if item.get("role") == "user"]
-        if said:
-            return (users or said)[-1]["content"]
-    return value
-
-
-def _text(value: Any) -> str:
-    """Return the text of a content: a string, the texts of its parts, or else its JSON."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        return "\n".join(
-            part["text"] if isinstance(part.get("text"), str) else f"[{part.get('type', 'part')}]"
-            for part in value
-        )
-    return json_text(value)
 
 
 # show
@@ -512,17 +452,16 @@ def found_key(store: DiskStore, key: str) -> KeyInfo:
 
 def _print_json(store: DiskStore, info: KeyInfo, limit: int | None) -> None:
     """Print one object piece by piece: a list of samples may be larger than memory."""
-    question = store.question(info.key)
     head = {
         "key": info.key,
         "scope": info.scope,
         "at": info.at,
         "counts": {"samples": info.samples, "pending": info.pending, "namespaces": info.namespaces},
-        "question": None if question is None else loaded(question.document),
+        "question": document_of(store.question(info.key)),
     }
     out = sys.stdout
     out.write(json_text(head)[:-1])
-    draws = (_draw_fields(draw) for draw in itertools.islice(store.draws(key=info.key), limit))
+    draws = (draw_fields(draw) for draw in itertools.islice(store.draws(key=info.key), limit))
     samples = (
         _sample_fields(sample, info.scope) for sample in itertools.islice(store.samples(info.key), limit)
     )
@@ -535,55 +474,10 @@ def _print_json(store: DiskStore, info: KeyInfo, limit: int | None) -> None:
     out.write("}\n")
 
 
-def _draw_fields(info: DrawInfo) -> dict[str, Any]:
-    draw = info.draw
-    return {
-        "namespace": namespace_of(draw.namespace),
-        "shared": draw.namespace == SHARED,
-        "request_id": draw.request_id,
-        "occurrence": draw.occurrence,
-        "indices": list(info.indices),
-        "generated": info.generated,
-        "at": info.at,
-    }
-
-
 def _sample_fields(sample: Sample, scope: str | None) -> dict[str, Any]:
-    meta = loaded(sample.header)
-    meta = meta if isinstance(meta, dict) else {}
-    from cachepipe.values import Codec, shown  # noqa: PLC0415 - only where samples are shown
-
-    value = told = None
-    with contextlib.suppress(ValueError, CachepipeError):
-        value = told = shown(sample.payload)
-        value = Codec().decode(sample.payload)
-    fields = {"index": sample.index, "id": sample.id, "at": sample.at, "seconds": meta.get("seconds")}
-    return {**fields, "value": told, **(_summary(value, scope) or {})}
-
-
-_OBJECTS: Final = {
-    "chat.completion": "/chat/completions",
-    "text_completion": "/completions",
-    "response": "/responses",
-    "message": "/messages",
-}
-"""What answers of providers call themselves, and where they come from."""
-
-
-def _summary(value: Any, scope: str | None) -> dict[str, Any] | None:
-    """Return the wire layer's summary of a provider's answer, or None for other values."""
-    if not isinstance(value, dict):
-        return None
-    from cachepipe import wire  # noqa: PLC0415 - only where there may be answers of providers
-
-    known = _OBJECTS.get(str(value.get("object") or value.get("type")), "")
-    api = wire.api_for("POST", scope or "") or wire.api_for("POST", known)
-    if api is None:
-        return None
-    try:
-        return api.summary(value)
-    except (CachepipeError, AttributeError, TypeError, ValueError, LookupError):
-        return None  # somebody's own adapter under a provider's name
+    fields = sample_fields(sample, scope)
+    of = {"index": sample.index, "id": sample.id, "at": sample.at, "seconds": fields["meta"].get("seconds")}
+    return {**of, "value": fields["value"], **(fields["summary"] or {})}
 
 
 def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
@@ -597,8 +491,7 @@ def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
         yield f"scope {visible(info.scope)}"
     yield ""
     yield _heading("Asked")
-    question = store.question(info.key)
-    yield from _asked_lines(None if question is None else loaded(question.document))
+    yield from _asked_lines(document_of(store.question(info.key)))
     yield ""
     yield _heading("Samples")
     for sample in itertools.islice(store.samples(info.key), limit):
@@ -611,11 +504,6 @@ def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield ""
     yield _heading("Draws")
     yield from _draw_lines(store.draws(key=info.key), limit)
-
-
-def counted(count: int, what: str) -> str:
-    """Return a count with its noun, as in ``1 draw`` and ``2,000 draws``."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _heading(text: str) -> str:
@@ -641,12 +529,12 @@ def _asked_lines(document: Any) -> Iterator[str]:
         said = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
         for speaker, content in [(item["role"], item) for item in value] if said else [(name, value)]:
             yield f"  {styled(visible(str(speaker)), fg='green')}"
-            yield from _block(_content(content) if said else _text(content))
+            yield from _block(_content(content) if said else text_of(content))
 
 
 def _content(message: dict[str, Any]) -> str:
     """Return the text of a message, and its other fields as JSON."""
-    text = "" if message.get("content") is None else _text(message["content"])
+    text = "" if message.get("content") is None else text_of(message["content"])
     rest = {name: value for name, value in message.items() if name not in ("role", "content")}
     return "\n".join(part for part in (text, json_text(rest) if rest else "") if part)
 
@@ -673,8 +561,6 @@ def _sample_lines(sample: Sample, scope: str | None) -> Iterator[str]:
 
 def _value_text(sample: Sample) -> str:
     """Return a sample's value as text: a string unchanged, any other value as its repr."""
-    from cachepipe.values import Codec  # noqa: PLC0415
-
     try:
         value = Codec().decode(sample.payload)
     except CachepipeError:  # an instance of a class that is not known here, or damaged bytes

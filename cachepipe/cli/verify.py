@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from cachepipe.cli import common
-from cachepipe.cli.common import json_text
+from cachepipe.cli.common import counted, json_text, print_facts
 from cachepipe.cli.group import Failure
-from cachepipe.cli.inspect import counted, found_key, print_facts
+from cachepipe.cli.inspect import found_key
 from cachepipe.stores.base import Discard
 from cachepipe.terminal import visible
 
@@ -126,8 +126,7 @@ def _print(folder: Path, report: Report, before: Report | None) -> None:
     print_facts(facts)
     if problems := _problems(report):
         click.echo()
-        rows = [[each["what"], each["count"], each["advice"]] for each in problems]
-        common.print_table(("what is wrong", ">count", "what to do"), rows)
+        common.print_table({"what is wrong": "what", ">count": "count", "what to do": "advice"}, problems)
         click.echo()
         common.echo_lines(_example_lines(problems))
 

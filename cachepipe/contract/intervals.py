@@ -98,6 +98,17 @@ class Union:
         return min(one, other)
 
 
+def covered(intervals: Iterable[Interval]) -> IntervalSet:
+    """Return the indices that are in any of some intervals, which come in the order of their starts."""
+    found: list[Interval] = []
+    for start, stop in intervals:
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return IntervalSet(found)
+
+
 def merged(intervals: Sequence[Interval], index: int) -> tuple[list[Interval], Interval]:
     """Return which intervals an added index replaces, and the interval that replaces them.
 
@@ -116,3 +127,12 @@ def merged(intervals: Sequence[Interval], index: int) -> tuple[list[Interval], I
 def split(interval: Interval, index: int) -> list[Interval]:
     """Return the intervals that are left of one when an index is taken out of it."""
     return [part for part in ((interval[0], index), (index + 1, interval[1])) if part[0] < part[1]]
+
+
+def changes(old: Iterable[Interval], new: Iterable[Interval]) -> tuple[list[Interval], list[Interval]]:
+    """Return the intervals that are only in the old ones, and those that are only in the new ones."""
+    before, after = dict.fromkeys(old), dict.fromkeys(new)
+    return (
+        [interval for interval in before if interval not in after],
+        [interval for interval in after if interval not in before],
+    )

@@ -13,16 +13,16 @@ import contextvars
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import orjson
 
-from cachepipe import jsontext, loops, runs, telemetry, wire
+from cachepipe import jsontext, loops, runs, wire
 from cachepipe.accounting import is_name, noted
-from cachepipe.bounds import check_n, max_answer
+from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found
 from cachepipe.cache.drawing import Drawing, outcomes
 from cachepipe.contract import keys
@@ -34,10 +34,12 @@ from cachepipe.contract.draws import (
 )
 from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.keys import Question, trimmed
-from cachepipe.errors import CachepipeError, NotStorable, ShortAnswer
-from cachepipe.flow.flow import Flow, Passage
+from cachepipe.errors import NotStorable, ShortAnswer
+from cachepipe.flow.flow import Flow
 from cachepipe.providers import info
-from cachepipe.providers.responses import BodySource, Received
+from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts
+from cachepipe.providers.lists import Lists
+from cachepipe.providers.responses import Received
 from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStream, ReplayedStream
 from cachepipe.stage import given
 from cachepipe.stores import open_store, switched_off
@@ -48,80 +50,8 @@ from cachepipe.values import Codec
 
 CLOSING_SECONDS = 5.0
 """Seconds that closing a client waits, by default, for the rest of a stream that its reader left."""
-_QUIET_TURNS = 3  # turns of the loop without a new item after which a list of items is sent
 _codec = Codec()
 _MARKED = b'"\\u0000'
-_CALL_ID = b'"request"'
-
-
-class Unkept(CachepipeError):  # noqa: N818 - it never reaches a caller
-    """A call returned a response that is not an answer; the callers that needed it get that response.
-
-    It looks like a refusal, so that a merged call is repeated as its callers wrote it.
-    """
-
-    status_code = 422
-
-    def __init__(self, arrived: Received, error: BaseException) -> None:
-        super().__init__(f"not cached: {error}")
-        self.arrived = arrived
-
-
-class TooLarge(Unkept):
-    """A call returned an answer that is too large to be kept; one reader may read it as it comes."""
-
-    def __init__(self, arrived: Received, most: int) -> None:
-        error = wire.BadAnswer(
-            f"the answer has more than {most} bytes, and is neither cached nor combined with others. Raise "
-            "the limit: the environment variable CACHEPIPE_MAX_ANSWER, or --max-answer of a proxy"
-        )
-        super().__init__(arrived, error)
-        self.__cause__ = error
-        self._gone = False
-
-    def answer(self) -> Answer:
-        """Return the answer to the first caller.
-
-        Raises:
-            BadAnswer: when another caller has it, or it was given up.
-        """
-        if self._gone and self.__cause__ is not None:
-            raise self.__cause__ from None
-        self._gone = True
-        return Answer(self.arrived.content, self.arrived, kept=False)
-
-    def leave(self) -> None:
-        """Give the rest of the answer up, unless a caller reads it."""
-        if not self._gone and isinstance(self.arrived.content, BodySource):
-            self.arrived.content.leave()
-        self._gone = True
-
-
-class Kept(NamedTuple):
-    """A sample as it is stored.
-
-    Attributes:
-        payload: its JSON, in the cache's own spelling.
-        noted: JSON of the facts stored with it, or nothing.
-    """
-
-    payload: bytes
-    noted: bytes = b""
-
-    @property
-    def value(self) -> wire.Sample:
-        """The sample."""
-        sample: wire.Sample = _codec.decode(self.payload)
-        return sample
-
-    @property
-    def made_by(self) -> str | None:
-        """The provider's id of the call that made it."""
-        if _CALL_ID not in self.noted:
-            return None
-        name = orjson.loads(self.noted).get("request")
-        # It may come from a received cache, and goes into a header.
-        return name if isinstance(name, str) and name.isascii() and name.isprintable() else None
 
 
 class _Model:
@@ -329,23 +259,6 @@ class Asked(Request):
             self.exchange.claimed = tuple(indices)
 
 
-class Answer(NamedTuple):
-    """The answer to a request.
-
-    Attributes:
-        content: the body: JSON, or the source of a stream's events.
-        arrived: the response of a call that was made for this request alone, with its status and headers;
-            None if the answer was assembled from samples.
-        kept: False if it is not a valid answer, such as an error under status 200; it is not cached.
-        made_by: the provider's id of the call that generated its first sample, if known.
-    """
-
-    content: bytes | BodySource
-    arrived: Received | None = None
-    kept: bool = True
-    made_by: str | None = None
-
-
 def check_size(asks: Sequence[wire.Ask], most: int | None = None) -> None:
     """Refuse a request that asks for too many samples.
 
@@ -392,7 +305,7 @@ def body_from(api: wire.Api, ask: wire.Ask, samples: Sequence[Kept]) -> bytes:
     return api.answer_bytes(payloads, ask)
 
 
-class Exchange:
+class Exchange(Calls):
     """One request that the cache may answer. Subclasses define `send`.
 
     Call ``known()``, and if it returns None, ``await drawn()``; ``record`` then describes the answer (see
@@ -410,6 +323,9 @@ class Exchange:
         mode: how the cache is used.
         claimant: who draws.
         questions: the questions with their keys, if an equal request has made them before.
+        counter: counts the occurrences of equal requests; by default the run.
+        lists: sends the items of lists; by default only this request's own items share calls.
+        max_n: the largest number of samples of one call; default is the API's.
     """
 
     def __init__(
@@ -426,30 +342,33 @@ class Exchange:
         mode: Mode,
         claimant: Claimant,
         questions: list[Question] | None = None,
+        counter: Retried | None = None,
+        lists: Lists | None = None,
+        max_n: int | None = None,
     ) -> None:
         self.surface = surface
         self.api = api
         self.body = body
         self.asks = asks
+        self.url = url
         self.stream = stream
         self.mode = mode
         self.claimant = claimant
         self.brought: list[tuple[Received, list[Any]]] = []
         self.live: asyncio.Future[tuple[RecordedStream, Received]] | None = None
         self.task: asyncio.Future[Response] | None = None
-        self.max_retries: int | None = None  # how often a call is made again, if the request says so itself
-        self.spans = True  # whether calls make spans here, as who sends them makes none
         self.claimed: tuple[int, ...] | None = None  # the indices of a lone question's samples to come
-        self.counter: Retried | None = None  # counts the occurrences of equal requests; by default the run
+        self.counter = counter
+        self.lists = lists
+        self.max_n = api.max_n if max_n is None else min(max_n, api.max_n)
         self.given_back = (
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
         self._drawings: list[Drawing] = []
         self._found: Found | None = None  # what was stored
         self._snapped = False
-        self._items: list[tuple[Asked, asyncio.Future[list[Any]]]] = []
-        self._quiet = 0
-        self._over = False  # nobody takes what a call brings any more
+        self._kind: Hashable = None  # what the items that may share a call have in common
+        self.over = False  # nobody takes what a call brings any more
         self.questions = questions or questions_of(api, asks, url, headers, scope=surface.scope, alone=alone)
         names = tuple(question.key for question in self.questions)
         self.record = info.Record(names, claimant, url)
@@ -458,19 +377,15 @@ class Exchange:
         """Return the context for a task that uses `send`; None if any context will do."""
         return None
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
-        """Make a call; its error reaches exactly the requests that needed it.
+    @property
+    def flow(self) -> Flow | None:
+        """The flow control of the service."""
+        return self.surface.flow
 
-        Args:
-            body: the body to send instead of the request's own.
-            stream: whether it asks for a stream; the response is then returned with its body unread, as
-                an object with ``aiter_bytes()`` and ``aclose()``.
-        """
-        raise NotImplementedError
-
-    def most(self) -> int:
-        """Return the largest size in bytes of an answer that is kept; larger ones are only handed on."""
-        return max_answer()
+    @property
+    def namespace(self) -> str | None:
+        """The namespace that draws."""
+        return self.claimant.namespace
 
     # Hits.
 
@@ -565,7 +480,7 @@ class Exchange:
             self._take_back()
             return self._instead(error)
         finally:
-            self._over = True
+            self.over = True
         return self._delivered(responses)
 
     def _instead(self, error: BaseException) -> Answer:
@@ -625,43 +540,48 @@ class Exchange:
             self.body = by_value(self.body)
             self.asks = self.api.split(self.body)
 
-    async def generate(self, asked: Asked) -> list[Any]:
+    async def generate(self, asked: Asked) -> Sequence[Any]:
         """Return the samples of a call for one of the questions."""
-        if len(self.asks) > 1:
-            return await self._collected(asked)
         live = self.live
-        if live is not None and asked.own and not live.done():
+        if live is not None and asked.own and len(self.asks) == 1 and not live.done():
             return await self._recorded(live)
         try:
-            return await self._called((self.asks[asked.place],), asked.n)
+            return await in_parts(partial(self._generated, asked.place), asked.n, self.max_n)
         except TooLarge as large:
-            if self._over or self.stream or not asked.own:
+            if len(self.asks) == 1 and (self.over or self.stream or not asked.own):
                 large.leave()
             raise
 
-    async def _called(self, asks: Sequence[wire.Ask], n: int) -> list[Any]:
-        """Return the samples of one call, n for each of the asks."""
-        questions = [ask.question for ask in asks]
-        body: Mapping[str, Any] = self.body
-        if self.stream or len(asks) != len(self.asks) or n != self.asks[0].n:
-            body = self.api.merge_body(questions, n, transport=self.asks[0].transport)
-        made, arrived = await self._upstream(body, stream=False)
-        content, most = arrived.content, self.most()
-        if isinstance(content, BodySource) or len(content) > most:
-            if made is not None:
-                made.end()
-            raise TooLarge(arrived, most)
-        if made is not None:
-            made.end(_read(content))
+    async def _generated(self, place: int, n: int) -> Sequence[Any]:
+        """Return n samples of one of the questions."""
+        if self.lists is None and len(self.asks) > 1:
+            self.lists = Lists()
+        if self.lists is not None and self.lists.takes(self, place):
+            return await self.lists.samples(self, place, n)
+        return await self.called((self.asks[place],), n)
+
+    async def called(self, asks: Sequence[wire.Ask], n: int) -> Sequence[Any]:
+        """Return the samples of one call as they are stored, n for each of the asks; see `Calls.call`."""
+        samples, arrived = await self.call(asks, n)
         try:
-            samples = self.api.samples(content, questions if len(asks) > 1 else ())
-            if len(asks) > 1:
-                wire.by_question(samples, len(asks), n)
             kept = self._packed(samples, arrived)
-        except (wire.BadAnswer, NotStorable) as error:
+        except NotStorable as error:
             raise Unkept(arrived, error) from error
         self.brought.append((arrived, kept))
         return kept
+
+    def list_kind(self, place: int) -> Hashable:
+        """Return what the items that may share a call have in common; None if the question travels alone."""
+        ask, listed = self.asks[place], self.api.listed
+        item = None if listed is None else ask.question.get(listed)
+        if item is None or not ask.mergeable or not isinstance(item, str | list):
+            return None
+        if self._kind is None:
+            others = {name: value for name, value in ask.question.items() if name != listed}
+            document = {"body": others, "transport": ask.transport}
+            shared = keys.provider_question(self.url, document, as_written=self.api.as_written)
+            self._kind = self.claimant, shared.key
+        return self._kind, type(item)
 
     def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
         """Return the samples of a call in the form in which they are stored."""
@@ -670,98 +590,23 @@ class Exchange:
             "asked": self.body.get("model"),
         }
         about = {name: value for name, value in names.items() if is_name(value)}
-        url = wire.scope_of(self.record.url)
+        url = wire.scope_of(self.url)
         elsewhere = None if url == self.questions[0].scope else url
         return [
             Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, elsewhere)})))
             for sample in samples
         ]
 
-    async def _upstream(self, body: Mapping[str, Any], *, stream: bool) -> tuple[_Made | None, Received]:
-        """Make a call, scheduled and retried by the flow control if there is one.
-
-        Returns:
-            The object that must be notified of its end, if any, and the response.
-        """
-        flow = self.surface.flow
-        wanted = self.spans and telemetry.wanted()
-        if flow is None and not wanted:
-            return None, await self.send(body, stream=stream)
-        spans: list[telemetry.CallSpan | None] = []
-
-        async def attempt() -> Received:
-            about = self.api.name, self.record.url, body, getattr(self, "context", None)
-            span = telemetry.begin(*about) if wanted else None
-            try:
-                arrived = await self.send(body, stream=stream)
-            except BaseException as error:
-                if span is not None:
-                    span.end(error=error)
-                raise
-            spans.append(span)
-            return arrived
-
-        if flow is None:
-            passage, arrived = None, await attempt()
-        else:
-            passage, arrived = await flow.call(
-                attempt,
-                body,
-                namespace=self.claimant.namespace,
-                samples=0 if self.asks[0].function else None,
-                max_retries=self.max_retries,
-            )
-        return _Made(passage, spans[-1], arrived), arrived
-
-    async def _collected(self, asked: Asked) -> list[Any]:
-        """Return the samples of one item of a list; the list's missing items share one call."""
-        loop = loops.running()
-        future: asyncio.Future[list[Any]] = loop.create_future()
-        self._items.append((asked, future))
-        self._quiet = 0
-        if len(self._items) == 1:
-            loop.call_soon(self._settle, loop)
-        return await future
-
-    def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Send the collected items once no more of them come."""
-        self._quiet += 1
-        if self._quiet < _QUIET_TURNS and len(self._items) < len(self.asks):
-            loop.call_soon(self._settle, loop)
-            return
-        items, self._items = self._items, []
-        for n in {asked.n for asked, _ in items}:
-            work = self._send_items([item for item in items if item[0].n == n], n)
-            task = loop.create_task(work, context=self.own_context())
-            _tasks.add(task)
-            task.add_done_callback(_tasks.discard)
-
-    async def _send_items(self, items: Sequence[tuple[Asked, asyncio.Future[list[Any]]]], n: int) -> None:
-        items = sorted(items, key=lambda item: item[0].place)
-        try:
-            samples = await self._called([self.asks[asked.place] for asked, _ in items], n)
-        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait
-            if isinstance(error, TooLarge) and (self._over or len(items) < len(self.asks)):
-                error.leave()
-            for _, future in items:
-                if not future.done():
-                    future.set_exception(error)
-            return
-        share = len(samples) // len(items)  # a lone item's may be fewer than n
-        for place, (_, future) in enumerate(items):
-            if not future.done():
-                future.set_result(samples[place * share : (place + 1) * share])
-
     async def _recorded(self, live: asyncio.Future[tuple[RecordedStream, Received]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""
         body, added = self.api.inject_usage(self.body)
         try:
-            made, arrived = await self._upstream(body, stream=True)
+            made, arrived = await self.begin(body, stream=True)
         except Exception as error:
             if not added or getattr(error, "status_code", None) not in (400, 422):
                 raise
             added = False  # not every server knows how to report usage: what counts is what its caller wrote
-            made, arrived = await self._upstream(self.body, stream=True)
+            made, arrived = await self.begin(self.body, stream=True)
         if made is None:
             return self._packed(await self._recorded_samples(arrived, live, hide_usage=added), arrived)
         try:
@@ -802,32 +647,6 @@ class Exchange:
 
 _tasks: set[asyncio.Future[Any]] = set()
 """Draws of streams, which go on when their readers have stopped."""
-
-
-class _Made:
-    """A call upstream with an answer that has begun to arrive, until its end is reported."""
-
-    def __init__(self, passage: Passage | None, span: telemetry.CallSpan | None, arrived: Received) -> None:
-        self._passage = passage
-        self._span = span
-        self._headers = getattr(arrived.response, "headers", None)
-
-    def end(self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None) -> None:
-        """Report its end to the flow control and the telemetry, if there are any."""
-        usage = (answer or {}).get("usage")
-        if self._passage is not None:
-            self._passage.end(usage=usage, headers=self._headers, error=error)
-        if self._span is not None:
-            self._span.end(answer, error=error)
-
-
-def _read(content: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of an answer, or None."""
-    try:
-        answer = jsontext.loads(content)
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
 
 
 def _same(one: Any, other: Any) -> bool:

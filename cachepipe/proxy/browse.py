@@ -14,23 +14,22 @@ For keys it is the last key of the page, so that new questions do not shift the 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
-from cachepipe import jsontext, wire
-from cachepipe.contract.draws import SHARED, label, namespace_of
-from cachepipe.stores.base import KeyInfo, Sample, Store, StoredQuestion
-from cachepipe.values import Codec, shown
+from cachepipe.contract.draws import label
+from cachepipe.listings import document_of, draw_fields, key_fields, sample_fields
+from cachepipe.stores.base import Store, StoredQuestion
 
 _MOST: Final = 200  # items of a listing
 _USUAL: Final = 50
+_USUAL_SAMPLES: Final = 20
 _SECONDS: Final = 0.25  # of looking, after which a search gives what it has found
 _BEGINNING: Final = 300  # characters of a prompt or an answer in a listing
-_codec = Codec()
 
 
 class BadQuery(ValueError):  # noqa: N818 - names the thing at fault
@@ -63,13 +62,7 @@ def answer(store: Store, path: str, query: str, clock: Callable[[], float] = tim
     match parts:
         case ["namespaces"]:
             _known(options)
-            return {
-                "items": [
-                    info._asdict() if hasattr(info, "_asdict") else _fields(info)
-                    for info in store.namespaces()
-                ],
-                "next": None,
-            }
+            return {"items": [dataclasses.asdict(info) for info in store.namespaces()], "next": None}
         case ["keys"]:
             _known(options, "search", "prefix", "scope", "namespace", "after", "limit")
             return _keys(store, options, clock)
@@ -83,10 +76,6 @@ def answer(store: Store, path: str, query: str, clock: Callable[[], float] = tim
             _known(options, "namespace", "after", "limit")
             return _draws(store, key, options)
     raise NotThere("this path does not exist; see /cachepipe/api")
-
-
-def _fields(info: Any) -> dict[str, Any]:
-    return {name: getattr(info, name) for name in type(info).__dataclass_fields__}
 
 
 def _known(options: Mapping[str, str], *names: str) -> None:
@@ -127,7 +116,7 @@ def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) 
         question = store.question(info.key)
         if search and (question is None or search not in _searched(question)):
             continue
-        items.append(_listing(info, question))
+        items.append(key_fields(info, document_of(question), _BEGINNING))
     return {"items": items, "next": None}
 
 
@@ -136,122 +125,45 @@ def _searched(question: StoredQuestion) -> str:
     return question.document.decode(errors="replace").casefold()
 
 
-def _listing(info: KeyInfo, question: StoredQuestion | None) -> dict[str, Any]:
-    asked = _asked(question)
-    return {
-        "key": info.key,
-        "scope": info.scope,
-        "at": info.at,
-        "samples": info.samples,
-        "pending": info.pending,
-        "namespaces": info.namespaces,
-        "model": asked.get("model") if isinstance(asked.get("model"), str) else None,
-        "prompt": prompt_of(asked)[:_BEGINNING],
-    }
-
-
-def _asked(question: StoredQuestion | None) -> dict[str, Any]:
-    """Return the fields of a request."""
-    document = None if question is None else _document(question)
-    asked = document.get("body", document.get("fields")) if isinstance(document, dict) else None
-    return asked if isinstance(asked, dict) else {}
-
-
-def _document(question: StoredQuestion) -> Any:
-    """Return a question as JSON; None if it is not valid JSON."""
-    with suppress(ValueError):
-        return jsontext.loads(question.document)
-    return None
-
-
-def prompt_of(asked: Mapping[str, Any]) -> str:
-    """Return the text of a question: the user's last message, or the prompt."""
-    for name in ("messages", "prompt", "input"):
-        value = asked.get(name)
-        if isinstance(value, list):
-            said = [item for item in value if isinstance(item, dict) and "content" in item]
-            users = [item for item in said if item.get("role") == "user"] or said
-            return _text(users[-1]["content"] if users else value)
-        if value is not None:
-            return _text(value)
-    return ""
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        texts = [item.get("text") for item in value if isinstance(item, dict)]
-        if any(isinstance(text, str) for text in texts):
-            return "\n".join(text for text in texts if isinstance(text, str))
-    return jsontext.dumps(value).decode()
-
-
-def _key(store: Store, key: str) -> dict[str, Any]:
+def _question(store: Store, key: str) -> StoredQuestion:
     question = store.question(key)
     if question is None:
         raise NotThere("there is no such key in the cache")
+    return question
+
+
+def _key(store: Store, key: str) -> dict[str, Any]:
+    question = _question(store, key)
     info = next((info for info in store.keys(key) if info.key == key), None)
+    counts = {name: getattr(info, name, 0) for name in ("samples", "pending", "namespaces")}
     return {
         "key": key,
         "scope": question.scope,
         "at": question.at,
-        "samples": info.samples if info else 0,
-        "pending": info.pending if info else 0,
-        "namespaces": info.namespaces if info else 0,
-        "document": _document(question),
+        **counts,
+        "document": document_of(question),
     }
 
 
 def _samples(store: Store, key: str, options: Mapping[str, str]) -> dict[str, Any]:
     first = _number(options, "from", 0)
-    limit = _number(options, "limit", 20, _MOST) or 1
-    question = store.question(key)
-    if question is None:
-        raise NotThere("there is no such key in the cache")
-    # The paths of scopes end as those of URLs do.
-    api = wire.api_for("POST", urlsplit(question.scope).path) if question.scope else None
-    found = list(itertools.islice(_from(store, key, first), limit + 1))
-    more = found[limit].index if len(found) > limit else None
-    return {"items": [_sample(sample, api) for sample in found[:limit]], "next": more}
-
-
-def _from(store: Store, key: str, first: int) -> Iterable[Sample]:
-    return (sample for sample in store.samples(key) if sample.index >= first)
-
-
-def _sample(sample: Sample, api: wire.Api | None) -> dict[str, Any]:
-    value = _codec.decode(sample.payload)
-    summary = None
-    if api is not None and isinstance(value, dict):
-        try:
-            summary = api.summary(value)
-        except (AttributeError, LookupError, TypeError, ValueError):  # another writer's
-            summary = None
-    plain = shown(sample.payload)
-    if isinstance(plain, dict):
-        plain.pop("cachepipe", None)
-    return {"index": sample.index, "id": sample.id, "meta": sample.meta, "summary": summary, "value": plain}
+    limit = _number(options, "limit", _USUAL_SAMPLES, _MOST) or 1
+    scope = _question(store, key).scope
+    following = (sample for sample in store.samples(key) if sample.index >= first)
+    found = list(itertools.islice(following, limit + 1))
+    items = [sample_fields(sample, scope) for sample in found[:limit]]
+    for item in items:
+        if isinstance(item["value"], dict):
+            item["value"].pop("cachepipe", None)
+    return {"items": items, "next": found[limit].index if len(found) > limit else None}
 
 
 def _draws(store: Store, key: str, options: Mapping[str, str]) -> dict[str, Any]:
     after = _number(options, "after", 0)
     limit = _number(options, "limit", _USUAL, _MOST) or 1
     wanted = options.get("namespace")
-    if store.question(key) is None:
-        raise NotThere("there is no such key in the cache")
+    _question(store, key)
     draws = store.draws(key, None if wanted is None else label(wanted or None))
     found = list(itertools.islice(draws, after, after + limit + 1))
-    items = [
-        {
-            "namespace": namespace_of(info.draw.namespace),
-            "shared": info.draw.namespace == SHARED,
-            "request_id": info.draw.request_id,
-            "occurrence": info.draw.occurrence,
-            "indices": list(info.indices),
-            "generated": info.generated,
-            "at": info.at,
-        }
-        for info in found[:limit]
-    ]
+    items = [draw_fields(info) for info in found[:limit]]
     return {"items": items, "next": after + limit if len(found) > limit else None}

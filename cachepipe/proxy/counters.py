@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from cachepipe import prices, wire
 from cachepipe.accounting import Account, Delivered, Seller, Usage, usage_of
-from cachepipe.providers.exchange import Kept
+from cachepipe.providers.generation import Kept
 from cachepipe.proxy.upstream import UpstreamClient
 from cachepipe.typedefs import Response
 
@@ -111,12 +111,12 @@ class Counters:
     """The counts of a proxy.
 
     Args:
-        caller: its connections, which count the calls.
+        client: its connections, which count the calls.
         clock: tells the time in seconds since 1970.
     """
 
-    def __init__(self, caller: UpstreamClient, clock: Any = time.time) -> None:
-        self.caller = caller
+    def __init__(self, client: UpstreamClient, clock: Any = time.time) -> None:
+        self.client = client
         self.clock = clock
         self.started: float = clock()
         self.in_flight = 0
@@ -213,8 +213,8 @@ class Counters:
             "in_flight": self.in_flight,
             "background": self.background,
             "upstreams": [
-                {"name": name, "calls": calls, "in_flight": self.caller.in_flight[name]}
-                for name, calls in self.caller.calls.items()
+                {"name": name, "calls": calls, "in_flight": self.client.in_flight[name]}
+                for name, calls in self.client.calls.items()
             ],
             "total": total,
             "namespaces": [counts.as_json(self.prices) for counts in each],
@@ -256,9 +256,9 @@ class Counters:
         running = GaugeMetricFamily(
             "cachepipe_proxy_calls_in_flight", "Calls to an upstream in flight.", labels=("upstream",)
         )
-        for name, number in self.caller.calls.items():
+        for name, number in self.client.calls.items():
             calls.add_metric((name,), number)
-            running.add_metric((name,), self.caller.in_flight[name])
+            running.add_metric((name,), self.client.in_flight[name])
         flight = GaugeMetricFamily("cachepipe_proxy_requests_in_flight", "Requests now.")
         flight.add_metric((), self.in_flight)
         background = GaugeMetricFamily(

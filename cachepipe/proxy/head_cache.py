@@ -7,7 +7,13 @@ answer is known, the protocol itself answers at once. All other requests are ser
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
+
+from cachepipe import wire
+from cachepipe.contract.draws import Claimant
+from cachepipe.proxy.paths import Destination
+from cachepipe.proxy.settings import Upstream
 
 HEAD: Final = "cachepipe.head"
 """The key of an ASGI scope for the head without the body's length, if its meaning may be kept."""
@@ -18,6 +24,32 @@ _LENGTH: Final = len(_LENGTHS[0])
 _LARGEST_HEAD: Final = 8192  # bytes of a head that is kept
 _LARGEST_BODY: Final = 32 << 10  # bytes of a body on the fast path; larger ones are served the normal way
 _MOST: Final = 1024  # heads that are kept
+
+
+class ParsedHead(NamedTuple):
+    """The meaning of the head of a request that the cache may answer, without the body that follows it.
+
+    Attributes:
+        destination: the parts of the path.
+        upstream: the upstream.
+        api: the API.
+        url: the URL at the upstream.
+        key_headers: the headers that are part of the question.
+        claimant: who draws.
+        pairs: the headers of a call, including credentials.
+        caller: a digest of everything in them that may not be shared with other callers.
+        scope: the method and the headers, as ASGI has them.
+    """
+
+    destination: Destination
+    upstream: Upstream
+    api: wire.Api
+    url: str
+    key_headers: Mapping[str, str]
+    claimant: Claimant
+    pairs: list[tuple[bytes, bytes]]
+    caller: bytes
+    scope: Mapping[str, Any]
 
 
 class RequestStart(NamedTuple):
@@ -61,11 +93,11 @@ def is_plain(name: bytes) -> bool:
     )
 
 
-class HeadCache(dict[bytes, Any]):
-    """The meanings of the most recent heads, by their bytes without the body's length."""
+class HeadCache(dict[bytes, ParsedHead]):
+    """The most recent parsed heads, by their bytes without the body's length."""
 
-    def keep(self, name: bytes, meaning: Any) -> None:
-        """Keep the meaning of a head, and forget the oldest one if there are too many."""
+    def keep(self, name: bytes, head: ParsedHead) -> None:
+        """Keep a parsed head, and forget the oldest one if there are too many."""
         if len(self) >= _MOST:
             del self[next(iter(self))]
-        self[name] = meaning
+        self[name] = head

@@ -102,11 +102,15 @@ def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
 
 def shown(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return the headers of a provider's answer, stored or fresh, with those for browsers and proxies."""
-    events = any(
+    return [*pairs, *INERT, *([_UNBUFFERED] if is_event_stream(pairs) else [])]
+
+
+def is_event_stream(pairs: Pairs) -> bool:
+    """Return True if the headers of an answer announce an event stream."""
+    return any(
         name == b"content-type" and value.strip().lower().startswith(b"text/event-stream")
         for name, value in pairs
     )
-    return [*pairs, *INERT, *([_UNBUFFERED] if events else [])]
 
 
 def is_packed(headers: Iterable[tuple[bytes, bytes]]) -> bool:

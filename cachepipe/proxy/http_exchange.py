@@ -12,6 +12,7 @@ from typing import Any, Final
 import orjson
 
 from cachepipe.proxy import headers
+from cachepipe.proxy.routing import Route
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -23,6 +24,10 @@ ONE_MESSAGE: Final = "cachepipe.one_message"
 KEEP_ALIVE: Final = "cachepipe.keep_alive"
 """A key of a scope: an HTTP/1.0 client asks to keep its connection."""
 
+NEVER_AGAIN: Final = (b"x-should-retry", b"false")
+"""Tells clients that a retry would get the same refusal."""
+
+_CLOSE: Final = [(b"connection", b"close")]
 _TURNS: Final = 5
 JSON: Final = (b"content-type", b"application/json")
 _PRIVATE: Final = [(b"cache-control", b"no-store"), *headers.INERT]
@@ -60,6 +65,11 @@ class HttpExchange:
         receive: returns the parts of the body, and the end of the connection.
         send: takes the parts of the answer.
         patience: seconds without a byte from or to the client.
+        namespace: the namespace of a request that names none.
+
+    Attributes:
+        route: the route of its path, once it is found.
+        facts: further facts for the log.
     """
 
     __slots__ = (
@@ -69,15 +79,24 @@ class HttpExchange:
         "headers",
         "method",
         "named",
+        "namespace",
         "patience",
         "receive",
+        "route",
         "scope",
         "send_message",
         "sent",
         "status",
     )
 
-    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, patience: float) -> None:
+    def __init__(
+        self,
+        scope: Mapping[str, Any],
+        receive: Receive,
+        send: Send,
+        patience: float,
+        namespace: str | None = None,
+    ) -> None:
         self.scope = scope
         self.receive = receive
         self.send_message = send
@@ -85,6 +104,8 @@ class HttpExchange:
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.named = dict(self.headers)
         self.method: str = scope["method"]
+        self.namespace = namespace
+        self.route: Route | None = None
         self.begun = time.perf_counter()
         self.status = 0
         self.sent = 0
@@ -95,6 +116,13 @@ class HttpExchange:
         """Return the value of a header, or None."""
         value = self.named.get(name)
         return None if value is None else headers.text_of(value)
+
+    @property
+    def url(self) -> str:
+        """The URL at the upstream, with the query."""
+        assert self.route is not None  # noqa: S101 - told by the caller
+        query = self.scope["query_string"]
+        return f"{self.route.url}?{query.decode('latin-1')}" if query else self.route.url
 
     # The request's body.
 
@@ -127,16 +155,14 @@ class HttpExchange:
     @staticmethod
     def too_large(most: int) -> Refusal:
         """Return the refusal of a body that is too large."""
-        close = [(b"connection", b"close")]
-        return Refusal(413, "too_large", f"a request that can be cached has at most {most} bytes", close)
+        return Refusal(413, "too_large", f"a request that can be cached has at most {most} bytes", _CLOSE)
 
     async def _received(self) -> Message:
         try:
             async with asyncio.timeout(self.patience):
                 message = await self.receive()
         except TimeoutError:
-            close = [(b"connection", b"close")]
-            raise Refusal(408, "too_slow", "the body of the request ended early", close) from None
+            raise Refusal(408, "too_slow", "the body of the request ended early", _CLOSE) from None
         if message["type"] != "http.request":
             raise ClientGone
         return message

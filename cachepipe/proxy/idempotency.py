@@ -1,4 +1,4 @@
-"""Decides which draw a request is: a new one, or the draw of an earlier attempt of the same request.
+"""The runs of a proxy: each decides whether a request is a new draw, or that of an earlier attempt of it.
 
 A run counts equal requests by their order of arrival (`cachepipe.runs`). A client that retries means the draw
 that it has not received. It says so with an ``Idempotency-Key``, or with the number of its attempt
@@ -9,14 +9,18 @@ number is given back at once, and the next matching request gets it.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from cachepipe.contract.draws import Draw, Identity
+from cachepipe.contract.draws import Claimant, Draw, Identity, label
+from cachepipe.proxy.http_exchange import NEVER_AGAIN, Refusal
 from cachepipe.runs import Occurrences, Run
 
 _KEYS: Final = 50_000  # idempotency keys remembered per run, about 400 bytes each
+_LONGEST_KEY: Final = 1000  # characters
 _OWED: Final = 10_000
+_LABELS: Final = 10_000  # labelled runs, and namespaces with runs of their own, in a server's life
 
 
 @dataclass(slots=True)
@@ -35,12 +39,12 @@ class IdempotencyEntry:
     """The draws of the requests with one idempotency key.
 
     Attributes:
-        questions: the keys of the questions.
+        request: the keys of the questions, the request id and the replicate.
         numbers: per identity, the occurrence numbers in order.
         delivered: whether one of the requests has received its answer.
     """
 
-    questions: tuple[str, ...]
+    request: tuple[str, ...]
     numbers: dict[Identity, list[int]] = field(default_factory=dict)
     delivered: bool = False
 
@@ -59,16 +63,75 @@ class ProxyRun(Run):
         """Return the counts of this run."""
         return self.counted
 
-    def entry(self, label: str, key: str, questions: tuple[str, ...]) -> IdempotencyEntry:
-        """Return the entry of an idempotency key, in the namespace with this label."""
-        entry = self.entries.get((label, key))
-        if entry is None:
-            entry = self.entries[label, key] = IdempotencyEntry(questions)
-            if len(self.entries) > _KEYS:
-                self.entries.popitem(last=False)
-        else:
-            self.entries.move_to_end((label, key))
+    def entry(self, key: str, claimant: Claimant, questions: Sequence[str]) -> IdempotencyEntry:
+        """Return the entry of an idempotency key.
+
+        Args:
+            key: the idempotency key.
+            claimant: who draws; each namespace has keys of its own.
+            questions: the keys of the request's questions.
+
+        Raises:
+            Refusal: when the key is too long, or was used with another request.
+        """
+        if len(key) > _LONGEST_KEY:
+            message = f"an Idempotency-Key has at most {_LONGEST_KEY} characters"
+            raise Refusal(400, "bad_idempotency_key", message)
+        namespace = label(claimant.namespace)
+        request = (*questions, claimant.request_id or "", label(claimant.replicate))
+        entry = self.entries.setdefault((namespace, key), IdempotencyEntry(request))
+        self.entries.move_to_end((namespace, key))
+        if len(self.entries) > _KEYS:
+            self.entries.popitem(last=False)
+        if entry.request != request:
+            raise Refusal(
+                422,
+                "idempotency_key_reused",
+                "this Idempotency-Key was used with another request; each request has its own",
+                [NEVER_AGAIN],
+            )
         return entry
+
+
+class ProxyRuns:
+    """The current run of each namespace, and the runs that clients label in their paths."""
+
+    def __init__(self) -> None:
+        self._default = ProxyRun()
+        self._named: dict[str | None, ProxyRun] = {}
+        self._labelled: dict[tuple[str | None, str], ProxyRun] = {}
+
+    def run(self, namespace: str | None, name: str | None) -> ProxyRun:
+        """Return the run of a request; ``name`` is the label in its path, if there is one.
+
+        Raises:
+            Refusal: when too many labels have been used.
+        """
+        if name is None:
+            return self._named.get(namespace) or self._default
+        found = self._labelled.get((namespace, name))
+        if found is None:
+            if len(self._labelled) >= _LABELS:
+                message = f"{_LABELS} run labels have been used since the server started; restart it"
+                raise Refusal(503, "too_many_runs", message, [NEVER_AGAIN])
+            found = self._labelled[namespace, name] = ProxyRun()
+        return found
+
+    def begin(self) -> None:
+        """Begin a new run of every namespace."""
+        self._default = ProxyRun()
+        self._named.clear()
+
+    def begin_of(self, namespace: str | None) -> None:
+        """Begin a new run of one namespace.
+
+        Raises:
+            Refusal: when too many namespaces have runs of their own.
+        """
+        if len(self._named) >= _LABELS and namespace not in self._named:
+            message = "too many namespaces have runs of their own; restart the server"
+            raise Refusal(503, "too_many_runs", message)
+        self._named[namespace] = ProxyRun()
 
 
 class RequestCounter:
@@ -115,10 +178,8 @@ class RequestCounter:
             return next((number for number in earlier if number not in mine), None)
         if not self.retry:
             return None
-        if owed := run.owed.get(identity, 0):  # its number was given back, so it is the next one
-            if owed == 1:
-                del run.owed[identity]
-            else:
+        if owed := run.owed.pop(identity, 0):  # its number was given back, so it is the next one
+            if owed > 1:
                 run.owed[identity] = owed - 1
             return None
         undelivered = (

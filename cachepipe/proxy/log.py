@@ -14,16 +14,12 @@ from typing import Any, Final
 import orjson
 
 from cachepipe.errors import CachepipeWarning
-from cachepipe.proxy.http_exchange import HttpExchange
 from cachepipe.proxy.paths import Destination
 
 _DELAY: Final = 0.05  # seconds that lines are gathered
-_LEVELS: Final = {
-    "all": frozenset({"hit", "miss", "partial", "passed", "left", "error", "refused"}),
-    "calls": frozenset({"miss", "partial", "passed", "left", "error", "refused"}),
-    "errors": frozenset({"error", "refused"}),
-    "off": frozenset[str](),
-}
+_ERRORS: Final = frozenset({"error", "refused"})
+_CALLS: Final = _ERRORS | {"miss", "partial", "passed", "left"}
+_LEVELS: Final = {"all": _CALLS | {"hit"}, "calls": _CALLS, "errors": _ERRORS, "off": frozenset[str]()}
 
 
 class RequestLog:
@@ -40,84 +36,63 @@ class RequestLog:
         self._lines: list[bytes] = []
         self._other_warning: Callable[..., None] = warnings.showwarning
 
-    @staticmethod
-    def seconds(http: HttpExchange) -> float:
-        """Return how long a request has taken so far."""
-        return time.perf_counter() - http.begun
-
     def request(
-        self, http: HttpExchange, destination: Destination | None, namespace: str | None, outcome: str
+        self,
+        outcome: str,
+        method: str,
+        destination: Destination | None,
+        namespace: str | None,
+        status: int,
+        begun: float,
+        size: int,
+        **facts: Any,
     ) -> None:
-        """Write the entry of a request that has ended."""
-        if outcome not in self._wanted:
-            return
-        self._write(
-            {
-                "at": round(time.time(), 3),
-                "method": http.method,
-                "path": destination.rest if destination is not None else None,
-                "upstream": destination.upstream if destination is not None else None,
-                "namespace": namespace,
-                "status": http.status,
-                "outcome": outcome,
-                "ms": round(self.seconds(http) * 1000, 1),
-                "bytes": http.sent,
-                **http.facts,
-            }
-        )
+        """Write the entry of a request that has ended, if the level includes its outcome.
 
-    def hit(self, destination: Destination, namespace: str | None, key: str, size: int, begun: float) -> None:
-        """Write the entry of a request that was answered at once."""
-        if "hit" not in self._wanted:
-            return
-        self._write(
-            {
-                "at": round(time.time(), 3),
-                "method": "POST",
-                "path": destination.rest,
-                "upstream": destination.upstream,
-                "namespace": namespace,
-                "status": 200,
-                "outcome": "hit",
-                "ms": round((time.perf_counter() - begun) * 1000, 1),
-                "bytes": size,
-                "key": key,
-            }
-        )
+        Args:
+            outcome: how it ended.
+            method: its method.
+            destination: the parts of its path; None if the path is not valid.
+            namespace: its namespace.
+            status: the status of the answer.
+            begun: when it began, in seconds of ``time.perf_counter``.
+            size: bytes of the answer's body.
+            facts: further fields.
+        """
+        if outcome in self._wanted:
+            self._write(
+                {
+                    "at": round(time.time(), 3),
+                    "method": method,
+                    "path": None if destination is None else destination.rest,
+                    "upstream": None if destination is None else destination.upstream,
+                    "namespace": namespace,
+                    "status": status,
+                    "outcome": outcome,
+                    "ms": round((time.perf_counter() - begun) * 1000, 1),
+                    "bytes": size,
+                    **facts,
+                }
+            )
 
     def failed(self, what: str, error: BaseException) -> None:
         """Write an internal error: where it was raised, without its message."""
         frames = traceback.extract_tb(error.__traceback__)
         where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
-        message = (
-            str(error)[:300]
-            if isinstance(error, OSError) or type(error).__module__.startswith("cachepipe")
-            else ""
-        )
-        self._write(
-            {
-                "at": round(time.time(), 3),
-                "level": "error",
-                "message": what,
-                "error": type(error).__name__,
-                "says": message,
-                "where": where,
-            }
-        )
+        shows = isinstance(error, OSError) or type(error).__module__.startswith("cachepipe")
+        says = str(error)[:300] if shows else ""
+        self._write_event("error", what, error=type(error).__name__, says=says, where=where)
 
     def warned(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         """Write a warning of cachepipe, for example that an answer could not be stored; see `warnings`."""
         if not issubclass(category, CachepipeWarning):
             self._other_warning(message, category, *where, **more)
             return
-        self._write(
-            {
-                "at": round(time.time(), 3),
-                "level": "warning",
-                "message": str(message)[:500],
-                "warning": category.__name__,
-            }
-        )
+        self._write_event("warning", str(message)[:500], warning=category.__name__)
+
+    def _write_event(self, level: str, message: str, at: float | None = None, **facts: Any) -> None:
+        at = time.time() if at is None else at
+        self._write({"at": round(at, 3), "level": level, "message": message, **facts})
 
     def handler(self) -> logging.Handler:
         """Return a handler for the library's own log, for example that an upstream cannot be reached."""
@@ -126,8 +101,7 @@ class RequestLog:
         return handler
 
     def _logged(self, record: logging.LogRecord) -> None:
-        level = record.levelname.lower()
-        self._write({"at": round(record.created, 3), "level": level, "message": record.getMessage()[:500]})
+        self._write_event(record.levelname.lower(), record.getMessage()[:500], record.created)
 
     def _gather(self, event: Mapping[str, Any]) -> None:
         self._lines.append(orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE))

@@ -16,9 +16,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
 
 from cachepipe.errors import CachepipeError
-from cachepipe.proxy.app import ParsedHead, Proxy
+from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.body_cache import ParsedBody
-from cachepipe.proxy.head_cache import HEAD, is_plain, split_head
+from cachepipe.proxy.head_cache import HEAD, ParsedHead, is_plain, split_head
 from cachepipe.proxy.headers import named_by_connection
 from cachepipe.proxy.http_exchange import KEEP_ALIVE, ONE_MESSAGE
 from cachepipe.proxy.settings import BadSettings, ProxySettings

@@ -11,11 +11,16 @@ from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 from cachepipe import jsontext, outages, wire
+from cachepipe.contract.draws import Retried
 from cachepipe.errors import CachepipeError
-from cachepipe.providers.exchange import Exchange, Kept
+from cachepipe.providers.exchange import Exchange, Surface
+from cachepipe.providers.generation import Kept
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
+from cachepipe.proxy.body_cache import ParsedBody
+from cachepipe.proxy.head_cache import ParsedHead
 from cachepipe.proxy.settings import ProxySettings, Upstream
+from cachepipe.typedefs import Mode
 
 try:
     import httpx2 as httpx
@@ -236,47 +241,60 @@ class ProxyExchange(Exchange):
     """A request to the proxy that the cache may answer.
 
     Args:
-        caller: the connections.
-        upstream: its upstream.
-        url: its URL.
+        client: the connections.
         spend: counts the samples of its calls: takes the namespace, samples and the URL.
-        arguments: those of `Exchange`.
-
-    Attributes:
-        pairs: the headers of its calls, including credentials; set them before `drawn`.
+        surface: the cache, and how it is used.
+        head: the head of the request.
+        body: its body.
+        mode: how the cache is used.
+        counter: counts the occurrences of its draws; None for its run.
     """
 
     def __init__(
         self,
-        caller: UpstreamClient,
-        upstream: Upstream,
-        url: str,
+        client: UpstreamClient,
         spend: Callable[[str | None, Sequence[wire.Sample], str], None],
-        **arguments: Any,
+        surface: Surface,
+        head: ParsedHead,
+        body: ParsedBody,
+        mode: Mode,
+        counter: Retried | None = None,
     ) -> None:
-        super().__init__(url=url, **arguments)
-        self.caller = caller
-        self.upstream = upstream
-        self.url = url
-        self.pairs: list[tuple[bytes, bytes]] = []
+        super().__init__(
+            surface,
+            head.api,
+            body.body,
+            body.asks,
+            head.url,
+            head.key_headers,
+            stream=body.asks[0].stream,
+            alone=False,
+            mode=mode,
+            claimant=head.claimant,
+            questions=body.questions,
+            counter=counter,
+        )
+        self.head = head
+        self._client = client
         self._spend = spend
 
     def most(self) -> int:
         """Return the largest size in bytes of an answer that is kept in memory."""
-        return self.caller.most
+        return self._client.most
 
     def keep(self) -> None:
         """Keep the body without copying it: it was read from the wire, so nothing else can change it."""
 
     def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
-        self._spend(self.claimant.namespace, samples, self.url)
+        self._spend(self.claimant.namespace, samples, self.head.url)
         return super()._packed(samples, arrived)
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""
-        pairs = [*self.pairs, _JSON, _PLAIN if stream else _PACKED]
-        reader = await self.caller.call(self.upstream, "POST", self.url, pairs, jsontext.dumps(body))
+        pairs = [*self.head.pairs, _JSON, _PLAIN if stream else _PACKED]
+        upstream, url = self.head.upstream, self.head.url
+        reader = await self._client.call(upstream, "POST", url, pairs, jsontext.dumps(body))
         if stream and 200 <= reader.status < 300:
             return Received(reader, {})
         content = await reader.aread(self.most())
@@ -286,5 +304,5 @@ class ProxyExchange(Exchange):
                 content.leave()
                 content = b"The upstream's error has more than %d bytes, and is left out.\n" % self.most()
                 pairs = headers.of_answer([(b"content-type", b"text/plain; charset=utf-8")])
-            raise UpstreamRefusal(self.upstream.name, reader.status, pairs, content)
+            raise UpstreamRefusal(upstream.name, reader.status, pairs, content)
         return Received(reader, {}, content)

@@ -14,7 +14,7 @@ import contextvars
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 try:
     import anthropic
@@ -23,20 +23,18 @@ except ImportError as error:
         "the cached Anthropic clients need anthropic: pip install 'cachepipe[anthropic]'"
     ) from error
 
-import anthropic._client
-
 from cachepipe import jsontext, outages
 from cachepipe.errors import CachepipeError
 from cachepipe.flow.flow import Passage
-from cachepipe.portal import in_portal
+from cachepipe.portal import run_now
 from cachepipe.providers import info
-from cachepipe.providers.exchange import Answer, Unkept
+from cachepipe.providers.generation import Unkept
 from cachepipe.providers.responses import BodySource, Received, broken
 from cachepipe.providers.stream_recorder import RecordedStream
 from cachepipe.sdk import internals
-from cachepipe.sdk.calls import ClientCall, SyncClientCall
-from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.sdk.calls import ClientCall
+from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
+from cachepipe.sdk.options import ClientOptions
 
 CREDENTIALS: dict[str, Any] = {
     "api_key": NO_KEY,
@@ -52,7 +50,7 @@ _AT_ITS_PLACE = frozenset({"anthropic.lib.aws", "anthropic.lib.foundry"})
 
 
 @dataclass
-class _Request:
+class _SdkCall:
     """One call of an SDK method, which makes one or more attempts.
 
     Attributes:
@@ -64,7 +62,9 @@ class _Request:
     records: list[info.Record] = field(default_factory=list)
 
 
-_request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("cachepipe_request", default=None)
+_sdk_call: contextvars.ContextVar[_SdkCall | None] = contextvars.ContextVar(
+    "cachepipe_sdk_call", default=None
+)
 """The call that is making its attempts now."""
 
 
@@ -84,95 +84,74 @@ class AttemptRefused(CachepipeError):  # noqa: N818 - it never reaches a caller
         self.prepared = prepared
 
 
-def _noted(result: Any, request: _Request) -> Any:
-    """Return what a call returns, noting where its last answer came from."""
-    for record in request.records[-1:]:
-        info.note(result, record)
-    return result
+class AttemptsCached(Cached):
+    """Goes in front of a client's class, above the SDK's layers for `request`, below them for an attempt."""
 
-
-def _passed(call: ClientCall, answer: Answer, options: Any) -> tuple[Any, Any]:
-    """Return the response of an attempt that was answered, and the options that it was made with."""
-    arrived = call.arrived(answer)
-    request = _request.get()
-    if call.kept and request is not None:
-        request.records.append(call.record)
-    return arrived.response, options if answer.arrived is None else arrived.details["options"]
-
-
-class _Layered:
-    """What synchronous and asynchronous clients with a cache below the SDK's layers have in common."""
-
-    def _call(self, kind: Any, options: Any, details: dict[str, Any]) -> Any:
-        """Return one attempt as a call of the cache, or None if it cannot be cached."""
-        client: Any = self
-        call = kind.of(client, client._cachepipe, None, options, stream=details["stream"], stream_cls=None)  # noqa: SLF001 - its other half
-        if call is not None:
-            call.receive = functools.partial(client._receive_attempt, **details)  # noqa: SLF001 - likewise
-            call.max_retries = self._retries(options)
-        return call
-
-    def _read_before(self, answer: Answer) -> RecordedStream | None:
-        """Return the recording of a stream that is handed on as it comes, or None."""
-        recording = answer.content
-        if (
-            answer.arrived is None
-            or not isinstance(recording, RecordedStream)
-            or internals.unread(self, answer.arrived.response)
-        ):
-            return None
-        return recording
-
-    def _retries(self, options: Any) -> int | None:
-        """Return how often a call may be retried, if it sets this; the SDK may have changed its options."""
-        request = _request.get()
-        return internals.own_retries(self, options) if request is None else request.max_retries
-
-
-class AsyncLayered(_Layered, AsyncCached):
-    """Goes in front of an asynchronous client's class."""
+    def _read_to_end(self, recording: RecordedStream) -> Any:
+        """Read a recording to its end; return a step of the client's kind (see `Cached`)."""
+        raise NotImplementedError
 
     async def request(
         self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
     ) -> Any:
         """Return what the SDK makes of the answer, from the cache or not."""
-        sdk: Any = super(AsyncCached, self)
-        if not hasattr(sdk, "_attempt_request"):
-            return await super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        request = _Request(internals.own_retries(self, options))
+        how = {"stream": stream, "stream_cls": stream_cls}
+        sdk: Any = super(Cached, self)
+        if not internals.makes_attempts(sdk):
+            return await self._settled(super().request(cast_to, options, **how))
+        sdk_call = _SdkCall(internals.own_retries(self, options))
         if self._limiting(options) is not None:
             options = internals.sent_once(options)
-        token = _request.set(request)
+        token = _sdk_call.set(sdk_call)
         try:
             with self._explaining(reached=False):
-                result = await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
-            return _noted(result, request)
+                result = await self._settled(sdk.request(cast_to, options, **how))
+            for record in sdk_call.records[-1:]:
+                info.note(result, record)
+            return result
         finally:
-            _request.reset(token)
+            _sdk_call.reset(token)
 
     async def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
         """Return the response of one attempt, and the options it was made with."""
-        call = self._call(ClientCall, options, details)
-        flow = self._limiting(options)
+        stream, flow = details["stream"], self._limiting(options)
+        sdk_call = _sdk_call.get()
+        retries = internals.own_retries(self, options) if sdk_call is None else sdk_call.max_retries
+        call = self._call_class.of(self, self._cachepipe, None, options, stream=stream, stream_cls=None)
         try:
             if call is not None:
-                answer = call.known() or await call.drawn()
-                recording = self._read_before(answer)
-                if recording is not None:
-                    async for _ in recording.aread():
-                        pass
-                    answer = answer._replace(content=b"", kept=recording.recorder.complete)
-                return _passed(call, answer, options)
+                call.receive = functools.partial(self._receive_attempt, **details)
+                call.max_retries = retries
+                received = await self._answered(call)
+                if call.kept and sdk_call is not None:
+                    sdk_call.records.append(call.record)
+                return received.response, received.details.get("options", options)
             if flow is None:
-                sdk: Any = super()
-                attempt: tuple[Any, Any] = await sdk._attempt_request(options, **details)  # noqa: SLF001 - see above
+                attempt: tuple[Any, Any] = await self._settled(internals.attempt(super(), options, details))
                 return attempt
-            about = {**self._passing(options), "max_retries": self._retries(options)}
-            passage, arrived = await flow.call(lambda: self._receive_attempt(options, **details), **about)
+            about = {**self._passing(options), "max_retries": retries}
+            passage, received = await self._settled(
+                self._within_limits(flow, lambda: self._receive_attempt(options, **details), **about)
+            )
         except AttemptRefused as refused:
             return refused.response, refused.prepared
-        _end(passage, arrived, stream=details["stream"])
-        return arrived.response, arrived.details["options"]
+        _end(passage, received, stream=stream)
+        return received.response, received.details["options"]
+
+    async def _answered(self, call: ClientCall) -> Received:
+        """Return the answer to an attempt; only its details tell other options than the call's."""
+        answer = call.known() or await self._settled(call.answer())
+        received, recording = answer.arrived, answer.content
+        if (
+            received is not None
+            and isinstance(recording, RecordedStream)
+            and not internals.unread(self, received.response)
+        ):  # a stream that is handed on as it comes
+            await self._settled(self._read_to_end(recording))
+            answer = answer._replace(content=b"", kept=recording.recorder.complete)
+        if received is None:
+            return call.received(answer)._replace(details={})
+        return call.received(answer)
 
     async def _receive_attempt(
         self, options: Any, *, stream: bool, cast_to: Any = None, stream_cls: Any = None, **details: Any
@@ -183,97 +162,54 @@ class AsyncLayered(_Layered, AsyncCached):
             AttemptRefused: when it has the status of an error.
         """
         del cast_to, stream_cls  # these are for `_receive`
-        sdk: Any = super()
-        response, prepared = await sdk._attempt_request(options, stream=stream, **details)  # noqa: SLF001 - see above
+        response, prepared = await self._settled(
+            internals.attempt(super(), options, {"stream": stream, **details})
+        )
         outages.reached(f"{response.url}")
         if not response.is_success:
-            await response.aread()
+            await self._settled(self._read(response))
             raise AttemptRefused(response, prepared)
         made_with = {"options": prepared}
-        if stream:
-            return Received(response, made_with)
-        if not internals.unread(self, response):
-            return Received(response, made_with, response.content)
         try:
-            content = await response.aread()
+            return await self._as_received(response, made_with, stream=stream)
         except Exception as error:
-            arrived = Received(internals.handed_on(self, response, broken(error)), made_with)
-            raise Unkept(arrived, error) from error
-        return Received(internals.handed_on(self, response, BodySource([content])), made_with, content)
+            received = Received(internals.handed_on(self, response, broken(error)), made_with)
+            raise Unkept(received, error) from error
 
 
-class SyncLayered(_Layered, SyncCached):
+class AsyncAttemptsCached(AttemptsCached, AsyncCached):
+    """Goes in front of an asynchronous client's class."""
+
+    async def _read_to_end(self, recording: RecordedStream) -> None:
+        async for _ in recording.aread():
+            pass
+
+
+class SyncAttemptsCached(AttemptsCached, SyncCached):
     """Goes in front of a synchronous client's class."""
 
-    def request(self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None) -> Any:
-        """Return what the SDK makes of the answer, from the cache or not."""
-        sdk: Any = super(SyncCached, self)
-        if not hasattr(sdk, "_attempt_request"):
-            return super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        request = _Request(internals.own_retries(self, options))
-        if self._limiting(options) is not None:
-            options = internals.sent_once(options)
-        token = _request.set(request)
-        try:
-            with self._explaining(reached=False):
-                result = sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
-            return _noted(result, request)
-        finally:
-            _request.reset(token)
+    request = run_now(AttemptsCached.request)
+    _attempt_request = run_now(AttemptsCached._attempt_request)  # noqa: SLF001 - its own base
+    _receive_attempt = run_now(AttemptsCached._receive_attempt)  # noqa: SLF001 - its own base
 
-    def _attempt_request(self, options: Any, **details: Any) -> tuple[Any, Any]:
-        """Return the response of one attempt, and the options it was made with."""
-        call = self._call(SyncClientCall, options, details)
-        flow = self._limiting(options)
-        try:
-            if call is not None:
-                answer = call.known() or call.wait()
-                recording = self._read_before(answer)
-                if recording is not None:
-                    for _ in recording.read():
-                        pass
-                    answer = answer._replace(content=b"", kept=recording.recorder.complete)
-                return _passed(call, answer, options)
-            if flow is None:
-                sdk: Any = super()
-                attempt: tuple[Any, Any] = sdk._attempt_request(options, **details)  # noqa: SLF001 - see above
-                return attempt
-            about = {**self._passing(options), "max_retries": self._retries(options), "wait": in_portal}
-            passage, arrived = flow.call_in_thread(lambda: self._receive_attempt(options, **details), **about)
-        except AttemptRefused as refused:
-            return refused.response, refused.prepared
-        _end(passage, arrived, stream=details["stream"])
-        return arrived.response, arrived.details["options"]
-
-    def _receive_attempt(
-        self, options: Any, *, stream: bool, cast_to: Any = None, stream_cls: Any = None, **details: Any
-    ) -> Received:
-        """Return the response of an attempt as it arrives.
-
-        Raises:
-            AttemptRefused: when it has the status of an error.
-        """
-        del cast_to, stream_cls  # these are for `_receive`
-        sdk: Any = super()
-        response, prepared = sdk._attempt_request(options, stream=stream, **details)  # noqa: SLF001 - see above
-        outages.reached(f"{response.url}")
-        if not response.is_success:
-            response.read()
-            raise AttemptRefused(response, prepared)
-        made_with = {"options": prepared}
-        if stream:
-            return Received(response, made_with)
-        if not internals.unread(self, response):
-            return Received(response, made_with, response.content)
-        try:
-            content = response.read()
-        except Exception as error:
-            arrived = Received(internals.handed_on(self, response, broken(error)), made_with)
-            raise Unkept(arrived, error) from error
-        return Received(internals.handed_on(self, response, BodySource([content])), made_with, content)
+    def _read_to_end(self, recording: RecordedStream) -> None:
+        for _ in recording.read():
+            pass
 
 
-class AsyncAnthropic(AsyncLayered, anthropic.AsyncAnthropic):
+class _Options(ClientOptions, total=False):
+    api_key: str | None
+    auth_token: str | None
+    credentials: Any
+    config: Mapping[str, Any] | None
+    profile: str | None
+    webhook_key: str | None
+    timeout: float | anthropic.Timeout | anthropic.NotGiven | None
+    open_telemetry: Any
+    middleware: Sequence[Any] | None
+
+
+class AsyncAnthropic(AsyncAttemptsCached, anthropic.AsyncAnthropic):
     """``anthropic.AsyncAnthropic`` with a cache. The cache's parameters follow the SDK's own.
 
     Args:
@@ -288,63 +224,15 @@ class AsyncAnthropic(AsyncLayered, anthropic.AsyncAnthropic):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            api_key: str | None = None,
-            auth_token: str | None = None,
-            credentials: Any = None,
-            config: Mapping[str, Any] | None = None,
-            profile: str | None = None,
-            webhook_key: str | None = None,
-            base_url: Any = None,
-            timeout: float | anthropic.Timeout | anthropic.NotGiven | None = anthropic.not_given,
-            max_retries: int = anthropic.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            open_telemetry: Any = None,
-            http_client: Any = None,
-            middleware: Sequence[Any] | None = None,
-            _strict_response_validation: bool = False,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_Options]) -> None: ...
 
 
-class Anthropic(SyncLayered, anthropic.Anthropic):
+class Anthropic(SyncAttemptsCached, anthropic.Anthropic):
     """``anthropic.Anthropic`` with a cache, for any number of threads. See `AsyncAnthropic`."""
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            api_key: str | None = None,
-            auth_token: str | None = None,
-            credentials: Any = None,
-            config: Mapping[str, Any] | None = None,
-            profile: str | None = None,
-            webhook_key: str | None = None,
-            base_url: Any = None,
-            timeout: float | anthropic.Timeout | anthropic.NotGiven | None = anthropic.not_given,
-            max_retries: int = anthropic.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            open_telemetry: Any = None,
-            http_client: Any = None,
-            middleware: Sequence[Any] | None = None,
-            _strict_response_validation: bool = False,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_Options]) -> None: ...
 
 
 def check_wrappable(kind: Any) -> None:
@@ -364,27 +252,7 @@ def check_wrappable(kind: Any) -> None:
         )
 
 
-def _stand_for_the_sdks() -> None:
-    """Make the SDK look for credentials as it does for its own classes, which it recognises by their type.
-
-    Without this it would look neither for profiles nor for workload identity.
-    """
-    module: Any = anthropic._client  # noqa: SLF001 - there is no other way
-    original = getattr(module, "_is_base_client", None)
-    if original is None:  # older versions know no such credentials
-        return
-
-    stood_for = {(anthropic.Anthropic,), (anthropic.AsyncAnthropic,)}
-
-    @functools.wraps(original)
-    def is_base_client(client: object) -> bool:
-        bases = type(client).__bases__
-        return original(client) or (issubclass(bases[0], _Layered) and bases[1:] in stood_for)
-
-    module._is_base_client = is_base_client  # noqa: SLF001 - likewise
-
-
-_stand_for_the_sdks()
+internals.count_as_base_clients(AttemptsCached, anthropic.Anthropic, anthropic.AsyncAnthropic)
 for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anthropic.Anthropic)):
     equip(_kind, _sdk, credentials=CREDENTIALS, error=anthropic.AnthropicError)
 

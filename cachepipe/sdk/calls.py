@@ -23,7 +23,8 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import NotStored, TooManySamples
 from cachepipe.portal import check_elsewhere, submit
 from cachepipe.providers import info
-from cachepipe.providers.exchange import Answer, Exchange, Surface, check_size, id_header
+from cachepipe.providers.exchange import Exchange, Surface, check_size, id_header
+from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.providers.stream_recorder import SyncRecordedStream
 from cachepipe.sdk import internals
@@ -114,9 +115,9 @@ class ClientCall(Exchange):
         if place is None:
             place = internals.url_of(client, options, body), internals.sent_headers(client, options)
         self.url, headers = place
-        self.context = contextvars.copy_context()
+        self.context: contextvars.Context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
-        self.receive = client._receive  # noqa: SLF001 - its other half
+        self.receive = client._receive  # noqa: SLF001 - it is ours
         super().__init__(
             surface,
             api,
@@ -159,7 +160,11 @@ class ClientCall(Exchange):
             client, surface, cast_to, options, api=api, body=body, asks=asks, mode=mode, using=using, **how
         )
 
-    def arrived(self, answer: Answer) -> Received:
+    def answer(self) -> Any:
+        """Return a coroutine that draws the samples and returns the answer."""
+        return self.drawn()
+
+    def received(self, answer: Answer) -> Received:
         """Return an answer in the form that the SDK parses."""
         self.kept = answer.kept
         arrived, content = answer.arrived, answer.content
@@ -206,8 +211,8 @@ class SyncClientCall(ClientCall):
         self._lock = threading.Lock()
         self._idle = True
 
-    def wait(self) -> Answer:
-        """Return the result of `drawn`; this thread makes the calls while it waits."""
+    def answer(self) -> Answer:
+        """Draw the samples and return the answer; this thread makes the calls while it waits."""
         work = self.drawn()
         check_elsewhere(work)
         future = submit(work)

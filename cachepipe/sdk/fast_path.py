@@ -3,8 +3,8 @@
 A ``create()`` spends three quarters of its time on the transformation of its parameters, and most of the rest
 on a response object that is not used. If all arguments are JSON values, the transformed body equals the
 arguments. So the first call with a set of parameters takes the SDK's normal path, and this module learns the
-result (the options of the request, the order of the body's fields) as a `Shape`. Later calls with the same
-parameters use the shape. All other calls take the SDK's normal path.
+result (the options of the request, the order of the body's fields) as a `CallShape`. Later calls with the
+same parameters use the shape. All other calls take the SDK's normal path.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ import orjson
 
 from cachepipe import context, wire
 from cachepipe.errors import TooManySamples
+from cachepipe.portal import run_now
 from cachepipe.providers import info
 from cachepipe.providers.exchange import (
-    Answer,
     body_from,
     check_size,
     questions_of,
 )
+from cachepipe.providers.generation import Answer
 from cachepipe.sdk import internals
-from cachepipe.sdk.calls import STRICT, ClientCall, SyncClientCall
+from cachepipe.sdk.calls import STRICT, ClientCall
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
 """The resources with a fast path for ``create``."""
 
 
-class Shape(NamedTuple):
+class CallShape(NamedTuple):
     """What the SDK makes of a call with a set of parameters.
 
     Attributes:
@@ -52,12 +53,12 @@ class Shape(NamedTuple):
     added: Mapping[str, Any]
 
 
-class Lesson:
+class ObservedCall:
     """A call on the SDK's normal path, from which a shape may be learned."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.arguments = arguments
-        self.shape: Shape | None = None
+        self.shape: CallShape | None = None
 
     def learn(self, cast_to: Any, options: Any, *, stream: bool) -> None:
         """Learn the shape of the call, if its arguments can be recognised in the body."""
@@ -74,11 +75,13 @@ class Lesson:
             body[name] != value for name, value in self.arguments.items()
         ):
             return
-        self.shape = Shape(internals.with_body(options, {}), cast_to, api, tuple(body), added)
+        self.shape = CallShape(internals.with_body(options, {}), cast_to, api, tuple(body), added)
 
 
-lesson: contextvars.ContextVar[Lesson | None] = contextvars.ContextVar("cachepipe_lesson", default=None)
-"""The lesson of the call that is being made."""
+observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
+    "cachepipe_observed", default=None
+)
+"""The call that is being made."""
 
 
 def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
@@ -96,88 +99,57 @@ def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
 def _fast_class(kind: Any) -> Any:
     """Return a subclass of a resource's class with the fast path for ``create``."""
     own = kind.create
-    make = _async_create if inspect.iscoroutinefunction(inspect.unwrap(own)) else _sync_create
-    create = functools.wraps(own)(make(kind, own))
+    create = _create(kind, own)
+    if not inspect.iscoroutinefunction(inspect.unwrap(own)):
+        create = run_now(create)
+    functools.update_wrapper(create, own)
     about = {"create": create, "__doc__": kind.__doc__, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), {**about, "__qualname__": kind.__qualname__})
 
 
-def _async_create(kind: Any, own: Any) -> Callable[..., Any]:
-    shapes: dict[tuple[str, ...], Shape] = {}
+def _create(kind: Any, own: Any) -> Callable[..., Any]:
+    """Return a ``create`` method with the fast path, as a coroutine function."""
+    shapes: dict[tuple[str, ...], CallShape] = {}
 
     async def create(self: Any, **arguments: Any) -> Any:
+        client = internals.client_of(self)
+        settled = client._settled  # noqa: SLF001 - it is ours
         if kind.create is not own:  # somebody has put something in front of it since
-            return await kind.create(self, **arguments)
+            return await settled(kind.create(self, **arguments))
         given = internals.given(arguments)
         shape = shapes.get(tuple(given))
         if shape is None:
-            taught = Lesson(given)
-            token = lesson.set(taught)
+            taught = ObservedCall(given)
+            token = observed.set(taught)
             try:
-                return await own(self, **arguments)
+                return await settled(own(self, **arguments))
             finally:
-                lesson.reset(token)
-                _note_shape(shapes, taught)
-        begun = _begin(ClientCall, internals.client_of(self), shape, given)
+                observed.reset(token)
+                if taught.shape is not None and len(shapes) < _MOST_SHAPES:
+                    shapes[tuple(given)] = taught.shape
+        begun = _begin(client, shape, given)
         if begun is None:
-            return await own(self, **arguments)
+            return await settled(own(self, **arguments))
         made, call, answer = begun
         if call is None:
             return made
         if answer is None:
-            answer = await call.drawn()
+            answer = await settled(call.answer())
         made = _built(call, answer)
         if made is None:
-            made = await call.client._processed(call, answer)  # noqa: SLF001 - it is ours
+            made = await client._parsed(call, answer)  # noqa: SLF001 - it is ours
         return made
 
     return create
 
 
-def _sync_create(kind: Any, own: Any) -> Callable[..., Any]:
-    shapes: dict[tuple[str, ...], Shape] = {}
-
-    def create(self: Any, **arguments: Any) -> Any:
-        if kind.create is not own:
-            return kind.create(self, **arguments)
-        given = internals.given(arguments)
-        shape = shapes.get(tuple(given))
-        if shape is None:
-            taught = Lesson(given)
-            token = lesson.set(taught)
-            try:
-                return own(self, **arguments)
-            finally:
-                lesson.reset(token)
-                _note_shape(shapes, taught)
-        begun = _begin(SyncClientCall, internals.client_of(self), shape, given)
-        if begun is None:
-            return own(self, **arguments)
-        made, call, answer = begun
-        if call is None:
-            return made
-        if answer is None:
-            answer = call.wait()
-        made = _built(call, answer)
-        if made is None:
-            made = call.client._processed(call, answer)  # noqa: SLF001 - it is ours
-        return made
-
-    return create
-
-
-def _note_shape(shapes: dict[tuple[str, ...], Shape], taught: Lesson) -> None:
-    if taught.shape is not None and len(shapes) < _MOST_SHAPES:
-        shapes[tuple(taught.arguments)] = taught.shape
-
-
-def _begin(kind: type[ClientCall], client: Any, shape: Shape, given: Mapping[str, Any]) -> Any:
+def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     """Begin a call with these arguments; return None if the SDK must handle them.
 
     Returns:
         The SDK's object, if all of it is known; else None, the call, and the answer if it is known.
     """
-    surface = client._cachepipe  # noqa: SLF001 - it is ours
+    surface, kind = client._cachepipe, client._call_class  # noqa: SLF001 - they are ours
     using = context.current()
     mode = using.mode_of(surface.mode)
     if mode == "bypass" or surface.backing.closed or internals.is_strict(client):

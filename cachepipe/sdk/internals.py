@@ -147,15 +147,13 @@ def sent_once(options: Any) -> Any:
 
 
 def traces_itself(client: Any) -> bool:
-    """Return True if the SDK can make spans of its own: anthropic 2 and later."""
-    kind: type = type(client)
-    return _traces_itself(kind)
+    """Return True if the SDK can make spans of its own, as those do that make attempts."""
+    return _traces_itself(kind_of(client))
 
 
 @functools.lru_cache(maxsize=64)
 def _traces_itself(kind: type) -> bool:
-    sdks = [base for base in kind.__mro__ if not base.__module__.startswith("cachepipe.")]
-    return any("_attempt_request" in vars(base) for base in sdks)
+    return any(makes_attempts(base) for base in kind.__mro__ if base.__module__.partition(".")[0] in _ERRORS)
 
 
 def own_retries(client: Any, options: Any) -> int | None:
@@ -170,6 +168,44 @@ def overridden(client: Any, cast_to: Any, options: Any) -> tuple[Any, Any]:
     """Return the type into which a response is parsed, and the options for it, as a copy."""
     options = options.model_copy()
     return client._maybe_override_cast_to(cast_to, options), options  # noqa: SLF001 - this is the place
+
+
+def process(sdk: Any, response: Any, details: Mapping[str, Any]) -> Any:
+    """Have the SDK parse a response; ``sdk`` is what ``super()`` returns in a client's class."""
+    return sdk._process_response(response=response, **details)  # noqa: SLF001 - this is the place
+
+
+def makes_attempts(sdk: Any) -> bool:
+    """Return True if an SDK has a method that makes one attempt of a call: anthropic 2 and later."""
+    return hasattr(sdk, "_attempt_request")
+
+
+def attempt(sdk: Any, options: Any, details: Mapping[str, Any]) -> Any:
+    """Have the SDK make one attempt of a call; ``sdk`` is what ``super()`` returns in a client's class."""
+    return sdk._attempt_request(options, **details)  # noqa: SLF001 - this is the place
+
+
+def count_as_base_clients(mixin: type, *kinds: type) -> None:
+    """Make Anthropic's SDK look for credentials of cached clients as it does for its own classes.
+
+    It recognises its classes by their exact type. Without this it would look neither for profiles nor for
+    workload identity.
+
+    Args:
+        mixin: goes in front of the SDK's class in each cached class.
+        kinds: the SDK's classes.
+    """
+    module: Any = importlib.import_module("anthropic._client")
+    original = getattr(module, "_is_base_client", None)
+    if original is None:  # older versions know no such credentials
+        return
+
+    @functools.wraps(original)
+    def is_base_client(client: object) -> bool:
+        first, *others = type(client).__bases__
+        return original(client) or (issubclass(first, mixin) and others in [[kind] for kind in kinds])
+
+    module._is_base_client = is_base_client  # noqa: SLF001 - likewise
 
 
 def made_details(client: Any, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> dict[str, Any]:

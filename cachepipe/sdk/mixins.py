@@ -6,36 +6,34 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import operator
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any, Final, Self
 
 from cachepipe import context, outages
 from cachepipe.flow.flow import Flow, Passage
-from cachepipe.portal import in_portal, submit
+from cachepipe.portal import in_portal, run_now, submit
 from cachepipe.providers import info
-from cachepipe.providers.exchange import CLOSING_SECONDS, Answer, Surface
+from cachepipe.providers.exchange import CLOSING_SECONDS, Surface
+from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.sdk import fast_path, internals
 from cachepipe.sdk.calls import ClientCall, SyncClientCall, body_of, receiving
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.sdk.options import CacheOptions
 
-OURS: Final = ("cache", "namespace", "mode", "scope", "repeat", "service")
+_OPTIONS: Final = typing.get_type_hints(CacheOptions)
+_DEFAULTS: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(_OPTIONS),
+    "mode": "read-write",
+    "repeat": "fresh",
+}
+OURS: Final = tuple(_OPTIONS)
 """The parameters of a cached client in addition to the SDK's."""
 NO_KEY: Final = "none-needed-to-replay"
 """The API key of a client in replay mode if the caller gives none."""
-
-_OPTIONS: Final[Mapping[str, tuple[Any, Any]]] = {
-    "cache": (Any, None),
-    "namespace": (str | None, None),
-    "mode": (Mode, "read-write"),
-    "scope": (str | None, None),
-    "repeat": (Repeat, "fresh"),
-    "service": (Any, None),
-}
-
 
 _CACHESAVERS: Final = {
     "cachedir": "use cache=, which takes the same folder",
@@ -44,8 +42,8 @@ _CACHESAVERS: Final = {
 }
 """The parameters of CacheSaver's clients, and what to write instead."""
 
-_arriving: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
-    "cachepipe_arriving", default=None
+_responses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "cachepipe_responses", default=None
 )
 """Gets the response of an uncached call, for the flow control to learn from."""
 
@@ -61,16 +59,108 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         internals.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
-class _Cached(outages.OutageReports):
-    """What synchronous and asynchronous clients have in common."""
+class Cached(outages.OutageReports):
+    """Goes in front of a client's class, with `AsyncCached` or `SyncCached`.
+
+    Each method is a coroutine that serves both kinds of clients. In a synchronous client it never waits,
+    because what it awaits is there already, and `run_now` makes a plain method of it.
+
+    Attributes:
+        _call_class: the class of the client's calls.
+    """
 
     _cachepipe: Surface
+    _call_class: type[ClientCall]
 
     def in_namespace(self, namespace: str | None) -> Self:
         """Return this client in another namespace; the two share connections, cache and calls in flight."""
         client: Any = self
         twin: Self = client.copy(cache=self._cachepipe.named(namespace))
         return twin
+
+    def _settled(self, step: Any) -> Awaitable[Any]:
+        """Return an awaitable of what a step of the client's kind returns: its coroutine, or its result."""
+        raise NotImplementedError
+
+    def _within_limits(self, flow: Flow, make: Callable[[], Any], **about: Any) -> Any:
+        """Make a call within the limits of a flow control; return a step of the client's kind."""
+        raise NotImplementedError
+
+    def _read(self, response: Any) -> Any:
+        """Read the body of a response; return a step of the client's kind."""
+        raise NotImplementedError
+
+    async def request(
+        self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
+    ) -> Any:
+        """Return what the SDK makes of the answer, from the cache or not."""
+        observed = fast_path.observed.get()
+        if observed is not None:
+            observed.learn(cast_to, options, stream=stream)
+        how = {"stream": stream, "stream_cls": stream_cls}
+        call = self._call_class.of(self, self._cachepipe, cast_to, options, **how)
+        if call is not None:
+            return await self._parsed(call, call.known() or await self._settled(call.answer()))
+        sdk: Any = super()
+        token = receiving.set(None)
+        try:
+            with self._explaining():
+                return await self._uncached(
+                    sdk.request, cast_to, options, stream=stream, stream_cls=stream_cls
+                )
+        finally:
+            receiving.reset(token)
+
+    async def _parsed(self, call: ClientCall, answer: Answer) -> Any:
+        """Return what the SDK makes of an answer."""
+        received = call.received(answer)
+        result = await self._settled(internals.process(super(), received.response, received.details))
+        if call.kept:
+            info.note(result, call.record)
+        return result
+
+    async def _uncached(self, request: Any, cast_to: Any, options: Any, **how: Any) -> Any:
+        """Make an uncached call; if it may generate something, within the service's limits."""
+        flow = self._limiting(options)
+        if flow is None:
+            return await self._settled(request(cast_to, options, **how))
+        once = internals.sent_once(options)
+        responses: list[Any] = []
+        token = _responses.set(responses)
+        try:
+            passage, result = await self._settled(
+                self._within_limits(flow, lambda: request(cast_to, once, **how), **self._passing(options))
+            )
+        finally:
+            _responses.reset(token)
+        _end(passage, responses, result)
+        return result
+
+    async def _receive(self, cast_to: Any, options: Any, **how: Any) -> Any:
+        """Make a call through the SDK and return its response as it arrives."""
+        sdk: Any = super()
+        token = receiving.set(self)
+        try:
+            with self._explaining():
+                return await self._settled(sdk.request(cast_to, options, **how))
+        finally:
+            receiving.reset(token)
+
+    async def _process_response(self, *, response: Any, **details: Any) -> Any:
+        if receiving.get() is self:
+            return await self._as_received(response, details, stream=details["stream"])
+        if (responses := _responses.get()) is not None:
+            responses[:] = [response]
+        return await self._settled(internals.process(super(), response, details))
+
+    async def _as_received(self, response: Any, details: dict[str, Any], *, stream: bool) -> Received:
+        """Return a response before the SDK parses it, with its body unless the caller wants a stream."""
+        if stream:
+            return Received(response, details)
+        if not internals.unread(self, response):
+            return Received(response, details, response.content)
+        content = await self._settled(self._read(response))
+        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
 
     @contextlib.contextmanager
     def _explaining(self, *, reached: bool = True) -> Iterator[None]:
@@ -99,94 +189,19 @@ class _Cached(outages.OutageReports):
         return {"body": body, "namespace": namespace, "max_retries": internals.own_retries(self, options)}
 
 
-class AsyncCached(_Cached):
+class AsyncCached(Cached):
     """Goes in front of an asynchronous client's class."""
 
-    async def request(
-        self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
-    ) -> Any:
-        """Return what the SDK makes of the answer, from the cache or not."""
-        sdk: Any = super()
-        taught = fast_path.lesson.get()
-        if taught is not None:
-            taught.learn(cast_to, options, stream=stream)
-        call = ClientCall.of(self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls)
-        if call is None:
-            token = receiving.set(None)
-            try:
-                with self._explaining():
-                    return await self._uncached(sdk.request, cast_to, options, stream, stream_cls)
-            finally:
-                receiving.reset(token)
-        answer = call.known()
-        if answer is None:
-            answer = await call.drawn()
-        return await self._processed(call, answer)
+    _call_class = ClientCall
+    _read: Any = operator.methodcaller("aread")
 
-    async def _processed(self, call: ClientCall, answer: Answer) -> Any:
-        """Return what the SDK makes of an answer."""
-        sdk: Any = super()
-        arrived = call.arrived(answer)
-        result = await sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
-        if call.kept:
-            info.note(result, call.record)
-        return result
+    def _settled(self, step: Awaitable[Any]) -> Awaitable[Any]:
+        """Return the step itself: it is an awaitable."""
+        return step
 
-    async def _uncached(self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any) -> Any:
-        """Make an uncached call; if it may generate something, within the service's limits."""
-        flow = self._limiting(options)
-        if flow is None:
-            return await request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        once = internals.sent_once(options)
-        responses: list[Any] = []
-        token = _arriving.set(responses)
-        try:
-            passage, result = await flow.call(
-                lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls), **self._passing(options)
-            )
-        finally:
-            _arriving.reset(token)
-        _end(passage, responses, result)
-        return result
-
-    async def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
-        """Make a call through the SDK and return its response as it arrives."""
-        sdk: Any = super()
-        token = receiving.set(self)
-        try:
-            with self._explaining():
-                return await sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        finally:
-            receiving.reset(token)
-
-    async def _process_response(
-        self,
-        *,
-        cast_to: Any,
-        options: Any,
-        response: Any,
-        stream: bool,
-        stream_cls: Any,
-        retries_taken: int = 0,
-    ) -> Any:
-        details = {
-            "cast_to": cast_to,
-            "options": options,
-            "stream": stream,
-            "stream_cls": stream_cls,
-            "retries_taken": retries_taken,
-        }
-        if receiving.get() is not self:
-            if (responses := _arriving.get()) is not None:
-                responses[:] = [response]
-            sdk: Any = super()
-            return await sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
-        if stream:
-            return Received(response, details)
-        if not internals.unread(self, response):
-            return Received(response, details, response.content)
-        content = await response.aread()
-        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
+    def _within_limits(self, flow: Flow, make: Callable[[], Any], **about: Any) -> Any:
+        """Return a coroutine that makes a call within the limits of a flow control."""
+        return flow.call(make, **about)
 
     async def close(self, *, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
         """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
@@ -200,104 +215,25 @@ class AsyncCached(_Cached):
         await sdk.close()
 
 
-class SyncCached(_Cached):
+class SyncCached(Cached):
     """Goes in front of a synchronous client's class."""
 
-    def request(self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None) -> Any:
-        """Return what the SDK makes of the answer, from the cache or not."""
-        sdk: Any = super()
-        taught = fast_path.lesson.get()
-        if taught is not None:
-            taught.learn(cast_to, options, stream=stream)
-        call = SyncClientCall.of(
-            self, self._cachepipe, cast_to, options, stream=stream, stream_cls=stream_cls
-        )
-        if call is None:
-            token = receiving.set(None)
-            try:
-                with self._explaining():
-                    return self._uncached(sdk.request, cast_to, options, stream, stream_cls)
-            finally:
-                receiving.reset(token)
-        answer = call.known()
-        if answer is None:
-            answer = call.wait()
-        return self._processed(call, answer)
+    _call_class = SyncClientCall
+    _read: Any = operator.methodcaller("read")
+    request = run_now(Cached.request)
+    _receive = run_now(Cached._receive)  # noqa: SLF001 - its own base
+    _process_response = run_now(Cached._process_response)  # noqa: SLF001 - its own base
 
-    def _processed(self, call: ClientCall, answer: Answer) -> Any:
-        """Return what the SDK makes of an answer."""
-        sdk: Any = super()
-        arrived = call.arrived(answer)
-        result = sdk._process_response(response=arrived.response, **arrived.details)  # noqa: SLF001 - see seam
-        if call.kept:
-            info.note(result, call.record)
-        return result
+    async def _settled(self, step: Any) -> Any:
+        """Return the result of a step, which is there already."""
+        return step
 
-    def _uncached(self, request: Any, cast_to: Any, options: Any, stream: bool, stream_cls: Any) -> Any:
-        """Make an uncached call; if it may generate something, within the service's limits."""
-        flow = self._limiting(options)
-        if flow is None:
-            return request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        once = internals.sent_once(options)
-        responses: list[Any] = []
-        token = _arriving.set(responses)
-        try:
-            passage, result = flow.call_in_thread(
-                lambda: request(cast_to, once, stream=stream, stream_cls=stream_cls),
-                wait=in_portal,
-                **self._passing(options),
-            )
-        finally:
-            _arriving.reset(token)
-        _end(passage, responses, result)
-        return result
-
-    def _receive(self, cast_to: Any, options: Any, *, stream: bool, stream_cls: Any) -> Any:
-        """Make a call through the SDK and return its response as it arrives."""
-        sdk: Any = super()
-        token = receiving.set(self)
-        try:
-            with self._explaining():
-                return sdk.request(cast_to, options, stream=stream, stream_cls=stream_cls)
-        finally:
-            receiving.reset(token)
-
-    def _process_response(
-        self,
-        *,
-        cast_to: Any,
-        options: Any,
-        response: Any,
-        stream: bool,
-        stream_cls: Any,
-        retries_taken: int = 0,
-    ) -> Any:
-        details = {
-            "cast_to": cast_to,
-            "options": options,
-            "stream": stream,
-            "stream_cls": stream_cls,
-            "retries_taken": retries_taken,
-        }
-        if receiving.get() is not self:
-            if (responses := _arriving.get()) is not None:
-                responses[:] = [response]
-            sdk: Any = super()
-            return sdk._process_response(response=response, **details)  # noqa: SLF001 - see seam
-        if stream:
-            return Received(response, details)
-        if not internals.unread(self, response):
-            return Received(response, details, response.content)
-        content = response.read()
-        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
+    def _within_limits(self, flow: Flow, make: Callable[[], Any], **about: Any) -> Any:
+        """Make a call within the limits of a flow control, in this thread."""
+        return flow.call_in_thread(make, wait=in_portal, **about)
 
     def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
-        """Wait for what is in flight, then close the connections, also those of copies, as the SDK does.
-
-        Args:
-            timeout: the longest time in seconds to wait for the rest of streams that their readers left; a
-                stream that has not ended by then is not cached.
-        """
+        """Wait for what is in flight, then close the connections; see `AsyncCached.close`."""
         surface = getattr(self, "_cachepipe", None)
         if surface is not None and not surface.backing.closed and not sys.is_finalizing():
             submit(surface.backing.close(timeout)).result()
@@ -322,7 +258,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     def __init__(self: Any, **options: Any) -> None:  # noqa: N807 - it becomes the constructor
         for name in _CACHESAVERS.keys() & options.keys():
             raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
-        ours = {name: options.pop(name, default) for name, (_, default) in _OPTIONS.items()}
+        ours = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
         cache = ours.pop("cache")
         surface = cache if isinstance(cache, Surface) else None
         replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
@@ -357,13 +293,10 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
         extra = {**options.pop("_extra_kwargs", {}), "cache": surface}
         return sdk.copy(self, **options, _extra_kwargs=extra)
 
-    _sign(__init__, sdk.__init__, _OPTIONS, kind)
+    _sign(__init__, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
     kind.__init__ = __init__
-    own = {
-        name: (annotation if annotation is Any else annotation | type(missing), missing)
-        for name, (annotation, _) in _OPTIONS.items()
-    }
-    _sign(copy, sdk.copy, own, kind)
+    may_miss = {name: hint if hint is Any else hint | type(missing) for name, hint in _OPTIONS.items()}
+    _sign(copy, sdk.copy, {name: (hint, missing) for name, hint in may_miss.items()}, kind)
     kind.copy = kind.with_options = copy
     fast_path.equip(kind, sdk)
 

@@ -3,18 +3,54 @@
 ``client = OpenAI(cache="caches/exp", namespace="run-1")``
 
 The constructor and ``copy`` are made at import from those of the installed SDK. Type checkers see the
-signatures of openai 3, which are written out here.
+parameters of openai 3, which are listed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import openai
 
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.sdk.options import ClientOptions, CopyOptions
+
+Key = TypeVar("Key")
+"""The result of a function that stands for an API key: text, or an awaitable of it."""
+
+
+class _Account(TypedDict, Generic[Key], total=False):
+    api_key: str | Callable[[], Key] | None
+    admin_api_key: str | None
+    workload_identity: Any
+    organization: str | None
+    project: str | None
+    webhook_secret: str | None
+    websocket_base_url: Any
+    timeout: float | openai.Timeout | openai.NotGiven | None
+    _enforce_credentials: bool | None
+
+
+class _Platform(_Account[Key], total=False):
+    provider: Any
+    data_residency: Any
+
+
+class _Options(ClientOptions, _Platform[Key], total=False):
+    """The parameters of the constructors."""
+
+
+class _CopyOptions(CopyOptions, _Platform[Key], total=False):
+    """The parameters of ``copy``."""
+
+
+class _AzureOptions(ClientOptions, _Account[Key], total=False):
+    azure_endpoint: str | None
+    azure_deployment: str | None
+    api_version: str | None
+    azure_ad_token: str | None
+    azure_ad_token_provider: Callable[[], str | Key] | None
 
 
 class AsyncOpenAI(AsyncCached, openai.AsyncOpenAI):
@@ -32,63 +68,9 @@ class AsyncOpenAI(AsyncCached, openai.AsyncOpenAI):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            api_key: str | Callable[[], Awaitable[str]] | None = None,
-            admin_api_key: str | None = None,
-            workload_identity: Any = None,
-            organization: str | None = None,
-            project: str | None = None,
-            webhook_secret: str | None = None,
-            provider: Any = None,
-            base_url: Any = openai.not_given,
-            data_residency: Any = None,
-            websocket_base_url: Any = None,
-            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
-            max_retries: int = openai.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            http_client: Any = None,
-            _strict_response_validation: bool = False,
-            _enforce_credentials: bool = True,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_Options[Awaitable[str]]]) -> None: ...
 
-        def copy(
-            self,
-            *,
-            api_key: str | Callable[[], Awaitable[str]] | None = None,
-            admin_api_key: str | None = None,
-            workload_identity: Any = None,
-            provider: Any = openai.not_given,
-            organization: str | None = None,
-            project: str | None = None,
-            webhook_secret: str | None = None,
-            websocket_base_url: Any = None,
-            base_url: Any = openai.not_given,
-            data_residency: Any = None,
-            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
-            http_client: Any = None,
-            max_retries: int | openai.NotGiven = openai.not_given,
-            default_headers: Mapping[str, str] | None = None,
-            set_default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            set_default_query: Mapping[str, object] | None = None,
-            _enforce_credentials: bool | None = None,
-            _extra_kwargs: Mapping[str, Any] = ...,
-            cache: Any = openai.not_given,
-            namespace: str | openai.NotGiven | None = openai.not_given,
-            mode: Mode | openai.NotGiven = openai.not_given,
-            scope: str | openai.NotGiven | None = openai.not_given,
-            repeat: Repeat | openai.NotGiven = openai.not_given,
-            service: Any = openai.not_given,
-        ) -> Self:
+        def copy(self, **options: Unpack[_CopyOptions[Awaitable[str]]]) -> Self:
             """Return a client with the same options except those given; it shares connections and cache."""
             ...
 
@@ -100,63 +82,9 @@ class OpenAI(SyncCached, openai.OpenAI):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            api_key: str | Callable[[], str] | None = None,
-            admin_api_key: str | None = None,
-            workload_identity: Any = None,
-            organization: str | None = None,
-            project: str | None = None,
-            webhook_secret: str | None = None,
-            provider: Any = None,
-            base_url: Any = openai.not_given,
-            data_residency: Any = None,
-            websocket_base_url: Any = None,
-            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
-            max_retries: int = openai.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            http_client: Any = None,
-            _strict_response_validation: bool = False,
-            _enforce_credentials: bool = True,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_Options[str]]) -> None: ...
 
-        def copy(
-            self,
-            *,
-            api_key: str | Callable[[], str] | None = None,
-            admin_api_key: str | None = None,
-            workload_identity: Any = None,
-            provider: Any = openai.not_given,
-            organization: str | None = None,
-            project: str | None = None,
-            webhook_secret: str | None = None,
-            websocket_base_url: Any = None,
-            base_url: Any = openai.not_given,
-            data_residency: Any = None,
-            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
-            http_client: Any = None,
-            max_retries: int | openai.NotGiven = openai.not_given,
-            default_headers: Mapping[str, str] | None = None,
-            set_default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            set_default_query: Mapping[str, object] | None = None,
-            _enforce_credentials: bool | None = None,
-            _extra_kwargs: Mapping[str, Any] = ...,
-            cache: Any = openai.not_given,
-            namespace: str | openai.NotGiven | None = openai.not_given,
-            mode: Mode | openai.NotGiven = openai.not_given,
-            scope: str | openai.NotGiven | None = openai.not_given,
-            repeat: Repeat | openai.NotGiven = openai.not_given,
-            service: Any = openai.not_given,
-        ) -> Self:
+        def copy(self, **options: Unpack[_CopyOptions[str]]) -> Self:
             """Return a client with the same options except those given; it shares connections and cache."""
             ...
 
@@ -168,33 +96,7 @@ class AsyncAzureOpenAI(AsyncCached, openai.AsyncAzureOpenAI):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            azure_endpoint: str | None = None,
-            azure_deployment: str | None = None,
-            api_version: str | None = None,
-            api_key: str | Callable[[], Awaitable[str]] | None = None,
-            azure_ad_token: str | None = None,
-            azure_ad_token_provider: Callable[[], str | Awaitable[str]] | None = None,
-            organization: str | None = None,
-            project: str | None = None,
-            webhook_secret: str | None = None,
-            websocket_base_url: Any = None,
-            base_url: str | None = None,
-            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
-            max_retries: int = openai.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            http_client: Any = None,
-            _strict_response_validation: bool = False,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_AzureOptions[Awaitable[str]]]) -> None: ...
 
 
 class AzureOpenAI(SyncCached, openai.AzureOpenAI):
@@ -202,33 +104,7 @@ class AzureOpenAI(SyncCached, openai.AzureOpenAI):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            azure_endpoint: str | None = None,
-            azure_deployment: str | None = None,
-            api_version: str | None = None,
-            api_key: str | Callable[[], str] | None = None,
-            azure_ad_token: str | None = None,
-            azure_ad_token_provider: Callable[[], str] | None = None,
-            organization: str | None = None,
-            project: str | None = None,
-            webhook_secret: str | None = None,
-            websocket_base_url: Any = None,
-            base_url: str | None = None,
-            timeout: float | openai.Timeout | openai.NotGiven | None = openai.not_given,
-            max_retries: int = openai.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            http_client: Any = None,
-            _strict_response_validation: bool = False,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_AzureOptions[str]]) -> None: ...
 
 
 for _kind, _sdk in (

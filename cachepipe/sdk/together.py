@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import together
 
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.sdk.options import ClientOptions
 
 if not hasattr(together, "TogetherError"):
     raise ImportError(
@@ -16,6 +15,12 @@ if not hasattr(together, "TogetherError"):
         " are not made as those of later versions are. Upgrade it, or use cachepipe.sdk.OpenAI(base_url="
         '"https://api.together.xyz/v1", api_key=...), which asks the same server'
     )
+
+
+class _Options(ClientOptions, total=False):
+    project_id: str | None
+    api_key: str | None
+    timeout: float | together.Timeout | together.NotGiven | None
 
 
 class AsyncTogether(AsyncCached, together.AsyncTogether):
@@ -33,25 +38,7 @@ class AsyncTogether(AsyncCached, together.AsyncTogether):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            project_id: str | None = None,
-            api_key: str | None = None,
-            base_url: Any = None,
-            timeout: float | together.Timeout | together.NotGiven | None = together.not_given,
-            max_retries: int = together.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            http_client: Any = None,
-            _strict_response_validation: bool = False,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_Options]) -> None: ...
 
 
 class Together(SyncCached, together.Together):
@@ -59,25 +46,7 @@ class Together(SyncCached, together.Together):
 
     if TYPE_CHECKING:
 
-        def __init__(
-            self,
-            *,
-            project_id: str | None = None,
-            api_key: str | None = None,
-            base_url: Any = None,
-            timeout: float | together.Timeout | together.NotGiven | None = together.not_given,
-            max_retries: int = together.DEFAULT_MAX_RETRIES,
-            default_headers: Mapping[str, str] | None = None,
-            default_query: Mapping[str, object] | None = None,
-            http_client: Any = None,
-            _strict_response_validation: bool = False,
-            cache: Any = None,
-            namespace: str | None = None,
-            mode: Mode = "read-write",
-            scope: str | None = None,
-            repeat: Repeat = "fresh",
-            service: Any = None,
-        ) -> None: ...
+        def __init__(self, **options: Unpack[_Options]) -> None: ...
 
 
 for _kind, _sdk in ((AsyncTogether, together.AsyncTogether), (Together, together.Together)):

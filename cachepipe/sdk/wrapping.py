@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from cachepipe.providers.exchange import Surface
 from cachepipe.sdk import internals
-from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
 
 C = TypeVar("C")
@@ -53,7 +53,7 @@ def wrap(
 
 def _checked(client: Any) -> Any:
     kind: Any = type(client)
-    if isinstance(client, AsyncCached | SyncCached):
+    if isinstance(client, Cached):
         raise TypeError(
             f"this {kind.__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
         )
@@ -64,7 +64,7 @@ def _checked(client: Any) -> Any:
             f"got {client!r:.200} of {kind.__module__}"
         )
     if package == "anthropic":
-        _layered().check_wrappable(kind)
+        _anthropic().check_wrappable(kind)
     name = internals.replaced(client)
     if name is not None:
         raise TypeError(
@@ -74,7 +74,7 @@ def _checked(client: Any) -> Any:
     return kind
 
 
-def _layered() -> Any:
+def _anthropic() -> Any:
     """Return the module of Anthropic's clients; the other clients do not need it."""
     return importlib.import_module("cachepipe.sdk.anthropic")
 
@@ -86,9 +86,9 @@ def _cached_class(kind: Any) -> Any:
     mixin: Any = AsyncCached if asynchronous else SyncCached
     credentials: dict[str, Any] = {"api_key": NO_KEY}
     if internals.package_of(kind) == "anthropic":
-        layered = _layered()
-        mixin = layered.AsyncLayered if asynchronous else layered.SyncLayered
-        credentials = layered.CREDENTIALS
+        ours = _anthropic()
+        mixin = ours.AsyncAttemptsCached if asynchronous else ours.SyncAttemptsCached
+        credentials = ours.CREDENTIALS
     about = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     made = type(kind.__name__, (mixin, kind), about)
     equip(made, kind, credentials=credentials, error=internals.error_of(kind))

@@ -43,7 +43,7 @@ except ImportError:  # Windows
 
 
 _FOLDER = "leases.cache.db"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}-[0-9]{1,20}-[0-9a-f]{12}")
+_NAME = re.compile(r"([A-Za-z0-9_.-]{1,100})-([0-9]{1,20})-[0-9a-f]{12}")
 _NOT_THERE = frozenset({errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENXIO})
 _guard = threading.Lock()
 _held: dict[Path, Lease] = {}
@@ -145,13 +145,15 @@ def alive(folder: Path, name: str) -> bool:
 
 def process(name: str) -> Process:
     """Return the process whose lease has this name."""
-    host, _, pid = name.rpartition("-")[0].rpartition("-")
-    state = ""
-    if host == socket.gethostname() and pid.isdecimal():
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return Process("an unknown process")
+    host, pid, state = match[1], match[2], ""
+    if host == socket.gethostname():
         with contextlib.suppress(OSError):  # it has ended, or the system has no such files
             # The name of the program stands in parentheses, and may hold anything.
             state = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0]
-    return Process(f"process {pid:.20} on host {host:.80}", stopped=state in ("T", "t"))
+    return Process(f"process {pid} on host {host:.80}", stopped=state in ("T", "t"))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import allot, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
-from cachepipe.contract.intervals import IndexSet, IntervalSet, Union
+from cachepipe.contract.intervals import IndexSet, IntervalSet, Union, covered
 from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
 from cachepipe.stores import identity, leases, tables
@@ -687,20 +687,20 @@ class SqlStore:
             key=operator.itemgetter(0),
         )
         at, held = next(taken, (None, ()))
-        for key, name, scope in ledger.execute("SELECT id, key, scope FROM keys ORDER BY id"):
+        number, all_held = 0, IntervalSet()
+        for key, name, scope, place, *row in shelf.execute(tables.ALL_SAMPLES):
             while at is not None and at < key:
                 at, held = next(taken, (None, ()))
-            intervals = [(start, stop) for _, start, stop in held] if at == key else []
-            for place, *row in shelf.execute(tables.OF_KEY, (f"{name}/", f"{name}0")):
-                try:
-                    index = int(place[len(name) + 1 :])
-                    header, gone = tables.header_of(name, index, *row)
-                except ValueError:  # not a sample's row
-                    continue
-                except (DamagedCache, UnsafeRow):
-                    header, gone = b"", True
-                is_held = not gone and any(start <= index < stop for start, stop in intervals)
-                yield Bought(scope, header, is_held)
+            if key != number:
+                number, all_held = key, covered(interval[1:] for interval in held if key == at)
+            try:
+                index = int(place[len(name) + 1 :])
+                header, gone = tables.header_of(name, index, *row)
+            except ValueError:  # not a sample's row
+                continue
+            except (DamagedCache, UnsafeRow):
+                header, gone = b"", True
+            yield Bought(scope, header, not gone and index in all_held)
 
     @_reads
     def totals(self) -> dict[str, int]:

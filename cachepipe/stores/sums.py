@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import threading
 import weakref
-from collections import Counter, deque
+from collections import deque
 from typing import Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from cachepipe.accounting import SOLD, Statement, sold_in, usage_sold
+from cachepipe.accounting import Statement, sold_in, usage_sold
 from cachepipe.contract.draws import label
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import Grant, Note, Store
@@ -168,9 +169,7 @@ class Deliveries:
                 del self._known[place]
                 continue
             run, namespace, scope = place
-            delivered = note_of(run, namespace).delivered
-            for sold, times in Counter([header[header.rfind(SOLD) :] for header in taken]).items():
-                delivered.add([usage_sold(sold_in(sold))], [True], scope or "", times=times)
+            note_of(run, namespace).delivered.add_hits(taken, scope or "")
         return list(notes.values())
 
 
@@ -238,11 +237,17 @@ def statements(store: Store) -> dict[str, Statement]:
         statement.delivered.join(note.delivered)
         statement.spent.join(note.delivered.unstored)
         statement.spent.join(note.unreported)
-    for scope, header, held in store.bought():
-        statement, usages = of(_namespace_in(header)), [usage_sold(sold_in(header))]
-        statement.spent.spend(usages, scope or "")
-        if held:
-            statement.held.spend(usages, scope or "")
+    waiting: dict[tuple[str, str | None, bool], list[bytes]] = {}
+    bought = store.bought()
+    while each := list(itertools.islice(bought, MOST)):
+        for scope, header, held in each:
+            waiting.setdefault((_namespace_in(header), scope, held), []).append(header)
+        for (namespace, scope, held), headers in waiting.items():
+            statement = of(namespace)
+            statement.spent.add_all(headers, scope or "")
+            if held:
+                statement.held.add_all(headers, scope or "")
+        waiting.clear()
     return found
 
 

@@ -151,6 +151,11 @@ RECALL = (
     " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.replicate = ?5 AND s.namespace = ?6"
     " ORDER BY s.part"
 )
+ALL_SAMPLES = (
+    "SELECT k.id, k.key, k.scope, c.key, c.mode, c.filename, c.value FROM ledger.keys k"
+    " CROSS JOIN main.Cache c INDEXED BY Cache_key_raw ON c.raw = 1"
+    " AND c.key > k.key || '/' AND c.key < k.key || '0' ORDER BY k.id"
+)
 OWN_DIGESTS = (
     "SELECT digest FROM segments"
     " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? ORDER BY part"
@@ -177,7 +182,6 @@ SAMPLES = (
 PUT_DISCARDED = PUT.replace(
     "DO NOTHING", f"DO UPDATE SET mode = {RAW}, filename = NULL, value = excluded.value, expire_time = NULL"
 )
-OF_KEY = "SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key > ? AND key < ?"
 
 _LIVE = b"+"
 _GONE = b"-"

@@ -18,7 +18,7 @@ import orjson
 from cachepipe.accounting import Delivered
 from cachepipe.contract.allotment import Discarded, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import SHARED, Draw
-from cachepipe.contract.intervals import IndexSet, Union
+from cachepipe.contract.intervals import IndexSet, Union, changes
 from cachepipe.contract.keys import Question, trimmed
 from cachepipe.contract.undoing import Piece, fallen, settled
 from cachepipe.errors import DamagedCache, StoreError
@@ -756,14 +756,12 @@ class Transaction:
         gone: list[tuple[int, int, int]] = []
         new: list[tuple[int, int, int, int, bytes]] = []
         for (owner, key), known in self._dirty.items():
-            intervals, written = list(known), known.written
-            if intervals == written:
-                continue
-            gone += [(owner, key, interval[1]) for interval in written if interval not in intervals]
-            for start, stop in intervals:
-                if (start, stop) not in written:
-                    digest = tables.interval_digest(known.label, known.key, start, stop)
-                    new.append((owner, key, stop, start, digest))
+            intervals = list(known)
+            old, added = changes(known.written, intervals)
+            gone += [(owner, key, stop) for _, stop in old]
+            for start, stop in added:
+                digest = tables.interval_digest(known.label, known.key, start, stop)
+                new.append((owner, key, stop, start, digest))
             known.written = intervals
             if len(intervals) > SMALL:
                 self._memory.grown.append((owner, key))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from cachepipe.accounting import Account, Delivered
 from cachepipe.contract import keys
 from cachepipe.contract.allotment import DISCARDED, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
@@ -56,6 +57,7 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "discard": ("a sample is discarded in one of the two files only", REPAIR),
     "lease": ("a sample is noted as being generated, but not in order", REPAIR),
     "first": ("the note of a draw's earliest namespace is wrong", REPAIR),
+    "sums": ("a row of the sums of what was delivered is damaged", COPY),
 }
 """Per kind of problem, what is wrong and what to do about it."""
 
@@ -262,7 +264,7 @@ class _Check:
             with self._reading("the file of samples"):
                 size += self._one(self._shelf, "SELECT count(*) FROM Cache")
             with self._progress(size // _STEP + 1) as self._step:
-                for check in (self._check_questions, self._check_leases_and_firsts):
+                for check in (self._check_questions, self._check_leases_and_firsts, self._check_sums):
                     with self._reading("the ledger"):
                         check()
                 with self._reading("the file of samples"):
@@ -492,6 +494,19 @@ class _Check:
             (SHARED,),
         ):
             self._report.add("first", f"question {key}, request {request_id!r}")
+
+    def _check_sums(self) -> None:
+        for table, loads in (("sums", Delivered.loads), ("unreported", Account.loads)):
+            rows = self._ledger.execute(f"SELECT stamp, run, namespace, document, digest FROM {table}")
+            for stamp, *row in rows:
+                self._passed()
+                try:
+                    tables.read_sums(loads, *row)
+                    fits = type(stamp) is int and _encodable(*row[:2])
+                except DamagedCache:
+                    fits = False
+                if not fits:
+                    self._report.add("sums", f"{table}: run {row[0]}, {_whose(str(row[1]))}")
 
     # The samples.
 

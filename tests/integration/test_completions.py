@@ -386,6 +386,23 @@ async def test_any_client_will_do(server):
     assert server.stats.samples_generated == 2
 
 
+async def test_an_unknown_client_is_used_as_it_is(server):
+    """One of another library, say; it has the cache that it has."""
+
+    class Other:
+        def __init__(self, client):
+            self.chat = client.chat
+
+    async with AsyncOpenAI(base_url=server.base_url, api_key="x", cache=MemoryStore()) as client:
+        other = Other(client)
+        completion = await generate_text_completion(FRANCE, client=other, namespace="a", log_probs=True)
+        assert (completion.cached, completion.namespace) == (False, "a")
+        assert completion.token_log_probs
+        for options in ({"cache": MemoryStore()}, {"repeat": "same"}):
+            with pytest.raises(TypeError, match="the client has its own cache"):
+                await generate_text_completion(FRANCE, client=other, **options)
+
+
 async def test_a_client_that_was_wrapped_is_let_go(server):
     plain = openai.AsyncOpenAI(base_url=server.base_url, api_key="made-up")
     await generate_text_completion(FRANCE, client=plain, cache=MemoryStore())
@@ -396,25 +413,13 @@ async def test_a_client_that_was_wrapped_is_let_go(server):
     assert gone() is None
 
 
-class Double:
-    """A service as far as completions know it."""
-
-    def __init__(self, **options):
-        self.options = options
-        self.made = []
-
-    def client(self, **options):
-        self.made.append(options)
-        return AsyncOpenAI(**self.options, **options)
-
-
 async def test_a_service_gives_one_client_for_each_cache(server, tmp_path):
-    service = Double(base_url=server.base_url, api_key="made-up")
+    service = Service(server.base_url, api_key="made-up")
     for _ in range(2):
         await generate_text_completion(FRANCE, service=service, cache=tmp_path)
-    [made] = service.made
-    assert made == {"cache": made["cache"], "mode": "read-write", "repeat": "fresh"}
-    assert Path(made["cache"].folder) == tmp_path
+    [made] = service._lent.clients.values()
+    assert (made._cachepipe.mode, made._cachepipe.namespace) == ("read-write", None)
+    assert Path(made._cachepipe.backing.store.folder) == tmp_path
     assert server.stats.requests == 2
 
 
@@ -556,7 +561,11 @@ async def test_no_credentials_are_stored(server, tmp_path):
         ({"client": "x"}, TypeError, "client= takes a client"),
         ({"cache": ""}, StoreError, "a cache is a folder"),
         ({"cache": "redis://host"}, StoreError, "not a URL"),
-        ({"service": Double(), "base_url": "http://x"}, TypeError, "give service= or base_url=, not both"),
+        (
+            {"service": Services.Ollama(), "base_url": "http://x"},
+            TypeError,
+            "give service= or base_url=, not both",
+        ),
         ({"service": "https://x"}, TypeError, "service= takes a Service"),
         ({"namespace": 5}, TypeError, "namespace must be a string"),
         ({"request_id": 5}, TypeError, "request_id must be a string"),

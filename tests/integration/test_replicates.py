@@ -8,7 +8,9 @@ import openai
 import pytest
 
 import cachepipe
-from cachepipe import OnlineAPI, Request, Response
+from cachepipe import Chat, OnlineAPI, Request, Response, Services, Session, generate_text_completions
+from cachepipe.chat.access import close_clients
+from cachepipe.chat.sessions import DEFAULTS
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream
@@ -107,6 +109,54 @@ async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
             ) as through:
                 assert text(await through.chat.completions.create(**ASKED)) == core[1]
         assert server.stats.requests == asked == 2
+
+
+@pytest.mark.anyio
+async def test_c10_conversations_take_a_replicate_as_clients_do(tmp_path):
+    """Completions, chats and sessions: an option says which one it is; a block goes before a session's."""
+    how = {"cache": str(tmp_path / "cache"), "namespace": "a"}
+    with MockServer.in_thread() as server:
+        service = Services.custom(server.base_url, model="ngram-1")
+
+        async def said(replicate):
+            chat = Chat(service=service, replicate=replicate, messages=ASKED["messages"], **how)
+            return await chat.acomplete(), chat.completions[0].replicate
+
+        async def instructed(replicate):
+            nothing = dict.fromkeys(name for name in DEFAULTS if name != "model")
+            options = {"llmconfig": {**nothing, "model": "ngram-1"}, "replicate": replicate}
+            session = Session(service=service, **options, **how)
+            return await session.initiate("Cats or dogs?"), session
+
+        async with AsyncOpenAI(base_url=server.base_url, api_key="k", **how) as client:
+            expected = []
+            for number in (1, 2):
+                with cachepipe.using(replicate=number):
+                    expected.append(text(await client.chat.completions.create(**ASKED)))
+        with cachepipe.run():
+            assert await said(2) == (expected[1], 2)
+            assert await said("1") == (expected[0], "1")
+        with cachepipe.run():
+            answer, session = await instructed(2)
+            assert (answer, session.info.replicate) == (expected[1], 2)
+            session.save(tmp_path / "session.json")
+            assert Session.load(tmp_path / "session.json", service=service, **how).replicate == 2
+            with cachepipe.using(replicate=1):
+                assert (await instructed(2))[0] == expected[0]
+        with cachepipe.run():
+            for number in (2, 1):
+                options = {"service": service, "replicate": number, "show_progress": False, **how}
+                [completion] = await generate_text_completions(["Cats or dogs?"], **options)
+                assert (completion.message, completion.replicate) == (expected[number - 1], number)
+        assert server.stats.requests == 2
+        await close_clients()
+
+
+@pytest.mark.anyio
+async def test_what_names_no_replicate_is_refused_by_conversations_too():
+    for make in (Chat, Session):
+        with pytest.raises(TypeError, match="replicate must be"):
+            make(replicate=1.5)
 
 
 def test_an_adapter_sends_no_replicate_to_the_provider():

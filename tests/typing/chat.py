@@ -6,8 +6,18 @@ from typing import Any, assert_type
 
 from openai.types.chat import ChatCompletionMessage
 
-from cachepipe import Chat, History, Session, TextCompletion, generate_text_completion_sync
-from cachepipe.chat.completions import generate_text_completions
+from cachepipe import (
+    Chat,
+    Conversation,
+    History,
+    Message,
+    Session,
+    TextCompletion,
+    generate_text_completion_sync,
+    generate_text_completions,
+    generate_text_completions_for_conversations_sync,
+    generate_text_completions_sync,
+)
 
 
 def complete() -> None:
@@ -18,8 +28,24 @@ def complete() -> None:
 
 async def complete_many() -> None:
     assert_type(await generate_text_completions(["Hi!"], n_parallel=2), list[TextCompletion])
+    quiet = await generate_text_completions(["Hi!"], return_exceptions=False, replicate=2, mode="replay")
+    assert_type(quiet, list[TextCompletion])
     some = await generate_text_completions(["Hi!"], return_exceptions=True)
     assert_type(some, list[TextCompletion | Exception])
+
+
+def complete_many_and_wait() -> None:
+    conversations = [Conversation([Message("user", "Hi!")])]
+    found = generate_text_completions_for_conversations_sync(conversations, show_progress=False)
+    assert_type(found, list[TextCompletion])
+    some = generate_text_completions_sync(["Hi!"], return_exceptions=True)
+    assert_type(some, list[TextCompletion | Exception])
+
+
+def refuse_what_is_wrong() -> None:
+    generate_text_completion_sync("Hi!", temprature=1)  # type: ignore[call-arg]
+    generate_text_completions_sync(["Hi!"], mode="reed")  # type: ignore[call-overload]
+    Chat(replicate=1.5)  # type: ignore[arg-type]
 
 
 def converse() -> None:

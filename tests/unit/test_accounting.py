@@ -234,3 +234,44 @@ def test_c6_what_is_delivered_several_times_is_asked_for_as_often():
     sums = deliver()
     sums.add(call(10, [1, 2]), [True, True], URL, times=3)
     assert totals(sums) == {"as_asked": 39, "billed": 0, "saved": 39}
+
+
+HEADERS = st.sampled_from([None, "m", 'a ","usage":[1,2,3,4,5]}}']).flatmap(
+    lambda model: st.builds(
+        lambda usage, first, url: orjson.dumps(
+            {
+                "id": "x",
+                "sold": {
+                    name: value
+                    for name, value in {"model": model, "url": url, "first": first, "usage": usage}.items()
+                    if value is not None
+                },
+            }
+        ),
+        st.none()
+        | st.lists(st.integers(0, 999), min_size=5, max_size=5)
+        | st.lists(
+            st.sampled_from([0, -1, 1 << 40, 1.5, True, None, "1", [1, 2], {"a": 1}]), min_size=4, max_size=6
+        ),
+        st.sampled_from([None, False]),
+        st.sampled_from([None, URL]),
+    )
+) | st.sampled_from([b"", b"{}", b'{"id":"x"}', b'"sold":', b'{"sold":{"model":"m","usage":[1,2,3,4,5}}]}}'])
+
+
+@given(st.lists(HEADERS, max_size=12))
+def test_c6_hits_that_are_summed_together_give_the_sums_of_each(headers):
+    together, alone = Delivered(), Delivered()
+    together.add_hits(headers, URL)
+    for header in headers:
+        alone.add([usage_sold(sold_in(header))], [True], URL)
+    assert together.requests == alone.requests
+    assert together.as_asked.sold == alone.as_asked.sold
+
+
+@given(st.lists(HEADERS, max_size=12))
+def test_c6_samples_that_are_summed_together_are_spent_as_each_of_them(headers):
+    together, alone = Account(), Account()
+    together.add_all(headers, URL)
+    alone.spend([usage_sold(sold_in(header)) for header in headers], URL)
+    assert together.sold == alone.sold

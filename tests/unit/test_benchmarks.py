@@ -283,3 +283,33 @@ def test_the_complexity_of_a_function_counts_conditions_and_comprehensions(calls
         if isinstance(node, ast.FunctionDef)
     ]
     assert (f, g, h, k) == (7, 2, 2, 1)
+
+
+def test_each_mutation_replaces_one_text_of_a_module_that_has_tests(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    mutations = importlib.import_module("benchmarks.mutations")
+    assert mutations.problems() == []
+    clauses = [mutation.clause for mutation in mutations.MUTATIONS]
+    for clause in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10", "C12"):
+        assert clauses.count(clause) >= 3, clause
+    for mutation in mutations.MUTATIONS:
+        assert mutation.new != mutation.old
+        assert all((ROOT / "tests" / test).exists() for test in mutations.TESTS[mutation.module])
+
+
+def test_a_mutation_that_no_test_catches_is_reported():
+    """The tests of one module run with a mutation that they catch, and with one that changes nothing."""
+    lines = (
+        "import sys",
+        "from benchmarks import mutations as m",
+        "harmless = m.Mutation('C6', 'contract/flags.py', 'nothing', 'Close all groups.', 'Close them all.')",
+        "m.MUTATIONS = (*(one for one in m.MUTATIONS if one.module == harmless.module), harmless)",
+        "sys.exit(m.main())",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    caught, survived, summary = done.stdout.splitlines()
+    assert "test_flags.py::test_c6_" in caught
+    assert survived.endswith("SURVIVED")
+    assert summary == "1 of 2 mutations are caught"

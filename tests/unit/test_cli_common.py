@@ -112,15 +112,20 @@ def test_a_time_beyond_the_calendar_is_shown_all_the_same():
 
 
 def test_a_table_in_a_pipe_is_aligned_and_its_numbers_are_bare(capsys):
-    common.print_table(("name", ">count"), [["日本", 1234567], ["a\nb", 5]], title="Title")
+    rows = [{"name": "日本", "count": 1234567}, {"name": "a\nb", "count": 5}]
+    common.print_table({"name": "name", ">count": "count"}, rows, title="Title")
     assert capsys.readouterr().out == "Title\nname    count\n日本  1234567\na\\nb        5\n"
 
 
 def test_a_table_on_a_narrow_terminal_folds_names_and_cuts_no_figure(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setattr(common, "on_terminal", lambda: True)
-    rows = [["a name of five or six words", 1234567, 7654321], ["b", 1, 2]]
-    common.print_table(("name", ">generated", ">reused", ">saved"), [[*row, "99.9%"] for row in rows])
+    columns = {"name": "name", ">generated": "generated", ">reused": "reused", ">saved": lambda _: "99.9%"}
+    rows = [
+        {"name": "a name of five or six words", "generated": 1234567, "reused": 7654321},
+        {"name": "b", "generated": 1, "reused": 2},
+    ]
+    common.print_table(columns, rows)
     shown = capsys.readouterr().out
     for whole in ("generated", "reused", "saved", "1,234,567", "7,654,321", "99.9%"):
         assert whole in shown

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import pwd
+import socket
 import sqlite3
 import time
 
@@ -321,3 +322,9 @@ def test_full_durability_waits_until_the_names_of_new_folders_are_on_the_disk(tm
     assert not synced
     DiskStore(tmp_path / "a" / "b" / "cache", durability="full").close()
     assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "cache"}
+
+
+@pytest.mark.parametrize("pid", ["9" * 20, "9" * 5000], ids=["long", "too long"])
+def test_c12_a_process_is_named_whatever_the_name_of_its_lease_says(pid):
+    assert not leases.process(f"{socket.gethostname()}-{pid}-0123456789ab").stopped
+    assert leases.process(f"host-7-{pid}").name == "an unknown process"

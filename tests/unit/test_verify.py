@@ -173,6 +173,19 @@ DAMAGE = {
         "INSERT INTO firsts SELECT key, request_id, 0, replicate, 2 FROM segments WHERE namespace = 1",
         {"first"},
     ),
+    "other sums": (LEDGER, "UPDATE sums SET document = replace(document, '1', '2')", {"sums"}),
+    "sums of another run": (LEDGER, "UPDATE sums SET run = 'another'", {"sums"}),
+    "sums of another namespace": (
+        LEDGER,
+        "UPDATE sums SET namespace = namespace || CAST(x'ff' AS TEXT)",
+        {"sums"},
+    ),
+    "sums without a stamp": (LEDGER, "UPDATE sums SET stamp = 'x'", {"sums"}),
+    "an unreported call": (
+        LEDGER,
+        "INSERT INTO unreported SELECT 1, run, namespace, document, digest FROM sums LIMIT 1",
+        {"sums"},
+    ),
     "a sample that is gone": (SHELF, "DELETE FROM Cache WHERE rowid = 5", {"missing"}),
     "other bytes of a sample": (
         SHELF,

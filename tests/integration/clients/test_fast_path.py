@@ -333,7 +333,7 @@ async def test_embeddings_take_the_fast_path_too(server):
     assert seen[0] == seen[1] == seen[2] == seen[4]
     assert isinstance(seen[3][0], str)
     assert server.stats.requests == 1
-    assert fast_path.lesson.get() is None
+    assert fast_path.observed.get() is None
 
 
 def test_a_replay_that_misses_one_prompt_of_a_list_claims_nothing(server):

@@ -875,7 +875,7 @@ def test_probes_are_eased_with_tls_too_and_of_the_sdks_own_http_client_only():
 async def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
     server, client, monkeypatch, stream, until
 ):
-    monkeypatch.setattr("cachepipe.providers.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.providers.generation.max_answer", lambda: 300)
     for _ in range(2):
         answer = await ask(client, stream=stream)
         assert len((await read(answer) if stream else texts(answer))[0]) > 20
@@ -888,7 +888,7 @@ async def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
 async def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reader_left(
     server, client, monkeypatch
 ):
-    monkeypatch.setattr("cachepipe.providers.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.providers.generation.max_answer", lambda: 300)
     number = 0
     async with await ask(client, stream=True) as stream:
         async for _ in stream:

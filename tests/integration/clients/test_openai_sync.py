@@ -631,7 +631,7 @@ def test_a_call_for_too_many_samples_goes_to_the_provider_as_it_is(server, clien
 def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
     server, client, monkeypatch, stream, until
 ):
-    monkeypatch.setattr("cachepipe.providers.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.providers.generation.max_answer", lambda: 300)
     for _ in range(2):
         answer = ask(client, "large", stream=stream)
         assert len((read(answer) if stream else texts(answer))[0]) > 20
@@ -646,7 +646,7 @@ def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
 
 
 def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reader_left(server, client, monkeypatch):
-    monkeypatch.setattr("cachepipe.providers.exchange.max_answer", lambda: 300)
+    monkeypatch.setattr("cachepipe.providers.generation.max_answer", lambda: 300)
     with ask(client, "large", stream=True) as stream:
         for number, _ in enumerate(stream):
             if number == 4:

@@ -12,6 +12,7 @@ import pytest
 from cachepipe import MemoryStore
 from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncAzureOpenAI, AzureOpenAI, OpenAI
+from cachepipe.sdk import openai as clients
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.mixins import OURS
 from cachepipe.sdk.wrapping import wrap
@@ -29,6 +30,19 @@ def ask(client, **options):
 
 def read(stream):
     return "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+
+
+@pytest.mark.parametrize(
+    ("made", "written"),
+    [
+        (OpenAI.__init__, clients._Options),
+        (OpenAI.copy, clients._CopyOptions),
+        (AzureOpenAI.__init__, clients._AzureOptions),
+    ],
+)
+def test_type_checkers_see_the_parameters_of_the_newest_sdk(made, written):
+    if openai.__version__ >= "3.5":
+        assert inspect.signature(made).parameters.keys() - {"self"} == written.__annotations__.keys()
 
 
 @pytest.mark.parametrize("kind", [openai.OpenAI, "own"])

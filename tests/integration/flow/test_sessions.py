@@ -523,6 +523,17 @@ async def test_a_block_says_whose_draws_the_calls_of_a_session_are(server, servi
     assert {(info.draw.namespace, info.draw.request_id) for info in store.draws()} >= {("=a", "2")}
 
 
+async def test_a_session_draws_in_the_namespace_of_a_client_with_its_own_cache(server):
+    store = MemoryStore()
+    where = {"base_url": server.base_url, "api_key": "k", "cache": store}
+    async with AsyncOpenAI(**where, namespace="client's", mode="refresh") as client:
+        for options in ({}, {"namespace": "own"}):
+            session = Session("x", client=client, llmconfig={"model": "m"}, **options)
+            await session.initiate("hi")
+            assert session.info.cached == (False,)
+    assert {info.draw.namespace for info in store.draws()} == {"=client's", "=own"}
+
+
 async def test_sessions_that_come_and_go_are_one_run(server, tmp_path):
     for _ in range(3):
         service = Services.custom(server.base_url, model="m")

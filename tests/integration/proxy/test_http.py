@@ -211,9 +211,9 @@ def test_the_cost_of_a_head_does_not_grow_with_the_pieces_that_it_comes_in(serve
     from cachepipe.proxy import server  # noqa: PLC0415 - what is counted
 
     fed = []
-    feed = server.Protocol._feed
+    feed = server.HttpProtocol._feed
     monkeypatch.setattr(
-        server.Protocol, "_feed", lambda self, data: (fed.append(len(data)), feed(self, data))
+        server.HttpProtocol, "_feed", lambda self, data: (fed.append(len(data)), feed(self, data))
     )
     proxy = serve()
     head = head_of(4000, b"a: " + b"b" * 60 + b"\r\n").replace(b"/v1/models", b"/healthz")

@@ -116,7 +116,7 @@ def test_a_list_of_which_some_is_known_cannot_be_completed_by_too_large_an_answe
     whole = embeddings(MOST, 8)
     recorder.answers.append(reply(whole))
     assert httpx2.post(url, json={"model": "m", "input": ["d", "e"]}).content == whole
-    assert not behind.proxy.caller.in_flight["recorder"]
+    assert not behind.proxy.client.in_flight["recorder"]
 
 
 # Streams.
@@ -176,7 +176,7 @@ def test_a_stream_without_end_is_given_up_once_its_client_has_left(behind, recor
     while behind.proxy.store.totals()["draws"] and time.monotonic() < deadline:
         threading.Event().wait(0.001)
     assert behind.proxy.store.totals()["draws"] == 0
-    assert not behind.proxy.caller.in_flight["recorder"]
+    assert not behind.proxy.client.in_flight["recorder"]
 
 
 def test_a_stream_without_end_is_read_no_faster_than_its_client_takes_it(behind, recorder, asked, helpers):

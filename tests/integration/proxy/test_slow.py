@@ -82,7 +82,7 @@ def test_an_idle_connection_is_closed(serve, connect, monkeypatch, asked, times)
     content = json.dumps(asked).encode()
     connection = connect(server)
     for _ in range(times):
-        server.proxy._default = type(server.proxy._default)()  # another run
+        server.proxy.runs.begin()
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(content), content))
         answer = b""
         while not answer.endswith(b"}"):
@@ -94,7 +94,7 @@ def test_an_idle_connection_is_closed(serve, connect, monkeypatch, asked, times)
 
 def test_what_is_answered_at_once_keeps_its_connection():
     """The timer is set once, and looks when it goes off whether the connection was used meanwhile."""
-    protocol = servers.Protocol.__new__(servers.Protocol)
+    protocol = servers.HttpProtocol.__new__(servers.HttpProtocol)
     set_for, closed = [], []
     protocol.loop = types.SimpleNamespace(
         time=lambda: now, call_later=lambda seconds, _: set_for.append(seconds)

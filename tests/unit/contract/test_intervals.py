@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.contract.intervals import IntervalSet, Union, merged, split
+from cachepipe.contract.intervals import IntervalSet, Union, changes, covered, merged, split
 
 indices = st.integers(0, 24)
 sets = st.sets(indices)
@@ -74,3 +74,40 @@ def test_splitting_an_interval(start, length, data):
     interval = (start, start + length)
     index = data.draw(st.integers(interval[0], interval[1] - 1))
     assert split(interval, index) == intervals_of({*range(*interval)} - {index})
+
+
+@given(sets, sets)
+def test_changes_are_what_one_set_has_and_the_other_has_not(old, new):
+    old, new = intervals_of(old), intervals_of(new)
+    gone, added = changes(old, new)
+    assert gone == [interval for interval in old if interval not in new]
+    assert added == [interval for interval in new if interval not in old]
+
+
+class Counted(tuple):
+    """An interval that counts how often it is compared with another one."""
+
+    compared = 0
+    __slots__ = ()
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return tuple.__eq__(self, other)
+
+    __hash__ = tuple.__hash__
+
+
+def test_changes_of_large_sets_compare_each_interval_a_few_times():
+    old = [Counted((2 * at, 2 * at + 1)) for at in range(2000)]
+    new = [Counted((2 * at, 2 * at + 1)) for at in range(1000, 3000)]
+    Counted.compared = 0
+    gone, added = changes(old, new)
+    assert (gone, added) == (old[:1000], new[1000:])
+    assert Counted.compared < 20 * 2000
+
+
+@given(st.lists(st.tuples(indices, indices)))
+def test_intervals_that_overlap_cover_what_each_of_them_has(pairs):
+    intervals = sorted((min(pair), max(pair) + 1) for pair in pairs)
+    numbers = {number for start, stop in intervals for number in range(start, stop)}
+    assert list(covered(intervals)) == intervals_of(numbers)

@@ -6,19 +6,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cachepipe.contract.draws import Identity
+from cachepipe.contract.draws import Claimant, Identity
 from cachepipe.proxy.idempotency import ProxyRun, RequestCounter
 
 ONE = Identity("=a", "k", "")
 
 
 def taken(run, **options):
-    ticket = RequestCounter(run, **options)
-    return ticket, ticket.take(ONE)
+    counter = RequestCounter(run, **options)
+    return counter, counter.take(ONE)
 
 
-def undo(ticket, number):
-    ticket.give_back(ONE.draw(number))
+def undo(counter, number):
+    counter.give_back(ONE.draw(number))
 
 
 def test_requests_count_up_and_failures_give_back():
@@ -93,10 +93,10 @@ def test_a_retry_joins_the_oldest_in_flight_but_for_what_was_given_back():
 
 def test_a_delivered_draw_is_joined_by_its_key_only():
     run = ProxyRun()
-    ticket, _ = taken(run, entry=run.entry("=a", "i", ("k",)))
-    ticket.delivered()
+    counter, _ = taken(run, entry=run.entry("i", Claimant("a"), ("k",)))
+    counter.delivered()
     assert taken(run, retry=True)[1] == 1
-    joined, number = taken(run, entry=run.entry("=a", "i", ("k",)))
+    joined, number = taken(run, entry=run.entry("i", Claimant("a"), ("k",)))
     assert number == 0
     undo(joined, 0)
     assert taken(run)[1] == 2
@@ -113,26 +113,26 @@ class Joins(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from([None, None, "x", "y"]))
     def ask(self, key):
-        entry = None if key is None else self.run.entry("=a", key, ("k",))
-        ticket, number = taken(self.run, entry=entry)
-        self.flight.append((ticket, number, key))
+        entry = None if key is None else self.run.entry(key, Claimant("a"), ("k",))
+        counter, number = taken(self.run, entry=entry)
+        self.flight.append((counter, number, key))
 
     @rule(which=st.integers(0, 9), end=st.sampled_from(["deliver", "fail", "leave", "leave and fail"]))
     def end(self, which, end):
         if not self.flight:
             return
-        ticket, number, key = self.flight.pop(which % len(self.flight))
+        counter, number, key = self.flight.pop(which % len(self.flight))
         if end == "deliver":
-            ticket.delivered()
+            counter.delivered()
             self.delivered.append((number, key))
         elif end == "fail":
-            undo(ticket, number)
+            undo(counter, number)
         else:
-            ticket.left()
+            counter.left()
             if end == "leave":
-                ticket.ended()
+                counter.ended()
             else:
-                undo(ticket, number)
+                undo(counter, number)
 
     @invariant()
     def independent(self):
@@ -143,8 +143,8 @@ class Joins(RuleBasedStateMachine):
         assert len(plain) == len({*plain})
 
     def teardown(self):
-        for ticket, _, _ in self.flight:
-            ticket.ended()
+        for counter, _, _ in self.flight:
+            counter.ended()
         assert not self.run.live
 
 

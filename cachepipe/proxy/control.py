@@ -1,0 +1,105 @@
+"""The proxy's own paths: health, metrics, the page for people and its JSON API, and new runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+import cachepipe
+from cachepipe import jsontext
+from cachepipe.proxy import browse, headers, page
+from cachepipe.proxy.body_cache import read_object
+from cachepipe.proxy.http_exchange import HttpExchange, Refusal
+
+if TYPE_CHECKING:
+    from cachepipe.proxy.app import Proxy
+
+_LARGEST: Final = 65_536  # bytes of the body that begins a run
+_METRICS: Final = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+_SEE: Final = ["/cachepipe/api/counters", "/cachepipe/api/namespaces", "/cachepipe/api/keys", "/metrics"]
+
+
+async def answer(proxy: Proxy, http: HttpExchange, path: str) -> None:
+    """Answer a request for one of the proxy's own paths.
+
+    Raises:
+        Refusal: when there is nothing at the path, or the request is not valid.
+    """
+    if path == "/cachepipe/runs":
+        await _begin_run(proxy, http)
+        return
+    if http.method not in ("GET", "HEAD"):
+        raise Refusal(405, "bad_method", f"{path} supports GET only", [(b"allow", b"GET, HEAD")])
+    if path == "/healthz":
+        await http.tell({"status": "ok"})
+    elif path == "/readyz":
+        await http.tell({"status": "ok" if proxy.ready else "stopping"}, 200 if proxy.ready else 503)
+    elif path == "/metrics":
+        await http.answer(200, [_METRICS, *headers.INERT], proxy.counters.metrics())
+    elif path in page.FILES:
+        await http.answer(200, *page.answer(path))
+    elif path in ("/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
+        await http.tell(_status(proxy))
+    elif path == "/cachepipe/api/counters":
+        await asyncio.to_thread(proxy.counters.prices.learn)
+        await http.tell(proxy.counters.as_json())
+    elif path.startswith("/cachepipe/api/"):
+        await _browse(proxy, http, path.removeprefix("/cachepipe/api"))
+    else:
+        raise Refusal(404, "not_found", f"{path[:200]} does not exist; see /cachepipe")
+
+
+def _status(proxy: Proxy) -> dict[str, Any]:
+    store, settings = proxy.store, proxy.settings
+    return {
+        "cachepipe": cachepipe.__version__,
+        "cache": str(getattr(store, "folder", store)),
+        "read_only": store.read_only,
+        "mode": proxy.mode,
+        "namespace": settings.namespace,
+        "upstreams": [
+            {name: getattr(each, name) for name in ("name", "url", "kind", "mount")}
+            for each in settings.upstreams
+        ],
+        "see": _SEE,
+    }
+
+
+async def _browse(proxy: Proxy, http: HttpExchange, path: str) -> None:
+    query = http.scope["query_string"].decode("latin-1")
+    try:
+        found = await asyncio.to_thread(browse.answer, proxy.store, path, query)
+    except browse.BadQuery as error:
+        raise Refusal(400, "bad_query", str(error)) from None
+    except browse.NotThere as error:
+        raise Refusal(404, "not_found", str(error)) from None
+    await http.tell(found)
+
+
+async def _begin_run(proxy: Proxy, http: HttpExchange) -> None:
+    """Begin a new run: of every namespace, or of one."""
+    if http.method != "POST":
+        raise Refusal(405, "bad_method", "begin a run with POST", [(b"allow", b"POST")])
+    content = await http.body(_LARGEST)
+    options = None
+    with contextlib.suppress(jsontext.LongInteger):
+        options = read_object(content) if content.strip() else {}
+    if options is None or not {*options} <= {"namespace"}:
+        raise Refusal(400, "bad_run", 'begin a run with an empty body, or with {"namespace": "NAME"}')
+    if options:
+        namespace = options["namespace"]
+        if namespace is not None and not isinstance(namespace, str):
+            raise Refusal(400, "bad_run", f"a namespace is a text or null; got {namespace!r:.100}")
+        proxy.runs.begin_of(namespace)
+        served = namespace in proxy.counters.namespaces
+        options["known"] = served or await asyncio.to_thread(_has_draws, proxy, namespace)
+    else:
+        proxy.runs.begin()
+    await http.tell({"run": secrets.token_hex(8), **options}, 201)
+
+
+def _has_draws(proxy: Proxy, namespace: str | None) -> bool:
+    """Return True if the cache has draws of a namespace."""
+    return any(info.namespace == namespace for info in proxy.store.namespaces())

@@ -1,0 +1,173 @@
+"""The delivery of a draw's samples to one client. If the client leaves, the draw goes on without it (C7)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from cachepipe import runs
+from cachepipe.providers.generation import Answer
+from cachepipe.providers.responses import BodySource
+from cachepipe.providers.stream_recorder import StreamSource
+from cachepipe.proxy import cache_headers, headers
+from cachepipe.proxy.counters import Outcome
+from cachepipe.proxy.http_exchange import JSON, ClientGone, HttpExchange
+from cachepipe.proxy.idempotency import RequestCounter
+from cachepipe.proxy.upstream import ProxyExchange, UpstreamUnreachable
+
+if TYPE_CHECKING:
+    from cachepipe.proxy.app import Proxy
+
+_EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
+
+
+class Delivery:
+    """Answers one request from the cache, or from the call that its draw makes.
+
+    Args:
+        proxy: the proxy.
+        http: the request.
+        exchange: the same request, as the cache sees it.
+        counter: counts the occurrences of its draws.
+    """
+
+    def __init__(
+        self, proxy: Proxy, http: HttpExchange, exchange: ProxyExchange, counter: RequestCounter
+    ) -> None:
+        self._proxy = proxy
+        self._http = http
+        self._exchange = exchange
+        self._counter = counter
+
+    async def draw(self) -> Outcome:
+        """Draw the samples, and send the answer."""
+        with runs.within(self._counter.run):
+            task = asyncio.get_running_loop().create_task(self._exchange.drawn())
+        return await self.drawn(task)
+
+    async def drawn(self, task: asyncio.Future[Answer]) -> Outcome:
+        """Send the answer of a draw; if the client leaves, continue the draw without it."""
+        counter = self._counter
+        try:
+            here = await self._http.or_gone(task)
+        except BaseException:  # the server stops
+            self.leave(task)
+            raise
+        if not here or self._http.gone:  # perhaps in the same turn as the answer: nothing of it was sent
+            self.leave(task)
+            raise ClientGone
+        try:
+            answer = task.result()
+            live = answer.arrived is not None and isinstance(answer.content, BodySource)
+            outcome = None if live else await self.send(answer)
+        except asyncio.CancelledError:
+            counter.unanswered()
+            if not task.cancelled():
+                raise
+            raise UpstreamUnreachable("the call was stopped") from None
+        except Exception:
+            counter.unanswered()
+            raise
+        if outcome is None:
+            return await self._stream(answer)
+        counter.delivered()
+        return outcome
+
+    async def send(self, answer: Answer) -> Outcome:
+        """Send a whole answer, and count its samples."""
+        exchange = self._exchange
+        content, arrived = answer.content, answer.arrived
+        if arrived is None:
+            status = 200
+            pairs = headers.shown([_EVENTS if isinstance(content, BodySource) else JSON])
+            pairs += cache_headers.call_id(exchange.api, answer.made_by)
+        else:
+            status = arrived.response.status
+            pairs = headers.of_answer(arrived.response.pairs)
+        pairs += self._described(answer)
+        if isinstance(content, BodySource):
+            content = b"".join(content.read())
+        self._http.facts["key"] = exchange.record.keys[0]
+        await self._http.answer(status, pairs, content)
+        if not answer.kept:
+            return "error"
+        responses = exchange.record.responses or ()
+        self._count(responses)
+        flags = [flag for response in responses for flag in response.cached or ()]
+        return "hit" if all(flags) else "partial" if any(flags) else "miss"
+
+    def _described(self, answer: Answer) -> cache_headers.Pairs:
+        return cache_headers.describing(self._exchange, answer, stores=not self._proxy.store.read_only)
+
+    def _count(self, responses: Any) -> None:
+        self._proxy.counters.drew(self._exchange.claimant.namespace, responses, self._exchange.head.url)
+
+    def leave(self, task: asyncio.Future[Answer]) -> None:
+        """Continue the draw of a client that has gone, and store its samples for the next request."""
+        if self._exchange.stream and not task.done():
+            task.add_done_callback(lambda _: self._counter.unanswered())
+            task.cancel()  # nothing of the stream has come
+            return
+        self._counter.left()
+        self._proxy.counters.background += 1
+        self._proxy.background.add(task)
+        task.add_done_callback(self._left_draw_ended)
+
+    def _left_draw_ended(self, task: asyncio.Future[Answer]) -> None:
+        self._proxy.background.discard(task)
+        self._proxy.counters.background -= 1
+        self._counter.ended()
+        if _succeeded(task):
+            content = task.result().content
+            if isinstance(content, BodySource):
+                content.leave()
+            elif self._exchange.record.responses is not None:
+                self._count(self._exchange.record.responses)
+
+    # Streams.
+
+    async def _stream(self, answer: Answer) -> Outcome:
+        """Send the events of a call as they come."""
+        exchange, http, source = self._exchange, self._http, answer.content
+        assert answer.arrived is not None  # noqa: S101 - told by the caller
+        assert isinstance(source, BodySource)  # noqa: S101 - likewise
+        response, draw = answer.arrived.response, exchange.task
+        whole = False
+        try:
+            await http.start(response.status, headers.of_answer(response.pairs) + self._described(answer))
+            whole = await http.stream(source.aread())
+        except UpstreamUnreachable:
+            http.facts["error"] = "upstream_broke_off"
+            return "error"
+        finally:
+            if not whole and not (isinstance(source, StreamSource) and source.finished):
+                exchange.give_back()
+            source.leave()
+            if draw is None or draw.done():
+                self._stream_ended(draw)
+            else:
+                self._proxy.counters.background += 1
+                draw.add_done_callback(self._left_stream_ended)
+        if not whole:
+            raise ClientGone
+        if not answer.kept:
+            return "passed"
+        return "miss" if _succeeded(draw) else "error"
+
+    def _left_stream_ended(self, draw: asyncio.Future[Any]) -> None:
+        self._proxy.counters.background -= 1
+        self._stream_ended(draw)
+
+    def _stream_ended(self, draw: asyncio.Future[Any] | None) -> None:
+        if draw is None or not _succeeded(draw):
+            self._counter.ended()
+            return
+        if self._exchange.given_back:
+            self._counter.ended()
+        else:
+            self._counter.delivered()
+        self._count([draw.result()])
+
+
+def _succeeded(task: asyncio.Future[Any] | None) -> bool:
+    return task is not None and task.done() and not task.cancelled() and task.exception() is None
