@@ -307,6 +307,8 @@ class DrawState:
 
     def unheard(self) -> Effects:
         """Learn that those who should have generated the awaited samples are gone, or take too long."""
+        if self.phase is not Phase.OPEN:
+            return _NOTHING
         waited, self.awaited = self.awaited, _NONE
         return (StopWaiting(list(waited)), *_CLAIM)
 
