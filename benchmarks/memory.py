@@ -27,10 +27,11 @@ import cachepipe
 from benchmarks import data
 from benchmarks.harness import ROOT, Count, Sizes, Tally, expect
 from benchmarks.peers import Server
-from cachepipe.batchfile import Defaults, parse_line, run_file
+from cachepipe.batch import BatchSettings, run_file
+from cachepipe.batch.lines import parse_line
 from cachepipe.contract.draws import Draw, label
 from cachepipe.models.openai import OpenAIModel
-from cachepipe.stages import AsyncCacher
+from cachepipe.providers.exchange import questions_of
 from cachepipe.stores import DiskStore, MemoryStore
 from cachepipe.stores.base import Claim, Commit
 from cachepipe.typedefs import Request, Response
@@ -52,22 +53,22 @@ def _write(path: Path, lines: range) -> None:
 
 async def fill(folder: Path, lines: int, base_url: str) -> None:
     """Write what a run of so many lines would have left in a cache, with the store's own verbs."""
-    model = OpenAIModel(_MODEL, base_url=base_url, api_key="none", raw=True).at("/chat/completions")
-    cacher = AsyncCacher(model, MemoryStore(), scope=_SCOPE)
+    model = OpenAIModel(_MODEL, base_url=base_url, api_key="none")
     payload = await _payload(base_url)
-    defaults = Defaults(model=_MODEL)
+    settings = BatchSettings(model=_MODEL)
     meta = {"at": 0.0, "call": "benchmark", "s": 0.0}
     with contextlib.closing(DiskStore(folder)) as store:
         for start in range(0, lines, _GROUP):
             some = [
-                parse_line(_line(number), number, defaults)
+                parse_line(_line(number), number, settings)
                 for number in range(start, min(start + _GROUP, lines))
             ]
-            questions = [cacher.question(line.requests(_NAMESPACE)[0]) for line in some]
+            questions = [
+                questions_of(line.api, line.asks, model.cache_scope, {}, scope=_SCOPE)[0] for line in some
+            ]
             claims = [Claim(Draw(label(_NAMESPACE), each.key, "", 0), 1, each, "fill") for each in questions]
             await store.apply(claims)
             await store.apply([Commit(each.key, 0, payload, meta) for each in questions])
-    await cacher.close()
 
 
 async def _payload(base_url: str) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import inspect
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from cachepipe import loops, progress
@@ -30,47 +30,40 @@ async def alcall(
     Args:
         inputs: the inputs.
         func: the function.
-        max_concurrent: how many inputs are under way at once at most.
-        return_exceptions: put an error in the place of its result; otherwise no further input is begun after
-            an error, those under way are awaited, and the first of their errors in order is raised. What is
-            no ``Exception``, such as ``SystemExit``, is always raised, and what is under way is cancelled.
+        max_concurrent: the largest number of concurrent calls.
+        return_exceptions: return errors in the places of results. Otherwise no further call begins after an
+            error, the calls under way are awaited, and the first of their errors in order is raised. An
+            exception that is not an ``Exception``, such as ``SystemExit``, is always raised, and cancels the
+            calls under way.
         show_progress: show a bar on a terminal or in a notebook.
         kwargs: passed to the function.
     """
-    _check(max_concurrent)
-    loops.running()  # its tasks need one
-    items = list(inputs)
-    results: list[Any] = [None] * len(items)
-    failed: dict[int, BaseException] = {}
-    places = iter(range(len(items)))
-    with progress.shown(len(items), _name(func), show=show_progress) as tick:
+    loops.running()  # fails without a loop
+    calls = _Calls(inputs, max_concurrent, return_exceptions=return_exceptions)
+    with progress.shown(len(calls.results), _name(func), show=show_progress) as tick:
 
         async def work() -> None:
-            for place in places:
+            for place, item in calls.left:
                 try:
-                    result = func(items[place], **kwargs)
-                    results[place] = await result if inspect.isawaitable(result) else result
+                    result = func(item, **kwargs)
+                    calls.results[place] = await result if inspect.isawaitable(result) else result
                 except Exception as error:  # noqa: BLE001 - it is a result, or raised at the end
-                    results[place] = failed[place] = error
+                    calls.fail(place, error)
                 except asyncio.CancelledError as error:
                     task = asyncio.current_task()
                     if task is None or task.cancelling():
                         raise
-                    results[place] = failed[place] = error  # of something that it waited for
-                tick(failed=place in failed)
-                if failed and not return_exceptions:
-                    return
-                await asyncio.sleep(0)  # what is answered at once lets others have their turns, too
+                    calls.fail(place, error)  # something that it waited for was cancelled
+                tick(failed=place in calls.failed)
+                await asyncio.sleep(0)  # calls that return at once give way to other tasks
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(max_concurrent, len(items))):
+                for _ in range(calls.workers):
                     group.create_task(work())
-        except BaseExceptionGroup as raised:  # by a function, and no Exception
+        except BaseExceptionGroup as raised:  # from a function; not an Exception
             raise raised.exceptions[0] from None
-    if failed and not return_exceptions:
-        raise failed[min(failed)]
-    return results
+    return calls.outcome()
 
 
 def lcall(
@@ -82,69 +75,87 @@ def lcall(
     show_progress: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
-    """Return ``[func(item, **kwargs) for each input]``, in order; several at once go to threads.
+    """Return ``[func(item, **kwargs) for each input]``, in order; concurrent calls run in threads.
 
     Args:
         inputs: the inputs.
-        func: the function; it is called in the caller's thread when one is under way at a time.
-        max_concurrent: how many inputs are under way at once at most.
-        return_exceptions: put an error in the place of its result; otherwise no further input is begun after
-            an error, those under way are awaited, and the first of their errors in order is raised. What is
-            no ``Exception``, such as ``SystemExit``, is always raised, once those under way have ended.
+        func: the function; with ``max_concurrent=1`` it is called in the caller's thread.
+        max_concurrent: the largest number of concurrent calls.
+        return_exceptions: return errors in the places of results. Otherwise no further call begins after an
+            error, the calls under way are awaited, and the first of their errors in order is raised. An
+            exception that is not an ``Exception``, such as ``SystemExit``, is always raised, when the calls
+            under way have ended.
         show_progress: show a bar on a terminal or in a notebook.
         kwargs: passed to the function.
 
     Raises:
         TypeError: for an asynchronous function, which `alcall` calls.
     """
-    _check(max_concurrent)
     if inspect.iscoroutinefunction(func):
         raise TypeError(f"lcall calls functions that are not asynchronous; await alcall for {_name(func)}")
-    items = list(inputs)
-    results: list[Any] = [None] * len(items)
-    failed: dict[int, BaseException] = {}
-    places = iter(range(len(items)))
-    stopped = False
-    with progress.shown(len(items), _name(func), show=show_progress) as tick:
+    calls = _Calls(inputs, max_concurrent, return_exceptions=return_exceptions)
+    with progress.shown(len(calls.results), _name(func), show=show_progress) as tick:
 
         def work() -> None:
-            nonlocal stopped
-            for place in places:  # the step of a range's iterator is atomic
-                if stopped:
-                    return
+            for place, item in calls.left:
                 try:
-                    results[place] = func(items[place], **kwargs)
+                    calls.results[place] = func(item, **kwargs)
                 except Exception as error:  # noqa: BLE001 - it is a result, or raised at the end
-                    results[place] = failed[place] = error
+                    calls.fail(place, error)
                 except BaseException:
-                    stopped = True
+                    calls.stop()
                     raise
-                tick(failed=place in failed)
-                if failed and not return_exceptions:
-                    return
+                tick(failed=place in calls.failed)
 
         if max_concurrent == 1:
             work()
         else:
-            with ThreadPoolExecutor(min(max_concurrent, len(items)) or 1, "cachepipe-lcall") as pool:
-                begun: list[Future[None]] = [
-                    pool.submit(contextvars.copy_context().run, work)
-                    for _ in range(min(max_concurrent, len(items)))
-                ]
+            with ThreadPoolExecutor(calls.workers or 1, "cachepipe-lcall") as pool:
+                begun = [pool.submit(contextvars.copy_context().run, work) for _ in range(calls.workers)]
                 try:
                     wait(begun)
                 finally:
-                    stopped = True  # such as by a keyboard interrupt
+                    calls.stop()  # also after a keyboard interrupt
             for thread in begun:
-                thread.result()  # raises what a function raised that is no Exception
-    if failed and not return_exceptions:
-        raise failed[min(failed)]
-    return results
+                thread.result()  # raises what a function raised that is not an Exception
+    return calls.outcome()
 
 
-def _check(max_concurrent: int) -> None:
-    if isinstance(max_concurrent, bool) or not isinstance(max_concurrent, int) or max_concurrent < 1:
-        raise ValueError(f"max_concurrent is a whole number, at least 1; got {max_concurrent!r}")
+class _Calls:
+    """The calls of a function: the inputs that are left, and the results.
+
+    Attributes:
+        left: iterates over the places and inputs of the calls to begin, in any thread: its step is atomic.
+        workers: the number of workers that begin calls.
+        failed: the errors by their places.
+    """
+
+    def __init__(self, inputs: Iterable[Any], max_concurrent: int, *, return_exceptions: bool) -> None:
+        if isinstance(max_concurrent, bool) or not isinstance(max_concurrent, int) or max_concurrent < 1:
+            raise ValueError(f"max_concurrent is a whole number, at least 1; got {max_concurrent!r}")
+        items = list(inputs)
+        self.left = enumerate(items)
+        self.results: list[Any] = [None] * len(items)
+        self.workers = min(max_concurrent, len(items))
+        self.failed: dict[int, BaseException] = {}
+        self._returns = return_exceptions
+
+    def fail(self, place: int, error: BaseException) -> None:
+        """Note an error as the result of a call; no further call begins if it will be raised."""
+        self.results[place] = self.failed[place] = error
+        if not self._returns:
+            self.stop()
+
+    def stop(self) -> None:
+        """Begin no further call."""
+        for _ in self.left:
+            pass
+
+    def outcome(self) -> list[Any]:
+        """Return the results, or raise the first error in order."""
+        if self.failed and not self._returns:
+            raise self.failed[min(self.failed)]
+        return self.results
 
 
 def _name(func: Callable[..., Any]) -> str:

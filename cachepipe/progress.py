@@ -18,7 +18,7 @@ class Tick(Protocol):
     """A function to call when one more is done."""
 
     def __call__(self, *, cached: bool = False, failed: bool = False) -> None:
-        """Count one that was cached, failed, or neither. Thread-safe."""
+        """Count an item that was cached, failed, or neither. Thread-safe."""
         ...
 
 
@@ -38,7 +38,7 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
     if not show or not total:
         yield _silent
         return
-    from rich.console import Console  # noqa: PLC0415 - only for people
+    from rich.console import Console  # noqa: PLC0415 - only for terminals
 
     console = Console(stderr=True)
     if console.is_jupyter:
@@ -64,7 +64,7 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[told]}"),
     ]
-    if console.width >= _BAR_FROM:  # else the figures matter more
+    if console.width >= _BAR_FROM:  # in a narrower terminal, the numbers need the space
         columns.insert(1, BarColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, told="")

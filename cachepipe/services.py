@@ -16,7 +16,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cachepipe import forks, loops
@@ -34,9 +34,33 @@ _CLIENTS: Final = {
 }
 _NO_KEY: Final = "none-needed"
 _OLLAMA_PORT: Final = 11434
-_WITH_VERSION: Final = frozenset(
-    {"openai"}
-)  # SDKs whose base URL ends in /v1; the others' paths begin with it
+_WITH_VERSION: Final = frozenset({"openai"})
+"""The SDKs with /v1 in their base URL; the others add it to the path."""
+
+
+class LimitOptions(TypedDict, total=False):
+    """The limits of a service.
+
+    Attributes:
+        max_requests: calls within any interval, 1,000 by default; None means no limit.
+        max_tokens: tokens within any interval, 100,000 by default; None means no limit.
+        interval: seconds; 60 by default.
+        max_concurrency: calls in flight; None, the default, means no limit.
+        per_model: further limits by model name: mappings of ``max_requests``, ``max_tokens``,
+            ``interval`` and ``max_concurrency``.
+        adaptive: whether 429s and overloads slow the calls down; True by default.
+        transit: seconds that a request may be on its way; see ``cachepipe.flow.Limits``.
+        shared: a folder in which the processes of this machine share the quotas; None shares nothing.
+    """
+
+    max_requests: float | None
+    max_tokens: float | None
+    interval: float
+    max_concurrency: int | None
+    per_model: Mapping[str, Quota | Mapping[str, Any]] | None
+    adaptive: bool
+    transit: float | None
+    shared: str | os.PathLike[str] | None
 
 
 class Service:
@@ -50,19 +74,11 @@ class Service:
         name: its display name; default is the host.
         sdk: the SDK of its clients: ``"openai"``, ``"together"`` or ``"anthropic"``.
         model: the default model of sessions.
-        max_requests: calls within any interval; None means no limit.
-        max_tokens: tokens within any interval; None means no limit.
-        interval: seconds.
-        max_concurrency: calls in flight; None means no limit.
-        per_model: further limits by model name: mappings of ``max_requests``, ``max_tokens``,
-            ``interval`` and ``max_concurrency``.
-        adaptive: whether 429s and overloads slow the calls down.
-        transit: seconds that a request may be on its way; see ``cachepipe.flow.Limits``.
         max_retries: the largest number of retries of a failed call. The SDK does not retry by itself.
         max_time: seconds after a call's first failure after which it is not retried.
         token_encoding_name: the encoding with which tiktoken, if installed, counts tokens.
-        shared: a folder in which the processes of this machine share the quotas; None shares nothing.
         clock: returns the time.
+        **limits: see `LimitOptions`.
     """
 
     def __init__(
@@ -74,21 +90,12 @@ class Service:
         name: str | None = None,
         sdk: str = "openai",
         model: str | None = None,
-        max_requests: float | None = 1000,
-        max_tokens: float | None = 100_000,
-        interval: float = 60.0,
-        max_concurrency: int | None = None,
-        per_model: Mapping[str, Quota | Mapping[str, Any]] | None = None,
-        adaptive: bool = True,
-        transit: float | None = None,
         max_retries: int = 8,
         max_time: float = 600.0,
         token_encoding_name: Any = "cl100k_base",  # noqa: S107 - tokens of text
-        shared: str | os.PathLike[str] | None = None,
         clock: Clock = CLOCK,
+        **limits: Unpack[LimitOptions],
     ) -> None:
-        if sdk not in _CLIENTS:
-            raise ValueError(f"sdk is one of {', '.join(_CLIENTS)}; got {sdk!r}")
         texts = {"api_key": api_key, "key_scheme": key_scheme, "name": name, "model": model}
         for option, value in texts.items():
             if value is not None and not isinstance(value, str):
@@ -96,26 +103,19 @@ class Service:
         self.base_url, self._basic = _parted(base_url)
         if self._basic is not None and api_key is not None:
             raise ValueError(
-                "the base URL has credentials in it already; leave them out there, or api_key here"
+                "the base URL has credentials already; remove them from the URL, or leave out api_key="
             )
         self.key_scheme = key_scheme
         self.name = name if name is not None else urlsplit(self.base_url).netloc
-        self.sdk = sdk
+        self.sdk = _checked(sdk)
         self.model = model
         self._api_key = api_key
-        limits = Limits(
-            max_requests,
-            max_tokens,
-            interval,
-            max_concurrency=max_concurrency,
-            per_model=per_model,
-            adaptive=adaptive,
-            transit=transit,
-            shared=shared,
-            name=self.base_url,
-            clock=clock,
+        quotas: LimitOptions = {"max_requests": 1000, "max_tokens": 100_000, **limits}
+        self.flow = Flow(
+            Limits(**quotas, name=self.base_url, clock=clock),
+            Retries(max_retries, max_time, clock=clock),
+            Estimator(token_encoding_name),
         )
-        self.flow = Flow(limits, Retries(max_retries, max_time, clock=clock), Estimator(token_encoding_name))
         self._lent: _Loan | None = None
 
     def __repr__(self) -> str:
@@ -139,9 +139,6 @@ class Service:
         cache: Any = None,
         namespace: str | None = None,
         *,
-        mode: Mode = "read-write",
-        scope: str | None = None,
-        repeat: Repeat = "fresh",
         sdk: str | None = None,
         **options: Any,
     ) -> Any:
@@ -150,51 +147,26 @@ class Service:
         Args:
             cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
             namespace: the unit within which samples are independent, in practice one experiment.
-            mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
-            scope: replaces the endpoint's URL in keys.
-            repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
             sdk: the SDK of the client; default is the service's. The endpoint must speak its protocol.
-            options: further arguments of the SDK's client.
+            options: further arguments of the drop-in client: ``mode``, ``scope``, ``repeat``, and those of
+                the SDK's client.
 
         Raises:
             ValueError: when there is no key, and one is needed.
         """
-        return self._made(0, sdk, cache, namespace, mode, scope, repeat, options)
+        return self._made(0, sdk, cache=cache, namespace=namespace, **options)
 
     def sync_client(
-        self,
-        cache: Any = None,
-        namespace: str | None = None,
-        *,
-        mode: Mode = "read-write",
-        scope: str | None = None,
-        repeat: Repeat = "fresh",
-        sdk: str | None = None,
-        **options: Any,
+        self, cache: Any = None, namespace: str | None = None, *, sdk: str | None = None, **options: Any
     ) -> Any:
         """Return a new synchronous drop-in client of this endpoint, bound to its limits; see `client`."""
-        return self._made(1, sdk, cache, namespace, mode, scope, repeat, options)
+        return self._made(1, sdk, cache=cache, namespace=namespace, **options)
 
-    def _made(
-        self,
-        which: int,
-        sdk: str | None,
-        cache: Any,
-        namespace: str | None,
-        mode: Mode,
-        scope: str | None,
-        repeat: Repeat,
-        options: Mapping[str, Any],
-        service: Service | _Loan | None = None,
-    ) -> Any:
+    def _made(self, which: int, sdk: str | None, **options: Any) -> Any:
         from cachepipe import sdk as clients  # noqa: PLC0415 - each needs its SDK
 
-        sdk = self.sdk if sdk is None else sdk
-        if sdk not in _CLIENTS:
-            raise ValueError(f"sdk is one of {', '.join(_CLIENTS)}; got {sdk!r}")
-        kind = getattr(clients, _CLIENTS[sdk][which])
-        ours = {"cache": cache, "namespace": namespace, "mode": mode, "scope": scope, "repeat": repeat}
-        return kind(**ours, service=service or self, **options)
+        kind = getattr(clients, _CLIENTS[_checked(sdk or self.sdk)][which])
+        return kind(**{"service": self, **options})
 
     def client_options(self, sdk: str = "openai", *, replays: bool = False) -> dict[str, Any]:
         """Return the constructor arguments of an SDK's client for this endpoint, including the API key.
@@ -232,13 +204,15 @@ class Service:
         name = (id(cache), mode, repeat, sdk)
         if name not in loan.clients:
             options = self.client_options(sdk or self.sdk, replays=mode == "replay")
-            loan.clients[name] = self._made(0, sdk, cache, None, mode, None, repeat, options, loan)
+            loan.clients[name] = self._made(
+                0, sdk, cache=cache, mode=mode, repeat=repeat, service=loan, **options
+            )
             _loans.add(loan)
         return loan.clients[name]
 
     async def close(self) -> None:
         """Close the clients of sessions and completions. The caller closes all other clients."""
-        loops.running()  # before anything is ended
+        loops.running()  # fails without a loop, before anything is closed
         if self._lent is not None and (ended := self._lent.end()) is not None:
             await asyncio.wrap_future(ended)
         self.flow.limits.close()
@@ -265,7 +239,7 @@ class _Loan:
     async def close(self) -> None:
         """Wait for what is in flight, and close the clients; on the portal's loop."""
         async with self._closing:
-            ended, self.clients = self.clients, {}  # others may be lent meanwhile
+            ended, self.clients = self.clients, {}  # the service may lend others meanwhile
             for client in ended.values():
                 await client.close()
             if not self.clients:
@@ -278,6 +252,17 @@ _loans: set[_Loan] = set()
 async def close_lent() -> None:
     """Close the clients of all services that sessions and completions have used; on the portal's loop."""
     await asyncio.gather(*(loan.close() for loan in list(_loans) if loan.holds), return_exceptions=True)
+
+
+def _checked(sdk: str) -> str:
+    """Return the name of an SDK.
+
+    Raises:
+        ValueError: when there are no drop-in clients for it.
+    """
+    if sdk not in _CLIENTS:
+        raise ValueError(f"sdk is one of {', '.join(_CLIENTS)}; got {sdk!r}")
+    return sdk
 
 
 def stripped(key: Any) -> Any:
@@ -296,7 +281,7 @@ def _parted(url: str) -> tuple[str, str | None]:
         host = None
     if host is None or parts.scheme not in ("http", "https"):
         raise ValueError(
-            "base_url must be of the form https://host/v1; what was given is not (it is not shown here)"
+            "base_url must be of the form https://host/v1; the given URL is not (it is not shown here)"
         )
     user, at, place = parts.netloc.rpartition("@")
     bare = urlunsplit((parts.scheme, place, parts.path.rstrip("/"), parts.query, ""))
@@ -313,24 +298,22 @@ class Services:
     @staticmethod
     def OpenAI(**options: Any) -> Service:  # noqa: N802 - a name, as the providers write it
         """Return OpenAI, or the endpoint in ``OPENAI_BASE_URL``; the key is in ``OPENAI_API_KEY``."""
-        return _service("OpenAI", "OPENAI", "https://api.openai.com/v1", "gpt-4-1106-preview", options)
+        return _service("OpenAI", "https://api.openai.com/v1", options, "gpt-4-1106-preview")
 
     @staticmethod
     def OpenRouter(**options: Any) -> Service:  # noqa: N802 - likewise
         """Return OpenRouter; the key is in ``OPENROUTER_API_KEY``."""
-        url, model = "https://openrouter.ai/api/v1", "openai/gpt-4-1106-preview"
-        return _service("OpenRouter", "OPENROUTER", url, model, options)
+        return _service("OpenRouter", "https://openrouter.ai/api/v1", options, "openai/gpt-4-1106-preview")
 
     @staticmethod
     def Together(**options: Any) -> Service:  # noqa: N802 - likewise
         """Return Together; the key is in ``TOGETHER_API_KEY``."""
-        return _service("Together", "TOGETHER", "https://api.together.xyz/v1", None, options)
+        return _service("Together", "https://api.together.xyz/v1", options)
 
     @staticmethod
     def Anthropic(**options: Any) -> Service:  # noqa: N802 - likewise
         """Return Anthropic; the key is in ``ANTHROPIC_API_KEY``. Its clients are Anthropic's."""
-        options = {"sdk": "anthropic", **options}
-        return _service("Anthropic", "ANTHROPIC", "https://api.anthropic.com/v1", None, options)
+        return _service("Anthropic", "https://api.anthropic.com/v1", {"sdk": "anthropic", **options})
 
     @staticmethod
     def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise
@@ -368,10 +351,11 @@ def ollama_url(host: str, secret: str | None = None) -> str:
     return f"{scheme}://{place}/v1"
 
 
-def _service(name: str, prefix: str, url: str, model: str | None, options: Mapping[str, Any]) -> Service:
+def _service(name: str, url: str, options: Mapping[str, Any], model: str | None = None) -> Service:
     """Return a service with the defaults of a provider; its own variable may name another URL."""
+    prefix = name.upper()
     url = os.environ.get(f"{prefix}_BASE_URL") or url
     if prefix in ("TOGETHER", "ANTHROPIC") and not urlsplit(url).path.rstrip("/"):
-        url = f"{url.rstrip('/')}/v1"  # as their SDKs have it
+        url = f"{url.rstrip('/')}/v1"  # as their SDKs do
     known = {"base_url": url, "key_scheme": f"{prefix}_API_KEY", "name": name, "model": model}
     return Service(**{**known, **options})

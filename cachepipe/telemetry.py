@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from cachepipe import jsontext
 from cachepipe.errors import BadAnswer
 from cachepipe.wire.usage import token_counts
 
@@ -191,17 +190,6 @@ class CallSpan:
             if count:
                 self._tools.usage.record(count, {**shared, "gen_ai.token.type": kind})
         self._span.end()
-
-    def end_with(self, content: bytes) -> None:
-        """End the span with an answer in raw form."""
-        try:
-            answer = jsontext.loads(content)
-        except ValueError:
-            answer = None
-        if isinstance(answer, dict):
-            self.end(answer)
-        else:
-            self.end(error=BadAnswer("no JSON object"))
 
 
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:

@@ -197,11 +197,7 @@ class Cache:
             if len(grants) < len(asked):
                 for draw in draws:
                     give_back(draw, counter)
-        for draw, grant, (question, _) in zip(draws, grants, asked, strict=True):
-            run.count(draw, fresh_id=False)
-            if grant.shared:
-                warn_shared(question, claimant, run)
-        return self._found(Found(self, run, counter, user, asked, draws, grants))
+        return self._found(Found(self, run, counter, user, asked, draws, grants), claimant)
 
     def _replay(
         self, claimant: Claims, asked: Asked, request: Any, counter: Counter, run: runs.Occurrences
@@ -224,17 +220,18 @@ class Cache:
                 if len(grants) < len(asked):
                     found.give_back()
         if len(grants) == len(asked):
-            for grant, (question, _) in zip(grants, asked, strict=True):
-                if grant.shared:
-                    warn_shared(question, claimant, run)
-            return self._found(found)
+            return self._found(found, claimant)
         if self.mode == "replay":
             question, n = asked[len(grants)]
             raise missed(self.store, question, draws[-1], n, request, claimant.namespace)
         return None
 
-    def _found(self, found: Found) -> Found:
-        for (question, n), grant in zip(found.asked, found.grants, strict=True):
+    def _found(self, found: Found, claimant: Claims) -> Found:
+        """Account for samples that were stored."""
+        for (question, n), draw, grant in zip(found.asked, found.draws, found.grants, strict=True):
+            found.run.count(draw, fresh_id=False)
+            if grant.shared:
+                warn_shared(question, claimant, found.run)
             self.requests += 1
             self.hits += n
             self.deliveries.add_known(found.run.name, found.user, question.scope, grant)
@@ -256,13 +253,47 @@ class Cache:
             queue: the write queue of the running loop.
             counter: counts the occurrences of equal requests; by default the run.
         """
-        self.requests += 1
         draw = run = None
         if self.mode != "bypass":
             run = runs.current(self.store.identity)
             if counter is None:
                 counter = run
             draw = draw_of(question.key, request, counter, shared=self.shares(question))
+        return self._drawing(request, question, queue, draw, counter, run)
+
+    def begin(self, request: Request, question: Question, queue: WriteQueue) -> Found | Drawing:
+        """Return what is stored for a request of one question, or begin to draw it.
+
+        While claims are queued, a request joins them: their transaction also finds what is stored.
+        """
+        if self.in_memory:
+            return self.look(request, [(question, request.n)], request) or self.draw(request, question, queue)
+        if self.mode != "read-write" or not queue.idle or request.n > MANY:
+            return self.draw(request, question, queue)
+        run = runs.current(self.store.identity)
+        user = label(request.namespace)
+        shared = self.shares(question)
+        draw = draw_of(question.key, request, run, shared=shared)
+        try:
+            unrecorded = shared and (question.key, user) not in run.used
+            grant = None if unrecorded else self.store.recall(draw, request.n)
+        except BaseException:
+            give_back(draw, run)
+            raise
+        if grant is None:
+            return self._drawing(request, question, queue, draw, run, run)
+        return self._found(Found(self, run, run, user, [(question, request.n)], [draw], [grant]), request)
+
+    def _drawing(
+        self,
+        request: Request,
+        question: Question,
+        queue: WriteQueue,
+        draw: Draw | None,
+        counter: Counter | None,
+        run: runs.Occurrences | None,
+    ) -> Drawing:
+        self.requests += 1
         stored = draw is not None and not self.store.read_only
         drawing = Drawing(self, queue, request, question, draw, counter, run, stored=stored)
         if stored:

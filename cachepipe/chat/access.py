@@ -45,7 +45,22 @@ _CLOSING_SECONDS: Final = 10.0
 
 
 class AccessOptions(TypedDict, total=False):
-    """The options for the client and the cache; all others become fields of the request."""
+    """The options for the client and the cache.
+
+    Attributes:
+        cache: a folder, a store, or a ``diskcache.Cache``; else ``CACHEPIPE_DIR``, else the default folder.
+        namespace: the unit within which samples are independent; else ``CACHEPIPE_NAMESPACE``.
+        request_id: which draw this is among equal questions of the namespace.
+        replicate: which of several independent repetitions of the experiment this belongs to.
+        mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
+        repeat: ``"fresh"``: a repeated request gets a fresh sample; ``"same"``: it gets the same again.
+        service: makes the client, and limits and retries its calls.
+        client: a client to use, with or without a cache. An object that is not an SDK's client, but has an
+            asynchronous ``chat.completions.create``, is used unchanged.
+        api_key: the key; else ``OPENAI_API_KEY``.
+        base_url: the base URL of the API; else ``OPENAI_BASE_URL``. If neither URL nor key is found,
+            ``OLLAMA_HOST``.
+    """
 
     cache: Any
     namespace: str | None
@@ -64,17 +79,42 @@ _SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
 _ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
 
 
+class Environment:
+    """The settings that options may leave out.
+
+    Args:
+        given: settings that override the environment of the process.
+        whose: the class that takes them, for the error.
+
+    Raises:
+        TypeError: when they are not a mapping.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None = None, whose: str = "Access") -> None:
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"{whose} takes a mapping of settings, and options by name; got {type(given).__name__}"
+            )
+        self._given = given or {}
+
+    def found(self, name: str) -> str | None:
+        """Return a setting by its name; None if it is not set, or empty."""
+        value = self._given.get(name)
+        return str(value) if value else os.environ.get(name) or None
+
+
 class Access:
     """The endpoint, the cache and the mode of calls.
 
     Args:
         options: the options for the client and the cache; missing ones are looked up.
-        environment: settings that override the environment of the process.
+        environment: the settings for missing options; default is the environment of the process.
         sdk: the SDK for the clients of a service; default is the service's.
 
     Attributes:
         client: the caller's client with its cache; None if the client is made here.
         service: the caller's service.
+        found: looks up a setting in the environment.
 
     Raises:
         TypeError, ValueError: for options that exclude each other, or are not valid.
@@ -83,11 +123,11 @@ class Access:
     def __init__(
         self,
         options: Mapping[str, Any],
-        environment: Mapping[str, Any] | None = None,
+        environment: Environment | None = None,
         *,
         sdk: str | None = None,
     ) -> None:
-        self._environment = environment or {}
+        self.found = (environment or Environment()).found
         self._sdk = sdk
         self._opened: Any = None
         self.service: Service | None = options.get("service")
@@ -102,7 +142,7 @@ class Access:
             pass  # invalid settings are refused
         where = [name for name in _ENDPOINTS if options.get(name) is not None]
         if len(where) > 1 and where != ["api_key", "base_url"]:
-            raise TypeError(f"give {where[0]}= or {where[1]}=, not both: the first knows where to ask")
+            raise TypeError(f"give {where[0]}= or {where[1]}=, not both: each of them names an endpoint")
         if client is None or not keeps_cache(client):
             cache = located(self.found("CACHEPIPE_DIR") if cache is None else cache)
         self._cache = cache
@@ -121,14 +161,9 @@ class Access:
         )
 
     def __deepcopy__(self, _: object) -> Self:
-        return self  # what it knows does not change
+        return self  # its options do not change
 
     # What was given.
-
-    def found(self, name: str) -> str | None:
-        """Return a setting by its name in the environment; None if it is not set, or empty."""
-        value = self._environment.get(name)
-        return str(value) if value else os.environ.get(name) or None
 
     def _settings_of(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
         """Return the settings for `context.using`.
@@ -183,8 +218,8 @@ class Access:
             _check_completes(client, "service= takes a service of chat completions")
             return client
         name = (id(store), self.api_key, self.base_url, mode, repeat)
-        if name not in _clients:  # it keeps the store, so that the id stays the store's
-            from cachepipe.sdk.openai import AsyncOpenAI  # noqa: PLC0415 - now it is needed
+        if name not in _clients:  # the client keeps the store, so that the id stays the store's
+            from cachepipe.sdk.openai import AsyncOpenAI  # noqa: PLC0415 - loads the SDK
 
             _clients[name] = AsyncOpenAI(
                 api_key=self.api_key, base_url=self.base_url, cache=store, mode=mode, repeat=repeat
@@ -216,8 +251,11 @@ class Access:
             body = _fitted(client, body)
             if self._is_async:
                 return await client.chat.completions.create(**body)
+            # A limiter of its own, because the caller limits the number of calls.
             return await anyio.to_thread.run_sync(
-                lambda: client.chat.completions.create(**body), abandon_on_cancel=True, limiter=_threads()
+                lambda: client.chat.completions.create(**body),
+                abandon_on_cancel=True,
+                limiter=anyio.CapacityLimiter(1),
             )
 
     def generated(self, key: str, index: int | None) -> tuple[float, float] | None:
@@ -244,8 +282,8 @@ class Access:
         """Run a coroutine on the portal's loop for a caller without a loop, and return its result."""
         if self.client is not None and self._is_async:
             raise TypeError(
-                f"the functions and methods that wait take no asynchronous client, whose loop is not theirs; "
-                f"got {type(self.client).__name__}. Give a synchronous client, or await the asynchronous twin"
+                "a synchronous function cannot use an asynchronous client, which has another event loop; "
+                f"got {type(self.client).__name__}. Pass a synchronous client, or await the asynchronous twin"
             )
         return in_portal(work())
 
@@ -292,7 +330,7 @@ def _fitted(client: Any, body: Mapping[str, Any]) -> Mapping[str, Any]:
         meant = f" Did you mean {near[0]}=?" if near else ""
         raise TypeError(
             f"{type(client).__name__} takes no {wrong}=.{meant} "
-            "What only the provider knows goes into extra_body="
+            "Pass a field that only the provider knows in extra_body="
         )
     return body
 
@@ -346,22 +384,22 @@ _clients: dict[tuple[Any, ...], Any] = {}
 _stores: dict[str | int, tuple[Store, Any]] = {}
 """The stores that were opened here. For the portal's loop only."""
 _holders: weakref.WeakKeyDictionary[Store, _Holder] = weakref.WeakKeyDictionary()
-"""The objects that keep the runs of stores open, while the stores exist."""
+"""The objects that keep the runs of stores open while the stores exist."""
 _wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def sending() -> Iterator[None]:
-    """Return what is wrong with a text that UTF-8 cannot encode, without the rest of the text."""
+    """Explain an error of a text that UTF-8 cannot encode, without quoting the text."""
     try:
         yield
     except UnicodeEncodeError as error:
         if error.encoding != "utf-8":  # of a header
             raise
         raise ValueError(
-            f"what is asked holds {error.object[error.start]!r}, half of a character, which no request can "
-            "carry; mend it, as by text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+            f"the request has {error.object[error.start]!r}, half of a character, which UTF-8 cannot encode; "
+            "mend it, for example with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from None
 
 
@@ -382,8 +420,8 @@ def located(cache: Any) -> Any:
 def kept(cache: Any) -> Store:
     """Return the store of what `located` returns.
 
-    A store that is opened here stays open until `close_clients`. The run of a store lasts until then, or
-    while the caller's store exists. So consecutive callers are in one run, and share its files.
+    A store that is opened here stays open until `close_clients`. The store's run lasts until then, or until
+    the caller's store is collected. So consecutive callers are in one run and share the store's files.
     """
     name = cache if isinstance(cache, str) else id(cache)
     with _lock:
@@ -404,27 +442,15 @@ class _Holder:
 
 def wrapped(client: Any, cache: Any, repeat: Repeat | None) -> Any:
     """Return a plain client with a cache: the same one each time, so that its calls are one run."""
-    from cachepipe.sdk.wrapping import wrap  # noqa: PLC0415 - now it is needed
+    from cachepipe.sdk.wrapping import wrap  # noqa: PLC0415 - loads the SDK
 
     store = kept(cache)
     name = (id(store), repeat)
     with _lock:
         known = _wrappers.setdefault(client, {})
-        if name not in known:  # what is made keeps the store, so that the name is its own
+        if name not in known:  # the wrapper keeps the store, so that the id stays the store's
             known[name] = wrap(client, cache=store, repeat=repeat or "fresh")
         return known[name]
-
-
-_limiters: weakref.WeakKeyDictionary[Any, anyio.CapacityLimiter] = weakref.WeakKeyDictionary()
-
-
-def _threads() -> anyio.CapacityLimiter:
-    """Return a limiter without a limit, because the caller limits the number of calls."""
-    loop = asyncio.get_running_loop()
-    limiter = _limiters.get(loop)
-    if limiter is None:
-        limiter = _limiters[loop] = anyio.CapacityLimiter(float("inf"))
-    return limiter
 
 
 async def close_clients() -> None:
@@ -450,7 +476,7 @@ async def close_clients() -> None:
 @atexit.register
 def _at_exit() -> None:
     if _clients or _stores:
-        with contextlib.suppress(Exception):  # nobody is left to be told
+        with contextlib.suppress(Exception):  # nobody can handle it any more
             work: Awaitable[None] = asyncio.wait_for(close_clients(), _CLOSING_SECONDS)
             in_portal(work)  # type: ignore[arg-type]  # wait_for is a coroutine
 

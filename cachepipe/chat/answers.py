@@ -46,7 +46,7 @@ def _characters(tokens: Iterable[TokenLogProb]) -> Iterator[tuple[str, list[Toke
     parts: list[TokenLogProb] = []
     for token in tokens:
         if token.raw is None:
-            yield from ((part.token, [part]) for part in parts)  # they make no character
+            yield from ((part.token, [part]) for part in parts)  # they are not a character
             parts = []
             yield token.token, [token]
             continue
@@ -58,7 +58,7 @@ def _characters(tokens: Iterable[TokenLogProb]) -> Iterator[tuple[str, list[Toke
 
 
 class _Cost:
-    """A field that may be given as an `Info`, whose price is looked up once somebody wants to know."""
+    """A field that may be given as an `Info`; its price is looked up when it is first read."""
 
     @overload
     def __get__(self, completion: None, _: type) -> None: ...
@@ -140,8 +140,9 @@ class TextCompletion:
         return self.retrieval_end_time - self.retrieval_start_time
 
     def to_message(self) -> Message:
-        """Return the answer as an assistant message."""
-        return said_by_model(self.message, self.refusal, self.tool_calls)
+        """Return the answer as an assistant message; if it has no text, with the refusal message."""
+        text = self.message or self.refusal or (None if self.tool_calls else "")
+        return Message("assistant", text, tool_calls=self.tool_calls or None)
 
     def to_pretty_string(self, *, color: bool | None = None) -> str:
         """Return the conversation with the answer in readable form; see `Conversation.to_pretty_string`."""
@@ -175,11 +176,6 @@ class TextCompletion:
         return "".join(pieces)
 
 
-def said_by_model(text: str, refusal: str | None, calls: list[dict[str, Any]]) -> Message:
-    """Return a model's answer as a message, with the refusal message if there is no text."""
-    return Message("assistant", text or refusal or (None if calls else ""), tool_calls=calls or None)
-
-
 def parsed_answer(
     kind: type[pydantic.BaseModel], text: str, finish_reason: str | None, key: str | None, index: int | None
 ) -> pydantic.BaseModel:
@@ -200,7 +196,7 @@ def parsed_answer(
     except pydantic.ValidationError as error:
         cut = " (it was cut off: raise max_completion_tokens)" if finish_reason == "length" else ""
         raise BadAnswer(
-            f"the answer is no {kind.__name__}{cut}: {text!r:.200}. It stays in the cache as "
+            f"the answer is not a valid {kind.__name__}{cut}: {text!r:.200}. It stays in the cache as "
             f"sample {index} of key {key}; another request_id draws another"
         ) from error
 
@@ -285,7 +281,7 @@ class Answered:
 def _token(entry: Mapping[str, Any]) -> TokenLogProb:
     value, text = entry.get("logprob"), str(entry.get("token") or "")
     raw = None
-    with contextlib.suppress(TypeError, ValueError):  # servers tell odd things
+    with contextlib.suppress(TypeError, ValueError):  # servers send odd values
         raw = bytes(list(entry.get("bytes") or ())) or None
     if raw == text.encode("utf-8", "surrogatepass"):
         raw = None

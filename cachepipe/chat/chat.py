@@ -13,7 +13,7 @@ import anyio.to_thread
 import pydantic
 
 from cachepipe.chat import tools
-from cachepipe.chat.access import Access
+from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.answers import TextCompletion
 from cachepipe.chat.completions import Options, Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
@@ -60,13 +60,9 @@ class Chat:
         max_rounds: int = MOST_ROUNDS,
         **options: Unpack[Options],
     ) -> None:
-        if environment is not None and not isinstance(environment, Mapping):
-            raise TypeError(
-                f"Chat takes a mapping of settings, and options by name; got {environment!r:.100}"
-            )
         if type(max_rounds) is not int or max_rounds < 0:
             raise ValueError(f"max_rounds= is a whole number, at least 0; got {max_rounds!r:.100}")
-        self._plan = Plan.of(options, environment)
+        self._plan = Plan.of(options, Environment(environment, "Chat"))
         self.conversation = Conversation(messages)
         self.completions: list[TextCompletion] = []
         self.max_rounds = max_rounds
@@ -177,15 +173,23 @@ class Spoken:
 
     Attributes:
         completion: the answer, with its times and flags, once it is complete; else None.
+        ended: whether there is no more text.
     """
 
     def __init__(self, turns: AsyncGenerator[str | _Due | TextCompletion, None], access: Access) -> None:
         self._turns = turns
         self._access = access
+        self._pieces: list[str] = []
         self.completion: TextCompletion | None = None
+        self.ended = False
 
     def __repr__(self) -> str:
         return f"<Spoken {'under way' if self.completion is None else 'complete'}>"
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
 
     @property
     def result(self) -> Any:
@@ -199,29 +203,46 @@ class Spoken:
         return whole.to_message().text if whole.parsed is None else whole.parsed
 
     async def _next(self) -> str | _Due | None:
+        """Return the next piece of text, or the next tool call to make; None at the end."""
         item = await anext(self._turns, None)
         if isinstance(item, TextCompletion):
             self.completion = item
             return await self._next()
+        if isinstance(item, str):
+            self._pieces.append(item)
         return item
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Note that an exception ends the iteration."""
+        try:
+            yield
+        except BaseException:
+            self.ended = True
+            raise
+
     async def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # what is being cancelled ends by itself
+        with contextlib.suppress(RuntimeError):  # a generator that is being cancelled ends by itself
             await self._turns.aclose()
+        self.ended = True
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        while (item := self._access.wait(self._next)) is not None:
+        while True:
+            with self._reading():
+                item = self._access.wait(self._next)
             if isinstance(item, str):
                 return item
+            if item is None:
+                self.ended = True
+                raise StopIteration
             try:
                 item.make()
             except BaseException:
-                self.close()  # the model is told nothing of a call that was not made
+                self.close()  # a call that was not made is not reported to the model
                 raise
-        raise StopIteration
 
     def close(self) -> None:
         """Stop; the rest of the answer is read in the background and stored."""
@@ -237,15 +258,19 @@ class Spoken:
         return self
 
     async def __anext__(self) -> str:
-        while (item := await self._access.run(self._next)) is not None:
+        while True:
+            with self._reading():
+                item = await self._access.run(self._next)
             if isinstance(item, str):
                 return item
+            if item is None:
+                self.ended = True
+                raise StopAsyncIteration
             try:
                 await item.amake()
             except BaseException:
                 await self.aclose()
                 raise
-        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Do what `close` does, on an event loop."""

@@ -23,7 +23,7 @@ import pydantic
 
 from cachepipe import context, progress
 from cachepipe.chat import tools
-from cachepipe.chat.access import NAMES, Access, AccessOptions, model_of
+from cachepipe.chat.access import NAMES, Access, AccessOptions, Environment, model_of
 from cachepipe.chat.answers import Answered, TextCompletion, choices_of, parsed_answer
 from cachepipe.chat.conversations import Conversation, Message
 from cachepipe.errors import CachepipeError
@@ -41,7 +41,7 @@ _NOT_TAKEN: Final = {
 
 
 class Options(AccessOptions, total=False):
-    """The options of every function here.
+    """The options of every function here, in addition to those of `AccessOptions`.
 
     All other parameters of the SDK's ``chat.completions.create`` are accepted too.
 
@@ -52,18 +52,6 @@ class Options(AccessOptions, total=False):
         response_format: a pydantic class for ``completion.parsed``, or a mapping as the provider takes it.
         tools: Python functions that the model may call, or mappings as the provider takes them. The calls are
             in the completion's ``tool_calls``; `Chat` makes them.
-        cache: a folder, a store, or a ``diskcache.Cache``; else ``CACHEPIPE_DIR``, else the default folder.
-        namespace: the unit within which samples are independent; else ``CACHEPIPE_NAMESPACE``.
-        request_id: which draw this is among equal questions of the namespace.
-        replicate: which of several independent repetitions of the experiment this belongs to.
-        mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
-        repeat: ``"fresh"``: a repeated request gets a fresh sample; ``"same"``: it gets the same again.
-        service: makes the client, and limits and retries its calls.
-        client: a client to use, with or without a cache. An object that is not an SDK's client, but has an
-            asynchronous ``chat.completions.create``, is used unchanged.
-        api_key: the key; else ``OPENAI_API_KEY``.
-        base_url: the base URL of the API; else ``OPENAI_BASE_URL``. If neither URL nor key is found,
-            ``OLLAMA_HOST``.
         temperature: how much the samples vary.
         top_p: from how much of the probability they are drawn.
         max_tokens: the most tokens of an answer, by its old name.
@@ -158,7 +146,7 @@ class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N81
         results: in input order, completions, and errors in the place of those that failed.
     """
 
-    results: list[TextCompletion | Exception]
+    results: list[TextCompletion | Exception] = []  # noqa: RUF012 - each error gets its own
 
     @classmethod
     def of(cls, results: list[TextCompletion | Exception]) -> Self:
@@ -175,7 +163,7 @@ class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N81
     def derive(self, excs: Sequence[Any], /) -> Any:
         """Return a group of some of the errors, as ``except*`` makes it."""
         made = type(self)(self.message, excs)
-        made.results = getattr(self, "results", [])
+        made.results = self.results
         return made
 
 
@@ -214,12 +202,12 @@ class Plan:
         self.body = {**body, **_log_probs(wanted, top)}
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Self:
+    def of(cls, options: Mapping[str, Any], environment: Environment | None = None) -> Self:
         """Return a plan with an access of its own.
 
         Args:
             options: see `Options`.
-            environment: settings that override the environment of the process.
+            environment: the settings for missing options.
         """
         body = {name: value for name, value in options.items() if name not in NAMES}
         return cls(Access(options, environment), body)
@@ -535,7 +523,7 @@ class _Crowd:
 
     async def _complete(self, tick: progress.Tick) -> Results:
         if self._asked:
-            await self.plan.access.check(self.plan.body)  # what is wrong for all of them is told once
+            await self.plan.access.check(self.plan.body)  # an error that all would raise is raised once
 
         async def one(asked: tuple[Conversation, dict[str, str]]) -> TextCompletion:
             try:

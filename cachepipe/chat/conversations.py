@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, Self, TypeAlias, runtime_checkable
 
-from cachepipe import terminal
+from cachepipe import jsontext, terminal
 from cachepipe.typedefs import by_value
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
@@ -177,11 +177,8 @@ class Conversation:
             raise ValueError(
                 f"{after} a conversation expects a message by {wanted}; got one by {message.role!r}"
             )
-        if message.role == "tool" and message.tool_call_id not in self.open_calls():
-            raise ValueError(
-                f"no open call of a tool has the id {message.tool_call_id!r}; open are "
-                f"{', '.join(map(repr, self.open_calls()))}"
-            )
+        if message.role == "tool":
+            self.check_open(message.tool_call_id)
         self.messages.append(message)
         return self
 
@@ -210,6 +207,16 @@ class Conversation:
             answered.add(message.tool_call_id)
         return []
 
+    def check_open(self, identifier: str | None) -> None:
+        """Raise an error if no open call of a tool has this id.
+
+        Raises:
+            ValueError: for any other id.
+        """
+        if identifier not in (calls := self.open_calls()):
+            known = ", ".join(map(repr, calls)) or "none"
+            raise ValueError(f"no open call of a tool has the id {identifier!r}; open are {known}")
+
     def copy(self) -> Self:
         """Return an independent conversation with the same messages."""
         return type(self)(list(self.messages))
@@ -220,7 +227,7 @@ class Conversation:
 
     def to_json(self) -> str:
         """Return the conversation as JSON on one line: ``{"messages": […]}``."""
-        return _dumped({"messages": self.to_messages()})
+        return jsontext.dumps({"messages": self.to_messages()}).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -242,7 +249,7 @@ class Conversation:
 
     def to_jsonl(self) -> str:
         """Return the conversation with one message per line, as JSON."""
-        return "".join(f"{_dumped(message.to_dict())}\n" for message in self.messages)
+        return "".join(f"{jsontext.dumps(message.to_dict()).decode()}\n" for message in self.messages)
 
     @classmethod
     def from_jsonl(cls, lines: str | bytes | Iterable[str | bytes]) -> Self:
@@ -257,7 +264,7 @@ class Conversation:
         if isinstance(lines, bytes):
             lines = lines.decode()
         if isinstance(lines, str):
-            lines = lines.split("\n")  # never at the other line separators, which JSON may hold
+            lines = lines.split("\n")  # JSON may contain the other line separators
         messages = []
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -315,15 +322,3 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"expected an object; got {value!r:.100}")
     return value
-
-
-def _dumped(value: Any) -> str:
-    try:
-        return _encodable(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
-    except UnicodeEncodeError:  # a lone surrogate, which no file takes
-        return json.dumps(value, separators=(",", ":"))
-
-
-def _encodable(text: str) -> str:
-    text.encode()
-    return text

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio.to_thread
 
-from cachepipe.chat.access import located
+from cachepipe.chat.access import Environment, located
 from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import StoreError
 from cachepipe.stores.folders import check_files, expanded
@@ -97,34 +97,28 @@ class History:
         ttl: int = DAY,
         cache: Any = None,
     ) -> None:
-        if environment is not None and not isinstance(environment, Mapping):
-            raise TypeError(
-                f"History takes a mapping of settings, and options by name; got {type(environment).__name__}"
-            )
-        settings = {
-            name: value for given in (os.environ, environment or {}) for name, value in given.items() if value
-        }
+        found = Environment(environment, "History").found
         state = state or (environment or {}).get("state") or secrets.token_urlsafe(18)
         if not isinstance(state, str) or not _ID.fullmatch(state):
             raise ValueError(
-                "the id of a history has 8 to 128 letters, digits, '-' and '_'; got something else"
+                "the id of a history has 8 to 128 letters, digits, '-' and '_'; the given id does not"
             )
         if type(ttl) is not int or ttl < 1:
             raise ValueError(f"ttl= is a whole number of seconds, at least 1; got {ttl!r:.100}")
         self._id = state
         self.ttl = ttl
-        url = url or settings.get("REDIS_URL")
+        url = url or found("REDIS_URL")
         self._keeper: Keeper
         if url:
             from cachepipe.chat.server import ServerKeeper  # noqa: PLC0415 - it needs redis
 
-            prefix = settings.get("REDIS_PREFIX", PREFIX) if prefix is None else prefix
+            prefix = found("REDIS_PREFIX") or PREFIX if prefix is None else prefix
             self._keeper = ServerKeeper(str(url), str(prefix))
         else:
-            self._keeper = FolderKeeper(_folder(settings.get("CACHEPIPE_DIR") if cache is None else cache))
+            self._keeper = FolderKeeper(_folder(found("CACHEPIPE_DIR") if cache is None else cache))
 
     def __repr__(self) -> str:
-        return f"<History {self._keeper!r}>"  # not its id, which lets everybody read it
+        return f"<History {self._keeper!r}>"  # not its id, with which anyone can read it
 
     def id(self) -> str:
         """Return the id of the conversation. Anyone who knows it can read the conversation."""
@@ -138,7 +132,7 @@ class History:
             StoreError: when they could not be saved.
         """
         said = [Message.of(message).to_dict() for message in messages]
-        # A client may send again what it does not know to have arrived: by the mark it is read once.
+        # A client may repeat an append if it got no reply; the mark makes sure that a message is read once.
         lines = [json.dumps([secrets.token_hex(8), message]) for message in said]
         if lines:
             self._keeper.append(self._id, lines, self.ttl)
@@ -154,8 +148,8 @@ class History:
             return Conversation(list(dict(map(json.loads, lines)).values()))
         except (TypeError, ValueError) as error:
             raise StoreError(
-                f"something else than a history is kept under its name {self._keeper!r}; do others use "
-                "its prefix?"
+                f"the name of this history {self._keeper!r} has other content; does another program use its "
+                "prefix?"
             ) from error
 
     def load(self, chat: Chat) -> Chat:
@@ -205,7 +199,7 @@ class FolderKeeper:
             check_files(self.path.parent, self.path.name)
             if not self.path.exists():
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with contextlib.suppress(FileExistsError):  # it is never opened twice: see DiskStore
+                with contextlib.suppress(FileExistsError):  # the file is never opened twice: see DiskStore
                     os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             with contextlib.closing(
                 sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)

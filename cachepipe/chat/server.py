@@ -38,7 +38,7 @@ class ServerKeeper:
         if parts.scheme not in _SCHEMES:
             raise ValueError(
                 f"the URL of a history's server begins with {', '.join(f'{s}://' for s in _SCHEMES)}; "
-                "what was given does not (it is not shown here)"
+                "the given URL does not (it is not shown here)"
             )
         self._where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
         self._client = _client(
@@ -56,9 +56,9 @@ class ServerKeeper:
         try:
             yield self._client
         except (redis.RedisError, OSError) as error:
-            # Errors of transactions quote the command: the id, by which all is read, and what was said.
+            # Errors of transactions quote the command, with the secret id and the messages.
             told = str(error).rpartition("of pipeline caused error: ")[2]
-            raise StoreError(f"the history's server at {self._where} did not do it: {told}") from None
+            raise StoreError(f"the history's server at {self._where} failed: {told}") from None
 
     def append(self, name: str, lines: Sequence[str], ttl: int) -> None:
         """Append lines in one transaction, which also sets when they expire."""
@@ -83,7 +83,7 @@ def _parts(url: str) -> SplitResult:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError:
-        raise ValueError("the host or the port in the URL of a history's server is none") from None
+        raise ValueError("the URL of a history's server has an invalid host or port") from None
     return parts
 
 
@@ -93,4 +93,4 @@ def _client(url: str) -> Any:
     try:
         return redis.Redis.from_url(url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE)
     except ValueError as error:
-        raise ValueError(f"the URL of a history's server is not understood: {type(error).__name__}") from None
+        raise ValueError(f"the URL of a history's server is not valid: {type(error).__name__}") from None

@@ -10,22 +10,25 @@ answers without calls.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import os
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
-from cachepipe.chat.access import Access, completes, is_asynchronous, keeps_cache, say_default
+from cachepipe.chat.access import Access, AccessOptions, completes, is_asynchronous, keeps_cache, say_default
 from cachepipe.chat.answers import TextCompletion
+from cachepipe.chat.chat import Spoken
 from cachepipe.chat.completions import Plan, Reply
 from cachepipe.chat.conversations import Conversation, Message
 from cachepipe.context import INHERITED, Using, current
 from cachepipe.flow import Limits
 from cachepipe.providers.info import Info
 from cachepipe.services import Service, Services
-from cachepipe.typedefs import Mode, Repeat, by_value
+from cachepipe.typedefs import by_value
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "model": "gpt-4-1106-preview",
@@ -57,17 +60,11 @@ class Session:
 
     Args:
         system: the system message: a string or a mapping; None for no message.
-        service: the endpoint and its limits; default is a new ``Services.OpenAI()``.
         llmconfig: parameters of calls that differ from `DEFAULTS`.
-        namespace: the unit within which samples are independent, in practice one experiment;
-            `cachepipe.using` overrides it. None means the client's, if the client has its own cache.
-        replicate: which of several independent repetitions of the experiment the session belongs to;
-            `cachepipe.using` overrides it.
-        cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
-        mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
-        repeat: ``"fresh"``: a repeated question gets a fresh sample; ``"same"``: it gets the same again.
-        client: an asynchronous client to use instead of one of the service's. Only an SDK's client takes
-            ``cache``, ``mode`` and ``repeat``; one of cachepipe's, or any other, has its own cache.
+        **options: see `cachepipe.chat.access.AccessOptions`. The default ``service`` is a new
+            ``Services.OpenAI()``. `cachepipe.using` overrides ``namespace``, ``replicate`` and ``mode``. The
+            ``client`` is asynchronous; only an SDK's client takes ``cache``, ``mode`` and ``repeat``, because
+            one of cachepipe's, or any other, has its own cache.
 
     Attributes:
         conversation: the messages, beginning with the system message.
@@ -83,49 +80,30 @@ class Session:
         self,
         system: str | Mapping[str, Any] | None = None,
         *,
-        service: Service | None = None,
         llmconfig: Mapping[str, Any] | None = None,
-        namespace: str | None = None,
-        replicate: str | int | None = None,
-        cache: Any = None,
-        mode: Mode = "read-write",
-        repeat: Repeat = "fresh",
-        client: Any = None,
+        **options: Unpack[AccessOptions],
     ) -> None:
-        if client is not None:
-            if service is not None:
-                raise TypeError(
-                    "a client has its own endpoint and limits; pass a service or a client, not both"
-                )
-            if not (completes(client) and is_asynchronous(client)):
-                raise TypeError(
-                    "client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
-                    f"got {client!r:.200}"
-                )
-        own = keeps_cache(client)
-        if own and (cache is not None or (mode, repeat) != ("read-write", "fresh")):
+        given: dict[str, Any] = {**options}
+        client, service = given.get("client"), given.get("service")
+        if client is not None and service is None and not (completes(client) and is_asynchronous(client)):
+            raise TypeError(
+                "client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
+                f"got {client!r:.200}"
+            )
+        if keeps_cache(client) and given.keys() & {"cache", "mode", "repeat"}:
             raise TypeError(
                 "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
             )
         if llmconfig is not None and not isinstance(llmconfig, Mapping):
             raise TypeError(f"llmconfig is a mapping of parameters; got {llmconfig!r:.100}")
-        self.service = Services.OpenAI() if service is None and client is None else service
-        self._access = Access(
-            {
-                "service": self.service,
-                "client": client,
-                "cache": cache,
-                "repeat": None if own else repeat,
-                "mode": mode,
-                "namespace": namespace,
-                "replicate": replicate,
-            },
-            sdk="openai",
-        )
-        self.namespace = namespace
-        self.replicate = replicate
-        self._mode = INHERITED if own else mode
-        self._inherits = own
+        if client is None and service is None:
+            endpoint = {name: given.pop(name) for name in ("api_key", "base_url") if name in given}
+            service = given["service"] = Services.OpenAI(**endpoint)
+        self.service: Service | None = service
+        self._access = Access(given, sdk="openai")
+        self.namespace: str | None = given.get("namespace")
+        self.replicate: str | int | None = given.get("replicate")
+        self._mode = given.get("mode") or INHERITED
         self.llmconfig: dict[str, Any] = by_value(dict(DEFAULTS))
         if self.service is not None:
             self.llmconfig["model"] = self.service.model
@@ -223,25 +201,30 @@ class Session:
                     "the previous answer is still being streamed; read it to its end, or call its aclose()"
                 )
             before = self.conversation.messages if opening is None else opening
-            _check_answers(Conversation(before).open_calls(), said)
-            conversation = Conversation([*before, *said])
+            conversation = Conversation(before)
+            _check_answers(conversation, said)
+            conversation.messages.extend(said)
             settings = self._settings(request_id)
             plan, fields = self._plan(params)
             reply = await self._access.run(lambda: plan.ask(conversation, fields, **settings._asdict()))
             if fields.get("stream"):
-                pieces = Pieces(reply, self)
+                pieces = Pieces(self, reply)
                 self._pieces = weakref.ref(pieces)
                 return pieces
             completions = reply.completions()
-            self.conversation = Conversation([*conversation, completions[0].to_message()])
-            self.info = reply.info
+            self._heard(reply, completions[0].to_message())
         values = [_value(completion) for completion in completions]
         return values if fields.get("n", 1) > 1 else values[0]
 
+    def _heard(self, reply: Reply, said: Message) -> None:
+        self.conversation = Conversation([*reply.conversation, said])
+        self.info = reply.info
+
     def _settings(self, request_id: str | None) -> Using:
         """Return the settings of a call: its own, then those of `cachepipe.using`, then the session's."""
-        namespace = INHERITED if self._inherits and self.namespace is None else self.namespace
-        settings = current().over(Using(namespace, None, self._mode, self.replicate))
+        named = {"namespace": self.namespace, "replicate": self.replicate}
+        own: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        settings = current().over(Using(request_id=None, mode=self._mode, **own))
         return settings if request_id is None else settings._replace(request_id=request_id)
 
     def _plan(self, params: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
@@ -275,8 +258,7 @@ class Session:
 
     def branch(self) -> Self:
         """Return a copy of the session that continues independently."""
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin = copy.copy(self)
         twin.llmconfig = by_value(self.llmconfig)
         twin.conversation = self.conversation.copy()
         twin._turns = _turns()  # noqa: SLF001 - its own class
@@ -341,65 +323,33 @@ class Session:
         return made
 
 
-class Pieces(AsyncIterator[str]):
+class Pieces(Spoken):
     """The pieces of an answer's text as they come. At the end, the answer is part of the conversation.
 
     A reader that stops early calls `aclose`: the part that it has read becomes the answer in the
     conversation. The rest is read in the background, so that the sample is stored.
 
-    Attributes:
-        ended: whether there are no more pieces.
-
     Raises:
         BadAnswer: when the stream ends before the answer does; the conversation stays as it was.
     """
 
-    def __init__(self, reply: Reply, session: Session) -> None:
+    def __init__(self, session: Session, reply: Reply) -> None:
+        super().__init__(self._parts(), session._access)  # noqa: SLF001 - a part of it
+        self._session = session
         self._reply = reply
-        self._parts = reply.parts()
-        self._run = session._access.run  # noqa: SLF001 - a part of it
-        self._session: Session | None = session
-        self._pieces: list[str] = []
-        self.ended = False
 
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._pieces)
+    async def _parts(self) -> AsyncGenerator[str | TextCompletion, None]:
+        async with contextlib.aclosing(self._reply.parts()) as parts:
+            async for part in parts:
+                if isinstance(part, TextCompletion):
+                    self._session._heard(self._reply, part.to_message())  # noqa: SLF001 - a part of it
+                yield part
 
-    async def __anext__(self) -> str:
-        if self.ended:
-            raise StopAsyncIteration
-        try:
-            part = await self._run(self._next)
-        except BaseException:
-            self.ended = True  # the conversation stays as it was
-            raise
-        if isinstance(part, str):
-            self._pieces.append(part)
-            return part
-        self._end(part.to_message())
-        raise StopAsyncIteration
-
-    async def _next(self) -> str | TextCompletion:
-        return await anext(self._parts)
-
-    async def aclose(self) -> None:
-        """Stop reading."""
-        if not self.ended:
-            self._end(Message("assistant", self.text) if self._pieces else None)
-            await self._run(self._close)
-
-    async def _close(self) -> None:
-        await self._parts.aclose()
+    async def _end(self) -> None:
+        if not self.ended and self.text:
+            self._session._heard(self._reply, Message("assistant", self.text))  # noqa: SLF001 - likewise
+        await super()._end()
         await self._reply.close()  # the iteration may not have begun
-
-    def _end(self, said: Message | None) -> None:
-        self.ended = True
-        session, self._session = self._session, None
-        if session is not None and said is not None:
-            session.conversation = Conversation([*self._reply.conversation, said])
-            session.info = self._reply.info
 
 
 def _turns() -> Limits:
@@ -440,12 +390,11 @@ def _value(completion: TextCompletion) -> Any:
     return completion.tool_calls if text is None else text
 
 
-def _check_answers(calls: list[str], said: list[Message]) -> None:
+def _check_answers(conversation: Conversation, said: list[Message]) -> None:
     """Refuse what providers refuse: outputs of calls that are not open, and calls without an output."""
     given = [message.tool_call_id for message in said if message.role == "tool"]
-    if unknown := [call for call in given if call not in calls]:
-        known = ", ".join(map(repr, calls)) or "none"
-        raise ValueError(f"no open call of a tool has the id {unknown[0]!r}; open are {known}")
-    if missing := [call for call in calls if call not in given]:
+    for call in given:
+        conversation.check_open(call)
+    if missing := [call for call in conversation.open_calls() if call not in given]:
         named = ", ".join(map(repr, missing))
         raise ValueError(f"the model waits for the results of its tool calls: give tool_outputs= for {named}")

@@ -42,7 +42,7 @@ COLUMNS: Final = (
 """The columns of a data frame."""
 
 _WIDTH: Final = 100
-_NARROWEST: Final = 24  # columns of a sample, where there is more than one in a row
+_NARROWEST: Final = 24  # columns of a sample, if a row has several
 _LEAST: Final = 10
 
 
@@ -88,10 +88,8 @@ def _row(completion: TextCompletion | BaseException) -> dict[str, Any]:
 
 
 def _encodable(value: Any) -> Any:
-    """Return a cell with U+FFFD for lone surrogates, which some libraries refuse."""
-    if not isinstance(value, str):
-        return value
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """Return a cell without lone surrogates, which some libraries refuse."""
+    return jsontext.mended(value) if isinstance(value, str) else value
 
 
 def to_jsonl(
@@ -150,7 +148,7 @@ def from_jsonl(text: str | os.PathLike[str]) -> list[TextCompletion | dict[str, 
             found.append(_read(json.loads(line)))
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             hint = "" if line.startswith("{") else ". The path of a file is given as a pathlib.Path"
-            raise ValueError(f"line {number} is no completion: {error!r}{hint}") from error
+            raise ValueError(f"line {number} is not a completion: {error!r}{hint}") from error
     return found
 
 

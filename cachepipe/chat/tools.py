@@ -41,7 +41,7 @@ class Tool:
         self.name = name
         self.function = function
         try:
-            # A stand-in with the same parameters: so what a call raises is never taken for a wrong argument.
+            # A stand-in with the same parameters, so that errors of calls are not taken for wrong arguments.
             given: Any = functools.wraps(function)(lambda *args, **named: (args, named))
             given.__annotations__ = typing.get_type_hints(function, include_extras=True)
             self._adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(given)
@@ -165,7 +165,7 @@ def response_format(wanted: Any) -> tuple[Any, type[pydantic.BaseModel] | None]:
         return dict(wanted), None
     if not (isinstance(wanted, type) and issubclass(wanted, pydantic.BaseModel)):
         raise TypeError(f"response_format= is a pydantic model's class, or a mapping; got {wanted!r:.100}")
-    import openai  # noqa: PLC0415 - now it is needed
+    import openai  # noqa: PLC0415 - loads the SDK
 
     schema = openai.pydantic_function_tool(wanted)["function"]["parameters"]
     return {

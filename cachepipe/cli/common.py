@@ -86,7 +86,7 @@ def when(at: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in readable form: ``812 B``, ``3.4 MB``."""
+    """Return a number of bytes as text: ``812 B``, ``3.4 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -95,7 +95,7 @@ def size(count: float) -> str:
 
 
 def dollars(cost: float) -> str:
-    """Return an amount of US dollars in readable form: ``$12.30``, ``$0.0042``, never rounded to 0."""
+    """Return an amount of US dollars as text: ``$12.30``, ``$0.0042``; it is never rounded to 0."""
     amount = abs(cost)
     text = f"${amount:,.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
     if text == "$0.0000":
@@ -104,7 +104,7 @@ def dollars(cost: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """Return a part of a whole in per cent, never rounded to 100 or 0; a dash if the whole is 0."""
+    """Return a share in percent, never rounded to 100 or 0; a dash if the whole is 0."""
     if not whole:
         return "-"
     percent = 100 * part / whole
@@ -169,7 +169,7 @@ _FOUND: Final = {
 
 @contextlib.contextmanager
 def opened(cache: str | None, *, write: bool = False) -> Iterator[DiskStore]:
-    """Open the store of a folder that is a cache; without ``write``, nothing is created or written.
+    """Open the store of an existing cache; without ``write``, it is read-only.
 
     Raises:
         StoreError: when there is no cache; it names the folder, and says how to name another.
@@ -222,7 +222,7 @@ def styled(text: str, **style: Any) -> str:
 
 
 def echo_lines(lines: Iterable[str]) -> None:
-    """Print lines as they come: the first at once, the others at least ten times a second."""
+    """Print lines as they are produced, and flush at least ten times a second."""
     flushed = 0.0
     for line in lines:
         sys.stdout.write(f"{line}\n")
@@ -305,7 +305,7 @@ def counted(count: int, what: str) -> str:
 def _print_ruled(
     heads: Sequence[str], cells: list[list[str]], rights: list[bool], title: str, *, total: bool
 ) -> None:
-    from rich import box  # noqa: PLC0415 - only for people
+    from rich import box  # noqa: PLC0415 - only on terminals
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -330,7 +330,7 @@ def _print_ruled(
         last = total and place == len(cells) - 1
         table.add_row(*map(Text, row), style="bold" if last else "")
     console = Console(highlight=False)
-    console.width = max(console.width, needed + len(heads))  # figures are never cut: the terminal wraps lines
+    console.width = max(console.width, needed + len(heads))  # numbers are never cut: the terminal wraps lines
     console.print(table)
 
 

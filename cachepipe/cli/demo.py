@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import secrets
-import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 import orjson
@@ -25,10 +25,11 @@ import orjson
 from cachepipe.cli import common
 from cachepipe.cli.group import Failure
 from cachepipe.errors import ReadOnlyStore
+from cachepipe.progress import Tick, shown
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
-    from cachepipe.batchfile import Report
+    from cachepipe.batch import Report
     from cachepipe.testing import MockServer
 
 _PROMPTS: Final = 164
@@ -44,8 +45,7 @@ Lines = list[dict[str, Any]]
 Answers = dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Bill:
+class Bill(NamedTuple):
     """The counts of the server: calls, generated samples, tokens in and out."""
 
     calls: int
@@ -84,16 +84,14 @@ class Step:
             "failed": self.report.failed,
             "hits": self.report.hits,
             "seconds": round(self.report.seconds, 3),
-            **_figures(self.asked, self.tokens, self.bill),
+            "calls": self.bill.calls,
+            "samples": _saving(self.asked, self.bill.samples),
+            "tokens": _saving(self.tokens, self.bill.tokens),
         }
 
 
-def _figures(asked: int, tokens: int, bill: Bill) -> dict[str, Any]:
-    return {
-        "calls": bill.calls,
-        "samples": {"as_asked": asked, "spent": bill.samples, "saved": asked - bill.samples},
-        "tokens": {"as_asked": tokens, "spent": bill.tokens, "saved": tokens - bill.tokens},
-    }
+def _saving(as_asked: int, spent: int) -> dict[str, int]:
+    return {"as_asked": as_asked, "spent": spent, "saved": as_asked - spent}
 
 
 _JSON: Final = """\b
@@ -131,19 +129,26 @@ def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, 
         scratch = Path(made)
         steps, promises = asyncio.run(_play(_read_prompts(prompts), n, cache or scratch / "cache", scratch))
     held = all(kept for _, kept in promises)
+    rows = [step.as_dict() for step in steps]
     if as_json:
-        total = _total(steps)
-        told = [{"promise": promise, "held": kept} for promise, kept in promises]
-        figures: dict[str, Any] = {"prompts": prompts, "n": n, "changed": len(_changed_places(prompts))}
-        figures |= {
-            "steps": [step.as_dict() for step in steps],
-            "total": total,
-            "promises": told,
+        figures = {
+            "prompts": prompts,
+            "n": n,
+            "changed": len(_changed_places(prompts)),
+            "steps": rows,
+            "total": _total(rows),
+            "promises": [{"promise": promise, "held": kept} for promise, kept in promises],
             "held": held,
         }
         click.echo(common.json_text(figures))
     else:
-        _print_report(steps, promises, cache)
+        _print_report(rows, promises)
+        for step in steps:
+            if step.report.failed:
+                failed = f"{step.report.failed} requests of {step.name!r} failed: {step.report.example}"
+                click.echo(failed, err=True)
+        if cache is not None:
+            click.echo(f"The cache is kept: cachepipe stats --cache {visible(cache)}")
     context.exit(0 if held else _NOT_HELD)
 
 
@@ -235,12 +240,12 @@ class _Player:
 
     async def step(self, name: str, lines: Lines, n: int, namespace: str) -> Step:
         """Run the lines in a run of their own, and return the step."""
-        from cachepipe.batchfile import run_file  # noqa: PLC0415 - help needs none of it
+        from cachepipe.batch import run_file  # noqa: PLC0415 - help needs none of it
 
         requests, results = self._scratch / "requests.jsonl", self._scratch / "results.jsonl"
         requests.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
         before = await self._bill()
-        with _shown_progress(name, len(lines)) as progress:
+        with shown(len(lines), name) as tick:
             report = await run_file(
                 requests,
                 results,
@@ -252,10 +257,9 @@ class _Player:
                 namespace=namespace,
                 scope=self._scope,
                 concurrency=_CONCURRENCY,
-                progress=progress,
+                progress=_ticking(tick),
             )
-        after = await self._bill()
-        bill = Bill(after.calls - before.calls, after.samples - before.samples, after.tokens - before.tokens)
+        bill = Bill(*map(operator.sub, await self._bill(), before))
         found = [orjson.loads(line) for line in results.read_bytes().splitlines()]
         answers = {line["custom_id"]: line["response"]["body"] for line in found if line["error"] is None}
         return Step(name, report, bill, answers, n * len(lines))
@@ -305,37 +309,31 @@ def _texts(answer: dict[str, Any]) -> list[Any]:
     return [choice["message"] for choice in answer["choices"]]
 
 
-# What is shown.
+# The report.
 
 
-@contextlib.contextmanager
-def _shown_progress(name: str, total: int) -> Iterator[Callable[[Report], None] | None]:
-    """Show a bar while a step runs, if standard error is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415 - only for people
-    from rich.progress import Progress  # noqa: PLC0415
+def _ticking(tick: Tick) -> Callable[[Report], None]:
+    """Return a function that moves a progress bar to the number of requests done."""
+    done = 0
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda report: bar.update(task, completed=report.done)
+    def progress(report: Report) -> None:
+        nonlocal done
+        for _ in range(report.done - done):
+            tick()
+        done = report.done
+
+    return progress
 
 
-def _total(steps: list[Step]) -> dict[str, Any]:
+def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of all steps, added up."""
-    bill = Bill(
-        sum(step.bill.calls for step in steps),
-        sum(step.bill.samples for step in steps),
-        sum(step.bill.tokens for step in steps),
-    )
-    return {
-        "requests": sum(step.report.requests for step in steps),
-        "failed": sum(step.report.failed for step in steps),
-        "hits": sum(step.report.hits for step in steps),
-        "seconds": round(sum(step.report.seconds for step in steps), 3),
-        **_figures(sum(step.asked for step in steps), sum(step.tokens for step in steps), bill),
+    total: dict[str, Any] = {
+        name: sum(row[name] for row in rows) for name in ("requests", "failed", "hits", "seconds", "calls")
     }
+    total["seconds"] = round(total["seconds"], 3)
+    for what in ("samples", "tokens"):
+        total[what] = _saving(*(sum(row[what][name] for row in rows) for name in ("as_asked", "spent")))
+    return total
 
 
 def _saved(what: str) -> Callable[[Mapping[str, Any]], str]:
@@ -355,28 +353,19 @@ _COLUMNS: Final[common.Columns] = {
 }
 
 
-def _print_report(steps: list[Step], promises: list[tuple[str, bool]], cache: str | None) -> None:
-    total = _total(steps)
-    rows = [*(step.as_dict() for step in steps), {"step": "together", **total}]
-    common.print_table(_COLUMNS, rows, total=True)
+def _print_report(rows: list[dict[str, Any]], promises: list[tuple[str, bool]]) -> None:
+    total = _total(rows)
+    common.print_table(_COLUMNS, [*rows, {"step": "together", **total}], total=True)
     click.echo()
     for promise, kept in promises:
         mark = common.styled("held", fg="green") if kept else common.styled("NOT HELD", fg="red", bold=True)
         click.echo(f"{mark}  {promise}")
     click.echo()
-    for step in steps:
-        if step.report.failed:
-            click.echo(
-                f"{step.report.failed} requests of {step.name!r} failed: {step.report.example}", err=True
-            )
-    asked, spent, saved = (total["samples"][name] for name in ("as_asked", "spent", "saved"))
+    asked, spent, saved = total["samples"].values()
     verdict = (
         f"The server was asked for {spent:,} samples where {asked:,} were delivered: "
         f"{common.share(saved, asked)} of them cost nothing."
     )
-    broken = sum(not kept for _, kept in promises)
-    if broken:
+    if broken := sum(not kept for _, kept in promises):
         verdict = f"{broken} of {len(promises)} promises were not kept; this is a bug of cachepipe."
     click.echo(common.styled(verdict, bold=True))
-    if cache is not None:
-        click.echo(f"The cache is kept: cachepipe stats --cache {visible(cache)}")

@@ -62,7 +62,7 @@ class Failure(click.ClickException):
 
     def format_message(self) -> str:
         """Return the sentence, with characters that a terminal would obey made visible."""
-        from cachepipe.terminal import visible  # noqa: PLC0415 - only when something went wrong
+        from cachepipe.terminal import visible  # noqa: PLC0415 - only for errors
 
         return visible(self.message, lines=True)
 
@@ -83,7 +83,7 @@ class LazyGroup(click.Group):
         return [*self.entries, *super().list_commands(ctx)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return the command of that name, or None if there is none."""
+        """Import and return the command with this name; None if it does not exist."""
         entry = self.entries.get(cmd_name)
         if entry is None:
             return super().get_command(ctx, cmd_name)
@@ -94,7 +94,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the arguments name; for an unknown name, suggest similar ones."""
+        """Return the command and its arguments; for an unknown name, suggest similar names."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -135,10 +135,10 @@ def cli() -> None:
 def start(arguments: Sequence[str] | None = None) -> None:
     """Run a command as the main program, and exit with its code.
 
-    A reader that has gone (``cachepipe ls | head``) ends the command quietly.
+    If the reader of the output has gone (``cachepipe ls | head``), the command ends without an error message.
     """
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, so each gets its own
-        if getattr(sys, name) is None:  # it was closed, and a file that is opened would take its place
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors, so that each gets its own
+        if getattr(sys, name) is None:  # it is closed, so the next file that is opened would become it
             setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 - kept
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -155,11 +155,11 @@ def start(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave(code: Any) -> None:
-    """Exit with a code once the output is written; with that of a broken pipe if the reader has gone."""
+    """Write the rest of the output, and exit with a code: that of a broken pipe if the reader has gone."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's own flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush that the interpreter does at exit
         if error.errno in (errno.EPIPE, errno.EINVAL):
             code = _NO_READER
         elif code != Failure.exit_code:
@@ -186,7 +186,7 @@ def _show_warning(
 ) -> None:
     """Print a warning of cachepipe as a sentence, without its line of code."""
     if issubclass(category, CachepipeWarning) and file is None:
-        from cachepipe.terminal import visible  # noqa: PLC0415 - only when something is odd
+        from cachepipe.terminal import visible  # noqa: PLC0415 - only for warnings
 
         click.echo(f"Warning: {visible(str(message), lines=True)}", err=True)
     else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from cachepipe.batch.settings import HELP, BatchSettings
 from cachepipe.cli.common import cache_option, folder_in_use, json_text, money
 from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
@@ -23,7 +24,7 @@ from cachepipe.terminal import visible
 from cachepipe.typedefs import MODES, REPEATS
 
 if TYPE_CHECKING:
-    from cachepipe.batchfile import Report, Stop
+    from cachepipe.batch import Report
 
 __all__ = ["run"]
 
@@ -33,7 +34,6 @@ _STOPPING: Final = [
 ]
 """The signals that end a run in good order; Windows has no SIGHUP."""
 _SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
-_GRACE: Final = 60.0  # seconds that requests in flight have after the first Ctrl-C
 _PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
 _BAR_EVERY: Final = 0.1
 _BAR_FROM: Final = 72  # columns of a terminal
@@ -66,42 +66,35 @@ Run the same command again to continue: answers that were paid for are not asked
 """
 
 
+def _setting(name: str, option: str = "", **how: Any) -> Callable[[Any], Any]:
+    """Return an option for one of the settings of a run; its name in the settings is the parameter."""
+    return click.option(option or f"--{name.replace('_', '-')}", name, help=HELP[name], **how)
+
+
+def _count(name: str, option: str = "", *, least: int = 1, **how: Any) -> Callable[[Any], Any]:
+    """Return an option for a setting that is a whole number."""
+    return _setting(name, option, type=click.IntRange(min=least), **how)
+
+
 @click.command("run", epilog=f"{_JSON}{_STATUS}")
 @click.argument("requests", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The file for the results."
 )
-@click.option("--model", help="Default model for lines without a model.")
-@click.option(
-    "--base-url", help="The base URL of the API, such as http://localhost:8000/v1.  [default: OpenAI's]"
-)
-@click.option("--n", default=1, show_default=True, type=click.IntRange(min=1), help="Samples per request.")
-@click.option("--namespace", help="The experiment; samples are independent within it.")
-@click.option(
-    "--concurrency", default=16, show_default=True, type=click.IntRange(min=1), help="Requests in flight."
-)
+@_setting("model")
+@_setting("base_url")
+@_count("n", default=BatchSettings.n, show_default=True)
+@_setting("namespace")
+@_setting("replicate")
+@_count("concurrency", default=BatchSettings.concurrency, show_default=True)
 @cache_option
-@click.option("--mode", type=click.Choice(MODES), help="How the cache is used.  [default: read-write]")
+@_setting("mode", type=click.Choice(MODES))
 @click.option("--replay", is_flag=True, help="Only replay; never call the model. The same as --mode replay.")
 @click.option("--refresh", is_flag=True, help="Generate all samples again. The same as --mode refresh.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write the cache. The same as --mode bypass.")
-@click.option(
-    "--scope",
-    help="Use the samples of another endpoint: a scope that `cachepipe ls` shows, a base URL, or any name.",
-)
-@click.option(
-    "--repeat",
-    default="fresh",
-    show_default=True,
-    type=click.Choice(REPEATS),
-    help="Give equal questions of different lines fresh samples, or the same ones.",
-)
-@click.option(
-    "--ids",
-    is_flag=True,
-    help="Give a line with a new id fresh samples. By default a line's draw goes by its question and by how "
-    "many earlier lines ask the same.",
-)
+@_setting("scope")
+@_setting("repeat", default=BatchSettings.repeat, show_default=True, type=click.Choice(REPEATS))
+@_setting("ids", is_flag=True)
 @click.option(
     "--api-key-env",
     default="OPENAI_API_KEY",
@@ -109,26 +102,14 @@ Run the same command again to continue: answers that were paid for are not asked
     metavar="NAME",
     help="The environment variable that holds the API key.",
 )
-@click.option("--temperature", type=float, help="Default for lines without a temperature.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Default for lines without a limit.")
-@click.option(
-    "--max-completion-tokens",
-    type=click.IntRange(min=1),
-    help="The same by its newer name, for models that require it.",
-)
-@click.option("--seed", type=int, help="Default for lines without a seed.")
-@click.option(
-    "--max-n",
-    type=click.IntRange(min=1),
-    help="The largest number of samples that the server returns in one call.",
-)
-@click.option(
-    "--retries", type=click.IntRange(min=0), help="The number of retries of a failed call.  [default: 2]"
-)
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for each attempt of a call."
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Run only this many requests, from the first.")
+@_setting("temperature", type=float)
+@_count("max_tokens")
+@_count("max_completion_tokens")
+@_setting("seed", type=int)
+@_count("max_n")
+@_count("max_retries", "--retries", least=0)
+@_setting("timeout", type=click.FloatRange(min=0, min_open=True))
+@_count("limit")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.pass_context
@@ -207,43 +188,20 @@ def _key(options: dict[str, Any], mode: str) -> str:
 
 async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen) -> tuple[Report, int]:
     """Run the file; return the report, and the number of the signal that stopped the run."""
-    from cachepipe.batchfile import BatchFileError, Stop, run_file  # noqa: PLC0415 - so that --help is quick
+    from cachepipe.batch import BatchFileError, run_file  # noqa: PLC0415 - so that --help is quick
 
     folder, _ = folder_in_use(options["cache"])
     if mode == "replay" and not folder.is_dir():
         raise BatchFileError(
             f"there is no cache in {folder} to replay from; name another folder with --cache"
         )
-    stop = Stop()
-    with _signals(stop, screen) as caught:
+    given = {name: value for name, value in options.items() if name in HELP}
+    ours = {"api_key": key, "cache": folder, "mode": mode, "progress": screen.update}
+    settings = BatchSettings(**{**given, **ours})
+    with _signals(settings, screen) as caught:
         ticking = asyncio.create_task(screen.tick())
         try:
-            report = await run_file(
-                options["requests"],
-                options["output"],
-                model=options["model"],
-                base_url=options["base_url"],
-                api_key=key,
-                timeout=options["timeout"],
-                max_retries=options["retries"],
-                max_n=options["max_n"],
-                n=options["n"],
-                temperature=options["temperature"],
-                max_tokens=options["max_tokens"],
-                max_completion_tokens=options["max_completion_tokens"],
-                seed=options["seed"],
-                cache=folder,
-                namespace=options["namespace"],
-                mode=mode,
-                scope=options["scope"],
-                repeat=options["repeat"],
-                ids=options["ids"],
-                concurrency=options["concurrency"],
-                limit=options["limit"],
-                progress=screen.update,
-                stop=stop,
-                grace=_GRACE,
-            )
+            report = await run_file(options["requests"], options["output"], settings)
         finally:
             ticking.cancel()
             screen.close()
@@ -251,9 +209,9 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
 
 
 @contextlib.contextmanager
-def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
+def _signals(settings: BatchSettings, screen: _Screen) -> Iterator[list[int]]:
     """End the run in good order at the first Ctrl-C, SIGTERM or SIGHUP, and at once at the second."""
-    loop = asyncio.get_running_loop()
+    loop, stop = asyncio.get_running_loop(), settings.stop
     caught: list[int] = []
     terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
     # `nohup` starts a command with SIGHUP ignored, so that it goes on.
@@ -269,7 +227,7 @@ def _signals(stop: Stop, screen: _Screen) -> Iterator[list[int]]:
         stop.soon()
         waiting = screen.report.in_flight if screen.report is not None else 0
         screen.say(
-            f"Stopping: no new requests; waiting up to {_GRACE:.0f} s for the {waiting} in flight. "
+            f"Stopping: no new requests; waiting up to {settings.grace:.0f} s for the {waiting} in flight. "
             "Press Ctrl-C again to stop at once."
         )
 
@@ -467,12 +425,10 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
 
 def _blotted(text: str, options: dict[str, Any], key: str) -> str:
     """Return a text without the API key and the URL's credentials, safe to print."""
-    address = options["base_url"] or os.environ.get("OPENAI_BASE_URL") or ""
-    credentials = address.rpartition("@")[0].rpartition("//")[2]
-    for secret in (key, f"{credentials}@", credentials.rpartition(":")[2]):
-        if len(secret) > 3:
-            text = text.replace(secret, "***")
-    return visible(text, lines=True)
+    from cachepipe.batch.errors import Secrets  # noqa: PLC0415 - so that --help is quick
+
+    secrets = Secrets([options["base_url"], os.environ.get("OPENAI_BASE_URL")], [key], shortest=4)
+    return visible(secrets.hidden(text), lines=True)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def serve(
     try:
         from cachepipe.proxy import server, settings  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise Failure(f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'") from error
+        raise Failure(str(error)) from error
 
     chosen = settings.from_file(config) if config else settings.ProxySettings()
     key = settings.secret(api_key_env) if api_key_env else None

@@ -21,6 +21,33 @@ class Discarded:
 DISCARDED = Discarded()
 
 
+class Segment(NamedTuple):
+    """Indices that one claim added to a draw, at successive positions.
+
+    Attributes:
+        number: its place among the segments of the draw, in order of writing.
+        position: the position of its first index in the draw.
+        indices: its indices.
+        lease: identifies the process that wrote it.
+        token: the claimant that holds it; None once it does not hold it any more.
+        stamp: the stamp of its writing.
+        standing: how many of its indices, from the first, were delivered while others were missing.
+    """
+
+    number: int
+    position: int
+    indices: Sequence[int]
+    lease: int
+    token: str | None
+    stamp: int
+    standing: int = 0
+
+    @property
+    def claim(self) -> tuple[int, str | None, int]:
+        """Equal for the segments that one claim has added."""
+        return self.lease, self.token, self.stamp
+
+
 class KeyView(Protocol):
     """One key as a store shows it to one draw, as of one moment."""
 
@@ -173,7 +200,7 @@ def lowest_new(listed: IndexSet, taken: IndexSet) -> int:
 
 
 def added(allotment: Allotment, n: int, held: int, *, refresh: bool) -> list[tuple[int, list[int]]]:
-    """Return what a claim adds to the ledger: parts of a draw, each a position and the indices from there.
+    """Return the segments that a claim adds to a draw, each as a position and the indices from there.
 
     Args:
         allotment: what the draw got.
@@ -182,23 +209,26 @@ def added(allotment: Allotment, n: int, held: int, *, refresh: bool) -> list[tup
         refresh: whether the old row goes as a whole.
     """
     indices, kept = allotment.indices, allotment.kept
-    parts = [(position, [indices[position]]) for position in allotment.replaced]
+    segments = [(position, [indices[position]]) for position in allotment.replaced]
     if kept < n:
-        parts.append((kept, indices[kept:]))
+        segments.append((kept, indices[kept:]))
     if refresh and held > n:
-        parts.append((n, []))
-    return parts
+        segments.append((n, []))
+    return segments
 
 
-def laid(parts: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
-    """Return a draw's indices by position from its parts in order of writing.
+def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
+    """Return a draw's indices by position from its segments in order of writing.
 
-    A later part overrides an earlier one where they overlap: so a sample discarded on record, or a refreshed
-    draw, is replaced without any old row being rewritten. A part without indices ends the draw where it
-    stands: what lay beyond no longer belongs to it.
+    A later segment overrides an earlier one where they overlap: so a sample discarded on record, or a
+    refreshed draw, is replaced without rewriting a row. A segment without indices ends the draw at its
+    position: what lay beyond no longer belongs to the draw.
+
+    Args:
+        segments: the position and the indices of each.
     """
     positions: list[int] = []
-    for start, indices in parts:
+    for start, indices in segments:
         if start > len(positions):
             continue  # it lay on something that is gone; no claim leaves such a gap
         positions[start : start + len(indices) if indices else None] = indices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import insort
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 SHARED = "*"
@@ -153,17 +155,27 @@ class OneRequest:
             self.give_back(draw)
 
 
-class Fixed:
-    """The occurrence number of a caller that counts its requests itself, such as the lines of a file."""
+class Numbered:
+    """Gives the occurrence numbers of one request whose caller counts by itself, such as a line of a file.
 
-    def __init__(self, occurrence: int) -> None:
-        self._occurrence = occurrence
+    Args:
+        numbers: for each of its questions the key, and the occurrence number.
+    """
 
-    def take(self, identity: Identity) -> int:  # noqa: ARG002 - it is counted elsewhere
-        """Return the number."""
-        return self._occurrence
+    def __init__(self, numbers: Iterable[tuple[str, int]]) -> None:
+        self._free: dict[str, list[int]] = {}
+        for key, number in numbers:
+            self._free.setdefault(key, []).append(number)
+
+    def take(self, identity: Identity) -> int:
+        """Return the number of the next question with this key."""
+        return self._free[identity.key].pop(0)
 
     def give_back(self, draw: Draw) -> None:
+        """Take back the number of a draw, which this request may make again."""
+        insort(self._free[draw.key], draw.occurrence)
+
+    def left(self) -> None:
         """Do nothing: the caller's next run counts anew."""
 
 

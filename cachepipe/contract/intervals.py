@@ -22,6 +22,18 @@ class IndexSet(Protocol):
     def __contains__(self, index: int, /) -> bool: ...
 
 
+class MutableIndexSet(IndexSet, Protocol):
+    """A set of indices that can be changed."""
+
+    def add(self, index: int) -> None:
+        """Put an index into the set; one that is in it already changes nothing."""
+        ...
+
+    def remove(self, index: int) -> None:
+        """Take an index out of the set; one that is not in it changes nothing."""
+        ...
+
+
 class IntervalSet:
     """A set of indices in memory. It iterates over its intervals, and is made of them again."""
 
@@ -79,13 +91,15 @@ class IntervalSet:
 
 
 class Union:
-    """The indices that are in either of two sets."""
+    """The indices that are in either of two sets; changes go to the first one."""
 
-    __slots__ = ("_one", "_other")
+    __slots__ = ("_one", "_other", "add", "remove")
 
-    def __init__(self, one: IndexSet, other: IndexSet) -> None:
+    def __init__(self, one: MutableIndexSet, other: IndexSet) -> None:
         self._one = one
         self._other = other
+        self.add = one.add
+        self.remove = one.remove
 
     def __contains__(self, index: int, /) -> bool:
         return index in self._one or index in self._other

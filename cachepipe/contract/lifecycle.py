@@ -14,7 +14,6 @@ order; ``cachepipe.cache.drawing`` performs them. The rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any, Final, NamedTuple
 
 
@@ -125,14 +124,6 @@ _NOTHING: Final = ()
 _NONE: Any = frozenset()  # most draws wait for nobody: a set is made when the first index comes
 
 
-class Phase(Enum):
-    """How far a draw has come."""
-
-    OPEN = "open"
-    COMPLETE = "complete"
-    ENDED = "ended"
-
-
 class DrawState:
     """The state of one draw.
 
@@ -141,7 +132,8 @@ class DrawState:
         stored: False for a draw that is not in the ledger: its samples are generated for its caller alone.
 
     Attributes:
-        phase: how far it has come.
+        complete: whether all of its samples have come.
+        ended: whether it failed or was left.
         indices: the index of each position, as it was granted last.
         missing: the positions that lack a sample, by index.
         cached: by position, False once the sample was generated on this draw's behalf (C6).
@@ -154,6 +146,8 @@ class DrawState:
     __slots__ = (
         "awaited",
         "cached",
+        "complete",
+        "ended",
         "generated",
         "held",
         "indices",
@@ -161,7 +155,6 @@ class DrawState:
         "making",
         "missing",
         "n",
-        "phase",
         "retried",
         "stored",
     )
@@ -169,7 +162,7 @@ class DrawState:
     def __init__(self, n: int, *, stored: bool = True) -> None:
         self.n = n
         self.stored = stored
-        self.phase = Phase.OPEN
+        self.complete = self.ended = False
         self.indices: Sequence[int] = ()
         self.missing: dict[int, int] = {}
         self.cached = [True] * n
@@ -179,16 +172,6 @@ class DrawState:
         self.held: tuple[int, ...] = ()
         self.joined = False  # whether others hold the draw too
         self.retried = False  # whether a call that it waited for has failed
-
-    @property
-    def ended(self) -> bool:
-        """Whether it failed or was left."""
-        return self.phase is Phase.ENDED
-
-    @property
-    def complete(self) -> bool:
-        """Whether all of its samples have come."""
-        return self.phase is Phase.COMPLETE
 
     # Claims.
 
@@ -218,7 +201,7 @@ class DrawState:
         """
         self.joined = self.joined or joined
         self.held = tuple({*self.held, *held}) if self.held else held
-        if self.phase is Phase.ENDED:
+        if self.ended:
             return (*self._released(), FreeLeases(mine)) if mine else self._released()
         self.indices = indices
         self.missing = missing = {}
@@ -247,15 +230,15 @@ class DrawState:
 
     def spoiled(self, mine: Sequence[int], error: BaseException) -> Effects:
         """Learn that the effects of a grant were not performed: one of its samples cannot be read."""
-        if self.phase is Phase.ENDED:
+        if self.ended:
             return _NOTHING
-        self.phase = Phase.OPEN
+        self.complete = False
         self.making -= {*mine}
         return (*((FreeLeases(mine),) if mine else ()), *self.broken(error))
 
     def broken(self, error: BaseException) -> Effects:
         """Learn that the draw cannot go on, such as when its claim fails."""
-        return _NOTHING if self.phase is Phase.ENDED else self._undone(error)
+        return _NOTHING if self.ended else self._undone(error)
 
     # Samples that come, and samples that do not.
 
@@ -265,7 +248,7 @@ class DrawState:
         if kept:
             return (Wake(index, stored=True),)
         lost = (Waste(others=1), Wake(index, stored=False))
-        return (*lost, *_CLAIM) if self.phase is Phase.OPEN else lost
+        return lost if self.complete or self.ended else (*lost, *_CLAIM)
 
     def unstored(self, index: int) -> Effects:
         """Learn that a sample of a call could not be stored; it is paid for, so it is delivered."""
@@ -275,7 +258,7 @@ class DrawState:
     def takes(self, index: int) -> int | None:
         """Return the position that lacks the sample of an index which has come; None if no position does."""
         self.awaited -= {index}
-        return self.missing.get(index) if self.phase is Phase.OPEN else None
+        return None if self.complete or self.ended else self.missing.get(index)
 
     def filled(self, index: int) -> Effects:
         """Learn that a sample which was generated for this draw is in its place."""
@@ -298,7 +281,7 @@ class DrawState:
             last: whether that call was the second and last try for those who waited.
         """
         self.awaited -= {index}
-        if self.phase is not Phase.OPEN or index not in self.missing:
+        if self.complete or self.ended or index not in self.missing:
             return _NOTHING
         if error is not None and last and self.retried:
             return self._undone(error)
@@ -307,7 +290,7 @@ class DrawState:
 
     def unheard(self) -> Effects:
         """Learn that those who should have generated the awaited samples are gone, or take too long."""
-        if self.phase is not Phase.OPEN:
+        if self.complete or self.ended:
             return _NOTHING
         waited, self.awaited = self.awaited, _NONE
         return (StopWaiting(list(waited)), *_CLAIM)
@@ -316,7 +299,7 @@ class DrawState:
         """Learn that samples of this draw will not come: their call failed, or was stopped (None)."""
         self.making -= {*indices}
         freed = (FreeLeases(indices, error, self.retried),)
-        if self.phase is not Phase.OPEN:
+        if self.complete or self.ended:
             return freed
         if error is None:
             return (*freed, Cancel(), *self.left())
@@ -326,19 +309,19 @@ class DrawState:
 
     def left(self) -> Effects:
         """Learn that the caller has gone. A draw that is complete stands; its number is free again."""
-        if self.phase is Phase.ENDED:
+        if self.ended:
             return _NOTHING
-        if self.phase is Phase.COMPLETE:
-            self.phase = Phase.ENDED
+        if self.complete:
+            self.ended = True
             return (Waste(self._own()), GiveBack())
         return (*self._undone(None), Withdraw())
 
     def _completed(self) -> Effects:
-        self.phase = Phase.COMPLETE
+        self.complete = True
         return (Release(complete=True), *_DELIVER) if self.joined and self.held else _DELIVER
 
     def _undone(self, error: BaseException | None) -> Effects:
-        self.phase = Phase.ENDED
+        self.ended = True
         stop = (StopWaiting(list(self.awaited)),) if self.awaited else ()
         ends = (Waste(self._own()), *stop, GiveBack(), Release(complete=False, error=error))
         return ends if self.stored else (*ends, Withdraw())  # nobody else can use what comes

@@ -1,9 +1,11 @@
-"""Flow control: how fast an endpoint is called, by whom first, and what is tried again."""
+"""Flow control: how fast an endpoint is called, which call goes first, and which are repeated."""
 
 from cachepipe.flow.clock import Clock
-from cachepipe.flow.limits import FlowStats, Limits, Quota
+from cachepipe.flow.limiter import AsyncLimiter
+from cachepipe.flow.limits import FlowStats, Limits
+from cachepipe.flow.retrier import AsyncRetrier
 from cachepipe.flow.retries import Retries
-from cachepipe.flow.stages import AsyncLimiter, AsyncRetrier
 from cachepipe.flow.tokens import Estimator
+from cachepipe.flow.windows import Quota
 
 __all__ = ["AsyncLimiter", "AsyncRetrier", "Clock", "Estimator", "FlowStats", "Limits", "Quota", "Retries"]

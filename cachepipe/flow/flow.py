@@ -1,4 +1,4 @@
-"""Limits, retries and estimates put together: how all calls to one endpoint are made, by whomever."""
+"""Limits, retries and estimates together: how all calls to one endpoint are made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Passage:
-    """A call that was let go, until its end is told."""
+    """A call that was let go and has not ended."""
 
     __slots__ = ("_estimate", "_estimator", "_slot")
 
@@ -30,12 +30,12 @@ class Passage:
         headers: Mapping[str, Any] | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """Say that the call has ended. Idempotent.
+        """End the call. Only the first time counts.
 
         Args:
-            usage: token counts, as the provider tells them or as an SDK's model of that.
-            headers: those of the answer.
-            error: what it failed with.
+            usage: the provider's token counts, as a mapping or as an SDK's object.
+            headers: the headers of the answer.
+            error: the error of the call.
         """
         if usage is not None and hasattr(usage, "model_dump"):
             usage = usage.model_dump()
@@ -47,12 +47,12 @@ class Passage:
 
 
 class Flow:
-    """How calls to one endpoint are made; shared by all who make them.
+    """How calls to one endpoint are made; everything that calls the endpoint shares it.
 
     Args:
-        limits: who may call when.
-        retries: which failed calls are made again.
-        estimator: what tells the tokens of calls beforehand.
+        limits: which call may be made when.
+        retries: which failed calls are repeated.
+        estimator: estimates the tokens of calls.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Flow:
 
     @property
     def flow(self) -> Flow:
-        """Itself, so that it may stand where a service is wanted."""
+        """This object, so that it can be used in place of a service."""
         return self
 
     async def call(
@@ -82,17 +82,17 @@ class Flow:
         samples: int | None = None,
         max_retries: int | None = None,
     ) -> tuple[Passage, T]:
-        """Make a call when it is let go, and again where that may help; return what it brought.
+        """Make a call once it is let go, and repeat it if it fails and may succeed.
 
         Args:
             make: makes one attempt.
-            body: what is sent, to estimate its tokens by.
-            namespace: whose call it is.
-            samples: how many samples it asks for, if the body does not say so; 0 for answers without tokens.
-            max_retries: how often it is made again at most, if it says so itself.
+            body: the body that is sent; the tokens are estimated from it.
+            namespace: the namespace of the call.
+            samples: the number of samples, if the body does not contain it; 0 for answers without tokens.
+            max_retries: the largest number of times that it is repeated, if it differs.
 
         Returns:
-            What must be told the end of the call, and what the attempt that did not fail has brought.
+            The passage, which the caller ends, and the result of the attempt that succeeded.
         """
         estimate = self.estimator.estimate(body, samples)
 
@@ -116,27 +116,27 @@ class Flow:
         samples: int | None = None,
         max_retries: int | None = None,
     ) -> tuple[Passage, T]:
-        """Do as `call` does in a thread without a loop.
+        """Make a call as `call` does, in a thread without an event loop.
 
         Args:
             make: makes one attempt, in this thread.
-            body: what is sent.
-            wait: runs a coroutine on a loop elsewhere, and returns what it does.
-            namespace: whose call it is.
-            samples: how many samples it asks for.
-            max_retries: how often it is made again at most.
+            body: the body that is sent.
+            wait: runs a coroutine on a loop of another thread, and returns its result.
+            namespace: the namespace of the call.
+            samples: the number of samples, as for `call`.
+            max_retries: the largest number of times that it is repeated, if it differs.
         """
         estimate = self.estimator.estimate(body, samples)
         attempts = self.retries.begin(max_retries)
         number = 0
         while True:
             with context.attempting(number):
-                turn = _Turn(self._enter(estimate, namespace, again=number > 0))
+                entry = _Entry(self._enter(estimate, namespace, again=number > 0))
                 try:
-                    passage: Passage = wait(turn.come())
+                    passage: Passage = wait(entry.come())
                     made = make()
                 except BaseException as error:
-                    turn.leave(error)
+                    entry.leave(error)
                     seconds = attempts.after(error)
                     if seconds is None:
                         raise
@@ -157,8 +157,8 @@ class Flow:
         return Passage(slot, self.estimator, estimate)
 
 
-class _Turn:
-    """A turn that a thread waits for: it is given back where the thread is interrupted as it comes."""
+class _Entry:
+    """The wait of a thread for a passage; the passage is given back if the thread is interrupted."""
 
     def __init__(self, entering: Coroutine[Any, Any, Passage]) -> None:
         self._entering = entering
@@ -166,14 +166,14 @@ class _Turn:
         self._left: BaseException | None = None
 
     async def come(self) -> Passage:
-        """Return the passage when it is there."""
+        """Wait for the passage and return it."""
         passage = self._passage = await self._entering
         if self._left is not None:
             passage.end(error=self._left)
         return passage
 
     def leave(self, error: BaseException) -> None:
-        """Say with what the call has ended, if it was let go, or that nobody waits any more."""
+        """End the call with an error: at once if it was let go, else as soon as it is."""
         self._left = error
         if self._passage is not None:
             self._passage.end(error=error)

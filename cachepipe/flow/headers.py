@@ -1,4 +1,4 @@
-"""What a provider says of its limits: in how long to come again, and how much is left."""
+"""What an answer says about limits: its status, when to try again, and how much of a quota is left."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_FORMS = ("x-ratelimit-{}-{kind}", "anthropic-ratelimit-{kind}-{}", "x-ratelimit-{}")
+"""The names of headers, by what they say (``limit``, ``remaining``, ``reset``) and of which quota."""
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_LONGEST = 86400.0  # seconds that are believed
+_LONGEST = 86400.0  # seconds; a longer time is taken for this one
 
 
 class Hint(NamedTuple):
@@ -21,8 +23,8 @@ class Hint(NamedTuple):
     Attributes:
         kind: ``"requests"`` or ``"tokens"``.
         limit: the whole quota, or None.
-        remaining: what is left of it.
-        reset: seconds until all of it is back.
+        remaining: the part that is left.
+        reset: seconds until the whole quota is available again.
     """
 
     kind: str
@@ -31,8 +33,18 @@ class Hint(NamedTuple):
     reset: float
 
 
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status code of an adapter's error, whichever library it is from."""
+    for source in (error, getattr(error, "response", None)):
+        for name in ("status_code", "status"):
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
 def headers_of(error: BaseException | None) -> Mapping[str, Any] | None:
-    """Return what the answer that an error stands for says of limits, whichever library it is from."""
+    """Return the headers about limits of the answer in an error, whichever library it is from."""
     for source in (getattr(error, "response", None), error):
         headers = getattr(source, "headers", None)
         if headers is not None and hasattr(headers, "items"):
@@ -41,7 +53,7 @@ def headers_of(error: BaseException | None) -> Mapping[str, Any] | None:
 
 
 def in_any_case(headers: Any) -> Mapping[str, Any]:
-    """Return what headers say of limits and retries by lower-case name: each look into others is a search."""
+    """Return the headers about limits and retries, by lower-case name."""
     return {
         lower: value
         for name, value in headers.items()
@@ -50,11 +62,11 @@ def in_any_case(headers: Any) -> Mapping[str, Any]:
 
 
 def retry_after(headers: Mapping[str, Any] | None, wall: float | None = None) -> float | None:
-    """Return the seconds that an answer asks to wait for, by ``retry-after-ms`` or ``Retry-After``.
+    """Return the seconds to wait that an answer asks for in ``retry-after-ms`` or ``Retry-After``.
 
     Args:
-        headers: those of the answer, by lower-case name; see `in_any_case`.
-        wall: the time in seconds since 1970, for a date; default is now.
+        headers: the headers of the answer, by lower-case name; see `in_any_case`.
+        wall: the time in seconds since 1970, to which a date is compared; default is now.
     """
     if headers is None:
         return None
@@ -77,37 +89,32 @@ def retry_after(headers: Mapping[str, Any] | None, wall: float | None = None) ->
 
 
 def hints(headers: Mapping[str, Any] | None, wall: float | None = None) -> list[Hint]:
-    """Return what the headers of an answer say of what is left.
+    """Return what the headers of an answer say about what is left of quotas.
 
-    Understood are OpenAI's ``x-ratelimit-remaining-requests`` and its like for tokens, which others have
-    taken over; Anthropic's ``anthropic-ratelimit-requests-remaining``; and ``x-ratelimit-remaining`` alone.
+    It reads OpenAI's ``x-ratelimit-remaining-requests`` and ``…-tokens``, which other providers use too;
+    Anthropic's ``anthropic-ratelimit-requests-remaining``; and ``x-ratelimit-remaining`` alone.
     """
     if headers is None:
         return []
-    found = []
-    for kind in ("requests", "tokens"):
-        for form in (f"x-ratelimit-{{}}-{kind}", f"anthropic-ratelimit-{kind}-{{}}"):
+    found: dict[str, Hint] = {}
+    for form in _FORMS:
+        for kind in ("requests", "tokens") if "{kind}" in form else ("requests",) if not found else ():
             hint = _hint(headers, kind, form, wall)
             if hint is not None:
-                found.append(hint)
-                break
-    if not found:
-        hint = _hint(headers, "requests", "x-ratelimit-{}", wall)
-        if hint is not None:
-            found.append(hint)
-    return found
+                found.setdefault(kind, hint)
+    return list(found.values())
 
 
 def _hint(headers: Mapping[str, Any], kind: str, form: str, wall: float | None) -> Hint | None:
-    remaining = _number(headers.get(form.format("remaining")))
-    reset = _reset(headers.get(form.format("reset")), wall)
-    if remaining is None or reset is None:
-        return None
-    return Hint(kind, _number(headers.get(form.format("limit"))), remaining, reset)
+    limit, remaining, reset = (
+        headers.get(form.format(what, kind=kind)) for what in ("limit", "remaining", "reset")
+    )
+    left, seconds = _number(remaining), _reset(reset, wall)
+    return None if left is None or seconds is None else Hint(kind, _number(limit), left, seconds)
 
 
 def _reset(value: Any, wall: float | None) -> float | None:
-    """Return in how many seconds: from ``6m0s``, ``120ms``, a number, a Unix time or an ISO date."""
+    """Return the seconds in ``6m0s``, ``120ms`` or a number, or until a Unix time or an ISO date."""
     if not isinstance(value, str):
         return None
     text = value.strip()
@@ -132,7 +139,7 @@ def _reset(value: Any, wall: float | None) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return a header's value as a number, 0 or more; None for anything else."""
+    """Return a header's value as a number of at least 0; None for anything else."""
     try:
         number = float(value)
     except (TypeError, ValueError):

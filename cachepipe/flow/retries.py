@@ -1,11 +1,11 @@
-"""Which failed calls are made again, when, and how often.
+"""Which failed calls are repeated, when, and how often.
 
-The decision reads a clock and sleeps nowhere; the first failure of an outage is told (see `outages`).
+The decision reads a clock and never sleeps. The first failure of an outage is reported (see `outages`).
 
-The waiting times grow exponentially with jitter, so that calls that failed together do not come back
-together. What a provider asks for (Retry-After) is kept. Both the number of attempts and the time that they
-may take are bounded. Existing libraries decide about one function call; here the same decision serves
-coroutines, threads and the items of a batch, and reads the provider's headers.
+The waiting times grow exponentially with jitter, so that calls that failed together are not repeated
+together. A provider's Retry-After is obeyed. Both the number of attempts and their total time are limited.
+Existing libraries decide about one function call. Here the same decision serves coroutines, threads and the
+items of a batch, and reads the provider's headers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 from cachepipe import context, outages
 from cachepipe.flow.clock import CLOCK, Clock
-from cachepipe.flow.headers import headers_of, retry_after
-from cachepipe.flow.limits import status_of
+from cachepipe.flow.headers import headers_of, retry_after, status_of
 
 _NEVER = frozenset({400, 401, 402, 403, 404, 405, 410, 411, 413, 414, 415, 422, 501, 505})
 _AGAIN = frozenset({408, 409, 425, 429})
@@ -27,10 +26,11 @@ T = TypeVar("T")
 
 
 def may_be_repeated(error: BaseException) -> bool:
-    """Tell whether a call that failed like this may succeed when it is made again.
+    """Return True if a call that failed with this error may succeed when it is repeated.
 
-    Never 400, 401, 403, 404 or 422, nor a 429 that says that the money is spent; 408, 409, 429, what
-    is wrong on the server's side, and calls that were not answered are. ``x-should-retry`` decides the rest.
+    Errors 400, 401, 403, 404 and 422 are never repeated, and neither is a 429 which says that the budget is
+    used up. Errors 408, 409, 429, server errors and calls without an answer are repeated, unless the answer's
+    ``x-should-retry`` says otherwise.
     """
     if not isinstance(error, Exception):
         return False
@@ -52,16 +52,16 @@ def _code_of(error: BaseException) -> Any:
 
 
 class Retries:
-    """How failed calls are made again.
+    """How failed calls are repeated.
 
     Args:
-        max_retries: how often a call is made again at most; 0 is never.
-        max_time: seconds from a call's first failure after which it is not made again.
+        max_retries: the largest number of times that a call is repeated; 0 is never.
+        max_time: seconds after a call's first failure from which on it is not repeated.
         first: seconds before the second attempt, without jitter; each further wait is twice as long.
-        longest: seconds of the longest such wait. What a provider asks for may be longer.
-        retry: tells of an error whether its call may be made again; default is `may_be_repeated`.
-        clock: tells the time.
-        chance: gives a number from 0 to 1 for the jitter.
+        longest: seconds of the longest such wait. A provider may ask for a longer one.
+        retry: returns True if a call with this error may be repeated; default is `may_be_repeated`.
+        clock: the clock.
+        chance: returns a number from 0 to 1 for the jitter.
     """
 
     def __init__(
@@ -92,19 +92,19 @@ class Retries:
         return f"<Retries {self.max_retries} at most, within {self.max_time:g} s>"
 
     def begin(self, max_retries: int | None = None) -> Attempts:
-        """Return what decides about one call.
+        """Return the attempts of one call.
 
         Args:
-            max_retries: how often this call is made again at most, if it says so itself.
+            max_retries: the largest number of times that this call is repeated, if it differs.
         """
         return Attempts(self, self.max_retries if max_retries is None else max_retries)
 
     async def run(self, make: Callable[[], Awaitable[T]], max_retries: int | None = None) -> T:
-        """Return what the first attempt brings that does not fail, or raise the last one's error.
+        """Return the result of the first attempt that succeeds, or raise the error of the last one.
 
         Args:
             make: makes an attempt.
-            max_retries: how often it is made again at most, if the call says so itself.
+            max_retries: the largest number of times that it is repeated, if it differs.
         """
         attempts = self.begin(max_retries)
         number = 0
@@ -136,12 +136,12 @@ class Attempts:
         self._failure: str | None = None
 
     def succeeded(self) -> None:
-        """Note that the last attempt did not fail, so that the next outage is told again."""
+        """Note that the last attempt succeeded, so that the next outage is reported again."""
         if self._failure is not None:
             outages.reached(self._failure)
 
     def after(self, error: BaseException) -> float | None:
-        """Return in how many seconds to make the call again, or None when its error stands."""
+        """Return the seconds until the call is repeated, or None if its error is final."""
         retries = self._retries
         now = retries.clock.now()
         if self._until is None:
@@ -151,7 +151,7 @@ class Attempts:
         backoff: float = min(retries.longest, retries.first * 2.0**self._made)
         wait = backoff * (0.5 + 0.5 * retries.chance())
         asked = retry_after(headers_of(error))
-        if asked:  # 0, as a date gone by, says nothing of how long
+        if asked:  # 0, as of a past date, does not say how long
             wait = asked * (1 + 0.1 * retries.chance())
         if now + wait > self._until:
             return None

@@ -1,12 +1,12 @@
-"""Quotas that the processes of a machine hold together, in a file of a folder that they share.
+"""Quotas that the processes of one machine share, in a file of a folder that each of them names.
 
-Each call that is under way, or counts still, is a row. A process that dies leaves rows behind: they expire as
-those of the living do, and its calls are no longer counted as under way once the lock of its lease is free.
-Time is the machine's monotonic clock, which its processes have in common; rows from before a restart of
-the machine are told by having begun in the future. Nothing of a call is in the file but its tokens.
+Each call that is in flight, or that still counts, is a row. The rows of a process that has died expire like
+others, and its calls no longer count as in flight once the lock of its lease is free. The time is the
+machine's monotonic clock, which its processes have in common. Rows from before a restart of the machine are
+recognised because they seem to lie in the future. The file contains nothing about a call but its tokens.
 
-No method waits for the file's lock. A take that meets it held is tried again some milliseconds later; the
-end of a call is written with whatever is written next.
+No method waits for the file's lock. If a take finds the lock held, the caller tries again some milliseconds
+later. The end of a call is written with the next transaction.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ import contextlib
 import itertools
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachepipe.errors import StoreError
+from cachepipe.flow.windows import Quota
 from cachepipe.stores import leases
 from cachepipe.stores.folders import check_files
 
-_AGAIN = 0.005  # seconds until a lock that was held is tried again
-_LOOK = 0.05  # seconds between looks whether a call of another process has ended
-_CHANGE = 1.0  # seconds between looks whether calls of others have used fewer tokens than was thought
-_PATIENCE = 0.5  # seconds after which who waits for a place goes before a process that has as many
-_GONE = 0.5  # seconds without a look after which nobody waits there any more
-_AHEAD = 60.0  # seconds by which others may be ahead: a time is read before the lock is had
-_LONGEST = 90_000.0  # seconds of a pause that are believed
+_AGAIN = 0.005  # seconds until a take that found the lock held is tried again
+_LOOK = 0.05  # seconds between checks whether a call of another process has ended
+_CHANGE = 1.0  # seconds between checks whether calls of others have used fewer tokens than estimated
+_PATIENCE = 0.5  # seconds after which a waiting process goes before one that has as many places
+_GONE = 0.5  # seconds without a check after which a process no longer counts as waiting
+_AHEAD = 60.0  # seconds by which others may be ahead, because they read the time before they have the lock
+_LONGEST = 90_000.0  # seconds of the longest pause; longer ones are ignored
 _FILE = "limits.cache.db"  # a name that diskcache leaves alone
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     id INTEGER PRIMARY KEY, quota TEXT NOT NULL, owner TEXT NOT NULL, call INTEGER NOT NULL,
-    tokens REAL NOT NULL, taken REAL NOT NULL, expires REAL NOT NULL, running INTEGER NOT NULL
+    tokens REAL NOT NULL, taken REAL NOT NULL, interval REAL NOT NULL, expires REAL NOT NULL,
+    running INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS calls_by_quota ON calls (quota, expires);
 CREATE INDEX IF NOT EXISTS calls_by_number ON calls (owner, call);
@@ -46,49 +48,29 @@ CREATE TABLE IF NOT EXISTS pauses (quota TEXT PRIMARY KEY, until REAL NOT NULL);
 """
 
 
-_calls = itertools.count(1)  # for the process, as its lease is: no two calls of one owner have one number
-
-
-class Wanted(NamedTuple):
-    """A quota that a call is to be taken from.
-
-    Attributes:
-        name: what it is called in the file.
-        max_requests: calls per interval, or None.
-        max_tokens: tokens per interval, or None.
-        interval: seconds.
-        max_concurrency: calls at once, or None.
-        transit: seconds that a request may be on its way.
-    """
-
-    name: str
-    max_requests: float | None
-    max_tokens: float | None
-    interval: float
-    max_concurrency: int | None
-    transit: float
+_calls = itertools.count(1)  # one counter per process, as its lease, so that its calls have distinct numbers
 
 
 class Taken(NamedTuple):
-    """What became of a wish to call.
+    """The answer to a call that wants to be made.
 
     Attributes:
-        call: what the call is called at its end; None when it may not be made yet.
-        wait: in how many seconds to ask again.
+        wait: the seconds after which to ask again; 0 if the call may be made.
         whole: whether all calls have to wait, and not only those of the model.
+        call: the number of the call in shared quotas.
     """
 
-    call: int | None
     wait: float
-    whole: bool
+    whole: bool = True
+    call: int | None = None
 
 
 class SharedQuotas:
-    """The quotas of one endpoint in a folder. It is used under the lock of its `Limits`.
+    """The quotas of one endpoint in a folder. They are used under the lock of their `Limits`.
 
     Args:
-        folder: the folder; it is made if there is none.
-        name: what tells the endpoint from others in the same folder.
+        folder: the folder, which is made if it does not exist.
+        name: identifies the endpoint in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], name: str) -> None:
@@ -104,19 +86,24 @@ class SharedQuotas:
 
     @property
     def late(self) -> bool:
-        """Whether something is still to be written."""
+        """Whether something has not been written yet."""
         return bool(self._late)
 
     def take(
-        self, everybody: Sequence[Wanted], model: Sequence[Wanted], tokens: float, paused: str, now: float
+        self,
+        quotas: Sequence[Quota],
+        model: str | None,
+        tokens: float,
+        transit: Callable[[float], float],
+        now: float,
     ) -> Taken:
         """Take a call from all quotas or from none.
 
         Args:
-            everybody: the quotas that hold for all calls.
-            model: those of the model alone.
-            tokens: how many the call is thought to use.
-            paused: the name under which the model may be paused.
+            quotas: the quota of all calls, and that of the model if it has one.
+            model: the name of the model.
+            tokens: the estimated tokens of the call.
+            transit: returns the seconds that a request may take to arrive, for an interval.
             now: the time.
 
         Raises:
@@ -124,57 +111,55 @@ class SharedQuotas:
         """
         try:
             with self._transaction() as connection:
-                return self._take(connection, everybody, model, tokens, paused, now)
+                return self._take(connection, quotas, model, tokens, transit, now)
         except (sqlite3.Error, OSError) as error:
             if _is_held(error):
-                return Taken(None, _AGAIN, whole=True)
+                return Taken(_AGAIN)
             raise StoreError(f"the quotas shared in {self._folder} cannot be used: {error}") from error
 
     def _take(
         self,
         connection: sqlite3.Connection,
-        everybody: Sequence[Wanted],
-        model: Sequence[Wanted],
+        quotas: Sequence[Quota],
+        model: str | None,
         tokens: float,
-        paused: str,
+        transit: Callable[[float], float],
         now: float,
     ) -> Taken:
-        wait = self._paused(connection, paused, now)
-        for quota in model:
-            wait = max(wait, self._wait(connection, quota, tokens, now))
+        everybody, *own = zip((self.name, self._name_of(model)), quotas, strict=False)
+        wait = self._paused(connection, self._name_of(model), now)
+        for name, quota in own:
+            wait = max(wait, self._wait(connection, name, quota, tokens, now))
         if wait:
-            return Taken(None, wait, whole=False)
-        for quota in everybody:
-            wait = max(wait, self._wait(connection, quota, tokens, now))
+            return Taken(wait, whole=False)
+        wait = self._wait(connection, *everybody, tokens, now)
         if wait:
-            return Taken(None, wait, whole=True)
+            return Taken(wait)
         call = next(_calls)
-        rows = [
-            (
-                quota.name,
-                self._owner,
-                call,
-                tokens if quota.max_tokens is None else min(tokens, quota.max_tokens),
-                now,
-                now + quota.transit + quota.interval,
+        for name, quota in (everybody, *own):
+            counted = tokens if quota.max_tokens is None else min(tokens, quota.max_tokens)
+            expires = now + transit(quota.interval) + quota.interval
+            connection.execute(
+                "INSERT INTO calls (quota, owner, call, tokens, taken, interval, expires, running) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 1)",
+                (name, self._owner, call, counted, now, quota.interval, expires),
             )
-            for quota in (*everybody, *model)
-        ]
-        connection.executemany(
-            "INSERT INTO calls (quota, owner, call, tokens, taken, expires, running) "
-            "VALUES (?, ?, ?, ?, ?, ?, 1)",
-            rows,
-        )
-        return Taken(call, 0.0, whole=True)
+        return Taken(0.0, call=call)
 
-    def _wait(self, connection: sqlite3.Connection, quota: Wanted, tokens: float, now: float) -> float:
+    def _name_of(self, model: str | None) -> str:
+        return f"{self.name} {model or ''}"
+
+    def _wait(
+        self, connection: sqlite3.Connection, name: str, quota: Quota, tokens: float, now: float
+    ) -> float:
+        """Return the seconds after which to ask again, or 0 if a call fits into a quota."""
         connection.execute(
             "DELETE FROM calls WHERE quota = ? AND (expires <= ? AND NOT running OR taken > ?)",
-            (quota.name, now, now + _AHEAD),
+            (name, now, now + _AHEAD),
         )
         calls, used, soonest = connection.execute(
             "SELECT count(*), total(tokens), min(expires) FROM calls WHERE quota = ? AND expires > ?",
-            (quota.name, now),
+            (name, now),
         ).fetchone()
         full = quota.max_requests is not None and calls + 1 > quota.max_requests
         if quota.max_tokens is not None:
@@ -182,25 +167,25 @@ class SharedQuotas:
         if full and soonest is not None:
             wait = max(_AGAIN, float(soonest) - now)
             return wait if quota.max_tokens is None else min(wait, _CHANGE)
-        if quota.max_concurrency is not None and not self._has_place(connection, quota, now):
+        if quota.max_concurrency is not None and not self._has_place(
+            connection, name, quota.max_concurrency, now
+        ):
             return _LOOK
         return 0.0
 
-    def _has_place(self, connection: sqlite3.Connection, quota: Wanted, now: float) -> bool:
-        """Tell whether one more call may be under way, and nobody who waits longer is to have that place.
+    def _has_place(self, connection: sqlite3.Connection, name: str, most: int, now: float) -> bool:
+        """Return True if one more call may be in flight, and no process that waits longer goes before.
 
-        Its own calls end where a process sees it at once, so that it would always be the first to ask.
+        A process notices at once when a call of its own ends, so it would always be the first to ask.
         """
         running = dict[str, int]()
-        for owner, count in self._running(connection, quota.name):
+        for owner, count in self._running(connection, name):
             if owner == self._owner or leases.alive(self._folder, owner):
                 running[owner] = count
             else:  # its process has died
                 connection.execute("UPDATE calls SET running = 0 WHERE owner = ?", (owner,))
         connection.execute("DELETE FROM waits WHERE NOT seen BETWEEN ? AND ?", (now - _GONE, now + _AHEAD))
-        since = dict(
-            connection.execute("SELECT owner, since FROM waits WHERE quota = ?", (quota.name,)).fetchall()
-        )
+        since = dict(connection.execute("SELECT owner, since FROM waits WHERE quota = ?", (name,)).fetchall())
         mine = (since.pop(self._owner, now), self._owner)
         sooner = sum(
             then <= now - _PATIENCE
@@ -208,18 +193,18 @@ class SharedQuotas:
             and running.get(owner, 0) <= running.get(self._owner, 0)
             for owner, then in since.items()
         )
-        if sum(running.values()) + sooner < (quota.max_concurrency or 0):
-            connection.execute("DELETE FROM waits WHERE quota = ? AND owner = ?", (quota.name, self._owner))
+        if sum(running.values()) + sooner < most:
+            connection.execute("DELETE FROM waits WHERE quota = ? AND owner = ?", (name, self._owner))
             return True
         connection.execute(
             "INSERT INTO waits VALUES (?, ?, ?, ?) "
             "ON CONFLICT (quota, owner) DO UPDATE SET seen = excluded.seen",
-            (quota.name, self._owner, now, now),
+            (name, self._owner, now, now),
         )
         return False
 
     def _running(self, connection: sqlite3.Connection, name: str) -> list[tuple[str, int]]:
-        """Return how many calls are under way, by the lease of their process."""
+        """Return the number of calls in flight, by the lease of their process."""
         return connection.execute(
             "SELECT owner, count(*) FROM calls WHERE quota = ? AND running GROUP BY owner", (name,)
         ).fetchall()
@@ -228,58 +213,54 @@ class SharedQuotas:
         row = connection.execute("SELECT until FROM pauses WHERE quota = ?", (name,)).fetchone()
         return float(row[0]) - now if row is not None and now < row[0] < now + _LONGEST else 0.0
 
-    def end(self, call: int, tokens: float | None, expires: Sequence[tuple[str, float]]) -> None:
-        """Say that a call has ended.
+    def end(self, call: int, tokens: float | None, now: float) -> None:
+        """End a call.
 
         Args:
-            call: what `take` called it.
-            tokens: how many it has used, if that is known.
-            expires: of each quota, until when it counts, unless it ends before.
+            call: the number of the call.
+            tokens: the tokens that it has used, if known.
+            now: the time.
         """
-        for name, when in expires:
-            self._later(
-                "UPDATE calls SET running = 0, expires = min(expires, ?), tokens = coalesce(?, tokens) "
-                "WHERE owner = ? AND call = ? AND quota = ?",
-                (when, tokens, self._owner, call, name),
-            )
-        self.write()
+        self._later(
+            "UPDATE calls SET running = 0, expires = min(expires, ? + interval), "
+            "tokens = coalesce(?, tokens) WHERE owner = ? AND call = ?",
+            (now, tokens, self._owner, call),
+        )
 
     def delay(self, call: int, seconds: float) -> None:
-        """Let a call count longer that was made some time after it was taken."""
+        """Count a call longer, because it was made some time after it was taken."""
         self._later(
             "UPDATE calls SET expires = expires + ? WHERE owner = ? AND call = ?",
             (seconds, self._owner, call),
         )
-        self.write()
 
     def give_back(self, call: int) -> None:
-        """Let a call never have been taken."""
+        """Remove a call, as if it had never been taken."""
         self._later("DELETE FROM calls WHERE owner = ? AND call = ?", (self._owner, call))
-        self.write()
 
-    def pause(self, name: str, until: float) -> None:
-        """Let nobody call before a time."""
+    def pause(self, model: str | None, until: float) -> None:
+        """Let no process call a model before a time."""
         self._later(
             "INSERT INTO pauses VALUES (?, ?) "
             "ON CONFLICT (quota) DO UPDATE SET until = max(until, excluded.until)",
-            (name, until),
+            (self._name_of(model), until),
         )
-        self.write()
 
     def _later(self, statement: str, values: tuple[Any, ...]) -> None:
         self._late.append((statement, values))
+        self.write()
 
     def write(self) -> None:
-        """Write what is still to be written, unless somebody else is writing.
+        """Write what has not been written yet, unless another process is writing.
 
-        Nothing is raised, for it concerns calls that have ended: the next `take` tells what is wrong.
+        Nothing is raised, because it concerns calls that have ended. The next `take` raises what is wrong.
         """
         with contextlib.suppress(sqlite3.Error, OSError), self._transaction():
             pass
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Do something in one transaction, after what is still to be written; or nothing, when it fails."""
+        """Open a transaction, which begins with what has not been written yet. A failure undoes all of it."""
         connection = self._open()
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -305,7 +286,7 @@ class SharedQuotas:
             connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = OFF")  # all is stale after a restart
+                connection.execute("PRAGMA synchronous = OFF")  # nothing is valid after a restart
                 connection.executescript(_SCHEMA)
                 connection.execute("PRAGMA busy_timeout = 0")
             except BaseException:
@@ -315,7 +296,7 @@ class SharedQuotas:
         return self._connection
 
     def forget(self) -> None:
-        """Begin anew in a forked child, which must not use the parent's connection."""
+        """Start again in a forked child, which must not use the parent's connection."""
         self._connection = self._lease = None
         self._late = []
 
@@ -331,6 +312,6 @@ class SharedQuotas:
 
 
 def _is_held(error: Exception) -> bool:
-    """Tell whether an error only says that somebody else holds the lock."""
+    """Return True if an error only says that another process holds the lock."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

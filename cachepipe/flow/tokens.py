@@ -1,9 +1,10 @@
-"""How many tokens a call will use, told before it is made, and put right by what its answers used.
+"""Estimates how many tokens a call will use, and learns from what its answers have used.
 
-The prompt is counted by tiktoken where it is installed and its encoding is at hand, else estimated from
-the text: English has four characters to a token, other scripts have up to one. What is to come is
-``max_tokens`` where the request says so, since providers count that beforehand too; else what answers of
-this model have had so far, with room. Both are multiplied by what experience shows.
+The prompt is counted by tiktoken if it is installed and its encoding is available. Otherwise it is estimated
+from the text: English has four characters per token, other scripts as few as one. The completion is estimated
+as ``max_tokens`` if the request has it, because providers count that in advance too; otherwise from earlier
+answers of this model, with a margin. The estimate of the prompt is corrected by the ratio that earlier
+prompts have shown.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 _logger = logging.getLogger(__name__)
 _MESSAGE = 4  # tokens around a message
-_UNKNOWN = 256.0  # tokens of an answer of which nothing is known
+_UNKNOWN = 256.0  # tokens of an answer, if nothing is known
 _SMOOTH = 0.1  # weight of a new answer in the means
 _IMAGE = 1000  # tokens of a picture, sound or file in a message
 _MEDIA = frozenset(
@@ -26,14 +28,15 @@ _MEDIA = frozenset(
         *("input_audio", "audio_url", "file", "input_file", "document"),
     }
 )
-_LONG = 50_000  # letters beyond which a text is taken to go on as it has begun: counting holds up the loop
-_MOST = 2**31  # samples or tokens; nobody means more
+_LONG = 50_000
+"""The characters of a text that are counted, because counting blocks the loop; the rest is assumed alike."""
+_MOST = 2**31  # samples or tokens; larger numbers are taken for this one
 _ASKED = ("messages", "prompt", "input", "system", "instructions", "tools", "response_format")
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample")
 
 
 def estimated(text: str) -> int:
-    """Return about how many tokens a text has, from its length and script."""
+    """Return the approximate number of tokens of a text, from its length and script."""
     size = len(text)
     if text.isascii():
         return math.ceil(size / 4)
@@ -42,10 +45,10 @@ def estimated(text: str) -> int:
 
 
 def counter(name: str | Any | None) -> Callable[[str], int]:
-    """Return what counts the tokens of a text.
+    """Return a function that counts the tokens of a text.
 
     Args:
-        name: the name of an encoding of tiktoken, anything with a method ``encode``, or None for `estimated`.
+        name: the name of a tiktoken encoding, an object with a method ``encode``, or None for `estimated`.
     """
     if name is None:
         return estimated
@@ -56,9 +59,9 @@ def counter(name: str | Any | None) -> Callable[[str], int]:
 
 
 class _Counter:
-    """Counts with tiktoken once that has its encoding, which may be a download; until then it estimates.
+    """Counts with tiktoken once its encoding is loaded, and estimates until then.
 
-    It is loaded in a thread of its own, by the first text that is to be counted.
+    The first text that is counted starts a thread that loads the encoding, because that may download a file.
     """
 
     def __init__(self, name: str) -> None:
@@ -77,51 +80,58 @@ class _Counter:
         return estimated(text)
 
     def load(self) -> None:
-        """Load the encoding; where that fails, estimates go on."""
+        """Load the encoding. If that fails, texts are estimated."""
         try:
             self._encode = importlib.import_module("tiktoken").get_encoding(self._name).encode
-        except Exception as error:  # noqa: BLE001 - it may fetch a file, which fails in any way
-            _logger.info("tokens are estimated: tiktoken has no encoding %r (%s)", self._name, error)
+        except Exception as error:  # noqa: BLE001 - it may download a file, which can fail in any way
+            _logger.info(
+                "tokens are estimated, because tiktoken cannot load the encoding %r (%s)", self._name, error
+            )
 
 
+@dataclass(slots=True)
 class _Seen:
-    """What answers of one model have shown."""
+    """What the answers of one model have shown."""
 
-    __slots__ = ("completion", "deviation", "ratio")
-
-    def __init__(self) -> None:
-        self.ratio = 1.0  # of the prompt's true size to the estimated one
-        self.completion: float | None = None  # tokens of one sample
-        self.deviation = 0.0
+    ratio: float = 1.0  # the true size of prompts divided by the estimated one
+    completion: float | None = None  # the mean number of tokens of a sample
+    deviation: float = 0.0
 
     @property
     def usual(self) -> float:
-        """The tokens that one sample rarely has more of."""
+        """The number of tokens that a sample rarely exceeds."""
         return _UNKNOWN if self.completion is None else self.completion + 2 * self.deviation
 
 
+@dataclass(slots=True, frozen=True)
 class Estimate:
-    """The tokens of one call, told beforehand: of its prompt and of what is to come."""
+    """The estimated tokens of one call.
 
-    __slots__ = ("completion", "model", "n", "prompt", "raw")
+    Attributes:
+        model: the name of the model.
+        raw: the tokens of the prompt before the correction.
+        prompt: the tokens of the prompt.
+        completion: the tokens of all samples together.
+        n: the number of samples.
+    """
 
-    def __init__(self, model: str | None, raw: float, prompt: float, completion: float, n: int) -> None:
-        self.model = model
-        self.raw = raw
-        self.prompt = prompt
-        self.completion = completion
-        self.n = n
+    model: str | None
+    raw: float
+    prompt: float
+    completion: float
+    n: int
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The tokens of the prompt and the samples."""
         return self.prompt + self.completion
 
 
 class Estimator:
     """Estimates calls, and learns from their usage. Every method may be used from any thread.
 
-    There is no lock, which a fork might leave held: where two threads learn at once, one lesson may be lost.
+    There is no lock, because a fork might leave it held. If two threads learn at once, one lesson may be
+    lost.
 
     Args:
         encoding: as for `counter`.
@@ -132,12 +142,12 @@ class Estimator:
         self._seen: dict[str | None, _Seen] = {}
 
     def estimate(self, body: Mapping[str, Any], n: int | None = None) -> Estimate:
-        """Return the tokens of a call with this body.
+        """Return the estimated tokens of a call with this body.
 
         Args:
-            body: what is sent, or the fields of a request.
-            n: how many samples it asks for; default is what the body says. 0 is for answers that have
-                no tokens, such as embeddings.
+            body: the body that is sent, or the fields of a request.
+            n: the number of samples; default is that of the body. Use 0 for answers without tokens, such as
+                embeddings.
         """
         model = body.get("model")
         model = model if isinstance(model, str) else None
@@ -151,7 +161,7 @@ class Estimator:
         return Estimate(model, raw, raw * seen.ratio, float(n * each), n)
 
     def _size(self, value: Any) -> int:
-        """Return the tokens of a part of a body, or of all its parts."""
+        """Return the estimated tokens of a part of a body."""
         if isinstance(value, str):
             return _IMAGE if value.startswith("data:") and ";base64," in value[:100] else self.count(value)
         if isinstance(value, Mapping):
@@ -160,17 +170,17 @@ class Estimator:
             return _MESSAGE + sum(self._size(item) for item in value.values())
         if isinstance(value, list | tuple):
             if value and all(type(item) is int for item in value):
-                return len(value)  # tokens themselves
+                return len(value)  # a list of tokens
             return sum(self._size(item) for item in value)
         return 1 if isinstance(value, int | float) else 0
 
     def learn(self, estimate: Estimate, prompt: int | None, completion: int | None) -> None:
-        """Take the usage of a call that was estimated.
+        """Learn from the usage of a call that was estimated.
 
         Args:
-            estimate: what was told of it.
-            prompt: how many tokens its prompt had, if that was told.
-            completion: how many its samples had together, if that was told.
+            estimate: the estimate.
+            prompt: the tokens of its prompt, if they were reported.
+            completion: the tokens of its samples together, if they were reported.
         """
         seen = self._seen.setdefault(estimate.model, _Seen())
         if prompt and estimate.raw:
@@ -186,12 +196,12 @@ class Estimator:
 
 
 def _count(value: Any) -> int | None:
-    """Return a number of samples or tokens; None for what is none, as -1 is where it stands for no limit."""
+    """Return a number of samples or tokens, or None for another value, such as -1 for no limit."""
     return min(value, _MOST) if type(value) is int and value > 0 else None
 
 
 def _prompts(prompt: Any) -> int:
-    """Return how many prompts there are: old APIs take several, each of which is answered n times."""
+    """Return the number of prompts: legacy APIs take several, and answer each n times."""
     several = isinstance(prompt, list | tuple) and all(
         isinstance(item, str | list | tuple) for item in prompt
     )

@@ -1,4 +1,4 @@
-"""Adapters: a provider's calls as models, for pipelines and for the command line.
+"""Adapters: a provider's calls, or a model on this machine, as models of pipelines.
 
 Every name is imported when it is first used, so ``import cachepipe.models`` needs no SDK.
 """
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from cachepipe.models.anthropic import AnthropicModel as AnthropicModel
     from cachepipe.models.openai import OpenAIModel as OpenAIModel
-    from cachepipe.models.openai import WireRequest as WireRequest
     from cachepipe.models.together import TogetherModel as TogetherModel
     from cachepipe.models.transformers import TransformersModel as TransformersModel
 
@@ -21,10 +20,9 @@ _HOMES: Final = {
     "OpenAIModel": "cachepipe.models.openai",
     "TogetherModel": "cachepipe.models.together",
     "TransformersModel": "cachepipe.models.transformers",
-    "WireRequest": "cachepipe.models.openai",
 }
 
-__all__ = ["AnthropicModel", "OpenAIModel", "TogetherModel", "TransformersModel", "WireRequest"]
+__all__ = ["AnthropicModel", "OpenAIModel", "TogetherModel", "TransformersModel"]
 
 
 def __getattr__(name: str) -> Any:

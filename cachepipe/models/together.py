@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from cachepipe.models.openai import CHAT_COMPLETIONS, EagerConnection, OpenAIModel
+from cachepipe.models.connection import EagerConnection
+from cachepipe.models.openai import OpenAIModel
 
 _VERSIONED: Final = "/v1"
-
-
-class _Connection(EagerConnection):
-    package = "together"
-    client_name = "AsyncTogether"
 
 
 class TogetherModel(OpenAIModel):
     """A model behind Together's API, for chat, completions and embeddings.
 
-    It takes what `OpenAIModel` takes. Errors are those of the together package, version 2 or later.
-
-    Args:
-        model: the name of the model, for requests that have no field of that name.
-        client: a ``together.AsyncTogether`` (or a subclass) to use; it stays the caller's to close.
-        base_url: where the API is, as the SDK's client takes it; default is ``TOGETHER_BASE_URL``, then
-            Together.
-        api_key: default is ``TOGETHER_API_KEY``; without one there are replays only.
-        timeout: seconds for one attempt of a call; default is the SDK's.
-        max_retries: how often the SDK repeats a failed call; default is the SDK's.
-        endpoint: where plain requests go.
-        max_n: the most samples that the server gives in one call.
-        raw: whether ``Response.data`` holds samples as they are stored, or else their text, an
-            embedding's vector.
+    It takes what `OpenAIModel` takes. The ``client`` is a ``together.AsyncTogether``, ``base_url`` is the
+    API's address as that client takes it (default is ``TOGETHER_BASE_URL``, then Together), and ``api_key``
+    is ``TOGETHER_API_KEY`` by default; without a key there are replays only. Errors are those of the together
+    package, version 2 or later.
     """
 
-    _connection_class = _Connection
-
-    def __init__(
-        self,
-        model: str | None = None,
-        *,
-        client: Any = None,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        timeout: float | None = None,
-        max_retries: int | None = None,
-        endpoint: str = CHAT_COMPLETIONS,
-        max_n: int | None = None,
-        raw: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            client=client,
-            base_url=base_url,
-            api_key=api_key,
-            timeout=timeout,
-            max_retries=max_retries,
-            endpoint=endpoint,
-            max_n=max_n,
-            raw=raw,
-        )
+    _connect = (EagerConnection, "together", "AsyncTogether")
 
     def _path(self, endpoint: str) -> str:
         """Return an endpoint as the SDK writes it: since version 3 it is not in the base URL."""
-        import together  # noqa: PLC0415 - it is at hand by now
+        import together  # noqa: PLC0415 - the connection has imported it
 
         path = super()._path(endpoint)
         path = path.removeprefix(_VERSIONED) if path.startswith(f"{_VERSIONED}/") else path

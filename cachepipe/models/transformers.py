@@ -18,10 +18,9 @@ from typing import Any, Final
 import orjson
 
 from cachepipe import wire
-from cachepipe.accounting import noted
 from cachepipe.contract.keys import Question, provider_question
-from cachepipe.typedefs import UNASKED, Batch, Request, Response, field_names
-from cachepipe.values import Codec
+from cachepipe.models.samples import ProviderSamples, fields_of
+from cachepipe.typedefs import Batch, Request, Response
 
 try:
     import torch
@@ -31,8 +30,6 @@ except ImportError as error:
         "TransformersModel needs transformers and torch: pip install 'cachepipe[transformers]'"
     ) from error
 
-_UNASKED: Final = UNASKED | {"prompt"}
-_codec = Codec()
 _LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 _NOT_SETTINGS: Final = frozenset({"model", "messages", "prompt", "seed", "stop", *_LENGTHS})
 _RULED: Final = frozenset(  # what the adapter decides by itself
@@ -87,7 +84,7 @@ class _Text:
     ended: bool
 
 
-class TransformersModel:
+class TransformersModel(ProviderSamples):
     """A causal language model of ``transformers``: the samples of a batch are generated together.
 
     A prompt that is a string is continued as it is; a list of messages goes through the tokenizer's chat
@@ -184,10 +181,6 @@ class TransformersModel:
         """Return what ``Response.data`` holds of a stored sample: its text; with ``raw=True``, all of it."""
         return sample if self.raw else _api_of(sample["object"]).summary(sample)["text"]
 
-    def pack(self, sample: wire.Sample) -> tuple[bytes, Mapping[str, Any]]:
-        """Return what is stored of a sample, and what is recorded beside it."""
-        return _codec.encode(sample), noted(sample)
-
     def _body(self, request: Request) -> dict[str, Any]:
         """Return what a request asks, in the words of OpenAI's API."""
         prompt = request.prompt
@@ -197,10 +190,8 @@ class TransformersModel:
             body = {"messages": [dict(message) for message in prompt]}
         else:
             raise wire.BadRequest(f"a prompt is a string or a list of messages; got {prompt!r:.200}")
-        for name in field_names(type(request)):
-            value = None if name in _UNASKED else getattr(request, name)
-            if value is not None:
-                body[name] = list(value) if isinstance(value, tuple) else value
+        for name, value in fields_of(request).items():
+            body[name] = list(value) if isinstance(value, tuple) else value
         unknown = [name for name in body if name not in _NOT_SETTINGS and not _is_setting(name)]
         if unknown:
             raise wire.BadRequest(

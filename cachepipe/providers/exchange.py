@@ -370,8 +370,7 @@ class Exchange(Calls):
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
         self.questions = questions or questions_of(api, asks, url, headers, scope=surface.scope, alone=alone)
-        names = tuple(question.key for question in self.questions)
-        self.record = info.Record(names, claimant, url)
+        self.record = info.Record(self.questions, claimant, url)
 
     def own_context(self) -> contextvars.Context | None:
         """Return the context for a task that uses `send`; None if any context will do."""
@@ -398,9 +397,9 @@ class Exchange(Calls):
         asked = [(question, ask.n) for question, ask in zip(self.questions, self.asks, strict=True)]
         counter = self._counter() if self.stream else self.counter
         found = self.surface.cache(self.mode).look(self.claimant, asked, self.body, counter=counter)
-        return None if found is None else self.answered(found)
+        return None if found is None else self.hit(found)
 
-    def answered(self, found: Found) -> Answer:
+    def hit(self, found: Found) -> Answer:
         """Return the answer with samples that were stored."""
         self._found = found
         flags = [self._flags(place) for place in range(len(self.questions))]

@@ -250,6 +250,8 @@ class Made:
             answer = jsontext.loads(content)
         except ValueError:
             answer = None
+        if not isinstance(answer, dict) and self._span is not None:
+            self._span.end(error=wire.BadAnswer("the answer is not a JSON object"))
         self.end(answer if isinstance(answer, dict) else None)
 
 

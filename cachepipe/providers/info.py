@@ -10,6 +10,7 @@ from typing import Any
 from cachepipe import prices
 from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.contract.draws import Claimant
+from cachepipe.contract.keys import Question
 from cachepipe.typedefs import Response
 
 
@@ -82,21 +83,26 @@ class Info:
 class Record:
     """The facts about a request that are known so far."""
 
-    def __init__(self, keys: tuple[str, ...], claimant: Claimant, url: str) -> None:
-        self.keys = keys
+    def __init__(self, questions: Sequence[Question], claimant: Claimant, url: str) -> None:
+        self.questions = questions
         self.url = url
         self.claimant = claimant
         self.responses: Sequence[Response] | None = None
         self.later: Callable[[], Sequence[Response]] | None = None
         """Makes the responses at the first use."""
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key of each question."""
+        return tuple(question.key for question in self.questions)
+
     def info(self) -> Info:
         """Return the facts that are known now."""
-        responses = self.responses
+        responses, keys = self.responses, self.keys
         if responses is None and self.later is not None:
             responses = self.responses = self.later()
         if responses is None:
-            return Info(self.keys[0], self.keys, *self.claimant, complete=False)
+            return Info(keys[0], keys, *self.claimant, complete=False)
         cached = tuple(flag for response in responses for flag in response.cached or ())
         known = all(response.indices is not None for response in responses)
         sums = Delivered()
@@ -104,8 +110,8 @@ class Record:
             usages = [usage_of(sample.value) for sample in response.data]
             sums.add(usages, response.cached or [False] * len(usages), self.url)
         return Info(
-            self.keys[0],
-            self.keys,
+            keys[0],
+            keys,
             *self.claimant,
             cached=cached,
             duplicated=tuple(flag for response in responses for flag in response.duplicated or ()),

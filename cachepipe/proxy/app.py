@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote
@@ -52,7 +52,7 @@ from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, Mode
 
 _KEY_HEADERS: Final = tuple(name.encode() for name in wire.ANSWER_HEADERS)
-_SURFACES: Final = 1024  # callers whose calls are kept apart, in memory at once
+_CALLERS: Final = 1024  # callers whose calls are kept apart, in memory at once
 _LAST_SECONDS: Final = 1.0  # to store what has just come, however little time is left
 _FAILURES: Final = (
     (UpstreamTimeout, 504, "upstream_timeout"),
@@ -89,7 +89,7 @@ class Proxy:
         self._until: float | None = None  # when the loop's clock says so, what is in flight is given up
         self._patience: asyncio.Timeout | None = None  # until then, while a shutdown waits
         self._bodies = BodyCache()
-        self._surfaces: OrderedDict[bytes, Surface] = OrderedDict()
+        self._surface_of = functools.lru_cache(_CALLERS)(self._new_surface)
         self._router = Router(settings)
         self._access = AccessControl(settings)
 
@@ -407,20 +407,13 @@ class Proxy:
         self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode, counter: RequestCounter
     ) -> Outcome:
         """Draw the samples of a request that are not known, and answer it."""
-        surface = self._surface_of(head)
+        surface = self._surface_of(head.caller, head.upstream)
         exchange = ProxyExchange(self.client, self.counters.spend, surface, head, body, mode, counter)
         return await Delivery(self, http, exchange, counter).draw()
 
-    def _surface_of(self, head: ParsedHead) -> Surface:
-        """Return the view of the cache for the draws of one caller, which may share calls."""
-        surface = self._surfaces.get(head.caller)
-        if surface is None:
-            surface = self._surfaces[head.caller] = self.surface.changed(service=head.upstream.flow)
-            if len(self._surfaces) > _SURFACES:
-                self._surfaces.popitem(last=False)
-        else:
-            self._surfaces.move_to_end(head.caller)
-        return surface
+    def _new_surface(self, caller: bytes, upstream: Upstream) -> Surface:  # noqa: ARG002 - a key of the cache
+        """Return a view of the cache whose draws share calls with each other only."""
+        return self.surface.changed(service=upstream.flow)
 
     def at_once(self, head: ParsedHead, content: bytes, asker: object) -> bytes | ParsedBody | None:
         """Return the complete response to a request with a known draw.

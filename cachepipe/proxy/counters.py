@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -75,12 +76,22 @@ class Counts:
     """
 
     namespace: str | None = None
-    requests: dict[str, int] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)
     hits: int = 0
     misses: int = 0
     delivered: Delivered = field(default_factory=Delivered)
     spent: Account = field(default_factory=Account)
     last: float = 0.0
+
+    def join(self, other: Counts) -> None:
+        """Add the counts of another namespace."""
+        for outcome, number in other.requests.items():
+            self.requests[outcome] += number
+        self.hits += other.hits
+        self.misses += other.misses
+        self.delivered.join(other.delivered)
+        self.spent.join(other.spent)
+        self.last = max(self.last, other.last)
 
     def accounts(self) -> dict[str, Account]:
         """Return the sums of tokens by name."""
@@ -145,7 +156,7 @@ class Counters:
     def ended(self, namespace: str | None, outcome: Outcome) -> Counts:
         """Count the end of a request."""
         counts = self.of(namespace)
-        counts.requests[outcome] = counts.requests.get(outcome, 0) + 1
+        counts.requests[outcome] += 1
         counts.last = self.clock()
         return counts
 
@@ -199,13 +210,7 @@ class Counters:
         each = sorted(self.namespaces.values(), key=lambda counts: -counts.last)
         totals = Counts()
         for counts in each:
-            totals.hits += counts.hits
-            totals.misses += counts.misses
-            totals.last = max(totals.last, counts.last)
-            for outcome, number in counts.requests.items():
-                totals.requests[outcome] = totals.requests.get(outcome, 0) + number
-            totals.spent.join(counts.spent)
-            totals.delivered.join(counts.delivered)
+            totals.join(counts)
         total = totals.as_json(self.prices)
         del total["namespace"]
         return {
@@ -259,10 +264,12 @@ class Counters:
         for name, number in self.client.calls.items():
             calls.add_metric((name,), number)
             running.add_metric((name,), self.client.in_flight[name])
-        flight = GaugeMetricFamily("cachepipe_proxy_requests_in_flight", "Requests now.")
-        flight.add_metric((), self.in_flight)
-        background = GaugeMetricFamily(
-            "cachepipe_proxy_abandoned_in_flight", "Calls in flight for clients that have gone."
+        flight = GaugeMetricFamily(
+            "cachepipe_proxy_requests_in_flight", "Requests now.", value=self.in_flight
         )
-        background.add_metric((), self.background)
+        background = GaugeMetricFamily(
+            "cachepipe_proxy_abandoned_in_flight",
+            "Calls in flight for clients that have gone.",
+            value=self.background,
+        )
         yield from (requests, samples, tokens, calls, running, flight, background)

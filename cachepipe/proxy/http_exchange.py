@@ -72,23 +72,6 @@ class HttpExchange:
         facts: further facts for the log.
     """
 
-    __slots__ = (
-        "_watch",
-        "begun",
-        "facts",
-        "headers",
-        "method",
-        "named",
-        "namespace",
-        "patience",
-        "receive",
-        "route",
-        "scope",
-        "send_message",
-        "sent",
-        "status",
-    )
-
     def __init__(
         self,
         scope: Mapping[str, Any],
@@ -139,18 +122,16 @@ class HttpExchange:
         told = self.named.get(b"content-length", b"0")
         if not told.isdigit() or int(told) > most:
             raise self.too_large(most)
-        message = await self._received()
-        content: bytes = message.get("body", b"")
-        if not message.get("more_body", False) and len(content) <= most:
-            return content
-        parts, size = [content], len(content)
-        while size <= most:
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more:
             message = await self._received()
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if not message.get("more_body", False) and size <= most:
-                return b"".join(parts)
-        raise self.too_large(most)
+            more = message.get("more_body", False)
+            if size > most:
+                raise self.too_large(most)
+        return b"".join(parts)
 
     @staticmethod
     def too_large(most: int) -> Refusal:
@@ -169,15 +150,14 @@ class HttpExchange:
 
     async def chunks(self, taken: asyncio.Future[None]) -> AsyncIterator[bytes]:
         """Iterate over the body as it comes, and note its end."""
-        while True:
+        more = True
+        while more:
             message = await self._received()
             more = message.get("more_body", False)
             if not more:
                 taken.set_result(None)
             if message.get("body"):
                 yield message["body"]
-            if not more:
-                return
 
     # The client's leaving; only once the body has been read.
 

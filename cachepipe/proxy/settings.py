@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 from cachepipe import bounds
 from cachepipe.errors import CachepipeError
-from cachepipe.flow import Limits, Retries
+from cachepipe.flow import Limits, Quota, Retries
 from cachepipe.flow.flow import Flow
+from cachepipe.typedefs import REPEATS, Repeat
 
 Kind = Literal["openai", "anthropic"]
 LogLevel = Literal["all", "calls", "errors", "off"]
@@ -25,22 +26,9 @@ LOGS: Final = ("all", "calls", "errors", "off")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _MOUNT = re.compile(r"(/[A-Za-z0-9_.~-]+)*")
-
-
+_QUOTA: Final = tuple(each.name for each in fields(Quota))
 _RETRIES: Final = ("max_retries", "max_time")
-_LIMITS: Final = frozenset(
-    {
-        "max_requests",
-        "max_tokens",
-        "interval",
-        "max_concurrency",
-        "per_model",
-        "adaptive",
-        "transit",
-        "shared",
-        *_RETRIES,
-    }
-)
+_LIMITS: Final = frozenset({*_QUOTA, *_RETRIES, "per_model", "adaptive", "transit", "shared"})
 
 
 class BadSettings(CachepipeError, ValueError):  # noqa: N818 - names the thing at fault
@@ -129,12 +117,7 @@ class Upstream:
 
 def _flow(what: str, url: str, limits: Mapping[str, Any]) -> Flow:
     options = dict(limits)
-    if unknown := sorted({*options} - _LIMITS):
-        raise BadSettings(
-            f"{what}: its limits hold {', '.join(map(repr, unknown))}; known are {', '.join(sorted(_LIMITS))}"
-        )
-    if not isinstance(options.get("per_model", {}), Mapping):
-        raise BadSettings(f"{what}: its limits are not valid: per_model is a table of models' limits")
+    _check_names(f"{what}: its limits hold", options, _LIMITS)
     retries = {name: options.pop(name) for name in _RETRIES if name in options}
     try:
         return Flow(Limits(**options, name=url), Retries(**{"max_retries": 0, **retries}))
@@ -142,15 +125,19 @@ def _flow(what: str, url: str, limits: Mapping[str, Any]) -> Flow:
         raise BadSettings(f"{what}: its limits are not valid: {error}") from error
 
 
+def _check_names(what: str, table: Mapping[str, Any], known: Collection[str]) -> None:
+    if unknown := sorted({*table} - {*known}):
+        raise BadSettings(f"{what} {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
+
+
 def _url(what: str, url: Any) -> Any:
     if not isinstance(url, str):
         raise BadSettings(f"{what}: url is a text such as https://api.openai.com/v1; got {url!r}")
     try:
         parts = urlsplit(url)
-        port = parts.port
+        _ = parts.port  # raises an error if it is not a number
     except ValueError as error:
         raise BadSettings(f"{what}: its URL {url!r} cannot be read: {error}") from error
-    del port
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BadSettings(f"{what}: its URL begins with http:// or https:// and a host; got {url!r}")
     if parts.username is not None or parts.query or parts.fragment:
@@ -195,7 +182,7 @@ class ProxySettings:
     replay: bool = False
     token: str | None = field(default=None, repr=False)
     namespace: str | None = None
-    repeat: Literal["fresh", "same"] = "fresh"
+    repeat: Repeat = "fresh"
     durability: Literal["process", "full"] = "process"
     hosts: tuple[str, ...] = ()
     max_n: int = field(default_factory=bounds.max_n)
@@ -229,12 +216,10 @@ class ProxySettings:
             )
         if not 0 <= self.port <= 65535:
             raise BadSettings(f"a port is a number from 0 to 65535; got {self.port}")
-        if self.repeat not in ("fresh", "same"):
-            raise BadSettings(f"repeat is 'fresh' or 'same'; got {self.repeat!r}")
-        if self.durability not in ("process", "full"):
-            raise BadSettings(f"durability is 'process' or 'full'; got {self.durability!r}")
-        if self.log not in LOGS:
-            raise BadSettings(f"log is one of {', '.join(LOGS)}; got {self.log!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = " or ".join(map(repr, choices))
+                raise BadSettings(f"{name} is {wanted}; got {getattr(self, name)!r}")
         for name in ("max_n", "max_answer", "max_body", "max_connections", "max_calls"):
             if getattr(self, name) < 1:
                 raise BadSettings(f"{name} is at least 1; got {getattr(self, name)}")
@@ -244,27 +229,21 @@ class ProxySettings:
         return self
 
 
-_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
-    "cache": (str,),
-    "host": (str,),
-    "port": (int,),
-    "replay": (bool,),
-    "namespace": (str,),
-    "repeat": (str,),
-    "durability": (str,),
-    "hosts": (list,),
-    "max_n": (int,),
-    "max_answer": (int,),
-    "max_body": (int,),
-    "max_connections": (int,),
-    "max_calls": (int,),
-    "connect_timeout": (int, float),
-    "timeout": (int, float),
-    "client_timeout": (int, float),
-    "shutdown_timeout": (int, float),
-    "log": (str,),
+_CHOICES: Final = {"repeat": REPEATS, "durability": ("process", "full"), "log": LOGS}
+_KINDS: Final[Mapping[Any, tuple[type, ...]]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "tuple[str, ...]": (list,),
 }
-_OF_UPSTREAM: Final = ("url", "kind", "mount", "api_key_env", "key_header", "limits")
+_TYPES: Final = {
+    each.name: _KINDS.get(each.type, (str,))
+    for each in fields(ProxySettings)
+    if each.name not in ("upstreams", "token")
+}
+"""The types of the settings in a file."""
+
+_OF_UPSTREAM: Final = {"url", "kind", "mount", "api_key_env", "key_header", "limits"}
 
 
 def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> ProxySettings:
@@ -284,12 +263,7 @@ def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | Non
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadSettings(f"the configuration {file} cannot be read: {error}") from error
-    known = {*_TYPES, "token_env", "default", "upstreams"}
-    if unknown := sorted({*table} - known):
-        raise BadSettings(
-            f"{file} has the unknown names {', '.join(map(repr, unknown))}; known are "
-            f"{', '.join(sorted(known))}"
-        )
+    _check_names(f"{file} has the unknown names", table, {*_TYPES, "token_env", "default", "upstreams"})
     values: dict[str, Any] = {}
     for name, kinds in _TYPES.items():
         if name in table:
@@ -312,11 +286,7 @@ def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | Non
 
 
 def _upstream(file: Path, name: str, table: Mapping[str, Any], environment: Mapping[str, str]) -> Upstream:
-    if unknown := sorted({*table} - {*_OF_UPSTREAM}):
-        raise BadSettings(
-            f"{file}: the upstream {name!r} holds {', '.join(map(repr, unknown))}; known are "
-            f"{', '.join(_OF_UPSTREAM)}"
-        )
+    _check_names(f"{file}: the upstream {name!r} holds", table, _OF_UPSTREAM)
     limits = table.get("limits")
     if limits is not None and not isinstance(limits, dict):
         raise BadSettings(f"{file}: limits are a table, [upstreams.{name}.limits]; got {limits!r}")
@@ -363,6 +333,3 @@ def with_upstreams(settings: ProxySettings, upstreams: list[Upstream]) -> ProxyS
     own = {upstream.name for upstream in upstreams}
     kept = [upstream for upstream in settings.upstreams if upstream.name not in own]
     return replace(settings, upstreams=(*upstreams, *kept))
-
-
-assert {*_TYPES} | {"upstreams", "token"} == {each.name for each in fields(ProxySettings)}  # noqa: S101 - by hand

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
+import httpx2 as httpx
+
 from cachepipe import jsontext, outages, wire
 from cachepipe.contract.draws import Retried
 from cachepipe.errors import CachepipeError
@@ -21,12 +23,6 @@ from cachepipe.proxy.body_cache import ParsedBody
 from cachepipe.proxy.head_cache import ParsedHead
 from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.typedefs import Mode
-
-try:
-    import httpx2 as httpx
-except ImportError as error:  # pragma: no cover - it is in the extra
-    needed = f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'"
-    raise ImportError(needed, name=error.name) from error
 
 _JSON: Final = (b"content-type", b"application/json")
 _PLAIN: Final = (b"accept-encoding", b"identity")  # compressed events would arrive in clumps
@@ -65,38 +61,24 @@ class UpstreamResponse:
     def __init__(self, response: Any, upstream: str, url: str, release: Callable[[], None]) -> None:
         self.response = response
         self.headers = response.headers
+        self.status: int = response.status_code
+        self.http_version: str = response.http_version
+        self.pairs: list[tuple[bytes, bytes]] = [(name.lower(), value) for name, value in self.headers.raw]
+        """The headers as they came, by lower-case names."""
         self._place = upstream, url
         self._release = release
 
-    @property
-    def status(self) -> int:
-        """The status."""
-        status: int = self.response.status_code
-        return status
-
-    @property
-    def http_version(self) -> str:
-        """The version of HTTP."""
-        version: str = self.response.http_version
-        return version
-
-    @property
-    def pairs(self) -> list[tuple[bytes, bytes]]:
-        """The headers as they came, by lower-case names."""
-        return [(name.lower(), value) for name, value in self.response.headers.raw]
-
-    async def aiter_bytes(self) -> AsyncIterator[bytes]:
+    def aiter_bytes(self) -> AsyncIterator[bytes]:
         """Iterate over the decoded body; if its encoding was not asked for, over the raw body."""
-        response = self.response
-        chunks = response.aiter_raw() if headers.is_packed(self.pairs) else response.aiter_bytes()
-        async with _explained(*self._place):
-            async for chunk in chunks:
-                yield chunk
+        return self.aiter_raw() if headers.is_packed(self.pairs) else self._read(self.response.aiter_bytes())
 
-    async def aiter_raw(self) -> AsyncIterator[bytes]:
+    def aiter_raw(self) -> AsyncIterator[bytes]:
         """Iterate over the raw body."""
-        async with _explained(*self._place):
-            async for chunk in self.response.aiter_raw():
+        return self._read(self.response.aiter_raw())
+
+    async def _read(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async with _translated(*self._place):
+            async for chunk in chunks:
                 yield chunk
 
     async def aread(self, most: int) -> bytes | BodySource:
@@ -117,7 +99,7 @@ class UpstreamResponse:
         return b"".join(begun)
 
     async def aclose(self) -> None:
-        """Let go of the connection."""
+        """Release the connection."""
         self._release()
         with contextlib.suppress(httpx.HTTPError):
             await self.response.aclose()
@@ -144,15 +126,15 @@ class _UnreadBody(BodySource):
             await self._reader.aclose()
 
     def leave(self) -> None:
-        """Let go of the connection."""
+        """Release the connection."""
         self._begun.clear()
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._reader.aclose())
 
 
 @contextlib.asynccontextmanager
-async def _explained(upstream: str, url: str) -> AsyncIterator[None]:
-    """HttpExchange an error of the connection into one of ours, which contains no header."""
+async def _translated(upstream: str, url: str) -> AsyncIterator[None]:
+    """Turn an error of the connection into one of ours, which contains no header."""
     where = f"the upstream {upstream!r} at {outages.public_url(url)}"
     try:
         yield
@@ -183,11 +165,10 @@ class UpstreamClient:
         # A cookie jar would send the cookies of one client with the requests of another.
         self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._client.headers.clear()
-        self._places = {
-            upstream.name: asyncio.Semaphore(settings.max_calls) for upstream in settings.upstreams
-        }
-        self.calls = dict.fromkeys(self._places, 0)
-        self.in_flight = dict.fromkeys(self._places, 0)
+        names = [upstream.name for upstream in settings.upstreams]
+        self._slots = {name: asyncio.Semaphore(settings.max_calls) for name in names}
+        self.calls = dict.fromkeys(names, 0)
+        self.in_flight = dict.fromkeys(names, 0)
 
     async def call(
         self,
@@ -203,34 +184,27 @@ class UpstreamClient:
             UpstreamUnreachable: when there is no answer.
         """
         name = upstream.name
-        place = self._places[name]
-        await place.acquire()
+        await self._slots[name].acquire()
         self.calls[name] += 1
         self.in_flight[name] += 1
-        held = True
-
-        def release() -> None:
-            nonlocal held
-            if held:
-                held = False
-                self.in_flight[name] -= 1
-                place.release()
-
-        try:
-            async with _explained(name, url):
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._release, name)
+            async with _translated(name, url):
                 request = self._client.build_request(method, url, headers=list(pairs), content=content)
                 response = await self._client.send(request, stream=True)
             outages.reached(url)
-        except BaseException:
-            release()
-            raise
-        reader = UpstreamResponse(response, name, url, release)
-        if not 200 <= reader.status < 600:
-            await reader.aclose()
+            release = stack.pop_all().close
+        answer = UpstreamResponse(response, name, url, release)
+        if not 200 <= answer.status < 600:
+            await answer.aclose()
             raise UpstreamUnreachable(
-                f"the upstream {name!r} answered with status {reader.status}, which is not valid"
+                f"the upstream {name!r} answered with status {answer.status}, which is not valid"
             )
-        return reader
+        return answer
+
+    def _release(self, name: str) -> None:
+        self.in_flight[name] -= 1
+        self._slots[name].release()
 
     async def close(self) -> None:
         """Close the connections."""

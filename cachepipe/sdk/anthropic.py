@@ -117,7 +117,7 @@ class AttemptsCached(Cached):
         stream, flow = details["stream"], self._limiting(options)
         sdk_call = _sdk_call.get()
         retries = internals.own_retries(self, options) if sdk_call is None else sdk_call.max_retries
-        call = self._call_class.of(self, self._cachepipe, None, options, stream=stream, stream_cls=None)
+        call = self._call_class.of(self, None, options, stream=stream)
         try:
             if call is not None:
                 call.receive = functools.partial(self._receive_attempt, **details)
@@ -145,7 +145,7 @@ class AttemptsCached(Cached):
         if (
             received is not None
             and isinstance(recording, RecordedStream)
-            and not internals.unread(self, received.response)
+            and not internals.unread(received.response)
         ):  # a stream that is handed on as it comes
             await self._settled(self._read_to_end(recording))
             answer = answer._replace(content=b"", kept=recording.recorder.complete)

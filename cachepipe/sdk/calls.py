@@ -8,22 +8,23 @@ SDK also parses every response, whether it arrived or was made from samples.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
+import functools
 import json
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Self
 
 import orjson
 
 from cachepipe import context, wire
-from cachepipe.contract.keys import Question
 from cachepipe.errors import NotStored, TooManySamples
 from cachepipe.portal import check_elsewhere, submit
 from cachepipe.providers import info
-from cachepipe.providers.exchange import Exchange, Surface, check_size, id_header
+from cachepipe.providers.exchange import Exchange, check_size, id_header
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.providers.stream_recorder import SyncRecordedStream
@@ -77,67 +78,38 @@ class ClientCall(Exchange):
 
     Args:
         client: the client.
-        surface: the client's view of the cache.
         cast_to: the type into which the SDK parses the response.
         options: the SDK's own description of the request.
-        stream: whether the caller wants a stream.
-        stream_cls: the class of that stream.
-        api: the API of the call.
-        body: the body to send.
-        asks: the questions in the body.
-        mode: how the cache is used.
-        using: the settings of the surrounding ``using`` block.
-        place: its URL and its known headers, if they are known.
-        questions: see `Exchange`.
+        target: its URL and its headers that count.
+        stream_cls: the class of the stream that the caller wants.
+        parts: the other arguments of `Exchange`.
     """
 
     def __init__(
         self,
         client: Any,
-        surface: Surface,
         cast_to: Any,
         options: Any,
+        target: internals.CallTarget,
         *,
-        stream: bool,
-        stream_cls: Any,
-        api: wire.Api,
-        body: dict[str, Any],
-        asks: Any,
-        mode: Any,
-        using: context.Using,
-        place: tuple[str, Mapping[str, str]] | None = None,
-        questions: list[Question] | None = None,
+        stream_cls: Any = None,
+        **parts: Any,
     ) -> None:
         self.client = client
         self.cast_to = cast_to
         self.options = options
         self.stream_cls = stream_cls
-        if place is None:
-            place = internals.url_of(client, options, body), internals.sent_headers(client, options)
-        self.url, headers = place
         self.context: contextvars.Context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
         self.receive = client._receive  # noqa: SLF001 - it is ours
-        super().__init__(
-            surface,
-            api,
-            body,
-            asks,
-            self.url,
-            headers,
-            stream=stream,
-            alone=not internals.is_plain(options),
-            mode=mode,
-            claimant=using.claimant(surface.namespace),
-            questions=questions,
-        )
-        self.max_retries = internals.own_retries(client, options)
-        self.spans = not internals.traces_itself(client)
+        super().__init__(client._cachepipe, url=target.url, headers=target.headers, **parts)  # noqa: SLF001 - likewise
 
     @classmethod
-    def of(cls, client: Any, surface: Surface, cast_to: Any, options: Any, **how: Any) -> Self | None:
+    def of(
+        cls, client: Any, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
+    ) -> Self | None:
         """Return a request of the SDK as a call, or None if it cannot be cached."""
-        using = context.current()
+        surface, using = client._cachepipe, context.current()  # noqa: SLF001 - it is ours
         mode = using.mode_of(surface.mode)
         if mode == "bypass" or surface.backing.closed:
             return None
@@ -154,11 +126,32 @@ class ClientCall(Exchange):
             message = f"{error}. The call is sent to the provider unchanged, and its answer is not cached"
             warnings.warn(message, NotStored, stacklevel=2)
             return None
-        if any(not ask.cacheable or ask.stream != how["stream"] for ask in asks):
+        if any(not ask.cacheable or ask.stream != stream for ask in asks):
             return None
         return cls(
-            client, surface, cast_to, options, api=api, body=body, asks=asks, mode=mode, using=using, **how
+            client,
+            cast_to,
+            options,
+            internals.target_of(client, options, body),
+            stream_cls=stream_cls,
+            api=api,
+            body=body,
+            asks=asks,
+            stream=stream,
+            alone=not internals.is_plain(options),
+            mode=mode,
+            claimant=using.claimant(surface.namespace),
         )
+
+    @functools.cached_property
+    def max_retries(self) -> int | None:  # type: ignore[override]  # made when it is asked for
+        """How often a call is made again, if the call or its client says so."""
+        return internals.own_retries(self.client, self.options)
+
+    @functools.cached_property
+    def spans(self) -> bool:  # type: ignore[override]  # likewise
+        """Whether calls make spans here, because the SDK makes none."""
+        return not internals.traces_itself(self.client)
 
     def answer(self) -> Any:
         """Return a coroutine that draws the samples and returns the answer."""
@@ -185,15 +178,15 @@ class ClientCall(Exchange):
         """Return a copy of the caller's context, in which the SDK makes its calls."""
         return self.context.copy()
 
-    async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
-        """Return what the SDK receives."""
-        arrived: Received = await self.receive(**self._arguments(body, stream=stream))
-        return arrived
+    def send(self, body: Mapping[str, Any], *, stream: bool) -> Coroutine[Any, Any, Received]:
+        """Return a coroutine of what the SDK receives."""
+        received: Coroutine[Any, Any, Received] = self.receive(**self._arguments(body, stream=stream))
+        return received
 
     def _arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
         return {
             "cast_to": self.cast_to,
-            "options": internals.with_body(self.options, body, once=self.surface.flow is not None),
+            "options": internals.with_body(self.options, body, once=self.surface.service is not None),
             "stream": stream,
             "stream_cls": self.stream_cls if stream else None,
         }
@@ -244,36 +237,18 @@ class SyncClientCall(ClientCall):
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Return what the SDK receives. A call that has begun is not stopped, and its answer is kept."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Received] = loop.create_future()
+        received: concurrent.futures.Future[Received] = concurrent.futures.Future()
+        received.set_running_or_notify_cancel()  # so nobody can cancel it
         arguments = self._arguments(body, stream=stream)
 
-        def settle(arrived: Received | None, error: BaseException | None) -> None:
-            if future.done():
-                if arrived is not None and stream:
-                    arrived.response.close()
-                return
-            if error is None and arrived is not None:
-                future.set_result(arrived)
-            elif isinstance(error, StopIteration):  # futures refuse it, as coroutines do
-                refused = RuntimeError("the call raised StopIteration")
-                refused.__cause__ = error
-                future.set_exception(refused)
-            elif isinstance(error, Exception):
-                future.set_exception(error)
-            else:
-                future.cancel()
-
         def job() -> None:
-            arrived, failure = None, None
             try:
-                arrived = self.receive(**arguments)
-            except BaseException as error:
-                failure = error
-                if not isinstance(error, Exception):
-                    raise
-            finally:
-                loop.call_soon_threadsafe(settle, arrived, failure)
+                received.set_result(self.receive(**arguments))
+            except Exception as error:  # noqa: BLE001 - it belongs to those who need the call
+                received.set_exception(error)
+            except BaseException:
+                received.set_exception(asyncio.CancelledError())
+                raise
 
         with self._lock:
             here, self._idle = self._idle, False
@@ -281,9 +256,18 @@ class SyncClientCall(ClientCall):
                 self._jobs.put(job)
         if not here:
             self._elsewhere(job)
+        waiter = asyncio.wrap_future(received)
         while True:
             try:
-                return await asyncio.shield(future)
+                return await asyncio.shield(waiter)
             except asyncio.CancelledError:
-                if future.done() or stream:
+                if stream:
+                    received.add_done_callback(_close)
+                if stream or waiter.done():
                     raise
+
+
+def _close(received: concurrent.futures.Future[Received]) -> None:
+    """Close a stream that nobody reads."""
+    if received.exception() is None:
+        received.result().response.close()

@@ -18,17 +18,16 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from cachepipe import context, wire
+from cachepipe.bounds import check_n
 from cachepipe.errors import TooManySamples
 from cachepipe.portal import run_now
 from cachepipe.providers import info
 from cachepipe.providers.exchange import (
     body_from,
-    check_size,
     questions_of,
 )
-from cachepipe.providers.generation import Answer
 from cachepipe.sdk import internals
-from cachepipe.sdk.calls import STRICT, ClientCall
+from cachepipe.sdk.calls import STRICT
 
 _MOST_SHAPES = 256
 _RESOURCES: Final = (("chat", "completions"), ("embeddings",))
@@ -41,16 +40,16 @@ class CallShape(NamedTuple):
     Attributes:
         options: the SDK's description of the request, without a body.
         cast_to: the type into which the SDK parses the answer.
+        parsed_once: whether the SDK returns the parsed answer as it is.
         api: the API of the request.
-        names: the fields of the body, in order.
-        added: the fields that the SDK adds to the arguments.
+        body: the fields of the body in order, with the values of those that the SDK adds to the arguments.
     """
 
     options: Any
     cast_to: Any
+    parsed_once: bool
     api: wire.Api
-    names: tuple[str, ...]
-    added: Mapping[str, Any]
+    body: Mapping[str, Any]
 
 
 class ObservedCall:
@@ -70,12 +69,10 @@ class ObservedCall:
             return
         if "encoding_format" in self.arguments or not _is_json(self.arguments):
             return  # the parser of embeddings knows the format
-        added = {name: value for name, value in body.items() if name not in self.arguments}
-        if len(body) - len(added) != len(self.arguments) or any(
-            body[name] != value for name, value in self.arguments.items()
-        ):
+        if any(name not in body or body[name] != value for name, value in self.arguments.items()):
             return
-        self.shape = CallShape(internals.with_body(options, {}), cast_to, api, tuple(body), added)
+        bare, once = internals.with_body(options, {}), internals.is_parsed_once(options)
+        self.shape = CallShape(bare, cast_to, once, api, dict(body))
 
 
 observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
@@ -119,26 +116,25 @@ def _create(kind: Any, own: Any) -> Callable[..., Any]:
         given = internals.given(arguments)
         shape = shapes.get(tuple(given))
         if shape is None:
-            taught = ObservedCall(given)
-            token = observed.set(taught)
+            call = ObservedCall(given)
+            token = observed.set(call)
             try:
                 return await settled(own(self, **arguments))
             finally:
                 observed.reset(token)
-                if taught.shape is not None and len(shapes) < _MOST_SHAPES:
-                    shapes[tuple(given)] = taught.shape
+                if call.shape is not None and len(shapes) < _MOST_SHAPES:
+                    shapes[tuple(given)] = call.shape
         begun = _begin(client, shape, given)
         if begun is None:
             return await settled(own(self, **arguments))
         made, call, answer = begun
-        if call is None:
+        if made is not None:
             return made
         if answer is None:
             answer = await settled(call.answer())
-        made = _built(call, answer)
-        if made is None:
-            made = await client._parsed(call, answer)  # noqa: SLF001 - it is ours
-        return made
+            if type(answer.content) is bytes and answer.kept:
+                made = _made(shape, answer.content, answer.made_by, call.record)
+        return await client._parsed(call, answer) if made is None else made  # noqa: SLF001 - it is ours
 
     return create
 
@@ -152,56 +148,59 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     surface, kind = client._cachepipe, client._call_class  # noqa: SLF001 - they are ours
     using = context.current()
     mode = using.mode_of(surface.mode)
-    if mode == "bypass" or surface.backing.closed or internals.is_strict(client):
+    if mode == "bypass" or surface.backing.closed or not internals.is_usual(client) or not _is_json(given):
         return None
-    if not _is_json(given) or not _is_usual(internals.kind_of(client)) or "request" in vars(client):
-        return None
-    api, added = shape.api, shape.added
-    body = {name: given[name] if name in given else added[name] for name in shape.names}
+    api, body = shape.api, {**shape.body, **given}
     try:
         asks = api.split(body)
-        check_size(asks)
+        check_n(asks[0].n, len(asks))
     except (wire.BadRequest, TooManySamples):
         return None
     for ask in asks:
         if ask.stream or not ask.cacheable:
             return None
-    place = internals.target_of(client, shape.options, body)
-    questions = questions_of(api, asks, *place, scope=surface.scope)
+    target = internals.known_target(client, shape.options, body)
+    questions = questions_of(api, asks, target.url, target.headers, scope=surface.scope)
+    claimant = using.claimant(surface.namespace)
     found = None
     if mode == "read-write":
-        claimant = using.claimant(surface.namespace)
         asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
         found = surface.cache(mode).look(claimant, asked, body)
-        if found is not None:
-            samples = found.values()
-            content = body_from(api, asks[0], samples)
-            made = internals.validated(shape.cast_to, content, shape.options, samples[0].made_by)
-            if made is not None:
-                flags = [
-                    kind.flags(surface, claimant.namespace, *asked)
-                    for asked in zip(questions, asks, strict=True)
-                ]
-                names = tuple([question.key for question in questions])
-                record = info.Record(names, claimant, place[0])
-                record.later = functools.partial(found.responses, flags)
-                info.note(made, record)
-                return made, None, None
-    how: dict[str, Any] = {"api": api, "body": body, "asks": asks, "mode": mode, "using": using}
+    if found is not None:
+        samples = found.values()
+        record = info.Record(questions, claimant, target.url)
+        made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
+        if made is not None:
+            flagged = functools.partial(kind.flags, surface, claimant.namespace)
+            record.later = functools.partial(found.responses, list(map(flagged, questions, asks)))
+            return made, None, None
     call = kind(
         client,
-        surface,
         shape.cast_to,
         shape.options,
+        target,
+        api=api,
+        body=body,
+        asks=asks,
         stream=False,
-        stream_cls=None,
-        place=place,
+        alone=False,
+        mode=mode,
+        claimant=claimant,
         questions=questions,
-        **how,
     )
     if mode == "replay":
         return None, call, call.known()
-    return None, call, None if found is None else call.answered(found)
+    return None, call, None if found is None else call.hit(found)
+
+
+def _made(shape: CallShape, content: bytes, made_by: str | None, record: info.Record) -> Any:
+    """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
+    if not shape.parsed_once:
+        return None
+    made = internals.validated(shape.cast_to, content, made_by)
+    if made is not None:
+        info.note(made, record)
+    return made
 
 
 def _is_json(value: Any) -> bool:
@@ -211,24 +210,6 @@ def _is_json(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-@functools.lru_cache(maxsize=64)
-def _is_usual(kind: Any) -> bool:
-    """Return True if a client class makes its calls as ours do, which a subclass may not."""
-    return all(
-        getattr(kind, name).__module__ == "cachepipe.sdk.mixins" for name in ("request", "_process_response")
-    )
-
-
-def _built(call: ClientCall, answer: Answer) -> Any:
-    """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
-    if type(answer.content) is not bytes or not answer.kept:
-        return None
-    made = internals.validated(call.cast_to, answer.content, call.options, answer.made_by)
-    if made is not None:
-        info.note(made, call.record)
-    return made
 
 
 def property_of(sdk: Any, name: str, names: tuple[str, ...]) -> Any:

@@ -47,8 +47,13 @@ _OWN = frozenset({RAW, "x-stainless-helper-method", "x-stainless-stream-helper"}
 
 def library_of(client: Any) -> Any:
     """Return the HTTP library that a client runs on, ``httpx2`` or ``httpx``."""
-    kinds = (*type(client._client).__mro__, type(client.base_url))  # noqa: SLF001 - this is the place
-    roots = (kind.__module__.partition(".")[0] for kind in kinds)
+    http, url = client._client, client.base_url  # noqa: SLF001 - this is the place
+    return _library_of(http.__class__, url.__class__)
+
+
+@functools.lru_cache(maxsize=64)
+def _library_of(http: Any, url: Any) -> Any:
+    roots = (kind.__module__.partition(".")[0] for kind in (*http.__mro__, url))
     return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
 
 
@@ -107,7 +112,7 @@ def sent_headers(client: Any, options: Any) -> dict[str, str]:
     Anthropic's client always sends, and the call's own. A later source may remove a header of an earlier one,
     except those of the HTTP client.
     """
-    own = client.default_headers if package_of(kind_of(client)) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
+    own = client.default_headers if package_of(client.__class__) == "anthropic" else client._custom_headers  # noqa: SLF001 - this is the place
     headers: dict[str, str] = {}
     for layer in (own, options.headers):
         for name, value in layer.items() if isinstance(layer, Mapping) else ():
@@ -148,7 +153,7 @@ def sent_once(options: Any) -> Any:
 
 def traces_itself(client: Any) -> bool:
     """Return True if the SDK can make spans of its own, as those do that make attempts."""
-    return _traces_itself(kind_of(client))
+    return _traces_itself(client.__class__)
 
 
 @functools.lru_cache(maxsize=64)
@@ -411,11 +416,6 @@ def _eased(stream: Any) -> Any:
     return stream
 
 
-def kind_of(client: Any) -> Any:
-    """Return the class of a client."""
-    return type(client)
-
-
 def is_own(function: Any, kind: Any) -> bool:
     """Return True if a method is the SDK's own and was not wrapped."""
     code = getattr(function, "__code__", None)
@@ -441,19 +441,32 @@ def client_of(resource: Any) -> Any:
     return resource._client  # noqa: SLF001 - this is the place
 
 
-def is_strict(client: Any) -> bool:
-    """Return True if a client refuses answers that do not fit its models."""
-    strict: bool = client._strict_response_validation  # noqa: SLF001 - this is the place
-    return strict
+def is_usual(client: Any) -> bool:
+    """Return True if a client makes its calls as ours do, and keeps answers that do not fit its models."""
+    return (
+        _is_usual(client.__class__)
+        and not client._strict_response_validation  # noqa: SLF001 - this is the place
+        and "request" not in vars(client)
+    )
 
 
-def validated(cast_to: Any, content: bytes, options: Any, made_by: str | None) -> Any:
+@functools.lru_cache(maxsize=64)
+def _is_usual(kind: Any) -> bool:
+    return all(
+        getattr(kind, name).__module__ == "cachepipe.sdk.mixins" for name in ("request", "_process_response")
+    )
+
+
+def is_parsed_once(options: Any) -> bool:
+    """Return True if the SDK does not change the parsed answer once more."""
+    return not _is_given(getattr(options, "post_parser", None))
+
+
+def validated(cast_to: Any, content: bytes, made_by: str | None) -> Any:
     """Return the model that the SDK would make of an answer, or None if only the SDK can make it.
 
     The SDK constructs models without validation; an answer that validates strictly gives the same object.
     """
-    if _is_given(getattr(options, "post_parser", None)):
-        return None
     try:
         made = cast_to.model_validate_json(content, strict=True)
     except (AttributeError, ValueError):
@@ -463,12 +476,11 @@ def validated(cast_to: Any, content: bytes, options: Any, made_by: str | None) -
     return made
 
 
-def unread(client: Any, response: Any) -> bool:
+def unread(response: Any) -> bool:
     """Return True if the body of a response was not read yet."""
-    library = library_of(client)
     try:
         response.content  # noqa: B018 - it raises
-    except library.ResponseNotRead:
+    except RuntimeError:  # the HTTP library's ResponseNotRead
         return True
     return False
 
@@ -479,7 +491,7 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
     base = str(client.base_url).rstrip("/")
     if "://" in path:
         url = path
-    elif _is_azure(kind_of(client)):
+    elif _is_azure(client.__class__):
         url = wire.azure_url(base, path, body.get("model"), client)
     else:
         url = f"{base}/{path.lstrip('/')}"
@@ -494,42 +506,43 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
 
 
 class CallTarget(NamedTuple):
-    """The URL and headers of calls without own headers or options, while their client is unchanged."""
+    """Where a call goes.
 
-    options: Any
-    base: Any
-    query: Mapping[str, Any]
-    given: Mapping[str, Any]
-    sent: list[tuple[bytes, bytes]]
-    params: Any
+    Attributes:
+        url: the full URL, including its query.
+        headers: the headers that change the answer.
+        state: the settings of the client that both follow from.
+    """
+
     url: str
     headers: Mapping[str, str]
+    state: tuple[Any, ...] = ()
 
 
-def target_of(client: Any, options: Any, body: Mapping[str, Any]) -> tuple[str, Mapping[str, str]]:
-    """Return the full URL and the known headers of a call as `url_of` and `sent_headers` do.
+def target_of(client: Any, options: Any, body: Mapping[str, Any]) -> CallTarget:
+    """Return where a call with this body goes."""
+    return CallTarget(url_of(client, options, body), wire.answer_headers(sent_headers(client, options)))
 
-    For a call without headers or options of its own, the client remembers them by ``options``.
+
+def known_target(client: Any, options: Any, body: Mapping[str, Any]) -> CallTarget:
+    """Return the same as `target_of`, which the client remembers by ``options`` until its settings change.
+
+    Args:
+        client: the client.
+        options: the options of a call without headers or options of its own.
+        body: the body of the call.
     """
-    places = vars(client).setdefault("_cachepipe_places", {})
-    place: CallTarget | None = places.get(id(options))
     http = client._client  # noqa: SLF001 - this is the place
-    sent, params = http.headers.raw, http.params  # which its owner may change
-    base, query, given = client.base_url, client.default_query, client._custom_headers  # noqa: SLF001 - likewise
-    if (
-        place is not None
-        and place.options is options
-        and place.base is base
-        and place.query == query
-        and place.given == given
-        and place.sent == sent
-        and place.params is params
-    ):
-        return place.url, place.headers
-    url, headers = url_of(client, options, body), sent_headers(client, options)
-    if not _is_azure(kind_of(client)):  # where the URL tells the model
-        places[id(options)] = CallTarget(options, base, dict(query), dict(given), sent, params, url, headers)
-    return url, headers
+    targets: dict[int, CallTarget] = vars(client).setdefault("_cachepipe_targets", {})
+    given = client._custom_headers  # noqa: SLF001 - likewise
+    state = options, client.base_url, http.params, http.headers.raw, client.default_query, given
+    target = targets.get(id(options))
+    if target is None or target.state != state:
+        state = *state[:-2], dict(client.default_query), dict(given)  # the client's own may change
+        target = target_of(client, options, body)._replace(state=state)
+        if not _is_azure(client.__class__):  # where the URL contains the model
+            targets[id(options)] = target
+    return target
 
 
 @functools.lru_cache(maxsize=64)

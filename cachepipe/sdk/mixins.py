@@ -98,7 +98,7 @@ class Cached(outages.OutageReports):
         if observed is not None:
             observed.learn(cast_to, options, stream=stream)
         how = {"stream": stream, "stream_cls": stream_cls}
-        call = self._call_class.of(self, self._cachepipe, cast_to, options, **how)
+        call = self._call_class.of(self, cast_to, options, **how)
         if call is not None:
             return await self._parsed(call, call.known() or await self._settled(call.answer()))
         sdk: Any = super()
@@ -157,7 +157,7 @@ class Cached(outages.OutageReports):
         """Return a response before the SDK parses it, with its body unless the caller wants a stream."""
         if stream:
             return Received(response, details)
-        if not internals.unread(self, response):
+        if not internals.unread(response):
             return Received(response, details, response.content)
         content = await self._settled(self._read(response))
         return Received(internals.handed_on(self, response, BodySource([content])), details, content)

@@ -17,7 +17,6 @@ from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Cache, Found, Stats
 from cachepipe.cache.drawing import Drawing, outcomes
 from cachepipe.contract import keys
-from cachepipe.contract.draws import Fixed
 from cachepipe.contract.keys import Question
 from cachepipe.stage import Stage, adapter_of, given
 from cachepipe.stores import MemoryStore, open_store, switched_off
@@ -112,18 +111,9 @@ class AsyncCacher(Stage):
         return await begun.response(None) if isinstance(begun, Drawing) else begun.responses([None])[0]
 
     def begin(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Found | Drawing:
-        """Return what is stored for a request, or begin to draw it.
-
-        While claims are queued, a request joins them: their transaction also finds what is stored.
-        """
+        """Return what is stored for a request, or begin to draw it."""
         self._check_open()
-        cache = self._cache
-        queue = cache.queue(loop)
-        if queue.idle or cache.in_memory:
-            found = cache.look(request, [(question, request.n)], request)
-            if found is not None:
-                return found
-        return cache.draw(request, question, queue)
+        return self._cache.begin(request, question, self._cache.queue(loop))
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request, claimed in one transaction."""
@@ -134,7 +124,6 @@ class AsyncCacher(Stage):
         requests: Sequence[Request],
         flags: Flags | None = None,
         *,
-        occurrences: Sequence[int] | None = None,
         return_exceptions: bool = False,
     ) -> list[Response]:
         """Return one response per request, in order, after all of them have ended.
@@ -142,8 +131,6 @@ class AsyncCacher(Stage):
         Args:
             requests: the requests.
             flags: returns the flags of a request, from a deduplicator in front.
-            occurrences: the occurrence of each request's draw, from a caller that counts them itself; by
-                default the run counts them.
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
@@ -155,25 +142,21 @@ class AsyncCacher(Stage):
         begun: list[Found | Drawing] = []
         waiting: list[tuple[int, Drawing, list[bool] | None]] = []
         try:
-            for place, request in enumerate(requests):
+            for request in requests:
                 duplicated = None
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    counter = None if occurrences is None else Fixed(occurrences[place])
-                    found = None
-                    if cache.in_memory or (len(requests) == 1 and queue.idle):
-                        found = cache.look(request, [(question, request.n)], request, counter=counter)
-                    if found is not None:
-                        begun.append(found)
-                        answers += found.responses([duplicated])
-                        continue
-                    drawing = cache.draw(request, question, queue, counter)
-                    begun.append(drawing)
-                    waiting.append((place, drawing, duplicated))
-                    answers.append(None)
+                    one = cache.begin(request, question, queue)
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     answers.append(error)
+                    continue
+                begun.append(one)
+                if isinstance(one, Drawing):
+                    waiting.append((len(answers), one, duplicated))
+                    answers.append(None)
+                else:
+                    answers += one.responses([duplicated])
             await asyncio.sleep(0)  # hits do not suspend
             ended = await outcomes([one[1] for one in waiting], [one[2] for one in waiting])
             for (place, *_), answer in zip(waiting, ended, strict=True):

@@ -5,22 +5,54 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
-from cachepipe.contract.intervals import Interval, IntervalSet, merged, split
+from cachepipe.contract.intervals import Interval, IntervalSet, changes, merged, split
 from cachepipe.stores import tables
 
 
 class SmallSet(IntervalSet):
-    """A set of indices in memory, with its rows in the ledger."""
+    """A set of indices in memory, with its rows in the ledger.
 
-    __slots__ = ("key", "label", "written")
+    Args:
+        place: the numbers of its owner and its key.
+        label: the label of its owner.
+        key: its key.
+        rows: its rows.
+        changed: where it puts itself when it changes, by its place.
+    """
 
-    def __init__(self, label: str, key: str, rows: Sequence[tuple[int, int, bytes]]) -> None:
+    __slots__ = ("_changed", "_place", "_written", "key", "label")
+
+    def __init__(
+        self,
+        place: tuple[int, int],
+        label: str,
+        key: str,
+        rows: Sequence[tuple[int, int, bytes]],
+        changed: dict[tuple[int, int], SmallSet],
+    ) -> None:
         for row in rows:
             tables.check_interval(label, key, *row)
+        self._place = place
         self.label = label
         self.key = key
-        self.written = [row[:2] for row in rows]
-        super().__init__(self.written)
+        self._written = [row[:2] for row in rows]
+        self._changed = changed
+        super().__init__(self._written)
+
+    def add(self, index: int) -> None:
+        """Put an index into the set."""
+        super().add(index)
+        self._changed[self._place] = self
+
+    def remove(self, index: int) -> None:
+        """Take an index out of the set."""
+        super().remove(index)
+        self._changed[self._place] = self
+
+    def flush(self) -> tuple[list[Interval], list[Interval]]:
+        """Return the intervals to delete and to write; from now on they count as written."""
+        written, self._written = self._written, list(self)
+        return ([], []) if written == self._written else changes(written, self._written)
 
 
 class LargeSet:

@@ -26,12 +26,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
-from cachepipe.contract.allotment import allot, laid
+from cachepipe.contract.allotment import Discarded, Segment, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
-from cachepipe.contract.intervals import IndexSet, IntervalSet, Union, covered
+from cachepipe.contract.intervals import IntervalSet, Union, covered
 from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
-from cachepipe.stores import identity, leases, tables
+from cachepipe.stores import identity, leases, operations, tables
 from cachepipe.stores.base import (
     Bought,
     Claim,
@@ -50,9 +50,10 @@ from cachepipe.stores.base import (
     State,
     StoredQuestion,
 )
+from cachepipe.stores.ledger import DrawView
 from cachepipe.stores.misses import Similar, nearest
 from cachepipe.stores.sets import LargeSet
-from cachepipe.stores.tables import LISTED, Segment, locked, parse_sample, read_sample, unpack
+from cachepipe.stores.tables import LISTED, SegmentRow, locked, parse_sample, read_sample, unpack
 from cachepipe.stores.transaction import Memory, Transaction
 from cachepipe.stores.writer import Locked, Writer
 
@@ -412,11 +413,11 @@ class SqlStore:
         place = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
         rows = shelf.execute(tables.RECALL, (name + "/", *place)).fetchall()
         if len(rows) == 1 and n == 1 and type(index := rows[0][2]) is int:
-            part, position, _, lease, stamp, digest, mode, filename, value = rows[0]
+            number, position, _, lease, stamp, digest, mode, filename, value = rows[0]
             if value is None and mode is None:
                 return None
             sample = parse_sample(name, index, mode, filename, value)
-            tables.check_segment(draw, part, position, index, stamp, digest)
+            tables.check_segment(draw, number, position, index, stamp, digest)
             if type(sample) is not Sample:
                 return None
             return Grant([index], [sample], shared=lease != self._memory.lease and self._shared({lease}))
@@ -467,13 +468,11 @@ class SqlStore:
             if key is None:
                 return None
             namespace = self._namespace_id(ledger, draw.namespace)
-            view = _KeyView(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
-            allotment = allot(view, view.held(), n, couple=not draw.shared, stored_only=True)
-        if allotment is None:
-            return None
-        for index in allotment.indices:
+            view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
+            grant = operations.replay(view, draw, n)
+        for index in () if grant is None else grant.indices:
             taken.add(index)
-        return Grant(allotment.indices, allotment.samples)
+        return grant
 
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
@@ -632,10 +631,10 @@ class SqlStore:
         ledger, _ = self._readable()
         rows = ledger.execute(
             "SELECT n.label, k.key, s.request_id, s.occurrence, s.replicate,"
-            " s.position, s.indices, s.generated, s.stamp, s.part, s.digest"
+            " s.position, s.indices, s.generated, s.stamp, s.number, s.digest"
             " FROM segments s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
             " WHERE (? IS NULL OR k.key = ?) AND (? IS NULL OR n.label = ?)"
-            " ORDER BY s.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.part",
+            " ORDER BY s.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.number",
             (key, key, namespace, namespace),
         )
         for whose, group in itertools.groupby(rows, key=lambda row: row[:5]):
@@ -656,7 +655,7 @@ class SqlStore:
         drawn = {
             namespace: (draws, generated)
             for namespace, draws, generated in ledger.execute(
-                "SELECT namespace, sum(part = 0), sum(generated) FROM segments GROUP BY namespace"
+                "SELECT namespace, sum(number = 0), sum(generated) FROM segments GROUP BY namespace"
             )
         }
         for namespace, written in ledger.execute("SELECT id, label FROM namespaces ORDER BY id").fetchall():
@@ -710,7 +709,7 @@ class SqlStore:
             "SELECT (SELECT count(*) FROM keys),"
             " (SELECT coalesce(sum(stop - start), 0) FROM intervals WHERE owner = 0),"
             " (SELECT count(*) FROM pending),"
-            " (SELECT count(*) FROM segments WHERE part = 0),"
+            " (SELECT count(*) FROM segments WHERE number = 0),"
             " (SELECT count(*) FROM namespaces WHERE label != ?), (SELECT count(*) FROM discards)",
             (SHARED,),
         ).fetchone()
@@ -823,8 +822,8 @@ def _interned(ids: dict[str, int], ledger: sqlite3.Connection, query: str, text:
     return identifier
 
 
-class _KeyView:
-    """One key as a reader sees it, for a claim in memory (see ``contract.allotment.KeyView``).
+class _DrawView(DrawView):
+    """One draw as a reader sees it, for a claim in memory.
 
     Args:
         ledger: a reader's connection to the ledger.
@@ -846,41 +845,22 @@ class _KeyView:
     ) -> None:
         self._ledger = ledger
         self._shelf = shelf
-        self._key = key
-        self._namespace = namespace
         self._draw = draw
-        self._own = IntervalSet()
+        self._where = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
+        self.name = draw.key
+        self.listed = LargeSet(ledger, (LISTED, ""), (key, draw.key))
         stored = LargeSet(ledger, (namespace, draw.namespace), (key, draw.key))
-        self.listed: IndexSet = LargeSet(ledger, (LISTED, ""), (key, draw.key))
-        self.taken: IndexSet = Union(Union(stored, besides), self._own)
+        self.taken = Union(IntervalSet(), Union(stored, besides))
+        self.segments = self._read(draw, self._where)
 
-    def held(self) -> list[int]:
-        """Return the indices that the ledger holds for the draw, by position."""
-        return self._laid(self._draw, self._namespace)
+    def others(self) -> Sequence[Segment]:
+        first = self._ledger.execute(tables.EARLIEST, self._where).fetchone()
+        if first is None:
+            return ()
+        return self._read(self._draw._replace(namespace=first[1]), (*self._where[:4], first[0]))
 
-    def coupled(self) -> list[int]:
-        first = self._ledger.execute(
-            "SELECT p.namespace, n.label FROM segments p JOIN namespaces n ON n.id = p.namespace"
-            " WHERE p.key = ? AND p.request_id = ? AND p.occurrence = ? AND p.replicate = ?"
-            " AND p.namespace != ? AND n.label != ? ORDER BY p.stamp, p.namespace LIMIT 1",
-            (*self._place(), self._namespace, SHARED),
-        ).fetchone()
-        return [] if first is None else self._laid(self._draw._replace(namespace=first[1]), first[0])
+    def _read(self, draw: Draw, where: tuple[Any, ...]) -> list[Segment]:
+        return tables.segments_of(draw, map(SegmentRow._make, self._ledger.execute(tables.OWN, where)))
 
-    def _place(self) -> tuple[Any, ...]:
-        return self._key, self._draw.request_id, self._draw.occurrence, self._draw.replicate
-
-    def _laid(self, draw: Draw, namespace: int) -> list[int]:
-        rows = self._ledger.execute(tables.OWN, (*self._place(), namespace))
-        segments = list(map(Segment._make, rows))
-        tables.check_segments(draw, segments)
-        return laid((part.position, unpack(part.indices)) for part in segments)
-
-    def sample(self, index: int) -> Any:
-        return read_sample(self._shelf, self._draw.key, index)
-
-    def take(self, index: int) -> None:
-        self._own.add(index)
-
-    def lease(self, index: int) -> bool:  # noqa: ARG002 - a replay generates nothing
-        return False
+    def sample(self, index: int) -> Sample | Discarded | None:
+        return read_sample(self._shelf, self.name, index)

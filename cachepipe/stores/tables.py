@@ -1,27 +1,28 @@
 """How the ledger and the samples are written: tables, statements, the form of rows, and their digests.
 
-Each row is bound to its place by a digest (C12): a sample to its key and index, a part of a draw to the
-draw, an interval of a set to its owner and key. A row that was damaged, or moved to another place, is refused
-when it is read.
+Each row is bound to its place by a digest (C12): a sample to its key and index, a segment to its draw, an
+interval of a set to its owner and key. A row that was damaged, or moved to another place, is refused when it
+is read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
-from cachepipe.contract.allotment import DISCARDED, Discarded
+from cachepipe.contract.allotment import DISCARDED, Discarded, Segment
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores.base import Sample
 
 _Sums = TypeVar("_Sums")
 
-FORMAT = 2
+FORMAT = 3
 """The version of the tables below; a ledger with a higher one is refused."""
 
 LISTED = 0
@@ -33,16 +34,16 @@ INSERT OR IGNORE INTO meta VALUES('format', {FORMAT});
 CREATE TABLE IF NOT EXISTS namespaces(id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS keys(
     id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, scope TEXT, document BLOB NOT NULL, at REAL NOT NULL);
--- A draw's indices by position, in segments; a later segment overrides an earlier one. The segments that one
--- claim added have equal lease, token and stamp, and stand or are undone together.
+-- A draw's indices by position, in segments; a later segment (``number``) overrides an earlier one. Those
+-- that one claim added have equal lease, token and stamp, and stand or are undone together.
 -- ``standing``: how many of its indices were delivered while the rest was missing, and so are never undone.
 -- ``place``: the place in the schedule that the draw noted, if it was handed over late (C11).
 CREATE TABLE IF NOT EXISTS segments(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
-    namespace INTEGER NOT NULL, part INTEGER NOT NULL, position INTEGER NOT NULL, indices NOT NULL,
+    namespace INTEGER NOT NULL, number INTEGER NOT NULL, position INTEGER NOT NULL, indices NOT NULL,
     lease INTEGER NOT NULL, token TEXT, generated INTEGER NOT NULL, stamp INTEGER NOT NULL,
     standing INTEGER NOT NULL, digest BLOB NOT NULL, place INTEGER,
-    PRIMARY KEY(key, request_id, occurrence, replicate, namespace, part)) WITHOUT ROWID;
+    PRIMARY KEY(key, request_id, occurrence, replicate, namespace, number)) WITHOUT ROWID;
 -- The earliest namespace of a draw that many namespaces have made: later ones are coupled to it.
 CREATE TABLE IF NOT EXISTS firsts(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
@@ -54,11 +55,11 @@ CREATE TABLE IF NOT EXISTS intervals(
 CREATE TABLE IF NOT EXISTS pending(
     key INTEGER NOT NULL, sample INTEGER NOT NULL, lease INTEGER NOT NULL,
     PRIMARY KEY(key, sample)) WITHOUT ROWID;
--- The claimants that joined an incomplete part which another claimant wrote.
+-- The claimants that joined an incomplete segment which another claimant wrote.
 CREATE TABLE IF NOT EXISTS holders(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
-    namespace INTEGER NOT NULL, part INTEGER NOT NULL, token TEXT NOT NULL, lease INTEGER NOT NULL,
-    PRIMARY KEY(key, request_id, occurrence, replicate, namespace, part, token)) WITHOUT ROWID;
+    namespace INTEGER NOT NULL, number INTEGER NOT NULL, token TEXT NOT NULL, lease INTEGER NOT NULL,
+    PRIMARY KEY(key, request_id, occurrence, replicate, namespace, number, token)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS leases(
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, at REAL NOT NULL, ended REAL);
 CREATE INDEX IF NOT EXISTS leases_open ON leases(id, name) WHERE ended IS NULL;
@@ -83,10 +84,9 @@ SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROW
 
 # Statements on the ledger. A draw's place is (key, request_id, occurrence, replicate), then its namespace.
 
-SEGMENT = (
-    " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? AND part = ?"
-)
-_SEGMENT_COLUMNS = "namespace, part, position, indices, lease, token, stamp, standing, digest"
+PLACE = " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ?"
+SEGMENT = f"{PLACE} AND namespace = ? AND number = ?"
+_SEGMENT_COLUMNS = "namespace, number, position, indices, lease, token, stamp, standing, digest"
 DRAW = (
     f"SELECT {_SEGMENT_COLUMNS} FROM segments"
     " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3 AND replicate = ?4"
@@ -94,7 +94,12 @@ DRAW = (
 OTHERS = (
     f"{DRAW} AND namespace != ? AND namespace IS NOT (SELECT id FROM namespaces WHERE label = '{SHARED}')"
 )
-OWN = f"{DRAW} AND namespace = ? ORDER BY part"
+EARLIEST = (
+    "SELECT s.namespace, n.label FROM segments s JOIN namespaces n ON n.id = s.namespace"
+    " WHERE s.key = ? AND s.request_id = ? AND s.occurrence = ? AND s.replicate = ?"
+    f" AND s.namespace != ? AND n.label != '{SHARED}' ORDER BY s.stamp, s.namespace LIMIT 1"
+)
+OWN = f"{DRAW} AND namespace = ? ORDER BY number"
 OWN_AND_FIRST = (
     f"{DRAW} AND namespace IN (?5, (SELECT namespace FROM firsts WHERE key = ?1 AND request_id = ?2"
     " AND occurrence = ?3 AND replicate = ?4))"
@@ -134,6 +139,7 @@ INTERVALS_NEAR = (
     " WHERE owner = ? AND key = ? AND stop >= ? ORDER BY stop LIMIT 2"
 )
 DROP_INTERVAL = "DELETE FROM intervals WHERE owner = ? AND key = ? AND stop = ?"
+UNPEND = "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?"
 PUT_INTERVAL = "INSERT INTO intervals VALUES(?, ?, ?, ?, ?)"
 PUT_SEGMENT = "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 
@@ -146,20 +152,17 @@ ADD_SUMS = (
 # to read the samples first: so a draw that the ledger holds, with a sample that is there, was complete then.
 
 RECALL = (
-    "SELECT s.part, s.position, s.indices, s.lease, s.stamp, s.digest, c.mode, c.filename, c.value"
+    "SELECT s.number, s.position, s.indices, s.lease, s.stamp, s.digest, c.mode, c.filename, c.value"
     " FROM ledger.segments s LEFT JOIN main.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
     " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.replicate = ?5 AND s.namespace = ?6"
-    " ORDER BY s.part"
+    " ORDER BY s.number"
 )
 ALL_SAMPLES = (
     "SELECT k.id, k.key, k.scope, c.key, c.mode, c.filename, c.value FROM ledger.keys k"
     " CROSS JOIN main.Cache c INDEXED BY Cache_key_raw ON c.raw = 1"
     " AND c.key > k.key || '/' AND c.key < k.key || '0' ORDER BY k.id"
 )
-OWN_DIGESTS = (
-    "SELECT digest FROM segments"
-    " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ? AND namespace = ? ORDER BY part"
-)
+OWN_DIGESTS = f"SELECT digest FROM segments{PLACE} AND namespace = ? ORDER BY number"
 
 # Statements on the samples. Rows are those of diskcache's own ``set``: raw bytes, a text key, no expiry.
 
@@ -229,26 +232,20 @@ def damaged_row(what: str) -> DamagedCache:
     )
 
 
-# Parts of draws.
+# Segments of draws.
 
 
-class Segment(NamedTuple):
-    """A part of a draw as the ledger holds it.
+class SegmentRow(NamedTuple):
+    """A segment of a draw as the ledger holds it.
 
     Attributes:
         namespace: the number of the namespace.
-        part: its place among the segments of the draw, in order of writing.
-        position: the position of its first index in the draw.
         indices: its packed indices (see ``unpack``).
-        lease: the lease of the process that wrote it.
-        token: the claimant that holds it; None once it does not hold it any more.
-        stamp: the stamp of its writing.
-        standing: how many of its indices were delivered while others were missing.
         digest: binds it to its draw.
     """
 
     namespace: int
-    part: int
+    number: int
     position: int
     indices: int | str
     lease: int
@@ -257,38 +254,53 @@ class Segment(NamedTuple):
     standing: int
     digest: bytes
 
-    @property
-    def claim(self) -> tuple[Any, ...]:
-        """Equal for the segments that one claim has added."""
-        return self.lease, self.token, self.stamp
 
-
-def segment_digest(draw: Draw, part: int, position: int, indices: int | str, stamp: int) -> bytes:
-    """Return the digest that binds a part to its draw."""
+def segment_digest(draw: Draw, number: int, position: int, indices: int | str, stamp: int) -> bytes:
+    """Return the digest that binds a segment to its draw."""
     namespace, key, request_id, occurrence, replicate = draw
-    text = f"{key}\0{namespace}\0{replicate}\0{request_id}\0{occurrence} {part} {position} {stamp} {indices}"
+    text = (
+        f"{key}\0{namespace}\0{replicate}\0{request_id}\0{occurrence} {number} {position} {stamp} {indices}"
+    )
     return xxh3_64_digest(text.encode("utf-8", "surrogatepass"))
 
 
-def check_segments(draw: Draw, segments: Iterable[Segment]) -> None:
-    """Raise an error if segments are not what was written for a draw.
+def segments_of(draw: Draw, rows: Iterable[SegmentRow]) -> list[Segment]:
+    """Return the segments in the rows of a draw.
 
     Raises:
-        DamagedCache: when a digest does not fit.
+        DamagedCache: when a row is not what was written for the draw.
     """
-    for segment in segments:
-        check_segment(draw, segment[1], segment[2], segment[3], segment[6], segment[8])
+    segments = []
+    for _, number, position, indices, lease, token, stamp, standing, digest in rows:
+        check_segment(draw, number, position, indices, stamp, digest)
+        segments.append(Segment(number, position, unpack(indices), lease, token, stamp, standing))
+    return segments
 
 
 def check_segment(
-    draw: Draw, part: int, position: int, indices: int | str, stamp: int, digest: bytes
+    draw: Draw, number: int, position: int, indices: int | str, stamp: int, digest: bytes
 ) -> None:
-    """Raise an error if a segment is not what was written for a draw; see ``check_segments``."""
-    if segment_digest(draw, part, position, indices, stamp) != digest:
+    """Raise an error if a segment is not what was written for a draw.
+
+    Raises:
+        DamagedCache: when its digest does not fit.
+    """
+    if segment_digest(draw, number, position, indices, stamp) != digest:
         raise DamagedCache(
             f"the ledger's row of a draw of key {draw.key} is damaged. Run `cachepipe verify` to find "
             "further damage, and restore the cache from a copy"
         )
+
+
+_AGE = operator.attrgetter("stamp", "namespace")
+
+
+def earliest(rows: Iterable[SegmentRow]) -> SegmentRow:
+    """Return the first row of the earliest namespace (C3)."""
+    try:
+        return min(rows, key=_AGE)
+    except TypeError as error:
+        raise damaged_row("a stamp that is not a number") from error
 
 
 # Sets.

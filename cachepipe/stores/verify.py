@@ -24,7 +24,7 @@ from cachepipe.stores import identity, tables
 from cachepipe.stores.disk import connect_to_read
 from cachepipe.stores.folders import check_files
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
-from cachepipe.stores.tables import LISTED, Segment, unpack
+from cachepipe.stores.tables import LISTED, SegmentRow, unpack
 
 _EXAMPLES: Final = 10  # of each kind of problem
 _STEP: Final = 1000  # rows to a step of the progress
@@ -280,7 +280,7 @@ class _Check:
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
-        """Report what ends the reading of a part; the check goes on with the next part."""
+        """Report what ends the reading of some rows; the check goes on with the next ones."""
         try:
             yield
         except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
@@ -317,9 +317,9 @@ class _Check:
             )
 
         segments = table(
-            "SELECT key, request_id, occurrence, replicate, namespace, part, position, indices, lease, token,"
-            " stamp, standing, digest FROM segments"
-            " ORDER BY key, request_id, occurrence, replicate, namespace, part"
+            "SELECT key, request_id, occurrence, replicate, namespace, number, position, indices, lease,"
+            " token, stamp, standing, digest FROM segments"
+            " ORDER BY key, request_id, occurrence, replicate, namespace, number"
         )
         intervals = table("SELECT key, owner, start, stop, digest FROM intervals ORDER BY key, owner, stop")
         pending = table("SELECT key, sample FROM pending ORDER BY key, sample")
@@ -429,10 +429,10 @@ class _Check:
         unsure: set[int] = set()
         present = {*question.stored, *question.pending}
         listed = question.listed or IntervalSet()
-        draws: dict[tuple[Any, ...], list[Segment]] = {}
+        draws: dict[tuple[Any, ...], list[SegmentRow]] = {}
         for row in rows:
             self._passed()
-            draws.setdefault(row[1:5], []).append(Segment._make(row[4:]))
+            draws.setdefault(row[1:5], []).append(SegmentRow._make(row[4:]))
         self._report.counts["draws"] += len(draws)
         for place, segments in draws.items():
             namespace = place[3]
@@ -470,11 +470,11 @@ class _Check:
             return None
         return Draw(name, key, request_id, occurrence, replicate)
 
-    def _are_segments(self, draw: Draw, segments: list[Segment]) -> bool:
+    def _are_segments(self, draw: Draw, segments: list[SegmentRow]) -> bool:
         """Return True if the rows of a draw are what was written."""
         try:
-            tables.check_segments(draw, segments)
-            standing = all(0 <= part.standing <= len(unpack(part.indices)) for part in segments)
+            found = tables.segments_of(draw, segments)
+            standing = all(0 <= segment.standing <= len(segment.indices) for segment in found)
         except (DamagedCache, TypeError, ValueError):
             standing = False
         if not standing:

@@ -531,7 +531,7 @@ class StoreContract:
     # Reading.
 
     def test_recall_knows_complete_draws_only(self, store: Store) -> None:
-        """A draw that is incomplete may yet be undone, so a part of it is got by a claim, and then stands."""
+        """A draw that is incomplete may yet be undone; a claim of its first samples lets them stand."""
         assert store.recall(drawn("a"), 1) is None
         grant = self.claim(store, drawn("a"), 2)
         assert store.recall(drawn("a"), 1) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 import pytest
+from engine_in_dicts import DictStore
 
 pytest.register_assert_rewrite("cachepipe.testing.contract")
 
@@ -36,6 +37,13 @@ class TestStoreThatIsAlwaysLocked(StoreContract):
         store = FaultyStore(DiskStore(tmp_path / "cache"))
         store.locked = True
         return store
+
+
+class TestStoreInDictionaries(StoreContract):
+    """The smallest engine: what it does not decide, the operations do."""
+
+    def make_store(self, tmp_path):
+        return DictStore()
 
 
 READS = {

@@ -12,7 +12,7 @@ import pytest
 import together
 
 from cachepipe import BadAnswer, CacheMiss, MemoryStore, OnlineAPI, Request, wire
-from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel, WireRequest
+from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel
 from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncAnthropic, AsyncTogether, OpenAI
 from cachepipe.testing import MockServer, MockSettings
@@ -81,12 +81,16 @@ async def test_c10_samples_are_shared_with_the_client_both_ways(server):
         third = await pipeline.request(Asked(HELLO, n=3, namespace="c"))
         assert third.data == [text(answer) for answer in answers]
         assert third.cached == [True] * 3
-        raw = AnthropicModel(raw=True, base_url=server.url, api_key=KEY)
-        async with OnlineAPI(raw, store) as whole:
-            body = {"model": "m", "max_tokens": 12, "messages": HELLO}
-            asked = WireRequest(body, headers={"Anthropic-Beta": "one"}, endpoint="/v1/messages")
-            assert wire.MESSAGES.summary((await whole.request(asked)).data[0])["text"] == text(with_beta)
-            assert (await whole.request(WireRequest(body))).data[0]["id"] == answers[2].id  # the third draw
+        beta = anthropic.AsyncAnthropic(
+            base_url=server.url, api_key=KEY, default_headers={"Anthropic-Beta": "one"}
+        )
+        raw = AnthropicModel("m", client=beta, raw=True)
+        async with beta, OnlineAPI(raw, store) as whole:
+            sample = (await whole.request(Asked(HELLO))).data[0]
+            assert wire.MESSAGES.summary(sample)["text"] == text(with_beta)
+        raw = AnthropicModel("m", raw=True, base_url=server.url, api_key=KEY)
+        async with raw, OnlineAPI(raw, store) as whole:
+            assert (await whole.request(Asked(HELLO))).data[0]["id"] == answers[2].id  # the third draw
     assert server.stats.requests == 4
     assert [entry.path for entry in server.stats.log] == ["/v1/messages"] * 4
 

@@ -49,7 +49,7 @@ from cachepipe import (
     to_jsonl,
 )
 from cachepipe.chat import access
-from cachepipe.chat.access import Access, close_clients
+from cachepipe.chat.access import Access, Environment, close_clients
 from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
 from cachepipe.services import Service, Services
@@ -495,7 +495,7 @@ async def test_an_asynchronous_client_is_not_for_functions_that_wait(server):
 def test_what_is_not_given_is_found(environment, key, url, monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OLLAMA_HOST", "AUTH"):
         monkeypatch.delenv(name, raising=False)
-    found = Access({}, environment)
+    found = Access({}, Environment(environment))
     assert (found.api_key, found.base_url) == (key, url)
     assert "secret" not in repr(found)
     for name, value in environment.items():
@@ -748,7 +748,7 @@ async def test_an_answer_that_does_not_fit_is_kept_and_the_error_says_where(serv
     class Never(BaseModel):
         age: int = Field(gt=10**9)
 
-    with pytest.raises(BadAnswer, match=r"the answer is no Never.*sample 0 of key k2-"):
+    with pytest.raises(BadAnswer, match=r"the answer is not a valid Never.*sample 0 of key k2-"):
         await generate_text_completion("Who?", response_format=Never)
 
 

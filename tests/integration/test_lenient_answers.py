@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from cachepipe import AsyncCacher, DiskStore, Request
-from cachepipe.batchfile import run_file
+from cachepipe.batch import run_file
 from cachepipe.cli.group import cli
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running

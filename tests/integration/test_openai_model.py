@@ -16,7 +16,6 @@ from openai.types.chat import ChatCompletionMessage
 
 import cachepipe.models
 from cachepipe import (
-    AsyncCacher,
     BadAnswer,
     Batch,
     CacheMiss,
@@ -28,8 +27,7 @@ from cachepipe import (
     wire,
 )
 from cachepipe.contract.keys import provider_question
-from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel, WireRequest
-from cachepipe.models.openai import ListModel
+from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel
 from cachepipe.sdk import AsyncOpenAI
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import embed
@@ -109,50 +107,56 @@ async def test_pydantic_messages_are_keyed_and_sent_as_the_fields_that_were_set(
 
 
 async def test_c9_the_key_is_of_the_endpoint_s_url_and_the_body(server):
+    @dataclass(frozen=True)
+    class Detailed(Asked):
+        user: str | None = "me"
+        stream: bool | None = True
+
     async with adapter(server, raw=True) as model:
-        question = model.question(WireRequest({**BODY, "user": "me", "stream": True, "n": 9}, n=2))
+        question = model.question(Detailed("hi", n=2))
         assert question == provider_question(f"{server.base_url}/chat/completions", {"body": BODY})
         assert question == model.question(Asked("hi"))
         assert model.question(Asked("hi"), "elsewhere").scope == "elsewhere"
         seeded = model.question(Asked("hi", seed=1))
         assert not seeded.mergeable
-        embedding = model.question(WireRequest({"model": "e", "input": "hi"}, endpoint="v1/embeddings"))
+        embedding = model.at("v1/embeddings").question(Request("hi"))
         assert (embedding.scope, embedding.function) == (f"{server.base_url}/v1/embeddings", True)
 
 
 async def test_c9_best_of_puts_n_into_the_key(server):
-    body = {"model": "ngram-1", "prompt": "Given", "best_of": 4, "max_tokens": 5}
+    @dataclass(frozen=True)
+    class Best(Asked):
+        best_of: int | None = 4
+
     async with adapter(server, raw=True, endpoint="/completions") as model:
-        two, three = (model.question(WireRequest(body, n=n, endpoint="/completions")) for n in (2, 3))
+        two, three = (model.question(Best("Given", n=n)) for n in (2, 3))
         assert two.key != three.key
         assert not two.mergeable
         async with OnlineAPI(model, MemoryStore()) as pipeline:
-            response = await pipeline.request(WireRequest(body, n=2, endpoint="/completions"))
+            response = await pipeline.request(Best("Given", n=2))
     assert len(response.data) == 2
     assert server.stats.requests == 1
 
 
 async def test_c9_headers_that_change_the_answer_count_and_credentials_never(server):
     keys = set()
-    for headers in ({}, {"OpenAI-Beta": "x"}, {"X-Other": "y", "Authorization": "Bearer z"}):
+    given = ({}, {"OpenAI-Beta": "x"}, {"openai-beta": "x"}, {"X-Other": "y", "Authorization": "Bearer z"})
+    for headers in given:
         async with openai.AsyncOpenAI(
             base_url=server.base_url, api_key=KEY, default_headers=headers
         ) as client:
             model = OpenAIModel("ngram-1", client=client, raw=True)
             keys.add(model.question(Asked("hi")).key)
-            if not headers:
-                own = model.question(WireRequest(BODY, headers={"openai-beta": "x", "authorization": "no"}))
-                keys.add(own.key)
     assert len(keys) == 2
 
 
-async def test_c10_plain_and_wire_requests_share_samples(server):
+async def test_c10_whole_samples_and_texts_are_of_the_same_samples(server):
     store = MemoryStore()
     async with adapter(server, raw=True) as whole, adapter(server) as text:
         async with OnlineAPI(text, store) as pipeline:
             texts = (await pipeline.request(Asked("hi", n=3))).data
         async with OnlineAPI(whole, store) as pipeline:
-            response = await pipeline.request(WireRequest(BODY, n=3, namespace="other"))
+            response = await pipeline.request(Asked(BODY["messages"], n=3, namespace="other"))
     assert response.cached == [True] * 3
     assert [wire.CHAT.summary(sample)["text"] for sample in response.data] == texts
     assert server.stats.requests == 1
@@ -186,30 +190,23 @@ async def test_the_scope_is_the_url_that_the_client_calls(server):
 
 
 async def test_what_cannot_be_asked_is_refused_before_a_call(server):
-    async with adapter(server, raw=True) as model, adapter(server) as text:
+    @dataclass(frozen=True)
+    class Late(Request):
+        background: bool | None = True
+
+    async with adapter(server) as model:
         cases = [
-            (text, Asked({"a": 1}), TypeError, "a string or a list of messages"),
-            (text, WireRequest(BODY), TypeError, "raw=True"),
-            (model, WireRequest("hi"), wire.BadRequest, "is a body"),
-            (model, WireRequest({}, endpoint="/images"), wire.BadRequest, "the endpoints are"),
-            (
-                model,
-                WireRequest({"input": ["a", "b"]}, endpoint="/embeddings"),
-                wire.BadRequest,
-                "asks one question here; got 2",
-            ),
-            (
-                model,
-                WireRequest({"input": "a", "background": True}, endpoint="/responses"),
-                wire.BadRequest,
-                "cannot be answered from a cache",
-            ),
+            (model, Asked({"a": 1}), TypeError, "a string or a list of messages"),
+            (model.at("/embeddings"), Request(["a", "b"]), wire.BadRequest, "asks one question here; got 2"),
+            (model.at("/responses"), Late("a"), wire.BadRequest, "cannot be answered from a cache"),
         ]
         for asked, request, kind, complaint in cases:
             with pytest.raises(kind, match=complaint):
                 asked.question(request)
             with pytest.raises(kind, match=complaint):
                 await asked.request(request)
+        with pytest.raises(wire.BadRequest, match="the endpoints are"):
+            model.at("/images")
     assert server.stats.requests == 0
     with pytest.raises(TypeError, match="a client has its own"):
         OpenAIModel("m", client=object(), api_key="k")
@@ -233,9 +230,11 @@ async def test_c4_more_than_the_server_gives_in_one_call_is_asked_in_several(ser
 
 
 async def test_apis_that_give_one_sample_per_call_are_called_so_many_times(server):
-    async with adapter(server, raw=True) as model, OnlineAPI(model, MemoryStore()) as pipeline:
-        request = WireRequest({"model": "ngram-1", "input": "hi"}, n=3, endpoint="/responses")
-        response = await pipeline.request(request)
+    async with (
+        adapter(server, raw=True, endpoint="/responses") as model,
+        OnlineAPI(model, MemoryStore()) as pipeline,
+    ):
+        response = await pipeline.request(Request("hi", n=3))
     assert len({sample["id"] for sample in response.data}) == 3
     assert server.stats.requests == 3
 
@@ -294,160 +293,6 @@ async def test_c8_a_short_answer_is_asked_for_the_rest(server):
     assert [entry.n for entry in server.stats.log] == [5, 3]
 
 
-# Lists of inputs.
-
-
-def inputs(texts, request_id="a", **fields):
-    return [
-        WireRequest(
-            {"model": "ngram-1-embedding", "input": text, **fields},
-            request_id=request_id,
-            endpoint="/embeddings",
-        )
-        for text in texts
-    ]
-
-
-async def each(model, requests):
-    return await asyncio.gather(*map(model.request, requests), return_exceptions=True)
-
-
-async def test_questions_of_one_caller_share_a_call_and_only_new_ones_are_asked(server):
-    async with adapter(server, raw=True, endpoint="/embeddings") as model:
-        store = MemoryStore()
-        async with AsyncCacher(ListModel(model), store) as cacher:
-            await cacher.batch_request(Batch(inputs("abc")))
-            responses = await cacher.batch_request(Batch(inputs("cdeb", "b")))
-            apart = inputs("xy", "c") + inputs("z", "d") + inputs("w", "c", dimensions=8)
-            await cacher.batch_request(Batch(apart))
-    assert [response.cached for response in responses] == [[True], [False], [False], [True]]
-    assert model.calls == server.stats.requests == 5
-    assert server.stats.samples_generated == 9
-
-
-async def test_c9_questions_with_schemas_in_another_order_do_not_share_a_call(server):
-    schema = {"type": "object", "properties": {"a": {"type": "null"}, "b": {"maximum": 2**70}}}
-    turned = {**schema, "properties": {"b": {"maximum": 2**70}, "a": {"type": "null"}}}
-    bodies = [
-        {"model": "ngram-1", "prompt": prompt, "max_tokens": 3, "guided_json": asked}
-        for prompt, asked in [("x", schema), ("y", turned), ("z", schema)]
-    ]
-    async with adapter(server, raw=True, endpoint="/completions") as model:
-        requests = [WireRequest(body, request_id="a", endpoint="/completions") for body in bodies]
-        responses = await each(ListModel(model), requests)
-    assert [len(response.data) for response in responses] == [1, 1, 1]
-    assert model.calls == 2
-
-
-@pytest.mark.parametrize("status", ["400", "413", "422"])
-async def test_a_list_that_is_refused_is_halved_until_each_has_failed_alone(server, status):
-    async with adapter(server, raw=True, endpoint="/embeddings") as model:
-        script(server, Fault.parse(status))
-        responses = await each(ListModel(model), inputs("abcd"))
-        assert [len(response.data) for response in responses] == [1] * 4
-        assert server.stats.requests == 1 + 2
-        script(server, *[Fault.parse(status)] * 7)
-        failed = await each(ListModel(model), inputs("abcd"))
-        assert [error.status_code for error in failed] == [int(status)] * 4
-        assert server.stats.requests == 3 + 1 + 2 + 4
-        script(server, Fault(kind="error"))
-        failed = await each(ListModel(model), inputs("ab"))
-        assert [type(error) for error in failed] == [openai.InternalServerError] * 2
-    assert server.stats.requests == 10 + 1
-
-
-async def test_a_shared_call_goes_on_while_anyone_waits_and_is_stopped_when_nobody_does(server):
-    server.settings = replace(server.settings, paused=True)
-    async with adapter(server, raw=True, endpoint="/embeddings") as model:
-        listing = ListModel(model)
-        first, second = (asyncio.create_task(listing.request(request)) for request in inputs("ab"))
-        await server.until(lambda stats: stats.in_flight == 1)
-        first.cancel()
-        await asyncio.wait([first])
-        server.settings = replace(server.settings, paused=False)
-        assert len((await second).data) == 1
-        server.settings = replace(server.settings, paused=True)
-        both = [asyncio.create_task(listing.request(request)) for request in inputs("cd")]
-        await server.until(lambda stats: stats.in_flight == 1)
-        for task in both:
-            task.cancel()
-        await server.until(lambda stats: stats.in_flight == 0)
-        await asyncio.wait(both)
-
-
-def echoed(n=1):
-    """Three prompts that may share a call, each of which begins its answers."""
-    bodies = [{"model": "m", "prompt": f"{place}:", "max_tokens": 3, "echo": True} for place in range(3)]
-    return [WireRequest(body, n=n) for body in bodies]
-
-
-@pytest.mark.parametrize("keep", range(1, 6))
-async def test_c4_a_list_that_is_answered_short_is_asked_one_by_one_and_nothing_is_mixed_up(server, keep):
-    """Three choices for two samples of each of three prompts may be one of each, or the first three."""
-    script(server, Fault(kind="short", keep=keep))
-    requests = echoed(n=2)
-    async with adapter(server, raw=True, endpoint="/completions") as model:
-        listed = ListModel(model)
-        answers = await each(listed, requests)
-        texts = [[sample["choices"][0]["text"] for sample in answer.data] for answer in answers]
-        assert [[text[:2] for text in own] for own in texts] == [["0:", "0:"], ["1:", "1:"], ["2:", "2:"]]
-        assert [entry.n for entry in server.stats.log] == [6, 2, 2, 2]
-        await each(listed, requests)  # what has been seen is kept to
-    assert [entry.n for entry in server.stats.log][4:] == [2, 2, 2]
-
-
-async def test_c8_a_list_that_is_answered_with_nothing_is_asked_for_again(server):
-    script(server, Fault(kind="short", keep=0))
-    async with adapter(server, raw=True, endpoint="/completions") as model:
-        answers = await each(ListModel(model), echoed(n=2))
-    assert [list(answer.data) for answer in answers] == [[], [], []]
-
-
-async def test_who_has_left_before_the_list_is_sent_is_not_asked_for(server):
-    async with adapter(server, raw=True, endpoint="/completions") as model:
-        listed = ListModel(model)
-        tasks = [asyncio.ensure_future(listed.request(ask)) for ask in echoed()]
-        await asyncio.sleep(0)  # they have come, and the list is sent in the next turn
-        for task in tasks[1:]:
-            task.cancel()
-        assert len((await tasks[0]).data) == 1
-    assert [entry.n for entry in server.stats.log] == [1]
-
-
-async def test_a_slow_caller_s_list_keeps_no_other_waiting(server):
-    slow = [replace(request, headers={"x-mock-latency": "60"}) for request in inputs("ab", "slow")]
-    async with (
-        adapter(server, raw=True, endpoint="/embeddings") as model,
-        AsyncCacher(ListModel(model), MemoryStore()) as cacher,
-    ):
-        waiting = asyncio.create_task(cacher.batch_request(Batch(slow)))
-        quick = await cacher.batch_request(Batch(inputs("cd", "quick")))
-        assert [len(response.data) for response in quick] == [1, 1]
-        assert not waiting.done()
-        await asyncio.to_thread(server.wait_until, lambda stats: stats.requests == 2)
-        waiting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await waiting
-    assert server.stats.requests == 2
-
-
-async def test_prompts_with_a_seed_are_asked_one_by_one(server):
-    def prompts(**fields):
-        return [
-            WireRequest(
-                {"model": "ngram-1", "prompt": text, "max_tokens": 3, **fields}, n=2, endpoint="/completions"
-            )
-            for text in ("Given", "Return")
-        ]
-
-    async with adapter(server, raw=True, endpoint="/completions") as model:
-        responses = await each(ListModel(model), prompts())
-        assert server.stats.requests == 1
-        assert [len(response.data) for response in responses] == [2, 2]
-        await each(ListModel(model), prompts(seed=1))
-    assert server.stats.requests == 3
-
-
 # Clients, keys and imports.
 
 
@@ -480,7 +325,7 @@ async def test_a_client_that_was_passed_in_stays_open_and_one_made_here_is_close
         assert not client.is_closed()
     async with adapter(server) as model:
         await model.request(Asked("hi"))
-        [made] = model._connection._by_loop.values()
+        [made] = model.connection._by_loop.values()
     assert made.is_closed()
     await model.close()
 
@@ -602,17 +447,18 @@ async def test_a_batch_pipeline_takes_it_too(server):
 async def test_neither_key_nor_headers_nor_credentials_of_the_url_reach_the_folder(server, tmp_path):
     base_url = server.base_url.replace("//", "//someone:password1@")
     with DiskStoreAt(tmp_path / "cache") as store:
-        async with OpenAIModel("ngram-1", base_url=base_url, api_key=KEY, raw=True) as model:
+        headers = {"X-Secret": f"Bearer {KEY}", "OpenAI-Beta": "x"}
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEY, default_headers=headers) as client:
+            model = OpenAIModel("ngram-1", client=client)
             async with OnlineAPI(model, store) as pipeline:
-                secret = {"Authorization": f"Bearer {KEY}", "OpenAI-Beta": "x"}
-                await pipeline.request(WireRequest(BODY, headers=secret))
+                await pipeline.request(Asked("hi"))
             async with OnlineAPI(model, store, mode="replay") as pipeline:
                 with pytest.raises(CacheMiss) as caught:
-                    await pipeline.request(WireRequest({**BODY, "seed": 1}, headers=secret))
+                    await pipeline.request(Asked("hi", seed=1))
             told = f"{model!r} {pipeline!r} {caught.value}"
     found = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert b"chat/completions" in found
-    for secret in (KEY, "password1", "someone", "Authorization", "Bearer"):
+    for secret in (KEY, "password1", "someone", "X-Secret", "Bearer"):
         assert secret.encode() not in found
         assert secret not in told
 
@@ -645,7 +491,7 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False"]
-    assert set(dir(cachepipe.models)) >= {"OpenAIModel", "WireRequest"}
+    assert set(dir(cachepipe.models)) >= {"OpenAIModel", "AnthropicModel"}
     with pytest.raises(AttributeError, match="has no 'Nothing'"):
         cachepipe.models.Nothing  # noqa: B018 - reading it is the test
 

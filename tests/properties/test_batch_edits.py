@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepipe import MemoryStore
-from cachepipe.batchfile import run_file
+from cachepipe.batch import run_file
 
 # The HTTP library that the SDK is built on: httpx2, or httpx before its third version.
 http = import_module(

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from engine_in_dicts import DictStore, Shared
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -98,7 +99,7 @@ class StoreMachine(RuleBasedStateMachine):
         return {info.draw: list(info.indices) for info in self.processes[0].draws(key)}
 
     def taken(self):
-        """Return the store's sets of what each namespace has taken."""
+        """Return the store's sets of what each namespace has taken, by namespace and key."""
         rows = (
             self.processes[0]
             ._readable()[0]
@@ -452,9 +453,12 @@ class StoreMachine(RuleBasedStateMachine):
     def a_check_finds_nothing_wrong(self):
         """C12: whatever happened to processes, the rows of both files agree."""
         if hasattr(self, "processes"):
-            report = Report()
-            check_rows(*self.processes[0]._readable(), report)
-            assert report.problems.keys() <= {"question"}, report  # those of this test have made-up keys
+            self.check()
+
+    def check(self):
+        report = Report()
+        check_rows(*self.processes[0]._readable(), report)
+        assert report.problems.keys() <= {"question"}, report  # those of this test have made-up keys
 
     @invariant()
     def the_list_is_what_is_stored(self):
@@ -491,7 +495,37 @@ class DiskMachine(StoreMachine):
         super().teardown()
         for process in getattr(self, "dead", ()):
             process.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class DictMachine(DiskMachine):
+    """The same in dictionaries: an engine without SQL."""
+
+    def start(self):
+        self.shared = Shared()
+        self.folder = self.alive = None
+        self.names, self.dead = 0, []
+        return [self.another(), self.another()]
+
+    def another(self):
+        self.names += 1
+        store = DictStore(self.shared)
+        self.alive = self.shared.living
+        return store
+
+    def apply(self, process, *operations):
+        return process.apply_now(operations)
+
+    def taken(self):
+        sets = {
+            place: {index for start, stop in intervals for index in range(start, stop)}
+            for place, intervals in self.shared.tables.taken.items()
+        }
+        return collections.defaultdict(set, sets)
+
+    def check(self):
+        """Do nothing: ``verify`` reads SQL."""
 
 
 @pytest.fixture(autouse=True)
@@ -501,6 +535,8 @@ def _ask_each_time_who_lives(monkeypatch):
 
 TestMemory = StoreMachine.TestCase
 TestDisk = DiskMachine.TestCase
+TestDicts = DictMachine.TestCase
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
 TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, phases=PHASES)
 TestDisk.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
+TestDicts.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)

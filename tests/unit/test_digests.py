@@ -9,7 +9,7 @@ from cachepipe.contract.allotment import DISCARDED
 from cachepipe.contract.draws import Draw
 from cachepipe.stores import tables
 from cachepipe.stores.base import Sample
-from cachepipe.stores.tables import RAW, Segment, check_interval, check_segments, interval_digest
+from cachepipe.stores.tables import RAW, SegmentRow, check_interval, interval_digest, segments_of
 
 DRAW = Draw("=exp", "k2-5f", "trial", 3, "=7")
 KEY = "k2-5f"
@@ -17,27 +17,27 @@ KEY = "k2-5f"
 
 def segment(**changes):
     digest = tables.segment_digest(DRAW, 2, 4, "5,6,9", 1_700_000)
-    return Segment(1, 2, 4, "5,6,9", 1, None, 1_700_000, 0, digest)._replace(**changes)
+    return SegmentRow(1, 2, 4, "5,6,9", 1, None, 1_700_000, 0, digest)._replace(**changes)
 
 
-def test_c12_a_part_is_read_as_the_draw_that_it_was_written_for():
-    check_segments(DRAW, [segment()])
+def test_c12_a_segment_is_read_as_the_draw_that_it_was_written_for():
+    segments_of(DRAW, [segment()])
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"part": 3}, {"position": 5}, {"indices": "5,6,8"}, {"stamp": 1_700_001}, {"digest": b"?" * 8}],
+    [{"number": 3}, {"position": 5}, {"indices": "5,6,8"}, {"stamp": 1_700_001}, {"digest": b"?" * 8}],
 )
-def test_c12_a_part_that_is_changed_is_refused(changes):
+def test_c12_a_segment_that_is_changed_is_refused(changes):
     with pytest.raises(DamagedCache, match="draw of key k2-5f is damaged"):
-        check_segments(DRAW, [segment(), segment(**changes)])
+        segments_of(DRAW, [segment(), segment(**changes)])
 
 
 @pytest.mark.parametrize("field", Draw._fields)
-def test_c12_a_part_is_refused_as_another_draws(field):
+def test_c12_a_segment_is_refused_as_another_draws(field):
     other = DRAW._replace(**{field: 4 if field == "occurrence" else "=other"})
     with pytest.raises(DamagedCache, match="draw of key"):
-        check_segments(other, [segment()])
+        segments_of(other, [segment()])
 
 
 def test_c12_an_interval_is_read_as_its_owners_only():

@@ -20,7 +20,7 @@ from cachepipe import (
     alcall,
     generate_text_completion,
 )
-from cachepipe.batchfile import run_file
+from cachepipe.batch import run_file
 from cachepipe.models import OpenAIModel
 from cachepipe.sdk import AsyncOpenAI
 

@@ -136,7 +136,7 @@ def test_the_name_of_a_file_is_no_text():
 
 @pytest.mark.parametrize("line", ["{", "3", "{}", '{"conversation": []}'])
 def test_a_line_that_is_no_completion_is_named(line):
-    with pytest.raises(ValueError, match="line 2 is no completion"):
+    with pytest.raises(ValueError, match="line 2 is not a completion"):
         from_jsonl(to_jsonl(SOME[:1]) + line)
 
 

@@ -1,4 +1,4 @@
-// Reads the proxy's JSON. The token, where one is wanted, stays in this tab and goes only into a header.
+// Reads the proxy's JSON. The token, if required, stays in this tab and is sent only in a header.
 
 const PLACE = "cachepipe-token";
 
@@ -10,7 +10,7 @@ export const token = {
   forget: () => sessionStorage.removeItem(PLACE),
 };
 
-/** Return the JSON at a path below /cachepipe/api; options that are null are left out. */
+/** Return the JSON at a path below /cachepipe/api; options that are null are omitted. */
 export async function get(path, options = {}, signal = undefined) {
   const query = new URLSearchParams(Object.entries(options).filter(([, value]) => value != null));
   const headers = {};
@@ -22,11 +22,11 @@ export async function get(path, options = {}, signal = undefined) {
   const answer = await fetch(`/cachepipe/api/${path}${query.size ? `?${query}` : ""}`, {
     headers,
     signal,
-    credentials: "omit", // no cookies, and no dialog of the browser's own for a password
+    credentials: "omit", // no cookies, and no password dialog of the browser
     cache: "no-store",
     redirect: "error",
   });
-  if (answer.status === 401) throw new NeedsToken("The token is not the proxy's.");
+  if (answer.status === 401) throw new NeedsToken("The token is wrong.");
   const value = await answer.json();
   if (!answer.ok) throw new Error(value?.error?.message ?? `The proxy answered with ${answer.status}.`);
   return value;

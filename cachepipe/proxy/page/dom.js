@@ -1,6 +1,6 @@
-// Makes elements. Whatever comes from the cache is hostile: it becomes text nodes, never markup.
+// Makes elements. Text from the cache is untrusted: it becomes text nodes, never markup.
 
-/** Return an element; children are nodes or texts, and null is left out. */
+/** Return an element; children are nodes or texts, and null children are ignored. */
 export function el(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -12,7 +12,7 @@ export function el(name, attributes = {}, ...children) {
   return made;
 }
 
-// Control characters, marks that reorder text, what has no width, tags, private use, no characters at all.
+// Control characters, marks that reorder text, characters without width, tags, private use, noncharacters.
 // Joiners (U+200C, U+200D) stay: scripts and emoji need them.
 const ODD =
   /(?:\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\uffff\ud800-\udfff]|[\u{e0000}-\u{e0fff}]|[\ue000-\uf8ff])/u;
@@ -21,7 +21,7 @@ const MOST_MARKS = 500;
 
 const code = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
-/** Return a text as nodes in which characters that would deceive or vanish are seen by their code. */
+/** Return a text as nodes; characters that deceive or are invisible are replaced by their codes. */
 export function visible(text) {
   const nodes = [];
   let from = 0;
@@ -34,25 +34,25 @@ export function visible(text) {
   return nodes;
 }
 
-/** Return a piece of a text in one line, for listings and headings. */
+/** Return the beginning of a text on one line, for listings and headings. */
 export const line = (text, most = 200) => visible(cut(text.replace(/\s+/gu, " ").trim(), most));
 
 function cut(text, most) {
   if (text.length <= most) return text;
-  const end = /[\ud800-\udbff]/.test(text[most - 1]) ? most - 1 : most; // no half of a character
+  const end = /[\ud800-\udbff]/.test(text[most - 1]) ? most - 1 : most; // do not cut a character in half
   return `${text.slice(0, end)}…`;
 }
 
-const PIECE = 2000; // browsers take the square of a word's length to break it
+const PIECE = 2000; // the time that browsers take to break a word grows with the square of its length
 
-/** Return a text as blocks, of which browsers lay out only those in sight: one of a megabyte stops them. */
+/** Return a text as blocks. Browsers lay out only visible blocks; one block of a megabyte would stop them. */
 function pieces(text) {
   const made = [];
   for (let from = 0; from < text.length; ) {
     let to = Math.min(from + PIECE, text.length);
     if (to < text.length) {
       const piece = text.slice(from, to);
-      const end = piece.lastIndexOf("\n") + 1 || piece.lastIndexOf(" ") + 1; // where a line ends anyway
+      const end = piece.lastIndexOf("\n") + 1 || piece.lastIndexOf(" ") + 1; // at the end of a line or a word
       if (end) to = from + end;
       else if (/[\ud800-\udbff]$/.test(piece)) to -= 1;
     }
@@ -62,7 +62,7 @@ function pieces(text) {
   return made;
 }
 
-/** Return a text of any length, of which the beginning is shown until all of it is asked for. */
+/** Return a text of any length; only its beginning is shown until the reader asks for all of it. */
 export function long(text, most = 2000) {
   const shown = el("div", { class: "text" }, pieces(cut(text, most)));
   if (text.length <= most) return shown;
@@ -80,7 +80,7 @@ export function long(text, most = 2000) {
   return el("div", {}, shown, more);
 }
 
-/** Return a JSON value that is written out only when it is opened. */
+/** Return a JSON value that is rendered only when the reader opens it. */
 export function raw(title, value) {
   const details = el("details", {}, el("summary", {}, title));
   details.addEventListener(
@@ -103,7 +103,7 @@ export const plural = (value, one, many = `${one}s`) => `${number(value)} ${valu
 export const money = (value) => (value > 0 && value < 1 ? dollars : cents).format(value);
 export const share = (part, whole) => (whole ? `${Math.floor((100 * part) / whole)} %` : "–");
 
-/** Return a time (seconds since 1970) as this reader's clock shows it. */
+/** Return a time (seconds since 1970) in the reader's time zone. */
 export function when(seconds) {
   if (!Number.isFinite(seconds) || Math.abs(seconds) > 8e12) return null;
   const at = new Date(seconds * 1000);
@@ -113,7 +113,7 @@ export function when(seconds) {
   return el("time", { datetime: at.toISOString() }, `${day} ${time}`);
 }
 
-/** Return the name of a namespace; the one without a name is said so. */
+/** Return the name of a namespace, or "no name". */
 export const namespace = (name) => (name === null ? el("em", {}, "no name") : el("span", {}, line(name, 80)));
 
 /** Return a link into the listing of requests. */
@@ -122,7 +122,7 @@ export function listing(options, ...children) {
   return el("a", { href: `#/requests${query.size ? `?${query}` : ""}` }, ...children);
 }
 
-/** Return a table that stays one for screen readers where narrow screens lay it out as cards. */
+/** Return a table that remains a table for screen readers when narrow screens show it as cards. */
 export function table(caption, columns) {
   const body = el("tbody", { role: "rowgroup" });
   const head = el("tr", { role: "row" }, columns.map((name) => el("th", { role: "columnheader", scope: "col" }, name)));

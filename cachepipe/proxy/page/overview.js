@@ -1,10 +1,10 @@
-// What the proxy has done since it was started, live; and what the cache holds.
+// What the proxy has done since its start, live; and the content of the cache.
 
 import { get } from "./api.js";
 import { el, listing, money, namespace, number, plural, share, table, when } from "./dom.js";
 
-const EVERY = 2000; // milliseconds between looks
-const QUIET = 10_000; // milliseconds between announcements
+const EVERY = 2000; // milliseconds between two requests for the counters
+const QUIET = 10_000; // milliseconds between two announcements to screen readers
 let paused = false;
 
 const COLUMNS = ["Namespace", "Hits", "Misses", "From the cache", "Tokens billed", "Tokens saved", "Last request"];
@@ -15,7 +15,7 @@ function figure(label, kind) {
   return { whole: el("div", { class: `figure ${kind}` }, el("dt", {}, label), value, note), value, note };
 }
 
-/** Put a text where another one was; what has not changed is left alone. */
+/** Replace the text of a node, unless it has not changed. */
 function put(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -40,7 +40,7 @@ export async function overview(signal) {
   const bar = el("div", { class: "bar", "aria-hidden": "true" }, el("span", {}));
   const pause = el("button", { type: "button", "aria-pressed": String(paused) }, "Pause");
   const each = table("By namespace, since the start", COLUMNS);
-  const none = el("p", { class: "quiet" }, "No request has come yet. Give a tool this server's address as its base URL.");
+  const none = el("p", { class: "quiet" }, "No requests yet. Use this server's address as the base URL of a tool.");
   const rows = new Map();
   let announced = -Infinity;
 
@@ -90,7 +90,7 @@ export async function overview(signal) {
       put(problem, "");
     } catch (error) {
       if (signal.aborted) return;
-      put(problem, `The proxy does not answer: ${error.message}`);
+      put(problem, `The proxy did not answer: ${error.message}`);
     }
   }
 
@@ -109,10 +109,10 @@ export async function overview(signal) {
     resume();
   });
 
-  show(await get("counters", {}, signal)); // its errors are the view's
+  show(await get("counters", {}, signal)); // an error here is shown instead of the view
   again();
   const stored = (await get("namespaces", {}, signal)).items;
-  const held = table("All that the cache holds", ["Namespace", "Draws", "Samples drawn", "Generated for it", "Reused"]);
+  const held = table("The whole cache", ["Namespace", "Draws", "Samples drawn", "Generated for it", "Reused"]);
   for (const info of stored) {
     const link = listing({ namespace: info.namespace ?? "" }, namespace(info.namespace));
     const reused = info.samples - info.generated;

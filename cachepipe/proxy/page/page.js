@@ -1,4 +1,4 @@
-// Shows the view that the address names, and asks for the token where one is wanted.
+// Shows the view that the address names, and asks for the token if the proxy requires one.
 
 import { get, NeedsToken, token } from "./api.js";
 import { el, line } from "./dom.js";
@@ -80,13 +80,13 @@ async function show() {
       login(wrong);
     } else {
       const again = el("button", { type: "button", onclick: show }, "Try again");
-      put("Error", el("h1", { tabindex: "-1" }, "This cannot be shown"), el("p", { class: "problem", role: "alert" }, line(error.message, 500)), again);
+      put("Error", el("h1", { tabindex: "-1" }, "This view cannot be shown"), el("p", { class: "problem", role: "alert" }, line(error.message, 500)), again);
     }
   }
 }
 
 document.getElementById("skip").addEventListener("click", (event) => {
-  event.preventDefault(); // addresses name views here
+  event.preventDefault(); // the hash of an address selects a view
   main.focus();
 });
 forget.addEventListener("click", () => {

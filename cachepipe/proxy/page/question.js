@@ -1,14 +1,14 @@
-// One question: what was asked, its samples side by side, and who drew which.
+// One question: what it asks, its samples side by side, and the draws that got them.
 
 import { get } from "./api.js";
 import { el, line, listing, long, namespace, number, plural, raw, table, when } from "./dom.js";
 
-const SAMPLES = 12; // of one page
-const MOST_DRAWS = 1000; // that are looked at for who drew a sample
+const SAMPLES = 12; // on one page
+const MOST_DRAWS = 1000; // that are read to find out which draws have a sample
 
 const said = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
 
-/** Return what a message says: its text, and what else it is made of as JSON. */
+/** Return the content of a message: its text, and other parts as JSON. */
 function content(value) {
   if (!Array.isArray(value)) return said(value ?? "");
   return value.map((part) => (typeof part?.text === "string" ? part.text : said(part))).join("\n");
@@ -20,7 +20,7 @@ function message(role, text) {
 
 function asked(document) {
   const fields = document?.body ?? document?.fields;
-  if (fields === null || typeof fields !== "object") return [raw("As it is stored", document)];
+  if (fields === null || typeof fields !== "object") return [raw("Stored form", document)];
   const { messages, prompt, input, system, instructions, ...others } = fields;
   const shown = [];
   for (const text of [system, instructions]) if (text != null) shown.push(message("system", content(text)));
@@ -36,14 +36,15 @@ function asked(document) {
   const settings = Object.entries(others).map(([name, value]) =>
     el("div", {}, el("dt", {}, line(name, 60)), el("dd", {}, line(said(value), 300))),
   );
-  return [...shown, el("dl", { class: "settings" }, settings), raw("As it is stored", document)];
+  return [...shown, el("dl", { class: "settings" }, settings), raw("Stored form", document)];
 }
 
 /**
- * Tell which draws were given which sample, and whether it was generated for them.
+ * Return a function that lists the draws of a sample, and whether it was generated for them.
  *
- * The ledger has how many samples were generated for a draw. A sample is generated once, so that mostly says
- * which: what is known of one draw is followed to the others until nothing new comes of it.
+ * The ledger stores how many samples were generated for a draw, not which. A sample is generated for one draw
+ * only, so the numbers usually determine it: each conclusion about one draw is applied to the others, until no
+ * new conclusion follows.
  */
 function drawn(draws) {
   const sets = draws.map((draw) => new Map([...new Set(draw.indices)].map((index) => [index, null])));
@@ -106,9 +107,9 @@ function sample(item, drawers) {
     el("h3", { id: title, tabindex: "-1" }, `Sample ${item.index}`),
     long(text),
     el("dl", { class: "settings" }, facts.map(([name, fact]) => el("div", {}, el("dt", {}, name), el("dd", {}, fact)))),
-    whose.length ? el("p", { class: "label" }, "Drawn by") : el("p", { class: "quiet" }, "Drawn by nobody yet."),
+    whose.length ? el("p", { class: "label" }, "Drawn by") : el("p", { class: "quiet" }, "No draw has this sample yet."),
     whose.length ? el("ul", { class: "drawn" }, whose) : null,
-    raw("As it is stored", value),
+    raw("Stored form", value),
   );
 }
 
@@ -133,7 +134,7 @@ export async function question(signal, query, key) {
   ]);
   const drawers = drawn(draws);
   const here = new Set(page.items.map((item) => item.index));
-  const list = table("Draws, as the ledger has them", ["Namespace", "Request id", "Occurrence", "Samples", "Generated for it", "At"]);
+  const list = table("Draws in the ledger", ["Namespace", "Request id", "Occurrence", "Samples", "Generated for it", "Time"]);
   for (const draw of draws.slice(0, 200)) {
     const indices = draw.indices.slice(0, 50).flatMap((index, position) => [
       position ? ", " : "",
@@ -167,7 +168,7 @@ export async function question(signal, query, key) {
         "section",
         { "aria-labelledby": "samples" },
         el("h2", { id: "samples" }, "Samples"),
-        page.items.length ? null : el("p", { class: "quiet" }, "There are none here."),
+        page.items.length ? null : el("p", { class: "quiet" }, "No samples on this page."),
         el("div", { class: "samples" }, page.items.map((item) => sample(item, drawers))),
         el(
           "nav",

@@ -1,4 +1,4 @@
-// The requests that the cache holds, in the order of asking: searched, filtered, page by page.
+// The requests in the cache, newest first, with search, filters and pages.
 
 import { get } from "./api.js";
 import { el, line, listing, namespace, number, plural, when } from "./dom.js";
@@ -69,12 +69,12 @@ export async function requests(signal, query) {
   const namespaces = (await get("namespaces", {}, signal)).items.map((info) => info.namespace);
   let page = { items: [], next: asked.after };
   do {
-    // A search stops after a while; without anything found it goes on from there.
+    // The server stops a long search. If nothing was found so far, continue it.
     page = await get("keys", { ...asked, after: page.next, limit: LIMIT }, signal);
   } while (!page.items.length && page.next !== null);
   const found = page.items.length
-    ? `${plural(page.items.length, asked.after ? "further request" : "request")}, the latest first.`
-    : "There is no such request.";
+    ? `${plural(page.items.length, asked.after ? "more request" : "request")}, newest first.`
+    : "No requests match.";
   return {
     title: "Requests",
     nodes: [
@@ -85,8 +85,8 @@ export async function requests(signal, query) {
       el(
         "nav",
         { class: "pages", "aria-label": "Pages" },
-        asked.after ? listing({ ...asked, after: null }, "Latest") : null,
-        page.next === null ? null : listing({ ...asked, after: page.next }, "Further"),
+        asked.after ? listing({ ...asked, after: null }, "Newest") : null,
+        page.next === null ? null : listing({ ...asked, after: page.next }, "More"),
       ),
     ],
   };

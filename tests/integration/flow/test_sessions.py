@@ -158,7 +158,10 @@ async def test_an_answer_that_is_no_such_model_says_where_it_is_kept(answering, 
         assert cachepipe.info(again).cached == (True,)
         plain = answering(answer('{"value":', "length"), answer("many"), kind=openai.AsyncOpenAI)
         wrapped = cachepipe.wrap(plain, cache=store)
-        for told in (r"no Sum \(it was cut off.*sample 0 of key", "no Sum: 'many'.*sample 1 of key"):
+        for told in (
+            r"not a valid Sum \(it was cut off.*sample 0 of key",
+            "a valid Sum: 'many'.*sample 1 of key",
+        ):
             session = Session(client=wrapped, llmconfig={"model": "m"})
             with pytest.raises(BadAnswer, match=told):
                 await session.initiate("subtract", response_format=Sum)
@@ -187,6 +190,43 @@ async def test_a_streamed_answer_becomes_part_of_the_conversation_at_its_end(spy
     assert await session.followup("two")
     with pytest.raises(ValueError, match="streams one answer"):
         await session.followup("three", stream=True, n=2)
+
+
+async def test_a_reader_that_is_cancelled_leaves_a_session_that_goes_on(gated):
+    """At once, no matter when the loop of the calls notices."""
+    service = Services.custom(f"{gated.url}/v1", model="m")
+    session = Session(SYSTEM, service=service, cache=MemoryStore())
+    pieces = await session.initiate("one", stream=True)
+    assert await anext(pieces) == "sample1"
+    reading = asyncio.ensure_future(anext(pieces))
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert pieces.ended
+    assert roles(session) == ["system"]
+    gated.gate.set()
+    pieces = await session.initiate("two", stream=True)
+    assert [piece async for piece in pieces] == ["sample2", " goes on"]
+    await service.close()
+
+
+async def test_a_stream_may_be_closed_before_and_after_it_is_read(spy):
+    session = Session(SYSTEM, client=spy)
+    unread = await session.initiate("one", stream=True)
+    await unread.aclose()
+    assert (unread.ended, unread.text, roles(session)) == (True, "", ["system"])
+    pieces = await session.initiate("two", stream=True)
+    text = "".join([piece async for piece in pieces])
+    await pieces.aclose()
+    assert session.conversation.messages[-1].text == text
+
+
+async def test_a_session_takes_a_key_and_a_url(server):
+    session = Session(base_url=server.base_url, api_key="k", cache=MemoryStore(), llmconfig={"model": "m"})
+    assert await session.initiate("one")
+    assert session.service.base_url == server.base_url
+    await session.service.close()
 
 
 async def test_a_reader_that_stops_has_heard_what_it_read(spy):

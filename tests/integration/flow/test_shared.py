@@ -104,12 +104,12 @@ async def test_slots_of_limits_in_one_process_are_told_apart(make, clock, tmp_pa
     one, same = make(None, 100, 60.0), make(None, 100, 60.0)
     other = make(1, None, 60.0, name="other")
     slots = [await each.enter(tokens=40) for each in (one, same, other)]
-    assert len({slot.call for slot in slots}) == 3
+    assert len({slot.shared for slot in slots}) == 3
     slots[0].end(tokens=10)
     third = asyncio.create_task(one.enter(tokens=60))
     await clock.advance(1)
     assert not third.done()  # 10 and 40
-    one._shared.give_back(slots[1].call)
+    one._shared.give_back(slots[1].shared)
     await clock.advance(1)
     assert third.done()
     fourth = asyncio.create_task(other.enter())
@@ -296,7 +296,7 @@ def worker(server, folder, name, count, limits):
 
 
 def test_processes_keep_one_limit_as_the_server_counts(tmp_path):
-    limits = {"max_requests": 6, "max_tokens": None, "interval": 1, "transit": 1}
+    limits = {"max_requests": 6, "max_tokens": None, "interval": 1, "transit": 10}
     with MockServer.in_thread(MockSettings(seed=1, max_tokens=4)) as server:
         workers = [worker(server, str(tmp_path), name, 6, limits) for name in "abc"]
         assert [each.wait(60) for each in workers] == [0, 0, 0]

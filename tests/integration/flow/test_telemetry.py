@@ -157,7 +157,7 @@ async def test_what_is_no_answer_under_a_status_of_success_is_an_error(server, s
 
 async def test_an_odd_answer_fails_as_it_does_without_telemetry(spans):
     call = telemetry.begin("chat completions", "http://localhost", {"model": "m"})
-    call.end_with(b'{"choices": [null, {"finish_reason": "stop"}], "usage": {"prompt_tokens": "many"}}')
+    call.end({"choices": [None, {"finish_reason": "stop"}], "usage": {"prompt_tokens": "many"}})
     [span] = spans()
     assert span.attributes["gen_ai.response.finish_reasons"] == ("stop",)
 

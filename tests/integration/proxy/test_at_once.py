@@ -9,7 +9,7 @@ import pytest
 
 from cachepipe import DiskStore
 from cachepipe.contract.draws import label
-from cachepipe.proxy import server as servers
+from cachepipe.proxy import http_protocol
 from cachepipe.proxy.head_cache import HeadCache, is_plain
 from cachepipe.proxy.head_cache import split_head as begun
 from cachepipe.proxy.settings import Upstream
@@ -150,7 +150,7 @@ def test_a_body_may_come_in_pieces(fast, asked, helpers):
 
 @pytest.mark.parametrize("held", [True, False])
 def test_a_body_that_does_not_come_is_waited_for_no_longer_than_others(fast, asked, monkeypatch, held):
-    monkeypatch.setattr(servers, "_BODY_SECONDS", 0.02)
+    monkeypatch.setattr(http_protocol, "_BODY_SECONDS", 0.02)
     server = fast(client_timeout=0.1)
     with Client(server) as client:
         if held:

@@ -208,12 +208,12 @@ def test_trailers_do_not_become_headers(behind, raw):
 
 def test_the_cost_of_a_head_does_not_grow_with_the_pieces_that_it_comes_in(serve, monkeypatch):
     """Bytes are handed to the parser in a few pieces, each as long as all before: so all is linear."""
-    from cachepipe.proxy import server  # noqa: PLC0415 - what is counted
+    from cachepipe.proxy import http_protocol  # noqa: PLC0415 - what is counted
 
     fed = []
-    feed = server.HttpProtocol._feed
+    feed = http_protocol.HttpProtocol._feed
     monkeypatch.setattr(
-        server.HttpProtocol, "_feed", lambda self, data: (fed.append(len(data)), feed(self, data))
+        http_protocol.HttpProtocol, "_feed", lambda self, data: (fed.append(len(data)), feed(self, data))
     )
     proxy = serve()
     head = head_of(4000, b"a: " + b"b" * 60 + b"\r\n").replace(b"/v1/models", b"/healthz")

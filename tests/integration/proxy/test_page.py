@@ -178,7 +178,7 @@ def test_other_names_for_this_machine_are_refused(proxy, path):
 def test_counters_rise_while_calls_are_made(visit, ask):
     page = visit()
     expect(page.locator("#count-hits")).to_have_text("0")
-    expect(page.get_by_text("No request has come yet.")).to_be_visible()
+    expect(page.get_by_text("No requests yet.")).to_be_visible()
     ask("How many?", "a", 3)
     ask("How many?", "b", 2)
     expect(page.locator("#count-hits")).to_have_text("2")
@@ -186,7 +186,7 @@ def test_counters_rise_while_calls_are_made(visit, ask):
     expect(page.locator("#count-spent")).not_to_have_text("0")
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name="b", exact=True)).first
     assert row.get_by_role("cell").all_text_contents()[:3] == ["2", "0", "100 %"]
-    expect(page.get_by_text("No request has come yet.")).to_be_hidden()
+    expect(page.get_by_text("No requests yet.")).to_be_hidden()
     expect(page.locator("[aria-live=polite]")).to_have_text(re.compile(r"hits?, .* misses\."))
     row.get_by_role("link").focus()
     ask("How many?", "b", 2)
@@ -244,12 +244,12 @@ def test_the_way_to_a_sample_needs_only_the_keyboard(visit, ask):
     walk("q-search")
     page.keyboard.type("APPLES")
     page.keyboard.press("Enter")
-    expect(page.locator("#found")).to_have_text("1 request, the latest first.")
+    expect(page.locator("#found")).to_have_text("1 request, newest first.")
     walk("Of apples")
     page.keyboard.press("Enter")
     expect(page).to_have_title("Request · cachepipe")
     expect(page.get_by_role("article")).to_have_count(3)
-    walk("As it is stored")
+    walk("Stored form")
     page.keyboard.press("Enter")
     expect(page.locator("details[open]")).to_contain_text('"temperature": 0.5')
     walk("2")  # a sample of a draw in the ledger's table
@@ -286,9 +286,9 @@ def test_requests_are_found_by_text_key_and_namespace_page_by_page(visit, ask):
     page = visit("#/requests")
     links = page.locator(".requests a")
     expect(links).to_have_count(50)
-    page.get_by_role("link", name="Further").click()
+    page.get_by_role("link", name="More").click()
     expect(links).to_have_text(["Question 1", "Question 0"])
-    page.get_by_role("link", name="Latest").click()
+    page.get_by_role("link", name="Newest").click()
     expect(links).to_have_count(50)
     page.get_by_label("Namespace").select_option(label="few")
     page.get_by_role("button", name="Search").click()
@@ -299,7 +299,7 @@ def test_requests_are_found_by_text_key_and_namespace_page_by_page(visit, ask):
     expect(links).to_have_text(["Question 7"])
     page.get_by_label("Key begins with").fill("k2-none")
     page.keyboard.press("Enter")
-    expect(page.locator("#found")).to_have_text("There is no such request.")
+    expect(page.locator("#found")).to_have_text("No requests match.")
 
 
 HOSTILE = [
@@ -375,7 +375,7 @@ def test_what_models_answered_does_nothing(visit, serve, recorder, http, helpers
     assert len(texts[6].text_content()) == 2001
     page.get_by_role("button", name="Show all 100,000 characters").click()
     assert "\u202e" not in texts[7].text_content()
-    for closed in page.get_by_text("As it is stored").all():
+    for closed in page.get_by_text("Stored form").all():
         closed.click()
     assert page.evaluate(nothing_of_it) == 0
     for fragment in (
@@ -421,7 +421,7 @@ def test_the_token_is_asked_for_and_stays_in_the_tab(visit, serve, axe):
     assert axe(page) == []
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_have_text("The token is not the proxy's.")
+    expect(page.get_by_role("alert")).to_have_text("The token is wrong.")
     page.get_by_label("Token of this proxy").fill("t0ken-ä")
     page.keyboard.press("Enter")
     expect(page.locator("#count-hits")).to_have_text("0")

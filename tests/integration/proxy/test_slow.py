@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+from cachepipe.proxy import http_protocol
 from cachepipe.proxy import server as servers
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -41,14 +42,14 @@ def rest(connection):
 @pytest.mark.parametrize("begun", [b"", HEAD])
 def test_a_head_comes_in_time(serve, connect, monkeypatch, begun):
     """A connection without a request is one, too."""
-    monkeypatch.setattr(servers, "_HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(http_protocol, "_HEAD_SECONDS", 0.05)
     connection = connect(serve())
     connection.sendall(begun)
     assert rest(connection) == b""
 
 
 def test_a_head_that_comes_byte_by_byte_is_given_no_more_time(serve, connect, monkeypatch):
-    monkeypatch.setattr(servers, "_HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(http_protocol, "_HEAD_SECONDS", 0.05)
     connection = connect(serve())
     connection.sendall(HEAD + b"X-Slow: ")
     try:
@@ -94,7 +95,7 @@ def test_an_idle_connection_is_closed(serve, connect, monkeypatch, asked, times)
 
 def test_what_is_answered_at_once_keeps_its_connection():
     """The timer is set once, and looks when it goes off whether the connection was used meanwhile."""
-    protocol = servers.HttpProtocol.__new__(servers.HttpProtocol)
+    protocol = http_protocol.HttpProtocol.__new__(http_protocol.HttpProtocol)
     set_for, closed = [], []
     protocol.loop = types.SimpleNamespace(
         time=lambda: now, call_later=lambda seconds, _: set_for.append(seconds)

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachepipe.contract import lifecycle
-from cachepipe.contract.allotment import added, allot, laid
+from cachepipe.contract.allotment import Segment, added, allot, laid
 from cachepipe.contract.draws import Claimant, draw_of
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.lifecycle import DrawState
-from cachepipe.contract.undoing import Piece, fallen
+from cachepipe.contract.undoing import fallen
 
 KEY = "k"
 
@@ -47,29 +47,29 @@ class Ledger:
         self.samples = {}
         self.pending = {}  # index -> who generates it
         self.taken = {}
-        self.pieces = {}
+        self.segments = {}
         self.holders = {}
         self.claims = 0
         self.order = {}
 
     def claim(self, draw, n, token):
         view = View(self, draw, token)
-        pieces = self.pieces.get(draw, [])
-        held = laid((piece.position, piece.indices) for piece in pieces)
+        segments = self.segments.get(draw, [])
+        held = laid((segment.position, segment.indices) for segment in segments)
         allotment = allot(view, held, n)
         self.claims += 1
         self.order.setdefault(draw.namespace, self.claims)
-        number = max((piece.number for piece in pieces), default=-1) + 1
+        number = max((segment.number for segment in segments), default=-1) + 1
         for position, indices in added(allotment, n, len(held), refresh=False):
-            pieces = [*pieces, Piece(number, position, indices, self.claims, 0)]
+            segments = [*segments, Segment(number, position, indices, self.claims, 0)]
             number += 1
-        self.pieces[draw] = pieces
+        self.segments[draw] = segments
         joined = False
-        for piece in pieces:
-            holders = self.holders.setdefault((draw, piece.number), set())
+        for segment in segments:
+            holders = self.holders.setdefault((draw, segment.number), set())
             joined = joined or bool(holders - {token})
             holders.add(token)
-        numbers = tuple(piece.number for piece in pieces)
+        numbers = tuple(segment.number for segment in segments)
         return allotment, numbers, joined
 
     def commit(self, index, token):
@@ -89,22 +89,22 @@ class Ledger:
     def release(self, draw, token, numbers, complete):
         for number in numbers:
             self.holders.get((draw, number), set()).discard(token)
-        pieces = self.pieces.get(draw, [])
-        if complete or not pieces:
+        segments = self.segments.get(draw, [])
+        if complete or not segments:
             return
         undone = fallen(
-            pieces,
+            segments,
             numbers,
             lambda index: index not in self.samples,
-            lambda piece: bool(self.holders.get((draw, piece.number))),
+            lambda segment: bool(self.holders.get((draw, segment.number))),
         )
-        self.pieces[draw] = [piece for piece in pieces if piece not in undone]
-        for piece in undone:
-            for index in piece.indices:
+        self.segments[draw] = [segment for segment in segments if segment not in undone]
+        for segment in undone:
+            for index in segment.indices:
                 self.taken[draw.namespace].remove(index)
 
     def row(self, draw):
-        return laid((piece.position, piece.indices) for piece in self.pieces.get(draw, []))
+        return laid((segment.position, segment.indices) for segment in self.segments.get(draw, []))
 
 
 class View:
@@ -120,8 +120,8 @@ class View:
     def coupled(self):
         rows = [
             (self.ledger.order[draw.namespace], self.ledger.row(draw))
-            for draw, pieces in self.ledger.pieces.items()
-            if pieces and draw.namespace != self.draw.namespace and draw[1:] == self.draw[1:]
+            for draw, segments in self.ledger.segments.items()
+            if segments and draw.namespace != self.draw.namespace and draw[1:] == self.draw[1:]
         ]
         return min(rows)[1] if rows else []
 
@@ -296,10 +296,10 @@ class World:
         assert not self.ledger.pending
         delivered = [caller for caller in self.callers if caller.outcome == "samples"]
         self.check_independence(delivered)
-        for draw, pieces in self.ledger.pieces.items():  # C8
-            assert all(index in self.ledger.samples for piece in pieces for index in piece.indices), draw
+        for draw, segments in self.ledger.segments.items():  # C8
+            assert all(index in self.ledger.samples for segment in segments for index in segment.indices), draw
         for namespace, taken in self.ledger.taken.items():
-            rows = [self.ledger.row(draw) for draw in self.ledger.pieces if draw.namespace == namespace]
+            rows = [self.ledger.row(draw) for draw in self.ledger.segments if draw.namespace == namespace]
             held = Counter(index for row in rows for index in row)
             assert max(held.values(), default=1) == 1
             assert set(held) == {index for start, stop in taken for index in range(start, stop)}
@@ -384,7 +384,7 @@ def test_c8_failures_and_cancellations_at_any_moment_leave_every_promise_whole(s
 @given(ROUGH)
 def test_c2_a_rerun_gets_what_the_draws_that_stand_got(steps):
     world = played(steps)
-    rows = {draw: world.ledger.row(draw) for draw, pieces in world.ledger.pieces.items() if pieces}
+    rows = {draw: world.ledger.row(draw) for draw, segments in world.ledger.segments.items() if segments}
     world.callers, world.numbers, bought = [], Numbers(), world.generated
     for draw in sorted(rows):
         caller = Caller(draw, DrawState(len(rows[draw])))

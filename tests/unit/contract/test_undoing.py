@@ -5,22 +5,27 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepipe.contract.undoing import Piece, fallen, settled
+from cachepipe.contract.allotment import Segment
+from cachepipe.contract.undoing import fallen, settled
 
 indices = st.integers(0, 24)
 
 
-def pieces_of(claims):
-    """Return the parts of a draw that claims have added one behind the other."""
-    pieces, position = [], 0
-    for name, parts in enumerate(claims):
-        for part in parts:
-            pieces.append(Piece(len(pieces), position, part, name, 0))
-            position += len(part)
-    return pieces
+def segment(number, position, indices, claim):
+    return Segment(number, position, indices, 1, claim, 5)
 
 
-def nobody(_piece):
+def segments_of(claims):
+    """Return the segments of a draw that claims have added one behind the other."""
+    segments, position = [], 0
+    for name, added in enumerate(claims):
+        for indices in added:
+            segments.append(segment(len(segments), position, indices, f"{name}"))
+            position += len(indices)
+    return segments
+
+
+def nobody(_segment):
     return False
 
 
@@ -28,14 +33,14 @@ def nobody(_piece):
     st.lists(st.lists(st.lists(indices, max_size=3), min_size=1, max_size=3), max_size=5), st.sets(indices)
 )
 def test_c8_what_a_claim_added_is_settled_when_all_of_it_and_all_before_it_is_stored(claims, missing):
-    """There is no part of a claim that stands while another part of it is undone."""
-    whole = [missing.isdisjoint(index for part in claim for index in part) for claim in claims]
+    """No segment of a claim stands while another segment of it is undone."""
+    whole = [missing.isdisjoint(index for indices in claim for index in indices) for claim in claims]
     first = whole.index(False) if False in whole else len(claims)
-    assert settled(pieces_of(claims), missing.__contains__) == sum(map(len, claims[:first]))
+    assert settled(segments_of(claims), missing.__contains__) == sum(map(len, claims[:first]))
 
 
-FIRST = Piece(0, 0, [0, 1], "one", 0)
-SECOND = Piece(1, 2, [2], "two", 0)
+FIRST = segment(0, 0, [0, 1], "one")
+SECOND = segment(1, 2, [2], "two")
 
 
 def test_c8_a_draw_whose_samples_are_all_stored_stands():
@@ -60,6 +65,6 @@ def test_c8_what_was_delivered_is_never_undone():
     assert fallen([delivered, SECOND], {0, 1}, lambda index: index == 2, nobody) == [SECOND]
 
 
-def test_c8_what_a_later_part_has_replaced_decides_nothing():
-    replacement = Piece(1, 0, [5, 6], "two", 0)
+def test_c8_what_a_later_segment_has_replaced_decides_nothing():
+    replacement = segment(1, 0, [5, 6], "two")
     assert fallen([FIRST, replacement], {0}, lambda index: index in (0, 1), nobody) == []

@@ -462,7 +462,7 @@ async def test_lines_of_namespaces_that_are_over_are_forgotten(begin, clock):
     for _ in range(400):
         await clock.settle()
     assert len(caller.names) == 3000
-    assert not caller.limits._models[None].lines
+    assert not caller.limits._models[None].queue.lines
 
 
 @pytest.mark.parametrize(

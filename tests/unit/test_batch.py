@@ -13,8 +13,10 @@ import openai
 import orjson
 import pytest
 
-from cachepipe import MemoryStore, batchfile, runs, wire
-from cachepipe.batchfile import WINDOW, BatchFileError, Defaults, Stop, parse_line, run_file
+from cachepipe import MemoryStore, runs, wire
+from cachepipe.batch import BatchFileError, BatchSettings, Stop, files, run_file
+from cachepipe.batch.lines import parse_line
+from cachepipe.batch.runner import WINDOW
 from cachepipe.errors import BadAnswer, StoreError
 
 pytestmark = pytest.mark.anyio
@@ -97,7 +99,7 @@ def nested(levels):
 
 
 def parsed(fields, number=7, **defaults):
-    return parse_line(json.dumps(fields).encode(), number, Defaults(**{"model": "m", **defaults}))
+    return parse_line(json.dumps(fields).encode(), number, BatchSettings(**{"model": "m", **defaults}))
 
 
 # What a line means.
@@ -136,11 +138,7 @@ def test_a_batch_request_is_its_body_at_its_url():
     assert (line.custom_id, line.api, line.carried) == ("a", wire.CHAT, {"tag": 1})
     assert line.asks[0].question == {"model": "own", "messages": HI}
     assert (line.asks[0].n, line.asks[0].transport["user"]) == (2, "u")
-    (request,) = line.requests("ns")
-    assert (request.n, request.request_id, request.namespace) == (2, None, "ns")
-    assert line.requests("ns", ids=True)[0].request_id == "a"
-    assert request.endpoint == "/chat/completions"
-    assert request.prompt == {"model": "own", "messages": HI, "user": "u", "stream": True}
+    assert line.body == body
 
 
 @pytest.mark.parametrize(
@@ -218,12 +216,12 @@ def test_the_id_is_custom_id_or_id_or_task_id_or_the_line_s_number(fields, custo
 )
 def test_a_malformed_line_says_what_was_expected(text, complaint):
     with pytest.raises(ValueError, match=complaint):
-        parse_line(text.encode(), 1, Defaults(model="m"))
+        parse_line(text.encode(), 1, BatchSettings(model="m"))
 
 
 def test_a_line_needs_a_model_and_apis_of_one_answer_refuse_more():
     with pytest.raises(ValueError, match="names no model"):
-        parse_line(b'{"prompt": "a"}', 1, Defaults())
+        parse_line(b'{"prompt": "a"}', 1, BatchSettings())
     with pytest.raises(ValueError, match="gives one answer per request, and 5 are wanted"):
         parsed({"url": "/v1/responses", "body": {"input": "a"}}, n=5)
 
@@ -489,6 +487,30 @@ async def test_c1_ids_tell_draws_apart_when_asked_to(paths, client):
     )
     assert (await run_file(source, target, **settings)).generated == 1
     assert {line["custom_id"]: line["cachepipe"]["indices"] for line in read(target)}.items() >= first.items()
+
+
+async def test_c1_each_replicate_has_samples_of_its_own_and_replays_them(paths, client):
+    source, target = paths
+    write(source, [{"prompt": "same"}, {"prompt": "same"}])
+    settings = BatchSettings(client=client, model="m", cache=MemoryStore(), namespace="a")
+    seen = {}
+    for replicate, generated in ((None, 2), (1, 2), ("2", 2), ("1", 0), (2, 0), (None, 0)):
+        assert (await run_file(source, target, settings, replicate=replicate)).generated == generated
+        indices = [line["cachepipe"]["indices"] for line in read(target)]
+        assert seen.setdefault(str(replicate), indices) == indices
+    assert sorted(index for indices in seen.values() for [index] in indices) == list(range(6))
+    other = await run_file(source, target, settings, namespace="b", replicate=1)
+    assert other.generated == 0
+
+
+async def test_an_error_of_one_replicate_keeps_no_result_of_another(paths, client):
+    source, target = paths
+    write(source, [{"prompt": "a"}])
+    settings = BatchSettings(client=client, model="m", cache=MemoryStore())
+    await run_file(source, target, settings, replicate=1)
+    client.answer = lambda *_: api_error(openai.InternalServerError, 500, b"{}")
+    report = await run_file(source, target, settings, replicate=2)
+    assert (report.failed, report.kept) == (1, 0)
 
 
 async def test_c2_with_ids_a_line_without_one_draws_by_its_question(paths, client):
@@ -798,7 +820,7 @@ async def test_a_run_that_waits_for_the_reader_of_a_pipe_can_be_stopped(paths, c
             looked.set()
         return usual(path, *rest, **more)
 
-    monkeypatch.setattr(batchfile.os, "open", watched)
+    monkeypatch.setattr(files.os, "open", watched)
     running = asyncio.create_task(
         run_file(source, pipe, client=client, model="m", cache=MemoryStore(), stop=stop)
     )
@@ -812,7 +834,7 @@ async def test_a_run_that_waits_for_the_reader_of_a_pipe_can_be_stopped(paths, c
 async def test_an_input_that_changes_meanwhile_is_told_and_makes_no_result(
     paths, client, monkeypatch, change
 ):
-    monkeypatch.setattr(batchfile, "_READ", 1)
+    monkeypatch.setattr(files, "_READ", 1)
     source, target = paths
     write(source, [{"prompt": "a" * 70_000}, {"prompt": "b" * 70_000}])
 

@@ -1,0 +1,155 @@
+"""Draws the samples of lines: each line is an exchange with the cache, like a client's call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cachepipe import jsontext, runs
+from cachepipe.batch.lines import Line
+from cachepipe.batch.report import Report
+from cachepipe.batch.settings import BatchSettings
+from cachepipe.contract.draws import Claimant, Identity, Numbered, label
+from cachepipe.errors import UnkeyableValue
+from cachepipe.models.connection import SdkCalls
+from cachepipe.models.openai import ENDPOINTS, OpenAIModel
+from cachepipe.providers.exchange import Backing, Exchange, Surface, questions_of
+from cachepipe.providers.lists import Lists
+from cachepipe.stores.base import Store
+from cachepipe.typedefs import Response
+from cachepipe.wire import Ask
+
+
+class LineDraw(NamedTuple):
+    """A line's draw.
+
+    Attributes:
+        line: the line.
+        claimant: who draws.
+        occurrences: per question, the number of earlier lines of the file that ask the same.
+        id: identifies the draw in results: a digest of the claimant, the questions without their server, and
+            the occurrences.
+    """
+
+    line: Line
+    claimant: Claimant
+    occurrences: Sequence[int]
+    id: str
+
+
+class LineExchange(SdkCalls, Exchange):
+    """A line of a file, answered from the cache or through the SDK. Its answer is made of samples only."""
+
+    def __init__(self, model: OpenAIModel, surface: Surface, lists: Lists, draw: LineDraw) -> None:
+        line = draw.line
+        self._refusal = line.refusal
+        self.connection, self.endpoint = model.connection, ENDPOINTS[line.api]
+        super().__init__(
+            surface,
+            line.api,
+            line.body,
+            line.asks,
+            self.connection.scope_of(self.endpoint, line.body.get("model")),
+            self.connection.headers,
+            stream=False,
+            alone=False,
+            mode=surface.mode,
+            claimant=draw.claimant,
+            lists=lists,
+            max_n=model.max_n,
+        )
+        self.spans = not self.connection.only_replays
+        self.counter = Numbered(zip(self.record.keys, draw.occurrences, strict=True))
+
+    async def called(self, asks: Sequence[Ask], n: int) -> Sequence[Any]:
+        """Return the samples of one call as they are stored.
+
+        Raises:
+            BadAnswer: when the response is not an answer.
+        """
+        return self._packed(*await self.paid(asks, n))
+
+    def keep(self) -> None:
+        """Keep the body without copying it: it was read from the file, so nothing else can change it."""
+
+    async def answered(self) -> tuple[bytes, Sequence[Response]]:
+        """Return the body of the answer, and the samples of each question with their flags.
+
+        Raises:
+            TooManySamples: when the line asks for too many.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        answer = self.known()
+        if answer is None:
+            answer = await self.drawn()
+        content, responses = answer.content, self.record.responses
+        if not isinstance(content, bytes) or responses is None:
+            raise TypeError("a line has no stream")
+        return content, responses
+
+
+class Asker:
+    """Draws the samples of lines, over one store and one client.
+
+    Args:
+        model: makes the calls.
+        store: the store.
+        settings: the settings of the run.
+        report: gets the figures of the calls.
+    """
+
+    def __init__(self, model: OpenAIModel, store: Store, settings: BatchSettings, report: Report) -> None:
+        self._model = model
+        self._settings = settings
+        self._report = report
+        self._surface = Surface(
+            Backing(store), settings.namespace, settings.mode, settings.scope, settings.repeat
+        )
+        self._lists = Lists(shared=True)
+        # The run gives the numbers of failed requests back, so the lines are counted here.
+        self._counted = runs.Occurrences()
+        report.spent = model.spent
+
+    def draw(self, line: Line) -> LineDraw:
+        """Return the draw of the next line of the file, and count it."""
+        request_id = line.custom_id if self._settings.ids and line.named else None
+        claimant = Claimant(self._settings.namespace, request_id, self._settings.replicate)
+        whose = label(claimant.namespace), request_id or "", label(claimant.replicate)
+        asked = self._asked(line)
+        occurrences = [self._counted.take(Identity(whose[0], key, whose[1], whose[2])) for key in asked]
+        named = jsontext.dumps([*whose, asked, occurrences])
+        return LineDraw(line, claimant, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
+
+    def _asked(self, line: Line) -> list[str]:
+        """Return what counts the occurrences of each question; for a question without a key, nothing."""
+        connection = self._model.connection
+        url = connection.scope_of(ENDPOINTS[line.api], line.body.get("model"))
+        try:
+            # Without the server: an unreachable address must not cost the results of another one.
+            questions = questions_of(line.api, line.asks, url, connection.headers, scope="")
+        except UnkeyableValue:  # making the exchange raises it again
+            return [""] * len(line.asks)
+        return [question.key for question in questions]
+
+    def exchange(self, draw: LineDraw) -> LineExchange:
+        """Return the exchange of a line.
+
+        Raises:
+            UnkeyableValue: when no stable key can be made from one of its values.
+        """
+        return LineExchange(self._model, self._surface, self._lists, draw)
+
+    def count(self) -> None:
+        """Bring the report's figures of calls up to date."""
+        self._report.calls = self._model.calls
+        stats = [cache.stats() for cache in self._surface.caches.values()]
+        self._report.generated = sum(each.generated for each in stats)
+        self._report.unreported = sum(each.unreported for each in stats)
+
+    async def close(self) -> None:
+        """Wait for what is in flight, write it, and close the client if it was made here."""
+        await self._surface.backing.close()
+        self.count()
+        await self._model.close()

@@ -1,0 +1,187 @@
+"""What a line of a batch file asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from cachepipe import jsontext, wire
+from cachepipe.batch.settings import BatchSettings
+from cachepipe.bounds import check_n
+from cachepipe.errors import TooManySamples
+from cachepipe.models.openai import ENDPOINTS
+
+SETTINGS: Final = frozenset(
+    {"model", "n", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop"}
+)
+"""The fields that are part of what a line with a prompt or messages asks."""
+
+_DEEPEST: Final = 250  # levels of a line
+
+
+class LineError(ValueError):
+    """What is wrong with one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One request of a batch file.
+
+    Attributes:
+        number: its line in the file, from 1.
+        custom_id: its name, which no other line of the file has.
+        named: whether the line gives that name; otherwise it is the line's number.
+        api: the API that it asks.
+        body: the body of the request.
+        asks: the questions in the body.
+        carried: fields that are copied to its result.
+        refusal: why nothing is asked for it, or None.
+    """
+
+    number: int
+    custom_id: str
+    named: bool
+    api: wire.Api
+    body: Mapping[str, Any]
+    asks: tuple[wire.Ask, ...]
+    carried: Mapping[str, Any]
+    refusal: TooManySamples | None = None
+
+
+def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
+    """Return the request of a line.
+
+    Args:
+        text: the line.
+        number: its place in the file, from 1.
+        settings: the settings of the run; they fill in what the line leaves out.
+
+    Raises:
+        ValueError: when it holds no valid request; the message says what was expected.
+    """
+    fields = _fields(text)
+    name, custom_id = _custom_id(fields)
+    api, body, used = _asked(fields)
+    carried = {
+        field: value
+        for field, value in fields.items()
+        if field not in used and (field != name or name == "task_id")
+    }
+    _fill(settings, api, body)
+    if "model" not in body and api is not wire.MODERATIONS:
+        raise LineError("it names no model, and neither does --model")
+    try:
+        asks = api.split(body)
+    except wire.BadRequest as error:
+        raise LineError(str(error)) from error
+    if not asks[0].cacheable:
+        raise LineError(f"it cannot be run from a file: {asks[0].reason}")
+    refusal = None
+    try:
+        check_n(asks[0].n, len(asks))
+    except TooManySamples as error:  # it is this line's result
+        refusal, asks = error, tuple(ask._replace(n=1) for ask in asks)
+    named = name is not None
+    return Line(number, custom_id if named else str(number), named, api, body, asks, carried, refusal)
+
+
+def _fields(text: bytes) -> dict[str, Any]:
+    """Return the fields of a line."""
+    try:
+        fields = jsontext.loads(text)
+    except json.JSONDecodeError as error:
+        raise LineError(f"it is not valid JSON: {error.msg} (column {error.colno})") from error
+    except ValueError as error:
+        raise LineError(str(error)) from error
+    if not isinstance(fields, dict):
+        raise LineError(f"it must be a JSON object; got {fields!r:.80}")
+    try:
+        orjson.dumps([[fields]])  # as deep as a result holds what is carried along
+    except TypeError as error:  # or it holds long integers or lone surrogates
+        if _nests_deeper(fields, _DEEPEST):
+            raise LineError(f"it nests too deep; {_DEEPEST} levels can be sent and written") from error
+    return fields
+
+
+def _nests_deeper(value: Any, levels: int) -> bool:
+    """Return True if a JSON value nests more than this number of levels."""
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return not levels or any(_nests_deeper(item, levels - 1) for item in items)
+
+
+def _custom_id(fields: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the field that names a line, and the name; None and an empty string if there is none."""
+    for name in ("custom_id", "id", "task_id"):
+        value = fields.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise LineError(f"{name} must be a string; got {value!r:.80}")
+        return name, str(value)
+    return None, ""
+
+
+def _asked(fields: Mapping[str, Any]) -> tuple[wire.Api, dict[str, Any], frozenset[str]]:
+    """Return the API that a line asks, the body, and the fields that are not carried along."""
+    if "url" in fields or "method" in fields:
+        body = fields.get("body")
+        if not isinstance(body, dict):
+            raise LineError(f"its body must be a JSON object; got {body!r:.80}")
+        return _api(fields), dict(body), frozenset({"method", "url", "body"})
+    body = {name: value for name, value in fields.items() if name in SETTINGS and value is not None}
+    if "messages" in fields:
+        messages = fields["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise LineError(f"messages must be a list of messages; got {messages!r:.80}")
+        return wire.CHAT, {**body, "messages": messages}, frozenset({"messages"})
+    if "prompt" not in fields:
+        raise LineError(
+            "it holds no request: neither prompt, nor messages, nor method, url and body; "
+            f"it has {', '.join(sorted(fields)) or 'no fields'}"
+        )
+    prompt = fields["prompt"]
+    if not isinstance(prompt, str):
+        raise LineError(f"prompt must be a string; got {prompt!r:.80}. A list of messages goes into messages")
+    return wire.CHAT, {**body, "messages": [{"role": "user", "content": prompt}]}, frozenset({"prompt"})
+
+
+def _api(fields: Mapping[str, Any]) -> wire.Api:
+    method, url = fields.get("method", "POST"), fields.get("url")
+    if method != "POST":
+        raise LineError(f"method must be POST; got {method!r:.80}")
+    is_path = isinstance(url, str) and url.startswith("/") and "?" not in url
+    api = wire.api_for("POST", url) if isinstance(url, str) and is_path else None
+    if api is None or api not in ENDPOINTS:
+        known = ", ".join(f"/v1{endpoint}" for endpoint in ENDPOINTS.values())
+        raise LineError(f"url must be one of {known}; got {url!r:.80}. The server is --base-url")
+    return api
+
+
+def _fill(settings: BatchSettings, api: wire.Api, body: dict[str, Any]) -> None:
+    """Add the settings of the run that a body lacks, where the API has them."""
+    defaults: dict[str, Any] = {"model": settings.model}
+    if not api.function:
+        defaults["temperature"] = settings.temperature
+    if api is wire.RESPONSES:
+        defaults["max_output_tokens"] = settings.max_tokens
+    elif not api.function:
+        defaults["seed"] = settings.seed
+        if "max_tokens" not in body and "max_completion_tokens" not in body:
+            defaults["max_tokens"] = settings.max_tokens
+            defaults["max_completion_tokens"] = settings.max_completion_tokens if api is wire.CHAT else None
+    for name, value in defaults.items():
+        if value is not None:
+            body.setdefault(name, value)
+    if api.max_n == 1 and not api.function and settings.n != 1:
+        raise LineError(
+            f"{api.name} gives one answer per request, and {settings.n} are wanted; "
+            "repeat the line under other custom_ids"
+        )
+    if api.max_n > 1 and body.get("n") is None and settings.n != 1:
+        body["n"] = settings.n

@@ -1,0 +1,105 @@
+"""The settings of a run, which `run_file` and the command line share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from cachepipe.bounds import check_n
+from cachepipe.typedefs import Mode, Repeat, check_replicate
+
+if TYPE_CHECKING:
+    from cachepipe.batch.report import Report
+
+
+def _do_nothing() -> None:
+    """Do nothing."""
+
+
+class Stop:
+    """Stops a run early. Call its methods on the run's event loop, for example in a signal handler."""
+
+    def __init__(self) -> None:
+        self.asked = self.forced = False
+        self.heard: Callable[[], None] = _do_nothing
+
+    def soon(self) -> None:
+        """Begin no new requests, and wait for those in flight."""
+        self.asked = True
+        self.heard()
+
+    def now(self) -> None:
+        """Stop without waiting for anything."""
+        self.forced = True
+        self.soon()
+
+    def listen(self, heard: Callable[[], None] = _do_nothing) -> None:
+        """Call a function whenever the run is asked to stop; by default none."""
+        self.heard = heard
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """The settings of a run of a batch file."""
+
+    model: Annotated[str | None, "Default model for lines without a model."] = None
+    base_url: Annotated[
+        str | None, "The base URL of the API, such as http://localhost:8000/v1.  [default: OpenAI's]"
+    ] = None
+    api_key: Annotated[
+        str | None, "The API key; an empty one for a server that needs none. Replays need no key."
+    ] = None
+    client: Annotated[Any, "An openai.AsyncOpenAI to use instead of a new client."] = None
+    timeout: Annotated[float | None, "Seconds for each attempt of a call."] = None
+    max_retries: Annotated[int | None, "The number of retries of a failed call.  [default: 2]"] = None
+    max_n: Annotated[int | None, "The largest number of samples that the server returns in one call."] = None
+    n: Annotated[int, "Samples per request."] = 1
+    temperature: Annotated[float | None, "Default for lines without a temperature."] = None
+    max_tokens: Annotated[int | None, "Default for lines without a limit."] = None
+    max_completion_tokens: Annotated[
+        int | None, "The same by its newer name, for models that require it."
+    ] = None
+    seed: Annotated[int | None, "Default for lines without a seed."] = None
+    cache: Annotated[Any, "A folder, a diskcache.Cache, a store, or None for the default folder."] = None
+    namespace: Annotated[str | None, "The experiment; samples are independent within it."] = None
+    replicate: Annotated[
+        str | int | None,
+        "The repetition of the experiment that this run is; each repetition has samples of its own.",
+    ] = None
+    mode: Annotated[Mode, "How the cache is used.  [default: read-write]"] = "read-write"
+    scope: Annotated[
+        str | None,
+        "Use the samples of another endpoint: a scope that `cachepipe ls` shows, a base URL, or any name.",
+    ] = None
+    repeat: Annotated[Repeat, "Give equal questions of different lines fresh samples, or the same ones."] = (
+        "fresh"
+    )
+    ids: Annotated[
+        bool,
+        "Identify a line also by its id: a line with a new id gets fresh samples. By default, a line is "
+        "identified by its question and by the number of earlier lines with the same question.",
+    ] = False
+    durability: Annotated[str, "'process' or 'full', if the run opens the cache."] = "process"
+    concurrency: Annotated[int, "Requests in flight."] = 16
+    limit: Annotated[int | None, "Run only this many requests, from the first."] = None
+    progress: Annotated[
+        Callable[["Report"], None] | None,
+        "Called with the report when the input has been checked, and whenever a line has ended.",
+    ] = None
+    stop: Annotated[Stop, "Stops the run early."] = field(default_factory=Stop)
+    grace: Annotated[float, "Seconds that requests in flight have after the run is asked to stop."] = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can have."""
+        check_n(self.n)
+        check_replicate(self.replicate)
+        if self.concurrency < 1 or self.n < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError("concurrency, n and limit are whole numbers, at least 1")
+
+
+HELP: Final[Mapping[str, str]] = {
+    name: annotation.__metadata__[0] for name, annotation in BatchSettings.__annotations__.items()
+}
+"""What each setting is, for help texts."""
+
+_ATTRIBUTES = "\n".join(f"        {name}: {text}" for name, text in HELP.items())
+BatchSettings.__doc__ = f"{BatchSettings.__doc__}\n\n    Attributes:\n{_ATTRIBUTES}\n    "

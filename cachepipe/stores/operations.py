@@ -1,0 +1,348 @@
+"""The operations of a store, performed on the rows of a ledger as ``cachepipe.contract`` decides.
+
+An engine (``cachepipe.stores.ledger``) reads and writes the rows; nothing here depends on how it does so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import orjson
+
+from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, laid, lowest_new
+from cachepipe.contract.draws import Draw
+from cachepipe.contract.keys import trimmed
+from cachepipe.contract.undoing import fallen, settled
+from cachepipe.errors import StoreError
+from cachepipe.stores.base import (
+    Claim,
+    Commit,
+    Committed,
+    Discard,
+    Grant,
+    Note,
+    Operation,
+    ReleaseHold,
+    ReleaseLease,
+    Result,
+    Sample,
+    Seize,
+)
+from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
+
+
+def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
+    """Perform operations in order, inside a transaction; return their results.
+
+    Commits go before releases of holds: readers see a sample before the transaction ends, so a draw that
+    waits for it must not be undone.
+
+    Raises:
+        StoreError: when an operation is refused; then the engine takes the whole transaction back.
+    """
+    kinds = [type(operation) for operation in operations]
+    if ReleaseHold in kinds and Commit in kinds[kinds.index(ReleaseHold) :]:
+        released = kinds.index(ReleaseHold)
+        late = sorted(range(released, len(kinds)), key=lambda place: kinds[place] is not Commit)
+        order = [*range(released), *late]
+        found = dict(zip(order, perform(ledger, [operations[place] for place in order]), strict=True))
+        return [found[place] for place in range(len(order))]
+    if Claim in kinds:
+        _end_the_dead(ledger)
+        ledger.read_ahead([operation for operation in operations if type(operation) is Claim])
+    results: list[Result] = []
+    for kind, group in groupby(operations, type):
+        if kind is Claim:
+            results += [_claim(ledger, claim) for claim in group]  # type: ignore[arg-type]
+        elif kind is Commit:
+            results += _commit_all(ledger, list(group))  # type: ignore[arg-type]
+        else:
+            for operation in group:
+                _perform_one(ledger, operation)
+                results.append(None)
+    return results
+
+
+def _perform_one(ledger: Ledger, operation: Operation) -> None:
+    match operation:
+        case ReleaseLease(key, indices):
+            _free(ledger, ledger.key(key), indices, ours=True)
+        case Seize(key, indices):
+            _free(ledger, ledger.key(key), indices, ours=False)
+        case ReleaseHold():
+            _release_hold(ledger, operation)
+        case Discard():
+            _discard(ledger.key(operation.key), operation)
+        case Note():
+            _note(ledger, operation)
+
+
+# Claims.
+
+
+def _claim(ledger: Ledger, claim: Claim) -> Grant:
+    draw, n = claim.draw, claim.n
+    rows = ledger.claimed(claim)
+    if claim.user is not None:
+        rows.use(claim.user)
+    if rows.is_new:
+        indices = first(n)
+        rows.begin(Segment(0, 0, indices, ledger.lease(), claim.token, ledger.stamp()))
+        return Grant(indices, [None] * n, list(indices), (0,), n)
+    own, shared = rows.segments, draw.shared
+    known = not shared and rows.taken.interval_at(0) is not None
+    held = _laid(own) if own else []
+    allotment = allot(rows, held, n, refresh=claim.refresh, couple=not shared)
+    assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
+    samples, mine = allotment.samples, allotment.to_generate
+    missing = None in samples
+    token = claim.token if missing else None
+    holds: list[int] = []
+    if own:
+        if missing:
+            holds = _join(ledger, claim, rows)
+        elif len(held) > n:
+            _let_stand(claim, rows, {*held[n:]})
+    segments, count = added(allotment, n, len(held), refresh=claim.refresh), 0
+    if segments:
+        number, lease, stamp = own[-1].number + 1 if own else 0, ledger.lease(), ledger.stamp()
+        for position, chosen in segments:
+            standing = 0 if missing else len(chosen)
+            generated = len({*chosen}.intersection(mine)) if mine else 0
+            rows.add(Segment(number, position, chosen, lease, token, stamp, standing), generated)
+            holds.append(number)
+            number += 1
+            count += len(chosen)
+    return Grant(
+        allotment.indices,
+        samples,
+        mine,
+        tuple(holds) if missing else (),
+        count,
+        fresh_id=known and not own and bool(draw.request_id),
+        shared=bool(own) and ledger.made_by_others({segment.lease for segment in own}),
+        joined=missing and not all(_is_author(ledger, segment, token) for segment in own),
+    )
+
+
+def _laid(segments: Sequence[Segment]) -> list[int]:
+    return laid((segment.position, segment.indices) for segment in segments)
+
+
+def _is_author(ledger: Ledger, segment: Segment, token: str | None) -> bool:
+    """Return True if a claimant of this process wrote a segment and still holds it."""
+    return segment.token == token and segment.lease == ledger.lease()
+
+
+def _join(ledger: Ledger, claim: Claim, rows: DrawRows) -> list[int]:
+    """Hold the segments of a draw that may still be undone, whichever claimant wrote them."""
+    held: list[int] = []
+    for segment in _unsettled(rows, rows.segments):
+        if not _is_author(ledger, segment, claim.token):
+            rows.hold(segment.number, claim.token)
+        held.append(segment.number)
+    return held
+
+
+def _let_stand(claim: Claim, rows: DrawRows, beyond: set[int]) -> None:
+    """Mark what is delivered now of segments that may still be undone because later samples may fail."""
+    given = {
+        segment.number: standing
+        for segment in rows.segments
+        if (standing := min(claim.n - segment.position, len(segment.indices))) > segment.standing
+    }
+    if not given:
+        return
+    last = next(segment for segment in reversed(rows.segments) if segment.number in given)
+    # Segments of later claims do not affect these.
+    earlier = [each for each in rows.segments if each.number <= last.number or each.claim == last.claim]
+    after = {index for segment in earlier for index in segment.indices if index in beyond}
+    missing = {index for index in after if rows.sample(index) is None}
+    for segment in earlier[settled(earlier, missing.__contains__) :] if missing else ():
+        if segment.number in given:
+            rows.replace(segment._replace(standing=given[segment.number]))
+
+
+def _unsettled(rows: DrawRows, segments: Sequence[Segment]) -> Sequence[Segment]:
+    """Return the segments that may still be undone."""
+    return segments[settled(segments, lambda index: rows.sample(index) is None) :]
+
+
+def replay(rows: DrawView, draw: Draw, n: int) -> Grant | None:
+    """Return what a claim would get if all of its samples are stored, else None; write nothing.
+
+    Args:
+        rows: the rows of the draw; what is taken in them is not kept.
+        draw: the draw.
+        n: how many samples are wanted.
+    """
+    allotment = allot(rows, _laid(rows.segments), n, couple=not draw.shared, stored_only=True)
+    return None if allotment is None else Grant(allotment.indices, allotment.samples)
+
+
+def recall(rows: DrawView, n: int) -> Grant | None:
+    """Return the first n samples of a draw that the ledger holds whole, else None; see ``Store.recall``.
+
+    What lies beyond n must be there too: a draw that is incomplete may yet be undone.
+    """
+    indices = _laid(rows.segments)
+    samples = [sample for sample in map(rows.sample, indices) if isinstance(sample, Sample)]
+    if not len(samples) == len(indices) >= n:
+        return None
+    return Grant(indices[:n], [*samples[:n]])
+
+
+# Commits.
+
+
+def _commit_all(ledger: Ledger, commits: Sequence[Commit]) -> list[Result]:
+    """Store samples: together if this process still generates all of them, else one by one."""
+    places = [(commit.key, commit.index) for commit in commits if commit.index is not None]
+    if len(places) == len(commits):
+        samples = [(commit.key, _sample(ledger, commit, commit.index or 0)) for commit in commits]
+        if ledger.store_pending(samples):
+            return [Committed(sample, kept=True) for _, sample in samples]
+    return [_commit(ledger, commit) for commit in commits]
+
+
+def _sample(ledger: Ledger, commit: Commit, index: int) -> Sample:
+    header = {"id": commit.id, "stamp": ledger.stamp(), **commit.meta}
+    return Sample(index, commit.id, commit.payload, trimmed(orjson.dumps(header)))
+
+
+def _commit(ledger: Ledger, commit: Commit) -> Committed:
+    rows, index = ledger.key(commit.key), commit.index
+    there = None if index is None else rows.sample(index)
+    kept = index is not None and _keeps_index(ledger, rows, commit, index, there)
+    if kept and isinstance(there, Sample):
+        return Committed(there, kept=True)  # written earlier, by a transaction that was interrupted
+    if index is None or not kept:
+        listed = rows.listed
+        index = lowest_new(listed, listed)
+        while rows.sample(index) is not None:
+            listed.add(index)  # stored, but not listed: its writer was killed in between
+            index = lowest_new(listed, listed)
+    rows.listed.add(index)
+    sample = _sample(ledger, commit, index)
+    if not ledger.store(commit.key, sample):
+        raise StoreError(
+            f"another process has written sample {index} of key {commit.key} meanwhile; try again"
+        )
+    return Committed(sample, kept)
+
+
+def _keeps_index(
+    ledger: Ledger, rows: KeyRows, commit: Commit, index: int, there: Sample | Discarded | None
+) -> bool:
+    """Return True if a sample is stored where it was claimed; end its lease if this process has it.
+
+    It is if nobody else generates it now, and if there is no other sample.
+    """
+    author = rows.pending(index)
+    if author == ledger.lease():
+        rows.unpend(index)
+        author = None
+    if there is not None:
+        return isinstance(there, Sample) and there.id == commit.id
+    return author is None
+
+
+# What else happens to a draw and to a sample.
+
+
+def _free(ledger: Ledger, rows: KeyRows, indices: Sequence[int], *, ours: bool) -> None:
+    """End the generation of samples by this process, or by others; those that are not stored are free."""
+    for index in indices:
+        author = rows.pending(index)
+        if author is not None and (author == ledger.lease()) is ours:
+            rows.unpend(index)
+            _unlist(rows, index)
+
+
+def _unlist(rows: KeyRows, index: int) -> None:
+    """Take an index that is not generated any more out of the list, unless its sample is stored."""
+    if rows.sample(index) is None:
+        rows.listed.remove(index)
+
+
+def _end_the_dead(ledger: Ledger) -> None:
+    """Free the samples that dead processes were generating, and end their holds."""
+    for lease in ledger.dead():
+        for rows, index in ledger.pending_of(lease):
+            _unlist(rows, index)
+        ledger.end(lease)
+
+
+def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
+    """Release a hold. Undo what is not settled, not delivered and not held by others (C8)."""
+    rows = ledger.draw(release.draw)
+    segments = list(rows.segments)
+    released: set[int] = set()
+    for at, segment in enumerate(segments):
+        if segment.number in release.held:
+            left = _let_go(ledger, rows, release, segment)
+            if left is not None:
+                segments[at] = left
+                released.add(segment.number)
+    if all(each.standing == len(each.indices) for each in segments if each.number in released):
+        return
+
+    def held(segment: Segment) -> bool:
+        if segment.token is not None and _lives(ledger, segment.lease):
+            return True
+        return any(_lives(ledger, lease) for lease in rows.holders(segment.number))
+
+    while undone := fallen(segments, released, lambda index: rows.sample(index) is None, held):
+        for segment in undone:  # if a refresh is undone, the samples that it had replaced return
+            kept, free = segment.indices[: segment.standing], segment.indices[segment.standing :]
+            if not kept:
+                segments.remove(segment)
+                rows.drop(segment)
+            elif free:
+                left = segment._replace(indices=kept)
+                segments[segments.index(segment)] = left
+                rows.replace(left)
+            for index in free:
+                rows.taken.remove(index)
+
+
+def _lives(ledger: Ledger, lease: int) -> bool:
+    return lease == ledger.lease() or ledger.alive(lease)
+
+
+def _let_go(ledger: Ledger, rows: DrawRows, release: ReleaseHold, segment: Segment) -> Segment | None:
+    """Release a claimant's hold of a segment, and mark what it received; return None if it had no hold."""
+    left = segment
+    if _is_author(ledger, segment, release.token):
+        left = segment._replace(token=None)
+    elif not rows.unhold(segment.number, release.token):
+        return None
+    if not release.complete:
+        if left is not segment:
+            rows.replace(left)
+        return left
+    given = min(release.n - segment.position, len(segment.indices))
+    if given > segment.standing:
+        left = left._replace(standing=given)
+        rows.replace(segment._replace(standing=given))
+    return left
+
+
+def _discard(rows: KeyRows, discard: Discard) -> None:
+    """Mark a sample as discarded, on record; it may be damaged, or listed and missing."""
+    index = discard.index
+    if not rows.has_row(index) and (index not in rows.listed or rows.pending(index) is not None):
+        raise StoreError(f"there is no sample {index} of key {rows.name} to discard")
+    rows.discard(index, discard.why)
+    rows.listed.add(index)
+
+
+def _note(ledger: Ledger, note: Note) -> None:
+    place = (note.run, note.namespace)
+    if note.unreported.sold:
+        ledger.add_unreported(*place, note.unreported)
+    if note.delivered.as_asked.sold:
+        sums = ledger.sums(*place)
+        sums.join(note.delivered)
+        ledger.put_sums(*place, sums)
