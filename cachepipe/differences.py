@@ -20,14 +20,14 @@ _AROUND: Final = 12  # characters that are shown before the place where two text
 _MOST: Final = 4  # differences that a sentence tells
 
 
-class Absent:
+class NoValue:
     """Stands for a field that a question does not have."""
 
     def __repr__(self) -> str:
         return "nothing"
 
 
-ABSENT: Final = Absent()
+NO_VALUE: Final = NoValue()
 
 
 class Difference(NamedTuple):
@@ -35,7 +35,7 @@ class Difference(NamedTuple):
 
     Attributes:
         path: the path of the value, such as ``scope``, ``temperature`` or ``messages[1].content``.
-        asked: the value in the request's question; `ABSENT` if it has none.
+        asked: the value in the request's question; `NO_VALUE` if it has none.
         stored: the value in the stored question, likewise.
     """
 
@@ -108,7 +108,7 @@ def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
     if isinstance(one, dict) and isinstance(other, dict):
         for name in [*one, *(name for name in other if name not in one)]:
             inner = f"{path}.{name}" if path else name
-            yield from _differing(inner, one.get(name, ABSENT), other.get(name, ABSENT))
+            yield from _differing(inner, one.get(name, NO_VALUE), other.get(name, NO_VALUE))
         if one == other and list(one) != list(other):
             yield Difference(path or "the fields", one, other)
     elif isinstance(one, list) and isinstance(other, list):
@@ -116,7 +116,7 @@ def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
         head = next((k for k in range(least) if spelled[0][k] != spelled[1][k]), least)
         tail = next((k for k in range(least - head) if spelled[0][~k] != spelled[1][~k]), least - head)
         left, right = one[head : len(one) - tail], other[head : len(other) - tail]
-        for place, values in enumerate(itertools.zip_longest(left, right, fillvalue=ABSENT), head):
+        for place, values in enumerate(itertools.zip_longest(left, right, fillvalue=NO_VALUE), head):
             yield from _differing(f"{path}[{place}]", *values)
     elif one != other or type(one) is not type(other):
         yield Difference(path or "the question", one, other)
@@ -149,7 +149,7 @@ def _same_start(one: str, other: str) -> int:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | Absent) else json.dumps(value, ensure_ascii=False)
+    text = repr(value) if isinstance(value, str | NoValue) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 

@@ -65,7 +65,7 @@ class TooManySamples(CachepipeError, ValueError):  # noqa: N818 - names what is 
     """A request asks for more samples than allowed; nothing was allocated or sent for it."""
 
 
-class BadAnswer(CachepipeError):  # noqa: N818 - names the thing at fault
+class BadAnswer(CachepipeError, ValueError):  # noqa: N818 - names the thing at fault
     """A model returned something that is not a valid answer; it is not cached."""
 
 

@@ -90,7 +90,7 @@ def run_now(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., 
         except StopIteration as end:
             return end.value
         work.close()
-        raise RuntimeError(f"{function.__qualname__} waits; only its asynchronous twin may")
+        raise RuntimeError(f"{function.__qualname__} waits, which only an asynchronous client may")
 
     return run
 
@@ -104,7 +104,7 @@ def check_elsewhere(work: Coroutine[Any, Any, Any]) -> None:
     if _loop is not None and asyncio._get_running_loop() is _loop:  # noqa: SLF001 - the documented one raises
         work.close()
         raise RuntimeError(
-            "this would wait for the loop that it runs on; await the asynchronous twin instead"
+            "this would wait for the loop that it runs on; await the asynchronous method instead"
         )
 
 
@@ -114,7 +114,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         while True:
             try:
                 loop.run_forever()
-            except (KeyboardInterrupt, SystemExit):  # of a task, whose future has it
+            except (KeyboardInterrupt, SystemExit):  # a task raised it, and its caller gets it
                 continue
             break
     finally:

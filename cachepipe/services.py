@@ -15,7 +15,7 @@ import concurrent.futures
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypedDict, Unpack
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -25,7 +25,7 @@ from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
 from cachepipe.portal import submit
 from cachepipe.stores import Store
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.typedefs import Mode, Repeat, describes
 
 _CLIENTS: Final = {
     "openai": ("AsyncOpenAI", "OpenAI"),
@@ -63,6 +63,7 @@ class LimitOptions(TypedDict, total=False):
     shared: str | os.PathLike[str] | None
 
 
+@describes(LimitOptions)
 class Service:
     """An endpoint, with limits for all calls through this object.
 
@@ -116,7 +117,7 @@ class Service:
             Retries(max_retries, max_time, clock=clock),
             Estimator(token_encoding_name),
         )
-        self._lent: _Loan | None = None
+        self._lent: Loan | None = None
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -197,18 +198,16 @@ class Service:
 
         It is closed with this service, or when the service is no longer referenced.
         """
+        if self._lent is None or not self._lent.holds:
+            self._lent = Loan(self.flow)
+            weakref.finalize(self, self._lent.end).atexit = False
         loan = self._lent
-        if loan is None or not loan.holds:
-            loan = self._lent = _Loan(self.flow)
-            weakref.finalize(self, loan.end).atexit = False
-        name = (id(cache), mode, repeat, sdk)
-        if name not in loan.clients:
+
+        def make() -> Any:
             options = self.client_options(sdk or self.sdk, replays=mode == "replay")
-            loan.clients[name] = self._made(
-                0, sdk, cache=cache, mode=mode, repeat=repeat, service=loan, **options
-            )
-            _loans.add(loan)
-        return loan.clients[name]
+            return self._made(0, sdk, cache=cache, mode=mode, repeat=repeat, service=loan, **options)
+
+        return loan.client((id(cache), mode, repeat, sdk), make)
 
     async def close(self) -> None:
         """Close the clients of sessions and completions. The caller closes all other clients."""
@@ -218,10 +217,14 @@ class Service:
         self.flow.limits.close()
 
 
-class _Loan:
-    """The shared clients of a service. They do not refer to the service, so that it can be collected."""
+class Loan:
+    """The shared clients of an endpoint. They do not refer to its service, so that it can be collected.
 
-    def __init__(self, flow: Flow) -> None:
+    Args:
+        flow: the limits of the service; None means none.
+    """
+
+    def __init__(self, flow: Flow | None = None) -> None:
         self.flow = flow
         self.clients: dict[Any, Any] = {}
         self._fork = forks.count
@@ -231,6 +234,13 @@ class _Loan:
     def holds(self) -> bool:
         """Whether this process made the clients; a forked child leaves them to its parent."""
         return self._fork == forks.count
+
+    def client(self, name: Any, make: Callable[[], Any]) -> Any:
+        """Return the client with this name; call ``make`` for a new one. On the portal's loop only."""
+        if name not in self.clients:
+            self.clients[name] = make()
+            _loans.add(self)
+        return self.clients[name]
 
     def end(self) -> concurrent.futures.Future[None] | None:
         """Close the clients, from any thread or finalizer."""
@@ -246,7 +256,7 @@ class _Loan:
                 _loans.discard(self)
 
 
-_loans: set[_Loan] = set()
+_loans: set[Loan] = set()
 
 
 async def close_lent() -> None:

@@ -1,7 +1,7 @@
 """Spans and metrics of calls to providers, after OpenTelemetry's semantic conventions for generative AI.
 
-They are made if the program has imported OpenTelemetry, as programs that export them do; otherwise a call
-costs one more look-up. Cache hits create no span. Prompts and answers are not recorded.
+They are made if the program has imported OpenTelemetry, as programs that export spans do; otherwise the only
+cost of a call is one look-up. Cache hits create no span. Prompts and answers are not recorded.
 
 Spans are named ``{operation} {model}`` and have the kind CLIENT; the metrics are
 ``gen_ai.client.operation.duration`` in seconds and ``gen_ai.client.token.usage`` in tokens.
@@ -40,7 +40,7 @@ _PROVIDERS: Final = {
     "x.ai": "x_ai",
     "perplexity.ai": "perplexity",
 }
-_ASKED: Final = {
+_PARAMETERS: Final = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -104,12 +104,11 @@ def begin(
     if _tools is None:
         try:
             _tools = _Tools()
-        except (ImportError, TypeError):  # parts of it only, or a version before these arguments
+        except (ImportError, TypeError):  # OpenTelemetry is incomplete, or older than these arguments
             return None
-    make = CallSpan
-    return (
-        make(_tools, api, url, body) if context is None else context.copy().run(make, _tools, api, url, body)
-    )
+    if context is None:
+        return CallSpan(_tools, api, url, body)
+    return context.copy().run(CallSpan, _tools, api, url, body)
 
 
 class CallSpan:
@@ -119,32 +118,11 @@ class CallSpan:
         self._tools = tools
         self._ended = False
         self._begun = time.perf_counter()
-        parts = urlsplit(url)
-        host = parts.hostname or ""
         model = body.get("model")
-        ours = {
-            "gen_ai.operation.name": _OPERATIONS.get(api, api.replace(" ", "_")),
-            "gen_ai.provider.name": next(
-                (name for end, name in _PROVIDERS.items() if host == end or host.endswith(f".{end}")),
-                "openai",
-            ),
-            "server.address": host,
-            "server.port": parts.port or {"http": 80, "https": 443}.get(parts.scheme),
-            "gen_ai.request.model": model if isinstance(model, str) else None,
-        }
-        self._shared = {name: value for name, value in ours.items() if value is not None}
-        attributes: dict[str, Any] = dict(self._shared)
-        for name, told in _ASKED.items():
-            value = body.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                attributes[f"gen_ai.request.{told}"] = value
-        stop = body.get("stop", body.get("stop_sequences"))
-        stops = [stop] if isinstance(stop, str) else stop
-        if stops and isinstance(stops, list) and all(isinstance(each, str) for each in stops):
-            attributes["gen_ai.request.stop_sequences"] = stops
-        if isinstance(body.get("n"), int) and body["n"] != 1:
-            attributes["gen_ai.request.choice.count"] = body["n"]
-        name = f"{self._shared['gen_ai.operation.name']} {model}" if isinstance(model, str) else api
+        model = model if isinstance(model, str) else None
+        self._shared = _endpoint_attributes(api, url, model)
+        name = f"{self._shared['gen_ai.operation.name']} {model}" if model is not None else api
+        attributes = {**self._shared, **_request_attributes(body)}
         self._span = tools.tracer.start_span(name, kind=tools.kind, attributes=attributes)
 
     def end(
@@ -190,6 +168,37 @@ class CallSpan:
             if count:
                 self._tools.usage.record(count, {**shared, "gen_ai.token.type": kind})
         self._span.end()
+
+
+def _endpoint_attributes(api: str, url: str, model: str | None) -> dict[str, Any]:
+    """Return the attributes that the span and the metrics of a call share."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    providers = (name for end, name in _PROVIDERS.items() if host == end or host.endswith(f".{end}"))
+    attributes = {
+        "gen_ai.operation.name": _OPERATIONS.get(api, api.replace(" ", "_")),
+        "gen_ai.provider.name": next(providers, "openai"),
+        "server.address": host,
+        "server.port": parts.port or {"http": 80, "https": 443}.get(parts.scheme),
+        "gen_ai.request.model": model,
+    }
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _request_attributes(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes for the parameters of a request."""
+    attributes: dict[str, Any] = {
+        f"gen_ai.request.{name}": body[field]
+        for field, name in _PARAMETERS.items()
+        if isinstance(body.get(field), int | float) and not isinstance(body[field], bool)
+    }
+    stop = body.get("stop", body.get("stop_sequences"))
+    stops = [stop] if isinstance(stop, str) else stop
+    if stops and isinstance(stops, list) and all(isinstance(each, str) for each in stops):
+        attributes["gen_ai.request.stop_sequences"] = stops
+    if isinstance(body.get("n"), int) and body["n"] != 1:
+        attributes["gen_ai.request.choice.count"] = body["n"]
+    return attributes
 
 
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:

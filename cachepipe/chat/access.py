@@ -1,39 +1,28 @@
-"""Makes the client for a completion from the caller's options, else from the environment.
-
-If the caller gives no client, one is made for each cache, endpoint and mode. It stays open as long as the
-process, or as long as its service; the store of a folder is opened once. So connections are reused, and a
-program is one run, even if it calls ``asyncio.run`` several times. The client runs on the loop of
-`cachepipe.portal`, which has its own thread, so it serves callers with a loop, without one, and in
-notebooks.
-"""
+"""Finds the client and the settings for calls in the caller's options, else in the environment."""
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import contextlib
 import difflib
 import functools
 import inspect
 import logging
 import os
-import threading
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from inspect import signature
-from typing import Any, Final, Self, TypedDict, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import anyio.to_thread
 
-from cachepipe import context, loops, runs
+from cachepipe import context
+from cachepipe.chat.kept import kept_store, located, on_portal, own_client, wrapped
+from cachepipe.chat.options import NAMES
 from cachepipe.context import Inherited
-from cachepipe.portal import in_portal, portal, submit
+from cachepipe.portal import in_portal
 from cachepipe.sdk import internals
 from cachepipe.sdk.mixins import AsyncCached, SyncCached
-from cachepipe.services import Service, close_lent, ollama_url, stripped
-from cachepipe.stores import Store, check_folder, default_folder, open_store
-from cachepipe.stores.folders import expanded
-from cachepipe.typedefs import REPEATS, Mode, Repeat
+from cachepipe.services import Service, ollama_url, stripped
+from cachepipe.typedefs import REPEATS, Repeat
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -44,37 +33,6 @@ DEFAULT_MODEL: Final = "gpt-4o-mini"
 _CLOSING_SECONDS: Final = 10.0
 
 
-class AccessOptions(TypedDict, total=False):
-    """The options for the client and the cache.
-
-    Attributes:
-        cache: a folder, a store, or a ``diskcache.Cache``; else ``CACHEPIPE_DIR``, else the default folder.
-        namespace: the unit within which samples are independent; else ``CACHEPIPE_NAMESPACE``.
-        request_id: which draw this is among equal questions of the namespace.
-        replicate: which of several independent repetitions of the experiment this belongs to.
-        mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
-        repeat: ``"fresh"``: a repeated request gets a fresh sample; ``"same"``: it gets the same again.
-        service: makes the client, and limits and retries its calls.
-        client: a client to use, with or without a cache. An object that is not an SDK's client, but has an
-            asynchronous ``chat.completions.create``, is used unchanged.
-        api_key: the key; else ``OPENAI_API_KEY``.
-        base_url: the base URL of the API; else ``OPENAI_BASE_URL``. If neither URL nor key is found,
-            ``OLLAMA_HOST``.
-    """
-
-    cache: Any
-    namespace: str | None
-    request_id: str | None
-    replicate: str | int | None
-    mode: Mode | None
-    repeat: Repeat | None
-    service: Service | None
-    client: Any
-    api_key: str | None
-    base_url: str | None
-
-
-NAMES: Final = tuple(AccessOptions.__annotations__)
 _SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
 _ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
 
@@ -114,6 +72,7 @@ class Access:
     Attributes:
         client: the caller's client with its cache; None if the client is made here.
         service: the caller's service.
+        settings: the settings for `context.using` that the options name.
         found: looks up a setting in the environment.
 
     Raises:
@@ -137,7 +96,7 @@ class Access:
         if self._repeat is not None and self._repeat not in REPEATS:
             raise ValueError(f"repeat is 'fresh' or 'same'; got {self._repeat!r}")
         client, cache = options.get("client"), options.get("cache")
-        self._settings = self._settings_of(options, given=not keeps_cache(client))
+        self.settings = self._given(options, given=not keeps_cache(client))
         with self.using():
             pass  # invalid settings are refused
         where = [name for name in _ENDPOINTS if options.get(name) is not None]
@@ -153,7 +112,7 @@ class Access:
             self.api_key, self.base_url = self._endpoint(options)
 
     def __repr__(self) -> str:
-        return f"<Access {self._settings}>"  # never a key, nor a URL with one
+        return f"<Access {self.settings}>"  # never a key, nor a URL with one
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -165,7 +124,7 @@ class Access:
 
     # What was given.
 
-    def _settings_of(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
+    def _given(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
         """Return the settings for `context.using`.
 
         Args:
@@ -211,20 +170,13 @@ class Access:
         """Return the client; on the loop of its calls, and within `using`."""
         if self.client is not None:
             return self.client
-        store, repeat = kept(self._cache), self._repeat or "fresh"
+        store, repeat = kept_store(self._cache), self._repeat or "fresh"
         mode = context.current().mode_of("read-write")
         if self.service is not None:
             client = self.service.lent(store, mode, repeat, self._sdk)
             _check_completes(client, "service= takes a service of chat completions")
             return client
-        name = (id(store), self.api_key, self.base_url, mode, repeat)
-        if name not in _clients:  # the client keeps the store, so that the id stays the store's
-            from cachepipe.sdk.openai import AsyncOpenAI  # noqa: PLC0415 - loads the SDK
-
-            _clients[name] = AsyncOpenAI(
-                api_key=self.api_key, base_url=self.base_url, cache=store, mode=mode, repeat=repeat
-            )
-        return _clients[name]
+        return own_client(store, mode, repeat, self.api_key, self.base_url)
 
     def using(self, **settings: Any) -> contextlib.AbstractContextManager[None]:
         """Return a block with the settings of the calls.
@@ -232,7 +184,7 @@ class Access:
         Args:
             settings: override those in the options.
         """
-        return context.using(**{**self._settings, **settings})
+        return context.using(**{**self.settings, **settings})
 
     async def check(self, body: Mapping[str, Any]) -> None:
         """Raise the errors that every call with such a body would raise, before anything is asked."""
@@ -364,31 +316,6 @@ def say_default(model: str, how: str) -> None:
     _logger.warning("no model is named, so %s is asked; %s", model, how)
 
 
-# The portal.
-
-
-async def on_portal(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on the portal's loop, in the caller's context, and return its result."""
-    try:
-        here = loops.running()
-    except RuntimeError:
-        work.close()
-        raise
-    if here is portal():
-        return await work
-    return await asyncio.wrap_future(submit(work))
-
-
-_clients: dict[tuple[Any, ...], Any] = {}
-"""The clients that were made here. For the portal's loop only."""
-_stores: dict[str | int, tuple[Store, Any]] = {}
-"""The stores that were opened here. For the portal's loop only."""
-_holders: weakref.WeakKeyDictionary[Store, _Holder] = weakref.WeakKeyDictionary()
-"""The objects that keep the runs of stores open while the stores exist."""
-_wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
 @contextlib.contextmanager
 def sending() -> Iterator[None]:
     """Explain an error of a text that UTF-8 cannot encode, without quoting the text."""
@@ -401,94 +328,3 @@ def sending() -> Iterator[None]:
             f"the request has {error.object[error.start]!r}, half of a character, which UTF-8 cannot encode; "
             "mend it, for example with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from None
-
-
-def located(cache: Any) -> Any:
-    """Return a cache argument with a folder as its absolute path; None means the default folder.
-
-    Raises:
-        StoreError: for a string that is not the name of a folder.
-    """
-    if cache is None:
-        cache = default_folder()
-    if not isinstance(cache, str | os.PathLike):
-        return cache
-    check_folder(cache)
-    return str(expanded(cache))
-
-
-def kept(cache: Any) -> Store:
-    """Return the store of what `located` returns.
-
-    A store that is opened here stays open until `close_clients`. The store's run lasts until then, or until
-    the caller's store is collected. So consecutive callers are in one run and share the store's files.
-    """
-    name = cache if isinstance(cache, str) else id(cache)
-    with _lock:
-        if name in _stores:
-            return _stores[name][0]
-        store, owned = open_store(cache)
-        if owned:
-            _stores[name] = (store, cache)
-        if store not in _holders:
-            _holders[store] = _Holder()
-            runs.opened(store.identity, _holders[store])
-        return store
-
-
-class _Holder:
-    """Keeps a run open."""
-
-
-def wrapped(client: Any, cache: Any, repeat: Repeat | None) -> Any:
-    """Return a plain client with a cache: the same one each time, so that its calls are one run."""
-    from cachepipe.sdk.wrapping import wrap  # noqa: PLC0415 - loads the SDK
-
-    store = kept(cache)
-    name = (id(store), repeat)
-    with _lock:
-        known = _wrappers.setdefault(client, {})
-        if name not in known:  # the wrapper keeps the store, so that the id stays the store's
-            known[name] = wrap(client, cache=store, repeat=repeat or "fresh")
-        return known[name]
-
-
-async def close_clients() -> None:
-    """Wait for what is in flight, and close the clients that were made here; later calls make new ones."""
-
-    async def close() -> None:
-        clients = list(_clients.values())
-        _clients.clear()
-        closing = (close_lent(), *(client.close() for client in clients))
-        await asyncio.gather(*closing, return_exceptions=True)
-        with _lock:
-            _wrappers.clear()
-            while _holders:
-                store, holder = _holders.popitem()
-                runs.closed(store.identity, holder)
-            while _stores:
-                _, (store, _) = _stores.popitem()
-                store.close()
-
-    await on_portal(close())
-
-
-@atexit.register
-def _at_exit() -> None:
-    if _clients or _stores:
-        with contextlib.suppress(Exception):  # nobody can handle it any more
-            work: Awaitable[None] = asyncio.wait_for(close_clients(), _CLOSING_SECONDS)
-            in_portal(work)  # type: ignore[arg-type]  # wait_for is a coroutine
-
-
-def _after_fork() -> None:
-    """Drop the clients in a forked child, which must not share connections with its parent."""
-    global _lock  # noqa: PLW0603 - the parent may have held it while forking
-    _lock = threading.Lock()
-    _clients.clear()
-    _stores.clear()
-    _holders.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

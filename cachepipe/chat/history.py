@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio.to_thread
 
-from cachepipe.chat.access import Environment, located
+from cachepipe.chat.access import Environment
 from cachepipe.chat.conversations import Conversation, Message, Sayable
+from cachepipe.chat.kept import located
 from cachepipe.errors import StoreError
 from cachepipe.stores.folders import check_files, expanded
 

@@ -130,6 +130,13 @@ def cache_option(command: Command) -> Command:
     )(command)
 
 
+def token_option(command: Command) -> Command:
+    """Add ``--token-env NAME``, the environment variable with the token of a proxy."""
+    return click.option(
+        "--token-env", metavar="NAME", help="The environment variable with the token that the proxy requires."
+    )(command)
+
+
 def json_option(what: str) -> Callable[[Command], Command]:
     """Return a decorator that adds ``--json``; the parameter is ``as_json``.
 
@@ -137,6 +144,18 @@ def json_option(what: str) -> Callable[[Command], Command]:
         what: the printed JSON, in a few words.
     """
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {what}.")
+
+
+def limit_option(default: int, what: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds ``--limit``.
+
+    Args:
+        default: the default; 0 for no limit.
+        what: the meaning of the limit.
+    """
+    return click.option(
+        "--limit", type=click.IntRange(min=0), default=default, show_default=True, help=f"{what}; 0 for all."
+    )
 
 
 # Stores.

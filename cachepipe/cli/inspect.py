@@ -1,4 +1,4 @@
-"""Commands that read a cache: `stats`, `ls`, `show` and `path`. They write nothing and create no folder.
+"""Commands that read questions: `ls`, `show` and `path`. They write nothing and create no folder.
 
 Their ``--json`` output is stable: fields are added, never renamed or removed. Times are seconds since 1970,
 sizes are bytes, and the namespace null is that of requests without a namespace.
@@ -6,20 +6,16 @@ sizes are bytes, and the namespace null is that of requests without a namespace.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe import prices, wire
-from cachepipe.accounting import Statement
+from cachepipe import wire
 from cachepipe.cli import common
 from cachepipe.cli.common import WIDTH, beginning, counted, echo_lines, json_text, opened, styled, when
 from cachepipe.cli.group import Failure
@@ -27,9 +23,16 @@ from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.contract.keys import FORMAT
 from cachepipe.differences import asked_in, settings_in, strings
 from cachepipe.errors import CachepipeError
-from cachepipe.listings import document_of, draw_fields, key_fields, model_in, sample_fields, text_of
-from cachepipe.stores.base import DrawInfo, KeyInfo, NamespaceInfo, Sample, StoredQuestion
-from cachepipe.stores.sums import statements
+from cachepipe.listings import (
+    document_of,
+    draw_fields,
+    key_fields,
+    model_in,
+    prompt_in,
+    sample_fields,
+    text_of,
+)
+from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
 from cachepipe.terminal import on_terminal, visible
 from cachepipe.values import Codec
 
@@ -40,13 +43,6 @@ _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of
 _BEGINNING: Final = 200  # characters of a prompt that `ls --json` gives
 _PARTS: Final = 100  # indices, or runs of them, that `show` writes of a draw
 _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
-_NO_NAMESPACE: Final = "(none)"
-
-
-def _limit(default: int, what: str) -> Callable[[common.Command], common.Command]:
-    return click.option(
-        "--limit", type=click.IntRange(min=0), default=default, show_default=True, help=f"{what}; 0 for all."
-    )
 
 
 # path
@@ -67,212 +63,6 @@ def path(*, cache: str | None, as_json: bool) -> None:
         click.echo(json_text({"path": str(folder), "exists": there, "named_by": how}))
     else:
         click.echo(str(folder))
-
-
-# stats
-
-
-_STATS_JSON: Final = """\b
-With --json:
-  folder, bytes          the folder of the cache, and its size
-  keys, samples          different questions, and answers to them
-  pending, discarded     samples that are being generated (or were, by a killed process); discarded
-                         samples
-  draws                  requests that have drawn samples
-  drawn, generated, reused, reused_share
-                         samples over all namespaces; reused_share = reused / drawn, or null
-  requests               questions answered, over all runs; the sums below follow from it
-  spent                  all that was generated: billed, and what reached no request
-  billed                 what the answered requests paid for
-  as_asked               what each would have cost alone, in one call
-  saved                  as_asked less billed, so a rerun saves what it replays
-  unreported             spent less billed: for requests that failed, were cancelled or killed, and extras
-  wasted                 the part of spent that no namespace holds
-  namespaces             a list of namespace, draws, drawn, generated, reused, reused_share, and the sums
-  shared                 draws, drawn, generated of shared draws (embeddings, repeat="same")
-  scopes                 with --scopes a list of scope, keys, samples, pending; else null
-Each sum has samples, unknown (samples without usage, in no count of tokens), prompt_tokens,
-completion_tokens, total_tokens, cached_tokens, reasoning_tokens, cost (US dollars, or null), unpriced.
-A running process adds what it has answered every few seconds; a killed one has not added the last.
-"""
-
-
-@click.command(epilog=_STATS_JSON)
-@common.cache_option
-@click.option("--scopes", is_flag=True, help="Count by scope too; this reads every key.")
-@_limit(50, "The largest number of rows in a table")
-@common.json_option("one object; see below")
-def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None:
-    """Count the samples, what each namespace generated and reused, and what it spent and saved.
-
-    Of the samples that a namespace has drawn, some were generated for it, and it reused the others. Shared
-    draws (embeddings, repeat="same") are counted separately; their costs and savings belong to the
-    namespaces that ask. Costs in money need the extra cachepipe[prices].
-    """
-    with opened(cache) as store:
-        sums = statements(store)
-        figures = _figures(store, sums, scopes=scopes)
-    if as_json:
-        click.echo(json_text(figures))
-    else:
-        _print_stats(figures, sums, limit)
-
-
-def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -> dict[str, Any]:
-    totals = store.totals()
-    known = list(store.namespaces())
-    drawn = {label(info.namespace) for info in known}
-    # The ledger has no draws of a namespace that only replays.
-    known += [NamespaceInfo(namespace_of(name), 0, 0, 0) for name in sums if name not in drawn]
-    namespaces = [
-        {
-            "namespace": info.namespace,
-            "draws": info.draws,
-            **_drawn(info.samples, info.generated),
-            **_sums(sums.get(label(info.namespace), Statement())),
-        }
-        for info in known
-    ]
-    has_shared = totals["draws"] > sum(info.draws for info in known)
-    shared = list(store.draws(namespace=SHARED)) if has_shared else []
-    return {
-        "folder": str(store.folder),
-        "bytes": _bytes(store.folder),
-        **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
-        **_drawn(sum(info.samples for info in known), sum(info.generated for info in known)),
-        **_sums(_total(sums)),
-        "namespaces": namespaces,
-        "shared": {
-            "draws": len(shared),
-            "drawn": sum(len(draw.indices) for draw in shared),
-            "generated": sum(draw.generated for draw in shared),
-        },
-        "scopes": _scopes(store) if scopes else None,
-    }
-
-
-def _total(sums: Mapping[str, Statement]) -> Statement:
-    total = Statement()
-    for statement in sums.values():
-        total.join(statement)
-    return total
-
-
-def _sums(statement: Statement) -> dict[str, Any]:
-    """Return the sums of a namespace, or of all."""
-    accounts = statement.accounts()
-    return {
-        "requests": statement.delivered.requests,
-        **{name: account.as_dict(prices.cost_of_sum) for name, account in accounts.items()},
-    }
-
-
-def _scopes(store: DiskStore) -> list[dict[str, Any]]:
-    found: dict[str | None, Counter[str]] = {}
-    for info in store.keys():  # noqa: SIM118 - a store is no mapping
-        counts = found.setdefault(info.scope, Counter())
-        counts.update(keys=1, samples=info.samples, pending=info.pending)
-    return [{"scope": scope, **counts} for scope, counts in found.items()]
-
-
-def _drawn(drawn: int, generated: int) -> dict[str, Any]:
-    reused = max(drawn - generated, 0)
-    return {
-        "drawn": drawn,
-        "generated": generated,
-        "reused": reused,
-        "reused_share": round(reused / drawn, 6) if drawn else None,
-    }
-
-
-def _bytes(folder: Path) -> int:
-    """Return the size of all files below a folder; files that vanish meanwhile count as 0."""
-    total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            if file.is_file() and not file.is_symlink():
-                total += file.stat().st_size
-    return total
-
-
-def _name_of(row: Mapping[str, Any]) -> str:
-    namespace: str | None = row["namespace"]
-    return _NO_NAMESPACE if namespace is None else namespace or "''"
-
-
-def _share_of(row: Mapping[str, Any]) -> str:
-    return "-" if row["reused"] == "-" else common.share(row["reused"], row["drawn"])
-
-
-_DRAWN: Final[common.Columns] = {
-    "namespace": _name_of,
-    ">draws": "draws",
-    ">drawn": "drawn",
-    ">generated": "generated",
-    ">reused": "reused",
-    ">share": _share_of,
-}
-_SCOPES: Final[common.Columns] = {
-    "scope": lambda row: "(none)" if row["scope"] is None else row["scope"],
-    ">keys": "keys",
-    ">samples": "samples",
-}
-
-
-def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int) -> None:
-    extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
-    share = f"{figures['reused']:,} of {figures['drawn']:,} samples drawn ({_share_of(figures)})"
-    facts = [
-        ("cache", f"{figures['folder']} ({common.size(figures['bytes'])})"),
-        ("keys", f"{figures['keys']:,}"),
-        ("samples", ", ".join([f"{figures['samples']:,}", *extra])),
-        ("draws", f"{figures['draws']:,}"),
-        ("reused", share),
-    ]
-    accounts = _total(sums).accounts()
-    for name, account in accounts.items():
-        samples = counted(account.counts()["samples"], "sample")
-        facts.append((name.replace("_", " "), f"{samples}, {common.money(account)}"))
-    common.print_facts(facts)
-    namespaces = figures["namespaces"]
-    _print_rows(_DRAWN, namespaces, limit, "namespace", last=_shared_row(figures["shared"]))
-    sums_of = {f">{name.replace('_', ' ')}": _tokens_of(name) for name in accounts}
-    tokens: common.Columns = {"tokens of namespace": _name_of, ">requests": "requests", **sums_of}
-    _print_rows(tokens, namespaces, limit)
-    _print_rows(_SCOPES, figures["scopes"] or [], limit, "scope")
-
-
-def _shared_row(counts: Mapping[str, int]) -> list[dict[str, Any]]:
-    return [{"namespace": "(for everybody)", **counts, "reused": "-"}] if counts["draws"] else []
-
-
-def _print_rows(
-    columns: common.Columns,
-    rows: Sequence[Mapping[str, Any]],
-    limit: int,
-    what: str = "",
-    last: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Print the first rows as a table, and how many more there are; ``last`` always follows them."""
-    shown = [*rows[: limit or None], *last]
-    if shown:
-        click.echo()
-        common.print_table(columns, shown)
-    if what and len(rows) > limit > 0:
-        click.echo(f"and {counted(len(rows) - limit, f'more {what}')}; --limit 0 shows all")
-
-
-def _tokens_of(name: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return the cell with the tokens of a sum and their cost, as far as these are known."""
-
-    def cell(row: Mapping[str, Any]) -> str:
-        sums = row[name]
-        if sums["unknown"] and not sums["total_tokens"]:
-            return "unknown"
-        known = f"{sums['total_tokens']:,}{'+' * bool(sums['unknown'])}"
-        return f"{known} {common.dollars(sums['cost'])}" if sums["cost"] else known
-
-    return cell
 
 
 # ls
@@ -297,7 +87,7 @@ With --json, each line is an object:
 @click.option("--scope", help="Only questions to this endpoint or adapter, or below this base URL.")
 @click.option("--namespace", help="Only questions that this namespace has drawn.")
 @click.option("--prefix", default="", help="Only keys with this prefix.")
-@_limit(0, "The largest number of questions")
+@common.limit_option(0, "The largest number of questions")
 @common.json_option("a line of JSON per question; see below")
 def ls(
     *, cache: str | None, namespace: str | None, prefix: str, limit: int, as_json: bool, **wanted: str | None
@@ -431,7 +221,7 @@ def found_key(store: DiskStore, key: str) -> KeyInfo:
     """Return the key with this prefix.
 
     Raises:
-        Failure: when there is none, or more than one.
+        Failure: when no key has it, or more than one.
     """
     whole = _whole_prefix(key)
     found = list(itertools.islice(store.keys(whole), _CANDIDATES + 1))
@@ -444,7 +234,8 @@ def found_key(store: DiskStore, key: str) -> KeyInfo:
             "`cachepipe ls` lists them, and --cache names another cache"
         )
     some = "\n".join(
-        f"  {info.key}  {beginning(_listing(store, info)['prompt'], 40)}" for info in found[:_CANDIDATES]
+        f"  {info.key}  {beginning(prompt_in(document_of(store.question(info.key))), 40)}"
+        for info in found[:_CANDIDATES]
     )
     more = "\n  and more" if len(found) > _CANDIDATES else ""
     raise Failure(f"several keys begin with {key!r}; give more characters:\n{some}{more}")
@@ -580,7 +371,7 @@ def _numbers(indices: Sequence[int]) -> str:
 def _draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
     for draw in itertools.islice(draws, limit):
         if draw.draw.namespace == SHARED:
-            who = "for everybody"
+            who = "shared by all namespaces"
         else:
             namespace = namespace_of(draw.draw.namespace)
             who = "no namespace" if namespace is None else namespace or "''"

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import click
 import orjson
 
-from cachepipe.cli.common import cache_option, json_option, json_text
+from cachepipe.cli.common import cache_option, json_option, json_text, token_option
 from cachepipe.cli.group import Failure
 from cachepipe.terminal import visible
 
@@ -50,9 +50,7 @@ Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metric
     metavar="NAME",
     help="The environment variable with the first upstream's key; clients then need none.",
 )
-@click.option(
-    "--token-env", metavar="NAME", help="The environment variable with the token that clients must send."
-)
+@token_option
 @click.option("--namespace", help="The namespace of requests without a namespace.")
 @click.option(
     "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further host name for this server."
@@ -109,18 +107,7 @@ def serve(
         raise Failure(str(error)) from error
 
     chosen = settings.from_file(config) if config else settings.ProxySettings()
-    key = settings.secret(api_key_env) if api_key_env else None
-    made = []
-    for place, text in enumerate(upstreams):
-        name, url = settings.named(text)
-        name = name or ("upstream" if place == 0 else f"upstream-{place + 1}")
-        made.append(settings.Upstream.of(name, url, api_key=key if place == 0 else None))
-    chosen = settings.with_upstreams(chosen, made)
-    if key and not made:
-        if not chosen.upstreams:
-            raise Failure("--api-key-env is the key of an upstream; name one with --upstream or --config")
-        first, *rest = chosen.upstreams
-        chosen = replace(chosen, upstreams=(replace(first, api_key=key), *rest))
+    chosen = _with_upstreams(chosen, upstreams, settings.secret(api_key_env) if api_key_env else None)
     given = {name: value for name, value in others.items() if value is not None}
     for name, size in (("max_answer", max_answer), ("max_body", max_body)):
         if size is not None:
@@ -135,6 +122,27 @@ def serve(
     if chosen.replay and not chosen.upstreams:
         chosen = settings.with_upstreams(chosen, _remembered(chosen))
     server.serve(chosen, lambda url: _say(url, chosen, as_json=as_json))
+
+
+def _with_upstreams(chosen: ProxySettings, texts: tuple[str, ...], key: str | None) -> ProxySettings:
+    """Return settings with the upstreams of --upstream first; the key belongs to the first upstream."""
+    from cachepipe.proxy import settings  # noqa: PLC0415 - an extra
+
+    made = []
+    for place, text in enumerate(texts):
+        name, url = settings.name_and_url(text)
+        made.append(settings.Upstream.of(name or _name(place), url, api_key=None if place else key))
+    chosen = settings.with_upstreams(chosen, made)
+    if key is None or made:
+        return chosen
+    if not chosen.upstreams:
+        raise Failure("--api-key-env is the key of an upstream; name one with --upstream or --config")
+    first, *rest = chosen.upstreams
+    return replace(chosen, upstreams=(replace(first, api_key=key), *rest))
+
+
+def _name(place: int) -> str:
+    return f"upstream-{place + 1}" if place else "upstream"
 
 
 def _remembered(chosen: ProxySettings) -> list[Any]:
@@ -159,10 +167,7 @@ def _remembered(chosen: ProxySettings) -> list[Any]:
     if not bases:
         raise Failure("the cache has nothing to replay; see `cachepipe stats`")
     most = sorted(bases, key=lambda place: -bases[place])
-    return [
-        Upstream.of("upstream" if not number else f"upstream-{number + 1}", base, kind=kind)
-        for number, (base, kind) in enumerate(most)
-    ]
+    return [Upstream.of(_name(number), base, kind=kind) for number, (base, kind) in enumerate(most)]
 
 
 def _say(url: str, chosen: ProxySettings, *, as_json: bool) -> None:
@@ -182,7 +187,7 @@ def _say(url: str, chosen: ProxySettings, *, as_json: bool) -> None:
 @click.command("new-run")
 @click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="The URL of the proxy.")
 @click.option("--namespace", help="Begin a run of this namespace only. Default: all namespaces.")
-@click.option("--token-env", metavar="NAME", help="The environment variable with the proxy's token.")
+@token_option
 @json_option("the proxy's answer")
 def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: bool) -> None:
     """Begin a new run of a proxy: it counts equal requests from the start again, so a rerun replays."""

@@ -31,7 +31,7 @@ Exit codes: 0 if nothing is wrong, 1 if the cache is damaged, 2 if it cannot be 
 With --json:
   folder, whole          where the cache is, and whether nothing is wrong
   checked                an object of questions, samples, draws and discarded
-  foreign                rows of diskcache that are not cachepipe's; they are left alone
+  foreign                rows of diskcache that cachepipe did not write; they are ignored
   recent                 samples that a killed process stored last, or a running one stores now
   unfinished             positions of draws that killed runs left without a sample
   problems               a list of kind, count, what, advice and examples
@@ -89,7 +89,7 @@ def _fields(folder: Path, report: Report, before: Report | None) -> dict[str, An
 
 
 def _problems(report: Report, after: Report | None = None) -> list[dict[str, Any]]:
-    """Return the problems of a report, or those of them that a later one does not have any more."""
+    """Return the problems of a report; with ``after``, only those that the later report no longer has."""
     from cachepipe.stores.verify import KINDS  # noqa: PLC0415 - help needs no store
 
     return [
@@ -115,7 +115,7 @@ def _print(folder: Path, report: Report, before: Report | None) -> None:
     ]
     facts = [("cache", str(folder)), ("checked", ", ".join(checked))]
     if report.foreign:
-        facts.append(("not ours", f"{counted(report.foreign, 'row')} of diskcache, left alone"))
+        facts.append(("not ours", f"{counted(report.foreign, 'row')} of diskcache, ignored"))
     if report.recent:
         facts.append(("recent", f"{counted(report.recent, 'sample')} that the next opening lists"))
     if report.unfinished:
@@ -154,8 +154,8 @@ def discard(*, key: str, cache: str | None, why: str, as_json: bool) -> None:
     """Discard one sample of a question, or all of them without an INDEX.
 
     The samples stay in the cache, and no draw gets them any more. A draw that had one of them gets another
-    sample at the same position when it is asked for again. The beginning of a key is enough when no other key
-    begins so. A sample that is damaged or missing can be discarded by its index.
+    sample at the same position when it is asked for again. A prefix of the key is enough if no other key
+    has it. Damaged and missing samples can be discarded by their index.
     """
     prefix, slash, number = key.partition("/")
     if slash and not (number.isascii() and number.isdigit() and len(number) < 16):

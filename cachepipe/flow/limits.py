@@ -28,7 +28,7 @@ from cachepipe.errors import StoreError
 from cachepipe.flow.adaptive import Adaptive
 from cachepipe.flow.clock import CLOCK, Alarm, Clock, call_on, running_loop
 from cachepipe.flow.headers import headers_of, hints, in_any_case, retry_after, status_of
-from cachepipe.flow.queues import FairQueue, Ticket
+from cachepipe.flow.queues import FairQueue, Place
 from cachepipe.flow.shared import SharedQuotas, Taken
 from cachepipe.flow.windows import Quota, Use, Window, is_number, longest_wait, take_all
 from cachepipe.outages import is_connection_error
@@ -151,7 +151,7 @@ holding: ContextVar[tuple[Slot, ...]] = ContextVar("cachepipe_holding", default=
 """The slots of the calls within which a call is made. It takes no second place: it would wait for itself."""
 
 
-class _Waiting(Ticket):
+class _Waiting(Place):
     """A call that waits to be let go."""
 
     def __init__(

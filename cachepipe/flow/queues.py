@@ -21,13 +21,13 @@ from typing import Any, Generic, TypeVar
 _MANY = 1000  # lines from which on empty ones are removed
 
 
-class Ticket:
+class Place:
     """A place in a queue.
 
     Args:
         loop: the event loop of the caller.
-        number: grows from ticket to ticket; it decides between equal tags.
-        rank: 0 in a line; tickets with a higher rank go before all lines, the highest first.
+        number: grows from place to place; it decides between equal tags.
+        rank: 0 in a line; places with a higher rank go before all lines, the highest first.
 
     Attributes:
         left: whether the caller has given up.
@@ -37,7 +37,7 @@ class Ticket:
         self.loop = loop
         self.number = number
         self.rank = rank
-        self.line: Line[Any] | None = None
+        self.line: _Line[Any] | None = None
         self.left = False
 
     @property
@@ -47,18 +47,18 @@ class Ticket:
 
     @property
     def order(self) -> tuple[int, float, int]:
-        """The order of the first tickets of queues."""
+        """The order of the first places of queues."""
         return -self.rank, 0.0 if self.line is None else self.line.start, self.number
 
-    def __lt__(self, other: Ticket) -> bool:
+    def __lt__(self, other: Place) -> bool:
         return self.order < other.order
 
 
-T = TypeVar("T", bound=Ticket)
+T = TypeVar("T", bound=Place)
 
 
 @dataclass(slots=True, eq=False)
-class Line(Generic[T]):
+class _Line(Generic[T]):
     """The calls of one namespace, in order.
 
     Attributes:
@@ -76,33 +76,33 @@ class FairQueue(Generic[T]):
     """The calls that wait for one model."""
 
     def __init__(self) -> None:
-        self.lines: dict[str | None, Line[T]] = {}
-        self._ahead: list[T] = []  # a heap of the tickets that go before all lines
-        self._heads: list[tuple[float, int, Line[T]]] = []  # a heap of the lines that are not empty, by tag
+        self.lines: dict[str | None, _Line[T]] = {}
+        self._ahead: list[T] = []  # a heap of the places that go before all lines
+        self._heads: list[tuple[float, int, _Line[T]]] = []  # a heap of the lines that are not empty, by tag
         self._many = _MANY
 
     def __iter__(self) -> Iterator[T]:
         """Iterate over all calls that wait, in no order."""
-        yield from (ticket for ticket in self._ahead if not ticket.gone)
+        yield from (place for place in self._ahead if not place.gone)
         for _, _, line in self._heads:
-            yield from (ticket for ticket in line.waiting if not ticket.gone)
+            yield from (place for place in line.waiting if not place.gone)
 
-    def add(self, ticket: T, namespace: str | None, virtual: float) -> None:
+    def add(self, place: T, namespace: str | None, virtual: float) -> None:
         """Add a call.
 
         Args:
-            ticket: its place.
+            place: its place.
             namespace: the namespace of the call.
             virtual: the virtual time.
         """
-        if ticket.rank:
-            heapq.heappush(self._ahead, ticket)
+        if place.rank:
+            heapq.heappush(self._ahead, place)
             return
-        line = ticket.line = self._line(namespace, virtual)
-        line.waiting.append(ticket)
+        line = place.line = self._line(namespace, virtual)
+        line.waiting.append(place)
         if len(line.waiting) == 1:
             line.start = max(virtual, line.finish)
-            heapq.heappush(self._heads, (line.start, ticket.number, line))
+            heapq.heappush(self._heads, (line.start, place.number, line))
 
     def first(self) -> T | None:
         """Return the call that goes next, or None."""
@@ -133,7 +133,7 @@ class FairQueue(Generic[T]):
         else:
             heapq.heappop(self._heads)
 
-    def _line(self, namespace: str | None, virtual: float) -> Line[T]:
+    def _line(self, namespace: str | None, virtual: float) -> _Line[T]:
         """Return the line of a namespace; now and then, remove the lines that are over."""
         line = self.lines.get(namespace)
         if line is None:
@@ -142,5 +142,5 @@ class FairQueue(Generic[T]):
                     name: line for name, line in self.lines.items() if line.waiting or line.finish > virtual
                 }
                 self._many = max(_MANY, 2 * len(self.lines))
-            line = self.lines[namespace] = Line()
+            line = self.lines[namespace] = _Line()
         return line

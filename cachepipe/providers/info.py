@@ -128,7 +128,7 @@ _records: dict[int, tuple[weakref.ref[Any], Record]] = {}
 
 
 def note(thing: Any, record: Record) -> None:
-    """Note where a response came from, while it exists. It is not changed, and need not be hashable."""
+    """Keep the record of a response while the response exists; it is not changed and need not be hashable."""
     name = id(thing)
 
     def gone(reference: weakref.ref[Any]) -> None:
@@ -143,7 +143,7 @@ def note(thing: Any, record: Record) -> None:
 
 
 def info(response: Any) -> Info | None:
-    """Return where the samples of a client's response came from; None for an object of no cached call.
+    """Return where the samples of a client's response came from; None if the cache did not answer the call.
 
     Args:
         response: the result of a call: a model, a stream, or a raw response.

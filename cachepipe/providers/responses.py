@@ -41,7 +41,7 @@ class BodySource:
 
     async def aread(self) -> AsyncIterator[bytes]:
         """Iterate over the body on a loop."""
-        for chunk in self.chunks:
+        for chunk in self.read():
             yield chunk
 
     def leave(self) -> None:
@@ -52,7 +52,7 @@ class BodySource:
         self.leave()
 
     def closing(self) -> None:
-        """Learn that the response is about to be closed; it may be closed already."""
+        """Note that the response is about to be closed; it may be closed already."""
 
 
 def broken(error: Exception) -> BodySource:
@@ -78,19 +78,19 @@ def ends_in_order(response: Any) -> bool:
 
 
 def take_read_timeout(response: Any, longest: float) -> float | None:
-    """Return the read time-out of a response whose body is unread, and raise that of its connection.
+    """Return the read time-out of a response, and raise that of its connection.
 
-    The connection is closed by its own time-out, and could not bring the rest any more. So the reader of a
-    recorded stream times out by itself (see `read_timeout`).
+    A time-out of the connection closes it, and the rest of the stream is lost. So the reader of a recorded
+    stream has a time-out of its own (see `read_timeout`).
 
     Args:
-        response: the response.
-        longest: the time-out of the connection from now on, unless that is longer already.
+        response: the response, its body unread.
+        longest: the new time-out of the connection, if the present one is shorter.
     """
     try:
         timeouts = response.request.extensions["timeout"]
         seconds: float | None = timeouts["read"]
-    except (AttributeError, KeyError, RuntimeError):  # who sends it knows no time-outs
+    except (AttributeError, KeyError, RuntimeError):  # the sender has no time-outs
         return None
     if seconds is not None:
         timeouts["read"] = max(seconds, longest)
@@ -98,14 +98,14 @@ def take_read_timeout(response: Any, longest: float) -> float | None:
 
 
 def read_timeout(response: Any) -> Exception:
-    """Return the error that the HTTP library raises when a body does not come in time."""
+    """Return the error that the HTTP library raises if a body does not arrive in time."""
     library = importlib.import_module(type(response.request).__module__.partition(".")[0])
     error: Exception = library.ReadTimeout("The read operation timed out", request=response.request)
     return error
 
 
 def hang_up(response: Any) -> None:
-    """Have a thread that waits for more of a body get an error at once, where the connection is its own."""
+    """Make a thread that waits for a body fail at once, unless other responses use the connection."""
     if response.http_version in _FRAMED:
         return
     with contextlib.suppress(AttributeError, KeyError, OSError):

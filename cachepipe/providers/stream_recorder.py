@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from cachepipe import forks, wire
@@ -33,12 +34,12 @@ _DRAINED_SECONDS = 0.1
 """Seconds to wait for the end of a response after its terminal event, so that its connection is reused."""
 _UNDONE_SECONDS = 1.0
 """The longest time in seconds that the reader of a broken stream waits until its draw is undone."""
-_TURNS = 8  # turns of the loop that a leaving reader waits for what has come already
-_LOOK = 0.05  # seconds between looks whether another draw waits for the sample of a stalled reader
+_TURNS = 8  # turns of the loop that a leaving reader waits for the end of the response
+_LOOK = 0.05  # seconds between checks whether another draw waits for the sample of a stalled reader
 
 
 class StreamSource(BodySource):
-    """A stream whose reader may be cut off, which gives its draw back.
+    """A stream that gives its draw back if its reader is stopped before the end.
 
     Args:
         cut: gives the draw back.
@@ -56,7 +57,7 @@ class StreamSource(BodySource):
         self._reader: tuple[asyncio.Task[Any] | None, int] = (None, 0)
 
     def _watch(self) -> None:
-        """Note what the reader is handling while it reads; that is no reason for it to stop."""
+        """Note the exception that the reader handles while it reads; it is not what stops the reader."""
         self._handled = sys.exception()
         task = _current_task()
         self._reader = task, 0 if task is None else task.cancelling()
@@ -68,9 +69,9 @@ class StreamSource(BodySource):
             self._cut()
 
     def closing(self) -> None:
-        """Learn that the response is about to be closed: by its reader's own accord, or as that is stopped.
+        """Give the draw back if the response is closed because its reader was stopped.
 
-        A generator that nobody holds any more closes it too, which says nothing about its reader.
+        The garbage collector may close the response too; this shows nothing about the reader.
         """
         if not self._over:
             if self._is_stopped():
@@ -101,7 +102,7 @@ class ReplayedStream(StreamSource):
     """A stream that is made of stored samples.
 
     Args:
-        events: its events; with the last one the stream has come to its end.
+        events: its events; the last one ends the stream.
         cut: see `StreamSource`.
     """
 
@@ -111,21 +112,23 @@ class ReplayedStream(StreamSource):
         self._last = len(events)
 
     def read(self) -> Iterator[bytes]:
-        """Iterate over the events for a reader in a thread."""
+        """Iterate over the events."""
         for place, event in enumerate(self.chunks, 1):
             self._watch()
             self._over = self._over or place == self._last
             yield event
         self.finished = True
 
-    async def aread(self) -> AsyncIterator[bytes]:
-        """Iterate over the events for a reader on a loop."""
-        for event in self.read():
-            yield event
-
 
 class RecordedStream(StreamSource):
     """What synchronous and asynchronous recordings have in common.
+
+    Attributes:
+        _until_news: waits until more has come; a reader that is stopped meanwhile leaves the rest to the
+            recording (C8).
+        _until_drawn: waits for the draw's end, for a number of seconds or without a limit. So the sample is
+            stored before the reader sees the end of the stream, and after a failure the reader's next attempt
+            is the same draw.
 
     Args:
         response: the upstream's response, its body unread.
@@ -134,6 +137,9 @@ class RecordedStream(StreamSource):
         awaited: returns True if another draw waits for the sample.
         cut: see `StreamSource`.
     """
+
+    _until_news: Callable[[], Any]
+    _until_drawn: Callable[..., Any]
 
     def __init__(
         self,
@@ -173,6 +179,25 @@ class RecordedStream(StreamSource):
         lean = event.without_usage
         return lean if self._hide_usage and lean is not None else event.raw
 
+    def _steps(self) -> Iterator[bytes | Callable[[], Any]]:
+        """Iterate over what the reader gets, and over the methods with which it waits for more."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                if event.terminal:
+                    yield self._until_drawn
+                if shown := self._shown(event):
+                    yield shown
+                self.finished = self.finished or event.terminal
+            if self._ended and not self._events:
+                break
+            yield self._until_news
+        if self.recorder.complete:  # the terminal event may be missing
+            yield self._until_drawn
+        if self._error is not None:
+            yield functools.partial(self._until_drawn, _UNDONE_SECONDS)
+            raise self._error
+
     @staticmethod
     def _bound(draw: asyncio.Future[Any]) -> None:
         """Limit the time for the rest of an abandoned stream; called on the draw's loop."""
@@ -192,7 +217,7 @@ class RecordedStream(StreamSource):
             BadAnswer: when the stream was not a complete answer.
         """
         error = self._error
-        if error is not None and not self.recorder.complete:  # what breaks later costs no sample
+        if error is not None and not self.recorder.complete:  # a later error loses no sample
             if isinstance(error, Exception):
                 raise error
             raise ConnectionResetError(f"the recording was stopped by {type(error).__name__}") from error
@@ -223,19 +248,24 @@ class AsyncRecordedStream(RecordedStream):
                 await self._until_wanted()
             self._take(self.recorder.close(in_order=ends_in_order(self.upstream)))
         except BaseException as error:
-            self._error = error
+            stopped = ConnectionResetError("the call that this stream came from was stopped")
+            self._error = error if isinstance(error, Exception) else stopped
             raise
         finally:
             whole = self._error is None and self.recorder.ended
             self._ended = not whole or self.recorder.done
             self._news.set()
             if whole:
-                task = self._loop.create_task(self._drained(chunks))
-                _drains.add(task)
-                task.add_done_callback(_drains.discard)
+                self._begin(self._drained(chunks))
             elif self._onward is None:
                 await self.upstream.aclose()
         return self._finish()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what ends a response in a task."""
+        task = self._loop.create_task(work)
+        _ends.add(task)
+        task.add_done_callback(_ends.discard)
 
     async def _drained(self, chunks: AsyncIterator[bytes]) -> None:
         """Read what follows the terminal event, for a short time, then close the response.
@@ -255,11 +285,11 @@ class AsyncRecordedStream(RecordedStream):
             await self.upstream.aclose()
 
     async def aleave(self) -> None:
-        """Note that the reader has stopped, after reading what has come already."""
+        """Note that the reader has stopped, and wait a few turns for the end of the response."""
         self.leave()
         task = asyncio.current_task()
         if task is None or not inspect.iscoroutine(task.get_coro()):
-            return  # the garbage collector closes a stream and what it reads from at once
+            return  # the garbage collector closes the stream, and does not wait
         for _ in range(_TURNS):
             if self.upstream.is_closed:
                 break
@@ -275,32 +305,19 @@ class AsyncRecordedStream(RecordedStream):
 
     async def aread(self) -> AsyncIterator[bytes]:
         """Iterate over the events for the reader."""
-        while True:
-            while self._events:
-                event = self._events.popleft()
-                if event.terminal:
-                    await self._until_stored()
-                if shown := self._shown(event):
-                    yield shown
-                self.finished = self.finished or event.terminal
-            if self._ended:
-                break
-            await self._until_news()
+        for step in self._steps():
+            if isinstance(step, bytes):
+                yield step
+            else:
+                await step()
         if self._onward is not None:
             try:
                 async for chunk in self._onward:
                     yield chunk
             finally:
                 await self.upstream.aclose()
-        if self.recorder.complete:  # whose terminal event may be missing
-            await self._until_stored()
-        if self._error is not None:
-            if not isinstance(self._error, Exception):  # such as a cancellation: it was not this reader's
-                raise ConnectionResetError("the call that this stream came from was stopped")
-            raise self._error
 
     async def _until_news(self) -> None:
-        """Wait until more has come; who stops to wait leaves the rest to the recording (C8)."""
         self._news.clear()
         self._demand.set()
         try:
@@ -313,11 +330,10 @@ class AsyncRecordedStream(RecordedStream):
                 raise read_timeout(self.upstream) from None
             raise
 
-    async def _until_stored(self) -> None:
-        """Wait until the sample is stored, before the reader sees the end of the stream."""
+    async def _until_drawn(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - none is an error
         if self.draw is not None:
             try:
-                await asyncio.wait([self.draw])
+                await asyncio.wait([self.draw], timeout=timeout)
             except BaseException:
                 self.cut_off()
                 raise
@@ -339,9 +355,7 @@ class AsyncRecordedStream(RecordedStream):
         draw = self.draw
         if self._onward is not None and not self._left:
             self._left = True
-            task = self._loop.create_task(self.upstream.aclose())
-            _drains.add(task)
-            task.add_done_callback(_drains.discard)
+            self._begin(self.upstream.aclose())
         if self._left or self._ended or draw is None or draw.done():
             return
         self._left = self._ahead = True
@@ -353,12 +367,12 @@ class AsyncRecordedStream(RecordedStream):
         self._demand.set()
 
 
-_drains: set[asyncio.Task[None]] = set()
-"""Responses of which only the end is to come."""
+_ends: set[asyncio.Task[None]] = set()
+"""The tasks that end a response."""
 
 
 class SyncRecordedStream(RecordedStream):
-    """A recording that a thread of its own reads, for a reader in another thread and the cache on the portal.
+    """A recording for a reader in a thread; another thread reads the upstream, and the draw is on the portal.
 
     So what stops the reader, such as Ctrl-C or a time-out, does not stop the recording.
     """
@@ -412,7 +426,7 @@ class SyncRecordedStream(RecordedStream):
 
     def _goes_on(self) -> bool:
         """Return True when somebody wants the next piece, and False when there is none to read."""
-        if not self._ended and (not self._ahead or self.recorder.overflowed):  # that is the reader's alone
+        if not self._ended and (not self._ahead or self.recorder.overflowed):  # then only the reader wants it
             self._demand.get()
         return not self._ended
 
@@ -424,7 +438,7 @@ class SyncRecordedStream(RecordedStream):
                 events = self.recorder.close(in_order=ends_in_order(self.upstream))
             else:
                 events = self.recorder.feed(chunk)
-        except BaseException as error:  # noqa: BLE001 - it goes to whoever reads, and to whoever waits
+        except BaseException as error:  # noqa: BLE001 - the reader and the draw get it
             if not self._ended:
                 self._error = error
                 self._end()
@@ -433,7 +447,7 @@ class SyncRecordedStream(RecordedStream):
         over = self.recorder.ended or self.recorder.overflowed
         if chunk is None or self.recorder.done or (over and self._left):
             self._end()
-        elif over:  # what may follow is the reader's alone
+        elif over:  # only the reader wants what may follow
             self._report()
 
     def _end(self) -> None:
@@ -457,25 +471,13 @@ class SyncRecordedStream(RecordedStream):
 
     def read(self) -> Iterator[bytes]:
         """Iterate over the events for the reader."""
-        while True:
-            while self._events:
-                event = self._events.popleft()
-                if event.terminal:
-                    self._until_ended()
-                if shown := self._shown(event):
-                    yield shown
-                self.finished = self.finished or event.terminal
-            if self._ended and not self._events:
-                break
-            self._until_news()
-        if self.recorder.complete:  # whose terminal event may be missing
-            self._until_ended()
-        if self._error is not None:
-            self._until_ended(_UNDONE_SECONDS)
-            raise self._error
+        for step in self._steps():
+            if isinstance(step, bytes):
+                yield step
+            else:
+                step()
 
     def _until_news(self) -> None:
-        """Wait until more has come; a reader that is stopped meanwhile leaves the rest to the recording."""
         if self._alone or self._fork != forks.count:
             self._pull()
             return
@@ -489,12 +491,7 @@ class SyncRecordedStream(RecordedStream):
                 raise read_timeout(self.upstream) from None
             raise
 
-    def _until_ended(self, timeout: float | None = None) -> None:
-        """Wait for the draw's end.
-
-        So the sample is stored before the reader sees the end of the stream, and after a failure the reader's
-        next attempt is the same draw.
-        """
+    def _until_drawn(self, timeout: float | None = None) -> None:
         if self._fork == forks.count:
             try:
                 concurrent.futures.wait([self._stored], timeout)
@@ -531,7 +528,7 @@ class SyncRecordedStream(RecordedStream):
                 self.draw.cancel()
 
     def _stop(self) -> None:
-        """Have the thread close the response; nobody else can while it reads."""
+        """Make the thread close the response; no other thread can do so while it reads."""
         self._ended = True
         hang_up(self.upstream)
         self._demand.put(None)

@@ -11,5 +11,5 @@ for _needed in ("httptools", "httpx2", "prometheus_client", "uvicorn"):
     try:
         import_module(_needed)
     except ImportError as error:  # pragma: no cover - they are in the extra
-        told = f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'"
-        raise ImportError(told, name=error.name) from error
+        message = f"the proxy needs {error.name}: pip install 'cachepipe[proxy]'"
+        raise ImportError(message, name=error.name) from error

@@ -1,4 +1,4 @@
-"""Who may use a proxy: clients that use its own name, are not pages of another site, and send the token."""
+"""Access control: clients must use the proxy's own name, be no pages of other sites, and send the token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cachepipe.proxy.http_exchange import HttpExchange, Refusal
 from cachepipe.proxy.settings import ProxySettings, is_loopback
 
 _FREE: Final = frozenset({"/healthz", "/readyz", *page.FILES})  # the page asks for the token itself
-_BESIDE: Final = b"x-cachepipe-token"
+_TOKEN_HEADER: Final = b"x-cachepipe-token"
 _CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="cachepipe"'), (b"www-authenticate", b"Bearer")]
 
 
@@ -29,7 +29,7 @@ class AccessControl:
 
     def __init__(self, settings: ProxySettings) -> None:
         self._names = {_name(host) for host in settings.hosts} - {""}
-        self._is_ours = functools.lru_cache(256)(self._named_ours)
+        self._is_ours = functools.lru_cache(256)(self._is_own_name)
         self._token = None if settings.token is None else settings.token.encode()
         self._any_name = settings.token is not None or not is_loopback(settings.host)
 
@@ -58,8 +58,8 @@ class AccessControl:
             self._check_site(http, path)
 
     def _check_names(self, http: HttpExchange) -> None:
-        """Refuse a request with an unknown host name, which another site may have given to this address."""
-        host = http.says(b"host")
+        """Refuse unknown host names: another site may have pointed its name to this address."""
+        host = http.header(b"host")
         if host is not None and not self._is_ours(f"//{host}"):
             raise Refusal(
                 403,
@@ -68,25 +68,26 @@ class AccessControl:
             )
 
     def _check_site(self, http: HttpExchange, path: str | None) -> None:
-        """Refuse other sites' pages, which browsers name for forms and scripts but not images."""
-        origin = http.says(b"origin")
+        """Refuse pages of other sites. Browsers name the site for forms and scripts, not for images."""
+        origin = http.header(b"origin")
         if origin is None:
             if http.named.get(b"sec-fetch-site") == b"cross-site" and path not in _FREE:
                 raise Refusal(403, "bad_origin", "pages of other sites may not use this server")
-        elif not self._is_ours(origin) and origin.partition("://")[2] != http.says(b"host"):
+        elif not self._is_ours(origin) and origin.partition("://")[2] != http.header(b"host"):
             raise Refusal(403, "bad_origin", f"pages of {origin[:200]!r} may not use this server")
 
-    def _named_ours(self, url: str) -> bool:
+    def _is_own_name(self, url: str) -> bool:
         name = _name(url)
         return is_loopback(name) or name in self._names
 
     @staticmethod
     def _check_token(http: HttpExchange, token: bytes) -> bool:
-        """Check the token; return True if it came as a password, which browsers send by themselves."""
+        """Check the token; return True if it was sent as a password, which browsers do unasked."""
         shown = [
             pair
             for pair in http.headers
-            if (pair[0] in KEYS or pair[0] == _BESIDE) and hmac.compare_digest(_bare(pair[1]), token)
+            if (pair[0] in KEYS or pair[0] == _TOKEN_HEADER)
+            and hmac.compare_digest(_secret_in(pair[1]), token)
         ]
         if not shown:
             raise Refusal(
@@ -109,8 +110,8 @@ def _name(url: str) -> str:
         return ""
 
 
-def _bare(shown: bytes) -> bytes:
-    """Return the secret in a header: bare, as a bearer token or as a password."""
+def _secret_in(shown: bytes) -> bytes:
+    """Return the secret in a header: the whole value, a bearer token or a password."""
     scheme, blank, value = shown.strip().partition(b" ")
     if blank and scheme.lower() == b"bearer":
         return value.strip()

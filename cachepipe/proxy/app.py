@@ -32,13 +32,13 @@ from cachepipe.providers.exchange import (
 from cachepipe.proxy import control, headers, paths
 from cachepipe.proxy.access import AccessControl
 from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
-from cachepipe.proxy.cache_headers import call_id, one_hit, status
+from cachepipe.proxy.cache_headers import one_hit, status
 from cachepipe.proxy.counters import Counters, Outcome
-from cachepipe.proxy.delivery import Delivery
 from cachepipe.proxy.head_cache import HEAD, HeadCache, ParsedHead
 from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange, Receive, Refusal, Send
 from cachepipe.proxy.idempotency import ProxyRuns, RequestCounter
 from cachepipe.proxy.log import RequestLog
+from cachepipe.proxy.responder import Responder
 from cachepipe.proxy.routing import Route, Router
 from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.proxy.upstream import (
@@ -53,7 +53,7 @@ from cachepipe.typedefs import MODES, Mode
 
 _KEY_HEADERS: Final = tuple(name.encode() for name in wire.ANSWER_HEADERS)
 _CALLERS: Final = 1024  # callers whose calls are kept apart, in memory at once
-_LAST_SECONDS: Final = 1.0  # to store what has just come, however little time is left
+_LAST_SECONDS: Final = 1.0  # to store the last answers, even if no time is left
 _FAILURES: Final = (
     (UpstreamTimeout, 504, "upstream_timeout"),
     (UpstreamUnreachable, 502, "upstream_unreachable"),
@@ -86,8 +86,8 @@ class Proxy:
         """The draws of clients that have gone."""
         self.ready = False
         self._open = self._ended = False
-        self._until: float | None = None  # when the loop's clock says so, what is in flight is given up
-        self._patience: asyncio.Timeout | None = None  # until then, while a shutdown waits
+        self._until: float | None = None  # when requests in flight are given up, by the loop's clock
+        self._deadline: asyncio.Timeout | None = None  # the same, while a shutdown waits
         self._bodies = BodyCache()
         self._surface_of = functools.lru_cache(_CALLERS)(self._new_surface)
         self._router = Router(settings)
@@ -96,7 +96,7 @@ class Proxy:
     def __repr__(self) -> str:
         return f"<Proxy {', '.join(self._router.upstreams)}{' replay' if self.settings.replay else ''}>"
 
-    # Its life.
+    # Startup and shutdown.
 
     async def startup(self) -> None:
         """Open the cache.
@@ -129,11 +129,11 @@ class Proxy:
         if self._until is None:
             self._until = asyncio.get_running_loop().time() + self.settings.shutdown_timeout
 
-    def hurry(self) -> None:
-        """Give up what is in flight."""
+    def give_up(self) -> None:
+        """Give up the requests in flight."""
         self._until = 0.0
-        if self._patience is not None and not self._patience.expired():
-            self._patience.reschedule(asyncio.get_running_loop().time())
+        if self._deadline is not None and not self._deadline.expired():
+            self._deadline.reschedule(asyncio.get_running_loop().time())
 
     async def shutdown(self) -> None:
         """Finish and store what is in flight, within ``shutdown_timeout``, and close the cache."""
@@ -143,9 +143,9 @@ class Proxy:
         until = asyncio.get_running_loop().time() + _LAST_SECONDS
         self._open = False
         self._ended = True
-        self._patience = asyncio.timeout_at(max(until, self._until or 0))
+        self._deadline = asyncio.timeout_at(max(until, self._until or 0))
         try:
-            async with self._patience:
+            async with self._deadline:
                 await self.backing.close()
                 while self.background:
                     await asyncio.wait(self.background)
@@ -153,7 +153,7 @@ class Proxy:
             for task in list(self.background):
                 task.cancel()
         finally:
-            self._patience = None
+            self._deadline = None
         await self.client.close()
         if self._owned:
             await asyncio.get_running_loop().run_in_executor(None, self.store.close)
@@ -162,7 +162,7 @@ class Proxy:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request, or the server's startup and shutdown events."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._serve_lifespan(receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
@@ -172,7 +172,7 @@ class Proxy:
         http = self._http(scope, receive, send)
         await self._serve(http, self._answer(http))
 
-    async def go_on(
+    async def serve_parsed(
         self, head: ParsedHead, body: ParsedBody, scope: Mapping[str, Any], receive: Receive, send: Send
     ) -> None:
         """Serve a request with a known head and body, after its draw was looked up; see `at_once`."""
@@ -185,7 +185,7 @@ class Proxy:
     def _http(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> HttpExchange:
         return HttpExchange(scope, receive, send, self.settings.client_timeout, self.settings.namespace)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _serve_lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
@@ -246,9 +246,9 @@ class Proxy:
                 http.facts["advice"] = advice
             pairs = [*refusal.pairs, status(f"fwd=miss; fwd-status={refusal.status_code}")]
             await http.answer(refusal.status_code, pairs, refusal.content)
-        except asyncio.CancelledError:  # the server stops, and waits no longer
+        except asyncio.CancelledError:  # the server stops without waiting
             await self._refuse(http, Refusal(503, "stopping", "the proxy was stopped; try again"))
-        except Exception as error:  # noqa: BLE001 - a server outlives whatever is wrong with one request
+        except Exception as error:  # noqa: BLE001 - no request may stop the server
             await self._refuse(http, self._failure(http, error))
         return "error"
 
@@ -273,18 +273,18 @@ class Proxy:
     async def _refuse(self, http: HttpExchange, refusal: Refusal) -> None:
         """Answer with an error, in the format of the API of the request."""
         http.facts["error"] = refusal.code
-        if http.status:  # an answer has begun: without its end, the client sees that it is broken
+        if http.status:  # an answer has begun; the client sees that it is incomplete
             return
         kind = "invalid_request_error" if refusal.status < 500 else "api_error"
         error: dict[str, Any] = {"type": kind, "message": refusal.message, "code": refusal.code}
         if http.route is not None and http.route.api is wire.MESSAGES:
-            told = {"type": "error", "error": error}
+            value = {"type": "error", "error": error}
         else:
-            told = {"error": {**error, "param": None}}
-        await http.tell(told, refusal.status, refusal.pairs)
+            value = {"error": {**error, "param": None}}
+        await http.send_json(value, refusal.status, refusal.pairs)
 
     async def _answer(self, http: HttpExchange) -> Outcome | None:
-        """Answer a request; return None if it was for the proxy itself, which does not count those."""
+        """Answer a request; return None for the proxy's own paths, whose requests are not counted."""
         route = http.route = self._find_route(http)
         upstream, api = route.upstream, route.api
         self._access.check(http, route.destination.rest if upstream is None else None)
@@ -292,16 +292,16 @@ class Proxy:
             await control.answer(self, http, route.destination.rest)
             return None
         http.namespace = self._namespace(http, route.destination)
-        mode = self._mode(http)
+        mode, url = self._mode(http), http.with_query(route.url)
         if http.method != "POST":
-            return await self._pass(http, upstream, "fwd=method")
+            return await self._pass(http, upstream, url, "fwd=method")
         if api is None or mode == "bypass" or b"content-encoding" in http.named:
-            return await self._pass(http, upstream, "fwd=bypass")
+            return await self._pass(http, upstream, url, "fwd=bypass")
         content = await http.body(self.settings.max_body)
-        head = self._head(http, upstream, api)
+        head = self._head(http, route.destination, upstream, api, url)
         body = self._body(head, content)
-        if body is None:  # the provider says what is wrong with it, if anything
-            return await self._pass(http, upstream, "fwd=bypass", content)
+        if body is None:  # if the body is not valid, the provider answers with the error
+            return await self._pass(http, upstream, url, "fwd=bypass", content)
         return await self._cached(http, head, body, mode)
 
     # What it asks.
@@ -316,42 +316,41 @@ class Proxy:
             raise Refusal(code, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
 
     def _namespace(self, http: HttpExchange, destination: paths.Destination) -> str | None:
-        told = http.says(b"x-cachepipe-namespace")
-        if told is not None:
-            return told
+        name = http.header(b"x-cachepipe-namespace")
+        if name is not None:
+            return name
         named = destination.namespace
         return self.settings.namespace if isinstance(named, Inherited) else named
 
     def _mode(self, http: HttpExchange) -> Mode:
-        told = http.says(b"x-cachepipe-mode")
-        if told is None:
+        mode = http.header(b"x-cachepipe-mode")
+        if mode is None:
             return self.mode
-        if told not in MODES:
-            message = f"x-cachepipe-mode is one of {', '.join(MODES)}; got {told[:50]!r}"
+        if mode not in MODES:
+            message = f"x-cachepipe-mode is one of {', '.join(MODES)}; got {mode[:50]!r}"
             raise Refusal(400, "bad_mode", message)
-        if self.settings.replay and told != "replay":
-            message = f"this server only replays; it cannot {told}"
+        if self.settings.replay and mode != "replay":
+            message = f"this server only replays; it cannot {mode}"
             raise Refusal(400, "bad_mode", message, [NEVER_AGAIN])
-        return "bypass" if self.mode == "bypass" else told
+        return "bypass" if self.mode == "bypass" else mode
 
     @staticmethod
-    def _head(http: HttpExchange, upstream: Upstream, api: wire.Api) -> ParsedHead:
+    def _head(
+        http: HttpExchange, destination: paths.Destination, upstream: Upstream, api: wire.Api, url: str
+    ) -> ParsedHead:
         """Return the meaning of a request's path and headers."""
         hop_by_hop = headers.named_by_connection(http.headers)
         key_headers = {
-            name.decode(): ", ".join(headers.said(http.headers, name))
+            name.decode(): ", ".join(headers.values_of(http.headers, name))
             for name in _KEY_HEADERS
             if name in http.named and name not in hop_by_hop
         }
-        request_id, replicate = http.says(b"x-cachepipe-request-id"), http.says(b"x-cachepipe-replicate")
+        request_id, replicate = http.header(b"x-cachepipe-request-id"), http.header(b"x-cachepipe-replicate")
         claimant = Claimant(http.namespace, request_id, replicate)
-        assert http.route is not None  # noqa: S101 - told by the caller
         pairs = _credited(headers.of_question(http.headers), upstream)
-        caller = headers.who_asks(upstream.name, pairs)
+        caller = headers.caller_digest(upstream.name, pairs)
         scope = {name: http.scope[name] for name in ("method", "headers")}
-        return ParsedHead(
-            http.route.destination, upstream, api, http.url, key_headers, claimant, pairs, caller, scope
-        )
+        return ParsedHead(destination, upstream, api, url, key_headers, claimant, pairs, caller, scope)
 
     def _body(self, head: ParsedHead, content: bytes) -> ParsedBody | None:
         """Return the questions of a body; None if the cache cannot answer it.
@@ -387,7 +386,7 @@ class Proxy:
     async def _cached(self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode) -> Outcome:
         """Answer a request from the cache, or with a call that the cache makes."""
         run = self.runs.run(head.claimant.namespace, head.destination.run)
-        key = http.says(b"idempotency-key")
+        key = http.header(b"idempotency-key")
         retry = http.named.get(b"x-stainless-retry-count", b"0").strip() not in (b"0", b"")
         keys = [question.key for question in body.questions]
         entry = None if key is None else run.entry(key, head.claimant, keys)
@@ -400,7 +399,7 @@ class Proxy:
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
-                return await Delivery(self, http, exchange, counter).send(answer)
+                return await Responder(self, http, exchange, counter).send(answer)
         return await self._draw(http, head, body, mode, counter)
 
     async def _draw(
@@ -409,7 +408,7 @@ class Proxy:
         """Draw the samples of a request that are not known, and answer it."""
         surface = self._surface_of(head.caller, head.upstream)
         exchange = ProxyExchange(self.client, self.counters.spend, surface, head, body, mode, counter)
-        return await Delivery(self, http, exchange, counter).draw()
+        return await Responder(self, http, exchange, counter).draw()
 
     def _new_surface(self, caller: bytes, upstream: Upstream) -> Surface:  # noqa: ARG002 - a key of the cache
         """Return a view of the cache whose draws share calls with each other only."""
@@ -418,7 +417,7 @@ class Proxy:
     def at_once(self, head: ParsedHead, content: bytes, asker: object) -> bytes | ParsedBody | None:
         """Return the complete response to a request with a known draw.
 
-        For an unknown draw, return the parsed body, for `go_on`. For a request that must be served the
+        For an unknown draw, return the parsed body, for `serve_parsed`. For a request that must be served the
         normal way, return None.
 
         Args:
@@ -447,23 +446,23 @@ class Proxy:
         self.counters.hit(namespace, key, index, sample[0], head.url)
         self.counters.ended(namespace, "hit")
         self.log.request("hit", "POST", head.destination, namespace, 200, begun, len(content), key=key)
-        call = call_id(head.api, sample[0].made_by)
-        return one_hit(call, key, index, content, duplicated=duplicated)
+        return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)
 
     # What is passed through.
 
     async def _pass(
-        self, http: HttpExchange, upstream: Upstream, why: str, content: bytes | None = None
+        self, http: HttpExchange, upstream: Upstream, url: str, why: str, content: bytes | None = None
     ) -> Outcome:
         """Forward a request unchanged, and its answer as it comes.
 
         Args:
             http: the request.
             upstream: its upstream.
+            url: its URL there.
             why: why the cache does not answer it.
             content: its body, if it was read already.
         """
-        if self.settings.replay or http.says(b"x-cachepipe-mode") == "replay":
+        if self.settings.replay or http.header(b"x-cachepipe-mode") == "replay":
             raise Refusal(
                 404,
                 "not_cached",
@@ -480,12 +479,12 @@ class Proxy:
                 pairs.append((b"content-length", length))
             if length != b"0" or b"transfer-encoding" in http.named:
                 sent = http.chunks(taken)
-        call = loop.create_task(self.client.call(upstream, http.method, http.url, pairs, sent))
+        call = loop.create_task(self.client.call(upstream, http.method, url, pairs, sent))
         response = None
         try:
             if sent is not content:  # a client is watched only once its body has been read
                 await asyncio.wait((call, taken), return_when=asyncio.FIRST_COMPLETED)
-            if await http.or_gone(call):
+            if await http.wait_for(call):
                 response = await call
         finally:
             call.cancel()  # unless it has ended
@@ -505,7 +504,7 @@ class Proxy:
 
 def _credited(pairs: list[tuple[bytes, bytes]], upstream: Upstream) -> list[tuple[bytes, bytes]]:
     """Return headers with the upstream's own key, if there is one, instead of the client's."""
-    shown = upstream.shown_key
+    shown = upstream.key_value
     if shown is None:
         return pairs
     key_header = upstream.key_header.encode()

@@ -32,11 +32,11 @@ class ParsedBody:
 
 
 class BodyCache:
-    """The most recent parsed bodies: an evaluation asks the same questions again and again.
+    """The most recently used parsed bodies, since an evaluation asks the same questions repeatedly.
 
     Args:
         size: the approximate number of bytes of memory that they may use.
-        largest: bytes of the largest body that is remembered.
+        largest: the largest number of bytes of a body that is kept.
     """
 
     def __init__(self, size: int = 128 << 20, largest: int = 32 << 10) -> None:
@@ -46,14 +46,14 @@ class BodyCache:
         self._read: OrderedDict[tuple[Any, ...], ParsedBody] = OrderedDict()
 
     def get(self, name: tuple[Any, ...]) -> ParsedBody | None:
-        """Return a parsed body; its name ends with its bytes."""
+        """Return a parsed body by its name, whose last item is the body itself; None if it is unknown."""
         read = self._read.get(name)
         if read is not None:
             self._read.move_to_end(name)
         return read
 
     def put(self, name: tuple[Any, ...], read: ParsedBody) -> None:
-        """Remember a parsed body, and forget the least recently used ones."""
+        """Keep a parsed body, and drop the least recently used ones if there are too many."""
         if len(name[-1]) > self._largest or name in self._read:
             return
         self._read[name] = read

@@ -33,18 +33,18 @@ async def answer(proxy: Proxy, http: HttpExchange, path: str) -> None:
     if http.method not in ("GET", "HEAD"):
         raise Refusal(405, "bad_method", f"{path} supports GET only", [(b"allow", b"GET, HEAD")])
     if path == "/healthz":
-        await http.tell({"status": "ok"})
+        await http.send_json({"status": "ok"})
     elif path == "/readyz":
-        await http.tell({"status": "ok" if proxy.ready else "stopping"}, 200 if proxy.ready else 503)
+        await http.send_json({"status": "ok" if proxy.ready else "stopping"}, 200 if proxy.ready else 503)
     elif path == "/metrics":
         await http.answer(200, [_METRICS, *headers.INERT], proxy.counters.metrics())
     elif path in page.FILES:
         await http.answer(200, *page.answer(path))
     elif path in ("/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
-        await http.tell(_status(proxy))
+        await http.send_json(_status(proxy))
     elif path == "/cachepipe/api/counters":
         await asyncio.to_thread(proxy.counters.prices.learn)
-        await http.tell(proxy.counters.as_json())
+        await http.send_json(proxy.counters.as_json())
     elif path.startswith("/cachepipe/api/"):
         await _browse(proxy, http, path.removeprefix("/cachepipe/api"))
     else:
@@ -69,13 +69,7 @@ def _status(proxy: Proxy) -> dict[str, Any]:
 
 async def _browse(proxy: Proxy, http: HttpExchange, path: str) -> None:
     query = http.scope["query_string"].decode("latin-1")
-    try:
-        found = await asyncio.to_thread(browse.answer, proxy.store, path, query)
-    except browse.BadQuery as error:
-        raise Refusal(400, "bad_query", str(error)) from None
-    except browse.NotThere as error:
-        raise Refusal(404, "not_found", str(error)) from None
-    await http.tell(found)
+    await http.send_json(await asyncio.to_thread(browse.answer, proxy.store, path, query))
 
 
 async def _begin_run(proxy: Proxy, http: HttpExchange) -> None:
@@ -97,7 +91,7 @@ async def _begin_run(proxy: Proxy, http: HttpExchange) -> None:
         options["known"] = served or await asyncio.to_thread(_has_draws, proxy, namespace)
     else:
         proxy.runs.begin()
-    await http.tell({"run": secrets.token_hex(8), **options}, 201)
+    await http.send_json({"run": secrets.token_hex(8), **options}, 201)
 
 
 def _has_draws(proxy: Proxy, namespace: str | None) -> bool:

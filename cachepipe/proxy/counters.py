@@ -21,9 +21,9 @@ from cachepipe.typedefs import Response
 Outcome = Literal["hit", "miss", "partial", "passed", "left", "error", "refused"]
 """How requests end: all samples from the cache, none, some; passed through; client gone; error; refused."""
 
-_MOST: Final = 1000  # namespaces that are counted by themselves
-_USAGES: Final = 20_000  # samples whose usage is remembered, a quarter of a kilobyte each
-_LONGEST: Final = 200  # characters of a label that are a namespace's own
+_MOST: Final = 1000  # namespaces with counts of their own
+_USAGES: Final = 20_000  # samples whose usage is kept in memory, 250 bytes each
+_LONGEST: Final = 200  # characters of a namespace in a label; longer ones end with a digest
 _OTHERS: Final = "(others)"
 _NONE: Final = "(none)"
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 25.0, 100.0)
@@ -42,7 +42,7 @@ class Prices:
         self._wanted: set[Seller] = set()
 
     def seller(self, model: str | None, url: str) -> Seller:
-        """Return whose price to look up; from a certain number of them on, nobody's."""
+        """Return the model and URL whose price to look up; `_NOBODY` if there are too many."""
         seller = (model, url)
         if seller not in self._known and seller not in self._wanted:
             if len(self._known) + len(self._wanted) >= _MOST:
@@ -109,7 +109,7 @@ class Counts:
         }
 
 
-def _labelled(namespace: str) -> str:
+def _label_of(namespace: str) -> str:
     """Return a namespace as a unique label, in quotes if it would look like `_NONE`."""
     encoded = namespace.encode(errors="backslashreplace")
     text = encoded.decode()
@@ -153,12 +153,11 @@ class Counters:
             counts = self.namespaces.setdefault(namespace, Counts(namespace))
         return counts
 
-    def ended(self, namespace: str | None, outcome: Outcome) -> Counts:
+    def ended(self, namespace: str | None, outcome: Outcome) -> None:
         """Count the end of a request."""
         counts = self.of(namespace)
         counts.requests[outcome] += 1
         counts.last = self.clock()
-        return counts
 
     def drew(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
         """Count the samples that a request received; the URL is the upstream's."""
@@ -177,17 +176,17 @@ class Counters:
 
     def spend(self, namespace: str | None, samples: Sequence[wire.Sample], url: str) -> None:
         """Count the samples of a call for a request, whichever request gets them."""
-        usages, url = self._sold([usage_of(sample) for sample in samples], url)
+        usages, url = self._priced([usage_of(sample) for sample in samples], url)
         self.of(namespace).spent.spend(usages, url)
 
     def _deliver(self, namespace: str | None, usages: list[Usage], cached: Sequence[bool], url: str) -> None:
         counts = self.of(namespace)
         counts.hits += sum(cached)
         counts.misses += len(cached) - sum(cached)
-        usages, url = self._sold(usages, url)
+        usages, url = self._priced(usages, url)
         counts.delivered.add(usages, cached, url)
 
-    def _sold(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
+    def _priced(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
         """Return usages and the URL for their sums; no URL if too many models were counted."""
         sellers = [self.prices.seller(usage.model, url) for usage in usages]
         if _NOBODY in sellers:
@@ -248,7 +247,7 @@ class Counters:
             labels=("namespace", "of", "sum"),
         )
         for namespace, counts in self.namespaces.items():
-            name = _NONE if namespace is None else _labelled(namespace)
+            name = _NONE if namespace is None else _label_of(namespace)
             for outcome, number in counts.requests.items():
                 requests.add_metric((name, outcome), number)
             samples.add_metric((name, "cache"), counts.hits)

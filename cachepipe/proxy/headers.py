@@ -34,12 +34,12 @@ INERT: Final = (
 )
 """Headers that prevent a browser from running an answer as a page of the proxy."""
 
-_UNBUFFERED: Final = (b"x-accel-buffering", b"no")  # nginx would hold events back
+_UNBUFFERED: Final = (b"x-accel-buffering", b"no")  # without it, nginx buffers events
 _NOT_BACK: Final = frozenset({b"date", b"server", *(name for name, _ in INERT)})
-_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # what no server may send in a header
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # bytes that no server may send in a header
 _UNPACKED: Final = frozenset({b"gzip", b"deflate", b"identity", b""})
 _OURS: Final = b"x-cachepipe-"
-_NGINX: Final = b"x-accel-"  # commands to a server in front of this one
+_NGINX: Final = b"x-accel-"  # commands for a server in front of this one
 KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
 """The headers with a client's API key."""
 
@@ -64,7 +64,7 @@ _OF_ONE_CALL: Final = frozenset(
     }
 )
 _FAMILIES: Final = (b"x-stainless-", b"sec-", b"x-b3-", b"x-datadog-")
-_LONGEST: Final = 4000  # bytes of a header of ours: with more, clients refuse the whole answer
+_LONGEST: Final = 4000  # bytes of one of our headers; clients refuse answers with longer ones
 
 
 def to_upstream(headers: Pairs) -> list[tuple[bytes, bytes]]:
@@ -97,11 +97,11 @@ def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
         and name != b"cache-status"
         and not _CONTROL.search(value)
     ]
-    return shown(kept)
+    return with_safety(kept)
 
 
-def shown(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the headers of a provider's answer, stored or fresh, with those for browsers and proxies."""
+def with_safety(pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a provider's answer with those that protect browsers and stop buffering."""
     return [*pairs, *INERT, *([_UNBUFFERED] if is_event_stream(pairs) else [])]
 
 
@@ -142,11 +142,11 @@ def named_by_connection(headers: Pairs) -> frozenset[bytes]:
     )
 
 
-def who_asks(upstream: str, headers: Pairs) -> bytes:
+def caller_digest(upstream: str, headers: Pairs) -> bytes:
     """Return a digest that differs between requests that may not share a call; it contains no API key.
 
-    It covers the upstream's name and every header that is sent there, except headers that belong to one call
-    and neither grant nor change anything.
+    It covers the upstream's name and every header that is sent there, except headers that describe a single
+    call and neither grant access nor change the answer.
     """
     kept = [
         b"%d:%b%d:%b" % (len(name), name, len(value), value)
@@ -172,6 +172,6 @@ def text_of(value: bytes) -> str:
         return value.decode("latin-1")
 
 
-def said(headers: Pairs, name: bytes) -> list[str]:
+def values_of(headers: Pairs, name: bytes) -> list[str]:
     """Return the values of the headers with one name, in order."""
     return [text_of(value) for each, value in headers if each == name]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
@@ -57,55 +58,49 @@ class Refusal(Exception):  # noqa: N818 - names what happened
         self.pairs = pairs
 
 
+@dataclass(eq=False)
 class HttpExchange:
     """One request, and the state of its answer.
 
-    Args:
+    Attributes:
         scope: the ASGI scope.
         receive: returns the parts of the body, and the end of the connection.
-        send: takes the parts of the answer.
-        patience: seconds without a byte from or to the client.
-        namespace: the namespace of a request that names none.
-
-    Attributes:
+        send_message: takes the parts of the answer.
+        timeout: seconds without a byte from or to the client.
+        namespace: the namespace; that of requests that name none until it is known.
         route: the route of its path, once it is found.
+        status: the status of the answer, once it has begun.
+        sent: bytes of the answer's body.
         facts: further facts for the log.
+        begun: when it began, in seconds of ``time.perf_counter``.
     """
 
-    def __init__(
-        self,
-        scope: Mapping[str, Any],
-        receive: Receive,
-        send: Send,
-        patience: float,
-        namespace: str | None = None,
-    ) -> None:
-        self.scope = scope
-        self.receive = receive
-        self.send_message = send
-        self.patience = patience
-        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
-        self.named = dict(self.headers)
-        self.method: str = scope["method"]
-        self.namespace = namespace
-        self.route: Route | None = None
-        self.begun = time.perf_counter()
-        self.status = 0
-        self.sent = 0
-        self.facts: dict[str, Any] = {}
-        self._watch: asyncio.Task[None] | None = None
+    scope: Mapping[str, Any]
+    receive: Receive
+    send_message: Send
+    timeout: float
+    namespace: str | None = None
+    route: Route | None = None
+    status: int = 0
+    sent: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    begun: float = field(default_factory=time.perf_counter)
+    _watch: asyncio.Task[None] | None = None
 
-    def says(self, name: bytes) -> str | None:
+    def __post_init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] = self.scope["headers"]
+        self.named = dict(self.headers)
+        self.method: str = self.scope["method"]
+
+    def header(self, name: bytes) -> str | None:
         """Return the value of a header, or None."""
         value = self.named.get(name)
         return None if value is None else headers.text_of(value)
 
-    @property
-    def url(self) -> str:
-        """The URL at the upstream, with the query."""
-        assert self.route is not None  # noqa: S101 - told by the caller
+    def with_query(self, url: str) -> str:
+        """Return a URL with the query of the request."""
         query = self.scope["query_string"]
-        return f"{self.route.url}?{query.decode('latin-1')}" if query else self.route.url
+        return f"{url}?{query.decode('latin-1')}" if query else url
 
     # The request's body.
 
@@ -119,8 +114,8 @@ class HttpExchange:
             Refusal: when it has more, or takes too long.
             ClientGone: when it ends early.
         """
-        told = self.named.get(b"content-length", b"0")
-        if not told.isdigit() or int(told) > most:
+        length = self.named.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > most:
             raise self.too_large(most)
         parts: list[bytes] = []
         size, more = 0, True
@@ -140,7 +135,7 @@ class HttpExchange:
 
     async def _received(self) -> Message:
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.timeout):
                 message = await self.receive()
         except TimeoutError:
             raise Refusal(408, "too_slow", "the body of the request ended early", _CLOSE) from None
@@ -159,11 +154,11 @@ class HttpExchange:
             if message.get("body"):
                 yield message["body"]
 
-    # The client's leaving; only once the body has been read.
+    # Clients that leave. They are watched only once the body has been read.
 
-    async def or_gone(self, *work: asyncio.Future[Any]) -> bool:
+    async def wait_for(self, *work: asyncio.Future[Any]) -> bool:
         """Wait until some work is done or the client has gone; return True if work is done."""
-        for _ in range(_TURNS):  # what is stored comes in a few turns, and needs no watch
+        for _ in range(_TURNS):  # a stored answer arrives within a few turns, and needs no watch
             if any(each.done() for each in work):
                 return True
             await asyncio.sleep(0)
@@ -209,13 +204,13 @@ class HttpExchange:
         """
         self.sent += len(chunk)
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.timeout):
                 await self.send_message({"type": "http.response.body", "body": chunk, "more_body": more})
         except TimeoutError:
             raise ClientGone from None
 
     async def answer(self, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
-        """Send a complete answer, which is small enough to wait in memory for a slow client."""
+        """Send a complete answer. It may wait in memory for a slow client."""
         self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
@@ -225,11 +220,13 @@ class HttpExchange:
         await self.start(status, pairs)
         await self.send_message({"type": "http.response.body", "body": content})
 
-    async def tell(self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """Answer with JSON of the proxy itself."""
+    async def send_json(
+        self, value: Any, status: int = 200, pairs: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        """Answer with JSON that the proxy makes itself."""
         try:
             content = orjson.dumps(value)
-        except TypeError:  # what is stored may nest deep, and hold lone surrogates
+        except TypeError:  # stored values may nest deeply, and contain lone surrogates
             content = json.dumps(value, default=repr).encode()
         await self.answer(status, [JSON, *_PRIVATE, *pairs], content)
 
@@ -240,7 +237,7 @@ class HttpExchange:
         """
         pump = asyncio.get_running_loop().create_task(self._pump(source))
         try:
-            if await self.or_gone(pump):
+            if await self.wait_for(pump):
                 pump.result()
                 return True
         except ClientGone:
@@ -249,8 +246,8 @@ class HttpExchange:
             if not pump.done():
                 pump.cancel()
                 await asyncio.wait([pump])
-            with contextlib.suppress(RuntimeError):  # it is being closed already
-                await source.aclose()  # type: ignore[attr-defined]  # sources are generators
+            with contextlib.suppress(RuntimeError):  # it is already being closed
+                await source.aclose()  # type: ignore[attr-defined]  # all sources are generators
         return False
 
     async def _pump(self, source: AsyncIterator[bytes]) -> None:

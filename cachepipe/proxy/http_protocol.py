@@ -245,7 +245,7 @@ class HttpProtocol(HttpToolsProtocol):
             on_response=self.on_response_complete,
         )
         self.cycle.more_body = False
-        app: Any = functools.partial(self._proxy.go_on, head, body)
+        app: Any = functools.partial(self._proxy.serve_parsed, head, body)
         task = self.loop.create_task(self.cycle.run_asgi(app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)

@@ -28,7 +28,7 @@ class _Live:
     """A draw that requests in flight hold."""
 
     holders: int = 0
-    waiting: int = 0  # those of them whose clients have not left
+    waiting: int = 0  # holders whose clients have not left
     delivered: bool = False
     given_back: bool = False
     keyed: bool = False
@@ -56,7 +56,7 @@ class ProxyRun(Run):
         super().__init__()
         self.counted = Occurrences()
         self.live: dict[Identity, dict[int, _Live]] = {}
-        self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken yet
+        self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken
         self.entries: OrderedDict[tuple[str, str], IdempotencyEntry] = OrderedDict()
 
     def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store
@@ -134,21 +134,21 @@ class ProxyRuns:
         self._named[namespace] = ProxyRun()
 
 
+@dataclass(eq=False)
 class RequestCounter:
     """One request in a run: counts the occurrences of its draws, or attaches to an earlier attempt.
 
-    Args:
+    Attributes:
         run: the run.
         retry: whether the request says that it is a retry.
         entry: the entry of its idempotency key, if it has one.
     """
 
-    def __init__(self, run: ProxyRun, *, retry: bool = False, entry: IdempotencyEntry | None = None) -> None:
-        self.run = run
-        self.retry = retry
-        self.entry = entry
-        self._held: list[tuple[Identity, int]] = []
-        self._left = False
+    run: ProxyRun
+    retry: bool = False
+    entry: IdempotencyEntry | None = None
+    _held: list[tuple[Identity, int]] = field(default_factory=list)
+    _left: bool = False
 
     def take(self, identity: Identity) -> int:
         """Return the occurrence number of this request's draw."""

@@ -1,7 +1,7 @@
 """The destination of a request, from its path alone.
 
     /ns/NAME/v1/…            in the namespace NAME
-    /ns/NAME@RUN/v1/…        there, in the run labelled RUN
+    /ns/NAME@RUN/v1/…        in the namespace NAME and the run labelled RUN
     /up/UPSTREAM/v1/…        to the upstream of that name
     /v1/…                    to the first upstream
     /cachepipe/…             the proxy's own paths
@@ -19,10 +19,14 @@ from urllib.parse import unquote_to_bytes
 
 from cachepipe.context import INHERITED, Inherited
 
-_MOST: Final = 16_384  # bytes of a path; longer ones are no provider's
-_DEPTH: Final = 4  # how often percent-encoding is taken off to look for dot segments
+_MOST: Final = 16_384  # bytes of a path; no provider has longer ones
+_DEPTH: Final = 4  # layers of percent-encoding that are removed to look for dot segments
 _PLAIN: Final = re.compile(rb"[!$&'()*+,;=:@/A-Za-z0-9._~%|\"<>^`{}\[\]-]*")
-_DOTS: Final = re.compile(rb"(?:^|[/\\])\.{1,2}(?:[/\\;]|$)")  # with parameters too, which some servers drop
+_UNSAFE: Final = re.compile(
+    rb"(?:^|[/\\])\.{1,2}(?:[/\\;]|$)"  # dot segments, also with parameters, which some servers drop
+    rb"|[\\\x00-\x1f\x7f]"
+)
+_OURS: Final = re.compile(r"/(ns|up)(?:/([^/]*)(/.*)?)?")
 _BROKEN: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
@@ -59,6 +63,27 @@ def destination_of(raw: bytes) -> Destination:
     Raises:
         BadPath: when it must not be forwarded; the message says why.
     """
+    _check(raw)
+    found = Destination(collapsed(raw.decode("ascii")))
+    while match := _OURS.fullmatch(found.rest):
+        part, name, rest = match[1], match[2] or "", collapsed(match[3] or "")
+        if part == "ns" and found.namespace is INHERITED:
+            namespace, _, run = name.rpartition("@") if "@" in name else (name, "", "")
+            if not (namespace or run) or not rest:
+                raise BadPath("a namespace is named as in /ns/NAME/v1, a run as in /ns/NAME@RUN/v1")
+            names = {"namespace": _decoded(namespace), "run": _decoded(run)}
+            found = found._replace(rest=rest, **names)
+        elif part == "up" and found.upstream is None:
+            if not name or not rest:
+                raise BadPath("an upstream is named as in /up/NAME/v1")
+            found = found._replace(rest=rest, upstream=_decoded(name))
+        else:
+            break
+    return found
+
+
+def _check(raw: bytes) -> None:
+    """Raise an error for a path that servers may read differently."""
     if not raw.startswith(b"/"):
         raise BadPath("the target of a request is a path that begins with a slash, without a server's name")
     if len(raw) > _MOST:
@@ -67,31 +92,13 @@ def destination_of(raw: bytes) -> Destination:
         raise BadPath("the path contains characters that must be percent-encoded, or an invalid encoding")
     text = raw
     for _ in range(_DEPTH):
-        if _DOTS.search(text) or _unsafe(text):
+        if _UNSAFE.search(text):
             raise BadPath("a path must not contain '.' or '..' segments, backslashes or control characters")
         decoded = unquote_to_bytes(text)
         if decoded == text:
-            break
+            return
         text = decoded
-    else:
-        raise BadPath("the path is percent-encoded too many times")
-    found = Destination(collapsed(raw.decode("ascii")))
-    while True:
-        head, name, rest = _split(found.rest)
-        if head == "ns" and found.namespace is INHERITED:
-            spelled, at, label = name.rpartition("@")
-            if not at:
-                spelled, label = name, ""
-            if not (spelled or label) or not rest:
-                raise BadPath("a namespace is named as in /ns/NAME/v1, a run as in /ns/NAME@RUN/v1")
-            namespace = _decoded(spelled) if spelled else None
-            found = found._replace(rest=rest, namespace=namespace, run=_decoded(label) if label else None)
-        elif head == "up" and found.upstream is None:
-            if not name or not rest:
-                raise BadPath("an upstream is named as in /up/NAME/v1")
-            found = found._replace(rest=rest, upstream=_decoded(name))
-        else:
-            return found
+    raise BadPath("the path is percent-encoded too many times")
 
 
 def collapsed(path: str) -> str:
@@ -99,20 +106,9 @@ def collapsed(path: str) -> str:
     return "/" + path.lstrip("/") if path.startswith("//") else path
 
 
-def _unsafe(text: bytes) -> bool:
-    return b"\\" in text or any(byte < 0x20 or byte == 0x7F for byte in text)
-
-
-def _split(path: str) -> tuple[str, str, str]:
-    """Return the first segment, the second, and the rest, which begins with a slash or is empty."""
-    parts = path.split("/", 3)
-    head = parts[1] if len(parts) > 1 else ""
-    name = parts[2] if len(parts) > 2 else ""
-    return head, name, collapsed(f"/{parts[3]}") if len(parts) > 3 else ""
-
-
-def _decoded(name: str) -> str:
+def _decoded(name: str) -> str | None:
+    """Return a name without percent-encoding; None if it is empty."""
     try:
-        return unquote_to_bytes(name).decode()
+        return unquote_to_bytes(name).decode() or None
     except UnicodeDecodeError as error:
         raise BadPath("the names of namespaces, runs and upstreams must be valid UTF-8") from error

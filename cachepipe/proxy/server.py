@@ -29,10 +29,10 @@ class Server(uvicorn.Server):
 
     Args:
         proxy: the application.
-        told: is called once with the server's address when it listens.
+        on_listening: is called once with the server's address when it listens.
     """
 
-    def __init__(self, proxy: Proxy, told: Callable[[str], None] | None = None) -> None:
+    def __init__(self, proxy: Proxy, on_listening: Callable[[str], None] | None = None) -> None:
         settings = proxy.settings
         super().__init__(
             uvicorn.Config(
@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=settings.max_connections + 1,  # it counts the one that asks
+                limit_concurrency=settings.max_connections + 1,  # it counts the asking connection
                 timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=int(settings.shutdown_timeout) or 1,
                 backlog=2048,
@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
         )
         self.proxy = proxy
         self.url = ""
-        self._told = told
+        self._on_listening = on_listening
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @contextlib.contextmanager
@@ -81,14 +81,14 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if sockets and self.started:
             self.url = _url(sockets[0])
-            if self._told is not None:
-                self._told(self.url)
+            if self._on_listening is not None:
+                self._on_listening(self.url)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Stop at a signal; at a second Ctrl-C, give up what is in flight."""
         super().handle_exit(sig, frame)
         if self.force_exit and self._loop is not None:
-            self._loop.call_soon_threadsafe(self.proxy.hurry)
+            self._loop.call_soon_threadsafe(self.proxy.give_up)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more requests, and finish those in flight."""
@@ -125,27 +125,27 @@ def listen(settings: ProxySettings) -> socket.socket:
     return listener
 
 
-def _hush() -> None:
+def _silence_uvicorn() -> None:
     """Pass uvicorn's own messages, such as interrupted answers, to the proxy's log."""
     logger = logging.getLogger("uvicorn.error")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
 
 
-def serve(settings: ProxySettings, told: Callable[[str], None] | None = None) -> None:
+def serve(settings: ProxySettings, on_listening: Callable[[str], None] | None = None) -> None:
     """Serve until the process receives SIGINT or SIGTERM, then finish what is in flight.
 
     Args:
-        settings: how the proxy is set.
-        told: is called once with the server's address when it listens.
+        settings: the settings of the proxy.
+        on_listening: is called once with the server's address when it listens.
 
     Raises:
-        BadSettings: when it cannot be started so.
+        BadSettings: when it cannot be started with these settings.
         StoreError: when the cache cannot be opened.
     """
-    for name in ("httpx2", "httpcore2"):  # they would log URLs, in whose queries some show their keys
+    for name in ("httpx2", "httpcore2"):  # they log URLs, and some clients put their keys into the query
         logging.getLogger(name).setLevel(logging.WARNING)
-    _hush()
+    _silence_uvicorn()
     proxy = Proxy(settings)
     listener = listen(settings)
     logger, handler = logging.getLogger("cachepipe"), proxy.log.handler()
@@ -153,7 +153,7 @@ def serve(settings: ProxySettings, told: Callable[[str], None] | None = None) ->
     try:
         with warnings.catch_warnings():
             warnings.showwarning = proxy.log.warned
-            Server(proxy, told).run(sockets=[listener])
+            Server(proxy, on_listening).run(sockets=[listener])
     finally:
         logger.removeHandler(handler)
         listener.close()
@@ -166,14 +166,14 @@ def running(
     """Run a proxy on its own loop, in a thread, within a context.
 
     Args:
-        settings: how it is set.
-        log: takes what is logged.
+        settings: the settings of the proxy.
+        log: takes the log entries.
 
     Raises:
-        BadSettings: when it cannot be started so.
+        BadSettings: when it cannot be started with these settings.
         StoreError: when the cache cannot be opened.
     """
-    _hush()
+    _silence_uvicorn()
     listener = listen(settings)
     listening = threading.Event()
     failures: list[BaseException] = []

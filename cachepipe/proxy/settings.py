@@ -108,7 +108,7 @@ class Upstream:
         return cls(name, url.rstrip("/"), kind, mount, api_key, header, flow)  # type: ignore[arg-type]  # checked above
 
     @property
-    def shown_key(self) -> str | None:
+    def key_value(self) -> str | None:
         """The value of the header for the API key."""
         if self.api_key is None:
             return None
@@ -216,6 +216,10 @@ class ProxySettings:
             )
         if not 0 <= self.port <= 65535:
             raise BadSettings(f"a port is a number from 0 to 65535; got {self.port}")
+        self._check_values()
+        return self
+
+    def _check_values(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 wanted = " or ".join(map(repr, choices))
@@ -226,7 +230,6 @@ class ProxySettings:
         for name in ("connect_timeout", "timeout", "client_timeout", "shutdown_timeout"):
             if not getattr(self, name) > 0:
                 raise BadSettings(f"{name} is a number of seconds above 0; got {getattr(self, name)}")
-        return self
 
 
 _CHOICES: Final = {"repeat": REPEATS, "durability": ("process", "full"), "log": LOGS}
@@ -312,7 +315,7 @@ def secret(variable: str, environment: Mapping[str, str] | None = None) -> str:
     return value
 
 
-def named(text: str) -> tuple[str | None, str]:
+def name_and_url(text: str) -> tuple[str | None, str]:
     """Return the name and the URL in ``NAME=URL``; the name is None if there is only a URL."""
     name, equals, url = text.partition("=")
     return (name, url) if equals and "/" not in name else (None, text)

@@ -143,7 +143,7 @@ async def _translated(upstream: str, url: str) -> AsyncIterator[None]:
         raise UpstreamTimeout(
             f"{where} took too long ({type(error).__name__}); try again, or raise --timeout"
         ) from None
-    except httpx.LocalProtocolError:  # what it says may hold a key
+    except httpx.LocalProtocolError:  # its message may contain a key
         raise UpstreamUnreachable(f"a header of this request cannot be sent to {where}") from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError) as error:
         outages.failed(error, url)

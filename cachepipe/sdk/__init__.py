@@ -16,17 +16,13 @@ if TYPE_CHECKING:
     from cachepipe.sdk.together import AsyncTogether as AsyncTogether
     from cachepipe.sdk.together import Together as Together
 
-_WHERE = {
-    "Anthropic": "cachepipe.sdk.anthropic",
-    "AsyncAnthropic": "cachepipe.sdk.anthropic",
-    "AsyncAzureOpenAI": "cachepipe.sdk.openai",
-    "AsyncOpenAI": "cachepipe.sdk.openai",
-    "AsyncTogether": "cachepipe.sdk.together",
-    "AzureOpenAI": "cachepipe.sdk.openai",
-    "Info": "cachepipe.providers.info",
-    "OpenAI": "cachepipe.sdk.openai",
-    "Together": "cachepipe.sdk.together",
+_NAMES = {
+    "cachepipe.providers.info": ("Info",),
+    "cachepipe.sdk.anthropic": ("Anthropic", "AsyncAnthropic"),
+    "cachepipe.sdk.openai": ("AsyncAzureOpenAI", "AsyncOpenAI", "AzureOpenAI", "OpenAI"),
+    "cachepipe.sdk.together": ("AsyncTogether", "Together"),
 }
+_WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -23,15 +23,14 @@ except ImportError as error:
         "the cached Anthropic clients need anthropic: pip install 'cachepipe[anthropic]'"
     ) from error
 
-from cachepipe import jsontext, outages
+from cachepipe import outages
 from cachepipe.errors import CachepipeError
-from cachepipe.flow.flow import Passage
 from cachepipe.portal import run_now
 from cachepipe.providers import info
-from cachepipe.providers.generation import Unkept
-from cachepipe.providers.responses import BodySource, Received, broken
+from cachepipe.providers.generation import Made, Unkept
+from cachepipe.providers.responses import Received, broken
 from cachepipe.providers.stream_recorder import RecordedStream
-from cachepipe.sdk import internals
+from cachepipe.sdk import http, internals
 from cachepipe.sdk.calls import ClientCall
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
 from cachepipe.sdk.options import ClientOptions
@@ -85,11 +84,12 @@ class AttemptRefused(CachepipeError):  # noqa: N818 - it never reaches a caller
 
 
 class AttemptsCached(Cached):
-    """Goes in front of a client's class, above the SDK's layers for `request`, below them for an attempt."""
+    """Goes in front of a client's class whose SDK has layers; it puts the cache below them.
 
-    def _read_to_end(self, recording: RecordedStream) -> Any:
-        """Read a recording to its end; return a step of the client's kind (see `Cached`)."""
-        raise NotImplementedError
+    `request` is above the SDK's layers, ``_attempt_request`` below them.
+    """
+
+    _read_to_end: Callable[[RecordedStream], Any]  # a step (see `Cached`)
 
     async def request(
         self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
@@ -135,17 +135,21 @@ class AttemptsCached(Cached):
             )
         except AttemptRefused as refused:
             return refused.response, refused.prepared
-        _end(passage, received, stream=stream)
+        made = Made(passage, None, received)
+        if stream:
+            http.when_read(received.response, made.end)
+        else:
+            made.end_with(received.content if isinstance(received.content, bytes) else b"")
         return received.response, received.details["options"]
 
     async def _answered(self, call: ClientCall) -> Received:
-        """Return the answer to an attempt; only its details tell other options than the call's."""
+        """Return the answer to an attempt, with the options in its details if the SDK has changed them."""
         answer = call.known() or await self._settled(call.answer())
         received, recording = answer.arrived, answer.content
         if (
             received is not None
             and isinstance(recording, RecordedStream)
-            and not internals.unread(received.response)
+            and not http.unread(received.response)
         ):  # a stream that is handed on as it comes
             await self._settled(self._read_to_end(recording))
             answer = answer._replace(content=b"", kept=recording.recorder.complete)
@@ -173,7 +177,7 @@ class AttemptsCached(Cached):
         try:
             return await self._as_received(response, made_with, stream=stream)
         except Exception as error:
-            received = Received(internals.handed_on(self, response, broken(error)), made_with)
+            received = Received(http.handed_on(self, response, broken(error)), made_with)
             raise Unkept(received, error) from error
 
 
@@ -255,21 +259,3 @@ def check_wrappable(kind: Any) -> None:
 internals.count_as_base_clients(AttemptsCached, anthropic.Anthropic, anthropic.AsyncAnthropic)
 for _kind, _sdk in ((AsyncAnthropic, anthropic.AsyncAnthropic), (Anthropic, anthropic.Anthropic)):
     equip(_kind, _sdk, credentials=CREDENTIALS, error=anthropic.AnthropicError)
-
-
-def _end(passage: Passage, arrived: Received, *, stream: bool) -> None:
-    """Report the end of a call: for a stream, when it has been read."""
-    headers = arrived.response.headers
-    if stream:
-        internals.when_read(arrived.response, functools.partial(passage.end, headers=headers))
-    else:
-        passage.end(usage=_usage(arrived.content), headers=headers)
-
-
-def _usage(content: bytes | BodySource) -> Any:
-    """Return the usage in an answer, or None."""
-    try:
-        answer = jsontext.loads(content) if isinstance(content, bytes) else None
-    except ValueError:
-        return None
-    return answer.get("usage") if isinstance(answer, dict) else None

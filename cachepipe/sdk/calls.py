@@ -28,7 +28,7 @@ from cachepipe.providers.exchange import Exchange, check_size, id_header
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.providers.stream_recorder import SyncRecordedStream
-from cachepipe.sdk import internals
+from cachepipe.sdk import http, internals
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 """Encodes JSON values only; other values raise an error."""
@@ -166,10 +166,10 @@ class ClientCall(Exchange):
                 self.client, self.cast_to, self.options, stream=self.stream, stream_cls=self.stream_cls
             )
             named = {} if answer.made_by is None else {id_header(self.api): answer.made_by}
-            response = internals.made_response(self.client, self.url, self.options, content, named)
+            response = http.made_response(self.client, self.url, self.options, content, named)
             arrived = Received(response, details)
         elif isinstance(content, BodySource):
-            arrived = Received(internals.handed_on(self.client, arrived.response, content), arrived.details)
+            arrived = Received(http.handed_on(self.client, arrived.response, content), arrived.details)
         if self.kept:
             info.note(arrived.response, self.record)
         return arrived
@@ -222,7 +222,7 @@ class SyncClientCall(ClientCall):
         finally:
             with self._lock:
                 self._idle = False
-            while not self._jobs.empty():  # somebody else waits for these
+            while not self._jobs.empty():  # others wait for these calls
                 left = self._jobs.get()
                 if left is not None:
                     self._elsewhere(left)
@@ -238,13 +238,13 @@ class SyncClientCall(ClientCall):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Return what the SDK receives. A call that has begun is not stopped, and its answer is kept."""
         received: concurrent.futures.Future[Received] = concurrent.futures.Future()
-        received.set_running_or_notify_cancel()  # so nobody can cancel it
+        received.set_running_or_notify_cancel()  # so that it cannot be cancelled
         arguments = self._arguments(body, stream=stream)
 
         def job() -> None:
             try:
                 received.set_result(self.receive(**arguments))
-            except Exception as error:  # noqa: BLE001 - it belongs to those who need the call
+            except Exception as error:  # noqa: BLE001 - the draws that need the call get it
                 received.set_exception(error)
             except BaseException:
                 received.set_exception(asyncio.CancelledError())

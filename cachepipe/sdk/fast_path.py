@@ -60,7 +60,7 @@ class ObservedCall:
         self.shape: CallShape | None = None
 
     def learn(self, cast_to: Any, options: Any, *, stream: bool) -> None:
-        """Learn the shape of the call, if its arguments can be recognised in the body."""
+        """Learn the shape of the call, if the body contains its arguments unchanged."""
         api = wire.api_for(options.method, str(options.url))
         body = options.json_data
         if api is None or stream or not internals.is_plain(options) or not isinstance(body, Mapping):
@@ -78,7 +78,7 @@ class ObservedCall:
 observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
     "cachepipe_observed", default=None
 )
-"""The call that is being made."""
+"""The call that is being made on the SDK's normal path."""
 
 
 def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
@@ -111,7 +111,7 @@ def _create(kind: Any, own: Any) -> Callable[..., Any]:
     async def create(self: Any, **arguments: Any) -> Any:
         client = internals.client_of(self)
         settled = client._settled  # noqa: SLF001 - it is ours
-        if kind.create is not own:  # somebody has put something in front of it since
+        if kind.create is not own:  # another library has replaced it since
             return await settled(kind.create(self, **arguments))
         given = internals.given(arguments)
         shape = shapes.get(tuple(given))

@@ -20,7 +20,7 @@ from cachepipe.providers import info
 from cachepipe.providers.exchange import CLOSING_SECONDS, Surface
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
-from cachepipe.sdk import fast_path, internals
+from cachepipe.sdk import fast_path, http, internals
 from cachepipe.sdk.calls import ClientCall, SyncClientCall, body_of, receiving
 from cachepipe.sdk.options import CacheOptions
 
@@ -56,39 +56,33 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         passage.end(usage=usage)
     else:
         headers = response.headers
-        internals.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
+        http.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
 class Cached(outages.OutageReports):
-    """Goes in front of a client's class, with `AsyncCached` or `SyncCached`.
+    """Goes in front of a client's class, as `AsyncCached` or `SyncCached`.
 
-    Each method is a coroutine that serves both kinds of clients. In a synchronous client it never waits,
-    because what it awaits is there already, and `run_now` makes a plain method of it.
+    Its methods are coroutines that serve both kinds of clients. In a synchronous client they never wait,
+    because what they await is there already, and `run_now` makes plain methods of them.
 
     Attributes:
         _call_class: the class of the client's calls.
+        _settled: returns an awaitable of the result of a step: of its coroutine, or of its result.
+        _within_limits: makes a call within the limits of a flow control; a step.
+        _read: reads the body of a response; a step.
     """
 
     _cachepipe: Surface
     _call_class: type[ClientCall]
+    _settled: Callable[[Any], Awaitable[Any]]
+    _within_limits: Callable[..., Any]
+    _read: Callable[[Any], Any]
 
     def in_namespace(self, namespace: str | None) -> Self:
         """Return this client in another namespace; the two share connections, cache and calls in flight."""
         client: Any = self
         twin: Self = client.copy(cache=self._cachepipe.named(namespace))
         return twin
-
-    def _settled(self, step: Any) -> Awaitable[Any]:
-        """Return an awaitable of what a step of the client's kind returns: its coroutine, or its result."""
-        raise NotImplementedError
-
-    def _within_limits(self, flow: Flow, make: Callable[[], Any], **about: Any) -> Any:
-        """Make a call within the limits of a flow control; return a step of the client's kind."""
-        raise NotImplementedError
-
-    def _read(self, response: Any) -> Any:
-        """Read the body of a response; return a step of the client's kind."""
-        raise NotImplementedError
 
     async def request(
         self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
@@ -105,9 +99,7 @@ class Cached(outages.OutageReports):
         token = receiving.set(None)
         try:
             with self._explaining():
-                return await self._uncached(
-                    sdk.request, cast_to, options, stream=stream, stream_cls=stream_cls
-                )
+                return await self._uncached(sdk.request, cast_to, options, **how)
         finally:
             receiving.reset(token)
 
@@ -157,10 +149,10 @@ class Cached(outages.OutageReports):
         """Return a response before the SDK parses it, with its body unless the caller wants a stream."""
         if stream:
             return Received(response, details)
-        if not internals.unread(response):
+        if not http.unread(response):
             return Received(response, details, response.content)
         content = await self._settled(self._read(response))
-        return Received(internals.handed_on(self, response, BodySource([content])), details, content)
+        return Received(http.handed_on(self, response, BodySource([content])), details, content)
 
     @contextlib.contextmanager
     def _explaining(self, *, reached: bool = True) -> Iterator[None]:
@@ -254,20 +246,32 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     """
     copies = (signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
     missing: Any = next(taken["max_retries"].default for taken in copies if "max_retries" in taken)
+    made = _constructor(kind, sdk, credentials, error)
+    _sign(made, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
+    kind.__init__ = made
+    made = _copier(sdk, missing)
+    may_miss = {name: hint if hint is Any else hint | type(missing) for name, hint in _OPTIONS.items()}
+    _sign(made, sdk.copy, {name: (hint, missing) for name, hint in may_miss.items()}, kind)
+    kind.copy = kind.with_options = made
+    fast_path.equip(kind, sdk)
 
-    def __init__(self: Any, **options: Any) -> None:  # noqa: N807 - it becomes the constructor
+
+def _constructor(
+    kind: Any, sdk: Any, credentials: Mapping[str, str], error: type[Exception]
+) -> Callable[..., None]:
+    """Return a constructor with our parameters; the arguments are those of `equip`."""
+
+    def construct(self: Any, **options: Any) -> None:
         for name in _CACHESAVERS.keys() & options.keys():
             raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
         ours = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
-        cache = ours.pop("cache")
+        cache, service = ours.pop("cache"), ours["service"]
         surface = cache if isinstance(cache, Surface) else None
         replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
-        if surface is None and hasattr(ours["service"], "client_options"):
-            given = {name: value for name, value in options.items() if value is not None}
-            its = ours["service"].client_options(internals.package_of(sdk), replays=replays)
-            if "default_headers" in its:
-                its["default_headers"] |= given.pop("default_headers", {})
-            options = {**its, **given}
+        if surface is None and hasattr(service, "client_options"):
+            options = _with_service(
+                options, service.client_options(internals.package_of(sdk), replays=replays)
+            )
         try:
             sdk.__init__(self, **options)
         except error:
@@ -276,29 +280,35 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
             sdk.__init__(self, **{**options, **credentials})
         self._cachepipe = Surface.of(cache, **ours) if surface is None else surface
         if options.get("http_client") is None:
-            internals.ease_probes(self)
+            http.ease_probes(self)
+
+    return construct
+
+
+def _with_service(options: Mapping[str, Any], its: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a client, with those of its service where the caller gave none."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if "default_headers" in its:
+        its["default_headers"] |= given.pop("default_headers", {})
+    return {**its, **given}
+
+
+def _copier(sdk: Any, missing: Any) -> Callable[..., Any]:
+    """Return a ``copy`` method with our parameters; the default of each is ``missing``."""
 
     def copy(self: Any, **options: Any) -> Any:
-        changes = {name: options.pop(name) for name in OURS if options.get(name, missing) is not missing}
-        options = {name: value for name, value in options.items() if name not in OURS}
-        cache = changes.pop("cache", None)
-        surface = self._cachepipe
+        changes = {name: value for name in OURS if (value := options.pop(name, missing)) is not missing}
+        cache, surface = changes.pop("cache", None), self._cachepipe
         if isinstance(cache, Surface):
             surface = cache
         elif cache is not None:
-            kept = {name: getattr(surface, name) for name in OURS[1:]}
-            surface = Surface.of(cache, **{**kept, **changes})
+            surface = Surface.of(cache, **{name: getattr(surface, name) for name in OURS[1:]} | changes)
         else:
             surface = surface.changed(**changes)
         extra = {**options.pop("_extra_kwargs", {}), "cache": surface}
         return sdk.copy(self, **options, _extra_kwargs=extra)
 
-    _sign(__init__, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
-    kind.__init__ = __init__
-    may_miss = {name: hint if hint is Any else hint | type(missing) for name, hint in _OPTIONS.items()}
-    _sign(copy, sdk.copy, {name: (hint, missing) for name, hint in may_miss.items()}, kind)
-    kind.copy = kind.with_options = copy
-    fast_path.equip(kind, sdk)
+    return copy
 
 
 def _sign(made: Callable[..., Any], like: Callable[..., Any], own: Mapping[str, Any], kind: type) -> None:

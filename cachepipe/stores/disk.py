@@ -186,7 +186,7 @@ class DiskStore(SqlStore):
         query = "SELECT id, name FROM leases WHERE ended IS NULL"
         dead = {lease for lease, name in ledger.execute(query) if not self._lease_alive(name)}
         since = identity.checkpointed(ledger)
-        self._memory.stamp = identity.greatest_stamp(ledger, shelf, unclean=bool(dead))
+        self._ledger.greatest_stamp = identity.greatest_stamp(ledger, shelf, unclean=bool(dead))
         if not dead:
             return
         for connection, name in ((ledger, _LEDGER), (shelf, _SHELF)):

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sqlite3
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from cachepipe.contract.draws import Draw
-from cachepipe.contract.intervals import IntervalSet
-from cachepipe.contract.keys import Question
-from cachepipe.stores.base import (
-    Bought,
-    DrawInfo,
-    Grant,
-    KeyInfo,
-    NamespaceInfo,
-    Note,
-    Process,
-    Sample,
-    State,
-    StoredQuestion,
-)
+from cachepipe.stores.base import Grant
 from cachepipe.stores.sql import SqlStore
 from cachepipe.stores.tables import SCHEMA
 
@@ -75,72 +62,14 @@ class MemoryStore(SqlStore):
 
     # SQLite's shared memory has no snapshots, so a reader must not look into a transaction.
 
+    _has_snapshots = False
+
+    @contextlib.contextmanager
+    def _reading_rows(self) -> Iterator[None]:
+        with self._lock, super()._reading_rows():
+            yield
+
     def recall(self, draw: Draw, n: int) -> Grant | None:
         """Return the first n samples of a draw that the ledger holds whole, else None."""
         with self._lock:
             return super().recall(draw, n)
-
-    def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
-        """Return what a claim would get if all of it is stored, else None."""
-        with self._lock:
-            return super().replay(draw, n, taken)
-
-    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
-        """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
-        with self._lock:
-            return super().status(wanted)
-
-    def generator(self, key: str, index: int) -> Process | None:
-        """Return the process that generates a sample, or None."""
-        with self._lock:
-            return super().generator(key, index)
-
-    def sample(self, key: str, index: int) -> Sample | None:
-        """Return one sample of a key; None if it does not exist or was discarded."""
-        with self._lock:
-            return super().sample(key, index)
-
-    def question(self, key: str) -> StoredQuestion | None:
-        """Return the question of a key."""
-        with self._lock:
-            return super().question(key)
-
-    def similar(self, question: Question) -> StoredQuestion | None:
-        """Return the stored question that differs least from another one; None if none is similar."""
-        with self._lock:
-            return super().similar(question)
-
-    def keys(self, prefix: str = "", **wanted: Any) -> Iterator[KeyInfo]:
-        """Iterate over the keys that start with a prefix, as they are now."""
-        with self._lock:
-            return iter(list(super().keys(prefix, **wanted)))
-
-    def samples(self, key: str) -> Iterator[Sample]:
-        """Iterate over the samples of a key by index, as they are now; discarded ones are left out."""
-        with self._lock:
-            return iter(list(super().samples(key)))
-
-    def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
-        """Iterate over the ledger's draws, as they are now; ``namespace`` is a label."""
-        with self._lock:
-            return iter(list(super().draws(key, namespace)))
-
-    def namespaces(self) -> Iterator[NamespaceInfo]:
-        """Iterate over the namespaces, as they are now; the shared draws are left out."""
-        with self._lock:
-            return iter(list(super().namespaces()))
-
-    def sums(self) -> Iterator[Note]:
-        """Iterate over the sums of the runs, as they are now, and over what they have left unreported."""
-        with self._lock:
-            return iter(list(super().sums()))
-
-    def bought(self) -> Iterator[Bought]:
-        """Iterate over all samples, as they are now, the discarded ones too."""
-        with self._lock:
-            return iter(list(super().bought()))
-
-    def totals(self) -> dict[str, int]:
-        """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
-        with self._lock:
-            return super().totals()

@@ -34,88 +34,94 @@ Place = tuple[int, str, int, str]
 """A draw apart from its namespace, as the ledger writes it: key, request id, occurrence, replicate."""
 
 
-class Memory:
-    """What a store remembers between its transactions; invalid once another connection has written."""
+class SqlLedger(Ledger):
+    """The rows of all keys on a store's connections, and what is remembered of them between transactions.
+
+    What is remembered is invalid once another connection has written.
+
+    Args:
+        leased: returns the name of this process's lease.
+        lives: returns True if the process of a lease, by its id and name, is alive.
+        shared: returns True if one of some leases is that of another live process.
+        check_files: raises an error if the files are gone.
+        written: the ids of keys that readers have seen; they never change.
+    """
+
+    ledger: sqlite3.Connection
+    shelf: sqlite3.Connection
 
     def __init__(
         self,
         leased: Callable[[], str],
         lives: Callable[[int, str], bool],
         shared: Callable[[set[int]], bool],
-        written: dict[str, int],
         check_files: Callable[..., None],
+        written: dict[str, int],
     ) -> None:
-        """Make an empty one; ``written`` holds ids of keys that readers have seen, which never change."""
-        self.leased = leased
-        self.lives = lives
-        self.shared = shared
-        self.check_files = check_files
-        self.version = -1
-        self.lease: int | None = None
+        self._leased, self._lives, self._shared, self._check_files = leased, lives, shared, check_files
+        self._written = written
+        self._version = -1
+        self.own_lease: int | None = None
         self.reaped = 0.0
-        self.stamp = 0
+        self.now = 0.0
+        self.greatest_stamp = 0
         """The greatest stamp that was seen, in microseconds since 1970."""
         self.written_stamp = 0
         """The greatest stamp of a row of the ledger that this process has written."""
         self.written_sample: str | None = None
         """The name of the sample that this process has stored last."""
-        self.keys: dict[str, int] = {}
-        self.written = written
-        self.namespaces: dict[str, int] = {}
-        self.labels: dict[int, str] = {LISTED: ""}
-        self.sets: dict[tuple[int, int], SmallSet | None] = {}
-        self.changed: dict[tuple[int, int], SmallSet] = {}
+        self._ids: dict[str, int] = {}
+        self._namespaces: dict[str, int] = {}
+        self._labels: dict[int, str] = {LISTED: ""}
+        self._sets: dict[tuple[int, int], SmallSet | None] = {}
+        self._changed: dict[tuple[int, int], SmallSet] = {}
         """Sets with changes that are not written yet."""
-        self.grown: list[tuple[int, int]] = []
+        self._grown: list[tuple[int, int]] = []
         """Sets that have too many intervals by now; the transaction that grew them still uses them."""
+        self.found: dict[Place, list[SegmentRow]] = {}
+        self.seen: dict[tuple[str, int], Sample | Discarded] = {}
+        self._gather()
 
-    def forget(self) -> None:
-        """Forget everything: a transaction was rolled back, or another connection has written."""
-        self.lease = None
-        self.keys.clear()
-        self.namespaces.clear()
-        self.labels = {LISTED: ""}
-        self.sets.clear()
-        self.changed.clear()
-        self.grown.clear()
-
-
-class Transaction(Ledger):
-    """Reads and writes rows inside ``BEGIN IMMEDIATE`` … ``COMMIT`` on the ledger's connection.
-
-    It may be used again after a COMMIT; one that has failed is thrown away.
-    """
-
-    def __init__(self, memory: Memory, ledger: sqlite3.Connection, shelf: sqlite3.Connection) -> None:
-        self.memory = memory
-        self.ledger = ledger
-        self.shelf = shelf
-        self.now = 0.0
-        self._clock = 0
-        self._keys: list[tuple[int, str, str | None, bytes, float]] = []
+    def _gather(self) -> None:
+        """Begin to gather rows."""
+        self._questions: list[tuple[int, str, str | None, bytes, float]] = []
+        self.intervals: list[tuple[int, int, int, int, bytes]] = []
         self.segments: list[tuple[Any, ...]] = []
         self.pending: list[tuple[int, int, int]] = []
         self.uses: list[tuple[int, int, float]] = []
-        self.touched: set[Place] = set()
+        self._gathered: tuple[tuple[str, list[Any]], ...] = (
+            ("INSERT INTO keys VALUES(?, ?, ?, ?, ?)", self._questions),
+            (tables.PUT_INTERVAL, self.intervals),
+            (tables.PUT_SEGMENT, self.segments),
+            ("INSERT INTO pending VALUES(?, ?, ?)", self.pending),
+            ("INSERT OR IGNORE INTO uses VALUES(?, ?, ?)", self.uses),
+        )
         self._new_keys: set[int] = set()
         self.begun: set[int] = set()  # new keys of which the first samples are claimed
-        self.intervals: list[tuple[int, int, int, int, bytes]] = []
-        self.found: dict[Place, list[SegmentRow]] = {}
-        self.seen: dict[tuple[str, int], Sample | Discarded] = {}
+        self.touched: set[Place] = set()  # draws with gathered segments
 
-    def run(self, operations: Sequence[Operation]) -> list[Result]:
-        """Return the operations' results, after everything except the COMMIT."""
-        memory = self.memory
+    def forget(self) -> None:
+        """Forget everything: a transaction was rolled back, or another connection has written."""
+        self.own_lease = None
+        self._labels = {LISTED: ""}
+        for known in (self._ids, self._namespaces, self._sets, self._changed, self.found, self.seen):
+            known.clear()
+        self._grown.clear()
+        self._gather()
+
+    def run(
+        self, ledger: sqlite3.Connection, shelf: sqlite3.Connection, operations: Sequence[Operation]
+    ) -> list[Result]:
+        """Perform operations after ``BEGIN IMMEDIATE``; return their results, before the COMMIT."""
+        self.ledger, self.shelf = ledger, shelf
         self.now = time.time()
-        self._clock = int(self.now * 1e6)
-        version = self.ledger.execute("PRAGMA data_version").fetchone()[0]
-        if version != memory.version or len(memory.sets) > _REMEMBERED or len(memory.keys) > _REMEMBERED:
-            memory.forget()
-            memory.version = version
-        if memory.grown:
-            for place in memory.grown:
-                memory.sets[place] = None
-            memory.grown.clear()
+        version = ledger.execute("PRAGMA data_version").fetchone()[0]
+        if version != self._version or len(self._sets) > _REMEMBERED or len(self._ids) > _REMEMBERED:
+            self.forget()
+            self._version = version
+        if self._grown:
+            self._sets.update(dict.fromkeys(self._grown))
+            self._grown.clear()
         results = perform(self, operations)
         self.flush()
         if self.found:
@@ -131,7 +137,7 @@ class Transaction(Ledger):
         if len(claims) < _SEVERAL:
             return
         self.intern([claim.question.key for claim in claims])
-        known = self.memory.keys
+        known = self._ids
         old = [claim for claim in claims if known.get(claim.draw.key)]
         if len(old) < _SEVERAL:
             return
@@ -147,7 +153,7 @@ class Transaction(Ledger):
             name = claim.draw.key
             owners[LISTED][known[name]] = name
             owners.setdefault(self.namespace(claim.draw.namespace), {})[known[name]] = name
-        sets = self.memory.sets
+        sets = self._sets
         for owner, names in owners.items():
             rows: dict[int, list[tuple[int, int, bytes]]] = {
                 key: [] for key in names if (owner, key) not in sets
@@ -166,7 +172,7 @@ class Transaction(Ledger):
             draw = claim.draw
             if claim.n > FEW:
                 continue
-            key, namespace = self.memory.keys[draw.key], self.namespace(draw.namespace)
+            key, namespace = self._ids[draw.key], self.namespace(draw.namespace)
             rows = self.found[_place(key, draw)]
             taken = self.set_of(namespace, key, draw.key).interval_at(0)
             first = 0 if taken is None or taken[0] else taken[1]
@@ -241,13 +247,13 @@ class Transaction(Ledger):
 
     def store(self, key: str, sample: Sample) -> bool:
         """Store a sample, durably; return False if there is one at its index."""
-        self.memory.check_files(deleted=True)
+        self._check_files(deleted=True)
         return self._put([(key, sample)])
 
     def store_pending(self, samples: Sequence[tuple[str, Sample]]) -> bool:
         """Store samples that this process generates; return False, and change nothing, if it does not."""
         self.flush()
-        self.memory.check_files(deleted=True)
+        self._check_files(deleted=True)
         self.intern([key for key, _ in samples])
         lease = self.lease()
         pending = [(self.known(key), sample.index, lease) for key, sample in samples]
@@ -272,7 +278,7 @@ class Transaction(Ledger):
             self.shelf.execute("ROLLBACK")
             return False
         self.shelf.execute("COMMIT")
-        self.memory.written_sample = name
+        self.written_sample = name
         return True
 
     # Sums.
@@ -301,7 +307,7 @@ class Transaction(Ledger):
     def set_of(self, owner: int, key: int, name: str) -> MutableIndexSet:
         """Return a set of indices of a key."""
         place = (owner, key)
-        sets = self.memory.sets
+        sets = self._sets
         if place not in sets:
             # The listed set is usually needed together with a namespace's set.
             wanted = [owner] if owner == LISTED or (LISTED, key) in sets else [owner, LISTED]
@@ -317,47 +323,36 @@ class Transaction(Ledger):
         return known
 
     def _remember(self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]]) -> None:
-        memory, place, small = self.memory, (owner, key), len(rows) <= SMALL
+        place, small = (owner, key), len(rows) <= SMALL
         label = self.label(owner)
-        memory.sets[place] = SmallSet(place, label, name, rows, memory.changed) if small else None
+        self._sets[place] = SmallSet(place, label, name, rows, self._changed) if small else None
 
     # What is gathered, and written many rows to a statement.
 
     def flush(self) -> None:
         """Write what is gathered, so that statements see it."""
-        if self._keys:
-            self.ledger.executemany("INSERT INTO keys VALUES(?, ?, ?, ?, ?)", self._keys)
-            self._keys.clear()
-            self._new_keys.clear()
-            self.begun.clear()
-        if self.intervals:
-            self.ledger.executemany(tables.PUT_INTERVAL, self.intervals)
-            self.intervals.clear()
-        if self.segments:
-            self.ledger.executemany(tables.PUT_SEGMENT, self.segments)
-            self.segments.clear()
-            self.touched.clear()
-        if self.pending:
-            self.ledger.executemany("INSERT INTO pending VALUES(?, ?, ?)", self.pending)
-            self.pending.clear()
-        if self.uses:
-            self.ledger.executemany("INSERT OR IGNORE INTO uses VALUES(?, ?, ?)", self.uses)
-            self.uses.clear()
-        if self.memory.changed:
+        for query, rows in self._gathered:
+            if rows:
+                self.ledger.executemany(query, rows)
+                rows.clear()
+        self._new_keys.clear()
+        self.begun.clear()
+        self.touched.clear()
+        if self._changed:
             self._flush_sets()
 
     def _flush_sets(self) -> None:
         gone: list[tuple[int, int, int]] = []
         new: list[tuple[int, int, int, int, bytes]] = []
-        for place, known in self.memory.changed.items():
+        for place, known in self._changed.items():
             old, added = known.flush()
             gone += [(*place, stop) for _, stop in old]
             for start, stop in added:
                 digest = tables.interval_digest(known.label, known.key, start, stop)
                 new.append((*place, stop, start, digest))
             if len(known) > SMALL:
-                self.memory.grown.append(place)
-        self.memory.changed.clear()
+                self._grown.append(place)
+        self._changed.clear()
         if gone:
             self.ledger.executemany(tables.DROP_INTERVAL, gone)
         if new:
@@ -367,7 +362,7 @@ class Transaction(Ledger):
 
     def intern(self, keys: list[str]) -> None:
         """Look up the ids of many keys in one statement."""
-        known = self.memory.keys
+        known = self._ids
         unknown = [key for key in keys if key not in known]
         if len(unknown) > _SEVERAL:
             rows = self.ledger.execute(
@@ -380,19 +375,19 @@ class Transaction(Ledger):
 
     def _asked(self, question: Question) -> int:
         """Return the id of a question's key; a new one is written with the rows that are gathered."""
-        known = self.memory.keys
+        known = self._ids
         key = known.get(question.key)
         if key is None:
-            key = self.memory.written.get(question.key)
+            key = self._written.get(question.key)
         if key is None:
             key = self._id_of(question.key)
         if not key:
-            if self._keys:
-                key = self._keys[-1][0] + 1
+            if self._questions:
+                key = self._questions[-1][0] + 1
             else:
                 row = self.ledger.execute("SELECT max(id) FROM keys").fetchone()
                 key = (row[0] or 0) + 1
-            self._keys.append((key, question.key, question.scope, question.document, self.now))
+            self._questions.append((key, question.key, question.scope, question.document, self.now))
             self._new_keys.add(key)
         known[question.key] = key
         return key
@@ -403,10 +398,10 @@ class Transaction(Ledger):
         Raises:
             StoreError: when nobody has asked the question.
         """
-        key = self.memory.keys.get(name) or self._id_of(name)
+        key = self._ids.get(name) or self._id_of(name)
         if not key:
             raise StoreError(f"the cache knows no key {name}; claim a draw of it first")
-        self.memory.keys[name] = key
+        self._ids[name] = key
         return key
 
     def _id_of(self, name: str) -> int:
@@ -415,18 +410,18 @@ class Transaction(Ledger):
 
     def namespace(self, label: str) -> int:
         """Return the number of a namespace; it gets one if it is new."""
-        known = self.memory.namespaces
+        known = self._namespaces
         namespace = known.get(label)
         if namespace is None:
             self.ledger.execute("INSERT OR IGNORE INTO namespaces VALUES(NULL, ?)", (label,))
             row = self.ledger.execute("SELECT id FROM namespaces WHERE label = ?", (label,)).fetchone()
             namespace = known[label] = int(row[0])
-            self.memory.labels[namespace] = label
+            self._labels[namespace] = label
         return namespace
 
     def label(self, namespace: int) -> str:
         """Return the label of a namespace."""
-        label = self.memory.labels.get(namespace)
+        label = self._labels.get(namespace)
         if label is None:
             row = self.ledger.execute("SELECT label FROM namespaces WHERE id = ?", (namespace,)).fetchone()
             if row is None:
@@ -434,24 +429,24 @@ class Transaction(Ledger):
                     f"the ledger has a draw of namespace number {namespace}, but no such namespace. Restore "
                     "the cache from a copy"
                 )
-            label = self.memory.labels[namespace] = str(row[0])
+            label = self._labels[namespace] = str(row[0])
         return label
 
     # Leases and stamps.
 
     def stamp(self) -> int:
         """Return a stamp that is greater than every stamp seen so far."""
-        self.memory.stamp = stamp = max(self._clock, self.memory.stamp + 1)
+        self.greatest_stamp = stamp = max(int(self.now * 1e6), self.greatest_stamp + 1)
         return stamp
 
     def lease(self) -> int:
         """Return this process's lease; begin one if there is none."""
-        lease = self.memory.lease
+        lease = self.own_lease
         if lease is None:
-            name = self.memory.leased()
+            name = self._leased()
             self.ledger.execute("INSERT OR IGNORE INTO leases VALUES(NULL, ?, ?, NULL)", (name, self.now))
             row = self.ledger.execute("SELECT id FROM leases WHERE name = ?", (name,)).fetchone()
-            lease = self.memory.lease = int(row[0])
+            lease = self.own_lease = int(row[0])
         return lease
 
     def alive(self, lease: int) -> bool:
@@ -459,23 +454,23 @@ class Transaction(Ledger):
         row = self.ledger.execute(
             "SELECT name FROM leases WHERE id = ? AND ended IS NULL", (lease,)
         ).fetchone()
-        return row is not None and self.memory.lives(lease, row[0])
+        return row is not None and self._lives(lease, row[0])
 
     def made_by_others(self, leases: set[int]) -> bool:
         """Return True if one of the leases is that of another live process."""
-        return self.memory.shared(leases)
+        return self._shared(leases)
 
     def dead(self) -> Sequence[int]:
         """Return the leases of dead processes that are not ended yet; look ten times a second at most."""
         now = time.monotonic()
-        if now - self.memory.reaped < 0.1:
+        if now - self.reaped < 0.1:
             return ()
-        self.memory.reaped = now
-        self.memory.check_files()
+        self.reaped = now
+        self._check_files()
         others = self.ledger.execute(
             "SELECT id, name FROM leases WHERE ended IS NULL AND id != ?", (self.lease(),)
         ).fetchall()
-        return [lease for lease, name in others if not self.memory.lives(lease, name)]
+        return [lease for lease, name in others if not self._lives(lease, name)]
 
     def pending_of(self, lease: int) -> Iterator[tuple[KeyRows, int]]:
         """Iterate over what the process of a lease was generating."""
@@ -495,15 +490,15 @@ def _place(key: int, draw: Draw) -> Place:
 
 
 class _Key(KeyRows):
-    """One key as a transaction shows it."""
+    """One key inside a transaction."""
 
     __slots__ = ("_in", "listed", "name", "number")
 
-    def __init__(self, transaction: Transaction, number: int, name: str) -> None:
-        self._in = transaction
+    def __init__(self, ledger: SqlLedger, number: int, name: str) -> None:
+        self._in = ledger
         self.number = number
         self.name = name
-        self.listed = transaction.set_of(LISTED, number, name)
+        self.listed = ledger.set_of(LISTED, number, name)
 
     def sample(self, index: int) -> Sample | Discarded | None:
         seen = self._in.seen
@@ -545,32 +540,32 @@ class _Key(KeyRows):
 
 
 class _Draw(_Key, DrawRows):
-    """One draw as a transaction shows it."""
+    """One draw inside a transaction."""
 
     __slots__ = ("_draw", "_others", "_where", "is_new", "segments", "taken")
 
     _others: list[SegmentRow] | None
 
-    def __init__(self, transaction: Transaction, number: int, draw: Draw) -> None:
-        namespace = transaction.namespace(draw.namespace)
-        self.taken = transaction.set_of(namespace, number, draw.key)  # this reads the list too
-        super().__init__(transaction, number, draw.key)
+    def __init__(self, ledger: SqlLedger, number: int, draw: Draw) -> None:
+        namespace = ledger.namespace(draw.namespace)
+        self.taken = ledger.set_of(namespace, number, draw.key)  # this reads the list too
+        super().__init__(ledger, number, draw.key)
         self._draw = draw
         self._where = (number, draw.request_id, draw.occurrence, draw.replicate, namespace)
         self.is_new = False
 
     def read(self) -> None:
         """Read the segments, and those of other namespaces if they are few, or the earliest is known."""
-        where, transaction = self._where, self._in
+        where, ledger = self._where, self._in
         place, namespace = where[:4], where[4]
-        if place in transaction.touched:
-            transaction.flush()
-        rows = transaction.found.get(place)
+        if place in ledger.touched:
+            ledger.flush()
+        rows = ledger.found.get(place)
         if rows is None:
-            rows = transaction.read(f"{tables.DRAW} LIMIT {FEW + 1}", place)
+            rows = ledger.read(f"{tables.DRAW} LIMIT {FEW + 1}", place)
         few = len(rows) <= FEW
         if not few:
-            rows = transaction.read(tables.OWN_AND_FIRST, where)
+            rows = ledger.read(tables.OWN_AND_FIRST, where)
         own: list[SegmentRow] = []
         others: list[SegmentRow] = []
         for row in rows:
@@ -583,21 +578,21 @@ class _Draw(_Key, DrawRows):
         self.segments = tables.segments_of(self._draw, self._in.read(tables.OWN, self._where))
 
     def others(self) -> Sequence[Segment]:
-        rows, where, transaction = self._others, self._where, self._in
+        rows, where, ledger = self._others, self._where, self._in
         if rows is None:
-            first = transaction.first(where[:4])
+            first = ledger.first(where[:4])
             if first == where[4]:
-                rows = transaction.read(f"{tables.OTHERS} ORDER BY namespace, number", where)
+                rows = ledger.read(f"{tables.OTHERS} ORDER BY namespace, number", where)
             else:
-                rows = transaction.read(tables.OWN, (*where[:4], first))
+                rows = ledger.read(tables.OWN, (*where[:4], first))
         if rows:
-            shared = transaction.namespace(SHARED)
+            shared = ledger.namespace(SHARED)
             rows = [row for row in rows if row.namespace != shared]
         if not rows:
             return ()
         earliest = tables.earliest(rows)
-        transaction.memory.stamp = max(transaction.memory.stamp, earliest.stamp)
-        draw = self._draw._replace(namespace=transaction.label(earliest.namespace))
+        ledger.greatest_stamp = max(ledger.greatest_stamp, earliest.stamp)
+        draw = self._draw._replace(namespace=ledger.label(earliest.namespace))
         return tables.segments_of(draw, [row for row in rows if row.namespace == earliest.namespace])
 
     def add(self, segment: Segment, generated: int) -> None:
@@ -605,11 +600,11 @@ class _Draw(_Key, DrawRows):
         indices = pack(chosen)
         digest = tables.segment_digest(self._draw, number, position, indices, stamp)
         row = (*self._where, number, position, indices, lease, token, generated, stamp, standing, digest)
-        transaction, place = self._in, self._where[:4]
-        transaction.segments.append(row)
-        transaction.memory.written_stamp = stamp
-        transaction.touched.add(place)
-        transaction.found.pop(place, None)
+        ledger, place = self._in, self._where[:4]
+        ledger.segments.append(row)
+        ledger.written_stamp = stamp
+        ledger.touched.add(place)
+        ledger.found.pop(place, None)
 
     def replace(self, segment: Segment) -> None:
         indices = pack(segment.indices)
@@ -653,20 +648,20 @@ class _NewDraw(_Draw):
 
     __slots__ = ()
 
-    def __init__(self, transaction: Transaction, number: int, draw: Draw) -> None:
-        self._in = transaction
+    def __init__(self, ledger: SqlLedger, number: int, draw: Draw) -> None:
+        self._in = ledger
         self.number = number
         self.name = draw.key
         self._draw = draw
-        namespace = transaction.namespace(draw.namespace)
+        namespace = ledger.namespace(draw.namespace)
         self._where = (number, draw.request_id, draw.occurrence, draw.replicate, namespace)
         self.is_new = True
 
     def begin(self, segment: Segment) -> None:
-        transaction, key, stop = self._in, self.number, len(segment.indices)
-        transaction.begun.add(key)
+        ledger, key, stop = self._in, self.number, len(segment.indices)
+        ledger.begun.add(key)
         self.add(segment, stop)
-        transaction.pending += [(key, index, segment.lease) for index in segment.indices]
+        ledger.pending += [(key, index, segment.lease) for index in segment.indices]
         for owner, label in ((LISTED, ""), (self._where[4], self._draw.namespace)):
             digest = tables.interval_digest(label, self.name, 0, stop)
-            transaction.intervals.append((owner, key, stop, 0, digest))
+            ledger.intervals.append((owner, key, stop, 0, digest))

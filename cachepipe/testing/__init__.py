@@ -1,7 +1,7 @@
 """Test doubles for code that calls language models: a real small model, a server, and more.
 
-Every name is imported when it is first used, so `import cachepipe.testing` costs nothing and needs
-nothing that the name in question does not need.
+Each name is imported when it is first used, so `import cachepipe.testing` is fast, and needs only the
+packages that the names in use need.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cachepipe.testing.server import Settings as MockSettings
     from cachepipe.testing.stores import FaultyStore, MortalStore
 
-# Public name: its module in this package, and what it is called there. A new double gets a line here.
+# Public name: its module in this package, and its name there. A new double gets a line here.
 _HOMES: Final = {
     "FakeClock": ("clock", "FakeClock"),
     "FaultyStore": ("stores", "FaultyStore"),

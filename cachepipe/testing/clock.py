@@ -1,4 +1,4 @@
-"""A clock that stands still until it is moved, for tests of whatever takes a `cachepipe.flow.Clock`."""
+"""A clock that stands still until a test moves it, for code that takes a `cachepipe.flow.Clock`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cachepipe.flow.clock import Clock
 
-_TURNS = 20  # turns of the loop that what was woken gets at each moment
+_TURNS = 20  # turns of the loop at each moment, for the tasks that were woken
 
 
 class _Handle:
@@ -21,10 +21,10 @@ class _Handle:
 
 
 class FakeClock(Clock):
-    """Time moved by hand: ``await clock.advance(5)`` wakes in order what is due within five seconds.
+    """A clock moved by hand: ``await clock.advance(5)`` calls back in order what is due within five seconds.
 
     Args:
-        now: the time at first, in seconds.
+        now: the initial time in seconds.
     """
 
     def __init__(self, now: float = 0.0) -> None:
@@ -39,21 +39,21 @@ class FakeClock(Clock):
         """Return the time in seconds."""
         return self._now
 
-    def call_at(self, loop: asyncio.AbstractEventLoop, when: float, callback: Callable[[], None]) -> _Handle:  # noqa: ARG002 - whoever moves the clock calls
-        """Call back when the time has come."""
+    def call_at(self, loop: asyncio.AbstractEventLoop, when: float, callback: Callable[[], None]) -> _Handle:  # noqa: ARG002 - `advance` calls
+        """Call back once the clock has been moved to a time."""
         handle = _Handle()
         heapq.heappush(self._due, (max(when, self._now), next(self._order), callback, handle))
         return handle
 
     @property
     def next_due(self) -> float | None:
-        """When something is due next, or None."""
+        """The time of the next callback, or None."""
         while self._due and self._due[0][3].cancelled:
             heapq.heappop(self._due)
         return self._due[0][0] if self._due else None
 
     async def advance(self, seconds: float) -> None:
-        """Move the time, stopping at each moment at which something is due."""
+        """Move the clock, with a stop at each time at which a callback is due."""
         end = self._now + seconds
         await self.settle()
         while (due := self.next_due) is not None and due <= end:
@@ -67,6 +67,6 @@ class FakeClock(Clock):
         await self.settle()
 
     async def settle(self) -> None:
-        """Give the event loop some turns, without moving the time."""
+        """Give the event loop some turns without moving the clock."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)

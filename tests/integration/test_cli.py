@@ -146,7 +146,7 @@ def test_stats_are_a_table_for_people(cache):
     output = called("stats", "--cache", cache, "--limit", "2").stdout
     assert re.search(r"^reused +4 of 9 samples drawn \(44.4%\)$", output, re.MULTILINE)
     assert re.search(r"^b +2 +4 +0 +4 +100%$", output, re.MULTILINE)
-    assert re.search(r"^\(for everybody\) +1 +1 +1 +- +-$", output, re.MULTILINE)
+    assert re.search(r"^\(shared\) +1 +1 +1 +- +-$", output, re.MULTILINE)
     assert "and 2 more namespaces; --limit 0 shows all" in output
 
 
@@ -397,7 +397,7 @@ def test_show_writes_messages_by_speaker(cache):
 
 def test_show_names_an_answer_for_everybody(cache):
     key = listed("--cache", cache, "--scope", "other")[0]["key"]
-    assert "  for everybody: #0; 1 generated" in called("show", key, "--cache", cache).stdout
+    assert "  shared by all namespaces: #0; 1 generated" in called("show", key, "--cache", cache).stdout
     (draw,) = as_json("show", key, "--cache", cache)["draws"]
     assert (draw["shared"], draw["namespace"]) == (True, None)
 

@@ -9,7 +9,7 @@ import pytest
 
 import cachepipe
 from cachepipe import Chat, OnlineAPI, Request, Response, Services, Session, generate_text_completions
-from cachepipe.chat.access import close_clients
+from cachepipe.chat.kept import close_clients
 from cachepipe.chat.sessions import DEFAULTS
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running

@@ -29,7 +29,7 @@ from cachepipe import MemoryStore
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
-from cachepipe.stores import sql
+from cachepipe.stores import reading
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
 from cachepipe.stores.verify import Report, check_rows
 from cachepipe.testing import MortalStore
@@ -161,7 +161,7 @@ class StoreMachine(RuleBasedStateMachine):
         return self.processes[number % len(self.processes)]
 
     def apply(self, process, *operations):
-        process._memory.reaped = 0.0  # the dead are looked for at each claim
+        process._ledger.reaped = 0.0  # the dead are looked for at each claim
         return process.apply_now(operations)
 
     # What happens.
@@ -530,7 +530,7 @@ class DictMachine(DiskMachine):
 
 @pytest.fixture(autouse=True)
 def _ask_each_time_who_lives(monkeypatch):
-    monkeypatch.setattr(sql, "_ALIVE_FOR", -1.0)
+    monkeypatch.setattr(reading, "_ALIVE_FOR", -1.0)
 
 
 TestMemory = StoreMachine.TestCase

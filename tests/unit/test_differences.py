@@ -4,7 +4,7 @@ import pytest
 
 from cachepipe import wire
 from cachepipe.contract.keys import provider_question
-from cachepipe.differences import ABSENT, Difference, differences, told, traits
+from cachepipe.differences import NO_VALUE, Difference, differences, told, traits
 from cachepipe.providers.exchange import questions_of
 
 HERE = "https://here/v1/chat/completions"
@@ -54,8 +54,8 @@ def test_true_and_one_differ():
 
 
 def test_a_setting_that_was_left_out_is_told_apart_from_null():
-    assert str(Difference("temperature", 1, ABSENT)) == "temperature (asked: 1, stored: nothing)"
-    assert str(Difference("temperature", ABSENT, None)) == "temperature (asked: nothing, stored: null)"
+    assert str(Difference("temperature", 1, NO_VALUE)) == "temperature (asked: 1, stored: nothing)"
+    assert str(Difference("temperature", NO_VALUE, None)) == "temperature (asked: nothing, stored: null)"
 
 
 def test_long_texts_are_shown_from_where_they_part():

@@ -1,4 +1,4 @@
-"""What the model answered, and the parts of an answer that several dialects word alike."""
+"""The model's answer, and the parts of an answer that several dialects write alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import orjson
 from cachepipe.testing.server.schemas import instance
 
 if TYPE_CHECKING:
-    from cachepipe.testing.ngram import Sample
+    from cachepipe.testing.ngram import DrawnText
     from cachepipe.testing.server.calls import ModelCall
 
 __all__ = [
@@ -37,14 +37,14 @@ _FRAGMENT: Final = 16  # characters of JSON in an event of a stream
 class SampledChoice(NamedTuple):
     """One sample as a client gets it: its text (or arguments), cut into the pieces of a stream."""
 
-    sample: Sample
+    sample: DrawnText
     text: str
     pieces: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAnswer:
-    """Everything a dialect needs to word an answer."""
+    """Everything that a dialect needs to write an answer."""
 
     call: ModelCall
     choices: Sequence[SampledChoice]
@@ -64,7 +64,7 @@ class ModelAnswer:
 
 
 class EventStream(NamedTuple):
-    """A stream in two parts: the events that bring content, and those that say that it is whole."""
+    """A stream in two parts: the events with content, and those that end it."""
 
     content: list[bytes]
     ending: list[bytes]
@@ -80,7 +80,7 @@ def named_event(value: Mapping[str, Any]) -> bytes:
     return b"event: " + str(value["type"]).encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n"
 
 
-def choice_of(call: ModelCall, sample: Sample) -> SampledChoice:
+def choice_of(call: ModelCall, sample: DrawnText) -> SampledChoice:
     """Return a sample as a client gets it: JSON that fits the schema if there is one, else its text."""
     if call.schema is not None:
         text = orjson.dumps(instance(call.schema, sample.text, call.schema)).decode()
@@ -88,7 +88,7 @@ def choice_of(call: ModelCall, sample: Sample) -> SampledChoice:
             sample, text, [text[at : at + _FRAGMENT] for at in range(0, len(text), _FRAGMENT)]
         )
     pieces = list(sample.tokens)
-    if pieces and sample.stop is not None:  # the last token may reach beyond the stop sequence
+    if pieces and sample.stop is not None:  # the last token may extend beyond the stop sequence
         pieces[-1] = sample.text[sum(map(len, pieces[:-1])) :]
     return SampledChoice(sample, sample.text, pieces)
 
@@ -97,7 +97,7 @@ def _token_entry(token: str, logprob: float) -> dict[str, Any]:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
-def token_entries(sample: Sample, alternatives: int) -> list[dict[str, Any]]:
+def token_entries(sample: DrawnText, alternatives: int) -> list[dict[str, Any]]:
     """Return one entry per token with its log probability and the most probable alternatives."""
     return [
         {
@@ -111,15 +111,15 @@ def token_entries(sample: Sample, alternatives: int) -> list[dict[str, Any]]:
     ]
 
 
-def part_of(sample: Sample, only: slice) -> Sample:
-    """Return some tokens of a sample, with what belongs to them."""
+def part_of(sample: DrawnText, only: slice) -> DrawnText:
+    """Return some tokens of a sample with their probabilities."""
     return replace(
         sample, tokens=sample.tokens[only], logprobs=sample.logprobs[only], tables=sample.tables[only]
     )
 
 
 def wants_usage(call: ModelCall) -> bool:
-    """Return True if the last event of a stream is to tell the usage."""
+    """Return True if the last event of a stream contains the usage."""
     options = call.body.get("stream_options")
     return isinstance(options, dict) and options.get("include_usage") is True
 

@@ -1,4 +1,4 @@
-"""What a request body asks of the model, checked: the parts that several dialects write alike."""
+"""Reads and checks request bodies: the parts that several dialects write alike."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCall:
-    """What any of the protocols may ask of the model.
+    """A call of the model, from any of the protocols.
 
-    `contexts` are the prompts as the model reads them, each to be answered `n` times. `alternatives` is
-    None without log probabilities, else how many top tokens to list. `schema` is set where an
-    answer is to be JSON, `tool` where it is to be a call of that function.
+    `contexts` are the prompts as the model reads them; each is answered `n` times. `alternatives` is
+    the number of most probable tokens to list, or None without log probabilities. `schema` is set if the
+    answer is JSON, and `tool` if it is a call of that function.
     """
 
     body: Mapping[str, Any]
@@ -68,7 +68,7 @@ def bad(param: str, expected: str, value: object) -> RefusalError:
 def integer(
     body: Mapping[str, Any], name: str, low: int, high: int | None, default: int | None
 ) -> int | None:
-    """Return an integer parameter, or the default without one. Raise `RefusalError` for anything else."""
+    """Return an integer parameter, or the default if it is missing. Raise `RefusalError` for others."""
     value = body.get(name)
     if value is None:
         return default
@@ -79,7 +79,7 @@ def integer(
 
 
 def number(body: Mapping[str, Any], name: str, high: float) -> float:
-    """Return a number parameter, or 1.0 without one. Raise `RefusalError` for anything else."""
+    """Return a number parameter, or 1.0 if it is missing. Raise `RefusalError` for anything else."""
     value = body.get(name)
     if value is None:
         return 1.0
@@ -89,7 +89,7 @@ def number(body: Mapping[str, Any], name: str, high: float) -> float:
 
 
 def flag(body: Mapping[str, Any], name: str) -> bool:
-    """Return a boolean parameter, or False without one. Raise `RefusalError` for anything else."""
+    """Return a boolean parameter, or False if it is missing. Raise `RefusalError` for anything else."""
     value = body.get(name)
     if value is None:
         return False
@@ -99,7 +99,7 @@ def flag(body: Mapping[str, Any], name: str) -> bool:
 
 
 def model_name(body: Mapping[str, Any]) -> str:
-    """Return the name of the model. Raise `RefusalError` without one."""
+    """Return the name of the model. Raise `RefusalError` if it is missing."""
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise bad("model", "the name of a model", model)
@@ -172,7 +172,7 @@ def sampling(body: Mapping[str, Any], settings: Settings, *limits: str) -> dict[
 
 
 def json_format(value: object, param: str) -> dict[str, Any]:
-    """Return `schema` where a response format demands JSON."""
+    """Return `schema` if the response format is JSON."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -186,7 +186,7 @@ def json_format(value: object, param: str) -> dict[str, Any]:
 
 
 def texts_of(value: object, param: str, model: NGramModel) -> tuple[list[str], int]:
-    """Return the texts of a prompt or an input in any of its four forms, and how many tokens they have."""
+    """Return the texts of a prompt or input in any of its four forms, and their number of tokens."""
     items = [value] if isinstance(value, str) else value
     if isinstance(items, list) and items:
         if all(isinstance(item, str) for item in items):

@@ -1,4 +1,4 @@
-"""What `/v1/chat/completions` takes and answers."""
+"""Requests and answers of `/v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from cachepipe.testing.server.tools import tool_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cachepipe.testing.ngram import NGramModel, Sample
+    from cachepipe.testing.ngram import DrawnText, NGramModel
     from cachepipe.testing.server.settings import Settings
 
 __all__ = ["read", "stream", "write"]
 
 
 def read(body: Mapping[str, Any], settings: Settings, _model: NGramModel) -> ModelCall:
-    """Return what a body asks of a chat completion."""
+    """Return the call in the body of a chat completion."""
     arguments = sampling(body, settings, "max_tokens", "max_completion_tokens")
     context = flatten(messages_of(body.get("messages"), "messages"))
     wanted = body.get("logprobs")
@@ -109,7 +109,7 @@ def stream(answer: ModelAnswer) -> EventStream:
         delta: dict[str, Any] = {"content": piece}
         if call.tool is not None:
             part: dict[str, Any] = {"index": 0, "function": {"arguments": piece}}
-            if position == 0:  # the first says what is called, and how the call is named
+            if position == 0:  # the first event has the function's name and the id of the call
                 part = {"index": 0, **_tool_calls(answer, index, choice)[0]}
                 part["function"]["arguments"] = piece
             delta = {"tool_calls": [part]}
@@ -121,7 +121,7 @@ def stream(answer: ModelAnswer) -> EventStream:
     return EventStream(content, [*ending, DONE])
 
 
-def _logprobs(call: ModelCall, sample: Sample, only: slice = slice(None)) -> dict[str, Any] | None:
+def _logprobs(call: ModelCall, sample: DrawnText, only: slice = slice(None)) -> dict[str, Any] | None:
     if call.alternatives is None or call.schema is not None:
         return None
     part = part_of(sample, only)

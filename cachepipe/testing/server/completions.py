@@ -1,4 +1,4 @@
-"""What `/v1/completions` takes and answers."""
+"""Requests and answers of `/v1/completions`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cachepipe.testing.server.calls import ModelCall, bad, flag, integer, n_of, 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cachepipe.testing.ngram import NGramModel, Sample
+    from cachepipe.testing.ngram import DrawnText, NGramModel
     from cachepipe.testing.server.settings import Settings
 
 __all__ = ["read", "stream", "write"]
 
 
 def read(body: Mapping[str, Any], settings: Settings, model: NGramModel) -> ModelCall:
-    """Return what a body asks of a text completion."""
+    """Return the call in the body of a text completion."""
     arguments = sampling(body, settings, "max_tokens")
     contexts, tokens_in = texts_of(body.get("prompt", ""), "prompt", model)
     n = n_of(body, settings)
@@ -95,7 +95,7 @@ def stream(answer: ModelAnswer) -> EventStream:
     return EventStream(content, [*ending, DONE])
 
 
-def _logprobs(call: ModelCall, sample: Sample, only: slice = slice(None)) -> dict[str, Any] | None:
+def _logprobs(call: ModelCall, sample: DrawnText, only: slice = slice(None)) -> dict[str, Any] | None:
     if call.alternatives is None:
         return None
     part = part_of(sample, only)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over one connection, through h11: bytes in, requests; replies, bytes out in their time."""
+"""HTTP/1.1 over one connection, through h11: bytes become requests, and replies become bytes, with delays."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["HttpConnection"]
 
-_BACKLOG: Final = 256 * 1024  # bytes that a client may send ahead of the answer to its last request
-_LINGER: Final = 2.0  # seconds that a client has to read why it was refused before it is cut off
+_BACKLOG: Final = 256 * 1024  # bytes that a client may send before the answer to its last request
+_LINGER: Final = 2.0  # seconds that a client has to read a refusal before the connection is closed
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class HttpConnection(asyncio.Protocol):
-    """One connection: h11 says what came in and frames what goes out, one request after the other.
+    """One connection, which h11 parses and frames, with one request after the other.
 
     Args:
         responder: Decides the replies.
@@ -57,14 +57,14 @@ class HttpConnection(asyncio.Protocol):
     # -- what asyncio calls -------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin; asyncio has set TCP_NODELAY on the socket already."""
+        """Start the connection; asyncio has already set TCP_NODELAY on the socket."""
         self._transport = cast("asyncio.Transport", transport)
-        if self._traffic.closing:  # it was accepted just before the listener was closed
+        if self._traffic.closing:  # the connection was accepted just before the listener was closed
             self._transport.abort()
         self._traffic.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio names it
-        """End; a request in flight was left by its client."""
+        """End the connection; the client has left a request in flight."""
         self._transport = None
         self._writable.set()
         if self._task is not None:
@@ -75,15 +75,15 @@ class HttpConnection(asyncio.Protocol):
             self._closed.set_result(None)
 
     def pause_writing(self) -> None:
-        """Wait with the next event of a stream."""
+        """Pause the events of a stream."""
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        """Go on with a stream."""
+        """Continue the events of a stream."""
         self._writable.set()
 
     def data_received(self, data: bytes) -> None:
-        """Take in bytes, and what they complete."""
+        """Read bytes, and the requests that they complete."""
         if self._discarding:
             return
         self._http.receive_data(data)
@@ -95,7 +95,7 @@ class HttpConnection(asyncio.Protocol):
     # -- requests -----------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Take in what has arrived, up to a request that has to wait for its answer."""
+        """Read what has arrived, up to a request that has to wait for its answer."""
         try:
             while self._answering is None and self._transport is not None and not self._discarding:
                 event = self._http.next_event()
@@ -137,7 +137,7 @@ class HttpConnection(asyncio.Protocol):
         return size > limit
 
     def _reject(self, refusal: RefusalError) -> None:
-        """Answer a request that was not read to its end; the connection cannot be used after that."""
+        """Answer a request that was not read to its end, after which the connection cannot be used."""
         if self._transport is None:
             return
         path = self._path()
@@ -157,7 +157,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _dispatch(self) -> None:
         head = self._head
-        if head is None:  # h11 gives no end without a beginning
+        if head is None:  # h11 has no end of a reply without its beginning
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
@@ -173,7 +173,7 @@ class HttpConnection(asyncio.Protocol):
     # -- replies ------------------------------------------------------------------------------------
 
     async def _later(self, reply: HttpReply) -> None:
-        """Write a reply when its time has come, event by event if it has a pace."""
+        """Write a reply after its delay, event by event if they have a delay too."""
         if reply.delay:
             await asyncio.sleep(reply.delay)
         if reply.held:
@@ -187,10 +187,10 @@ class HttpConnection(asyncio.Protocol):
         self._advance()
 
     def _write_whole(self, reply: HttpReply) -> None:
-        """Write a reply, if it is more than a dropped connection."""
+        """Write a reply, unless the connection is dropped instead."""
         if reply.status:
             whole = self._whole(reply)
-            self._ended(reply.status)  # first, so that whoever has the answer finds it counted
+            self._ended(reply.status)  # first, so that the request is counted once its client has the answer
             self._write(whole)
 
     async def _write_in_parts(self, reply: HttpReply) -> None:
@@ -217,7 +217,7 @@ class HttpConnection(asyncio.Protocol):
         return self._http.send(h11.Response(status_code=reply.status, headers=headers, reason=reason)) or b""
 
     def _whole(self, reply: HttpReply) -> bytes:
-        """Return head and body in one piece, to be sent in one."""
+        """Return the head and the body together, to send them at once."""
         head = self._start(reply)
         body = reply.parts[0] if len(reply.parts) == 1 else b"".join(reply.parts)
         if self._head is not None and self._head.method == b"HEAD":
@@ -228,7 +228,7 @@ class HttpConnection(asyncio.Protocol):
         return head + content + (self._http.send(h11.EndOfMessage()) or b"")
 
     def _finish(self, reply: HttpReply) -> None:
-        """Make the connection ready for the next request, or close it."""
+        """Prepare the connection for the next request, or close it."""
         self._ended(reply.status)
         transport = self._transport
         if transport is None:
@@ -247,7 +247,7 @@ class HttpConnection(asyncio.Protocol):
         self._traffic.begun(request)
 
     def _ended(self, status: int) -> None:
-        """Count the request that is being answered, if it is not counted yet."""
+        """Count the request that is being answered, unless it is counted."""
         if self._answering is not None:
             request, reply = self._answering
             self._answering = None

@@ -26,7 +26,7 @@ def _error_event(refusal: RefusalError, _number: int) -> bytes:
 
 
 class Dialect(NamedTuple):
-    """How an endpoint reads a call, and writes an answer and an error, each whole or in a stream.
+    """How an endpoint reads calls and writes answers and errors, whole or as streams.
 
     An error in a stream also gets the number of events before it.
     """
@@ -51,5 +51,5 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
 
 
 def dialect_of(path: str) -> Dialect:
-    """Return the dialect of a path; other paths have that of chat completions, for its errors."""
+    """Return the dialect of a path; other paths have the errors of chat completions."""
     return DIALECTS.get(path, DIALECTS["/v1/chat/completions"])

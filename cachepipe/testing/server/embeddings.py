@@ -1,4 +1,4 @@
-"""What `/v1/embeddings` takes and answers."""
+"""Requests and answers of `/v1/embeddings`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["EmbeddingCall", "read", "write"]
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCall:
-    """What a body asks to embed."""
+    """The texts to embed."""
 
     model: str
     texts: Sequence[str]
@@ -30,7 +30,7 @@ class EmbeddingCall:
 
 
 def read(body: Mapping[str, Any], settings: Settings, model: NGramModel) -> EmbeddingCall:
-    """Return what a body asks to embed."""
+    """Return the texts to embed in a body."""
     texts, tokens_in = texts_of(body.get("input"), "input", model)
     if not all(texts):
         raise bad("input", "text that is not empty", body.get("input"))

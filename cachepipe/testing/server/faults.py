@@ -1,4 +1,4 @@
-"""How a fault spoils an answer."""
+"""How a fault changes an answer."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _STATUS: Final = {"rate_limit": 429, "error": 500, "unavailable": 503, "status":
 
 
 def reply_instead(fault: Fault, path: str) -> HttpReply | None:
-    """Return the reply that a fault puts in the place of the answer; None if it only spoils the answer."""
+    """Return the reply that replaces the answer, or None if the fault only changes the answer."""
     if fault.kind == "drop":
         return HttpReply(status=0, parts=[], headers=[], broken=True)
     return refused(path, _refusal(fault)) if fault.kind in _STATUS else None
 
 
 def choices_left(count: int, fault: Fault | None) -> int:
-    """Return how many of `count` choices the fault leaves."""
+    """Return the number of choices that remain of `count`."""
     if fault is None or fault.kind != "short":
         return count
     return min(count, count - 1 if fault.keep is None else fault.keep)
 
 
 def spoil(reply: HttpReply, fault: Fault, path: str) -> None:
-    """Apply a fault to an answer; nothing of a spoilt answer counts as delivered.
+    """Apply a fault to an answer; none of its samples counts as delivered.
 
-    The events of a stream are spoilt by `events_left` already.
+    `events_left` applies it to the events of a stream.
     """
     if fault.kind == "short":
         return
@@ -45,7 +45,7 @@ def spoil(reply: HttpReply, fault: Fault, path: str) -> None:
         return
     whole = reply.parts[0]
     if fault.kind in {"cut", "truncate"}:
-        # The announced length is that of the whole answer, so the client notices that some is missing.
+        # The announced length is that of the whole answer, so the client notices that a part is missing.
         reply.headers.append((b"content-length", str(len(whole)).encode()))
         reply.parts = [whole[: len(whole) // 2]]
         reply.broken = True

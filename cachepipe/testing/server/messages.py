@@ -1,4 +1,4 @@
-"""What `/v1/messages` takes and answers."""
+"""Requests and answers of `/v1/messages`."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _ERROR_KINDS: Final = {
 
 
 def read(body: Mapping[str, Any], settings: Settings, _model: NGramModel) -> ModelCall:
-    """Return what a body asks of a message."""
+    """Return the call in the body of a message."""
     if body.get("max_tokens") is None:
         raise bad("max_tokens", "set", None)
-    number(body, "temperature", 1.0)  # before the others' higher limit is named
+    number(body, "temperature", 1.0)  # Anthropic's limit is lower than that of the others
     arguments = sampling(body, settings, "max_tokens")
     messages: list[Mapping[str, Any]] = messages_of(body.get("messages"), "messages")
     if body.get("system"):
@@ -108,7 +108,7 @@ def stream(answer: ModelAnswer) -> EventStream:
 
 
 def error(refusal: RefusalError) -> dict[str, Any]:
-    """Return the body of an error in Anthropic's shape."""
+    """Return the body of an error as Anthropic writes it."""
     kind = _ERROR_KINDS.get(refusal.status)
     if kind is None:
         kind = "invalid_request_error" if refusal.status < 500 else "api_error"

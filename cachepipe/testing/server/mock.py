@@ -15,7 +15,7 @@ from cachepipe.testing.ngram import default_model
 from cachepipe.testing.server.connection import HttpConnection
 from cachepipe.testing.server.responder import Responder
 from cachepipe.testing.server.settings import Settings
-from cachepipe.testing.server.stats import Stats
+from cachepipe.testing.server.stats import MockStats
 from cachepipe.testing.server.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -25,16 +25,16 @@ __all__ = ["MockServer", "run_server"]
 
 
 class MockServer:
-    """A model server for tests, demos and benchmarks, listening while its context is entered.
+    """A model server for tests, demos and benchmarks, which listens within its context.
 
     Use it with ``async with`` in a running event loop, or with ``with MockServer.in_thread(…)`` from
-    code that has none. Its properties may be used from any thread.
+    code without one. Its properties may be used from any thread.
 
     Args:
-        settings: How it behaves.
+        settings: The settings.
         host: The interface to listen on.
         port: The port, 0 for any free one.
-        model: The model that answers; by default that of the shipped text.
+        model: The model that answers; by default the built-in one.
         clock: The monotonic clock, in seconds, of the rate limit.
     """
 
@@ -49,7 +49,7 @@ class MockServer:
     ) -> None:
         settings = settings or Settings()
         self.model = model or default_model()
-        self.stats = Stats(settings.log_size)
+        self.stats = MockStats(settings.log_size)
         self._host, self._port = host, port
         self._responder = Responder(settings, model=self.model, stats=self.stats, clock=clock)
         self._traffic = Traffic(self.stats)
@@ -62,26 +62,26 @@ class MockServer:
 
     @property
     def url(self) -> str:
-        """The address of the server without ``/v1``, as Anthropic's and newer Together clients want it."""
+        """The address of the server without ``/v1``, as Anthropic's and newer Together clients expect it."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}"
 
     @property
     def base_url(self) -> str:
-        """The address of the server with ``/v1``, as OpenAI's client and Together's before 2 want it."""
+        """The address of the server with ``/v1``, as OpenAI's client and Together's before 2 expect it."""
         return f"{self.url}/v1"
 
     @property
     def port(self) -> int:
-        """The port it listens on; before it does, the one it was given."""
+        """The port on which it listens; before it listens, the requested one."""
         return self._port
 
     @property
     def settings(self) -> Settings:
-        """How the server behaves. Assigning other settings takes effect with the next request.
+        """The settings. New settings take effect with the next request.
 
-        A script begins anew when it is another object, the rate limit when `rate` or `burst` changes,
-        the sequence of samples when `seed` does.
+        A script starts again when it is another object, the rate limit when `rate` or `burst` changes, and
+        the sequence of samples when `seed` changes.
         """
         return self._responder.settings
 
@@ -95,15 +95,15 @@ class MockServer:
     async def _apply(self, settings: Settings) -> None:
         self._responder.apply(settings)
 
-    async def until(self, condition: Callable[[Stats], bool]) -> None:
+    async def until(self, condition: Callable[[MockStats], bool]) -> None:
         """Wait, in the server's own loop, until the counters meet a condition.
 
-        With ``paused=True`` this is how to hold several requests in flight at once without a clock:
+        With ``paused=True``, a test can hold several requests in flight without a clock:
         ``await server.until(lambda stats: stats.in_flight == 5)``.
         """
         await self._traffic.until(condition)
 
-    def wait_until(self, condition: Callable[[Stats], bool], timeout: float = 10.0) -> None:
+    def wait_until(self, condition: Callable[[MockStats], bool], timeout: float = 10.0) -> None:
         """Wait, in another thread than the server's, until the counters meet a condition.
 
         Raises:
@@ -160,7 +160,7 @@ class MockServer:
         model: NGramModel | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Iterator[Self]:
-        """Run a server on an event loop of its own, in a daemon thread, while the context is entered."""
+        """Run a server on its own event loop, in a daemon thread, within the context."""
         server = cls(settings, host=host, port=port, model=model, clock=clock)
         started = threading.Event()
         failures: list[BaseException] = []

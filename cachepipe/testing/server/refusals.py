@@ -12,7 +12,7 @@ __all__ = ["RefusalError", "error_object", "retry_after"]
 
 
 class RefusalError(Exception):
-    """A request that gets an error for an answer."""
+    """A request is answered with an error."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class RefusalError(Exception):
 
 
 def error_object(refusal: RefusalError) -> dict[str, Any]:
-    """Return the body of an error in OpenAI's shape."""
+    """Return the body of an error as OpenAI writes it."""
     return {
         "error": {
             "message": refusal.message,
@@ -42,7 +42,7 @@ def error_object(refusal: RefusalError) -> dict[str, Any]:
 
 
 def retry_after(seconds: float) -> tuple[tuple[bytes, bytes], ...]:
-    """Return the time to wait in whole seconds, as HTTP wants it, and in the SDKs' finer header."""
+    """Return the headers with the time to wait: in whole seconds for HTTP, and in milliseconds for SDKs."""
     return (
         (b"retry-after", str(math.ceil(seconds)).encode()),
         (b"retry-after-ms", str(math.ceil(seconds * 1000)).encode()),

@@ -29,7 +29,7 @@ class HttpRequest:
     since: float
 
     def allow(self, *methods: str) -> None:
-        """Refuse other methods than these."""
+        """Raise `RefusalError` for other methods."""
         if self.method not in methods:
             raise RefusalError(
                 405,
@@ -39,7 +39,7 @@ class HttpRequest:
             )
 
     def json(self) -> dict[str, Any]:
-        """Return the body, which has to be a JSON object."""
+        """Return the body as a JSON object. Raise `RefusalError` for another body."""
         try:
             value = orjson.loads(self.body)
         except orjson.JSONDecodeError as error:
@@ -53,10 +53,10 @@ class HttpRequest:
 
 @dataclass(slots=True, kw_only=True)
 class HttpReply:
-    """What to write, when, and what to count once it is written.
+    """A reply, its delays, and what is counted once it is written.
 
     `parts` is the whole body, or the events of a stream. With `broken`, the connection closes after
-    the last part, as if more were to come; with `status` 0 it closes without a byte. A reply that is `held`
+    the last part, as if more would follow; with `status` 0 it closes without a byte. A reply that is `held`
     waits while the server is paused.
     """
 

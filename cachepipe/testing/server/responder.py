@@ -1,7 +1,7 @@
 """Which answer, error or fault a request gets.
 
-Everything is decided when a request arrives, whenever its reply may be written: key, rate limit, fault,
-validation, sampling. The clock of the rate limit is the only one here.
+Key, rate limit, fault, validation and sampling are decided when a request arrives, however late its reply is
+written. The rate limit has the only clock.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from cachepipe.testing.server.replies import HttpReply, HttpRequest, json_reply,
 from cachepipe.testing.server.settings import Fault, Settings
 
 if TYPE_CHECKING:
-    from cachepipe.testing.ngram import NGramModel, Sample
+    from cachepipe.testing.ngram import DrawnText, NGramModel
     from cachepipe.testing.server.calls import ModelCall
-    from cachepipe.testing.server.stats import Stats
+    from cachepipe.testing.server.stats import MockStats
 
 __all__ = ["Responder"]
 
@@ -49,7 +49,7 @@ class Responder:
     """
 
     def __init__(
-        self, settings: Settings, *, model: NGramModel, stats: Stats, clock: Callable[[], float]
+        self, settings: Settings, *, model: NGramModel, stats: MockStats, clock: Callable[[], float]
     ) -> None:
         self.model, self.stats, self.settings = model, stats, settings
         self.running = asyncio.Event()
@@ -66,7 +66,7 @@ class Responder:
         self._pause_or_run()
 
     def apply(self, settings: Settings) -> None:
-        """Replace the settings; restart the script, the rate limit and the sequence where theirs changed."""
+        """Replace the settings; restart the script, the rate limit and the sequence if theirs changed."""
         old, self.settings = self.settings, settings
         if settings.script is not old.script:
             self._begin_script()
@@ -87,7 +87,7 @@ class Responder:
         except RefusalError as refusal:
             reply = refused(request.path, refusal)
         except Exception as error:
-            # The checks do not cover every odd body; a hanging client would tell less than this error.
+            # The checks do not cover every body; this error says more than a client that hangs.
             _logger.exception("The mock server failed on a request to %s.", request.path)
             message = f"The mock server cannot read this request: {type(error).__name__}: {error}."
             reply = refused(request.path, RefusalError(500, message, kind="server_error"))
@@ -223,7 +223,7 @@ class Responder:
         )
 
     def _fault(self, request: HttpRequest) -> Fault | None:
-        """Return the fault of a request: the one in its header, else the script's next, else by chance."""
+        """Return the fault of a request: from its header, else from the script, else by chance."""
         wanted = request.headers.get(b"x-mock-fault")
         if wanted is not None:
             return _fault_of_header(wanted)
@@ -235,7 +235,7 @@ class Responder:
         return None
 
     def _settings_for(self, request: HttpRequest) -> Settings:
-        """Return the settings with what the headers of this request override."""
+        """Return the settings, with those that the headers of this request override."""
         changes = {}
         for name in ("latency", "latency_per_token", "stream_delay"):
             value = request.headers.get(b"x-mock-" + name.replace("_", "-").encode())
@@ -286,9 +286,9 @@ class Responder:
         self.stats.tokens_in += call.tokens_in
         return reply
 
-    def _samples(self, call: ModelCall, count: int) -> tuple[list[Sample], int]:
-        """Return the first `count` samples of a call, prompt by prompt, and how many tokens that took."""
-        samples: list[Sample] = []
+    def _samples(self, call: ModelCall, count: int) -> tuple[list[DrawnText], int]:
+        """Return the first `count` samples of a call, prompt by prompt, and the number of their tokens."""
+        samples: list[DrawnText] = []
         tokens_out = 0
         for context in call.contexts:
             wanted = min(call.n, count - len(samples))
@@ -316,8 +316,8 @@ class Responder:
     def _randomness(self, call: ModelCall, context: str, index: int) -> Random:
         """Return the random numbers for a choice: with a seed, always the same ones for the same choice.
 
-        Neither `n` nor `max_tokens` takes part, so more choices begin with the same ones, and a
-        longer answer with the same words. The context does, nonces included.
+        They do not depend on `n` and `max_tokens`, so a larger `n` gives the same choices and more, and a
+        larger `max_tokens` the same words and more. They depend on the context, with its nonces.
         """
         if call.seed is None:
             return self._random
@@ -350,7 +350,7 @@ def _fault_of_header(value: bytes) -> Fault | None:
         raise RefusalError(400, str(error), param="x-mock-fault") from error
 
 
-def _mean_logprob(sample: Sample) -> float:
+def _mean_logprob(sample: DrawnText) -> float:
     return math.fsum(sample.logprobs) / max(1, len(sample.logprobs))
 
 

@@ -1,4 +1,4 @@
-"""What `/v1/responses` takes and answers."""
+"""Requests and answers of `/v1/responses`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["error_event", "read", "stream", "write"]
 
 
 def read(body: Mapping[str, Any], settings: Settings, _model: NGramModel) -> ModelCall:
-    """Return what a body asks of a response. The server keeps no state: it reads only the input."""
+    """Return the call in the body of a response. The server keeps no state: it reads only the input."""
     arguments = sampling(body, settings, "max_output_tokens")
     given = body.get("input")
     items: list[Any] = [{"role": "user", "content": given}] if isinstance(given, str) else _items(given)
@@ -123,13 +123,13 @@ def stream(answer: ModelAnswer) -> EventStream:
 
 
 def error_event(refusal: RefusalError, number: int) -> bytes:
-    """Return an error in a stream, after so many events."""
+    """Return an error in a stream, with the number of events before it."""
     values = {"code": "server_error", "message": refusal.message, "param": None}
     return named_event({"type": "error", "sequence_number": number, **values})
 
 
 def _item(answer: ModelAnswer, *, whole: bool = True) -> dict[str, Any]:
-    """Return the one output item of a response: a message, or a call of the tool that was demanded."""
+    """Return the one output item of a response: a message, or a call of the required tool."""
     choice = answer.choices[0]
     status = _status(answer) if whole else "in_progress"
     if answer.call.tool is not None:

@@ -11,10 +11,10 @@ __all__ = ["instance"]
 
 
 def instance(schema: object, text: str, root: Mapping[str, Any], depth: int = 0) -> Any:
-    """Return a small value that fits a JSON schema, with the text wherever a string is wanted.
+    """Return a small value that fits a JSON schema, with the text in place of each string.
 
-    Types, properties, items, enumerations, constants, alternatives and local references are
-    followed; bounds and patterns are not.
+    It obeys types, properties, items, enumerations, constants, alternatives and local references, and ignores
+    bounds and patterns.
     """
     if not isinstance(schema, dict) or depth > 16:
         return text
@@ -42,7 +42,7 @@ def _of_type(schema: Mapping[str, Any], text: str, root: Mapping[str, Any], dept
 
 
 def _followed(schema: Mapping[str, Any], root: Mapping[str, Any]) -> object:
-    """Return the schema that a reference or the first alternative leads to; None without either."""
+    """Return the schema of a reference or of the first alternative, or None."""
     if isinstance(reference := schema.get("$ref"), str):
         target: Any = root
         for step in reference.removeprefix("#/").split("/"):

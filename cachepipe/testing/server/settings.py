@@ -1,4 +1,4 @@
-"""How a mock server behaves, and how it fails."""
+"""The settings and faults of a mock server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAULTS: Final[Mapping[str, str]] = {
     "error_200": "an error object under status 200, or an error event in mid-stream",
     "malformed": "status 200 and broken JSON",
 }
-"""The kinds of faults, and what the client sees of each."""
+"""The kinds of faults, and what a client observes."""
 
 _SECONDS: Final = "a number of seconds, 0 or more"
 
@@ -34,13 +34,13 @@ class Fault:
 
     Attributes:
         kind: One of `FAULTS`.
-        probability: How often it strikes, where it is not scripted.
+        probability: Its probability, unless it is scripted.
         status: The HTTP status of kind ``"status"``.
-        retry_after: Seconds to announce in Retry-After; by default 1 where the kind announces any.
-        keep: How many choices a short reply keeps.
-        after: How many events a broken stream delivers; by default half of those with content.
-        path: The fault strikes only requests whose path contains this, where it is not scripted.
-        message: What the error says.
+        retry_after: The seconds in Retry-After; by default 1 for kinds that have the header.
+        keep: The number of choices that a short reply keeps.
+        after: The number of events that a broken stream delivers; by default half of those with content.
+        path: The fault applies only to requests with this text in their path, unless it is scripted.
+        message: The message of the error.
     """
 
     kind: str
@@ -69,10 +69,10 @@ class Fault:
 
     @classmethod
     def parse(cls, value: object) -> Fault:
-        """Return the fault that a short form means.
+        """Return the fault in a short form.
 
-        A kind (``"drop"``), a status (``503``), either with a probability (``"drop:0.1"``), or the
-        fields by name (``{"kind": "short", "keep": 1}``).
+        The form is a kind (``"drop"``), a status (``503``), either with a probability (``"drop:0.1"``), or
+        the fields by name (``{"kind": "short", "keep": 1}``).
         """
         if isinstance(value, Fault):
             return value
@@ -93,30 +93,31 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a mock server behaves; may be replaced while it runs.
+    """The settings of a mock server, which may be replaced while it runs.
 
     Attributes:
-        latency: Seconds before an answer (of a stream: before its first event).
-        latency_per_token: Seconds more for each token of the longest choice, so that long answers
-            take longer; in a stream, between its events.
+        latency: Seconds before an answer, or before the first event of a stream.
+        latency_per_token: Additional seconds per token of the longest choice; in a stream, seconds
+            between events.
         stream_delay: Seconds between the events of a stream.
-        paused: While true, requests are taken in but none is answered.
-        faults: What strikes by chance: each is tried in turn, with its probability.
-        script: What strikes the next requests to a model, one entry each; None lets one pass.
-            While there is a script, `faults` rest.
+        paused: While it is true, requests are read but not answered.
+        faults: The faults that occur by chance: each is tried in turn, with its probability.
+        script: The faults of the next requests to a model, one entry for each; None is no fault.
+            While there is a script, `faults` do not occur.
         max_n: The largest `n` (and `best_of`) that is not refused with 400.
-        max_tokens: The length where every answer ends, and the limit of requests that set none.
-        rate: Requests per second to let through; beyond that they get 429.
-        burst: How many may come at once when the limit has rested; by default the rate, rounded up.
-        api_key: The only key to accept; any, or none, when not set.
+        max_tokens: The largest length of an answer, and the limit of requests without one.
+        rate: The requests per second that are answered; further ones get 429.
+        burst: The requests that may come at once after a rest; by default the rate, rounded up.
+        api_key: The only accepted key; without it, a request needs no key.
         seed: Makes the samples of unseeded requests, and the faults, a repeatable sequence.
-        uses_tools: Whether a tool that is offered is called; else only one that is demanded is. Of several,
-            the first that the conversation has not called yet.
-        models: The models that are listed.
-        any_model: Whether other names are answered too; else they get 404, as from a real server.
-        dimensions: The length of an embedding that does not ask for one.
+        uses_tools: Whether an offered tool is called; otherwise only a required one is. If there are several,
+            the
+            first that the conversation has not called yet.
+        models: The listed models.
+        any_model: Whether requests for other models are answered; otherwise they get 404.
+        dimensions: The length of an embedding, if the request has none.
         max_body: The largest request body in bytes; larger ones get 413.
-        log_size: How many requests the log remembers.
+        log_size: The number of requests in the log.
     """
 
     latency: float = 0.0
@@ -154,8 +155,8 @@ class Settings:
         _check("log_size", self.log_size, "a whole number, 0 or more", _is_count(self.log_size, 0))
         for name in ("faults", "script", "models"):
             _check(name, getattr(self, name), "a list", isinstance(getattr(self, name), (list, tuple)))
-        # Short forms become faults once; a tuple that is complete stays the same object, by which
-        # the server knows a script that it has begun from a new one.
+        # Short forms are converted once. A tuple without them stays the same object, so that the server can
+        # tell a script that it has begun from a new one.
         object.__setattr__(self, "faults", _complete(self.faults, Fault))
         object.__setattr__(self, "script", _complete(self.script, (Fault, type(None))))
         object.__setattr__(self, "models", tuple(map(str, self.models)))
@@ -164,13 +165,13 @@ class Settings:
         """Return the settings with the named fields changed, as ``POST /mock/settings`` does.
 
         Raises:
-            ValueError: If a name is no setting, or a value is none for it.
+            ValueError: If a name is not a setting, or a value is not valid for it.
         """
         _known_names("setting", changes, type(self))
         return replace(self, **changes)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the settings by name; of the key only whether there is one."""
+        """Return the settings by name; the key is replaced by whether there is one."""
         values = asdict(self)
         values["api_key"] = self.api_key is not None
         return values
@@ -200,7 +201,7 @@ def _check(name: str, value: object, expected: str, good: bool) -> None:
 
 
 def _complete(values: Sequence[Any], kinds: Any) -> tuple[Any, ...]:
-    """Return a tuple of faults (None stays None), the very one given if it is that already."""
+    """Return a tuple of faults (None stays None); a tuple of faults is returned unchanged."""
     if isinstance(values, tuple) and all(isinstance(value, kinds) for value in values):
         return values
     return tuple(value if isinstance(value, kinds) else Fault.parse(value) for value in values)

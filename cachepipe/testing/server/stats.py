@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import Any, NamedTuple
 
-__all__ = ["LogEntry", "Stats"]
+__all__ = ["LogEntry", "MockStats"]
 
 
 class LogEntry(NamedTuple):
-    """One request as it ended: when it arrived (Unix time), what it asked, and what became of it."""
+    """One request after its end: its arrival (Unix time), its question and its outcome."""
 
     time: float
     path: str
@@ -20,23 +20,23 @@ class LogEntry(NamedTuple):
     seconds: float
 
 
-class Stats:
+class MockStats:
     """What a server has served since it started, or since the last reset.
 
     Attributes:
         requests: All requests, except those under ``/mock``.
-        by_path: How often each path got each status. A status of 0 stands for a connection that the
-            server dropped, 499 for one that the client left. Paths that do not exist count as ``"other"``.
-        samples_generated: Choices (or embeddings) that the model made.
-        samples_delivered: Those of them that were sent to the end in a reply that is in order.
-        tokens_in: Tokens of the prompts answered.
-        tokens_out: Tokens of all samples generated.
+        by_path: The number of requests by path and status. A status of 0 is a connection that the
+            server dropped, 499 one that the client left. Unknown paths count as ``"other"``.
+        samples_generated: Choices (or embeddings) that the model generated.
+        samples_delivered: Those of them that were sent completely, in a valid reply.
+        tokens_in: Tokens of the answered prompts.
+        tokens_out: Tokens of all generated samples.
         streams: Requests answered by a stream.
-        faults: How often each kind of fault struck.
-        in_flight: Requests being answered now.
-        max_in_flight: The most there were at once.
-        connections: Connections open now.
-        max_connections: The most there were at once.
+        faults: The number of faults by kind.
+        in_flight: Requests that are being answered.
+        max_in_flight: The largest number of them at once.
+        connections: Open connections.
+        max_connections: The largest number of them at once.
         log: The latest requests, oldest first.
     """
 
@@ -47,7 +47,7 @@ class Stats:
         self.reset()
 
     def reset(self) -> None:
-        """Count from zero. What is under way goes on being under way."""
+        """Count from zero; requests in flight and open connections stay counted."""
         self.requests = 0
         self.by_path: dict[str, Counter[int]] = {}
         self.samples_generated = 0
@@ -62,7 +62,7 @@ class Stats:
 
     def __repr__(self) -> str:
         return (
-            f"<Stats {self.requests} requests, {self.in_flight} in flight, "
+            f"<MockStats {self.requests} requests, {self.in_flight} in flight, "
             f"{self.samples_delivered} of {self.samples_generated} samples delivered>"
         )
 

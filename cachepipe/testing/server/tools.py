@@ -1,4 +1,4 @@
-"""Which of the offered tools an answer calls, in any of the dialects."""
+"""Which of the offered tools an answer calls, in all dialects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["tool_of"]
 
 
 def tool_of(body: Mapping[str, Any], settings: Settings, schema_field: str) -> dict[str, Any]:
-    """Return `tool` and `schema` of the tool that the answer calls, if it calls one."""
+    """Return the `tool` and `schema` of the tool that the answer calls, or nothing."""
     wanted, kind = _choice(body.get("tool_choice") or "auto")
     forced = wanted is not None or kind in ("required", "any")
     if not forced and not (kind == "auto" and settings.uses_tools):
@@ -29,7 +29,7 @@ def tool_of(body: Mapping[str, Any], settings: Settings, schema_field: str) -> d
 
 
 def _next(tools: list[Mapping[str, Any]], messages: object, *, forced: bool) -> Mapping[str, Any] | None:
-    """Return the first tool that the conversation has not called yet; the last one where one is forced."""
+    """Return the first tool that was not called yet, or the last one if a call is required."""
     called = set(_called(messages))
     for tool in tools:
         if tool.get("name") not in called:
@@ -38,12 +38,12 @@ def _next(tools: list[Mapping[str, Any]], messages: object, *, forced: bool) -> 
 
 
 def _object(value: object) -> Mapping[str, Any]:
-    """Return the value if it is an object, else an empty one."""
+    """Return a value that is an object, else an empty object."""
     return value if isinstance(value, dict) else {}
 
 
 def _choice(choice: object) -> tuple[object, object]:
-    """Return the name of the tool that is demanded, if any, and the kind of choice."""
+    """Return the name of the required tool, if any, and the kind of choice."""
     if not isinstance(choice, dict):
         return None, choice
     return choice.get("name") or _object(choice.get("function")).get("name"), choice.get("type")

@@ -1,4 +1,4 @@
-"""The open connections of a server, the requests in flight, and those who wait for the counters."""
+"""The open connections of a server, its requests in flight, and the tasks that wait for its counters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from cachepipe.testing.server.dialects import DIALECTS, EMBEDDINGS, MODELS
-from cachepipe.testing.server.stats import LogEntry, Stats
+from cachepipe.testing.server.stats import LogEntry, MockStats
 
 if TYPE_CHECKING:
     from cachepipe.testing.server.connection import HttpConnection
@@ -21,21 +21,21 @@ _KNOWN: Final = frozenset({*DIALECTS, EMBEDDINGS, MODELS})
 
 
 class Traffic:
-    """Counts connections and requests, and wakes whoever waits for a count. It belongs to one event loop.
+    """Counts connections and requests and wakes tasks that wait for a count, on one event loop.
 
     Attributes:
         stats: The counters.
         connections: The open connections.
-        closing: True once no further connection is accepted.
+        closing: True once no more connections are accepted.
     """
 
-    def __init__(self, stats: Stats) -> None:
+    def __init__(self, stats: MockStats) -> None:
         self.stats = stats
         self.connections: set[HttpConnection] = set()
         self.closing = False
-        self._watchers: list[tuple[Callable[[Stats], bool], asyncio.Event]] = []
+        self._watchers: list[tuple[Callable[[MockStats], bool], asyncio.Event]] = []
 
-    async def until(self, condition: Callable[[Stats], bool]) -> None:
+    async def until(self, condition: Callable[[MockStats], bool]) -> None:
         """Wait until the counters meet a condition."""
         while not condition(self.stats):
             event = asyncio.Event()
@@ -50,7 +50,7 @@ class Traffic:
         self._changed()
 
     def closed(self, connection: HttpConnection) -> None:
-        """Count a connection that is closed."""
+        """Count a closed connection."""
         self.connections.discard(connection)
         self.stats.connections -= 1
         self._changed()
@@ -66,7 +66,7 @@ class Traffic:
         self._changed()
 
     def ended(self, request: HttpRequest, reply: HttpReply, status: int) -> None:
-        """Count a request that was answered, or left by its client (status 499)."""
+        """Count a request that was answered, or that its client left (status 499)."""
         if _controls(request):
             return
         stats, path = self.stats, request.path
@@ -81,7 +81,7 @@ class Traffic:
         self._changed()
 
     def _changed(self) -> None:
-        """Wake those who wait for what the counters say now."""
+        """Wake the tasks whose condition the counters meet now."""
         if self._watchers:
             met = [watcher for watcher in self._watchers if watcher[0](self.stats)]
             for watcher in met:

@@ -21,7 +21,8 @@ from pydantic import BaseModel
 from cachepipe import CacheMiss, MemoryStore, telemetry, using, wire
 from cachepipe.providers.info import info
 from cachepipe.providers.stream_recorder import SyncRecordedStream
-from cachepipe.sdk import Anthropic, AsyncAnthropic, internals
+from cachepipe.sdk import Anthropic, AsyncAnthropic
+from cachepipe.sdk.http import library_of
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.wrapping import wrap
 from cachepipe.testing.server import Fault
@@ -368,7 +369,7 @@ def recorded(server):
     """Return the body of a stream, and the SDK's HTTP library."""
     with anthropic.Anthropic(base_url=server.url, api_key=KEY) as plain:
         body = plain.messages.with_raw_response.create(**ASK, stream=True).http_response.read()
-        return body, importlib.import_module(internals.library_of(plain).__name__)
+        return body, importlib.import_module(library_of(plain).__name__)
 
 
 def test_what_follows_the_terminal_event_reaches_the_reader(server):
@@ -443,7 +444,7 @@ def test_spans_are_the_sdks_business(server, monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_the_application_does_to_a_response_is_as_with_the_sdk(server, stream):
     """A body that was read already, is read the wrong way, or is lost; and the time that a stream took."""
-    http = importlib.import_module(internals.library_of(anthropic.Anthropic(api_key="k")).__name__)
+    http = importlib.import_module(library_of(anthropic.Anthropic(api_key="k")).__name__)
 
     class Lost(http.SyncByteStream):
         def __iter__(self):

@@ -19,7 +19,7 @@ from cachepipe import CacheMiss, MemoryStore
 from cachepipe.context import using
 from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncOpenAI, OpenAI, fast_path
-from cachepipe.sdk.internals import library_of
+from cachepipe.sdk.http import library_of
 
 pytestmark = pytest.mark.anyio
 HELLO = [{"role": "user", "content": "hello"}]

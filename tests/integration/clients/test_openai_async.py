@@ -23,8 +23,9 @@ from cachepipe.context import using
 from cachepipe.models import OpenAIModel
 from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncOpenAI
-from cachepipe.sdk.internals import ATTRIBUTES, NAMES, library_of
-from cachepipe.sdk.internals import _eased as eased
+from cachepipe.sdk.http import _eased as eased
+from cachepipe.sdk.http import library_of
+from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

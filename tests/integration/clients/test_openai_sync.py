@@ -23,7 +23,7 @@ from cachepipe import CacheMiss, MemoryStore, NotStored
 from cachepipe.context import using
 from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncOpenAI, OpenAI
-from cachepipe.sdk.internals import library_of
+from cachepipe.sdk.http import library_of
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
 

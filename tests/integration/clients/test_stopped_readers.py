@@ -18,7 +18,7 @@ import cachepipe
 from cachepipe import MemoryStore
 from cachepipe.providers.info import info
 from cachepipe.sdk import Anthropic, AsyncAnthropic, AsyncOpenAI, OpenAI
-from cachepipe.sdk.internals import library_of
+from cachepipe.sdk.http import library_of
 
 HELLO = [{"role": "user", "content": "q"}]
 WHOLE = "sample1 goes on"

@@ -61,7 +61,7 @@ class Ledger:
         self.order.setdefault(draw.namespace, self.claims)
         number = max((segment.number for segment in segments), default=-1) + 1
         for position, indices in added(allotment, n, len(held), refresh=False):
-            segments = [*segments, Segment(number, position, indices, self.claims, 0)]
+            segments = [*segments, Segment(number, position, indices, 0, "one", self.claims)]
             number += 1
         self.segments[draw] = segments
         joined = False
@@ -297,7 +297,9 @@ class World:
         delivered = [caller for caller in self.callers if caller.outcome == "samples"]
         self.check_independence(delivered)
         for draw, segments in self.ledger.segments.items():  # C8
-            assert all(index in self.ledger.samples for segment in segments for index in segment.indices), draw
+            assert all(index in self.ledger.samples for segment in segments for index in segment.indices), (
+                draw
+            )
         for namespace, taken in self.ledger.taken.items():
             rows = [self.ledger.row(draw) for draw in self.ledger.segments if draw.namespace == namespace]
             held = Counter(index for row in rows for index in row)

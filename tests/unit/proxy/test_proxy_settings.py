@@ -10,8 +10,8 @@ import pytest
 from cachepipe.contract.keys import provider_question
 from cachepipe.providers.exchange import questions_of
 from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
-from cachepipe.proxy.headers import INERT, from_upstream, to_upstream, who_asks
-from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream, from_file, named, secret
+from cachepipe.proxy.headers import INERT, caller_digest, from_upstream, to_upstream
+from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream, from_file, name_and_url, secret
 from cachepipe.wire import CHAT
 
 FILE = """
@@ -46,14 +46,14 @@ def test_a_file_names_upstreams_and_no_keys(tmp_path):
         ("proxy.local",),
     )
     b, a, c = settings.upstreams
-    assert (a.name, a.url, a.kind, a.mount, a.shown_key) == (
+    assert (a.name, a.url, a.kind, a.mount, a.key_value) == (
         "a",
         "https://a.example/v1",
         "openai",
         "/v1",
         "Bearer sk-1",
     )
-    assert (b.name, b.kind, b.mount, b.key_header, b.shown_key) == ("b", "anthropic", "", "x-api-key", None)
+    assert (b.name, b.kind, b.mount, b.key_header, b.key_value) == ("b", "anthropic", "", "x-api-key", None)
     assert (c.mount, c.key_header) == ("/v1", "api-key")
     assert "sk-1" not in repr(settings)
     with pytest.raises(BadSettings, match="TOKEN is not set"):
@@ -108,9 +108,9 @@ def test_what_could_not_work_is_refused(options, message):
 
 
 def test_names_and_secrets():
-    assert named("a=https://x/v1") == ("a", "https://x/v1")
-    assert named("https://x/v1") == (None, "https://x/v1")
-    assert named("https://x/v1?a=b") == (None, "https://x/v1?a=b")
+    assert name_and_url("a=https://x/v1") == ("a", "https://x/v1")
+    assert name_and_url("https://x/v1") == (None, "https://x/v1")
+    assert name_and_url("https://x/v1?a=b") == (None, "https://x/v1?a=b")
     with pytest.raises(BadSettings, match="a header cannot contain"):
         secret("A", {"A": "a\nb"})
 
@@ -118,19 +118,23 @@ def test_names_and_secrets():
 def test_which_requests_share_calls():
     """All headers that go upstream tell clients apart, but those of one call."""
     one = [(b"authorization", b"a"), (b"user-agent", b"x"), (b"x-stainless-os", b"y")]
-    assert who_asks("u", one) == who_asks("u", one[:1]) == who_asks("u", [*one, (b"x-irid", b"1")])
+    assert (
+        caller_digest("u", one)
+        == caller_digest("u", one[:1])
+        == caller_digest("u", [*one, (b"x-irid", b"1")])
+    )
     assert (
         len(
             {
-                who_asks("u", one),
-                who_asks("v", one),
-                who_asks("u", []),
-                who_asks("u", [*one, (b"x-org", b"1")]),
+                caller_digest("u", one),
+                caller_digest("v", one),
+                caller_digest("u", []),
+                caller_digest("u", [*one, (b"x-org", b"1")]),
             }
         )
         == 4
     )
-    assert who_asks("u", [(b"a", b"bc")]) != who_asks("u", [(b"ab", b"c")])
+    assert caller_digest("u", [(b"a", b"bc")]) != caller_digest("u", [(b"ab", b"c")])
 
 
 def test_what_connection_names_stays_here():

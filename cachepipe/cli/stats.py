@@ -1,0 +1,227 @@
+"""The command `stats` counts the samples of a cache, and what each namespace spent and saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from cachepipe import prices
+from cachepipe.accounting import Statement
+from cachepipe.cli import common
+from cachepipe.cli.common import counted, json_text, opened
+from cachepipe.contract.draws import SHARED, label, namespace_of
+from cachepipe.stores.base import NamespaceInfo
+from cachepipe.stores.sums import statements
+
+if TYPE_CHECKING:
+    from cachepipe.stores import DiskStore
+
+_NO_NAMESPACE: Final = "(none)"
+
+
+_STATS_JSON: Final = """\b
+With --json:
+  folder, bytes          the folder of the cache, and its size
+  keys, samples          different questions, and answers to them
+  pending, discarded     samples that are being generated (or were, by a killed process); discarded
+                         samples
+  draws                  requests that have drawn samples
+  drawn, generated, reused, reused_share
+                         samples over all namespaces; reused_share = reused / drawn, or null
+  requests               questions answered, over all runs; the sums below follow from it
+  spent                  all that was generated: billed, and what reached no request
+  billed                 what the answered requests paid for
+  as_asked               what each would have cost alone, in one call
+  saved                  as_asked less billed, so a rerun saves what it replays
+  unreported             spent less billed: for requests that failed, were cancelled or killed, and extras
+  wasted                 the part of spent that no namespace holds
+  namespaces             a list of namespace, draws, drawn, generated, reused, reused_share, and the sums
+  shared                 draws, drawn, generated of shared draws (embeddings, repeat="same")
+  scopes                 with --scopes a list of scope, keys, samples, pending; else null
+Each sum has samples, unknown (samples without usage, in no count of tokens), prompt_tokens,
+completion_tokens, total_tokens, cached_tokens, reasoning_tokens, cost (US dollars, or null), unpriced.
+A running process adds what it has answered every few seconds; a killed one has not added the last.
+"""
+
+
+@click.command(epilog=_STATS_JSON)
+@common.cache_option
+@click.option("--scopes", is_flag=True, help="Count by scope too; this reads every key.")
+@common.limit_option(50, "The largest number of rows in a table")
+@common.json_option("one object; see below")
+def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None:
+    """Count the samples, what each namespace generated and reused, and what it spent and saved.
+
+    Of the samples that a namespace has drawn, some were generated for it, and it reused the others. Shared
+    draws (embeddings, repeat="same") are counted separately; their costs and savings belong to the
+    namespaces that ask. Costs in money need the extra cachepipe[prices].
+    """
+    with opened(cache) as store:
+        sums = statements(store)
+        figures = _figures(store, sums, scopes=scopes)
+    if as_json:
+        click.echo(json_text(figures))
+    else:
+        _print_stats(figures, sums, limit)
+
+
+def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -> dict[str, Any]:
+    totals = store.totals()
+    known = list(store.namespaces())
+    drawn = {label(info.namespace) for info in known}
+    # The ledger has no draws of a namespace that only replays.
+    known += [NamespaceInfo(namespace_of(name), 0, 0, 0) for name in sums if name not in drawn]
+    namespaces = [
+        {
+            "namespace": info.namespace,
+            "draws": info.draws,
+            **_drawn(info.samples, info.generated),
+            **_sums(sums.get(label(info.namespace), Statement())),
+        }
+        for info in known
+    ]
+    has_shared = totals["draws"] > sum(info.draws for info in known)
+    shared = list(store.draws(namespace=SHARED)) if has_shared else []
+    return {
+        "folder": str(store.folder),
+        "bytes": _bytes(store.folder),
+        **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
+        **_drawn(sum(info.samples for info in known), sum(info.generated for info in known)),
+        **_sums(_total(sums)),
+        "namespaces": namespaces,
+        "shared": {
+            "draws": len(shared),
+            "drawn": sum(len(draw.indices) for draw in shared),
+            "generated": sum(draw.generated for draw in shared),
+        },
+        "scopes": _scopes(store) if scopes else None,
+    }
+
+
+def _total(sums: Mapping[str, Statement]) -> Statement:
+    total = Statement()
+    for statement in sums.values():
+        total.join(statement)
+    return total
+
+
+def _sums(statement: Statement) -> dict[str, Any]:
+    """Return the sums of a namespace, or of all."""
+    accounts = statement.accounts()
+    return {
+        "requests": statement.delivered.requests,
+        **{name: account.as_dict(prices.cost_of_sum) for name, account in accounts.items()},
+    }
+
+
+def _scopes(store: DiskStore) -> list[dict[str, Any]]:
+    found: dict[str | None, Counter[str]] = {}
+    for info in store.keys():  # noqa: SIM118 - a store is no mapping
+        counts = found.setdefault(info.scope, Counter())
+        counts.update(keys=1, samples=info.samples, pending=info.pending)
+    return [{"scope": scope, **counts} for scope, counts in found.items()]
+
+
+def _drawn(drawn: int, generated: int) -> dict[str, Any]:
+    reused = max(drawn - generated, 0)
+    return {
+        "drawn": drawn,
+        "generated": generated,
+        "reused": reused,
+        "reused_share": round(reused / drawn, 6) if drawn else None,
+    }
+
+
+def _bytes(folder: Path) -> int:
+    """Return the size of all files below a folder; files that vanish meanwhile count as 0."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file() and not file.is_symlink():
+                total += file.stat().st_size
+    return total
+
+
+def _name_of(row: Mapping[str, Any]) -> str:
+    namespace: str | None = row["namespace"]
+    return _NO_NAMESPACE if namespace is None else namespace or "''"
+
+
+def _share_of(row: Mapping[str, Any]) -> str:
+    return "-" if row["reused"] == "-" else common.share(row["reused"], row["drawn"])
+
+
+_DRAWN: Final[common.Columns] = {
+    "namespace": _name_of,
+    ">draws": "draws",
+    ">drawn": "drawn",
+    ">generated": "generated",
+    ">reused": "reused",
+    ">share": _share_of,
+}
+_SCOPES: Final[common.Columns] = {
+    "scope": lambda row: "(none)" if row["scope"] is None else row["scope"],
+    ">keys": "keys",
+    ">samples": "samples",
+}
+
+
+def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int) -> None:
+    extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
+    share = f"{figures['reused']:,} of {figures['drawn']:,} samples drawn ({_share_of(figures)})"
+    facts = [
+        ("cache", f"{figures['folder']} ({common.size(figures['bytes'])})"),
+        ("keys", f"{figures['keys']:,}"),
+        ("samples", ", ".join([f"{figures['samples']:,}", *extra])),
+        ("draws", f"{figures['draws']:,}"),
+        ("reused", share),
+    ]
+    accounts = _total(sums).accounts()
+    for name, account in accounts.items():
+        samples = counted(account.counts()["samples"], "sample")
+        facts.append((name.replace("_", " "), f"{samples}, {common.money(account)}"))
+    common.print_facts(facts)
+    namespaces = figures["namespaces"]
+    _print_rows(_DRAWN, namespaces, limit, "namespace", last=_shared_row(figures["shared"]))
+    sums_of = {f">{name.replace('_', ' ')}": _tokens_of(name) for name in accounts}
+    tokens: common.Columns = {"tokens of namespace": _name_of, ">requests": "requests", **sums_of}
+    _print_rows(tokens, namespaces, limit)
+    _print_rows(_SCOPES, figures["scopes"] or [], limit, "scope")
+
+
+def _shared_row(counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    return [{"namespace": "(shared)", **counts, "reused": "-"}] if counts["draws"] else []
+
+
+def _print_rows(
+    columns: common.Columns,
+    rows: Sequence[Mapping[str, Any]],
+    limit: int,
+    what: str = "",
+    last: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Print the first rows as a table, and how many more there are; ``last`` always follows them."""
+    shown = [*rows[: limit or None], *last]
+    if shown:
+        click.echo()
+        common.print_table(columns, shown)
+    if what and len(rows) > limit > 0:
+        click.echo(f"and {counted(len(rows) - limit, f'more {what}')}; --limit 0 shows all")
+
+
+def _tokens_of(name: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return the cell with the tokens of a sum and their cost, as far as these are known."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        sums = row[name]
+        if sums["unknown"] and not sums["total_tokens"]:
+            return "unknown"
+        known = f"{sums['total_tokens']:,}{'+' * bool(sums['unknown'])}"
+        return f"{known} {common.dollars(sums['cost'])}" if sums["cost"] else known
+
+    return cell
