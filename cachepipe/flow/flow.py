@@ -128,10 +128,9 @@ class Flow:
         """
         estimate = self.estimator.estimate(body, samples)
         attempts = self.retries.begin(max_retries)
-        number = 0
         while True:
-            with context.attempting(number):
-                entry = _Entry(self._enter(estimate, namespace, again=number > 0))
+            with context.attempting(attempts.repeated):
+                entry = _Entry(self._enter(estimate, namespace, again=attempts.repeated > 0))
                 try:
                     passage: Passage = wait(entry.come())
                     made = make()
@@ -143,7 +142,6 @@ class Flow:
                 else:
                     attempts.succeeded()
                     return passage, made
-            number += 1
             wait(self.retries.clock.sleep(seconds))
 
     async def _enter(self, estimate: Estimate, namespace: str | None, *, again: bool = False) -> Passage:

@@ -456,12 +456,7 @@ def _is_whole(arguments: Any) -> bool:
 
 def joined(parts: Sequence[str]) -> str:
     """Return the joined parts of a text; two halves of a character become one."""
-    text = "".join(parts)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-    return text
+    return jsontext.mended("".join(parts), "surrogatepass")
 
 
 def settled(value: Any) -> Any:
