@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from cachepipe import context, wire
-from cachepipe.flow.limits import Limits, Slot
+from cachepipe.flow.calls import Slot
+from cachepipe.flow.limits import Limits
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimate, Estimator
 

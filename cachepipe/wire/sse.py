@@ -157,15 +157,8 @@ class StreamRecorder(ABC):
         self._reader = EventReader()
 
     def __repr__(self) -> str:
-        state = (
-            "complete"
-            if self.complete
-            else "failed"
-            if self.error
-            else "started"
-            if self.started
-            else "waiting"
-        )
+        states = {"complete": self.complete, "failed": self.error, "started": self.started}
+        state = next((name for name, holds in states.items() if holds), "waiting")
         return f"<{type(self).__name__} {state}>"
 
     @property
