@@ -19,9 +19,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-ONE_MESSAGE: Final = "cachepipe.one_message"
-"""A key of a scope: the answer may be sent in one message, which has this key too."""
-
 KEEP_ALIVE: Final = "cachepipe.keep_alive"
 """A key of a scope: an HTTP/1.0 client asks to keep its connection."""
 
@@ -211,12 +208,8 @@ class HttpExchange:
 
     async def answer(self, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
         """Send a complete answer. It may wait in memory for a slow client."""
-        self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
-        if ONE_MESSAGE in self.scope:
-            await self.send_message({ONE_MESSAGE: True, "status": status, "headers": pairs, "body": content})
-            return
         await self.start(status, pairs)
         await self.send_message({"type": "http.response.body", "body": content})
 
