@@ -275,7 +275,7 @@ def _end_the_dead(ledger: Ledger) -> None:
 
 
 def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
-    """Release a hold. Undo what is not settled, not delivered and not held by others (C8)."""
+    """Release a hold; undo the draw where nobody else holds it (C8)."""
     rows = ledger.draw(release.draw)
     segments = list(rows.segments)
     released: set[int] = set()
@@ -285,8 +285,12 @@ def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
             if left is not None:
                 segments[at] = left
                 released.add(segment.number)
-    if all(each.standing == len(each.indices) for each in segments if each.number in released):
-        return
+    if not all(each.standing == len(each.indices) for each in segments if each.number in released):
+        _undo(ledger, rows, segments, released)
+
+
+def _undo(ledger: Ledger, rows: DrawRows, segments: list[Segment], released: set[int]) -> None:
+    """Delete what of a draw's segments is neither settled nor delivered nor held by others."""
 
     def held(segment: Segment) -> bool:
         if segment.token is not None and _lives(ledger, segment.lease):

@@ -197,6 +197,10 @@ class SqlReader:
             if type(sample) is not Sample:
                 return None
             return Grant([index], [sample], shared=lease != self._ledger.own_lease and self._shared({lease}))
+        return self._recall_several(draw, place, rows, n)
+
+    def _recall_several(self, draw: Draw, place: tuple[Any, ...], rows: list[Any], n: int) -> Grant | None:
+        ledger, shelf = self._readable()
         for row in rows:
             tables.check_segment(draw, row[0], row[1], row[2], row[4], row[5])
         indices = laid((row[1], unpack(row[2])) for row in rows)
@@ -205,12 +209,12 @@ class SqlReader:
         # What lies beyond n must be there too: a draw that is incomplete may yet be undone.
         beyond = indices[n:]
         if len(beyond) > _FEW:
-            if not _whole(ledger, key, min(beyond), max(beyond)):
+            if not _whole(ledger, place[0], min(beyond), max(beyond)):
                 return None
             beyond = []
         samples: list[Sample | None] = []
         for index in [*indices[:n], *beyond]:
-            found = read_sample(shelf, name, index)
+            found = read_sample(shelf, draw.key, index)
             if type(found) is not Sample:
                 return None
             samples.append(found)
