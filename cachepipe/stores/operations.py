@@ -12,6 +12,7 @@ import orjson
 
 from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
 from cachepipe.errors import StoreError
@@ -169,16 +170,15 @@ def _unsettled(rows: DrawRows, segments: Sequence[Segment]) -> Sequence[Segment]
     return segments[settled(segments, lambda index: rows.sample(index) is None) :]
 
 
-def replay(rows: DrawView, draw: Draw, n: int) -> Grant | None:
-    """Return what a claim would get if all of its samples are stored, else None; write nothing.
-
-    Args:
-        rows: the rows of the draw; what is taken in them is not kept.
-        draw: the draw.
-        n: how many samples are wanted.
-    """
+def replay(rows: DrawView, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
+    """Return what a claim would get if all of its samples are stored, else None; see ``Store.replay``."""
+    rows.taken = Union(IntervalSet(), Union(rows.taken, taken))  # type: ignore[misc]  # see subclasses
     allotment = allot(rows, _laid(rows.segments), n, couple=not draw.shared, stored_only=True)
-    return None if allotment is None else Grant(allotment.indices, allotment.samples)
+    if allotment is None:
+        return None
+    for index in allotment.indices:
+        taken.add(index)
+    return Grant(allotment.indices, allotment.samples)
 
 
 def recall(rows: DrawView, n: int) -> Grant | None:
