@@ -228,7 +228,7 @@ MUTATIONS = (
         "C8",
         "contract/undoing.py",
         "a draw is undone although it has another holder",
-        " and not held(piece):",
+        " and not held(segment):",
         ":",
     ),
     Mutation(
@@ -305,8 +305,8 @@ MUTATIONS = (
         "C12",
         "stores/tables.py",
         "a part of a draw may lie at another position",
-        "{part} {position} {stamp}",
-        "{part} {stamp}",
+        "{occurrence} {number} {position} {stamp}",
+        "{occurrence} {number} {stamp}",
     ),
     Mutation(
         "C12",

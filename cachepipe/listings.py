@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from cachepipe import jsontext, wire
-from cachepipe.contract.draws import SHARED, namespace_of
+from cachepipe.contract.draws import namespace_of
 from cachepipe.differences import asked_in, loaded
 from cachepipe.errors import CachepipeError
 from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
@@ -36,16 +37,7 @@ def key_fields(info: KeyInfo, document: Any, prompt: int) -> dict[str, Any]:
         document: the content of the question.
         prompt: the largest number of characters of the prompt.
     """
-    return {
-        "key": info.key,
-        "scope": info.scope,
-        "at": info.at,
-        "samples": info.samples,
-        "pending": info.pending,
-        "namespaces": info.namespaces,
-        "model": model_in(document),
-        "prompt": prompt_in(document)[:prompt],
-    }
+    return {**asdict(info), "model": model_in(document), "prompt": prompt_in(document)[:prompt]}
 
 
 def draw_fields(info: DrawInfo) -> dict[str, Any]:
@@ -53,7 +45,7 @@ def draw_fields(info: DrawInfo) -> dict[str, Any]:
     draw = info.draw
     return {
         "namespace": namespace_of(draw.namespace),
-        "shared": draw.namespace == SHARED,
+        "shared": draw.shared,
         "request_id": draw.request_id,
         "occurrence": draw.occurrence,
         "indices": list(info.indices),

@@ -25,7 +25,7 @@ from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
 from cachepipe.portal import submit
 from cachepipe.stores import Store
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.typedefs import Mode, Repeat, describes
 
 _CLIENTS: Final = {
     "openai": ("AsyncOpenAI", "OpenAI"),
@@ -63,6 +63,7 @@ class LimitOptions(TypedDict, total=False):
     shared: str | os.PathLike[str] | None
 
 
+@describes(LimitOptions)
 class Service:
     """An endpoint, with limits for all calls through this object.
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from cachepipe.bounds import check_n
 
 if TYPE_CHECKING:
     import contextvars
     from typing import Self
+F = TypeVar("F", bound=Callable[..., Any])
 Mode = Literal["read-write", "replay", "refresh", "bypass"]
 Repeat = Literal["fresh", "same"]
 
@@ -20,6 +22,21 @@ MODES: tuple[Mode, ...] = ("read-write", "replay", "refresh", "bypass")
 REPEATS: tuple[Repeat, ...] = ("fresh", "same")
 
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
+
+
+def describes(*options: type) -> Callable[[F], F]:
+    """Return a decorator that adds the descriptions of options to a docstring, for ``help()``.
+
+    Args:
+        options: the classes with the options.
+    """
+    sections = [(inspect.getdoc(kind) or "").partition("Attributes:\n")[2] for kind in options]
+
+    def describe(thing: F) -> F:
+        thing.__doc__ = "\n".join([inspect.getdoc(thing) or "", "\nOptions:", *sections])
+        return thing
+
+    return describe
 
 
 def by_value(value: Any) -> Any:

@@ -10,18 +10,19 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from inspect import signature
-from typing import Any, Final, Self, TypedDict, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import anyio.to_thread
 
 from cachepipe import context
 from cachepipe.chat.kept import kept_store, located, on_portal, own_client, wrapped
+from cachepipe.chat.options import NAMES
 from cachepipe.context import Inherited
 from cachepipe.portal import in_portal
 from cachepipe.sdk import internals
 from cachepipe.sdk.mixins import AsyncCached, SyncCached
 from cachepipe.services import Service, ollama_url, stripped
-from cachepipe.typedefs import REPEATS, Mode, Repeat
+from cachepipe.typedefs import REPEATS, Repeat
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -32,37 +33,6 @@ DEFAULT_MODEL: Final = "gpt-4o-mini"
 _CLOSING_SECONDS: Final = 10.0
 
 
-class AccessOptions(TypedDict, total=False):
-    """The options for the client and the cache.
-
-    Attributes:
-        cache: a folder, a store, or a ``diskcache.Cache``; else ``CACHEPIPE_DIR``, else the default folder.
-        namespace: the unit within which samples are independent; else ``CACHEPIPE_NAMESPACE``.
-        request_id: which draw this is among equal questions of the namespace.
-        replicate: which of several independent repetitions of the experiment this belongs to.
-        mode: ``"read-write"``, ``"replay"`` (which needs no key), ``"refresh"`` or ``"bypass"``.
-        repeat: ``"fresh"``: a repeated request gets a fresh sample; ``"same"``: it gets the same again.
-        service: makes the client, and limits and retries its calls.
-        client: a client to use, with or without a cache. An object that is not an SDK's client, but has an
-            asynchronous ``chat.completions.create``, is used unchanged.
-        api_key: the key; else ``OPENAI_API_KEY``.
-        base_url: the base URL of the API; else ``OPENAI_BASE_URL``. If neither URL nor key is found,
-            ``OLLAMA_HOST``.
-    """
-
-    cache: Any
-    namespace: str | None
-    request_id: str | None
-    replicate: str | int | None
-    mode: Mode | None
-    repeat: Repeat | None
-    service: Service | None
-    client: Any
-    api_key: str | None
-    base_url: str | None
-
-
-NAMES: Final = tuple(AccessOptions.__annotations__)
 _SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
 _ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
 
@@ -102,6 +72,7 @@ class Access:
     Attributes:
         client: the caller's client with its cache; None if the client is made here.
         service: the caller's service.
+        settings: the settings for `context.using` that the options name.
         found: looks up a setting in the environment.
 
     Raises:
@@ -125,7 +96,7 @@ class Access:
         if self._repeat is not None and self._repeat not in REPEATS:
             raise ValueError(f"repeat is 'fresh' or 'same'; got {self._repeat!r}")
         client, cache = options.get("client"), options.get("cache")
-        self._settings = self._settings_of(options, given=not keeps_cache(client))
+        self.settings = self._given(options, given=not keeps_cache(client))
         with self.using():
             pass  # invalid settings are refused
         where = [name for name in _ENDPOINTS if options.get(name) is not None]
@@ -141,7 +112,7 @@ class Access:
             self.api_key, self.base_url = self._endpoint(options)
 
     def __repr__(self) -> str:
-        return f"<Access {self._settings}>"  # never a key, nor a URL with one
+        return f"<Access {self.settings}>"  # never a key, nor a URL with one
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -153,7 +124,7 @@ class Access:
 
     # What was given.
 
-    def _settings_of(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
+    def _given(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
         """Return the settings for `context.using`.
 
         Args:
@@ -213,7 +184,7 @@ class Access:
         Args:
             settings: override those in the options.
         """
-        return context.using(**{**self._settings, **settings})
+        return context.using(**{**self.settings, **settings})
 
     async def check(self, body: Mapping[str, Any]) -> None:
         """Raise the errors that every call with such a body would raise, before anything is asked."""

@@ -15,10 +15,12 @@ import pydantic
 from cachepipe.chat import tools
 from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.answers import TextCompletion
-from cachepipe.chat.completions import Options, Plan, checked
+from cachepipe.chat.completions import Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
+from cachepipe.chat.options import AccessOptions, Options
 from cachepipe.errors import CachepipeError
 from cachepipe.portal import in_portal
+from cachepipe.typedefs import describes
 
 MOST_ROUNDS: Final = 8
 """The default number of rounds in which a model may call tools before it answers."""
@@ -28,6 +30,7 @@ class ToolLoopError(CachepipeError):
     """A model did not stop calling tools, or called a tool that cannot be called."""
 
 
+@describes(AccessOptions, Options)
 class Chat:
     """A conversation with a model.
 
@@ -44,7 +47,7 @@ class Chat:
             ``CACHEPIPE_DIR``, ``CACHEPIPE_NAMESPACE``, ``CACHEPIPE_MODEL``.
         messages: the first messages.
         max_rounds: the number of rounds in which the model may call tools before it answers.
-        **options: see `cachepipe.chat.completions.Options`. Tools that are functions are called.
+        **options: see `cachepipe.chat.options.Options`. Tools that are functions are called.
 
     Attributes:
         conversation: the messages so far.

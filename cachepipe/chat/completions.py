@@ -16,19 +16,21 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import Any, Final, Literal, Self, Unpack, overload
+from typing import Any, Final, Self, Unpack, overload
 
 import anyio.to_thread
 import pydantic
 
 from cachepipe import context, progress
 from cachepipe.chat import tools
-from cachepipe.chat.access import NAMES, Access, AccessOptions, Environment, model_of
+from cachepipe.chat.access import Access, Environment, model_of
 from cachepipe.chat.answers import Answered, TextCompletion, choices_of, parsed_answer
 from cachepipe.chat.conversations import Conversation, Message
+from cachepipe.chat.options import NAMES, AccessOptions, ManyOptions, Options, StrictOptions
 from cachepipe.errors import CachepipeError
 from cachepipe.parallel import alcall
 from cachepipe.providers.info import Info, info
+from cachepipe.typedefs import describes
 
 _MOST_ALTERNATIVES: Final = 20
 _NOT_TAKEN: Final = {
@@ -38,105 +40,6 @@ _NOT_TAKEN: Final = {
     "prompt": "it is a message of the conversation",
 }
 """The fields of a body that are not options, and what to do instead."""
-
-
-class Options(AccessOptions, total=False):
-    """The options of every function here, in addition to those of `AccessOptions`.
-
-    All other parameters of the SDK's ``chat.completions.create`` are accepted too.
-
-    Attributes:
-        model: the model; else ``CACHEPIPE_MODEL`` of the environment, else `DEFAULT_MODEL`.
-        log_probs: whether to get the log probabilities of the tokens.
-        top_log_probs: how many of the most probable tokens to get at each position, at most 20.
-        response_format: a pydantic class for ``completion.parsed``, or a mapping as the provider takes it.
-        tools: Python functions that the model may call, or mappings as the provider takes them. The calls are
-            in the completion's ``tool_calls``; `Chat` makes them.
-        temperature: how much the samples vary.
-        top_p: from how much of the probability they are drawn.
-        max_tokens: the most tokens of an answer, by its old name.
-        max_completion_tokens: the most tokens of an answer.
-        stop: where an answer ends.
-        seed: passed on; two draws stay independent.
-        frequency_penalty: passed on.
-        presence_penalty: passed on.
-        logit_bias: passed on.
-        reasoning_effort: passed on.
-        verbosity: passed on.
-        tool_choice: passed on.
-        parallel_tool_calls: passed on.
-        audio: passed on.
-        modalities: passed on.
-        prediction: passed on.
-        web_search_options: passed on.
-        extra_query: added to the URL.
-        user: passed on, and not part of the question; this also holds for the following fields.
-        service_tier: passed on.
-        metadata: passed on.
-        store: passed on.
-        safety_identifier: passed on.
-        prompt_cache_key: passed on.
-        extra_body: further fields of the request's body.
-        extra_headers: headers of this request.
-        timeout: seconds after which a call is given up.
-    """
-
-    model: str | None
-    log_probs: bool
-    top_log_probs: int | None
-    response_format: type[pydantic.BaseModel] | Mapping[str, Any] | None
-    tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None
-    temperature: float
-    top_p: float
-    max_tokens: int
-    max_completion_tokens: int
-    stop: str | Sequence[str]
-    seed: int
-    frequency_penalty: float
-    presence_penalty: float
-    logit_bias: Mapping[str, int]
-    reasoning_effort: str
-    verbosity: str
-    tool_choice: Any
-    parallel_tool_calls: bool
-    audio: Any
-    modalities: Sequence[str]
-    prediction: Any
-    web_search_options: Any
-    extra_query: Mapping[str, Any]
-    user: str
-    service_tier: str
-    metadata: Mapping[str, str]
-    store: bool
-    safety_identifier: str
-    prompt_cache_key: str
-    extra_body: Mapping[str, Any]
-    extra_headers: Mapping[str, str]
-    timeout: float
-
-
-class _CrowdOptions(Options, total=False):
-    n_parallel: int
-    show_progress: bool
-
-
-class ManyOptions(_CrowdOptions, total=False):
-    """The options of functions that complete many conversations: those of `Options`, and the following.
-
-    Attributes:
-        n_parallel: the number of concurrent requests; 5 by default.
-        show_progress: show a progress bar, in terminals and notebooks; True by default.
-        return_exceptions: return errors in the places of completions; False by default: they are raised
-            together when all have ended.
-    """
-
-    return_exceptions: bool
-
-
-class StrictOptions(_CrowdOptions, total=False):
-    """`ManyOptions` with which failures are raised, so that all results are completions."""
-
-    return_exceptions: Literal[False]
 
 
 class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N818 - names what happened
@@ -376,6 +279,7 @@ def checked(conversation: Any) -> Conversation:
     return conversation.copy()
 
 
+@describes(AccessOptions, Options)
 async def generate_text_completion(prompt: str, **options: Unpack[Options]) -> TextCompletion:
     """Return a completion of a prompt.
 
@@ -389,6 +293,7 @@ async def generate_text_completion(prompt: str, **options: Unpack[Options]) -> T
     return await generate_text_completion_for_conversation(conversation_of(prompt), **options)
 
 
+@describes(AccessOptions, Options)
 async def generate_text_completion_for_conversation(
     conversation: Conversation, **options: Unpack[Options]
 ) -> TextCompletion:
@@ -397,11 +302,13 @@ async def generate_text_completion_for_conversation(
     return await plan.access.run(lambda: plan.complete(conversation))
 
 
+@describes(AccessOptions, Options)
 def generate_text_completion_sync(prompt: str, **options: Unpack[Options]) -> TextCompletion:
     """Do what `generate_text_completion` does, and wait for it; in any thread, notebooks included."""
     return generate_text_completion_for_conversation_sync(conversation_of(prompt), **options)
 
 
+@describes(AccessOptions, Options)
 def generate_text_completion_for_conversation_sync(
     conversation: Conversation, **options: Unpack[Options]
 ) -> TextCompletion:
@@ -422,6 +329,7 @@ async def generate_text_completions(
 ) -> Completions: ...
 @overload
 async def generate_text_completions(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Results: ...
+@describes(AccessOptions, Options, ManyOptions)
 async def generate_text_completions(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Any:
     """Return the completions of prompts, in their order.
 
@@ -446,6 +354,7 @@ async def generate_text_completions_for_conversations(
 async def generate_text_completions_for_conversations(
     conversations: Iterable[Conversation], **options: Unpack[ManyOptions]
 ) -> Results: ...
+@describes(AccessOptions, Options, ManyOptions)
 async def generate_text_completions_for_conversations(
     conversations: Iterable[Conversation], **options: Any
 ) -> Any:
@@ -461,6 +370,7 @@ def generate_text_completions_sync(
 ) -> Completions: ...
 @overload
 def generate_text_completions_sync(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Results: ...
+@describes(AccessOptions, Options, ManyOptions)
 def generate_text_completions_sync(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Any:
     """Do what `generate_text_completions` does, and wait for it."""
     return generate_text_completions_for_conversations_sync(_begun(prompts), **options)
@@ -474,6 +384,7 @@ def generate_text_completions_for_conversations_sync(
 def generate_text_completions_for_conversations_sync(
     conversations: Iterable[Conversation], **options: Unpack[ManyOptions]
 ) -> Results: ...
+@describes(AccessOptions, Options, ManyOptions)
 def generate_text_completions_for_conversations_sync(
     conversations: Iterable[Conversation], **options: Any
 ) -> Any:

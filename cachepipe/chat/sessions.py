@@ -19,16 +19,17 @@ from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
-from cachepipe.chat.access import Access, AccessOptions, completes, is_asynchronous, keeps_cache, say_default
+from cachepipe.chat.access import Access, completes, is_asynchronous, keeps_cache, say_default
 from cachepipe.chat.answers import TextCompletion
 from cachepipe.chat.chat import Spoken
 from cachepipe.chat.completions import Plan, Reply
 from cachepipe.chat.conversations import Conversation, Message
-from cachepipe.context import INHERITED, Using, current
+from cachepipe.chat.options import AccessOptions
+from cachepipe.context import Using, current
 from cachepipe.flow import Limits
 from cachepipe.providers.info import Info
 from cachepipe.services import Service, Services
-from cachepipe.typedefs import by_value
+from cachepipe.typedefs import by_value, describes
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "model": "gpt-4-1106-preview",
@@ -52,6 +53,7 @@ _FORMAT: Final = "cachepipe-session-1"
 _MAY_HOLD_KEYS: Final = ("extra_headers", "extra_query")
 
 
+@describes(AccessOptions)
 class Session:
     """A conversation with a model.
 
@@ -61,7 +63,7 @@ class Session:
     Args:
         system: the system message: a string or a mapping; None for no message.
         llmconfig: parameters of calls that differ from `DEFAULTS`.
-        **options: see `cachepipe.chat.access.AccessOptions`. The default ``service`` is a new
+        **options: see `cachepipe.chat.options.AccessOptions`. The default ``service`` is a new
             ``Services.OpenAI()``. `cachepipe.using` overrides ``namespace``, ``replicate`` and ``mode``. The
             ``client`` is asynchronous; only an SDK's client takes ``cache``, ``mode`` and ``repeat``, because
             one of cachepipe's, or any other, has its own cache.
@@ -83,14 +85,14 @@ class Session:
         llmconfig: Mapping[str, Any] | None = None,
         **options: Unpack[AccessOptions],
     ) -> None:
-        given: dict[str, Any] = {**options}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         client, service = given.get("client"), given.get("service")
         if client is not None and service is None and not (completes(client) and is_asynchronous(client)):
             raise TypeError(
                 "client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
                 f"got {client!r:.200}"
             )
-        if keeps_cache(client) and any(given.get(name) for name in ("cache", "mode", "repeat")):
+        if keeps_cache(client) and given.keys() & {"cache", "mode", "repeat"}:
             raise TypeError(
                 "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
             )
@@ -101,9 +103,6 @@ class Session:
             service = given["service"] = Services.OpenAI(**endpoint)
         self.service: Service | None = service
         self._access = Access(given, sdk="openai")
-        self.namespace: str | None = given.get("namespace")
-        self.replicate: str | int | None = given.get("replicate")
-        self._mode = given.get("mode") or INHERITED
         self.llmconfig: dict[str, Any] = by_value(dict(DEFAULTS))
         if self.service is not None:
             self.llmconfig["model"] = self.service.model
@@ -121,6 +120,16 @@ class Session:
             f"<Session of {len(self.conversation)} messages with {self.llmconfig.get('model')} at {where}, "
             f"namespace {self.namespace!r}>"
         )
+
+    @property
+    def namespace(self) -> str | None:
+        """The namespace outside all blocks of `cachepipe.using`."""
+        return self._access.settings.get("namespace")
+
+    @property
+    def replicate(self) -> str | int | None:
+        """The replicate outside all blocks of `cachepipe.using`."""
+        return self._access.settings.get("replicate")
 
     @property
     def system(self) -> str | None:
@@ -204,7 +213,9 @@ class Session:
             conversation = Conversation(before)
             _check_answers(conversation, said)
             conversation.messages.extend(said)
-            settings = self._settings(request_id)
+            settings = current().over(Using(**{"request_id": None, **self._access.settings}))
+            if request_id is not None:
+                settings = settings._replace(request_id=request_id)
             plan, fields = self._plan(params)
             reply = await self._access.run(lambda: plan.ask(conversation, fields, **settings._asdict()))
             if fields.get("stream"):
@@ -219,13 +230,6 @@ class Session:
     def _heard(self, reply: Reply, said: Message) -> None:
         self.conversation = Conversation([*reply.conversation, said])
         self.info = reply.info
-
-    def _settings(self, request_id: str | None) -> Using:
-        """Return the settings of a call: its own, then those of `cachepipe.using`, then the session's."""
-        named = {"namespace": self.namespace, "replicate": self.replicate}
-        own: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        settings = current().over(Using(request_id=None, mode=self._mode, **own))
-        return settings if request_id is None else settings._replace(request_id=request_id)
 
     def _plan(self, params: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
         """Return what to ask, and the fields ``n`` and ``stream``.

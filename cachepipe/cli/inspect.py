@@ -43,7 +43,6 @@ _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of
 _BEGINNING: Final = 200  # characters of a prompt that `ls --json` gives
 _PARTS: Final = 100  # indices, or runs of them, that `show` writes of a draw
 _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
-_NO_NAMESPACE: Final = "(none)"
 
 
 # path

@@ -34,13 +34,13 @@ from cachepipe.providers.exchange import (
 from cachepipe.proxy import control, headers, paths
 from cachepipe.proxy.access import AccessControl
 from cachepipe.proxy.body_cache import BodyCache, ParsedBody, read_object
-from cachepipe.proxy.cache_headers import call_id, one_hit, status
+from cachepipe.proxy.cache_headers import one_hit, status
 from cachepipe.proxy.counters import Counters, Outcome
-from cachepipe.proxy.delivery import Delivery
 from cachepipe.proxy.head_cache import HEAD, HeadCache, ParsedHead
 from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange, Receive, Refusal, Send
 from cachepipe.proxy.idempotency import ProxyRuns, RequestCounter
 from cachepipe.proxy.log import RequestLog
+from cachepipe.proxy.responder import Responder
 from cachepipe.proxy.routing import Route, Router
 from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.proxy.upstream import (
@@ -401,7 +401,7 @@ class Proxy:
             with runs.within(run):
                 answer = exchange.known()
             if answer is not None:
-                return await Delivery(self, http, exchange, counter).send(answer)
+                return await Responder(self, http, exchange, counter).send(answer)
         return await self._draw(http, head, body, mode, counter)
 
     async def _draw(
@@ -410,7 +410,7 @@ class Proxy:
         """Draw the samples of a request that are not known, and answer it."""
         surface = self._surface_of(head.caller, head.upstream)
         exchange = ProxyExchange(self.client, self.counters.spend, surface, head, body, mode, counter)
-        return await Delivery(self, http, exchange, counter).draw()
+        return await Responder(self, http, exchange, counter).draw()
 
     def _new_surface(self, caller: bytes, upstream: Upstream) -> Surface:  # noqa: ARG002 - a key of the cache
         """Return a view of the cache whose draws share calls with each other only."""
@@ -447,8 +447,7 @@ class Proxy:
         self.counters.hit(namespace, key, index, sample[0], head.url)
         self.counters.ended(namespace, "hit")
         self.log.request("hit", "POST", head.destination, namespace, 200, begun, len(content), key=key)
-        call = call_id(head.api, sample[0].made_by)
-        return one_hit(call, key, index, content, duplicated=duplicated)
+        return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)
 
     # What is passed through.
 

@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl
 
 from cachepipe.contract.draws import label
 from cachepipe.listings import document_of, draw_fields, key_fields, sample_fields
+from cachepipe.proxy.http_exchange import Refusal
 from cachepipe.stores.base import Store, StoredQuestion
 
 _MOST: Final = 200  # items of a listing
@@ -30,14 +31,6 @@ _USUAL: Final = 50
 _USUAL_SAMPLES: Final = 20
 _SECONDS: Final = 0.25  # after which a search returns what it has found so far
 _BEGINNING: Final = 300  # characters of a prompt or an answer in a listing
-
-
-class BadQuery(ValueError):  # noqa: N818 - names the thing at fault
-    """A query that cannot be answered, with the reason."""
-
-
-class NotThere(LookupError):  # noqa: N818 - names the thing at fault
-    """The requested object is not in the cache."""
 
 
 def answer(store: Store, path: str, query: str, clock: Callable[[], float] = time.monotonic) -> Any:
@@ -50,13 +43,12 @@ def answer(store: Store, path: str, query: str, clock: Callable[[], float] = tim
         clock: returns seconds, and limits the time of searches.
 
     Raises:
-        BadQuery: when the query is not understood.
-        NotThere: when the object does not exist.
+        Refusal: when the query is not understood, or the object does not exist.
     """
     try:
         pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=20, errors="strict")
     except ValueError as error:
-        raise BadQuery(f"the query cannot be read: {error}") from error
+        raise _bad_query(f"the query cannot be read: {error}") from error
     options = dict(pairs)
     parts = path.strip("/").split("/")
     match parts:
@@ -75,12 +67,21 @@ def answer(store: Store, path: str, query: str, clock: Callable[[], float] = tim
         case ["keys", key, "draws"]:
             _known(options, "namespace", "after", "limit")
             return _draws(store, key, options)
-    raise NotThere("this path does not exist; see /cachepipe/api")
+    raise _not_found("this path does not exist; see /cachepipe/api")
+
+
+def _bad_query(message: str) -> Refusal:
+    return Refusal(400, "bad_query", message)
+
+
+def _not_found(message: str) -> Refusal:
+    return Refusal(404, "not_found", message)
 
 
 def _known(options: Mapping[str, str], *names: str) -> None:
     if unknown := sorted({*options} - {*names}):
-        raise BadQuery(f"unknown in the query: {', '.join(unknown)}; known are {', '.join(names) or 'none'}")
+        known = ", ".join(names) or "none"
+        raise _bad_query(f"unknown in the query: {', '.join(unknown)}; known are {known}")
 
 
 def _number(options: Mapping[str, str], name: str, default: int, most: int | None = None) -> int:
@@ -88,7 +89,7 @@ def _number(options: Mapping[str, str], name: str, default: int, most: int | Non
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise BadQuery(f"{name} is a whole number; got {text[:50]!r}")
+        raise _bad_query(f"{name} is a whole number; got {text[:50]!r}")
     return int(text) if most is None else min(int(text), most)
 
 
@@ -102,7 +103,7 @@ def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) 
         drawn = {draw.draw.key for draw in store.draws(namespace=label(wanted or None))}
     listed = store.keys(options.get("prefix", ""), newest=True)
     if after is not None and all(info.key != after for info in listed):  # this also skips the keys before it
-        raise NotThere("the key in `after` is not in the cache; start the listing again")
+        raise _not_found("the key in `after` is not in the cache; start the listing again")
     until = None
     items: list[dict[str, Any]] = []
     for info in listed:
@@ -128,7 +129,7 @@ def _searched(question: StoredQuestion) -> str:
 def _question(store: Store, key: str) -> StoredQuestion:
     question = store.question(key)
     if question is None:
-        raise NotThere("there is no such key in the cache")
+        raise _not_found("there is no such key in the cache")
     return question
 
 

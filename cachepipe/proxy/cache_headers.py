@@ -25,17 +25,22 @@ _ONE_HIT: Final = (
 )
 
 
-def one_hit(call: Pairs, key: str, index: int, content: bytes, *, duplicated: bool) -> bytes:
+def one_hit(
+    api: wire.Api, call: str | None, key: str, index: int, content: bytes, *, duplicated: bool
+) -> bytes:
     """Return the whole response with one stored sample, as HTTP/1.1.
 
     Args:
-        call: the header with the id of the call that generated the sample, if known.
+        api: the API of the request.
+        call: the id of the call that generated the sample, if known.
         key: the key of the question.
         index: the index of the sample.
         content: the body.
         duplicated: the flag of the sample.
     """
-    made_by = b"".join([b"%b: %b\r\n" % pair for pair in call])
+    made_by = b""
+    for pair in call_id(api, call):
+        made_by = b"%b: %b\r\n" % pair
     flag = b"true" if duplicated else b"false"
     return _ONE_HIT % (made_by, key.encode(), flag, index, len(content), content)
 

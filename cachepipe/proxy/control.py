@@ -69,13 +69,7 @@ def _status(proxy: Proxy) -> dict[str, Any]:
 
 async def _browse(proxy: Proxy, http: HttpExchange, path: str) -> None:
     query = http.scope["query_string"].decode("latin-1")
-    try:
-        found = await asyncio.to_thread(browse.answer, proxy.store, path, query)
-    except browse.BadQuery as error:
-        raise Refusal(400, "bad_query", str(error)) from None
-    except browse.NotThere as error:
-        raise Refusal(404, "not_found", str(error)) from None
-    await http.send_json(found)
+    await http.send_json(await asyncio.to_thread(browse.answer, proxy.store, path, query))
 
 
 async def _begin_run(proxy: Proxy, http: HttpExchange) -> None:

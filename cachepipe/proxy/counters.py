@@ -153,12 +153,11 @@ class Counters:
             counts = self.namespaces.setdefault(namespace, Counts(namespace))
         return counts
 
-    def ended(self, namespace: str | None, outcome: Outcome) -> Counts:
+    def ended(self, namespace: str | None, outcome: Outcome) -> None:
         """Count the end of a request."""
         counts = self.of(namespace)
         counts.requests[outcome] += 1
         counts.last = self.clock()
-        return counts
 
     def drew(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
         """Count the samples that a request received; the URL is the upstream's."""

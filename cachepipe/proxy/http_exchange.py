@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
@@ -17,9 +18,6 @@ from cachepipe.proxy.routing import Route
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-ONE_MESSAGE: Final = "cachepipe.one_message"
-"""A key of a scope: the answer may be sent in one message, which has this key too."""
 
 KEEP_ALIVE: Final = "cachepipe.keep_alive"
 """A key of a scope: an HTTP/1.0 client asks to keep its connection."""
@@ -57,43 +55,39 @@ class Refusal(Exception):  # noqa: N818 - names what happened
         self.pairs = pairs
 
 
+@dataclass(eq=False)
 class HttpExchange:
     """One request, and the state of its answer.
 
-    Args:
+    Attributes:
         scope: the ASGI scope.
         receive: returns the parts of the body, and the end of the connection.
-        send: takes the parts of the answer.
+        send_message: takes the parts of the answer.
         timeout: seconds without a byte from or to the client.
-        namespace: the namespace of a request that names none.
-
-    Attributes:
+        namespace: the namespace; that of requests that name none until it is known.
         route: the route of its path, once it is found.
+        status: the status of the answer, once it has begun.
+        sent: bytes of the answer's body.
         facts: further facts for the log.
+        begun: when it began, in seconds of ``time.perf_counter``.
     """
 
-    def __init__(
-        self,
-        scope: Mapping[str, Any],
-        receive: Receive,
-        send: Send,
-        timeout: float,
-        namespace: str | None = None,
-    ) -> None:
-        self.scope = scope
-        self.receive = receive
-        self.send_message = send
-        self.timeout = timeout
-        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+    scope: Mapping[str, Any]
+    receive: Receive
+    send_message: Send
+    timeout: float
+    namespace: str | None = None
+    route: Route | None = None
+    status: int = 0
+    sent: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    begun: float = field(default_factory=time.perf_counter)
+    _watch: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] = self.scope["headers"]
         self.named = dict(self.headers)
-        self.method: str = scope["method"]
-        self.namespace = namespace
-        self.route: Route | None = None
-        self.begun = time.perf_counter()
-        self.status = 0
-        self.sent = 0
-        self.facts: dict[str, Any] = {}
-        self._watch: asyncio.Task[None] | None = None
+        self.method: str = self.scope["method"]
 
     def header(self, name: bytes) -> str | None:
         """Return the value of a header, or None."""
@@ -214,12 +208,8 @@ class HttpExchange:
 
     async def answer(self, status: int, pairs: list[tuple[bytes, bytes]], content: bytes) -> None:
         """Send a complete answer. It may wait in memory for a slow client."""
-        self.status = status
         self.sent += len(content)
         pairs.append((b"content-length", b"%d" % len(content)))
-        if ONE_MESSAGE in self.scope:
-            await self.send_message({ONE_MESSAGE: True, "status": status, "headers": pairs, "body": content})
-            return
         await self.start(status, pairs)
         await self.send_message({"type": "http.response.body", "body": content})
 

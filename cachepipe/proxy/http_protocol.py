@@ -15,7 +15,7 @@ from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.body_cache import ParsedBody
 from cachepipe.proxy.head_cache import HEAD, ParsedHead, is_plain, split_head
 from cachepipe.proxy.headers import named_by_connection
-from cachepipe.proxy.http_exchange import KEEP_ALIVE, ONE_MESSAGE
+from cachepipe.proxy.http_exchange import KEEP_ALIVE
 
 _MOST_HEAD: Final = 65_536  # bytes of a request's line and headers
 _HEAD_SECONDS: Final = 30.0
@@ -62,10 +62,10 @@ _UNFRAMED: Final = _Unframed(1 << 62)
 
 
 class _Gathered:
-    """A stand-in for a transport that gathers the parts of one answer, to write them together."""
+    """A stand-in for a transport that gathers the head and the body of an answer, to write them together."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+        self.transport = transport
         self._parts: list[bytes] = []
 
     def write(self, part: bytes) -> None:
@@ -73,31 +73,27 @@ class _Gathered:
 
     def close(self) -> None:
         self.flush()
-        self._transport.close()
+        self.transport.close()
 
     def flush(self) -> None:
         parts, self._parts = self._parts, []
         if parts:
-            self._transport.write(b"".join(parts))
+            self.transport.write(b"".join(parts))
 
 
 class _Cycle(RequestResponseCycle):
-    """A request with a known head and body; an answer in one message is written in one piece."""
+    """A request with a known head and body; the head of its answer is written with the first of the body."""
 
     async def send(self, message: Any) -> None:
-        if not message.get(ONE_MESSAGE):
+        transport: Any = self.transport
+        if message["type"] == "http.response.start":
+            transport = self.transport = _Gathered(transport)  # type: ignore[assignment]
             await super().send(message)
             return
-        transport = self.transport
-        gathered: Any = _Gathered(transport)
-        self.transport = gathered
-        try:
-            start: Any = {**message, "type": "http.response.start"}
-            await super().send(start)
-            await super().send({"type": "http.response.body", "body": message["body"]})
-            gathered.flush()
-        finally:
-            self.transport = transport
+        await super().send(message)
+        if isinstance(transport, _Gathered):
+            transport.flush()
+            self.transport = transport.transport
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -230,7 +226,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _serve_parsed(self, head: ParsedHead, body: ParsedBody) -> None:
         """Begin to serve a request with a known head and body, as if they had been parsed."""
         self._unset_keepalive_if_required()
-        scope: Any = {"type": "http", "http_version": "1.1", ONE_MESSAGE: True, **head.scope}
+        scope: Any = {"type": "http", "http_version": "1.1", **head.scope}
         self.cycle = _Cycle(
             scope=scope,
             transport=self.transport,

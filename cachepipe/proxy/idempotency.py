@@ -134,21 +134,21 @@ class ProxyRuns:
         self._named[namespace] = ProxyRun()
 
 
+@dataclass(eq=False)
 class RequestCounter:
     """One request in a run: counts the occurrences of its draws, or attaches to an earlier attempt.
 
-    Args:
+    Attributes:
         run: the run.
         retry: whether the request says that it is a retry.
         entry: the entry of its idempotency key, if it has one.
     """
 
-    def __init__(self, run: ProxyRun, *, retry: bool = False, entry: IdempotencyEntry | None = None) -> None:
-        self.run = run
-        self.retry = retry
-        self.entry = entry
-        self._held: list[tuple[Identity, int]] = []
-        self._left = False
+    run: ProxyRun
+    retry: bool = False
+    entry: IdempotencyEntry | None = None
+    _held: list[tuple[Identity, int]] = field(default_factory=list)
+    _left: bool = False
 
     def take(self, identity: Identity) -> int:
         """Return the occurrence number of this request's draw."""

@@ -18,7 +18,7 @@ from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.calls import Wanted
 from cachepipe.cache.engine import Drawing, Engine, Receipt, Stats, respond
 from cachepipe.contract import keys
-from cachepipe.contract.draws import Counter, Fixed
+from cachepipe.contract.draws import Counter
 from cachepipe.contract.keys import Question
 from cachepipe.stage import Stage, adapter_of, given, together
 from cachepipe.stores import MemoryStore, open_store, switched_off
@@ -217,7 +217,6 @@ class AsyncCacher(Stage):
         requests: Sequence[Request],
         flags: Flags | None = None,
         *,
-        occurrences: Sequence[int] | None = None,
         return_exceptions: bool = False,
     ) -> list[Response]:
         """Return one response per request, in order, after all of them have ended.
@@ -225,8 +224,6 @@ class AsyncCacher(Stage):
         Args:
             requests: the requests.
             flags: returns the flags of a request, from a deduplicator in front.
-            occurrences: the occurrence of each request's draw, from a caller that counts them itself; by
-                default the run counts them.
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
@@ -243,10 +240,7 @@ class AsyncCacher(Stage):
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    counter = None if occurrences is None else Fixed(occurrences[place])
-                    begun = self._begin(
-                        request, question, loop, duplicated, receipts, counter=counter, crowd=crowd
-                    )
+                    begun = self._begin(request, question, loop, duplicated, receipts, crowd=crowd)
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     begun = error
                 answers.append(begun)

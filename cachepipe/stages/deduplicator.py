@@ -8,7 +8,6 @@ summed ``n``, and hands each request its own part.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from threading import get_ident
 from typing import Any
 
@@ -109,14 +108,11 @@ class AsyncDeduplicator(Stage):
             raise
         return response
 
-    async def batch_request(
-        self, batch: Batch, *, occurrences: Sequence[int] | None = None, return_exceptions: bool = False
-    ) -> list[Response]:
+    async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request; equal ones of the batch are a group.
 
         Args:
             batch: the requests.
-            occurrences: see `AsyncCacher.draw_all`; ignored without a cacher.
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
@@ -129,9 +125,7 @@ class AsyncDeduplicator(Stage):
         def flags(request: Request, question: keys.Question) -> list[bool]:
             return self._flags(lane, request, question, asker)
 
-        return await self._cacher.draw_all(
-            batch.requests, flags, occurrences=occurrences, return_exceptions=return_exceptions
-        )
+        return await self._cacher.draw_all(batch.requests, flags, return_exceptions=return_exceptions)
 
     def _flags(self, lane: _Lane, request: Request, question: keys.Question, asker: Asker) -> list[bool]:
         """Return the flags ``duplicated`` of a request; its group stays open for this turn or window."""

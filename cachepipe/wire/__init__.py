@@ -1,16 +1,16 @@
-"""The wire layer: what providers' requests, answers and event streams mean, as pure functions.
+"""The wire layer: the formats of providers' requests, answers and event streams, as pure functions.
 
-Each API is an object whose methods take and return JSON values and bytes; nothing here opens a connection,
-runs on a loop or imports an SDK. Clients, the proxy and batch files all stand on it, so that a sample which
-came through one of them is a hit on every other.
+Each API is an object whose methods take and return JSON values and bytes. Nothing here opens a connection,
+runs on a loop or imports an SDK. Clients, the proxy and batch files all use it, so that a sample from one
+of them is a hit on every other.
 
     api = api_for("POST", url)
-    asks = api.split(body)                    # one per question; usually one
+    asks = api.split(body)                    # one per question; usually only one
     key = provider_question(
         scope_of(url), question_document(asks[0], headers), as_written=api.as_written
     )
-    samples = api.samples(upstream_answer)    # one per choice, each an answer of its own
-    api.answer(samples, asks[0])              # and together again
+    samples = api.samples(upstream_answer)    # one per choice, each a complete answer
+    api.answer(samples, asks[0])              # joins samples to an answer
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import functools
 
 from cachepipe.wire.base import (
     ANSWER_HEADERS,
-    TRANSPORT_VERSION,
     Api,
     Ask,
     Body,
@@ -39,7 +38,7 @@ from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
-from cachepipe.wire.sse import EventReader, ServerEvent, StreamEvent, StreamRecorder
+from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder
 from cachepipe.wire.usage import token_counts
 
 __all__ = [
@@ -51,7 +50,6 @@ __all__ = [
     "MESSAGES",
     "MODERATIONS",
     "RESPONSES",
-    "TRANSPORT_VERSION",
     "Api",
     "Ask",
     "BadAnswer",
@@ -60,7 +58,6 @@ __all__ = [
     "EventReader",
     "MixedAnswer",
     "Sample",
-    "ServerEvent",
     "StreamEvent",
     "StreamRecorder",
     "answer_headers",
@@ -87,13 +84,14 @@ _BY_ENDING: dict[str, Api] = {
     "messages": MESSAGES,
 }
 _OTHERS = frozenset({"fim", "agents"})
-"""What precedes ``/completions`` in APIs of Mistral's that answer in another form."""
+"""The path segments before ``/completions`` in APIs of Mistral that answer in another form."""
 
 
 def api_for(method: str, url: str) -> Api | None:
     """Return the API that a request goes to, by the end of its URL or path; None if it is not cached.
 
-    Only creating requests are: no GET, no ``/responses/{id}``, no messages of an assistant's thread.
+    Only requests that create an answer are cached: no GET, no ``/responses/{id}``, no messages of an
+    assistant's thread.
     """
     if method.upper() != "POST":
         return None
@@ -108,13 +106,13 @@ def api_for(method: str, url: str) -> Api | None:
 
 @functools.lru_cache(maxsize=256)
 def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None]:
-    """Return the scope of a request's keys, and the API if the scope itself does not say which is asked.
+    """Return the scope of a request's keys, and the API if the scope does not contain it.
 
     Args:
-        scope: what the user has set: an endpoint's URL as listings show it, a base URL, any other name, or
-            None for the endpoint that the request goes to.
+        scope: the user's setting: an endpoint's URL as listings show it, a base URL, any other name, or
+            None for the endpoint that receives the request.
         here: the scope of that endpoint.
-        api: the API that the request goes to.
+        api: the API that receives the request.
 
     Raises:
         BadRequest: when the scope is a URL that cannot be read.
@@ -128,7 +126,7 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
     if known is not api:
         base = url if known is None else url.removesuffix(_ending(url))
         ending = _ending(here.partition("?")[0])
-        if api is MESSAGES:  # whose base URLs come with and without the version
+        if api is MESSAGES:  # base URLs may contain the version or not
             base = f"{base.removesuffix('/v1')}/v1"
         url = f"{base}{ending}"
     return f"{url}{mark}{query}", None

@@ -1,9 +1,9 @@
-"""What all APIs of providers have in common: asks, samples, scopes, and the headers that count.
+"""The parts that all APIs of providers share: asks, samples, scopes, and the headers that count.
 
-A sample is an answer: exactly the JSON object that the provider would have sent to a call for this one
-sample alone. So a sample that is served alone is served as it is, byte for byte, and every surface that
-can read an answer can read a sample. The samples of one call share its prompt, which was billed once: all
-but the first then begin with a mark of ours, which `Api.answer` and `Api.answer_bytes` take off again.
+A sample is an answer: exactly the JSON object that the provider would have sent to a call for this sample
+alone. So a sample that is served alone is served byte for byte, and every surface that can read an answer can
+read a sample. The samples of one call share its prompt, which was billed once. Therefore all but the first
+begin with a mark of cachepipe, which `Api.answer` and `Api.answer_bytes` remove.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from cachepipe.wire.sse import StreamRecorder
 
 Body = Mapping[str, Any]
-"""A JSON object as a request or an answer holds it; it is only read."""
+"""A JSON object in a request or an answer; it is only read."""
 
 Sample = dict[str, Any]
-"""One sample: the answer that a call for it alone would have got, perhaps with the mark in front."""
+"""One sample: the answer to a call for this sample alone, perhaps with the mark in front."""
 
 MARK = "cachepipe"
 """The first name of a sample whose prompt was billed with another sample of the same call."""
@@ -40,49 +40,49 @@ _MARKED = {"prompt": "shared"}
 _MARKED_BYTES = b'{"cachepipe":{"prompt":"shared"},'
 
 TRANSPORT_VERSION = 2
-"""The version of the lists of transport fields: a change of them is a change of the key format."""
+"""The version of the lists of transport fields. A change of the lists changes the key format."""
 
 _OPENAI_TRANSPORT = frozenset(
     {
-        "stream",  # how the answer travels; samples are the same either way
-        "stream_options",  # usage and padding of the stream, which are put in or taken out per request
-        "user",  # whom the provider sees behind the request, for its abuse checks and prompt cache
+        "stream",  # how the answer is sent; the samples are the same
+        "stream_options",  # usage and padding of the stream, which are added or removed per request
+        "user",  # the end user, for the provider's abuse checks and prompt cache
         "safety_identifier",  # the same
-        "metadata",  # labels in the provider's log; no request can refer to them
+        "metadata",  # labels in the provider's log; later requests cannot refer to them
         "service_tier",  # price and speed of the same model
-        "prompt_cache_key",  # where the provider's cache of prompts looks; it changes price and speed
-        "prompt_cache_options",  # the same; one that generates nothing is not cached (see responses)
+        "prompt_cache_key",  # the place in the provider's prompt cache; it changes price and speed
+        "prompt_cache_options",  # the same; requests that generate nothing are not cached (see responses)
         "prompt_cache_retention",  # the same
     }
 )
 OPENAI_TRANSPORT = _OPENAI_TRANSPORT | {"store"}
-"""The fields of chat and legacy completions, OpenAI's and compatible ones, that do not change the answer.
+"""The transport fields of chat and legacy completions, which do not change the answer.
 
-``store`` keeps a copy in the provider's log, which no later request refers to.
+``store`` keeps a copy in the provider's log; later requests cannot refer to it.
 """
 
 RESPONSES_TRANSPORT = _OPENAI_TRANSPORT
-"""Those of responses. With ``store`` false no later request can refer to the answer, so that counts."""
+"""The transport fields of responses. ``store`` counts: if it is false, no request can refer to the answer."""
 
 EMBEDDINGS_TRANSPORT = frozenset(
     {
         "user",  # see OPENAI_TRANSPORT
-        "encoding_format",  # a vector of 32-bit floats is written either way from the other; see FLOAT_FIELDS
+        "encoding_format",  # of 32-bit floats, each format can be computed from the other; see FLOAT_FIELDS
     }
 )
-"""Those of embeddings."""
+"""The transport fields of embeddings."""
 
 FLOAT_FIELDS = frozenset(
     {"model", "input", "dimensions", "user", "input_type", "task", "prompt_name", "truncation", "truncate"}
 )
-"""The fields beside which embeddings are 32-bit floats.
+"""If a request has only these fields, its embeddings are 32-bit floats.
 
-Beside any other (``output_dtype``, ``embedding_types``, ``endianness`` …) vectors may be of another type,
-whose base64 and numbers cannot be made from each other, so ``encoding_format`` counts.
+With another field (``output_dtype``, ``embedding_types``, ``endianness`` …), vectors may have another type,
+and then base64 and numbers cannot be computed from each other. So ``encoding_format`` counts.
 """
 
 MODERATIONS_TRANSPORT: frozenset[str] = frozenset()
-"""Those of moderations: there are none."""
+"""The transport fields of moderations: none."""
 
 ANTHROPIC_TRANSPORT = frozenset(
     {
@@ -91,7 +91,7 @@ ANTHROPIC_TRANSPORT = frozenset(
         "service_tier",  # price and speed of the same model
     }
 )
-"""Those of Anthropic's messages. The place of generation (``inference_geo``) counts: it may matter."""
+"""The transport fields of Anthropic's messages. The place of generation (``inference_geo``) counts."""
 
 _TOOL_SCHEMAS = frozenset({"parameters", "input_schema", "output_schema", "input_examples"})
 _WHOLE: frozenset[str] = frozenset()
@@ -102,7 +102,7 @@ OPENAI_AS_WRITTEN = MappingProxyType(
         ),  # the last two: TGI, xgrammar
         "tools": _TOOL_SCHEMAS,
         "functions": _TOOL_SCHEMAS,
-        "messages": frozenset({"arguments", "input"}),  # for servers that take objects here, not only text
+        "messages": frozenset({"arguments", "input"}),  # some servers accept objects here
         "guided_json": _WHOLE,  # vLLM
         "structured_outputs": frozenset({"json", "structural_tag"}),  # vLLM since 0.11
         "structural_tag": _WHOLE,
@@ -115,16 +115,16 @@ OPENAI_AS_WRITTEN = MappingProxyType(
         "extra_body": frozenset({"response_schema", "response_json_schema"}),  # Gemini
     }
 )
-"""Where chat and legacy completions show the model JSON schemas and inputs of tool calls as written."""
+"""The parts of chat and legacy completions that show the model JSON schemas and tool inputs as written."""
 
 RESPONSES_AS_WRITTEN = MappingProxyType(
     {
         **OPENAI_AS_WRITTEN,
         "text": frozenset({"schema"}),
-        "input": _TOOL_SCHEMAS | {"arguments", "input"},  # tools that were found or listed, and calls of them
+        "input": _TOOL_SCHEMAS | {"arguments", "input"},  # tools that were found or listed, and their calls
     }
 )
-"""The same of responses."""
+"""The same for responses."""
 
 ANTHROPIC_AS_WRITTEN = MappingProxyType(
     {
@@ -134,7 +134,7 @@ ANTHROPIC_AS_WRITTEN = MappingProxyType(
         "output_format": frozenset({"schema"}),
     }
 )
-"""The same of Anthropic's messages."""
+"""The same for Anthropic's messages."""
 
 ANSWER_HEADERS = ("anthropic-beta", "anthropic-version", "openai-beta")
 """The request headers that change the answer."""
@@ -157,30 +157,30 @@ _SECRET_PARAMETERS = frozenset(
     }
 )
 _BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
-"""The endpoints that Azure has once per deployment."""
+"""The endpoints of which Azure has one per deployment."""
 _MOST_ITEMS = 10_000
-"""How many questions one request may list; with more it passes through uncached."""
+"""The largest number of questions in one request; a request with more is not cached."""
 _MOST_COPIED = 16 << 20
-"""How many characters the questions of one list may have in common, added up over all of them."""
+"""The largest number of characters that the questions of one list may repeat, in total."""
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 class Ask(NamedTuple):
-    """What one question of a request wants.
+    """One question of a request, and how its answer is wanted.
 
-    Values are shared with the body that was split, so make the key before the caller can change it.
+    It shares values with the body that was split, so make the key before the caller can change the body.
 
     Attributes:
-        question: the body without the wanted number and without transport fields. With ``best_of`` the
-            number is part of it.
-        n: how many samples are wanted, at least 1.
-        stream: whether the answer is wanted as an event stream.
-        include_usage: whether that stream is to end with a chunk of usage.
+        question: the body without the number of samples and without transport fields. With ``best_of``, the
+            number is part of the question.
+        n: the number of samples, at least 1.
+        stream: whether the answer is an event stream.
+        include_usage: whether that stream ends with a chunk of usage.
         mergeable: whether several draws may share one call (not with ``seed`` or ``best_of``).
         function: whether the answer is a function of the question.
-        cacheable: whether the request may be answered from a cache; if not, pass it through.
+        cacheable: whether the cache may answer the request; if not, pass it through.
         reason: why not, as part of a sentence.
-        transport: the fields that are left out of the question, for the call upstream.
+        transport: the transport fields, for the call upstream.
     """
 
     question: Body
@@ -195,17 +195,17 @@ class Ask(NamedTuple):
 
 
 class Api(ABC):
-    """One API of a provider as pure functions between bodies, asks, samples and event streams.
+    """One API of a provider: pure functions between bodies, asks, samples and event streams.
 
-    Answers share values with the samples that they are made of: serialise them or leave them unchanged.
+    Answers share values with the samples from which they are made: serialise them, or leave them unchanged.
 
     Attributes:
-        name: what the API is called in listings.
-        max_n: the most samples that the provider gives per call; servers may allow fewer.
+        name: the name of the API in listings.
+        max_n: the largest number of samples per call; servers may allow fewer.
         transport: the names of the fields that are left out of the question.
-        as_written: where in a body the order of mapping keys counts.
+        as_written: the parts of a body in which the order of mapping keys counts.
         listed: the field that may hold a list of questions, or None.
-        function: whether answers are functions of their questions.
+        function: whether an answer is a function of its question.
     """
 
     name: ClassVar[str]
@@ -221,13 +221,13 @@ class Api(ABC):
 
     @abstractmethod
     def split(self, body: Body) -> tuple[Ask, ...]:
-        """Return what a body asks: one ask, or one per item where it lists several prompts or inputs.
+        """Return the asks of a body: one, or one per item if it lists several prompts or inputs.
 
-        All of them want the same number of samples in the same way. The answer to the body is
-        ``answer(samples, asks[0])`` with the samples of all asks one after the other.
+        All asks have the same number of samples, and the same settings. The answer to the body is
+        ``answer(samples, asks[0])`` with the samples of all asks in order.
 
         Raises:
-            BadRequest: when the body is no object, or its number of samples is no positive integer.
+            BadRequest: when the body is not an object, or its number of samples is not a positive integer.
         """
 
     def join_body(
@@ -239,15 +239,15 @@ class Api(ABC):
     def merge_body(
         self, questions: Sequence[Body], n: int = 1, *, stream: bool = False, transport: Body | None = None
     ) -> dict[str, Any]:
-        """Return the body that asks for n samples of each question, which differ in their item only.
+        """Return the body that asks for n samples of each question; the questions differ only in their item.
 
-        Where a question holds its own number (``best_of``), that number is asked for.
+        If a question contains its own number (``best_of``), the body has that number.
 
         Args:
-            questions: the questions, at least one; several only where the API has `listed`.
-            n: how many samples of each.
-            stream: whether to ask for an event stream; its usage is then asked for as well.
-            transport: fields of the caller's that are left out of questions: `Ask.transport`.
+            questions: the questions, at least one; several only if the API has `listed`.
+            n: the number of samples of each.
+            stream: whether to ask for an event stream, with its usage.
+            transport: the transport fields of the caller: `Ask.transport`.
         """
         body = dict(questions[0])
         if len(questions) > 1:
@@ -270,30 +270,30 @@ class Api(ABC):
     def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:
         """Return the samples of an upstream answer, in order of question and index.
 
-        Their shares of the call's completion tokens add up to it exactly, nested details included; each
-        carries the prompt's tokens whole, and all but the first per question are marked (`bills_prompt`).
-        An answer that is in order but holds no choice gives no samples, if it says what it has used.
+        The completion tokens of the samples add up exactly to those of the call, also in details. Each sample
+        has all tokens of the prompt, and all but the first of each question are marked (`bills_prompt`).
+        A valid answer without choices gives no samples if it reports its usage.
 
         Args:
             answer: the body of the answer.
-            questions: what the call asked, where it merged several questions.
+            questions: the questions of the call, if it merged several.
 
         Raises:
-            BadAnswer: when it is malformed, holds an error, or its status says that it is no answer.
+            BadAnswer: when it is malformed, contains an error, or has the status of a failure.
         """
 
     def answer(self, samples: Sequence[Sample], ask: Ask) -> dict[str, Any]:  # noqa: ARG002 - for the APIs with choices
-        """Return the answer that holds these samples, as the provider would have worded it.
+        """Return the answer with these samples, as the provider would have written it.
 
-        A lone sample is returned as it is. Several are numbered from 0, within the envelope of the
-        first; their usage counts each question's prompt once and adds up the completions.
+        A single sample is returned unchanged. Several are numbered from 0, within the envelope of the
+        first; the usage counts the prompt of each question once and adds up the completions.
         """
         if len(samples) != 1:
             raise ValueError(f"an answer of {self.name} holds one sample; got {len(samples)}")
         return unmarked(samples[0])
 
     def answer_bytes(self, samples: Sequence[bytes], ask: Ask) -> bytes:
-        """Return the JSON of `answer` from the strict JSON of samples; a lone one is not parsed."""
+        """Return the JSON of `answer` from the strict JSON of samples; a single one is not parsed."""
         if len(samples) == 1:
             return unmarked_bytes(samples[0])
         return orjson.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
@@ -307,10 +307,10 @@ class Api(ABC):
         raise BadRequest(f"{self.name} has no event streams; leave out `stream`")
 
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:  # noqa: ARG002 - for APIs with streams
-        """Return the events of a stream that brings these samples, always the same for the same samples.
+        """Return the events of a stream with these samples, always the same for the same samples.
 
-        Recording it gives the samples back: of several, with the envelope of the first; without
-        `Ask.include_usage`, without usage; tool calls without an index of their own.
+        Its recording gives the samples again, with these differences: several samples have the envelope of
+        the first; without `Ask.include_usage`, they have no usage; tool calls have no index.
 
         Raises:
             BadRequest: when the API has no streams.
@@ -318,18 +318,18 @@ class Api(ABC):
         raise BadRequest(f"{self.name} has no event streams; leave out `stream`")
 
     def inject_usage(self, body: Body) -> tuple[dict[str, Any], bool]:
-        """Return a body whose stream reports its usage, and whether that had to be asked for.
+        """Return a body whose stream reports its usage, and whether this had to be added.
 
-        If so, what the caller gets of an event is its `StreamEvent.without_usage`, where it has that.
+        If so, the caller gets `StreamEvent.without_usage` of each event that has it.
         """
         return dict(body), False
 
     def summary(self, sample: Sample) -> dict[str, Any]:
-        """Return what a listing shows of a sample.
+        """Return the facts about a sample that listings show.
 
         The names are ``text``, ``finish_reason``, ``model``, and the counts ``prompt_tokens``,
-        ``completion_tokens``, ``total_tokens``, ``cached_tokens`` and ``reasoning_tokens``, each None when
-        it is not known. Prompt tokens include those read from or written to a provider's cache.
+        ``completion_tokens``, ``total_tokens``, ``cached_tokens`` and ``reasoning_tokens``, each None if
+        it is unknown. Prompt tokens include those read from or written to a provider's cache.
         """
         text, finish = self._gist(sample)
         return {
@@ -340,18 +340,18 @@ class Api(ABC):
         }
 
     def plain(self, sample: Sample) -> Any:
-        """Return what a sample says: its text, the vector of an embedding, the result of a moderation."""
+        """Return the content of a sample: its text, its vector, or the result of a moderation."""
         return self._gist(sample)[0]
 
     def _weights(self, questions: Sequence[Body]) -> list[int]:
-        """Return how much of a call's prompt is each question's, by the length of what they differ in."""
+        """Return the weight of each question in the prompt of a call, by the length of its item."""
         if self.listed is None or not questions:
             return [1]
         return [len(jsontext.dumps(question[self.listed])) for question in questions]
 
     @abstractmethod
     def _gist(self, sample: Sample) -> tuple[str, str | None]:
-        """Return the text of a sample, or what stands for it, and why it ended."""
+        """Return the text of a sample, or a description of it, and why it ended."""
 
     def _parted(self, body: Body) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the question and the transport fields of a body."""
@@ -367,7 +367,7 @@ class Api(ABC):
         return question, transport
 
     def _asks(self, question: dict[str, Any], **facts: Any) -> tuple[Ask, ...]:
-        """Return one ask per item of the field that may list several."""
+        """Return one ask per item of the field `listed`."""
         name = self.listed
         if name is None or name not in question:
             return (Ask(question, **facts),)
@@ -381,8 +381,47 @@ class Api(ABC):
         return tuple(Ask({**question, name: item}, **facts) for item in items)
 
 
+class OneAnswerApi(Api):
+    """An API whose calls return one answer, which is the sample.
+
+    Attributes:
+        output: the field of an answer that lists its parts.
+        parts: what the parts are called.
+    """
+
+    output: ClassVar[str]
+    parts: ClassVar[str]
+
+    def split(self, body: Body) -> tuple[Ask]:
+        """Return the ask of a body; it is not cacheable if it uses what the server keeps."""
+        question, transport = self._parted(body)
+        reason = self._uncacheable(question, transport)
+        stream = bool(transport.get("stream"))
+        return (Ask(question, stream=stream, cacheable=not reason, reason=reason, transport=transport),)
+
+    def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:  # noqa: ARG002 - one per call
+        """Return the answer as the only sample; see `Api.samples`."""
+        body = load(answer)
+        self._check(body)
+        parts = body.get(self.output)
+        if not isinstance(parts, list) or len(objects(parts)) != len(parts):
+            raise BadAnswer(
+                f"an answer of {self.name} must hold a list of {self.parts} as its {self.output}; "
+                f"it holds {sorted(body)!r:.200}"
+            )
+        return [body]
+
+    @abstractmethod
+    def _uncacheable(self, question: Body, transport: Body) -> str:
+        """Return why a request is not cacheable, as part of a sentence, or an empty string."""
+
+    @abstractmethod
+    def _check(self, body: Body) -> None:
+        """Raise `BadAnswer` if the status of an answer is not that of a complete answer."""
+
+
 def _too_much(question: Body, name: str, items: int) -> bool:
-    """Return True if so many questions would cost out of proportion to the request that lists them."""
+    """Return True if so many questions would cost much more than the request that lists them."""
     if items > _MOST_ITEMS:
         return True
     try:
@@ -393,13 +432,13 @@ def _too_much(question: Body, name: str, items: int) -> bool:
 
 
 def azure_url(base: str, path: str, model: Any, client: Any) -> str:
-    """Return where a client of Azure's sends a path: some are once per deployment, which ``model`` names.
+    """Return the URL of a path for an Azure client; for some paths, ``model`` is the deployment in it.
 
     Args:
         base: the client's base URL.
         path: the path below it.
         model: the field of the body.
-        client: the client; one that was made for a deployment leaves it out for the other paths.
+        client: the client; if it was made for a deployment, other paths leave the deployment out.
     """
     base = base.rstrip("/")
     if path in _BY_DEPLOYMENT:
@@ -411,15 +450,15 @@ def azure_url(base: str, path: str, model: Any, client: Any) -> str:
 
 
 def azure_kinds(client: Any) -> list[type]:
-    """Return the classes of Azure's SDK that a client is an instance of."""
+    """Return the Azure classes of the SDK of which a client is an instance."""
     return [kind for kind in type(client).__mro__ if kind.__module__ == "openai.lib.azure"]
 
 
 def wanted(n: Any) -> int:
-    """Return how many samples a body wants that gives this number; None is 1.
+    """Return the number of samples of a body with this ``n``; None is 1.
 
     Raises:
-        BadRequest: when it is no positive integer.
+        BadRequest: when it is not a positive integer.
     """
     if n is None:
         return 1
@@ -431,7 +470,7 @@ def wanted(n: Any) -> int:
 def items_of(value: Any) -> Sequence[Any] | None:
     """Return the items of a prompt or input: strings or token lists, each a question of its own.
 
-    A string, null or one list of tokens is one item. None stands for a list of any other form.
+    A string, null or one list of tokens is one item. The result is None for a list of another form.
     """
     if not isinstance(value, list | tuple):
         return [value]
@@ -449,10 +488,10 @@ def _tokens(value: Sequence[Any]) -> bool:
 
 
 def load(answer: bytes | Body) -> Sample:
-    """Return the JSON object of an answer as a mapping of the caller's own.
+    """Return the JSON object of an answer; the caller may change its top level.
 
     Raises:
-        BadAnswer: when it is not a JSON object as the SDKs read it, or holds an error.
+        BadAnswer: when it is not a JSON object that the SDKs can read, or contains an error.
     """
     if isinstance(answer, bytes | bytearray | memoryview):
         try:
@@ -471,42 +510,42 @@ def load(answer: bytes | Body) -> Sample:
 
 
 def objects(value: Any) -> list[dict[str, Any]]:
-    """Return the JSON objects that a list holds; none where it is no list."""
+    """Return the JSON objects in a list, or an empty list for another value."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def text_of(value: Any) -> str:
-    """Return a string as it is, and anything else as the empty one."""
+    """Return a string unchanged, and the empty string for another value."""
     return value if isinstance(value, str) else ""
 
 
 def marked(sample: Sample) -> Sample:
-    """Return a sample that says that its prompt was billed with another one."""
+    """Return a sample with the mark: its prompt was billed with another sample."""
     return {MARK: _MARKED, **sample}
 
 
 def unmarked(sample: Sample) -> Sample:
-    """Return a sample as the provider would have worded it."""
+    """Return a sample as the provider would have written it."""
     if MARK not in sample:
         return sample
     return {name: value for name, value in sample.items() if name != MARK}
 
 
 def unmarked_bytes(sample: bytes) -> bytes:
-    """Return the JSON of a sample as the provider would have worded it."""
+    """Return the JSON of a sample as the provider would have written it."""
     return b"{" + sample[len(_MARKED_BYTES) :] if sample.startswith(_MARKED_BYTES) else sample
 
 
 def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Sequence[Sample]]:
-    """Return the samples of a call that asked several questions, those of each by themselves.
+    """Return the samples of a call with several questions, grouped by question.
 
     Args:
-        samples: what `Api.samples` has made of the answer.
-        questions: how many questions it asked.
-        n: how many samples of each.
+        samples: the result of `Api.samples`.
+        questions: the number of questions.
+        n: the number of samples of each.
 
     Raises:
-        MixedAnswer: when it has brought some, but not n of each; which question misses some cannot be told.
+        MixedAnswer: when there are some samples, but not n of each question.
     """
     if not samples:
         return [()] * questions
@@ -519,20 +558,20 @@ def by_question(samples: Sequence[Sample], questions: int, n: int) -> list[Seque
 
 
 def bills_prompt(sample: Body) -> bool:
-    """Return whether the prompt of a sample's call was billed with this sample."""
+    """Return True if the prompt of a sample's call was billed with this sample."""
     return MARK not in sample
 
 
 def question_document(
     ask: Ask, headers: Mapping[str, str] | None = None, api: Api | None = None
 ) -> dict[str, Any]:
-    """Return the document of which the key of an ask is made: its body, and the headers that count.
+    """Return the document from which the key of an ask is made: its body, and the headers that count.
 
     Args:
-        ask: what is asked.
+        ask: the ask.
         headers: the headers of the request.
-        api: the API that is asked, where a scope of the user's stands for the endpoint's URL: equal bodies
-            to two APIs are two questions. That of chat completions is left out.
+        api: the API, if the user's scope replaces the endpoint's URL, because equal bodies
+            to two APIs are two questions. Chat completions are left out.
     """
     document: dict[str, Any] = {"body": _without_secrets(ask.question)}
     if headers and (counting := answer_headers(headers)):
@@ -546,12 +585,11 @@ SECRETS: Final = {
     "tools": frozenset({"authorization", "headers"}),  # OpenAI's remote MCP servers
     "mcp_servers": frozenset({"authorization_token"}),  # Anthropic's
 }
-"""Credentials within a body: by field, their names in the mappings that the field lists. Only digests of them
-are keyed and stored."""
+"""The names of credentials in the mappings of a field. Only their digests are keyed and stored."""
 
 
 def _without_secrets(question: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a question in which digests stand for credentials."""
+    """Return a question in which digests replace credentials."""
     changed: dict[str, Any] = {}
     for field, names in SECRETS.items():
         items = question.get(field)
@@ -568,7 +606,7 @@ def _without_secrets(question: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _digested(value: Any) -> Any:
-    """Return a value in which digests stand for its texts."""
+    """Return a value in which digests replace its texts."""
     if isinstance(value, str):
         return {"sha256": hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()}
     if isinstance(value, Mapping):
@@ -577,18 +615,18 @@ def _digested(value: Any) -> Any:
 
 
 def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers that change the answer, by lower-case name, sorted; credentials never."""
+    """Return the headers that change the answer, by lower-case name, sorted."""
     found = {name.lower(): value.strip() for name, value in headers.items() if name.lower() in ANSWER_HEADERS}
     return dict(sorted(found.items()))
 
 
 @functools.lru_cache(maxsize=256)
 def scope_of(url: str) -> str:
-    """Return the endpoint's URL in one spelling and without credentials.
+    """Return the endpoint's URL in a normal form, without credentials.
 
-    Scheme and host are in lower case; the default port, the fragment, doubled and closing slashes, the user's
-    name and password, and query parameters that carry keys (``api-key``, ``sig`` …) are left out. The
-    rest of the query stays as it is.
+    Scheme and host are in lower case. The default port, the fragment, repeated and trailing slashes, user
+    name and password, and query parameters with credentials (``api-key``, ``sig`` …) are left out. The
+    rest of the query is unchanged.
 
     Raises:
         BadRequest: when the URL is not absolute.

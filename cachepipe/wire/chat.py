@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as Together and every compatible server speak them."""
+"""OpenAI's chat completions, also of Together and other compatible servers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cachepipe.wire.choices import ChoicesApi, Lane
 from cachepipe.wire.sse import settled
 
 _STREAMED = ("reasoning_content", "reasoning", "content", "refusal")
-"""The strings of a message that are streamed piece by piece, in the order in which models make them."""
+"""The strings of a message that are streamed in pieces, in the order in which models generate them."""
 
 
 class ChatApi(ChoicesApi):
@@ -24,14 +24,14 @@ class ChatApi(ChoicesApi):
     whole_object = "chat.completion"
 
     def delta_of(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Return what a streamed choice adds to its message, without the token ids of Together's."""
+        """Return the part of the message in a streamed choice, without Together's token ids."""
         delta: dict[str, Any] = part.get("delta") or {}
         if "token_id" in delta:
             return {name: value for name, value in delta.items() if name != "token_id"}
         return delta
 
     def settle(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Return the message that the deltas made."""
+        """Return the message from the merged deltas."""
         message: dict[str, Any] = {"role": "assistant", **settled(content)}
         calls = message.get("tool_calls")
         if calls:
@@ -73,18 +73,18 @@ class ChatApi(ChoicesApi):
 
 
 def _arguments(call: Any) -> str:
-    """Return the arguments of a function call, empty where it has none that are text."""
+    """Return the arguments of a function call, or an empty string if they are not a text."""
     function = call.get("function")
     return text_of(function.get("arguments")) if isinstance(function, Mapping) else ""
 
 
 def _opened(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tool call as its first delta has it: complete but for the arguments that follow."""
+    """Return the first delta of a tool call: without the arguments, which follow."""
     return {**call, "function": {**call["function"], "arguments": ""}} if _arguments(call) else call
 
 
 def _is_mixed(parts: list[Any]) -> bool:
-    """Return True for a content that has text parts beside others; servers stream the text as strings."""
+    """Return True for a content with text parts and others; servers stream its text as strings."""
     return len(objects(parts)) == len(parts) and len({_is_text(part) for part in parts}) > 1
 
 
@@ -93,7 +93,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _part_of(before: Any, part: Any) -> Lane:
-    """Return how a part of a content is streamed: a text as strings, unless it follows another text."""
+    """Return the lane of a part of a content: a text is streamed as strings, unless a text precedes it."""
     if _is_text(part) and part["text"] and not _is_text(before):
         return _string_of("content"), part["text"]
     return _string_of("content"), [[part]]

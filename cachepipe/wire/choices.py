@@ -1,6 +1,6 @@
-"""What chat completions and legacy completions have in common: answers with several choices.
+"""The shared part of chat completions and legacy completions: answers with several choices.
 
-One call gives up to `n` choices, so several draws may share it. Each choice becomes a sample of its own.
+One call returns up to `n` choices, so several draws can share it. Each choice becomes a sample.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _FAILED = frozenset({"error", "abort", "insufficient_system_resource"})
 """Reasons to finish by which OpenRouter, vLLM and DeepSeek report a failure under status 200."""
 
 Lane = tuple[Callable[[Any], Any], str | list[Any]]
-"""A text that is streamed, or a list whose items are, and what makes a delta of a piece of it."""
+"""A function that makes a delta of a piece, and the text or list that is streamed in pieces."""
 
 _CONTENTS = frozenset({"delta", "message", "text"})
-"""The fields of a streamed choice that bring its content, or repeat it, as Perplexity's ``message`` does."""
+"""The fields of a streamed choice with its content, or with a copy, such as Perplexity's ``message``."""
 _IN_EVERY_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
 
 
 class ChoicesApi(Api):
-    """An API whose answers hold choices.
+    """An API whose answers have choices.
 
     Attributes:
-        content: the field of a choice that holds what was sampled.
-        delta: the field of a streamed choice that brings it in parts.
-        no_delta: what that field holds when nothing is brought.
-        chunk_object: what a streamed answer calls itself where an unstreamed one says `whole_object`.
-        whole_object: see `chunk_object`.
+        content: the field of a choice with the sampled content.
+        delta: the field of a streamed choice with a part of the content.
+        no_delta: the value of that field without content.
+        chunk_object: the field ``object`` of a streamed answer.
+        whole_object: the field ``object`` of an answer that is not streamed.
     """
 
     max_n = 128
@@ -70,7 +70,7 @@ class ChoicesApi(Api):
     whole_object: ClassVar[str]
 
     def split(self, body: Body) -> tuple[Ask, ...]:
-        """Return what a body asks; see `Api.split`."""
+        """Return the asks of a body; see `Api.split`."""
         question, transport = self._parted(body)
         n = wanted(question.pop("n", None))
         best_of = question.get("best_of") is not None
@@ -87,7 +87,7 @@ class ChoicesApi(Api):
         )
 
     def inject_usage(self, body: Body) -> tuple[dict[str, Any], bool]:
-        """Return a body whose stream reports its usage, and whether that had to be asked for."""
+        """Return a body whose stream reports its usage, and whether this had to be added."""
         options = body.get("stream_options") or {}
         if not body.get("stream") or not isinstance(options, Mapping) or options.get("include_usage"):
             return dict(body), False
@@ -123,7 +123,7 @@ class ChoicesApi(Api):
         return samples
 
     def _shares(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any]) -> list[int]:
-        """Return each choice's share of a call's completion: its tokens if it lists them, or its length."""
+        """Return the share of each choice in the completion: its tokens if all list them, else its length."""
         tokens = [_tokens(choice) for choice in choices]
         counts = [count for count in tokens if count is not None]
         if len(counts) == len(choices) and sum(counts) == usage.get("completion_tokens") != 0:
@@ -131,7 +131,7 @@ class ChoicesApi(Api):
         return [_length(choice[self.content]) + 1 for choice in choices]
 
     def answer(self, samples: Sequence[Sample], ask: Ask) -> dict[str, Any]:
-        """Return the answer that holds these samples; see `Api.answer`."""
+        """Return the answer with these samples; see `Api.answer`."""
         if len(samples) == 1:
             return unmarked(samples[0])
         if not samples:
@@ -144,7 +144,7 @@ class ChoicesApi(Api):
         if all(isinstance(usage, Mapping) for usage in usages):
             whole["usage"] = join_usage(usages, ask.n)  # type: ignore[arg-type]  # all are mappings
         elif any("usage" in sample for sample in samples):
-            whole["usage"] = None  # a sum that leaves some of it out would be taken for the whole
+            whole["usage"] = None  # a partial sum would look like the whole
         return whole
 
     def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:
@@ -152,7 +152,7 @@ class ChoicesApi(Api):
         return _ChoicesRecorder(self, questions)
 
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
-        """Return the events of a stream that brings these samples; see `Api.stream`."""
+        """Return the events of a stream with these samples; see `Api.stream`."""
         whole = self.answer(samples, ask)
         head = {name: value for name, value in whole.items() if name not in ("choices", "usage")}
         if head.get("object") == self.whole_object:
@@ -173,11 +173,11 @@ class ChoicesApi(Api):
 
     @abstractmethod
     def delta_of(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Return what a streamed choice adds to the content, as a mapping."""
+        """Return the part of the content in a streamed choice, as a mapping."""
 
     @abstractmethod
     def settle(self, content: dict[str, Any]) -> Any:
-        """Return the content that the deltas made."""
+        """Return the content from the merged deltas."""
 
     def _check(self, choice: Any) -> None:
         kind = type(choice.get(self.content)) if isinstance(choice, dict) else None
@@ -209,11 +209,11 @@ class ChoicesApi(Api):
 
     @abstractmethod
     def _deltas(self, content: Any) -> tuple[Any, list[Lane]]:
-        """Return the first delta of a choice's content, and the texts that follow piece by piece."""
+        """Return the first delta of a choice's content, and the texts that follow in pieces."""
 
 
 class _ChoicesRecorder(StreamRecorder):
-    """Puts together the choices of a stream, however they alternate."""
+    """Assembles the choices of a stream, in any order of their chunks."""
 
     _may_lack_terminal = True  # each choice has its finish_reason
 
@@ -223,7 +223,7 @@ class _ChoicesRecorder(StreamRecorder):
         self._head: dict[str, Any] = {}
         self._usage: Any = None
         self._choices: dict[int, dict[str, Any]] = {}
-        self._elsewhere: set[int] = set()  # choices that have content in another field than that of deltas
+        self._elsewhere: set[int] = set()  # choices with content in another field than that of deltas
 
     def _take(self, event: ServerEvent) -> Kind:
         if event.data.startswith(b"[DONE]"):
@@ -238,7 +238,7 @@ class _ChoicesRecorder(StreamRecorder):
             self._add(part)
         for name, value in chunk.items():
             if not self._head.get(name) or (value and name not in _IN_EVERY_CHUNK):
-                self._head[name] = value  # what is told again, such as a report, is told anew
+                self._head[name] = value  # a repeated field, such as a report, replaces the earlier one
         if not usage:
             return ""
         self._usage = usage
@@ -248,7 +248,7 @@ class _ChoicesRecorder(StreamRecorder):
         return b"" if bare else data_event({**chunk, "choices": []})
 
     def _add(self, part: dict[str, Any]) -> None:
-        """Take in one choice of a chunk."""
+        """Read one choice of a chunk."""
         api = self._api
         index = part.get("index") or 0
         choice = self._choices.setdefault(index, {api.content: {}})
@@ -263,7 +263,7 @@ class _ChoicesRecorder(StreamRecorder):
         for name, value in part.items():
             if name == "logprobs":
                 self._add_logprobs(choice, value, delta, part)
-            elif name == "token_ids":  # vLLM's, a few with each delta
+            elif name == "token_ids":  # from vLLM, some with each delta
                 extend(choice, {name: value})
             elif (
                 name != "index"
@@ -276,7 +276,7 @@ class _ChoicesRecorder(StreamRecorder):
     def _add_logprobs(
         choice: dict[str, Any], value: Any, delta: dict[str, Any], part: dict[str, Any]
     ) -> None:
-        """Take in log probabilities: lists that grow, or one number per token as Together sends them."""
+        """Read log probabilities: lists that grow, or one number per token, as Together sends them."""
         before = choice.setdefault("logprobs", None)
         if value is None or value == []:
             return
@@ -317,7 +317,7 @@ class _ChoicesRecorder(StreamRecorder):
 
 
 def _says(content: Any) -> bool:
-    """Return True if a text, a message or a delta says anything."""
+    """Return True if a text, a message or a delta is not empty."""
     if isinstance(content, Mapping):
         return any(value for name, value in content.items() if name != "role")
     return bool(content)
@@ -342,7 +342,7 @@ def by_token(logprobs: Any, text: str) -> list[tuple[str, dict[str, Any]]] | Non
 
 
 def _in_order(choices: list[dict[str, Any]], questions: int) -> list[dict[str, Any]]:
-    """Return choices by their index; with several questions, only if it says whose answer each is."""
+    """Return choices in the order of their index; with several questions, the indices must be complete."""
     indices = [choice.get("index") for choice in choices]
     if all(isinstance(index, int) for index in indices):
         choices = sorted(choices, key=lambda choice: choice["index"])
@@ -358,7 +358,7 @@ def _in_order(choices: list[dict[str, Any]], questions: int) -> list[dict[str, A
 
 
 def _tokens(choice: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a choice lists, as ids or with log probabilities; None if it lists none."""
+    """Return the number of tokens that a choice lists, as ids or with log probabilities, or None."""
     if isinstance(choice.get("token_ids"), list):
         return len(choice["token_ids"])
     logprobs = choice.get("logprobs")
@@ -371,7 +371,7 @@ def _tokens(choice: Mapping[str, Any]) -> int | None:
 
 
 def _length(content: Any) -> int:
-    """Return how many characters a choice's content has, by which a call's completion is shared out."""
+    """Return the number of characters of a choice's content, its share in the completion of a call."""
     if isinstance(content, str):
         return len(content)
     if isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""OpenAI's legacy completions: a prompt, or a list of prompts of which each is a question of its own."""
+"""OpenAI's legacy completions: a prompt, or a list of prompts, each of which is a separate question."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class CompletionsApi(ChoicesApi):
     whole_object = "text.completion"
 
     def delta_of(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Return what a streamed choice adds to its text."""
+        """Return the part of the text in a streamed choice."""
         return {"text": part.get("text") or ""}
 
     def settle(self, content: dict[str, Any]) -> str:
-        """Return the text that the deltas made."""
+        """Return the text from the merged deltas."""
         text: str = settled(content).get("text", "")
         return text
 

@@ -1,6 +1,6 @@
-"""Embeddings and moderations: answers that are functions of their questions, one per item of the input.
+"""Embeddings and moderations, whose answers are functions of their questions.
 
-Each item of a list is a question of its own, so a request pays only for the items that are new.
+Each item of an input list is a separate question, so a request pays only for the items that are new.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class _FunctionApi(Api):
     """An API that answers each item of ``input`` with one result.
 
     Attributes:
-        results: the field of an answer that lists the results.
+        results: the field of an answer with the list of results.
     """
 
     listed = "input"
     function = True
-    _streaming = frozenset()  # a word that means nothing here, so it counts and is sent
+    _streaming = frozenset()  # `stream` has no meaning here, so it counts and is sent
     results: ClassVar[str]
 
     def split(self, body: Body) -> tuple[Ask, ...]:
-        """Return what a body asks: one ask per item of its input; see `Api.split`."""
+        """Return one ask per item of the input; see `Api.split`."""
         question, transport = self._parted(body)
         return self._asks(question, function=True, transport=transport)
 
@@ -74,7 +74,7 @@ class _FunctionApi(Api):
         return samples
 
     def answer(self, samples: Sequence[Sample], ask: Ask) -> dict[str, Any]:
-        """Return the answer that lists the results of these samples in order; see `Api.answer`."""
+        """Return the answer with the results of these samples in order; see `Api.answer`."""
         if not samples:
             raise ValueError(f"an answer of {self.name} holds at least one sample; got none")
         whole = dict(samples[0])
@@ -85,31 +85,30 @@ class _FunctionApi(Api):
         return whole
 
     def _stored(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return results in the order of the inputs, as samples hold them."""
+        """Return results in the order of the inputs, in the form of samples."""
         return results
 
     def _worded(self, results: list[dict[str, Any]], ask: Ask) -> list[dict[str, Any]]:  # noqa: ARG002 - embeddings need it
-        """Return the results of samples as the asker wants them."""
+        """Return the results of samples in the form that the request asks for."""
         return results
 
 
 class EmbeddingsApi(_FunctionApi):
     """``POST …/embeddings``.
 
-    A sample holds its vector in base64 where that loses nothing, else as the numbers that came.
+    A sample contains its vector in base64 if that is exact, else as the original numbers.
     """
 
     name = "embeddings"
     transport = EMBEDDINGS_TRANSPORT
     results = "data"
 
-    def split(self, body: Body) -> tuple[Ask, ...]:
-        """Return what a body asks: one ask per item of its input; see `Api.split`."""
-        question, transport = self._parted(body)
+    def _parted(self, body: Body) -> tuple[dict[str, Any], dict[str, Any]]:
+        question, transport = super()._parted(body)
         wanted = transport.get("encoding_format")
         if wanted is not None and (wanted not in _FORMATS or not question.keys() <= FLOAT_FIELDS):
-            question["encoding_format"] = transport.pop("encoding_format")  # cannot be made from floats
-        return self._asks(question, function=True, transport=transport)
+            question["encoding_format"] = transport.pop("encoding_format")  # floats cannot give this format
+        return question, transport
 
     def answer_bytes(self, samples: Sequence[bytes], ask: Ask) -> bytes:
         """Return the JSON of `answer`."""
@@ -125,13 +124,15 @@ class EmbeddingsApi(_FunctionApi):
         return [{**result, "index": 0, "embedding": packed(result.get("embedding"))} for result in results]
 
     def _worded(self, results: list[dict[str, Any]], ask: Ask) -> list[dict[str, Any]]:
-        kept = "encoding_format" in ask.question  # vectors of another type, perhaps: as they came
+        kept = "encoding_format" in ask.question  # the vectors may have another type, so they are unchanged
         wanted = (ask.question if kept else ask.transport).get("encoding_format")
         worded = []
         for index, result in enumerate(results):
             vector = result["embedding"]
             if wanted == "base64" and isinstance(vector, list) and not kept:
-                with contextlib.suppress(OverflowError, struct.error):  # what base64 cannot hold stays a list
+                with contextlib.suppress(
+                    OverflowError, struct.error
+                ):  # a vector that does not fit into base64 stays a list
                     vector = to_base64(vector)
             elif wanted in (None, "float") and isinstance(vector, str):
                 vector = to_floats(vector)
@@ -139,7 +140,7 @@ class EmbeddingsApi(_FunctionApi):
         return worded
 
     def plain(self, sample: Sample) -> Any:
-        """Return the vector as a list of numbers; in an encoding of another kind, as it came."""
+        """Return the vector as a list of numbers, or unchanged if it has another encoding."""
         vector = sample["data"][0]["embedding"]
         if isinstance(vector, str):
             with contextlib.suppress(ValueError, struct.error):
@@ -159,7 +160,7 @@ class ModerationsApi(_FunctionApi):
     results = "results"
 
     def split(self, body: Body) -> tuple[Ask, ...]:
-        """Return what a body asks: one ask per text of its input; see `Api.split`."""
+        """Return one ask per text of the input; see `Api.split`."""
         question, transport = self._parted(body)
         parts = question.get("input")
         if isinstance(parts, list | tuple) and parts and all(isinstance(part, Mapping) for part in parts):
@@ -167,7 +168,7 @@ class ModerationsApi(_FunctionApi):
         return self._asks(question, function=True, transport=transport)
 
     def plain(self, sample: Sample) -> Any:
-        """Return the result: what was flagged, by category, with scores."""
+        """Return the result: the flags by category, with scores."""
         return sample["results"][0]
 
     def _gist(self, sample: Sample) -> tuple[str, str | None]:
@@ -189,7 +190,7 @@ def to_floats(text: str) -> list[float]:
 
 
 def packed(vector: Any) -> Any:
-    """Return a vector in base64 if its numbers are exactly 32-bit floats, else as it is.
+    """Return a vector in base64 if its numbers are exactly 32-bit floats, else unchanged.
 
     Raises:
         BadAnswer: when it is neither a string nor a list.
@@ -199,7 +200,7 @@ def packed(vector: Any) -> Any:
     if not isinstance(vector, list):
         raise BadAnswer(f"an embedding must be a list of numbers or a string; got {vector!r:.200}")
     if not vector or not all(type(number) is float for number in vector):
-        return vector  # integers are another encoding, or would come back as floats
+        return vector  # integers are another encoding, or would become floats
     try:
         text = to_base64(vector)
     except OverflowError:

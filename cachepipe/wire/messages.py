@@ -1,4 +1,4 @@
-"""Anthropic's messages, beta or not: one answer per call, streamed block by block."""
+"""Anthropic's messages, also in beta: one answer per call, streamed in blocks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from cachepipe import jsontext
 from cachepipe.wire.base import (
     ANTHROPIC_AS_WRITTEN,
     ANTHROPIC_TRANSPORT,
-    Api,
     Ask,
     Body,
+    OneAnswerApi,
     Sample,
-    load,
     objects,
 )
 from cachepipe.wire.errors import BadAnswer
@@ -30,46 +29,36 @@ from cachepipe.wire.sse import (
 )
 
 _TOLD_LAST = ("stop_reason", "stop_sequence", "stop_details", "container")
-"""The fields of a message that are known at its end only."""
+"""The fields of a message that are known only at its end."""
 _CUT_OFF = frozenset({"max_tokens", "model_context_window_exceeded"})
 _COUNTED_LAST = ("output_tokens", "output_tokens_details", "server_tool_use")
-"""The fields of its usage that are."""
+"""The fields of its usage that are known only at its end."""
 
 
-class MessagesApi(Api):
+class MessagesApi(OneAnswerApi):
     """``POST …/messages``."""
 
     name = "messages"
     transport = ANTHROPIC_TRANSPORT
     as_written = ANTHROPIC_AS_WRITTEN
+    output = "content"
+    parts = "blocks"
 
-    def split(self, body: Body) -> tuple[Ask]:
-        """Return the one ask of a body; not cacheable where it works in a container that is kept."""
-        question, transport = self._parted(body)
+    def _uncacheable(self, question: Body, transport: Body) -> str:  # noqa: ARG002 - responses need it
         container = question.get("container")
         kept = container.get("id") if isinstance(container, Mapping) else container
-        reason = "it works in a container that the server keeps" if kept else ""
-        stream = bool(transport.get("stream"))
-        return (Ask(question, stream=stream, cacheable=not reason, reason=reason, transport=transport),)
+        return "it works in a container that the server keeps" if kept else ""
 
-    def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:  # noqa: ARG002 - one per call
-        """Return the answer as its one sample; see `Api.samples`."""
-        body = load(answer)
-        content = body.get("content")
-        if not isinstance(content, list) or len(objects(content)) != len(content):
-            raise BadAnswer(
-                f"a message must hold a list of blocks as its content; it holds {sorted(body)!r:.200}"
-            )
-        if body.get("stop_reason") is None:
+    def _check(self, body: Body) -> None:
+        if isinstance(body.get("content"), list) and body.get("stop_reason") is None:
             raise BadAnswer("the message has no stop_reason; it is not a whole answer")
-        return [body]
 
     def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
         """Return a new recorder for one event stream; see `Api.recorder`."""
         return _MessageRecorder(self.samples)
 
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
-        """Return the events of a stream that brings this sample; see `Api.stream`."""
+        """Return the events of a stream with this sample; see `Api.stream`."""
         whole = self.answer(samples, ask)
         begun = {**whole, "content": [], **{name: None for name in _TOLD_LAST if name in whole}}
         usage = whole.get("usage")
@@ -99,7 +88,7 @@ class MessagesApi(Api):
 
 
 class _MessageRecorder(StreamRecorder):
-    """Puts a message together from the events of its blocks."""
+    """Assembles a message from the events of its blocks."""
 
     def __init__(self, finish: Finish) -> None:
         super().__init__(finish)
@@ -126,11 +115,11 @@ class _MessageRecorder(StreamRecorder):
     def _begin(self, index: int, block: dict[str, Any]) -> None:
         self._blocks[index] = block
         self._parts[index] = {}
-        if block.get("type") == "fallback":  # the model that took over is the one that answered
+        if block.get("type") == "fallback":  # another model has taken over and answered
             self._message["model"] = block["to"]["model"]
 
     def _add(self, index: int, delta: dict[str, Any]) -> None:
-        """Take in a delta: its strings grow, a citation joins the others, counts are the stream's own."""
+        """Read a delta: strings are appended, and so are citations; counts are ignored."""
         block, parts = self._blocks[index], self._parts[index]
         for name, value in delta.items():
             if name == "citation":
@@ -139,7 +128,7 @@ class _MessageRecorder(StreamRecorder):
                 parts.setdefault(name, []).append(value)
 
     def _tell(self, value: dict[str, Any]) -> None:
-        """Take in what is known at the end; its counts are totals, so they replace the earlier ones."""
+        """Read the fields at the end; their counts are totals, so they replace the earlier ones."""
         told = {name: item for name, item in value.items() if name not in ("type", "delta", "usage")}
         _replace(self._message, {**told, **(value.get("delta") or {})})
         if value.get("usage"):
@@ -158,7 +147,7 @@ class _MessageRecorder(StreamRecorder):
         return {**self._message, "content": [block for _, block in sorted(self._blocks.items())]}
 
     def _input(self, text: str) -> Any:
-        """Return the input of a tool call; of one that the limit of tokens cut off, what is whole."""
+        """Return the input of a tool call; if the token limit has cut it off, its complete members."""
         try:
             return jsontext.loads(text.encode(errors="surrogatepass"))
         except ValueError as error:
@@ -174,7 +163,7 @@ def _replace(into: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def whole_members(text: str) -> Any:
-    """Return the value of a JSON object that was cut off, without the member that is not whole."""
+    """Return the value of a JSON object that was cut off, without its incomplete member."""
     closing, whole, quoted, escaped = "", "{}", False, False
     for position, character in enumerate(text):
         if quoted:
@@ -198,7 +187,7 @@ def whole_members(text: str) -> Any:
 
 
 def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a block as it is announced, and the deltas that fill it."""
+    """Return a block as its first event has it, and the deltas that follow."""
     opened = dict(block)
     deltas: list[dict[str, Any]] = []
     kind = block.get("type")

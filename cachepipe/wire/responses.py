@@ -1,4 +1,4 @@
-"""OpenAI's responses: one answer per call, streamed as typed, numbered events."""
+"""OpenAI's responses: one answer per call, streamed as numbered events with types."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 from cachepipe.wire.base import (
     RESPONSES_AS_WRITTEN,
     RESPONSES_TRANSPORT,
-    Api,
     Ask,
     Body,
+    OneAnswerApi,
     Sample,
-    load,
     objects,
     text_of,
 )
@@ -26,58 +25,52 @@ _TEXTS = {
     "mcp_call": ("arguments", "mcp_call_arguments"),
     "code_interpreter_call": ("code", "code_interpreter_call_code"),
 }
-"""Per kind of output item: the field that is streamed piece by piece, and how its events are called."""
+"""By the type of output item: the field that is streamed in pieces, and the name of its events."""
 _PARTS = {
     "output_text": ("text", "output_text"),
     "refusal": ("refusal", "refusal"),
     "reasoning_text": ("text", "reasoning_text"),
 }
-"""The same per kind of content part."""
+"""The same by the type of content part."""
 
 
-class ResponsesApi(Api):
+class ResponsesApi(OneAnswerApi):
     """``POST …/responses``."""
 
     name = "responses"
     transport = RESPONSES_TRANSPORT
     as_written = RESPONSES_AS_WRITTEN
+    output = "output"
+    parts = "items"
 
-    def split(self, body: Body) -> tuple[Ask]:
-        """Return the one ask of a body; not cacheable where it works on what the server keeps."""
-        question, transport = self._parted(body)
+    def _parted(self, body: Body) -> tuple[dict[str, Any], dict[str, Any]]:
+        question, transport = super()._parted(body)
         if "store" in question and question["store"] in (None, True):  # absent counts as true
             transport["store"] = question.pop("store")
-        options = transport.get("prompt_cache_options")
-        reason = ""
-        if question.get("background"):
-            reason = "it runs in the background and is polled"
-        elif question.get("conversation") is not None:
-            reason = "it adds to a conversation that the server keeps"
-        elif any(map(_container_of, _tools(question))):
-            reason = "it works in a container that the server keeps"
-        elif isinstance(options, Mapping) and options.get("prewarm"):
-            reason = "it prepares the provider's cache and generates nothing"
-        stream = bool(transport.get("stream"))
-        return (Ask(question, stream=stream, cacheable=not reason, reason=reason, transport=transport),)
+        return question, transport
 
-    def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:  # noqa: ARG002 - one per call
-        """Return the answer as its one sample; see `Api.samples`."""
-        body = load(answer)
+    def _uncacheable(self, question: Body, transport: Body) -> str:
+        options = transport.get("prompt_cache_options")
+        if question.get("background"):
+            return "it runs in the background and is polled"
+        if question.get("conversation") is not None:
+            return "it adds to a conversation that the server keeps"
+        if any(map(_container_of, _tools(question))):
+            return "it works in a container that the server keeps"
+        if isinstance(options, Mapping) and options.get("prewarm"):
+            return "it prepares the provider's cache and generates nothing"
+        return ""
+
+    def _check(self, body: Body) -> None:
         if body.get("status") not in _ANSWERS:
-            raise BadAnswer(f"the response has status {body['status']!r:.100}; it is no answer")
-        output = body.get("output")
-        if not isinstance(output, list) or len(objects(output)) != len(output):
-            raise BadAnswer(
-                f"a response must hold a list of items as its output; it holds {sorted(body)!r:.200}"
-            )
-        return [body]
+            raise BadAnswer(f"the response has status {body['status']!r:.100}; it is not an answer")
 
     def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
         """Return a new recorder for one event stream; see `Api.recorder`."""
         return _ResponseRecorder(self.samples)
 
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
-        """Return the events of a stream that brings this sample; see `Api.stream`."""
+        """Return the events of a stream with this sample; see `Api.stream`."""
         whole = self.answer(samples, ask)
         for number, event in enumerate(_events(whole)):
             event["sequence_number"] = number
@@ -98,7 +91,7 @@ class ResponsesApi(Api):
 
 
 class _ResponseRecorder(StreamRecorder):
-    """Waits for the terminal event, which brings the whole response."""
+    """Waits for the terminal event, which contains the whole response."""
 
     def __init__(self, finish: Finish) -> None:
         super().__init__(finish)
@@ -119,19 +112,19 @@ class _ResponseRecorder(StreamRecorder):
         return ""
 
     def _whole(self) -> dict[str, Any]:
-        if self._response.get("output") in (None, []):  # some servers leave it to the items that came before
+        if self._response.get("output") in (None, []):  # some servers send only the items before
             return {**self._response, "output": [item for _, item in sorted(self._items.items())]}
         return self._response
 
 
 def _tools(question: Body) -> Sequence[Any]:
-    """Return the tools of a question; none where they are no list."""
+    """Return the tools of a question, or an empty list if they are not a list."""
     tools = question.get("tools")
     return tools if isinstance(tools, list | tuple) else ()
 
 
 def _container_of(tool: Any) -> str:
-    """Return the id of the container that a tool is to work in, empty where it gets one of its own."""
+    """Return the id of the container that a tool uses, or an empty string if it gets a new one."""
     if not isinstance(tool, Mapping):
         return ""
     environment = tool.get("environment")
@@ -192,7 +185,7 @@ def _part_events(place: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[s
 def _text_events(
     kind: str, field: str, text: str, place: dict[str, Any], part: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Return the events that bring one text piece by piece, with its log probabilities and annotations."""
+    """Return the events of one text in pieces, with its log probabilities and annotations."""
     with_logprobs = kind == "output_text"
     logprobs = objects((part or {}).get("logprobs"))
     tokens = [text_of(entry.get("token")) for entry in logprobs]

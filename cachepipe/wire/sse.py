@@ -1,7 +1,7 @@
-"""Server-sent events: read in any chunking, written, and recorded until they make a whole answer.
+"""Server-sent events: reads them from any chunks, writes them, and records them until the answer is complete.
 
-The reader keeps the bytes of every event as they came, so that whoever passes a stream on can do so event
-by event, hold the terminal one back until the sample is stored, and leave out what was not asked for.
+The reader keeps the original bytes of each event. So a proxy can pass a stream on event by event, hold the
+terminal event back until the sample is stored, and leave out usage that its client has not asked for.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ DONE = b"data: [DONE]\n\n"
 """The terminal event of OpenAI's chat and completions."""
 
 _IDENTITIES = frozenset({"role", "id", "type", "format"})
-"""The strings that deltas repeat instead of adding to; OpenRouter tells the format of reasoning each time."""
+"""The strings that deltas repeat and do not extend; OpenRouter repeats the format of reasoning."""
 _PIECE = re.compile(r"\S+\s*|\s+")
 _BOM = b"\xef\xbb\xbf"
 
 
 class ServerEvent(NamedTuple):
-    """One event as it came: its bytes, its name (mostly empty) and its data, lines joined by newlines."""
+    """One event: its original bytes, its name (mostly empty) and its data, lines joined by newlines."""
 
     raw: bytes
     name: str
@@ -35,16 +35,16 @@ class ServerEvent(NamedTuple):
 class EventReader:
     """Cuts a byte stream into events, whatever its chunks and line ends.
 
-    The bytes of the events, one after the other, are the bytes that were fed. A comment goes with the event
-    that follows, and a blank line without data is an event without data.
+    The bytes of all events together are the bytes that were fed. A comment belongs to the event after it, and
+    a blank line without data is an event without data.
     """
 
     def __init__(self) -> None:
-        self._partial: list[bytes] = []  # pieces of a line whose end has not come
-        self._raw: list[bytes] = []  # lines of an event whose end has not come
+        self._partial: list[bytes] = []  # pieces of an incomplete line
+        self._raw: list[bytes] = []  # lines of an incomplete event
         self._name = b""
         self._data: list[bytes] = []
-        self._after_return = False  # a newline that follows belongs to a line that has been read
+        self._after_return = False  # a newline that follows belongs to the line before
         self._fresh = True
 
     def feed(self, chunk: bytes) -> list[ServerEvent]:
@@ -67,14 +67,14 @@ class EventReader:
         return [event for line in lines if (event := self._line(line)) is not None]
 
     def close(self) -> list[ServerEvent]:
-        """Return what is left at the end of the stream as an event, although its blank line is missing."""
+        """Return the rest at the end of the stream as an event, although its blank line is missing."""
         if self._partial:
             self._line(b"".join(self._partial))
             self._partial.clear()
         return [self._event()] if self._raw else []
 
     def rest(self) -> bytes:
-        """Return what has come of an event whose end has not, and forget it."""
+        """Remove the bytes of an incomplete event and return them."""
         held = b"".join([*self._raw, *self._partial])
         for kept in (self._raw, self._partial, self._data):
             kept.clear()
@@ -105,13 +105,13 @@ class EventReader:
 
 
 class StreamEvent(NamedTuple):
-    """One event of a recorded stream, to be passed on.
+    """One event of a recorded stream, which is passed on.
 
     Attributes:
         raw: its bytes.
-        terminal: whether it makes the answer whole: store the samples before it is passed on.
-        without_usage: its bytes without the usage that ``include_usage`` asks for; empty where it brings
-            nothing else, None where it brings no such usage.
+        terminal: whether it completes the answer: store the samples before you pass it on.
+        without_usage: its bytes without the usage that ``include_usage`` asks for; empty if it contains
+            nothing else, None if it contains no such usage.
     """
 
     raw: bytes
@@ -120,29 +120,29 @@ class StreamEvent(NamedTuple):
 
 
 Kind = Literal["", "terminal"] | bytes
-"""What an event is: one like others, the terminal one, or one with usage: what it is without that."""
+"""The kind of an event: ordinary, terminal, or, for one with usage, its bytes without the usage."""
 Finish = Callable[[dict[str, Any]], list[dict[str, Any]]]
-"""What makes samples of a whole answer."""
+"""A function that returns the samples of a complete answer."""
 
 
 class StreamRecorder(ABC):
-    """Puts the answer together that a stream brings, while the stream is passed on.
+    """Assembles the answer in a stream, while the stream is passed on.
 
-    It reads whatever the SDK's own stream helpers read, so that no server's habits keep an answer from being
-    cached. Where it would make another answer than they do, there are no samples.
+    It reads everything that the SDKs' own stream helpers read, so that the answers of unusual servers are
+    cached too. If its answer would differ from theirs, there are no samples.
 
-    Feeding never raises: a stream that is not in order is passed on all the same, and gives no samples.
+    `feed` never raises: an invalid stream is still passed on, and gives no samples.
 
     Attributes:
-        started: whether any content has come.
-        ended: whether the terminal event has come, be the answer whole or not.
-        done: whether the stream has said that nothing follows, as OpenAI's ``[DONE]`` does.
-        overflowed: whether the answer is larger than what is kept of it; it is then passed on unread.
-        error: why there will be no samples, or None.
+        started: whether content has arrived.
+        ended: whether the terminal event has arrived, even if the answer is not complete.
+        done: whether the stream has announced its end, as with OpenAI's ``[DONE]``.
+        overflowed: whether the answer exceeds the limit; the stream is then passed on unread.
+        error: the reason why there will be no samples, or None.
     """
 
     _may_lack_terminal: ClassVar[bool] = False
-    """Whether an answer says by itself that it is whole, so that its terminal event may be missing."""
+    """Whether an answer shows that it is complete, so that its terminal event may be missing."""
 
     def __init__(self, finish: Finish) -> None:
         self.overflowed = False
@@ -170,16 +170,16 @@ class StreamRecorder(ABC):
 
     @property
     def complete(self) -> bool:
-        """Whether the terminal event has come and the answer is whole."""
+        """Whether the terminal event has arrived and the answer is complete."""
         return self._samples is not None
 
     def within(self, most: int) -> Self:
-        """Keep so many bytes at most; returns the recorder."""
+        """Set the largest number of bytes of an answer; return the recorder."""
         self._most = most
         return self
 
     def feed(self, chunk: bytes) -> list[StreamEvent]:
-        """Return the events that end within this chunk, as they are to be passed on."""
+        """Return the events that end within this chunk, to pass them on."""
         self._size += len(chunk)
         if self._most is not None and self._size > self._most and not self.ended:
             self.overflowed = True
@@ -190,12 +190,12 @@ class StreamRecorder(ABC):
         return [self._record(event) for event in self._reader.feed(chunk)]
 
     def close(self, *, in_order: bool = False) -> list[StreamEvent]:
-        """Return what is left when the stream has ended.
+        """Return the rest of the events at the end of the stream.
 
         Args:
-            in_order: whether the body is known to have come whole, by its length or its last chunk. Some
-                servers leave out OpenAI's ``[DONE]``: an answer is whole all the same if all of its body
-                came and each choice says why it ended.
+            in_order: whether the body is known to be complete, by its length or its last chunk. Some
+                servers leave out OpenAI's ``[DONE]``. Their answer is complete if its body is complete
+                and each choice has its reason to finish.
         """
         events = [self._record(event) for event in self._reader.close()]
         if self.complete or self.error is not None:
@@ -211,7 +211,7 @@ class StreamRecorder(ABC):
         """Return the samples, equal to those of the same answer without a stream.
 
         Raises:
-            BadAnswer: when the stream is not complete, or was not in order.
+            BadAnswer: when the stream is incomplete or invalid.
         """
         if self._samples is None:
             raise self.error or BadAnswer("the stream has not come to its terminal event; feed it to its end")
@@ -229,7 +229,7 @@ class StreamRecorder(ABC):
         return StreamEvent(event.raw, self.complete, kind if isinstance(kind, bytes) else None)
 
     def _attempt(self, step: Callable[[], Kind], data: bytes) -> Kind:
-        """Return what a step returns; note why it fails."""
+        """Return the result of a step; note the error if it fails."""
         try:
             return step()
         except BadAnswer as error:
@@ -245,18 +245,18 @@ class StreamRecorder(ABC):
 
     @abstractmethod
     def _take(self, event: ServerEvent) -> Kind:
-        """Take in an event with data; return what kind of event it is."""
+        """Read an event with data; return its kind."""
 
     @abstractmethod
     def _whole(self) -> dict[str, Any]:
-        """Return the answer that has come."""
+        """Return the complete answer."""
 
 
 def read_object(event: ServerEvent) -> dict[str, Any]:
     """Return the JSON object that is the data of an event.
 
     Raises:
-        BadAnswer: when it is none, or an error.
+        BadAnswer: when the data is not a JSON object, or is an error.
     """
     try:
         value = jsontext.loads(event.data)
@@ -280,12 +280,12 @@ def typed_event(value: dict[str, Any]) -> bytes:
 
 
 def pieces(text: str) -> list[str]:
-    """Return a text cut into words, each with the blanks that follow it; joined they are the text."""
+    """Return the words of a text, each with the blanks after it; joined, they are the text."""
     return _PIECE.findall(text)
 
 
 class _Text:
-    """A string that is still growing: its parts are joined once, however many there are."""
+    """A string that grows by parts, which are joined only once."""
 
     __slots__ = ("parts",)
 
@@ -294,14 +294,14 @@ class _Text:
 
 
 def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Add a delta to what has come before it; `settled` makes plain values of the result.
+    """Merge a delta into the earlier ones; `settled` converts the result to plain values.
 
-    Strings are appended, except identities and repeated names; numbers are replaced; mappings are merged by
-    name; lists whose entries have an index are merged by it, others are appended to. A content that begins as
-    text and goes on in parts, or the other way round, becomes a list of parts. Null changes nothing.
+    Strings are appended, except identities and repeated names. Numbers are replaced. Mappings are merged by
+    name. Lists are merged by the index of their entries if there is one, else appended. A content that begins
+    as text and continues in parts, or the other way round, becomes a list of parts. Null changes nothing.
 
     Raises:
-        BadAnswer: when a value changes its kind midway, so that nobody can say what the whole is.
+        BadAnswer: when a value changes its type, so that the whole value is ambiguous.
     """
     for name, value in delta.items():
         before = into.get(name)
@@ -364,16 +364,16 @@ def _changed(name: str) -> BadAnswer:
 
 
 def _merge_indexed(entries: list[Any], deltas: list[Any]) -> None:
-    """Merge each delta into the latest entry that it continues, or begin another one."""
+    """Merge each delta into the latest entry that it continues, or append it as a new entry."""
     for delta in deltas:
         entry = next((entry for entry in reversed(entries) if _continues(delta, entry)), None)
         _merge_into(entries, entry, delta)
 
 
 def _merge_calls(calls: list[Any], deltas: list[Any]) -> None:
-    """Merge each delta into the tool call that it continues, or begin another call.
+    """Merge each delta into the tool call that it continues, or append it as a new call.
 
-    Some servers number all calls 0, or give them no index, no id or neither.
+    Some servers give all calls the index 0, or leave out the index, the id or both.
     """
     earlier = len(calls)
     for delta in deltas:
@@ -383,7 +383,7 @@ def _merge_calls(calls: list[Any], deltas: list[Any]) -> None:
         elif identity:
             found = (call for call in reversed(calls) if call.get("id") == identity)
         else:
-            found = (call for call in calls[-1:])  # the latest, unless it is another one by its name
+            found = (call for call in calls[-1:])  # the latest call, unless its name differs
             if len(deltas) > 1 and not _name_of(delta):
                 raise BadAnswer("several parts of tool calls have neither an index nor an id nor a name")
         call = next(found, None)
@@ -401,7 +401,7 @@ def _merge_into(entries: list[Any], entry: dict[str, Any] | None, delta: dict[st
 
 
 def _continues(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
-    """Return True if a delta has the index of an entry, and neither its id nor its type says otherwise."""
+    """Return True if a delta has the index of an entry, and no other id or type."""
     return (
         entry.get("index") == delta.get("index")
         and delta.get("id") in (None, "", entry.get("id"))
@@ -410,19 +410,19 @@ def _continues(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
 
 
 def _is_next_call(delta: dict[str, Any], call: dict[str, Any], *, together: bool) -> bool:
-    """Return True if a delta is a call of its own although it has the index, if any, of a call before it.
+    """Return True if a delta is a new call, although it has the index of the call before it, or no index.
 
-    Then it names a function and has arguments, after a call with whole arguments. One without an index and an
-    id is also a call of its own if it names another function, since only names of calls with an index come in
-    pieces, or if it has arguments and comes in one list with the call before it.
+    It is a new call if it has a function name and arguments, and the call before has complete arguments. A
+    delta without index and id is also a new call if it has another function name, because only the names of
+    calls with an index are sent in pieces, or if it has arguments and is in one list with the call before it.
 
     Args:
-        delta: what comes.
+        delta: the delta.
         call: the call before it.
-        together: whether the two come in one list.
+        together: whether the two are in one list.
 
     Raises:
-        BadAnswer: when nothing tells whether a function without arguments is called once more.
+        BadAnswer: when it is ambiguous whether a function without arguments is called again.
     """
     name, before = _name_of(delta), _name_of(call)
     if not name or not before:
@@ -444,7 +444,7 @@ def _name_of(call: dict[str, Any]) -> Any:
 
 
 def _is_whole(arguments: Any) -> bool:
-    """Return True if the arguments of a call are a whole JSON object."""
+    """Return True if the arguments of a call are a complete JSON object."""
     if not isinstance(arguments, _Text) or not arguments.parts[-1].endswith("}"):
         return isinstance(arguments, dict)
     try:
@@ -455,7 +455,7 @@ def _is_whole(arguments: Any) -> bool:
 
 
 def joined(parts: Sequence[str]) -> str:
-    """Return the text that parts make, with characters whole that arrived in two halves."""
+    """Return the joined parts of a text; two halves of a character become one."""
     text = "".join(parts)
     try:
         text.encode()
@@ -476,7 +476,7 @@ def settled(value: Any) -> Any:
 
 
 def extend(into: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Append the lists of a mapping to those that came before, as log probabilities arrive."""
+    """Append the lists of a mapping to the earlier ones, as for log probabilities."""
     for name, value in delta.items():
         before = into.get(name)
         if isinstance(before, list) and isinstance(value, list):

@@ -1,9 +1,9 @@
-"""Tokens: a call's usage shared out to its samples, added up again, and counted.
+"""Tokens: divides the usage of a call between its samples, adds it up again, and counts it.
 
-Providers report one usage per call. What is named ``completion…`` or ``output…`` belongs to the samples. It
-is shared out between them: exactly if the answer lists the tokens of each sample, else by length. What is
-named ``prompt…`` or ``input…`` belongs to the question, and every sample carries it whole. The total is that
-plus the sample's share of what is left. Anything else, such as times, is copied.
+Providers report one usage per call. Fields named ``completion…`` or ``output…`` belong to the samples and are
+divided between them: exactly if the answer lists the tokens of each sample, else by length. Fields named
+``prompt…`` or ``input…`` belong to the question, and every sample has all of them. The total of a sample is
+its prompt plus its share of the rest. Other fields, such as times, are copied.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 _OF_SAMPLE = ("completion", "output")
 _OF_QUESTION = ("prompt", "input")
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
-"""The names under which tokens of any provider are counted."""
+"""The names of the counts, for all providers."""
 
 Usage = Mapping[str, Any]
 
 
 def shares(total: int, weights: Sequence[int]) -> list[int]:
-    """Return integers that add up to the total, in proportion to the weights to within 1.
+    """Return integers with a given sum, in proportion to the weights within 1.
 
-    Each is the difference of two rounded running sums, so that no remainder is left to hand out.
+    Each is the difference of two rounded running sums, so that there is no remainder.
     """
     whole = sum(weights)
     result, before, reached = [], 0, 0
@@ -35,7 +35,7 @@ def shares(total: int, weights: Sequence[int]) -> list[int]:
 
 
 def _shared_out(value: Any, weights: Sequence[int]) -> list[Any]:
-    """Return one part per weight: of integers exact shares, of mappings by name, of the rest copies."""
+    """Return one part per weight: shares of integers, mappings of shares, and copies of other values."""
     if isinstance(value, bool):
         return [value] * len(weights)
     if isinstance(value, int):
@@ -53,9 +53,9 @@ def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) ->
     """Return the usage of each sample of a call.
 
     Args:
-        usage: what the call reported.
-        weights: one number per sample, not all of them 0: how much of the completion is its.
-        prompts: one positive number per question: how much of the prompt is its. Each question has
+        usage: the usage of the call.
+        weights: the weight of each sample in the completion; not all are 0.
+        prompts: the weight of each question in the prompt, above 0. Each question has
             the same number of samples, in order.
     """
     per = len(weights) // len(prompts)
@@ -76,11 +76,11 @@ def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) ->
 
 
 def join_usage(usages: Sequence[Usage], per: int) -> dict[str, Any]:
-    """Return the usage of an answer: each question's prompt once, the completions of all samples.
+    """Return the usage of an answer: the prompt of each question once, and the completions of all samples.
 
     Args:
-        usages: one per sample.
-        per: how many samples each question has, in order.
+        usages: the usage of each sample.
+        per: the number of samples of each question, in order.
     """
     joined = dict(usages[0])
     for number, usage in enumerate(usages[1:], start=1):
@@ -111,9 +111,9 @@ def _integer(value: Any) -> int:
 
 
 def token_counts(usage: Any) -> dict[str, int | None]:
-    """Return the counts of any provider's usage under one set of names, None where one is not told.
+    """Return the counts of any provider's usage under the same names; a missing one is None.
 
-    Anthropic's ``input_tokens`` leave out what its cache read and wrote; ``prompt_tokens`` here does not.
+    Anthropic's ``input_tokens`` do not include what its cache read and wrote; ``prompt_tokens`` here does.
     """
     if not isinstance(usage, Mapping):
         return dict.fromkeys(COUNTS)

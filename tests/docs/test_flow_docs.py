@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import cachepipe
+from cachepipe.services import LimitOptions
 from cachepipe.testing import MockServer, MockSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "flow.md").read_text()
@@ -68,6 +69,6 @@ def test_the_examples_run_and_rerun_without_a_call_and_the_last_keeps_to_its_lim
 
 def test_every_name_of_the_table_is_a_parameter():
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", PAGE, re.MULTILINE)))
-    parameters = inspect.signature(cachepipe.Service).parameters
+    parameters = {*inspect.signature(cachepipe.Service).parameters, *LimitOptions.__annotations__}
     assert len(named) >= 11
     assert [name for name in named if name not in parameters] == []

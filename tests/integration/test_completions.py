@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import pydoc
 import re
 import subprocess
 import sys
@@ -51,9 +52,10 @@ from cachepipe import (
 from cachepipe.chat import access
 from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.kept import close_clients, on_portal
+from cachepipe.chat.options import AccessOptions, ManyOptions, Options
 from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
-from cachepipe.services import Service, Services
+from cachepipe.services import LimitOptions, Service, Services
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import default_model, flatten
 
@@ -359,7 +361,7 @@ async def test_waiting_on_the_loop_that_is_waited_for_is_refused():
     async def wait():
         in_portal(asyncio.sleep(0))
 
-    with pytest.raises(RuntimeError, match="await the asynchronous twin"):
+    with pytest.raises(RuntimeError, match="await the asynchronous method"):
         await on_portal(wait())
 
 
@@ -720,6 +722,21 @@ async def test_what_cannot_be_completed_is_refused(server):
     with pytest.raises(ValueError, match="no messages"):
         await generate_text_completion_for_conversation(Conversation())
     assert server.stats.requests == 0
+
+
+def test_help_describes_each_option():
+    """So nobody looks for them in another file."""
+    for shown, kind in (
+        (generate_text_completion, Options),
+        (generate_text_completion_for_conversation_sync, Options),
+        (generate_text_completions, ManyOptions),
+        (generate_text_completions_for_conversations_sync, ManyOptions),
+        (cachepipe.Chat, Options),
+        (Session, AccessOptions),
+        (Service, LimitOptions),
+    ):
+        text = pydoc.render_doc(shown)
+        assert [name for name in kind.__annotations__ if f"    {name}: " not in text] == []
 
 
 # Structures and tools.

@@ -574,6 +574,19 @@ async def test_a_session_draws_in_the_namespace_of_a_client_with_its_own_cache(s
     assert {info.draw.namespace for info in store.draws()} == {"=client's", "=own"}
 
 
+async def test_a_session_looks_up_its_namespace_as_completions_do(service, monkeypatch):
+    monkeypatch.setenv("CACHEPIPE_NAMESPACE", "environment")
+    store = MemoryStore()
+    session = Session("x", service=service, cache=store, request_id="first")
+    await session.initiate("hi")
+    await session.followup("hi", request_id="second")
+    assert session.namespace == "environment"
+    assert [(info.draw.namespace, info.draw.request_id) for info in store.draws()] == [
+        ("=environment", "first"),
+        ("=environment", "second"),
+    ]
+
+
 async def test_sessions_that_come_and_go_are_one_run(server, tmp_path):
     for _ in range(3):
         service = Services.custom(server.base_url, model="m")

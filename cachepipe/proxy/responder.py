@@ -1,8 +1,9 @@
-"""The delivery of a draw's samples to one client. If the client leaves, the draw goes on without it (C7)."""
+"""Sends the samples of a draw to one client. If the client leaves, the draw goes on without it (C7)."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from cachepipe import runs
@@ -21,39 +22,37 @@ if TYPE_CHECKING:
 _EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 
 
-class Delivery:
+@dataclass(eq=False)
+class Responder:
     """Answers one request from the cache, or from the call that its draw makes.
 
-    Args:
+    Attributes:
         proxy: the proxy.
         http: the request.
         exchange: the same request, as the cache sees it.
         counter: counts the occurrences of its draws.
     """
 
-    def __init__(
-        self, proxy: Proxy, http: HttpExchange, exchange: ProxyExchange, counter: RequestCounter
-    ) -> None:
-        self._proxy = proxy
-        self._http = http
-        self._exchange = exchange
-        self._counter = counter
+    proxy: Proxy
+    http: HttpExchange
+    exchange: ProxyExchange
+    counter: RequestCounter
 
     async def draw(self) -> Outcome:
         """Draw the samples, and send the answer."""
-        with runs.within(self._counter.run):
-            task = asyncio.get_running_loop().create_task(self._exchange.drawn())
+        with runs.within(self.counter.run):
+            task = asyncio.get_running_loop().create_task(self.exchange.drawn())
         return await self.drawn(task)
 
     async def drawn(self, task: asyncio.Future[Answer]) -> Outcome:
         """Send the answer of a draw; if the client leaves, continue the draw without it."""
-        counter = self._counter
+        counter = self.counter
         try:
-            here = await self._http.wait_for(task)
+            here = await self.http.wait_for(task)
         except BaseException:  # the server stops
             self.leave(task)
             raise
-        if not here or self._http.gone:  # perhaps in the same turn as the answer: nothing of it was sent
+        if not here or self.http.gone:  # perhaps in the same turn as the answer: nothing of it was sent
             self.leave(task)
             raise ClientGone
         try:
@@ -75,7 +74,7 @@ class Delivery:
 
     async def send(self, answer: Answer) -> Outcome:
         """Send a whole answer, and count its samples."""
-        exchange = self._exchange
+        exchange = self.exchange
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
@@ -87,8 +86,8 @@ class Delivery:
         pairs += self._described(answer)
         if isinstance(content, BodySource):
             content = b"".join(content.read())
-        self._http.facts["key"] = exchange.record.keys[0]
-        await self._http.answer(status, pairs, content)
+        self.http.facts["key"] = exchange.record.keys[0]
+        await self.http.answer(status, pairs, content)
         if not answer.kept:
             return "error"
         responses = exchange.record.responses or ()
@@ -97,38 +96,38 @@ class Delivery:
         return "hit" if all(flags) else "partial" if any(flags) else "miss"
 
     def _described(self, answer: Answer) -> cache_headers.Pairs:
-        return cache_headers.describing(self._exchange, answer, stores=not self._proxy.store.read_only)
+        return cache_headers.describing(self.exchange, answer, stores=not self.proxy.store.read_only)
 
     def _count(self, responses: Any) -> None:
-        self._proxy.counters.drew(self._exchange.claimant.namespace, responses, self._exchange.head.url)
+        self.proxy.counters.drew(self.exchange.claimant.namespace, responses, self.exchange.head.url)
 
     def leave(self, task: asyncio.Future[Answer]) -> None:
         """Continue the draw of a client that has gone, and store its samples for the next request."""
-        if self._exchange.stream and not task.done():
-            task.add_done_callback(lambda _: self._counter.unanswered())
+        if self.exchange.stream and not task.done():
+            task.add_done_callback(lambda _: self.counter.unanswered())
             task.cancel()  # nothing of the stream has come
             return
-        self._counter.left()
-        self._proxy.counters.background += 1
-        self._proxy.background.add(task)
+        self.counter.left()
+        self.proxy.counters.background += 1
+        self.proxy.background.add(task)
         task.add_done_callback(self._left_draw_ended)
 
     def _left_draw_ended(self, task: asyncio.Future[Answer]) -> None:
-        self._proxy.background.discard(task)
-        self._proxy.counters.background -= 1
-        self._counter.ended()
+        self.proxy.background.discard(task)
+        self.proxy.counters.background -= 1
+        self.counter.ended()
         if _succeeded(task):
             content = task.result().content
             if isinstance(content, BodySource):
                 content.leave()
-            elif self._exchange.record.responses is not None:
-                self._count(self._exchange.record.responses)
+            elif self.exchange.record.responses is not None:
+                self._count(self.exchange.record.responses)
 
     # Streams.
 
     async def _stream(self, answer: Answer) -> Outcome:
         """Send the events of a call as they come."""
-        exchange, http, source = self._exchange, self._http, answer.content
+        exchange, http, source = self.exchange, self.http, answer.content
         assert answer.arrived is not None  # noqa: S101 - the caller checks it
         assert isinstance(source, BodySource)  # noqa: S101 - likewise
         response, draw = answer.arrived.response, exchange.task
@@ -146,7 +145,7 @@ class Delivery:
             if draw is None or draw.done():
                 self._stream_ended(draw)
             else:
-                self._proxy.counters.background += 1
+                self.proxy.counters.background += 1
                 draw.add_done_callback(self._left_stream_ended)
         if not whole:
             raise ClientGone
@@ -155,17 +154,17 @@ class Delivery:
         return "miss" if _succeeded(draw) else "error"
 
     def _left_stream_ended(self, draw: asyncio.Future[Any]) -> None:
-        self._proxy.counters.background -= 1
+        self.proxy.counters.background -= 1
         self._stream_ended(draw)
 
     def _stream_ended(self, draw: asyncio.Future[Any] | None) -> None:
         if draw is None or not _succeeded(draw):
-            self._counter.ended()
+            self.counter.ended()
             return
-        if self._exchange.given_back:
-            self._counter.ended()
+        if self.exchange.given_back:
+            self.counter.ended()
         else:
-            self._counter.delivered()
+            self.counter.delivered()
         self._count([draw.result()])
 
 
