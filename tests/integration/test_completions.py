@@ -361,7 +361,7 @@ async def test_waiting_on_the_loop_that_is_waited_for_is_refused():
     async def wait():
         in_portal(asyncio.sleep(0))
 
-    with pytest.raises(RuntimeError, match="await the asynchronous twin"):
+    with pytest.raises(RuntimeError, match="await the asynchronous method"):
         await on_portal(wait())
 
 
