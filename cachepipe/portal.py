@@ -92,6 +92,7 @@ def run_now(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., 
         work.close()
         raise RuntimeError(f"{function.__qualname__} waits, which only an asynchronous client may")
 
+    del run.__wrapped__  # tools that unwrap functions would take this for a coroutine function
     return run
 
 

@@ -18,8 +18,9 @@ Every name is imported when it is first used, so that the command line shows its
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from cachepipe import lazy
 
 if TYPE_CHECKING:
     from cachepipe.batch.errors import BatchFileError as BatchFileError
@@ -29,23 +30,14 @@ if TYPE_CHECKING:
     from cachepipe.batch.settings import Stop as Stop
 
 _HOMES: Final = {
-    "BatchFileError": "errors",
-    "BatchSettings": "settings",
-    "Report": "report",
-    "Stop": "settings",
-    "run_file": "runner",
+    "BatchFileError": "cachepipe.batch.errors",
+    "BatchSettings": "cachepipe.batch.settings",
+    "Report": "cachepipe.batch.report",
+    "Stop": "cachepipe.batch.settings",
+    "run_file": "cachepipe.batch.runner",
 }
 
 __all__ = ["BatchFileError", "BatchSettings", "Report", "Stop", "run_file"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"cachepipe.batch has no {name!r}; it has {', '.join(_HOMES)}")
-    value = getattr(import_module(f"cachepipe.batch.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy.names(__name__, _HOMES)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
-import sqlite3
 import stat
 import threading
 import zlib
@@ -21,10 +19,11 @@ from cachepipe import jsontext
 from cachepipe.batch.errors import BatchFileError
 from cachepipe.batch.lines import Line, parse_line
 from cachepipe.batch.settings import BatchSettings, Stop
+from cachepipe.runs import Spilling
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows, where two runs into one file are not told apart
+except ImportError:  # pragma: no cover - on Windows nothing prevents two runs into one file
     fcntl = None  # type: ignore[assignment]
 
 RESULT: Final = b'{"id":"batch_req_'
@@ -33,44 +32,29 @@ _ANSWERED: Final = b',"error":null,"cachepipe":{'  # part of the line of an answ
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
 _POLL: Final = 0.05  # seconds between two checks for a pipe's reader
+_KEPT: Final = 1024  # ids in memory
+_NOWHERE: Final = -1
 _SHOWN: Final = 10  # problems of an input that one error lists
 
 
 class _Ids:
-    """Ids with their places in a file, in a temporary SQLite file that is removed when it is closed.
-
-    An id takes the 16 bytes of its digest on disk; a few pages are in memory, however many ids there are.
-    """
+    """The places of ids in a file. Memory is bounded: all but the newest ids are in a temporary file."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID")
-        self._database.execute("BEGIN")
+        self._places: Spilling[tuple[str], int] = Spilling(lambda: _NOWHERE, int, int, _KEPT)
 
     def add(self, name: str, place: int) -> int | None:
         """Note an id at its place; return the place that has it already, if any."""
-        try:
-            added = self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (_digest(name), place))
-        except sqlite3.Error as error:
-            raise BatchFileError(
-                f"the ids of the lines cannot be compared: {error}. It is done in a temporary file; set "
-                "SQLITE_TMPDIR to a folder with room for it"
-            ) from error
-        return None if added.rowcount else self.find(name)
+        earlier = self.find(name)
+        if earlier is None:
+            self._places[name,] = place
+            self._places.trim()
+        return earlier
 
     def find(self, name: str) -> int | None:
         """Return the place of an id, if it was noted."""
-        found = self._database.execute("SELECT place FROM ids WHERE digest = ?", (_digest(name),)).fetchone()
-        return None if found is None else int(found[0])
-
-    def close(self) -> None:
-        """Forget all of it."""
-        self._database.close()
-
-
-def _digest(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest()
+        place = self._places[name,]
+        return None if place == _NOWHERE else place
 
 
 class InputFile:
@@ -108,23 +92,23 @@ class InputFile:
         """
         problems: list[str] = []
         count = checksum = 0
-        with contextlib.closing(_Ids()) as ids:
-            for number, text in self._numbered():
-                if stop.asked or len(problems) == _SHOWN:
-                    break
-                count += 1
-                checksum = zlib.crc32(text, checksum)
-                try:
-                    custom_id = parse_line(text, number, self._settings).custom_id
-                except ValueError as error:
-                    problems.append(f"line {number}: {error}")
-                    continue
-                first = ids.add(custom_id, number)
-                if first is not None:
-                    problems.append(
-                        f"line {number}: custom_id {custom_id!r:.80} is that of line {first} already; "
-                        "each line needs one of its own"
-                    )
+        ids = _Ids()
+        for number, text in self._numbered():
+            if stop.asked or len(problems) == _SHOWN:
+                break
+            count += 1
+            checksum = zlib.crc32(text, checksum)
+            try:
+                custom_id = parse_line(text, number, self._settings).custom_id
+            except ValueError as error:
+                problems.append(f"line {number}: {error}")
+                continue
+            first = ids.add(custom_id, number)
+            if first is not None:
+                problems.append(
+                    f"line {number}: custom_id {custom_id!r:.80} is that of line {first} already; "
+                    "each line needs one of its own"
+                )
         if problems:
             more = " (there may be more)" if len(problems) == _SHOWN else ""
             listed = "\n".join(problems)
@@ -224,10 +208,9 @@ class _EarlierResults:
         return places
 
     def close(self) -> None:
-        """Close the file, and forget the places."""
-        for each in (self._file, self._places):
-            if each is not None:
-                each.close()
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _result_in(text: bytes) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from cachepipe.batch.report import Report
 from cachepipe.batch.results import answer_line, kept_line, result_line
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.models.openai import OpenAIModel
-from cachepipe.stores import DiskStore, MemoryStore, default_folder, open_store, switched_off
+from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Mode, Response
 
@@ -95,9 +95,7 @@ def _store(cache: Any, mode: Mode, durability: str) -> tuple[Store, bool]:
     """Return the store, and whether to close it. A replay changes no folder, and a bypass needs none."""
     if mode == "bypass":
         return MemoryStore(), True
-    if mode == "replay" and (cache is None or isinstance(cache, str | os.PathLike)):
-        return DiskStore(default_folder() if cache is None else cache, read_only=True), True
-    return open_store(cache, durability=durability)
+    return open_store(cache, durability=durability, read_only=True if mode == "replay" else None)
 
 
 def _secrets(settings: BatchSettings) -> Secrets:

@@ -155,20 +155,6 @@ class OneRequest:
             self.give_back(draw)
 
 
-class Fixed:
-    """The occurrence number of a caller that counts its requests itself, such as the lines of a file."""
-
-    def __init__(self, occurrence: int) -> None:
-        self._occurrence = occurrence
-
-    def take(self, identity: Identity) -> int:  # noqa: ARG002 - it is counted elsewhere
-        """Return the number."""
-        return self._occurrence
-
-    def give_back(self, draw: Draw) -> None:
-        """Do nothing: the caller's next run counts anew."""
-
-
 class Numbered:
     """Gives the occurrence numbers of one request whose caller counts by itself, such as a line of a file.
 

@@ -5,8 +5,9 @@ Every name is imported when it is first used, so ``import cachepipe.models`` nee
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from cachepipe import lazy
 
 if TYPE_CHECKING:
     from cachepipe.models.anthropic import AnthropicModel as AnthropicModel
@@ -25,14 +26,4 @@ _HOMES: Final = {
 __all__ = ["AnthropicModel", "OpenAIModel", "TogetherModel", "TransformersModel"]
 
 
-def __getattr__(name: str) -> Any:
-    """Return the adapter of that name, importing its module."""
-    if name not in _HOMES:
-        raise AttributeError(f"cachepipe.models has no {name!r}; it has {', '.join(_HOMES)}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy.names(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""Lists of questions: the items that must be generated travel together, in as few calls as possible."""
+"""Lists of questions: the items that the store lacks travel together, in as few calls as possible."""
 
 from __future__ import annotations
 

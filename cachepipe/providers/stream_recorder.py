@@ -124,8 +124,8 @@ class RecordedStream(StreamSource):
     """What synchronous and asynchronous recordings have in common.
 
     Attributes:
-        _until_news: waits until more has come; a reader that is stopped meanwhile leaves the rest to the
-            recording (C8).
+        _expired: the error of the reader's own time-out.
+        _until_news: waits until more has come.
         _until_drawn: waits for the draw's end, for a number of seconds or without a limit. So the sample is
             stored before the reader sees the end of the stream, and after a failure the reader's next attempt
             is the same draw.
@@ -138,6 +138,7 @@ class RecordedStream(StreamSource):
         cut: see `StreamSource`.
     """
 
+    _expired: type[Exception]
     _until_news: Callable[[], Any]
     _until_drawn: Callable[..., Any]
 
@@ -198,6 +199,18 @@ class RecordedStream(StreamSource):
             yield functools.partial(self._until_drawn, _UNDONE_SECONDS)
             raise self._error
 
+    @contextlib.contextmanager
+    def _leaving_if_stopped(self) -> Iterator[None]:
+        """If the reader is stopped while it waits, give the draw back and read on in the background (C8)."""
+        try:
+            yield
+        except BaseException as error:
+            self.cut_off()
+            self.leave()
+            if isinstance(error, self._expired):
+                raise read_timeout(self.upstream) from None
+            raise
+
     @staticmethod
     def _bound(draw: asyncio.Future[Any]) -> None:
         """Limit the time for the rest of an abandoned stream; called on the draw's loop."""
@@ -226,6 +239,8 @@ class RecordedStream(StreamSource):
 
 class AsyncRecordedStream(RecordedStream):
     """A recording on an event loop; `run` is the call that the cache asked for."""
+
+    _expired = TimeoutError
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -320,23 +335,14 @@ class AsyncRecordedStream(RecordedStream):
     async def _until_news(self) -> None:
         self._news.clear()
         self._demand.set()
-        try:
+        with self._leaving_if_stopped():
             async with asyncio.timeout(self._patience):
                 await self._news.wait()
-        except BaseException as error:
-            self.cut_off()
-            self.leave()
-            if isinstance(error, TimeoutError):
-                raise read_timeout(self.upstream) from None
-            raise
 
     async def _until_drawn(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - none is an error
         if self.draw is not None:
-            try:
+            with self._leaving_if_stopped():
                 await asyncio.wait([self.draw], timeout=timeout)
-            except BaseException:
-                self.cut_off()
-                raise
 
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet."""
@@ -377,10 +383,12 @@ class SyncRecordedStream(RecordedStream):
     So what stops the reader, such as Ctrl-C or a time-out, does not stop the recording.
     """
 
+    _expired = queue.Empty
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._loop = asyncio.get_running_loop()
-        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._done = asyncio.Event()
         self._stored: concurrent.futures.Future[None] = concurrent.futures.Future()
         promised(self._stored, self._loop)
         self._chunks = self.upstream.iter_bytes()
@@ -397,13 +405,15 @@ class SyncRecordedStream(RecordedStream):
     async def run(self) -> list[wire.Sample]:
         """Return the samples when the terminal event has come."""
         try:
-            while not self._done.done():
-                await asyncio.wait([self._done], timeout=None if self._ahead else _LOOK)
-                if not self._ahead and not self._done.done() and self._awaited():
+            while not self._done.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(None if self._ahead else _LOOK):
+                        await self._done.wait()
+                if not self._ahead and not self._done.is_set() and self._awaited():
                     self._read_on()
         finally:
             self._wanted = False
-            if not self._done.done() and self._left:
+            if not self._done.is_set() and self._left:
                 hang_up(self.upstream)
         return self._finish()
 
@@ -457,15 +467,11 @@ class SyncRecordedStream(RecordedStream):
         self._report()
 
     def _report(self) -> None:
-        self._soon(self._tell)
+        self._soon(self._done.set)
 
     def _soon(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the portal has gone with its process
             self._loop.call_soon_threadsafe(function)
-
-    def _tell(self) -> None:
-        if not self._done.done():
-            self._done.set_result(None)
 
     # In the reader's thread.
 
@@ -481,23 +487,14 @@ class SyncRecordedStream(RecordedStream):
         if self._alone or self._fork != forks.count:
             self._pull()
             return
-        try:
+        with self._leaving_if_stopped():
             self._demand.put(None)
             self._news.get(timeout=self._patience)
-        except BaseException as error:
-            self.cut_off()
-            self.leave()
-            if isinstance(error, queue.Empty):
-                raise read_timeout(self.upstream) from None
-            raise
 
     def _until_drawn(self, timeout: float | None = None) -> None:
         if self._fork == forks.count:
-            try:
+            with self._leaving_if_stopped():
                 concurrent.futures.wait([self._stored], timeout)
-            except BaseException:
-                self.cut_off()
-                raise
 
     def leave(self) -> None:
         """Read on in the background, or withdraw the call when nothing has come yet.

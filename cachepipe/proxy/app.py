@@ -27,9 +27,7 @@ from cachepipe.providers.exchange import (
     Surface,
     body_from,
     check_size,
-    kept_of,
     questions_of,
-    recalled,
 )
 from cachepipe.proxy import control, headers, paths
 from cachepipe.proxy.access import AccessControl
@@ -439,12 +437,13 @@ class Proxy:
             if body is None or not body.single:
                 return None
             counted = self.runs.run(namespace, head.destination.run).counted
-            grants = recalled(self.surface, body.asks, body.questions, head.claimant, counted)
+            cache = self.surface.cache("read-write")
+            found = cache.look(head.claimant, [(body.questions[0], 1)], content, run=counted)
         except (CachepipeError, Refusal):
             return None  # the normal way answers with the error
-        if grants is None:
+        if found is None:
             return body
-        key, index, sample = body.questions[0].key, grants[0].indices[0], kept_of(grants[0])
+        key, index, sample = body.questions[0].key, found.grants[0].indices[0], found.values()
         duplicated = self.surface.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
         self.counters.hit(namespace, key, index, sample[0], head.url)

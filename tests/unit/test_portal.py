@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import inspect
 import threading
 
 import pytest
 
-from cachepipe.portal import in_portal, portal, promised, submit
+from cachepipe.portal import in_portal, portal, promised, run_now, submit
 
 
 class OddError(BaseException):
@@ -97,5 +98,34 @@ def test_the_loops_own_thread_does_not_wait_for_itself():
     async def waits():
         in_portal(asyncio.sleep(0))
 
-    with pytest.raises(RuntimeError, match="await the asynchronous twin"):
+    with pytest.raises(RuntimeError, match="await the asynchronous method"):
         in_portal(waits())
+
+
+def test_a_coroutine_function_that_never_waits_becomes_a_plain_function():
+    async def half(number):
+        return number // 2
+
+    async def quarter(number):
+        return await half(await half(number))
+
+    plain = run_now(quarter)
+    assert plain(12) == 3
+    assert plain.__name__ == "quarter"
+    assert not inspect.iscoroutinefunction(inspect.unwrap(plain))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        plain("12")
+
+
+def test_a_coroutine_function_that_waits_is_refused():
+    cleaned = []
+
+    async def waits():
+        try:
+            await asyncio.sleep(0)
+        finally:
+            cleaned.append(True)
+
+    with pytest.raises(RuntimeError, match="waits waits, which only an asynchronous client may"):
+        run_now(waits)()
+    assert cleaned

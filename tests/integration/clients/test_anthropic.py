@@ -420,11 +420,11 @@ async def test_c7_a_stream_that_breaks_after_its_terminal_event_loses_no_sample(
 
     response = http.Response(200, stream=Broken(), request=http.Request("POST", server.url))
     options = {"hide_usage": False, "awaited": lambda: False, "cut": lambda: None}
-    tape = SyncRecordedStream(response, wire.MESSAGES.recorder(), **options)
-    tape._read_on()
-    await asyncio.to_thread(tape._news.get)
-    await asyncio.to_thread(tape._news.get)
-    [sample] = await tape.run()
+    recording = SyncRecordedStream(response, wire.MESSAGES.recorder(), **options)
+    recording._read_on()
+    await asyncio.to_thread(recording._news.get)
+    await asyncio.to_thread(recording._news.get)
+    [sample] = await recording.run()
     assert sample["content"]
 
 
@@ -649,7 +649,7 @@ def test_a_wrapped_client_is_of_its_own_class(server):
 
 @pytest.mark.parametrize("name", ["Anthropic", "AsyncAnthropic"])
 def test_the_sdk_still_has_what_the_clients_stand_on(name):
-    """The names on which the clients stand; an SDK without one of them needs another seam."""
+    """The names on which the clients stand; an SDK without one of them needs other internals."""
     kind = getattr(anthropic, name)
     client = kind(api_key="k")
     for name in NAMES:

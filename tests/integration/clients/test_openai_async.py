@@ -580,7 +580,7 @@ async def test_the_calls_run_in_the_callers_context(server, client):
 
 
 async def test_the_sdk_still_has_what_the_clients_stand_on(client):
-    """The names on which the clients stand; an SDK without one of them needs another seam."""
+    """The names on which the clients stand; an SDK without one of them needs other internals."""
     for name in NAMES:
         assert callable(getattr(openai.AsyncOpenAI, name)), name
     for name in ATTRIBUTES:

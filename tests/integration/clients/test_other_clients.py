@@ -159,7 +159,7 @@ def test_azures_deployments_are_part_of_the_scope(kind):
 
 @pytest.mark.parametrize("kind", [openai.OpenAI, openai.AsyncOpenAI])
 def test_the_sdks_still_have_what_the_clients_stand_on(kind):
-    """The names on which the clients stand; an SDK without one of them needs another seam."""
+    """The names on which the clients stand; an SDK without one of them needs other internals."""
     client = kind(api_key="k")
     for name in NAMES:
         assert callable(getattr(kind, name)), name

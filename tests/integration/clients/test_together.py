@@ -113,7 +113,7 @@ def test_a_wrapped_client_is_cached(address, server):
 @since_2
 @pytest.mark.parametrize("name", ["Together", "AsyncTogether"])
 def test_the_sdk_still_has_what_the_clients_stand_on(name):
-    """The names on which the clients stand; an SDK without one of them needs another seam."""
+    """The names on which the clients stand; an SDK without one of them needs other internals."""
     kind = getattr(together, name)
     client = kind(api_key="k")
     for name in NAMES:
