@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import orjson
 
@@ -113,12 +113,17 @@ def valid(value: Any) -> Any:
     return value
 
 
-def mended(text: str) -> str:
-    """Return a text with U+FFFD for each lone surrogate, which strict parsers refuse."""
+def mended(text: str, lone: Literal["replace", "surrogatepass"] = "replace") -> str:
+    """Return a text in which two halves of a character are one, and a lone surrogate is U+FFFD.
+
+    Args:
+        text: the text.
+        lone: with ``"surrogatepass"``, lone surrogates stay.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", lone)
     return text
 
 

@@ -232,12 +232,7 @@ class DictStore:
 
     def replay(self, draw, n, taken):
         with self._opened() as ledger:
-            rows = Rows(ledger, draw.key, draw)
-            rows.taken = Union(IntervalSet(), Union(rows.taken, taken))
-            grant = operations.replay(rows, draw, n)
-        for index in () if grant is None else grant.indices:
-            taken.add(index)
-        return grant
+            return operations.replay(Rows(ledger, draw.key, draw), draw, n, taken)
 
     def status(self, wanted):
         with self._opened() as ledger:

@@ -1,8 +1,9 @@
 """Flow control: how fast an endpoint is called, which call goes first, and which are repeated."""
 
+from cachepipe.flow.calls import FlowStats
 from cachepipe.flow.clock import Clock
 from cachepipe.flow.limiter import AsyncLimiter
-from cachepipe.flow.limits import FlowStats, Limits
+from cachepipe.flow.limits import Limits
 from cachepipe.flow.retrier import AsyncRetrier
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimator

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from cachepipe import context, wire
-from cachepipe.flow.limits import Limits, Slot
+from cachepipe.flow.calls import Slot
+from cachepipe.flow.limits import Limits
 from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimate, Estimator
 
@@ -128,10 +129,9 @@ class Flow:
         """
         estimate = self.estimator.estimate(body, samples)
         attempts = self.retries.begin(max_retries)
-        number = 0
         while True:
-            with context.attempting(number):
-                entry = _Entry(self._enter(estimate, namespace, again=number > 0))
+            with context.attempting(attempts.repeated):
+                entry = _Entry(self._enter(estimate, namespace, again=attempts.repeated > 0))
                 try:
                     passage: Passage = wait(entry.come())
                     made = make()
@@ -143,7 +143,6 @@ class Flow:
                 else:
                     attempts.succeeded()
                     return passage, made
-            number += 1
             wait(self.retries.clock.sleep(seconds))
 
     async def _enter(self, estimate: Estimate, namespace: str | None, *, again: bool = False) -> Passage:

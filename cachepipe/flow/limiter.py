@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from cachepipe import context
 from cachepipe.accounting import Account, usage_of
 from cachepipe.adapting import has_batch, name_of
-from cachepipe.flow.limits import FlowStats, Limits, holding
+from cachepipe.flow.calls import FlowStats, holding
+from cachepipe.flow.limits import Limits
 from cachepipe.flow.tokens import Estimate, Estimator
 from cachepipe.flow.windows import Quota
 from cachepipe.stage import Stage, adapter_of, ask, ask_batch, each, given, send

@@ -18,19 +18,17 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
 from cachepipe import loops
 from cachepipe.errors import StoreError
 from cachepipe.flow.adaptive import Adaptive
+from cachepipe.flow.calls import FlowStats, LimitedModel, Slot, WaitingCall, holding
 from cachepipe.flow.clock import CLOCK, Alarm, Clock, call_on, running_loop
 from cachepipe.flow.headers import headers_of, hints, in_any_case, retry_after, status_of
-from cachepipe.flow.queues import FairQueue, Place
 from cachepipe.flow.shared import SharedQuotas, Taken
-from cachepipe.flow.windows import Quota, Use, Window, is_number, longest_wait, take_all
+from cachepipe.flow.windows import Quota, is_number, longest_wait, take_all
 from cachepipe.outages import is_connection_error
 
 _logger = logging.getLogger(__name__)
@@ -40,140 +38,6 @@ _WITHIN = 2  # the rank of a call that is made within another one
 _NOTABLE = 60.0  # seconds of a pause that is logged, because the program may seem to hang
 _TICK = 1e-6  # seconds of the shortest wait; rounding may turn a shorter one into none
 _OVERLOADED = frozenset({408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
-
-
-@dataclass
-class FlowStats:
-    """What has passed through limits since they were made.
-
-    Attributes:
-        calls: calls that were let go, repeated attempts included.
-        answered: calls that were answered.
-        refused: calls that were refused because too many came (429).
-        overloaded: calls that failed because the provider was overloaded, not reachable, or too slow.
-        failed: calls that failed for another reason.
-        retries: repeated attempts.
-        tokens: tokens used, as the answers report them, else as estimated.
-        queue_seconds: total time that calls have waited to be let go.
-        call_seconds: total time that calls have taken from then on.
-        waiting: calls that wait now.
-        in_flight: calls that are in flight now.
-    """
-
-    calls: int = 0
-    answered: int = 0
-    refused: int = 0
-    overloaded: int = 0
-    failed: int = 0
-    retries: int = 0
-    tokens: float = 0.0
-    queue_seconds: float = 0.0
-    call_seconds: float = 0.0
-    waiting: int = 0
-    in_flight: int = 0
-
-    def __getitem__(self, name: str) -> float:
-        value: float = asdict(self)[name]
-        return value
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the figures by name."""
-        return asdict(self)
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class _Model:
-    """One model, and the calls that wait for it."""
-
-    name: str | None
-    quota: Quota | None
-    windows: list[Window]
-    adaptive: Adaptive
-    queue: FairQueue[_Waiting] = field(default_factory=FairQueue)
-    in_flight: int = 0
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class Slot:
-    """The permission to make one call. End it with `end`, or use it with ``with``.
-
-    Attributes:
-        model: the model that is called.
-        uses: what the call uses of each window.
-        tokens: the estimated tokens of the call.
-        begun: the time at which the call was made.
-        spent: the requests and tokens that were spent on the model when the call was let go.
-        places: how many of the calls at once it counts as: 1, or 0 within another call.
-        shared: the number of the call in the quotas that processes share.
-        queued: the seconds that it has waited.
-        ended: whether the call has ended.
-    """
-
-    _limits: Limits
-    model: _Model
-    uses: list[tuple[Window, Use]]
-    tokens: float
-    begun: float
-    spent: tuple[float, float]
-    places: int
-    shared: int | None = None
-    queued: float = 0.0
-    ended: bool = False
-
-    def end(
-        self,
-        *,
-        tokens: float | None = None,
-        headers: Mapping[str, Any] | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """End the call. Only the first time counts.
-
-        Args:
-            tokens: the tokens that the call has used, if known.
-            headers: the headers of the answer.
-            error: the error of the call; its headers and status are read.
-        """
-        if not self.ended:
-            self.ended = True
-            self._limits._end(self, tokens, headers, error)  # noqa: SLF001 - its other half
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end(error=error)
-
-
-holding: ContextVar[tuple[Slot, ...]] = ContextVar("cachepipe_holding", default=())
-"""The slots of the calls within which a call is made. It takes no second place: it would wait for itself."""
-
-
-class _Waiting(Place):
-    """A call that waits to be let go."""
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        number: int,
-        rank: int,
-        model: _Model,
-        tokens: float,
-        since: float,
-    ) -> None:
-        super().__init__(loop, number, rank)
-        self.model = model
-        self.tokens = tokens
-        self.since = since
-        self.slot: Slot | None = None
-        self.error: BaseException | None = None
-        self.woken: asyncio.Future[None] = loop.create_future()
-
-    def wake(self) -> None:
-        if not self.woken.done():
-            self.woken.set_result(None)
 
 
 class Limits:
@@ -231,7 +95,7 @@ class Limits:
         self._warm = False  # whether a call has been answered
         self._places = 0
         self._windows = self.quota.windows()
-        self._models: dict[str | None, _Model] = {}
+        self._models: dict[str | None, LimitedModel] = {}
         self._numbers = itertools.count()
         self._virtual = 0.0
         self._stats = FlowStats()
@@ -283,7 +147,7 @@ class Limits:
             ahead: whether it goes before all that wait, because it is a repeated attempt.
         """
         held = holding.get()
-        within = any(slot._limits is self and not slot.ended for slot in held)  # noqa: SLF001 - its other half
+        within = any(slot.limits is self and not slot.ended for slot in held)
         rank = _WITHIN if within else int(ahead)
         with self._lock:
             now = self.clock.now()
@@ -293,7 +157,7 @@ class Limits:
                 slot = self._slot(known, tokens, rank, now)
                 self._expire(slot, now, arrived=False)
                 return slot
-            waiting = _Waiting(loops.running(), next(self._numbers), rank, known, tokens, now)
+            waiting = WaitingCall(loops.running(), next(self._numbers), rank, known, tokens, now)
             known.queue.add(waiting, namespace, self._virtual)
             self._busy = True
             self._dispatch()
@@ -308,7 +172,7 @@ class Limits:
         self._begin(waiting.slot, waiting.since)
         return waiting.slot
 
-    def _known(self, name: str | None) -> _Model:
+    def _known(self, name: str | None) -> LimitedModel:
         """Return what is known of a model, which may be new."""
         model = self._models.get(name)
         if model is None:
@@ -316,11 +180,11 @@ class Limits:
             quotas = [self.quota] if quota is None else [self.quota, quota]
             most = min(math.inf if each.max_concurrency is None else each.max_concurrency for each in quotas)
             windows = [] if quota is None else quota.windows()
-            model = _Model(name, quota, windows, Adaptive(most, learns=self.adaptive))
+            model = LimitedModel(name, quota, windows, Adaptive(most, learns=self.adaptive))
             self._models[name] = model
         return model
 
-    def _leave(self, waiting: _Waiting) -> None:
+    def _leave(self, waiting: WaitingCall) -> None:
         """Give up a place, or a permission that came too late."""
         with self._lock:
             waiting.left = True
@@ -390,12 +254,12 @@ class Limits:
             loops = [*(head.loop for head in heads), *(() if here is None else (here,))]
             self._alarm.set(loops, max(soonest, now + _TICK))
 
-    def _next(self, held: set[str | None]) -> _Waiting | None:
+    def _next(self, held: set[str | None]) -> WaitingCall | None:
         """Return the call that goes next, except those of some models."""
         queues = (model.queue for model in self._models.values() if model.name not in held)
         return min((head for queue in queues if (head := queue.first()) is not None), default=None)
 
-    def _wait(self, model: _Model, tokens: float, rank: int, now: float) -> Taken:
+    def _wait(self, model: LimitedModel, tokens: float, rank: int, now: float) -> Taken:
         """Return how long a call has to wait as far as this process knows, and whether all others wait."""
         wait = max(
             model.adaptive.wait(0 if rank == _WITHIN else model.in_flight, now, tokens),
@@ -407,7 +271,7 @@ class Limits:
         full = most is not None and self._places >= most and rank != _WITHIN
         return Taken(math.inf if full else longest_wait(self._windows, tokens, now))
 
-    def _take_shared(self, shared: SharedQuotas, waiting: _Waiting, now: float) -> Taken:
+    def _take_shared(self, shared: SharedQuotas, waiting: WaitingCall, now: float) -> Taken:
         """Take a call from the quotas of all processes."""
         model = waiting.model
         quotas = [self.quota] if model.quota is None else [self.quota, model.quota]
@@ -415,7 +279,7 @@ class Limits:
             quotas = [replace(quota, max_concurrency=None) for quota in quotas]
         return shared.take(quotas, model.name, waiting.tokens, self._transit, now)
 
-    def _let_go(self, waiting: _Waiting, now: float, shared: int | None) -> None:
+    def _let_go(self, waiting: WaitingCall, now: float, shared: int | None) -> None:
         """Permit the call that is next."""
         if waiting.line is not None:
             self._virtual = max(self._virtual, waiting.line.start)
@@ -426,11 +290,11 @@ class Limits:
         waiting.slot.shared = shared
         call_on(waiting.loop, waiting.wake)
 
-    def _slot(self, model: _Model, tokens: float, rank: int, now: float) -> Slot:
+    def _slot(self, model: LimitedModel, tokens: float, rank: int, now: float) -> Slot:
         """Return the permission to make a call now."""
         uses = take_all((*self._windows, *model.windows), tokens)
         spent = model.adaptive.sent(tokens, now)
-        slot = Slot(self, model, uses, tokens, now, spent, places=0 if rank == _WITHIN else 1)
+        slot = Slot(self, self._end, model, uses, tokens, now, spent, places=0 if rank == _WITHIN else 1)
         model.in_flight += slot.places
         self._places += slot.places
         self._stats.in_flight += 1
@@ -489,7 +353,7 @@ class Limits:
             if slot.shared is not None and self._shared is not None:
                 self._shared.end(slot.shared, tokens, now)
             for hint in hints(headers):
-                slot.model.adaptive.told(hint, slot.spent, slot.begun, now)
+                slot.model.adaptive.learn_hint(hint, slot.spent, slot.begun, now)
             self._learn(slot, in_flight, headers, error, now)
             if self._busy or self._shared is not None:
                 self._dispatch()

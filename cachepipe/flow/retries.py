@@ -107,10 +107,9 @@ class Retries:
             max_retries: the largest number of times that it is repeated, if it differs.
         """
         attempts = self.begin(max_retries)
-        number = 0
         while True:
             try:
-                with context.attempting(number):
+                with context.attempting(attempts.repeated):
                     made = await make()
             except Exception as error:
                 wait = attempts.after(error)
@@ -119,19 +118,22 @@ class Retries:
             else:
                 attempts.succeeded()
                 return made
-            number += 1
             await self.clock.sleep(wait)
 
 
 class Attempts:
-    """The attempts of one call."""
+    """The attempts of one call.
 
-    __slots__ = ("_failure", "_left", "_made", "_retries", "_until")
+    Attributes:
+        repeated: the number of times that the call was repeated.
+    """
+
+    __slots__ = ("_failure", "_most", "_retries", "_until", "repeated")
 
     def __init__(self, retries: Retries, most: int) -> None:
         self._retries = retries
-        self._left = most
-        self._made = 0
+        self._most = most
+        self.repeated = 0
         self._until: float | None = None
         self._failure: str | None = None
 
@@ -146,17 +148,16 @@ class Attempts:
         now = retries.clock.now()
         if self._until is None:
             self._until = now + retries.max_time
-        if self._left <= 0 or not isinstance(error, Exception) or not retries.retry(error):
+        if self.repeated >= self._most or not isinstance(error, Exception) or not retries.retry(error):
             return None
-        backoff: float = min(retries.longest, retries.first * 2.0**self._made)
+        backoff: float = min(retries.longest, retries.first * 2.0**self.repeated)
         wait = backoff * (0.5 + 0.5 * retries.chance())
         asked = retry_after(headers_of(error))
         if asked:  # 0, as of a past date, does not say how long
             wait = asked * (1 + 0.1 * retries.chance())
         if now + wait > self._until:
             return None
-        self._left -= 1
-        self._made += 1
+        self.repeated += 1
         self._failure = outages.url_of(error)
         outages.failed(error, wait=wait)
         return wait

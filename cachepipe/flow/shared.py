@@ -109,45 +109,32 @@ class SharedQuotas:
         Raises:
             StoreError: when the file cannot be used.
         """
+        own_name = f"{self.name} {model or ''}"
+        everybody, *own = zip((self.name, own_name), quotas, strict=False)
         try:
             with self._transaction() as connection:
-                return self._take(connection, quotas, model, tokens, transit, now)
+                wait = self._paused(connection, own_name, now)
+                for name, quota in own:
+                    wait = max(wait, self._wait(connection, name, quota, tokens, now))
+                if wait:
+                    return Taken(wait, whole=False)
+                wait = self._wait(connection, *everybody, tokens, now)
+                if wait:
+                    return Taken(wait)
+                call = next(_calls)
+                for name, quota in (everybody, *own):
+                    counted = tokens if quota.max_tokens is None else min(tokens, quota.max_tokens)
+                    expires = now + transit(quota.interval) + quota.interval
+                    connection.execute(
+                        "INSERT INTO calls (quota, owner, call, tokens, taken, interval, expires, running) "
+                        "VALUES (?, ?, ?, ?, ?, ?, ?, 1)",
+                        (name, self._owner, call, counted, now, quota.interval, expires),
+                    )
+                return Taken(0.0, call=call)
         except (sqlite3.Error, OSError) as error:
             if _is_held(error):
                 return Taken(_AGAIN)
             raise StoreError(f"the quotas shared in {self._folder} cannot be used: {error}") from error
-
-    def _take(
-        self,
-        connection: sqlite3.Connection,
-        quotas: Sequence[Quota],
-        model: str | None,
-        tokens: float,
-        transit: Callable[[float], float],
-        now: float,
-    ) -> Taken:
-        everybody, *own = zip((self.name, self._name_of(model)), quotas, strict=False)
-        wait = self._paused(connection, self._name_of(model), now)
-        for name, quota in own:
-            wait = max(wait, self._wait(connection, name, quota, tokens, now))
-        if wait:
-            return Taken(wait, whole=False)
-        wait = self._wait(connection, *everybody, tokens, now)
-        if wait:
-            return Taken(wait)
-        call = next(_calls)
-        for name, quota in (everybody, *own):
-            counted = tokens if quota.max_tokens is None else min(tokens, quota.max_tokens)
-            expires = now + transit(quota.interval) + quota.interval
-            connection.execute(
-                "INSERT INTO calls (quota, owner, call, tokens, taken, interval, expires, running) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 1)",
-                (name, self._owner, call, counted, now, quota.interval, expires),
-            )
-        return Taken(0.0, call=call)
-
-    def _name_of(self, model: str | None) -> str:
-        return f"{self.name} {model or ''}"
 
     def _wait(
         self, connection: sqlite3.Connection, name: str, quota: Quota, tokens: float, now: float
@@ -179,7 +166,8 @@ class SharedQuotas:
         A process notices at once when a call of its own ends, so it would always be the first to ask.
         """
         running = dict[str, int]()
-        for owner, count in self._running(connection, name):
+        rows = "SELECT owner, count(*) FROM calls WHERE quota = ? AND running GROUP BY owner"
+        for owner, count in connection.execute(rows, (name,)).fetchall():
             if owner == self._owner or leases.alive(self._folder, owner):
                 running[owner] = count
             else:  # its process has died
@@ -202,12 +190,6 @@ class SharedQuotas:
             (name, self._owner, now, now),
         )
         return False
-
-    def _running(self, connection: sqlite3.Connection, name: str) -> list[tuple[str, int]]:
-        """Return the number of calls in flight, by the lease of their process."""
-        return connection.execute(
-            "SELECT owner, count(*) FROM calls WHERE quota = ? AND running GROUP BY owner", (name,)
-        ).fetchall()
 
     def _paused(self, connection: sqlite3.Connection, name: str, now: float) -> float:
         row = connection.execute("SELECT until FROM pauses WHERE quota = ?", (name,)).fetchone()
@@ -243,7 +225,7 @@ class SharedQuotas:
         self._later(
             "INSERT INTO pauses VALUES (?, ?) "
             "ON CONFLICT (quota) DO UPDATE SET until = max(until, excluded.until)",
-            (self._name_of(model), until),
+            (f"{self.name} {model or ''}", until),
         )
 
     def _later(self, statement: str, values: tuple[Any, ...]) -> None:

@@ -178,7 +178,7 @@ class Connection:
 
 
 class EagerConnection(Connection):
-    """A connection whose URL only the SDK's client knows, so that the first client is made at once.
+    """A connection of an SDK that alone knows its URL, so the first client is made at once.
 
     Without credentials there are keys and replays, and a call raises the SDK's own error.
     """

@@ -149,7 +149,7 @@ class OpenAIModel(ProviderSamples):
         return question
 
     def present(self, sample: wire.Sample) -> Any:
-        """Return what ``Response.data`` holds of a stored sample: all of it if ``raw``, else what it says."""
+        """Return what ``Response.data`` holds of a stored sample: all of it if ``raw``, else its content."""
         return sample if self.raw else self.api.plain(sample)
 
     async def request(self, request: Request) -> Response:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -25,10 +24,7 @@ from cachepipe.portal import run_now
 from cachepipe.providers import info
 from cachepipe.providers.exchange import (
     body_from,
-    kept_of,
     questions_of,
-    recalled,
-    responses_of,
 )
 from cachepipe.sdk import internals
 from cachepipe.sdk.calls import STRICT
@@ -167,15 +163,17 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     target = internals.known_target(client, shape.options, body)
     questions = questions_of(api, asks, target.url, target.headers, scope=surface.scope)
     claimant = using.claimant(surface.namespace)
-    grants = recalled(surface, asks, questions, claimant) if mode == "read-write" else None
-    if grants is not None:
-        samples = list(itertools.chain.from_iterable(map(kept_of, grants)))
+    found = None
+    if mode == "read-write":
+        asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
+        found = surface.cache(mode).look(claimant, asked, body)
+    if found is not None:
+        samples = found.values()
         record = info.Record(questions, claimant, target.url)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:
             flagged = functools.partial(kind.flags, surface, claimant.namespace)
-            flags = list(map(flagged, questions, asks))
-            record.later = functools.partial(responses_of, questions, grants, flags)
+            record.later = functools.partial(found.responses, list(map(flagged, questions, asks)))
             return made, None, None
     call = kind(
         client,
@@ -193,7 +191,7 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     )
     if mode == "replay":
         return None, call, call.known()
-    return None, call, None if grants is None else call.granted(grants)
+    return None, call, None if found is None else call.hit(found)
 
 
 def _made(shape: CallShape, content: bytes, made_by: str | None, record: info.Record) -> Any:

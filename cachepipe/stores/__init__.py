@@ -23,7 +23,7 @@ __all__ = [
 
 
 def switched_off() -> bool:
-    """Tell whether the environment switches caching off: ``CACHEPIPE_DISABLE=1``."""
+    """Return True if the environment switches caching off: ``CACHEPIPE_DISABLE=1``."""
     return os.environ.get("CACHEPIPE_DISABLE", "") not in ("", "0")
 
 
@@ -73,7 +73,7 @@ def open_store(
     """
     if cache is None:
         cache = default_folder()
-    if hasattr(type(cache), "apply_now") and hasattr(type(cache), "recall"):
+    if hasattr(type(cache), "apply_now"):
         return cache, False
     if isinstance(cache, str):
         check_folder(cache)

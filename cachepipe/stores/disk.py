@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -80,17 +80,11 @@ class DiskStore(SqlStore):
         self._holding: leases.Lease | None = None
         self._inode: int | None = None
         self._theirs = None if theirs is None else weakref.ref(theirs)
-        if read_only is None:
-            try:
+        self.why_read_only = "it was opened with read_only=True" if read_only else ""
+        with self._opening():
+            if read_only is None:
                 self.why_read_only = _why_read_only(self.folder)
-            except OSError as error:
-                raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
-        else:
-            self.why_read_only = "it was opened with read_only=True" if read_only else ""
-        try:
             folders.check_files(self.folder, _SHELF, _LEDGER)
-        except OSError as error:
-            raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
         self.read_only = bool(self.why_read_only)
         super().__init__()
         if self.read_only:
@@ -102,10 +96,8 @@ class DiskStore(SqlStore):
                     ReadOnlyStore,
                 )
             return
-        try:
+        with self._opening():
             self._make(theirs)
-        except (OSError, *UNREADABLE) as error:
-            raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
         self._inode = _inode(self._ledger_path)
         if any(_size(self.folder / f"{name}-wal") > _LARGE for name in (_SHELF, _LEDGER)):
             self._rows = _LARGE
@@ -113,6 +105,14 @@ class DiskStore(SqlStore):
 
     def __repr__(self) -> str:
         return f"<DiskStore {self.folder}{' read-only' if self.read_only else ''}>"
+
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Turn the system's and SQLite's errors into ours."""
+        try:
+            yield
+        except (OSError, *UNREADABLE) as error:
+            raise StoreError(f"the cache folder {self.folder} cannot be opened: {error}") from error
 
     def _make(self, theirs: diskcache.Cache | None) -> None:
         """Create the folder and its files if they are missing, one process at a time."""

@@ -12,6 +12,7 @@ import orjson
 
 from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, laid, lowest_new
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
 from cachepipe.errors import StoreError
@@ -169,16 +170,15 @@ def _unsettled(rows: DrawRows, segments: Sequence[Segment]) -> Sequence[Segment]
     return segments[settled(segments, lambda index: rows.sample(index) is None) :]
 
 
-def replay(rows: DrawView, draw: Draw, n: int) -> Grant | None:
-    """Return what a claim would get if all of its samples are stored, else None; write nothing.
-
-    Args:
-        rows: the rows of the draw; what is taken in them is not kept.
-        draw: the draw.
-        n: how many samples are wanted.
-    """
+def replay(rows: DrawView, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
+    """Return what a claim would get if all of its samples are stored, else None; see ``Store.replay``."""
+    rows.taken = Union(IntervalSet(), Union(rows.taken, taken))  # type: ignore[misc]  # see subclasses
     allotment = allot(rows, _laid(rows.segments), n, couple=not draw.shared, stored_only=True)
-    return None if allotment is None else Grant(allotment.indices, allotment.samples)
+    if allotment is None:
+        return None
+    for index in allotment.indices:
+        taken.add(index)
+    return Grant(allotment.indices, allotment.samples)
 
 
 def recall(rows: DrawView, n: int) -> Grant | None:
@@ -275,7 +275,7 @@ def _end_the_dead(ledger: Ledger) -> None:
 
 
 def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
-    """Release a hold. Undo what is not settled, not delivered and not held by others (C8)."""
+    """Release a hold; undo the draw where nobody else holds it (C8)."""
     rows = ledger.draw(release.draw)
     segments = list(rows.segments)
     released: set[int] = set()
@@ -285,8 +285,12 @@ def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
             if left is not None:
                 segments[at] = left
                 released.add(segment.number)
-    if all(each.standing == len(each.indices) for each in segments if each.number in released):
-        return
+    if not all(each.standing == len(each.indices) for each in segments if each.number in released):
+        _undo(ledger, rows, segments, released)
+
+
+def _undo(ledger: Ledger, rows: DrawRows, segments: list[Segment], released: set[int]) -> None:
+    """Delete what of a draw's segments is neither settled nor delivered nor held by others."""
 
     def held(segment: Segment) -> bool:
         if segment.token is not None and _lives(ledger, segment.lease):

@@ -19,7 +19,7 @@ from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
-from cachepipe.contract.intervals import IntervalSet, Union, covered
+from cachepipe.contract.intervals import IntervalSet, covered
 from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
 from cachepipe.stores import leases, operations, tables
@@ -197,6 +197,10 @@ class SqlReader:
             if type(sample) is not Sample:
                 return None
             return Grant([index], [sample], shared=lease != self._ledger.own_lease and self._shared({lease}))
+        return self._recall_several(draw, place, rows, n)
+
+    def _recall_several(self, draw: Draw, place: tuple[Any, ...], rows: list[Any], n: int) -> Grant | None:
+        ledger, shelf = self._readable()
         for row in rows:
             tables.check_segment(draw, row[0], row[1], row[2], row[4], row[5])
         indices = laid((row[1], unpack(row[2])) for row in rows)
@@ -205,12 +209,12 @@ class SqlReader:
         # What lies beyond n must be there too: a draw that is incomplete may yet be undone.
         beyond = indices[n:]
         if len(beyond) > _FEW:
-            if not _whole(ledger, key, min(beyond), max(beyond)):
+            if not _whole(ledger, place[0], min(beyond), max(beyond)):
                 return None
             beyond = []
         samples: list[Sample | None] = []
         for index in [*indices[:n], *beyond]:
-            found = read_sample(shelf, name, index)
+            found = read_sample(shelf, draw.key, index)
             if type(found) is not Sample:
                 return None
             samples.append(found)
@@ -244,11 +248,8 @@ class SqlReader:
         if key is None:
             return None
         namespace = self._namespace_id(ledger, draw.namespace)
-        view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw, taken)
-        grant = operations.replay(view, draw, n)
-        for index in () if grant is None else grant.indices:
-            taken.add(index)
-        return grant
+        view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw)
+        return operations.replay(view, draw, n, taken)
 
     @_reads
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
@@ -580,17 +581,10 @@ class _DrawView(DrawView):
         key: the number of the key.
         namespace: the number of the draw's namespace, or -1 if the ledger does not know it.
         draw: the draw.
-        besides: the indices that other claims in memory have taken in the namespace.
     """
 
     def __init__(
-        self,
-        ledger: sqlite3.Connection,
-        shelf: sqlite3.Connection,
-        key: int,
-        namespace: int,
-        draw: Draw,
-        besides: IntervalSet,
+        self, ledger: sqlite3.Connection, shelf: sqlite3.Connection, key: int, namespace: int, draw: Draw
     ) -> None:
         self._ledger = ledger
         self._shelf = shelf
@@ -598,8 +592,7 @@ class _DrawView(DrawView):
         self._where = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
         self.name = draw.key
         self.listed = LargeSet(ledger, (LISTED, ""), (key, draw.key))
-        stored = LargeSet(ledger, (namespace, draw.namespace), (key, draw.key))
-        self.taken = Union(IntervalSet(), Union(stored, besides))
+        self.taken = LargeSet(ledger, (namespace, draw.namespace), (key, draw.key))
         self.segments = self._read(draw, self._where)
 
     def others(self) -> Sequence[Segment]:

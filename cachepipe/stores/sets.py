@@ -41,12 +41,12 @@ class SmallSet(IntervalSet):
 
     def add(self, index: int) -> None:
         """Put an index into the set."""
-        super().add(index)
+        IntervalSet.add(self, index)
         self._changed[self._place] = self
 
     def remove(self, index: int) -> None:
         """Take an index out of the set."""
-        super().remove(index)
+        IntervalSet.remove(self, index)
         self._changed[self._place] = self
 
     def flush(self) -> tuple[list[Interval], list[Interval]]:

@@ -115,6 +115,7 @@ class SqlLedger(Ledger):
         """Perform operations after ``BEGIN IMMEDIATE``; return their results, before the COMMIT."""
         self.ledger, self.shelf = ledger, shelf
         self.now = time.time()
+        self.greatest_stamp = max(int(self.now * 1e6) - 1, self.greatest_stamp)
         version = ledger.execute("PRAGMA data_version").fetchone()[0]
         if version != self._version or len(self._sets) > _REMEMBERED or len(self._ids) > _REMEMBERED:
             self.forget()
@@ -199,7 +200,6 @@ class SqlLedger(Ledger):
                 return _NewDraw(self, key, draw)
             self.flush()
         rows = _Draw(self, key, draw)
-        rows.read()
         if claim.avoid is not None:
             rows.taken = Union(rows.taken, claim.avoid)
         return rows
@@ -207,9 +207,7 @@ class SqlLedger(Ledger):
     def draw(self, draw: Draw) -> DrawRows:
         """Return the rows of a draw of a known key; the segments are read at once."""
         self.flush()
-        rows = _Draw(self, self.known(draw.key), draw)
-        rows.read_own()
-        return rows
+        return _Draw(self, self.known(draw.key), draw)
 
     def key(self, name: str) -> KeyRows:
         """Return the rows of a key.
@@ -239,11 +237,6 @@ class SqlLedger(Ledger):
         return int(row[0])
 
     # Samples.
-
-    def sample(self, key: str, index: int) -> Sample | Discarded | None:
-        """Return the sample at an index, `DISCARDED`, or None."""
-        sample = self.seen.get((key, index)) if self.seen else None
-        return read_sample(self.shelf, key, index) if sample is None else sample
 
     def store(self, key: str, sample: Sample) -> bool:
         """Store a sample, durably; return False if there is one at its index."""
@@ -436,8 +429,8 @@ class SqlLedger(Ledger):
 
     def stamp(self) -> int:
         """Return a stamp that is greater than every stamp seen so far."""
-        self.greatest_stamp = stamp = max(int(self.now * 1e6), self.greatest_stamp + 1)
-        return stamp
+        self.greatest_stamp += 1
+        return self.greatest_stamp
 
     def lease(self) -> int:
         """Return this process's lease; begin one if there is none."""
@@ -547,17 +540,17 @@ class _Draw(_Key, DrawRows):
     _others: list[SegmentRow] | None
 
     def __init__(self, ledger: SqlLedger, number: int, draw: Draw) -> None:
-        namespace = ledger.namespace(draw.namespace)
-        self.taken = ledger.set_of(namespace, number, draw.key)  # this reads the list too
-        super().__init__(ledger, number, draw.key)
-        self._draw = draw
-        self._where = (number, draw.request_id, draw.occurrence, draw.replicate, namespace)
-        self.is_new = False
-
-    def read(self) -> None:
         """Read the segments, and those of other namespaces if they are few, or the earliest is known."""
-        where, ledger = self._where, self._in
-        place, namespace = where[:4], where[4]
+        namespace = ledger.namespace(draw.namespace)
+        self._in = ledger
+        self.number = number
+        self.name = draw.key
+        self.is_new = False
+        self._draw = draw
+        place = (number, draw.request_id, draw.occurrence, draw.replicate)
+        self._where = where = (*place, namespace)
+        self.taken = ledger.set_of(namespace, number, draw.key)  # this reads the list too
+        self.listed = ledger.set_of(LISTED, number, draw.key)
         if place in ledger.touched:
             ledger.flush()
         rows = ledger.found.get(place)
@@ -571,11 +564,7 @@ class _Draw(_Key, DrawRows):
         for row in rows:
             (own if row[0] == namespace else others).append(row)
         self._others = others if few or others else None
-        self.segments = tables.segments_of(self._draw, own) if own else []
-
-    def read_own(self) -> None:
-        """Read the segments."""
-        self.segments = tables.segments_of(self._draw, self._in.read(tables.OWN, self._where))
+        self.segments = tables.segments_of(draw, own) if own else []
 
     def others(self) -> Sequence[Segment]:
         rows, where, ledger = self._others, self._where, self._in

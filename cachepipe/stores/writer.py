@@ -85,7 +85,9 @@ class Writer:
             with self._condition:
                 while not (self._queue or self._stopping or self._woken):
                     self.busy = False
-                    if not self._condition.wait(_IDLE):
+                    timed_out = not self._condition.wait(_IDLE)
+                    # What was queued between the timeout and now did not start another thread.
+                    if timed_out and not (self._queue or self._stopping or self._woken):
                         self._thread = None  # so that a store nobody refers to can go
                         return
                 items = list(self._queue)

@@ -7,23 +7,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cachepipe.contract.draws import Draw
-from cachepipe.contract.intervals import IntervalSet
-from cachepipe.contract.keys import Question
 from cachepipe.stores.base import (
-    Bought,
-    DrawInfo,
-    Grant,
-    KeyInfo,
-    NamespaceInfo,
-    Note,
     Operation,
-    Process,
     Result,
-    Sample,
-    State,
     Store,
-    StoredQuestion,
 )
 from cachepipe.stores.disk import DiskStore
 
@@ -72,6 +59,15 @@ class FaultyStore:
         self.transactions: list[list[Operation]] = []
         self._faults: list[tuple[type[Operation] | None, Exception]] = []
         self._gate: asyncio.Event | None = None
+        self.identity = store.identity
+        self.read_only, self.why_read_only = store.read_only, store.why_read_only
+        self.wait_for_others = store.wait_for_others
+        # Reading meets no faults.
+        self.recall, self.replay, self.status = store.recall, store.replay, store.status
+        self.similar, self.generator, self.question = store.similar, store.generator, store.question
+        self.keys, self.sample, self.samples = store.keys, store.sample, store.samples
+        self.draws, self.namespaces = store.draws, store.namespaces
+        self.sums, self.bought = store.sums, store.bought
 
     def __repr__(self) -> str:
         state = ["locked"] * self.locked + ["held"] * (self._gate is not None)
@@ -80,7 +76,7 @@ class FaultyStore:
     # What a test says.
 
     def fail_next(self, error: Exception, on: type[Operation] | None = None, *, times: int = 1) -> None:
-        """Let the next transaction that holds such an operation fail whole, and nothing of it be applied.
+        """Make the next transaction with such an operation fail; nothing of it is applied.
 
         Args:
             error: what is raised.
@@ -100,26 +96,6 @@ class FaultyStore:
             gate.set()
 
     # What the stages call.
-
-    @property
-    def identity(self) -> str:
-        """What is stored: the wrapped store's identity."""
-        return self.store.identity
-
-    @property
-    def read_only(self) -> bool:
-        """Whether nothing can be written."""
-        return self.store.read_only
-
-    @property
-    def why_read_only(self) -> str:
-        """Why nothing can be written, or an empty string."""
-        return self.store.why_read_only
-
-    @property
-    def wait_for_others(self) -> float | None:
-        """How long to wait for other processes: as long as the wrapped store says."""
-        return self.store.wait_for_others
 
     def _fault(self, operations: Sequence[Operation]) -> None:
         for place, (kind, error) in enumerate(self._faults):
@@ -150,58 +126,6 @@ class FaultyStore:
         """Apply the operations without anyone waiting; faults do not touch them."""
         self.transactions.append(list(operations))
         self.store.apply_soon(operations)
-
-    def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw that the ledger holds whole, else None."""
-        return self.store.recall(draw, n)
-
-    def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
-        """Return what a claim would get if all of it is stored, else None."""
-        return self.store.replay(draw, n, taken)
-
-    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
-        """Tell of each (key, index) whether its sample is stored, being generated, or neither."""
-        return self.store.status(wanted)
-
-    def similar(self, question: Question) -> StoredQuestion | None:
-        """Return the stored question that differs least from another one."""
-        return self.store.similar(question)
-
-    def generator(self, key: str, index: int) -> Process | None:
-        """Return the process that generates a sample."""
-        return self.store.generator(key, index)
-
-    def keys(self, prefix: str = "", *, newest: bool = False) -> Iterator[KeyInfo]:
-        """Iterate over the keys that start with a prefix."""
-        return self.store.keys(prefix, newest=newest)
-
-    def question(self, key: str) -> StoredQuestion | None:
-        """Return what was asked under a key."""
-        return self.store.question(key)
-
-    def sample(self, key: str, index: int) -> Sample | None:
-        """Return one sample of a key."""
-        return self.store.sample(key, index)
-
-    def samples(self, key: str) -> Iterator[Sample]:
-        """Iterate over the samples of a key by index."""
-        return self.store.samples(key)
-
-    def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
-        """Iterate over the ledger's draws."""
-        return self.store.draws(key, namespace)
-
-    def namespaces(self) -> Iterator[NamespaceInfo]:
-        """Iterate over the namespaces."""
-        return self.store.namespaces()
-
-    def sums(self) -> Iterator[Note]:
-        """Iterate over the sums of the runs."""
-        return self.store.sums()
-
-    def bought(self) -> Iterator[Bought]:
-        """Iterate over all samples as they count in what was spent."""
-        return self.store.bought()
 
     def close(self) -> None:
         """Close the wrapped store."""

@@ -157,15 +157,8 @@ class StreamRecorder(ABC):
         self._reader = EventReader()
 
     def __repr__(self) -> str:
-        state = (
-            "complete"
-            if self.complete
-            else "failed"
-            if self.error
-            else "started"
-            if self.started
-            else "waiting"
-        )
+        states = {"complete": self.complete, "failed": self.error, "started": self.started}
+        state = next((name for name, holds in states.items() if holds), "waiting")
         return f"<{type(self).__name__} {state}>"
 
     @property
@@ -456,12 +449,7 @@ def _is_whole(arguments: Any) -> bool:
 
 def joined(parts: Sequence[str]) -> str:
     """Return the joined parts of a text; two halves of a character become one."""
-    text = "".join(parts)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-    return text
+    return jsontext.mended("".join(parts), "surrogatepass")
 
 
 def settled(value: Any) -> Any:

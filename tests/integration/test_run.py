@@ -93,6 +93,12 @@ def refused(server, **more):
     return " ".join(done.stderr.split())
 
 
+def test_c1_each_replicate_has_samples_of_its_own(server):
+    for replicate, generated in ((None, True), (1, True), (2, True), (1, False)):
+        figures = called(server, replicate=replicate, limit=2, n=1)
+        assert (figures["generated"], figures["hits"]) == ((2, 0) if generated else (0, 2))
+
+
 @contextlib.contextmanager
 def started(words):
     """The command in a process of its own."""

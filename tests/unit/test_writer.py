@@ -51,6 +51,34 @@ async def test_c8_when_the_ledger_stays_locked_all_who_wait_fail_together(tmp_pa
     await pipeline.close()
 
 
+def test_what_is_queued_just_as_the_thread_stops_waiting_is_written():
+    class Late(threading.Condition):
+        """Its first wait ends with a timeout, just after something was queued."""
+
+        def wait(self, timeout=None):
+            if waited:
+                return super().wait(timeout)
+            waited.append(timeout)
+            writer._queue.append(([ReleaseLease("k", [1])], lambda _: written.set()))
+            return False
+
+    class Store:
+        identity = "store"
+
+        def write(self, operations):
+            return [None] * len(operations)
+
+        def tidy(self):
+            pass
+
+    waited, written = [], threading.Event()
+    writer = cachepipe.stores.writer.Writer(Store())
+    writer._condition = Late()
+    writer.put([ReleaseLease("k", [0])], lambda _: None)
+    assert written.wait(20)
+    writer.stop()
+
+
 def test_c8_what_queues_behind_a_lock_waits_for_it_once_and_fails_together(monkeypatch):
     monkeypatch.setattr(cachepipe.stores.writer, "LOCK_TIMEOUT", -1.0)
     monkeypatch.setattr(cachepipe.stores.writer, "_IDLE", 0.01)
