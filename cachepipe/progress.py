@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 _WIDTH: Final = 40  # characters of the bar in a notebook
@@ -57,7 +57,6 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
         TimeRemainingColumn,
     )
 
-    counts = _Counts()
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         MofNCompleteColumn(),
@@ -69,52 +68,53 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, told="")
 
-        def tick_bar(*, cached: bool = False, failed: bool = False) -> None:
-            progress.update(task, advance=1, told=counts.added(cached=cached, failed=failed))
-
-        yield tick_bar
+        yield _Counter(lambda done, told: progress.update(task, completed=done, told=told))
 
 
 @contextlib.contextmanager
 def _in_notebook(total: int, label: str) -> Iterator[Tick]:
     """Show a line of text below the cell, which needs no widgets."""
     display: Any = importlib.import_module("IPython.display").display
-    counts, lock = _Counts(), threading.Lock()
     shown = 0.0
 
-    def line(told: str) -> dict[str, str]:
-        filled = _WIDTH * counts.done // total
+    def line(done: int, told: str) -> dict[str, str]:
+        filled = _WIDTH * done // total
         bar = "█" * filled + "░" * (_WIDTH - filled)
-        return {"text/plain": f"{label} {bar} {counts.done}/{total}{told and f'  {told}'}"}
+        return {"text/plain": f"{label} {bar} {done}/{total}{told and f'  {told}'}"}
 
-    handle = display(line(""), raw=True, display_id=True)
+    handle = display(line(0, ""), raw=True, display_id=True)
 
-    def tick(*, cached: bool = False, failed: bool = False) -> None:
+    def update(done: int, told: str) -> None:
         nonlocal shown
-        with lock:
-            told = counts.added(cached=cached, failed=failed)
-            now = time.monotonic()
-            if now - shown >= _REFRESH or counts.done == total:
-                shown = now
-                handle.update(line(told), raw=True)
+        now = time.monotonic()
+        if now - shown >= _REFRESH or done == total:
+            shown = now
+            handle.update(line(done, told), raw=True)
 
-    yield tick
+    yield _Counter(update)
 
 
-class _Counts:
-    """The number done, and how many of them were hits or failed."""
+class _Counter:
+    """Counts the items that are done, and how many of them were hits or failed.
 
-    def __init__(self) -> None:
-        self.done = self.cached = self.failed = 0
+    Args:
+        show: shows the number of items that are done, and the numbers of hits and failures in words.
+    """
 
-    def added(self, *, cached: bool, failed: bool) -> str:
-        """Count one more; return the numbers of hits and failures in words."""
-        self.done += 1
-        self.cached += cached
-        self.failed += failed
-        told = []
-        if self.cached:
-            told.append(f"{self.cached} hit{'s' * (self.cached != 1)}")
-        if self.failed:
-            told.append(f"{self.failed} failed")
-        return ", ".join(told)
+    def __init__(self, show: Callable[[int, str], object]) -> None:
+        self._show = show
+        self._lock = threading.Lock()
+        self._done = self._cached = self._failed = 0
+
+    def __call__(self, *, cached: bool = False, failed: bool = False) -> None:
+        """Count an item."""
+        with self._lock:
+            self._done += 1
+            self._cached += cached
+            self._failed += failed
+            told = []
+            if self._cached:
+                told.append(f"{self._cached} hit{'s' * (self._cached != 1)}")
+            if self._failed:
+                told.append(f"{self._failed} failed")
+            self._show(self._done, ", ".join(told))

@@ -187,7 +187,7 @@ class Spoken:
         self.ended = False
 
     def __repr__(self) -> str:
-        return f"<Spoken {'under way' if self.completion is None else 'complete'}>"
+        return f"<{type(self).__name__} {'under way' if self.completion is None else 'complete'}>"
 
     @property
     def text(self) -> str:

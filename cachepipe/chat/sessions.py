@@ -258,7 +258,7 @@ class Session:
             config.pop("tool_choice", None)  # providers take no choice of no tools
         return Plan(self._access, config), fields
 
-    # What becomes of the conversation.
+    # Copies and files.
 
     def branch(self) -> Self:
         """Return a copy of the session that continues independently."""
@@ -382,7 +382,9 @@ def _dumped(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError as error:
-        raise TypeError(f"what is said must be possible to write as JSON: {error}") from error
+        raise TypeError(
+            f"instructions, contexts and tool outputs must be possible to write as JSON: {error}"
+        ) from error
 
 
 def _value(completion: TextCompletion) -> Any:
