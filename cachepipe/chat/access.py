@@ -235,7 +235,8 @@ class Access:
         if self.client is not None and self._is_async:
             raise TypeError(
                 "a synchronous function cannot use an asynchronous client, which has another event loop; "
-                f"got {type(self.client).__name__}. Pass a synchronous client, or await the asynchronous twin"
+                f"got {type(self.client).__name__}. Pass a synchronous client, "
+                "or await the asynchronous function"
             )
         return in_portal(work())
 
