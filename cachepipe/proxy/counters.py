@@ -159,7 +159,7 @@ class Counters:
         counts.requests[outcome] += 1
         counts.last = self.clock()
 
-    def drew(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
+    def received(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
         """Count the samples that a request received; the URL is the upstream's."""
         for response in responses:
             cached = response.cached or [False] * len(response.data)

@@ -43,7 +43,7 @@ class CallShape(NamedTuple):
         cast_to: the type into which the SDK parses the answer.
         parsed_once: whether the SDK returns the parsed answer as it is.
         api: the API of the request.
-        body: the fields of the body in order, with the values of those that the SDK adds to the arguments.
+        body: the fields of the body in order, with the values that the SDK adds to the arguments.
     """
 
     options: Any
@@ -73,7 +73,8 @@ class ObservedCall:
         if any(name not in body or body[name] != value for name, value in self.arguments.items()):
             return
         bare, once = internals.with_body(options, {}), internals.is_parsed_once(options)
-        self.shape = CallShape(bare, cast_to, once, api, dict(body))
+        fields = {name: None if name in self.arguments else value for name, value in body.items()}
+        self.shape = CallShape(bare, cast_to, once, api, fields)
 
 
 observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
@@ -83,7 +84,7 @@ observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
 
 
 def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
-    """Return a client's resource with the fast path for its ``create`` method, there or below."""
+    """Give a client's resource, or the one below it with these names, the fast path for ``create``."""
     last = resource
     for name in names:
         last = getattr(last, name, None)
