@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 
 from cachepipe.accounting import Delivered
-from cachepipe.contract.allotment import DISCARDED, laid
+from cachepipe.contract.allotment import DISCARDED, indices_of
 from cachepipe.contract.draws import SHARED, namespace_of
 from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.errors import StoreError
@@ -268,7 +268,7 @@ class DictStore:
             generated = dict(ledger.tables.generated)
         for draw, segments in rows.items():
             if key in (None, draw.key) and namespace in (None, draw.namespace) and segments:
-                indices = laid((segment.position, segment.indices) for segment in segments.values())
+                indices = indices_of(segments.values())
                 count = sum(generated[draw, number] for number in segments)
                 yield DrawInfo(draw, tuple(indices), count, min(one.stamp for one in segments.values()) / 1e6)
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from cachepipe.accounting import Account, Delivered
-from cachepipe.contract.allotment import Discarded, Segment, laid
+from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import MutableIndexSet
 from cachepipe.errors import DamagedCache
@@ -44,14 +44,6 @@ class DrawView(ABC):
 
         The earliest one has the segment with the lowest stamp. The shared draw's namespace is left out.
         """
-
-    def coupled(self) -> Sequence[int]:
-        """Return the indices that the same draw has in the earliest other namespace, by position."""
-        return laid((segment.position, segment.indices) for segment in self.others())
-
-    def take(self, index: int) -> None:
-        """Put an index into the set of those taken."""
-        self.taken.add(index)
 
     def lease(self, index: int) -> bool:  # noqa: ARG002 - a reader generates nothing
         """Return False: a reader takes no lease."""

@@ -10,7 +10,7 @@ from itertools import groupby
 
 import orjson
 
-from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, laid, lowest_new
+from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, indices_of, lowest_new
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.contract.keys import trimmed
@@ -93,7 +93,7 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
         return Grant(indices, [None] * n, list(indices), (0,), n)
     own, shared = rows.segments, draw.shared
     known = not shared and rows.taken.interval_at(0) is not None
-    held = _laid(own) if own else []
+    held = indices_of(own) if own else []
     allotment = allot(rows, held, n, refresh=claim.refresh, couple=not shared)
     assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
     samples, mine = allotment.samples, allotment.to_generate
@@ -125,10 +125,6 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
         shared=bool(own) and ledger.made_by_others({segment.lease for segment in own}),
         joined=missing and not all(_is_author(ledger, segment, token) for segment in own),
     )
-
-
-def _laid(segments: Sequence[Segment]) -> list[int]:
-    return laid((segment.position, segment.indices) for segment in segments)
 
 
 def _is_author(ledger: Ledger, segment: Segment, token: str | None) -> bool:
@@ -173,7 +169,7 @@ def _unsettled(rows: DrawRows, segments: Sequence[Segment]) -> Sequence[Segment]
 def replay(rows: DrawView, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
     """Return what a claim would get if all of its samples are stored, else None; see ``Store.replay``."""
     rows.taken = Union(IntervalSet(), Union(rows.taken, taken))  # type: ignore[misc]  # see subclasses
-    allotment = allot(rows, _laid(rows.segments), n, couple=not draw.shared, stored_only=True)
+    allotment = allot(rows, indices_of(rows.segments), n, couple=not draw.shared, stored_only=True)
     if allotment is None:
         return None
     for index in allotment.indices:
@@ -186,7 +182,7 @@ def recall(rows: DrawView, n: int) -> Grant | None:
 
     What lies beyond n must be there too: a draw that is incomplete may yet be undone.
     """
-    indices = _laid(rows.segments)
+    indices = indices_of(rows.segments)
     samples = [sample for sample in map(rows.sample, indices) if isinstance(sample, Sample)]
     if not len(samples) == len(indices) >= n:
         return None
