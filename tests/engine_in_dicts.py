@@ -126,7 +126,10 @@ class DictLedger(Ledger):
     def made_by_others(self, leases):
         return any(lease != self._lease and lease in self._living for lease in leases)
 
-    def dead(self):
+    def author(self):
+        return self._lease, self.stamp()
+
+    def prepare(self, claims):
         leases = {*self.tables.pending.values(), *(lease for _, _, lease, _ in self.tables.holders)}
         return leases - self._living
 

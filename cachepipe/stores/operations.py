@@ -50,8 +50,9 @@ def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
         found = dict(zip(order, perform(ledger, [operations[place] for place in order]), strict=True))
         return [found[place] for place in range(len(order))]
     if Claim in kinds:
-        _end_the_dead(ledger)
-        ledger.read_ahead([operation for operation in operations if type(operation) is Claim])
+        claims = [operation for operation in operations if type(operation) is Claim]
+        for lease in ledger.prepare(claims):
+            _end(ledger, lease)
     results: list[Result] = []
     for kind, group in groupby(operations, type):
         if kind is Claim:
@@ -89,7 +90,8 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
         rows.use(claim.user)
     if rows.is_new:
         indices = first(n)
-        rows.begin(Segment(0, 0, indices, ledger.lease(), claim.token, ledger.stamp()))
+        lease, stamp = ledger.author()
+        rows.begin(Segment(0, 0, indices, lease, claim.token, stamp))
         return Grant(indices, [None] * n, list(indices), (0,), n)
     own, shared = rows.segments, draw.shared
     known = not shared and rows.taken.interval_at(0) is not None
@@ -107,7 +109,8 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
             _let_stand(claim, rows, {*held[n:]})
     segments, count = added(allotment, n, len(held), refresh=claim.refresh), 0
     if segments:
-        number, lease, stamp = own[-1].number + 1 if own else 0, ledger.lease(), ledger.stamp()
+        number = own[-1].number + 1 if own else 0
+        lease, stamp = ledger.author()
         for position, chosen in segments:
             standing = 0 if missing else len(chosen)
             generated = len({*chosen}.intersection(mine)) if mine else 0
@@ -262,12 +265,11 @@ def _unlist(rows: KeyRows, index: int) -> None:
         rows.listed.remove(index)
 
 
-def _end_the_dead(ledger: Ledger) -> None:
-    """Free the samples that dead processes were generating, and end their holds."""
-    for lease in ledger.dead():
-        for rows, index in ledger.pending_of(lease):
-            _unlist(rows, index)
-        ledger.end(lease)
+def _end(ledger: Ledger, lease: int) -> None:
+    """Free the samples that a dead process was generating, and end its holds."""
+    for rows, index in ledger.pending_of(lease):
+        _unlist(rows, index)
+    ledger.end(lease)
 
 
 def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
