@@ -41,6 +41,18 @@ class Tables:
     sums: dict = dataclasses.field(default_factory=dict)  # run, namespace -> Delivered
     unreported: list = dataclasses.field(default_factory=list)
 
+    def copy(self):
+        """Return the same rows, which do not change with these."""
+        copied = Tables(stamp=self.stamp, unreported=list(self.unreported))
+        for name, rows in vars(self).items():
+            if isinstance(rows, dict):
+                getattr(copied, name).update(
+                    (place, type(row)(row) if isinstance(row, dict | IntervalSet) else row)
+                    for place, row in rows.items()
+                )
+        copied.sums = copy.deepcopy(self.sums)
+        return copied
+
 
 class Rows(DrawRows):
     """The rows of a key and, if a draw is given, of the draw."""
@@ -215,7 +227,7 @@ class DictStore:
 
     def apply_now(self, asked):
         with self._opened() as ledger:
-            before = copy.deepcopy(ledger.tables, {id(DISCARDED): DISCARDED})
+            before = ledger.tables.copy()
             try:
                 return operations.perform(ledger, asked)
             except BaseException:
