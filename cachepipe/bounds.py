@@ -18,22 +18,22 @@ def max_n() -> int:
     """Return the largest number of samples of one request.
 
     Raises:
-        CachepipeError: when the environment holds another thing than a number for it.
+        CachepipeError: when the variable is not a whole number above 0.
     """
     return _number("CACHEPIPE_MAX_N", _SAMPLES)
 
 
 def max_answer() -> int:
-    """Return the largest size in bytes of a decoded answer that is kept in memory, and so in the cache.
+    """Return the largest size in bytes of a decoded answer that is kept in memory, and so can be cached.
 
     Raises:
-        CachepipeError: when the environment holds another thing than a number for it.
+        CachepipeError: when the variable is not a whole number above 0.
     """
     return _number("CACHEPIPE_MAX_ANSWER", _MIB) << 20
 
 
 def check_n(n: int, prompts: int = 1, most: int | None = None) -> None:
-    """Refuse a request for too many samples, before anything is allocated for them.
+    """Raise an error for a request for too many samples, before memory is allocated for them.
 
     Args:
         n: the number of samples per prompt; one sample per prompt is always allowed.

@@ -14,10 +14,10 @@ from cachepipe import jsontext
 
 _TEXTS: Final = ("system", "instructions", "messages", "prompt", "input", "hash")
 """The fields with texts; all others are settings."""
-_SAID: Final = 40  # characters that two texts have in common where one continues or replaces the other
+_SAID: Final = 40  # characters of the start and end of a text that are compared
 _SHOWN: Final = 60  # characters of a value
-_AROUND: Final = 12  # characters that are shown before the place where two texts part
-_MOST: Final = 4  # differences that a sentence tells
+_AROUND: Final = 12  # characters that are shown before the first difference of two texts
+_MOST: Final = 4  # differences that a sentence lists
 
 
 class NoValue:
@@ -31,7 +31,7 @@ NO_VALUE: Final = NoValue()
 
 
 class Difference(NamedTuple):
-    """One thing in which two questions differ.
+    """One difference between two questions.
 
     Attributes:
         path: the path of the value, such as ``scope``, ``temperature`` or ``messages[1].content``.
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The size of the difference: 1, and for texts up to 2, the less they have in common."""
+        """The size of the difference: 1, or, for texts, from 1 to 2, the less they have in common."""
         if not isinstance(self.asked, str) or not isinstance(self.stored, str) or self.path == "scope":
             return 1.0
         same = _same_start(self.asked, self.stored) + _same_start(self.asked[::-1], self.stored[::-1])
@@ -122,7 +122,7 @@ def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
         yield Difference(path or "the question", one, other)
 
 
-def told(found: list[Difference]) -> str:
+def described(found: list[Difference]) -> str:
     """Return differences as the end of a sentence: "differs in …"."""
     parts = [str(difference) for difference in found[:_MOST]]
     if len(found) > _MOST:
@@ -153,7 +153,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
-# Which stored questions may be near: those that have a trait in common with the one that was asked.
+# Traits: a stored question may be similar to a question if they share one.
 
 
 def traits(document: bytes) -> list[int]:

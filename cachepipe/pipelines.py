@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 from cachepipe.adapting import has_request
-from cachepipe.cache.engine import Stats
+from cachepipe.cache.cache import Stats
 from cachepipe.stage import Stage
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-_UNIT: Final = 1000  # tokens of which a price is asked
+_UNIT: Final = 1000  # tokens for which a price is looked up
 _SIZED: Final = re.compile(r"(?<![a-z0-9])(\d+x)?\d+(\.\d+)?b(?![a-z0-9])", re.IGNORECASE)
 _DATED: Final = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 
@@ -48,7 +48,7 @@ def cost_of(counts: Mapping[str, int | None], model: Any, url: str) -> float | N
             cache_read_tokens=counts.get("cached_tokens") or 0,
             output_tokens=counts.get("completion_tokens") or 0,
         )
-    except ValueError:  # servers report odd counts
+    except ValueError:  # some servers report impossible counts
         return None
     for name, provider in _sold_as(table, model, url):
         try:
@@ -72,7 +72,7 @@ def _sold_as(table: Any, model: str, url: str) -> Iterator[tuple[str, dict[str, 
         provider, mark, own = name.partition("/")
         if not mark:
             yield name, {}
-            yield name, {"provider_id": "openai"}  # whose embeddings the table finds in no other way
+            yield name, {"provider_id": "openai"}  # the table finds OpenAI's embeddings only this way
             continue
         yield own, {"provider_id": provider}
         if _knows(table, provider, None):

@@ -6,12 +6,16 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _WIDTH: Final = 40  # characters of the bar in a notebook
 _REFRESH: Final = 0.1  # seconds
-_BAR_FROM: Final = 64  # columns of a terminal
+BAR_FROM: Final = 64
+"""The columns of the narrowest terminal with a bar."""
 
 
 class Tick(Protocol):
@@ -48,6 +52,18 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
     if not console.is_terminal:
         yield _silent
         return
+    with bar() as progress:
+        task = progress.add_task(label, total=total, told="")
+        yield _Counter(lambda done, told: progress.update(task, completed=done, told=told))
+
+
+def bar(*, transient: bool = False) -> Progress:
+    """Return a bar on standard error, a terminal. Its tasks have a field ``told``, a text after the numbers.
+
+    Args:
+        transient: whether the bar disappears when it is stopped.
+    """
+    from rich.console import Console  # noqa: PLC0415 - only for terminals
     from rich.progress import (  # noqa: PLC0415 - likewise
         BarColumn,
         MofNCompleteColumn,
@@ -57,64 +73,61 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
         TimeRemainingColumn,
     )
 
-    counts = _Counts()
+    console = Console(stderr=True)
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[told]}"),
     ]
-    if console.width >= _BAR_FROM:  # in a narrower terminal, the numbers need the space
-        columns.insert(1, BarColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total, told="")
-
-        def tick_bar(*, cached: bool = False, failed: bool = False) -> None:
-            progress.update(task, advance=1, told=counts.added(cached=cached, failed=failed))
-
-        yield tick_bar
+    if console.width >= BAR_FROM:  # in a narrower terminal, the numbers need the space
+        columns[1:2] = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=transient)
 
 
 @contextlib.contextmanager
 def _in_notebook(total: int, label: str) -> Iterator[Tick]:
     """Show a line of text below the cell, which needs no widgets."""
     display: Any = importlib.import_module("IPython.display").display
-    counts, lock = _Counts(), threading.Lock()
     shown = 0.0
 
-    def line(told: str) -> dict[str, str]:
-        filled = _WIDTH * counts.done // total
+    def line(done: int, told: str) -> dict[str, str]:
+        filled = _WIDTH * done // total
         bar = "█" * filled + "░" * (_WIDTH - filled)
-        return {"text/plain": f"{label} {bar} {counts.done}/{total}{told and f'  {told}'}"}
+        return {"text/plain": f"{label} {bar} {done}/{total}{told and f'  {told}'}"}
 
-    handle = display(line(""), raw=True, display_id=True)
+    handle = display(line(0, ""), raw=True, display_id=True)
 
-    def tick(*, cached: bool = False, failed: bool = False) -> None:
+    def update(done: int, told: str) -> None:
         nonlocal shown
-        with lock:
-            told = counts.added(cached=cached, failed=failed)
-            now = time.monotonic()
-            if now - shown >= _REFRESH or counts.done == total:
-                shown = now
-                handle.update(line(told), raw=True)
+        now = time.monotonic()
+        if now - shown >= _REFRESH or done == total:
+            shown = now
+            handle.update(line(done, told), raw=True)
 
-    yield tick
+    yield _Counter(update)
 
 
-class _Counts:
-    """The number done, and how many of them were hits or failed."""
+class _Counter:
+    """Counts the items that are done, and how many of them were hits or failed.
 
-    def __init__(self) -> None:
-        self.done = self.cached = self.failed = 0
+    Args:
+        show: shows the number of items that are done, and the numbers of hits and failures in words.
+    """
 
-    def added(self, *, cached: bool, failed: bool) -> str:
-        """Count one more; return the numbers of hits and failures in words."""
-        self.done += 1
-        self.cached += cached
-        self.failed += failed
-        told = []
-        if self.cached:
-            told.append(f"{self.cached} hit{'s' * (self.cached != 1)}")
-        if self.failed:
-            told.append(f"{self.failed} failed")
-        return ", ".join(told)
+    def __init__(self, show: Callable[[int, str], object]) -> None:
+        self._show = show
+        self._lock = threading.Lock()
+        self._done = self._cached = self._failed = 0
+
+    def __call__(self, *, cached: bool = False, failed: bool = False) -> None:
+        """Count an item."""
+        with self._lock:
+            self._done += 1
+            self._cached += cached
+            self._failed += failed
+            told = []
+            if self._cached:
+                told.append(f"{self._cached} hit{'s' * (self._cached != 1)}")
+            if self._failed:
+                told.append(f"{self._failed} failed")
+            self._show(self._done, ", ".join(told))

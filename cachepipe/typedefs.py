@@ -144,14 +144,14 @@ class Request:
     def merging(self, n: int) -> Self:
         """Return the question for n samples of a call that serves several draws.
 
-        Override it in a request that must know about the call which it becomes.
+        Override it in a request that needs to know about the call.
         """
         return self if n == self.n else self.asking(n)
 
     def placed(self, indices: Sequence[int]) -> None:
-        """Learn the indices of the samples that a call is about to bring for this request alone.
+        """Receive the indices of the samples that a call will return for this request alone.
 
-        It does nothing here; override it likewise.
+        By default it does nothing. Override it in a request that needs the indices.
         """
 
 

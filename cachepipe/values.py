@@ -20,7 +20,7 @@ from cachepipe.contract.keys import trimmed
 from cachepipe.errors import NotStorable, StoreError
 
 _MARK = "\0"
-_MARKED = b'"\\u0000'  # how JSON spells the opening of a marked name
+_MARKED = b'"\\u0000'  # the beginning of a marked name in JSON
 _INT64 = (-(1 << 63), 1 << 64)
 
 
@@ -28,8 +28,8 @@ class Codec:
     """Converts samples to bytes and back.
 
     Args:
-        classes: dataclasses and pydantic models whose instances may be stored; each is known by its
-            qualified name, so no two may share one.
+        classes: dataclasses and pydantic models whose instances may be stored. Their
+            qualified names identify them, so no two may share one.
     """
 
     def __init__(self, classes: Iterable[type] = ()) -> None:
@@ -46,7 +46,7 @@ class Codec:
         """Return the bytes of a value.
 
         Raises:
-            NotStorable: when the value could not be restored to an equal one.
+            NotStorable: when an equal value could not be restored.
         """
         if type(value) is str:
             form = value
@@ -214,7 +214,7 @@ def shown(data: bytes) -> Any:
 
 
 def _without_surrogates(form: Any) -> Any:
-    """Return a form in which strings that UTF-8 cannot spell are marked."""
+    """Return a form in which strings with lone surrogates, which UTF-8 does not have, are marked."""
     if type(form) is str:
         try:
             form.encode()

@@ -144,7 +144,7 @@ class Asker:
     def count(self) -> None:
         """Bring the report's figures of calls up to date."""
         self._report.calls = self._model.calls
-        stats = [cacher.stats() for cacher in self._surface.cachers.values()]
+        stats = [cache.stats() for cache in self._surface.caches.values()]
         self._report.generated = sum(each.generated for each in stats)
         self._report.unreported = sum(each.unreported for each in stats)
 

@@ -23,7 +23,7 @@ from cachepipe.runs import Spilling
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows, where two runs into one file are not told apart
+except ImportError:  # pragma: no cover - on Windows nothing prevents two runs into one file
     fcntl = None  # type: ignore[assignment]
 
 RESULT: Final = b'{"id":"batch_req_'

@@ -1,4 +1,4 @@
-"""Calls to the model; ``cachepipe.contract.demands`` decides which needs share a call."""
+"""Calls to the model; ``cachepipe.contract.demands`` decides which demands share a call."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from cachepipe.typedefs import Request
 _STEP = 0.05  # seconds after which closing sends again what the stages below have queued
 
 
-class Need:
-    """The samples of one question that one draw needs. Subclasses define where the samples go.
+class Demand:
+    """The samples of one question that one draw demands. Subclasses define where the samples go.
 
     Attributes:
-        request: the request, with the ``n`` that the caller wrote.
-        group: needs of one group may share a call; None means that the need shares no call.
+        group: demands of one group may share a call; None means that the demand shares no call.
         slots: the places of the samples. Each is bound to a place in a call before the call is made, so the
             order of completion does not matter (C5).
         calls: the calls in flight for it.
     """
 
-    __slots__ = ("calls", "group", "request", "slots")
+    __slots__ = ("calls", "group", "slots")
 
-    def __init__(self, request: Request, group: Hashable | None, slots: Sequence[int]) -> None:
-        self.request = request
+    def __init__(self, group: Hashable | None, slots: Sequence[int]) -> None:
         self.group = group
         self.slots = slots
         self.calls: set[Call] = set()
+
+    @property
+    def request(self) -> Request:
+        """The request, with the ``n`` that its caller wrote."""
+        raise NotImplementedError
 
     @property
     def wanted(self) -> bool:
@@ -51,11 +54,11 @@ class Need:
         raise NotImplementedError
 
 
-Piece = tuple[Need, Sequence[int]]
+Piece = tuple[Demand, Sequence[int]]
 
 
 class Call:
-    """One call to the model: its id, its needs, its number of samples, and how to withdraw it."""
+    """One call to the model: its id, its demands, its number of samples, and how to withdraw it."""
 
     __slots__ = (
         "begun",
@@ -85,8 +88,8 @@ class Call:
     @property
     def request(self) -> Request:
         """The request to send to the model."""
-        [(need, slots), *others] = self.pieces
-        request, total = need.request, self.total
+        [(demand, slots), *others] = self.pieces
+        request, total = demand.request, self.total
         if others:
             return request.merging(total)
         request.placed(slots)
@@ -94,13 +97,13 @@ class Call:
 
     @property
     def merged(self) -> bool:
-        """Whether the call serves more than one need."""
+        """Whether the call serves more than one demand."""
         return len(self.pieces) > 1
 
     @property
     def wanted(self) -> bool:
         """Whether anyone waits for any of it."""
-        return any(need.wanted for need, _ in self.pieces)
+        return any(demand.wanted for demand, _ in self.pieces)
 
     def withdraw(self) -> None:
         """Stop the call, unless it is part of a batch that others still wait for."""
@@ -113,24 +116,24 @@ class Call:
             self.task.cancel()
 
 
-class Wanted(Need):
-    """A need of a caller without a store: its samples go to the caller directly."""
+class DirectDemand(Demand):
+    """What a caller without a store demands: its samples go to the caller directly."""
 
-    __slots__ = ("_late", "_owed", "brought", "future", "values")
+    __slots__ = ("_owed", "_request", "future", "values")
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        request: Request,
-        group: Hashable | None = None,
-        late: Callable[[int], None] | None = None,
+        self, loop: asyncio.AbstractEventLoop, request: Request, group: Hashable | None = None
     ) -> None:
-        super().__init__(request, group, range(request.n))
+        super().__init__(group, range(request.n))
+        self._request = request
         self.values: list[Any] = [None] * request.n
         self._owed = request.n
-        self._late = late
-        self.brought = 0
         self.future: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def request(self) -> Request:
+        """The request."""
+        return self._request
 
     @property
     def wanted(self) -> bool:
@@ -142,9 +145,6 @@ class Wanted(Need):
         for slot, value in zip(slots, values, strict=True):
             self.values[slot] = value
         self._owed -= len(values)
-        if self.future.done() and self._late is not None:
-            self._late(len(values))
-        self.brought += len(values)
         if not self._owed and not self.future.done():
             self.future.set_result(None)
 
@@ -174,14 +174,14 @@ class Caller:
     Args:
         loop: the event loop of the calls.
         model: the model or stage to ask.
-        extra: a function that takes samples beyond the number that was asked for, with a need of their group.
+        extra: a function that takes samples beyond the number that was asked for, with a demand for them.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         model: Any,
-        extra: Callable[[Need, list[Any], Call], None],
+        extra: Callable[[Demand, list[Any], Call], None],
     ) -> None:
         self._loop = loop
         self._model = model
@@ -195,13 +195,13 @@ class Caller:
         self.generated = 0
         self.in_flight = 0
 
-    def start(self, needs: Sequence[Need]) -> None:
-        """Begin the calls for needs that arrived together."""
-        if not needs:
+    def start(self, demands: Sequence[Demand]) -> None:
+        """Begin the calls for demands that arrived together."""
+        if not demands:
             return
-        groups: dict[Hashable, list[Need]] = {}
-        for need in needs:
-            groups.setdefault(id(need) if need.group is None else need.group, []).append(need)
+        groups: dict[Hashable, list[Demand]] = {}
+        for demand in demands:
+            groups.setdefault(id(demand) if demand.group is None else demand.group, []).append(demand)
         own = limit_of(self._model)
         limit = self._limit.of(own)
         self._send(
@@ -227,8 +227,8 @@ class Caller:
         for call in calls:
             if len(calls) == 1:
                 call.task = task
-            for need, _ in call.pieces:
-                need.calls.add(call)
+            for demand, _ in call.pieces:
+                demand.calls.add(call)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Fail the calls of a task that was cancelled before it began."""
@@ -316,15 +316,15 @@ class Caller:
         call.settled = True
         self.generated += len(values)
         if len(values) == call.total and not call.merged:
-            need, slots = call.pieces[0]
-            need.calls.discard(call)
-            _deliver(need, slots, values, call)
+            demand, slots = call.pieces[0]
+            demand.calls.discard(call)
+            _deliver(demand, slots, values, call)
             return
         then = answered(call.pieces, len(values), call.empty)
         start = 0
-        for (need, slots), got in zip(call.pieces, then.given, strict=True):
+        for (demand, slots), got in zip(call.pieces, then.given, strict=True):
             if got:
-                _deliver(need, slots[:got], values[start : start + got], call)
+                _deliver(demand, slots[:got], values[start : start + got], call)
             start += got
         if then.extra:
             self._extra(call.pieces[0][0], values[start:], call)
@@ -334,12 +334,12 @@ class Caller:
         if then.separately:
             self._send_each(then.missing)
         elif then.gives_up:
-            [(need, slots)] = then.missing
+            [(demand, slots)] = then.missing
             error = ShortAnswer(
-                f"asked for {need.request.n} samples, the model still owes {len(slots)} after {PATIENCE} "
+                f"asked for {demand.request.n} samples, the model still owes {len(slots)} after {PATIENCE} "
                 "calls in a row that returned none; check what it returns for n > 1, or set its max_n"
             )
-            need.fail(slots, error)
+            demand.fail(slots, error)
         elif then.missing:
             self._send([Call(list(then.missing), 0 if values else call.empty + 1)])
 
@@ -351,17 +351,17 @@ class Caller:
             self._send_each(call.pieces)
             return
         told = None if isinstance(error, asyncio.CancelledError | GeneratorExit) else error
-        for need, slots in call.pieces:
-            need.fail(slots, told)
+        for demand, slots in call.pieces:
+            demand.fail(slots, told)
 
     def _send_each(self, pieces: Sequence[Piece]) -> None:
         """Ask for each piece in a call of its own, except for callers that do not wait any more."""
         wanted = []
-        for need, slots in pieces:
-            if need.wanted:
-                wanted.append(Call([(need, slots)]))
+        for demand, slots in pieces:
+            if demand.wanted:
+                wanted.append(Call([(demand, slots)]))
             else:
-                need.fail(slots, None)
+                demand.fail(slots, None)
         self._send(wanted)
 
     @property
@@ -381,17 +381,17 @@ class Caller:
             await asyncio.wait(list(self._tasks), timeout=_STEP, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _deliver(need: Need, slots: Sequence[int], values: list[Any], call: Call) -> None:
-    """Hand samples to a need. If that raises, only this need fails."""
+def _deliver(demand: Demand, slots: Sequence[int], values: list[Any], call: Call) -> None:
+    """Hand samples to a demand. If that raises, only this demand fails."""
     try:
-        need.deliver(slots, values, call)
+        demand.deliver(slots, values, call)
     except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
-        need.fail(slots, error)
+        demand.fail(slots, error)
 
 
 def _detach(call: Call) -> None:
-    for need, _ in call.pieces:
-        need.calls.discard(call)
+    for demand, _ in call.pieces:
+        demand.calls.discard(call)
 
 
 def _timed_out(error: BaseException) -> bool:
@@ -403,8 +403,8 @@ def _status_of(error: BaseException) -> object:
     return getattr(error, "status_code", getattr(error, "status", None))
 
 
-def withdraw(need: Need) -> None:
-    """Stop the calls for a need, unless others wait for them."""
-    for call in list(need.calls):
+def withdraw(demand: Demand) -> None:
+    """Stop the calls for a demand, unless others wait for them."""
+    for call in list(demand.calls):
         if not call.wanted:
             call.withdraw()

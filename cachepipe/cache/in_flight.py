@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 from cachepipe.stores.base import Sample
@@ -22,50 +22,54 @@ class Maker(Protocol):
         ...
 
 
-Told = Callable[[int, "Sample | None", "BaseException | None", bool], None]
-"""A thread-safe callback: gets an index, its sample or the reason for its absence, and if no try is left."""
+class Waiter(Protocol):
+    """Waits for samples: a draw."""
+
+    def told(self, index: int, sample: Sample | None, error: BaseException | None, last: bool) -> None:
+        """Learn what became of a sample; see `InFlight.settle`. Thread-safe."""
+        ...
 
 
-class Board:
+class InFlight:
     """The samples in flight in this process, with those who wait for them: one per store, for all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._made: dict[tuple[str, int], Maker] = {}
-        self._waiting: dict[tuple[str, int], list[tuple[object, Told]]] = {}
+        self._waiting: dict[tuple[str, int], list[Waiter]] = {}
         self._makers: weakref.WeakSet[Maker] = weakref.WeakSet()
 
-    def join(self, lane: Maker) -> None:
-        """Note a lane that may generate samples."""
+    def join(self, maker: Maker) -> None:
+        """Note that a write queue may generate samples."""
         with self._lock:
-            self._makers.add(lane)
+            self._makers.add(maker)
 
     def anyone_claims(self, key: str) -> bool:
-        """Return True if a lane may still announce samples of a key: its loop may be busy."""
+        """Return True if samples of a key may still be announced: a loop may be busy."""
         with self._lock:
             makers = list(self._makers)
-        return any(lane.claims(key) for lane in makers if not lane.loop.is_closed())
+        return any(maker.claims(key) for maker in makers if not maker.loop.is_closed())
 
-    def announce(self, lane: Maker, key: str, indices: Iterable[int]) -> None:
-        """Note that a lane generates these samples."""
+    def announce(self, maker: Maker, key: str, indices: Iterable[int]) -> None:
+        """Note which write queue generates these samples."""
         for index in indices:
-            self._made[key, index] = lane
+            self._made[key, index] = maker
 
     def maker(self, key: str, index: int) -> Maker | None:
-        """Return the lane that generates a sample, if its loop is open."""
-        lane = self._made.get((key, index))
-        return None if lane is None or lane.loop.is_closed() else lane
+        """Return the write queue that generates a sample, if its loop is open."""
+        maker = self._made.get((key, index))
+        return None if maker is None or maker.loop.is_closed() else maker
 
-    def wait(self, key: str, index: int, waiter: object, told: Told) -> None:
+    def wait(self, key: str, index: int, waiter: Waiter) -> None:
         """Note that a waiter waits for a sample."""
         with self._lock:
-            self._waiting.setdefault((key, index), []).append((waiter, told))
+            self._waiting.setdefault((key, index), []).append(waiter)
 
-    def unwait(self, key: str, indices: Iterable[int], waiter: object) -> None:
+    def unwait(self, key: str, indices: Iterable[int], waiter: Waiter) -> None:
         """Note that a waiter does not wait for these samples any more."""
         with self._lock:
             for index in indices:
-                left = [pair for pair in self._waiting.get((key, index), ()) if pair[0] is not waiter]
+                left = [one for one in self._waiting.get((key, index), ()) if one is not waiter]
                 if left:
                     self._waiting[key, index] = left
                 else:
@@ -104,30 +108,30 @@ class Board:
             if not self._waiting:
                 return
             waiting = self._waiting.pop((key, index), ())
-        for _, told in waiting:
-            told(index, sample, error, last)
+        for waiter in waiting:
+            waiter.told(index, sample, error, last)
 
 
-_boards: weakref.WeakValueDictionary[str, Board] = weakref.WeakValueDictionary()
-_boards_lock = threading.Lock()
+_registries: weakref.WeakValueDictionary[str, InFlight] = weakref.WeakValueDictionary()
+_registries_lock = threading.Lock()
 
 
 def _after_fork() -> None:
-    """Clear the boards in a forked child: its parent's calls and waiters are not its own."""
-    global _boards_lock  # noqa: PLW0603 - the parent may have held it while forking
-    _boards_lock = threading.Lock()
-    for board in list(_boards.values()):
-        board.__init__()  # type: ignore[misc]
+    """Clear the registries in a forked child: its parent's calls and waiters are not its own."""
+    global _registries_lock  # noqa: PLW0603 - the parent may have held it while forking
+    _registries_lock = threading.Lock()
+    for registry in list(_registries.values()):
+        registry.__init__()  # type: ignore[misc]
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def board_of(identity: str) -> Board:
-    """Return the board of a store, by the store's identity."""
-    with _boards_lock:
-        board = _boards.get(identity)
-        if board is None:
-            board = _boards[identity] = Board()
-        return board
+def in_flight_of(identity: str) -> InFlight:
+    """Return the registry of a store, by the store's identity."""
+    with _registries_lock:
+        registry = _registries.get(identity)
+        if registry is None:
+            registry = _registries[identity] = InFlight()
+        return registry

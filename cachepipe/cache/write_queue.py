@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from cachepipe import forks
-from cachepipe.cache.calls import Caller, Need
+from cachepipe.cache.calls import Caller, Demand
 from cachepipe.errors import StoreError, StoreLocked
 from cachepipe.stores.base import Claim, Commit, Operation, Store
 
@@ -33,24 +33,24 @@ def _weight(operation: Operation) -> int:
 
 
 class _Turn:
-    """A lane's turn on its loop. If the loop is closed before the turn, the lane writes without a loop."""
+    """A queue's turn on its loop. If the loop is closed before the turn, the queue writes without a loop."""
 
-    __slots__ = ("_lane",)
+    __slots__ = ("_queue",)
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane: Lane | None = lane
+    def __init__(self, queue: WriteQueue) -> None:
+        self._queue: WriteQueue | None = queue
 
     def __call__(self) -> None:
-        lane, self._lane = self._lane, None
-        if lane is not None:
-            lane.flush()
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            queue.flush()
 
     def __del__(self) -> None:
-        if self._lane is not None:
-            self._lane.rescue()
+        if self._queue is not None:
+            self._queue.rescue()
 
 
-class Lane:
+class WriteQueue:
     """One event loop's write queue: operations of one turn are written in one transaction."""
 
     def __init__(
@@ -58,28 +58,28 @@ class Lane:
         loop: asyncio.AbstractEventLoop,
         store: Store,
         caller: Caller,
-        start: Callable[[Lane], None],
+        start: Callable[[WriteQueue], None],
     ) -> None:
-        """Make one; ``start`` begins the calls for the ``needs`` that are ``ready``."""
+        """Make one; ``start`` begins the calls for the ``demands`` that are ``ready``."""
         self.loop = loop
         self.caller = caller
-        self.needs: list[Need] = []
-        """The needs to ask the model for at the end of this turn, or of the window."""
-        self._held: dict[Hashable, list[Need]] = {}
+        self.demands: list[Demand] = []
+        """The demands to ask the model for at the end of this turn, or of the window."""
+        self._held: dict[Hashable, list[Demand]] = {}
         self.strangers: dict[Any, None] = {}
         """The draws that await samples from other processes, in order."""
         self.writes: set[asyncio.Future[list[Any]]] = set()
-        self._store = store
+        self.store = store
         self._start = start
         self._operations: deque[_Queued] = deque()
         self._claiming: dict[Hashable, int] = {}  # how many draws of a key are queued
         self._sent: list[list[_Queued]] = []
         self._first: object = None
         self._at_once = False
-        self._fork = forks.count
+        self.fork = forks.count
 
     def soon(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on this lane's loop: now if that loop is the running one, else soon."""
+        """Call a function on this queue's loop: now if that loop is the running one, else soon."""
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - the documented one raises
             function(*arguments)
             return
@@ -99,7 +99,7 @@ class Lane:
     def put_now(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
         """Apply an operation at once if no lock is in the way, else queue it."""
         try:
-            results: list[Any] | None = self._store.apply_now([operation])
+            results: list[Any] | None = self.store.apply_now([operation])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             results = [error]
         if results is None:
@@ -109,10 +109,10 @@ class Lane:
         self._tell(done, arguments, results[0])
         self._at_once = False
 
-    def want(self, *needs: Need, window: float = 0.0) -> None:
+    def want(self, *demands: Demand, window: float = 0.0) -> None:
         """Ask for samples at the end of the window; by default when the claims of this turn are granted."""
-        first = not self.needs
-        self.needs += needs
+        first = not self.demands
+        self.demands += demands
         if not first:
             return
         if window:
@@ -132,6 +132,12 @@ class Lane:
             self.loop.call_soon(self._turned)
         return self._first is task
 
+    def gather(self) -> None:
+        """Claim all requests of this turn together, although one task makes them."""
+        if self._first is None:
+            self.loop.call_soon(self._turned)
+        self._first = self
+
     def _turned(self) -> None:
         self._first = None
 
@@ -147,7 +153,7 @@ class Lane:
                 self.loop.call_soon(_Turn(self))
 
     def _take(self, most: int | None = None) -> list[_Queued]:
-        """Take operations from the queue; release needs that waited for the last claim of their question."""
+        """Take operations from the queue; release demands that waited for a last claim of their question."""
         queue = self._operations
         batch = [queue.popleft() for _ in range(len(queue) if most is None else min(most, len(queue)))]
         for item in batch:
@@ -167,19 +173,19 @@ class Lane:
         self._operations.clear()
         self._claiming.clear()
         self._held.clear()
-        if not left or self._fork != forks.count:
+        if not left or self.fork != forks.count:
             return
         if sys.is_finalizing():  # no thread can be started any more
             with contextlib.suppress(Exception):  # nobody is left to be told
-                self._store.apply_now(left)
+                self.store.apply_now(left)
         else:
-            self._store.apply_soon(left)
+            self.store.apply_soon(left)
 
     def _write(self, batch: list[_Queued]) -> None:
         try:
             operations = [item[0] for item in batch]
             light = sum(map(_weight, operations)) <= _BYTES
-            results = self._store.apply_now(operations) if light else None
+            results = self.store.apply_now(operations) if light else None
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             if len(batch) == 1:
                 self._tell(*batch[0][1:], error)
@@ -213,7 +219,7 @@ class Lane:
         ):
             return False
         try:
-            grant = self._store.recall(operation.draw, operation.n)
+            grant = self.store.recall(operation.draw, operation.n)
         except StoreError:
             return False  # the claim will say so
         if grant is not None:
@@ -222,7 +228,7 @@ class Lane:
 
     def _hand_over(self, batch: list[_Queued]) -> None:
         """Pass a batch to the store's thread now: a loop that is ending may not begin tasks any more."""
-        written = asyncio.ensure_future(self._store.apply([item[0] for item in batch]), loop=self.loop)
+        written = asyncio.ensure_future(self.store.apply([item[0] for item in batch]), loop=self.loop)
         self._sent.append(batch)
         self.writes.add(written)
         written.add_done_callback(partial(self._written, batch))
@@ -244,17 +250,17 @@ class Lane:
         for (_, done, arguments), result in zip(batch, results, strict=True):
             self._tell(done, arguments, result)
 
-    def ready(self) -> list[Need]:
-        """Take the needs that can be asked for now; others wait for queued draws of their question."""
-        needs, self.needs = self.needs, []
+    def ready(self) -> list[Demand]:
+        """Take the demands that can be asked for now; others wait for queued draws of their question."""
+        demands, self.demands = self.demands, []
         if not self._claiming:
-            return needs
+            return demands
         now = []
-        for need in needs:
-            if need.group in self._claiming:
-                self._held.setdefault(need.group, []).append(need)
+        for demand in demands:
+            if demand.group in self._claiming:
+                self._held.setdefault(demand.group, []).append(demand)
             else:
-                now.append(need)
+                now.append(demand)
         return now
 
     def claims(self, key: str) -> bool:
@@ -271,14 +277,18 @@ class Lane:
 
     async def drain(self) -> None:
         """Wait until everything queued is written and no call is in flight; end the window at once."""
-        while self._operations or self.writes or self.caller.busy or self.needs or self.strangers:
-            if self.needs:
+        while self._operations or self.writes or self.caller.busy or self.demands or self.strangers:
+            if self.demands:
                 self._start(self)
             if self.writes:
                 await asyncio.wait(self.writes)
             elif self.caller.busy:
                 await self.caller.step()
-            elif self.strangers and not self._operations and not self.needs:
+            elif self.strangers and not self._operations and not self.demands:
                 await asyncio.sleep(_LOOK)
             else:
                 await asyncio.sleep(0)
+
+
+def unheard(_result: Any) -> None:
+    """Ignore a result that nobody waits for; its failure shows in the next claim."""

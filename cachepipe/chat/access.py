@@ -42,16 +42,16 @@ class Environment:
 
     Args:
         given: settings that override the environment of the process.
-        whose: the class that takes them, for the error.
+        taker: the name of the class that takes them, for the error.
 
     Raises:
         TypeError: when they are not a mapping.
     """
 
-    def __init__(self, given: Mapping[str, Any] | None = None, whose: str = "Access") -> None:
+    def __init__(self, given: Mapping[str, Any] | None = None, taker: str = "Access") -> None:
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(
-                f"{whose} takes a mapping of settings, and options by name; got {type(given).__name__}"
+                f"{taker} takes a mapping of settings, and options by name; got {type(given).__name__}"
             )
         self._given = given or {}
 
@@ -122,7 +122,7 @@ class Access:
     def __deepcopy__(self, _: object) -> Self:
         return self  # its options do not change
 
-    # What was given.
+    # Options.
 
     def _given(self, options: Mapping[str, Any], *, given: bool) -> dict[str, Any]:
         """Return the settings for `context.using`.
@@ -235,7 +235,8 @@ class Access:
         if self.client is not None and self._is_async:
             raise TypeError(
                 "a synchronous function cannot use an asynchronous client, which has another event loop; "
-                f"got {type(self.client).__name__}. Pass a synchronous client, or await the asynchronous twin"
+                f"got {type(self.client).__name__}. Pass a synchronous client, "
+                "or await the asynchronous function"
             )
         return in_portal(work())
 

@@ -152,7 +152,7 @@ class TextCompletion:
     def to_pretty_log_probs_string(
         self, *, show_probabilities: bool = False, color: bool | None = None
     ) -> str:
-        """Return the answer's tokens, each coloured by its probability: green where it was sure, else red.
+        """Return the answer's tokens, each coloured by its probability: from green (high) to red (low).
 
         Args:
             show_probabilities: write the probability after each token, such as ``Paris[0.9731]``.

@@ -43,7 +43,7 @@ _NOT_TAKEN: Final = {
 
 
 class CompletionsFailed(ExceptionGroup[Exception], CachepipeError):  # noqa: N818 - names what happened
-    """Some of several completions failed; the others are there.
+    """Some of several completions failed; the others are in ``results``.
 
     Attributes:
         results: in input order, completions, and errors in the place of those that failed.
@@ -403,7 +403,7 @@ def _begun(prompts: Any) -> list[Conversation]:
 
 
 class _Crowd:
-    """Conversations to complete, a few at once."""
+    """Conversations to complete concurrently."""
 
     def __init__(self, conversations: Iterable[Any], options: Mapping[str, Any]) -> None:
         own = {"n_parallel": 5, "show_progress": True, "return_exceptions": False}

@@ -195,7 +195,8 @@ class FolderKeeper:
         return f"in {self.path.parent}"
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
+    def _opened(self, *, writes: bool = False) -> Iterator[sqlite3.Connection]:
+        """Open the file, for one transaction if it writes."""
         try:
             check_files(self.path.parent, self.path.name)
             if not self.path.exists():
@@ -208,15 +209,17 @@ class FolderKeeper:
                 if not connection.execute("PRAGMA table_info(messages)").fetchall():
                     connection.execute("PRAGMA journal_mode = WAL")
                     connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-                yield connection
+                if writes:
+                    connection.execute("BEGIN IMMEDIATE")
+                with connection:
+                    yield connection
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"the histories in {self.path} cannot be used: {error}") from error
 
     def append(self, name: str, lines: Sequence[str], ttl: int) -> None:
         """Append lines in one transaction, which also deletes expired lines."""
         now = self._clock()
-        with self._opened() as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with self._opened(writes=True) as connection:
             connection.execute(
                 "DELETE FROM messages WHERE id IN (SELECT id FROM histories WHERE expires <= ?)", (now,)
             )
@@ -225,7 +228,6 @@ class FolderKeeper:
             connection.executemany(
                 "INSERT INTO messages(id, message) VALUES(?, ?)", [(name, line) for line in lines]
             )
-            connection.execute("COMMIT")
 
     def read(self, name: str) -> list[str]:
         """Return the lines of a name in their order."""
@@ -242,11 +244,9 @@ class FolderKeeper:
     def delete(self, name: str) -> None:
         """Delete the lines of a name."""
         if self.path.exists():
-            with self._opened() as connection:
-                connection.execute("BEGIN IMMEDIATE")
+            with self._opened(writes=True) as connection:
                 connection.execute("DELETE FROM messages WHERE id = ?", (name,))
                 connection.execute("DELETE FROM histories WHERE id = ?", (name,))
-                connection.execute("COMMIT")
 
 
 def _folder(cache: Any) -> str:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 _CLOSING_SECONDS: Final = 10.0
 
 _stores: dict[str | int, tuple[Store, Any]] = {}
-"""The stores that were opened here, with the arguments whose ids they have as names."""
+"""The stores that were opened here, by folder, or by the id of the caller's cache; each with that cache."""
 _used: weakref.WeakSet[Store] = weakref.WeakSet()
 """All stores that callers have used; their runs are open."""
 _wrappers: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()

@@ -58,32 +58,32 @@ class Options(AccessOptions, total=False):
         tools: Python functions that the model may call, or mappings as the provider takes them. The calls are
             in the completion's ``tool_calls``; `Chat` makes them.
         temperature: how much the samples vary.
-        top_p: from how much of the probability they are drawn.
-        max_tokens: the most tokens of an answer, by its old name.
-        max_completion_tokens: the most tokens of an answer.
-        stop: where an answer ends.
-        seed: passed on; two draws stay independent.
-        frequency_penalty: passed on.
-        presence_penalty: passed on.
-        logit_bias: passed on.
-        reasoning_effort: passed on.
-        verbosity: passed on.
-        tool_choice: passed on.
-        parallel_tool_calls: passed on.
-        audio: passed on.
-        modalities: passed on.
-        prediction: passed on.
-        web_search_options: passed on.
+        top_p: the share of the probability from which samples are drawn.
+        max_tokens: the older name of ``max_completion_tokens``.
+        max_completion_tokens: the largest number of tokens in an answer.
+        stop: a text, or several, before which an answer ends.
+        seed: passed to the provider; two draws stay independent.
+        frequency_penalty: passed to the provider.
+        presence_penalty: passed to the provider.
+        logit_bias: passed to the provider.
+        reasoning_effort: passed to the provider.
+        verbosity: passed to the provider.
+        tool_choice: passed to the provider.
+        parallel_tool_calls: passed to the provider.
+        audio: passed to the provider.
+        modalities: passed to the provider.
+        prediction: passed to the provider.
+        web_search_options: passed to the provider.
         extra_query: added to the URL.
-        user: passed on, and not part of the question; this also holds for the following fields.
-        service_tier: passed on.
-        metadata: passed on.
-        store: passed on.
-        safety_identifier: passed on.
-        prompt_cache_key: passed on.
+        user: passed to the provider, and not part of the question, like the following fields.
+        service_tier: passed to the provider.
+        metadata: passed to the provider.
+        store: passed to the provider.
+        safety_identifier: passed to the provider.
+        prompt_cache_key: passed to the provider.
         extra_body: further fields of the request's body.
         extra_headers: headers of this request.
-        timeout: seconds after which a call is given up.
+        timeout: seconds after which a call fails.
     """
 
     model: str | None

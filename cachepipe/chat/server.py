@@ -32,7 +32,9 @@ class ServerKeeper:
 
     def __init__(self, url: str, prefix: str) -> None:
         if not prefix:
-            raise ValueError("a history needs a prefix for its keys, since others may use the server; got ''")
+            raise ValueError(
+                "a history needs a prefix for its keys, since other programs may use the server; got ''"
+            )
         self._prefix = prefix
         parts = _parts(url)
         if parts.scheme not in _SCHEMES:

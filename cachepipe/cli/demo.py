@@ -101,9 +101,9 @@ With --json:
                          calls, samples and tokens; the last two hold as_asked (what the requests would
                          have cost without a cache), spent and saved; calls and spent are the server's
                          own counts
-  total                  the same, added up
+  total                  the sums over all steps
   promises               a list of promise and held
-  held                   whether all of them were; if not, the exit code is 1
+  held                   whether all promises were held; if not, the exit code is 1
 """
 
 
@@ -118,7 +118,7 @@ With --json:
 @common.json_option("one object; see below")
 @click.pass_context
 def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, as_json: bool) -> None:
-    """See what a cache saves; needs no key and no network.
+    """Show what a cache saves; needs no key and no network.
 
     The demo starts a small model server on this machine and sends real prompts to it with OpenAI's client:
     once, a second time, in another namespace, with a few prompts changed, and with more samples of each.

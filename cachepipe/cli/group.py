@@ -30,15 +30,15 @@ class Entry(NamedTuple):
 
 
 COMMANDS: Final[dict[str, Entry]] = {
-    "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache where possible."),
+    "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache if possible."),
     "serve": Entry("cachepipe.cli.serve:serve", "Serve an API that answers from the cache, for any tool."),
     "new-run": Entry("cachepipe.cli.serve:new_run", "Begin a new run of a proxy, so that a rerun replays."),
-    "demo": Entry("cachepipe.cli.demo:demo", "See what a cache saves; needs no key and no network."),
+    "demo": Entry("cachepipe.cli.demo:demo", "Show what a cache saves; needs no key and no network."),
     "stats": Entry("cachepipe.cli.stats:stats", "Count the samples, and what each namespace reused."),
     "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),
     "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and their draws."),
     "path": Entry("cachepipe.cli.inspect:path", "Print the cache folder in use."),
-    "verify": Entry("cachepipe.cli.verify:verify", "Check that a cache is whole, and repair it."),
+    "verify": Entry("cachepipe.cli.verify:verify", "Check the integrity of a cache, and repair it."),
     "discard": Entry("cachepipe.cli.verify:discard", "Discard samples, so that draws get others instead."),
     "mock-server": Entry(
         "cachepipe.testing.command:mock_server", "Serve the embedded model as an OpenAI-compatible server."

@@ -54,8 +54,8 @@ _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
 def path(*, cache: str | None, as_json: bool) -> None:
     """Print the cache folder in use, whether it exists or not.
 
-    named_by says how it was found: "--cache", "CACHEPIPE_DIR", "project" (there is a folder caches) or
-    "user" (the user's cache folder).
+    With --json, named_by says how it was found: "--cache", "CACHEPIPE_DIR", "project" (there is a folder
+    caches) or "user" (the user's cache folder).
     """
     folder, how = common.folder_in_use(cache)
     if as_json:

@@ -25,7 +25,7 @@ _EPILOG: Final = """\b
 Clients take one of these as their base URL:
   http://127.0.0.1:8080/v1              in the namespace of --namespace
   http://127.0.0.1:8080/ns/NAME/v1      in the namespace NAME
-  http://127.0.0.1:8080/ns/NAME@RUN/v1  there, with a new run for each new label RUN
+  http://127.0.0.1:8080/ns/NAME@RUN/v1  the same, in a new run for each new label RUN
   http://127.0.0.1:8080/up/OTHER/v1     to the upstream OTHER
 Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metrics.
 """
@@ -51,7 +51,7 @@ Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metric
     help="The environment variable with the first upstream's key; clients then need none.",
 )
 @token_option
-@click.option("--namespace", help="The namespace of requests without a namespace.")
+@click.option("--namespace", help="The namespace of requests that name none.")
 @click.option(
     "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further host name for this server."
 )

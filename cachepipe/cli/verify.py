@@ -29,7 +29,7 @@ Exit codes: 0 if nothing is wrong, 1 if the cache is damaged, 2 if it cannot be 
 
 \b
 With --json:
-  folder, whole          where the cache is, and whether nothing is wrong
+  folder, whole          the cache folder, and whether nothing is wrong
   checked                an object of questions, samples, draws and discarded
   foreign                rows of diskcache that cachepipe did not write; they are ignored
   recent                 samples that a killed process stored last, or a running one stores now
@@ -50,7 +50,7 @@ With --json:
 @common.json_option("one object; see below")
 @click.pass_context
 def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool) -> None:
-    """Check that a cache is whole: both files, every sample and every row of the ledger.
+    """Check the integrity of a cache: both files, every sample and every row of the ledger.
 
     Without --repair, this command only reads. It works on read-only copies, and on a cache that is in use.
     """

@@ -157,7 +157,7 @@ class Adaptive:
         self.requests.spent -= 1
         self.tokens.spent -= tokens
 
-    def told(self, hint: Hint, spent: tuple[float, float], sent: float, now: float) -> None:
+    def learn_hint(self, hint: Hint, spent: tuple[float, float], sent: float, now: float) -> None:
         """Learn what an answer says about a quota.
 
         Args:

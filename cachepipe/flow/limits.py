@@ -353,7 +353,7 @@ class Limits:
             if slot.shared is not None and self._shared is not None:
                 self._shared.end(slot.shared, tokens, now)
             for hint in hints(headers):
-                slot.model.adaptive.told(hint, slot.spent, slot.begun, now)
+                slot.model.adaptive.learn_hint(hint, slot.spent, slot.begun, now)
             self._learn(slot, in_flight, headers, error, now)
             if self._busy or self._shared is not None:
                 self._dispatch()

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 from urllib.parse import urlencode
@@ -178,7 +179,7 @@ class Connection:
 
 
 class EagerConnection(Connection):
-    """A connection whose URL only the SDK's client knows, so that the first client is made at once.
+    """A connection of an SDK that alone knows its URL, so the first client is made at once.
 
     Without credentials there are keys and replays, and a call raises the SDK's own error.
     """
@@ -231,6 +232,10 @@ class SdkCalls(Calls):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:  # noqa: ARG002 - it never streams
         """Make a call; its error is the SDK's own."""
         return await self.connection.post(self.endpoint, body)
+
+    def most(self) -> int:
+        """Return no limit: the SDK has read the whole answer already, which may be that of a long list."""
+        return sys.maxsize
 
     async def paid(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Received]:
         """Make one call as `Calls.call` does, and count what it has cost.

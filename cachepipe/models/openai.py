@@ -21,7 +21,6 @@ from cachepipe.providers.generation import in_parts
 from cachepipe.typedefs import Request, Response
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 CHAT_COMPLETIONS: Final = "/chat/completions"
@@ -149,7 +148,7 @@ class OpenAIModel(ProviderSamples):
         return question
 
     def present(self, sample: wire.Sample) -> Any:
-        """Return what ``Response.data`` holds of a stored sample: all of it if ``raw``, else what it says."""
+        """Return what ``Response.data`` holds of a stored sample: all of it if ``raw``, else its content."""
         return sample if self.raw else self.api.plain(sample)
 
     async def request(self, request: Request) -> Response:
@@ -203,9 +202,7 @@ class OpenAIModel(ProviderSamples):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 

@@ -1,7 +1,7 @@
-"""Models of Hugging Face ``transformers`` on this machine, in true batches: for ``LocalAPI``.
+"""Models of Hugging Face ``transformers`` on this machine, for ``LocalAPI``: a batch is generated together.
 
-A stored sample has the form of a provider's answer, so listings, counts of tokens and `cachepipe.wire` read
-it as they read the others.
+A stored sample has the form of a provider's answer, so listings, token counts and `cachepipe.wire` read it
+like any other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ except ImportError as error:
 
 _LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 _NOT_SETTINGS: Final = frozenset({"model", "messages", "prompt", "seed", "stop", *_LENGTHS})
-_RULED: Final = frozenset(  # what the adapter decides by itself
+_RULED: Final = frozenset(  # parameters that only the adapter sets
     {
         "do_sample",
         "num_return_sequences",
@@ -48,15 +48,15 @@ _RULED: Final = frozenset(  # what the adapter decides by itself
 
 @dataclass(frozen=True)
 class _Job:
-    """What one request asks, made ready.
+    """A request in the form that ``generate`` takes.
 
     Attributes:
-        place: which request of the batch it is.
-        n: how many samples it wants.
-        body: the body that it is keyed by.
+        place: its place in the batch.
+        n: the number of samples.
+        body: the body, of which its key is made.
         tokens: the prompt.
-        settings: the generation's parameters.
-        stop: texts at which an answer ends.
+        settings: the parameters of the generation.
+        stop: texts that end an answer.
         seed: the seed, or None.
     """
 
@@ -70,14 +70,14 @@ class _Job:
 
     @property
     def group(self) -> Any:
-        """What the jobs of one call of ``generate`` have in common; one with a seed has a call of its own."""
+        """The same for all jobs of one call of ``generate``; a job with a seed has a call of its own."""
         own = self.place if self.seed is not None else None
         return orjson.dumps([self.settings, self.stop, own], option=orjson.OPT_SORT_KEYS)
 
 
 @dataclass(frozen=True)
 class _Text:
-    """One generated answer, the number of tokens that it took, and whether it came to its end."""
+    """One generated answer, its number of tokens, and whether it is complete."""
 
     text: str
     tokens: int
@@ -85,33 +85,32 @@ class _Text:
 
 
 class TransformersModel(ProviderSamples):
-    """A causal language model of ``transformers``: the samples of a batch are generated together.
+    """A causal language model of ``transformers``: it generates the samples of a batch together.
 
-    A prompt that is a string is continued as it is; a list of messages goes through the tokenizer's chat
-    template. The other fields of a request, unless they are None, are ``max_tokens``, ``stop`` (texts that
+    The model continues a prompt that is a string; the tokenizer's chat template turns a list of messages into
+    a prompt. The other fields of a request, unless they are None, are ``max_tokens``, ``stop`` (texts that
     end an answer and are not part of it), ``seed``, and parameters of ``transformers.GenerationConfig`` such
-    as ``temperature``, ``top_p`` and ``top_k``. What a request does not set is as in the model's
-    ``generation_config``, but that answers are sampled; with ``temperature=0`` the likeliest token is taken.
-    Every sample is drawn independently, whatever else is in its batch. A seeded request gets a call of its
-    own, which begins from the seed: calls for the same question give the same samples, so ask for all of
-    them at once.
+    as ``temperature``, ``top_p`` and ``top_k``. The model's ``generation_config`` gives the defaults, except
+    that answers are always sampled; with ``temperature=0`` the model takes the most likely token. Every
+    sample is independent of the rest of its batch. A request with a seed gets a call of its own, which begins
+    from the seed: repeated calls for a question give the same samples, so ask for all of them at once.
 
-    Use it with ``LocalAPI``, whose ``batch_size`` is the number of samples generated together.
+    Use it with ``LocalAPI``; its ``batch_size`` is the number of samples that are generated together.
 
     Args:
         model: a model, or the name or folder to load one from.
         tokenizer: its tokenizer; default is that of the same name.
-        name: whose answers these are, in keys; default is the model's name or folder and revision. Give
-            another one after training or changing a model.
-        max_new_tokens: the most tokens of an answer, for requests that set none.
+        name: identifies the model in cache keys; default is the model's name or folder and revision. Give
+            another name after training or changing a model.
+        max_new_tokens: the largest number of tokens of an answer, for requests that set none.
         raw: whether ``Response.data`` holds samples as they are stored, mappings in the form of whole
-            answers, or else their text.
+            answers; by default it holds their text.
         loading: parameters of ``from_pretrained``, such as ``torch_dtype`` and ``device_map``.
 
     Attributes:
-        name: whose answers these are.
-        cache_scope: the same, as it stands in keys.
-        calls: how many calls of ``generate`` were made.
+        name: identifies the model.
+        cache_scope: the scope of its keys.
+        calls: the number of calls of ``generate``.
 
     Raises:
         ValueError: when a model has no name.
@@ -164,10 +163,10 @@ class TransformersModel(ProviderSamples):
 
         Args:
             request: the request.
-            scope: what stands for the model in the key, if anything else does.
+            scope: replaces the model's name in the key.
 
         Raises:
-            BadRequest: when it has a field that means nothing here.
+            BadRequest: when it has a field that is not a parameter of the generation.
         """
         body = self._body(request)
         return provider_question(
@@ -179,7 +178,10 @@ class TransformersModel(ProviderSamples):
 
     def present(self, sample: wire.Sample) -> Any:
         """Return what ``Response.data`` holds of a stored sample: its text; with ``raw=True``, all of it."""
-        return sample if self.raw else _api_of(sample["object"]).summary(sample)["text"]
+        if self.raw:
+            return sample
+        api = wire.CHAT if sample["object"] == "chat.completion" else wire.COMPLETIONS
+        return api.summary(sample)["text"]
 
     def _body(self, request: Request) -> dict[str, Any]:
         """Return what a request asks, in the words of OpenAI's API."""
@@ -203,10 +205,10 @@ class TransformersModel(ProviderSamples):
         return body
 
     def _job(self, place: int, request: Request) -> _Job:
-        """Return a request made ready.
+        """Return a request in the form that ``generate`` takes.
 
         Raises:
-            BadRequest: when it cannot be generated as it is asked.
+            BadRequest: when it has a value that ``generate`` does not take.
         """
         body = self._body(request)
         if "prompt" in body:
@@ -247,7 +249,7 @@ class TransformersModel(ProviderSamples):
     # Generation.
 
     async def request(self, request: Request) -> Response:
-        """Return ``request.n`` samples as they are stored, whatever ``raw`` says."""
+        """Return ``request.n`` samples as they are stored, whatever ``raw`` is."""
         answer = (await self.batch_request(Batch([request])))[0]
         if isinstance(answer, BaseException):
             raise answer
@@ -256,13 +258,13 @@ class TransformersModel(ProviderSamples):
     async def batch_request(
         self, batch: Batch, *, arrived: Callable[[int, Any], None] | None = None
     ) -> list[Response]:
-        """Return one response per request, or in its place the error of one that cannot be answered.
+        """Return the response of each request, or its error.
 
-        Requests with equal settings are generated in one call; the loop goes on meanwhile.
+        Requests with equal settings are generated in one call, in a thread, so that the loop goes on.
 
         Args:
             batch: the requests.
-            arrived: is told the place and the answer of each request as soon as its call has ended.
+            arrived: called with the place and the answer of each request as soon as its call has ended.
         """
         answers: list[Any] = [None] * len(batch)
         groups: dict[Any, list[_Job]] = {}
@@ -295,7 +297,7 @@ class TransformersModel(ProviderSamples):
         return answers
 
     def _generate(self, rows: Sequence[_Job]) -> list[_Text]:
-        """Return one answer per row; where memory does not suffice, in halves."""
+        """Return one answer per row, generated in halves if memory does not suffice."""
         try:
             return self._called(rows)
         except torch.OutOfMemoryError:
@@ -305,7 +307,7 @@ class TransformersModel(ProviderSamples):
         return self._generate(rows[:half]) + self._generate(rows[half:])
 
     def _called(self, rows: Sequence[_Job]) -> list[_Text]:
-        """Return the answers of one call: prompts end together, at the right, where generation begins."""
+        """Return the answers of one call. Prompts are padded on the left, so that all end at one place."""
         first = rows[0]
         device = self._model.device
         ends = self._ends(first.settings)
@@ -320,7 +322,7 @@ class TransformersModel(ProviderSamples):
         asked = {
             name: value for name, value in first.settings.items() if not (greedy and name == "temperature")
         }
-        # Whatever the model's own configuration says, beams would be no independent samples, one per row.
+        # Beams are not independent samples, so the model's own configuration must not ask for them.
         one_each = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
         ending = {"eos_token_id": ends or None, "stop_strings": list(first.stop) or None}
         settings.update(**{**asked, **one_each, **ending, "do_sample": not greedy, "pad_token_id": padding})
@@ -333,7 +335,7 @@ class TransformersModel(ProviderSamples):
                 input_ids=torch.tensor(tokens, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=settings,
-                tokenizer=self._tokenizer,  # looks for stop texts
+                tokenizer=self._tokenizer,  # finds stop texts
             )
         return [
             self._text(row, made, ends) for row, made in zip(rows, output[:, width:].tolist(), strict=True)
@@ -347,14 +349,14 @@ class TransformersModel(ProviderSamples):
         return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
     def _text(self, row: _Job, tokens: list[int], ends: Sequence[int]) -> _Text:
-        """Return an answer: without what follows its end, be it a token or a text."""
+        """Return an answer up to its end, which is a token or a text."""
         length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
         ended = bool(length) and tokens[length - 1] in ends
         text = self._decoded(tokens[:length])
         cuts = [place for place in map(text.find, row.stop) if place >= 0]
         if not cuts:
             return _Text(text, length, ended)
-        # The batch goes on until all have ended: what follows the text that ends this answer is not its own.
+        # The batch goes on until all answers have ended, so more tokens may follow the end of this one.
         cut = min(cuts)
         while length > 1 and any(stop in self._decoded(tokens[: length - 1]) for stop in row.stop):
             length -= 1
@@ -365,7 +367,7 @@ class TransformersModel(ProviderSamples):
         return text
 
     def _samples(self, job: _Job, texts: Sequence[_Text]) -> list[wire.Sample]:
-        """Return answers as samples; the prompt was read once for all of them."""
+        """Return answers as samples; the prompt is counted once for all of them."""
         chat = "messages" in job.body
         choices = []
         for text in texts:
@@ -391,11 +393,6 @@ class TransformersModel(ProviderSamples):
         return samples
 
 
-def _api_of(kind: str) -> wire.Api:
-    """Return the API whose answers have a sample's form."""
-    return wire.CHAT if kind == "chat.completion" else wire.COMPLETIONS
-
-
 def _is_setting(name: str) -> bool:
-    """Tell whether a field is a parameter of the generation that a request may set."""
+    """Return True if a field is a parameter of the generation that a request may set."""
     return name not in _RULED and name in vars(transformers.GenerationConfig())

@@ -12,9 +12,8 @@ import asyncio
 import contextvars
 import copy
 import dataclasses
-import types
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -24,21 +23,16 @@ import orjson
 from cachepipe import jsontext, loops, runs, wire
 from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n
-from cachepipe.cache.engine import Receipt
-from cachepipe.cache.write_queue import MANY
+from cachepipe.cache.cache import Cache, Found
+from cachepipe.cache.drawing import Drawing, outcomes
 from cachepipe.contract import keys
 from cachepipe.contract.draws import (
     Claimant,
-    Counter,
-    Draw,
     OneRequest,
     Retried,
-    draw_of,
-    give_back,
     label,
 )
 from cachepipe.contract.flags import Asker, Groups, lone
-from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question, trimmed
 from cachepipe.errors import NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow
@@ -47,12 +41,10 @@ from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept
 from cachepipe.providers.lists import Lists
 from cachepipe.providers.responses import Received
 from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStream, ReplayedStream
-from cachepipe.stage import together
-from cachepipe.stages.cacher import AsyncCacher
-from cachepipe.stores import open_store
-from cachepipe.stores.base import Grant, Sample
-from cachepipe.stores.misses import missed
-from cachepipe.stores.sums import deliveries_of, known
+from cachepipe.stage import given
+from cachepipe.stores import open_store, switched_off
+from cachepipe.stores.base import Sample
+from cachepipe.stores.sums import deliveries_of
 from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, Request, Response, by_value
 from cachepipe.values import Codec
 
@@ -98,7 +90,7 @@ class Backing:
     def __init__(self, cache: Any) -> None:
         self.store, self.owned = open_store(cache)
         self.closed = False
-        self.cachers: weakref.WeakSet[AsyncCacher] = weakref.WeakSet()
+        self.caches: weakref.WeakSet[Cache] = weakref.WeakSet()
         self.recordings: weakref.WeakSet[RecordedStream] = weakref.WeakSet()
         self.deliveries = deliveries_of(self.store)
         runs.opened(self.store.identity, self)
@@ -117,8 +109,8 @@ class Backing:
             recording.leave()
         timer = loops.running().call_later(timeout, _withdraw, recordings)
         try:
-            for cacher in list(self.cachers):
-                await cacher.close()
+            for cache in list(self.caches):
+                await cache.drain(loops.running())
         finally:
             timer.cancel()
         runs.closed(self.store.identity, self)
@@ -139,7 +131,7 @@ def _withdraw(recordings: Sequence[RecordedStream]) -> None:
 class Surface:
     """A client's view of a cache: the cache, and how it is used. Copies of a client have equal views.
 
-    Requests share merged calls only within views that share ``cachers``, so never across credentials.
+    Requests share merged calls only within views that share ``caches``, so never across credentials.
     """
 
     backing: Backing
@@ -148,7 +140,7 @@ class Surface:
     scope: str | None
     repeat: Repeat
     service: Any = None
-    cachers: dict[tuple[Mode, Repeat], AsyncCacher] = dataclasses.field(default_factory=dict)
+    caches: dict[tuple[Mode, Repeat], Cache] = dataclasses.field(default_factory=dict)
     groups: dict[Any, Groups] = dataclasses.field(default_factory=dict)
     """By loop, the groups of equal requests that are served together in its turn."""
 
@@ -190,7 +182,7 @@ class Surface:
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
         made.service = service
-        made.cachers, made.groups = {}, {}
+        made.caches, made.groups = {}, {}
         made.__post_init__()  # before anything is opened
         made.backing = Backing(cache)
         return made
@@ -202,7 +194,7 @@ class Surface:
 
     def changed(self, **changes: Any) -> Self:
         """Return a surface with these changes; it shares no calls with this one."""
-        return dataclasses.replace(self, cachers={}, groups={}, **changes)
+        return dataclasses.replace(self, caches={}, groups={}, **changes)
 
     def named(self, namespace: str | None) -> Self:
         """Return the surface of the same client in another namespace; they share calls."""
@@ -225,14 +217,15 @@ class Surface:
         asker = Asker(asyncio.current_task(loop) if asker is None else asker)
         return groups.duplicated((key, label(namespace)), asker, n)
 
-    def cacher(self, mode: Mode) -> AsyncCacher:
-        """Return the cacher for a mode."""
-        cacher = self.cachers.get((mode, self.repeat))
-        if cacher is None:
-            made = AsyncCacher(_model, self.backing.store, mode=mode, repeat=self.repeat)
-            cacher = self.cachers.setdefault((mode, self.repeat), made)
-            self.backing.cachers.add(cacher)
-        return cacher
+    def cache(self, mode: Mode) -> Cache:
+        """Return the cache for a mode."""
+        cache = self.caches.get((mode, self.repeat))
+        if cache is None:
+            actual: Mode = "bypass" if mode == "read-write" and switched_off() else mode
+            made = Cache(_model, self.backing.store, mode=actual, repeat=self.repeat, codec=_codec)
+            cache = self.caches.setdefault((mode, self.repeat), made)
+            self.backing.caches.add(cache)
+        return cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,78 +296,6 @@ def questions_of(
     ]
 
 
-def recalled(
-    surface: Surface,
-    asks: Sequence[wire.Ask],
-    questions: Sequence[Question],
-    claimant: Claimant,
-    occurrences: runs.Occurrences | None = None,
-    counter: Counter | None = None,
-) -> list[Grant] | None:
-    """Return the samples of a request's draws if the store has them all, else None.
-
-    Only reads. Thread-safe. ``occurrences`` are by default those of the current run, which is also the
-    ``counter`` unless there is another.
-    """
-    store = surface.backing.store
-    if store.read_only:
-        return None
-    if occurrences is None:
-        occurrences = runs.current(store.identity)
-    if counter is None:
-        counter = occurrences
-    taken: list[Draw] = []
-    grants: list[Grant] = []
-    user = label(claimant.namespace)
-    try:
-        for ask, question in zip(asks, questions, strict=True):
-            if ask.n > MANY:  # it would delay others
-                return None
-            shared = question.function or surface.repeat == "same"
-            if shared and (question.key, user) not in occurrences.used:
-                return None
-            identity = draw_of(question.key, claimant, counter, shared=shared)
-            if not shared:
-                taken.append(identity)
-            grant = store.recall(identity, ask.n)
-            if grant is None or grant.shared:
-                return None
-            grants.append(grant)
-    finally:
-        if len(grants) < len(asks):  # the cacher begins anew, with the same numbers
-            for draw in taken:
-                counter.give_back(draw)
-    for draw in taken:
-        occurrences.count(draw, fresh_id=False)
-    _deliver(surface, occurrences.name, user, questions, grants)
-    return grants
-
-
-def _deliver(
-    surface: Surface,
-    run: str,
-    namespace: str,
-    questions: Sequence[Question],
-    grants: Sequence[Grant],
-    *,
-    taken_back: bool = False,
-) -> None:
-    """Add known draws to the sums of a run, or take them back."""
-    deliveries = surface.backing.deliveries
-    for question, grant in zip(questions, grants, strict=True):
-        if taken_back:
-            deliveries.add(known(run, namespace, question.scope, grant, "taken back"))
-        else:
-            deliveries.add_known(run, namespace, question.scope, grant)
-
-
-def responses_of(
-    questions: Sequence[Question], grants: Sequence[Grant], duplicated: Sequence[list[bool]]
-) -> list[Response]:
-    """Return grants from the ledger as responses."""
-    return list(map(_cached, questions, grants, duplicated))
-
-
 def body_from(api: wire.Api, ask: wire.Ask, samples: Sequence[Kept]) -> bytes:
     """Return the JSON of an answer that is assembled from samples."""
     payloads = [sample.payload for sample in samples]
@@ -443,9 +364,8 @@ class Exchange(Calls):
         self.given_back = (
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
-        self._receipts: list[Receipt] = []
-        self._known: tuple[str, Sequence[Grant]] | None = None  # what was there, and the name of the run
-        self._undo: Callable[[], None] | None = None  # what takes back a stream that was replayed
+        self._drawings: list[Drawing] = []
+        self._found: Found | None = None  # what was stored
         self._snapped = False
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
@@ -474,49 +394,17 @@ class Exchange(Calls):
         Raises:
             CacheMiss: in replay mode, when the answer is not stored.
         """
-        if self.mode == "replay":
-            return self._replayed()
-        if self.mode != "read-write":
-            return None
-        run = runs.current(self.surface.backing.store.identity)
+        asked = [(question, ask.n) for question, ask in zip(self.questions, self.asks, strict=True)]
         counter = self._counter() if self.stream else self.counter
-        grants = recalled(self.surface, self.asks, self.questions, self.claimant, run, counter)
-        if grants is None:
-            return None
-        self._known = run.name, grants
-        return self.granted(grants)
+        found = self.surface.cache(self.mode).look(self.claimant, asked, self.body, counter=counter)
+        return None if found is None else self.hit(found)
 
-    def _replayed(self) -> Answer:
-        """Return the answer if all of its samples are stored, with a claim in memory only; see `known`."""
-        store = self.surface.backing.store
-        occurrences = runs.current(store.identity)
-        counter = occurrences if self.counter is None else self.counter
-        done: list[tuple[Draw, IntervalSet, Grant | None]] = []
-        grants: list[Grant] = []
-        with occurrences.replaying:
-            for ask, question in zip(self.asks, self.questions, strict=True):
-                identity = draw_of(
-                    question.key,
-                    self.claimant,
-                    counter,
-                    shared=question.function or self.surface.repeat == "same",
-                )
-                shared = identity.shared
-                taken = IntervalSet() if shared else occurrences.taken(identity.namespace, question.key)
-                grant = None
-                try:
-                    grant = store.replay(identity, ask.n, taken)
-                finally:
-                    done.append((identity, taken, grant))
-                    if grant is None:
-                        _unclaim(done, counter)
-                if grant is None:
-                    raise missed(store, question, identity, ask.n, self.body, self.claimant.namespace)
-                grants.append(grant)
-        self._undo = partial(_unclaim, done, counter)
-        self._known = occurrences.name, grants
-        _deliver(self.surface, occurrences.name, label(self.claimant.namespace), self.questions, grants)
-        return self.granted(grants)
+    def hit(self, found: Found) -> Answer:
+        """Return the answer with samples that were stored."""
+        self._found = found
+        flags = [self._flags(place) for place in range(len(self.questions))]
+        self.record.responses = responses = found.responses(flags)
+        return self._made([sample for response in responses for sample in response.data])
 
     def _counter(self) -> Retried:
         """Return what counts the occurrences of a stream, which may be given back while its draw goes on."""
@@ -530,26 +418,18 @@ class Exchange(Calls):
         A sample that is still being recorded is then no longer this request's. Any thread may call this.
         """
         self.given_back = True
-        if self._known is not None:
-            (run, grants), self._known = self._known, None
-            namespace = label(self.claimant.namespace)
-            _deliver(self.surface, run, namespace, self.questions, grants, taken_back=True)
-        if self._undo is not None:
-            self._undo()
+        if self._found is not None:
+            found, self._found = self._found, None
+            found.take_back()
         elif self.counter is not None:
             self.counter.left()
         if self.task is None or self.task.done():
             self._take_back()
 
     def _take_back(self) -> None:
-        receipts, self._receipts = self._receipts, []
-        self.surface.cacher(self.mode).take_back(receipts)
-
-    def granted(self, grants: Sequence[Grant]) -> Answer:
-        """Return the answer with the samples of these grants."""
-        flags = [self._flags(place) for place in range(len(grants))]
-        responses = self.record.responses = responses_of(self.questions, grants, flags)
-        return self._made([sample for response in responses for sample in response.data])
+        drawings, self._drawings = self._drawings, []
+        for drawing in drawings:
+            drawing.take_back()
 
     in_turns = True
     """Whether requests come from an event loop, in whose turns equal ones are served together."""
@@ -576,67 +456,44 @@ class Exchange(Calls):
 
     async def drawn(self) -> Answer:
         """Draw the samples; return the answer, or the stream that generates them."""
-        cacher = self.surface.cacher(self.mode)
-        loop = loops.running()
+        cache = self.surface.cache(self.mode)
+        queue = cache.queue(loops.running())
         if self.stream:
             self._counter()
+        if len(self.asks) > 1:
+            queue.gather()
         whose = self.claimant._asdict()
-        requests = [
-            Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
-            for place, ask in enumerate(self.asks)
-        ]
+        live = self.stream and len(self.asks) == 1
+        if live:
+            self.live = queue.loop.create_future()
+        flags = []
         try:
-            if self.stream and len(requests) == 1:
-                return await self._streamed(cacher, requests[0], loop)
-            if len(requests) == 1:
-                flags = self._flags(0)
-                responses = [
-                    await cacher.draw(
-                        requests[0], self.questions[0], loop, flags, counter=self.counter, looked=True
-                    )
-                ]
-            else:
-                responses = await self._several(cacher, requests, loop)
-        except TooLarge as large:
-            return large.answer()
-        except Unkept as unkept:
-            if self.stream and unkept.__cause__ is not None:
-                raise unkept.__cause__ from None
-            return Answer(unkept.arrived.content, unkept.arrived, kept=False)
-        except ShortAnswer:
-            if self.stream or not self.brought:
-                raise
-            arrived = self.brought[-1][0]
-            return Answer(arrived.content, arrived, kept=False)
+            for place, (ask, question) in enumerate(zip(self.asks, self.questions, strict=True)):
+                flags.append(self._flags(place))
+                request = Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
+                self._drawings.append(cache.draw(request, question, queue, self.counter))
+            if live:
+                return await self._streamed(self._drawings[0], flags[0])
+            responses = given(await outcomes(self._drawings, flags), return_exceptions=False)
+        except BaseException as error:  # noqa: BLE001 - what is no answer is raised again
+            self._take_back()
+            return self._instead(error)
         finally:
             self.over = True
         return self._delivered(responses)
 
-    async def _several(
-        self, cacher: AsyncCacher, requests: Sequence[Asked], loop: asyncio.AbstractEventLoop
-    ) -> list[Response]:
-        receipts = self._receipts
-        try:
-            return await together(
-                [
-                    _begun(
-                        cacher.draw(
-                            request,
-                            self.questions[place],
-                            loop,
-                            self._flags(place),
-                            receipts,
-                            counter=self.counter,
-                        ),
-                        loop,
-                    )
-                    for place, request in enumerate(requests)
-                ],
-                False,
-            )
-        except BaseException:
-            cacher.take_back(receipts)
-            raise
+    def _instead(self, error: BaseException) -> Answer:
+        """Return what a call returned instead of an answer that can be cached; else raise the error."""
+        if isinstance(error, TooLarge):
+            return error.answer()
+        if isinstance(error, Unkept) and not (self.stream and error.__cause__ is not None):
+            return Answer(error.arrived.content, error.arrived, kept=False)
+        if isinstance(error, ShortAnswer) and self.brought and not self.stream:
+            arrived = self.brought[-1][0]
+            return Answer(arrived.content, arrived, kept=False)
+        if isinstance(error, Unkept) and error.__cause__ is not None:
+            raise error.__cause__ from None
+        raise error
 
     def _delivered(self, responses: Sequence[Response]) -> Answer:
         """Return the response of a call for this request alone, else an answer assembled from samples."""
@@ -648,21 +505,12 @@ class Exchange(Calls):
                 return Answer(arrived.content, arrived, made_by=samples[0].made_by)
         return self._made(samples)
 
-    async def _streamed(self, cacher: AsyncCacher, request: Asked, loop: asyncio.AbstractEventLoop) -> Answer:
+    async def _streamed(self, drawing: Drawing, flags: list[bool]) -> Answer:
         """Return the stream itself if this request generates it, else a replay of it."""
-        live = self.live = loop.create_future()
-        task = self.task = _begun(
-            cacher.draw(
-                request,
-                self.questions[0],
-                loop,
-                self._flags(0),
-                self._receipts,
-                counter=self.counter,
-                looked=True,
-            ),
-            loop,
-        )
+        live = self.live
+        if live is None or drawing.state.complete:
+            return self._delivered([await drawing.response(flags)])
+        task = self.task = drawing.queue.loop.create_task(drawing.response(flags))
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
         try:
@@ -775,11 +623,12 @@ class Exchange(Calls):
         *,
         hide_usage: bool,
     ) -> list[Any]:
+        registry = self.surface.cache(self.mode).in_flight
         recording = self.recording(
             arrived.response,
             self.api.recorder().within(self.most()),
             hide_usage=hide_usage,
-            awaited=partial(self.surface.cacher(self.mode).awaited, self.questions[0].key),
+            awaited=partial(registry.anyone_waits_for, self.questions[0].key),
             cut=self.give_back,
         )
         self.surface.backing.recordings.add(recording)
@@ -799,69 +648,8 @@ _tasks: set[asyncio.Future[Any]] = set()
 """Draws of streams, which go on when their readers have stopped."""
 
 
-def _begun(work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
-    """Run a coroutine at once up to its first wait, then in a task; return a future of its result.
-
-    So a draw takes its number when the request is made, not a turn of the loop later.
-    """
-    begun: asyncio.Future[Any] = loop.create_future()
-    try:
-        waiting = work.send(None)
-    except StopIteration as ended:
-        begun.set_result(ended.value)
-        return begun
-    except Exception as error:  # noqa: BLE001 - it belongs to whoever waits
-        begun.set_exception(error)
-        return begun
-
-    async def rest() -> Any:
-        return await _resumed(work, waiting)
-
-    task = loop.create_task(rest())
-    task.add_done_callback(lambda _: work.close())  # where it was cancelled before it went on
-    return task
-
-
-@types.coroutine
-def _resumed(work: Coroutine[Any, Any, Any], waiting: Any) -> Generator[Any, Any, Any]:
-    """Continue a coroutine that waits for something."""
-    while True:
-        try:
-            value = yield waiting
-        except BaseException as error:  # noqa: BLE001 - it goes to the coroutine
-            step = partial(work.throw, error)
-        else:
-            step = partial(work.send, value)
-        try:
-            waiting = step()
-        except StopIteration as ended:
-            return ended.value
-
-
 def _same(one: Any, other: Any) -> bool:
     return one is other
-
-
-def kept_of(grant: Grant) -> list[Kept]:
-    """Return the samples of a complete grant."""
-    return [Kept(sample.payload, sample.header) for sample in grant.samples if sample is not None]
-
-
-def _cached(question: Question, grant: Grant, duplicated: list[bool]) -> Response:
-    """Return a grant from the ledger as a response."""
-    samples = kept_of(grant)
-    response = Response(samples, [True] * len(samples), duplicated)
-    response.indices = tuple(grant.indices)
-    response.key = question.key
-    return response
-
-
-def _unclaim(done: Sequence[tuple[Draw, IntervalSet, Grant | None]], counter: Counter) -> None:
-    """Give back what was claimed in memory for a request that was not answered."""
-    for draw, taken, grant in done:
-        give_back(draw, counter)
-        for index in () if grant is None else grant.indices:
-            taken.remove(index)
 
 
 def id_header(api: wire.Api) -> str:

@@ -127,7 +127,7 @@ class Calls:
         url: its URL.
         spans: whether calls make spans here, because whoever sends them makes none.
         context: the caller's context, with the parent span; default is the current one.
-        max_retries: how often a call is made again, if the request says so itself.
+        max_retries: how often a failed call is repeated, if the request itself sets that.
     """
 
     api: wire.Api

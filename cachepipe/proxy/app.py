@@ -27,9 +27,7 @@ from cachepipe.providers.exchange import (
     Surface,
     body_from,
     check_size,
-    kept_of,
     questions_of,
-    recalled,
 )
 from cachepipe.proxy import control, headers, paths
 from cachepipe.proxy.access import AccessControl
@@ -40,6 +38,7 @@ from cachepipe.proxy.head_cache import HEAD, HeadCache, ParsedHead
 from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange, Receive, Refusal, Send
 from cachepipe.proxy.idempotency import ProxyRuns, RequestCounter
 from cachepipe.proxy.log import RequestLog
+from cachepipe.proxy.passing import pass_through
 from cachepipe.proxy.responder import Responder
 from cachepipe.proxy.routing import Route, Router
 from cachepipe.proxy.settings import ProxySettings, Upstream
@@ -295,16 +294,18 @@ class Proxy:
             return None
         http.namespace = self._namespace(http, route.destination)
         mode, url = self._mode(http), http.with_query(route.url)
-        if http.method != "POST":
-            return await self._pass(http, upstream, url, "fwd=method")
-        if api is None or mode == "bypass" or b"content-encoding" in http.named:
-            return await self._pass(http, upstream, url, "fwd=bypass")
-        content = await http.body(self.settings.max_body)
-        head = self._head(http, route.destination, upstream, api, url)
-        body = self._body(head, content)
-        if body is None:  # if the body is not valid, the provider answers with the error
-            return await self._pass(http, upstream, url, "fwd=bypass", content)
-        return await self._cached(http, head, body, mode)
+        content, encoded = None, b"content-encoding" in http.named
+        if http.method == "POST" and api is not None and mode != "bypass" and not encoded:
+            content = await http.body(self.settings.max_body)
+            head = self._head(http, route.destination, upstream, api, url)
+            body = self._body(head, content)
+            if body is not None:
+                return await self._cached(http, head, body, mode)
+        if self.settings.replay or http.header(b"x-cachepipe-mode") == "replay":
+            message = "this request cannot be answered from a cache, and this proxy only replays"
+            raise Refusal(404, "not_cached", message, [NEVER_AGAIN])
+        why = "fwd=bypass" if http.method == "POST" else "fwd=method"
+        return await pass_through(self.client, http, upstream, url, why, content)
 
     # What it asks.
 
@@ -349,7 +350,7 @@ class Proxy:
         }
         request_id, replicate = http.header(b"x-cachepipe-request-id"), http.header(b"x-cachepipe-replicate")
         claimant = Claimant(http.namespace, request_id, replicate)
-        pairs = _credited(headers.of_question(http.headers), upstream)
+        pairs = upstream.credited(headers.of_question(http.headers))
         caller = headers.caller_digest(upstream.name, pairs)
         scope = {name: http.scope[name] for name in ("method", "headers")}
         return ParsedHead(destination, upstream, api, url, key_headers, claimant, pairs, caller, scope)
@@ -436,78 +437,15 @@ class Proxy:
             if body is None or not body.single:
                 return None
             counted = self.runs.run(namespace, head.destination.run).counted
-            grants = recalled(self.surface, body.asks, body.questions, head.claimant, counted)
+            cache = self.surface.cache("read-write")
+            found = cache.look(head.claimant, [(body.questions[0], 1)], content, run=counted)
         except (CachepipeError, Refusal):
             return None  # the normal way answers with the error
-        if grants is None:
+        if found is None:
             return body
-        key, index, sample = body.questions[0].key, grants[0].indices[0], kept_of(grants[0])
+        key, index, sample = body.questions[0].key, found.grants[0].indices[0], found.values()
         duplicated = self.surface.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
         self.counters.hit(namespace, key, index, sample[0], head.url)
-        self.counters.ended(namespace, "hit")
         self.log.request("hit", "POST", head.destination, namespace, 200, begun, len(content), key=key)
         return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)
-
-    # What is passed through.
-
-    async def _pass(
-        self, http: HttpExchange, upstream: Upstream, url: str, why: str, content: bytes | None = None
-    ) -> Outcome:
-        """Forward a request unchanged, and its answer as it comes.
-
-        Args:
-            http: the request.
-            upstream: its upstream.
-            url: its URL there.
-            why: why the cache does not answer it.
-            content: its body, if it was read already.
-        """
-        if self.settings.replay or http.header(b"x-cachepipe-mode") == "replay":
-            raise Refusal(
-                404,
-                "not_cached",
-                "this request cannot be answered from a cache, and this proxy only replays",
-                [NEVER_AGAIN],
-            )
-        loop = asyncio.get_running_loop()
-        pairs = _credited(headers.to_upstream(http.headers), upstream)
-        sent: Any = content
-        taken: asyncio.Future[None] = loop.create_future()
-        if content is None:
-            length = http.named.get(b"content-length", b"0")
-            if length != b"0":
-                pairs.append((b"content-length", length))
-            if length != b"0" or b"transfer-encoding" in http.named:
-                sent = http.chunks(taken)
-        call = loop.create_task(self.client.call(upstream, http.method, url, pairs, sent))
-        response = None
-        try:
-            if sent is not content:  # a client is watched only once its body has been read
-                await asyncio.wait((call, taken), return_when=asyncio.FIRST_COMPLETED)
-            if await http.wait_for(call):
-                response = await call
-        finally:
-            call.cancel()  # unless it has ended
-        if response is None:
-            raise ClientGone
-        try:
-            pairs = headers.from_upstream(response.pairs)
-            if response.status in (204, 304):  # they have no body, so a length of one would be wrong
-                pairs = [pair for pair in pairs if pair[0] != b"content-length"]
-            await http.start(response.status, [*pairs, status(why)])
-            if not await http.stream(response.aiter_raw()):
-                raise ClientGone
-        finally:
-            await response.aclose()
-        return "passed"
-
-
-def _credited(pairs: list[tuple[bytes, bytes]], upstream: Upstream) -> list[tuple[bytes, bytes]]:
-    """Return headers with the upstream's own key, if there is one, instead of the client's."""
-    shown = upstream.key_value
-    if shown is None:
-        return pairs
-    key_header = upstream.key_header.encode()
-    pairs = [pair for pair in pairs if pair[0] not in headers.KEYS and pair[0] != key_header]
-    return [*pairs, (key_header, shown.encode())]

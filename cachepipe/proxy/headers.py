@@ -37,7 +37,7 @@ INERT: Final = (
 _UNBUFFERED: Final = (b"x-accel-buffering", b"no")  # without it, nginx buffers events
 _NOT_BACK: Final = frozenset({b"date", b"server", *(name for name, _ in INERT)})
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # bytes that no server may send in a header
-_UNPACKED: Final = frozenset({b"gzip", b"deflate", b"identity", b""})
+_DECODABLE: Final = frozenset({b"gzip", b"deflate", b"identity", b""})
 _OURS: Final = b"x-cachepipe-"
 _NGINX: Final = b"x-accel-"  # commands for a server in front of this one
 KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
@@ -113,10 +113,10 @@ def is_event_stream(pairs: Pairs) -> bool:
     )
 
 
-def is_packed(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def is_encoded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Return True if a body has an encoding that the proxy did not ask for, and so is only forwarded."""
     return any(
-        coding.strip().lower() not in _UNPACKED
+        coding.strip().lower() not in _DECODABLE
         for name, value in headers
         if name == b"content-encoding"
         for coding in value.split(b",")
@@ -127,7 +127,7 @@ def of_answer(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes
     """Return the headers that are valid for a decoded body, without cookies, which belong to one client."""
     pairs = from_upstream(headers)
     left_out = {b"content-length", b"set-cookie"}
-    if not is_packed(pairs):
+    if not is_encoded(pairs):
         left_out.add(b"content-encoding")
     return [pair for pair in pairs if pair[0] not in left_out]
 

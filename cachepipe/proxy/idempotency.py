@@ -24,7 +24,7 @@ _LABELS: Final = 10_000  # labelled runs, and namespaces with runs of their own,
 
 
 @dataclass(slots=True)
-class _Live:
+class _LiveDraw:
     """A draw that requests in flight hold."""
 
     holders: int = 0
@@ -55,7 +55,7 @@ class ProxyRun(Run):
     def __init__(self) -> None:
         super().__init__()
         self.counted = Occurrences()
-        self.live: dict[Identity, dict[int, _Live]] = {}
+        self.live: dict[Identity, dict[int, _LiveDraw]] = {}
         self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken
         self.entries: OrderedDict[tuple[str, str], IdempotencyEntry] = OrderedDict()
 
@@ -156,7 +156,7 @@ class RequestCounter:
         number = self._joined(identity)
         if number is None:
             number = run.counted.take(identity)
-        live = run.live.setdefault(identity, {}).setdefault(number, _Live())
+        live = run.live.setdefault(identity, {}).setdefault(number, _LiveDraw())
         live.holders += 1
         live.waiting += 1
         live.given_back = False

@@ -99,7 +99,7 @@ class Responder:
         return cache_headers.describing(self.exchange, answer, stores=not self.proxy.store.read_only)
 
     def _count(self, responses: Any) -> None:
-        self.proxy.counters.drew(self.exchange.claimant.namespace, responses, self.exchange.head.url)
+        self.proxy.counters.received(self.exchange.claimant.namespace, responses, self.exchange.head.url)
 
     def leave(self, task: asyncio.Future[Answer]) -> None:
         """Continue the draw of a client that has gone, and store its samples for the next request."""

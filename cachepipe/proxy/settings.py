@@ -16,6 +16,7 @@ from cachepipe import bounds
 from cachepipe.errors import CachepipeError
 from cachepipe.flow import Limits, Quota, Retries
 from cachepipe.flow.flow import Flow
+from cachepipe.proxy.headers import KEYS
 from cachepipe.typedefs import REPEATS, Repeat
 
 Kind = Literal["openai", "anthropic"]
@@ -113,6 +114,14 @@ class Upstream:
         if self.api_key is None:
             return None
         return f"Bearer {self.api_key}" if self.key_header == "authorization" else self.api_key
+
+    def credited(self, pairs: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return headers with the upstream's own API key, if there is one, instead of the client's."""
+        if self.key_value is None:
+            return pairs
+        header = self.key_header.encode()
+        pairs = [pair for pair in pairs if pair[0] not in KEYS and pair[0] != header]
+        return [*pairs, (header, self.key_value.encode())]
 
 
 def _flow(what: str, url: str, limits: Mapping[str, Any]) -> Flow:

@@ -70,7 +70,7 @@ class UpstreamResponse:
 
     def aiter_bytes(self) -> AsyncIterator[bytes]:
         """Iterate over the decoded body; if its encoding was not asked for, over the raw body."""
-        return self.aiter_raw() if headers.is_packed(self.pairs) else self._read(self.response.aiter_bytes())
+        return self.aiter_raw() if headers.is_encoded(self.pairs) else self._read(self.response.aiter_bytes())
 
     def aiter_raw(self) -> AsyncIterator[bytes]:
         """Iterate over the raw body."""

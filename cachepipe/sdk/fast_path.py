@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -25,10 +24,7 @@ from cachepipe.portal import run_now
 from cachepipe.providers import info
 from cachepipe.providers.exchange import (
     body_from,
-    kept_of,
     questions_of,
-    recalled,
-    responses_of,
 )
 from cachepipe.sdk import internals
 from cachepipe.sdk.calls import STRICT
@@ -46,7 +42,7 @@ class CallShape(NamedTuple):
         cast_to: the type into which the SDK parses the answer.
         parsed_once: whether the SDK returns the parsed answer as it is.
         api: the API of the request.
-        body: the fields of the body in order, with the values of those that the SDK adds to the arguments.
+        body: the fields of the body in order, with the values that the SDK adds to the arguments.
     """
 
     options: Any
@@ -76,7 +72,8 @@ class ObservedCall:
         if any(name not in body or body[name] != value for name, value in self.arguments.items()):
             return
         bare, once = internals.with_body(options, {}), internals.is_parsed_once(options)
-        self.shape = CallShape(bare, cast_to, once, api, dict(body))
+        fields = {name: None if name in self.arguments else value for name, value in body.items()}
+        self.shape = CallShape(bare, cast_to, once, api, fields)
 
 
 observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
@@ -86,7 +83,7 @@ observed: contextvars.ContextVar[ObservedCall | None] = contextvars.ContextVar(
 
 
 def with_fast_path(resource: Any, names: tuple[str, ...]) -> Any:
-    """Return a client's resource with the fast path for its ``create`` method, there or below."""
+    """Give a client's resource, or the one below it with these names, the fast path for ``create``."""
     last = resource
     for name in names:
         last = getattr(last, name, None)
@@ -166,15 +163,17 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     target = internals.known_target(client, shape.options, body)
     questions = questions_of(api, asks, target.url, target.headers, scope=surface.scope)
     claimant = using.claimant(surface.namespace)
-    grants = recalled(surface, asks, questions, claimant) if mode == "read-write" else None
-    if grants is not None:
-        samples = list(itertools.chain.from_iterable(map(kept_of, grants)))
+    found = None
+    if mode == "read-write":
+        asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
+        found = surface.cache(mode).look(claimant, asked, body)
+    if found is not None:
+        samples = found.values()
         record = info.Record(questions, claimant, target.url)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:
             flagged = functools.partial(kind.flags, surface, claimant.namespace)
-            flags = list(map(flagged, questions, asks))
-            record.later = functools.partial(responses_of, questions, grants, flags)
+            record.later = functools.partial(found.responses, list(map(flagged, questions, asks)))
             return made, None, None
     call = kind(
         client,
@@ -192,7 +191,7 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     )
     if mode == "replay":
         return None, call, call.known()
-    return None, call, None if grants is None else call.granted(grants)
+    return None, call, None if found is None else call.hit(found)
 
 
 def _made(shape: CallShape, content: bytes, made_by: str | None, record: info.Record) -> Any:

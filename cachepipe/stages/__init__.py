@@ -1,6 +1,6 @@
 """The stages. Each works alone around any model, and each is an async context manager."""
 
-from cachepipe.cache.engine import Stats
+from cachepipe.cache.cache import Stats
 from cachepipe.stage import Stage
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher

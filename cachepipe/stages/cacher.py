@@ -9,18 +9,16 @@ durable before anyone sees them. ``cachepipe.contract.allotment`` decides which 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cachepipe import forks, loops, runs
+from cachepipe import loops, runs
 from cachepipe.adapting import hooks_of, scope_of
-from cachepipe.cache.calls import Wanted
-from cachepipe.cache.engine import Drawing, Engine, Receipt, Stats, respond
+from cachepipe.cache.cache import Cache, Found, Stats
+from cachepipe.cache.drawing import Drawing, outcomes
 from cachepipe.contract import keys
-from cachepipe.contract.draws import Counter
 from cachepipe.contract.keys import Question
-from cachepipe.stage import Stage, adapter_of, given, together
+from cachepipe.stage import Stage, adapter_of, given
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
 from cachepipe.values import Codec
@@ -75,13 +73,13 @@ class AsyncCacher(Stage):
             wait_for_others=wait_for_others,
             read_only=True if mode == "replay" else None,
         )
-        self._ended = False
-        self.mode = mode
         self.repeat = repeat
+        self.mode = mode
         self.scope = scope if scope is not None else scope_of(model)
+        self._ended = False
         self._hash = hash
         self._question = hooks_of(adapter_of(model)).question
-        self._engine = Engine(model, self.store, codec)
+        self._cache = Cache(model, self.store, mode=mode, repeat=repeat, codec=codec)
         runs.opened(self.store.identity, self)
 
     def __repr__(self) -> str:
@@ -109,104 +107,13 @@ class AsyncCacher(Stage):
             CacheMiss: in replay mode, when not all of them are stored.
             StoreError: when the store fails before anything is spent.
         """
-        return await self.draw(request, self.question(request), loops.running())
+        begun = self.begin(request, self.question(request), loops.running())
+        return await begun.response(None) if isinstance(begun, Drawing) else begun.responses([None])[0]
 
-    async def draw(
-        self,
-        request: Request,
-        question: Question,
-        loop: asyncio.AbstractEventLoop,
-        duplicated: list[bool] | None = None,
-        receipts: list[Receipt] | None = None,
-        *,
-        counter: Counter | None = None,
-        looked: bool = False,
-    ) -> Response:
-        """Return the samples of a draw, for a caller that has made the question already.
-
-        Args:
-            request: the request.
-            question: the request's question.
-            loop: the running loop.
-            duplicated: the flags from a deduplicator in front.
-            receipts: gets the receipt that ``take_back`` needs if the response does not reach its caller.
-            counter: counts the occurrences of equal requests; by default the run.
-            looked: whether the caller has just read the ledger and not found the draw.
-        """
-        begun = self.begin(request, question, loop, duplicated, receipts, counter=counter, looked=looked)
-        return begun if isinstance(begun, Response) else await begun
-
-    def begin(
-        self,
-        request: Request,
-        question: Question,
-        loop: asyncio.AbstractEventLoop,
-        duplicated: list[bool] | None = None,
-        receipts: list[Receipt] | None = None,
-        *,
-        counter: Counter | None = None,
-        looked: bool = False,
-    ) -> Response | Coroutine[Any, Any, Response]:
-        """Begin a draw as ``draw`` does: return the response if it is complete, else an awaitable."""
+    def begin(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Found | Drawing:
+        """Return what is stored for a request, or begin to draw it."""
         self._check_open()
-        if self.mode == "bypass":
-            return self._bypass(request, question, loop, duplicated)
-        begun = self._begin(request, question, loop, duplicated, receipts, counter=counter, looked=looked)
-        return begun if isinstance(begun, Response) else self._engine.finish(begun, duplicated, receipts)
-
-    def _begin(
-        self,
-        request: Request,
-        question: Question,
-        loop: asyncio.AbstractEventLoop,
-        duplicated: list[bool] | None,
-        receipts: list[Receipt] | None,
-        *,
-        counter: Counter | None = None,
-        **options: bool,
-    ) -> Response | Drawing:
-        """Begin a draw: return the response if it is complete, else the draw."""
-        engine = self._engine
-        if duplicated is not None:
-            engine.merged += sum(duplicated)
-        return engine.begin(
-            engine.lane(loop),
-            request,
-            question,
-            self.mode,
-            self.repeat,
-            duplicated,
-            receipts,
-            counter=counter,
-            **options,
-        )
-
-    def take_back(self, receipts: Iterable[Receipt]) -> None:
-        """Take back responses that did not reach their caller: a retry is then the same draw."""
-        for receipt in receipts:
-            self._engine.take_back(receipt)
-
-    async def _bypass(
-        self,
-        request: Request,
-        question: Question,
-        loop: asyncio.AbstractEventLoop,
-        duplicated: list[bool] | None,
-    ) -> Response:
-        engine = self._engine
-        engine.requests += 1
-        engine.merged += sum(duplicated or ())
-        need = Wanted(loop, request.asking(request.n), late=engine.count_unreported)
-        engine.lane(loop).caller.start([need])
-        try:
-            values = await need.result()
-        except BaseException:
-            engine.count_unreported(need.brought)
-            raise
-        engine.misses += request.n
-        present = engine._present  # noqa: SLF001 - its own engine
-        values = values if present is None else [present(value) for value in values]
-        return respond(values, [False] * request.n, duplicated, None, question.key)
+        return self._cache.begin(request, question, self._cache.queue(loop))
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request, claimed in one transaction."""
@@ -227,66 +134,50 @@ class AsyncCacher(Stage):
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
-        if self.mode == "bypass":
-            return await together([self._bypassed(request, flags) for request in requests], return_exceptions)
-        loop, engine, crowd = loops.running(), self._engine, len(requests) > 1
-        receipts: list[Receipt] = []
+        cache = self._cache
+        queue = cache.queue(loops.running())
+        if len(requests) > 1:
+            queue.gather()
         answers: list[Any] = []
-        waiting: deque[tuple[int, Drawing, list[bool] | None]] = deque()
+        begun: list[Found | Drawing] = []
+        waiting: list[tuple[int, Drawing, list[bool] | None]] = []
         try:
-            for place, request in enumerate(requests):
+            for request in requests:
                 duplicated = None
-                begun: Response | Drawing | Exception
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    begun = self._begin(request, question, loop, duplicated, receipts, crowd=crowd)
+                    one = cache.begin(request, question, queue)
                 except Exception as error:  # noqa: BLE001 - it is this request's own
-                    begun = error
-                answers.append(begun)
-                if not isinstance(begun, Response | Exception):
-                    waiting.append((place, begun, duplicated))
+                    answers.append(error)
+                    continue
+                begun.append(one)
+                if isinstance(one, Drawing):
+                    waiting.append((len(answers), one, duplicated))
+                    answers.append(None)
+                else:
+                    answers += one.responses([duplicated])
             await asyncio.sleep(0)  # hits do not suspend
-            while waiting:
-                place, draw, duplicated = waiting.popleft()
-                answers[place] = await self._outcome(draw, duplicated, receipts)
+            ended = await outcomes([one[1] for one in waiting], [one[2] for one in waiting])
+            for (place, *_), answer in zip(waiting, ended, strict=True):
+                answers[place] = answer
             return given(answers, return_exceptions)
         except BaseException:
-            for _, draw, _ in waiting:
-                engine.abandon(draw)
-            self.take_back(receipts)
+            for one in begun:
+                one.take_back()
             raise
 
-    async def _bypassed(self, request: Request, flags: Flags | None) -> Response:
-        question = self.question(request)
-        duplicated = None if flags is None else flags(request, question)
-        return await self._bypass(request, question, loops.running(), duplicated)
-
-    async def _outcome(
-        self, draw: Drawing, duplicated: list[bool] | None, receipts: list[Receipt]
-    ) -> Response | BaseException:
-        """Return a draw's response, or its error."""
-        try:
-            return await self._engine.finish(draw, duplicated, receipts)
-        except asyncio.CancelledError as stopped:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            return stopped  # its call was stopped from outside
-        except Exception as error:  # noqa: BLE001 - it is this request's own
-            return error
-
     def widen(self, window: float) -> None:
-        """Merge needs of one question that come within ``window`` seconds into shared calls."""
-        self._engine.window = max(self._engine.window, window)
+        """Merge demands for one question that come within ``window`` seconds into shared calls."""
+        self._cache.window = max(self._cache.window, window)
 
-    def awaited(self, key: str) -> bool:
-        """Return True if a draw of this process waits for a sample of this key from another draw."""
-        return self._engine.board.anyone_waits_for(key)
+    def count_merged(self, samples: int) -> None:
+        """Count samples that a deduplicator in front has flagged."""
+        self._cache.merged += samples
 
     def stats(self) -> Stats:
         """Return the figures since the cacher was opened."""
-        return self._engine.stats()
+        return self._cache.stats()
 
     async def close(self) -> None:
         """Wait for calls in flight, write their samples, and close the store if the cacher opened it."""
@@ -294,13 +185,7 @@ class AsyncCacher(Stage):
         if self._ended:
             return
         runs.closed(self.store.identity, self)
-        here = loops.running()
-        for lane in self._engine.lanes():
-            if lane.loop is here:
-                await lane.drain()
-            elif lane.loop.is_running() and lane._fork == forks.count:  # noqa: SLF001 - loops run in their own process
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(lane.drain(), lane.loop))
-        await self._engine.deliveries.write()
+        await self._cache.drain(loops.running())
         self._ended = True
         if isinstance(self.model, Stage):
             await self.model.close()

@@ -13,8 +13,9 @@ from typing import Any
 
 from cachepipe import loops
 from cachepipe.adapting import hooks_of, scope_of
-from cachepipe.cache.calls import Call, Caller, Need, Wanted
-from cachepipe.cache.engine import Receipt, Stats
+from cachepipe.cache.cache import Stats
+from cachepipe.cache.calls import Call, Caller, Demand, DirectDemand
+from cachepipe.cache.drawing import Drawing
 from cachepipe.contract import keys
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
@@ -34,7 +35,7 @@ class _Lane:
         self.groups = Groups()
         self.served = 0
         self.caller = Caller(loop, model, _dropped)
-        self.waiting: list[Wanted] = []
+        self.waiting: list[DirectDemand] = []
 
 
 class AsyncDeduplicator(Stage):
@@ -87,25 +88,25 @@ class AsyncDeduplicator(Stage):
             loop = last.loop
         else:
             loop = loops.running()
-        self._check_open()
         lane, asker = self._lane(loop), Asker(asyncio.current_task(loop))
         cacher = self._cacher
         if cacher is None:
+            self._check_open()
             return await self._merge(lane, request, asker)
         question = cacher.question(request)
         duplicated = self._flags(lane, request, question, asker)
+        begun = cacher.begin(request, question, loop)
+        if isinstance(begun, Drawing):
+            response = await begun.response(duplicated)
+        else:
+            [response] = begun.responses([duplicated])
         lane.served += 1
-        if lane.served % _TURN:
-            begun = cacher.begin(request, question, loop, duplicated)
-            return begun if isinstance(begun, Response) else await begun
-        receipts: list[Receipt] = []
-        begun = cacher.begin(request, question, loop, duplicated, receipts)
-        response = begun if isinstance(begun, Response) else await begun
-        try:
-            await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
-        except BaseException:
-            cacher.take_back(receipts)
-            raise
+        if not lane.served % _TURN:
+            try:
+                await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
+            except BaseException:
+                begun.take_back()
+                raise
         return response
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
@@ -137,6 +138,8 @@ class AsyncDeduplicator(Stage):
                 lane.loop.call_later(self.window, groups.close, group)
         elif first:
             lane.loop.call_soon(groups.clear)
+        if self._cacher is not None:
+            self._cacher.count_merged(sum(duplicated))
         return duplicated
 
     def _ask(self, request: Request) -> keys.Question:
@@ -166,15 +169,15 @@ class AsyncDeduplicator(Stage):
         question = self._ask(request)
         duplicated = self._flags(lane, request, question, asker)
         group = (question.key, label(request.namespace)) if question.mergeable else None
-        need = Wanted(lane.loop, request.asking(request.n), group)
+        demand = DirectDemand(lane.loop, request.asking(request.n), group)
         if not lane.waiting:
             loop = lane.loop
             if self.window:
                 loop.call_later(self.window, _start, lane)
             else:
                 loop.call_soon(_start, lane)
-        lane.waiting.append(need)
-        values = await need.result()
+        lane.waiting.append(demand)
+        values = await demand.result()
         self._merged += request.n - (not duplicated[0])
         self._requests += 1
         self._misses += request.n
@@ -194,9 +197,9 @@ class AsyncDeduplicator(Stage):
 
 
 def _start(lane: _Lane) -> None:
-    needs, lane.waiting = lane.waiting, []
-    lane.caller.start([need for need in needs if need.wanted])
+    demands, lane.waiting = lane.waiting, []
+    lane.caller.start([demand for demand in demands if demand.wanted])
 
 
-def _dropped(need: Need, values: list[Any], call: Call) -> None:
+def _dropped(demand: Demand, values: list[Any], call: Call) -> None:
     """Drop samples that nobody asked for: there is no store to keep them."""

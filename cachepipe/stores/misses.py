@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.keys import Question, digest
-from cachepipe.differences import differences, told, traits
+from cachepipe.differences import described, differences, traits
 from cachepipe.errors import CacheMiss, StoreError
 from cachepipe.stores.base import Store, StoredQuestion
 
@@ -129,7 +129,7 @@ def _unlike(question: Question, near: StoredQuestion | None) -> str:
             f"the cache holds this question under another scope: {near.scope!r}, and the request has "
             f"{question.scope!r}. Set the scope to {near.scope!r} to use those samples"
         )
-    return f"the nearest question in the cache, {near.key[:15]}, differs in {told(found)}"
+    return f"the nearest question in the cache, {near.key[:15]}, differs in {described(found)}"
 
 
 def _counted(count: int, what: str) -> str:

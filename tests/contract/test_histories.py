@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from cachepipe import DiskStore, LocalAPI, Request, Response, StoreError
-from cachepipe.cache.calls import Caller, Wanted
+from cachepipe.cache.calls import Caller, DirectDemand
 from cachepipe.contract import allotment
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
@@ -271,7 +271,7 @@ class Single:
 
 async def test_c4_a_request_for_many_samples_is_cut_without_copying_the_rest_of_it_for_each_call():
     caller = Caller(asyncio.get_running_loop(), Single(), lambda *_: None)
-    need = Wanted(asyncio.get_running_loop(), Request("q", n=1000))
+    need = DirectDemand(asyncio.get_running_loop(), Request("q", n=1000))
     need.slots = Slots(need.slots)
     caller.start([need])
     assert len(await need.result()) == caller.calls == 1000

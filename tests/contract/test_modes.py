@@ -350,13 +350,16 @@ async def test_c4_the_other_calls_of_a_request_that_failed_in_bypass_are_stopped
 async def test_c6_what_comes_for_a_request_that_failed_in_bypass_is_unreported(store, until):
     serial = iter(range(100))
     ended = []
+    begun = asyncio.Event()
 
     class Model:
         max_n = 1
 
         async def request(self, request):
             if not next(serial):
+                await begun.wait()
                 raise ZeroDivisionError
+            begun.set()
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:

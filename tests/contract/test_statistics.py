@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import chisquare
 
 from cachepipe import MemoryStore, OnlineAPI, Request
-from cachepipe.cache import engine
+from cachepipe.cache import drawing
 from cachepipe.testing import NGramModel
 from cachepipe.testing.models import ScriptedModel
 from cachepipe.testing.ngram import END, flatten, generator
@@ -116,15 +116,15 @@ async def test_c5_a_namespace_that_draws_few_sees_the_model_without_bias():
 
 async def test_c5_the_test_fails_on_lists_in_order_of_completion(monkeypatch):
     """The mutant gives each sample that arrives the lowest index that still waits for one."""
-    deliver = engine._Need.deliver
+    deliver = drawing.DrawDemand.deliver
 
     def in_order_of_completion(self, slots, values, call):
-        open_slots = sorted(self.draw.making)
+        open_slots = sorted(self.drawing.state.making)
         deliver(self, open_slots[: len(values)], values, call)
 
     def store_at_once(self, slots, values, call):
         in_order_of_completion(self, slots, values, call)
-        self.draw.making.difference_update(sorted(self.draw.making)[: len(values)])
+        self.drawing.state.making.difference_update(sorted(self.drawing.state.making)[: len(values)])
 
-    monkeypatch.setattr(engine._Need, "deliver", store_at_once)
+    monkeypatch.setattr(drawing.DrawDemand, "deliver", store_at_once)
     assert p_value(await few_of_a_list(MemoryStore())) < 1e-6

@@ -477,7 +477,7 @@ async def test_a_service_of_another_kind_is_used_in_its_own_way_or_refused(serve
 
 async def test_an_asynchronous_client_is_not_for_functions_that_wait(server):
     async with AsyncOpenAI(base_url=server.base_url, api_key="x", cache=MemoryStore()) as client:
-        with pytest.raises(TypeError, match="await the asynchronous twin"):
+        with pytest.raises(TypeError, match="await the asynchronous function"):
             generate_text_completion_sync(FRANCE, client=client)
 
 

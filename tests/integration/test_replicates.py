@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import openai
 import pytest
 
 import cachepipe
 from cachepipe import Chat, OnlineAPI, Request, Response, Services, Session, generate_text_completions
+from cachepipe.batch import BatchSettings, run_file
 from cachepipe.chat.kept import close_clients
 from cachepipe.chat.sessions import DEFAULTS
 from cachepipe.models import OpenAIModel
@@ -82,7 +84,7 @@ ASKED = {"model": "ngram-1", "messages": [{"role": "user", "content": "Cats or d
 
 @pytest.mark.anyio
 async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
-    """The core, the clients with and without the fast path, and the proxy."""
+    """The core, the clients with and without the fast path, the proxy, and batch files."""
     folder = str(tmp_path / "cache")
     with MockServer.in_thread() as server:
         where = {"base_url": server.base_url, "api_key": "k"}
@@ -108,6 +110,13 @@ async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
                 base_url=f"{proxy.url}/v1", api_key="k", default_headers=told
             ) as through:
                 assert text(await through.chat.completions.create(**ASKED)) == core[1]
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        source.write_text(json.dumps({"prompt": "Cats or dogs?"}))
+        settings = BatchSettings(model="ngram-1", cache=folder, namespace="a", **where)
+        for number, expected in ((1, core[0]), ("2", core[1])):
+            await run_file(source, target, settings, replicate=number)
+            answer = json.loads(target.read_text())["response"]["body"]
+            assert answer["choices"][0]["message"]["content"] == expected
         assert server.stats.requests == asked == 2
 
 

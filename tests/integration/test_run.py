@@ -93,6 +93,12 @@ def refused(server, **more):
     return " ".join(done.stderr.split())
 
 
+def test_c1_each_replicate_has_samples_of_its_own(server):
+    for replicate, generated in ((None, True), (1, True), (2, True), (1, False)):
+        figures = called(server, replicate=replicate, limit=2, n=1)
+        assert (figures["generated"], figures["hits"]) == ((2, 0) if generated else (0, 2))
+
+
 @contextlib.contextmanager
 def started(words):
     """The command in a process of its own."""
@@ -773,7 +779,7 @@ def test_on_a_terminal_there_is_a_bar(server):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_narrow_terminal_shows_the_figures_whole_and_a_dumb_one_no_bar(server):
     narrow = on_terminal(server, COLUMNS="40").decode()
-    assert re.search(r"164/164\S* samples: 0 hits, 164 misses", narrow)
+    assert re.search(r"164/164\S* \S*samples: 0 hits, 164 misses", narrow)
     assert "…" not in narrow
     dumb = on_terminal(server, "another", TERM="dumb")
     assert b"/164" not in dumb

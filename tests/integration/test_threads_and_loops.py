@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cachepipe import AsyncBatcher, AsyncDeduplicator, MemoryStore, OnlineAPI, Request, Response
-from cachepipe.cache import engine
+from cachepipe.cache import others
 from cachepipe.stores.base import ReleaseLease
 from cachepipe.testing import ScriptedModel
 
@@ -122,7 +122,7 @@ def test_c4_a_loop_that_is_busy_loses_its_claim_to_no_other_loop(tmp_path, monke
         if looked.is_set() or not wanted:
             return status(wanted)
         looks.append(wanted)
-        if len(looks) > 3 * engine._ORPHAN_LOOKS:
+        if len(looks) > 3 * others.ORPHAN_LOOKS:
             looked.set()
         return status(wanted)
 
@@ -145,7 +145,7 @@ def test_c4_a_loop_that_is_busy_loses_its_claim_to_no_other_loop(tmp_path, monke
         assert queued.wait(20)
     while status(place) == ["free"]:
         threading.Event().wait(0.001)
-    monkeypatch.setattr(engine, "_LOOK_LAST", 0.005)
+    monkeypatch.setattr(others, "LAST", 0.005)
     monkeypatch.setattr(pipeline.store, "status", counting)
     answers.append(asyncio.run(other()))
     thread.join()
@@ -158,7 +158,7 @@ def test_loops_that_are_closed_leave_their_figures_and_nothing_else():
     pipeline = OnlineAPI(Model(), MemoryStore())
     for number in range(20):
         ask(pipeline, f"p{number}")
-    assert len(pipeline._cacher._engine.lanes()) <= 2
+    assert len(pipeline._cacher._cache.open_queues()) <= 2
     assert (pipeline.stats().calls, pipeline.stats().generated) == (20, 20)
     asyncio.run(pipeline.close())
 

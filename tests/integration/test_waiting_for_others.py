@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from cachepipe import DiskStore, OnlineAPI, Request, Response, WaitingForOthers
-from cachepipe.cache import engine
+from cachepipe.cache import others
 from cachepipe.stores import leases
 from cachepipe.testing import ScriptedError, ScriptedModel
 
@@ -66,7 +66,7 @@ def worker(tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(engine, "_LONG", 0.0)
+    monkeypatch.setattr(others, "LONG", 0.0)
 
 
 async def ask(folder, **options):
@@ -81,7 +81,7 @@ def finish(worker):
 
 
 def waits(pipeline):
-    return any(lane.strangers for lane in pipeline._cacher._engine.lanes())
+    return any(lane.strangers for lane in pipeline._cacher._cache.open_queues())
 
 
 @pytest.mark.usefixtures("impatient")
@@ -118,7 +118,7 @@ def test_who_waits_for_a_process_that_runs_is_told_once_and_gets_its_sample(work
         told.append(str(message))
         assert finish(worker) == "['theirs'] [False] 0"
 
-    monkeypatch.setattr(engine, "warn", tell)
+    monkeypatch.setattr(others, "warn", tell)
     response = asyncio.run(ask(tmp_path / "cache"))
     assert len(told) == 1
     assert "wait_for_others=SECONDS" in told[0]

@@ -11,6 +11,7 @@ from cachepipe import (
     Conversation,
     History,
     Message,
+    Service,
     Session,
     TextCompletion,
     generate_text_completion_sync,
@@ -46,6 +47,15 @@ def refuse_what_is_wrong() -> None:
     generate_text_completion_sync("Hi!", temprature=1)  # type: ignore[call-arg]
     generate_text_completions_sync(["Hi!"], mode="reed")  # type: ignore[call-overload]
     Chat(replicate=1.5)  # type: ignore[arg-type]
+    Session(mode="reed")  # type: ignore[arg-type]
+    Service("https://host/v1", max_request=5)  # type: ignore[call-arg]
+
+
+def limit() -> None:
+    service = Service(
+        "https://host/v1", max_requests=None, per_model={"m": {"max_tokens": 5}}, shared="folder"
+    )
+    Session(service=service, namespace="a", replicate="2", mode="refresh", repeat="same")
 
 
 def converse() -> None:

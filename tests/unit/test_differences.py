@@ -4,7 +4,7 @@ import pytest
 
 from cachepipe import wire
 from cachepipe.contract.keys import provider_question
-from cachepipe.differences import NO_VALUE, Difference, differences, told, traits
+from cachepipe.differences import NO_VALUE, Difference, described, differences, traits
 from cachepipe.providers.exchange import questions_of
 
 HERE = "https://here/v1/chat/completions"
@@ -69,7 +69,7 @@ def test_long_texts_are_shown_from_where_they_part():
 def test_the_same_names_in_another_order_are_told_as_such():
     one = b'{"body":{"schema":{"a":1,"b":2}}}'
     other = b'{"body":{"schema":{"b":2,"a":1}}}'
-    assert told(differences(None, one, None, other)) == "schema (the same names in another order)"
+    assert described(differences(None, one, None, other)) == "schema (the same names in another order)"
 
 
 def test_c9_the_order_of_a_tools_parameters_is_told_as_such():
@@ -85,7 +85,7 @@ def test_c9_the_order_of_a_tools_parameters_is_told_as_such():
 def test_many_differences_are_counted():
     many = {f"x{number}": number for number in range(9)}
     found = differences(HERE, asked().document, HERE, asked(**many).document)
-    assert told(found).endswith("; 5 more")
+    assert described(found).endswith("; 5 more")
 
 
 @pytest.mark.parametrize(

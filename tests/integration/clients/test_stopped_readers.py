@@ -181,7 +181,7 @@ async def test_c6_a_sample_whose_reader_was_stopped_is_reported_by_nobody(gated)
             await timed_out(client)
         gated.gate.set()
         await read(client)
-        stats = client._cachepipe.cacher("read-write").stats()
+        stats = client._cachepipe.cache("read-write").stats()
         assert (stats.generated, stats.unreported, stats.misses, stats.hits) == (1, 1, 0, 1)
 
 

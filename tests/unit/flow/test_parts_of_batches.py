@@ -25,7 +25,7 @@ from cachepipe import (
     StageClosed,
     context,
 )
-from cachepipe.cache.calls import Caller, Wanted, withdraw
+from cachepipe.cache.calls import Caller, DirectDemand, withdraw
 from cachepipe.flow.flow import Flow
 from cachepipe.flow.limits import Limits
 from cachepipe.flow.retries import Retries
@@ -424,7 +424,7 @@ async def test_one_who_was_cancelled_in_a_batch_takes_nobody_elses_answer_with_i
 async def test_what_is_given_up_before_its_batch_has_left_is_not_asked_for(gone):
     loop, model = asyncio.get_running_loop(), Failing(())
     caller = Caller(loop, model, lambda *_: None)
-    needs = {prompt: Wanted(loop, Request(prompt)) for prompt in "ac"}
+    needs = {prompt: DirectDemand(loop, Request(prompt)) for prompt in "ac"}
     caller.start(list(needs.values()))
     for prompt in gone:
         needs[prompt].future.cancel()

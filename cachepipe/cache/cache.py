@@ -1,0 +1,383 @@
+"""The one way to the samples of a store: `Cache.look` finds what is stored, `Cache.draw` draws the rest.
+
+Pipelines, clients, the proxy and batch files use it, and nothing below it. Nothing that runs in the
+background refers to a pipeline or a client, so these are collected when the program does not refer to them
+any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from cachepipe import forks, runs
+from cachepipe.adapting import hooks_of
+from cachepipe.cache.calls import Caller
+from cachepipe.cache.drawing import Drawing, keep_extra, respond, start, warn_shared
+from cachepipe.cache.in_flight import in_flight_of
+from cachepipe.cache.write_queue import MANY, WriteQueue
+from cachepipe.contract.draws import Claims, Counter, Draw, draw_of, give_back, label
+from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.keys import Question
+from cachepipe.stage import adapter_of
+from cachepipe.stores.base import Grant, Sample, Store
+from cachepipe.stores.misses import missed
+from cachepipe.stores.sums import deliveries_of, known
+from cachepipe.typedefs import Mode, Repeat, Request, Response
+from cachepipe.values import Codec
+
+Asked = Sequence[tuple[Question, int]]
+"""Questions, and how many samples are wanted of each."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The figures of a cacher since it was opened, in samples unless stated otherwise.
+
+    Attributes:
+        hits: delivered from the cache.
+        misses: generated on behalf of the request that got them.
+        merged: flagged as duplicated, by the deduplicator in front.
+        generated: returned by the model.
+        in_flight: being generated now.
+        unreported: generated, but never reported as such: their request failed or was cancelled, or
+            nobody had asked for them.
+        requests: requests begun.
+        calls: calls made to the model.
+        queue_seconds: total time that calls have waited for a service or limiter.
+        call_seconds: total time that calls have taken from then on; 0 where nothing limits them.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    merged: int = 0
+    generated: int = 0
+    in_flight: int = 0
+    unreported: int = 0
+    requests: int = 0
+    calls: int = 0
+    queue_seconds: float = 0.0
+    call_seconds: float = 0.0
+
+    def __getitem__(self, name: str) -> float:
+        value: float = asdict(self)[name]
+        return value
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the figures by name."""
+        return asdict(self)
+
+
+class Cache:
+    """Draws the samples of one model from one store.
+
+    Args:
+        model: generates samples.
+        store: the store.
+        mode: as in the contract.
+        repeat: ``"same"`` if all requests for a question share one draw.
+        codec: encodes samples, unless the model's adapter does.
+
+    Attributes:
+        window: seconds during which demands for one question are merged into shared calls.
+    """
+
+    def __init__(
+        self, model: Any, store: Store, *, mode: Mode = "read-write", repeat: Repeat = "fresh", codec: Codec
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.mode = mode
+        self.repeat = repeat
+        self.codec = codec
+        self.window = 0.0
+        self.in_flight = in_flight_of(store.identity)
+        self.deliveries = deliveries_of(store)
+        self.merged = self.hits = self.misses = self.unreported = self.requests = 0
+        hooks = hooks_of(adapter_of(model))
+        self.present, self.pack, self.unpack = hooks.present, hooks.pack, hooks.unpack
+        self.in_memory = mode == "replay" or store.read_only  # claims are not written
+        self._lock = threading.Lock()
+        self._queues: dict[asyncio.AbstractEventLoop, WriteQueue] = {}
+        self._last: WriteQueue | None = None
+        self._calls = self._generated = 0  # of loops that are closed
+
+    def queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
+        """Return the write queue of an event loop."""
+        last = self._last
+        if last is not None and last.loop is loop:
+            return last
+        queue = self._queues.get(loop)
+        if queue is None:
+            with self._lock:
+                for old in [old for old in self._queues if old.is_closed()]:
+                    past = self._queues.pop(old).caller
+                    self._calls += past.calls
+                    self._generated += past.generated
+                caller = Caller(loop, self.model, keep_extra)
+                queue = self._queues[loop] = WriteQueue(loop, self.store, caller, start)
+                self.in_flight.join(queue)
+        self._last = queue
+        return queue
+
+    def stats(self) -> Stats:
+        """Return the figures so far."""
+        callers = [queue.caller for queue in self.open_queues()]
+        return Stats(
+            hits=self.hits,
+            misses=self.misses,
+            merged=self.merged,
+            generated=self._generated + sum(caller.generated for caller in callers),
+            in_flight=sum(caller.in_flight for caller in callers),
+            unreported=self.unreported,
+            requests=self.requests,
+            calls=self._calls + sum(caller.calls for caller in callers),
+        )
+
+    def open_queues(self) -> list[WriteQueue]:
+        """Return the write queues of the loops that have made requests."""
+        with self._lock:
+            return list(self._queues.values())
+
+    def shares(self, question: Question) -> bool:
+        """Return True if all requests for a question share one draw (C1)."""
+        return self.repeat == "same" or question.function
+
+    # What is stored.
+
+    def look(
+        self,
+        claimant: Claims,
+        asked: Asked,
+        request: Any,
+        *,
+        run: runs.Occurrences | None = None,
+        counter: Counter | None = None,
+    ) -> Found | None:
+        """Return the samples of a request's draws if all of them are stored, else None.
+
+        Only reads, except that a claim which is not written takes indices in memory. Thread-safe.
+
+        Args:
+            claimant: who draws.
+            asked: the questions of the request.
+            request: the request, for the error.
+            run: the run; by default the current one.
+            counter: counts the occurrences of equal requests; by default the run.
+
+        Raises:
+            CacheMiss: in replay mode, when a sample is not stored.
+        """
+        if self.mode in {"refresh", "bypass"}:
+            return None
+        if run is None:
+            run = runs.current(self.store.identity)
+        if counter is None:
+            counter = run
+        if self.in_memory:
+            return self._replay(claimant, asked, request, counter, run)
+        user = label(claimant.namespace)
+        draws: list[Draw] = []
+        grants: list[Grant] = []
+        try:
+            for question, n in asked:
+                shared = self.shares(question)
+                if n > MANY or (shared and (question.key, user) not in run.used):
+                    return None  # reading so many would delay others; the use of a shared draw is recorded
+                draw = draw_of(question.key, claimant, counter, shared=shared)
+                draws.append(draw)
+                grant = self.store.recall(draw, n)
+                if grant is None:
+                    return None
+                grants.append(grant)
+        finally:
+            if len(grants) < len(asked):
+                for draw in draws:
+                    give_back(draw, counter)
+        return self._found(Found(self, run, counter, user, asked, draws, grants), claimant)
+
+    def _replay(
+        self, claimant: Claims, asked: Asked, request: Any, counter: Counter, run: runs.Occurrences
+    ) -> Found | None:
+        """Return the samples that claims would get, with claims in memory only; see `look`."""
+        draws: list[Draw] = []
+        grants: list[Grant] = []
+        found = Found(self, run, counter, label(claimant.namespace), asked, draws, grants)
+        with run.replaying:
+            try:
+                for question, n in asked:
+                    draw = draw_of(question.key, claimant, counter, shared=self.shares(question))
+                    draws.append(draw)
+                    taken = IntervalSet() if draw.shared else run.taken(draw.namespace, question.key)
+                    grant = self.store.replay(draw, n, taken)
+                    if grant is None:
+                        break
+                    grants.append(grant)
+            finally:
+                if len(grants) < len(asked):
+                    found.give_back()
+        if len(grants) == len(asked):
+            return self._found(found, claimant)
+        if self.mode == "replay":
+            question, n = asked[len(grants)]
+            raise missed(self.store, question, draws[-1], n, request, claimant.namespace)
+        return None
+
+    def _found(self, found: Found, claimant: Claims) -> Found:
+        """Account for samples that were stored."""
+        for (question, n), draw, grant in zip(found.asked, found.draws, found.grants, strict=True):
+            found.run.count(draw, fresh_id=False)
+            if grant.shared:
+                warn_shared(question, claimant, found.run)
+            self.requests += 1
+            self.hits += n
+            self.deliveries.add_known(found.run.name, found.user, question.scope, grant)
+        return found
+
+    # Draws.
+
+    def draw(
+        self, request: Request, question: Question, queue: WriteQueue, counter: Counter | None = None
+    ) -> Drawing:
+        """Begin to draw the samples of a request; what is not stored is generated.
+
+        A request that is alone in its turn of the event loop is claimed at once, others together at the end
+        of the turn.
+
+        Args:
+            request: the request.
+            question: its question.
+            queue: the write queue of the running loop.
+            counter: counts the occurrences of equal requests; by default the run.
+        """
+        draw = run = None
+        if self.mode != "bypass":
+            run = runs.current(self.store.identity)
+            if counter is None:
+                counter = run
+            draw = draw_of(question.key, request, counter, shared=self.shares(question))
+        return self._drawing(request, question, queue, draw, counter, run)
+
+    def begin(self, request: Request, question: Question, queue: WriteQueue) -> Found | Drawing:
+        """Return what is stored for a request of one question, or begin to draw it.
+
+        While claims are queued, a request joins them: their transaction also finds what is stored.
+        """
+        if self.in_memory:
+            return self.look(request, [(question, request.n)], request) or self.draw(request, question, queue)
+        if self.mode != "read-write" or not queue.idle or request.n > MANY:
+            return self.draw(request, question, queue)
+        run = runs.current(self.store.identity)
+        user = label(request.namespace)
+        shared = self.shares(question)
+        draw = draw_of(question.key, request, run, shared=shared)
+        try:
+            unrecorded = shared and (question.key, user) not in run.used
+            grant = None if unrecorded else self.store.recall(draw, request.n)
+        except BaseException:
+            give_back(draw, run)
+            raise
+        if grant is None:
+            return self._drawing(request, question, queue, draw, run, run)
+        return self._found(Found(self, run, run, user, [(question, request.n)], [draw], [grant]), request)
+
+    def _drawing(
+        self,
+        request: Request,
+        question: Question,
+        queue: WriteQueue,
+        draw: Draw | None,
+        counter: Counter | None,
+        run: runs.Occurrences | None,
+    ) -> Drawing:
+        self.requests += 1
+        stored = draw is not None and not self.store.read_only
+        drawing = Drawing(self, queue, request, question, draw, counter, run, stored=stored)
+        if stored:
+            drawing.claim(refresh=self.mode == "refresh", at_once=request.n <= MANY and queue.alone())
+        else:
+            drawing.generate()
+        if not drawing.state.complete:
+            drawing.own()
+        return drawing
+
+    def decode(self, sample: Sample) -> Any:
+        """Return the value of a stored sample as the model's adapter unpacks or presents it."""
+        if self.unpack is not None:
+            return self.unpack(sample)
+        value = self.codec.decode(sample.payload)
+        return value if self.present is None else self.present(value)
+
+    # The end.
+
+    async def drain(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait for calls in flight, and until everything is written."""
+        for queue in self.open_queues():
+            if queue.loop is loop:
+                await queue.drain()
+            elif queue.loop.is_running() and queue.fork == forks.count:  # loops run in their own process
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop))
+        await self.deliveries.write()
+
+
+class Found(NamedTuple):
+    """The samples of a request that were stored.
+
+    Attributes:
+        cache: the cache.
+        run: the run that they were delivered in.
+        counter: counts the occurrences of equal requests.
+        user: the label of the namespace.
+        asked: the questions of the request.
+        draws: the draw of each question.
+        grants: the samples of each question.
+    """
+
+    cache: Cache
+    run: runs.Occurrences
+    counter: Counter
+    user: str
+    asked: Asked
+    draws: Sequence[Draw]
+    grants: Sequence[Grant]
+
+    def values(self) -> list[Any]:
+        """Return the samples of all questions, one after the other."""
+        return [self.cache.decode(sample) for grant in self.grants for sample in grant.samples if sample]
+
+    def responses(self, duplicated: Sequence[list[bool] | None]) -> list[Response]:
+        """Return a response per question, with these flags ``duplicated``."""
+        decode = self.cache.decode
+        return [
+            respond(
+                [decode(sample) for sample in grant.samples if sample is not None],
+                [True] * len(grant.indices),
+                flags,
+                tuple(grant.indices),
+                question.key,
+            )
+            for (question, _), grant, flags in zip(self.asked, self.grants, duplicated, strict=True)
+        ]
+
+    def take_back(self) -> None:
+        """Take the samples back, as they did not reach their caller: a retry is then the same draw."""
+        cache = self.cache
+        for (question, n), grant in zip(self.asked, self.grants, strict=True):
+            cache.hits -= n
+            cache.deliveries.add(known(self.run.name, self.user, question.scope, grant, "taken back"))
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Give back the numbers of the draws, and what was claimed in memory."""
+        for draw in self.draws:
+            give_back(draw, self.counter)
+        if not self.cache.in_memory:
+            return
+        for draw, grant in zip(self.draws, self.grants, strict=False):
+            if not draw.shared:
+                taken = self.run.taken(draw.namespace, draw.key)
+                for index in grant.indices:
+                    taken.remove(index)

@@ -1,0 +1,509 @@
+"""A draw on its way: performs the effects that `cachepipe.contract.lifecycle` decides on.
+
+Everything that concerns a draw happens on the loop of its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import orjson
+
+from cachepipe import runs
+from cachepipe.cache import others
+from cachepipe.cache.calls import Call, Demand, withdraw
+from cachepipe.cache.write_queue import WriteQueue, unheard
+from cachepipe.contract import lifecycle
+from cachepipe.contract.draws import Claims, Counter, Draw, give_back, label
+from cachepipe.contract.keys import Question
+from cachepipe.contract.lifecycle import DrawState, Effects
+from cachepipe.errors import FreshIds, NotStored, SharedDraw, warn
+from cachepipe.stores.base import (
+    Claim,
+    Commit,
+    Committed,
+    Grant,
+    ReleaseHold,
+    ReleaseLease,
+    Sample,
+    new_meta,
+)
+from cachepipe.stores.sums import Delivery, is_stored
+from cachepipe.typedefs import Request, Response
+
+if TYPE_CHECKING:
+    from cachepipe.cache.cache import Cache
+
+_tokens = itertools.count(1)
+
+
+class Drawing:
+    """One draw: its state, and the samples that have come.
+
+    Args:
+        cache: the cache that it draws from.
+        queue: the write queue of its loop.
+        request: the request; it is copied when the draw has to wait.
+        question: its question.
+        draw: its identity; None if no occurrence is counted.
+        counter: what counted its occurrence.
+        run: the run that it belongs to.
+        stored: whether the ledger records it.
+    """
+
+    __slots__ = (
+        "cache",
+        "counter",
+        "delivered",
+        "demands",
+        "draw",
+        "future",
+        "headers",
+        "question",
+        "queue",
+        "request",
+        "run",
+        "state",
+        "token",
+        "user",
+        "values",
+        "waits_since",
+    )
+
+    def __init__(
+        self,
+        cache: Cache,
+        queue: WriteQueue,
+        request: Request,
+        question: Question,
+        draw: Draw | None,
+        counter: Counter | None,
+        run: runs.Occurrences | None,
+        *,
+        stored: bool,
+    ) -> None:
+        self.cache = cache
+        self.queue = queue
+        self.request = request
+        self.question = question
+        self.draw = draw
+        self.counter = counter
+        self.run = run
+        self.user = label(request.namespace)
+        self.token = f"{next(_tokens):x}"
+        self.state = DrawState(request.n, stored=stored)
+        self.values: list[Any] = [None] * request.n
+        self.headers = [b""] * request.n  # by position: what is stored beside the sample
+        self.demands: tuple[DrawDemand, ...] = ()
+        self.delivered = False
+        self.waits_since: float | None = None  # since when it waits for another process, on its loop's clock
+        self.future: asyncio.Future[None] = queue.loop.create_future()
+
+    # What the caller does.
+
+    def generate(self) -> None:
+        """Generate all samples, for this caller alone."""
+        self.perform(self.state.unsaved())
+
+    def claim(self, *, refresh: bool = False, at_once: bool = False) -> None:
+        """Claim the samples: at once if no lock is in the way, else at the end of the turn."""
+        draw, run = self.draw, self.run
+        if draw is None or run is None:
+            raise RuntimeError("a draw without an identity cannot be claimed")
+        user = self.user if draw.shared else None
+        claim = Claim(draw, self.state.n, self.question, self.token, refresh, user)
+        if run.replays:
+            claim.avoid = run.taken(draw.namespace, self.question.key)
+        if at_once:
+            self.queue.put_now(claim, self._granted)
+        else:
+            self.queue.put(claim, self._granted)
+
+    def own(self) -> None:
+        """Copy the request, as the caller may change its own object from now on."""
+        self.request = self.request.asking(self.state.n)
+
+    async def response(self, duplicated: list[bool] | None) -> Response:
+        """Return the response; a cancelled caller gives back what it had claimed (C8)."""
+        try:
+            await self.future
+        except BaseException:
+            self.leave()
+            raise
+        self.delivered = True
+        state, cache = self.state, self.cache
+        cache.hits += state.n - state.generated
+        cache.misses += state.generated
+        if self.run is not None:
+            cache.deliveries.add(self._delivery(self.run))
+        indices = tuple(state.indices) if state.indices else None
+        return respond(self.values, state.cached, duplicated, indices, self.question.key)
+
+    def leave(self) -> None:
+        """Give the draw up, as its caller does not wait any more."""
+        self.perform(self.state.left())
+        if not self.future.cancel() and not self.future.cancelled():
+            self.future.exception()  # nobody is told
+
+    def take_back(self) -> None:
+        """Take the response back if it was made, as it did not reach its caller; else leave."""
+        state, cache = self.state, self.cache
+        if not self.delivered:
+            self.leave()
+            return
+        cache.hits -= state.n - state.generated
+        cache.misses -= state.generated
+        cache.unreported += state.generated
+        if self.run is not None:
+            cache.deliveries.add(self._delivery(self.run)._replace(what="taken back"))
+        self._give_back()
+
+    def _delivery(self, run: runs.Occurrences) -> Delivery:
+        cached = tuple(self.state.cached) if self.state.generated else None
+        return Delivery(run.name, self.user, self.question.scope, tuple(self.headers), cached)
+
+    # What the store, the model and other draws report.
+
+    def _granted(self, grant: Grant | Exception) -> None:
+        if isinstance(grant, Exception):
+            self.perform(self.state.broken(grant))
+            return
+        effects = self.state.granted(
+            grant.indices, grant.samples, grant.mine, grant.held, joined=grant.joined
+        )
+        try:
+            if not self.state.ended:
+                self._note(grant)
+            self.perform(effects, grant.samples)
+        except Exception as error:  # noqa: BLE001 - such as a sample that cannot be read
+            self.perform(self.state.spoiled(grant.mine, error))
+
+    def _note(self, grant: Grant) -> None:
+        """Note the use of a shared draw; give the warnings that each run gives once."""
+        draw, run = self.draw, self.run
+        if draw is None or run is None:
+            return
+        if draw.shared:
+            run.used.add((self.question.key, self.user))
+        if grant.shared:
+            warn_shared(self.question, self.request, run)
+        if run.count(draw, fresh_id=grant.fresh_id):
+            warn(
+                "most requests of this run have new request ids on questions that their namespace has asked "
+                "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
+                "in each run: not made from hash(str), uuids or times",
+                FreshIds,
+            )
+
+    def brought(self, index: int, value: Any, call: Call) -> None:
+        """Store a sample that a call has returned, then take it."""
+        if not self.state.stored:
+            self._take(index, value, b"")
+            return
+        try:
+            commit = self.commit_of(index, value, call)
+        except Exception as error:  # noqa: BLE001 - whatever a value does to its encoder, it is paid for
+            self._unstored(index, value, b"", error)
+            return
+        self.queue.put(commit, self._committed, index, value, commit.meta)
+
+    def commit_of(self, index: int | None, value: Any, call: Call) -> Commit:
+        """Return the operation that stores a value, with the bytes and notes of the model's adapter."""
+        cache, key = self.cache, self.question.key
+        run = "" if self.run is None else self.run.name
+        meta = new_meta(call.id, call.seconds, run, self.user)
+        if cache.pack is None:
+            return Commit(key, index, cache.codec.encode(value), meta)
+        payload, noted = cache.pack(value)
+        return Commit(key, index, payload, {**meta, **noted})
+
+    def _committed(
+        self, index: int, value: Any, meta: Mapping[str, Any], result: Committed | Exception
+    ) -> None:
+        if isinstance(result, Exception):
+            self._unstored(index, value, orjson.dumps(meta), result)
+            return
+        self.perform(self.state.committed(index, kept=result.kept), [result.sample])
+        if result.kept:
+            self._take(index, value, result.sample.header)
+
+    def _unstored(self, index: int, value: Any, header: bytes, error: Exception) -> None:
+        """Take a sample that could not be stored. A rerun generates it again."""
+        self.perform(self.state.unstored(index))
+        try:
+            warn(f"a sample of key {self.question.key} was not cached: {error}", NotStored)
+        except NotStored as refused:  # its user has made it an error
+            self._lose([header])
+            self.perform(self.state.broken(refused))
+            return
+        self._take(index, value, header)
+
+    def _take(self, index: int, value: Any, header: bytes) -> None:
+        """Put a sample that was generated for this draw into its place."""
+        position = self.state.takes(index)
+        if position is None:  # the draw has ended, or was granted other indices meanwhile
+            self._waste([header])
+            return
+        present = self.cache.present
+        try:
+            self.values[position] = value if present is None else present(value)
+        except Exception as error:  # noqa: BLE001 - the adapter's own; the sample is stored
+            self._waste([header])
+            self.perform(self.state.broken(error))
+            return
+        self.headers[position] = header
+        self.perform(self.state.filled(index))
+
+    def told(self, index: int, sample: Sample | None, error: BaseException | None, last: bool) -> None:
+        """Learn what became of an awaited sample. Thread-safe."""
+        self.queue.soon(self._arrived, index, sample, error, last)
+
+    def _arrived(self, index: int, sample: Sample | None, error: BaseException | None, last: bool) -> None:
+        if sample is None:
+            self.perform(self.state.absent(index, error, last=last))
+            return
+        position = self.state.takes(index)
+        if position is None:
+            return
+        try:
+            self.values[position] = self.cache.decode(sample)
+        except Exception as unreadable:  # noqa: BLE001 - such as one of an unnamed class
+            self.perform(self.state.broken(unreadable))
+            return
+        self.headers[position] = sample.header
+        self.perform(self.state.arrived(index))
+
+    def fail(self, indices: Sequence[int], error: BaseException | None) -> None:
+        """Learn that samples will not come: their call failed, or was stopped (None)."""
+        self.perform(self.state.failed(indices, error))
+
+    def unheard(self) -> None:
+        """Claim once more, as those who should have generated the awaited samples do not."""
+        self.perform(self.state.unheard())
+
+    # Effects.
+
+    def perform(self, effects: Effects, samples: Sequence[Sample | None] = ()) -> None:
+        """Perform effects in order; ``samples`` are those of the event."""
+        for effect in effects:
+            self._performs[type(effect)](self, effect, samples)
+
+    def _fill(self, effect: lifecycle.Fill, samples: Sequence[Sample | None]) -> None:
+        for position in effect.positions:
+            sample = samples[position]
+            if sample is not None:
+                self.values[position] = self.cache.decode(sample)
+                self.headers[position] = sample.header
+
+    def _await(self, effect: lifecycle.Await, _samples: object) -> None:
+        key, registry = self.question.key, self.cache.in_flight
+        for index in effect.indices:
+            registry.wait(key, index, self)
+            if registry.maker(key, index) is not self.queue:  # another loop may end with its call
+                others.watch(self)
+
+    def _stop_waiting(self, effect: lifecycle.StopWaiting, _samples: object) -> None:
+        self.queue.strangers.pop(self, None)
+        self.cache.in_flight.unwait(self.question.key, effect.indices, self)
+
+    def _generate(self, effect: lifecycle.Generate, _samples: object) -> None:
+        demand = DrawDemand(self, effect.indices)
+        self.demands += (demand,)
+        if self.state.stored:
+            self.cache.in_flight.announce(self.queue, self.question.key, effect.indices)
+        self.queue.want(demand, window=0.0 if demand.group is None else self.cache.window)
+
+    def _free_leases(self, effect: lifecycle.FreeLeases, _samples: object) -> None:
+        if not self.state.stored:
+            return
+        key, registry, (indices, error, last) = self.question.key, self.cache.in_flight, effect
+
+        def freed(_result: Any) -> None:
+            for index in indices:
+                registry.settle(key, index, None, error, last=last)
+
+        self.queue.put(ReleaseLease(key, indices), freed)
+
+    def _wake(self, effect: lifecycle.Wake, samples: Sequence[Sample | None]) -> None:
+        sample = samples[0] if effect.stored else None
+        self.cache.in_flight.settle(self.question.key, effect.place, sample)
+
+    def _claim(self, _effect: object, _samples: object) -> None:
+        self.claim()
+
+    def _count_waste(self, effect: lifecycle.Waste, _samples: object) -> None:
+        self.cache.unreported += effect.others
+        if effect.positions:
+            self._waste([self.headers[position] for position in effect.positions])
+
+    def _give_back(self, _effect: object = None, _samples: object = None) -> None:
+        if self.draw is not None and self.counter is not None:
+            give_back(self.draw, self.counter)
+
+    def _release(self, effect: lifecycle.Release, _samples: object) -> None:
+        state, draw = self.state, self.draw
+        if effect.complete or state.ended:
+            self.queue.strangers.pop(self, None)
+        then: Callable[[Any], None] = unheard if effect.error is None else partial(self._tell, effect.error)
+        if state.held and draw is not None:
+            self.queue.put(ReleaseHold(draw, self.token, state.held, effect.complete, state.n), then)
+        else:
+            then(None)
+
+    def _tell(self, error: BaseException, _result: Any) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def _withdraw(self, _effect: object, _samples: object) -> None:
+        for demand in self.demands:
+            withdraw(demand)
+
+    def _cancel(self, _effect: object, _samples: object) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
+            self.future.cancel()
+
+    def _deliver(self, _effect: object, _samples: object) -> None:
+        self.queue.strangers.pop(self, None)
+        if not self.future.done():
+            self.future.set_result(None)
+
+    def _waste(self, headers: Sequence[bytes]) -> None:
+        self.cache.unreported += len(headers)
+        self._lose(headers)
+
+    def _lose(self, headers: Iterable[bytes]) -> None:
+        """Note samples that reach nobody and are not stored; the store accounts for the others."""
+        lost = tuple([header for header in headers if not is_stored(header)])
+        if lost and self.run is not None:
+            self.cache.deliveries.add(
+                Delivery(self.run.name, self.user, self.question.scope, lost, what="lost")
+            )
+
+    _performs: ClassVar[Mapping[type, Callable[[Any, Any, Any], None]]] = {
+        lifecycle.Fill: _fill,
+        lifecycle.Await: _await,
+        lifecycle.StopWaiting: _stop_waiting,
+        lifecycle.Generate: _generate,
+        lifecycle.FreeLeases: _free_leases,
+        lifecycle.Wake: _wake,
+        lifecycle.Claim: _claim,
+        lifecycle.Waste: _count_waste,
+        lifecycle.GiveBack: _give_back,
+        lifecycle.Release: _release,
+        lifecycle.Withdraw: _withdraw,
+        lifecycle.Cancel: _cancel,
+        lifecycle.Deliver: _deliver,
+    }
+
+
+class DrawDemand(Demand):
+    """The samples that a draw must generate: those at these indices, in this order."""
+
+    __slots__ = ("drawing",)
+
+    def __init__(self, drawing: Drawing, indices: Sequence[int]) -> None:
+        mergeable = drawing.question.mergeable and drawing.draw is not None
+        super().__init__(drawing.question.key if mergeable else None, indices)
+        self.drawing = drawing
+
+    @property
+    def request(self) -> Request:
+        """The request, with the ``n`` that its caller wrote."""
+        return self.drawing.request
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone waits for it."""
+        drawing = self.drawing
+        return not drawing.state.ended or drawing.cache.in_flight.anyone_waits(
+            drawing.question.key, self.slots
+        )
+
+    def deliver(self, slots: Sequence[int], values: list[Any], call: Call) -> None:
+        """Take samples that a call has returned."""
+        for index, value in zip(slots, values, strict=True):
+            self.drawing.brought(index, value, call)
+
+    def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
+        """Note that samples will not come; the error is None if the call was withdrawn."""
+        self.drawing.fail(slots, error)
+
+
+def start(queue: WriteQueue) -> None:
+    """Begin the calls for the demands of a queue that are ready."""
+    wanted: list[Demand] = []
+    unwanted: list[Demand] = []
+    for demand in queue.ready():
+        (wanted if demand.wanted else unwanted).append(demand)
+    for demand in unwanted:
+        demand.fail(demand.slots, None)
+    try:
+        queue.caller.start(wanted)
+    except Exception as error:  # noqa: BLE001 - such as a model whose limit is not a number
+        for demand in wanted:
+            demand.fail(demand.slots, error)
+
+
+def keep_extra(demand: Demand, values: list[Any], call: Call) -> None:
+    """Store samples that nobody asked for; they serve whoever needs the next."""
+    if not isinstance(demand, DrawDemand):
+        return
+    drawing = demand.drawing
+    drawing.cache.unreported += len(values)
+    if not drawing.state.stored:
+        return
+    for value in values:
+        try:
+            commit = drawing.commit_of(None, value, call)
+        except Exception:  # noqa: BLE001, S112 - nobody asked for it
+            continue
+        drawing.queue.put(commit, unheard)
+
+
+def respond(
+    values: list[Any],
+    cached: list[bool],
+    duplicated: list[bool] | None,
+    indices: tuple[int, ...] | None,
+    key: str,
+) -> Response:
+    """Return a response with its flags, indices and key."""
+    response = Response(values, cached, duplicated)
+    response.indices = indices
+    response.key = key
+    return response
+
+
+def warn_shared(question: Question, claimant: Claims, run: runs.Occurrences) -> None:
+    """Warn, once in a run, that another live process makes the same draw (C1)."""
+    if run.first_time("shared draw"):
+        warn(
+            f"another live process made the same draw (key {question.key}, namespace "
+            f"{claimant.namespace!r}, request id {claimant.request_id!r}) and gets the same samples; "
+            "workers that need independent samples must use different request ids or replicates",
+            SharedDraw,
+        )
+
+
+async def outcomes(
+    drawings: Sequence[Drawing], duplicated: Sequence[list[bool] | None]
+) -> list[Response | BaseException]:
+    """Return the response or the error of each draw, in order, after all of them have ended."""
+    return [await _outcome(*one) for one in zip(drawings, duplicated, strict=True)]
+
+
+async def _outcome(drawing: Drawing, duplicated: list[bool] | None) -> Response | BaseException:
+    try:
+        return await drawing.response(duplicated)
+    except asyncio.CancelledError as stopped:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return stopped  # its call was stopped from outside
+    except Exception as error:  # noqa: BLE001 - it is this request's own
+        return error

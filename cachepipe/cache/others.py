@@ -1,0 +1,126 @@
+"""Waits for samples that other processes generate, or other loops of this one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cachepipe.cache.write_queue import WriteQueue, unheard
+from cachepipe.errors import StoreError, WaitingForOthers, warn
+from cachepipe.stores.base import Process, ReleaseLease, Seize
+
+if TYPE_CHECKING:
+    from cachepipe.cache.drawing import Drawing
+
+FIRST, LAST = 0.005, 0.25
+"""Seconds between looks; the pauses grow."""
+LONG = 10.0
+"""Seconds of waiting for another process after which a warning is given."""
+ORPHAN_LOOKS = 6
+"""Looks after which a sample of this process that no loop generates is taken over."""
+_ASK = 1.0  # seconds between two questions about the process that generates a sample
+
+
+class Look:
+    """Looks, at growing intervals, for the samples that one loop's draws await from elsewhere.
+
+    Args:
+        queue: the write queue of the loop.
+    """
+
+    def __init__(self, queue: WriteQueue) -> None:
+        self._queue = queue
+        self._pause = FIRST
+        self._orphans: dict[tuple[str, int], int] = {}
+        self._asked = 0.0
+        queue.loop.call_later(FIRST, self)
+
+    def __call__(self) -> None:
+        """Look once, and again later while a draw waits."""
+        queue = self._queue
+        places = [
+            (drawing, index)
+            for drawing in queue.strangers
+            for index in drawing.state.awaited
+            if drawing.cache.in_flight.maker(drawing.question.key, index) is None
+        ]
+        try:
+            states = queue.store.status([(drawing.question.key, index) for drawing, index in places])
+        except StoreError as error:
+            for drawing in list(queue.strangers):
+                drawing.perform(drawing.state.broken(error))
+            return
+        now = queue.loop.time()
+        asks = now - self._asked >= _ASK
+        if asks:
+            self._asked = now
+        seen: dict[tuple[str, int], int] = {}
+        again: dict[Drawing, None] = {}
+        for (drawing, index), state in zip(places, states, strict=False):
+            if state == "ours":
+                looks = seen[drawing.question.key, index] = self._looks(drawing, index)
+                if looks >= ORPHAN_LOOKS:
+                    queue.put(ReleaseLease(drawing.question.key, [index]), unheard)
+                    again[drawing] = None
+            elif state != "pending" or _outwaited(drawing, index, now, asks=asks):
+                again[drawing] = None
+        self._orphans = seen
+        for drawing in again:
+            drawing.unheard()
+        if queue.strangers:
+            self._pause = min(self._pause * 1.5, LAST)
+            queue.loop.call_later(self._pause, self)
+
+    def _looks(self, drawing: Drawing, index: int) -> int:
+        """Count the looks at a sample that was granted to another loop of this process and not announced.
+
+        That loop may be about to announce it, or is gone.
+        """
+        key = drawing.question.key
+        return 0 if drawing.cache.in_flight.anyone_claims(key) else self._orphans.get((key, index), 0) + 1
+
+
+def watch(drawing: Drawing) -> None:
+    """Look for the samples that a draw awaits from elsewhere until they come."""
+    queue = drawing.queue
+    if drawing.waits_since is None:
+        drawing.waits_since = queue.loop.time()
+    first = not queue.strangers
+    queue.strangers[drawing] = None
+    if first:
+        Look(queue)
+
+
+def _outwaited(drawing: Drawing, index: int, now: float, *, asks: bool) -> bool:
+    """Return True if this process now generates a sample that another process was generating.
+
+    It does so after ``wait_for_others`` seconds, or after 10 s if the other process is stopped; ``asks`` is
+    whether to find out about that process in this look.
+    """
+    waited = now - (drawing.waits_since or 0.0)
+    store, key = drawing.cache.store, drawing.question.key
+    longest = store.wait_for_others
+    late = longest is not None and waited >= longest
+    if waited >= LONG and not late and asks:
+        process = store.generator(key, index)
+        if process is None:
+            return False
+        late = process.stopped
+        _warn_waiting(drawing, process)
+    if late:
+        drawing.queue.put(Seize(key, [index]), unheard)
+    return late
+
+
+def _warn_waiting(drawing: Drawing, process: Process) -> None:
+    if drawing.run is None or not drawing.run.first_time("waits for others"):
+        return
+    what = (
+        "That process is stopped, so the sample is generated here"
+        if process.stopped
+        else "With wait_for_others=SECONDS the sample is generated here after that time"
+    )
+    warn(
+        f"a request has waited {LONG:.0f} s for a sample of key {drawing.question.key}, which "
+        f"{process.name} generates. {what}",
+        WaitingForOthers,
+    )
