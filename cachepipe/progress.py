@@ -7,11 +7,15 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _WIDTH: Final = 40  # characters of the bar in a notebook
 _REFRESH: Final = 0.1  # seconds
-_BAR_FROM: Final = 64  # columns of a terminal
+BAR_FROM: Final = 64
+"""The columns of the narrowest terminal with a bar."""
 
 
 class Tick(Protocol):
@@ -48,6 +52,18 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
     if not console.is_terminal:
         yield _silent
         return
+    with bar() as progress:
+        task = progress.add_task(label, total=total, told="")
+        yield _Counter(lambda done, told: progress.update(task, completed=done, told=told))
+
+
+def bar(*, transient: bool = False) -> Progress:
+    """Return a bar on standard error, a terminal. Its tasks have a field ``told``, a text after the numbers.
+
+    Args:
+        transient: whether the bar disappears when it is stopped.
+    """
+    from rich.console import Console  # noqa: PLC0415 - only for terminals
     from rich.progress import (  # noqa: PLC0415 - likewise
         BarColumn,
         MofNCompleteColumn,
@@ -57,18 +73,15 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[told]}"),
     ]
-    if console.width >= _BAR_FROM:  # in a narrower terminal, the numbers need the space
-        columns.insert(1, BarColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total, told="")
-
-        yield _Counter(lambda done, told: progress.update(task, completed=done, told=told))
+    if console.width >= BAR_FROM:  # in a narrower terminal, the numbers need the space
+        columns[1:2] = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=transient)
 
 
 @contextlib.contextmanager

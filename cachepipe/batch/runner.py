@@ -20,6 +20,7 @@ from cachepipe.batch.lines import Line
 from cachepipe.batch.report import Report
 from cachepipe.batch.results import answer_line, kept_line, result_line
 from cachepipe.batch.settings import BatchSettings
+from cachepipe.models.connection import ConnectionSettings
 from cachepipe.models.openai import OpenAIModel
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.stores.base import Store
@@ -80,15 +81,10 @@ async def run_file(
 
 def _model(settings: BatchSettings) -> OpenAIModel:
     """Return the model that makes the calls."""
-    return OpenAIModel(
-        settings.model,
-        client=settings.client,
-        base_url=settings.base_url,
-        api_key=settings.api_key,
-        timeout=settings.timeout,
-        max_retries=settings.max_retries,
-        max_n=settings.max_n,
-    )
+    connection: dict[str, Any] = {
+        name: getattr(settings, name) for name in ConnectionSettings.__annotations__
+    }
+    return OpenAIModel(settings.model, max_n=settings.max_n, **connection)
 
 
 def _store(cache: Any, mode: Mode, durability: str) -> tuple[Store, bool]:

@@ -176,23 +176,15 @@ class Spoken:
 
     Attributes:
         completion: the answer, with its times and flags, once it is complete; else None.
-        ended: whether there is no more text.
     """
 
     def __init__(self, turns: AsyncGenerator[str | _Due | TextCompletion, None], access: Access) -> None:
         self._turns = turns
         self._access = access
-        self._pieces: list[str] = []
         self.completion: TextCompletion | None = None
-        self.ended = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {'under way' if self.completion is None else 'complete'}>"
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._pieces)
 
     @property
     def result(self) -> Any:
@@ -211,41 +203,25 @@ class Spoken:
         if isinstance(item, TextCompletion):
             self.completion = item
             return await self._next()
-        if isinstance(item, str):
-            self._pieces.append(item)
         return item
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Note that an exception ends the iteration."""
-        try:
-            yield
-        except BaseException:
-            self.ended = True
-            raise
 
     async def _end(self) -> None:
         with contextlib.suppress(RuntimeError):  # a generator that is being cancelled ends by itself
             await self._turns.aclose()
-        self.ended = True
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        while True:
-            with self._reading():
-                item = self._access.wait(self._next)
+        while (item := self._access.wait(self._next)) is not None:
             if isinstance(item, str):
                 return item
-            if item is None:
-                self.ended = True
-                raise StopIteration
             try:
                 item.make()
             except BaseException:
                 self.close()  # a call that was not made is not reported to the model
                 raise
+        raise StopIteration
 
     def close(self) -> None:
         """Stop; the rest of the answer is read in the background and stored."""
@@ -261,19 +237,15 @@ class Spoken:
         return self
 
     async def __anext__(self) -> str:
-        while True:
-            with self._reading():
-                item = await self._access.run(self._next)
+        while (item := await self._access.run(self._next)) is not None:
             if isinstance(item, str):
                 return item
-            if item is None:
-                self.ended = True
-                raise StopAsyncIteration
             try:
                 await item.amake()
             except BaseException:
                 await self.aclose()
                 raise
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Do what `close` does, on an event loop."""

@@ -332,6 +332,9 @@ class Pieces(Spoken):
     A reader that stops early calls `aclose`: the part that it has read becomes the answer in the
     conversation. The rest is read in the background, so that the sample is stored.
 
+    Attributes:
+        ended: whether there are no more pieces.
+
     Raises:
         BadAnswer: when the stream ends before the answer does; the conversation stays as it was.
     """
@@ -340,17 +343,37 @@ class Pieces(Spoken):
         super().__init__(self._parts(), session._access)  # noqa: SLF001 - a part of it
         self._session = session
         self._reply = reply
+        self._pieces: list[str] = []
+        self.ended = False
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    async def __anext__(self) -> str:
+        try:
+            return await super().__anext__()
+        except BaseException:
+            self.ended = True  # also if the reader is cancelled, before the loop of the calls notices
+            raise
 
     async def _parts(self) -> AsyncGenerator[str | TextCompletion, None]:
-        async with contextlib.aclosing(self._reply.parts()) as parts:
-            async for part in parts:
-                if isinstance(part, TextCompletion):
-                    self._session._heard(self._reply, part.to_message())  # noqa: SLF001 - a part of it
-                yield part
+        try:
+            async with contextlib.aclosing(self._reply.parts()) as parts:
+                async for part in parts:
+                    if isinstance(part, TextCompletion):
+                        self._session._heard(self._reply, part.to_message())  # noqa: SLF001 - a part of it
+                    else:
+                        self._pieces.append(part)
+                    yield part
+        finally:
+            self.ended = True
 
     async def _end(self) -> None:
         if not self.ended and self.text:
             self._session._heard(self._reply, Message("assistant", self.text))  # noqa: SLF001 - likewise
+        self.ended = True
         await super()._end()
         await self._reply.close()  # the iteration may not have begun
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from cachepipe import progress
 from cachepipe.batch.settings import HELP, BatchSettings
 from cachepipe.cli.common import cache_option, folder_in_use, json_text, money
 from cachepipe.cli.group import Failure
@@ -36,7 +37,6 @@ _STOPPING: Final = [
 _SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
 _PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
 _BAR_EVERY: Final = 0.1
-_BAR_FROM: Final = 72  # columns of a terminal
 
 
 _JSON: Final = """\b
@@ -152,16 +152,10 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
 
 def _mode(options: dict[str, Any]) -> Any:
     """Return the mode that the options choose."""
-    asked = {
-        name: mode
-        for name, mode in (
-            ("--mode", options["mode"]),
-            ("--replay", "replay" if options["replay"] else None),
-            ("--refresh", "refresh" if options["refresh"] else None),
-            ("--no-cache", "bypass" if options["no_cache"] else None),
-        )
-        if mode is not None
-    }
+    short = {"replay": "replay", "refresh": "refresh", "no_cache": "bypass"}
+    asked = {f"--{name.replace('_', '-')}": mode for name, mode in short.items() if options[name]}
+    if options["mode"] is not None:
+        asked = {"--mode": options["mode"], **asked}
     if len(set(asked.values())) > 1:
         raise click.UsageError(f"{' and '.join(asked)} ask for different modes; use only one of them.")
     if asked:
@@ -287,31 +281,32 @@ class _Screen:
         """Show the figures repeatedly, until cancelled."""
         if self._quiet:
             return
-        loop = asyncio.get_running_loop()
-        self._begun = loop.time()
+        self._begun = asyncio.get_running_loop().time()
         terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         while True:
             await asyncio.sleep(_BAR_EVERY if terminal else _PLAIN_EVERY)
             if self.report is None:
                 continue
-            if terminal:
-                self._draw(self.report)
-            else:
-                self._tell(self.report, loop.time() - self._begun)
+            (self._draw if terminal else self._tell)(self.report)
 
     def _draw(self, report: Report) -> None:
         if self._bar is None:
-            self._bar = _bar()
+            self._bar = progress.bar(transient=True)
             self._task = self._bar.add_task("", total=report.requests, told="")
             self._bar.start()
-        told = _samples(report) + f"; {report.failed} requests failed" * bool(report.failed)
+        failed = f"; {report.failed} requests failed" * bool(report.failed)
+        rate = f"; {self._rate(report):.1f}/s" if self._bar.console.width >= progress.BAR_FROM else ""
+        told = f"{_samples(report)}{failed}{rate}"
         self._bar.update(self._task, completed=report.done, told=told)
 
-    def _tell(self, report: Report, seconds: float) -> None:
+    def _rate(self, report: Report) -> float:
+        return report.done / (asyncio.get_running_loop().time() - self._begun)
+
+    def _tell(self, report: Report) -> None:
         if report.done == self._told:
             return
         self._told = report.done
-        rate = report.done / seconds
+        rate = self._rate(report)
         left = (report.requests - report.done) / rate
         click.echo(
             f"{report.done} of {report.requests} requests, {report.failed} failed; {_samples(report)}; "
@@ -325,32 +320,6 @@ class _Screen:
             self._draw(self.report)
             self._bar.stop()
             self._bar = None
-
-
-def _bar() -> Any:
-    """Return a new bar on standard error."""
-    from rich.console import Console  # noqa: PLC0415 - only where there is a terminal
-    from rich.progress import (  # noqa: PLC0415 - likewise
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text  # noqa: PLC0415 - likewise
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:.1f}/s")
-
-    console = Console(stderr=True)
-    columns: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn("{task.fields[told]}")]
-    if console.width >= _BAR_FROM:  # else the figures matter more
-        columns = [BarColumn(), *columns, Rate(), TimeRemainingColumn()]
-    return Progress(*columns, console=console, transient=True)
 
 
 def _table(report: Report) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 from urllib.parse import urlencode
@@ -231,6 +232,10 @@ class SdkCalls(Calls):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:  # noqa: ARG002 - it never streams
         """Make a call; its error is the SDK's own."""
         return await self.connection.post(self.endpoint, body)
+
+    def most(self) -> int:
+        """Return no limit: the SDK has read the whole answer already, which may be that of a long list."""
+        return sys.maxsize
 
     async def paid(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Received]:
         """Make one call as `Calls.call` does, and count what it has cost.

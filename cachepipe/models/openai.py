@@ -21,7 +21,6 @@ from cachepipe.providers.generation import in_parts
 from cachepipe.typedefs import Request, Response
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 CHAT_COMPLETIONS: Final = "/chat/completions"
@@ -203,9 +202,7 @@ class OpenAIModel(ProviderSamples):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 

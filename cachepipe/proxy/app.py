@@ -447,6 +447,5 @@ class Proxy:
         duplicated = self.surface.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
         self.counters.hit(namespace, key, index, sample[0], head.url)
-        self.counters.ended(namespace, "hit")
         self.log.request("hit", "POST", head.destination, namespace, 200, begun, len(content), key=key)
         return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)

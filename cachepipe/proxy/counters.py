@@ -153,14 +153,16 @@ class Counters:
             counts = self.namespaces.setdefault(namespace, Counts(namespace))
         return counts
 
-    def ended(self, namespace: str | None, outcome: Outcome) -> None:
-        """Count the end of a request."""
+    def ended(self, namespace: str | None, outcome: Outcome) -> Counts:
+        """Count the end of a request; return the counts of its namespace."""
         counts = self.of(namespace)
         counts.requests[outcome] += 1
         counts.last = self.clock()
+        return counts
 
     def received(self, namespace: str | None, responses: Sequence[Response], url: str) -> None:
         """Count the samples that a request received; the URL is the upstream's."""
+        counts = self.of(namespace)
         for response in responses:
             cached = response.cached or [False] * len(response.data)
             indices = response.indices or (None,) * len(response.data)
@@ -168,19 +170,19 @@ class Counters:
                 self._usage(response.key, index if hit else None, sample)
                 for sample, hit, index in zip(response.data, cached, indices, strict=True)
             ]
-            self._deliver(namespace, usages, cached, url)
+            self._deliver(counts, usages, cached, url)
 
     def hit(self, namespace: str | None, key: str, index: int, sample: Kept, url: str) -> None:
-        """Count a request that received a stored sample."""
-        self._deliver(namespace, [self._usage(key, index, sample)], [True], url)
+        """Count a request that received a stored sample, and its end."""
+        counts = self.ended(namespace, "hit")
+        self._deliver(counts, [self._usage(key, index, sample)], [True], url)
 
     def spend(self, namespace: str | None, samples: Sequence[wire.Sample], url: str) -> None:
         """Count the samples of a call for a request, whichever request gets them."""
         usages, url = self._priced([usage_of(sample) for sample in samples], url)
         self.of(namespace).spent.spend(usages, url)
 
-    def _deliver(self, namespace: str | None, usages: list[Usage], cached: Sequence[bool], url: str) -> None:
-        counts = self.of(namespace)
+    def _deliver(self, counts: Counts, usages: list[Usage], cached: Sequence[bool], url: str) -> None:
         counts.hits += sum(cached)
         counts.misses += len(cached) - sum(cached)
         usages, url = self._priced(usages, url)
@@ -188,9 +190,9 @@ class Counters:
 
     def _priced(self, usages: list[Usage], url: str) -> tuple[list[Usage], str]:
         """Return usages and the URL for their sums; no URL if too many models were counted."""
-        sellers = [self.prices.seller(usage.model, url) for usage in usages]
-        if _NOBODY in sellers:
-            return [usage._replace(model=None) for usage in usages], ""
+        for usage in usages:
+            if self.prices.seller(usage.model, url) == _NOBODY:
+                return [each._replace(model=None) for each in usages], ""
         return usages, url
 
     def _usage(self, key: str | None, index: int | None, sample: Kept) -> Usage:

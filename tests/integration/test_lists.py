@@ -202,6 +202,13 @@ async def test_prompts_with_a_seed_do_not_share_a_call_with_other_lines(server):
     assert server.stats.requests == 3
 
 
+async def test_the_answer_to_a_long_list_may_be_larger_than_that_of_one_request(server, monkeypatch):
+    monkeypatch.setattr("cachepipe.providers.generation.max_answer", lambda: 300)
+    async with lines(server) as file:
+        assert cached(await file.each(inputs("abc"))) == [False] * 3
+    assert server.stats.requests == 1
+
+
 async def test_no_item_asks_for_more_samples_than_the_server_gives(server):
     server.settings = replace(server.settings, max_n=2)
     async with OpenAIModel(base_url=server.base_url, api_key="k", max_n=2) as model:

@@ -779,7 +779,7 @@ def test_on_a_terminal_there_is_a_bar(server):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_narrow_terminal_shows_the_figures_whole_and_a_dumb_one_no_bar(server):
     narrow = on_terminal(server, COLUMNS="40").decode()
-    assert re.search(r"164/164\S* samples: 0 hits, 164 misses", narrow)
+    assert re.search(r"164/164\S* \S*samples: 0 hits, 164 misses", narrow)
     assert "…" not in narrow
     dumb = on_terminal(server, "another", TERM="dumb")
     assert b"/164" not in dumb

@@ -222,6 +222,14 @@ async def test_a_stream_may_be_closed_before_and_after_it_is_read(spy):
     assert session.conversation.messages[-1].text == text
 
 
+async def test_the_pieces_of_a_service_may_be_read_without_awaiting(service):
+    session = Session(SYSTEM, service=service, cache=MemoryStore())
+    pieces = await session.initiate("one", stream=True)
+    text = await asyncio.to_thread("".join, pieces)
+    assert text == pieces.text == session.conversation.messages[-1].text
+    assert await session.followup("two")
+
+
 async def test_a_session_takes_a_key_and_a_url(server):
     session = Session(base_url=server.base_url, api_key="k", cache=MemoryStore(), llmconfig={"model": "m"})
     assert await session.initiate("one")
