@@ -606,8 +606,6 @@ class Exchange(Calls):
                 raise
             added = False  # not every server knows how to report usage: what counts is what its caller wrote
             made, arrived = await self.begin(self.body, stream=True)
-        if made is None:
-            return self._packed(await self._recorded_samples(arrived, live, hide_usage=added), arrived)
         try:
             samples = await self._recorded_samples(arrived, live, hide_usage=added)
         except BaseException as error:

@@ -179,11 +179,9 @@ class Calls:
         made, arrived = await self.begin(body, stream=False)
         content, most = arrived.content, self.most()
         if isinstance(content, BodySource) or len(content) > most:
-            if made is not None:
-                made.end()
+            made.end()
             raise TooLarge(arrived, most)
-        if made is not None:
-            made.end_with(content)
+        made.end_with(content)
         try:
             samples = self.api.samples(content, questions if len(asks) > 1 else ())
             if len(asks) > 1:
@@ -192,16 +190,17 @@ class Calls:
             raise Unkept(arrived, error) from error
         return samples, arrived
 
-    async def begin(self, body: Mapping[str, Any], *, stream: bool) -> tuple[Made | None, Received]:
+    async def begin(self, body: Mapping[str, Any], *, stream: bool) -> tuple[Made, Received]:
         """Make a call, scheduled and retried by the flow control if there is one.
 
         Returns:
-            The object that must be notified of its end, if any, and the response.
+            The object that must be notified of its end, and the response.
         """
         flow = self.flow
         wanted = self.spans and telemetry.wanted()
         if flow is None and not wanted:
-            return None, await self.send(body, stream=stream)
+            arrived = await self.send(body, stream=stream)
+            return Made(None, None, arrived), arrived
         spans: list[telemetry.CallSpan | None] = []
 
         async def attempt() -> Received:
@@ -246,6 +245,8 @@ class Made:
 
     def end_with(self, content: bytes) -> None:
         """Report its end with an answer in raw form."""
+        if self._passage is None and self._span is None:
+            return
         try:
             answer = jsontext.loads(content)
         except ValueError:
