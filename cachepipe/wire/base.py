@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import orjson
@@ -22,10 +22,8 @@ import orjson
 from cachepipe import jsontext
 from cachepipe.contract.keys import AsWritten
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
+from cachepipe.wire.sse import StreamRecorder
 from cachepipe.wire.usage import token_counts
-
-if TYPE_CHECKING:
-    from cachepipe.wire.sse import StreamRecorder
 
 Body = Mapping[str, Any]
 """A JSON object in a request or an answer; it is only read."""
@@ -391,6 +389,7 @@ class OneAnswerApi(Api):
 
     output: ClassVar[str]
     parts: ClassVar[str]
+    _recorder: ClassVar[type[StreamRecorder]]
 
     def split(self, body: Body) -> tuple[Ask]:
         """Return the ask of a body; it is not cacheable if it uses what the server keeps."""
@@ -410,6 +409,10 @@ class OneAnswerApi(Api):
                 f"it holds {sorted(body)!r:.200}"
             )
         return [body]
+
+    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
+        """Return a new recorder for one event stream; see `Api.recorder`."""
+        return self._recorder(self.samples)
 
     @abstractmethod
     def _uncacheable(self, question: Body, transport: Body) -> str:

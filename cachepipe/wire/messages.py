@@ -35,58 +35,6 @@ _COUNTED_LAST = ("output_tokens", "output_tokens_details", "server_tool_use")
 """The fields of its usage that are known only at its end."""
 
 
-class MessagesApi(OneAnswerApi):
-    """``POST …/messages``."""
-
-    name = "messages"
-    transport = ANTHROPIC_TRANSPORT
-    as_written = ANTHROPIC_AS_WRITTEN
-    output = "content"
-    parts = "blocks"
-
-    def _uncacheable(self, question: Body, transport: Body) -> str:  # noqa: ARG002 - responses need it
-        container = question.get("container")
-        kept = container.get("id") if isinstance(container, Mapping) else container
-        return "it works in a container that the server keeps" if kept else ""
-
-    def _check(self, body: Body) -> None:
-        if isinstance(body.get("content"), list) and body.get("stop_reason") is None:
-            raise BadAnswer("the message has no stop_reason; it is not a whole answer")
-
-    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
-        """Return a new recorder for one event stream; see `Api.recorder`."""
-        return _MessageRecorder(self.samples)
-
-    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
-        """Return the events of a stream with this sample; see `Api.stream`."""
-        whole = self.answer(samples, ask)
-        begun = {**whole, "content": [], **{name: None for name in _TOLD_LAST if name in whole}}
-        usage = whole.get("usage")
-        last: dict[str, Any] = {}
-        if isinstance(usage, Mapping):
-            last = {name: usage[name] for name in _COUNTED_LAST if usage.get(name) is not None}
-            begun["usage"] = {**usage, "output_tokens": 0} if "output_tokens" in usage else usage
-        yield typed_event({"type": "message_start", "message": begun})
-        for index, block in enumerate(whole["content"]):
-            opened, deltas = _opened(block)
-            yield typed_event({"type": "content_block_start", "index": index, "content_block": opened})
-            for delta in deltas:
-                yield typed_event({"type": "content_block_delta", "index": index, "delta": delta})
-            yield typed_event({"type": "content_block_stop", "index": index})
-        told = {name: whole[name] for name in _TOLD_LAST if name in whole}
-        yield typed_event({"type": "message_delta", "delta": told, "usage": last})
-        yield typed_event({"type": "message_stop"})
-
-    def _gist(self, sample: Sample) -> tuple[str, str | None]:
-        texts = []
-        for block in sample["content"]:
-            if isinstance(block.get("text"), str):
-                texts.append(block["text"])
-            elif "input" in block:
-                texts.append(f"{block.get('name')}({jsontext.dumps(block['input']).decode()})")
-        return "\n".join(texts), sample.get("stop_reason")
-
-
 class _MessageRecorder(StreamRecorder):
     """Assembles a message from the events of its blocks."""
 
@@ -154,6 +102,55 @@ class _MessageRecorder(StreamRecorder):
             if self._message.get("stop_reason") in _CUT_OFF:
                 return whole_members(text)
             raise BadAnswer(f"the input of a tool call is not valid JSON: {text!r:.200}") from error
+
+
+class MessagesApi(OneAnswerApi):
+    """``POST …/messages``."""
+
+    name = "messages"
+    transport = ANTHROPIC_TRANSPORT
+    as_written = ANTHROPIC_AS_WRITTEN
+    _recorder = _MessageRecorder
+    output = "content"
+    parts = "blocks"
+
+    def _uncacheable(self, question: Body, transport: Body) -> str:  # noqa: ARG002 - responses need it
+        container = question.get("container")
+        kept = container.get("id") if isinstance(container, Mapping) else container
+        return "it works in a container that the server keeps" if kept else ""
+
+    def _check(self, body: Body) -> None:
+        if isinstance(body.get("content"), list) and body.get("stop_reason") is None:
+            raise BadAnswer("the message has no stop_reason; it is not a whole answer")
+
+    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
+        """Return the events of a stream with this sample; see `Api.stream`."""
+        whole = self.answer(samples, ask)
+        begun = {**whole, "content": [], **{name: None for name in _TOLD_LAST if name in whole}}
+        usage = whole.get("usage")
+        last: dict[str, Any] = {}
+        if isinstance(usage, Mapping):
+            last = {name: usage[name] for name in _COUNTED_LAST if usage.get(name) is not None}
+            begun["usage"] = {**usage, "output_tokens": 0} if "output_tokens" in usage else usage
+        yield typed_event({"type": "message_start", "message": begun})
+        for index, block in enumerate(whole["content"]):
+            opened, deltas = _opened(block)
+            yield typed_event({"type": "content_block_start", "index": index, "content_block": opened})
+            for delta in deltas:
+                yield typed_event({"type": "content_block_delta", "index": index, "delta": delta})
+            yield typed_event({"type": "content_block_stop", "index": index})
+        told = {name: whole[name] for name in _TOLD_LAST if name in whole}
+        yield typed_event({"type": "message_delta", "delta": told, "usage": last})
+        yield typed_event({"type": "message_stop"})
+
+    def _gist(self, sample: Sample) -> tuple[str, str | None]:
+        texts = []
+        for block in sample["content"]:
+            if isinstance(block.get("text"), str):
+                texts.append(block["text"])
+            elif "input" in block:
+                texts.append(f"{block.get('name')}({jsontext.dumps(block['input']).decode()})")
+        return "\n".join(texts), sample.get("stop_reason")
 
 
 def _replace(into: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -34,62 +34,6 @@ _PARTS = {
 """The same by the type of content part."""
 
 
-class ResponsesApi(OneAnswerApi):
-    """``POST …/responses``."""
-
-    name = "responses"
-    transport = RESPONSES_TRANSPORT
-    as_written = RESPONSES_AS_WRITTEN
-    output = "output"
-    parts = "items"
-
-    def _parted(self, body: Body) -> tuple[dict[str, Any], dict[str, Any]]:
-        question, transport = super()._parted(body)
-        if "store" in question and question["store"] in (None, True):  # absent counts as true
-            transport["store"] = question.pop("store")
-        return question, transport
-
-    def _uncacheable(self, question: Body, transport: Body) -> str:
-        options = transport.get("prompt_cache_options")
-        if question.get("background"):
-            return "it runs in the background and is polled"
-        if question.get("conversation") is not None:
-            return "it adds to a conversation that the server keeps"
-        if any(map(_container_of, _tools(question))):
-            return "it works in a container that the server keeps"
-        if isinstance(options, Mapping) and options.get("prewarm"):
-            return "it prepares the provider's cache and generates nothing"
-        return ""
-
-    def _check(self, body: Body) -> None:
-        if body.get("status") not in _ANSWERS:
-            raise BadAnswer(f"the response has status {body['status']!r:.100}; it is not an answer")
-
-    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
-        """Return a new recorder for one event stream; see `Api.recorder`."""
-        return _ResponseRecorder(self.samples)
-
-    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
-        """Return the events of a stream with this sample; see `Api.stream`."""
-        whole = self.answer(samples, ask)
-        for number, event in enumerate(_events(whole)):
-            event["sequence_number"] = number
-            yield typed_event(event)
-
-    def _gist(self, sample: Sample) -> tuple[str, str | None]:
-        texts = []
-        for item in sample["output"]:
-            field = _TEXTS.get(text_of(item.get("type")))
-            if field is not None:
-                texts.append(f"{item.get('name') or item['type']}({item.get(field[0]) or ''})")
-            elif item.get("type") == "message":
-                parts = objects(item.get("content"))
-                texts += [text_of(part.get("text")) or text_of(part.get("refusal")) for part in parts]
-        details = sample.get("incomplete_details")
-        reason = details.get("reason") if isinstance(details, Mapping) else None
-        return "\n".join(texts), reason or sample.get("status")
-
-
 class _ResponseRecorder(StreamRecorder):
     """Waits for the terminal event, which contains the whole response."""
 
@@ -115,6 +59,59 @@ class _ResponseRecorder(StreamRecorder):
         if self._response.get("output") in (None, []):  # some servers send only the items before
             return {**self._response, "output": [item for _, item in sorted(self._items.items())]}
         return self._response
+
+
+class ResponsesApi(OneAnswerApi):
+    """``POST …/responses``."""
+
+    name = "responses"
+    transport = RESPONSES_TRANSPORT
+    as_written = RESPONSES_AS_WRITTEN
+    _recorder = _ResponseRecorder
+    output = "output"
+    parts = "items"
+
+    def _parted(self, body: Body) -> tuple[dict[str, Any], dict[str, Any]]:
+        question, transport = super()._parted(body)
+        if "store" in question and question["store"] in (None, True):  # absent counts as true
+            transport["store"] = question.pop("store")
+        return question, transport
+
+    def _uncacheable(self, question: Body, transport: Body) -> str:
+        options = transport.get("prompt_cache_options")
+        if question.get("background"):
+            return "it runs in the background and is polled"
+        if question.get("conversation") is not None:
+            return "it adds to a conversation that the server keeps"
+        if any(map(_container_of, _tools(question))):
+            return "it works in a container that the server keeps"
+        if isinstance(options, Mapping) and options.get("prewarm"):
+            return "it prepares the provider's cache and generates nothing"
+        return ""
+
+    def _check(self, body: Body) -> None:
+        if body.get("status") not in _ANSWERS:
+            raise BadAnswer(f"the response has status {body['status']!r:.100}; it is not an answer")
+
+    def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
+        """Return the events of a stream with this sample; see `Api.stream`."""
+        whole = self.answer(samples, ask)
+        for number, event in enumerate(_events(whole)):
+            event["sequence_number"] = number
+            yield typed_event(event)
+
+    def _gist(self, sample: Sample) -> tuple[str, str | None]:
+        texts = []
+        for item in sample["output"]:
+            field = _TEXTS.get(text_of(item.get("type")))
+            if field is not None:
+                texts.append(f"{item.get('name') or item['type']}({item.get(field[0]) or ''})")
+            elif item.get("type") == "message":
+                parts = objects(item.get("content"))
+                texts += [text_of(part.get("text")) or text_of(part.get("refusal")) for part in parts]
+        details = sample.get("incomplete_details")
+        reason = details.get("reason") if isinstance(details, Mapping) else None
+        return "\n".join(texts), reason or sample.get("status")
 
 
 def _tools(question: Body) -> Sequence[Any]:
