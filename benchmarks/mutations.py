@@ -43,6 +43,7 @@ TESTS = {
     "contract/demands.py": ("unit/contract/test_demands.py",),
     "contract/flags.py": ("unit/contract/test_flags.py",),
     "contract/lifecycle.py": ("unit/contract/test_lifecycle.py",),
+    "contract/lifecycle.py": ("unit/contract/test_lifecycle.py",),
     "contract/undoing.py": ("unit/contract/test_undoing.py",),
     "contract/keys.py": ("unit/test_keys.py",),
     "accounting.py": ("unit/test_accounting.py",),
@@ -212,6 +213,20 @@ MUTATIONS = (
         "            if True:\n",
     ),
     Mutation(
+        "C6",
+        "contract/lifecycle.py",
+        "a generated sample is called cached",
+        "self.cached[position] = False",
+        "self.cached[position] = True",
+    ),
+    Mutation(
+        "C6",
+        "contract/lifecycle.py",
+        "what was generated for a draw that is left is not counted",
+        "return (Waste(self._own()), GiveBack())",
+        "return (GiveBack(),)",
+    ),
+    Mutation(
         "C7",
         "wire/sse.py",
         "a stream that was cut off is a whole answer",
@@ -252,6 +267,20 @@ MUTATIONS = (
         "a draw is delivered before its last sample",
         "        return _NOTHING if self.missing else self._completed()\n\n    def arrived",
         "        return self._completed()\n\n    def arrived",
+    ),
+    Mutation(
+        "C7",
+        "contract/lifecycle.py",
+        "a sample that was generated before a second claim is drawn again",
+        "            if not self.cached[position]:\n                continue\n",
+        "",
+    ),
+    Mutation(
+        "C7",
+        "contract/lifecycle.py",
+        "the lease of a sample that could not be stored stays",
+        "return (FreeLeases([index]),)",
+        "return _NOTHING",
     ),
     Mutation(
         "C8",
@@ -301,6 +330,13 @@ MUTATIONS = (
         "an error under status 200 is an answer",
         '    if body.get("error"):\n        raise BadAnswer(f"the answer is an error',
         '    if False:\n        raise BadAnswer(f"the answer is an error',
+    ),
+    Mutation(
+        "C8",
+        "contract/lifecycle.py",
+        "a draw that was left keeps the leases that it is granted",
+        "(*self._released(), FreeLeases(mine)) if mine else self._released()",
+        "self._released()",
     ),
     Mutation(
         "C9",

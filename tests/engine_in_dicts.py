@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 
 from cachepipe.accounting import Delivered
-from cachepipe.contract.allotment import DISCARDED, laid
+from cachepipe.contract.allotment import DISCARDED, indices_of
 from cachepipe.contract.draws import SHARED, namespace_of
 from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.errors import StoreError
@@ -40,6 +40,18 @@ class Tables:
     uses: dict = dataclasses.field(default_factory=dict)  # key, namespace
     sums: dict = dataclasses.field(default_factory=dict)  # run, namespace -> Delivered
     unreported: list = dataclasses.field(default_factory=list)
+
+    def copy(self):
+        """Return the same rows, which do not change with these."""
+        copied = Tables(stamp=self.stamp, unreported=list(self.unreported))
+        for name, rows in vars(self).items():
+            if isinstance(rows, dict):
+                getattr(copied, name).update(
+                    (place, type(row)(row) if isinstance(row, dict | IntervalSet) else row)
+                    for place, row in rows.items()
+                )
+        copied.sums = copy.deepcopy(self.sums)
+        return copied
 
 
 class Rows(DrawRows):
@@ -126,7 +138,10 @@ class DictLedger(Ledger):
     def made_by_others(self, leases):
         return any(lease != self._lease and lease in self._living for lease in leases)
 
-    def dead(self):
+    def author(self):
+        return self._lease, self.stamp()
+
+    def prepare(self, claims):
         leases = {*self.tables.pending.values(), *(lease for _, _, lease, _ in self.tables.holders)}
         return leases - self._living
 
@@ -212,7 +227,7 @@ class DictStore:
 
     def apply_now(self, asked):
         with self._opened() as ledger:
-            before = copy.deepcopy(ledger.tables, {id(DISCARDED): DISCARDED})
+            before = ledger.tables.copy()
             try:
                 return operations.perform(ledger, asked)
             except BaseException:
@@ -268,7 +283,7 @@ class DictStore:
             generated = dict(ledger.tables.generated)
         for draw, segments in rows.items():
             if key in (None, draw.key) and namespace in (None, draw.namespace) and segments:
-                indices = laid((segment.position, segment.indices) for segment in segments.values())
+                indices = indices_of(segments.values())
                 count = sum(generated[draw, number] for number in segments)
                 yield DrawInfo(draw, tuple(indices), count, min(one.stamp for one in segments.values()) / 1e6)
 

@@ -156,7 +156,7 @@ class Cache:
         *,
         run: runs.Occurrences | None = None,
         counter: Counter | None = None,
-    ) -> Found | None:
+    ) -> list[Found] | None:
         """Return the samples of a request's draws if all of them are stored, else None.
 
         Only reads, except that a claim which is not written takes indices in memory. Thread-safe.
@@ -177,65 +177,60 @@ class Cache:
             run = runs.current(self.store.identity)
         if counter is None:
             counter = run
-        if self.in_memory:
-            return self._replay(claimant, asked, request, counter, run)
-        user = label(claimant.namespace)
-        draws: list[Draw] = []
-        grants: list[Grant] = []
+        found: list[Found] = []
         try:
             for question, n in asked:
-                shared = self.shares(question)
-                if n > MANY or (shared and (question.key, user) not in run.used):
-                    return None  # reading so many would delay others; the use of a shared draw is recorded
-                draw = draw_of(question.key, claimant, counter, shared=shared)
-                draws.append(draw)
-                grant = self.store.recall(draw, n)
-                if grant is None:
-                    return None
-                grants.append(grant)
-        finally:
-            if len(grants) < len(asked):
-                for draw in draws:
+                draw = draw_of(question.key, claimant, counter, shared=self.shares(question))
+                one = self._find(draw, claimant, question, n, counter, run)
+                if one is None:
                     give_back(draw, counter)
-        return self._found(Found(self, run, counter, user, asked, draws, grants), claimant)
-
-    def _replay(
-        self, claimant: Claims, asked: Asked, request: Any, counter: Counter, run: runs.Occurrences
-    ) -> Found | None:
-        """Return the samples that claims would get, with claims in memory only; see `look`."""
-        draws: list[Draw] = []
-        grants: list[Grant] = []
-        found = Found(self, run, counter, label(claimant.namespace), asked, draws, grants)
-        with run.replaying:
-            try:
-                for question, n in asked:
-                    draw = draw_of(question.key, claimant, counter, shared=self.shares(question))
-                    draws.append(draw)
-                    taken = IntervalSet() if draw.shared else run.taken(draw.namespace, question.key)
-                    grant = self.store.replay(draw, n, taken)
-                    if grant is None:
-                        break
-                    grants.append(grant)
-            finally:
-                if len(grants) < len(asked):
-                    found.give_back()
-        if len(grants) == len(asked):
-            return self._found(found, claimant)
-        if self.mode == "replay":
-            question, n = asked[len(grants)]
-            raise missed(self.store, question, draws[-1], n, request, claimant.namespace)
-        return None
-
-    def _found(self, found: Found, claimant: Claims) -> Found:
-        """Account for samples that were stored."""
-        for (question, n), draw, grant in zip(found.asked, found.draws, found.grants, strict=True):
-            found.run.count(draw, fresh_id=False)
-            if grant.shared:
-                warn_shared(question, claimant, found.run)
-            self.requests += 1
-            self.hits += n
-            self.deliveries.add_known(found.run.name, found.user, question.scope, grant)
+                    if self.mode == "replay":
+                        raise missed(self.store, question, draw, n, request, claimant.namespace)
+                    return None
+                found.append(one)
+        finally:
+            if len(found) < len(asked):
+                for one in found:
+                    one.give_back()
+        for one in found:
+            self._deliver(one, claimant)
         return found
+
+    def _find(
+        self,
+        draw: Draw,
+        claimant: Claims,
+        question: Question,
+        n: int,
+        counter: Counter,
+        run: runs.Occurrences,
+    ) -> Found | None:
+        """Return the samples of a draw if all of them are stored; an error gives its number back."""
+        shared = draw.shared
+        user = label(claimant.namespace) if shared else draw.namespace
+        grant = None
+        try:
+            if self.in_memory:
+                with run.replaying:
+                    taken = IntervalSet() if shared else run.taken(user, question.key)
+                    grant = self.store.replay(draw, n, taken)
+            elif n <= MANY and (not shared or (question.key, user) in run.used):
+                # Reading more would delay others, and the first use of a shared draw must be recorded.
+                grant = self.store.recall(draw, n)
+        except BaseException:
+            give_back(draw, counter)
+            raise
+        return None if grant is None else Found(self, run, counter, user, question, draw, grant)
+
+    def _deliver(self, found: Found, claimant: Claims) -> None:
+        """Account for samples that were stored."""
+        run, grant = found.run, found.grant
+        run.count(found.draw, fresh_id=False)
+        if grant.shared:
+            warn_shared(found.question, claimant, run)
+        self.requests += 1
+        self.hits += len(grant.indices)
+        self.deliveries.add_known(run.name, found.user, found.question.scope, grant)
 
     # Draws.
 
@@ -266,23 +261,19 @@ class Cache:
 
         While claims are queued, a request joins them: their transaction also finds what is stored.
         """
-        if self.in_memory:
-            return self.look(request, [(question, request.n)], request) or self.draw(request, question, queue)
-        if self.mode != "read-write" or not queue.idle or request.n > MANY:
-            return self.draw(request, question, queue)
+        if self.mode == "bypass":
+            return self._drawing(request, question, queue, None, None, None)
         run = runs.current(self.store.identity)
-        user = label(request.namespace)
-        shared = self.shares(question)
-        draw = draw_of(question.key, request, run, shared=shared)
-        try:
-            unrecorded = shared and (question.key, user) not in run.used
-            grant = None if unrecorded else self.store.recall(draw, request.n)
-        except BaseException:
-            give_back(draw, run)
-            raise
-        if grant is None:
-            return self._drawing(request, question, queue, draw, run, run)
-        return self._found(Found(self, run, run, user, [(question, request.n)], [draw], [grant]), request)
+        draw = draw_of(question.key, request, run, shared=self.shares(question))
+        if (self.in_memory or queue.idle) and self.mode != "refresh":
+            found = self._find(draw, request, question, request.n, run, run)
+            if found is not None:
+                self._deliver(found, request)
+                return found
+            if self.mode == "replay":
+                give_back(draw, run)
+                raise missed(self.store, question, draw, request.n, request, request.namespace)
+        return self._drawing(request, question, queue, draw, run, run)
 
     def _drawing(
         self,
@@ -324,60 +315,53 @@ class Cache:
 
 
 class Found(NamedTuple):
-    """The samples of a request that were stored.
+    """The samples of a draw that were stored.
 
     Attributes:
         cache: the cache.
         run: the run that they were delivered in.
         counter: counts the occurrences of equal requests.
         user: the label of the namespace.
-        asked: the questions of the request.
-        draws: the draw of each question.
-        grants: the samples of each question.
+        question: the question.
+        draw: the draw.
+        grant: the samples.
     """
 
     cache: Cache
     run: runs.Occurrences
     counter: Counter
     user: str
-    asked: Asked
-    draws: Sequence[Draw]
-    grants: Sequence[Grant]
+    question: Question
+    draw: Draw
+    grant: Grant
 
     def values(self) -> list[Any]:
-        """Return the samples of all questions, one after the other."""
-        return [self.cache.decode(sample) for grant in self.grants for sample in grant.samples if sample]
-
-    def responses(self, duplicated: Sequence[list[bool] | None]) -> list[Response]:
-        """Return a response per question, with these flags ``duplicated``."""
+        """Return the samples."""
         decode = self.cache.decode
-        return [
-            respond(
-                [decode(sample) for sample in grant.samples if sample is not None],
-                [True] * len(grant.indices),
-                flags,
-                tuple(grant.indices),
-                question.key,
-            )
-            for (question, _), grant, flags in zip(self.asked, self.grants, duplicated, strict=True)
-        ]
+        return [decode(sample) for sample in self.grant.samples if sample is not None]
+
+    def response(self, duplicated: list[bool] | None) -> Response:
+        """Return the response, with these flags ``duplicated``."""
+        indices = self.grant.indices
+        return respond(self.values(), [True] * len(indices), duplicated, tuple(indices), self.question.key)
 
     def take_back(self) -> None:
         """Take the samples back, as they did not reach their caller: a retry is then the same draw."""
-        cache = self.cache
-        for (question, n), grant in zip(self.asked, self.grants, strict=True):
-            cache.hits -= n
-            cache.deliveries.add(known(self.run.name, self.user, question.scope, grant, "taken back"))
+        self.cache.hits -= len(self.grant.indices)
+        delivery = known(self.run.name, self.user, self.question.scope, self.grant, "taken back")
+        self.cache.deliveries.add(delivery)
         self.give_back()
 
     def give_back(self) -> None:
-        """Give back the numbers of the draws, and what was claimed in memory."""
-        for draw in self.draws:
-            give_back(draw, self.counter)
-        if not self.cache.in_memory:
-            return
-        for draw, grant in zip(self.draws, self.grants, strict=False):
-            if not draw.shared:
-                taken = self.run.taken(draw.namespace, draw.key)
-                for index in grant.indices:
+        """Give back the number of the draw, and what was claimed in memory."""
+        give_back(self.draw, self.counter)
+        if self.cache.in_memory and not self.draw.shared:
+            with self.run.replaying:
+                taken = self.run.taken(self.user, self.question.key)
+                for index in self.grant.indices:
                     taken.remove(index)
+
+
+def responses_of(found: Sequence[Found], duplicated: Sequence[list[bool]]) -> list[Response]:
+    """Return the response of each draw, with these flags ``duplicated``."""
+    return [one.response(flags) for one, flags in zip(found, duplicated, strict=True)]

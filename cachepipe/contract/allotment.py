@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from cachepipe.contract.intervals import IndexSet
+from cachepipe.contract.intervals import IndexSet, MutableIndexSet
 
 
 class Discarded:
@@ -57,20 +57,16 @@ class KeyView(Protocol):
         ...
 
     @property
-    def taken(self) -> IndexSet:
+    def taken(self) -> MutableIndexSet:
         """The indices that the draw's namespace has taken."""
         ...
 
-    def coupled(self) -> Sequence[int]:
-        """Return the indices that the same draw has in the earliest other namespace, by position."""
+    def others(self) -> Sequence[Segment]:
+        """Return the segments of the same draw in the earliest other namespace."""
         ...
 
     def sample(self, index: int) -> Any:
         """Return the sample at an index, `DISCARDED`, or None where there is none."""
-        ...
-
-    def take(self, index: int) -> None:
-        """Put an index into the set of those taken."""
         ...
 
     def lease(self, index: int) -> bool:
@@ -129,10 +125,10 @@ def allot(
                 replaced.append(position)
         while sample is DISCARDED:
             if coupled is None:
-                coupled = view.coupled()
+                coupled = indices_of(view.others())
             preferred = coupled[position] if position < len(coupled) else None
             index = choose(view.listed, view.taken, preferred, new=refresh)
-            view.take(index)  # a discarded one stays taken: nothing comes back to it
+            view.taken.add(index)  # a discarded one stays taken: nothing comes back to it
             indices[position : position + 1] = [index]
             sample = view.sample(index) if index in view.listed else None
         if sample is None:
@@ -233,3 +229,8 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
             continue  # it lay on something that is gone; no claim leaves such a gap
         positions[start : start + len(indices) if indices else None] = indices
     return positions
+
+
+def indices_of(segments: Iterable[Segment]) -> list[int]:
+    """Return a draw's indices by position; see ``laid``."""
+    return laid((segment.position, segment.indices) for segment in segments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from cachepipe.contract.allotment import Segment, laid
+from cachepipe.contract.allotment import Segment, indices_of
 
 
 def settled(segments: Sequence[Segment], missing: Callable[[int], bool]) -> int:
@@ -42,9 +42,8 @@ def fallen(
         missing: returns True for an index without a sample.
         held: returns True if a live claimant holds a segment.
     """
-    visible = laid((segment.position, segment.indices) for segment in segments)
     decided = {index for segment in segments if segment.number in released for index in segment.indices}
-    decided.intersection_update(visible)
+    decided.intersection_update(indices_of(segments))
     first = settled(segments, lambda index: index in decided and missing(index))
     found: list[Segment] = []
     for segment in segments[first:]:

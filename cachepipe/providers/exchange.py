@@ -23,7 +23,7 @@ import orjson
 from cachepipe import jsontext, loops, runs, wire
 from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n
-from cachepipe.cache.cache import Cache, Found
+from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
 from cachepipe.contract import keys
 from cachepipe.contract.draws import (
@@ -365,7 +365,7 @@ class Exchange(Calls):
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
         self._drawings: list[Drawing] = []
-        self._found: Found | None = None  # what was stored
+        self._found: Sequence[Found] = ()  # what was stored
         self._snapped = False
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
@@ -399,11 +399,11 @@ class Exchange(Calls):
         found = self.surface.cache(self.mode).look(self.claimant, asked, self.body, counter=counter)
         return None if found is None else self.hit(found)
 
-    def hit(self, found: Found) -> Answer:
+    def hit(self, found: Sequence[Found]) -> Answer:
         """Return the answer with samples that were stored."""
         self._found = found
-        flags = [self._flags(place) for place in range(len(self.questions))]
-        self.record.responses = responses = found.responses(flags)
+        flags = [self._flags(place) for place in range(len(found))]
+        self.record.responses = responses = responses_of(found, flags)
         return self._made([sample for response in responses for sample in response.data])
 
     def _counter(self) -> Retried:
@@ -418,9 +418,10 @@ class Exchange(Calls):
         A sample that is still being recorded is then no longer this request's. Any thread may call this.
         """
         self.given_back = True
-        if self._found is not None:
-            found, self._found = self._found, None
-            found.take_back()
+        if self._found:
+            found, self._found = self._found, ()
+            for one in found:
+                one.take_back()
         elif self.counter is not None:
             self.counter.left()
         if self.task is None or self.task.done():

@@ -19,6 +19,7 @@ import orjson
 
 from cachepipe import context, wire
 from cachepipe.bounds import check_n
+from cachepipe.cache.cache import responses_of
 from cachepipe.errors import TooManySamples
 from cachepipe.portal import run_now
 from cachepipe.providers import info
@@ -166,12 +167,12 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
     found = surface.cache(mode).look(claimant, asked, body)
     if found is not None:
-        samples = found.values()
+        samples = [sample for one in found for sample in one.values()]
         record = info.Record(questions, claimant, target.url)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:
             flagged = functools.partial(kind.flags, surface, claimant.namespace)
-            record.later = functools.partial(found.responses, list(map(flagged, questions, asks)))
+            record.later = functools.partial(responses_of, found, list(map(flagged, questions, asks)))
             return made, None, None
     call = kind(
         client,

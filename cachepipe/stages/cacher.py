@@ -108,7 +108,7 @@ class AsyncCacher(Stage):
             StoreError: when the store fails before anything is spent.
         """
         begun = self.begin(request, self.question(request), loops.running())
-        return await begun.response(None) if isinstance(begun, Drawing) else begun.responses([None])[0]
+        return await begun.response(None) if isinstance(begun, Drawing) else begun.response(None)
 
     def begin(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Found | Drawing:
         """Return what is stored for a request, or begin to draw it."""
@@ -156,7 +156,7 @@ class AsyncCacher(Stage):
                     waiting.append((len(answers), one, duplicated))
                     answers.append(None)
                 else:
-                    answers += one.responses([duplicated])
+                    answers.append(one.response(duplicated))
             await asyncio.sleep(0)  # hits do not suspend
             ended = await outcomes([one[1] for one in waiting], [one[2] for one in waiting])
             for (place, *_), answer in zip(waiting, ended, strict=True):

@@ -99,7 +99,7 @@ class AsyncDeduplicator(Stage):
         if isinstance(begun, Drawing):
             response = await begun.response(duplicated)
         else:
-            [response] = begun.responses([duplicated])
+            response = begun.response(duplicated)
         lane.served += 1
         if not lane.served % _TURN:
             try:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from cachepipe.accounting import Account, Delivered
-from cachepipe.contract.allotment import Discarded, Segment, laid
+from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import MutableIndexSet
 from cachepipe.errors import DamagedCache
@@ -44,14 +44,6 @@ class DrawView(ABC):
 
         The earliest one has the segment with the lowest stamp. The shared draw's namespace is left out.
         """
-
-    def coupled(self) -> Sequence[int]:
-        """Return the indices that the same draw has in the earliest other namespace, by position."""
-        return laid((segment.position, segment.indices) for segment in self.others())
-
-    def take(self, index: int) -> None:
-        """Put an index into the set of those taken."""
-        self.taken.add(index)
 
     def lease(self, index: int) -> bool:  # noqa: ARG002 - a reader generates nothing
         """Return False: a reader takes no lease."""
@@ -178,10 +170,6 @@ class Ledger(ABC):
         """Return True if one of the leases is that of another live process."""
 
     @abstractmethod
-    def dead(self) -> Iterable[int]:
-        """Return the leases of dead processes that are not ended yet; an engine may look now and then."""
-
-    @abstractmethod
     def pending_of(self, lease: int) -> Iterable[tuple[KeyRows, int]]:
         """Return what the process of a lease was generating."""
 
@@ -193,8 +181,16 @@ class Ledger(ABC):
     def stamp(self) -> int:
         """Return a stamp that is greater than every stamp seen so far."""
 
-    def read_ahead(self, claims: Sequence[Claim]) -> None:  # noqa: B027 - an engine need not
-        """Read what some claims will probably need; this changes nothing else."""
+    @abstractmethod
+    def author(self) -> tuple[int, int]:
+        """Return this process's lease and a new stamp."""
+
+    @abstractmethod
+    def prepare(self, claims: Sequence[Claim]) -> Iterable[int]:
+        """Read what claims will probably need, if that helps; return the leases of dead processes.
+
+        An engine may look for dead processes now and then. It returns each until ``end`` is called.
+        """
 
     @abstractmethod
     def claimed(self, claim: Claim) -> DrawRows:

@@ -10,7 +10,7 @@ from itertools import groupby
 
 import orjson
 
-from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, laid, lowest_new
+from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, indices_of, lowest_new
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.contract.keys import trimmed
@@ -50,8 +50,9 @@ def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
         found = dict(zip(order, perform(ledger, [operations[place] for place in order]), strict=True))
         return [found[place] for place in range(len(order))]
     if Claim in kinds:
-        _end_the_dead(ledger)
-        ledger.read_ahead([operation for operation in operations if type(operation) is Claim])
+        claims = [operation for operation in operations if type(operation) is Claim]
+        for lease in ledger.prepare(claims):
+            _end(ledger, lease)
     results: list[Result] = []
     for kind, group in groupby(operations, type):
         if kind is Claim:
@@ -89,11 +90,12 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
         rows.use(claim.user)
     if rows.is_new:
         indices = first(n)
-        rows.begin(Segment(0, 0, indices, ledger.lease(), claim.token, ledger.stamp()))
+        lease, stamp = ledger.author()
+        rows.begin(Segment(0, 0, indices, lease, claim.token, stamp))
         return Grant(indices, [None] * n, list(indices), (0,), n)
     own, shared = rows.segments, draw.shared
     known = not shared and rows.taken.interval_at(0) is not None
-    held = _laid(own) if own else []
+    held = indices_of(own) if own else []
     allotment = allot(rows, held, n, refresh=claim.refresh, couple=not shared)
     assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
     samples, mine = allotment.samples, allotment.to_generate
@@ -107,7 +109,8 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
             _let_stand(claim, rows, {*held[n:]})
     segments, count = added(allotment, n, len(held), refresh=claim.refresh), 0
     if segments:
-        number, lease, stamp = own[-1].number + 1 if own else 0, ledger.lease(), ledger.stamp()
+        number = own[-1].number + 1 if own else 0
+        lease, stamp = ledger.author()
         for position, chosen in segments:
             standing = 0 if missing else len(chosen)
             generated = len({*chosen}.intersection(mine)) if mine else 0
@@ -125,10 +128,6 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
         shared=bool(own) and ledger.made_by_others({segment.lease for segment in own}),
         joined=missing and not all(_is_author(ledger, segment, token) for segment in own),
     )
-
-
-def _laid(segments: Sequence[Segment]) -> list[int]:
-    return laid((segment.position, segment.indices) for segment in segments)
 
 
 def _is_author(ledger: Ledger, segment: Segment, token: str | None) -> bool:
@@ -173,7 +172,7 @@ def _unsettled(rows: DrawRows, segments: Sequence[Segment]) -> Sequence[Segment]
 def replay(rows: DrawView, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
     """Return what a claim would get if all of its samples are stored, else None; see ``Store.replay``."""
     rows.taken = Union(IntervalSet(), Union(rows.taken, taken))  # type: ignore[misc]  # see subclasses
-    allotment = allot(rows, _laid(rows.segments), n, couple=not draw.shared, stored_only=True)
+    allotment = allot(rows, indices_of(rows.segments), n, couple=not draw.shared, stored_only=True)
     if allotment is None:
         return None
     for index in allotment.indices:
@@ -186,7 +185,7 @@ def recall(rows: DrawView, n: int) -> Grant | None:
 
     What lies beyond n must be there too: a draw that is incomplete may yet be undone.
     """
-    indices = _laid(rows.segments)
+    indices = indices_of(rows.segments)
     samples = [sample for sample in map(rows.sample, indices) if isinstance(sample, Sample)]
     if not len(samples) == len(indices) >= n:
         return None
@@ -266,12 +265,11 @@ def _unlist(rows: KeyRows, index: int) -> None:
         rows.listed.remove(index)
 
 
-def _end_the_dead(ledger: Ledger) -> None:
-    """Free the samples that dead processes were generating, and end their holds."""
-    for lease in ledger.dead():
-        for rows, index in ledger.pending_of(lease):
-            _unlist(rows, index)
-        ledger.end(lease)
+def _end(ledger: Ledger, lease: int) -> None:
+    """Free the samples that a dead process was generating, and end its holds."""
+    for rows, index in ledger.pending_of(lease):
+        _unlist(rows, index)
+    ledger.end(lease)
 
 
 def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
-from cachepipe.contract.intervals import Interval, IntervalSet, changes, merged, split
+from cachepipe.contract.intervals import Interval, IntervalSet, merged, split
 from cachepipe.stores import tables
 
 
@@ -18,9 +18,12 @@ class SmallSet(IntervalSet):
         key: its key.
         rows: its rows.
         changed: where it puts itself when it changes, by its place.
+
+    Attributes:
+        written: the intervals in the ledger.
     """
 
-    __slots__ = ("_changed", "_place", "_written", "key", "label")
+    __slots__ = ("_changed", "_place", "key", "label", "written")
 
     def __init__(
         self,
@@ -35,9 +38,9 @@ class SmallSet(IntervalSet):
         self._place = place
         self.label = label
         self.key = key
-        self._written = [row[:2] for row in rows]
+        self.written = [row[:2] for row in rows]
         self._changed = changed
-        super().__init__(self._written)
+        super().__init__(self.written)
 
     def add(self, index: int) -> None:
         """Put an index into the set."""
@@ -48,11 +51,6 @@ class SmallSet(IntervalSet):
         """Take an index out of the set."""
         IntervalSet.remove(self, index)
         self._changed[self._place] = self
-
-    def flush(self) -> tuple[list[Interval], list[Interval]]:
-        """Return the intervals to delete and to write; from now on they count as written."""
-        written, self._written = self._written, list(self)
-        return ([], []) if written == self._written else changes(written, self._written)
 
 
 class LargeSet:

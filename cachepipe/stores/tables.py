@@ -232,6 +232,13 @@ def damaged_row(what: str) -> DamagedCache:
     )
 
 
+def _unlike_its_digest(what: str) -> DamagedCache:
+    return DamagedCache(
+        f"the ledger's row of {what} is damaged. Run `cachepipe verify` to find further damage, and restore "
+        "the cache from a copy"
+    )
+
+
 # Segments of draws.
 
 
@@ -286,10 +293,7 @@ def check_segment(
         DamagedCache: when its digest does not fit.
     """
     if segment_digest(draw, number, position, indices, stamp) != digest:
-        raise DamagedCache(
-            f"the ledger's row of a draw of key {draw.key} is damaged. Run `cachepipe verify` to find "
-            "further damage, and restore the cache from a copy"
-        )
+        raise _unlike_its_digest(f"a draw of key {draw.key}")
 
 
 _AGE = operator.attrgetter("stamp", "namespace")
@@ -318,10 +322,7 @@ def check_interval(label: str, key: str, start: int, stop: int, digest: bytes) -
         DamagedCache: when its digest does not fit.
     """
     if interval_digest(label, key, start, stop) != digest:
-        raise DamagedCache(
-            f"the ledger's row of the samples of key {key} is damaged. Run `cachepipe verify` to find "
-            "further damage, and restore the cache from a copy"
-        )
+        raise _unlike_its_digest(f"the samples of key {key}")
 
 
 # Sums.
@@ -343,10 +344,7 @@ def read_sums(
     with contextlib.suppress(ValueError, TypeError, LookupError):
         if sums_digest(run, namespace, document) == digest:
             return loads(document)
-    raise DamagedCache(
-        f"the ledger's sums of the run {run} are damaged. Run `cachepipe verify` to find further damage, "
-        "restore the cache from a copy"
-    )
+    raise _unlike_its_digest(f"the sums of the run {run}")
 
 
 # Samples.

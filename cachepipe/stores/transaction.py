@@ -17,7 +17,7 @@ import orjson
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.draws import SHARED, Draw
-from cachepipe.contract.intervals import MutableIndexSet, Union
+from cachepipe.contract.intervals import MutableIndexSet, Union, changes
 from cachepipe.contract.keys import Question
 from cachepipe.errors import DamagedCache, StoreError
 from cachepipe.stores import tables
@@ -133,10 +133,15 @@ class SqlLedger(Ledger):
 
     # Rows that are read ahead.
 
-    def read_ahead(self, claims: Sequence[Claim]) -> None:
+    def prepare(self, claims: Sequence[Claim]) -> Sequence[int]:
+        """Read ahead for many claims; return the leases of dead processes, ten times a second at most."""
+        if len(claims) >= _SEVERAL:
+            self._read_ahead(claims)
+        now = time.monotonic()
+        return () if now - self.reaped < 0.1 else self._dead(now)
+
+    def _read_ahead(self, claims: Sequence[Claim]) -> None:
         """Read the rows, sets and samples that the claims will probably need, in a few statements."""
-        if len(claims) < _SEVERAL:
-            return
         self.intern([claim.question.key for claim in claims])
         known = self._ids
         old = [claim for claim in claims if known.get(claim.draw.key)]
@@ -338,12 +343,14 @@ class SqlLedger(Ledger):
         gone: list[tuple[int, int, int]] = []
         new: list[tuple[int, int, int, int, bytes]] = []
         for place, known in self._changed.items():
-            old, added = known.flush()
+            intervals = list(known)
+            old, added = changes(known.written, intervals)
+            known.written = intervals
             gone += [(*place, stop) for _, stop in old]
             for start, stop in added:
                 digest = tables.interval_digest(known.label, known.key, start, stop)
                 new.append((*place, stop, start, digest))
-            if len(known) > SMALL:
+            if len(intervals) > SMALL:
                 self._grown.append(place)
         self._changed.clear()
         if gone:
@@ -432,6 +439,11 @@ class SqlLedger(Ledger):
         self.greatest_stamp += 1
         return self.greatest_stamp
 
+    def author(self) -> tuple[int, int]:
+        """Return this process's lease and a new stamp."""
+        self.greatest_stamp += 1
+        return self.own_lease or self.lease(), self.greatest_stamp
+
     def lease(self) -> int:
         """Return this process's lease; begin one if there is none."""
         lease = self.own_lease
@@ -453,11 +465,8 @@ class SqlLedger(Ledger):
         """Return True if one of the leases is that of another live process."""
         return self._shared(leases)
 
-    def dead(self) -> Sequence[int]:
-        """Return the leases of dead processes that are not ended yet; look ten times a second at most."""
-        now = time.monotonic()
-        if now - self.reaped < 0.1:
-            return ()
+    def _dead(self, now: float) -> Sequence[int]:
+        """Return the leases of dead processes that are not ended yet."""
         self.reaped = now
         self._check_files()
         others = self.ledger.execute(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cachepipe.contract.allotment import (
     DISCARDED,
+    Segment,
     added,
     allot,
     choose,
@@ -34,6 +35,19 @@ def chosen(listed, taken, preferred, *, new=False):
     return choose(interval_set(listed), interval_set(taken), preferred, new=new)
 
 
+class Taken(IntervalSet):
+    """Records what is taken, once each."""
+
+    def __init__(self, intervals):
+        super().__init__(intervals)
+        self.took = []
+
+    def add(self, index):
+        assert index not in self
+        self.took.append(index)
+        super().add(index)
+
+
 @dataclass
 class KeyView:
     """A key in memory: ``states`` says of each listed index whether it is stored, discarded or pending."""
@@ -44,20 +58,15 @@ class KeyView:
 
     def __post_init__(self):
         self.listed = interval_set(self.states)
-        self.taken = interval_set(self.taken_before)
-        self.took = []
+        self.taken = Taken(interval_set(self.taken_before))
+        self.took = self.taken.took
         self.leased = []
 
-    def coupled(self):
-        return self.follows
+    def others(self):
+        return [Segment(0, 0, self.follows, 1, None, 1)]
 
     def sample(self, index):
         return {"stored": f"sample {index}", "discarded": DISCARDED}.get(self.states.get(index))
-
-    def take(self, index):
-        assert index not in self.taken
-        self.took.append(index)
-        self.taken.add(index)
 
     def lease(self, index):
         if self.states.get(index) == "pending":
@@ -160,7 +169,7 @@ def test_c2_a_draw_keeps_what_the_ledger_holds_but_discarded_samples(view, held,
     for index in held:
         view.states.setdefault(index, "stored")
         view.listed.add(index)
-        view.taken.add(index)
+        IntervalSet.add(view.taken, index)  # held from before
     states = dict(view.states)
     got = allot(view, held, n)
     assert got.kept == min(n, len(held))
@@ -175,7 +184,7 @@ def test_a_replay_gives_what_a_claim_would_or_nothing(view, held, n):
     for index in held:
         view.states.setdefault(index, "stored")
         view.listed.add(index)
-        view.taken.add(index)
+        IntervalSet.add(view.taken, index)  # held from before
     twin = KeyView(dict(view.states), {index for index in range(60) if index in view.taken}, view.follows)
     replayed = allot(twin, held, n, stored_only=True)
     claimed = allot(view, held, n)
