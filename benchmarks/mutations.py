@@ -43,7 +43,6 @@ TESTS = {
     "contract/demands.py": ("unit/contract/test_demands.py",),
     "contract/flags.py": ("unit/contract/test_flags.py",),
     "contract/lifecycle.py": ("unit/contract/test_lifecycle.py",),
-    "contract/lifecycle.py": ("unit/contract/test_lifecycle.py",),
     "contract/undoing.py": ("unit/contract/test_undoing.py",),
     "contract/keys.py": ("unit/test_keys.py",),
     "accounting.py": ("unit/test_accounting.py",),
