@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from cachepipe import jsontext
-from cachepipe.batch.asking import LineDraw
+from cachepipe.batch.draws import LineDraw
 from cachepipe.batch.files import RESULT
 from cachepipe.typedefs import Response
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from cachepipe import loops, runs
 from cachepipe.accounting import sold_in, usage_sold
-from cachepipe.batch.asking import Asker, LineDraw
+from cachepipe.batch.draws import FileDraws, LineDraw
 from cachepipe.batch.errors import Secrets, described
 from cachepipe.batch.files import InputFile, OutputFile
 from cachepipe.batch.lines import Line
@@ -68,11 +68,11 @@ async def run_file(
         with results:
             model = _model(settings)
             store, owned = _store(settings.cache, settings.mode, settings.durability)
-            asker = Asker(model, store, settings, report)
+            draws = FileDraws(model, store, settings, report)
             try:
-                await _Run(lines, results, asker, report, settings).drive()
+                await _Run(lines, results, draws, report, settings).drive()
             finally:
-                await asker.close()
+                await draws.close()
                 if owned:
                     await asyncio.to_thread(store.close)
                 report.seconds = time.perf_counter() - begun
@@ -106,11 +106,11 @@ class _Run:
     """Keeps as many lines in flight as are wanted, and writes their results in the order of the input."""
 
     def __init__(
-        self, lines: InputFile, results: OutputFile, asker: Asker, report: Report, settings: BatchSettings
+        self, lines: InputFile, results: OutputFile, draws: FileDraws, report: Report, settings: BatchSettings
     ) -> None:
         self._lines = lines
         self._results = results
-        self._asker = asker
+        self._draws = draws
         self._report = report
         self._settings = settings
         self._secrets = _secrets(settings)
@@ -130,7 +130,7 @@ class _Run:
                     self._wake.clear()
                     await self._begin()
                     await self._write()
-                    self._asker.count()
+                    self._draws.count()
                     if stop.forced or (stop.asked and not self._running):
                         break
                     if stop.asked and deadline is None:
@@ -162,7 +162,7 @@ class _Run:
             self._start(line)
 
     def _start(self, line: Line) -> None:
-        draw = self._asker.draw(line)
+        draw = self._draws.draw(line)
         task = asyncio.get_running_loop().create_task(self._answer(draw))
         self._ahead.append(task)
         self._running.add(task)
@@ -192,7 +192,7 @@ class _Run:
         """Return the result of a line; if it failed, its earlier result, or an error line."""
         keys: Sequence[str] = ()
         try:
-            exchange = self._asker.exchange(draw)
+            exchange = self._draws.exchange(draw)
             keys = exchange.record.keys
             content, responses = await exchange.answered()
             result = answer_line(draw, content, responses)

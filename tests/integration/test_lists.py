@@ -12,7 +12,7 @@ import pytest
 
 from cachepipe import MemoryStore
 from cachepipe.batch import BatchSettings, Report
-from cachepipe.batch.asking import Asker
+from cachepipe.batch.draws import FileDraws
 from cachepipe.batch.lines import parse_line
 from cachepipe.models import OpenAIModel
 from cachepipe.testing import MockServer
@@ -32,7 +32,7 @@ class Lines:
 
     def __init__(self, model, **settings):
         self._settings = BatchSettings(**settings)
-        self._asker = Asker(model, MemoryStore(), self._settings, Report())
+        self._draws = FileDraws(model, MemoryStore(), self._settings, Report())
         self._count = 0
 
     async def one(self, endpoint, body, name=None):
@@ -40,7 +40,7 @@ class Lines:
         self._count += 1
         fields = {"custom_id": name, "url": f"/v1{endpoint}", "body": body}
         line = parse_line(json.dumps(fields).encode(), self._count, self._settings)
-        _, responses = await self._asker.exchange(self._asker.draw(line)).answered()
+        _, responses = await self._draws.exchange(self._draws.draw(line)).answered()
         return responses
 
     async def each(self, lines):

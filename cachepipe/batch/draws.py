@@ -1,4 +1,4 @@
-"""Draws the samples of lines: each line is an exchange with the cache, like a client's call."""
+"""The draws of the lines of a file: each line is an exchange with the cache, like a client's call."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class LineExchange(SdkCalls, Exchange):
         return content, responses
 
 
-class Asker:
-    """Draws the samples of lines, over one store and one client.
+class FileDraws:
+    """The draws of the lines of a file, over one store and one client.
 
     Args:
         model: makes the calls.
