@@ -16,7 +16,7 @@ import orjson
 
 from cachepipe import runs
 from cachepipe.cache import others
-from cachepipe.cache.calls import Call, Demand, withdraw
+from cachepipe.cache.calls import Call, Caller, Demand, withdraw
 from cachepipe.cache.write_queue import WriteQueue, unheard
 from cachepipe.contract import lifecycle
 from cachepipe.contract.draws import Claims, Counter, Draw, give_back, label
@@ -434,16 +434,16 @@ class DrawDemand(Demand):
         self.drawing.fail(slots, error)
 
 
-def start(queue: WriteQueue) -> None:
-    """Begin the calls for the demands of a queue that are ready."""
-    wanted: list[Demand] = []
-    unwanted: list[Demand] = []
-    for demand in queue.ready():
-        (wanted if demand.wanted else unwanted).append(demand)
-    for demand in unwanted:
-        demand.fail(demand.slots, None)
+def start(caller: Caller, demands: Sequence[Demand]) -> None:
+    """Begin the calls for demands; the samples of those that nobody waits for any more will not come."""
+    wanted = []
+    for demand in demands:
+        if demand.wanted:
+            wanted.append(demand)
+        else:
+            demand.fail(demand.slots, None)
     try:
-        queue.caller.start(wanted)
+        caller.start(wanted)
     except Exception as error:  # noqa: BLE001 - such as a model whose limit is not a number
         for demand in wanted:
             demand.fail(demand.slots, error)

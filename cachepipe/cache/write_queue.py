@@ -13,6 +13,7 @@ from typing import Any
 from cachepipe import forks
 from cachepipe.cache.calls import Caller, Demand
 from cachepipe.errors import StoreError, StoreLocked
+from cachepipe.gathering import Gathering
 from cachepipe.stores.base import Claim, Commit, Operation, Store
 
 MANY = 1000
@@ -58,12 +59,12 @@ class WriteQueue:
         loop: asyncio.AbstractEventLoop,
         store: Store,
         caller: Caller,
-        start: Callable[[WriteQueue], None],
+        start: Callable[[Caller, list[Demand]], None],
     ) -> None:
-        """Make one; ``start`` begins the calls for the ``demands`` that are ``ready``."""
+        """Make one; ``start`` begins the calls for demands."""
         self.loop = loop
         self.caller = caller
-        self.demands: list[Demand] = []
+        self.demands: Gathering[Demand] = Gathering(loop, self._ask)
         """The demands to ask the model for at the end of this turn, or of the window."""
         self._held: dict[Hashable, list[Demand]] = {}
         self.strangers: dict[Any, None] = {}
@@ -111,16 +112,7 @@ class WriteQueue:
 
     def want(self, *demands: Demand, window: float = 0.0) -> None:
         """Ask for samples at the end of the window; by default when the claims of this turn are granted."""
-        first = not self.demands
-        self.demands += demands
-        if not first:
-            return
-        if window:
-            self.loop.call_later(window, self._start, self)
-        elif self._at_once:
-            self.loop.call_soon(self.loop.call_soon, self._start, self)
-        else:
-            self.loop.call_soon(self._start, self)
+        self.demands.add(*demands, window=window, turns=2 if self._at_once else 1)
 
     def alone(self) -> bool:
         """Return True if only the running task has made requests in this turn of the loop."""
@@ -250,18 +242,15 @@ class WriteQueue:
         for (_, done, arguments), result in zip(batch, results, strict=True):
             self._tell(done, arguments, result)
 
-    def ready(self) -> list[Demand]:
-        """Take the demands that can be asked for now; others wait for queued draws of their question."""
-        demands, self.demands = self.demands, []
-        if not self._claiming:
-            return demands
+    def _ask(self, demands: list[Demand]) -> None:
+        """Begin the calls for demands; those whose question has queued draws wait for these."""
         now = []
         for demand in demands:
             if demand.group in self._claiming:
                 self._held.setdefault(demand.group, []).append(demand)
             else:
                 now.append(demand)
-        return now
+        self._start(self.caller, now)
 
     def claims(self, key: str) -> bool:
         """Return True if draws of a key are queued or being granted. Thread-safe."""
@@ -278,8 +267,7 @@ class WriteQueue:
     async def drain(self) -> None:
         """Wait until everything queued is written and no call is in flight; end the window at once."""
         while self._operations or self.writes or self.caller.busy or self.demands or self.strangers:
-            if self.demands:
-                self._start(self)
+            self.demands.cut()
             if self.writes:
                 await asyncio.wait(self.writes)
             elif self.caller.busy:

@@ -19,6 +19,7 @@ from cachepipe.cache.drawing import Drawing
 from cachepipe.contract import keys
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
+from cachepipe.gathering import Gathering
 from cachepipe.stage import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.typedefs import Batch, Request, Response
@@ -26,7 +27,7 @@ from cachepipe.typedefs import Batch, Request, Response
 _TURN = 256  # requests served before the loop is given a turn
 
 
-class _Lane:
+class _LoopState:
     """What one event loop's requests share: the groups that are open now."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, model: Any) -> None:
@@ -35,7 +36,10 @@ class _Lane:
         self.groups = Groups()
         self.served = 0
         self.caller = Caller(loop, model, _dropped)
-        self.waiting: list[DirectDemand] = []
+        self.waiting: Gathering[DirectDemand] = Gathering(loop, self._start)
+
+    def _start(self, demands: list[DirectDemand]) -> None:
+        self.caller.start([demand for demand in demands if demand.wanted])
 
 
 class AsyncDeduplicator(Stage):
@@ -56,8 +60,8 @@ class AsyncDeduplicator(Stage):
         self._cacher = model if isinstance(model, AsyncCacher) else None
         self._scope = scope if scope is not None else scope_of(model)
         self._question = hooks_of(adapter_of(model)).question
-        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
-        self._last: _Lane | None = None
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
+        self._last: _LoopState | None = None
         self._requests = self._merged = self._misses = 0
         if self._cacher is not None:
             self._cacher.widen(window)
@@ -69,7 +73,7 @@ class AsyncDeduplicator(Stage):
         """Return the figures since the stage was opened; with a cacher behind, the cacher's figures."""
         if self._cacher is not None:
             return self._cacher.stats()
-        callers = [lane.caller for lane in self._lanes.values()]
+        callers = [here.caller for here in self._loops.values()]
         return Stats(
             misses=self._misses,
             merged=self._merged,
@@ -88,20 +92,20 @@ class AsyncDeduplicator(Stage):
             loop = last.loop
         else:
             loop = loops.running()
-        lane, asker = self._lane(loop), Asker(asyncio.current_task(loop))
+        here, asker = self._here(loop), Asker(asyncio.current_task(loop))
         cacher = self._cacher
         if cacher is None:
             self._check_open()
-            return await self._merge(lane, request, asker)
+            return await self._merge(here, request, asker)
         question = cacher.question(request)
-        duplicated = self._flags(lane, request, question, asker)
+        duplicated = self._flags(here, request, question, asker)
         begun = cacher.begin(request, question, loop)
         if isinstance(begun, Drawing):
             response = await begun.response(duplicated)
         else:
             response = begun.response(duplicated)
-        lane.served += 1
-        if not lane.served % _TURN:
+        here.served += 1
+        if not here.served % _TURN:
             try:
                 await asyncio.sleep(0)  # hits do not suspend: now and then others must have their turn
             except BaseException:
@@ -117,27 +121,27 @@ class AsyncDeduplicator(Stage):
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
-        lane, asker = self._lane(loops.running()), Asker(asyncio.current_task(), batch)
+        here, asker = self._here(loops.running()), Asker(asyncio.current_task(), batch)
         if self._cacher is None:
             return await together(
-                [self._merge(lane, request, asker) for request in batch.requests], return_exceptions
+                [self._merge(here, request, asker) for request in batch.requests], return_exceptions
             )
 
         def flags(request: Request, question: keys.Question) -> list[bool]:
-            return self._flags(lane, request, question, asker)
+            return self._flags(here, request, question, asker)
 
         return await self._cacher.draw_all(batch.requests, flags, return_exceptions=return_exceptions)
 
-    def _flags(self, lane: _Lane, request: Request, question: keys.Question, asker: Asker) -> list[bool]:
+    def _flags(self, here: _LoopState, request: Request, question: keys.Question, asker: Asker) -> list[bool]:
         """Return the flags ``duplicated`` of a request; its group stays open for this turn or window."""
-        group, groups = (question.key, label(request.namespace)), lane.groups
+        group, groups = (question.key, label(request.namespace)), here.groups
         first = not groups
         duplicated = groups.duplicated(group, asker, request.n)
         if self.window:
             if not duplicated[0]:
-                lane.loop.call_later(self.window, groups.close, group)
+                here.loop.call_later(self.window, groups.close, group)
         elif first:
-            lane.loop.call_soon(groups.clear)
+            here.loop.call_soon(groups.clear)
         if self._cacher is not None:
             self._cacher.count_merged(sum(duplicated))
         return duplicated
@@ -150,33 +154,27 @@ class AsyncDeduplicator(Stage):
         )
         return question
 
-    def _lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
+    def _here(self, loop: asyncio.AbstractEventLoop) -> _LoopState:
         last = self._last
         if last is not None and last.loop is loop and last.thread == get_ident():
             return last
-        lane = self._lanes.get(loop)
-        if lane is None:
-            for old in list(self._lanes):
+        here = self._loops.get(loop)
+        if here is None:
+            for old in list(self._loops):
                 if old.is_closed():
-                    self._lanes.pop(old, None)
-            lane = self._lanes[loop] = _Lane(loop, self.model)
-        lane.thread = get_ident()
-        self._last = lane
-        return lane
+                    self._loops.pop(old, None)
+            here = self._loops[loop] = _LoopState(loop, self.model)
+        here.thread = get_ident()
+        self._last = here
+        return here
 
-    async def _merge(self, lane: _Lane, request: Request, asker: Asker) -> Response:
+    async def _merge(self, here: _LoopState, request: Request, asker: Asker) -> Response:
         """Return the request's part of the samples that are asked for its group."""
         question = self._ask(request)
-        duplicated = self._flags(lane, request, question, asker)
+        duplicated = self._flags(here, request, question, asker)
         group = (question.key, label(request.namespace)) if question.mergeable else None
-        demand = DirectDemand(lane.loop, request.asking(request.n), group)
-        if not lane.waiting:
-            loop = lane.loop
-            if self.window:
-                loop.call_later(self.window, _start, lane)
-            else:
-                loop.call_soon(_start, lane)
-        lane.waiting.append(demand)
+        demand = DirectDemand(here.loop, request.asking(request.n), group)
+        here.waiting.add(demand, window=self.window)
         values = await demand.result()
         self._merged += request.n - (not duplicated[0])
         self._requests += 1
@@ -188,17 +186,11 @@ class AsyncDeduplicator(Stage):
     async def close(self) -> None:
         """Wait for what is in flight on this loop and close the stages behind."""
         self._closed = True
-        lane = self._lanes.get(loops.running())
-        while lane is not None and (lane.waiting or lane.caller.busy):
-            if lane.waiting:
-                _start(lane)
-            await lane.caller.step()
+        here = self._loops.get(loops.running())
+        while here is not None and (here.waiting or here.caller.busy):
+            here.waiting.cut()
+            await here.caller.step()
         await super().close()
-
-
-def _start(lane: _Lane) -> None:
-    demands, lane.waiting = lane.waiting, []
-    lane.caller.start([demand for demand in demands if demand.wanted])
 
 
 def _dropped(demand: Demand, values: list[Any], call: Call) -> None:
