@@ -1,4 +1,4 @@
-"""Models of Hugging Face ``transformers`` on this machine, for ``LocalAPI``: a batch is generated together.
+"""Models of Hugging Face ``transformers`` on this machine, for ``LocalAPI``, which runs a batch in one call.
 
 A stored sample has the form of a provider's answer, so listings, token counts and `cachepipe.wire` read it
 like any other.
