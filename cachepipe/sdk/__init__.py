@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cachepipe import lazy
 
 if TYPE_CHECKING:
     from cachepipe.providers.info import Info as Info
@@ -27,15 +28,4 @@ _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
 
 
-def __getattr__(name: str) -> Any:
-    """Import a client at its first use: each needs its SDK."""
-    module = _WHERE.get(name)
-    if module is None:
-        raise AttributeError(f"module 'cachepipe.sdk' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+__getattr__, __dir__ = lazy.names(__name__, _WHERE)
