@@ -235,7 +235,13 @@ class Cache:
     # Draws.
 
     def draw(
-        self, request: Request, question: Question, queue: WriteQueue, counter: Counter | None = None
+        self,
+        request: Request,
+        question: Question,
+        queue: WriteQueue,
+        *,
+        run: runs.Occurrences | None = None,
+        counter: Counter | None = None,
     ) -> Drawing:
         """Begin to draw the samples of a request; what is not stored is generated.
 
@@ -246,14 +252,16 @@ class Cache:
             request: the request.
             question: its question.
             queue: the write queue of the running loop.
+            run: the run; by default the current one.
             counter: counts the occurrences of equal requests; by default the run.
         """
-        draw = run = None
-        if self.mode != "bypass":
+        if self.mode == "bypass":
+            return self._drawing(request, question, queue, None, None, None)
+        if run is None:
             run = runs.current(self.store.identity)
-            if counter is None:
-                counter = run
-            draw = draw_of(question.key, request, counter, shared=self.shares(question))
+        if counter is None:
+            counter = run
+        draw = draw_of(question.key, request, counter, shared=self.shares(question))
         return self._drawing(request, question, queue, draw, counter, run)
 
     def begin(self, request: Request, question: Question, queue: WriteQueue) -> Found | Drawing:

@@ -323,6 +323,7 @@ class Exchange(Calls):
         mode: how the cache is used.
         claimant: who draws.
         questions: the questions with their keys, if an equal request has made them before.
+        run: the run that it belongs to; by default the current one.
         counter: counts the occurrences of equal requests; by default the run.
         lists: sends the items of lists; by default only this request's own items share calls.
         max_n: the largest number of samples of one call; default is the API's.
@@ -342,6 +343,7 @@ class Exchange(Calls):
         mode: Mode,
         claimant: Claimant,
         questions: list[Question] | None = None,
+        run: runs.Occurrences | None = None,
         counter: Retried | None = None,
         lists: Lists | None = None,
         max_n: int | None = None,
@@ -358,6 +360,7 @@ class Exchange(Calls):
         self.live: asyncio.Future[tuple[RecordedStream, Received]] | None = None
         self.task: asyncio.Future[Response] | None = None
         self.claimed: tuple[int, ...] | None = None  # the indices of a lone question's samples to come
+        self.run = run
         self.counter = counter
         self.lists = lists
         self.max_n = api.max_n if max_n is None else min(max_n, api.max_n)
@@ -396,7 +399,8 @@ class Exchange(Calls):
         """
         asked = [(question, ask.n) for question, ask in zip(self.questions, self.asks, strict=True)]
         counter = self._counter() if self.stream else self.counter
-        found = self.surface.cache(self.mode).look(self.claimant, asked, self.body, counter=counter)
+        cache = self.surface.cache(self.mode)
+        found = cache.look(self.claimant, asked, self.body, run=self.run, counter=counter)
         return None if found is None else self.hit(found)
 
     def hit(self, found: Sequence[Found]) -> Answer:
@@ -409,7 +413,7 @@ class Exchange(Calls):
     def _counter(self) -> Retried:
         """Return what counts the occurrences of a stream, which may be given back while its draw goes on."""
         if self.counter is None:
-            self.counter = OneRequest(runs.current(self.surface.backing.store.identity))
+            self.counter = OneRequest(self.run or runs.current(self.surface.backing.store.identity))
         return self.counter
 
     def give_back(self) -> None:
@@ -472,7 +476,9 @@ class Exchange(Calls):
             for place, (ask, question) in enumerate(zip(self.asks, self.questions, strict=True)):
                 flags.append(self._flags(place))
                 request = Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
-                self._drawings.append(cache.draw(request, question, queue, self.counter))
+                self._drawings.append(
+                    cache.draw(request, question, queue, run=self.run, counter=self.counter)
+                )
             if live:
                 return await self._streamed(self._drawings[0], flags[0])
             responses = given(await outcomes(self._drawings, flags), return_exceptions=False)

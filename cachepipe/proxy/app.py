@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
-from cachepipe import jsontext, runs, wire
+from cachepipe import jsontext, wire
 from cachepipe.context import Inherited
 from cachepipe.contract.draws import Claimant
 from cachepipe.errors import (
@@ -398,9 +398,9 @@ class Proxy:
             name = http.scope.get(HEAD)
             if name is not None and mode == "read-write":
                 self.heads.keep(name, head)
-            exchange = ProxyExchange(self.client, self.counters.spend, self.surface, head, body, mode)
-            with runs.within(run):
-                answer = exchange.known()
+            spend = self.counters.spend
+            exchange = ProxyExchange(self.client, spend, self.surface, head, body, mode, run.counted)
+            answer = exchange.known()
             if answer is not None:
                 return await Responder(self, http, exchange, counter).send(answer)
         return await self._draw(http, head, body, mode, counter)
@@ -409,8 +409,8 @@ class Proxy:
         self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode, counter: RequestCounter
     ) -> Outcome:
         """Draw the samples of a request that are not known, and answer it."""
-        surface = self._surface_of(head.caller, head.upstream)
-        exchange = ProxyExchange(self.client, self.counters.spend, surface, head, body, mode, counter)
+        surface, run = self._surface_of(head.caller, head.upstream), counter.run.counted
+        exchange = ProxyExchange(self.client, self.counters.spend, surface, head, body, mode, run, counter)
         return await Responder(self, http, exchange, counter).draw()
 
     def _new_surface(self, caller: bytes, upstream: Upstream) -> Surface:  # noqa: ARG002 - a key of the cache

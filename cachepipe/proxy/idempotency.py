@@ -15,7 +15,7 @@ from typing import Final
 
 from cachepipe.contract.draws import Claimant, Draw, Identity, label
 from cachepipe.proxy.http_exchange import NEVER_AGAIN, Refusal
-from cachepipe.runs import Occurrences, Run
+from cachepipe.runs import Occurrences
 
 _KEYS: Final = 50_000  # idempotency keys remembered per run, about 400 bytes each
 _LONGEST_KEY: Final = 1000  # characters
@@ -49,19 +49,14 @@ class IdempotencyEntry:
     delivered: bool = False
 
 
-class ProxyRun(Run):
+class ProxyRun:
     """A run of a proxy: its counts, and the draws that requests in flight hold."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.counted = Occurrences()
         self.live: dict[Identity, dict[int, _LiveDraw]] = {}
         self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken
         self.entries: OrderedDict[tuple[str, str], IdempotencyEntry] = OrderedDict()
-
-    def of(self, store: str) -> Occurrences:  # noqa: ARG002 - a proxy has one store
-        """Return the counts of this run."""
-        return self.counted
 
     def entry(self, key: str, claimant: Claimant, questions: Sequence[str]) -> IdempotencyEntry:
         """Return the entry of an idempotency key.

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from cachepipe import runs
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource
 from cachepipe.providers.stream_recorder import StreamSource
@@ -40,8 +39,7 @@ class Responder:
 
     async def draw(self) -> Outcome:
         """Draw the samples, and send the answer."""
-        with runs.within(self.counter.run):
-            task = asyncio.get_running_loop().create_task(self.exchange.drawn())
+        task = asyncio.get_running_loop().create_task(self.exchange.drawn())
         return await self.drawn(task)
 
     async def drawn(self, task: asyncio.Future[Answer]) -> Outcome:

@@ -22,6 +22,7 @@ from cachepipe.proxy import headers
 from cachepipe.proxy.body_cache import ParsedBody
 from cachepipe.proxy.head_cache import ParsedHead
 from cachepipe.proxy.settings import ProxySettings, Upstream
+from cachepipe.runs import Occurrences
 from cachepipe.typedefs import Mode
 
 _JSON: Final = (b"content-type", b"application/json")
@@ -221,7 +222,8 @@ class ProxyExchange(Exchange):
         head: the head of the request.
         body: its body.
         mode: how the cache is used.
-        counter: counts the occurrences of its draws; None for its run.
+        run: the run that it belongs to.
+        counter: counts the occurrences of its draws; by default the run.
     """
 
     def __init__(
@@ -232,6 +234,7 @@ class ProxyExchange(Exchange):
         head: ParsedHead,
         body: ParsedBody,
         mode: Mode,
+        run: Occurrences,
         counter: Retried | None = None,
     ) -> None:
         super().__init__(
@@ -246,6 +249,7 @@ class ProxyExchange(Exchange):
             mode=mode,
             claimant=head.claimant,
             questions=body.questions,
+            run=run,
             counter=counter,
         )
         self.head = head
