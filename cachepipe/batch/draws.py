@@ -14,7 +14,7 @@ from cachepipe.contract.draws import Claimant, Identity, Numbered, label
 from cachepipe.errors import UnkeyableValue
 from cachepipe.models.connection import SdkCalls
 from cachepipe.models.openai import ENDPOINTS, OpenAIModel
-from cachepipe.providers.exchange import Backing, Exchange, Surface, questions_of
+from cachepipe.providers.exchange import CacheView, Exchange, SharedStore, questions_of
 from cachepipe.providers.lists import Lists
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Response
@@ -41,12 +41,12 @@ class LineDraw(NamedTuple):
 class LineExchange(SdkCalls, Exchange):
     """A line of a file, answered from the cache or through the SDK. Its answer is made of samples only."""
 
-    def __init__(self, model: OpenAIModel, surface: Surface, lists: Lists, draw: LineDraw) -> None:
+    def __init__(self, model: OpenAIModel, view: CacheView, lists: Lists, draw: LineDraw) -> None:
         line = draw.line
         self._refusal = line.refusal
         self.connection, self.endpoint = model.connection, ENDPOINTS[line.api]
         super().__init__(
-            surface,
+            view,
             line.api,
             line.body,
             line.asks,
@@ -54,7 +54,7 @@ class LineExchange(SdkCalls, Exchange):
             self.connection.headers,
             stream=False,
             alone=False,
-            mode=surface.mode,
+            mode=view.mode,
             claimant=draw.claimant,
             lists=lists,
             max_n=model.max_n,
@@ -104,8 +104,8 @@ class FileDraws:
         self._model = model
         self._settings = settings
         self._report = report
-        self._surface = Surface(
-            Backing(store), settings.namespace, settings.mode, settings.scope, settings.repeat
+        self._view = CacheView(
+            SharedStore(store), settings.namespace, settings.mode, settings.scope, settings.repeat
         )
         self._lists = Lists(shared=True)
         # The run gives the numbers of failed requests back, so the lines are counted here.
@@ -139,17 +139,17 @@ class FileDraws:
         Raises:
             UnkeyableValue: when no stable key can be made from one of its values.
         """
-        return LineExchange(self._model, self._surface, self._lists, draw)
+        return LineExchange(self._model, self._view, self._lists, draw)
 
     def count(self) -> None:
         """Bring the report's figures of calls up to date."""
         self._report.calls = self._model.calls
-        stats = [cache.stats() for cache in self._surface.caches.values()]
+        stats = [cache.stats() for cache in self._view.caches.values()]
         self._report.generated = sum(each.generated for each in stats)
         self._report.unreported = sum(each.unreported for each in stats)
 
     async def close(self) -> None:
         """Wait for what is in flight, write it, and close the client if it was made here."""
-        await self._surface.backing.close()
+        await self._view.shared_store.close()
         self.count()
         await self._model.close()

@@ -217,7 +217,7 @@ class Access:
         """
         if index is None or index < 0 or not is_cached(self._opened):
             return None
-        sample = self._opened._cachepipe.backing.store.sample(key, index)  # noqa: SLF001 - it is ours
+        sample = self._opened._cachepipe.shared_store.store.sample(key, index)  # noqa: SLF001 - it is ours
         if sample is None or (seconds := sample.meta.get("seconds")) is None:
             return None
         return sample.at - seconds, sample.at

@@ -87,8 +87,8 @@ class Connection:
     @property
     def only_replays(self) -> bool:
         """Whether the caller's client has a cache of its own, and makes no calls."""
-        surface = getattr(self._client, "_cachepipe", None)
-        return surface is not None and surface.mode == "replay"
+        view = getattr(self._client, "_cachepipe", None)
+        return view is not None and view.mode == "replay"
 
     def _learn(self, client: Any) -> None:
         """Take from a client where it sends what, and with which headers that count."""

@@ -84,7 +84,7 @@ class _Model:
 _model = _Model()
 
 
-class Backing:
+class SharedStore:
     """The cache behind a client and its copies, or behind a proxy."""
 
     def __init__(self, cache: Any) -> None:
@@ -128,13 +128,13 @@ def _withdraw(recordings: Sequence[RecordedStream]) -> None:
 
 
 @dataclass(eq=False)
-class Surface:
+class CacheView:
     """A client's view of a cache: the cache, and how it is used. Copies of a client have equal views.
 
     Requests share merged calls only within views that share ``caches``, so never across credentials.
     """
 
-    backing: Backing
+    shared_store: SharedStore
     namespace: str | None
     mode: Mode
     scope: str | None
@@ -157,16 +157,16 @@ class Surface:
             raise ValueError(f"repeat is 'fresh' or 'same'; got {self.repeat!r}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Surface) and self._identity() == other._identity()
+        return isinstance(other, CacheView) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
         return hash(self._identity())
 
     def __repr__(self) -> str:
-        return f"<Surface {self.backing.store!r} namespace={self.namespace!r} mode={self.mode!r}>"
+        return f"<CacheView {self.shared_store.store!r} namespace={self.namespace!r} mode={self.mode!r}>"
 
     def _identity(self) -> tuple[Any, ...]:
-        return id(self.backing), self.namespace, self.mode, self.scope, self.repeat, id(self.service)
+        return id(self.shared_store), self.namespace, self.mode, self.scope, self.repeat, id(self.service)
 
     @classmethod
     def of(
@@ -178,13 +178,13 @@ class Surface:
         repeat: Repeat,
         service: Any = None,
     ) -> Self:
-        """Return the surface for a client's parameters."""
+        """Return the view for a client's parameters."""
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
         made.service = service
         made.caches, made.groups = {}, {}
         made.__post_init__()  # before anything is opened
-        made.backing = Backing(cache)
+        made.shared_store = SharedStore(cache)
         return made
 
     @property
@@ -193,11 +193,11 @@ class Surface:
         return None if self.service is None else self.service.flow
 
     def changed(self, **changes: Any) -> Self:
-        """Return a surface with these changes; it shares no calls with this one."""
+        """Return a view with these changes; it shares no calls with this one."""
         return dataclasses.replace(self, caches={}, groups={}, **changes)
 
     def named(self, namespace: str | None) -> Self:
-        """Return the surface of the same client in another namespace; they share calls."""
+        """Return the view of the same client in another namespace; they share calls."""
         return dataclasses.replace(self, namespace=namespace)
 
     def duplicated(self, key: str, namespace: str | None, n: int, asker: object = None) -> list[bool]:
@@ -222,9 +222,9 @@ class Surface:
         cache = self.caches.get((mode, self.repeat))
         if cache is None:
             actual: Mode = "bypass" if mode == "read-write" and switched_off() else mode
-            made = Cache(_model, self.backing.store, mode=actual, repeat=self.repeat, codec=_codec)
+            made = Cache(_model, self.shared_store.store, mode=actual, repeat=self.repeat, codec=_codec)
             cache = self.caches.setdefault((mode, self.repeat), made)
-            self.backing.caches.add(cache)
+            self.shared_store.caches.add(cache)
         return cache
 
 
@@ -312,7 +312,7 @@ class Exchange(Calls):
     `cachepipe.providers.info`).
 
     Args:
-        surface: the cache, and how it is used.
+        view: the cache, and how it is used.
         api: the API of the request.
         body: the request's body.
         asks: its questions: ``api.split(body)``; all of them ``cacheable``.
@@ -331,7 +331,7 @@ class Exchange(Calls):
 
     def __init__(
         self,
-        surface: Surface,
+        view: CacheView,
         api: wire.Api,
         body: Mapping[str, Any],
         asks: Sequence[wire.Ask],
@@ -348,7 +348,7 @@ class Exchange(Calls):
         lists: Lists | None = None,
         max_n: int | None = None,
     ) -> None:
-        self.surface = surface
+        self.view = view
         self.api = api
         self.body = body
         self.asks = asks
@@ -372,7 +372,7 @@ class Exchange(Calls):
         self._snapped = False
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
-        self.questions = questions or questions_of(api, asks, url, headers, scope=surface.scope, alone=alone)
+        self.questions = questions or questions_of(api, asks, url, headers, scope=view.scope, alone=alone)
         self.record = info.Record(self.questions, claimant, url)
 
     def own_context(self) -> contextvars.Context | None:
@@ -382,7 +382,7 @@ class Exchange(Calls):
     @property
     def flow(self) -> Flow | None:
         """The flow control of the service."""
-        return self.surface.flow
+        return self.view.flow
 
     @property
     def namespace(self) -> str | None:
@@ -399,7 +399,7 @@ class Exchange(Calls):
         """
         asked = [(question, ask.n) for question, ask in zip(self.questions, self.asks, strict=True)]
         counter = self._counter() if self.stream else self.counter
-        cache = self.surface.cache(self.mode)
+        cache = self.view.cache(self.mode)
         found = cache.look(self.claimant, asked, self.body, run=self.run, counter=counter)
         return None if found is None else self.hit(found)
 
@@ -413,7 +413,7 @@ class Exchange(Calls):
     def _counter(self) -> Retried:
         """Return what counts the occurrences of a stream, which may be given back while its draw goes on."""
         if self.counter is None:
-            self.counter = OneRequest(self.run or runs.current(self.surface.backing.store.identity))
+            self.counter = OneRequest(self.run or runs.current(self.view.shared_store.store.identity))
         return self.counter
 
     def give_back(self) -> None:
@@ -440,14 +440,14 @@ class Exchange(Calls):
     """Whether requests come from an event loop, in whose turns equal ones are served together."""
 
     @classmethod
-    def flags(cls, surface: Surface, namespace: str | None, question: Question, ask: wire.Ask) -> list[bool]:
+    def flags(cls, view: CacheView, namespace: str | None, question: Question, ask: wire.Ask) -> list[bool]:
         """Return for each sample of a question whether it is merged with an earlier one (C6)."""
         if cls.in_turns:
-            return surface.duplicated(question.key, namespace, ask.n)
+            return view.duplicated(question.key, namespace, ask.n)
         return lone(ask.n)
 
     def _flags(self, place: int) -> list[bool]:
-        return self.flags(self.surface, self.claimant.namespace, self.questions[place], self.asks[place])
+        return self.flags(self.view, self.claimant.namespace, self.questions[place], self.asks[place])
 
     def _made(self, samples: Sequence[Kept]) -> Answer:
         """Return an answer that is assembled from samples."""
@@ -461,7 +461,7 @@ class Exchange(Calls):
 
     async def drawn(self) -> Answer:
         """Draw the samples; return the answer, or the stream that generates them."""
-        cache = self.surface.cache(self.mode)
+        cache = self.view.cache(self.mode)
         queue = cache.queue(loops.running())
         if self.stream:
             self._counter()
@@ -628,7 +628,7 @@ class Exchange(Calls):
         *,
         hide_usage: bool,
     ) -> list[Any]:
-        registry = self.surface.cache(self.mode).in_flight
+        registry = self.view.cache(self.mode).in_flight
         recording = self.recording(
             arrived.response,
             self.api.recorder().within(self.most()),
@@ -636,7 +636,7 @@ class Exchange(Calls):
             awaited=partial(registry.anyone_waits_for, self.questions[0].key),
             cut=self.give_back,
         )
-        self.surface.backing.recordings.add(recording)
+        self.view.shared_store.recordings.add(recording)
         if self.task is not None:
             recording.watch(self.task)
         if live.done():  # the caller has gone

@@ -23,8 +23,8 @@ from cachepipe.errors import (
 )
 from cachepipe.outages import advice_for, public_url
 from cachepipe.providers.exchange import (
-    Backing,
-    Surface,
+    CacheView,
+    SharedStore,
     body_from,
     check_size,
     questions_of,
@@ -90,7 +90,7 @@ class Proxy:
         self._until: float | None = None  # when requests in flight are given up, by the loop's clock
         self._deadline: asyncio.Timeout | None = None  # the same, while a shutdown waits
         self._bodies = BodyCache()
-        self._surface_of = functools.lru_cache(_CALLERS)(self._new_surface)
+        self._view_of = functools.lru_cache(_CALLERS)(self._new_view)
         self._router = Router(settings)
         self._access = AccessControl(settings)
 
@@ -118,8 +118,8 @@ class Proxy:
                 settings.cache, durability=settings.durability, read_only=True if settings.replay else None
             )
         self._open = True
-        self.surface = Surface.of(self.store, settings.namespace, self.mode, None, settings.repeat)
-        self.backing: Backing = self.surface.backing
+        self.view = CacheView.of(self.store, settings.namespace, self.mode, None, settings.repeat)
+        self.shared_store: SharedStore = self.view.shared_store
         self.client = UpstreamClient(settings)
         self.counters = Counters(self.client)
         self.ready = True
@@ -147,7 +147,7 @@ class Proxy:
         self._deadline = asyncio.timeout_at(max(until, self._until or 0))
         try:
             async with self._deadline:
-                await self.backing.close()
+                await self.shared_store.close()
                 while self.background:
                     await asyncio.wait(self.background)
         except TimeoutError:
@@ -399,7 +399,7 @@ class Proxy:
             if name is not None and mode == "read-write":
                 self.heads.keep(name, head)
             spend = self.counters.spend
-            exchange = ProxyExchange(self.client, spend, self.surface, head, body, mode, run.counted)
+            exchange = ProxyExchange(self.client, spend, self.view, head, body, mode, run.counted)
             answer = exchange.known()
             if answer is not None:
                 return await Responder(self, http, exchange, counter).send(answer)
@@ -409,13 +409,13 @@ class Proxy:
         self, http: HttpExchange, head: ParsedHead, body: ParsedBody, mode: Mode, counter: RequestCounter
     ) -> Outcome:
         """Draw the samples of a request that are not known, and answer it."""
-        surface, run = self._surface_of(head.caller, head.upstream), counter.run.counted
-        exchange = ProxyExchange(self.client, self.counters.spend, surface, head, body, mode, run, counter)
+        view, run = self._view_of(head.caller, head.upstream), counter.run.counted
+        exchange = ProxyExchange(self.client, self.counters.spend, view, head, body, mode, run, counter)
         return await Responder(self, http, exchange, counter).draw()
 
-    def _new_surface(self, caller: bytes, upstream: Upstream) -> Surface:  # noqa: ARG002 - a key of the cache
+    def _new_view(self, caller: bytes, upstream: Upstream) -> CacheView:  # noqa: ARG002 - a key of the cache
         """Return a view of the cache whose draws share calls with each other only."""
-        return self.surface.changed(service=upstream.flow)
+        return self.view.changed(service=upstream.flow)
 
     def at_once(self, head: ParsedHead, content: bytes, asker: object) -> bytes | ParsedBody | None:
         """Return the complete response to a request with a known draw.
@@ -437,14 +437,14 @@ class Proxy:
             if body is None or not body.single:
                 return None
             counted = self.runs.run(namespace, head.destination.run).counted
-            cache = self.surface.cache("read-write")
+            cache = self.view.cache("read-write")
             found = cache.look(head.claimant, [(body.questions[0], 1)], content, run=counted)
         except (CachepipeError, Refusal):
             return None  # the normal way answers with the error
         if found is None:
             return body
         key, index, sample = body.questions[0].key, found[0].grant.indices[0], found[0].values()
-        duplicated = self.surface.duplicated(key, namespace, 1, asker)[0]
+        duplicated = self.view.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
         self.counters.hit(namespace, key, index, sample[0], head.url)
         self.log.request("hit", "POST", head.destination, namespace, 200, begun, len(content), key=key)

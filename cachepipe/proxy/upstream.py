@@ -15,7 +15,7 @@ import httpx2 as httpx
 from cachepipe import jsontext, outages, wire
 from cachepipe.contract.draws import Retried
 from cachepipe.errors import CachepipeError
-from cachepipe.providers.exchange import Exchange, Surface
+from cachepipe.providers.exchange import CacheView, Exchange
 from cachepipe.providers.generation import Kept
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
@@ -218,7 +218,7 @@ class ProxyExchange(Exchange):
     Args:
         client: the connections.
         spend: counts the samples of its calls: takes the namespace, samples and the URL.
-        surface: the cache, and how it is used.
+        view: the cache, and how it is used.
         head: the head of the request.
         body: its body.
         mode: how the cache is used.
@@ -230,7 +230,7 @@ class ProxyExchange(Exchange):
         self,
         client: UpstreamClient,
         spend: Callable[[str | None, Sequence[wire.Sample], str], None],
-        surface: Surface,
+        view: CacheView,
         head: ParsedHead,
         body: ParsedBody,
         mode: Mode,
@@ -238,7 +238,7 @@ class ProxyExchange(Exchange):
         counter: Retried | None = None,
     ) -> None:
         super().__init__(
-            surface,
+            view,
             head.api,
             body.body,
             body.asks,

@@ -109,9 +109,9 @@ class ClientCall(Exchange):
         cls, client: Any, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
     ) -> Self | None:
         """Return a request of the SDK as a call, or None if it cannot be cached."""
-        surface, using = client._cachepipe, context.current()  # noqa: SLF001 - it is ours
-        mode = using.mode_of(surface.mode)
-        if mode == "bypass" or surface.backing.closed:
+        view, using = client._cachepipe, context.current()  # noqa: SLF001 - it is ours
+        mode = using.mode_of(view.mode)
+        if mode == "bypass" or view.shared_store.closed:
             return None
         api = wire.api_for(options.method, str(options.url))
         body = None if api is None else body_of(options)
@@ -140,7 +140,7 @@ class ClientCall(Exchange):
             stream=stream,
             alone=not internals.is_plain(options),
             mode=mode,
-            claimant=using.claimant(surface.namespace),
+            claimant=using.claimant(view.namespace),
         )
 
     @functools.cached_property
@@ -186,7 +186,7 @@ class ClientCall(Exchange):
     def _arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
         return {
             "cast_to": self.cast_to,
-            "options": internals.with_body(self.options, body, once=self.surface.service is not None),
+            "options": internals.with_body(self.options, body, once=self.view.service is not None),
             "stream": stream,
             "stream_cls": self.stream_cls if stream else None,
         }

@@ -147,10 +147,10 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     Returns:
         The SDK's object, if all of it is known; else None, the call, and the answer if it is known.
     """
-    surface, kind = client._cachepipe, client._call_class  # noqa: SLF001 - they are ours
+    view, kind = client._cachepipe, client._call_class  # noqa: SLF001 - they are ours
     using = context.current()
-    mode = using.mode_of(surface.mode)
-    if mode == "bypass" or surface.backing.closed or not internals.is_usual(client) or not _is_json(given):
+    mode = using.mode_of(view.mode)
+    if mode == "bypass" or view.shared_store.closed or not internals.is_usual(client) or not _is_json(given):
         return None
     api, body = shape.api, {**shape.body, **given}
     try:
@@ -162,16 +162,16 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
         if ask.stream or not ask.cacheable:
             return None
     target = internals.known_target(client, shape.options, body)
-    questions = questions_of(api, asks, target.url, target.headers, scope=surface.scope)
-    claimant = using.claimant(surface.namespace)
+    questions = questions_of(api, asks, target.url, target.headers, scope=view.scope)
+    claimant = using.claimant(view.namespace)
     asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
-    found = surface.cache(mode).look(claimant, asked, body)
+    found = view.cache(mode).look(claimant, asked, body)
     if found is not None:
         samples = [sample for one in found for sample in one.values()]
         record = info.Record(questions, claimant, target.url)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:
-            flagged = functools.partial(kind.flags, surface, claimant.namespace)
+            flagged = functools.partial(kind.flags, view, claimant.namespace)
             record.later = functools.partial(responses_of, found, list(map(flagged, questions, asks)))
             return made, None, None
     call = kind(

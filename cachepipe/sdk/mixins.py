@@ -17,7 +17,7 @@ from cachepipe import context, outages
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.portal import in_portal, run_now, submit
 from cachepipe.providers import info
-from cachepipe.providers.exchange import CLOSING_SECONDS, Surface
+from cachepipe.providers.exchange import CLOSING_SECONDS, CacheView
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.sdk import fast_path, http, internals
@@ -72,7 +72,7 @@ class Cached(outages.OutageReports):
         _read: reads the body of a response; a step.
     """
 
-    _cachepipe: Surface
+    _cachepipe: CacheView
     _call_class: type[ClientCall]
     _settled: Callable[[Any], Awaitable[Any]]
     _within_limits: Callable[..., Any]
@@ -202,7 +202,7 @@ class AsyncCached(Cached):
             timeout: the longest time in seconds to wait for the rest of streams that their readers left; a
                 stream that has not ended by then is not cached.
         """
-        await self._cachepipe.backing.close(timeout)
+        await self._cachepipe.shared_store.close(timeout)
         sdk: Any = super()
         await sdk.close()
 
@@ -226,9 +226,9 @@ class SyncCached(Cached):
 
     def close(self, *, timeout: float = CLOSING_SECONDS) -> None:
         """Wait for what is in flight, then close the connections; see `AsyncCached.close`."""
-        surface = getattr(self, "_cachepipe", None)
-        if surface is not None and not surface.backing.closed and not sys.is_finalizing():
-            submit(surface.backing.close(timeout)).result()
+        view = getattr(self, "_cachepipe", None)
+        if view is not None and not view.shared_store.closed and not sys.is_finalizing():
+            submit(view.shared_store.close(timeout)).result()
         sdk: Any = super()
         sdk.close()
 
@@ -266,9 +266,9 @@ def _constructor(
             raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
         ours = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
         cache, service = ours.pop("cache"), ours["service"]
-        surface = cache if isinstance(cache, Surface) else None
-        replays = (surface.mode if surface is not None else ours["mode"]) == "replay"
-        if surface is None and hasattr(service, "client_options"):
+        view = cache if isinstance(cache, CacheView) else None
+        replays = (view.mode if view is not None else ours["mode"]) == "replay"
+        if view is None and hasattr(service, "client_options"):
             options = _with_service(
                 options, service.client_options(internals.package_of(sdk), replays=replays)
             )
@@ -278,7 +278,7 @@ def _constructor(
             if not replays or any(options.get(name) is not None for name in credentials):
                 raise
             sdk.__init__(self, **{**options, **credentials})
-        self._cachepipe = Surface.of(cache, **ours) if surface is None else surface
+        self._cachepipe = CacheView.of(cache, **ours) if view is None else view
         if options.get("http_client") is None:
             http.ease_probes(self)
 
@@ -298,14 +298,14 @@ def _copier(sdk: Any, missing: Any) -> Callable[..., Any]:
 
     def copy(self: Any, **options: Any) -> Any:
         changes = {name: value for name in OURS if (value := options.pop(name, missing)) is not missing}
-        cache, surface = changes.pop("cache", None), self._cachepipe
-        if isinstance(cache, Surface):
-            surface = cache
+        cache, view = changes.pop("cache", None), self._cachepipe
+        if isinstance(cache, CacheView):
+            view = cache
         elif cache is not None:
-            surface = Surface.of(cache, **{name: getattr(surface, name) for name in OURS[1:]} | changes)
+            view = CacheView.of(cache, **{name: getattr(view, name) for name in OURS[1:]} | changes)
         else:
-            surface = surface.changed(**changes)
-        extra = {**options.pop("_extra_kwargs", {}), "cache": surface}
+            view = view.changed(**changes)
+        extra = {**options.pop("_extra_kwargs", {}), "cache": view}
         return sdk.copy(self, **options, _extra_kwargs=extra)
 
     return copy

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from typing import Any, TypeVar
 
-from cachepipe.providers.exchange import Surface
+from cachepipe.providers.exchange import CacheView
 from cachepipe.sdk import internals
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
 from cachepipe.typedefs import Mode, Repeat
@@ -46,7 +46,7 @@ def wrap(
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
     internals.drop_resources(made, client)
-    made._cachepipe = Surface.of(cache, namespace, mode, scope, repeat, service)  # noqa: SLF001 - it is ours
+    made._cachepipe = CacheView.of(cache, namespace, mode, scope, repeat, service)  # noqa: SLF001 - it is ours
     wrapped: C = made
     return wrapped
 

@@ -422,7 +422,7 @@ async def test_a_service_gives_one_client_for_each_cache(server, tmp_path):
         await generate_text_completion(FRANCE, service=service, cache=tmp_path)
     [made] = service._lent.clients.values()
     assert (made._cachepipe.mode, made._cachepipe.namespace) == ("read-write", None)
-    assert Path(made._cachepipe.backing.store.folder) == tmp_path
+    assert Path(made._cachepipe.shared_store.store.folder) == tmp_path
     assert server.stats.requests == 2
 
 

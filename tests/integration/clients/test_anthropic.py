@@ -72,7 +72,7 @@ def read(stream):
 
 
 def stored(client):
-    store = client._cachepipe.backing.store
+    store = client._cachepipe.shared_store.store
     return [sample for info in list(store.keys()) for sample in store.samples(info.key)]
 
 

@@ -498,7 +498,7 @@ async def test_copies_share_connections_and_cache_and_are_equal_in_ours(client):
     assert twin.copy(namespace="x").copy()._cachepipe.namespace == "x"
     assert twin.copy(namespace="x").copy(namespace=None)._cachepipe.namespace is None
     other = client.copy(cache=MemoryStore(), mode="refresh")
-    assert other._cachepipe.backing is not client._cachepipe.backing
+    assert other._cachepipe.shared_store is not client._cachepipe.shared_store
     assert other._cachepipe.mode == "refresh"
 
 
@@ -880,7 +880,7 @@ async def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
     for _ in range(2):
         answer = await ask(client, stream=stream)
         assert len((await read(answer) if stream else texts(answer))[0]) > 20
-    store = client._cachepipe.backing.store
+    store = client._cachepipe.shared_store.store
     await until(lambda: store.totals()["pending"] == 0)  # the recorder gives the draw up
     assert store.totals()["samples"] == 0
     assert server.stats.requests == 2
@@ -897,4 +897,4 @@ async def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reade
             if number == 4:
                 break
     await asyncio.to_thread(server.wait_until, lambda stats: stats.in_flight == 0)
-    assert client._cachepipe.backing.store.totals()["draws"] == 0
+    assert client._cachepipe.shared_store.store.totals()["draws"] == 0

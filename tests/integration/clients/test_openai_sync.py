@@ -624,7 +624,7 @@ def test_a_call_for_too_many_samples_goes_to_the_provider_as_it_is(server, clien
             ask(client, "many", n=10**9, stream=stream)
     assert server.stats.requests == 2
     assert texts(ask(client, "many", n=2))
-    assert client._cachepipe.backing.store.totals()["samples"] == 2
+    assert client._cachepipe.shared_store.store.totals()["samples"] == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -636,7 +636,7 @@ def test_an_answer_that_is_larger_than_what_is_kept_is_the_callers_alone(
         answer = ask(client, "large", stream=stream)
         assert len((read(answer) if stream else texts(answer))[0]) > 20
         assert info(answer) is None or stream
-    store = client._cachepipe.backing.store
+    store = client._cachepipe.shared_store.store
     asyncio.run(until(lambda: store.totals()["pending"] == 0))  # a thread gives the draw up
     assert store.totals()["samples"] == 0
     assert server.stats.requests == 2
@@ -653,4 +653,4 @@ def test_the_rest_of_a_stream_that_is_too_large_is_not_read_once_its_reader_left
                 break
     server.wait_until(lambda stats: stats.in_flight == 0)
     client.close()  # waits until the draw is undone
-    assert client._cachepipe.backing.store.totals()["draws"] == 0
+    assert client._cachepipe.shared_store.store.totals()["draws"] == 0

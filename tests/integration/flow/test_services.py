@@ -484,7 +484,7 @@ def test_together_and_others_make_their_own_clients(threaded):
     with service.sync_client(MemoryStore()) as client:
         assert type(client).__name__ == "Together"
         assert text(client.chat.completions.create(**hello()))
-    with service.sync_client(client._cachepipe.backing.store, "b", sdk="openai") as client:
+    with service.sync_client(client._cachepipe.shared_store.store, "b", sdk="openai") as client:
         assert isinstance(client, OpenAI)
         assert text(client.chat.completions.create(**hello()))
     assert threaded.stats.requests == service.stats().calls == 1

@@ -338,7 +338,7 @@ def test_c6_what_is_answered_at_once_is_in_the_sums_of_the_cache(fast, asked, tm
             client.ask(post({**asked, "seed": run}, b"a@%d" % run))
             client.ask(post(asked, b"a@%d" % run))
     assert len(server.at_once) == 3
-    server.proxy.surface.backing.deliveries.write_now()
+    server.proxy.view.shared_store.deliveries.write_now()
     store = DiskStore(tmp_path / "cache", read_only=True)
     found = statements(store)[label("a")]
     store.close()
