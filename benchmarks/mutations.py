@@ -82,7 +82,7 @@ MUTATIONS = (
         "C1",
         "contract/allotment.py",
         "a draw does not take what it gets",
-        "view.take(index)  #",
+        "view.taken.add(index)  #",
         "pass  #",
     ),
     Mutation(

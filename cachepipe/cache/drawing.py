@@ -391,7 +391,7 @@ class Drawing:
         lifecycle.Generate: _generate,
         lifecycle.FreeLeases: _free_leases,
         lifecycle.Wake: _wake,
-        lifecycle.Claim: _claim,
+        lifecycle.ClaimAgain: _claim,
         lifecycle.Waste: _count_waste,
         lifecycle.GiveBack: _give_back,
         lifecycle.Release: _release,

@@ -201,7 +201,7 @@ def parsed_answer(
         ) from error
 
 
-class Answered:
+class AnsweredCall:
     """A model's answer, complete or assembled from a stream as the cache does it."""
 
     def __init__(self) -> None:

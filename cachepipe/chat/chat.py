@@ -17,7 +17,7 @@ from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.answers import TextCompletion
 from cachepipe.chat.completions import Plan, checked
 from cachepipe.chat.conversations import Conversation, Message, Sayable
-from cachepipe.chat.options import AccessOptions, Options
+from cachepipe.chat.options import AccessOptions, CompletionOptions
 from cachepipe.errors import CachepipeError
 from cachepipe.portal import in_portal
 from cachepipe.typedefs import describes
@@ -30,7 +30,7 @@ class ToolLoopError(CachepipeError):
     """A model did not stop calling tools, or called a tool that cannot be called."""
 
 
-@describes(AccessOptions, Options)
+@describes(AccessOptions, CompletionOptions)
 class Chat:
     """A conversation with a model.
 
@@ -61,7 +61,7 @@ class Chat:
         *,
         messages: Any = (),
         max_rounds: int = MOST_ROUNDS,
-        **options: Unpack[Options],
+        **options: Unpack[CompletionOptions],
     ) -> None:
         if type(max_rounds) is not int or max_rounds < 0:
             raise ValueError(f"max_rounds= is a whole number, at least 0; got {max_rounds!r:.100}")

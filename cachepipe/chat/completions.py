@@ -24,9 +24,9 @@ import pydantic
 from cachepipe import context, progress
 from cachepipe.chat import tools
 from cachepipe.chat.access import Access, Environment, model_of
-from cachepipe.chat.answers import Answered, TextCompletion, choices_of, parsed_answer
+from cachepipe.chat.answers import AnsweredCall, TextCompletion, choices_of, parsed_answer
 from cachepipe.chat.conversations import Conversation, Message
-from cachepipe.chat.options import NAMES, AccessOptions, ManyOptions, Options, StrictOptions
+from cachepipe.chat.options import NAMES, AccessOptions, CompletionOptions, ManyOptions, StrictOptions
 from cachepipe.errors import CachepipeError
 from cachepipe.parallel import alcall
 from cachepipe.providers.info import Info, info
@@ -78,7 +78,7 @@ class Plan:
 
     Args:
         access: the endpoint and the cache.
-        options: see `Options`, without those for the client and the cache.
+        options: see `CompletionOptions`, without those for the client and the cache.
 
     Raises:
         TypeError, ValueError: for options that are not valid, before anything is asked.
@@ -109,7 +109,7 @@ class Plan:
         """Return a plan with an access of its own.
 
         Args:
-            options: see `Options`.
+            options: see `CompletionOptions`.
             environment: the settings for missing options.
         """
         body = {name: value for name, value in options.items() if name not in NAMES}
@@ -163,13 +163,13 @@ class Reply:
         """Return the completions in a complete reply: one, or ``n`` of them."""
         choices, noted = choices_of(self._answer), self.info
         return [
-            self._completion(Answered.of(choice, self._answer.usage), noted, place)
+            self._completion(AnsweredCall.of(choice, self._answer.usage), noted, place)
             for place, choice in enumerate(choices)
         ]
 
     async def parts(self) -> AsyncGenerator[str | TextCompletion, None]:
         """Iterate over the text of a stream as it comes, and then the completion."""
-        made = Answered()
+        made = AnsweredCall()
         try:
             async for chunk in _chunks(self._answer):
                 if text := made.add(chunk):
@@ -185,7 +185,7 @@ class Reply:
         if closing is not None:
             await closing
 
-    def _completion(self, made: Answered, noted: Info | None, place: int = 0) -> TextCompletion:
+    def _completion(self, made: AnsweredCall, noted: Info | None, place: int = 0) -> TextCompletion:
         """Return an answer as a completion.
 
         Args:
@@ -279,13 +279,13 @@ def checked(conversation: Any) -> Conversation:
     return conversation.copy()
 
 
-@describes(AccessOptions, Options)
-async def generate_text_completion(prompt: str, **options: Unpack[Options]) -> TextCompletion:
+@describes(AccessOptions, CompletionOptions)
+async def generate_text_completion(prompt: str, **options: Unpack[CompletionOptions]) -> TextCompletion:
     """Return a completion of a prompt.
 
     Args:
         prompt: the user's message.
-        **options: see `Options`.
+        **options: see `CompletionOptions`.
 
     Raises:
         BadAnswer: when the answer does not fit ``response_format``.
@@ -293,24 +293,24 @@ async def generate_text_completion(prompt: str, **options: Unpack[Options]) -> T
     return await generate_text_completion_for_conversation(conversation_of(prompt), **options)
 
 
-@describes(AccessOptions, Options)
+@describes(AccessOptions, CompletionOptions)
 async def generate_text_completion_for_conversation(
-    conversation: Conversation, **options: Unpack[Options]
+    conversation: Conversation, **options: Unpack[CompletionOptions]
 ) -> TextCompletion:
     """Return a completion of a conversation, which is not changed. See `generate_text_completion`."""
     plan, conversation = Plan.of(options), checked(conversation)
     return await plan.access.run(lambda: plan.complete(conversation))
 
 
-@describes(AccessOptions, Options)
-def generate_text_completion_sync(prompt: str, **options: Unpack[Options]) -> TextCompletion:
+@describes(AccessOptions, CompletionOptions)
+def generate_text_completion_sync(prompt: str, **options: Unpack[CompletionOptions]) -> TextCompletion:
     """Do what `generate_text_completion` does, and wait for it; in any thread, notebooks included."""
     return generate_text_completion_for_conversation_sync(conversation_of(prompt), **options)
 
 
-@describes(AccessOptions, Options)
+@describes(AccessOptions, CompletionOptions)
 def generate_text_completion_for_conversation_sync(
-    conversation: Conversation, **options: Unpack[Options]
+    conversation: Conversation, **options: Unpack[CompletionOptions]
 ) -> TextCompletion:
     """Do what `generate_text_completion_for_conversation` does, and wait for it."""
     plan, conversation = Plan.of(options), checked(conversation)
@@ -329,7 +329,7 @@ async def generate_text_completions(
 ) -> Completions: ...
 @overload
 async def generate_text_completions(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Results: ...
-@describes(AccessOptions, Options, ManyOptions)
+@describes(AccessOptions, CompletionOptions, ManyOptions)
 async def generate_text_completions(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Any:
     """Return the completions of prompts, in their order.
 
@@ -354,7 +354,7 @@ async def generate_text_completions_for_conversations(
 async def generate_text_completions_for_conversations(
     conversations: Iterable[Conversation], **options: Unpack[ManyOptions]
 ) -> Results: ...
-@describes(AccessOptions, Options, ManyOptions)
+@describes(AccessOptions, CompletionOptions, ManyOptions)
 async def generate_text_completions_for_conversations(
     conversations: Iterable[Conversation], **options: Any
 ) -> Any:
@@ -370,7 +370,7 @@ def generate_text_completions_sync(
 ) -> Completions: ...
 @overload
 def generate_text_completions_sync(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Results: ...
-@describes(AccessOptions, Options, ManyOptions)
+@describes(AccessOptions, CompletionOptions, ManyOptions)
 def generate_text_completions_sync(prompts: Iterable[str], **options: Unpack[ManyOptions]) -> Any:
     """Do what `generate_text_completions` does, and wait for it."""
     return generate_text_completions_for_conversations_sync(_begun(prompts), **options)
@@ -384,7 +384,7 @@ def generate_text_completions_for_conversations_sync(
 def generate_text_completions_for_conversations_sync(
     conversations: Iterable[Conversation], **options: Unpack[ManyOptions]
 ) -> Results: ...
-@describes(AccessOptions, Options, ManyOptions)
+@describes(AccessOptions, CompletionOptions, ManyOptions)
 def generate_text_completions_for_conversations_sync(
     conversations: Iterable[Conversation], **options: Any
 ) -> Any:

@@ -45,7 +45,7 @@ NAMES: Final = tuple(AccessOptions.__annotations__)
 """The options for the client and the cache; all others become fields of the request."""
 
 
-class Options(AccessOptions, total=False):
+class CompletionOptions(AccessOptions, total=False):
     """The options of every function here, in addition to those of `AccessOptions`.
 
     All other parameters of the SDK's ``chat.completions.create`` are accepted too.
@@ -120,13 +120,13 @@ class Options(AccessOptions, total=False):
     timeout: float
 
 
-class _CrowdOptions(Options, total=False):
+class _CrowdOptions(CompletionOptions, total=False):
     n_parallel: int
     show_progress: bool
 
 
 class ManyOptions(_CrowdOptions, total=False):
-    """The options of functions that complete many conversations: those of `Options`, and the following.
+    """The options of functions that complete many conversations: `CompletionOptions`, and these.
 
     Attributes:
         n_parallel: the number of concurrent requests; 5 by default.

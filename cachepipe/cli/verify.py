@@ -18,7 +18,7 @@ from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
     from cachepipe.stores import DiskStore
-    from cachepipe.stores.verify import Report
+    from cachepipe.stores.verify import IntegrityReport
 
 
 # verify
@@ -75,7 +75,7 @@ def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool
     ctx.exit(0 if report.whole else 1)
 
 
-def _fields(folder: Path, report: Report, before: Report | None) -> dict[str, Any]:
+def _fields(folder: Path, report: IntegrityReport, before: IntegrityReport | None) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "whole": report.whole,
@@ -88,7 +88,7 @@ def _fields(folder: Path, report: Report, before: Report | None) -> dict[str, An
     }
 
 
-def _problems(report: Report, after: Report | None = None) -> list[dict[str, Any]]:
+def _problems(report: IntegrityReport, after: IntegrityReport | None = None) -> list[dict[str, Any]]:
     """Return the problems of a report; with ``after``, only those that the later report no longer has."""
     from cachepipe.stores.verify import KINDS  # noqa: PLC0415 - help needs no store
 
@@ -105,7 +105,7 @@ def _problems(report: Report, after: Report | None = None) -> list[dict[str, Any
     ]
 
 
-def _print(folder: Path, report: Report, before: Report | None) -> None:
+def _print(folder: Path, report: IntegrityReport, before: IntegrityReport | None) -> None:
     counts = report.counts
     checked = [
         counted(counts["questions"], "question"),

@@ -18,13 +18,13 @@ REFUSED: Final = frozenset({400, 413, 422})
 """The status codes of calls that may have been refused because they were merged."""
 
 
-class Demand(Protocol):
+class HasSlots(Protocol):
     """What a caller wants: a sample for each of its slots, in their order."""
 
     slots: Sequence[int]
 
 
-D = TypeVar("D", bound=Demand)
+D = TypeVar("D", bound=HasSlots)
 
 Piece = tuple[D, Sequence[int]]
 """Slots of a demand that travel in one call."""

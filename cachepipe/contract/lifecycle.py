@@ -62,7 +62,7 @@ class Wake(NamedTuple):
     stored: bool
 
 
-class Claim(NamedTuple):
+class ClaimAgain(NamedTuple):
     """Claim the draw once more."""
 
 
@@ -108,7 +108,7 @@ Effect = (
     | Generate
     | FreeLeases
     | Wake
-    | Claim
+    | ClaimAgain
     | Waste
     | GiveBack
     | Release
@@ -118,7 +118,7 @@ Effect = (
 )
 Effects = Sequence[Effect]
 
-_CLAIM: Final = (Claim(),)
+_CLAIM: Final = (ClaimAgain(),)
 _DELIVER: Final = (Deliver(),)
 _NOTHING: Final = ()
 _NONE: Any = frozenset()  # most draws wait for nobody: a set is made when the first index comes

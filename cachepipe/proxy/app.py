@@ -39,7 +39,7 @@ from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange,
 from cachepipe.proxy.idempotency import ProxyRuns, RequestCounter
 from cachepipe.proxy.log import RequestLog
 from cachepipe.proxy.passing import pass_through
-from cachepipe.proxy.responder import Responder
+from cachepipe.proxy.responder import AnswerSender
 from cachepipe.proxy.routing import Route, Router
 from cachepipe.proxy.settings import ProxySettings, Upstream
 from cachepipe.proxy.upstream import (
@@ -402,7 +402,7 @@ class Proxy:
             exchange = ProxyExchange(self.client, spend, self.view, head, body, mode, run.counted)
             answer = exchange.known()
             if answer is not None:
-                return await Responder(self, http, exchange, counter).send(answer)
+                return await AnswerSender(self, http, exchange, counter).send(answer)
         return await self._draw(http, head, body, mode, counter)
 
     async def _draw(
@@ -411,7 +411,7 @@ class Proxy:
         """Draw the samples of a request that are not known, and answer it."""
         view, run = self._view_of(head.caller, head.upstream), counter.run.counted
         exchange = ProxyExchange(self.client, self.counters.spend, view, head, body, mode, run, counter)
-        return await Responder(self, http, exchange, counter).draw()
+        return await AnswerSender(self, http, exchange, counter).draw()
 
     def _new_view(self, caller: bytes, upstream: Upstream) -> CacheView:  # noqa: ARG002 - a key of the cache
         """Return a view of the cache whose draws share calls with each other only."""

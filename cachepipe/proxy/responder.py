@@ -22,7 +22,7 @@ _EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 
 
 @dataclass(eq=False)
-class Responder:
+class AnswerSender:
     """Answers one request from the cache, or from the call that its draw makes.
 
     Attributes:

@@ -21,7 +21,7 @@ from cachepipe.stores.base import Discard, Operation
 from cachepipe.stores.disk import DiskStore, connect
 from cachepipe.stores.sets import LargeSet
 from cachepipe.stores.tables import LISTED
-from cachepipe.stores.verify import LOST_LEASES, WRONG_FIRSTS, Progress, Report, unseen, verify
+from cachepipe.stores.verify import LOST_LEASES, WRONG_FIRSTS, IntegrityReport, Progress, unseen, verify
 
 _MOST: Final = 100_000
 """The most missing samples that are discarded: a ledger that lists more is hardly a real one."""
@@ -34,13 +34,13 @@ _PENDING: Final = (
 _AT_ONCE: Final = 500  # discards in one transaction
 
 
-def can_repair(report: Report) -> bool:
+def can_repair(report: IntegrityReport) -> bool:
     """Return True if the cache may be written: not if it is damaged in ways that writing may make worse."""
     kinds = report.problems.keys()
     return "file" not in kinds and ("parts" not in kinds or "index" in kinds)
 
 
-def repair(folder: Path, progress: Progress = unseen) -> Report:
+def repair(folder: Path, progress: Progress = unseen) -> IntegrityReport:
     """Repair what can be repaired in the cache of a folder; return what a check finds then.
 
     Raises:
@@ -109,14 +109,14 @@ def _lost_names(shelf: sqlite3.Connection) -> Iterator[tuple[str, int]]:
 # Samples.
 
 
-async def _discard(store: DiskStore, report: Report) -> None:
+async def _discard(store: DiskStore, report: IntegrityReport) -> None:
     """Discard what is damaged or missing, and complete discards that one of the files lacks."""
     discards = list(_discards(store, report))
     for start in range(0, len(discards), _AT_ONCE):
         await store.apply(discards[start : start + _AT_ONCE])
 
 
-def _discards(store: DiskStore, report: Report) -> Iterator[Operation]:
+def _discards(store: DiskStore, report: IntegrityReport) -> Iterator[Operation]:
     for key, index in report.damaged:
         if store.question(key) is not None:
             yield Discard(key, index, "cachepipe verify found it damaged")
@@ -133,7 +133,7 @@ def _discards(store: DiskStore, report: Report) -> Iterator[Operation]:
 # The ledger.
 
 
-def _edit_ledger(folder: Path, report: Report) -> None:
+def _edit_ledger(folder: Path, report: IntegrityReport) -> None:
     """List stored samples again, free what nobody generates, and drop wrong notes."""
     with contextlib.closing(connect(folder / identity.LEDGER)) as ledger:
         ledger.execute("BEGIN IMMEDIATE")

@@ -86,7 +86,7 @@ class Problem:
 
 
 @dataclass(slots=True)
-class Report:
+class IntegrityReport:
     """What a check has found.
 
     Attributes:
@@ -134,13 +134,13 @@ def unseen(steps: int) -> contextlib.AbstractContextManager[Step]:  # noqa: ARG0
     return contextlib.nullcontext(lambda: None)
 
 
-def verify(folder: Path, progress: Progress = unseen) -> Report:
+def verify(folder: Path, progress: Progress = unseen) -> IntegrityReport:
     """Return what is wrong in the cache of a folder; only reads.
 
     Raises:
         StoreError: when the folder cannot be read, or nothing in it may be read.
     """
-    report = Report()
+    report = IntegrityReport()
     missing = [name for name in (identity.LEDGER, identity.SHELF) if not (folder / name).exists()]
     if missing:
         report.add("parts", f"the folder has no {' and no '.join(missing)}", len(missing))
@@ -168,7 +168,9 @@ def _opened(folder: Path) -> Iterator[tuple[sqlite3.Connection, sqlite3.Connecti
         yield pair[0], pair[1]
 
 
-def _may_be_read(ledger: sqlite3.Connection, shelf: sqlite3.Connection, folder: Path, report: Report) -> bool:
+def _may_be_read(
+    ledger: sqlite3.Connection, shelf: sqlite3.Connection, folder: Path, report: IntegrityReport
+) -> bool:
     """Check that the files are what cachepipe makes and belong together; return False if no row may be read.
 
     Raises:
@@ -196,7 +198,10 @@ def _may_be_read(ledger: sqlite3.Connection, shelf: sqlite3.Connection, folder: 
 
 
 def check_rows(
-    ledger: sqlite3.Connection, shelf: sqlite3.Connection, report: Report, progress: Progress = unseen
+    ledger: sqlite3.Connection,
+    shelf: sqlite3.Connection,
+    report: IntegrityReport,
+    progress: Progress = unseen,
 ) -> None:
     """Check all rows of a ledger and its samples; add what is wrong to a report."""
     _Check(ledger, shelf, report, progress).run()
@@ -240,7 +245,11 @@ class _Question(NamedTuple):
 
 class _Check:
     def __init__(
-        self, ledger: sqlite3.Connection, shelf: sqlite3.Connection, report: Report, progress: Progress
+        self,
+        ledger: sqlite3.Connection,
+        shelf: sqlite3.Connection,
+        report: IntegrityReport,
+        progress: Progress,
     ) -> None:
         self._ledger = ledger
         self._shelf = shelf

@@ -52,7 +52,7 @@ from cachepipe import (
 from cachepipe.chat import access
 from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.kept import close_clients, on_portal
-from cachepipe.chat.options import AccessOptions, ManyOptions, Options
+from cachepipe.chat.options import AccessOptions, CompletionOptions, ManyOptions
 from cachepipe.portal import in_portal
 from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
 from cachepipe.services import LimitOptions, Service, Services
@@ -727,11 +727,11 @@ async def test_what_cannot_be_completed_is_refused(server):
 def test_help_describes_each_option():
     """So nobody looks for them in another file."""
     for shown, kind in (
-        (generate_text_completion, Options),
-        (generate_text_completion_for_conversation_sync, Options),
+        (generate_text_completion, CompletionOptions),
+        (generate_text_completion_for_conversation_sync, CompletionOptions),
         (generate_text_completions, ManyOptions),
         (generate_text_completions_for_conversations_sync, ManyOptions),
-        (cachepipe.Chat, Options),
+        (cachepipe.Chat, CompletionOptions),
         (Session, AccessOptions),
         (Service, LimitOptions),
     ):

@@ -117,19 +117,16 @@ class View:
             self.listed.add(index)
         self.taken = ledger.taken.setdefault(draw.namespace, IntervalSet())
 
-    def coupled(self):
-        rows = [
-            (self.ledger.order[draw.namespace], self.ledger.row(draw))
+    def others(self):
+        found = [
+            (self.ledger.order[draw.namespace], segments)
             for draw, segments in self.ledger.segments.items()
             if segments and draw.namespace != self.draw.namespace and draw[1:] == self.draw[1:]
         ]
-        return min(rows)[1] if rows else []
+        return min(found)[1] if found else []
 
     def sample(self, index):
         return self.ledger.samples.get(index)
-
-    def take(self, index):
-        self.taken.add(index)
 
     def lease(self, index):
         return self.ledger.pending.setdefault(index, self.token) == self.token
@@ -252,7 +249,7 @@ class World:
     def Wake(self, caller, effect):  # noqa: N802
         self.settle(effect.place)
 
-    def Claim(self, caller, effect):  # noqa: N802
+    def ClaimAgain(self, caller, effect):  # noqa: N802
         self.queue.append((self.claim, caller))
 
     def Waste(self, caller, effect):  # noqa: N802
@@ -426,7 +423,7 @@ def test_c8_an_error_reaches_the_draw_whose_call_failed_after_the_ledger_was_men
 
 def test_c8_who_waited_for_the_failed_call_claims_once_more_and_then_fails_with_the_second():
     state = granted(mine=())
-    assert state.absent(0, ValueError("first")) == (lifecycle.Claim(),)
+    assert state.absent(0, ValueError("first")) == (lifecycle.ClaimAgain(),)
     state.granted([0], [None], [], (7,))
     second = ValueError("second")
     assert lifecycle.Release(complete=False, error=second) in state.absent(0, second, last=True)
@@ -434,9 +431,9 @@ def test_c8_who_waited_for_the_failed_call_claims_once_more_and_then_fails_with_
 
 def test_c8_an_error_of_a_first_try_never_fails_who_only_waited():
     state = granted(mine=())
-    assert state.absent(0, ValueError("first"), last=True) == (lifecycle.Claim(),)
+    assert state.absent(0, ValueError("first"), last=True) == (lifecycle.ClaimAgain(),)
     state.granted([0], [None], [], (7,))
-    assert state.absent(0, ValueError("another's first")) == (lifecycle.Claim(),)
+    assert state.absent(0, ValueError("another's first")) == (lifecycle.ClaimAgain(),)
 
 
 def test_c8_a_draw_that_is_complete_stands_when_its_caller_leaves_and_gives_its_number_back():
@@ -469,7 +466,7 @@ def test_c7_a_lost_lease_makes_the_draw_claim_again():
     assert (waste, wake, claim) == (
         lifecycle.Waste(others=1),
         lifecycle.Wake(0, stored=False),
-        lifecycle.Claim(),
+        lifecycle.ClaimAgain(),
     )
 
 
@@ -506,7 +503,7 @@ def test_nothing_happens_twice_to_a_draw_that_has_ended(event):
     arguments = {"broken": (ValueError(),), "failed": ([], None), "absent": (0,)}.get(event, ())
     effects = getattr(state, event)(*arguments)
     kinds = {type(effect) for effect in effects}
-    assert not kinds & {lifecycle.Release, lifecycle.GiveBack, lifecycle.Claim, lifecycle.Deliver}
+    assert not kinds & {lifecycle.Release, lifecycle.GiveBack, lifecycle.ClaimAgain, lifecycle.Deliver}
 
 
 def test_c8_a_draw_that_others_hold_too_ends_its_hold_when_it_is_complete():

@@ -16,7 +16,7 @@ from cachepipe.proxy import app, server
 from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.http_exchange import ClientGone, HttpExchange
 from cachepipe.proxy.idempotency import ProxyRun, RequestCounter
-from cachepipe.proxy.responder import Responder
+from cachepipe.proxy.responder import AnswerSender
 from cachepipe.proxy.settings import ProxySettings, Upstream
 
 
@@ -50,7 +50,7 @@ async def test_a_stream_that_is_withdrawn_holds_its_number_no_longer():
     counter, identity = RequestCounter(run), Identity("=a", "k", "")
     number = counter.take(identity)
     task = asyncio.get_running_loop().create_task(asyncio.Event().wait())
-    Responder(proxy, None, types.SimpleNamespace(stream=True), counter).leave(task)
+    AnswerSender(proxy, None, types.SimpleNamespace(stream=True), counter).leave(task)
     await asyncio.wait([task])
     assert not run.live
     assert RequestCounter(run).take(identity) == number
@@ -76,7 +76,7 @@ async def test_an_answer_that_comes_just_as_its_client_leaves_is_for_the_next_of
     http = HttpExchange({"method": "POST", "headers": []}, receive, send, 1.0)
     exchange = types.SimpleNamespace(stream=False, record=types.SimpleNamespace(responses=None))
     answered = asyncio.get_running_loop().create_future()  # as the task of a draw
-    waiting = asyncio.create_task(Responder(proxy, http, exchange, counter).drawn(answered))
+    waiting = asyncio.create_task(AnswerSender(proxy, http, exchange, counter).drawn(answered))
     for _ in range(20):  # more turns than it waits before it watches
         await asyncio.sleep(0)
     http._watch.add_done_callback(lambda _: answered.set_result(types.SimpleNamespace(content=b"{}")))
