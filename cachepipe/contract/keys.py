@@ -251,7 +251,13 @@ def _sorted(form: Any) -> Any:
 
 def digest(scope: str | None, document: bytes) -> str:
     """Return the key of a canonical document in a scope."""
-    return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (jsontext.dumps(scope), document)).hexdigest()}"
+    return f"{FORMAT}-{hashlib.sha256(b'[%b,%b]' % (_spelled(scope), document)).hexdigest()}"
+
+
+@functools.lru_cache(maxsize=256)
+def _spelled(scope: str | None) -> bytes:
+    """Return the JSON of a scope; most questions of a program have the same few."""
+    return jsontext.dumps(scope)
 
 
 _PLANS: dict[type, tuple[tuple[str, ...], bool, bool]] = {}
@@ -267,19 +273,6 @@ def _plan(kind: type[Request]) -> tuple[tuple[str, ...], bool, bool]:
     return plan
 
 
-def asked(request: Request) -> dict[str, Any]:
-    """Return the fields of a request that are part of the question, in canonical form.
-
-    Fields that are None are left out, so that an optional field can be added without a new key.
-    """
-    form: dict[str, Any] = {}
-    for name in _plan(type(request))[0]:
-        value = getattr(request, name)
-        if value is not None:
-            form[name] = value if type(value) is str else canonical(value)
-    return form
-
-
 def question(
     request: Request,
     scope: str | None = None,
@@ -287,17 +280,24 @@ def question(
 ) -> Question:
     """Return the question of a request to a user's own adapter.
 
+    Fields that are None are left out, so that an optional field can be added without a new key.
+
     Args:
         request: the request; its fields are the question.
         scope: identifies the adapter.
         hash: a function that returns a string for a request, which replaces the fields: requests with equal
             strings ask the same.
     """
-    _, has_seed, has_best_of = _plan(type(request))
+    names, has_seed, has_best_of = _plan(type(request))
     seed = request.seed if has_seed else None
     best_of = request.best_of if has_best_of else None
     if hash is None:
-        document: dict[str, Any] = {"fields": asked(request)}
+        fields = {}
+        for name in names:
+            value = getattr(request, name)
+            if value is not None:
+                fields[name] = value if type(value) is str else canonical(value)
+        document: dict[str, Any] = {"fields": fields}
     else:
         name = hash(request)
         if not isinstance(name, str):

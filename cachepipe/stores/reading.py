@@ -197,7 +197,7 @@ class SqlReader:
             if type(sample) is not Sample:
                 return None
             return Grant([index], [sample], shared=lease != self._ledger.own_lease and self._shared({lease}))
-        return self._recall_several(draw, place, rows, n)
+        return self._recall_several(draw, place, rows, n) if rows else None
 
     def _recall_several(self, draw: Draw, place: tuple[Any, ...], rows: list[Any], n: int) -> Grant | None:
         ledger, shelf = self._readable()
