@@ -1,10 +1,11 @@
-"""What becomes of a draw: events go in, effects come out (C5, C7, C8).
+"""What becomes of a draw: events go in, effects come out (C5, C6, C7, C8).
 
 `DrawState` is a state machine without I/O. Each event is a method that returns the effects to perform, in
 order; ``cachepipe.cache.drawing`` performs them. The rules:
 
 - The draw's own indices are fixed by its claim before generation starts (C5).
 - A sample is delivered only after it was stored, or when storing it failed (C7).
+- A sample that was generated on the draw's behalf is delivered with ``cached`` false (C6).
 - A draw that fails or is left while a sample is missing is undone: its hold ends and its occurrence number is
   given back. Once all samples are stored it stands, delivered or not (C8).
 - The error of a call fails the draws that the call was made for. Draws that waited for its samples claim once
