@@ -482,7 +482,7 @@ class Exchange(Calls):
             if live:
                 return await self._streamed(self._drawings[0], flags[0])
             responses = given(await outcomes(self._drawings, flags), return_exceptions=False)
-        except BaseException as error:  # noqa: BLE001 - what is no answer is raised again
+        except BaseException as error:  # noqa: BLE001 - an error without an answer is raised again
             self._take_back()
             return self._instead(error)
         finally:
@@ -540,7 +540,7 @@ class Exchange(Calls):
     # Generation, on the loop of the request.
 
     def keep(self) -> None:
-        """Make the body this request's own, before the caller can change it."""
+        """Copy the body, before the caller can change it."""
         if not self._snapped:
             self._snapped = True
             self.body = by_value(self.body)
