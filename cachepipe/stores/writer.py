@@ -95,9 +95,7 @@ class Writer:
                 self._woken = False
                 if not items and self._stopping:
                     self.busy = False
-                    self._thread = (
-                        None  # later operations get a thread of their own, which finds all closed
-                    )
+                    self._thread = None  # later operations get a thread of their own, which finds all closed
                     return
             if items:
                 self._write(items)
