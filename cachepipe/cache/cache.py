@@ -77,7 +77,7 @@ class Cache:
     Args:
         model: generates samples.
         store: the store.
-        mode: as in the contract.
+        mode: how the cache is used.
         repeat: ``"same"`` if all requests for a question share one draw.
         codec: encodes samples, unless the model's adapter does.
 

@@ -1,7 +1,7 @@
 """Answers requests to a provider from the cache, for clients and proxy: question, draw, samples, answer.
 
-A request is split into questions (`cachepipe.wire`), and each question becomes a draw of a cacher
-(`cachepipe.stages`). The cacher asks the exchange for missing samples, and the exchange's `send` makes the
+A request is split into questions (`cachepipe.wire`), and each question becomes a draw of a cache
+(`cachepipe.cache`). The cache asks the exchange for missing samples, and the exchange's `send` makes the
 call: through an SDK in the clients, through its own HTTP client in the proxy. If one call was made for this
 request alone, its answer is handed on unchanged; every other answer is assembled from samples.
 """
@@ -55,7 +55,7 @@ _MARKED = b'"\\u0000'
 
 
 class _Model:
-    """The model behind a cacher: it passes each request to the exchange that the request belongs to."""
+    """The model behind a cache: it passes each request to the exchange that the request belongs to."""
 
     max_n = wire.CHAT.max_n
     cache_scope = None
@@ -230,7 +230,7 @@ class CacheView:
 
 @dataclass(frozen=True, eq=False)
 class Asked(Request):
-    """One question of an exchange, as the cacher sees it. Nothing is copied until a call must be sent."""
+    """One question of an exchange, as the cache sees it. Nothing is copied until a call must be sent."""
 
     exchange: Any = dataclasses.field(default=None, kw_only=True, repr=False)
     place: int = dataclasses.field(default=0, kw_only=True, repr=False)
@@ -480,7 +480,7 @@ class Exchange(Calls):
             if self.live is not None and isinstance(one, Drawing) and not one.state.complete:
                 return await self._streamed(one, flags[0], self.live)
             responses = given(await outcomes(self._begun, flags), return_exceptions=False)
-        except BaseException as error:  # noqa: BLE001 - what is no answer is raised again
+        except BaseException as error:  # noqa: BLE001 - an error without an answer is raised again
             self._take_back()
             return self._instead(error)
         finally:
@@ -537,10 +537,10 @@ class Exchange(Calls):
             if self.given_back:
                 self._take_back()
 
-    # Generation, on the loop of the cacher.
+    # Generation, on the loop of the request.
 
     def keep(self) -> None:
-        """Make the body this request's own, before the caller can change it."""
+        """Copy the body, before the caller can change it."""
         if not self._snapped:
             self._snapped = True
             self.body = by_value(self.body)
