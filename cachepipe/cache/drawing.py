@@ -37,7 +37,7 @@ from cachepipe.stores.sums import Delivery, is_stored
 from cachepipe.typedefs import Request, Response
 
 if TYPE_CHECKING:
-    from cachepipe.cache.cache import Cache
+    from cachepipe.cache.cache import Cache, Found
 
 _tokens = itertools.count(1)
 
@@ -491,15 +491,17 @@ def warn_shared(question: Question, claimant: Claims, run: runs.Occurrences) -> 
 
 
 async def outcomes(
-    drawings: Sequence[Drawing], duplicated: Sequence[list[bool] | None]
+    begun: Sequence[Found | Drawing], duplicated: Sequence[list[bool] | None]
 ) -> list[Response | BaseException]:
     """Return the response or the error of each draw, in order, after all of them have ended."""
-    return [await _outcome(*one) for one in zip(drawings, duplicated, strict=True)]
+    return [await _outcome(*one) for one in zip(begun, duplicated, strict=True)]
 
 
-async def _outcome(drawing: Drawing, duplicated: list[bool] | None) -> Response | BaseException:
+async def _outcome(begun: Found | Drawing, duplicated: list[bool] | None) -> Response | BaseException:
+    if not isinstance(begun, Drawing):
+        return begun.response(duplicated)
     try:
-        return await drawing.response(duplicated)
+        return await begun.response(duplicated)
     except asyncio.CancelledError as stopped:
         task = asyncio.current_task()
         if task is None or task.cancelling():
