@@ -1,4 +1,4 @@
-"""The one way to the samples of a store: `Cache.look` finds what is stored, `Cache.draw` draws the rest.
+"""The one way to the samples of a store: `Cache.look` finds what is stored, `Cache.begin` draws the rest.
 
 Pipelines, clients, the proxy and batch files use it, and nothing below it. Nothing that runs in the
 background refers to a pipeline or a client, so these are collected when the program does not refer to them
@@ -77,7 +77,7 @@ class Cache:
     Args:
         model: generates samples.
         store: the store.
-        mode: as in the contract.
+        mode: how the cache is used.
         repeat: ``"same"`` if all requests for a question share one draw.
         codec: encodes samples, unless the model's adapter does.
 
@@ -178,6 +178,7 @@ class Cache:
                 if one is None:
                     give_back(draw, counter)
                     if self.mode == "replay":
+                        self.requests += 1
                         raise missed(self.store, question, draw, n, request, claimant.namespace)
                     return None
                 found.append(one)
@@ -185,8 +186,9 @@ class Cache:
             if len(found) < len(asked):
                 for one in found:
                     one.give_back()
+        self.requests += len(found)
         for one in found:
-            self._deliver(one, claimant)
+            self._deliver(one)
         return found
 
     def _find(
@@ -213,21 +215,29 @@ class Cache:
         except BaseException:
             give_back(draw, counter)
             raise
-        return None if grant is None else Found(self, run, counter, user, question, draw, grant)
+        if grant is None:
+            return None
+        values: list[Any] = []
+        found = Found(self, run, counter, user, question, draw, grant, values)
+        try:
+            if grant.shared:
+                warn_shared(question, claimant, run)
+            values += [self.decode(sample) for sample in grant.samples if sample is not None]
+        except BaseException:
+            found.give_back()
+            raise
+        return found
 
-    def _deliver(self, found: Found, claimant: Claims) -> None:
+    def _deliver(self, found: Found) -> None:
         """Account for samples that were stored."""
         run, grant = found.run, found.grant
         run.count(found.draw, fresh_id=False)
-        if grant.shared:
-            warn_shared(found.question, claimant, run)
-        self.requests += 1
         self.hits += len(grant.indices)
         self.deliveries.add_known(run.name, found.user, found.question.scope, grant)
 
     # Draws.
 
-    def draw(
+    def begin(
         self,
         request: Request,
         question: Question,
@@ -235,11 +245,12 @@ class Cache:
         *,
         run: runs.Occurrences | None = None,
         counter: Counter | None = None,
-    ) -> Drawing:
-        """Begin to draw the samples of a request; what is not stored is generated.
+        looked: bool = False,
+    ) -> Found | Drawing:
+        """Return what is stored for a request of one question, or begin to draw it.
 
-        A request that is alone in its turn of the event loop is claimed at once, others together at the end
-        of the turn.
+        While claims are queued, a request joins them: their transaction also finds what is stored. A request
+        that is alone in its turn of the event loop is claimed at once, others together at its end.
 
         Args:
             request: the request.
@@ -247,7 +258,12 @@ class Cache:
             queue: the write queue of the running loop.
             run: the run; by default the current one.
             counter: counts the occurrences of equal requests; by default the run.
+            looked: whether the caller has just looked for it with others, and not found all of them.
+
+        Raises:
+            CacheMiss: in replay mode, when a sample is not stored.
         """
+        self.requests += 1
         if self.mode == "bypass":
             return self._drawing(request, question, queue, None, None, None)
         if run is None:
@@ -255,26 +271,16 @@ class Cache:
         if counter is None:
             counter = run
         draw = draw_of(question.key, request, counter, shared=self.shares(question))
-        return self._drawing(request, question, queue, draw, counter, run)
-
-    def begin(self, request: Request, question: Question, queue: WriteQueue) -> Found | Drawing:
-        """Return what is stored for a request of one question, or begin to draw it.
-
-        While claims are queued, a request joins them: their transaction also finds what is stored.
-        """
-        if self.mode == "bypass":
-            return self._drawing(request, question, queue, None, None, None)
-        run = runs.current(self.store.identity)
-        draw = draw_of(question.key, request, run, shared=self.shares(question))
-        if (self.in_memory or queue.idle) and self.mode != "refresh":
-            found = self._find(draw, request, question, request.n, run, run)
+        # A claim finds what is stored, but where claims are not written there is none.
+        if self.mode != "refresh" and (self.in_memory or (queue.idle and not looked)):
+            found = self._find(draw, request, question, request.n, counter, run)
             if found is not None:
-                self._deliver(found, request)
+                self._deliver(found)
                 return found
             if self.mode == "replay":
-                give_back(draw, run)
+                give_back(draw, counter)
                 raise missed(self.store, question, draw, request.n, request, request.namespace)
-        return self._drawing(request, question, queue, draw, run, run)
+        return self._drawing(request, question, queue, draw, counter, run)
 
     def _drawing(
         self,
@@ -285,7 +291,6 @@ class Cache:
         counter: Counter | None,
         run: runs.Occurrences | None,
     ) -> Drawing:
-        self.requests += 1
         stored = draw is not None and not self.store.read_only
         drawing = Drawing(self, queue, request, question, draw, counter, run, stored=stored)
         if stored:
@@ -326,6 +331,7 @@ class Found(NamedTuple):
         question: the question.
         draw: the draw.
         grant: the samples.
+        values: the samples, decoded.
     """
 
     cache: Cache
@@ -335,16 +341,12 @@ class Found(NamedTuple):
     question: Question
     draw: Draw
     grant: Grant
-
-    def values(self) -> list[Any]:
-        """Return the samples."""
-        decode = self.cache.decode
-        return [decode(sample) for sample in self.grant.samples if sample is not None]
+    values: list[Any]
 
     def response(self, duplicated: list[bool] | None) -> Response:
         """Return the response, with these flags ``duplicated``."""
         indices = self.grant.indices
-        return respond(self.values(), [True] * len(indices), duplicated, tuple(indices), self.question.key)
+        return respond(self.values, [True] * len(indices), duplicated, tuple(indices), self.question.key)
 
     def take_back(self) -> None:
         """Take the samples back, as they did not reach their caller: a retry is then the same draw."""

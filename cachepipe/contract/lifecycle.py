@@ -138,7 +138,7 @@ class DrawState:
         indices: the index of each position, as it was granted last.
         missing: the positions that lack a sample, by index.
         cached: by position, False once the sample was generated on this draw's behalf (C6).
-        generated: how many were.
+        generated: how many were generated on its behalf.
         awaited: the indices that others generate.
         making: the indices that are generated on this draw's behalf.
         held: the segments of the draw that it holds.

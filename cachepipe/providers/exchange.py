@@ -367,7 +367,7 @@ class Exchange(Calls):
         self.given_back = (
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
-        self._drawings: list[Drawing] = []
+        self._begun: list[Found | Drawing] = []
         self._found: Sequence[Found] = ()  # what was stored
         self._snapped = False
         self._kind: Hashable = None  # what the items that may share a call have in common
@@ -432,9 +432,9 @@ class Exchange(Calls):
             self._take_back()
 
     def _take_back(self) -> None:
-        drawings, self._drawings = self._drawings, []
-        for drawing in drawings:
-            drawing.take_back()
+        begun, self._begun = self._begun, []
+        for one in begun:
+            one.take_back()
 
     in_turns = True
     """Whether requests come from an event loop, in whose turns equal ones are served together."""
@@ -468,21 +468,19 @@ class Exchange(Calls):
         if len(self.asks) > 1:
             queue.gather()
         whose = self.claimant._asdict()
-        live = self.stream and len(self.asks) == 1
-        if live:
+        if self.stream and len(self.asks) == 1:
             self.live = queue.loop.create_future()
         flags = []
         try:
             for place, (ask, question) in enumerate(zip(self.asks, self.questions, strict=True)):
                 flags.append(self._flags(place))
                 request = Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
-                self._drawings.append(
-                    cache.draw(request, question, queue, run=self.run, counter=self.counter)
-                )
-            if live:
-                return await self._streamed(self._drawings[0], flags[0])
-            responses = given(await outcomes(self._drawings, flags), return_exceptions=False)
-        except BaseException as error:  # noqa: BLE001 - what is no answer is raised again
+                one = cache.begin(request, question, queue, run=self.run, counter=self.counter, looked=True)
+                self._begun.append(one)
+            if self.live is not None and isinstance(one, Drawing) and not one.state.complete:
+                return await self._streamed(one, flags[0], self.live)
+            responses = given(await outcomes(self._begun, flags), return_exceptions=False)
+        except BaseException as error:  # noqa: BLE001 - an error without an answer is raised again
             self._take_back()
             return self._instead(error)
         finally:
@@ -512,11 +510,13 @@ class Exchange(Calls):
                 return Answer(arrived.content, arrived, made_by=samples[0].made_by)
         return self._made(samples)
 
-    async def _streamed(self, drawing: Drawing, flags: list[bool]) -> Answer:
+    async def _streamed(
+        self,
+        drawing: Drawing,
+        flags: list[bool],
+        live: asyncio.Future[tuple[RecordedStream, Received]],
+    ) -> Answer:
         """Return the stream itself if this request generates it, else a replay of it."""
-        live = self.live
-        if live is None or drawing.state.complete:
-            return self._delivered([await drawing.response(flags)])
         task = self.task = drawing.queue.loop.create_task(drawing.response(flags))
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
@@ -540,7 +540,7 @@ class Exchange(Calls):
     # Generation, on the loop of the request.
 
     def keep(self) -> None:
-        """Make the body this request's own, before the caller can change it."""
+        """Copy the body, before the caller can change it."""
         if not self._snapped:
             self._snapped = True
             self.body = by_value(self.body)
