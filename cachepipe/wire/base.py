@@ -1,4 +1,4 @@
-"""The parts that all APIs of providers share: asks, samples, scopes, and the headers that count.
+"""What all APIs of providers share: asks, samples, scopes, and which fields and headers count (C9).
 
 A sample is an answer: exactly the JSON object that the provider would have sent to a call for this sample
 alone. So a sample that is served alone is served byte for byte, and every surface that can read an answer can
