@@ -220,8 +220,8 @@ class DiskStore(SqlStore):
     def _check_readable(self) -> None:
         if not self.folder.exists():
             raise StoreError(
-                f"there is no cache in {self.folder} to read: the folder does not exist. Check the path, or fill "
-                "it first with mode='read-write'"
+                f"there is no cache to read in {self.folder}: the folder does not exist. Check the path, or "
+                "fill it first with mode='read-write'"
             )
         missing = [name for name in (_LEDGER, _SHELF) if not (self.folder / name).exists()]
         if missing:
