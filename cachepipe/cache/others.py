@@ -16,8 +16,8 @@ FIRST, LAST = 0.005, 0.25
 LONG = 10.0
 """Seconds of waiting for another process after which a warning is given."""
 ORPHAN_LOOKS = 6
-"""Looks after which a sample of this process that no loop generates is taken over."""
-_ASK = 1.0  # seconds between two questions about the process that generates a sample
+"""After this many looks, a sample that is this process's, but that no loop generates, is taken over."""
+_ASK = 1.0  # seconds between two checks of the process that generates a sample
 
 
 class Look:

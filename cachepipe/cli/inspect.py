@@ -156,7 +156,7 @@ def _listing(store: DiskStore, info: KeyInfo) -> dict[str, Any]:
 
 
 def _table_lines(store: DiskStore, found: Iterator[KeyInfo]) -> Iterator[str]:
-    heads = f"{'key':{_SHORT}}  {'first asked':19}  {'samples':>7}  {'pending':>7}  {'spaces':>6}  "
+    heads = f"{'key':{_SHORT}}  {'first asked':19}  {'samples':>7}  {'pending':>7}  {'namespaces':>10}  "
     width = shutil.get_terminal_size().columns if on_terminal() else WIDTH + 32
     width = max(width - len(heads), 20)
     yield styled(f"{heads}prompt", bold=True)
@@ -167,7 +167,7 @@ def _table_lines(store: DiskStore, found: Iterator[KeyInfo]) -> Iterator[str]:
         pending = f"{info.pending:7}" if info.pending else "      -"
         key = styled(f"{visible(info.key[:_SHORT]):{_SHORT}}", fg="cyan")
         yield (
-            f"{key}  {when(info.at):19}  {info.samples:7}  {pending}  {info.namespaces:6}  {prompt}"
+            f"{key}  {when(info.at):19}  {info.samples:7}  {pending}  {info.namespaces:10}  {prompt}"
         ).rstrip()
         if about:
             yield f"{' ' * len(heads)}{styled(about, dim=True)}"

@@ -190,7 +190,10 @@ def _say(url: str, chosen: ProxySettings, *, as_json: bool) -> None:
 @token_option
 @json_option("the proxy's answer")
 def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: bool) -> None:
-    """Begin a new run of a proxy: it counts equal requests from the start again, so a rerun replays."""
+    """Begin a new run of a proxy: it counts equal requests from the start again, so a rerun replays.
+
+    It does not affect requests with a label in their URL (/ns/NAME@LABEL/v1): change the label for those.
+    """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise Failure(f"--url is the URL of the proxy, such as http://127.0.0.1:8080; got {url!r}")

@@ -52,7 +52,7 @@ class StreamSource(BodySource):
         super().__init__()
         self.finished = False
         self._cut = cut
-        self._over = False  # whether there is nothing to give back any more
+        self._over = False  # whether the draw was given back, or its reader has had it
         self._handled: BaseException | None = None
         self._reader: tuple[asyncio.Task[Any] | None, int] = (None, 0)
 

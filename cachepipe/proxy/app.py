@@ -443,7 +443,7 @@ class Proxy:
             return None  # the normal way answers with the error
         if found is None:
             return body
-        key, index, sample = body.questions[0].key, found[0].grant.indices[0], found[0].values()
+        key, index, sample = body.questions[0].key, found[0].grant.indices[0], found[0].values
         duplicated = self.view.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
         self.counters.hit(namespace, key, index, sample[0], head.url)

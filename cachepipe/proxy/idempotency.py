@@ -113,7 +113,7 @@ class ProxyRuns:
         return found
 
     def begin(self) -> None:
-        """Begin a new run of every namespace."""
+        """Begin a new run of every namespace; labelled runs count on."""
         self._default = ProxyRun()
         self._named.clear()
 

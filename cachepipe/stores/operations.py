@@ -143,7 +143,7 @@ def _join(ledger: Ledger, claim: Claim, rows: DrawRows) -> list[int]:
 
 
 def _let_stand(claim: Claim, rows: DrawRows, beyond: set[int]) -> None:
-    """Mark what is delivered now of segments that may still be undone because later samples may fail."""
+    """Mark what is delivered now: later samples may fail, and then it must not be undone."""
     given = {
         segment.number: segment._replace(standing=standing)
         for segment in rows.segments
@@ -182,9 +182,9 @@ def replay(rows: DrawView, draw: Draw, n: int, taken: IntervalSet) -> Grant | No
 
 
 def recall(rows: DrawView, n: int) -> Grant | None:
-    """Return the first n samples of a draw that the ledger holds whole, else None; see ``Store.recall``.
+    """Return the first n samples of a draw whose samples are all stored, else None; see ``Store.recall``.
 
-    What lies beyond n must be there too: a draw that is incomplete may yet be undone.
+    The samples beyond n must be stored too: an incomplete draw may still be undone.
     """
     indices = indices_of(rows.segments)
     samples = [sample for sample in map(rows.sample, indices) if isinstance(sample, Sample)]
@@ -237,7 +237,7 @@ def _keeps_index(
 ) -> bool:
     """Return True if a sample is stored where it was claimed; end its lease if this process has it.
 
-    It is if nobody else generates it now, and if there is no other sample.
+    It is stored there if nobody else generates that index now, and no other sample has it.
     """
     author = rows.pending(index)
     if author == ledger.lease():
@@ -252,7 +252,7 @@ def _keeps_index(
 
 
 def _free(ledger: Ledger, freed: ReleaseLease | Seize, *, ours: bool) -> None:
-    """End the generation of samples by this process, or by others; those that are not stored are free."""
+    """Note that this process, or another one, no longer generates samples; missing ones become free."""
     rows = ledger.key(freed.key)
     for index in freed.indices:
         author = rows.pending(index)
