@@ -8,7 +8,6 @@ any more.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from cachepipe.cache.write_queue import MANY, WriteQueue
 from cachepipe.contract.draws import Claims, Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.loops import PerLoop
 from cachepipe.stage import adapter_of
 from cachepipe.stores.base import Grant, Sample, Store
 from cachepipe.stores.misses import missed
@@ -35,7 +35,7 @@ Asked = Sequence[tuple[Question, int]]
 
 @dataclass(frozen=True)
 class Stats:
-    """The figures of a cacher since it was opened, in samples unless stated otherwise.
+    """The figures of a cache since it was opened, in samples unless stated otherwise.
 
     Attributes:
         hits: delivered from the cache.
@@ -100,28 +100,22 @@ class Cache:
         hooks = hooks_of(adapter_of(model))
         self.present, self.pack, self.unpack = hooks.present, hooks.pack, hooks.unpack
         self.in_memory = mode == "replay" or store.read_only  # claims are not written
-        self._lock = threading.Lock()
-        self._queues: dict[asyncio.AbstractEventLoop, WriteQueue] = {}
-        self._last: WriteQueue | None = None
+        self._queues = PerLoop(self._new_queue, self._keep_figures)
         self._calls = self._generated = 0  # of loops that are closed
 
     def queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
         """Return the write queue of an event loop."""
-        last = self._last
-        if last is not None and last.loop is loop:
-            return last
-        queue = self._queues.get(loop)
-        if queue is None:
-            with self._lock:
-                for old in [old for old in self._queues if old.is_closed()]:
-                    past = self._queues.pop(old).caller
-                    self._calls += past.calls
-                    self._generated += past.generated
-                caller = Caller(loop, self.model, keep_extra)
-                queue = self._queues[loop] = WriteQueue(loop, self.store, caller, start)
-                self.in_flight.join(queue)
-        self._last = queue
+        return self._queues.of(loop)
+
+    def _new_queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
+        queue = WriteQueue(loop, self.store, Caller(loop, self.model, keep_extra), start)
+        self.in_flight.join(queue)
         return queue
+
+    def _keep_figures(self, queue: WriteQueue) -> None:
+        """Keep the figures of a loop that was closed."""
+        self._calls += queue.caller.calls
+        self._generated += queue.caller.generated
 
     def stats(self) -> Stats:
         """Return the figures so far."""
@@ -139,8 +133,7 @@ class Cache:
 
     def open_queues(self) -> list[WriteQueue]:
         """Return the write queues of the loops that have made requests."""
-        with self._lock:
-            return list(self._queues.values())
+        return self._queues.all()
 
     def shares(self, question: Question) -> bool:
         """Return True if all requests for a question share one draw (C1)."""

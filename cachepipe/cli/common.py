@@ -270,8 +270,11 @@ def money(account: Account) -> str:
     return told
 
 
-Columns = dict[str, "str | Callable[[Mapping[str, Any]], Any]"]
-"""The columns of a table: by heading, the name of a field of a row, or a function of the row.
+Column = str | Callable[[Mapping[str, Any]], Any]
+"""The name of a field of a row, or a function of the row."""
+
+Columns = dict[str, Column]
+"""The columns of a table by heading.
 
 A heading that begins with ``>`` aligns its cells to the right.
 """
@@ -292,10 +295,7 @@ def print_table(
     heads = [name.removeprefix(">") for name in columns]
     rights = [name.startswith(">") for name in columns]
     people = on_terminal()
-    cells = [
-        [_cell(row[of] if isinstance(of, str) else of(row), people=people) for of in columns.values()]
-        for row in rows
-    ]
+    cells = [[_cell(row, of, people=people) for of in columns.values()] for row in rows]
     if people:
         _print_ruled(heads, cells, rights, title, total=total)
         return
@@ -303,8 +303,7 @@ def print_table(
     lines = [title] if title else []
     for row in [heads, *cells]:
         padded = [
-            " " * (width - width_of(cell)) + cell if right else cell + " " * (width - width_of(cell))
-            for cell, width, right in zip(row, widths, rights, strict=True)
+            _padded(cell, width, right=right) for cell, width, right in zip(row, widths, rights, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
     echo_lines(lines)
@@ -353,8 +352,14 @@ def _print_ruled(
     console.print(table)
 
 
-def _cell(value: Any, *, people: bool) -> str:
+def _cell(row: Mapping[str, Any], of: Column, *, people: bool) -> str:
+    value = row[of] if isinstance(of, str) else of(row)
     return f"{value:,}" if isinstance(value, int) and people else visible(str(value))
+
+
+def _padded(cell: str, width: int, *, right: bool) -> str:
+    blanks = " " * (width - width_of(cell))
+    return blanks + cell if right else cell + blanks
 
 
 def width_of(text: str) -> int:

@@ -247,7 +247,7 @@ class Asked(Request):
         return self.merging(n)
 
     def merging(self, n: int) -> Self:
-        """Return the same question for n samples, not all of which belong to this request."""
+        """Return the same question for n samples; some of them belong to other requests."""
         twin = copy.copy(self)
         object.__setattr__(twin, "n", n)
         object.__setattr__(twin, "own", False)

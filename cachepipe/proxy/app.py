@@ -288,10 +288,11 @@ class Proxy:
         """Answer a request; return None for the proxy's own paths, whose requests are not counted."""
         route = http.route = self._find_route(http)
         upstream, api = route.upstream, route.api
-        self._access.check(http, route.destination.rest if upstream is None else None)
         if upstream is None:
+            self._access.check(http, route.destination.rest)
             await control.answer(self, http, route.destination.rest)
             return None
+        self._access.check(http, None)
         http.namespace = self._namespace(http, route.destination)
         mode, url = self._mode(http), http.with_query(route.url)
         content, encoded = None, b"content-encoding" in http.named

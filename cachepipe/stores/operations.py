@@ -288,7 +288,7 @@ def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
 
 
 def _undo(ledger: Ledger, rows: DrawRows, segments: list[Segment], released: set[int]) -> None:
-    """Delete what of a draw's segments is neither settled nor delivered nor held by others."""
+    """Delete the parts of a draw that are not settled, not delivered and not held by others."""
 
     def held(segment: Segment) -> bool:
         if segment.token is not None and _lives(ledger, segment.lease):
