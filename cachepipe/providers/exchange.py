@@ -485,6 +485,8 @@ class Exchange(Calls):
             return self._instead(error)
         finally:
             self.over = True
+        if not self.stream:
+            self._begun = []  # a draw refers to its exchange: this leaves nothing for the garbage collector
         return self._delivered(responses)
 
     def _instead(self, error: BaseException) -> Answer:
