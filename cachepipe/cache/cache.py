@@ -35,7 +35,7 @@ Asked = Sequence[tuple[Question, int]]
 
 @dataclass(frozen=True)
 class Stats:
-    """The figures of a cacher since it was opened, in samples unless stated otherwise.
+    """The figures of a cache since it was opened, in samples unless stated otherwise.
 
     Attributes:
         hits: delivered from the cache.

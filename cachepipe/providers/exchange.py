@@ -247,7 +247,7 @@ class Asked(Request):
         return self.merging(n)
 
     def merging(self, n: int) -> Self:
-        """Return the same question for n samples, not all of which belong to this request."""
+        """Return the same question for n samples; some of them belong to other requests."""
         twin = copy.copy(self)
         object.__setattr__(twin, "n", n)
         object.__setattr__(twin, "own", False)
@@ -485,6 +485,8 @@ class Exchange(Calls):
             return self._instead(error)
         finally:
             self.over = True
+        if not self.stream:
+            self._begun = []  # a draw refers to its exchange: this leaves nothing for the garbage collector
         return self._delivered(responses)
 
     def _instead(self, error: BaseException) -> Answer:
