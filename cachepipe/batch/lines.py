@@ -73,7 +73,7 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
     }
     _fill(settings, api, body)
     if "model" not in body and api is not wire.MODERATIONS:
-        raise LineError("it names no model, and neither does --model")
+        raise LineError("it names no model, and --model is not given")
     try:
         asks = api.split(body)
     except wire.BadRequest as error:
@@ -103,7 +103,9 @@ def _fields(text: bytes) -> dict[str, Any]:
         orjson.dumps([[fields]])  # as deep as a result holds what is carried along
     except TypeError as error:  # or it holds long integers or lone surrogates
         if _nests_deeper(fields, _DEEPEST):
-            raise LineError(f"it nests too deep; {_DEEPEST} levels can be sent and written") from error
+            raise LineError(
+                f"it is nested too deeply; at most {_DEEPEST} levels can be sent and written"
+            ) from error
     return fields
 
 
@@ -180,7 +182,7 @@ def _fill(settings: BatchSettings, api: wire.Api, body: dict[str, Any]) -> None:
             body.setdefault(name, value)
     if api.max_n == 1 and not api.function and settings.n != 1:
         raise LineError(
-            f"{api.name} gives one answer per request, and {settings.n} are wanted; "
+            f"{api.name} gives one answer per request, and n is {settings.n}; "
             "repeat the line under other custom_ids"
         )
     if api.max_n > 1 and body.get("n") is None and settings.n != 1:
