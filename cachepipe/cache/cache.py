@@ -333,7 +333,8 @@ class Cache:
             if queue.loop is loop:
                 await queue.drain()
             elif queue.loop.is_running() and queue.fork == forks.count:  # loops run in their own process
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop))
+                there = asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop)
+                await asyncio.wait([asyncio.wrap_future(there)])  # it is cancelled if that loop ends
         await self.deliveries.write()
 
 
