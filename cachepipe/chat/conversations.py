@@ -55,11 +55,9 @@ class Message:
             object.__setattr__(self, "content", by_value(list(content)))
         self._check("name of a message is a string", str | None, self.name)
         self._check("tool_call_id of a message is a string", str | None, self.tool_call_id)
-        calls = None
-        if self.tool_calls:  # providers refuse an empty list
-            self._check("a call of a tool is a mapping with 'id' and 'function'", Mapping, *self.tool_calls)
-            calls = by_value(list(self.tool_calls))
-        object.__setattr__(self, "tool_calls", calls)
+        calls = list(self.tool_calls or ())
+        self._check("a call of a tool is a mapping with 'id' and 'function'", Mapping, *calls)
+        object.__setattr__(self, "tool_calls", by_value(calls) or None)  # providers refuse an empty list
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message by 'tool' answers a call: give it tool_call_id=")
 
