@@ -187,8 +187,8 @@ MUTATIONS = (
         "C5",
         "contract/lifecycle.py",
         "a second grant replaces samples that were generated",
-        "            if not self.cached[position]:\n                continue\n",
-        "",
+        "elif cached:",
+        "else:",
     ),
     Mutation(
         "C6",
@@ -266,13 +266,6 @@ MUTATIONS = (
         "a draw is delivered before its last sample",
         "        return _NOTHING if self.missing else self._completed()\n\n    def arrived",
         "        return self._completed()\n\n    def arrived",
-    ),
-    Mutation(
-        "C7",
-        "contract/lifecycle.py",
-        "a sample that was generated before a second claim is drawn again",
-        "            if not self.cached[position]:\n                continue\n",
-        "",
     ),
     Mutation(
         "C7",

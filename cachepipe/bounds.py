@@ -1,4 +1,4 @@
-"""Limits on the samples of one request and on the size of one answer in memory.
+"""Limits on the samples of one request and on the size of one answer in memory (C12).
 
 The environment sets both: ``CACHEPIPE_MAX_N`` is a number of samples, ``CACHEPIPE_MAX_ANSWER`` a size in MiB.
 """

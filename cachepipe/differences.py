@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from cachepipe import jsontext
@@ -105,20 +105,20 @@ def _flat(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in [*one, *(name for name in other if name not in one)]:
+    if type(one) is type(other) is dict:
+        for name in one | other:
             inner = f"{path}.{name}" if path else name
             yield from _differing(inner, one.get(name, NO_VALUE), other.get(name, NO_VALUE))
         if one == other and list(one) != list(other):
             yield Difference(path or "the fields", one, other)
-    elif isinstance(one, list) and isinstance(other, list):
-        least, spelled = min(len(one), len(other)), (list(map(repr, one)), list(map(repr, other)))
-        head = next((k for k in range(least) if spelled[0][k] != spelled[1][k]), least)
-        tail = next((k for k in range(least - head) if spelled[0][~k] != spelled[1][~k]), least - head)
+    elif type(one) is type(other) is list:
+        spelled = list(map(repr, one)), list(map(repr, other))
+        head = _same_start(*spelled)
+        tail = _same_start(spelled[0][head:][::-1], spelled[1][head:][::-1])
         left, right = one[head : len(one) - tail], other[head : len(other) - tail]
         for place, values in enumerate(itertools.zip_longest(left, right, fillvalue=NO_VALUE), head):
             yield from _differing(f"{path}[{place}]", *values)
-    elif one != other or type(one) is not type(other):
+    elif (type(one), one) != (type(other), other):
         yield Difference(path or "the question", one, other)
 
 
@@ -136,8 +136,8 @@ def _parting(one: str, other: str) -> tuple[str, str]:
     return ("…" if begin else "") + one[begin:], ("…" if begin else "") + other[begin:]
 
 
-def _same_start(one: str, other: str) -> int:
-    """Return the length of the common prefix of two texts."""
+def _same_start(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return the length of the common prefix of two texts or lists of texts."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Reads and writes JSON: integers keep their digits, and every answer that the SDKs accept can be read.
+"""Reads and writes JSON: integers keep their digits; every answer that the SDKs accept can be read (C9).
 
 The SDKs read answers with the standard library, which accepts NaN, infinities, lone surrogates and
 integers of up to 4,300 digits. orjson is many times faster, but refuses the first three and reads

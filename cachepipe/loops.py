@@ -1,8 +1,12 @@
-"""The event loop that the asynchronous parts run on."""
+"""The event loop that the asynchronous parts run on, and what each loop has of its own."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 def running() -> asyncio.AbstractEventLoop:
@@ -19,3 +23,44 @@ def running() -> asyncio.AbstractEventLoop:
             "the program with asyncio.run(...) or anyio.run(..., backend='asyncio'), or use a synchronous "
             "client in a thread, as by trio.to_thread.run_sync(...)"
         ) from None
+
+
+class PerLoop(Generic[T]):
+    """Makes a value for each event loop that asks for one, and forgets those of closed loops.
+
+    Args:
+        make: makes the value of a loop.
+        forgotten: gets each value that is forgotten.
+    """
+
+    def __init__(
+        self, make: Callable[[asyncio.AbstractEventLoop], T], forgotten: Callable[[T], object] | None = None
+    ) -> None:
+        self._make = make
+        self._forgotten = forgotten
+        self._values: dict[asyncio.AbstractEventLoop, T] = {}
+        self._last: tuple[asyncio.AbstractEventLoop | None, T | None] = None, None
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> T:
+        """Return the value of a loop."""
+        last, value = self._last
+        if last is loop and value is not None:
+            return value
+        value = self._values.get(loop)
+        if value is None:
+            for old in list(self._values):  # without a lock, which a fork could leave locked
+                if old.is_closed():
+                    gone = self._values.pop(old, None)
+                    if gone is not None and self._forgotten is not None:
+                        self._forgotten(gone)
+            value = self._values[loop] = self._make(loop)
+        self._last = loop, value
+        return value
+
+    def known(self, loop: asyncio.AbstractEventLoop) -> T | None:
+        """Return the value of a loop, or None if it has none."""
+        return self._values.get(loop)
+
+    def all(self) -> list[T]:
+        """Return the values of all loops that are not forgotten."""
+        return list(self._values.values())

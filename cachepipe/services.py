@@ -307,27 +307,47 @@ class Services:
 
     @staticmethod
     def OpenAI(**options: Any) -> Service:  # noqa: N802 - a name, as the providers write it
-        """Return OpenAI, or the endpoint in ``OPENAI_BASE_URL``; the key is in ``OPENAI_API_KEY``."""
+        """Return OpenAI, or the endpoint in ``OPENAI_BASE_URL``; the key is in ``OPENAI_API_KEY``.
+
+        Args:
+            options: as for `Service`.
+        """
         return _service("OpenAI", "https://api.openai.com/v1", options, "gpt-4-1106-preview")
 
     @staticmethod
     def OpenRouter(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return OpenRouter; the key is in ``OPENROUTER_API_KEY``."""
+        """Return OpenRouter; the key is in ``OPENROUTER_API_KEY``.
+
+        Args:
+            options: as for `Service`.
+        """
         return _service("OpenRouter", "https://openrouter.ai/api/v1", options, "openai/gpt-4-1106-preview")
 
     @staticmethod
     def Together(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Together; the key is in ``TOGETHER_API_KEY``."""
+        """Return Together; the key is in ``TOGETHER_API_KEY``.
+
+        Args:
+            options: as for `Service`.
+        """
         return _service("Together", "https://api.together.xyz/v1", options)
 
     @staticmethod
     def Anthropic(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Anthropic; the key is in ``ANTHROPIC_API_KEY``. Its clients are Anthropic's."""
+        """Return Anthropic; the key is in ``ANTHROPIC_API_KEY``. Its clients are Anthropic's.
+
+        Args:
+            options: as for `Service`.
+        """
         return _service("Anthropic", "https://api.anthropic.com/v1", {"sdk": "anthropic", **options})
 
     @staticmethod
     def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Ollama on this machine, or at ``OLLAMA_HOST``; it has no key and no quota."""
+        """Return Ollama on this machine, or at ``OLLAMA_HOST``; it has no key and no quota.
+
+        Args:
+            options: as for `Service`.
+        """
         free = {"max_requests": None, "max_tokens": None, "key_scheme": None}
         url = ollama_url(os.environ.get("OLLAMA_HOST") or "localhost")
         return Service(**{"name": "Ollama", "base_url": url, **free, **options})

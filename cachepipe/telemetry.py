@@ -142,30 +142,26 @@ class CallSpan:
         self._ended = True
         seconds = time.perf_counter() - self._begun
         answer = answer or {}
-        if error is None and answer.get("error"):
-            error = BadAnswer("an error under a status of success")
+        failure = _failure(error, answer)
         tokens = token_counts(answer.get("usage"))
         told: dict[str, Any] = {
             "gen_ai.response.id": answer.get("id"),
             "gen_ai.response.model": answer.get("model"),
             "gen_ai.response.finish_reasons": _reasons(answer),
+            "gen_ai.usage.input_tokens": tokens["prompt_tokens"],
+            "gen_ai.usage.output_tokens": tokens["completion_tokens"],
         }
-        used = {
-            kind: tokens[f"{name}_tokens"] for kind, name in (("input", "prompt"), ("output", "completion"))
-        }
-        told |= {f"gen_ai.usage.{kind}_tokens": count for kind, count in used.items()}
         self._span.set_attributes({name: value for name, value in told.items() if value})
         shared = dict(self._shared)
         if isinstance(answer.get("model"), str):
             shared["gen_ai.response.model"] = answer["model"]
-        if error is not None:
-            status = getattr(error, "status_code", None)
-            shared["error.type"] = str(status) if isinstance(status, int) else type(error).__qualname__
-            self._span.set_attribute("error.type", shared["error.type"])
+        if failure is not None:
+            shared["error.type"] = failure
+            self._span.set_attribute("error.type", failure)
             self._span.set_status(self._tools.error)
         self._tools.duration.record(seconds, shared)
-        for kind, count in used.items():
-            if count:
+        for kind in ("input", "output"):
+            if count := told[f"gen_ai.usage.{kind}_tokens"]:
                 self._tools.usage.record(count, {**shared, "gen_ai.token.type": kind})
         self._span.end()
 
@@ -190,7 +186,7 @@ def _request_attributes(body: Mapping[str, Any]) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         f"gen_ai.request.{name}": body[field]
         for field, name in _PARAMETERS.items()
-        if isinstance(body.get(field), int | float) and not isinstance(body[field], bool)
+        if type(body.get(field)) in (int, float)
     }
     stop = body.get("stop", body.get("stop_sequences"))
     stops = [stop] if isinstance(stop, str) else stop
@@ -199,6 +195,14 @@ def _request_attributes(body: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(body.get("n"), int) and body["n"] != 1:
         attributes["gen_ai.request.choice.count"] = body["n"]
     return attributes
+
+
+def _failure(error: BaseException | None, answer: Mapping[str, Any]) -> str | None:
+    """Return the type of a call's failure: the status or the class of its error; None if it did not fail."""
+    if error is None:
+        return BadAnswer.__qualname__ if answer.get("error") else None
+    status = getattr(error, "status_code", None)
+    return str(status) if isinstance(status, int) else type(error).__qualname__
 
 
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:

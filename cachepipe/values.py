@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
+from typing import Any, Final
 
 import orjson
 
@@ -22,6 +23,28 @@ from cachepipe.errors import NotStorable, StoreError
 _MARK = "\0"
 _MARKED = b'"\\u0000'  # the beginning of a marked name in JSON
 _INT64 = (-(1 << 63), 1 << 64)
+_UNCHANGED: Final = frozenset({str, bool, NoneType})
+_WRITERS: Final[Mapping[type, Callable[[Any], Any]]] = {
+    int: lambda value: value if _INT64[0] <= value < _INT64[1] else {_MARK + "int": hex(value)},
+    float: lambda value: value if math.isfinite(value) else {_MARK + "float": repr(value)},
+    bytes: lambda value: {_MARK + "bytes": base64.b64encode(value).decode()},
+    jsontext.Verbatim: lambda value: {_MARK + "json": value.text},
+}
+_READERS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "bytes": lambda item: base64.b64decode(item, validate=True),
+    "str": lambda item: base64.b64decode(item, validate=True).decode("utf-8", "surrogatepass"),
+    "json": lambda item: jsontext.read(item.encode()),
+    "int": lambda item: int(item, 0),
+    "float": float,
+}
+_PLAIN: Final[Mapping[type, Callable[[Any], Any]]] = {
+    int: int,
+    float: float,
+    str: str.__str__,
+    list: list,
+    dict: dict,
+}
+"""How a value of a subclass becomes one of its plain class."""
 
 
 class Codec:
@@ -84,32 +107,22 @@ class Codec:
                 f"a sample of the cache is damaged: {error!r}; restore the cache, or delete the sample's row"
             ) from error
 
-    def _form(self, value: Any) -> Any:  # noqa: PLR0911 - one return per kind of value
+    def _form(self, value: Any) -> Any:
         kind = type(value)
-        if kind is str or kind is bool or value is None:
+        if kind in _UNCHANGED:
             return value
-        if kind is int:
-            return value if _INT64[0] <= value < _INT64[1] else {_MARK + "int": hex(value)}
-        if kind is float:
-            return value if math.isfinite(value) else {_MARK + "float": repr(value)}
+        if (write := _WRITERS.get(kind)) is not None:
+            return write(value)
         if kind is list:
             return [self._form(item) for item in value]
         if kind is dict:
             return self._mapping(value)
         if kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):
-            return {_MARK + "tuple": [self._form(item) for item in value]}
-        if kind is jsontext.Verbatim:
-            return {_MARK + "json": value.text}
-        if kind is bytes:
-            return {_MARK + "bytes": base64.b64encode(value).decode()}
+            return {_MARK + "tuple": self._form(list(value))}
         if kind.__qualname__ in self._classes:
             return self._instance(value)
-        for plain in (bool, int, float, str, list, dict):
-            if isinstance(value, plain):  # str enums, OrderedDict …: equal to the plain value
-                make: Any = str.__str__ if plain is str else plain
-                bare = make(value)
-                if bare == value:
-                    return self._form(bare)
+        if (bare := _plain(value)) is not None:
+            return self._form(bare)
         raise NotStorable(
             f"a sample of type {kind.__qualname__} cannot be stored; return strings, numbers, lists, "
             f"tuples, mappings or bytes, or name a dataclass or pydantic model: classes=[{kind.__name__}]"
@@ -158,20 +171,12 @@ class Codec:
         match kind:
             case "tuple":
                 return tuple(self._value(part) for part in item)
-            case "bytes":
-                return base64.b64decode(item, validate=True)
-            case "str":
-                return base64.b64decode(item, validate=True).decode("utf-8", "surrogatepass")
-            case "json":
-                return jsontext.read(item.encode())
-            case "int":
-                return int(item, 0)
-            case "float":
-                return float(item)
             case "map":
                 return {self._value(name): self._value(part) for name, part in item}
             case "class":
                 return self._revived(item, form)
+        if (read := _READERS.get(kind)) is not None:
+            return read(item)
         raise StoreError(
             f"a sample of the cache holds a value of unknown form {kind!r}; use a newer cachepipe"
         )
@@ -211,6 +216,12 @@ def shown(data: bytes) -> Any:
     except (StoreError, TypeError, ValueError, RecursionError):  # of a class that is not known here
         return form
     return jsontext.shown(value) if same else form
+
+
+def _plain(value: Any) -> Any:
+    """Return an equal value of a plain class (for a str enum, an OrderedDict …), or None."""
+    bare = (make(value) for plain, make in _PLAIN.items() if isinstance(value, plain))
+    return next((each for each in bare if each == value), None)
 
 
 def _without_surrogates(form: Any) -> Any:

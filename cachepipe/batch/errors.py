@@ -1,4 +1,4 @@
-"""Errors of a run: those that prevent it, and what a result tells of a request that failed."""
+"""Errors of a run: those that prevent it, and what a result says about a failed request."""
 
 from __future__ import annotations
 

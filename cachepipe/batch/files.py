@@ -32,7 +32,7 @@ _ANSWERED: Final = b',"error":null,"cachepipe":{'  # part of the line of an answ
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
 _POLL: Final = 0.05  # seconds between two checks for a pipe's reader
-_MENDED: Final = ". What was paid for is in the cache; run it again when that is mended"
+_ADVICE: Final = ". What was paid for is in the cache; solve this and run it again"
 _KEPT: Final = 1024  # ids in memory
 _NOWHERE: Final = -1
 _SHOWN: Final = 10  # problems of an input that one error lists
@@ -72,14 +72,16 @@ class InputFile:
 
     def __enter__(self) -> Self:
         if str(self.path) == "-":
-            raise BatchFileError("the requests are read twice, so they come from a file; save them to one")
+            raise BatchFileError(
+                "the requests are read twice, so they must come from a file; save them to one"
+            )
         try:
             self._file = self.path.open("rb")
         except OSError as error:
             raise BatchFileError(f"{self.path} cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self._file.close()
-            raise BatchFileError(f"{self.path} is no regular file; it is read twice, so save it to one")
+            raise BatchFileError(f"{self.path} is not a regular file; it is read twice, so save it to one")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,8 +109,8 @@ class InputFile:
             first = ids.add(custom_id, number)
             if first is not None:
                 problems.append(
-                    f"line {number}: custom_id {custom_id!r:.80} is that of line {first} already; "
-                    "each line needs one of its own"
+                    f"line {number}: custom_id {custom_id!r:.80} is already that of line {first}; "
+                    "each line needs its own"
                 )
         if problems:
             more = " (there may be more)" if len(problems) == _SHOWN else ""
@@ -133,7 +135,7 @@ class InputFile:
             line = parse_line(text, number, self._settings)
         except (IndexError, ValueError) as error:
             raise BatchFileError(
-                f"{self.path} has changed while it was run; run it again, and what was paid for is a hit"
+                f"{self.path} has changed during the run; run it again: what was paid for is in the cache"
             ) from error
         self._left -= 1
         return line
@@ -230,7 +232,7 @@ class OutputFile:
     def __init__(self, path: Path, source: Path) -> None:
         self.path = path
         if str(path) == "-":
-            raise BatchFileError("the results go to a file, which is there when it is complete; name one")
+            raise BatchFileError("the results go to a file, which appears when it is complete; name a file")
         with self._explained():
             # Anything but a regular file, such as a terminal or a pipe, gets the lines as they come.
             self._direct = path.exists() and not path.is_file()
@@ -256,7 +258,7 @@ class OutputFile:
         except OSError:  # opening it raises the error to show
             return
         if path.exists() and path.samefile(source):
-            raise BatchFileError(f"{path} is the input too; name another file for the results")
+            raise BatchFileError(f"{path} is also the input; name another file for the results")
         if self.partial.exists() and self.partial.samefile(source):
             raise BatchFileError(
                 f"the results are written to {self.partial} first, which is the input; name another file"
@@ -326,7 +328,7 @@ class OutputFile:
 
     def _write(self) -> None:
         lines, self._lines, self._bytes = self._lines, [], 0
-        with self._explained(_MENDED):
+        with self._explained(_ADVICE):
             self._file.writelines(lines)
             self._file.flush()
         self._written += len(lines)
@@ -342,7 +344,7 @@ class OutputFile:
     def _finish(self) -> None:
         self._write()
         if not self._direct:
-            with self._explained(_MENDED):
+            with self._explained(_ADVICE):
                 os.fsync(self._file.fileno())
                 if self._target.exists():
                     shutil.copymode(self._target, self.partial)

@@ -80,7 +80,7 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
     carried = {field: value for field, value in fields.items() if field not in not_carried}
     _fill(settings, api, body)
     if "model" not in body and api is not wire.MODERATIONS:
-        raise LineError("it names no model, and neither does --model")
+        raise LineError("it names no model, and --model is not given")
     try:
         asks = api.split(body)
     except wire.BadRequest as error:
@@ -109,7 +109,9 @@ def _fields(text: bytes) -> dict[str, Any]:
         orjson.dumps([[fields]])  # as deep as a result holds what is carried along
     except TypeError as error:  # or it holds long integers or lone surrogates
         if _nests_deeper(fields, _DEEPEST):
-            raise LineError(f"it nests too deep; {_DEEPEST} levels can be sent and written") from error
+            raise LineError(
+                f"it is nested too deeply; at most {_DEEPEST} levels can be sent and written"
+            ) from error
     return fields
 
 
@@ -186,7 +188,7 @@ def _fill(settings: BatchSettings, api: wire.Api, body: dict[str, Any]) -> None:
         return
     if api.max_n == 1:
         raise LineError(
-            f"{api.name} gives one answer per request, and {settings.n} are wanted; "
+            f"{api.name} gives one answer per request, and n is {settings.n}; "
             "repeat the line under other custom_ids"
         )
     if body.get("n") is None:

@@ -38,8 +38,8 @@ async def run_file(
 ) -> Report:
     """Answer the requests of a file, and write the results to another file in the same order.
 
-    Each call is a run of its own. A line that fails becomes an error line; a rerun asks only such lines
-    again.
+    Each call is a run of its own. A line that fails becomes an error line; a rerun asks only for
+    these lines again.
 
     Args:
         input: the batch file.
@@ -154,7 +154,7 @@ class _Run:
             self._report.output = self._results.path
 
     async def _begin(self) -> None:
-        """Begin as many lines as may be in flight, none of them too far ahead of the slowest."""
+        """Begin as many lines as may be in flight; no line may be too far ahead of the slowest one."""
         most = self._settings.concurrency
         while len(self._running) < most and len(self._ahead) < WINDOW * most:
             if not self._more or self._settings.stop.asked:

@@ -99,7 +99,7 @@ class BatchSettings:
 HELP: Final[Mapping[str, str]] = {
     name: annotation.__metadata__[0] for name, annotation in BatchSettings.__annotations__.items()
 }
-"""What each setting is, for help texts."""
+"""The description of each setting, for help texts."""
 
 _ATTRIBUTES = "\n".join(f"        {name}: {text}" for name, text in HELP.items())
 BatchSettings.__doc__ = f"{BatchSettings.__doc__}\n\n    Attributes:\n{_ATTRIBUTES}\n    "

@@ -1,4 +1,4 @@
-"""The one way to the samples of a store: `Cache.look` finds what is stored, `Cache.draw` draws the rest.
+"""The one way to the samples of a store: `Cache.look` finds what is stored, `Cache.begin` draws the rest.
 
 Pipelines, clients, the proxy and batch files use it, and nothing below it. Nothing that runs in the
 background refers to a pipeline or a client, so these are collected when the program does not refer to them
@@ -8,7 +8,6 @@ any more.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from cachepipe.cache.write_queue import MANY, WriteQueue
 from cachepipe.contract.draws import Claims, Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.loops import PerLoop
 from cachepipe.stage import adapter_of
 from cachepipe.stores.base import Grant, Sample, Store
 from cachepipe.stores.misses import missed
@@ -35,7 +35,7 @@ Asked = Sequence[tuple[Question, int]]
 
 @dataclass(frozen=True)
 class Stats:
-    """The figures of a cacher since it was opened, in samples unless stated otherwise.
+    """The figures of a cache since it was opened, in samples unless stated otherwise.
 
     Attributes:
         hits: delivered from the cache.
@@ -77,7 +77,7 @@ class Cache:
     Args:
         model: generates samples.
         store: the store.
-        mode: as in the contract.
+        mode: how the cache is used.
         repeat: ``"same"`` if all requests for a question share one draw.
         codec: encodes samples, unless the model's adapter does.
 
@@ -100,28 +100,22 @@ class Cache:
         hooks = hooks_of(adapter_of(model))
         self.present, self.pack, self.unpack = hooks.present, hooks.pack, hooks.unpack
         self.in_memory = mode == "replay" or store.read_only  # claims are not written
-        self._lock = threading.Lock()
-        self._queues: dict[asyncio.AbstractEventLoop, WriteQueue] = {}
-        self._last: WriteQueue | None = None
+        self._queues = PerLoop(self._new_queue, self._keep_figures)
         self._calls = self._generated = 0  # of loops that are closed
 
     def queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
         """Return the write queue of an event loop."""
-        last = self._last
-        if last is not None and last.loop is loop:
-            return last
-        queue = self._queues.get(loop)
-        if queue is None:
-            with self._lock:
-                for old in [old for old in self._queues if old.is_closed()]:
-                    past = self._queues.pop(old).caller
-                    self._calls += past.calls
-                    self._generated += past.generated
-                caller = Caller(loop, self.model, keep_extra)
-                queue = self._queues[loop] = WriteQueue(loop, self.store, caller, start)
-                self.in_flight.join(queue)
-        self._last = queue
+        return self._queues.of(loop)
+
+    def _new_queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
+        queue = WriteQueue(loop, self.store, Caller(loop, self.model, keep_extra), start)
+        self.in_flight.join(queue)
         return queue
+
+    def _keep_figures(self, queue: WriteQueue) -> None:
+        """Keep the figures of a loop that was closed."""
+        self._calls += queue.caller.calls
+        self._generated += queue.caller.generated
 
     def stats(self) -> Stats:
         """Return the figures so far."""
@@ -139,8 +133,7 @@ class Cache:
 
     def open_queues(self) -> list[WriteQueue]:
         """Return the write queues of the loops that have made requests."""
-        with self._lock:
-            return list(self._queues.values())
+        return self._queues.all()
 
     def shares(self, question: Question) -> bool:
         """Return True if all requests for a question share one draw (C1)."""
@@ -185,6 +178,7 @@ class Cache:
                 if one is None:
                     give_back(draw, counter)
                     if self.mode == "replay":
+                        self.requests += 1
                         raise missed(self.store, question, draw, n, request, claimant.namespace)
                     return None
                 found.append(one)
@@ -192,8 +186,9 @@ class Cache:
             if len(found) < len(asked):
                 for one in found:
                     one.give_back()
+        self.requests += len(found)
         for one in found:
-            self._deliver(one, claimant)
+            self._deliver(one)
         return found
 
     def _find(
@@ -220,21 +215,29 @@ class Cache:
         except BaseException:
             give_back(draw, counter)
             raise
-        return None if grant is None else Found(self, run, counter, user, question, draw, grant)
+        if grant is None:
+            return None
+        values: list[Any] = []
+        found = Found(self, run, counter, user, question, draw, grant, values)
+        try:
+            if grant.shared:
+                warn_shared(question, claimant, run)
+            values += [self.decode(sample) for sample in grant.samples if sample is not None]
+        except BaseException:
+            found.give_back()
+            raise
+        return found
 
-    def _deliver(self, found: Found, claimant: Claims) -> None:
+    def _deliver(self, found: Found) -> None:
         """Account for samples that were stored."""
         run, grant = found.run, found.grant
         run.count(found.draw, fresh_id=False)
-        if grant.shared:
-            warn_shared(found.question, claimant, run)
-        self.requests += 1
         self.hits += len(grant.indices)
         self.deliveries.add_known(run.name, found.user, found.question.scope, grant)
 
     # Draws.
 
-    def draw(
+    def begin(
         self,
         request: Request,
         question: Question,
@@ -242,11 +245,12 @@ class Cache:
         *,
         run: runs.Occurrences | None = None,
         counter: Counter | None = None,
-    ) -> Drawing:
-        """Begin to draw the samples of a request; what is not stored is generated.
+        looked: bool = False,
+    ) -> Found | Drawing:
+        """Return what is stored for a request of one question, or begin to draw it.
 
-        A request that is alone in its turn of the event loop is claimed at once, others together at the end
-        of the turn.
+        While claims are queued, a request joins them: their transaction also finds what is stored. A request
+        that is alone in its turn of the event loop is claimed at once, others together at its end.
 
         Args:
             request: the request.
@@ -254,7 +258,12 @@ class Cache:
             queue: the write queue of the running loop.
             run: the run; by default the current one.
             counter: counts the occurrences of equal requests; by default the run.
+            looked: whether the caller has just looked for it with others, and not found all of them.
+
+        Raises:
+            CacheMiss: in replay mode, when a sample is not stored.
         """
+        self.requests += 1
         if self.mode == "bypass":
             return self._drawing(request, question, queue, None, None, None)
         if run is None:
@@ -262,26 +271,16 @@ class Cache:
         if counter is None:
             counter = run
         draw = draw_of(question.key, request, counter, shared=self.shares(question))
-        return self._drawing(request, question, queue, draw, counter, run)
-
-    def begin(self, request: Request, question: Question, queue: WriteQueue) -> Found | Drawing:
-        """Return what is stored for a request of one question, or begin to draw it.
-
-        While claims are queued, a request joins them: their transaction also finds what is stored.
-        """
-        if self.mode == "bypass":
-            return self._drawing(request, question, queue, None, None, None)
-        run = runs.current(self.store.identity)
-        draw = draw_of(question.key, request, run, shared=self.shares(question))
-        if (self.in_memory or queue.idle) and self.mode != "refresh":
-            found = self._find(draw, request, question, request.n, run, run)
+        # A claim finds what is stored, but where claims are not written there is none.
+        if self.mode != "refresh" and (self.in_memory or (queue.idle and not looked)):
+            found = self._find(draw, request, question, request.n, counter, run)
             if found is not None:
-                self._deliver(found, request)
+                self._deliver(found)
                 return found
             if self.mode == "replay":
-                give_back(draw, run)
+                give_back(draw, counter)
                 raise missed(self.store, question, draw, request.n, request, request.namespace)
-        return self._drawing(request, question, queue, draw, run, run)
+        return self._drawing(request, question, queue, draw, counter, run)
 
     def _drawing(
         self,
@@ -292,7 +291,6 @@ class Cache:
         counter: Counter | None,
         run: runs.Occurrences | None,
     ) -> Drawing:
-        self.requests += 1
         stored = draw is not None and not self.store.read_only
         drawing = Drawing(self, queue, request, question, draw, counter, run, stored=stored)
         if stored:
@@ -318,7 +316,8 @@ class Cache:
             if queue.loop is loop:
                 await queue.drain()
             elif queue.loop.is_running() and queue.fork == forks.count:  # loops run in their own process
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop))
+                there = asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop)
+                await asyncio.wait([asyncio.wrap_future(there)])  # it is cancelled if that loop ends
         await self.deliveries.write()
 
 
@@ -333,6 +332,7 @@ class Found(NamedTuple):
         question: the question.
         draw: the draw.
         grant: the samples.
+        values: the samples, decoded.
     """
 
     cache: Cache
@@ -342,16 +342,12 @@ class Found(NamedTuple):
     question: Question
     draw: Draw
     grant: Grant
-
-    def values(self) -> list[Any]:
-        """Return the samples."""
-        decode = self.cache.decode
-        return [decode(sample) for sample in self.grant.samples if sample is not None]
+    values: list[Any]
 
     def response(self, duplicated: list[bool] | None) -> Response:
         """Return the response, with these flags ``duplicated``."""
         indices = self.grant.indices
-        return respond(self.values(), [True] * len(indices), duplicated, tuple(indices), self.question.key)
+        return respond(self.values, [True] * len(indices), duplicated, tuple(indices), self.question.key)
 
     def take_back(self) -> None:
         """Take the samples back, as they did not reach their caller: a retry is then the same draw."""

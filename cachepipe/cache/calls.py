@@ -372,7 +372,7 @@ class Caller:
     async def step(self) -> None:
         """Send the requests that the stages below have queued, and wait until a call in flight has ended.
 
-        It returns earlier now and then: a call that has just begun may reach their queues only later.
+        It also returns after a short time, as a call that has just begun may reach their queues later.
         """
         await asyncio.sleep(0)
         if isinstance(self._model, Stage):

@@ -37,7 +37,7 @@ from cachepipe.stores.sums import Delivery, is_stored
 from cachepipe.typedefs import Request, Response
 
 if TYPE_CHECKING:
-    from cachepipe.cache.cache import Cache
+    from cachepipe.cache.cache import Cache, Found
 
 _tokens = itertools.count(1)
 
@@ -207,7 +207,7 @@ class Drawing:
             return
         try:
             commit = self.commit_of(index, value, call)
-        except Exception as error:  # noqa: BLE001 - whatever a value does to its encoder, it is paid for
+        except Exception as error:  # noqa: BLE001 - whatever error the encoder raises, the value is paid for
             self._unstored(index, value, b"", error)
             return
         self.queue.put(commit, self._committed, index, value, commit.meta)
@@ -237,7 +237,7 @@ class Drawing:
         self.perform(self.state.unstored(index))
         try:
             warn(f"a sample of key {self.question.key} was not cached: {error}", NotStored)
-        except NotStored as refused:  # its user has made it an error
+        except NotStored as refused:  # the user has made the warning an error
             self._lose([header])
             self.perform(self.state.broken(refused))
             return
@@ -272,7 +272,7 @@ class Drawing:
             return
         try:
             self.values[position] = self.cache.decode(sample)
-        except Exception as unreadable:  # noqa: BLE001 - such as one of an unnamed class
+        except Exception as unreadable:  # noqa: BLE001 - such as the error for an unknown class
             self.perform(self.state.broken(unreadable))
             return
         self.headers[position] = sample.header
@@ -450,7 +450,7 @@ def start(caller: Caller, demands: Sequence[Demand]) -> None:
 
 
 def keep_extra(demand: Demand, values: list[Any], call: Call) -> None:
-    """Store samples that nobody asked for; they serve whoever needs the next."""
+    """Store samples that nobody asked for; the next draws that need samples get them."""
     if not isinstance(demand, DrawDemand):
         return
     drawing = demand.drawing
@@ -491,15 +491,17 @@ def warn_shared(question: Question, claimant: Claims, run: runs.Occurrences) -> 
 
 
 async def outcomes(
-    drawings: Sequence[Drawing], duplicated: Sequence[list[bool] | None]
+    begun: Sequence[Found | Drawing], duplicated: Sequence[list[bool] | None]
 ) -> list[Response | BaseException]:
     """Return the response or the error of each draw, in order, after all of them have ended."""
-    return [await _outcome(*one) for one in zip(drawings, duplicated, strict=True)]
+    return [await _outcome(*one) for one in zip(begun, duplicated, strict=True)]
 
 
-async def _outcome(drawing: Drawing, duplicated: list[bool] | None) -> Response | BaseException:
+async def _outcome(begun: Found | Drawing, duplicated: list[bool] | None) -> Response | BaseException:
+    if not isinstance(begun, Drawing):
+        return begun.response(duplicated)
     try:
-        return await drawing.response(duplicated)
+        return await begun.response(duplicated)
     except asyncio.CancelledError as stopped:
         task = asyncio.current_task()
         if task is None or task.cancelling():

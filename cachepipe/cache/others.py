@@ -16,8 +16,8 @@ FIRST, LAST = 0.005, 0.25
 LONG = 10.0
 """Seconds of waiting for another process after which a warning is given."""
 ORPHAN_LOOKS = 6
-"""Looks after which a sample of this process that no loop generates is taken over."""
-_ASK = 1.0  # seconds between two questions about the process that generates a sample
+"""After this many looks, a sample that is this process's, but that no loop generates, is taken over."""
+_ASK = 1.0  # seconds between two checks of the process that generates a sample
 
 
 class Look:
@@ -61,8 +61,12 @@ class Look:
                 if looks >= ORPHAN_LOOKS:
                     queue.put(ReleaseLease(drawing.question.key, [index]), unheard)
                     again[drawing] = None
-            elif state != "pending" or _outwaited(drawing, index, now, asks=asks):
-                again[drawing] = None
+            else:
+                try:
+                    if state != "pending" or _outwaited(drawing, index, now, asks=asks):
+                        again[drawing] = None
+                except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
+                    drawing.perform(drawing.state.broken(error))
         self._orphans = seen
         for drawing in again:
             drawing.unheard()

@@ -17,8 +17,8 @@ from cachepipe.gathering import Gathering
 from cachepipe.stores.base import Claim, Commit, Operation, Store
 
 MANY = 1000
-"""Samples of one draw above which even reading them is left to the store's thread."""
-_BYTES = 1 << 20  # of their weight in bytes
+"""If a draw has more samples than this, the store's thread even reads them."""
+_BYTES = 1 << 20  # the largest weight of operations that the loop's own thread writes at once
 _LOOK = 0.01  # seconds between looks at samples that other processes generate
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 

@@ -66,7 +66,7 @@ class KeyView(Protocol):
         ...
 
     def sample(self, index: int) -> Any:
-        """Return the sample at an index, `DISCARDED`, or None where there is none."""
+        """Return the sample at an index, `DISCARDED`, or None if there is no sample."""
         ...
 
     def lease(self, index: int) -> bool:
@@ -104,7 +104,7 @@ def allot(
     """Return what a draw of ``n`` samples gets.
 
     Args:
-        view: the key, as the store shows it to this draw. What is allotted is taken and leased there.
+        view: the key, as the store shows it to this draw. The function takes and leases there what it allots.
         held: the indices that the ledger holds for the draw, by position.
         n: how many samples are wanted.
         refresh: replace what the ledger holds by samples that are not listed yet.
@@ -128,7 +128,7 @@ def allot(
                 coupled = indices_of(view.others())
             preferred = coupled[position] if position < len(coupled) else None
             index = choose(view.listed, view.taken, preferred, new=refresh)
-            view.taken.add(index)  # a discarded one stays taken: nothing comes back to it
+            view.taken.add(index)  # it stays taken also if its sample is discarded
             indices[position : position + 1] = [index]
             sample = view.sample(index) if index in view.listed else None
         if sample is None:
@@ -151,13 +151,13 @@ def choose(listed: IndexSet, taken: IndexSet, preferred: int | None, *, new: boo
     Args:
         listed: the indices whose samples are stored or being generated.
         taken: the indices that the namespace has taken.
-        preferred: the coupled index, or None. While it is free it goes before others: at once if it is
-            listed, and else when no listed index is free.
-        new: take an index that is not listed in any case (mode ``refresh``).
+        preferred: the coupled index, or None. If it is free and listed, it is chosen first; if it is free and
+            not listed, it is chosen when no listed index is free.
+        new: always take an index that is not listed (mode ``refresh``).
     """
     if not new:
         free = preferred is not None and preferred not in taken
-        if free and preferred in listed:  # type: ignore[operator]  # free means that there is one
+        if free and preferred in listed:  # type: ignore[operator]  # if free, it is not None
             return preferred  # type: ignore[return-value]
         index = lowest_listed_free(listed, taken)
         if index is not None:
@@ -202,7 +202,7 @@ def added(allotment: Allotment, n: int, held: int, *, refresh: bool) -> list[tup
         allotment: what the draw got.
         n: how many samples it wanted.
         held: how many positions the ledger held before.
-        refresh: whether the old row goes as a whole.
+        refresh: whether the claim replaces the whole draw.
     """
     indices, kept = allotment.indices, allotment.kept
     segments = [(position, [indices[position]]) for position in allotment.replaced]
@@ -226,7 +226,7 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
     positions: list[int] = []
     for start, indices in segments:
         if start > len(positions):
-            continue  # it lay on something that is gone; no claim leaves such a gap
+            continue  # the segment before it is gone; no claim leaves such a gap
         positions[start : start + len(indices) if indices else None] = indices
     return positions
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 PATIENCE: Final = 3
-"""Calls in a row that bring nothing new before a model is given up."""
+"""After this many calls in a row that bring nothing new, a model is given up."""
 
 REFUSED: Final = frozenset({400, 413, 422})
 """The status codes of calls that may have been refused because they were merged."""
@@ -31,15 +31,15 @@ Piece = tuple[D, Sequence[int]]
 
 
 class Answered(NamedTuple, Generic[D]):
-    """What becomes of a call that has brought so many samples.
+    """What follows from the answer of a call.
 
     Attributes:
-        given: per piece, how many of the samples it gets; in order.
+        given: per piece, how many of the samples it gets, in order.
         extra: how many samples nobody has asked for.
         missing: the pieces that still lack samples.
-        separately: whether they are asked for as their callers wrote them.
-        gives_up: whether the model is given up: it has brought nothing too often.
-        limit: what the limit on ``n`` is lowered to; None leaves it.
+        separately: whether these are asked for in calls of their own, as their callers wrote them.
+        gives_up: whether the model is given up, because it has brought nothing too often.
+        limit: the new limit on ``n``; None leaves the limit as it is.
     """
 
     given: Sequence[int]
@@ -83,7 +83,7 @@ def answered(pieces: Sequence[Piece[D]], brought: int, empty: int) -> Answered[D
     Args:
         pieces: what it asked for.
         brought: how many samples it has brought.
-        empty: how many calls for the same have brought nothing in a row before.
+        empty: how many calls in a row before this one have brought nothing for these pieces.
     """
     given: list[int] = []
     missing: list[Piece[D]] = []
@@ -116,7 +116,7 @@ class Limit:
     """How many samples one call may ask for.
 
     Args:
-        wish: how many the stages above the model prefer, for demands that may be cut and merged at will.
+        wish: the number that the stages above the model prefer, for demands that may be cut and merged.
     """
 
     __slots__ = ("lowered", "wish")
@@ -128,7 +128,7 @@ class Limit:
     def of(self, own: int | None, *, mergeable: bool = True) -> int | None:
         """Return the limit, given the model's own one.
 
-        For demands that may be cut and merged at will, it is also what is wished and what calls have taught.
+        Demands that may be cut and merged are also limited by the wish and by what calls have taught.
         """
         if not mergeable or (self.wish is None and self.lowered is None):
             return own

@@ -13,7 +13,7 @@ _NONE = "-"
 
 
 def label(name: str | int | None) -> str:
-    """Return how the ledger writes a namespace or a replicate: None and the empty string are two of them."""
+    """Return how the ledger writes a namespace or a replicate; None and the empty string differ."""
     return _NONE if name is None else f"={name}"
 
 
@@ -86,7 +86,7 @@ class Claimant(NamedTuple):
 
 
 class Claims(Protocol):
-    """What says who draws: a `Claimant`, or a request."""
+    """An object that says who draws: a `Claimant`, or a request."""
 
     @property
     def namespace(self) -> str | None:
@@ -125,9 +125,9 @@ class Retried(Counter, Protocol):
 
 
 class OneRequest:
-    """Counts for one request, and gives each of its numbers back once at most.
+    """Counts for one request, and gives each of its numbers back at most once.
 
-    A number that is given back while its draw goes on may be another request's by the time the draw ends.
+    If a number is given back while its draw goes on, another request may have the number when the draw ends.
 
     Args:
         counter: counts the occurrences of equal requests.
@@ -176,7 +176,7 @@ class Numbered:
         insort(self._free[draw.key], draw.occurrence)
 
     def left(self) -> None:
-        """Do nothing: the caller's next run counts anew."""
+        """Do nothing: the caller's next run starts counting again."""
 
 
 def draw_of(key: str, claimant: Claims, counter: Counter, *, shared: bool) -> Draw:

@@ -35,7 +35,7 @@ class MutableIndexSet(IndexSet, Protocol):
 
 
 class IntervalSet:
-    """A set of indices in memory. It iterates over its intervals, and is made of them again."""
+    """A set of indices in memory. Iterating over it gives its intervals, which make an equal set."""
 
     __slots__ = ("_starts", "_stops")
 
@@ -127,7 +127,7 @@ def merged(intervals: Sequence[Interval], index: int) -> tuple[list[Interval], I
     """Return which intervals an added index replaces, and the interval that replaces them.
 
     Args:
-        intervals: those that contain ``index - 1`` or ``index + 1``, or neither.
+        intervals: intervals of the set, with those that touch the index; others do not matter.
         index: the index to add, in no interval yet.
     """
     start, stop, gone = index, index + 1, []

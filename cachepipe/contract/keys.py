@@ -1,4 +1,4 @@
-"""Same question, same key: the canonical form of a question, and its digest.
+"""Same question, same key: the canonical form of a question, and its digest (C9).
 
 The key is the SHA-256 of the canonical JSON of ``[scope, document]``. The canonical form has one
 spelling for values that compare equal: whole floats become integers, tuples become lists, and mapping

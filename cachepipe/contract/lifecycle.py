@@ -1,10 +1,11 @@
-"""What becomes of a draw: events go in, effects come out (C5, C7, C8).
+"""What becomes of a draw: events go in, effects come out (C5, C6, C7, C8).
 
 `DrawState` is a state machine without I/O. Each event is a method that returns the effects to perform, in
 order; ``cachepipe.cache.drawing`` performs them. The rules:
 
 - The draw's own indices are fixed by its claim before generation starts (C5).
 - A sample is delivered only after it was stored, or when storing it failed (C7).
+- A sample that was generated on the draw's behalf is delivered with ``cached`` false (C6).
 - A draw that fails or is left while a sample is missing is undone: its hold ends and its occurrence number is
   given back. Once all samples are stored it stands, delivered or not (C8).
 - The error of a call fails the draws that the call was made for. Draws that waited for its samples claim once
@@ -137,10 +138,10 @@ class DrawState:
         indices: the index of each position, as it was granted last.
         missing: the positions that lack a sample, by index.
         cached: by position, False once the sample was generated on this draw's behalf (C6).
-        generated: how many were.
+        generated: how many were generated on its behalf.
         awaited: the indices that others generate.
         making: the indices that are generated on this draw's behalf.
-        held: the parts of the ledger that it holds.
+        held: the segments of the draw that it holds.
     """
 
     __slots__ = (
@@ -196,37 +197,41 @@ class DrawState:
             indices: the index of each position.
             samples: the sample of each position, or None where it is not stored.
             mine: the indices that this draw must generate; it awaits the other missing ones.
-            held: the parts of the ledger that the claim holds.
+            held: the segments of the draw that the claim holds.
             joined: whether others hold the draw too.
         """
         self.joined = self.joined or joined
         self.held = tuple({*self.held, *held}) if self.held else held
         if self.ended:
             return (*self._released(), FreeLeases(mine)) if mine else self._released()
-        self.indices = indices
-        self.missing = missing = {}
-        fill: list[int] = []
-        wait: list[int] = []
-        own = mine if len(mine) < 2 else {*mine}
-        for position, index in enumerate(indices):
-            if not self.cached[position]:
-                continue
-            if samples[position] is not None:
-                fill.append(position)
-                continue
-            missing[index] = position
-            if index not in own and index not in self.making and index not in self.awaited:
-                wait.append(index)
-        effects: list[Effect] = [Fill(fill)] if fill else []
-        if wait:
-            self.awaited = {*self.awaited, *wait}
-            effects.append(Await(wait))
+        fill = self._lay(indices, samples)
         if mine:
             self.making = {*self.making, *mine}
-            effects.append(Generate(mine))
-        if not missing:
-            effects += self._completed()
-        return effects
+        steps = ((Fill, fill), (Await, self._wait()), (Generate, mine))
+        effects: list[Effect] = [kind(which) for kind, which in steps if which]
+        return effects if self.missing else [*effects, *self._completed()]
+
+    def _lay(self, indices: Sequence[int], samples: Sequence[Any]) -> list[int]:
+        """Take over what was granted; return the positions whose samples are stored.
+
+        What was generated for this draw before, under a claim that lost a lease, stays where it is.
+        """
+        self.indices = indices
+        self.missing = {}
+        stored = []
+        for position, cached in enumerate(self.cached):
+            if cached and samples[position] is None:
+                self.missing[indices[position]] = position
+            elif cached:
+                stored.append(position)
+        return stored
+
+    def _wait(self) -> list[int]:
+        """Note and return the missing indices that others generate, except those already awaited."""
+        wait = [index for index in self.missing if index not in self.making and index not in self.awaited]
+        if wait:
+            self.awaited = {*self.awaited, *wait}
+        return wait
 
     def spoiled(self, mine: Sequence[int], error: BaseException) -> Effects:
         """Learn that the effects of a grant were not performed: one of its samples cannot be read."""

@@ -1,7 +1,7 @@
-"""What of a draw is undone when its claimants fail or leave (C8).
+"""Which parts of a draw are undone when its claimants fail or leave (C8).
 
-What one claim added to a draw stands or falls as a whole. It stands once all of it is stored, or what was
-delivered of it; it falls when nobody who holds it is left.
+What one claim added to a draw stands once all of it is stored; what was delivered of it always stands. The
+rest is undone when nobody holds it any more.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from cachepipe.contract.allotment import Segment, indices_of
 
 
 def settled(segments: Sequence[Segment], missing: Callable[[int], bool]) -> int:
-    """Return how many segments of a draw, from the first, no failure undoes any more.
+    """Return how many segments of a draw, counted from the first, no failure can undo any more.
 
-    What one claim added is settled when all of it is stored. What was added after something that is not
-    settled counted on that, and is not settled either.
+    What one claim added is settled when all of it is stored. What was added after an unsettled segment relies
+    on that segment, and is not settled either.
 
     Args:
         segments: the segments, in order of writing.
@@ -34,7 +34,7 @@ def fallen(
     missing: Callable[[int], bool],
     held: Callable[[Segment], bool],
 ) -> list[Segment]:
-    """Return the segments to undo: released ones, and those that dead claimants have laid on them.
+    """Return the segments to undo: released ones, and later ones that dead claimants have added.
 
     Args:
         segments: the segments that are left, in order of writing.

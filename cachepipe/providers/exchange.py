@@ -1,7 +1,7 @@
 """Answers requests to a provider from the cache, for clients and proxy: question, draw, samples, answer.
 
-A request is split into questions (`cachepipe.wire`), and each question becomes a draw of a cacher
-(`cachepipe.stages`). The cacher asks the exchange for missing samples, and the exchange's `send` makes the
+A request is split into questions (`cachepipe.wire`), and each question becomes a draw of a cache
+(`cachepipe.cache`). The cache asks the exchange for missing samples, and the exchange's `send` makes the
 call: through an SDK in the clients, through its own HTTP client in the proxy. If one call was made for this
 request alone, its answer is handed on unchanged; every other answer is assembled from samples.
 """
@@ -55,7 +55,7 @@ _MARKED = b'"\\u0000'
 
 
 class _Model:
-    """The model behind a cacher: it passes each request to the exchange that the request belongs to."""
+    """The model behind a cache: it passes each request to the exchange that the request belongs to."""
 
     max_n = wire.CHAT.max_n
     cache_scope = None
@@ -230,7 +230,7 @@ class CacheView:
 
 @dataclass(frozen=True, eq=False)
 class Asked(Request):
-    """One question of an exchange, as the cacher sees it. Nothing is copied until a call must be sent."""
+    """One question of an exchange, as the cache sees it. Nothing is copied until a call must be sent."""
 
     exchange: Any = dataclasses.field(default=None, kw_only=True, repr=False)
     place: int = dataclasses.field(default=0, kw_only=True, repr=False)
@@ -247,7 +247,7 @@ class Asked(Request):
         return self.merging(n)
 
     def merging(self, n: int) -> Self:
-        """Return the same question for n samples, not all of which belong to this request."""
+        """Return the same question for n samples; some of them belong to other requests."""
         twin = copy.copy(self)
         object.__setattr__(twin, "n", n)
         object.__setattr__(twin, "own", False)
@@ -367,7 +367,7 @@ class Exchange(Calls):
         self.given_back = (
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
-        self._drawings: list[Drawing] = []
+        self._begun: list[Found | Drawing] = []
         self._found: Sequence[Found] = ()  # what was stored
         self._snapped = False
         self._kind: Hashable = None  # what the items that may share a call have in common
@@ -432,9 +432,9 @@ class Exchange(Calls):
             self._take_back()
 
     def _take_back(self) -> None:
-        drawings, self._drawings = self._drawings, []
-        for drawing in drawings:
-            drawing.take_back()
+        begun, self._begun = self._begun, []
+        for one in begun:
+            one.take_back()
 
     in_turns = True
     """Whether requests come from an event loop, in whose turns equal ones are served together."""
@@ -468,25 +468,25 @@ class Exchange(Calls):
         if len(self.asks) > 1:
             queue.gather()
         whose = self.claimant._asdict()
-        live = self.stream and len(self.asks) == 1
-        if live:
+        if self.stream and len(self.asks) == 1:
             self.live = queue.loop.create_future()
         flags = []
         try:
             for place, (ask, question) in enumerate(zip(self.asks, self.questions, strict=True)):
                 flags.append(self._flags(place))
                 request = Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
-                self._drawings.append(
-                    cache.draw(request, question, queue, run=self.run, counter=self.counter)
-                )
-            if live:
-                return await self._streamed(self._drawings[0], flags[0])
-            responses = given(await outcomes(self._drawings, flags), return_exceptions=False)
-        except BaseException as error:  # noqa: BLE001 - what is no answer is raised again
+                one = cache.begin(request, question, queue, run=self.run, counter=self.counter, looked=True)
+                self._begun.append(one)
+            if self.live is not None and isinstance(one, Drawing) and not one.state.complete:
+                return await self._streamed(one, flags[0], self.live)
+            responses = given(await outcomes(self._begun, flags), return_exceptions=False)
+        except BaseException as error:  # noqa: BLE001 - an error without an answer is raised again
             self._take_back()
             return self._instead(error)
         finally:
             self.over = True
+        if not self.stream:
+            self._begun = []  # a draw refers to its exchange: this leaves nothing for the garbage collector
         return self._delivered(responses)
 
     def _instead(self, error: BaseException) -> Answer:
@@ -512,11 +512,13 @@ class Exchange(Calls):
                 return Answer(arrived.content, arrived, made_by=samples[0].made_by)
         return self._made(samples)
 
-    async def _streamed(self, drawing: Drawing, flags: list[bool]) -> Answer:
+    async def _streamed(
+        self,
+        drawing: Drawing,
+        flags: list[bool],
+        live: asyncio.Future[tuple[RecordedStream, Received]],
+    ) -> Answer:
         """Return the stream itself if this request generates it, else a replay of it."""
-        live = self.live
-        if live is None or drawing.state.complete:
-            return self._delivered([await drawing.response(flags)])
         task = self.task = drawing.queue.loop.create_task(drawing.response(flags))
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
@@ -537,10 +539,10 @@ class Exchange(Calls):
             if self.given_back:
                 self._take_back()
 
-    # Generation, on the loop of the cacher.
+    # Generation, on the loop of the request.
 
     def keep(self) -> None:
-        """Make the body this request's own, before the caller can change it."""
+        """Copy the body, before the caller can change it."""
         if not self._snapped:
             self._snapped = True
             self.body = by_value(self.body)

@@ -257,13 +257,13 @@ class Made:
 
 
 async def in_parts(call: Callable[[int], Awaitable[Sequence[S]]], n: int, limit: int) -> Sequence[S]:
-    """Return the samples of as many calls at once as a limit on n demands.
+    """Return n samples, from as many calls at once as the limit requires.
 
     If some calls fail, the samples of the others are returned: they are paid for, and the engine asks again
     for those that are missing.
 
     Args:
-        call: makes a call for so many samples.
+        call: makes a call for a number of samples.
         n: the number of samples.
         limit: the largest number of samples of one call.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cachepipe.providers.exchange import Exchange
 
 _MOST: Final = 2048  # the items that OpenAI takes in one call for embeddings
-_QUIET_TURNS: Final = 3  # turns of the loop without a new item after which a list is sent
+_QUIET_TURNS: Final = 3  # a list is sent after this many turns of the loop without a new item
 
 
 class _Item(NamedTuple):
@@ -124,7 +124,7 @@ class Lists:
             for item in items:
                 item.settle(error=error)
             return
-        share = len(samples) // len(items)  # a lone item's may be fewer than n
+        share = len(samples) // len(items)  # a lone item may get fewer than n samples
         for place, item in enumerate(items):
             item.settle(samples[place * share : (place + 1) * share])
 

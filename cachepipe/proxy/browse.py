@@ -17,14 +17,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from cachepipe.contract.draws import label
 from cachepipe.listings import document_of, draw_fields, key_fields, sample_fields
 from cachepipe.proxy.http_exchange import Refusal
-from cachepipe.stores.base import Store, StoredQuestion
+from cachepipe.stores.base import KeyInfo, Store, StoredQuestion
 
 _MOST: Final = 200  # items of a listing
 _USUAL: Final = 50
@@ -46,12 +46,10 @@ def answer(store: Store, path: str, query: str, clock: Callable[[], float] = tim
         Refusal: when the query is not understood, or the object does not exist.
     """
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=20, errors="strict")
+        options = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=20, errors="strict"))
     except ValueError as error:
         raise _bad_query(f"the query cannot be read: {error}") from error
-    options = dict(pairs)
-    parts = path.strip("/").split("/")
-    match parts:
+    match path.strip("/").split("/"):
         case ["namespaces"]:
             _known(options)
             return {"items": [dataclasses.asdict(info) for info in store.namespaces()], "next": None}
@@ -84,46 +82,62 @@ def _known(options: Mapping[str, str], *names: str) -> None:
         raise _bad_query(f"unknown in the query: {', '.join(unknown)}; known are {known}")
 
 
-def _number(options: Mapping[str, str], name: str, default: int, most: int | None = None) -> int:
+def _number(options: Mapping[str, str], name: str, default: int) -> int:
     text = options.get(name)
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise _bad_query(f"{name} is a whole number; got {text[:50]!r}")
-    return int(text) if most is None else min(int(text), most)
+    return int(text)
+
+
+def _limit(options: Mapping[str, str], usual: int) -> int:
+    return min(max(_number(options, "limit", usual), 1), _MOST)
+
+
+def _namespace(options: Mapping[str, str]) -> str | None:
+    """Return the label of the namespace in a query, or None if it names none."""
+    name = options.get("namespace")
+    return None if name is None else label(name or None)
 
 
 def _keys(store: Store, options: Mapping[str, str], clock: Callable[[], float]) -> dict[str, Any]:
     """List keys, newest first, page by page. A search stops after a while and returns where to continue."""
-    limit = _number(options, "limit", _USUAL, _MOST) or 1
+    limit = _limit(options, _USUAL)
     search = options.get("search", "").casefold()
-    scope, wanted, after = options.get("scope"), options.get("namespace"), options.get("after")
-    drawn = None
-    if wanted is not None:
-        drawn = {draw.draw.key for draw in store.draws(namespace=label(wanted or None))}
+    scope, after = options.get("scope"), options.get("after")
+    drawn = _drawn_keys(store, _namespace(options))
     listed = store.keys(options.get("prefix", ""), newest=True)
-    if after is not None and all(info.key != after for info in listed):  # this also skips the keys before it
-        raise _not_found("the key in `after` is not in the cache; start the listing again")
+    _skip_to(listed, after)
     until = None
     items: list[dict[str, Any]] = []
     for info in listed:
-        if until is None:  # start the time here, so that each page makes progress
-            until = clock() + _SECONDS
+        until = until or clock() + _SECONDS  # the time starts here, so that each page makes progress
         if len(items) == limit or clock() > until:
             return {"items": items, "next": after}
         after = info.key
-        if (scope is not None and info.scope != scope) or (drawn is not None and info.key not in drawn):
+        if scope not in (None, info.scope) or (drawn is not None and info.key not in drawn):
             continue
         question = store.question(info.key)
-        if search and (question is None or search not in _searched(question)):
-            continue
-        items.append(key_fields(info, document_of(question), _BEGINNING))
+        if search in _searched(question):
+            items.append(key_fields(info, document_of(question), _BEGINNING))
     return {"items": items, "next": None}
 
 
-def _searched(question: StoredQuestion) -> str:
+def _drawn_keys(store: Store, namespace: str | None) -> set[str] | None:
+    """Return the keys that a namespace has drawn, or None for all keys."""
+    return None if namespace is None else {draw.draw.key for draw in store.draws(namespace=namespace)}
+
+
+def _skip_to(listed: Iterator[KeyInfo], key: str | None) -> None:
+    """Skip the keys of a listing up to and including ``key``, if there is one."""
+    if key is not None and all(info.key != key for info in listed):
+        raise _not_found("the key in `after` is not in the cache; start the listing again")
+
+
+def _searched(question: StoredQuestion | None) -> str:
     """Return the text that searches compare: a question's JSON without regard to case."""
-    return question.document.decode(errors="replace").casefold()
+    return "" if question is None else question.document.decode(errors="replace").casefold()
 
 
 def _question(store: Store, key: str) -> StoredQuestion:
@@ -148,7 +162,7 @@ def _key(store: Store, key: str) -> dict[str, Any]:
 
 def _samples(store: Store, key: str, options: Mapping[str, str]) -> dict[str, Any]:
     first = _number(options, "from", 0)
-    limit = _number(options, "limit", _USUAL_SAMPLES, _MOST) or 1
+    limit = _limit(options, _USUAL_SAMPLES)
     scope = _question(store, key).scope
     following = (sample for sample in store.samples(key) if sample.index >= first)
     found = list(itertools.islice(following, limit + 1))
@@ -161,10 +175,9 @@ def _samples(store: Store, key: str, options: Mapping[str, str]) -> dict[str, An
 
 def _draws(store: Store, key: str, options: Mapping[str, str]) -> dict[str, Any]:
     after = _number(options, "after", 0)
-    limit = _number(options, "limit", _USUAL, _MOST) or 1
-    wanted = options.get("namespace")
+    limit = _limit(options, _USUAL)
     _question(store, key)
-    draws = store.draws(key, None if wanted is None else label(wanted or None))
+    draws = store.draws(key, _namespace(options))
     found = list(itertools.islice(draws, after, after + limit + 1))
     items = [draw_fields(info) for info in found[:limit]]
     return {"items": items, "next": after + limit if len(found) > limit else None}

@@ -21,7 +21,10 @@ from cachepipe.typedefs import REPEATS, Repeat
 
 Kind = Literal["openai", "anthropic"]
 LogLevel = Literal["all", "calls", "errors", "off"]
-KINDS: Final = ("openai", "anthropic")
+_KEY_HEADERS: Final = {"openai": "authorization", "anthropic": "x-api-key"}
+"""By kind, the header for the API key."""
+
+KINDS: Final = tuple(_KEY_HEADERS)
 LOGS: Final = ("all", "calls", "errors", "off")
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -88,10 +91,7 @@ class Upstream:
             BadSettings: when a value is not valid.
         """
         what = f"the upstream {name!r}"
-        if not _NAME.fullmatch(name):
-            raise BadSettings(
-                f"an upstream's name is made of letters, digits, '_', '.' and '-'; got {name!r}"
-            )
+        _check_form(_NAME, name, "an upstream's name is made of letters, digits, '_', '.' and '-'")
         parts = _url(what, url)
         if kind is None:
             kind = "anthropic" if (parts.hostname or "").endswith("anthropic.com") else "openai"
@@ -100,13 +100,11 @@ class Upstream:
         if mount is None:
             mount = "/v1" if parts.path.strip("/") else ""
         mount = mount.rstrip("/")
-        if not _MOUNT.fullmatch(mount):
-            raise BadSettings(f"{what}: mount is a path such as /v1; got {mount!r}")
-        header = (key_header or ("x-api-key" if kind == "anthropic" else "authorization")).lower()
-        if not _HEADER.fullmatch(header):
-            raise BadSettings(f"{what}: key_header is the name of a header; got {key_header!r}")
+        _check_form(_MOUNT, mount, f"{what}: mount is a path such as /v1")
+        header = key_header or _KEY_HEADERS[kind]
+        _check_form(_HEADER, header, f"{what}: key_header is the name of a header")
         flow = None if limits is None else _flow(what, url, limits)
-        return cls(name, url.rstrip("/"), kind, mount, api_key, header, flow)  # type: ignore[arg-type]  # checked above
+        return cls(name, url.rstrip("/"), kind, mount, api_key, header.lower(), flow)  # type: ignore[arg-type]  # checked above
 
     @property
     def key_value(self) -> str | None:
@@ -132,6 +130,11 @@ def _flow(what: str, url: str, limits: Mapping[str, Any]) -> Flow:
         return Flow(Limits(**options, name=url), Retries(**{"max_retries": 0, **retries}))
     except (TypeError, ValueError, OSError) as error:
         raise BadSettings(f"{what}: its limits are not valid: {error}") from error
+
+
+def _check_form(form: re.Pattern[str], text: str, rule: str) -> None:
+    if not form.fullmatch(text):
+        raise BadSettings(f"{rule}; got {text!r}")
 
 
 def _check_names(what: str, table: Mapping[str, Any], known: Collection[str]) -> None:
@@ -269,21 +272,13 @@ def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | Non
     Raises:
         BadSettings: when it cannot be read, or has unknown names.
     """
-    environment = os.environ if environment is None else environment
     file = Path(path)
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadSettings(f"the configuration {file} cannot be read: {error}") from error
     _check_names(f"{file} has the unknown names", table, {*_TYPES, "token_env", "default", "upstreams"})
-    values: dict[str, Any] = {}
-    for name, kinds in _TYPES.items():
-        if name in table:
-            value = table[name]
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise BadSettings(f"{file}: {name} is of type {wanted}; got {value!r}")
-            values[name] = tuple(str(host) for host in table[name]) if name == "hosts" else value
+    values = _typed(file, table)
     tables = table.get("upstreams", {})
     if not isinstance(tables, dict) or not all(isinstance(each, dict) for each in tables.values()):
         raise BadSettings(f"{file}: upstreams are tables, each [upstreams.NAME] with a url")
@@ -297,7 +292,22 @@ def from_file(path: str | os.PathLike[str], environment: Mapping[str, str] | Non
     return ProxySettings(upstreams=tuple(upstreams), **values)
 
 
-def _upstream(file: Path, name: str, table: Mapping[str, Any], environment: Mapping[str, str]) -> Upstream:
+def _typed(file: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `ProxySettings` in a file, checked for their types."""
+    values = {name: table[name] for name in _TYPES if name in table}
+    for name, value in values.items():
+        kinds = _TYPES[name]
+        if type(value) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise BadSettings(f"{file}: {name} is of type {wanted}; got {value!r}")
+    if "hosts" in values:
+        values["hosts"] = tuple(map(str, values["hosts"]))
+    return values
+
+
+def _upstream(
+    file: Path, name: str, table: Mapping[str, Any], environment: Mapping[str, str] | None
+) -> Upstream:
     _check_names(f"{file}: the upstream {name!r} holds", table, _OF_UPSTREAM)
     limits = table.get("limits")
     if limits is not None and not isinstance(limits, dict):

@@ -167,7 +167,7 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
     found = view.cache(mode).look(claimant, asked, body)
     if found is not None:
-        samples = [sample for one in found for sample in one.values()]
+        samples = [sample for one in found for sample in one.values]
         record = info.Record(questions, claimant, target.url)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:

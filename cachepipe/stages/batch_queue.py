@@ -96,7 +96,7 @@ class _Batch(Flight):
 class BatchQueue:
     """One event loop's queue and batches in flight."""
 
-    def __init__(self, batcher: AsyncBatcher, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, batcher: AsyncBatcher) -> None:
         self.loop = loop
         self._model = batcher.model
         self._size = batcher.batch_size

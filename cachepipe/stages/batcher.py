@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cachepipe import loops
 from cachepipe.adapting import has_request
+from cachepipe.loops import PerLoop
 from cachepipe.stage import (
     Stage,
     each,
@@ -61,23 +62,20 @@ class AsyncBatcher(Stage):
         self.in_flight = in_flight
         self.single = prefer == "request" and has_request(model)
         self._overflow = allow_batch_overflow
-        self._queues: dict[asyncio.AbstractEventLoop, BatchQueue] = {}
+        self._queues: PerLoop[BatchQueue] = PerLoop(self._new_queue)
 
     def __repr__(self) -> str:
-        queues = list(self._queues.values())
+        queues = self._queues.all()
         queued, flying = sum(queue.queued for queue in queues), sum(len(queue.flying) for queue in queues)
         return f"<AsyncBatcher {queued} queued, {flying} in flight>"
+
+    def _new_queue(self, loop: asyncio.AbstractEventLoop) -> BatchQueue:
+        return BatchQueue(loop, self)
 
     def submit(self, request: Request) -> QueuedRequest:
         """Queue a request without waiting; await the ticket for its response, or withdraw it."""
         self._check_open()
-        loop = loops.running()
-        queue = self._queues.get(loop)
-        if queue is None:
-            for old in list(self._queues):
-                if old.is_closed():
-                    self._queues.pop(old, None)
-            queue = self._queues[loop] = BatchQueue(self, loop)
+        queue = self._queues.of(loops.running())
         queued = QueuedRequest(queue, request)
         queue.put(queued)
         return queued
@@ -138,7 +136,7 @@ class AsyncBatcher(Stage):
 
     def flush(self) -> None:
         """Send what is queued on this loop, without waiting for its window."""
-        queue = self._queues.get(loops.running())
+        queue = self._queues.known(loops.running())
         if queue is not None:
             queue.cut()
         super().flush()
@@ -146,7 +144,7 @@ class AsyncBatcher(Stage):
     async def close(self) -> None:
         """Send what is queued at once, wait for what is in flight on this loop, and refuse the rest."""
         self._closed = True
-        queue = self._queues.get(loops.running())
+        queue = self._queues.known(loops.running())
         if queue is not None:
             queue.cut()
             while queue.flying:

@@ -20,6 +20,7 @@ from cachepipe.contract import keys
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
 from cachepipe.gathering import Gathering
+from cachepipe.loops import PerLoop
 from cachepipe.stage import Stage, adapter_of, together
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.typedefs import Batch, Request, Response
@@ -60,7 +61,7 @@ class AsyncDeduplicator(Stage):
         self._cacher = model if isinstance(model, AsyncCacher) else None
         self._scope = scope if scope is not None else scope_of(model)
         self._question = hooks_of(adapter_of(model)).question
-        self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
+        self._loops: PerLoop[_LoopState] = PerLoop(lambda loop: _LoopState(loop, model))
         self._last: _LoopState | None = None
         self._requests = self._merged = self._misses = 0
         if self._cacher is not None:
@@ -73,7 +74,7 @@ class AsyncDeduplicator(Stage):
         """Return the figures since the stage was opened; with a cacher behind, the cacher's figures."""
         if self._cacher is not None:
             return self._cacher.stats()
-        callers = [here.caller for here in self._loops.values()]
+        callers = [here.caller for here in self._loops.all()]
         return Stats(
             misses=self._misses,
             merged=self._merged,
@@ -87,12 +88,11 @@ class AsyncDeduplicator(Stage):
         """Return the request's own samples; ``duplicated`` says which were merged into a group."""
         # Asking for the running loop is a system call on some versions of Python; a loop that runs on
         # this thread is the running one.
-        last = self._last
-        if last is not None and last.thread == get_ident() and last.loop.is_running():
-            loop = last.loop
-        else:
-            loop = loops.running()
-        here, asker = self._here(loop), Asker(asyncio.current_task(loop))
+        here = self._last
+        if here is None or here.thread != get_ident() or not here.loop.is_running():
+            here = self._here(loops.running())
+        loop = here.loop
+        asker = Asker(asyncio.current_task(loop))
         cacher = self._cacher
         if cacher is None:
             self._check_open()
@@ -155,15 +155,7 @@ class AsyncDeduplicator(Stage):
         return question
 
     def _here(self, loop: asyncio.AbstractEventLoop) -> _LoopState:
-        last = self._last
-        if last is not None and last.loop is loop and last.thread == get_ident():
-            return last
-        here = self._loops.get(loop)
-        if here is None:
-            for old in list(self._loops):
-                if old.is_closed():
-                    self._loops.pop(old, None)
-            here = self._loops[loop] = _LoopState(loop, self.model)
+        here = self._loops.of(loop)
         here.thread = get_ident()
         self._last = here
         return here
@@ -186,7 +178,7 @@ class AsyncDeduplicator(Stage):
     async def close(self) -> None:
         """Wait for what is in flight on this loop and close the stages behind."""
         self._closed = True
-        here = self._loops.get(loops.running())
+        here = self._loops.known(loops.running())
         while here is not None and (here.waiting or here.caller.busy):
             here.waiting.cut()
             await here.caller.step()

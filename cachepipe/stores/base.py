@@ -262,7 +262,7 @@ class NamespaceInfo:
 
 
 class Bought(NamedTuple):
-    """What a stored sample says of its price.
+    """What a stored sample says about its price.
 
     Attributes:
         scope: the scope of its question.
@@ -319,7 +319,7 @@ class Store(Protocol):
         ...
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw that the ledger holds whole, else None. Only reads."""
+        """Return the first n samples of a draw whose samples are all stored, else None. Only reads."""
         ...
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:

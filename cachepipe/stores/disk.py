@@ -218,6 +218,11 @@ class DiskStore(SqlStore):
             )
 
     def _check_readable(self) -> None:
+        if not self.folder.exists():
+            raise StoreError(
+                f"there is no cache to read in {self.folder}: the folder does not exist. Check the path, or "
+                "fill it first with mode='read-write'"
+            )
         missing = [name for name in (_LEDGER, _SHELF) if not (self.folder / name).exists()]
         if missing:
             raise StoreError(
@@ -277,7 +282,7 @@ class DiskStore(SqlStore):
     def _inherit(self) -> None:
         theirs = None if self._theirs is None else self._theirs()
         if theirs is not None:
-            theirs.close()  # it opens again by itself
+            theirs.close()  # diskcache opens it again by itself
         super()._inherit()
 
     def _check_files(self, *, deleted: bool = False) -> None:
@@ -309,7 +314,7 @@ class DiskStore(SqlStore):
         holding, self._holding = self._holding, None
         if holding is None or holding.fork != forks.count or not holding.release():
             return
-        with contextlib.suppress(sqlite3.Error, StoreError):  # else it is reaped by the next who claims
+        with contextlib.suppress(sqlite3.Error, StoreError):  # else the next process that claims ends it
             if self._writing is not None:
                 self._writing[0].execute(
                     "UPDATE leases SET ended = ? WHERE name = ?"
@@ -340,7 +345,7 @@ def connect_to_read(path: Path) -> tuple[sqlite3.Connection, str]:
     try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
-        # SQLite wants to make its side files, and cannot: read the file as it lies there.
+        # SQLite cannot create its side files: read the file without them.
         connection.close()
         if _size(path.with_name(f"{path.name}-wal")):
             raise StoreError(

@@ -1,4 +1,4 @@
-"""Folders of caches: where they are, and which files in them are refused.
+"""Folders of caches: where they are, and which files in them are refused (C12).
 
 A folder may come from anyone. So nothing that it holds is used as a path, and no link in it is followed.
 """

@@ -129,7 +129,7 @@ def alive(folder: Path, name: str) -> bool:
     try:
         descriptor = os.open(path, os.O_RDWR | NOFOLLOW)
     except PermissionError:
-        return True  # another user's: it cannot be told, and taking over would buy twice
+        return True  # another user's process: it may live, and taking over could buy samples twice
     except OSError as error:
         if error.errno in _NOT_THERE:
             return False

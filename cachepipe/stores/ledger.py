@@ -77,7 +77,7 @@ class KeyRows(ABC):
 
     @abstractmethod
     def pend(self, index: int) -> None:
-        """Note that this process generates a sample that nobody generates."""
+        """Note that this process generates a sample; nobody generated it before."""
 
     @abstractmethod
     def unpend(self, index: int) -> None:
@@ -163,7 +163,7 @@ class Ledger(ABC):
 
     @abstractmethod
     def alive(self, lease: int) -> bool:
-        """Return True if the process of a lease is alive; one that was dead stays dead."""
+        """Return True if the process of a lease is alive. Once it was dead, it stays dead."""
 
     @abstractmethod
     def made_by_others(self, leases: set[int]) -> bool:

@@ -149,7 +149,7 @@ class SqlReader:
             raise StoreError(f"the cache {self.identity} was closed; open it again")
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw that the ledger holds whole, else None.
+        """Return the first n samples of a draw whose samples are all stored, else None.
 
         Raises:
             StoreError: when the files cannot be read.
@@ -164,7 +164,7 @@ class SqlReader:
         """Turn the errors of damaged rows into ours; in a generator, also those between two of its values."""
         try:
             yield
-        except UnicodeEncodeError:  # what is looked for cannot be stored, so it is the caller's error
+        except UnicodeEncodeError:  # the caller looks for a text that cannot be stored
             raise
         except tables.UNREADABLE as error:
             raise self._unreadable(error) from error
@@ -206,7 +206,7 @@ class SqlReader:
         indices = laid((row[1], unpack(row[2])) for row in rows)
         if len(indices) < n:
             return None
-        # What lies beyond n must be there too: a draw that is incomplete may yet be undone.
+        # The samples beyond n must be stored too: an incomplete draw may still be undone.
         beyond = indices[n:]
         if len(beyond) > _FEW:
             if not _whole(ledger, place[0], min(beyond), max(beyond)):
@@ -527,7 +527,7 @@ class SqlReader:
         return False
 
     def _lives(self, lease: int, name: str) -> bool:
-        """Return True if a lease's process is alive; only the answer False is remembered for good."""
+        """Return True if a lease's process is alive. False is remembered for ever, True for a short time."""
         known = self._leases.get(lease)
         now = time.monotonic()
         if known is not None and (not known[0] or now - known[1] < _ALIVE_FOR):

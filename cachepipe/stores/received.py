@@ -1,4 +1,4 @@
-"""What a received cache may contain: the tables that cachepipe and diskcache create, and nothing else.
+"""What a received cache may contain: the tables that cachepipe and diskcache create, nothing else (C12).
 
 A cache may come from anyone. Triggers and views in its files would run inside every statement.
 """

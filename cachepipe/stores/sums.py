@@ -27,7 +27,7 @@ from cachepipe.stores.base import Grant, Note, Store
 SECONDS: Final = 2.0
 """How long after a delivery the sums are written."""
 MOST: Final = 4096
-"""Deliveries that are summed at once when they have gathered."""
+"""When this many deliveries have gathered, they are summed at once."""
 _STORED: Final = b'"stamp":'  # what only the header of a stored sample has
 
 _T = TypeVar("_T")
@@ -111,7 +111,7 @@ class Deliveries:
                 self._wake()
 
     def _wake(self) -> None:
-        """Have what has gathered written: soon, or at once if it is much."""
+        """Schedule the writing of what has gathered: soon, or at once if it is much."""
         if not self._idle:
             self._hurry.set()
             return
@@ -137,13 +137,13 @@ class Deliveries:
         self._hurry.set()
 
     def write_now(self) -> None:
-        """Write what has gathered, when the interpreter ends and no loop runs any more."""
+        """Write what has gathered when the interpreter ends, when no loop runs any more."""
         with contextlib.suppress(StoreError, RuntimeError):  # no thread can be started any more
             if (notes := self._sums()) and self._store.apply_now(notes) is None:
                 self._store.apply_soon(notes)
 
     def inherit(self) -> None:
-        """Begin anew in a forked child: what has gathered is the parent's to write."""
+        """Begin again in a forked child: the parent writes what has gathered."""
         self._begin()
 
     def _sums(self) -> list[Note]:
@@ -165,7 +165,7 @@ class Deliveries:
                 note.delivered.add(usages, flags, scope or "", times=_TIMES[what], stored=stored)
         for place, waiting in list(self._known.items()):
             taken = _taken(waiting)
-            if not taken:  # nor since the last time: who still had it in hand then has let go
+            if not taken:  # and none came since the last time, so no thread still uses it
                 del self._known[place]
                 continue
             run, namespace, scope = place
@@ -194,7 +194,7 @@ _lock = threading.Lock()
 
 
 def deliveries_of(store: Store) -> Deliveries:
-    """Return what gathers the deliveries from a store, for all who use it in this process."""
+    """Return the `Deliveries` of a store, which all its users in this process share."""
     with _lock:
         deliveries = _of_stores.get(id(store))
         if deliveries is None:

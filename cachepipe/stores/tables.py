@@ -193,7 +193,7 @@ _HEADER = b'{"id":"'
 
 
 UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
-"""What reading a damaged file raises; a message of SQLite's that quotes the file may be no UTF-8."""
+"""What reading a damaged file raises. SQLite's message may quote bytes of the file that are not UTF-8."""
 
 
 def locked(error: sqlite3.OperationalError) -> bool:
@@ -225,7 +225,7 @@ def unpack(written: int | str) -> list[int]:
 
 
 def damaged_row(what: str) -> DamagedCache:
-    """Return the error for a row of the ledger that holds what cachepipe does not write."""
+    """Return the error for a row of the ledger that holds something that cachepipe never writes."""
     return DamagedCache(
         f"the ledger is damaged: it holds {what}. Run `cachepipe verify` to see what else is damaged, and "
         "restore the cache from a copy"
@@ -336,7 +336,7 @@ def sums_digest(run: str, namespace: str, document: bytes) -> bytes:
 def read_sums(
     loads: Callable[[bytes], _Sums], run: str, namespace: str, document: bytes, digest: bytes
 ) -> _Sums:
-    """Return what ``loads`` makes of the document of a row of sums.
+    """Return the document of a row of sums, as ``loads`` reads it.
 
     Raises:
         DamagedCache: when the row is not what was written.

@@ -28,7 +28,7 @@ from cachepipe.stores.sets import LargeSet, SmallSet
 from cachepipe.stores.tables import FEW, LISTED, ROWS, SEGMENT, SMALL, SegmentRow, pack, read_sample, unpack
 
 _REMEMBERED = 20_000  # keys, namespaces and sets remembered between transactions, half a kilobyte each
-_SEVERAL = 8  # claims from which on their rows, sets and samples are read ahead in a few statements
+_SEVERAL = 8  # if there are more claims than this, their rows, sets and samples are read ahead together
 
 Place = tuple[int, str, int, str]
 """A draw apart from its namespace, as the ledger writes it: key, request id, occurrence, replicate."""
@@ -77,7 +77,7 @@ class SqlLedger(Ledger):
         self._changed: dict[tuple[int, int], SmallSet] = {}
         """Sets with changes that are not written yet."""
         self._grown: list[tuple[int, int]] = []
-        """Sets that have too many intervals by now; the transaction that grew them still uses them."""
+        """Sets that have grown too large for memory; the current transaction still uses them."""
         self.found: dict[Place, list[SegmentRow]] = {}
         self.seen: dict[tuple[str, int], Sample | Discarded] = {}
         self._gather()
@@ -97,7 +97,7 @@ class SqlLedger(Ledger):
             ("INSERT OR IGNORE INTO uses VALUES(?, ?, ?)", self.uses),
         )
         self._new_keys: set[int] = set()
-        self.begun: set[int] = set()  # new keys of which the first samples are claimed
+        self.begun: set[int] = set()  # new keys whose first samples are claimed
         self.touched: set[Place] = set()  # draws with gathered segments
 
     def forget(self) -> None:
@@ -455,7 +455,7 @@ class SqlLedger(Ledger):
         return lease
 
     def alive(self, lease: int) -> bool:
-        """Return True if the process of a lease is alive; one that was dead stays dead."""
+        """Return True if the process of a lease is alive. Once it was dead, it stays dead."""
         row = self.ledger.execute(
             "SELECT name FROM leases WHERE id = ? AND ended IS NULL", (lease,)
         ).fetchone()

@@ -126,7 +126,7 @@ class IntegrityReport:
 
 Step = Callable[[], object]
 Progress = Callable[[int], contextlib.AbstractContextManager[Step]]
-"""Takes the number of steps of a check; what it returns is entered for what is called after each step."""
+"""Takes the number of steps of a check; returns a context manager whose value is called after each step."""
 
 
 def unseen(steps: int) -> contextlib.AbstractContextManager[Step]:  # noqa: ARG001 - nobody looks
@@ -289,7 +289,7 @@ class _Check:
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
-        """Report what ends the reading of some rows; the check goes on with the next ones."""
+        """Report an error that ends the reading of some rows; the check goes on with the next ones."""
         try:
             yield
         except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
@@ -632,7 +632,7 @@ def _gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Int
 
 
 def _encodable(*texts: Any) -> bool:
-    """Return True if values are texts that can be looked up: text that was not UTF-8 in the file cannot."""
+    """Return True if values are texts that can be looked up; text that is not UTF-8 in the file is not."""
     try:
         return all(type(text) is str and text.encode() is not None for text in texts)
     except UnicodeEncodeError:

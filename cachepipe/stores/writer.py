@@ -88,18 +88,18 @@ class Writer:
                     timed_out = not self._condition.wait(_IDLE)
                     # What was queued between the timeout and now did not start another thread.
                     if timed_out and not (self._queue or self._stopping or self._woken):
-                        self._thread = None  # so that a store nobody refers to can go
+                        self._thread = None  # so that a store without references can be collected
                         return
                 items = list(self._queue)
                 self._queue.clear()
                 self._woken = False
                 if not items and self._stopping:
                     self.busy = False
-                    self._thread = None  # what comes yet has one of its own, and learns that all is closed
+                    self._thread = None  # later operations get a thread of their own, which finds all closed
                     return
             if items:
                 self._write(items)
-            with contextlib.suppress(Exception):  # what is wrong with the files shows in the next write
+            with contextlib.suppress(Exception):  # an error of the files shows in the next write
                 self._store.tidy()
 
     def _write(self, items: list[_Item]) -> None:
@@ -110,7 +110,7 @@ class Writer:
                 for _, done in items:
                     done(error)
                 return
-            for item in items:  # one of them is at fault: the others go on without it
+            for item in items:  # one of the operations is invalid: write the others without it
                 self._write([item])
             return
         start = 0

@@ -1,4 +1,4 @@
-"""The parts that all APIs of providers share: asks, samples, scopes, and the headers that count.
+"""What all APIs of providers share: asks, samples, scopes, and which fields and headers count (C9).
 
 A sample is an answer: exactly the JSON object that the provider would have sent to a call for this sample
 alone. So a sample that is served alone is served byte for byte, and every surface that can read an answer can
@@ -247,14 +247,7 @@ class Api(ABC):
             stream: whether to ask for an event stream, with its usage.
             transport: the transport fields of the caller: `Ask.transport`.
         """
-        body = dict(questions[0])
-        if len(questions) > 1:
-            if self.listed is None:
-                raise ValueError(f"a call to {self.name} holds one question; got {len(questions)}")
-            body[self.listed] = [question[self.listed] for question in questions]
-            rest = {**body, self.listed: None}
-            if any({**question, self.listed: None} != rest for question in questions):
-                raise ValueError(f"questions share a call when they differ in {self.listed!r} only")
+        body = dict(questions[0]) if len(questions) == 1 else self._with_items(questions)
         if n != 1 and self.max_n == 1:
             raise ValueError(f"a call to {self.name} gives one sample; call it {n} times")
         if n != 1 and "n" not in body:
@@ -263,6 +256,19 @@ class Api(ABC):
         if stream:
             return self.inject_usage({**body, "stream": True})[0]
         return {name: value for name, value in body.items() if name not in self._streaming}
+
+    def _with_items(self, questions: Sequence[Body]) -> dict[str, Any]:
+        """Return the body that lists the items of several questions.
+
+        Raises:
+            ValueError: when they cannot share a call.
+        """
+        if self.listed is None:
+            raise ValueError(f"a call to {self.name} holds one question; got {len(questions)}")
+        rest = {**questions[0], self.listed: None}
+        if any({**question, self.listed: None} != rest for question in questions):
+            raise ValueError(f"questions share a call when they differ in {self.listed!r} only")
+        return {**rest, self.listed: [question[self.listed] for question in questions]}
 
     @abstractmethod
     def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:
@@ -593,19 +599,18 @@ SECRETS: Final = {
 
 def _without_secrets(question: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a question in which digests replace credentials."""
-    changed: dict[str, Any] = {}
-    for field, names in SECRETS.items():
-        items = question.get(field)
-        if isinstance(items, list | tuple) and any(
-            isinstance(item, Mapping) and not names.isdisjoint(item) for item in items
-        ):
-            changed[field] = [
-                {name: _digested(value) if name in names else value for name, value in item.items()}
-                if isinstance(item, Mapping)
-                else item
-                for item in items
-            ]
+    changed = {
+        field: [_item_without_secrets(item, names) for item in items]
+        for field, names in SECRETS.items()
+        if isinstance(items := question.get(field), list | tuple)
+    }
     return {**question, **changed} if changed else question
+
+
+def _item_without_secrets(item: Any, names: frozenset[str]) -> Any:
+    if not isinstance(item, Mapping) or names.isdisjoint(item):
+        return item
+    return {name: _digested(value) if name in names else value for name, value in item.items()}
 
 
 def _digested(value: Any) -> Any:

@@ -53,7 +53,7 @@ class ChatApi(ChoicesApi):
                 del first[name]
                 lanes += map(_part_of, [None, *text], text)
         calls = content.get("tool_calls")
-        if calls and isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls):
+        if calls and objects(calls) == calls:
             first["tool_calls"] = [{"index": number, **_opened(call)} for number, call in enumerate(calls)]
             for number, call in enumerate(calls):
                 lanes.append((_arguments_of(number), _arguments(call)))

@@ -20,6 +20,7 @@ from cachepipe.wire.base import (
     Sample,
     load,
     marked,
+    objects,
     text_of,
     unmarked,
     wanted,
@@ -46,6 +47,7 @@ Lane = tuple[Callable[[Any], Any], str | list[Any]]
 
 _CONTENTS = frozenset({"delta", "message", "text"})
 """The fields of a streamed choice with its content, or with a copy, such as Perplexity's ``message``."""
+_NOT_COPIED = _CONTENTS | {"index"}
 _IN_EVERY_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
 
 
@@ -96,6 +98,27 @@ class ChoicesApi(Api):
     def samples(self, answer: bytes | Body, questions: Sequence[Body] = ()) -> list[Sample]:
         """Return the samples of an upstream answer; see `Api.samples`."""
         body = load(answer)
+        choices = self._choices_of(body)
+        if len(choices) == 1 and len(questions) < 2 and not choices[0].get("index"):
+            return [body]
+        prompts = self._weights(questions)
+        choices = _in_order(choices, len(prompts))
+        usage = body.get("usage")
+        parts = split_usage(usage, self._shares(choices, usage), prompts)
+        samples = []
+        for number, (choice, part) in enumerate(zip(choices, parts, strict=True)):
+            sample = {**body, "choices": [{**choice, "index": 0}]}
+            if "usage" in body:
+                sample["usage"] = part
+            samples.append(marked(sample) if number % (len(choices) // len(prompts)) else sample)
+        return samples
+
+    def _choices_of(self, body: Mapping[str, Any]) -> list[Any]:
+        """Return the choices of an answer.
+
+        Raises:
+            BadAnswer: when they are missing or invalid.
+        """
         choices = body.get("choices")
         if not isinstance(choices, list):
             raise BadAnswer(
@@ -105,28 +128,14 @@ class ChoicesApi(Api):
             raise BadAnswer(f"an answer of {self.name} holds no choice, and no usage: nothing was generated")
         for choice in choices:
             self._check(choice)
-        if len(choices) == 1 and len(questions) < 2 and not choices[0].get("index"):
-            return [body]
-        prompts = self._weights(questions)
-        choices = _in_order(choices, len(prompts))
-        usage = body.get("usage")
-        if isinstance(usage, Mapping):
-            parts: list[Any] = split_usage(usage, self._shares(choices, usage), prompts)
-        else:
-            parts = [usage] * len(choices)
-        samples = []
-        for number, (choice, part) in enumerate(zip(choices, parts, strict=True)):
-            sample = {**body, "choices": [{**choice, "index": 0}]}
-            if "usage" in body:
-                sample["usage"] = part
-            samples.append(marked(sample) if number % (len(choices) // len(prompts)) else sample)
-        return samples
+        return choices
 
-    def _shares(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any]) -> list[int]:
+    def _shares(self, choices: Sequence[Mapping[str, Any]], usage: Any) -> list[int]:
         """Return the share of each choice in the completion: its tokens if all list them, else its length."""
         tokens = [_tokens(choice) for choice in choices]
         counts = [count for count in tokens if count is not None]
-        if len(counts) == len(choices) and sum(counts) == usage.get("completion_tokens") != 0:
+        total = usage.get("completion_tokens") if isinstance(usage, Mapping) else 0
+        if len(counts) == len(choices) and sum(counts) == total != 0:
             return counts
         return [_length(choice[self.content]) + 1 for choice in choices]
 
@@ -154,7 +163,8 @@ class ChoicesApi(Api):
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
         """Return the events of a stream with these samples; see `Api.stream`."""
         whole = self.answer(samples, ask)
-        head = {name: value for name, value in whole.items() if name not in ("choices", "usage")}
+        head = dict(whole)
+        choices, usage = head.pop("choices"), head.pop("usage", None)
         if head.get("object") == self.whole_object:
             head["object"] = self.chunk_object
         usual = {name: value for name, value in head.items() if name in _IN_EVERY_CHUNK}
@@ -162,13 +172,13 @@ class ChoicesApi(Api):
             head["usage"] = usual["usage"] = None
         begin = b"data: " + jsontext.dumps({**head, "choices": []})[:-2]
         rest = b"data: " + jsontext.dumps({**usual, "choices": []})[:-2]
-        for turn in zip_longest(*(self._chunks(choice) for choice in whole["choices"])):
+        for turn in zip_longest(*map(self._chunks, choices)):
             for index, chunk in enumerate(turn):
                 if chunk is not None:
                     yield begin + jsontext.dumps({"index": index, **chunk}) + b"]}\n\n"
                     begin = rest
-        if ask.include_usage and whole.get("usage") is not None:
-            yield b"data: " + jsontext.dumps({**usual, "choices": [], "usage": whole["usage"]}) + b"\n\n"
+        if ask.include_usage and usage is not None:
+            yield data_event({**usual, "choices": [], "usage": usage})
         yield DONE
 
     @abstractmethod
@@ -193,18 +203,14 @@ class ChoicesApi(Api):
         plain = {"logprobs": None} if "logprobs" in choice else {}
         chunks: list[dict[str, Any]] = []
         for make, text in lanes:
-            parts = by_token(unsent, text) if isinstance(text, str) else None
+            parts = by_token(unsent, text)
             if parts:
                 unsent = None
-            for part, own in parts or [
-                (part, plain) for part in (pieces(text) if isinstance(text, str) else text)
-            ]:
+            words = pieces(text) if isinstance(text, str) else text
+            for part, own in parts or [(word, plain) for word in words]:
                 chunks.append({self.delta: make(part), **own, "finish_reason": None})
-        head = {self.delta: first, **plain, "finish_reason": None}
-        if unsent is not None:
-            head["logprobs"] = unsent
-        told = {"index", "logprobs", *_CONTENTS}
-        rest = {name: value for name, value in choice.items() if name not in told}
+        head = {self.delta: first, **dict.fromkeys(plain, unsent), "finish_reason": None}
+        rest = {name: value for name, value in choice.items() if name not in ("logprobs", *_NOT_COPIED)}
         return [head, *chunks, {self.delta: self.no_delta, **plain, **rest}]
 
     @abstractmethod
@@ -239,37 +245,28 @@ class _ChoicesRecorder(StreamRecorder):
         for name, value in chunk.items():
             if not self._head.get(name) or (value and name not in _IN_EVERY_CHUNK):
                 self._head[name] = value  # a repeated field, such as a report, replaces the earlier one
-        if not usage:
-            return ""
-        self._usage = usage
-        if choices:
-            return ""
-        bare = all(value is None or name in _IN_EVERY_CHUNK for name, value in chunk.items())
-        return b"" if bare else data_event({**chunk, "choices": []})
+        self._usage = usage or self._usage
+        return _without_usage(chunk) if usage and not choices else ""
 
     def _add(self, part: dict[str, Any]) -> None:
         """Read one choice of a chunk."""
         api = self._api
         index = part.get("index") or 0
         choice = self._choices.setdefault(index, {api.content: {}})
-        if any(_says(part.get(name)) for name in _CONTENTS if name != api.delta):
+        if any(_says(part.get(name)) for name in _CONTENTS - {api.delta}):
             if part.get(api.delta) is None:
                 raise BadAnswer(f"a chunk of the stream has its content elsewhere than in {api.delta!r}")
             self._elsewhere.add(index)
         delta = api.delta_of(part)
         if delta:
             merge(choice[api.content], delta)
-            self.started = self.started or any(value and name != "role" for name, value in delta.items())
+            self.started = self.started or _says(delta)
         for name, value in part.items():
             if name == "logprobs":
                 self._add_logprobs(choice, value, delta, part)
             elif name == "token_ids":  # from vLLM, some with each delta
                 extend(choice, {name: value})
-            elif (
-                name != "index"
-                and name not in _CONTENTS
-                and (value not in (None, "") or not choice.get(name))
-            ):
+            elif name not in _NOT_COPIED and (value not in (None, "") or not choice.get(name)):
                 choice[name] = value
 
     @staticmethod
@@ -316,6 +313,12 @@ class _ChoicesRecorder(StreamRecorder):
         return {**usual, "choices": choices, "usage": self._usage, **head}
 
 
+def _without_usage(chunk: Mapping[str, Any]) -> bytes:
+    """Return the event of a chunk without its usage and choices; nothing if it has no field of its own."""
+    bare = all(value is None or name in _IN_EVERY_CHUNK for name, value in chunk.items())
+    return b"" if bare else data_event({**chunk, "choices": []})
+
+
 def _says(content: Any) -> bool:
     """Return True if a text, a message or a delta is not empty."""
     if isinstance(content, Mapping):
@@ -323,14 +326,14 @@ def _says(content: Any) -> bool:
     return bool(content)
 
 
-def by_token(logprobs: Any, text: str) -> list[tuple[str, dict[str, Any]]] | None:
+def by_token(logprobs: Any, text: Any) -> list[tuple[str, dict[str, Any]]] | None:
     """Return the tokens of a text, each with its log probabilities, or None if they do not fit."""
     if not isinstance(logprobs, Mapping):
         return None
     tokens = logprobs.get("tokens")
-    if tokens is None and isinstance(logprobs.get("content"), list):
-        tokens = [entry.get("token") for entry in logprobs["content"] if isinstance(entry, Mapping)]
-    if not tokens or not all(isinstance(token, str) for token in tokens) or "".join(tokens) != text:
+    if tokens is None:
+        tokens = [entry.get("token") for entry in objects(logprobs.get("content"))]
+    if not tokens or set(map(type, tokens)) != {str} or "".join(tokens) != text:
         return None
     lists = [value for value in logprobs.values() if value is not None]
     if any(not isinstance(value, list) or len(value) != len(tokens) for value in lists):

@@ -23,6 +23,7 @@ from cachepipe.wire.base import (
     Body,
     Sample,
     load,
+    objects,
 )
 from cachepipe.wire.errors import BadAnswer, MixedAnswer
 from cachepipe.wire.usage import join_usage, split_usage
@@ -51,7 +52,7 @@ class _FunctionApi(Api):
         """Return one sample per result, with its share of the prompt's tokens; see `Api.samples`."""
         body = load(answer)
         results = body.get(self.results)
-        if not isinstance(results, list) or not all(isinstance(result, Mapping) for result in results):
+        if objects(results) != results:
             raise BadAnswer(
                 f"an answer of {self.name} must list its {self.results}; it holds {sorted(body)!r:.200}"
             )
@@ -62,11 +63,8 @@ class _FunctionApi(Api):
         results = self._stored(results)
         if len(results) == 1:
             return [{**body, self.results: results}]
-        usage = body.get("usage")
-        parts: list[Any] = [usage] * len(results)
-        if isinstance(usage, Mapping):
-            prompts = self._weights(questions) if questions else [1] * len(results)
-            parts = split_usage(usage, [1] * len(results), prompts)
+        prompts = self._weights(questions) if questions else [1] * len(results)
+        parts = split_usage(body.get("usage"), [1] * len(results), prompts)
         samples = [{**body, self.results: [result]} for result in results]
         if "usage" in body:
             for sample, part in zip(samples, parts, strict=True):

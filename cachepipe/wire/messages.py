@@ -126,7 +126,8 @@ class MessagesApi(OneAnswerApi):
     def stream(self, samples: Sequence[Sample], ask: Ask) -> Iterator[bytes]:
         """Return the events of a stream with this sample; see `Api.stream`."""
         whole = self.answer(samples, ask)
-        begun = {**whole, "content": [], **{name: None for name in _TOLD_LAST if name in whole}}
+        told = {name: whole[name] for name in _TOLD_LAST if name in whole}
+        begun = {**whole, "content": [], **dict.fromkeys(told)}
         usage = whole.get("usage")
         last: dict[str, Any] = {}
         if isinstance(usage, Mapping):
@@ -139,7 +140,6 @@ class MessagesApi(OneAnswerApi):
             for delta in deltas:
                 yield typed_event({"type": "content_block_delta", "index": index, "delta": delta})
             yield typed_event({"type": "content_block_stop", "index": index})
-        told = {name: whole[name] for name in _TOLD_LAST if name in whole}
         yield typed_event({"type": "message_delta", "delta": told, "usage": last})
         yield typed_event({"type": "message_stop"})
 
@@ -199,8 +199,8 @@ def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
             deltas.append({"type": "signature_delta", "signature": block["signature"]})
     elif isinstance(block.get("input"), Mapping):
         opened["input"] = {}
-        text = jsontext.dumps(block["input"]).decode() if block["input"] else ""
-        deltas += [{"type": "input_json_delta", "partial_json": piece} for piece in pieces(text) or [""]]
+        parts = pieces(jsontext.dumps(block["input"]).decode()) if block["input"] else [""]
+        deltas += [{"type": "input_json_delta", "partial_json": piece} for piece in parts]
     return opened, deltas
 
 

@@ -183,29 +183,20 @@ def _text_events(
     kind: str, field: str, text: str, place: dict[str, Any], part: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Return the events of one text in pieces, with its log probabilities and annotations."""
-    with_logprobs = kind == "output_text"
-    logprobs = objects((part or {}).get("logprobs"))
+    part = part or {}
+    logprobs = objects(part.get("logprobs"))
+    listed = {"logprobs": logprobs} if kind == "output_text" else {}
     tokens = [text_of(entry.get("token")) for entry in logprobs]
     if tokens and "".join(tokens) == text:
         parts = [(token, [entry]) for token, entry in zip(tokens, logprobs, strict=True)]
     else:
         parts = [(piece, []) for piece in pieces(text)]
     for piece, own in parts:
-        yield {
-            "type": f"response.{kind}.delta",
-            **place,
-            "delta": piece,
-            **({"logprobs": own} if with_logprobs else {}),
-        }
-    for number, annotation in enumerate(objects((part or {}).get("annotations"))):
+        yield {"type": f"response.{kind}.delta", **place, "delta": piece, **dict.fromkeys(listed, own)}
+    for number, annotation in enumerate(objects(part.get("annotations"))):
         added = {"annotation_index": number, "annotation": annotation}
         yield {"type": "response.output_text.annotation.added", **place, **added}
-    yield {
-        "type": f"response.{kind}.done",
-        **place,
-        field: text,
-        **({"logprobs": logprobs} if with_logprobs else {}),
-    }
+    yield {"type": f"response.{kind}.done", **place, field: text, **listed}
 
 
 RESPONSES = ResponsesApi()

@@ -1,5 +1,7 @@
 """Server-sent events: reads them from any chunks, writes them, and records them until the answer is complete.
 
+A stream that ends early is never taken for a complete one (C7).
+
 The reader keeps the original bytes of each event. So a proxy can pass a stream on event by event, hold the
 terminal event back until the sample is stored, and leave out usage that its client has not asked for.
 """

@@ -44,13 +44,16 @@ def _shared_out(value: Any, weights: Sequence[int]) -> list[Any]:
         whole = sum(weights)
         return [value * weight / whole for weight in weights]
     if isinstance(value, Mapping):
-        columns = {name: _shared_out(item, weights) for name, item in value.items()}
-        return [{name: column[i] for name, column in columns.items()} for i in range(len(weights))]
+        return _rows({name: _shared_out(item, weights) for name, item in value.items()}, len(weights))
     return [value] * len(weights)
 
 
-def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) -> list[dict[str, Any]]:
-    """Return the usage of each sample of a call.
+def _rows(columns: Mapping[str, list[Any]], number: int) -> list[dict[str, Any]]:
+    return [{name: column[i] for name, column in columns.items()} for i in range(number)]
+
+
+def split_usage(usage: Any, weights: Sequence[int], prompts: Sequence[int]) -> list[Any]:
+    """Return the usage of each sample of a call; if it is not a mapping, each sample has the whole.
 
     Args:
         usage: the usage of the call.
@@ -58,6 +61,8 @@ def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) ->
         prompts: the weight of each question in the prompt, above 0. Each question has
             the same number of samples, in order.
     """
+    if not isinstance(usage, Mapping):
+        return [usage] * len(weights)
     per = len(weights) // len(prompts)
     prompt = _integer(usage.get("prompt_tokens"))
     columns: dict[str, list[Any]] = {}
@@ -72,7 +77,7 @@ def split_usage(usage: Usage, weights: Sequence[int], prompts: Sequence[int]) ->
             columns[name] = [rest[i // per] + share for i, share in enumerate(own)]
         else:
             columns[name] = [value] * len(weights)
-    return [{name: column[i] for name, column in columns.items()} for i in range(len(weights))]
+    return _rows(columns, len(weights))
 
 
 def join_usage(usages: Sequence[Usage], per: int) -> dict[str, Any]:
@@ -117,28 +122,28 @@ def token_counts(usage: Any) -> dict[str, int | None]:
     """
     if not isinstance(usage, Mapping):
         return dict.fromkeys(COUNTS)
-    prompt = _first(usage, "prompt_tokens", "input_tokens")
-    completion = _first(usage, "completion_tokens", "output_tokens")
-    cached = _first(usage, "cache_read_input_tokens", "prompt_cache_hit_tokens")
-    reasoning = None
+    prompt = _first((usage,), "prompt_tokens", "input_tokens")
+    completion = _first((usage,), "completion_tokens", "output_tokens")
+    cached = _first((usage,), "cache_read_input_tokens", "prompt_cache_hit_tokens")
+    details = usage.get("completion_tokens_details"), usage.get("output_tokens_details")
+    reasoning = _first(details, "reasoning_tokens", "thinking_tokens")
     if prompt is not None:
         prompt += _integer(usage.get("cache_read_input_tokens"))
         prompt += _integer(usage.get("cache_creation_input_tokens"))
-    for name in ("prompt_tokens_details", "input_tokens_details"):
-        if cached is None and isinstance(usage.get(name), Mapping):
-            cached = _first(usage[name], "cached_tokens")
-    for name in ("completion_tokens_details", "output_tokens_details"):
-        if reasoning is None and isinstance(usage.get(name), Mapping):
-            reasoning = _first(usage[name], "reasoning_tokens", "thinking_tokens")
-    total = _first(usage, "total_tokens")
+    if cached is None:
+        details = usage.get("prompt_tokens_details"), usage.get("input_tokens_details")
+        cached = _first(details, "cached_tokens")
+    total = _first((usage,), "total_tokens")
     if total is None and (prompt is not None or completion is not None):
         total = (prompt or 0) + (completion or 0)
     return dict(zip(COUNTS, (prompt, completion, total, cached, reasoning), strict=True))
 
 
-def _first(values: Mapping[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = values.get(name)
-        if isinstance(value, int):
-            return value
+def _first(parts: Sequence[Any], *names: str) -> int | None:
+    """Return the first integer with one of these names in those parts of a usage that are mappings."""
+    for part in parts:
+        for name in names if isinstance(part, Mapping) else ():
+            value = part.get(name)
+            if isinstance(value, int):
+                return value
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -18,6 +18,7 @@ from cachepipe import (
     OnlineAPI,
     Request,
     Response,
+    SharedDraw,
     ShortAnswer,
     StoreError,
 )
@@ -147,6 +148,44 @@ async def test_c8_a_partial_hit_that_cannot_be_read_gives_back_what_it_was_to_ge
         key = bad.key(Request("p"))
     assert store.status([(key, 0), (key, 1)]) == ["stored", "free"]
     assert [info.draw.namespace for info in store.draws()] == ["-"]
+
+
+async def test_c8_a_hit_that_cannot_be_read_fails_alone_and_gives_its_number_back(store):
+    class Model:
+        cache_scope = "m"
+
+        async def request(self, request):
+            return Response([Point(1) if request.prompt == "p" else "text"] * request.n)
+
+    batch = Batch([Request("p"), Request("q")])
+    async with OnlineAPI(Model(), store, classes=[Point]) as good:
+        await good.batch_request(batch)
+        with cachepipe.run():
+            bad = OnlineAPI(Model(), store)
+            unread, read = await bad.batch_request(batch, return_exceptions=True)
+            assert isinstance(unread, StoreError)
+            assert read.cached == [True]
+            assert bad.stats().hits == 1
+            again = await good.request(Request("p"))
+            assert again.cached == [True], "it is the same draw"
+            await bad.close()
+
+
+async def test_c8_a_hit_whose_warning_is_an_error_gives_its_number_back(store):
+    faulty = FaultyStore(store)
+    async with OnlineAPI(ScriptedModel(), faulty) as pipeline:
+        first = await pipeline.request(Request("p"))
+
+    def recall(draw, n):
+        grant = store.recall(draw, n)
+        return grant and replace(grant, shared=True)
+
+    faulty.recall = recall
+    async with OnlineAPI(ScriptedModel(), faulty) as rerun:
+        with pytest.raises(SharedDraw):
+            await rerun.request(Request("p"))
+        again = await rerun.request(Request("p"))
+    assert (again.data, again.cached) == (first.data, [True])
 
 
 async def test_c6_a_sample_that_was_bought_twice_is_kept_as_an_extra_and_unreported(store):

@@ -81,6 +81,13 @@ async def test_replay_takes_a_partial_hit_for_a_miss_that_claims_nothing(store):
     assert contents(store) == before
 
 
+async def test_c6_a_request_that_misses_in_replay_has_begun(store):
+    async with OnlineAPI(NoModel(), store, mode="replay") as replay:
+        with pytest.raises(CacheMiss):
+            await replay.request(Request("p"))
+        assert replay.stats().requests == 1
+
+
 async def test_replay_takes_a_pending_sample_for_a_miss(store):
     model = scripted(hold=True)
     writer, replay = OnlineAPI(model, store), OnlineAPI(NoModel(), store, mode="replay")

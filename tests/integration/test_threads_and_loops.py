@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cachepipe import AsyncBatcher, AsyncDeduplicator, MemoryStore, OnlineAPI, Request, Response
+from cachepipe import MemoryStore, OnlineAPI, Request, Response
 from cachepipe.cache import others
+from cachepipe.loops import PerLoop
 from cachepipe.stores.base import ReleaseLease
 from cachepipe.testing import ScriptedModel
 
@@ -154,6 +155,29 @@ def test_c4_a_loop_that_is_busy_loses_its_claim_to_no_other_loop(tmp_path, monke
     assert model.generated == 2, "the other question's, and one for both"
 
 
+@pytest.mark.anyio
+async def test_c7_closing_outlives_a_loop_that_ends_meanwhile(until):
+    model = ScriptedModel(hold=True)
+    pipeline = OnlineAPI(model, MemoryStore())
+    ends, loops = threading.Event(), []
+
+    async def ask_and_end():
+        loops.append(asyncio.get_running_loop())
+        request = asyncio.create_task(pipeline.request(Request("p")))
+        await asyncio.to_thread(ends.wait)
+        return request
+
+    thread = threading.Thread(target=asyncio.run, args=(ask_and_end(),))
+    thread.start()
+    await until(lambda: model.calls)
+    closing = asyncio.create_task(pipeline.close())
+    await until(lambda: any("drain" in repr(task) for task in asyncio.all_tasks(loops[0])))
+    ends.set()
+    await closing
+    thread.join()
+    assert pipeline.stats().in_flight == 0
+
+
 def test_loops_that_are_closed_leave_their_figures_and_nothing_else():
     pipeline = OnlineAPI(Model(), MemoryStore())
     for number in range(20):
@@ -163,28 +187,33 @@ def test_loops_that_are_closed_leave_their_figures_and_nothing_else():
     asyncio.run(pipeline.close())
 
 
-@pytest.mark.parametrize("kind", ["batcher", "deduplicator"])
-def test_a_loop_s_lane_may_be_dropped_by_two_threads_at_once_while_a_third_adds_one(kind):
-    """What another thread does while this one looks for closed loops is done at the worst moment of all."""
-    stage = AsyncBatcher(Model()) if kind == "batcher" else AsyncDeduplicator(Model())
+def test_two_threads_that_forget_closed_loops_at_once_lose_and_repeat_nothing():
+    """The second thread comes at the worst moment of all: while the first looks for closed loops."""
 
-    class Closed:
-        """A loop that is closed, and whose lane another thread drops just now."""
+    class Open(str):
+        __slots__ = ()
 
-        def is_closed(self):
-            stage._lanes.pop(self, None)
-            stage._lanes[Open()] = None
-            return True
-
-    class Open:
         def is_closed(self):
             return False
 
-    stage._lanes.update({Closed(): None, Closed(): None})
-    assert asyncio.run(stage.request(Request("p"))).data == ["x"]
-    assert [type(loop) for loop in stage._lanes if isinstance(loop, Closed | Open)] == [Open, Open]
-    stage._lanes.clear()
-    asyncio.run(stage.close())
+    forgotten = []
+    values = PerLoop(lambda loop: f"the value of {loop}", forgotten.append)
+    second = threading.Thread(target=lambda: values.of(Open("second")))
+
+    class Closed:
+        def is_closed(self):
+            if second.ident is None:
+                second.start()
+            return True
+
+        def __str__(self):
+            return "closed"
+
+    values.of(Closed())
+    assert values.of(Open("first")) == "the value of first"
+    second.join()
+    assert forgotten == ["the value of closed"]
+    assert sorted(values.all()) == ["the value of first", "the value of second"]
 
 
 @LINUX

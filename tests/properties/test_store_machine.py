@@ -31,7 +31,7 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.stores import reading
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
-from cachepipe.stores.verify import Report, check_rows
+from cachepipe.stores.verify import IntegrityReport, check_rows
 from cachepipe.testing import MortalStore
 
 KEYS = ["k2-a", "k2-b"]
@@ -456,7 +456,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.check()
 
     def check(self):
-        report = Report()
+        report = IntegrityReport()
         check_rows(*self.processes[0]._readable(), report)
         assert report.problems.keys() <= {"question"}, report  # those of this test have made-up keys
 

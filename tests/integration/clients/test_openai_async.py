@@ -18,9 +18,10 @@ import pytest
 from openai import AsyncStream
 from pydantic import BaseModel
 
-from cachepipe import CacheMiss, MemoryStore, OnlineAPI, Request
+from cachepipe import CacheMiss, DiskStore, MemoryStore, OnlineAPI, Request
 from cachepipe.context import using
 from cachepipe.models import OpenAIModel
+from cachepipe.providers.exchange import Exchange
 from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncOpenAI
 from cachepipe.sdk.http import _eased as eased
@@ -392,6 +393,31 @@ async def test_embeddings_are_cached_per_item(server, client):
     floats = await client.embeddings.create(model="m", input="a", encoding_format="float")
     assert floats.data[0].embedding == pytest.approx(first.data[0].embedding)
     assert server.stats.requests == 2
+
+
+async def test_c4_a_read_only_cache_answers_the_items_that_it_has(server, tmp_path):
+    options = {"base_url": server.base_url, "api_key": KEY, "max_retries": 0}
+    async with AsyncOpenAI(**options, cache=tmp_path / "cache") as client:
+        await client.embeddings.create(model="m", input=["a"])
+    store = DiskStore(tmp_path / "cache", read_only=True)
+    async with AsyncOpenAI(**options, cache=store) as client:
+        answer = await client.embeddings.create(model="m", input=["a", "b"])
+    assert info(answer).cached == (True, False)
+    assert server.stats.samples_generated == 2
+    store.close()
+
+
+async def test_a_claim_that_finds_all_samples_leaves_nothing_to_the_garbage_collector(client):
+    await ask(client)
+    other = client.in_namespace("x")
+    gc.collect()
+    gc.disable()
+    try:
+        await ask(other)
+        await asyncio.sleep(0)
+        assert not [one for one in gc.get_objects() if isinstance(one, Exchange)]
+    finally:
+        gc.enable()
 
 
 async def test_many_missing_items_travel_in_one_call(server, client):

@@ -204,6 +204,20 @@ def test_replay_needs_no_upstream_and_no_key(serve, upstream, http, asked, helpe
     assert upstream.stats.requests == calls
 
 
+@pytest.mark.parametrize("retry", [{"x-stainless-retry-count": "1"}, {"idempotency-key": "k"}])
+def test_replay_answers_retries_from_the_cache_only(serve, upstream, http, asked, helpers, retry):
+    stored = http.post(helpers.chat_url(serve()), json=asked)
+    calls = upstream.stats.requests
+    url = helpers.chat_url(serve(replay=True))
+    assert http.post(url, json=asked, headers=retry).content == stored.content
+    assert http.post(url, json={**asked, "seed": 1}, headers=retry).status_code == (
+        404 if "x-stainless-retry-count" in retry else 422
+    )
+    told = {"x-cachepipe-mode": "replay", "x-stainless-retry-count": "1"}
+    assert http.post(helpers.chat_url(serve()), json={**asked, "seed": 1}, headers=told).status_code == 404
+    assert upstream.stats.requests == calls
+
+
 def test_modes_by_header(proxy, upstream, http, asked, helpers):
     url = helpers.chat_url(proxy, "a")
 
