@@ -32,6 +32,7 @@ _ANSWERED: Final = b',"error":null,"cachepipe":{'  # part of the line of an answ
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
 _POLL: Final = 0.05  # seconds between two checks for a pipe's reader
+_ADVICE: Final = ". What was paid for is in the cache; solve this and run it again"
 _KEPT: Final = 1024  # ids in memory
 _NOWHERE: Final = -1
 _SHOWN: Final = 10  # problems of an input that one error lists
@@ -232,14 +233,12 @@ class OutputFile:
         self.path = path
         if str(path) == "-":
             raise BatchFileError("the results go to a file, which appears when it is complete; name a file")
-        try:
+        with self._explained():
             # Anything but a regular file, such as a terminal or a pipe, gets the lines as they come.
             self._direct = path.exists() and not path.is_file()
             self._target = path if self._direct else Path(os.path.realpath(path))
             self.partial = self._target.with_name(self._target.name + ".partial")
             self._check(source)
-        except OSError as error:
-            raise self._unwritable(error) from error
         self._lines: list[bytes] = []
         self._bytes = 0
         self._written = 0
@@ -285,13 +284,11 @@ class OutputFile:
         return True
 
     def __enter__(self) -> Self:
-        try:
+        with self._explained():
             if self._pipe is not None:
                 self._file: IO[bytes] = os.fdopen(self._pipe, "wb")
             else:
                 self._file = self._target.open("wb") if self._direct else self._alone()
-        except OSError as error:
-            raise self._unwritable(error) from error
         return self
 
     def _alone(self) -> IO[bytes]:
@@ -331,7 +328,7 @@ class OutputFile:
 
     def _write(self) -> None:
         lines, self._lines, self._bytes = self._lines, [], 0
-        with self._explained():
+        with self._explained(_ADVICE):
             self._file.writelines(lines)
             self._file.flush()
         self._written += len(lines)
@@ -347,7 +344,7 @@ class OutputFile:
     def _finish(self) -> None:
         self._write()
         if not self._direct:
-            with self._explained():
+            with self._explained(_ADVICE):
                 os.fsync(self._file.fileno())
                 if self._target.exists():
                     shutil.copymode(self._target, self.partial)
@@ -357,17 +354,13 @@ class OutputFile:
         self._complete = True
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, advice: str = "") -> Iterator[None]:
         """Raise errors of writing as sentences."""
         try:
             yield
         except OSError as error:
-            raise self._unwritable(
-                error, ". What was paid for is in the cache; solve this and run it again"
-            ) from error
-
-    def _unwritable(self, error: OSError, advice: str = "") -> BatchFileError:
-        return BatchFileError(f"the results cannot be written to {self.path}: {error.strerror}{advice}")
+            told = f"the results cannot be written to {self.path}: {error.strerror}{advice}"
+            raise BatchFileError(told) from error
 
     @property
     def left(self) -> Path | None:
