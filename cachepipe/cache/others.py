@@ -61,8 +61,12 @@ class Look:
                 if looks >= ORPHAN_LOOKS:
                     queue.put(ReleaseLease(drawing.question.key, [index]), unheard)
                     again[drawing] = None
-            elif state != "pending" or _outwaited(drawing, index, now, asks=asks):
-                again[drawing] = None
+            else:
+                try:
+                    if state != "pending" or _outwaited(drawing, index, now, asks=asks):
+                        again[drawing] = None
+                except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
+                    drawing.perform(drawing.state.broken(error))
         self._orphans = seen
         for drawing in again:
             drawing.unheard()

@@ -60,6 +60,10 @@ class Environment:
         value = self._given.get(name)
         return str(value) if value else os.environ.get(name) or None
 
+    def located(self, cache: Any) -> Any:
+        """Return what `located` returns for a cache argument; for None, for ``CACHEPIPE_DIR``."""
+        return located(self.found("CACHEPIPE_DIR") if cache is None else cache)
+
 
 class Access:
     """The endpoint, the cache and the mode of calls.
@@ -86,14 +90,15 @@ class Access:
         *,
         sdk: str | None = None,
     ) -> None:
-        self.found = (environment or Environment()).found
+        environment = environment or Environment()
+        self.found = environment.found
         self._sdk = sdk
         self._opened: Any = None
         self.service: Service | None = options.get("service")
-        if self.service is not None and not isinstance(self.service, Service):
+        if not isinstance(self.service, Service | None):
             raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {self.service!r:.100}")
         self._repeat: Repeat | None = options.get("repeat")
-        if self._repeat is not None and self._repeat not in REPEATS:
+        if self._repeat not in (None, *REPEATS):
             raise ValueError(f"repeat is 'fresh' or 'same'; got {self._repeat!r}")
         client, cache = options.get("client"), options.get("cache")
         self.settings = self._given(options, given=not keeps_cache(client))
@@ -102,13 +107,12 @@ class Access:
         where = [name for name in _ENDPOINTS if options.get(name) is not None]
         if len(where) > 1 and where != ["api_key", "base_url"]:
             raise TypeError(f"give {where[0]}= or {where[1]}=, not both: each of them names an endpoint")
-        if client is None or not keeps_cache(client):
-            cache = located(self.found("CACHEPIPE_DIR") if cache is None else cache)
-        self._cache = cache
-        self.client = None if client is None else self._with_cache(client)
-        self._is_async = client is None or is_asynchronous(client)
-        self.api_key = self.base_url = None
-        if client is None and self.service is None:
+        self._cache = cache if keeps_cache(client) else environment.located(cache)
+        self.client = self.api_key = self.base_url = None
+        self._is_async = True
+        if client is not None:
+            self.client, self._is_async = self._with_cache(client), is_asynchronous(client)
+        elif self.service is None:
             self.api_key, self.base_url = self._endpoint(options)
 
     def __repr__(self) -> str:

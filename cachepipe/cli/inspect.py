@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of any real cache apart
 _BEGINNING: Final = 200  # characters of a prompt that `ls --json` gives
 _PARTS: Final = 100  # indices, or runs of them, that `show` writes of a draw
+_TEXTS: Final = ("system", "instructions", "messages", "prompt", "input")
 _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
 
 
@@ -305,22 +306,30 @@ def _asked_lines(document: Any) -> Iterator[str]:
     if not isinstance(document, dict):
         yield "  (the question cannot be read)"
         return
-    asked = document.get("body", document.get("fields"))
-    if not isinstance(asked, dict):
-        asked = document
-    elif document.get("headers"):
-        asked = {**asked, "headers": document["headers"]}
-    texts = [name for name in ("system", "instructions", "messages", "prompt", "input") if name in asked]
+    asked = _asked(document)
     for name, value in asked.items():
-        if name not in texts:
+        if name not in _TEXTS:
             fact = value if isinstance(value, str) else json_text(value)
             yield f"  {styled(visible(name), dim=True)} {visible(fact)}"
-    for name in texts:
-        value = asked[name]
-        said = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
-        for speaker, content in [(item["role"], item) for item in value] if said else [(name, value)]:
-            yield f"  {styled(visible(str(speaker)), fg='green')}"
-            yield from _block(_content(content) if said else text_of(content))
+    for name in _TEXTS:
+        for speaker, text in _said(name, asked[name]) if name in asked else ():
+            yield f"  {styled(visible(speaker), fg='green')}"
+            yield from _block(text)
+
+
+def _asked(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a question: those of its body, and its headers."""
+    asked = document.get("body", document.get("fields"))
+    if not isinstance(asked, dict):
+        return document
+    return {**asked, "headers": document["headers"]} if document.get("headers") else asked
+
+
+def _said(name: str, value: Any) -> list[tuple[str, str]]:
+    """Return the texts in a field, each with the role of its message, or with the name of the field."""
+    if isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value):
+        return [(str(item["role"]), _content(item)) for item in value]
+    return [(name, text_of(value))]
 
 
 def _content(message: dict[str, Any]) -> str:

@@ -358,6 +358,11 @@ def _last_words(context: click.Context, options: dict[str, Any], mode: str, repo
     if report.kept:
         place = report.partial if report.interrupted else report.output
         yield f"{report.kept} earlier results were kept in {place} instead of errors."
+    yield from _next_steps(context, options, mode, report)
+
+
+def _next_steps(context: click.Context, options: dict[str, Any], mode: str, report: Report) -> Iterator[str]:
+    """Yield where the results are, and how to get those that are missing."""
     if report.interrupted:
         if report.partial is not None:
             yield f"The results so far are in {report.partial}."
@@ -375,20 +380,19 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
     """Return the command that continues this run, without credentials."""
     words = context.command_path.split()
     for parameter in context.command.params:
-        name, value = parameter.name or "", options.get(parameter.name or "")
+        name = parameter.name or ""
+        value = options.get(name)
         if context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
             continue
         if name in ("replay", "refresh") or (name == "mode" and value in ("replay", "refresh")):
             continue  # replaying again finds nothing more, and refreshing would generate everything again
-        if name == "base_url" and value is not None:
+        if name == "base_url":
             scheme, mark, rest = str(value).rpartition("//")
             value = f"{scheme}{mark}{rest.rpartition('@')[2]}"
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        else:
+        if isinstance(parameter, click.Option):
             words.append(parameter.opts[0])
-            if not getattr(parameter, "is_flag", False):
-                words.append(str(value))
+        if not getattr(parameter, "is_flag", False):
+            words.append(str(value))
     return shlex.join(words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -18,7 +19,6 @@ from cachepipe.terminal import visible
 if TYPE_CHECKING:
     from cachepipe.proxy.settings import ProxySettings
 
-_MIB: Final = 1 << 20
 _SECONDS: Final = 30.0
 
 _EPILOG: Final = """\b
@@ -29,6 +29,14 @@ Clients take one of these as their base URL:
   http://127.0.0.1:8080/up/OTHER/v1     to the upstream OTHER
 Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metrics.
 """
+
+
+class _Mebibytes(click.IntRange):
+    """A number of MiB; the parameter is in bytes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        size: int = super().convert(value, param, ctx)
+        return size << 20
 
 
 @click.command(epilog=_EPILOG)
@@ -62,11 +70,11 @@ Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metric
 )
 @click.option(
     "--max-answer",
-    type=click.IntRange(min=1),
+    type=_Mebibytes(min=1),
     help="The largest decoded answer in MiB that is cached. Default: CACHEPIPE_MAX_ANSWER or 64.",
 )
 @click.option(
-    "--max-body", type=click.IntRange(min=1), help="The largest request in MiB that is cached. Default: 128."
+    "--max-body", type=_Mebibytes(min=1), help="The largest request in MiB that is cached. Default: 128."
 )
 @click.option(
     "--max-connections", type=click.IntRange(min=1), help="The largest number of connections. Default: 2000."
@@ -85,14 +93,11 @@ Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metric
 def serve(
     *,
     upstreams: tuple[str, ...],
-    cache: str | None,
     config: str | None,
     replay: bool,
     api_key_env: str | None,
     token_env: str | None,
     hosts: tuple[str, ...],
-    max_answer: int | None,
-    max_body: int | None,
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -107,27 +112,21 @@ def serve(
         raise Failure(str(error)) from error
 
     chosen = settings.from_file(config) if config else settings.ProxySettings()
-    chosen = _with_upstreams(chosen, upstreams, settings.secret(api_key_env) if api_key_env else None)
+    chosen = _with_upstreams(chosen, upstreams, api_key_env)
     given = {name: value for name, value in others.items() if value is not None}
-    for name, size in (("max_answer", max_answer), ("max_body", max_body)):
-        if size is not None:
-            given[name] = size * _MIB
     if token_env:
         given["token"] = settings.secret(token_env)
-    if hosts:
-        given["hosts"] = (*chosen.hosts, *hosts)
-    if cache is not None:
-        given["cache"] = cache
-    chosen = replace(chosen, replay=replay or chosen.replay, **given)
+    chosen = replace(chosen, replay=replay or chosen.replay, hosts=(*chosen.hosts, *hosts), **given)
     if chosen.replay and not chosen.upstreams:
         chosen = settings.with_upstreams(chosen, _remembered(chosen))
     server.serve(chosen, lambda url: _say(url, chosen, as_json=as_json))
 
 
-def _with_upstreams(chosen: ProxySettings, texts: tuple[str, ...], key: str | None) -> ProxySettings:
+def _with_upstreams(chosen: ProxySettings, texts: tuple[str, ...], key_env: str | None) -> ProxySettings:
     """Return settings with the upstreams of --upstream first; the key belongs to the first upstream."""
     from cachepipe.proxy import settings  # noqa: PLC0415 - an extra
 
+    key = settings.secret(key_env) if key_env else None
     made = []
     for place, text in enumerate(texts):
         name, url = settings.name_and_url(text)
@@ -151,7 +150,7 @@ def _remembered(chosen: ProxySettings) -> list[Any]:
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
     from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
 
-    bases: dict[tuple[str, str], int] = {}
+    bases: Counter[tuple[str, str]] = Counter()
     with opened(chosen.cache) as store:
         for info in store.keys():  # noqa: SIM118 - a store is no mapping
             url = (info.scope or "").partition("?")[0]
@@ -162,12 +161,11 @@ def _remembered(chosen: ProxySettings) -> list[Any]:
             ending = (
                 "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]
             )
-            place = (url.removesuffix(ending), "anthropic" if theirs else "openai")
-            bases[place] = bases.get(place, 0) + 1
+            bases[url.removesuffix(ending), "anthropic" if theirs else "openai"] += 1
     if not bases:
         raise Failure("the cache has nothing to replay; see `cachepipe stats`")
-    most = sorted(bases, key=lambda place: -bases[place])
-    return [Upstream.of(_name(number), base, kind=kind) for number, (base, kind) in enumerate(most)]
+    places = enumerate(bases.most_common())
+    return [Upstream.of(_name(number), base, kind=kind) for number, ((base, kind), _) in places]
 
 
 def _say(url: str, chosen: ProxySettings, *, as_json: bool) -> None:
@@ -194,10 +192,6 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
 
     It does not affect requests with a label in their URL (/ns/NAME@LABEL/v1): change the label for those.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Failure(f"--url is the URL of the proxy, such as http://127.0.0.1:8080; got {url!r}")
-    place = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
     headers = {"content-type": "application/json"}
     if token_env:
         token = os.environ.get(token_env, "").strip()
@@ -205,25 +199,7 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
             raise Failure(f"the environment variable {token_env} is not set; it holds the proxy's token")
         headers["x-cachepipe-token"] = token
     body = orjson.dumps({} if namespace is None else {"namespace": namespace})
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    try:
-        connection = kind(parts.hostname, parts.port, timeout=_SECONDS)
-        connection.request("POST", "/cachepipe/runs", body, headers)
-        answer = connection.getresponse()
-        content = answer.read(65_536)
-        connection.close()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Failure(f"no proxy answers at {place}: {error}. Start one: cachepipe serve") from error
-    try:
-        told = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        told = None
-    if answer.status != 201 or not isinstance(told, dict):
-        refusal = told.get("error") if isinstance(told, dict) else None
-        message = refusal.get("message") if isinstance(refusal, dict) else None
-        raise Failure(
-            f"{place} did not begin a run: status {answer.status}{f', {message}' if message else ''}"
-        )
+    told = _begun(url, body, headers)
     if as_json:
         click.echo(json_text(told))
     else:
@@ -235,3 +211,36 @@ def new_run(*, url: str, namespace: str | None, token_env: str | None, as_json: 
             "Check the name; `cachepipe stats` lists namespaces.",
             err=True,
         )
+
+
+def _begun(url: str, body: bytes, headers: dict[str, str]) -> dict[str, Any]:
+    """Begin a run of the proxy at a URL, and return its answer."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Failure(f"--url is the URL of the proxy, such as http://127.0.0.1:8080; got {url!r}")
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    try:
+        connection = kind(parts.hostname, parts.port, timeout=_SECONDS)
+        connection.request("POST", "/cachepipe/runs", body, headers)
+        answer = connection.getresponse()
+        told = _object(answer.read(65_536))
+        connection.close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Failure(f"no proxy answers at {place}: {error}. Start one: cachepipe serve") from error
+    if answer.status != 201 or "run" not in told:
+        refusal = told.get("error")
+        message = refusal.get("message") if isinstance(refusal, dict) else None
+        raise Failure(
+            f"{place} did not begin a run: status {answer.status}{f', {message}' if message else ''}"
+        )
+    return told
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one if the content is not one."""
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}

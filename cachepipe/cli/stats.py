@@ -71,11 +71,7 @@ def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None
 
 
 def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -> dict[str, Any]:
-    totals = store.totals()
-    known = list(store.namespaces())
-    drawn = {label(info.namespace) for info in known}
-    # The ledger has no draws of a namespace that only replays.
-    known += [NamespaceInfo(namespace_of(name), 0, 0, 0) for name in sums if name not in drawn]
+    totals, known = store.totals(), _known(store, sums)
     namespaces = [
         {
             "namespace": info.namespace,
@@ -101,6 +97,14 @@ def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -
         },
         "scopes": _scopes(store) if scopes else None,
     }
+
+
+def _known(store: DiskStore, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
+    """Return the namespaces; those that only replay have no draws in the ledger."""
+    known = {label(info.namespace): info for info in store.namespaces()}
+    for name in sums:
+        known.setdefault(name, NamespaceInfo(namespace_of(name), 0, 0, 0))
+    return list(known.values())
 
 
 def _total(sums: Mapping[str, Statement]) -> Statement:

@@ -176,7 +176,7 @@ class Numbered:
         insort(self._free[draw.key], draw.occurrence)
 
     def left(self) -> None:
-        """Do nothing: the caller's next run counts anew."""
+        """Do nothing: the caller's next run starts counting again."""
 
 
 def draw_of(key: str, claimant: Claims, counter: Counter, *, shared: bool) -> Draw:

@@ -247,7 +247,7 @@ class Asked(Request):
         return self.merging(n)
 
     def merging(self, n: int) -> Self:
-        """Return the same question for n samples, not all of which belong to this request."""
+        """Return the same question for n samples; some of them belong to other requests."""
         twin = copy.copy(self)
         object.__setattr__(twin, "n", n)
         object.__setattr__(twin, "own", False)
@@ -475,7 +475,7 @@ class Exchange(Calls):
             for place, (ask, question) in enumerate(zip(self.asks, self.questions, strict=True)):
                 flags.append(self._flags(place))
                 request = Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
-                one = cache.begin(request, question, queue, run=self.run, counter=self.counter, looked=True)
+                one = cache.draw(request, question, queue, run=self.run, counter=self.counter)
                 self._begun.append(one)
             if self.live is not None and isinstance(one, Drawing) and not one.state.complete:
                 return await self._streamed(one, flags[0], self.live)
@@ -485,6 +485,8 @@ class Exchange(Calls):
             return self._instead(error)
         finally:
             self.over = True
+        if not self.stream:
+            self._begun = []  # a draw refers to its exchange: this leaves nothing for the garbage collector
         return self._delivered(responses)
 
     def _instead(self, error: BaseException) -> Answer:

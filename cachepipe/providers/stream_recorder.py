@@ -7,7 +7,7 @@ cancels the call. If another draw waits for the sample, the recording reads ahea
 
 A reader that is cancelled, times out or is interrupted before the terminal event gives its draw back, also
 when it reads a replayed stream: its retry is the same draw, and gets the recorded sample. A reader that
-closes the stream of its own accord has had its draw (C8).
+closes the stream itself has had its draw (C8).
 """
 
 from __future__ import annotations
@@ -435,7 +435,7 @@ class SyncRecordedStream(RecordedStream):
         self._news.put(None)
 
     def _goes_on(self) -> bool:
-        """Return True when somebody wants the next piece, and False when there is none to read."""
+        """Return True when somebody wants the next piece, and False when no piece is left."""
         if not self._ended and (not self._ahead or self.recorder.overflowed):  # then only the reader wants it
             self._demand.get()
         return not self._ended

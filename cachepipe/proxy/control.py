@@ -35,18 +35,16 @@ async def answer(proxy: Proxy, http: HttpExchange, path: str) -> None:
     if path == "/healthz":
         await http.send_json({"status": "ok"})
     elif path == "/readyz":
-        await http.send_json({"status": "ok" if proxy.ready else "stopping"}, 200 if proxy.ready else 503)
+        word, status = ("ok", 200) if proxy.ready else ("stopping", 503)
+        await http.send_json({"status": word}, status)
     elif path == "/metrics":
         await http.answer(200, [_METRICS, *headers.INERT], proxy.counters.metrics())
     elif path in page.FILES:
         await http.answer(200, *page.answer(path))
-    elif path in ("/cachepipe", "/cachepipe/", "/cachepipe/api/status"):
+    elif path in ("/cachepipe", "/cachepipe/"):
         await http.send_json(_status(proxy))
-    elif path == "/cachepipe/api/counters":
-        await asyncio.to_thread(proxy.counters.prices.learn)
-        await http.send_json(proxy.counters.as_json())
     elif path.startswith("/cachepipe/api/"):
-        await _browse(proxy, http, path.removeprefix("/cachepipe/api"))
+        await http.send_json(await _value_at(proxy, path.removeprefix("/cachepipe/api"), http))
     else:
         raise Refusal(404, "not_found", f"{path[:200]} does not exist; see /cachepipe")
 
@@ -67,9 +65,15 @@ def _status(proxy: Proxy) -> dict[str, Any]:
     }
 
 
-async def _browse(proxy: Proxy, http: HttpExchange, path: str) -> None:
+async def _value_at(proxy: Proxy, path: str, http: HttpExchange) -> Any:
+    """Return the JSON value at a path of the API."""
+    if path == "/status":
+        return _status(proxy)
+    if path == "/counters":
+        await asyncio.to_thread(proxy.counters.prices.learn)
+        return proxy.counters.as_json()
     query = http.scope["query_string"].decode("latin-1")
-    await http.send_json(await asyncio.to_thread(browse.answer, proxy.store, path, query))
+    return await asyncio.to_thread(browse.answer, proxy.store, path, query)
 
 
 async def _begin_run(proxy: Proxy, http: HttpExchange) -> None:

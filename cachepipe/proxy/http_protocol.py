@@ -191,10 +191,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _at_once(self, data: bytes) -> bool:
         """Answer a request with a known head, or wait for its body; otherwise parse it."""
-        cycle = self.cycle
-        if (cycle is not None and not cycle.response_complete) or self.flow.write_paused:
-            return False
-        begun = split_head(data)
+        begun = None if self._is_busy() else split_head(data)
         if begun is None:
             return False
         head = self._proxy.heads.get(begun.name)
@@ -216,12 +213,20 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_timer.stop()
         if isinstance(written, ParsedBody):
             self._serve_parsed(head, written)
-            return True
+        else:
+            self._write_at_once(written)
+        return True
+
+    def _write_at_once(self, written: bytes) -> None:
         self._used = self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._wait_idle(self.timeout_keep_alive)
         self.transport.write(written)
-        return True
+
+    def _is_busy(self) -> bool:
+        """Return True while an earlier answer is not complete, or the client does not read it."""
+        cycle = self.cycle
+        return (cycle is not None and not cycle.response_complete) or self.flow.write_paused
 
     def _serve_parsed(self, head: ParsedHead, body: ParsedBody) -> None:
         """Begin to serve a request with a known head and body, as if they had been parsed."""
@@ -262,8 +267,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close the connection once the requests that have begun are answered."""
-        if self._held:
-            self._parse(self._take_held())
+        self._parse_held()
         super().shutdown()
 
     def _parse(self, data: bytes) -> None:
@@ -380,19 +384,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_timer.stop()
         self._in_head = False
         self._since_body = 0
-        version = self.parser.get_http_version()
-        if version not in ("1.0", "1.1"):
-            raise ValueError("requests must be HTTP/1.1")
-        if not self.url.startswith(b"/"):
-            raise ValueError("the target of a request must be a path")
-        if sum(name == b"host" for name, _ in self.headers) > 1:
-            raise ValueError("a request must name one host")
-        lengths = [pair for pair in self.headers if pair[0] in _FRAMING]
-        if len(lengths) > 1:
-            raise ValueError("a request must state the length of its body only once")
-        if lengths and lengths[0][0] == b"transfer-encoding" and lengths[0][1].strip().lower() != b"chunked":
-            raise ValueError("a body must have no other transfer encoding than chunked")
-        if self._head_name is not None and [name for name, _ in lengths] == [b"content-length"]:
+        version, named = self.parser.get_http_version(), dict(self.headers)
+        self._check_head(version, named)
+        if self._head_name is not None and b"content-length" in named:
             self._remember_head(self._head_name)
         self._head_name = None
         keeps = self.parser.should_keep_alive() and b"close" not in named_by_connection(self.headers)
@@ -403,6 +397,20 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = keeps
             self.cycle.chunked_encoding = False
             self.cycle.expected_content_length = _UNFRAMED
+
+    def _check_head(self, version: str, named: dict[bytes, bytes]) -> None:
+        """Raise an error for a head that another server may read differently."""
+        names = [name for name, _ in self.headers]
+        if version not in ("1.0", "1.1"):
+            raise ValueError("requests must be HTTP/1.1")
+        if not self.url.startswith(b"/"):
+            raise ValueError("the target of a request must be a path")
+        if names.count(b"host") > 1:
+            raise ValueError("a request must name one host")
+        if sum(map(names.count, _FRAMING)) > 1:
+            raise ValueError("a request must state the length of its body only once")
+        if named.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
+            raise ValueError("a body must have no other transfer encoding than chunked")
 
     def _remember_head(self, name: bytes) -> None:
         """Cache the parsed head, unless a header concerns the connection."""

@@ -33,6 +33,11 @@ class _LiveDraw:
     given_back: bool = False
     keyed: bool = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a retry without an idempotency key may still attach to the draw."""
+        return not (self.delivered or self.given_back or self.keyed)
+
 
 @dataclass(slots=True)
 class IdempotencyEntry:
@@ -167,10 +172,9 @@ class RequestCounter:
     def _joined(self, identity: Identity) -> int | None:
         """Return the occurrence number of an earlier attempt's draw, if this request attaches to one."""
         run = self.run
-        mine = [number for held, number in self._held if held == identity]
         if self.entry is not None:
             earlier = self.entry.numbers.get(identity, ())
-            return next((number for number in earlier if number not in mine), None)
+            return next((number for number in earlier if (identity, number) not in self._held), None)
         if not self.retry:
             return None
         if owed := run.owed.pop(identity, 0):  # its number was given back, so it is the next one
@@ -180,7 +184,7 @@ class RequestCounter:
         undelivered = (
             number
             for number, live in run.live.get(identity, {}).items()
-            if number not in mine and not (live.delivered or live.given_back or live.keyed)
+            if live.is_open and (identity, number) not in self._held
         )
         return min(undelivered, default=None)
 
@@ -207,7 +211,7 @@ class RequestCounter:
         for identity, number in self._held:
             live = self.run.live[identity][number]
             live.waiting -= 1
-            if not live.waiting and not (live.delivered or live.given_back or live.keyed):
+            if not live.waiting and live.is_open:
                 live.given_back = True
                 self._return(identity, number)
 

@@ -10,7 +10,7 @@ from cachepipe.proxy.cache_headers import status
 from cachepipe.proxy.counters import Outcome
 from cachepipe.proxy.http_exchange import ClientGone, HttpExchange
 from cachepipe.proxy.settings import Upstream
-from cachepipe.proxy.upstream import UpstreamClient
+from cachepipe.proxy.upstream import UpstreamClient, UpstreamResponse
 
 
 async def pass_through(
@@ -40,23 +40,26 @@ async def pass_through(
         if length != b"0" or b"transfer-encoding" in http.named:
             sent = http.chunks(taken)
     call = loop.create_task(client.call(upstream, http.method, url, pairs, sent))
-    response = None
     try:
         if sent is not content:  # a client is watched only once its body has been read
             await asyncio.wait((call, taken), return_when=asyncio.FIRST_COMPLETED)
-        if await http.wait_for(call):
-            response = await call
+        if not await http.wait_for(call):
+            raise ClientGone
+        response = await call
     finally:
         call.cancel()  # unless it has ended
-    if response is None:
-        raise ClientGone
     try:
-        pairs = headers.from_upstream(response.pairs)
-        if response.status in (204, 304):  # they have no body, so a length of one would be wrong
-            pairs = [pair for pair in pairs if pair[0] != b"content-length"]
-        await http.start(response.status, [*pairs, status(why)])
+        await http.start(response.status, [*_headers_of(response), status(why)])
         if not await http.stream(response.aiter_raw()):
             raise ClientGone
     finally:
         await response.aclose()
     return "passed"
+
+
+def _headers_of(response: UpstreamResponse) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer, without the length of a body that its status excludes."""
+    pairs = headers.from_upstream(response.pairs)
+    if response.status not in (204, 304):
+        return pairs
+    return [pair for pair in pairs if pair[0] != b"content-length"]

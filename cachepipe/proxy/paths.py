@@ -66,10 +66,11 @@ def destination_of(raw: bytes) -> Destination:
     _check(raw)
     found = Destination(collapsed(raw.decode("ascii")))
     while match := _OURS.fullmatch(found.rest):
-        part, name, rest = match[1], match[2] or "", collapsed(match[3] or "")
+        part, name, rest = match.groups("")
+        rest = collapsed(rest)
         if part == "ns" and found.namespace is INHERITED:
-            namespace, _, run = name.rpartition("@") if "@" in name else (name, "", "")
-            if not (namespace or run) or not rest:
+            namespace, run = (*name.rsplit("@", 1), "")[:2]
+            if name in ("", "@") or not rest:
                 raise BadPath("a namespace is named as in /ns/NAME/v1, a run as in /ns/NAME@RUN/v1")
             names = {"namespace": _decoded(namespace), "run": _decoded(run)}
             found = found._replace(rest=rest, **names)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from cachepipe.providers.generation import Answer
-from cachepipe.providers.responses import BodySource
+from cachepipe.providers.responses import BodySource, Received
 from cachepipe.providers.stream_recorder import StreamSource
 from cachepipe.proxy import cache_headers, headers
 from cachepipe.proxy.counters import Outcome
@@ -37,11 +38,6 @@ class AnswerSender:
     exchange: ProxyExchange
     counter: RequestCounter
 
-    async def draw(self) -> Outcome:
-        """Draw the samples, and send the answer."""
-        task = asyncio.get_running_loop().create_task(self.exchange.drawn())
-        return await self.drawn(task)
-
     async def drawn(self, task: asyncio.Future[Answer]) -> Outcome:
         """Send the answer of a draw; if the client leaves, continue the draw without it."""
         counter = self.counter
@@ -55,8 +51,11 @@ class AnswerSender:
             raise ClientGone
         try:
             answer = task.result()
-            live = answer.arrived is not None and isinstance(answer.content, BodySource)
-            outcome = None if live else await self.send(answer)
+            arrived, source = answer.arrived, answer.content
+            if arrived is None or not isinstance(source, BodySource):
+                outcome = await self.send(answer)
+                counter.delivered()
+                return outcome
         except asyncio.CancelledError:
             counter.unanswered()
             if not task.cancelled():
@@ -65,10 +64,7 @@ class AnswerSender:
         except Exception:
             counter.unanswered()
             raise
-        if outcome is None:
-            return await self._stream(answer)
-        counter.delivered()
-        return outcome
+        return await self._stream(answer, arrived, source)
 
     async def send(self, answer: Answer) -> Outcome:
         """Send a whole answer, and count its samples."""
@@ -90,8 +86,7 @@ class AnswerSender:
             return "error"
         responses = exchange.record.responses or ()
         self._count(responses)
-        flags = [flag for response in responses for flag in response.cached or ()]
-        return "hit" if all(flags) else "partial" if any(flags) else "miss"
+        return _outcome([flag for response in responses for flag in response.cached or ()])
 
     def _described(self, answer: Answer) -> cache_headers.Pairs:
         return cache_headers.describing(self.exchange, answer, stores=not self.proxy.store.read_only)
@@ -123,12 +118,10 @@ class AnswerSender:
 
     # Streams.
 
-    async def _stream(self, answer: Answer) -> Outcome:
+    async def _stream(self, answer: Answer, arrived: Received, source: BodySource) -> Outcome:
         """Send the events of a call as they come."""
-        exchange, http, source = self.exchange, self.http, answer.content
-        assert answer.arrived is not None  # noqa: S101 - the caller checks it
-        assert isinstance(source, BodySource)  # noqa: S101 - likewise
-        response, draw = answer.arrived.response, exchange.task
+        exchange, http, draw = self.exchange, self.http, self.exchange.task
+        response = arrived.response
         whole = False
         try:
             await http.start(response.status, headers.of_answer(response.pairs) + self._described(answer))
@@ -156,15 +149,16 @@ class AnswerSender:
         self._stream_ended(draw)
 
     def _stream_ended(self, draw: asyncio.Future[Any] | None) -> None:
-        if draw is None or not _succeeded(draw):
-            self.counter.ended()
-            return
-        if self.exchange.given_back:
-            self.counter.ended()
-        else:
-            self.counter.delivered()
-        self._count([draw.result()])
+        if _succeeded(draw):
+            if not self.exchange.given_back:
+                self.counter.delivered()
+            self._count([draw.result()])
+        self.counter.ended()
 
 
-def _succeeded(task: asyncio.Future[Any] | None) -> bool:
+def _outcome(cached: Sequence[bool]) -> Outcome:
+    return "hit" if all(cached) else "partial" if any(cached) else "miss"
+
+
+def _succeeded(task: asyncio.Future[Any] | None) -> TypeGuard[asyncio.Future[Any]]:
     return task is not None and task.done() and not task.cancelled() and task.exception() is None

@@ -193,7 +193,7 @@ class ClientCall(Exchange):
 
 
 class SyncClientCall(ClientCall):
-    """A synchronous client's call: the cacher runs on the portal's loop, the SDK in the caller's thread."""
+    """A synchronous client's call: the cache runs on the portal's loop, the SDK in the caller's thread."""
 
     recording = SyncRecordedStream
     in_turns = False

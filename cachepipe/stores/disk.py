@@ -218,6 +218,11 @@ class DiskStore(SqlStore):
             )
 
     def _check_readable(self) -> None:
+        if not self.folder.exists():
+            raise StoreError(
+                f"there is no cache to read in {self.folder}: the folder does not exist. Check the path, or "
+                "fill it first with mode='read-write'"
+            )
         missing = [name for name in (_LEDGER, _SHELF) if not (self.folder / name).exists()]
         if missing:
             raise StoreError(

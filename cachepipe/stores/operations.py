@@ -5,8 +5,10 @@ An engine (``cachepipe.stores.ledger``) reads and writes the rows; nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 import orjson
 
@@ -42,42 +44,28 @@ def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
     Raises:
         StoreError: when an operation is refused; then the engine takes the whole transaction back.
     """
-    kinds = [type(operation) for operation in operations]
-    if ReleaseHold in kinds and Commit in kinds[kinds.index(ReleaseHold) :]:
-        released = kinds.index(ReleaseHold)
-        late = sorted(range(released, len(kinds)), key=lambda place: kinds[place] is not Commit)
-        order = [*range(released), *late]
-        found = dict(zip(order, perform(ledger, [operations[place] for place in order]), strict=True))
-        return [found[place] for place in range(len(order))]
+    kinds = list(map(type, operations))
     if Claim in kinds:
         claims = [operation for operation in operations if type(operation) is Claim]
         for lease in ledger.prepare(claims):
             _end(ledger, lease)
-    results: list[Result] = []
-    for kind, group in groupby(operations, type):
-        if kind is Claim:
-            results += [_claim(ledger, claim) for claim in group]  # type: ignore[arg-type]
-        elif kind is Commit:
-            results += _commit_all(ledger, list(group))  # type: ignore[arg-type]
+    order = _commits_first(kinds) if ReleaseHold in kinds else range(len(kinds))
+    results: dict[int, Result] = {}
+    for kind, places in groupby(order, kinds.__getitem__):
+        if kind is Commit:
+            group = list(places)
+            commits: list[Any] = [operations[place] for place in group]
+            results.update(zip(group, _commit_all(ledger, commits), strict=True))
         else:
-            for operation in group:
-                _perform_one(ledger, operation)
-                results.append(None)
-    return results
+            for place in places:
+                results[place] = _PERFORM[kind](ledger, operations[place])
+    return list(map(results.__getitem__, range(len(kinds))))
 
 
-def _perform_one(ledger: Ledger, operation: Operation) -> None:
-    match operation:
-        case ReleaseLease(key, indices):
-            _free(ledger, ledger.key(key), indices, ours=True)
-        case Seize(key, indices):
-            _free(ledger, ledger.key(key), indices, ours=False)
-        case ReleaseHold():
-            _release_hold(ledger, operation)
-        case Discard():
-            _discard(ledger.key(operation.key), operation)
-        case Note():
-            _note(ledger, operation)
+def _commits_first(kinds: list[type[Operation]]) -> list[int]:
+    """Return the places of operations so that, from the first release of a hold on, commits go first."""
+    released = kinds.index(ReleaseHold)
+    return sorted(range(len(kinds)), key=lambda place: place >= released and 1 + (kinds[place] is not Commit))
 
 
 # Claims.
@@ -98,36 +86,45 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
     held = indices_of(own) if own else []
     allotment = allot(rows, held, n, refresh=claim.refresh, couple=not shared)
     assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
-    samples, mine = allotment.samples, allotment.to_generate
-    missing = None in samples
-    token = claim.token if missing else None
-    holds: list[int] = []
+    grant = Grant(allotment.indices, allotment.samples, allotment.to_generate)
     if own:
-        if missing:
-            holds = _join(ledger, claim, rows)
-        elif len(held) > n:
-            _let_stand(claim, rows, {*held[n:]})
-    segments, count = added(allotment, n, len(held), refresh=claim.refresh), 0
-    if segments:
-        number = own[-1].number + 1 if own else 0
+        parts = added(allotment, n, len(held), refresh=claim.refresh)
+        return _claim_again(ledger, claim, rows, grant, {*held[n:]}, parts)
+    missing = None in grant.samples
+    lease, stamp = ledger.author()
+    token, grant.held, standing = (claim.token, (0,), 0) if missing else (None, (), n)
+    rows.add(Segment(0, 0, grant.indices, lease, token, stamp, standing), len(grant.mine))
+    grant.added, grant.fresh_id = n, known and bool(draw.request_id)
+    return grant
+
+
+def _claim_again(
+    ledger: Ledger,
+    claim: Claim,
+    rows: DrawRows,
+    grant: Grant,
+    beyond: set[int],
+    parts: list[tuple[int, list[int]]],
+) -> Grant:
+    """Complete the grant of a draw that the ledger holds: add new parts, and hold what is not settled."""
+    own = rows.segments
+    number = own[-1].number + 1
+    missing = None in grant.samples
+    token = claim.token if missing else None
+    if missing:
+        grant.held = (*_join(ledger, claim, rows), *range(number, number + len(parts)))
+    elif beyond:
+        _let_stand(claim, rows, beyond)
+    if parts:
         lease, stamp = ledger.author()
-        for position, chosen in segments:
+        for each, (position, chosen) in enumerate(parts, number):
             standing = 0 if missing else len(chosen)
-            generated = len({*chosen}.intersection(mine)) if mine else 0
-            rows.add(Segment(number, position, chosen, lease, token, stamp, standing), generated)
-            holds.append(number)
-            number += 1
-            count += len(chosen)
-    return Grant(
-        allotment.indices,
-        samples,
-        mine,
-        tuple(holds) if missing else (),
-        count,
-        fresh_id=known and not own and bool(draw.request_id),
-        shared=bool(own) and ledger.made_by_others({segment.lease for segment in own}),
-        joined=missing and not all(_is_author(ledger, segment, token) for segment in own),
-    )
+            generated = len({*grant.mine}.intersection(chosen))
+            rows.add(Segment(each, position, chosen, lease, token, stamp, standing), generated)
+            grant.added += len(chosen)
+    grant.shared = ledger.made_by_others({segment.lease for segment in own})
+    grant.joined = missing and not all(_is_author(ledger, segment, token) for segment in own)
+    return grant
 
 
 def _is_author(ledger: Ledger, segment: Segment, token: str | None) -> bool:
@@ -148,20 +145,24 @@ def _join(ledger: Ledger, claim: Claim, rows: DrawRows) -> list[int]:
 def _let_stand(claim: Claim, rows: DrawRows, beyond: set[int]) -> None:
     """Mark what is delivered now: later samples may fail, and then it must not be undone."""
     given = {
-        segment.number: standing
+        segment.number: segment._replace(standing=standing)
         for segment in rows.segments
-        if (standing := min(claim.n - segment.position, len(segment.indices))) > segment.standing
+        if (standing := _received(segment, claim.n)) > segment.standing
     }
     if not given:
         return
-    last = next(segment for segment in reversed(rows.segments) if segment.number in given)
+    last = [*given.values()][-1]
     # Segments of later claims do not affect these.
     earlier = [each for each in rows.segments if each.number <= last.number or each.claim == last.claim]
-    after = {index for segment in earlier for index in segment.indices if index in beyond}
-    missing = {index for index in after if rows.sample(index) is None}
-    for segment in earlier[settled(earlier, missing.__contains__) :] if missing else ():
+    stand = settled(earlier, lambda index: index in beyond and rows.sample(index) is None)
+    for segment in earlier[stand:]:
         if segment.number in given:
-            rows.replace(segment._replace(standing=given[segment.number]))
+            rows.replace(given[segment.number])
+
+
+def _received(segment: Segment, n: int) -> int:
+    """Return how many indices of a segment belong to the first n samples of its draw."""
+    return min(n - segment.position, len(segment.indices))
 
 
 def _unsettled(rows: DrawRows, segments: Sequence[Segment]) -> Sequence[Segment]:
@@ -250,9 +251,10 @@ def _keeps_index(
 # What else happens to a draw and to a sample.
 
 
-def _free(ledger: Ledger, rows: KeyRows, indices: Sequence[int], *, ours: bool) -> None:
+def _free(ledger: Ledger, freed: ReleaseLease | Seize, *, ours: bool) -> None:
     """Note that this process, or another one, no longer generates samples; missing ones become free."""
-    for index in indices:
+    rows = ledger.key(freed.key)
+    for index in freed.indices:
         author = rows.pending(index)
         if author is not None and (author == ledger.lease()) is ours:
             rows.unpend(index)
@@ -288,7 +290,7 @@ def _release_hold(ledger: Ledger, release: ReleaseHold) -> None:
 
 
 def _undo(ledger: Ledger, rows: DrawRows, segments: list[Segment], released: set[int]) -> None:
-    """Delete what of a draw's segments is neither settled nor delivered nor held by others."""
+    """Delete the parts of a draw that are not settled, not delivered and not held by others."""
 
     def held(segment: Segment) -> bool:
         if segment.token is not None and _lives(ledger, segment.lease):
@@ -324,16 +326,16 @@ def _let_go(ledger: Ledger, rows: DrawRows, release: ReleaseHold, segment: Segme
         if left is not segment:
             rows.replace(left)
         return left
-    given = min(release.n - segment.position, len(segment.indices))
+    given = _received(segment, release.n)
     if given > segment.standing:
         left = left._replace(standing=given)
         rows.replace(segment._replace(standing=given))
     return left
 
 
-def _discard(rows: KeyRows, discard: Discard) -> None:
+def _discard(ledger: Ledger, discard: Discard) -> None:
     """Mark a sample as discarded, on record; it may be damaged, or listed and missing."""
-    index = discard.index
+    rows, index = ledger.key(discard.key), discard.index
     if not rows.has_row(index) and (index not in rows.listed or rows.pending(index) is not None):
         raise StoreError(f"there is no sample {index} of key {rows.name} to discard")
     rows.discard(index, discard.why)
@@ -348,3 +350,14 @@ def _note(ledger: Ledger, note: Note) -> None:
         sums = ledger.sums(*place)
         sums.join(note.delivered)
         ledger.put_sums(*place, sums)
+
+
+_PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
+    Claim: _claim,
+    ReleaseLease: partial(_free, ours=True),
+    Seize: partial(_free, ours=False),
+    ReleaseHold: _release_hold,
+    Discard: _discard,
+    Note: _note,
+}
+"""What performs each operation; commits that follow one another are performed together."""

@@ -1,8 +1,8 @@
 """What ``cachepipe verify --repair`` does: only what loses nothing, or is on record (C12).
 
 A sample that is damaged or missing is discarded on record, so that it is generated anew; its bytes stay in
-the file. Indexes are built anew from their tables. A damaged row of the ledger stays: nothing else says what
-it held.
+the file. Indexes are rebuilt from their tables. A damaged row of the ledger stays, because no other row says
+what it held.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def repair(folder: Path, progress: Progress = unseen) -> IntegrityReport:
 
 
 def _rebuild_indexes(folder: Path) -> None:
-    """Build the indexes of both files anew; a name that a table has lost is taken from its index."""
+    """Rebuild the indexes of both files; a name that a table has lost is taken from its index."""
     for name in (identity.LEDGER, identity.SHELF):
         with contextlib.closing(connect(folder / name)) as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -110,7 +110,7 @@ class SqlStore(SqlReader):
     def _end_lease(self) -> None:
         """Note in the ledger that this process's lease has ended."""
 
-    # Connections. A forked child begins anew: SQLite's must not cross a fork.
+    # Connections. A forked child opens its own: connections of SQLite must not cross a fork.
 
     def _reset(self) -> None:
         self._begin_reading()
@@ -126,7 +126,7 @@ class SqlStore(SqlReader):
         self._rows = 0
 
     def _inherit(self) -> None:
-        """Begin anew in a forked child."""
+        """Begin again in a forked child."""
         closed = self._closed
         for connection in self._opened:
             connection.close()

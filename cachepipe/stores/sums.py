@@ -143,7 +143,7 @@ class Deliveries:
                 self._store.apply_soon(notes)
 
     def inherit(self) -> None:
-        """Begin anew in a forked child: what has gathered is the parent's to write."""
+        """Begin again in a forked child: the parent writes what has gathered."""
         self._begin()
 
     def _sums(self) -> list[Note]:

@@ -125,6 +125,14 @@ def test_who_waits_for_a_process_that_runs_is_told_once_and_gets_its_sample(work
     assert (response.data, response.cached) == (["theirs"], [True])
 
 
+@pytest.mark.usefixtures("worker", "impatient")
+def test_c8_a_warning_that_was_made_an_error_reaches_who_waits(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(WaitingForOthers):
+            asyncio.run(asyncio.wait_for(ask(tmp_path / "cache"), 20))
+
+
 def test_wait_for_others_is_a_number_of_seconds(tmp_path):
     for odd in (-1, float("nan")):
         with pytest.raises(ValueError, match="number of seconds"):

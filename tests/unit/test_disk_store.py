@@ -560,6 +560,11 @@ def test_a_read_only_folder_that_is_no_cache_is_a_store_error(tmp_path):
         DiskStore(tmp_path, read_only=True)
 
 
+def test_reading_a_folder_that_does_not_exist_says_so(tmp_path):
+    with pytest.raises(StoreError, match=r"the folder does not exist\. Check the path"):
+        DiskStore(tmp_path / "nowhere", read_only=True)
+
+
 def test_rows_that_cannot_be_read_are_not_taken_for_missing(folder, tmp_path, monkeypatch):
     """A copy that has a write-ahead log, on a medium where SQLite cannot make the index of that log."""
     with contextlib.closing(DiskStore(folder)) as reading:

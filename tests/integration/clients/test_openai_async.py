@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from cachepipe import CacheMiss, DiskStore, MemoryStore, OnlineAPI, Request
 from cachepipe.context import using
 from cachepipe.models import OpenAIModel
+from cachepipe.providers.exchange import Exchange
 from cachepipe.providers.info import info
 from cachepipe.sdk import AsyncOpenAI
 from cachepipe.sdk.http import _eased as eased
@@ -404,6 +405,19 @@ async def test_c4_a_read_only_cache_answers_the_items_that_it_has(server, tmp_pa
     assert info(answer).cached == (True, False)
     assert server.stats.samples_generated == 2
     store.close()
+
+
+async def test_a_claim_that_finds_all_samples_leaves_nothing_to_the_garbage_collector(client):
+    await ask(client)
+    other = client.in_namespace("x")
+    gc.collect()
+    gc.disable()
+    try:
+        await ask(other)
+        await asyncio.sleep(0)
+        assert not [one for one in gc.get_objects() if isinstance(one, Exchange)]
+    finally:
+        gc.enable()
 
 
 async def test_many_missing_items_travel_in_one_call(server, client):
