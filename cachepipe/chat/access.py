@@ -30,11 +30,10 @@ _logger = logging.getLogger(__name__)
 DEFAULT_MODEL: Final = "gpt-4o-mini"
 """The default model, if neither the caller nor ``CACHEPIPE_MODEL`` names one."""
 
-_CLOSING_SECONDS: Final = 10.0
-
-
 _SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
 _ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
+_AT_MOST_ONE: Final = ([], *([name] for name in _ENDPOINTS), ["api_key", "base_url"])
+"""The options of `_ENDPOINTS` that may be given together, as they name no more than one endpoint."""
 
 
 class Environment:
@@ -105,7 +104,7 @@ class Access:
         with self.using():
             pass  # invalid settings are refused
         where = [name for name in _ENDPOINTS if options.get(name) is not None]
-        if len(where) > 1 and where != ["api_key", "base_url"]:
+        if where not in _AT_MOST_ONE:
             raise TypeError(f"give {where[0]}= or {where[1]}=, not both: each of them names an endpoint")
         self._cache = cache if keeps_cache(client) else environment.located(cache)
         self.client = self.api_key = self.base_url = None

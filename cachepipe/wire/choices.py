@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any, ClassVar
 
 from cachepipe import jsontext
+from cachepipe.contract.demands import is_mergeable
 from cachepipe.wire.base import (
     OPENAI_AS_WRITTEN,
     OPENAI_TRANSPORT,
@@ -75,8 +76,8 @@ class ChoicesApi(Api):
         """Return the asks of a body; see `Api.split`."""
         question, transport = self._parted(body)
         n = wanted(question.pop("n", None))
-        best_of = question.get("best_of") is not None
-        if best_of:
+        best_of = question.get("best_of")
+        if best_of is not None:
             question["n"] = n
         options = transport.get("stream_options")
         return self._asks(
@@ -84,7 +85,7 @@ class ChoicesApi(Api):
             n=n,
             stream=bool(transport.get("stream")),
             include_usage=isinstance(options, Mapping) and bool(options.get("include_usage")),
-            mergeable=not best_of and question.get("seed") is None,
+            mergeable=is_mergeable(question.get("seed"), best_of),
             transport=transport,
         )
 
