@@ -306,6 +306,8 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
             into.setdefault(name, None)
         elif name in _IDENTITIES and isinstance(value, str):
             into[name] = value or before or value
+        elif isinstance(value, str):
+            into[name] = _appended(name, before, value)
         else:
             into[name] = _merged(name, before, value)
     return into
@@ -316,8 +318,6 @@ def _merged(name: str, before: Any, value: Any) -> Any:
     match before, value:
         case None | list(), dict() | list() if name == "tool_calls":
             return _with_calls(before or [], value)
-        case _, str():
-            return _appended(name, before, value)
         case None | dict(), dict():
             return merge(before or {}, value)
         case None | list(), list():
