@@ -526,8 +526,8 @@ class _Check:
         query = "SELECT rowid, key, raw, mode, filename, value FROM Cache NOT INDEXED ORDER BY rowid"
         for rowid, written, raw, *row in self._shelf.execute(query):
             self._passed()
-            match = _NAME.fullmatch(written) if type(written) is str and raw == 1 else None
-            if match is None or not _encodable(written):
+            match = _NAME.fullmatch(written) if raw == 1 and _encodable(written) else None
+            if match is None:
                 self._report.foreign += 1
                 continue
             sample = Stored(match[1], int(match[2]))
@@ -558,10 +558,10 @@ class _Check:
     def _confirm(self) -> None:
         """Look again at samples and discards that the ledger did not have yet when it was read."""
         report = self._report
-        report.unlisted = [sample for sample in report.unlisted if not self._is_listed(sample)]
-        recent = self._recent() if report.unlisted else set()
-        report.recent = sum(sample in recent for sample in report.unlisted)
-        report.unlisted = [sample for sample in report.unlisted if sample not in recent]
+        unlisted = [sample for sample in report.unlisted if not self._is_listed(sample)]
+        recent = self._recent()
+        report.unlisted = [sample for sample in unlisted if sample not in recent]
+        report.recent = len(unlisted) - len(report.unlisted)
         for sample in report.unlisted:
             known = self._one(self._ledger, "SELECT 1 FROM keys WHERE key = ?", (sample.key,)) is not None
             report.add("unlisted" if known else "stray", f"{sample.key}/{sample.index}")
