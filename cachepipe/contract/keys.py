@@ -34,6 +34,7 @@ _PLAIN = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orj
 _EXPONENTS = (b"e+",) if b"e+" in orjson.dumps(1e22) else tuple(b"e%d" % digit for digit in range(1, 10))
 _SIGNS = (b".0", *_EXPONENTS, b'"\\u0000')
 """Strings in JSON that indicate a whole float (from 1e16 on with an exponent), or a marked name."""
+_LISTS, _NUMBERS = frozenset({list, tuple}), frozenset({int, float})
 _AS_THEY_ARE = frozenset({str, bool, type(None)})
 _TOO_LARGE = 10**jsontext.MOST_DIGITS
 
@@ -72,11 +73,11 @@ def canonical(value: Any) -> Any:
         return value
     if kind is float and value.is_integer():
         return int(value)
-    if kind is int or kind is float:
+    if kind in _NUMBERS:
         if not -_TOO_LARGE < value < _TOO_LARGE:
             raise _unkeyable_number(value)
         return value
-    if kind is list or kind is tuple:
+    if kind in _LISTS:
         return value if len(value) >= _LONG and _is_canonical(value) else [canonical(item) for item in value]
     if kind is dict:
         return _mapping(value)
@@ -161,10 +162,10 @@ def _body(body: Mapping[str, Any], as_written: AsWritten) -> dict[str, Any]:
 def _partly_ordered(value: Any, names: frozenset[str]) -> Any:
     """Return the canonical form of a value in which the order counts below some names."""
     kind = type(value)
-    if kind is list or kind is tuple:
+    if kind in _LISTS:
         if len(value) >= _LONG and _is_canonical(value, names):
             return value
-        return [item if type(item) is str else _partly_ordered(item, names) for item in value]
+        return [_partly_ordered(item, names) for item in value]
     if not isinstance(value, Mapping):
         return canonical(value)
     form: dict[str, Any] = {}

@@ -18,6 +18,8 @@ from cachepipe.stores.base import Sample
 LEDGER = "ledger.cache.db"
 SHELF = "cache.db"
 
+_Notes = dict[str, Any]
+
 _PUT_META = "INSERT INTO meta VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value"
 _PUT_SHELF = "INSERT INTO cachepipe VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value"
 
@@ -52,11 +54,7 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
 
 
 def _check_noted(
-    ledger: sqlite3.Connection,
-    shelf: sqlite3.Connection,
-    ours: dict[str, Any],
-    theirs: dict[str, Any],
-    where: str,
+    ledger: sqlite3.Connection, shelf: sqlite3.Connection, ours: _Notes, theirs: _Notes, where: str
 ) -> None:
     """Raise an error if a part lacks what the other part noted at the last checkpoint."""
     sample = ours.get("sample")

@@ -436,7 +436,6 @@ class _Check:
         """Check the draws of a question, and what its namespaces have taken (C1)."""
         drawn: dict[int, dict[int, tuple[Any, ...]]] = {}
         unsure: set[int] = set()
-        present = {*question.stored, *question.pending}
         listed = question.listed or IntervalSet()
         draws: dict[tuple[Any, ...], list[SegmentRow]] = {}
         for row in rows:
@@ -449,17 +448,16 @@ class _Check:
             if draw is None or not self._are_segments(draw, segments):
                 unsure.add(namespace)
                 continue
+            parts = [(segment.position, unpack(segment.indices)) for segment in segments]
             taken = question.taken.get(namespace, IntervalSet())
             holders = drawn.setdefault(namespace, {})
-            for index in {index for segment in segments for index in unpack(segment.indices)}:
+            for index in set[int]().union(*(indices for _, indices in parts)):
                 if holders.setdefault(index, place) != place:
                     self._report.add("repeated", f"{question.key}/{index}, {_whose(draw.namespace)}")
                 if taken is not None and index not in taken:
                     self._report.add("unassigned", f"{question.key}/{index}, {_told(draw)}")
-            self._report.unfinished += sum(
-                index not in present and index not in listed
-                for index in laid((segment.position, unpack(segment.indices)) for segment in segments)
-            )
+            gone = {*laid(parts)}.difference(question.stored, question.pending)
+            self._report.unfinished += sum(index not in listed for index in gone)
         found = self._one(self._ledger, "SELECT count(*) FROM segments WHERE key = ?", (question.number,))
         if found != len(rows):
             self._report.add("hidden", f"draws of question {question.key}", abs(found - len(rows)))
