@@ -106,11 +106,7 @@ def _flat(document: dict[str, Any]) -> dict[str, Any]:
 
 def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
     if type(one) is type(other) is dict:
-        for name in one | other:
-            inner = f"{path}.{name}" if path else name
-            yield from _differing(inner, one.get(name, NO_VALUE), other.get(name, NO_VALUE))
-        if one == other and list(one) != list(other):
-            yield Difference(path or "the fields", one, other)
+        yield from _differing_fields(path, one, other)
     elif type(one) is type(other) is list:
         spelled = list(map(repr, one)), list(map(repr, other))
         head = _same_start(*spelled)
@@ -120,6 +116,14 @@ def _differing(path: str, one: Any, other: Any) -> Iterator[Difference]:
             yield from _differing(f"{path}[{place}]", *values)
     elif (type(one), one) != (type(other), other):
         yield Difference(path or "the question", one, other)
+
+
+def _differing_fields(path: str, one: dict[str, Any], other: dict[str, Any]) -> Iterator[Difference]:
+    for name in one | other:
+        inner = f"{path}.{name}" if path else name
+        yield from _differing(inner, one.get(name, NO_VALUE), other.get(name, NO_VALUE))
+    if one == other and list(one) != list(other):
+        yield Difference(path or "the fields", one, other)
 
 
 def described(found: list[Difference]) -> str:

@@ -154,7 +154,7 @@ class Occurrences:
         self._told = False
         self._fresh_ids = 0
         self._warned: set[str] = set()
-        self.replaying = threading.Lock()
+        self.replaying = threading.RLock()  # a finaliser may give back while it is held
         """Held by threads that replay concurrently, while they take indices in memory."""
         self.used: set[tuple[str, str]] = _Recent()
         """Shared draws whose use by a namespace is on record: those used last."""

@@ -125,12 +125,7 @@ class CallSpan:
         attributes = {**self._shared, **_request_attributes(body)}
         self._span = tools.tracer.start_span(name, kind=tools.kind, attributes=attributes)
 
-    def end(
-        self,
-        answer: Mapping[str, Any] | None = None,
-        *,
-        error: BaseException | None = None,
-    ) -> None:
+    def end(self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None) -> None:
         """End the span. Idempotent.
 
         Args:

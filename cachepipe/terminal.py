@@ -45,8 +45,10 @@ def on_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def shows_colours() -> bool:
-    """Return True if output may have colours: on a terminal that supports them, without NO_COLOR."""
+def shows_colours(wanted: bool | None = None) -> bool:
+    """Return what is wanted; for None, True on a terminal that supports colours, without NO_COLOR."""
+    if wanted is not None:
+        return wanted
     return on_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

@@ -22,10 +22,9 @@ from cachepipe.errors import NotStorable, StoreError
 
 _MARK = "\0"
 _MARKED = b'"\\u0000'  # the beginning of a marked name in JSON
-_INT64 = (-(1 << 63), 1 << 64)
 _UNCHANGED: Final = frozenset({str, bool, NoneType})
 _WRITERS: Final[Mapping[type, Callable[[Any], Any]]] = {
-    int: lambda value: value if _INT64[0] <= value < _INT64[1] else {_MARK + "int": hex(value)},
+    int: lambda value: value if -(1 << 63) <= value < 1 << 64 else {_MARK + "int": hex(value)},
     float: lambda value: value if math.isfinite(value) else {_MARK + "float": repr(value)},
     bytes: lambda value: {_MARK + "bytes": base64.b64encode(value).decode()},
     jsontext.Verbatim: lambda value: {_MARK + "json": value.text},
@@ -37,13 +36,7 @@ _READERS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "int": lambda item: int(item, 0),
     "float": float,
 }
-_PLAIN: Final[Mapping[type, Callable[[Any], Any]]] = {
-    int: int,
-    float: float,
-    str: str.__str__,
-    list: list,
-    dict: dict,
-}
+_PLAIN: Final[Mapping[type, Any]] = {int: int, float: float, str: str.__str__, list: list, dict: dict}
 """How a value of a subclass becomes one of its plain class."""
 
 
@@ -114,7 +107,7 @@ class Codec:
         if (write := _WRITERS.get(kind)) is not None:
             return write(value)
         if kind is list:
-            return [self._form(item) for item in value]
+            return list(map(self._form, value))
         if kind is dict:
             return self._mapping(value)
         if kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):

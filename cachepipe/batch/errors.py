@@ -15,6 +15,7 @@ _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
     (StoreError, "store_error"),
     (UnkeyableValue, "bad_request"),
 )
+_NAMES: Final = (("Timeout", "timeout"), ("Connection", "connection_error"))  # of classes of other packages
 _SHORTEST: Final = 6  # characters of a credential that is worth hiding
 
 
@@ -33,13 +34,10 @@ def described(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, message, None
-    cause = str(error.__cause__ or "")
-    if cause and not outages.is_connection_error(error):
+    if (cause := str(error.__cause__ or "")) and not outages.is_connection_error(error):
         message = f"{message} {_writable(cause)}"
     name = type(error).__name__
-    if "Timeout" in name:
-        return "timeout", message, None
-    return ("connection_error" if "Connection" in name else name), message, None
+    return next((code for part, code in _NAMES if part in name), name), message, None
 
 
 def _refusal(

@@ -32,6 +32,7 @@ _ANSWERED: Final = b',"error":null,"cachepipe":{'  # part of the line of an answ
 _READ: Final = 256  # lines that are read at once
 _WRITE: Final = 1 << 18  # bytes that are written at once
 _POLL: Final = 0.05  # seconds between two checks for a pipe's reader
+_ADVICE: Final = ". What was paid for is in the cache; solve this and run it again"
 _KEPT: Final = 1024  # ids in memory
 _NOWHERE: Final = -1
 _SHOWN: Final = 10  # problems of an input that one error lists
@@ -71,14 +72,16 @@ class InputFile:
 
     def __enter__(self) -> Self:
         if str(self.path) == "-":
-            raise BatchFileError("the requests are read twice, so they come from a file; save them to one")
+            raise BatchFileError(
+                "the requests are read twice, so they must come from a file; save them to one"
+            )
         try:
             self._file = self.path.open("rb")
         except OSError as error:
             raise BatchFileError(f"{self.path} cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self._file.close()
-            raise BatchFileError(f"{self.path} is no regular file; it is read twice, so save it to one")
+            raise BatchFileError(f"{self.path} is not a regular file; it is read twice, so save it to one")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,8 +109,8 @@ class InputFile:
             first = ids.add(custom_id, number)
             if first is not None:
                 problems.append(
-                    f"line {number}: custom_id {custom_id!r:.80} is that of line {first} already; "
-                    "each line needs one of its own"
+                    f"line {number}: custom_id {custom_id!r:.80} is already that of line {first}; "
+                    "each line needs its own"
                 )
         if problems:
             more = " (there may be more)" if len(problems) == _SHOWN else ""
@@ -132,7 +135,7 @@ class InputFile:
             line = parse_line(text, number, self._settings)
         except (IndexError, ValueError) as error:
             raise BatchFileError(
-                f"{self.path} has changed while it was run; run it again, and what was paid for is a hit"
+                f"{self.path} has changed during the run; run it again: what was paid for is in the cache"
             ) from error
         self._left -= 1
         return line
@@ -229,15 +232,13 @@ class OutputFile:
     def __init__(self, path: Path, source: Path) -> None:
         self.path = path
         if str(path) == "-":
-            raise BatchFileError("the results go to a file, which is there when it is complete; name one")
-        try:
+            raise BatchFileError("the results go to a file, which appears when it is complete; name a file")
+        with self._explained():
             # Anything but a regular file, such as a terminal or a pipe, gets the lines as they come.
             self._direct = path.exists() and not path.is_file()
             self._target = path if self._direct else Path(os.path.realpath(path))
             self.partial = self._target.with_name(self._target.name + ".partial")
             self._check(source)
-        except OSError as error:
-            raise self._unwritable(error) from error
         self._lines: list[bytes] = []
         self._bytes = 0
         self._written = 0
@@ -257,7 +258,7 @@ class OutputFile:
         except OSError:  # opening it raises the error to show
             return
         if path.exists() and path.samefile(source):
-            raise BatchFileError(f"{path} is the input too; name another file for the results")
+            raise BatchFileError(f"{path} is also the input; name another file for the results")
         if self.partial.exists() and self.partial.samefile(source):
             raise BatchFileError(
                 f"the results are written to {self.partial} first, which is the input; name another file"
@@ -283,13 +284,11 @@ class OutputFile:
         return True
 
     def __enter__(self) -> Self:
-        try:
+        with self._explained():
             if self._pipe is not None:
                 self._file: IO[bytes] = os.fdopen(self._pipe, "wb")
             else:
                 self._file = self._target.open("wb") if self._direct else self._alone()
-        except OSError as error:
-            raise self._unwritable(error) from error
         return self
 
     def _alone(self) -> IO[bytes]:
@@ -329,7 +328,7 @@ class OutputFile:
 
     def _write(self) -> None:
         lines, self._lines, self._bytes = self._lines, [], 0
-        with self._explained():
+        with self._explained(_ADVICE):
             self._file.writelines(lines)
             self._file.flush()
         self._written += len(lines)
@@ -345,7 +344,7 @@ class OutputFile:
     def _finish(self) -> None:
         self._write()
         if not self._direct:
-            with self._explained():
+            with self._explained(_ADVICE):
                 os.fsync(self._file.fileno())
                 if self._target.exists():
                     shutil.copymode(self._target, self.partial)
@@ -355,17 +354,13 @@ class OutputFile:
         self._complete = True
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, advice: str = "") -> Iterator[None]:
         """Raise errors of writing as sentences."""
         try:
             yield
         except OSError as error:
-            raise self._unwritable(
-                error, ". What was paid for is in the cache; run it again when that is mended"
-            ) from error
-
-    def _unwritable(self, error: OSError, advice: str = "") -> BatchFileError:
-        return BatchFileError(f"the results cannot be written to {self.path}: {error.strerror}{advice}")
+            told = f"the results cannot be written to {self.path}: {error.strerror}{advice}"
+            raise BatchFileError(told) from error
 
     @property
     def left(self) -> Path | None:

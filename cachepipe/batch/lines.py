@@ -21,6 +21,16 @@ SETTINGS: Final = frozenset(
 """The fields that are part of what a line with a prompt or messages asks."""
 
 _DEEPEST: Final = 250  # levels of a line
+_LIMITS: Final = frozenset({"max_tokens", "max_completion_tokens"})  # a line that has one gets no other
+_COMPLETION: Final = {name: name for name in ("model", "temperature", "seed", "max_tokens")}
+_SETTINGS_OF: Final[Mapping[wire.Api, Mapping[str, str]]] = {
+    wire.CHAT: {**_COMPLETION, "max_completion_tokens": "max_completion_tokens"},
+    wire.COMPLETIONS: _COMPLETION,
+    wire.RESPONSES: {"model": "model", "temperature": "temperature", "max_output_tokens": "max_tokens"},
+    wire.EMBEDDINGS: {"model": "model"},
+    wire.MODERATIONS: {"model": "model"},
+}
+"""The fields that a run's settings fill in, by API, each with the name of the setting."""
 
 
 class LineError(ValueError):
@@ -64,16 +74,13 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
         ValueError: when it holds no valid request; the message says what was expected.
     """
     fields = _fields(text)
-    name, custom_id = _custom_id(fields)
+    name, custom_id = _custom_id(fields, number)
     api, body, used = _asked(fields)
-    carried = {
-        field: value
-        for field, value in fields.items()
-        if field not in used and (field != name or name == "task_id")
-    }
+    not_carried = {*used, name} - {"task_id"}
+    carried = {field: value for field, value in fields.items() if field not in not_carried}
     _fill(settings, api, body)
     if "model" not in body and api is not wire.MODERATIONS:
-        raise LineError("it names no model, and neither does --model")
+        raise LineError("it names no model, and --model is not given")
     try:
         asks = api.split(body)
     except wire.BadRequest as error:
@@ -85,8 +92,7 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
         check_n(asks[0].n, len(asks))
     except TooManySamples as error:  # it is this line's result
         refusal, asks = error, tuple(ask._replace(n=1) for ask in asks)
-    named = name is not None
-    return Line(number, custom_id if named else str(number), named, api, body, asks, carried, refusal)
+    return Line(number, custom_id, name is not None, api, body, asks, carried, refusal)
 
 
 def _fields(text: bytes) -> dict[str, Any]:
@@ -103,7 +109,9 @@ def _fields(text: bytes) -> dict[str, Any]:
         orjson.dumps([[fields]])  # as deep as a result holds what is carried along
     except TypeError as error:  # or it holds long integers or lone surrogates
         if _nests_deeper(fields, _DEEPEST):
-            raise LineError(f"it nests too deep; {_DEEPEST} levels can be sent and written") from error
+            raise LineError(
+                f"it is nested too deeply; at most {_DEEPEST} levels can be sent and written"
+            ) from error
     return fields
 
 
@@ -115,8 +123,8 @@ def _nests_deeper(value: Any, levels: int) -> bool:
     return not levels or any(_nests_deeper(item, levels - 1) for item in items)
 
 
-def _custom_id(fields: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Return the field that names a line, and the name; None and an empty string if there is none."""
+def _custom_id(fields: Mapping[str, Any], number: int) -> tuple[str | None, str]:
+    """Return the field that names a line, and the name; None and its number if there is none."""
     for name in ("custom_id", "id", "task_id"):
         value = fields.get(name)
         if value is None:
@@ -124,7 +132,7 @@ def _custom_id(fields: Mapping[str, Any]) -> tuple[str | None, str]:
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise LineError(f"{name} must be a string; got {value!r:.80}")
         return name, str(value)
-    return None, ""
+    return None, str(number)
 
 
 def _asked(fields: Mapping[str, Any]) -> tuple[wire.Api, dict[str, Any], frozenset[str]]:
@@ -135,11 +143,17 @@ def _asked(fields: Mapping[str, Any]) -> tuple[wire.Api, dict[str, Any], frozens
             raise LineError(f"its body must be a JSON object; got {body!r:.80}")
         return _api(fields), dict(body), frozenset({"method", "url", "body"})
     body = {name: value for name, value in fields.items() if name in SETTINGS and value is not None}
+    name, body["messages"] = _messages(fields)
+    return wire.CHAT, body, frozenset({name})
+
+
+def _messages(fields: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Return the field that holds the messages or the prompt of a line, and the messages."""
     if "messages" in fields:
         messages = fields["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
             raise LineError(f"messages must be a list of messages; got {messages!r:.80}")
-        return wire.CHAT, {**body, "messages": messages}, frozenset({"messages"})
+        return "messages", messages
     if "prompt" not in fields:
         raise LineError(
             "it holds no request: neither prompt, nor messages, nor method, url and body; "
@@ -148,7 +162,7 @@ def _asked(fields: Mapping[str, Any]) -> tuple[wire.Api, dict[str, Any], frozens
     prompt = fields["prompt"]
     if not isinstance(prompt, str):
         raise LineError(f"prompt must be a string; got {prompt!r:.80}. A list of messages goes into messages")
-    return wire.CHAT, {**body, "messages": [{"role": "user", "content": prompt}]}, frozenset({"prompt"})
+    return "prompt", [{"role": "user", "content": prompt}]
 
 
 def _api(fields: Mapping[str, Any]) -> wire.Api:
@@ -165,23 +179,17 @@ def _api(fields: Mapping[str, Any]) -> wire.Api:
 
 def _fill(settings: BatchSettings, api: wire.Api, body: dict[str, Any]) -> None:
     """Add the settings of the run that a body lacks, where the API has them."""
-    defaults: dict[str, Any] = {"model": settings.model}
-    if not api.function:
-        defaults["temperature"] = settings.temperature
-    if api is wire.RESPONSES:
-        defaults["max_output_tokens"] = settings.max_tokens
-    elif not api.function:
-        defaults["seed"] = settings.seed
-        if "max_tokens" not in body and "max_completion_tokens" not in body:
-            defaults["max_tokens"] = settings.max_tokens
-            defaults["max_completion_tokens"] = settings.max_completion_tokens if api is wire.CHAT else None
-    for name, value in defaults.items():
-        if value is not None:
+    limited = not _LIMITS.isdisjoint(body)
+    for name, setting in _SETTINGS_OF[api].items():
+        value = getattr(settings, setting)
+        if value is not None and not (limited and name in _LIMITS):
             body.setdefault(name, value)
-    if api.max_n == 1 and not api.function and settings.n != 1:
+    if settings.n == 1 or api.function:
+        return
+    if api.max_n == 1:
         raise LineError(
-            f"{api.name} gives one answer per request, and {settings.n} are wanted; "
+            f"{api.name} gives one answer per request, and n is {settings.n}; "
             "repeat the line under other custom_ids"
         )
-    if api.max_n > 1 and body.get("n") is None and settings.n != 1:
+    if body.get("n") is None:
         body["n"] = settings.n

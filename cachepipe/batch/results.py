@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from cachepipe import jsontext
 from cachepipe.batch.draws import LineDraw
 from cachepipe.batch.files import RESULT
+from cachepipe.providers.info import per_sample
 from cachepipe.typedefs import Response
 
 _FLAGS: Final = ("cached", "duplicated", "indices")
@@ -29,12 +30,7 @@ def answer_line(draw: LineDraw, content: bytes, responses: Sequence[Response]) -
         "request_id": identity if isinstance(identity, str) else "",
         "body": jsontext.shown(body),
     }
-    flags = {name: [*_joined(getattr(each, name) or () for each in responses)] for name in _FLAGS}
-    return result_line(draw, [str(each.key) for each in responses], response, None, flags)
-
-
-def _joined(parts: Iterable[Iterable[Any]]) -> Iterable[Any]:
-    return (value for part in parts for value in part)
+    return result_line(draw, [str(each.key) for each in responses], response, None, per_sample(responses))
 
 
 def kept_line(draw: LineDraw, earlier: Mapping[str, Any]) -> bytes:
@@ -67,8 +63,7 @@ def result_line(
     carried = line.carried
     if not jsontext.is_strict(carried):
         carried = {name: jsontext.valid(value) for name, value in carried.items()}
-    hidden = {name: value for name, value in carried.items() if name in _OWN}
-    if hidden:
+    if hidden := {name: carried[name] for name in filter(_OWN.__contains__, carried)}:
         ours["carried"] = hidden
     head = jsontext.dumps(
         {

@@ -119,6 +119,10 @@ class _Run:
         self._wake = asyncio.Event()
         self._more = True
 
+    @property
+    def _unfinished(self) -> bool:
+        return self._more or bool(self._ahead)
+
     async def drive(self) -> None:
         """Ask all lines and write all results; if the run is stopped, those that are complete."""
         stop = self._settings.stop
@@ -126,7 +130,7 @@ class _Run:
         deadline: asyncio.TimerHandle | None = None
         try:
             with runs.run():
-                while self._more or self._ahead:
+                while self._unfinished:
                     self._wake.clear()
                     await self._begin()
                     await self._write()
@@ -142,7 +146,7 @@ class _Run:
                 deadline.cancel()
             stop.listen()
             await self._end()
-        if self._more or self._ahead:
+        if self._unfinished:
             self._report.interrupted = True
             self._report.partial = self._results.left
         else:

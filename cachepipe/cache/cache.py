@@ -201,32 +201,36 @@ class Cache:
         run: runs.Occurrences,
     ) -> Found | None:
         """Return the samples of a draw if all of them are stored; an error gives its number back."""
-        shared = draw.shared
-        user = label(claimant.namespace) if shared else draw.namespace
-        grant = None
+        user = label(claimant.namespace) if draw.shared else draw.namespace
+        found: Found | None = None
         try:
-            if self.in_memory:
-                with run.replaying:
-                    taken = IntervalSet() if shared else run.taken(user, question.key)
-                    grant = self.store.replay(draw, n, taken)
-            elif n <= MANY and (not shared or (question.key, user) in run.used):
-                # Reading more would delay others, and the first use of a shared draw must be recorded.
-                grant = self.store.recall(draw, n)
-        except BaseException:
-            give_back(draw, counter)
-            raise
-        if grant is None:
-            return None
-        values: list[Any] = []
-        found = Found(self, run, counter, user, question, draw, grant, values)
-        try:
+            grant = self._granted(draw, user, question, n, run)
+            if grant is None:
+                return None
+            found = Found(self, run, counter, user, question, draw, grant, [])
             if grant.shared:
                 warn_shared(question, claimant, run)
-            values += [self.decode(sample) for sample in grant.samples if sample is not None]
+            found.values.extend(self.decode(sample) for sample in grant.samples if sample is not None)
         except BaseException:
-            found.give_back()
+            if found is None:
+                give_back(draw, counter)
+            else:
+                found.give_back()
             raise
         return found
+
+    def _granted(
+        self, draw: Draw, user: str, question: Question, n: int, run: runs.Occurrences
+    ) -> Grant | None:
+        """Return the samples of a draw as the store has them, if it has them all."""
+        if self.in_memory:
+            with run.replaying:
+                taken = IntervalSet() if draw.shared else run.taken(user, question.key)
+                return self.store.replay(draw, n, taken)
+        # Reading more would delay others, and the first use of a shared draw must be recorded.
+        if n > MANY or (draw.shared and (question.key, user) not in run.used):
+            return None
+        return self.store.recall(draw, n)
 
     def _deliver(self, found: Found) -> None:
         """Account for samples that were stored."""
@@ -237,7 +241,23 @@ class Cache:
 
     # Draws.
 
-    def begin(
+    def begin(self, request: Request, question: Question, queue: WriteQueue) -> Found | Drawing:
+        """Return what is stored for a request of one question, or begin to draw it.
+
+        While claims are queued, a request joins them: their transaction also finds what is stored.
+        """
+        if self.in_memory or self.mode != "read-write" or not queue.idle:
+            return self.draw(request, question, queue)
+        self.requests += 1
+        run = runs.current(self.store.identity)
+        draw = draw_of(question.key, request, run, shared=self.shares(question))
+        found = self._find(draw, request, question, request.n, run, run)
+        if found is None:
+            return self._drawing(request, question, queue, draw, run, run)
+        self._deliver(found)
+        return found
+
+    def draw(
         self,
         request: Request,
         question: Question,
@@ -245,12 +265,11 @@ class Cache:
         *,
         run: runs.Occurrences | None = None,
         counter: Counter | None = None,
-        looked: bool = False,
     ) -> Found | Drawing:
-        """Return what is stored for a request of one question, or begin to draw it.
+        """Begin to draw the samples of a request; what is not stored is generated.
 
-        While claims are queued, a request joins them: their transaction also finds what is stored. A request
-        that is alone in its turn of the event loop is claimed at once, others together at its end.
+        A request that is alone in its turn of the event loop is claimed at once, others together at its end.
+        Where claims are made in memory only, those find what is stored.
 
         Args:
             request: the request.
@@ -258,7 +277,6 @@ class Cache:
             queue: the write queue of the running loop.
             run: the run; by default the current one.
             counter: counts the occurrences of equal requests; by default the run.
-            looked: whether the caller has just looked for it with others, and not found all of them.
 
         Raises:
             CacheMiss: in replay mode, when a sample is not stored.
@@ -271,15 +289,14 @@ class Cache:
         if counter is None:
             counter = run
         draw = draw_of(question.key, request, counter, shared=self.shares(question))
-        # A claim finds what is stored, but where claims are not written there is none.
-        if self.mode != "refresh" and (self.in_memory or (queue.idle and not looked)):
+        if self.in_memory and self.mode != "refresh":
             found = self._find(draw, request, question, request.n, counter, run)
             if found is not None:
                 self._deliver(found)
                 return found
-            if self.mode == "replay":
-                give_back(draw, counter)
-                raise missed(self.store, question, draw, request.n, request, request.namespace)
+        if self.mode == "replay":
+            give_back(draw, counter)
+            raise missed(self.store, question, draw, request.n, request, request.namespace)
         return self._drawing(request, question, queue, draw, counter, run)
 
     def _drawing(
@@ -316,7 +333,8 @@ class Cache:
             if queue.loop is loop:
                 await queue.drain()
             elif queue.loop.is_running() and queue.fork == forks.count:  # loops run in their own process
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop))
+                there = asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop)
+                await asyncio.wait([asyncio.wrap_future(there)])  # it is cancelled if that loop ends
         await self.deliveries.write()
 
 

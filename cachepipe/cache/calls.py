@@ -9,7 +9,7 @@ from contextvars import copy_context
 from typing import Any
 
 from cachepipe.adapting import cut_of, has_request, hooks_of, limit_of
-from cachepipe.contract.demands import PATIENCE, Limit, answered, cut, largest, repeats
+from cachepipe.contract.demands import PATIENCE, Answered, Limit, answered, cut, largest, repeats
 from cachepipe.errors import ShortAnswer
 from cachepipe.stage import Flight, Stage, ask_batch, samples_of
 from cachepipe.stores.base import new_id
@@ -278,34 +278,34 @@ class Caller:
 
         def settle(place: int, answer: Any) -> None:
             call = calls[place]
-            if call.settled:
-                return
-            flight.answered(call)
-            self.in_flight -= call.total
-            call.seconds = time.perf_counter() - begun
-            if isinstance(answer, BaseException):
-                self._failed(call, answer)
-                return
-            try:
-                values = samples_of(answer)
-            except Exception as error:  # noqa: BLE001 - it belongs to those who needed this call
-                self._failed(call, error)
-            else:
-                self._answered(call, values)
+            if not call.settled:
+                flight.answered(call)
+                self.in_flight -= call.total
+                call.seconds = time.perf_counter() - begun
+                self._settle(call, answer)
 
         here = copy_context()  # work that begins when an answer comes is not part of the call's context
+        requests = [call.request for call in calls]
         try:
-            await ask_batch(
-                self._model,
-                [call.request for call in calls],
-                lambda place, answer: here.run(settle, place, answer),
-            )
+            await ask_batch(self._model, requests, lambda place, answer: here.run(settle, place, answer))
         except BaseException as error:
             flight.task = None  # the task ends here
             for place in range(len(calls)):
                 settle(place, error)
             if not isinstance(error, asyncio.CancelledError):
                 raise
+
+    def _settle(self, call: Call, answer: Any) -> None:
+        """Take the answer or the error of one call of a batch."""
+        if isinstance(answer, BaseException):
+            self._failed(call, answer)
+            return
+        try:
+            values = samples_of(answer)
+        except Exception as error:  # noqa: BLE001 - it belongs to those who needed this call
+            self._failed(call, error)
+        else:
+            self._answered(call, values)
 
     def _begin(self, total: int, calls: int = 1) -> None:
         self.calls += calls
@@ -331,6 +331,10 @@ class Caller:
         _detach(call)
         if then.limit is not None:
             self._limit.lower(then.limit)
+        self._ask_again(call, then, brought=bool(values))
+
+    def _ask_again(self, call: Call, then: Answered[Demand], *, brought: bool) -> None:
+        """Ask for what a call left missing, or give the model up."""
         if then.separately:
             self._send_each(then.missing)
         elif then.gives_up:
@@ -341,7 +345,7 @@ class Caller:
             )
             demand.fail(slots, error)
         elif then.missing:
-            self._send([Call(list(then.missing), 0 if values else call.empty + 1)])
+            self._send([Call(list(then.missing), 0 if brought else call.empty + 1)])
 
     def _failed(self, call: Call, error: BaseException) -> None:
         call.settled = True

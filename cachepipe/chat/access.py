@@ -30,11 +30,10 @@ _logger = logging.getLogger(__name__)
 DEFAULT_MODEL: Final = "gpt-4o-mini"
 """The default model, if neither the caller nor ``CACHEPIPE_MODEL`` names one."""
 
-_CLOSING_SECONDS: Final = 10.0
-
-
 _SETTINGS: Final = ("namespace", "request_id", "replicate", "mode")
 _ENDPOINTS: Final = ("client", "service", "api_key", "base_url")
+_AT_MOST_ONE: Final = ([], *([name] for name in _ENDPOINTS), ["api_key", "base_url"])
+"""The options of `_ENDPOINTS` that may be given together, as they name no more than one endpoint."""
 
 
 class Environment:
@@ -59,6 +58,10 @@ class Environment:
         """Return a setting by its name; None if it is not set, or empty."""
         value = self._given.get(name)
         return str(value) if value else os.environ.get(name) or None
+
+    def located(self, cache: Any) -> Any:
+        """Return what `located` returns for a cache argument; for None, for ``CACHEPIPE_DIR``."""
+        return located(self.found("CACHEPIPE_DIR") if cache is None else cache)
 
 
 class Access:
@@ -86,29 +89,29 @@ class Access:
         *,
         sdk: str | None = None,
     ) -> None:
-        self.found = (environment or Environment()).found
+        environment = environment or Environment()
+        self.found = environment.found
         self._sdk = sdk
         self._opened: Any = None
         self.service: Service | None = options.get("service")
-        if self.service is not None and not isinstance(self.service, Service):
+        if not isinstance(self.service, Service | None):
             raise TypeError(f"service= takes a Service, such as Services.OpenAI(); got {self.service!r:.100}")
         self._repeat: Repeat | None = options.get("repeat")
-        if self._repeat is not None and self._repeat not in REPEATS:
+        if self._repeat not in (None, *REPEATS):
             raise ValueError(f"repeat is 'fresh' or 'same'; got {self._repeat!r}")
         client, cache = options.get("client"), options.get("cache")
         self.settings = self._given(options, given=not keeps_cache(client))
         with self.using():
             pass  # invalid settings are refused
         where = [name for name in _ENDPOINTS if options.get(name) is not None]
-        if len(where) > 1 and where != ["api_key", "base_url"]:
+        if where not in _AT_MOST_ONE:
             raise TypeError(f"give {where[0]}= or {where[1]}=, not both: each of them names an endpoint")
-        if client is None or not keeps_cache(client):
-            cache = located(self.found("CACHEPIPE_DIR") if cache is None else cache)
-        self._cache = cache
-        self.client = None if client is None else self._with_cache(client)
-        self._is_async = client is None or is_asynchronous(client)
-        self.api_key = self.base_url = None
-        if client is None and self.service is None:
+        self._cache = cache if keeps_cache(client) else environment.located(cache)
+        self.client = self.api_key = self.base_url = None
+        self._is_async = True
+        if client is not None:
+            self.client, self._is_async = self._with_cache(client), is_asynchronous(client)
+        elif self.service is None:
             self.api_key, self.base_url = self._endpoint(options)
 
     def __repr__(self) -> str:

@@ -163,7 +163,7 @@ class TextCompletion:
         """
         if self.token_log_probs is None:
             raise ValueError("this completion has no log probabilities; ask for it with log_probs=True")
-        color = terminal.shows_colours() if color is None else color
+        color = terminal.shows_colours(color)
         pieces = []
         for text, tokens in _characters(self.token_log_probs):
             least = min(token.probability for token in tokens)
@@ -171,8 +171,7 @@ class TextCompletion:
             shown = terminal.visible(text, lines=True)
             pieces.append(shown if codes is None else terminal.coloured(shown, codes, color=color))
             if show_probabilities:
-                told = (f"[{token.probability:.4f}]" for token in tokens)
-                pieces += [terminal.coloured(probability, "2", color=color) for probability in told]
+                pieces += [terminal.coloured(f"[{one.probability:.4f}]", "2", color=color) for one in tokens]
         return "".join(pieces)
 
 
@@ -260,15 +259,7 @@ class AnsweredCall:
         """Add the log probabilities of a choice, or of a chunk of one."""
         if isinstance(told, int | float):  # Together's, of the one token that a chunk brings
             told = {"tokens": [text], "token_logprobs": [told]}
-        told = {} if told is None else dumped(told)
-        entries = told.get("content")
-        if entries is None and told.get("tokens"):  # Together's
-            values = told.get("token_logprobs") or ()
-            tops = told.get("top_logprobs") or ()
-            entries = [
-                {"token": token, "logprob": value, "top_logprobs": _listed(top)}
-                for token, value, top in itertools.zip_longest(told["tokens"], values, tops)
-            ]
+        entries = None if told is None else _entries(dumped(told))
         if entries is None:
             return
         self.log_probs = self.log_probs or []
@@ -276,6 +267,17 @@ class AnsweredCall:
         for entry in entries:
             self.log_probs.append(_token(entry))
             self.alternatives.append([_token(top) for top in entry.get("top_logprobs") or ()])
+
+
+def _entries(told: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
+    """Return log probabilities in OpenAI's form, one entry for each token; None if there are none."""
+    if told.get("content") is not None or not told.get("tokens"):
+        return told.get("content")
+    values, tops = told.get("token_logprobs") or (), told.get("top_logprobs") or ()  # Together's
+    return [
+        {"token": token, "logprob": value, "top_logprobs": _listed(top)}
+        for token, value, top in itertools.zip_longest(told["tokens"], values, tops)
+    ]
 
 
 def _token(entry: Mapping[str, Any]) -> TokenLogProb:

@@ -198,18 +198,9 @@ class Reply:
         usage, kind = made.usage, self._plan.kind
         facts: dict[str, Any] = {"retrieval_start_time": start, "retrieval_end_time": end}
         if noted is not None and noted.complete:
-            index = None if noted.indices is None else noted.indices[place]
-            facts |= {
-                "cached": bool(noted.cached) and all(noted.cached),
-                "cost": noted,
-                "key": noted.key,
-                "index": index,
-                "namespace": noted.namespace,
-                "request_id": noted.request_id,
-                "replicate": noted.replicate,
-            }
+            facts |= _drawn(noted, place)
             usage = usage if noted.as_asked["unknown"] else noted.as_asked
-            start, end = self._plan.access.generated(noted.key, index) or (start, end)
+            start, end = self._plan.access.generated(noted.key, facts["index"]) or (start, end)
         if kind is not None and not refusal and not calls:
             facts["parsed"] = parsed_answer(
                 kind, text, made.finish_reason, facts.get("key"), facts.get("index")
@@ -222,16 +213,25 @@ class Reply:
             end_time=end,
             token_log_probs=made.log_probs,
             full_token_log_probs=made.alternatives if self._plan.body.get("top_logprobs") else None,
-            usage={
-                name: count
-                for name, count in usage.items()
-                if name.endswith("_tokens") and isinstance(count, int)
-            },
+            usage=_token_counts(usage),
             finish_reason=made.finish_reason,
             refusal=refusal,
             tool_calls=calls,
             **facts,
         )
+
+
+def _drawn(noted: Info, place: int) -> dict[str, Any]:
+    """Return which draw and sample an answer is."""
+    names = "key", "namespace", "request_id", "replicate"
+    index = None if noted.indices is None else noted.indices[place]
+    cached = bool(noted.cached) and all(noted.cached)
+    return {"cached": cached, "cost": noted, "index": index, **{name: getattr(noted, name) for name in names}}
+
+
+def _token_counts(usage: Mapping[str, Any]) -> dict[str, int]:
+    counts = usage.items()
+    return {name: count for name, count in counts if name.endswith("_tokens") and isinstance(count, int)}
 
 
 def _log_probs(wanted: Any, top: Any) -> dict[str, Any]:

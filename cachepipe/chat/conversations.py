@@ -15,6 +15,7 @@ ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
 _OPENING: Final = ("system", "developer")
 _COLOURS: Final = {"system": "35", "developer": "35", "user": "32", "assistant": "34", "tool": "33"}
+_CONTENTS: Final = (str, list, tuple, type(None))
 _WIDTH: Final = 80
 
 
@@ -45,30 +46,25 @@ class Message:
         if self.role not in ROLES:
             raise ValueError(f"the role of a message is one of {', '.join(ROLES)}; got {self.role!r:.100}")
         content: Any = self.content
+        if content is None and self.role != "assistant":
+            raise TypeError(f"the content of a message by {self.role!r} is a string; got None")
+        self._check("the content of a message is a string or a list of parts", _CONTENTS, content)
         if isinstance(content, list | tuple):
-            self._check("a part of a message's content is a mapping such as {'type': 'text', ...}", content)
+            part = "a part of a message's content is a mapping such as {'type': 'text', ...}"
+            self._check(part, Mapping, *content)
             object.__setattr__(self, "content", by_value(list(content)))
-        elif content is None:
-            if self.role != "assistant":
-                raise TypeError(f"the content of a message by {self.role!r} is a string; got None")
-        elif not isinstance(content, str):
-            raise TypeError(f"the content of a message is a string or a list of parts; got {content!r:.100}")
-        for field_name in ("name", "tool_call_id"):
-            value = getattr(self, field_name)
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"{field_name} of a message is a string; got {value!r:.100}")
-        calls = None
-        if self.tool_calls:  # providers refuse an empty list
-            self._check("a call of a tool is a mapping with 'id' and 'function'", self.tool_calls)
-            calls = by_value(list(self.tool_calls))
-        object.__setattr__(self, "tool_calls", calls)
+        self._check("name of a message is a string", str | None, self.name)
+        self._check("tool_call_id of a message is a string", str | None, self.tool_call_id)
+        calls = list(self.tool_calls or ())
+        self._check("a call of a tool is a mapping with 'id' and 'function'", Mapping, *calls)
+        object.__setattr__(self, "tool_calls", by_value(calls) or None)  # providers refuse an empty list
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message by 'tool' answers a call: give it tool_call_id=")
 
     @staticmethod
-    def _check(expected: str, items: Iterable[Any]) -> None:
+    def _check(expected: str, kind: Any, *items: Any) -> None:
         for item in items:
-            if not isinstance(item, Mapping):
+            if not isinstance(item, kind):
                 raise TypeError(f"{expected}; got {item!r:.100}")
 
     def __repr__(self) -> str:
@@ -97,27 +93,34 @@ class Message:
         if isinstance(said, cls):
             return said
         if isinstance(said, str):
-            role, colon, content = said.partition(":")
-            if not colon or role not in ROLES:
-                raise ValueError(
-                    "a message as text begins with its role and a colon, such as 'user:Hello'; "
-                    f"got {said!r:.100}"
-                )
-            return cls(role, content)
+            return cls._of_text(said)
         if not isinstance(said, Mapping | type) and isinstance(said, Dumped):
             said = said.model_dump(exclude_none=True)
         if not isinstance(said, Mapping):
             raise TypeError(f"a message is a Message, a mapping or a text 'role:content'; got {said!r:.100}")
         if "role" not in said:
             raise ValueError(f"a message as a mapping has a 'role' and a 'content'; got {said!r:.100}")
+        return cls._of_fields(said)
+
+    @classmethod
+    def _of_fields(cls, said: Mapping[str, Any]) -> Self:
         names = cls.__dataclass_fields__
-        given = {name: value for name, value in said.items() if name in names}
-        if given.get("content") is None and said.get("refusal"):
-            given["content"] = said["refusal"]
-        unknown = [name for name, value in said.items() if value and name not in names and name != "refusal"]
-        if unknown:
-            raise ValueError(f"a message has {', '.join(sorted(names))}; got {', '.join(map(str, unknown))}")
-        return cls(**{"content": None, **given})
+        given = {"content": None, **{name: value for name, value in said.items() if value or name in names}}
+        refusal = given.pop("refusal", None)
+        if given["content"] is None:
+            given["content"] = refusal
+        if unknown := [str(name) for name in given if name not in names]:
+            raise ValueError(f"a message has {', '.join(sorted(names))}; got {', '.join(unknown)}")
+        return cls(**given)
+
+    @classmethod
+    def _of_text(cls, said: str) -> Self:
+        role, colon, content = said.partition(":")
+        if not colon or role not in ROLES:
+            raise ValueError(
+                f"a message as text begins with its role and a colon, such as 'user:Hello'; got {said!r:.100}"
+            )
+        return cls(role, content)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the message as a provider takes it, without fields that are None, except the content."""
@@ -280,7 +283,7 @@ class Conversation:
         Args:
             color: whether to use colours; None uses them on a terminal without NO_COLOR.
         """
-        color = terminal.shows_colours() if color is None else color
+        color = terminal.shows_colours(color)
         blocks = []
         for message in self.messages:
             codes = _COLOURS[message.role]

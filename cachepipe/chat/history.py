@@ -21,7 +21,6 @@ import anyio.to_thread
 
 from cachepipe.chat.access import Environment
 from cachepipe.chat.conversations import Conversation, Message, Sayable
-from cachepipe.chat.kept import located
 from cachepipe.errors import StoreError
 from cachepipe.stores.folders import check_files, expanded
 
@@ -98,7 +97,7 @@ class History:
         ttl: int = DAY,
         cache: Any = None,
     ) -> None:
-        found = Environment(environment, "History").found
+        settings = Environment(environment, "History")
         state = state or (environment or {}).get("state") or secrets.token_urlsafe(18)
         if not isinstance(state, str) or not _ID.fullmatch(state):
             raise ValueError(
@@ -108,15 +107,10 @@ class History:
             raise ValueError(f"ttl= is a whole number of seconds, at least 1; got {ttl!r:.100}")
         self._id = state
         self.ttl = ttl
-        url = url or found("REDIS_URL")
-        self._keeper: Keeper
-        if url:
-            from cachepipe.chat.server import ServerKeeper  # noqa: PLC0415 - it needs redis
-
-            prefix = found("REDIS_PREFIX") or PREFIX if prefix is None else prefix
-            self._keeper = ServerKeeper(str(url), str(prefix))
-        else:
-            self._keeper = FolderKeeper(_folder(found("CACHEPIPE_DIR") if cache is None else cache))
+        url = url or settings.found("REDIS_URL")
+        self._keeper: Keeper = (
+            _on_server(url, prefix, settings) if url else FolderKeeper(_folder(cache, settings))
+        )
 
     def __repr__(self) -> str:
         return f"<History {self._keeper!r}>"  # not its id, with which anyone can read it
@@ -249,9 +243,15 @@ class FolderKeeper:
                 connection.execute("DELETE FROM histories WHERE id = ?", (name,))
 
 
-def _folder(cache: Any) -> str:
+def _on_server(url: str, prefix: str | None, settings: Environment) -> Keeper:
+    from cachepipe.chat.server import ServerKeeper  # noqa: PLC0415 - it needs redis
+
+    return ServerKeeper(str(url), str(settings.found("REDIS_PREFIX") or PREFIX if prefix is None else prefix))
+
+
+def _folder(cache: Any, settings: Environment) -> str:
     """Return the folder of a cache argument."""
-    folder = located(getattr(cache, "folder", None) or getattr(cache, "directory", None) or cache)
+    folder = settings.located(getattr(cache, "folder", None) or getattr(cache, "directory", None) or cache)
     if not isinstance(folder, str):
         raise TypeError(f"cache= of a history is a folder, or a cache in one; got {cache!r:.100}")
     return folder

@@ -87,27 +87,19 @@ class Session:
     ) -> None:
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         client, service = given.get("client"), given.get("service")
-        if client is not None and service is None and not (completes(client) and is_asynchronous(client)):
-            raise TypeError(
-                "client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
-                f"got {client!r:.200}"
-            )
-        if keeps_cache(client) and given.keys() & {"cache", "mode", "repeat"}:
-            raise TypeError(
-                "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
-            )
-        if llmconfig is not None and not isinstance(llmconfig, Mapping):
+        if not isinstance(llmconfig, Mapping | None):
             raise TypeError(f"llmconfig is a mapping of parameters; got {llmconfig!r:.100}")
-        if client is None and service is None:
-            endpoint = {name: given.pop(name) for name in ("api_key", "base_url") if name in given}
+        if client is not None:
+            _check_client(client, given)
+        elif service is None:
+            endpoint = {name: given.pop(name) for name in given.keys() & {"api_key", "base_url"}}
             service = given["service"] = Services.OpenAI(**endpoint)
         self.service: Service | None = service
         self._access = Access(given, sdk="openai")
-        self.llmconfig: dict[str, Any] = by_value(dict(DEFAULTS))
-        if self.service is not None:
-            self.llmconfig["model"] = self.service.model
-        self.llmconfig.update(by_value(dict(llmconfig or {})))
-        self._names_model = "model" in (llmconfig or {})
+        own = dict(llmconfig or {})
+        model = DEFAULTS["model"] if service is None else service.model
+        self.llmconfig: dict[str, Any] = by_value({**DEFAULTS, "model": model, **own})
+        self._names_model = "model" in own
         opening = [] if system is None else [Message("system", _text(system))]
         self.conversation = Conversation(opening)
         self.info: Info | None = None
@@ -237,17 +229,10 @@ class Session:
         Parameters that cannot be sent are refused before anything is spent.
         """
         config = {name: value for name, value in {**self.llmconfig, **params}.items() if value is not None}
-        fields: dict[str, Any] = {name: config.pop(name) for name in ("n", "stream") if name in config}
         extra = config.get("extra_body")
         if isinstance(extra, Mapping) and (wrong := {"n", "stream"} & extra.keys()):
             raise TypeError(f"{min(wrong)}= is given by itself, not in extra_body=")
-        n = fields.get("n", 1)
-        if type(n) is not int or n < 1:
-            raise ValueError(f"n is a whole number, at least 1; got {n!r:.100}")
-        if not fields.get("stream"):
-            fields.pop("stream", None)
-        elif n > 1:
-            raise ValueError("a session streams one answer; ask for n answers with stream=False")
+        fields = _taken_fields(config)
         if config.get("model") == DEFAULTS["model"] and not (self._names_model or "model" in params):
             say_default(DEFAULTS["model"], "llmconfig={'model': ...} or model= names another")
         if not isinstance(config.get("model"), str):
@@ -376,6 +361,32 @@ class Pieces(Spoken):
         self.ended = True
         await super()._end()
         await self._reply.close()  # the iteration may not have begun
+
+
+def _check_client(client: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a client without awaited chat completions, and options that it has itself."""
+    if "service" not in options and not (completes(client) and is_asynchronous(client)):
+        raise TypeError(
+            "client= takes an asynchronous client with chat.completions, such as AsyncOpenAI(); "
+            f"got {client!r:.200}"
+        )
+    if keeps_cache(client) and options.keys() & {"cache", "mode", "repeat"}:
+        raise TypeError(
+            "the client has its own cache: leave out cache=, mode= and repeat=, or give them to it"
+        )
+
+
+def _taken_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Take ``n`` and ``stream`` out of the parameters of a call, and return those that are sent."""
+    fields: dict[str, Any] = {name: config.pop(name) for name in ("n", "stream") if name in config}
+    n = fields.get("n", 1)
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n is a whole number, at least 1; got {n!r:.100}")
+    if not fields.get("stream"):
+        fields.pop("stream", None)
+    elif n > 1:
+        raise ValueError("a session streams one answer; ask for n answers with stream=False")
+    return fields
 
 
 def _turns() -> Limits:

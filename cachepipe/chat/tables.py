@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -44,6 +45,7 @@ COLUMNS: Final = (
 _WIDTH: Final = 100
 _NARROWEST: Final = 24  # columns of a sample, if a row has several
 _LEAST: Final = 10
+_Result = TextCompletion | BaseException
 
 
 def to_dataframe(
@@ -65,11 +67,12 @@ def to_dataframe(
     if library not in (None, "pandas", "polars"):
         raise ValueError(f"library= is 'pandas', 'polars' or None; got {library!r:.100}")
     names = [name for name in ("pandas", "polars") if importlib.util.find_spec(name)]
-    if library is None and not names:
+    chosen: str | None = library or next(iter(names), None)
+    if chosen is None:
         raise ImportError("a data frame needs pandas or polars: pip install 'cachepipe[pandas]'")
-    if library is not None and library not in names:
-        raise ImportError(f"{library} is not installed: pip install 'cachepipe[{library}]'")
-    made = importlib.import_module(library or names[0])
+    if chosen not in names:
+        raise ImportError(f"{chosen} is not installed: pip install 'cachepipe[{chosen}]'")
+    made = importlib.import_module(chosen)
     columns = {name: [_encodable(row.get(name)) for row in rows] for name in COLUMNS}
     return made.DataFrame(columns)
 
@@ -157,15 +160,14 @@ def _read(document: Mapping[str, Any]) -> TextCompletion | dict[str, Any]:
         return dict(document)
     fields = dict(document)
     fields["conversation"] = Conversation(list(document["conversation"]))
-    tokens, alternatives = document.get("token_log_probs"), document.get("full_token_log_probs")
-    if tokens is not None:
-        fields["token_log_probs"] = [_token(token) for token in tokens]
-    if alternatives is not None:
-        fields["full_token_log_probs"] = [[_token(token) for token in top] for top in alternatives]
+    for name in ("token_log_probs", "full_token_log_probs"):
+        fields[name] = _tokens(document.get(name))
     return TextCompletion(**fields)
 
 
-def _token(token: Mapping[str, Any]) -> TokenLogProb:
+def _tokens(token: Any) -> Any:
+    if not isinstance(token, dict):
+        return None if token is None else [_tokens(each) for each in token]
     value, raw = float(token["log_prob"]), token.get("raw")  # JSON has no infinities: they are strings
     return TokenLogProb(token["token"], value, None if raw is None else bytes(raw))
 
@@ -189,24 +191,20 @@ def side_by_side(
     Raises:
         ValueError: when there are not as many labels as completions, or too few columns.
     """
-    from rich import box  # noqa: PLC0415 - only for people
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415 - only for people
     from rich.text import Text  # noqa: PLC0415
 
     completions = list(completions)
-    labels = [_label(place, one) for place, one in enumerate(completions)] if labels is None else labels
+    labels = list(itertools.starmap(_label, enumerate(completions, start=1))) if labels is None else labels
     if len(labels) != len(completions):
         raise ValueError(
             f"side_by_side takes a label for each: {len(completions)} are shown, got {len(labels)}"
         )
-    color = terminal.shows_colours() if color is None else color
-    if width is None:
-        width = shutil.get_terminal_size((_WIDTH, 1)).columns if terminal.on_terminal() else _WIDTH
+    color = terminal.shows_colours(color)
+    width = _terminal_width() if width is None else width
     if width < _LEAST:
         raise ValueError(f"width= is a number of columns, at least {_LEAST}; got {width!r}")
-    prompts = ["" if isinstance(one, BaseException) else _row(one)["prompt"] for one in completions]
-    alike = len(set(prompts)) == 1
+    prompts = [_row(one).get("prompt", "") for one in completions]
     console = Console(
         file=io.StringIO(),
         width=width,
@@ -216,26 +214,41 @@ def side_by_side(
         legacy_windows=False,
         force_jupyter=False,
     )
-    if alike and prompts[0]:
-        console.print(Text(terminal.visible(prompts[0], lines=True), style="bold"))
+    if len(set(prompts)) == 1:  # it is shown once
+        if prompts[0]:
+            console.print(Text(terminal.visible(prompts[0], lines=True), style="bold"))
+        prompts = []
     per_row = max(width // _NARROWEST, 1)
     for start in range(0, len(completions), per_row):
-        chosen = range(start, min(start + per_row, len(completions)))
-        table = Table(box=box.ROUNDED, width=width)
-        for place in chosen:
-            table.add_column(Text(terminal.visible(str(labels[place]))), ratio=1, overflow="fold")
-        if not alike:
-            table.add_row(*(Text(terminal.visible(prompts[place], lines=True), "bold") for place in chosen))
-        table.add_row(*(_cell(completions[place], Text) for place in chosen))
-        console.print(table)
-    shown: str = console.file.getvalue()  # type: ignore[attr-defined]  # it is the one given above
-    return shown.rstrip("\n")
+        shown = slice(start, start + per_row)
+        console.print(_table(completions[shown], labels[shown], prompts[shown], width))
+    written: str = console.file.getvalue()  # type: ignore[attr-defined]  # it is the one given above
+    return written.rstrip("\n")
 
 
-def _label(place: int, one: TextCompletion | BaseException) -> str:
+def _terminal_width() -> int:
+    return shutil.get_terminal_size((_WIDTH, 1)).columns if terminal.on_terminal() else _WIDTH
+
+
+def _table(completions: Sequence[_Result], labels: Sequence[str], prompts: Sequence[str], width: int) -> Any:
+    """Return samples beside each other, each under its label and its prompt, if there are prompts."""
+    from rich import box  # noqa: PLC0415 - only for people
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=box.ROUNDED, width=width)
+    for label in labels:
+        table.add_column(Text(terminal.visible(str(label))), ratio=1, overflow="fold")
+    if prompts:
+        table.add_row(*(Text(terminal.visible(prompt, lines=True), "bold") for prompt in prompts))
+    table.add_row(*(_cell(one, Text) for one in completions))
+    return table
+
+
+def _label(number: int, one: TextCompletion | BaseException) -> str:
     if isinstance(one, BaseException):
-        return f"{place + 1} failed"
-    return f"{place + 1} {one.model}{' cached' if one.cached else ''}"
+        return f"{number} failed"
+    return f"{number} {one.model}{' cached' if one.cached else ''}"
 
 
 def _cell(one: TextCompletion | BaseException, text: Any) -> Any:

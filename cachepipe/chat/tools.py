@@ -27,13 +27,9 @@ class Tool:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        name = getattr(function, "__name__", None)
-        if (
-            not callable(function)
-            or isinstance(function, type)
-            or not isinstance(name, str)
-            or name == "<lambda>"
-        ):
+        name: Any = getattr(function, "__name__", None)
+        named = isinstance(name, str) and name != "<lambda>"
+        if not named or not callable(function) or isinstance(function, type):
             raise TypeError(
                 "a tool is a function with a name, or a mapping as the provider takes it; "
                 f"got {function!r:.100}"

@@ -166,14 +166,13 @@ def folder_in_use(cache: str | None) -> tuple[Path, str]:
     from cachepipe.stores import check_folder, default_folder  # noqa: PLC0415 - help needs no store
     from cachepipe.stores.folders import expanded  # noqa: PLC0415 - likewise
 
+    found = default_folder() if cache is None else cache
     if cache is not None:
-        found, how = cache, "--cache"
+        how = "--cache"
+    elif os.environ.get("CACHEPIPE_DIR"):
+        how = "CACHEPIPE_DIR"
     else:
-        found = default_folder()
-        if os.environ.get("CACHEPIPE_DIR"):
-            how = "CACHEPIPE_DIR"
-        else:
-            how = "user" if Path(found).is_absolute() else "project"
+        how = "user" if Path(found).is_absolute() else "project"
     check_folder(found)
     return expanded(found), how
 
@@ -196,11 +195,8 @@ def opened(cache: str | None, *, write: bool = False) -> Iterator[DiskStore]:
     folder = existing_folder(cache)
     from cachepipe.stores import DiskStore  # noqa: PLC0415 - help needs no store
 
-    store = DiskStore(folder, read_only=not write)
-    try:
+    with contextlib.closing(DiskStore(folder, read_only=not write)) as store:
         yield store
-    finally:
-        store.close()
 
 
 def existing_folder(cache: str | None) -> Path:
@@ -296,10 +292,10 @@ def print_table(
     rights = [name.startswith(">") for name in columns]
     people = on_terminal()
     cells = [[_cell(row, of, people=people) for of in columns.values()] for row in rows]
-    if people:
-        _print_ruled(heads, cells, rights, title, total=total)
-        return
     widths = [max(map(width_of, column)) for column in zip(heads, *cells, strict=True)]
+    if people:
+        _print_ruled(heads, cells, rights, widths, title, total=total)
+        return
     lines = [title] if title else []
     for row in [heads, *cells]:
         padded = [
@@ -321,7 +317,13 @@ def counted(count: int, what: str) -> str:
 
 
 def _print_ruled(
-    heads: Sequence[str], cells: list[list[str]], rights: list[bool], title: str, *, total: bool
+    heads: list[str],
+    cells: list[list[str]],
+    rights: list[bool],
+    widths: list[int],
+    title: str,
+    *,
+    total: bool,
 ) -> None:
     from rich import box  # noqa: PLC0415 - only on terminals
     from rich.console import Console  # noqa: PLC0415
@@ -338,9 +340,8 @@ def _print_ruled(
         collapse_padding=True,
     )
     needed = len(heads) - 1
-    for place, (name, right) in enumerate(zip(heads, rights, strict=True)):
-        natural = max(width_of(cell) for cell in (name, *(row[place] for row in cells)))
-        least = min(natural, _NAMES) if not right else natural
+    for name, right, width in zip(heads, rights, widths, strict=True):
+        least = width if right else min(width, _NAMES)
         needed += least
         justify: Literal["left", "right"] = "right" if right else "left"
         table.add_column(Text(name), justify=justify, overflow="fold", min_width=least, no_wrap=right)

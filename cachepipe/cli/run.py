@@ -389,12 +389,10 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
         if name == "base_url":
             scheme, mark, rest = str(value).rpartition("//")
             value = f"{scheme}{mark}{rest.rpartition('@')[2]}"
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        else:
+        if isinstance(parameter, click.Option):
             words.append(parameter.opts[0])
-            if not getattr(parameter, "is_flag", False):
-                words.append(str(value))
+        if not getattr(parameter, "is_flag", False):
+            words.append(str(value))
     return shlex.join(words)
 
 

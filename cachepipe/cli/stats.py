@@ -102,10 +102,9 @@ def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -
 def _known(store: DiskStore, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
     """Return the namespaces; those that only replay have no draws in the ledger."""
     known = {label(info.namespace): info for info in store.namespaces()}
-    return [
-        *known.values(),
-        *(NamespaceInfo(namespace_of(name), 0, 0, 0) for name in sums if name not in known),
-    ]
+    for name in sums:
+        known.setdefault(name, NamespaceInfo(namespace_of(name), 0, 0, 0))
+    return list(known.values())
 
 
 def _total(sums: Mapping[str, Statement]) -> Statement:

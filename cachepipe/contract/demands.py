@@ -112,6 +112,15 @@ def repeats(pieces: Sequence[Piece[D]], *, timed_out: bool, status: object) -> b
     return len(pieces) > 1 and (timed_out or status in REFUSED)
 
 
+def is_mergeable(seed: object, best_of: object) -> bool:
+    """Return True if draws of a question may share calls, and its calls may be cut at will (C4).
+
+    With a seed, the samples of a merged call would differ from those of the calls that were asked for. With
+    ``best_of``, the number of samples is part of the question.
+    """
+    return seed is None and best_of is None
+
+
 class Limit:
     """How many samples one call may ask for.
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from cachepipe import jsontext
+from cachepipe.contract.demands import is_mergeable
 from cachepipe.errors import UnkeyableValue
 from cachepipe.typedefs import UNASKED, Request, field_names
 
@@ -314,7 +315,7 @@ def question(
     if best_of is not None:
         document["n"] = request.n
     text = encode(document)
-    return Question(digest(scope, text), scope, text, seed is None and best_of is None)
+    return Question(digest(scope, text), scope, text, is_mergeable(seed, best_of))
 
 
 def provider_question(

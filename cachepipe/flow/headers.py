@@ -120,22 +120,27 @@ def _reset(value: Any, wall: float | None) -> float | None:
     text = value.strip()
     here = time.time() if wall is None else wall
     number = _number(text)
-    if number is not None:
-        if number > 1e12:
-            number = number / 1000 - here  # milliseconds since 1970
-        elif number > 1e9:
-            number -= here
-    else:
-        parts = _DURATION.findall(text)
-        if parts and "".join(amount + unit for amount, unit in parts) == text:
-            number = sum(float(amount) * _UNITS[unit] for amount, unit in parts)
-        else:
+    if number is None:
+        number = _duration(text)
+        if number is None:
             try:
                 moment = dt.datetime.fromisoformat(text)
             except ValueError:
                 return None
             number = (moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp() - here
+    elif number > 1e12:
+        number = number / 1000 - here  # milliseconds since 1970
+    elif number > 1e9:
+        number -= here
     return min(max(number, 0.0), _LONGEST)
+
+
+def _duration(text: str) -> float | None:
+    """Return the seconds in a text such as ``6m0s``, or None for another text."""
+    parts = _DURATION.findall(text)
+    if not parts or "".join(map("".join, parts)) != text:
+        return None
+    return sum(float(amount) * _UNITS[unit] for amount, unit in parts)
 
 
 def _number(value: Any) -> float | None:

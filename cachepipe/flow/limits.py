@@ -17,7 +17,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -146,9 +146,7 @@ class Limits:
             tokens: the estimated tokens of the call.
             ahead: whether it goes before all that wait, because it is a repeated attempt.
         """
-        held = holding.get()
-        within = any(slot.limits is self and not slot.ended for slot in held)
-        rank = _WITHIN if within else int(ahead)
+        rank = _WITHIN if self._is_within() else int(ahead)
         with self._lock:
             now = self.clock.now()
             known = self._known(model)
@@ -171,6 +169,10 @@ class Limits:
             raise asyncio.CancelledError if waiting.error is None else waiting.error
         self._begin(waiting.slot, waiting.since)
         return waiting.slot
+
+    def _is_within(self) -> bool:
+        """Return True if the caller is in a call that these limits have permitted."""
+        return any(slot.limits is self and not slot.ended for slot in holding.get())
 
     def _known(self, name: str | None) -> LimitedModel:
         """Return what is known of a model, which may be new."""
@@ -222,11 +224,9 @@ class Limits:
     def _let_go_all(self, now: float) -> None:
         held: set[str | None] = set()  # the models whose next call has to wait
         soonest = math.inf
-        while (waiting := self._next(held)) is not None:
+        while (waiting := min(self._heads(held), default=None)) is not None:
             try:
-                taken = self._wait(waiting.model, waiting.tokens, waiting.rank, now)
-                if taken.wait <= 0 and self._shared is not None:
-                    taken = self._take_shared(self._shared, waiting, now)
+                taken = self._take(waiting, now)
             except StoreError as error:
                 waiting.model.queue.pop(0.0)
                 waiting.left, waiting.error = True, error
@@ -239,25 +239,29 @@ class Limits:
             if taken.whole:
                 break
             held.add(waiting.model.name)
-        busy = waiting is not None or bool(held)
-        if self._busy and not busy:
+        heads = self._heads()
+        self._busy = bool(heads)
+        if not heads:
             self._virtual = 0.0
             for model in self._models.values():
                 model.queue.lines.clear()
-        self._busy = busy
-        if self._shared is not None and self._shared.late:
-            self._shared.write()
-            soonest = min(soonest, now + _AGAIN) if self._shared.late else soonest
+        soonest = min(soonest, self._write_late(now))
         if soonest < math.inf:
-            heads = [head for model in self._models.values() if (head := model.queue.first()) is not None]
             here = running_loop()
-            loops = [*(head.loop for head in heads), *(() if here is None else (here,))]
-            self._alarm.set(loops, max(soonest, now + _TICK))
+            waiters = {head.loop for head in heads}
+            self._alarm.set(waiters if here is None else {here, *waiters}, max(soonest, now + _TICK))
 
-    def _next(self, held: set[str | None]) -> WaitingCall | None:
-        """Return the call that goes next, except those of some models."""
-        queues = (model.queue for model in self._models.values() if model.name not in held)
-        return min((head for queue in queues if (head := queue.first()) is not None), default=None)
+    def _heads(self, held: Collection[str | None] = ()) -> list[WaitingCall]:
+        """Return the first waiting call of each model, except those of some models."""
+        firsts = (model.queue.first() for model in self._models.values() if model.name not in held)
+        return [head for head in firsts if head is not None]
+
+    def _write_late(self, now: float) -> float:
+        """Repeat writes to the shared quotas that failed; return when they have to be repeated again."""
+        if self._shared is None or not self._shared.late:
+            return math.inf
+        self._shared.write()
+        return now + _AGAIN if self._shared.late else math.inf
 
     def _wait(self, model: LimitedModel, tokens: float, rank: int, now: float) -> Taken:
         """Return how long a call has to wait as far as this process knows, and whether all others wait."""
@@ -271,13 +275,16 @@ class Limits:
         full = most is not None and self._places >= most and rank != _WITHIN
         return Taken(math.inf if full else longest_wait(self._windows, tokens, now))
 
-    def _take_shared(self, shared: SharedQuotas, waiting: WaitingCall, now: float) -> Taken:
-        """Take a call from the quotas of all processes."""
+    def _take(self, waiting: WaitingCall, now: float) -> Taken:
+        """Return how long a call has to wait; if it has not, take it from the quotas of all processes."""
         model = waiting.model
+        taken = self._wait(model, waiting.tokens, waiting.rank, now)
+        if taken.wait > 0 or self._shared is None:
+            return taken
         quotas = [self.quota] if model.quota is None else [self.quota, model.quota]
         if waiting.rank == _WITHIN:
             quotas = [replace(quota, max_concurrency=None) for quota in quotas]
-        return shared.take(quotas, model.name, waiting.tokens, self._transit, now)
+        return self._shared.take(quotas, model.name, waiting.tokens, self._transit, now)
 
     def _let_go(self, waiting: WaitingCall, now: float, shared: int | None) -> None:
         """Permit the call that is next."""
@@ -344,11 +351,10 @@ class Limits:
             in_flight = slot.model.in_flight
             self._release(slot)
             self._stats.call_seconds += now - slot.begun
-            if tokens is not None or error is None:
-                self._stats.tokens += slot.tokens if tokens is None else tokens
-            for window, use in slot.uses:
-                if tokens is not None and window.of_tokens:
-                    window.correct(use, tokens)
+            if tokens is not None:
+                self._correct(slot, tokens)
+            elif error is None:
+                self._stats.tokens += slot.tokens
             self._expire(slot, now, arrived=True)
             if slot.shared is not None and self._shared is not None:
                 self._shared.end(slot.shared, tokens, now)
@@ -357,6 +363,13 @@ class Limits:
             self._learn(slot, in_flight, headers, error, now)
             if self._busy or self._shared is not None:
                 self._dispatch()
+
+    def _correct(self, slot: Slot, tokens: float) -> None:
+        """Count the tokens that a call has used instead of its estimate."""
+        self._stats.tokens += tokens
+        for window, use in slot.uses:
+            if window.of_tokens:
+                window.correct(use, tokens)
 
     def _learn(
         self,

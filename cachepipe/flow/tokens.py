@@ -165,13 +165,11 @@ class Estimator:
         if isinstance(value, str):
             return _IMAGE if value.startswith("data:") and ";base64," in value[:100] else self.count(value)
         if isinstance(value, Mapping):
-            if value.get("type") in _MEDIA:
-                return _IMAGE
-            return _MESSAGE + sum(self._size(item) for item in value.values())
+            return _IMAGE if value.get("type") in _MEDIA else _MESSAGE + sum(map(self._size, value.values()))
         if isinstance(value, list | tuple):
-            if value and all(type(item) is int for item in value):
+            if set(map(type, value)) == {int}:
                 return len(value)  # a list of tokens
-            return sum(self._size(item) for item in value)
+            return sum(map(self._size, value))
         return 1 if isinstance(value, int | float) else 0
 
     def learn(self, estimate: Estimate, prompt: int | None, completion: int | None) -> None:

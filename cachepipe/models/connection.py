@@ -56,12 +56,10 @@ class Connection:
     """
 
     def __init__(self, package: str, client_name: str, settings: ConnectionSettings) -> None:
-        client, base_url = settings.get("client"), settings.get("base_url")
-        names = "timeout", "max_retries"
-        self._settings = {name: settings[name] for name in names if settings.get(name) is not None}  # type: ignore[literal-required]
-        self._api_key = settings.get("api_key")
+        given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+        client = given.pop("client", None)
         if client is not None:
-            if self._settings or base_url is not None or self._api_key is not None:
+            if given:
                 raise TypeError(
                     "a client has its own base_url, api_key, timeout and max_retries; "
                     "set them there, or pass no client"
@@ -77,7 +75,10 @@ class Connection:
         self.headers: dict[str, str] = {}
         self._client = client
         self._by_loop: dict[asyncio.AbstractEventLoop, Any] = {}
-        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self._api_key = given.pop("api_key", None)
+        base_url = given.pop("base_url", None) or os.environ.get("OPENAI_BASE_URL")
+        self._base_url = base_url or "https://api.openai.com/v1"
+        self._settings = given
         self._query = ""
         self._azure: Any = None
         self._answer_class: Any = None

@@ -185,13 +185,7 @@ class TransformersModel(ProviderSamples):
 
     def _body(self, request: Request) -> dict[str, Any]:
         """Return what a request asks, in the words of OpenAI's API."""
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            body: dict[str, Any] = {"prompt": prompt}
-        elif isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt):
-            body = {"messages": [dict(message) for message in prompt]}
-        else:
-            raise wire.BadRequest(f"a prompt is a string or a list of messages; got {prompt!r:.200}")
+        body = _asked(request.prompt)
         for name, value in fields_of(request).items():
             body[name] = list(value) if isinstance(value, tuple) else value
         unknown = [name for name in body if name not in _NOT_SETTINGS and not _is_setting(name)]
@@ -211,6 +205,25 @@ class TransformersModel(ProviderSamples):
             BadRequest: when it has a value that ``generate`` does not take.
         """
         body = self._body(request)
+        settings = {name: value for name, value in body.items() if name not in _NOT_SETTINGS}
+        length = next((body[name] for name in _LENGTHS if name in body), self._longest)
+        if type(length) is not int or length < 1:
+            raise wire.BadRequest(f"the most tokens of an answer must be at least 1; got {length!r:.200}")
+        tokens = self._prompt_tokens(body)
+        most = getattr(self._model.config, "max_position_embeddings", None)
+        if most is not None and len(tokens) + length > most:
+            raise wire.BadRequest(
+                f"a prompt of {len(tokens)} tokens and an answer of {length} do not fit into the {most} "
+                f"positions of {self.name}; shorten the one or the other"
+            )
+        settings["max_new_tokens"] = length
+        seed = body.get("seed")
+        if type(seed) not in (int, type(None)):
+            raise wire.BadRequest(f"a seed is a whole number; got {seed!r:.200}")
+        return _Job(place, request.n, body, tokens, settings, self._stop_texts(body), seed)
+
+    def _prompt_tokens(self, body: wire.Body) -> list[int]:
+        """Return the tokens of a prompt, at least one."""
         if "prompt" in body:
             tokens = self._tokenizer(body["prompt"])["input_ids"]
         elif getattr(self._tokenizer, "chat_template", None) is None:
@@ -220,31 +233,18 @@ class TransformersModel(ProviderSamples):
                 body["messages"], add_generation_prompt=True, tokenize=False
             )
             tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        settings = {name: value for name, value in body.items() if name not in _NOT_SETTINGS}
-        length = next((body[name] for name in _LENGTHS if name in body), self._longest)
-        if type(length) is not int or length < 1:
-            raise wire.BadRequest(f"the most tokens of an answer must be at least 1; got {length!r:.200}")
-        if not tokens:
-            start = getattr(self._tokenizer, "bos_token_id", None)
-            if start is None:
-                raise wire.BadRequest(f"the prompt is empty, and {self.name} has no token to begin with")
-            tokens = [start]
-        config, defaults = self._model.config, self._model.generation_config
-        most = getattr(config, "max_position_embeddings", None)
-        if most is not None and len(tokens) + length > most:
-            raise wire.BadRequest(
-                f"a prompt of {len(tokens)} tokens and an answer of {length} do not fit into the {most} "
-                f"positions of {self.name}; shorten the one or the other"
-            )
-        stop = body.get("stop") or getattr(defaults, "stop_strings", None) or ()
+        start = getattr(self._tokenizer, "bos_token_id", None)
+        if not tokens and start is None:
+            raise wire.BadRequest(f"the prompt is empty, and {self.name} has no token to begin with")
+        return list(tokens) or [start]
+
+    def _stop_texts(self, body: wire.Body) -> tuple[str, ...]:
+        """Return the texts that end an answer."""
+        stop = body.get("stop") or getattr(self._model.generation_config, "stop_strings", None) or ()
         stop = (stop,) if isinstance(stop, str) else stop
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
             raise wire.BadRequest(f"stop is a text or a list of texts; got {stop!r:.200}")
-        stop = tuple(filter(None, stop))
-        seed = body.get("seed")
-        if seed is not None and type(seed) is not int:
-            raise wire.BadRequest(f"a seed is a whole number; got {seed!r:.200}")
-        return _Job(place, request.n, body, list(tokens), {**settings, "max_new_tokens": length}, stop, seed)
+        return tuple(filter(None, stop))
 
     # Generation.
 
@@ -313,15 +313,14 @@ class TransformersModel(ProviderSamples):
         ends = self._ends(first.settings)
         padding = self._tokenizer.pad_token_id
         if padding is None:
-            padding = ends[0] if ends else 0
+            padding = next(iter(ends), 0)
         width = max(len(row.tokens) for row in rows)
         tokens = [[padding] * (width - len(row.tokens)) + row.tokens for row in rows]
         mask = [[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows]
         settings = copy.deepcopy(self._model.generation_config)
-        greedy = first.settings.get("temperature") == 0
-        asked = {
-            name: value for name, value in first.settings.items() if not (greedy and name == "temperature")
-        }
+        asked = dict(first.settings)
+        if greedy := asked.get("temperature") == 0:
+            del asked["temperature"]
         # Beams are not independent samples, so the model's own configuration must not ask for them.
         one_each = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
         ending = {"eos_token_id": ends or None, "stop_strings": list(first.stop) or None}
@@ -369,11 +368,6 @@ class TransformersModel(ProviderSamples):
     def _samples(self, job: _Job, texts: Sequence[_Text]) -> list[wire.Sample]:
         """Return answers as samples; the prompt is counted once for all of them."""
         chat = "messages" in job.body
-        choices = []
-        for text in texts:
-            said = {"message": {"role": "assistant", "content": text.text}} if chat else {"text": text.text}
-            reason = "stop" if text.ended else "length"
-            choices.append({"index": 0, **said, "logprobs": None, "finish_reason": reason})
         head = {
             "id": f"local-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -382,7 +376,10 @@ class TransformersModel(ProviderSamples):
         }
         prompt = len(job.tokens)
         samples: list[wire.Sample] = []
-        for text, choice in zip(texts, choices, strict=True):
+        for text in texts:
+            said = {"message": {"role": "assistant", "content": text.text}} if chat else {"text": text.text}
+            reason = "stop" if text.ended else "length"
+            choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
             usage = {
                 "prompt_tokens": prompt,
                 "completion_tokens": text.tokens,
@@ -391,6 +388,15 @@ class TransformersModel(ProviderSamples):
             sample = {**head, "choices": [choice], "usage": usage}
             samples.append(wire.marked(sample) if samples else sample)
         return samples
+
+
+def _asked(prompt: Any) -> dict[str, Any]:
+    """Return the field of a body that holds a prompt."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt):
+        return {"messages": [dict(message) for message in prompt]}
+    raise wire.BadRequest(f"a prompt is a string or a list of messages; got {prompt!r:.200}")
 
 
 def _is_setting(name: str) -> bool:

@@ -475,7 +475,7 @@ class Exchange(Calls):
             for place, (ask, question) in enumerate(zip(self.asks, self.questions, strict=True)):
                 flags.append(self._flags(place))
                 request = Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
-                one = cache.begin(request, question, queue, run=self.run, counter=self.counter, looked=True)
+                one = cache.draw(request, question, queue, run=self.run, counter=self.counter)
                 self._begun.append(one)
             if self.live is not None and isinstance(one, Drawing) and not one.state.complete:
                 return await self._streamed(one, flags[0], self.live)

@@ -80,6 +80,14 @@ class Info:
         return None if unpriced else cost
 
 
+def per_sample(responses: Sequence[Response]) -> dict[str, tuple[Any, ...]]:
+    """Return the flags and the known indices of all samples of responses, by the name of the field."""
+    return {
+        name: tuple(value for response in responses for value in getattr(response, name) or ())
+        for name in ("cached", "duplicated", "indices")
+    }
+
+
 class Record:
     """The facts about a request that are known so far."""
 
@@ -103,25 +111,15 @@ class Record:
             responses = self.responses = self.later()
         if responses is None:
             return Info(keys[0], keys, *self.claimant, complete=False)
-        cached = tuple(flag for response in responses for flag in response.cached or ())
-        known = all(response.indices is not None for response in responses)
+        facts: dict[str, Any] = per_sample(responses)
+        if any(response.indices is None for response in responses):
+            facts["indices"] = None
         sums = Delivered()
         for response in responses:
             usages = [usage_of(sample.value) for sample in response.data]
             sums.add(usages, response.cached or [False] * len(usages), self.url)
-        return Info(
-            keys[0],
-            keys,
-            *self.claimant,
-            cached=cached,
-            duplicated=tuple(flag for response in responses for flag in response.duplicated or ()),
-            indices=tuple(index for response in responses for index in response.indices or ())
-            if known
-            else None,
-            as_asked=sums.as_asked.counts(),
-            billed=sums.billed.counts(),
-            sums=sums,
-        )
+        facts |= {"as_asked": sums.as_asked.counts(), "billed": sums.billed.counts(), "sums": sums}
+        return Info(keys[0], keys, *self.claimant, **facts)
 
 
 _records: dict[int, tuple[weakref.ref[Any], Record]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cachepipe import loops
@@ -24,6 +24,15 @@ class _Item(NamedTuple):
     exchange: Exchange
     place: int
     future: asyncio.Future[Sequence[Any]]
+
+    def settle(self, samples: Sequence[Any] = (), error: BaseException | None = None) -> None:
+        """Give the samples or the error to the one who waits, unless it was cancelled."""
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(samples)
+        else:
+            self.future.set_exception(error)
 
 
 class _Group:
@@ -107,23 +116,22 @@ class Lists:
         try:
             samples = await first.called([item.exchange.asks[item.place] for item in items], n)
         except BaseException as error:  # noqa: BLE001 - it belongs to those who wait
-            parts = list(self._parts(items, error)) if self._shared and len(items) > 1 else []
-            if parts:
+            if parts := self._parts(items, error):
                 await asyncio.gather(*(self._serve(part, n) for part in parts))
                 return
             if isinstance(error, TooLarge) and (first.over or len(items) < len(first.asks)):
                 error.leave()
             for item in items:
-                if not item.future.done():
-                    item.future.set_exception(error)
+                item.settle(error=error)
             return
         share = len(samples) // len(items)  # a lone item may get fewer than n samples
         for place, item in enumerate(items):
-            if not item.future.done():
-                item.future.set_result(samples[place * share : (place + 1) * share])
+            item.settle(samples[place * share : (place + 1) * share])
 
-    def _parts(self, items: Sequence[_Item], error: BaseException) -> Iterable[Sequence[_Item]]:
+    def _parts(self, items: Sequence[_Item], error: BaseException) -> Sequence[Sequence[_Item]]:
         """Return the lists to send instead of one that failed; none if the items fail with it."""
+        if not self._shared or len(items) == 1:
+            return ()
         if isinstance(error, MixedAnswer):
             self._mixed = True
             return [[item] for item in items]

@@ -240,10 +240,8 @@ class Proxy:
             http.status = http.status or 499
             return "left"
         except UpstreamRefusal as refusal:
-            advice = ""
-            if refusal.status_code == 404 and http.route is not None:
-                advice = advice_for(public_url(http.route.url))
-            if advice:
+            missing = http.route if refusal.status_code == 404 else None
+            if missing is not None and (advice := advice_for(public_url(missing.url))):
                 http.facts["advice"] = advice
             pairs = [*refusal.pairs, status(f"fwd=miss; fwd-status={refusal.status_code}")]
             await http.answer(refusal.status_code, pairs, refusal.content)
@@ -412,7 +410,8 @@ class Proxy:
         """Draw the samples of a request that are not known, and answer it."""
         view, run = self._view_of(head.caller, head.upstream), counter.run.counted
         exchange = ProxyExchange(self.client, self.counters.spend, view, head, body, mode, run, counter)
-        return await AnswerSender(self, http, exchange, counter).draw()
+        task = asyncio.get_running_loop().create_task(exchange.drawn())
+        return await AnswerSender(self, http, exchange, counter).drawn(task)
 
     def _new_view(self, caller: bytes, upstream: Upstream) -> CacheView:  # noqa: ARG002 - a key of the cache
         """Return a view of the cache whose draws share calls with each other only."""

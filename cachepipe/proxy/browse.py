@@ -46,12 +46,10 @@ def answer(store: Store, path: str, query: str, clock: Callable[[], float] = tim
         Refusal: when the query is not understood, or the object does not exist.
     """
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=20, errors="strict")
+        options = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=20, errors="strict"))
     except ValueError as error:
         raise _bad_query(f"the query cannot be read: {error}") from error
-    options = dict(pairs)
-    parts = path.strip("/").split("/")
-    match parts:
+    match path.strip("/").split("/"):
         case ["namespaces"]:
             _known(options)
             return {"items": [dataclasses.asdict(info) for info in store.namespaces()], "next": None}

@@ -38,9 +38,7 @@ def one_hit(
         content: the body.
         duplicated: the flag of the sample.
     """
-    made_by = b""
-    for pair in call_id(api, call):
-        made_by = b"%b: %b\r\n" % pair
+    made_by = b"".join([b"%b: %b\r\n" % pair for pair in call_id(api, call)])
     flag = b"true" if duplicated else b"false"
     return _ONE_HIT % (made_by, key.encode(), flag, index, len(content), content)
 

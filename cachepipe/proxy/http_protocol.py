@@ -267,8 +267,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close the connection once the requests that have begun are answered."""
-        if self._held:
-            self._parse(self._take_held())
+        self._parse_held()
         super().shutdown()
 
     def _parse(self, data: bytes) -> None:

@@ -91,8 +91,7 @@ class RequestLog:
         self._write_event("warning", str(message)[:500], warning=category.__name__)
 
     def _write_event(self, level: str, message: str, at: float | None = None, **facts: Any) -> None:
-        at = time.time() if at is None else at
-        self._write({"at": round(at, 3), "level": level, "message": message, **facts})
+        self._write({"at": round(at or time.time(), 3), "level": level, "message": message, **facts})
 
     def handler(self) -> logging.Handler:
         """Return a handler for the library's own log, for example that an upstream cannot be reached."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
@@ -37,11 +37,6 @@ class AnswerSender:
     http: HttpExchange
     exchange: ProxyExchange
     counter: RequestCounter
-
-    async def draw(self) -> Outcome:
-        """Draw the samples, and send the answer."""
-        task = asyncio.get_running_loop().create_task(self.exchange.drawn())
-        return await self.drawn(task)
 
     async def drawn(self, task: asyncio.Future[Answer]) -> Outcome:
         """Send the answer of a draw; if the client leaves, continue the draw without it."""
@@ -154,19 +149,16 @@ class AnswerSender:
         self._stream_ended(draw)
 
     def _stream_ended(self, draw: asyncio.Future[Any] | None) -> None:
-        if draw is None or not _succeeded(draw):
-            self.counter.ended()
-            return
-        if self.exchange.given_back:
-            self.counter.ended()
-        else:
-            self.counter.delivered()
-        self._count([draw.result()])
+        if _succeeded(draw):
+            if not self.exchange.given_back:
+                self.counter.delivered()
+            self._count([draw.result()])
+        self.counter.ended()
 
 
 def _outcome(cached: Sequence[bool]) -> Outcome:
     return "hit" if all(cached) else "partial" if any(cached) else "miss"
 
 
-def _succeeded(task: asyncio.Future[Any] | None) -> bool:
+def _succeeded(task: asyncio.Future[Any] | None) -> TypeGuard[asyncio.Future[Any]]:
     return task is not None and task.done() and not task.cancelled() and task.exception() is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
@@ -108,11 +107,7 @@ def listen(settings: ProxySettings) -> socket.socket:
         BadSettings: when it cannot.
     """
     host = settings.host.strip("[]")
-    try:
-        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-    except ValueError:
-        family = socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, settings.port))
@@ -174,14 +169,10 @@ def running(
         StoreError: when the cache cannot be opened.
     """
     _silence_uvicorn()
-    listener = listen(settings)
     listening = threading.Event()
     failures: list[BaseException] = []
-    try:
-        server = Server(Proxy(settings, log), lambda _: listening.set())
-    except BaseException:
-        listener.close()
-        raise
+    server = Server(Proxy(settings, log), lambda _: listening.set())
+    listener = listen(settings)
 
     def run() -> None:
         try:

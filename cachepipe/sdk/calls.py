@@ -126,7 +126,7 @@ class ClientCall(Exchange):
             message = f"{error}. The call is sent to the provider unchanged, and its answer is not cached"
             warnings.warn(message, NotStored, stacklevel=2)
             return None
-        if any(not ask.cacheable or ask.stream != stream for ask in asks):
+        if not asks[0].cacheable or asks[0].stream != stream:
             return None
         return cls(
             client,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -23,10 +24,7 @@ from cachepipe.cache.cache import responses_of
 from cachepipe.errors import TooManySamples
 from cachepipe.portal import run_now
 from cachepipe.providers import info
-from cachepipe.providers.exchange import (
-    body_from,
-    questions_of,
-)
+from cachepipe.providers.exchange import body_from, questions_of
 from cachepipe.sdk import internals
 from cachepipe.sdk.calls import STRICT
 
@@ -66,14 +64,14 @@ class ObservedCall:
         body = options.json_data
         if api is None or stream or not internals.is_plain(options) or not isinstance(body, Mapping):
             return
-        if options.extra_json is not None or getattr(options, "content", None) is not None or options.files:
+        if any(getattr(options, name, None) for name in ("extra_json", "content", "files")):
             return
         if "encoding_format" in self.arguments or not _is_json(self.arguments):
             return  # the parser of embeddings knows the format
-        if any(name not in body or body[name] != value for name, value in self.arguments.items()):
+        if {**body, **self.arguments} != body:
             return
         bare, once = internals.with_body(options, {}), internals.is_parsed_once(options)
-        fields = {name: None if name in self.arguments else value for name, value in body.items()}
+        fields = {**body, **dict.fromkeys(self.arguments)}
         self.shape = CallShape(bare, cast_to, once, api, fields)
 
 
@@ -134,7 +132,7 @@ def _create(kind: Any, own: Any) -> Callable[..., Any]:
             return made
         if answer is None:
             answer = await settled(call.answer())
-            if type(answer.content) is bytes and answer.kept:
+            if answer.kept:
                 made = _made(shape, answer.content, answer.made_by, call.record)
         return await client._parsed(call, answer) if made is None else made  # noqa: SLF001 - it is ours
 
@@ -150,24 +148,19 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     view, kind = client._cachepipe, client._call_class  # noqa: SLF001 - they are ours
     using = context.current()
     mode = using.mode_of(view.mode)
-    if mode == "bypass" or view.shared_store.closed or not internals.is_usual(client) or not _is_json(given):
+    if mode == "bypass" or view.shared_store.closed or not internals.is_usual(client):
         return None
     api, body = shape.api, {**shape.body, **given}
-    try:
-        asks = api.split(body)
-        check_n(asks[0].n, len(asks))
-    except (wire.BadRequest, TooManySamples):
+    asks = _asks_of(api, body)
+    if not asks:
         return None
-    for ask in asks:
-        if ask.stream or not ask.cacheable:
-            return None
     target = internals.known_target(client, shape.options, body)
     questions = questions_of(api, asks, target.url, target.headers, scope=view.scope)
     claimant = using.claimant(view.namespace)
-    asked = [(question, ask.n) for question, ask in zip(questions, asks, strict=True)]
+    asked = [(question, asks[0].n) for question in questions]
     found = view.cache(mode).look(claimant, asked, body)
     if found is not None:
-        samples = [sample for one in found for sample in one.values]
+        samples = list(itertools.chain.from_iterable(one.values for one in found))
         record = info.Record(questions, claimant, target.url)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:
@@ -191,9 +184,21 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     return None, call, None if found is None else call.hit(found)
 
 
-def _made(shape: CallShape, content: bytes, made_by: str | None, record: info.Record) -> Any:
+def _asks_of(api: wire.Api, body: Mapping[str, Any]) -> tuple[wire.Ask, ...]:
+    """Return the asks of a body; none if the SDK must handle it."""
+    if not _is_json(body):
+        return ()
+    try:
+        asks = api.split(body)
+        check_n(asks[0].n, len(asks))
+    except (wire.BadRequest, TooManySamples):
+        return ()
+    return asks if asks[0].cacheable and not asks[0].stream else ()
+
+
+def _made(shape: CallShape, content: Any, made_by: str | None, record: info.Record) -> Any:
     """Return the SDK's object for an answer, or None if only the SDK itself can make it."""
-    if not shape.parsed_once:
+    if not shape.parsed_once or type(content) is not bytes:
         return None
     made = internals.validated(shape.cast_to, content, made_by)
     if made is not None:

@@ -271,8 +271,6 @@ def url_of(client: Any, options: Any, body: Mapping[str, Any]) -> str:
     query = {name: values[0] if len(values := params.get_list(name)) == 1 else values for name in params}
     query |= {**client.default_query, **(options.params or {})}
     query = {name: value for name, value in query.items() if _is_given(value)}
-    if not query:
-        return url
     text = client.qs.stringify(query)
     return f"{url}{'&' if '?' in url else '?'}{text}" if text else url
 

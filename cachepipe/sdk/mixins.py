@@ -269,20 +269,24 @@ def _constructor(
         view = cache if isinstance(cache, CacheView) else None
         replays = (view.mode if view is not None else ours["mode"]) == "replay"
         if view is None and hasattr(service, "client_options"):
-            options = _with_service(
-                options, service.client_options(internals.package_of(sdk), replays=replays)
-            )
-        try:
-            sdk.__init__(self, **options)
-        except error:
-            if not replays or any(options.get(name) is not None for name in credentials):
-                raise
-            sdk.__init__(self, **{**options, **credentials})
+            its = service.client_options(internals.package_of(sdk), replays=replays)
+            options = _with_service(options, its)
+        _begin_sdk(self, sdk, options, credentials if replays else {}, error)
         self._cachepipe = CacheView.of(cache, **ours) if view is None else view
         if options.get("http_client") is None:
             http.ease_probes(self)
 
     return construct
+
+
+def _begin_sdk(client: Any, sdk: Any, options: Any, placeholders: Any, error: type[Exception]) -> None:
+    """Call the SDK's constructor, with placeholders if the caller gave no credentials."""
+    try:
+        sdk.__init__(client, **options)
+    except error:
+        if not placeholders or any(options.get(name) is not None for name in placeholders):
+            raise
+        sdk.__init__(client, **{**options, **placeholders})
 
 
 def _with_service(options: Mapping[str, Any], its: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cachepipe import loops
 from cachepipe.adapting import has_request
+from cachepipe.contract.demands import is_mergeable
 from cachepipe.loops import PerLoop
 from cachepipe.stage import (
     Stage,
@@ -109,7 +110,7 @@ class AsyncBatcher(Stage):
     def _ask(self, request: Request, one: Callable[[Request], Awaitable[Response]]) -> Awaitable[Response]:
         """Ask for a request as a whole, or in parts if it is larger than one request may be."""
         limits = [self.max_n]
-        if request.seed is None and request.best_of is None:
+        if is_mergeable(request.seed, request.best_of):
             limits.append(self.cut_n)
         limit = min((limit for limit in limits if limit), default=request.n)
         return one(request) if request.n <= limit else self._in_parts(request, limit, one)

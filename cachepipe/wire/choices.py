@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any, ClassVar
 
 from cachepipe import jsontext
+from cachepipe.contract.demands import is_mergeable
 from cachepipe.wire.base import (
     OPENAI_AS_WRITTEN,
     OPENAI_TRANSPORT,
@@ -75,8 +76,8 @@ class ChoicesApi(Api):
         """Return the asks of a body; see `Api.split`."""
         question, transport = self._parted(body)
         n = wanted(question.pop("n", None))
-        best_of = question.get("best_of") is not None
-        if best_of:
+        best_of = question.get("best_of")
+        if best_of is not None:
             question["n"] = n
         options = transport.get("stream_options")
         return self._asks(
@@ -84,7 +85,7 @@ class ChoicesApi(Api):
             n=n,
             stream=bool(transport.get("stream")),
             include_usage=isinstance(options, Mapping) and bool(options.get("include_usage")),
-            mergeable=not best_of and question.get("seed") is None,
+            mergeable=is_mergeable(question.get("seed"), best_of),
             transport=transport,
         )
 
@@ -242,21 +243,22 @@ class _ChoicesRecorder(StreamRecorder):
             raise BadAnswer("several choices of a chunk have no index; they cannot be told apart")
         for part in choices:
             self._add(part)
+        self._add_head(chunk)
+        self._usage = usage or self._usage
+        return _without_usage(chunk) if usage and not choices else ""
+
+    def _add_head(self, chunk: Mapping[str, Any]) -> None:
+        """Read the fields of a chunk beside its choices and usage."""
         for name, value in chunk.items():
             if not self._head.get(name) or (value and name not in _IN_EVERY_CHUNK):
                 self._head[name] = value  # a repeated field, such as a report, replaces the earlier one
-        self._usage = usage or self._usage
-        return _without_usage(chunk) if usage and not choices else ""
 
     def _add(self, part: dict[str, Any]) -> None:
         """Read one choice of a chunk."""
         api = self._api
         index = part.get("index") or 0
         choice = self._choices.setdefault(index, {api.content: {}})
-        if any(_says(part.get(name)) for name in _CONTENTS - {api.delta}):
-            if part.get(api.delta) is None:
-                raise BadAnswer(f"a chunk of the stream has its content elsewhere than in {api.delta!r}")
-            self._elsewhere.add(index)
+        self._note_elsewhere(index, part)
         delta = api.delta_of(part)
         if delta:
             merge(choice[api.content], delta)
@@ -268,6 +270,14 @@ class _ChoicesRecorder(StreamRecorder):
                 extend(choice, {name: value})
             elif name not in _NOT_COPIED and (value not in (None, "") or not choice.get(name)):
                 choice[name] = value
+
+    def _note_elsewhere(self, index: int, part: Mapping[str, Any]) -> None:
+        """Note a choice whose chunk has content in another field than that of deltas."""
+        field = self._api.delta
+        if any(_says(part.get(name)) for name in _CONTENTS - {field}):
+            if part.get(field) is None:
+                raise BadAnswer(f"a chunk of the stream has its content elsewhere than in {field!r}")
+            self._elsewhere.add(index)
 
     @staticmethod
     def _add_logprobs(
@@ -328,20 +338,26 @@ def _says(content: Any) -> bool:
 
 def by_token(logprobs: Any, text: Any) -> list[tuple[str, dict[str, Any]]] | None:
     """Return the tokens of a text, each with its log probabilities, or None if they do not fit."""
-    if not isinstance(logprobs, Mapping):
+    tokens = _token_texts(logprobs)
+    if not tokens or "".join(tokens) != text:
         return None
+    lists = {name: value for name, value in logprobs.items() if value is not None}
+    if any(not isinstance(value, list) or len(value) != len(tokens) for value in lists.values()):
+        return None
+    return [
+        (token, {"logprobs": {**logprobs, **{name: value[i : i + 1] for name, value in lists.items()}}})
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _token_texts(logprobs: Any) -> list[str]:
+    """Return the tokens that log probabilities list; none if some are not texts."""
+    if not isinstance(logprobs, Mapping):
+        return []
     tokens = logprobs.get("tokens")
     if tokens is None:
         tokens = [entry.get("token") for entry in objects(logprobs.get("content"))]
-    if not tokens or set(map(type, tokens)) != {str} or "".join(tokens) != text:
-        return None
-    lists = [value for value in logprobs.values() if value is not None]
-    if any(not isinstance(value, list) or len(value) != len(tokens) for value in lists):
-        return None
-    return [
-        (token, {"logprobs": {name: value and value[i : i + 1] for name, value in logprobs.items()}})
-        for i, token in enumerate(tokens)
-    ]
+    return tokens if set(map(type, tokens)) == {str} else []
 
 
 def _in_order(choices: list[dict[str, Any]], questions: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from cachepipe.wire.sse import (
 _TOLD_LAST = ("stop_reason", "stop_sequence", "stop_details", "container")
 """The fields of a message that are known only at its end."""
 _CUT_OFF = frozenset({"max_tokens", "model_context_window_exceeded"})
+_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"?|[{}\[\],]', re.DOTALL)  # of JSON: a text, a bracket or a comma
+_CLOSING = {"{": "}", "[": "]"}
 _COUNTED_LAST = ("output_tokens", "output_tokens_details", "server_tool_use")
 """The fields of its usage that are known only at its end."""
 
@@ -161,21 +164,14 @@ def _replace(into: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 def whole_members(text: str) -> Any:
     """Return the value of a JSON object that was cut off, without its incomplete member."""
-    closing, whole, quoted, escaped = "", "{}", False, False
-    for position, character in enumerate(text):
-        if quoted:
-            quoted = escaped or character != '"'
-            escaped = character == "\\" and not escaped
-        elif character == '"':
-            quoted = True
-        elif character in "{[":
-            closing = ("}" if character == "{" else "]") + closing
-            whole = text[: position + 1] + closing
-        elif character in "}]":
-            closing = closing[1:]
-            whole = text[: position + 1] + closing
-        elif character == ",":
-            whole = text[:position] + closing
+    closing, whole = "", "{}"
+    for found in _TOKEN.finditer(text):
+        mark = found[0]
+        if mark == ",":
+            whole = text[: found.start()] + closing
+        elif mark in "{[}]":
+            closing = _CLOSING[mark] + closing if mark in _CLOSING else closing[1:]
+            whole = text[: found.end()] + closing
     # What ends with a digit may have lost the next one; anything else that parses is whole.
     for candidate in (whole,) if text[-1:].isdigit() else (text + closing, whole):
         with contextlib.suppress(ValueError):
@@ -199,9 +195,14 @@ def _opened(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
             deltas.append({"type": "signature_delta", "signature": block["signature"]})
     elif isinstance(block.get("input"), Mapping):
         opened["input"] = {}
-        parts = pieces(jsontext.dumps(block["input"]).decode()) if block["input"] else [""]
-        deltas += [{"type": "input_json_delta", "partial_json": piece} for piece in parts]
+        deltas += _input_deltas(block["input"])
     return opened, deltas
+
+
+def _input_deltas(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the deltas of a tool call's input; an empty one has one delta."""
+    parts = pieces(jsontext.dumps(value).decode()) if value else [""]
+    return [{"type": "input_json_delta", "partial_json": piece} for piece in parts]
 
 
 MESSAGES = MessagesApi()

@@ -288,8 +288,8 @@ class _Text:
         self.parts = [part]
 
 
-def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Merge a delta into the earlier ones; `settled` converts the result to plain values.
+def merge(into: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
+    """Merge a delta into the earlier ones and return them; `settled` converts the result to plain values.
 
     Strings are appended, except identities and repeated names. Numbers are replaced. Mappings are merged by
     name. Lists are merged by the index of their entries if there is one, else appended. A content that begins
@@ -304,34 +304,39 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
             before = None  # an empty string announces content of any kind
         if value is None:
             into.setdefault(name, None)
-        elif name == "tool_calls" and isinstance(value, dict | list):
-            if before is None:
-                before = into[name] = []
-            _merge_calls(before, value if isinstance(value, list) else [value])
+        elif name in _IDENTITIES and isinstance(value, str):
+            into[name] = value or before or value
         elif isinstance(value, str):
             into[name] = _appended(name, before, value)
-        elif isinstance(value, dict) and isinstance(before, dict | None):
-            into[name] = before = {} if before is None else before
-            merge(before, value)
-        elif isinstance(value, list) and isinstance(before, list | None):
-            into[name] = before = [] if before is None else before
-            if any(isinstance(item, dict) and "index" in item for item in value):
-                _merge_indexed(before, value)
-            else:
-                before.extend(value)
-        elif isinstance(value, list) and isinstance(before, _Text) and name == "content":
-            if not all(isinstance(item, dict) for item in value):
-                raise _changed(name)
-            into[name] = [_text_part(before), *value] if value else before
-        elif before is None or type(before) is type(value) or isinstance(before, bool | int | float):
-            into[name] = value
         else:
-            raise _changed(name)
+            into[name] = _merged(name, before, value)
+    return into
+
+
+def _merged(name: str, before: Any, value: Any) -> Any:
+    """Return a value and its continuation as one value."""
+    match before, value:
+        case None | list(), dict() | list() if name == "tool_calls":
+            return _with_calls(before or [], value)
+        case None | dict(), dict():
+            return merge(before or {}, value)
+        case None | list(), list():
+            return _with_items(before or [], value)
+        case _Text(), list() if name == "content":
+            return _in_parts(before, value)
+        case None | int() | float(), _:
+            return value
+    raise _changed(name)
+
+
+def _in_parts(text: _Text, parts: list[Any]) -> Any:
+    """Return a content that begins as a text and continues in parts."""
+    if not all(isinstance(part, dict) for part in parts):
+        raise _changed("content")
+    return [_text_part(text), *parts] if parts else text
 
 
 def _appended(name: str, before: Any, value: str) -> Any:
-    if name in _IDENTITIES:
-        return value or before or value
     if isinstance(before, _Text):
         if name != "name" or value != "".join(before.parts):  # some servers repeat a function's name
             before.parts.append(value)
@@ -341,13 +346,18 @@ def _appended(name: str, before: Any, value: str) -> Any:
     if not value:
         return before
     if name == "content" and isinstance(before, list):
-        last = before[-1]
-        if isinstance(last, dict) and isinstance(last.get("text"), _Text):
-            last["text"].parts.append(value)
-        else:
-            before.append(_text_part(_Text(value)))
-        return before
+        return _with_text(before, value)
     raise _changed(name)
+
+
+def _with_text(parts: list[Any], value: str) -> list[Any]:
+    """Append a text to the last part of a content, or as a new part."""
+    last = parts[-1]
+    if isinstance(last, dict) and isinstance(last.get("text"), _Text):
+        last["text"].parts.append(value)
+    else:
+        parts.append(_text_part(_Text(value)))
+    return parts
 
 
 def _text_part(text: _Text) -> dict[str, Any]:
@@ -358,34 +368,40 @@ def _changed(name: str) -> BadAnswer:
     return BadAnswer(f"{name!r} changed its kind in mid-stream; what it is as a whole cannot be told")
 
 
-def _merge_indexed(entries: list[Any], deltas: list[Any]) -> None:
-    """Merge each delta into the latest entry that it continues, or append it as a new entry."""
+def _with_items(items: list[Any], deltas: list[Any]) -> list[Any]:
+    """Append items to a list; if they have an index, merge each into the latest item that it continues."""
+    if not any(isinstance(delta, dict) and "index" in delta for delta in deltas):
+        items.extend(deltas)
+        return items
     for delta in deltas:
-        entry = next((entry for entry in reversed(entries) if _continues(delta, entry)), None)
-        _merge_into(entries, entry, delta)
+        _merge_into(items, _continued(items, delta), delta)
+    return items
 
 
-def _merge_calls(calls: list[Any], deltas: list[Any]) -> None:
+def _with_calls(calls: list[Any], value: dict[str, Any] | list[Any]) -> list[Any]:
     """Merge each delta into the tool call that it continues, or append it as a new call.
 
     Some servers give all calls the index 0, or leave out the index, the id or both.
     """
-    earlier = len(calls)
+    deltas, earlier = value if isinstance(value, list) else [value], len(calls)
     for delta in deltas:
-        index, identity = delta.get("index"), delta.get("id")
-        if index is not None:
-            found = (call for call in reversed(calls) if _continues(delta, call))
-        elif identity:
-            found = (call for call in reversed(calls) if call.get("id") == identity)
-        else:
-            found = (call for call in calls[-1:])  # the latest call, unless its name differs
-            if len(deltas) > 1 and not _name_of(delta):
-                raise BadAnswer("several parts of tool calls have neither an index nor an id nor a name")
-        call = next(found, None)
+        call = _named_call(calls, delta, alone=len(deltas) == 1)
         together = any(call is one for one in calls[earlier:])
         if call is not None and _is_next_call(delta, call, together=together):
             call = None
         _merge_into(calls, call, delta)
+    return calls
+
+
+def _named_call(calls: list[Any], delta: dict[str, Any], *, alone: bool) -> Any:
+    """Return the call with the index or id of a delta; the latest one if the delta has neither."""
+    if delta.get("index") is not None:
+        return _continued(calls, delta)
+    if identity := delta.get("id"):
+        return next((call for call in reversed(calls) if call.get("id") == identity), None)
+    if not alone and not _name_of(delta):
+        raise BadAnswer("several parts of tool calls have neither an index nor an id nor a name")
+    return calls[-1] if calls else None
 
 
 def _merge_into(entries: list[Any], entry: dict[str, Any] | None, delta: dict[str, Any]) -> None:
@@ -393,6 +409,11 @@ def _merge_into(entries: list[Any], entry: dict[str, Any] | None, delta: dict[st
         entry = {}
         entries.append(entry)
     merge(entry, delta)
+
+
+def _continued(entries: list[Any], delta: dict[str, Any]) -> Any:
+    """Return the latest entry that a delta continues, or None."""
+    return next((entry for entry in reversed(entries) if _continues(delta, entry)), None)
 
 
 def _continues(delta: dict[str, Any], entry: dict[str, Any]) -> bool:
@@ -426,8 +447,7 @@ def _is_next_call(delta: dict[str, Any], call: dict[str, Any], *, together: bool
     if delta.get("index") is None and not delta.get("id"):
         if settled(before) != name or (together and arguments is not None):
             return True
-        begun = any(earlier.parts) if isinstance(earlier, _Text) else earlier
-        if arguments == "" and not begun:
+        if arguments == "" and not settled(earlier):
             raise BadAnswer(f"the function {name!r} is named twice; it may have been called once or twice")
     begins = arguments.startswith("{") if isinstance(arguments, str) else isinstance(arguments, dict)
     return begins and _is_whole(earlier)

@@ -36,10 +36,8 @@ def shares(total: int, weights: Sequence[int]) -> list[int]:
 
 def _shared_out(value: Any, weights: Sequence[int]) -> list[Any]:
     """Return one part per weight: shares of integers, mappings of shares, and copies of other values."""
-    if isinstance(value, bool):
-        return [value] * len(weights)
-    if isinstance(value, int):
-        return list(shares(value, weights))
+    if type(value) is int:
+        return shares(value, weights)
     if isinstance(value, float):
         whole = sum(weights)
         return [value * weight / whole for weight in weights]

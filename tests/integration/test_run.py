@@ -474,7 +474,7 @@ def test_what_is_wrong_with_the_input_is_told_by_line_before_any_call(server):
     source = write("bad.jsonl", [{"prompt": "a"}, "{", {"id": "1", "prompt": "b"}, {"prompt": 1}])
     told = refused(server, requests=source)
     assert "line 2: it is not valid JSON" in told
-    assert "line 3: custom_id '1' is that of line 1 already" in told
+    assert "line 3: custom_id '1' is already that of line 1" in told
     assert "line 4: prompt must be a string" in told
     assert names() == ["bad.jsonl"]
     assert "none.jsonl cannot be read: No such file" in refused(server, requests="none.jsonl")

@@ -155,6 +155,29 @@ def test_c4_a_loop_that_is_busy_loses_its_claim_to_no_other_loop(tmp_path, monke
     assert model.generated == 2, "the other question's, and one for both"
 
 
+@pytest.mark.anyio
+async def test_c7_closing_outlives_a_loop_that_ends_meanwhile(until):
+    model = ScriptedModel(hold=True)
+    pipeline = OnlineAPI(model, MemoryStore())
+    ends, loops = threading.Event(), []
+
+    async def ask_and_end():
+        loops.append(asyncio.get_running_loop())
+        request = asyncio.create_task(pipeline.request(Request("p")))
+        await asyncio.to_thread(ends.wait)
+        return request
+
+    thread = threading.Thread(target=asyncio.run, args=(ask_and_end(),))
+    thread.start()
+    await until(lambda: model.calls)
+    closing = asyncio.create_task(pipeline.close())
+    await until(lambda: any("drain" in repr(task) for task in asyncio.all_tasks(loops[0])))
+    ends.set()
+    await closing
+    thread.join()
+    assert pipeline.stats().in_flight == 0
+
+
 def test_loops_that_are_closed_leave_their_figures_and_nothing_else():
     pipeline = OnlineAPI(Model(), MemoryStore())
     for number in range(20):

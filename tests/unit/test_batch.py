@@ -210,8 +210,8 @@ def test_the_id_is_custom_id_or_id_or_task_id_or_the_line_s_number(fields, custo
         ('{"url": "/v1/messages", "body": {}}', "url must be one of"),
         ('{"url": "/v1/responses", "body": {"input": "a", "background": true}}', "cannot be run from a file"),
         ('{"url": "/v1/embeddings", "body": {"input": []}}', "cannot be run from a file"),
-        (f'{{"prompt": "a", "note": {nested(300)}}}', "it nests too deep"),
-        (f'{{"url": "/v1/responses", "body": {{"input": {nested(900)}}}}}', "it nests too deep"),
+        (f'{{"prompt": "a", "note": {nested(300)}}}', "it is nested too deeply"),
+        (f'{{"url": "/v1/responses", "body": {{"input": {nested(900)}}}}}', "it is nested too deeply"),
     ],
 )
 def test_a_malformed_line_says_what_was_expected(text, complaint):
@@ -222,7 +222,7 @@ def test_a_malformed_line_says_what_was_expected(text, complaint):
 def test_a_line_needs_a_model_and_apis_of_one_answer_refuse_more():
     with pytest.raises(ValueError, match="names no model"):
         parse_line(b'{"prompt": "a"}', 1, BatchSettings())
-    with pytest.raises(ValueError, match="gives one answer per request, and 5 are wanted"):
+    with pytest.raises(ValueError, match="gives one answer per request, and n is 5"):
         parsed({"url": "/v1/responses", "body": {"input": "a"}}, n=5)
 
 
@@ -238,8 +238,8 @@ async def test_each_bad_line_is_named_by_its_number_before_any_call(paths, clien
         await run_file(source, target, client=client, model="m", cache=MemoryStore())
     told = str(caught.value)
     assert "line 3: it is not valid JSON" in told
-    assert "line 4: custom_id '1' is that of line 1 already" in told
-    assert "line 5: custom_id '1' is that of line 1 already" in told
+    assert "line 4: custom_id '1' is already that of line 1" in told
+    assert "line 5: custom_id '1' is already that of line 1" in told
     assert "line 6: it holds no request" in told
     assert client.bodies == []
     assert names(source.parent) == ["in.jsonl"]
@@ -276,9 +276,9 @@ async def test_files_that_cannot_be_read_or_written_are_refused(paths, tmp_path,
     source, target, complaint = {
         "missing": (tmp_path / "none", target, "none cannot be read: No such file"),
         "folder": (tmp_path, target, "cannot be read: Is a directory"),
-        "pipe": (tmp_path / "pipe", target, "is no regular file"),
+        "pipe": (tmp_path / "pipe", target, "is not a regular file"),
         "no folder": (source, tmp_path / "none" / "out", "there is no folder"),
-        "same": (source, tmp_path / "." / "in.jsonl", "is the input too"),
+        "same": (source, tmp_path / "." / "in.jsonl", "is also the input"),
         "target is a folder": (source, tmp_path, "is a folder"),
         "long name": (tmp_path / ("x" * 300), target, "xxx cannot be read: File name too long"),
     }[problem]
@@ -843,7 +843,7 @@ async def test_an_input_that_changes_meanwhile_is_told_and_makes_no_result(
             text = {"other": {"prompt": "c" * 70_000}, "shorter": None, "broken": "oops" * 20_000}[change]
             write(source, [{"prompt": "a" * 70_000}, *([] if text is None else [text])])
 
-    with pytest.raises(BatchFileError, match="has changed while it was run"):
+    with pytest.raises(BatchFileError, match="has changed during the run"):
         await run_file(
             source, target, client=client, model="m", cache=MemoryStore(), concurrency=1, progress=watch
         )

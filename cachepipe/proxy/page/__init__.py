@@ -26,17 +26,11 @@ _HEADERS: Final = (
 )
 
 
-def _read() -> dict[str, tuple[bytes, bytes]]:
-    found: dict[str, tuple[bytes, bytes]] = {}
-    for file in files(__name__).iterdir():
-        kind = _TYPES.get(file.name.rpartition(".")[2])
-        if kind is not None:
-            path = "/" if file.name == "index.html" else f"/cachepipe/page/{file.name}"
-            found[path] = kind, file.read_bytes()
-    return found
-
-
-FILES: Final = _read()
+FILES: Final = {
+    "/" if file.name == "index.html" else f"/cachepipe/page/{file.name}": (_TYPES[suffix], file.read_bytes())
+    for file in files(__name__).iterdir()
+    if (suffix := file.name.rpartition(".")[2]) in _TYPES
+}
 """What is served by path: its type and its bytes. None of it is secret: it holds nothing of the cache."""
 
 
