@@ -334,8 +334,8 @@ MUTATIONS = (
         "C9",
         "contract/keys.py",
         "1 and 1.0 have different keys",
-        "            return int(value)\n",
-        "            return value\n",
+        "        return int(value)\n",
+        "        return value\n",
     ),
     Mutation(
         "C9",

@@ -178,19 +178,21 @@ class Account:
             if 0 <= start < end and header.endswith(b"]}}") and written.count(b",") == len(COUNTS) - 1:
                 alike.setdefault(header[start + len(SOLD) : end], []).append(written)
             else:
-                usage = usage_sold(sold_in(header))
-                self.add(usage, url, prompt=prompts or usage.first)
+                self._add_sold(sold_in(header), url, prompts=prompts)
         for sold, counts in alike.items():
             numbers = _numbers(counts)
             if numbers is None:
                 for written in counts:
-                    usage = usage_sold(b"%b%b%b]}" % (sold, _USAGE, written))
-                    self.add(usage, url, prompt=prompts or usage.first)
+                    self._add_sold(b"%b%b%b]}" % (sold, _USAGE, written), url, prompts=prompts)
                 continue
             usage = usage_sold(sold + b"}")
             sums = {name: sum(numbers[place :: len(COUNTS)]) for place, name in enumerate(COUNTS)}
             whole = Usage(usage.model, sums, usage.first, usage.url)
             self.add(whole, url, prompt=prompts or usage.first, samples=len(counts))
+
+    def _add_sold(self, sold: bytes, url: str, *, prompts: bool) -> None:
+        usage = usage_sold(sold)
+        self.add(usage, url, prompt=prompts or usage.first)
 
     def spend(self, usages: Iterable[Usage], url: str) -> None:
         """Add samples that were generated: the prompt of a call counts with its first sample."""

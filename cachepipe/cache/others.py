@@ -37,12 +37,7 @@ class Look:
     def __call__(self) -> None:
         """Look once, and again later while a draw waits."""
         queue = self._queue
-        places = [
-            (drawing, index)
-            for drawing in queue.strangers
-            for index in drawing.state.awaited
-            if drawing.cache.in_flight.maker(drawing.question.key, index) is None
-        ]
+        places = self._places()
         try:
             states = queue.store.status([(drawing.question.key, index) for drawing, index in places])
         except StoreError as error:
@@ -53,34 +48,44 @@ class Look:
         asks = now - self._asked >= _ASK
         if asks:
             self._asked = now
-        seen: dict[tuple[str, int], int] = {}
+        before, self._orphans = self._orphans, {}
         again: dict[Drawing, None] = {}
         for (drawing, index), state in zip(places, states, strict=False):
-            if state == "ours":
-                looks = seen[drawing.question.key, index] = self._looks(drawing, index)
-                if looks >= ORPHAN_LOOKS:
-                    queue.put(ReleaseLease(drawing.question.key, [index]), unheard)
+            try:
+                if state == "ours":
+                    over = self._is_orphan(drawing, index, before)
+                else:
+                    over = state != "pending" or _outwaited(drawing, index, now, asks=asks)
+                if over:
                     again[drawing] = None
-            else:
-                try:
-                    if state != "pending" or _outwaited(drawing, index, now, asks=asks):
-                        again[drawing] = None
-                except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
-                    drawing.perform(drawing.state.broken(error))
-        self._orphans = seen
+            except Exception as error:  # noqa: BLE001 - such as a warning that was made an error
+                drawing.perform(drawing.state.broken(error))
         for drawing in again:
             drawing.unheard()
         if queue.strangers:
             self._pause = min(self._pause * 1.5, LAST)
             queue.loop.call_later(self._pause, self)
 
-    def _looks(self, drawing: Drawing, index: int) -> int:
-        """Count the looks at a sample that was granted to another loop of this process and not announced.
+    def _places(self) -> list[tuple[Drawing, int]]:
+        """Return the draws that wait, with each index that no loop of this process has announced."""
+        return [
+            (drawing, index)
+            for drawing in self._queue.strangers
+            for index in drawing.state.awaited
+            if drawing.cache.in_flight.maker(drawing.question.key, index) is None
+        ]
 
-        That loop may be about to announce it, or is gone.
+    def _is_orphan(self, drawing: Drawing, index: int, before: dict[tuple[str, int], int]) -> bool:
+        """Return True if a sample of this process has not been announced in several looks; release its lease.
+
+        The loop that it was granted to may be about to announce it, or is gone.
         """
-        key = drawing.question.key
-        return 0 if drawing.cache.in_flight.anyone_claims(key) else self._orphans.get((key, index), 0) + 1
+        place = (drawing.question.key, index)
+        looks = 0 if drawing.cache.in_flight.anyone_claims(place[0]) else before.get(place, 0) + 1
+        self._orphans[place] = looks
+        if looks >= ORPHAN_LOOKS:
+            self._queue.put(ReleaseLease(place[0], [index]), unheard)
+        return looks >= ORPHAN_LOOKS
 
 
 def watch(drawing: Drawing) -> None:

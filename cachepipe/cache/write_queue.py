@@ -272,10 +272,8 @@ class WriteQueue:
                 await asyncio.wait(self.writes)
             elif self.caller.busy:
                 await self.caller.step()
-            elif self.strangers and not self._operations and not self.demands:
-                await asyncio.sleep(_LOOK)
             else:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0 if self._operations or self.demands else _LOOK)
 
 
 def unheard(_result: Any) -> None:

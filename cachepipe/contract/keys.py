@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -36,6 +35,8 @@ _PLAIN = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orj
 _EXPONENTS = (b"e+",) if b"e+" in orjson.dumps(1e22) else tuple(b"e%d" % digit for digit in range(1, 10))
 _SIGNS = (b".0", *_EXPONENTS, b'"\\u0000')
 """Strings in JSON that indicate a whole float (from 1e16 on with an exponent), or a marked name."""
+_LISTS, _NUMBERS = frozenset({list, tuple}), frozenset({int, float})
+_AS_THEY_ARE = frozenset({str, bool, type(None)})
 _TOO_LARGE = 10**jsontext.MOST_DIGITS
 
 AsWritten = Mapping[str, frozenset[str]]
@@ -69,26 +70,28 @@ def canonical(value: Any) -> Any:
             are not strings, and objects without known fields (classes, functions, files …).
     """
     kind = type(value)
-    if kind is str or kind is bool or value is None:
+    if kind in _AS_THEY_ARE:
         return value
-    if kind is int:
+    if kind is float and value.is_integer():
+        return int(value)
+    if kind in _NUMBERS:
         if not -_TOO_LARGE < value < _TOO_LARGE:
-            raise UnkeyableValue(
-                f"a key cannot be made from an integer of more than {jsontext.MOST_DIGITS:,} digits; "
-                "send it as a string"
-            )
+            raise _unkeyable_number(value)
         return value
-    if kind is float:
-        if value.is_integer():
-            return int(value)
-        if not math.isfinite(value):
-            raise UnkeyableValue(f"a key cannot be made from the number {value!r}; send a finite number")
-        return value
-    if kind is list or kind is tuple:
+    if kind in _LISTS:
         return value if len(value) >= _LONG and _is_canonical(value) else [canonical(item) for item in value]
     if kind is dict:
         return _mapping(value)
     return _unusual(value)
+
+
+def _unkeyable_number(value: Any) -> UnkeyableValue:
+    if isinstance(value, float):
+        return UnkeyableValue(f"a key cannot be made from the number {value!r}; send a finite number")
+    return UnkeyableValue(
+        f"a key cannot be made from an integer of more than {jsontext.MOST_DIGITS:,} digits; "
+        "send it as a string"
+    )
 
 
 def _is_canonical(value: Any, names: frozenset[str] = frozenset()) -> bool:
@@ -160,22 +163,27 @@ def _body(body: Mapping[str, Any], as_written: AsWritten) -> dict[str, Any]:
 def _partly_ordered(value: Any, names: frozenset[str]) -> Any:
     """Return the canonical form of a value in which the order counts below some names."""
     kind = type(value)
-    if kind is list or kind is tuple:
+    if kind in _LISTS:
         if len(value) >= _LONG and _is_canonical(value, names):
             return value
-        return [item if type(item) is str else _partly_ordered(item, names) for item in value]
+        return [_partly_ordered(item, names) for item in value]
     if not isinstance(value, Mapping):
         return canonical(value)
     form: dict[str, Any] = {}
     for name, item in value.items():
-        if type(item) is str or name not in names:
-            part = item if type(item) is str else _partly_ordered(item, names)
-        elif name == "json_schema" and isinstance(item, Mapping) and "schema" in item:
-            part = _partly_ordered(item, names)  # a name, a description, and the schema itself
-        else:
+        if type(item) is str:
+            part = item
+        elif name in names and not _wraps_schema(name, item):
             part = _ordered(item)
+        else:
+            part = _partly_ordered(item, names)
         form[name if type(name) is str and name[:1] != _MARK else _marked(name)] = part
     return form
+
+
+def _wraps_schema(name: str, item: Any) -> bool:
+    """Return True for an item that holds a name, a description, and the schema itself."""
+    return name == "json_schema" and isinstance(item, Mapping) and "schema" in item
 
 
 def _marked(name: Any) -> str:
@@ -193,7 +201,7 @@ def _unusual(value: Any) -> Any:
     if isinstance(value, numbers.Real) and not hasattr(value, "denominator"):
         return canonical(float(value))
     if isinstance(value, list | tuple):
-        return [canonical(item) for item in value]
+        return canonical(list(value))
     if isinstance(value, Mapping):
         return _mapping(value)
     if isinstance(value, bytes | bytearray | memoryview):

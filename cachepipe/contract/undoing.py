@@ -42,7 +42,7 @@ def fallen(
         missing: returns True for an index without a sample.
         held: returns True if a live claimant holds a segment.
     """
-    decided = {index for segment in segments if segment.number in released for index in segment.indices}
+    decided = set().union(*(segment.indices for segment in segments if segment.number in released))
     decided.intersection_update(indices_of(segments))
     first = settled(segments, lambda index: index in decided and missing(index))
     found: list[Segment] = []

@@ -140,7 +140,8 @@ class AsyncCacher(Stage):
             queue.gather()
         answers: list[Any] = []
         begun: list[Found | Drawing] = []
-        waiting: list[tuple[int, Drawing, list[bool] | None]] = []
+        waiting: dict[int, Drawing] = {}
+        flagged: list[list[bool] | None] = []
         try:
             for request in requests:
                 duplicated = None
@@ -153,13 +154,14 @@ class AsyncCacher(Stage):
                     continue
                 begun.append(one)
                 if isinstance(one, Drawing):
-                    waiting.append((len(answers), one, duplicated))
+                    waiting[len(answers)] = one
+                    flagged.append(duplicated)
                     answers.append(None)
                 else:
                     answers.append(one.response(duplicated))
             await asyncio.sleep(0)  # hits do not suspend
-            ended = await outcomes([one[1] for one in waiting], [one[2] for one in waiting])
-            for (place, *_), answer in zip(waiting, ended, strict=True):
+            ended = await outcomes([*waiting.values()], flagged)
+            for place, answer in zip(waiting, ended, strict=True):
                 answers[place] = answer
             return given(answers, return_exceptions)
         except BaseException:

@@ -117,10 +117,8 @@ class DiskStore(SqlStore):
     def _make(self, theirs: diskcache.Cache | None) -> None:
         """Create the folder and its files if they are missing, one process at a time."""
         made = folders.make(self.folder)
-        ours = bool(made) or not any(self.folder.iterdir()) or (self.folder / _SHELF).exists()
-        if ours and self.folder.stat().st_mode & 0o077:
-            with contextlib.suppress(PermissionError):  # somebody else's folder, shared with us
-                self.folder.chmod(0o700)
+        if made or not any(self.folder.iterdir()) or (self.folder / _SHELF).exists():
+            folders.make_private(self.folder)
         with leases.alone(self.folder):
             for name in (_SHELF, _LEDGER):
                 # SQLite gives its side files the permissions of the database. A file that is there is not

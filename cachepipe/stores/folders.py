@@ -5,6 +5,7 @@ A folder may come from anyone. So nothing that it holds is used as a path, and n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
@@ -84,6 +85,13 @@ def make(folder: Path) -> Sequence[Path]:
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return missing
+
+
+def make_private(folder: Path) -> None:
+    """Let only its owner enter a folder, unless it is somebody else's that is shared with this user."""
+    if folder.stat().st_mode & 0o077:
+        with contextlib.suppress(PermissionError):
+            folder.chmod(0o700)
 
 
 def sync(folder: Path) -> None:

@@ -18,6 +18,8 @@ from cachepipe.stores.base import Sample
 LEDGER = "ledger.cache.db"
 SHELF = "cache.db"
 
+_Notes = dict[str, Any]
+
 _PUT_META = "INSERT INTO meta VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value"
 _PUT_SHELF = "INSERT INTO cachepipe VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value"
 
@@ -38,9 +40,9 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
     for part, noted in ((LEDGER, ours), (SHELF, theirs or {})):
         if type(noted.get("stamp", 0)) is not int:
             raise _mismatch(where, part, "its checkpoint is damaged", "the rest")
-    if ours.get("identity") is None and theirs is None:
-        return  # a new cache
     if theirs is None:
+        if ours.get("identity") is None:
+            return  # a new cache
         if shelf_is_new(shelf) and not ledger.execute("SELECT 1 FROM intervals LIMIT 1").fetchone():
             return  # the process that created it was killed in between
         raise _mismatch(where, SHELF, "its samples are lost", LEDGER)
@@ -48,6 +50,13 @@ def check_parts(ledger: sqlite3.Connection, shelf: sqlite3.Connection, where: st
         raise _mismatch(where, LEDGER, "the ledger that says who drew them is lost", SHELF)
     if ours["identity"] != theirs.get("identity"):
         raise _mismatch(where, f"{LEDGER} and {SHELF}", "they are of two different caches", "the same copy")
+    _check_noted(ledger, shelf, ours, theirs, where)
+
+
+def _check_noted(
+    ledger: sqlite3.Connection, shelf: sqlite3.Connection, ours: _Notes, theirs: _Notes, where: str
+) -> None:
+    """Raise an error if a part lacks what the other part noted at the last checkpoint."""
     sample = ours.get("sample")
     if sample is not None and shelf.execute(tables.GET, (sample,)).fetchone() is None:
         raise _mismatch(where, SHELF, f"it lacks samples that the ledger has seen, such as {sample}", LEDGER)

@@ -103,7 +103,7 @@ def _claim_again(
     claim: Claim,
     rows: DrawRows,
     grant: Grant,
-    beyond: set[int],
+    more: set[int],
     parts: list[tuple[int, list[int]]],
 ) -> Grant:
     """Complete the grant of a draw that the ledger holds: add new parts, and hold what is not settled."""
@@ -113,8 +113,8 @@ def _claim_again(
     token = claim.token if missing else None
     if missing:
         grant.held = (*_join(ledger, claim, rows), *range(number, number + len(parts)))
-    elif beyond:
-        _let_stand(claim, rows, beyond)
+    elif more:
+        _let_stand(claim, rows, more)
     if parts:
         lease, stamp = ledger.author()
         for each, (position, chosen) in enumerate(parts, number):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import operator
 import re
 import sqlite3
@@ -188,7 +189,7 @@ class SqlReader:
         name = draw.key
         place = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
         rows = shelf.execute(tables.RECALL, (name + "/", *place)).fetchall()
-        if len(rows) == 1 and n == 1 and type(index := rows[0][2]) is int:
+        if len(rows) == n == 1 and type(index := rows[0][2]) is int:
             number, position, _, lease, stamp, digest, mode, filename, value = rows[0]
             if value is None and mode is None:
                 return None
@@ -510,21 +511,23 @@ class SqlReader:
     def _shared(self, leases: set[int]) -> bool:
         """Return True if another live process is among the leases that made a draw."""
         for lease in leases:
-            known = self._leases.get(lease)
-            if lease == self._ledger.own_lease or (known is not None and not known[0]):
+            alive, asked = self._leases.get(lease, (True, -math.inf))
+            if not alive or lease == self._ledger.own_lease:
                 continue
-            if known is None or time.monotonic() - known[1] > _ALIVE_FOR:
-                ledger, _ = self._readable()
-                row = ledger.execute("SELECT name, ended FROM leases WHERE id = ?", (lease,)).fetchone()
-                if row is None or row[0] == self._own_lease_name():
-                    continue
-                if row[1] is not None:
-                    self._leases[lease] = (False, 0.0)
-                    continue
-                if not self._lives(lease, row[0]):
-                    continue
-            return True
+            if time.monotonic() - asked <= _ALIVE_FOR or self._is_other_alive(lease):
+                return True
         return False
+
+    def _is_other_alive(self, lease: int) -> bool:
+        """Return True if a lease is that of another process, which is alive."""
+        ledger, _ = self._readable()
+        row = ledger.execute("SELECT name, ended FROM leases WHERE id = ?", (lease,)).fetchone()
+        if row is None or row[0] == self._own_lease_name():
+            return False
+        if row[1] is not None:
+            self._leases[lease] = (False, 0.0)
+            return False
+        return self._lives(lease, row[0])
 
     def _lives(self, lease: int, name: str) -> bool:
         """Return True if a lease's process is alive. False is remembered for ever, True for a short time."""

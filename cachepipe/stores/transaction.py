@@ -154,12 +154,17 @@ class SqlLedger(Ledger):
             values += [None] * (4 * ROWS - len(values))
             for row in self.ledger.execute(tables.DRAWS, values):
                 self.found[row[:4]].append(SegmentRow._make(row[4:]))
+        self._read_sets_ahead(old)
+        self._read_samples_ahead(old)
+
+    def _read_sets_ahead(self, claims: Sequence[Claim]) -> None:
+        """Read the list of each key, and what the namespaces of the claims have taken."""
+        known, sets = self._ids, self._sets
         owners: dict[int, dict[int, str]] = {LISTED: {}}
-        for claim in old:
+        for claim in claims:
             name = claim.draw.key
             owners[LISTED][known[name]] = name
             owners.setdefault(self.namespace(claim.draw.namespace), {})[known[name]] = name
-        sets = self._sets
         for owner, names in owners.items():
             rows: dict[int, list[tuple[int, int, bytes]]] = {
                 key: [] for key in names if (owner, key) not in sets
@@ -169,30 +174,30 @@ class SqlLedger(Ledger):
                     rows[key].append(tuple(row))
                 for key, found in rows.items():
                     self._remember(owner, key, names[key], found)
-        self._read_samples_ahead(old)
 
     def _read_samples_ahead(self, claims: Sequence[Claim]) -> None:
         """Read the samples that claims will probably get: their own, the coupled, or the first free."""
         wanted: dict[str, tuple[str, int]] = {}
         for claim in claims:
             draw = claim.draw
-            if claim.n > FEW:
-                continue
-            key, namespace = self._ids[draw.key], self.namespace(draw.namespace)
-            rows = self.found[_place(key, draw)]
-            taken = self.set_of(namespace, key, draw.key).interval_at(0)
-            first = 0 if taken is None or taken[0] else taken[1]
-            indices = list(range(first, first + claim.n))
-            if rows:
-                others = {row.namespace: row for row in reversed(rows)}
-                row = others.get(namespace) or tables.earliest(others.values())
-                if row.position == 0:
-                    indices = unpack(row.indices)[: claim.n]
-            for index in indices:
-                wanted[f"{draw.key}/{index}"] = (draw.key, index)
+            if claim.n <= FEW:
+                for index in self._probable(draw, claim.n):
+                    wanted[f"{draw.key}/{index}"] = (draw.key, index)
         names = orjson.dumps([*wanted]).decode()
         for name, mode, filename, value in self.shelf.execute(tables.SAMPLES, (names,)):
             self.seen[wanted[name]] = tables.parse_sample(*wanted[name], mode, filename, value)
+
+    def _probable(self, draw: Draw, n: int) -> Sequence[int]:
+        """Return the indices that a draw whose rows were read ahead will probably get."""
+        key, namespace = self._ids[draw.key], self.namespace(draw.namespace)
+        if rows := self.found[_place(key, draw)]:
+            others = {row.namespace: row for row in reversed(rows)}
+            row = others.get(namespace) or tables.earliest(others.values())
+            if row.position == 0:
+                return unpack(row.indices)[:n]
+        taken = self.set_of(namespace, key, draw.key).interval_at(0)
+        first = 0 if taken is None or taken[0] else taken[1]
+        return range(first, first + n)
 
     # The rows of keys and draws.
 

@@ -436,7 +436,6 @@ class _Check:
         """Check the draws of a question, and what its namespaces have taken (C1)."""
         drawn: dict[int, dict[int, tuple[Any, ...]]] = {}
         unsure: set[int] = set()
-        present = {*question.stored, *question.pending}
         listed = question.listed or IntervalSet()
         draws: dict[tuple[Any, ...], list[SegmentRow]] = {}
         for row in rows:
@@ -449,17 +448,16 @@ class _Check:
             if draw is None or not self._are_segments(draw, segments):
                 unsure.add(namespace)
                 continue
+            parts = [(segment.position, unpack(segment.indices)) for segment in segments]
             taken = question.taken.get(namespace, IntervalSet())
             holders = drawn.setdefault(namespace, {})
-            for index in {index for segment in segments for index in unpack(segment.indices)}:
+            for index in set[int]().union(*(indices for _, indices in parts)):
                 if holders.setdefault(index, place) != place:
                     self._report.add("repeated", f"{question.key}/{index}, {_whose(draw.namespace)}")
                 if taken is not None and index not in taken:
                     self._report.add("unassigned", f"{question.key}/{index}, {_told(draw)}")
-            self._report.unfinished += sum(
-                index not in present and index not in listed
-                for index in laid((segment.position, unpack(segment.indices)) for segment in segments)
-            )
+            gone = {*laid(parts)}.difference(question.stored, question.pending)
+            self._report.unfinished += sum(index not in listed for index in gone)
         found = self._one(self._ledger, "SELECT count(*) FROM segments WHERE key = ?", (question.number,))
         if found != len(rows):
             self._report.add("hidden", f"draws of question {question.key}", abs(found - len(rows)))
@@ -526,8 +524,8 @@ class _Check:
         query = "SELECT rowid, key, raw, mode, filename, value FROM Cache NOT INDEXED ORDER BY rowid"
         for rowid, written, raw, *row in self._shelf.execute(query):
             self._passed()
-            match = _NAME.fullmatch(written) if type(written) is str and raw == 1 else None
-            if match is None or not _encodable(written):
+            match = _NAME.fullmatch(written) if raw == 1 and _encodable(written) else None
+            if match is None:
                 self._report.foreign += 1
                 continue
             sample = Stored(match[1], int(match[2]))
@@ -558,10 +556,10 @@ class _Check:
     def _confirm(self) -> None:
         """Look again at samples and discards that the ledger did not have yet when it was read."""
         report = self._report
-        report.unlisted = [sample for sample in report.unlisted if not self._is_listed(sample)]
-        recent = self._recent() if report.unlisted else set()
-        report.recent = sum(sample in recent for sample in report.unlisted)
-        report.unlisted = [sample for sample in report.unlisted if sample not in recent]
+        unlisted = [sample for sample in report.unlisted if not self._is_listed(sample)]
+        recent = self._recent()
+        report.unlisted = [sample for sample in unlisted if sample not in recent]
+        report.recent = len(unlisted) - len(report.unlisted)
         for sample in report.unlisted:
             known = self._one(self._ledger, "SELECT 1 FROM keys WHERE key = ?", (sample.key,)) is not None
             report.add("unlisted" if known else "stray", f"{sample.key}/{sample.index}")

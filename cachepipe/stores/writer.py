@@ -83,20 +83,16 @@ class Writer:
     def _work(self) -> None:
         while True:
             with self._condition:
-                while not (self._queue or self._stopping or self._woken):
+                if not (self._queue or self._stopping or self._woken):
                     self.busy = False
-                    timed_out = not self._condition.wait(_IDLE)
-                    # What was queued between the timeout and now did not start another thread.
-                    if timed_out and not (self._queue or self._stopping or self._woken):
-                        self._thread = None  # so that a store without references can be collected
-                        return
+                    self._condition.wait(_IDLE)
                 items = list(self._queue)
                 self._queue.clear()
-                self._woken = False
-                if not items and self._stopping:
+                if not (items or self._woken):  # there was nothing to do for too long, or it is to stop
                     self.busy = False
-                    self._thread = None  # later operations get a thread of their own, which finds all closed
+                    self._thread = None  # a later write starts another; a store without references can go
                     return
+                self._woken = False
             if items:
                 self._write(items)
             with contextlib.suppress(Exception):  # an error of the files shows in the next write
