@@ -61,7 +61,8 @@ class Rows(DrawRows):
         tables = ledger.tables
         self._ledger, self._tables, self.name, self._draw = ledger, tables, name, draw
         self.listed = tables.listed[name]
-        self.is_new = not self.listed
+        claimed = any(segments and other.key == name for other, segments in tables.segments.items())
+        self.is_new = not self.listed and not claimed
         if draw is not None:
             taken = tables.taken[draw.namespace, name]
             self.taken = taken if avoid is None else Union(taken, avoid)
