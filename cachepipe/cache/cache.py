@@ -83,6 +83,7 @@ class Cache:
 
     Attributes:
         window: seconds during which demands for one question are merged into shared calls.
+        queue: returns the write queue of an event loop.
     """
 
     def __init__(
@@ -101,11 +102,8 @@ class Cache:
         self.present, self.pack, self.unpack = hooks.present, hooks.pack, hooks.unpack
         self.in_memory = mode == "replay" or store.read_only  # claims are not written
         self._queues = PerLoop(self._new_queue, self._keep_figures)
+        self.queue = self._queues.of
         self._calls = self._generated = 0  # of loops that are closed
-
-    def queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
-        """Return the write queue of an event loop."""
-        return self._queues.of(loop)
 
     def _new_queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
         queue = WriteQueue(loop, self.store, Caller(loop, self.model, keep_extra), start)
@@ -210,7 +208,9 @@ class Cache:
             found = Found(self, run, counter, user, question, draw, grant, [])
             if grant.shared:
                 warn_shared(question, claimant, run)
-            found.values.extend(self.decode(sample) for sample in grant.samples if sample is not None)
+            for sample in grant.samples:
+                if sample is not None:
+                    found.values.append(self.decode(sample))
         except BaseException:
             if found is None:
                 give_back(draw, counter)

@@ -210,7 +210,8 @@ class TransformersModel(ProviderSamples):
         if type(length) is not int or length < 1:
             raise wire.BadRequest(f"the most tokens of an answer must be at least 1; got {length!r:.200}")
         tokens = self._prompt_tokens(body)
-        most = getattr(self._model.config, "max_position_embeddings", None)
+        config = self._model.config
+        most = getattr(config, "max_position_embeddings", None)
         if most is not None and len(tokens) + length > most:
             raise wire.BadRequest(
                 f"a prompt of {len(tokens)} tokens and an answer of {length} do not fit into the {most} "
@@ -240,7 +241,8 @@ class TransformersModel(ProviderSamples):
 
     def _stop_texts(self, body: wire.Body) -> tuple[str, ...]:
         """Return the texts that end an answer."""
-        stop = body.get("stop") or getattr(self._model.generation_config, "stop_strings", None) or ()
+        usual = self._model.generation_config
+        stop = body.get("stop") or getattr(usual, "stop_strings", None) or ()
         stop = (stop,) if isinstance(stop, str) else stop
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
             raise wire.BadRequest(f"stop is a text or a list of texts; got {stop!r:.200}")
