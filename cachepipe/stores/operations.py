@@ -49,17 +49,23 @@ def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
         claims = [operation for operation in operations if type(operation) is Claim]
         for lease in ledger.prepare(claims):
             _end(ledger, lease)
+    if len({*kinds}) == 1:
+        return _perform_all(ledger, kinds[0], operations)
     order = _commits_first(kinds) if ReleaseHold in kinds else range(len(kinds))
     results: dict[int, Result] = {}
     for kind, places in groupby(order, kinds.__getitem__):
-        if kind is Commit:
-            group = list(places)
-            commits: list[Any] = [operations[place] for place in group]
-            results.update(zip(group, _commit_all(ledger, commits), strict=True))
-        else:
-            for place in places:
-                results[place] = _PERFORM[kind](ledger, operations[place])
+        group = list(places)
+        found = _perform_all(ledger, kind, [operations[place] for place in group])
+        results.update(zip(group, found, strict=True))
     return list(map(results.__getitem__, range(len(kinds))))
+
+
+def _perform_all(ledger: Ledger, kind: type[Operation], operations: Sequence[Any]) -> list[Result]:
+    """Perform operations of one kind."""
+    if kind is Commit:
+        return list(_commit_all(ledger, operations))
+    performed = _PERFORM[kind]
+    return [performed(ledger, operation) for operation in operations]
 
 
 def _commits_first(kinds: list[type[Operation]]) -> list[int]:
