@@ -119,7 +119,7 @@ async def pipeline(folder: Path) -> AsyncIterator[Ask]:
 @contextlib.asynccontextmanager
 async def client(folder: Path) -> AsyncIterator[Ask]:
     """Yield what asks the drop-in client."""
-    from cachepipe.sdk import AsyncOpenAI  # noqa: PLC0415 - from the root that is measured
+    from cachepipe.clients import AsyncOpenAI  # noqa: PLC0415 - from the root that is measured
 
     with Server() as server:
         opened: Any = AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0, cache=folder)

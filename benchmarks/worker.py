@@ -116,7 +116,7 @@ class Cachepipe(Peer):
 
     def open(self, folder: str, base_url: str, in_flight: int) -> None:
         import cachepipe
-        from cachepipe.sdk import AsyncOpenAI
+        from cachepipe.clients import AsyncOpenAI
 
         self.using, self.rerun = cachepipe.using, cachepipe.run  # type: ignore[method-assign,assignment]
         self.client = _client(AsyncOpenAI, base_url, cache=folder)

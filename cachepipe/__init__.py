@@ -243,7 +243,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cachepipe`` stays light."""
     module = _WHERE.get(name)
     if module is None:
-        for elsewhere in () if name.startswith("_") else ("cachepipe.sdk", "cachepipe.models"):
+        for elsewhere in () if name.startswith("_") else ("cachepipe.clients", "cachepipe.models"):
             if name in importlib.import_module(elsewhere).__all__:
                 # Python replaces the message of an AttributeError in ``from cachepipe import …``.
                 raise ImportError(f"{name} is in {elsewhere}: from {elsewhere} import {name}")

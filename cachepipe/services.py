@@ -164,7 +164,7 @@ class Service:
         return self._made(1, sdk, cache=cache, namespace=namespace, **options)
 
     def _made(self, which: int, sdk: str | None, **options: Any) -> Any:
-        from cachepipe import sdk as clients  # noqa: PLC0415 - each needs its SDK
+        from cachepipe import clients  # noqa: PLC0415 - each needs its SDK
 
         kind = getattr(clients, _CLIENTS[_checked(sdk or self.sdk)][which])
         return kind(**{"service": self, **options})

@@ -158,7 +158,7 @@ class Access:
 
     def _with_cache(self, client: Any) -> Any:
         """Return the caller's client with a cache: an SDK's client gets one, others have their own."""
-        _check_completes(client, "client= takes a client of openai, together or cachepipe.sdk")
+        _check_completes(client, "client= takes a client of openai, together or cachepipe.clients")
         if not keeps_cache(client):
             return wrapped(client, self._cache, self._repeat)
         if self._cache is not None or (self._repeat is not None and not is_cached(client)):

@@ -19,7 +19,7 @@ class AnthropicModel(OpenAIModel):
     It takes what `OpenAIModel` takes: the fields of a request go into the body. If the first message is one
     of the system, its content is sent as ``system``, unless the request has a field of that name. The API
     returns one sample per call, so a request for n samples is n calls at once. A sample that came through a
-    client of `cachepipe.sdk` or a proxy is a hit here, and the other way round. Errors are those of the
+    client of `cachepipe.clients` or a proxy is a hit here, and the other way round. Errors are those of the
     anthropic package.
 
     Args:

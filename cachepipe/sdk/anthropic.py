@@ -251,7 +251,7 @@ def check_wrappable(kind: Any) -> None:
     if not direct or not all(name.startswith(tuple(_AT_ITS_PLACE)) for name in elsewhere):
         raise TypeError(
             f"calls of {kind.__name__} cannot be cached: it rewrites them for its platform after they are "
-            "made. Use cachepipe.sdk.AsyncAnthropic or Anthropic, or wrap a client of Anthropic, "
+            "made. Use cachepipe.clients.AsyncAnthropic or Anthropic, or wrap a client of Anthropic, "
             "AnthropicAWS or AnthropicFoundry"
         )
 

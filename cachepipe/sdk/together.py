@@ -12,7 +12,7 @@ from cachepipe.sdk.options import ClientOptions
 if not hasattr(together, "TogetherError"):
     raise ImportError(
         f"the cached Together clients need together>=2; {together.__version__} is installed, whose clients"
-        " are not made as those of later versions are. Upgrade it, or use cachepipe.sdk.OpenAI(base_url="
+        " are not made as those of later versions are. Upgrade it, or use cachepipe.clients.OpenAI(base_url="
         '"https://api.together.xyz/v1", api_key=...), which asks the same server'
     )
 

@@ -12,9 +12,9 @@ import pytest
 import together
 
 from cachepipe import BadAnswer, CacheMiss, MemoryStore, OnlineAPI, Request, wire
+from cachepipe.clients import AsyncAnthropic, AsyncTogether, OpenAI
 from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel
 from cachepipe.providers.info import info
-from cachepipe.sdk import AsyncAnthropic, AsyncTogether, OpenAI
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

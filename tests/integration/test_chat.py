@@ -21,8 +21,8 @@ import cachepipe
 from cachepipe import Chat, MemoryStore, Message, TokenLogProb, ToolLoopError
 from cachepipe.chat import tools
 from cachepipe.chat.kept import close_clients
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.portal import in_portal
-from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

@@ -53,8 +53,8 @@ from cachepipe.chat import access
 from cachepipe.chat.access import Access, Environment
 from cachepipe.chat.kept import close_clients, on_portal
 from cachepipe.chat.options import AccessOptions, CompletionOptions, ManyOptions
+from cachepipe.clients import AsyncOpenAI, AsyncTogether, OpenAI
 from cachepipe.portal import in_portal
-from cachepipe.sdk import AsyncOpenAI, AsyncTogether, OpenAI
 from cachepipe.services import LimitOptions, Service, Services
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import default_model, flatten

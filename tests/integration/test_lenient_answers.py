@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from cachepipe import AsyncCacher, DiskStore, Request
 from cachepipe.batch import run_file
 from cachepipe.cli.group import cli
+from cachepipe.clients import Anthropic, AsyncOpenAI, OpenAI
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream
-from cachepipe.sdk import Anthropic, AsyncOpenAI, OpenAI
 
 pytestmark = pytest.mark.anyio
 LONG = 98765432109876543210987654321

@@ -26,9 +26,9 @@ from cachepipe import (
     Request,
     wire,
 )
+from cachepipe.clients import AsyncOpenAI
 from cachepipe.contract.keys import provider_question
 from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel
-from cachepipe.sdk import AsyncOpenAI
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.ngram import embed
 from cachepipe.testing.server import Fault

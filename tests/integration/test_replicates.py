@@ -13,10 +13,10 @@ from cachepipe import Chat, OnlineAPI, Request, Response, Services, Session, gen
 from cachepipe.batch import BatchSettings, run_file
 from cachepipe.chat.kept import close_clients
 from cachepipe.chat.sessions import DEFAULTS
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream
-from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer
 
 

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from cachepipe import DiskStore
 from cachepipe.cli.group import cli
-from cachepipe.sdk import OpenAI
+from cachepipe.clients import OpenAI
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.server import Fault
 

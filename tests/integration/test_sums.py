@@ -9,9 +9,9 @@ import pytest
 
 from cachepipe import DiskStore, OnlineAPI, Request, info
 from cachepipe.accounting import Statement, usage_of
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.contract.draws import label
 from cachepipe.models import OpenAIModel
-from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.stores.sums import statements
 from cachepipe.testing import MockServer, MockSettings
 

@@ -19,7 +19,7 @@ from openai.types.responses import Response
 from pydantic import BaseModel
 
 import cachepipe
-from cachepipe import sdk
+from cachepipe import clients
 
 
 class Word(BaseModel):
@@ -27,20 +27,20 @@ class Word(BaseModel):
 
 
 async def stand_in_for_the_sdks() -> None:
-    first: openai.AsyncOpenAI = sdk.AsyncOpenAI(cache="caches/exp", namespace="run-1", timeout=5)
-    azure: openai.AsyncAzureOpenAI = sdk.AsyncAzureOpenAI(api_version="v", cache="c", azure_endpoint="e")
-    second: together.AsyncTogether = sdk.AsyncTogether(cache="caches/exp", mode="replay")
-    third: anthropic.AsyncAnthropic = sdk.AsyncAnthropic(cache="caches/exp", repeat="same")
-    one: openai.OpenAI = sdk.OpenAI(cache="caches/exp", scope="s", api_key=lambda: "k")
-    two: together.Together = sdk.Together(cache="caches/exp")
-    three: anthropic.Anthropic = sdk.Anthropic(cache="caches/exp")
+    first: openai.AsyncOpenAI = clients.AsyncOpenAI(cache="caches/exp", namespace="run-1", timeout=5)
+    azure: openai.AsyncAzureOpenAI = clients.AsyncAzureOpenAI(api_version="v", cache="c", azure_endpoint="e")
+    second: together.AsyncTogether = clients.AsyncTogether(cache="caches/exp", mode="replay")
+    third: anthropic.AsyncAnthropic = clients.AsyncAnthropic(cache="caches/exp", repeat="same")
+    one: openai.OpenAI = clients.OpenAI(cache="caches/exp", scope="s", api_key=lambda: "k")
+    two: together.Together = clients.Together(cache="caches/exp")
+    three: anthropic.Anthropic = clients.Anthropic(cache="caches/exp")
     for client in (first, azure, second, third):
         await client.close()
     for each in (one, two, three):
         each.close()
 
 
-async def keep_the_types_of_answers(client: sdk.AsyncOpenAI, claude: sdk.AsyncAnthropic) -> None:
+async def keep_the_types_of_answers(client: clients.AsyncOpenAI, claude: clients.AsyncAnthropic) -> None:
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
     chat = client.chat.completions
     whole = await chat.create(model="m", messages=messages)
@@ -55,16 +55,16 @@ async def keep_the_types_of_answers(client: sdk.AsyncOpenAI, claude: sdk.AsyncAn
     assert_type(said, Message)
 
 
-def keep_the_types_of_clients(client: sdk.OpenAI, plain: openai.AsyncOpenAI) -> None:
-    assert_type(client.in_namespace("run-2"), sdk.OpenAI)
-    assert_type(client.copy(namespace="run-2", timeout=5), sdk.OpenAI)
-    assert_type(client.with_options(max_retries=0, mode="refresh"), sdk.OpenAI)
+def keep_the_types_of_clients(client: clients.OpenAI, plain: openai.AsyncOpenAI) -> None:
+    assert_type(client.in_namespace("run-2"), clients.OpenAI)
+    assert_type(client.copy(namespace="run-2", timeout=5), clients.OpenAI)
+    assert_type(client.with_options(max_retries=0, mode="refresh"), clients.OpenAI)
     assert_type(cachepipe.wrap(plain, cache="caches/exp", namespace="run-1"), openai.AsyncOpenAI)
     with client as opened:
-        assert_type(opened, sdk.OpenAI)
+        assert_type(opened, clients.OpenAI)
 
 
-def tell_about_answers(client: sdk.OpenAI) -> None:
+def tell_about_answers(client: clients.OpenAI) -> None:
     with cachepipe.using(namespace="run-2", request_id="a", mode="replay"):
         answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
     told = cachepipe.info(answer)
@@ -73,5 +73,5 @@ def tell_about_answers(client: sdk.OpenAI) -> None:
 
 
 def refuse_what_is_wrong() -> None:
-    sdk.OpenAI(cache="caches/exp", mode="reed")  # type: ignore[arg-type]
-    sdk.OpenAI(caches="caches/exp")  # type: ignore[call-arg]
+    clients.OpenAI(cache="caches/exp", mode="reed")  # type: ignore[arg-type]
+    clients.OpenAI(caches="caches/exp")  # type: ignore[call-arg]

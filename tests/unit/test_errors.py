@@ -7,8 +7,8 @@ import warnings
 import diskcache
 
 from cachepipe import MemoryStore, OnlineAPI, Request
+from cachepipe.clients import OpenAI
 from cachepipe.errors import EvictionDisabled, NotStored
-from cachepipe.sdk import OpenAI
 from cachepipe.stores import DiskStore, open_store
 from cachepipe.testing import ScriptedModel
 

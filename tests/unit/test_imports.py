@@ -82,14 +82,14 @@ def test_a_name_that_is_not_there_is_an_attribute_error(module):
 
 @pytest.mark.parametrize("name", ["AsyncOpenAI", "OpenAI", "Together", "AzureOpenAI", "AnthropicModel"])
 def test_importing_a_client_or_adapter_from_the_top_says_where_it_is(name):
-    home = "cachepipe.models" if name.endswith("Model") else "cachepipe.sdk"
+    home = "cachepipe.models" if name.endswith("Model") else "cachepipe.clients"
     with pytest.raises(ImportError, match=f"^{name} is in {home}: from {home} import {name}$"):
         exec(f"from cachepipe import {name}")  # noqa: S102 - the statement is the case
 
 
 @pytest.mark.parametrize(("name", "instead"), [("cachedir", "use cache="), ("batch_size", "OnlineAPI")])
 def test_cachesavers_parameters_of_clients_say_what_to_write_instead(name, instead, tmp_path):
-    from cachepipe.sdk import AsyncOpenAI, OpenAI  # noqa: PLC0415 - it takes its time
+    from cachepipe.clients import AsyncOpenAI, OpenAI  # noqa: PLC0415 - it takes its time
 
     for kind in (AsyncOpenAI, OpenAI):
         with pytest.raises(TypeError, match=f"{kind.__name__} takes no {name}=; .*{instead}"):

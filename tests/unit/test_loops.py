@@ -21,8 +21,8 @@ from cachepipe import (
     generate_text_completion,
 )
 from cachepipe.batch import run_file
+from cachepipe.clients import AsyncOpenAI
 from cachepipe.models import OpenAIModel
-from cachepipe.sdk import AsyncOpenAI
 
 ASK = Request("hello")
 

@@ -20,9 +20,9 @@ from cachepipe import (
     generate_text_completion,
     outages,
 )
+from cachepipe.clients import Anthropic, AsyncOpenAI, OpenAI, Together
 from cachepipe.flow import AsyncRetrier, Retries
 from cachepipe.models import AnthropicModel, OpenAIModel, TogetherModel
-from cachepipe.sdk import Anthropic, AsyncOpenAI, OpenAI, Together
 from cachepipe.testing import MockServer
 
 pytestmark = pytest.mark.anyio

@@ -19,9 +19,9 @@ import pytest
 from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, telemetry, using, wire
+from cachepipe.clients import Anthropic, AsyncAnthropic
 from cachepipe.providers.info import info
 from cachepipe.providers.stream_recorder import SyncRecordedStream
-from cachepipe.sdk import Anthropic, AsyncAnthropic
 from cachepipe.sdk.http import library_of
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.wrapping import wrap
@@ -588,13 +588,13 @@ def trace_api():
 
 @pytest.mark.parametrize("ours", [Anthropic, AsyncAnthropic])
 def test_signatures_are_the_sdks_with_ours_last(ours):
-    sdk = getattr(anthropic, ours.__name__)
+    clients = getattr(anthropic, ours.__name__)
     own = ["cache", "namespace", "mode", "scope", "repeat", "service"]
     for name in ("__init__", "copy", "with_options"):
-        theirs = list(inspect.signature(getattr(sdk, name)).parameters)
+        theirs = list(inspect.signature(getattr(clients, name)).parameters)
         assert list(inspect.signature(getattr(ours, name)).parameters) == theirs + own
         with contextlib.suppress(NameError):  # as the newest version's own hints have it
-            typing.get_type_hints(getattr(sdk, name))
+            typing.get_type_hints(getattr(clients, name))
             assert set(own) < set(typing.get_type_hints(getattr(ours, name)))
 
 
@@ -667,7 +667,7 @@ def test_the_clients_say_what_they_need(monkeypatch):
     import builtins  # noqa: PLC0415 - only here
     import sys  # noqa: PLC0415
 
-    from cachepipe import sdk  # noqa: PLC0415
+    from cachepipe import clients  # noqa: PLC0415
 
     original = builtins.__import__
 
@@ -677,10 +677,10 @@ def test_the_clients_say_what_they_need(monkeypatch):
         return original(name, *arguments, **options)
 
     monkeypatch.delitem(sys.modules, "cachepipe.sdk.anthropic", raising=False)
-    monkeypatch.delitem(vars(sdk), "Anthropic", raising=False)
+    monkeypatch.delitem(vars(clients), "Anthropic", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'cachepipe\[anthropic\]'"):
-        sdk.Anthropic  # noqa: B018 - it is imported when it is named
+        clients.Anthropic  # noqa: B018 - it is imported when it is named
 
 
 # On a loop.

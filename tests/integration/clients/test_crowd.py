@@ -12,7 +12,7 @@ CROWD = '''
 import asyncio, json, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 import cachepipe
-from cachepipe.sdk import AsyncOpenAI, OpenAI
+from cachepipe.clients import AsyncOpenAI, OpenAI
 
 url, folder, *namespaces = sys.argv[1:]
 CALLS, THREADS = 200, 8

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
 from cachepipe import CacheMiss, MemoryStore
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.context import using
 from cachepipe.providers.info import info
-from cachepipe.sdk import AsyncOpenAI, OpenAI, fast_path
+from cachepipe.sdk import fast_path
 from cachepipe.sdk.http import library_of
 
 pytestmark = pytest.mark.anyio

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 import cachepipe
 from cachepipe import MemoryStore
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.providers.info import info
-from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

@@ -19,11 +19,11 @@ from openai import AsyncStream
 from pydantic import BaseModel
 
 from cachepipe import CacheMiss, DiskStore, MemoryStore, OnlineAPI, Request
+from cachepipe.clients import AsyncOpenAI
 from cachepipe.context import using
 from cachepipe.models import OpenAIModel
 from cachepipe.providers.exchange import Exchange
 from cachepipe.providers.info import info
-from cachepipe.sdk import AsyncOpenAI
 from cachepipe.sdk.http import _eased as eased
 from cachepipe.sdk.http import library_of
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES

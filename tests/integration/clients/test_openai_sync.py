@@ -20,9 +20,9 @@ from openai import Stream
 from pydantic import BaseModel
 
 from cachepipe import CacheMiss, MemoryStore, NotStored
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.context import using
 from cachepipe.providers.info import info
-from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.sdk.http import library_of
 
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
@@ -503,7 +503,7 @@ def test_a_forked_child_closes_its_copy_and_leaves_what_is_in_flight_to_its_pare
 
 SCRIPT = """
 import atexit, sys
-from cachepipe.sdk import OpenAI
+from cachepipe.clients import OpenAI
 client = OpenAI(base_url=sys.argv[1], api_key="k", cache=sys.argv[2])
 def ask(prompt):
     answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": prompt}])
@@ -593,7 +593,7 @@ EXITS = {
 """Ways to leave a stream before its end, as the last thing that a program does."""
 LEAVES = """
 import sys
-from cachepipe.sdk import OpenAI
+from cachepipe.clients import OpenAI
 client = OpenAI(base_url=sys.argv[1], api_key="k", cache=sys.argv[2])
 how = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
 def ask():

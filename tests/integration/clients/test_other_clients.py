@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from cachepipe import MemoryStore
+from cachepipe.clients import AsyncAzureOpenAI, AzureOpenAI, OpenAI
 from cachepipe.providers.info import info
-from cachepipe.sdk import AsyncAzureOpenAI, AzureOpenAI, OpenAI
 from cachepipe.sdk import openai as clients
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.mixins import OURS

@@ -16,8 +16,8 @@ import pytest
 
 import cachepipe
 from cachepipe import MemoryStore
+from cachepipe.clients import Anthropic, AsyncAnthropic, AsyncOpenAI, OpenAI
 from cachepipe.providers.info import info
-from cachepipe.sdk import Anthropic, AsyncAnthropic, AsyncOpenAI, OpenAI
 from cachepipe.sdk.http import library_of
 
 HELLO = [{"role": "user", "content": "q"}]

@@ -7,14 +7,14 @@ import sys
 import pytest
 import together
 
-from cachepipe import MemoryStore, sdk
+from cachepipe import MemoryStore, clients
+from cachepipe.clients import OpenAI
 from cachepipe.providers.info import info
-from cachepipe.sdk import OpenAI
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.wrapping import wrap
 
 if hasattr(together, "TogetherError"):
-    from cachepipe.sdk import AsyncTogether, Together
+    from cachepipe.clients import AsyncTogether, Together
 
 since_2 = pytest.mark.skipif(not hasattr(together, "TogetherError"), reason="this is together 1")
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
@@ -43,9 +43,9 @@ def test_version_1_is_refused_with_what_to_do_instead(monkeypatch):
     monkeypatch.delattr(together, "TogetherError", raising=False)
     monkeypatch.setattr(together, "__version__", "1.5.35", raising=False)
     monkeypatch.delitem(sys.modules, "cachepipe.sdk.together", raising=False)
-    monkeypatch.delitem(vars(sdk), "AsyncTogether", raising=False)
+    monkeypatch.delitem(vars(clients), "AsyncTogether", raising=False)
     with pytest.raises(ImportError, match=r"together>=2.*1\.5\.35.*OpenAI\(base_url="):
-        sdk.AsyncTogether  # noqa: B018 - it is imported when it is named
+        clients.AsyncTogether  # noqa: B018 - it is imported when it is named
 
     class Old:
         __module__ = "together.client"

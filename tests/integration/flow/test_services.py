@@ -16,9 +16,9 @@ import openai
 import pytest
 
 from cachepipe import CacheMiss, MemoryStore, OnlineAPI, Request, Service, Services, alcall, using, wrap
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.flow import Clock
 from cachepipe.models import OpenAIModel
-from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import FakeClock, MockServer, MockSettings
 from cachepipe.testing.server import Fault
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 import cachepipe
 from cachepipe import BadAnswer, CacheMiss, MemoryStore, Message, Services, Session, StoreError, using
 from cachepipe.chat.sessions import DEFAULTS
-from cachepipe.sdk import AsyncOpenAI
+from cachepipe.clients import AsyncOpenAI
 from cachepipe.testing import MockServer, MockSettings
 from cachepipe.testing.server import Fault
 

@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from cachepipe import BadAnswer, MemoryStore, OnlineAPI, Request, Services, telemetry
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.models import OpenAIModel
-from cachepipe.sdk import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer, MockSettings
 
 pytestmark = pytest.mark.anyio

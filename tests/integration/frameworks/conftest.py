@@ -10,7 +10,7 @@ import importlib.util
 
 import pytest
 
-from cachepipe.sdk import AsyncOpenAI, OpenAI
+from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.testing import MockServer, MockSettings
 
 FRAMEWORKS = ("agents", "dspy", "inspect_ai", "instructor", "langchain_openai", "pydantic_ai", "transformers")

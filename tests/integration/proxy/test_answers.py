@@ -10,9 +10,9 @@ import anthropic
 import openai
 import pytest
 
+from cachepipe.clients import OpenAI
 from cachepipe.providers.info import info
 from cachepipe.proxy.settings import Upstream
-from cachepipe.sdk import OpenAI
 from cachepipe.testing import MockSettings as Settings
 
 

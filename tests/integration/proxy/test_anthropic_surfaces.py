@@ -6,10 +6,10 @@ import anthropic
 import pytest
 
 from cachepipe import OnlineAPI, Request
+from cachepipe.clients import AsyncAnthropic
 from cachepipe.models import AnthropicModel
 from cachepipe.providers.info import info
 from cachepipe.proxy.settings import Upstream
-from cachepipe.sdk import AsyncAnthropic
 
 ASK = {"model": "m", "max_tokens": 12, "messages": [{"role": "user", "content": "hello"}]}
 

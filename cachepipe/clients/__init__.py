@@ -1,0 +1,31 @@
+"""Drop-in clients: the SDKs' own classes with a cache, each imported when it is first used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cachepipe import lazy
+
+if TYPE_CHECKING:
+    from cachepipe.providers.info import Info as Info
+    from cachepipe.sdk.anthropic import Anthropic as Anthropic
+    from cachepipe.sdk.anthropic import AsyncAnthropic as AsyncAnthropic
+    from cachepipe.sdk.openai import AsyncAzureOpenAI as AsyncAzureOpenAI
+    from cachepipe.sdk.openai import AsyncOpenAI as AsyncOpenAI
+    from cachepipe.sdk.openai import AzureOpenAI as AzureOpenAI
+    from cachepipe.sdk.openai import OpenAI as OpenAI
+    from cachepipe.sdk.together import AsyncTogether as AsyncTogether
+    from cachepipe.sdk.together import Together as Together
+
+_NAMES = {
+    "cachepipe.providers.info": ("Info",),
+    "cachepipe.sdk.anthropic": ("Anthropic", "AsyncAnthropic"),
+    "cachepipe.sdk.openai": ("AsyncAzureOpenAI", "AsyncOpenAI", "AzureOpenAI", "OpenAI"),
+    "cachepipe.sdk.together": ("AsyncTogether", "Together"),
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
+
+
+__getattr__, __dir__ = lazy.names(__name__, _WHERE)
