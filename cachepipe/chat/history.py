@@ -201,7 +201,8 @@ class FolderKeeper:
                 sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
             ) as connection:
                 if not connection.execute("PRAGMA table_info(messages)").fetchall():
-                    connection.execute("PRAGMA journal_mode = WAL")
+                    with contextlib.suppress(sqlite3.OperationalError):  # locked: another one makes the file
+                        connection.execute("PRAGMA journal_mode = WAL")
                     connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
                 if writes:
                     connection.execute("BEGIN IMMEDIATE")
