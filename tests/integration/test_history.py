@@ -29,7 +29,10 @@ PASSWORD = "hidden-secret-word"
 @pytest.fixture(scope="module")
 def valkey():
     """A server that wants a password, as they do."""
-    with ValkeyServer() as server:
+    with socket.socket() as probe:  # left to itself, the package tries the same port in each test process
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ValkeyServer(port=port) as server:
         with redis.Redis(server.host, server.port) as client:
             client.config_set("requirepass", PASSWORD)  # now, since the package itself knows none
         yield f"redis://:{PASSWORD}@{server.host}:{server.port}"
