@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachepipe.errors import StageClosed
 from cachepipe.gathering import Gathering
 from cachepipe.stage import Flight, ask_batch, each
 from cachepipe.typedefs import Request, Response
-
-if TYPE_CHECKING:
-    from cachepipe.stages.batcher import AsyncBatcher
 
 
 class QueuedRequest:
@@ -94,15 +91,33 @@ class _Batch(Flight):
 
 
 class BatchQueue:
-    """One event loop's queue and batches in flight."""
+    """One event loop's queue and batches in flight.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, batcher: AsyncBatcher) -> None:
+    Args:
+        loop: the event loop.
+        model: the model.
+        size: the largest number of samples in a batch.
+        window: seconds that a batch stays open after its first request.
+        most: the largest number of batches in flight; None means no limit.
+        single: whether the model is asked for each request by itself.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        model: Any,
+        *,
+        size: int,
+        window: float,
+        most: int | None,
+        single: bool,
+    ) -> None:
         self.loop = loop
-        self._model = batcher.model
-        self._size = batcher.batch_size
-        self._window = batcher.window
-        self._most = batcher.in_flight
-        self._single = batcher.single
+        self._model = model
+        self._size = size
+        self._window = window
+        self._most = most
+        self._single = single
         self._open: Gathering[QueuedRequest] = Gathering(loop, self._close)
         self._samples = 0  # of the requests in the open batch
         self._ready: list[list[QueuedRequest]] = []

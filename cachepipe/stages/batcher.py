@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Literal
 
 from cachepipe import loops
@@ -63,15 +64,15 @@ class AsyncBatcher(Stage):
         self.in_flight = in_flight
         self.single = prefer == "request" and has_request(model)
         self._overflow = allow_batch_overflow
-        self._queues: PerLoop[BatchQueue] = PerLoop(self._new_queue)
+        make = partial(
+            BatchQueue, model=model, size=batch_size, window=timeout, most=in_flight, single=self.single
+        )
+        self._queues: PerLoop[BatchQueue] = PerLoop(make)
 
     def __repr__(self) -> str:
         queues = self._queues.all()
         queued, flying = sum(queue.queued for queue in queues), sum(len(queue.flying) for queue in queues)
         return f"<AsyncBatcher {queued} queued, {flying} in flight>"
-
-    def _new_queue(self, loop: asyncio.AbstractEventLoop) -> BatchQueue:
-        return BatchQueue(loop, self)
 
     def submit(self, request: Request) -> QueuedRequest:
         """Queue a request without waiting; await the ticket for its response, or withdraw it."""

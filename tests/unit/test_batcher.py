@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -567,3 +569,14 @@ def test_a_thousand_requests_make_as_few_batches_as_there_can_be(run):
         assert sum(sizes(model)) == 1000
 
     run(main)
+
+
+def test_a_batcher_that_nobody_refers_to_is_gone_without_the_garbage_collector():
+    gc.disable()
+    try:
+        batcher = AsyncBatcher(ScriptedModel())
+        gone = weakref.ref(batcher)
+        del batcher
+        assert gone() is None
+    finally:
+        gc.enable()
