@@ -8,10 +8,10 @@ from typing import Final
 from cachepipe import wire
 from cachepipe.providers.exchange import id_header
 from cachepipe.providers.generation import Answer
+from cachepipe.providers.info import per_sample
 from cachepipe.proxy import headers
 from cachepipe.proxy.headers import listed
 from cachepipe.proxy.upstream import ProxyExchange
-from cachepipe.typedefs import Response
 
 Pairs = list[tuple[bytes, bytes]]
 
@@ -72,21 +72,12 @@ def describing(exchange: ProxyExchange, answer: Answer, *, stores: bool) -> Pair
             stored = ""  # what has come instead is not an answer
         pairs = _flags(exchange.record.keys, [False] * n, [False, *[True] * (n - 1)], exchange.claimed)
         return [*pairs, status(f"fwd=miss{stored}")]
-    cached, duplicated, indices = _joined(responses)
-    pairs = _flags(exchange.record.keys, cached, duplicated, indices)
+    facts = per_sample(responses)
+    cached = facts["cached"]
+    pairs = _flags(exchange.record.keys, cached, facts["duplicated"], facts["indices"])
     if all(cached):
         return [*pairs, status("hit")]
     return [*pairs, status(f"fwd={'partial' if any(cached) else 'miss'}{stored}")]
-
-
-def _joined(responses: Sequence[Response]) -> tuple[list[bool], list[bool], tuple[int, ...] | None]:
-    """Return the flags and the indices of all samples of an answer."""
-    one = responses[0]
-    cached, duplicated, indices = one.cached or [], one.duplicated or [], one.indices
-    for other in responses[1:]:
-        cached, duplicated = cached + (other.cached or []), duplicated + (other.duplicated or [])
-        indices = None if indices is None or other.indices is None else indices + other.indices
-    return cached, duplicated, indices
 
 
 def _flags(

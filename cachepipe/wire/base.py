@@ -228,12 +228,6 @@ class Api(ABC):
             BadRequest: when the body is not an object, or its number of samples is not a positive integer.
         """
 
-    def join_body(
-        self, question: Body, n: int = 1, *, stream: bool = False, transport: Body | None = None
-    ) -> dict[str, Any]:
-        """Return the body that asks the provider for n samples of one question; see `merge_body`."""
-        return self.merge_body((question,), n, stream=stream, transport=transport)
-
     def merge_body(
         self, questions: Sequence[Body], n: int = 1, *, stream: bool = False, transport: Body | None = None
     ) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from cachepipe import MemoryStore
 from cachepipe.clients import AsyncAzureOpenAI, AzureOpenAI, OpenAI
 from cachepipe.providers.info import info
+from cachepipe.sdk import internals
 from cachepipe.sdk import openai as clients
 from cachepipe.sdk.internals import ATTRIBUTES, NAMES
 from cachepipe.sdk.mixins import OURS
@@ -142,8 +143,6 @@ def test_a_client_whose_methods_somebody_has_replaced_is_refused_and_one_may_rep
 def test_azures_deployments_are_part_of_the_scope(kind):
     azure = {"azure_endpoint": "https://name.openai.azure.com", "api_version": "2024-10-21", "api_key": "k"}
     client = kind(**azure, cache=MemoryStore())
-    from cachepipe.sdk import internals  # noqa: PLC0415 - only here
-
     options = openai._models.FinalRequestOptions.construct(
         method="post", url="/chat/completions", json_data={"model": "m", "messages": HELLO}
     )

@@ -9,6 +9,8 @@ import socket
 
 import pytest
 
+from cachepipe.proxy import http_protocol
+
 CHAT = b"/v1/chat/completions"
 
 
@@ -208,8 +210,6 @@ def test_trailers_do_not_become_headers(behind, raw):
 
 def test_the_cost_of_a_head_does_not_grow_with_the_pieces_that_it_comes_in(serve, monkeypatch):
     """Bytes are handed to the parser in a few pieces, each as long as all before: so all is linear."""
-    from cachepipe.proxy import http_protocol  # noqa: PLC0415 - what is counted
-
     fed = []
     feed = http_protocol.HttpProtocol._feed
     monkeypatch.setattr(

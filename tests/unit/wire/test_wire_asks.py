@@ -108,7 +108,7 @@ def test_c4_with_best_of_the_number_is_part_of_the_question():
     [absent] = COMPLETIONS.split({"prompt": "p", "best_of": 4})
     assert (one.question["n"], two.question["n"]) == (1, 2)
     assert absent == one
-    assert COMPLETIONS.join_body(two.question, 7) == {"prompt": "p", "best_of": 4, "n": 2}
+    assert COMPLETIONS.merge_body([two.question], 7) == {"prompt": "p", "best_of": 4, "n": 2}
 
 
 @pytest.mark.parametrize("api", APIS, ids=str)
@@ -279,20 +279,20 @@ def test_an_encoding_that_floats_cannot_give_counts():
     body = {"input": "x", "encoding_format": "ubinary"}
     assert key_of(EMBEDDINGS, body) != key_of(EMBEDDINGS, {"input": "x"})
     [ask] = EMBEDDINGS.split(body)
-    assert EMBEDDINGS.join_body(ask.question, transport=ask.transport) == body
+    assert EMBEDDINGS.merge_body([ask.question], transport=ask.transport) == body
 
 
 @pytest.mark.parametrize("api", APIS, ids=str)
 def test_joining_what_was_split_gives_the_body_again(api):
     plain = MINIMAL[api]
     [ask] = api.split(plain)
-    assert api.join_body(ask.question, ask.n, transport=ask.transport) == plain
+    assert api.merge_body([ask.question], ask.n, transport=ask.transport) == plain
 
 
 @given(st.integers(1, 200))
 def test_a_joined_body_asks_for_n_samples_and_splits_into_the_same_question(n):
     [ask] = CHAT.split({**CHAT_BODY, "n": 5, "user": "me", "stream": True})
-    body = CHAT.join_body(ask.question, n, transport=ask.transport)
+    body = CHAT.merge_body([ask.question], n, transport=ask.transport)
     assert CHAT.split(body)[0].question == ask.question
     assert CHAT.split(body)[0].n == n
     assert body["user"] == "me"
@@ -302,17 +302,17 @@ def test_a_joined_body_asks_for_n_samples_and_splits_into_the_same_question(n):
 
 def test_a_joined_stream_asks_for_its_usage_and_keeps_other_options():
     transport = {"stream": False, "stream_options": {"include_obfuscation": False}}
-    body = CHAT.join_body(CHAT_BODY, 2, stream=True, transport=transport)
+    body = CHAT.merge_body([CHAT_BODY], 2, stream=True, transport=transport)
     assert body["stream"] is True
     assert body["stream_options"] == {"include_obfuscation": False, "include_usage": True}
-    assert MESSAGES.join_body({"x": 1}, stream=True) == {"x": 1, "stream": True}
+    assert MESSAGES.merge_body([{"x": 1}], stream=True) == {"x": 1, "stream": True}
 
 
 @pytest.mark.parametrize("api", [RESPONSES, EMBEDDINGS, MESSAGES, MODERATIONS], ids=str)
 def test_an_api_without_n_gives_one_sample_per_call(api):
     assert api.max_n == 1
     with pytest.raises(ValueError, match="gives one sample"):
-        api.join_body(MINIMAL[api], 2)
+        api.merge_body([MINIMAL[api]], 2)
 
 
 def test_several_questions_share_a_call_where_they_differ_in_their_item_only():
@@ -525,7 +525,7 @@ def test_c9_the_order_in_a_body_without_schemas_does_not_count(api, body):
 def test_c9_a_response_that_is_stored_is_one_question_however_that_is_written(store):
     [ask] = RESPONSES.split({**MINIMAL[RESPONSES], "store": store})
     assert key_of(RESPONSES, {**MINIMAL[RESPONSES], "store": store}) == key_of(RESPONSES, MINIMAL[RESPONSES])
-    sent = RESPONSES.join_body(ask.question, transport=ask.transport)
+    sent = RESPONSES.merge_body([ask.question], transport=ask.transport)
     assert sent == {**MINIMAL[RESPONSES], "store": store}
 
 
@@ -533,7 +533,7 @@ def test_c9_a_response_that_is_not_stored_is_another_question_than_one_that_is()
     body = {**MINIMAL[RESPONSES], "store": False}
     [ask] = RESPONSES.split(body)
     assert key_of(RESPONSES, body) != key_of(RESPONSES, MINIMAL[RESPONSES])
-    assert RESPONSES.join_body(ask.question, transport=ask.transport) == body
+    assert RESPONSES.merge_body([ask.question], transport=ask.transport) == body
 
 
 @pytest.mark.parametrize("api", [CHAT, COMPLETIONS], ids=str)
