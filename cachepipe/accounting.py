@@ -140,14 +140,14 @@ class Account:
         return f"<Account {self.counts()['total_tokens']} tokens>"
 
     def add(self, usage: Usage, url: str, *, prompt: bool, times: int = 1, samples: int = 1) -> None:
-        """Add a sample, or several of which the usage is the sum.
+        """Add the usage of one sample, or the sum of the usage of several.
 
         Args:
-            usage: the usage of the sample.
-            url: the URL of its endpoint.
-            prompt: whether its prompt counts.
+            usage: the usage.
+            url: the URL of the endpoint.
+            prompt: whether the prompt counts.
             times: how often it is added; -1 takes it off.
-            samples: how many samples it is the usage of.
+            samples: the number of samples in the sum.
         """
         sums = self._sums((usage.model, usage.url or url))
         sums["samples"] += times * samples

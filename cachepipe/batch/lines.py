@@ -124,7 +124,7 @@ def _nests_deeper(value: Any, levels: int) -> bool:
 
 
 def _custom_id(fields: Mapping[str, Any], number: int) -> tuple[str | None, str]:
-    """Return the field that names a line, and the name; None and its number if there is none."""
+    """Return the field with the id of a line, and the id; without such a field, None and the line number."""
     for name in ("custom_id", "id", "task_id"):
         value = fields.get(name)
         if value is None:

@@ -50,7 +50,7 @@ class Demand:
         raise NotImplementedError
 
     def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
-        """Note that samples will not come; the error is None if the call was withdrawn."""
+        """Learn that the call for samples failed; the error is None if the call was withdrawn."""
         raise NotImplementedError
 
 

@@ -377,7 +377,7 @@ class Drawing:
         self._lose(headers)
 
     def _lose(self, headers: Iterable[bytes]) -> None:
-        """Note samples that reach nobody and are not stored; the store accounts for the others."""
+        """Record samples that are neither stored nor delivered; the store counts the stored ones."""
         lost = tuple([header for header in headers if not is_stored(header)])
         if lost and self.run is not None:
             self.cache.deliveries.add(
@@ -430,12 +430,12 @@ class DrawDemand(Demand):
             self.drawing.brought(index, value, call)
 
     def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
-        """Note that samples will not come; the error is None if the call was withdrawn."""
+        """Learn that the call for samples failed; the error is None if the call was withdrawn."""
         self.drawing.fail(slots, error)
 
 
 def start(caller: Caller, demands: Sequence[Demand]) -> None:
-    """Begin the calls for demands; the samples of those that nobody waits for any more will not come."""
+    """Begin the calls for demands. A demand that nobody waits for any more fails instead."""
     wanted = []
     for demand in demands:
         if demand.wanted:
@@ -450,7 +450,7 @@ def start(caller: Caller, demands: Sequence[Demand]) -> None:
 
 
 def keep_extra(demand: Demand, values: list[Any], call: Call) -> None:
-    """Store samples that nobody asked for; the next draws that need samples get them."""
+    """Store the samples that a model returned beyond the number asked for; later draws get them."""
     if not isinstance(demand, DrawDemand):
         return
     drawing = demand.drawing

@@ -243,7 +243,7 @@ class WriteQueue:
             self._tell(done, arguments, result)
 
     def _ask(self, demands: list[Demand]) -> None:
-        """Begin the calls for demands; those whose question has queued draws wait for these."""
+        """Begin the calls for demands. A demand waits while claims for the same question are queued."""
         now = []
         for demand in demands:
             if demand.group in self._claiming:
@@ -277,4 +277,4 @@ class WriteQueue:
 
 
 def unheard(_result: Any) -> None:
-    """Ignore a result that nobody waits for; its failure shows in the next claim."""
+    """Ignore the result of an operation that nobody waits for. If it failed, the next claim fails too."""

@@ -270,7 +270,7 @@ class AnsweredCall:
 
 
 def _entries(told: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
-    """Return log probabilities in OpenAI's form, one entry for each token; None if there are none."""
+    """Return log probabilities in OpenAI's form, an entry for each token; None if the answer has none."""
     if told.get("content") is not None or not told.get("tokens"):
         return told.get("content")
     values, tops = told.get("token_logprobs") or (), told.get("top_logprobs") or ()  # Together's

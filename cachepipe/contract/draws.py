@@ -156,7 +156,7 @@ class OneRequest:
 
 
 class Numbered:
-    """Gives the occurrence numbers of one request whose caller counts by itself, such as a line of a file.
+    """Gives a request the occurrence numbers that its caller has counted, such as those of a line in a file.
 
     Args:
         numbers: for each of its questions the key, and the occurrence number.

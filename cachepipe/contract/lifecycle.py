@@ -68,7 +68,12 @@ class ClaimAgain(NamedTuple):
 
 
 class Waste(NamedTuple):
-    """Count samples that were generated and reach nobody: those at these positions, and as many others."""
+    """Count samples that were generated and will not be delivered.
+
+    Attributes:
+        positions: the positions of those that the draw has.
+        others: the number of further ones.
+    """
 
     positions: Sequence[int] = ()
     others: int = 0
@@ -79,7 +84,7 @@ class GiveBack(NamedTuple):
 
 
 class Release(NamedTuple):
-    """Release the hold; the ledger undoes what is incomplete and held by nobody. Then tell the caller.
+    """Release the hold, then tell the caller. The ledger undoes an incomplete draw that nobody holds.
 
     Attributes:
         complete: whether all samples came.

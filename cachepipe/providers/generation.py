@@ -259,8 +259,8 @@ class Made:
 async def in_parts(call: Callable[[int], Awaitable[Sequence[S]]], n: int, limit: int) -> Sequence[S]:
     """Return n samples, from as many calls at once as the limit requires.
 
-    If some calls fail, the samples of the others are returned: they are paid for, and the engine asks again
-    for those that are missing.
+    If some calls fail, the function returns the samples of the others, which are paid for. The cache asks
+    again for the missing ones.
 
     Args:
         call: makes a call for a number of samples.

@@ -44,6 +44,7 @@ def complete_many_and_wait() -> None:
 
 
 def refuse_what_is_wrong() -> None:
+    """Each line has the error that it ignores: mypy reports an ignored error that is not there."""
     generate_text_completion_sync("Hi!", temprature=1)  # type: ignore[call-arg]
     generate_text_completions_sync(["Hi!"], mode="reed")  # type: ignore[call-overload]
     Chat(replicate=1.5)  # type: ignore[arg-type]
