@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from cachepipe import AsyncBatcher, Batch, BatchMismatch, Request, Response, StageClosed
+from cachepipe.testing import ScriptedModel
 
 
 @dataclass(frozen=True)
