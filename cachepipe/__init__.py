@@ -238,6 +238,9 @@ _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
 
+# IPython calls these; programs do not.
+_WHERE |= dict.fromkeys(("load_ipython_extension", "unload_ipython_extension"), "cachepipe.notebook")
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import cachepipe`` stays light."""

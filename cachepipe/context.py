@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
+from cachepipe import cells
 from cachepipe.contract.draws import Claimant
 from cachepipe.typedefs import MODES, Mode, check_replicate
 
@@ -45,7 +46,7 @@ class Using(NamedTuple):
         """Return who draws, given the namespace outside all blocks."""
         request_id = None if isinstance(self.request_id, Inherited) else self.request_id
         replicate = None if isinstance(self.replicate, Inherited) else self.replicate
-        return Claimant(self.namespace_of(namespace), request_id, replicate)
+        return Claimant(self.namespace_of(namespace), cells.request_id_of(request_id), replicate)
 
     def namespace_of(self, usual: str | None) -> str | None:
         """Return the current namespace, given the one outside all blocks."""
