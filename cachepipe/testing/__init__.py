@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from cachepipe.testing.clock import FakeClock
     from cachepipe.testing.contract import StoreContract
+    from cachepipe.testing.engines import MemoryEngine
     from cachepipe.testing.models import ScriptedCall, ScriptedError, ScriptedModel
     from cachepipe.testing.ngram import NGramModel
     from cachepipe.testing.server import MockServer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "FakeClock": ("clock", "FakeClock"),
     "FaultyStore": ("stores", "FaultyStore"),
+    "MemoryEngine": ("engines", "MemoryEngine"),
     "MockServer": ("server", "MockServer"),
     "MockSettings": ("server", "Settings"),
     "MortalStore": ("stores", "MortalStore"),
@@ -35,6 +37,7 @@ _HOMES: Final = {
 __all__ = [
     "FakeClock",
     "FaultyStore",
+    "MemoryEngine",
     "MockServer",
     "MockSettings",
     "MortalStore",
