@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from cachepipe.testing.clock import FakeClock
     from cachepipe.testing.contract import StoreContract
+    from cachepipe.testing.loop import VirtualTimeLoop
     from cachepipe.testing.models import ScriptedCall, ScriptedError, ScriptedModel
     from cachepipe.testing.ngram import NGramModel
     from cachepipe.testing.server import MockServer
@@ -30,6 +31,7 @@ _HOMES: Final = {
     "ScriptedError": ("models", "ScriptedError"),
     "ScriptedModel": ("models", "ScriptedModel"),
     "StoreContract": ("contract", "StoreContract"),
+    "VirtualTimeLoop": ("loop", "VirtualTimeLoop"),
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "ScriptedError",
     "ScriptedModel",
     "StoreContract",
+    "VirtualTimeLoop",
 ]
 
 
