@@ -389,8 +389,8 @@ def _draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
         repetition = "" if replicate is None else f" (replicate {replicate or repr('')})"
         again = f" (time {draw.draw.occurrence + 1})" if draw.draw.occurrence else ""
         yield (
-            f"  {styled(visible(who), fg='green')}{visible(request)}{visible(repetition)}{again}: {_numbers(draw.indices)}; "
-            f"{draw.generated} generated for it, {when(draw.at)}"
+            f"  {styled(visible(who), fg='green')}{visible(request + repetition)}{again}: "
+            f"{_numbers(draw.indices)}; {draw.generated} generated for it, {when(draw.at)}"
         )
     rest = sum(1 for _ in draws)
     if rest:

@@ -77,7 +77,7 @@ class HttpExchange:
     receive: Receive
     send_message: Send
     timeout: float
-    claimant: Claimant = Claimant()
+    claimant: Claimant = field(default_factory=Claimant)
     route: Route | None = None
     status: int = 0
     sent: int = 0

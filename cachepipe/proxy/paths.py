@@ -126,6 +126,4 @@ def _decoded(name: str) -> str | None:
     try:
         return unquote_to_bytes(name).decode() or None
     except UnicodeDecodeError as error:
-        raise BadPath(
-            "the names of namespaces, runs, replicates and upstreams must be valid UTF-8"
-        ) from error
+        raise BadPath("the names in the proxy's parts of a path must be valid UTF-8") from error
