@@ -15,7 +15,7 @@ two of these parts, several slashes count as one, because base URLs may end in a
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from cachepipe.context import INHERITED, Inherited
@@ -89,7 +89,7 @@ def destination_of(raw: bytes) -> Destination:
     return found
 
 
-def _names(part: str, name: str) -> dict[str, str | None]:
+def _names(part: str, name: str) -> dict[str, Any]:
     """Return the names in one of the proxy's own parts of a path."""
     if part == "ns":
         namespace, run = (*name.rsplit("@", 1), "")[:2]
