@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cachepipe.testing.clock import FakeClock
     from cachepipe.testing.contract import StoreContract
     from cachepipe.testing.engines import MemoryEngine
+    from cachepipe.testing.loop import VirtualTimeLoop
     from cachepipe.testing.models import ScriptedCall, ScriptedError, ScriptedModel
     from cachepipe.testing.ngram import NGramModel
     from cachepipe.testing.server import MockServer
@@ -32,6 +33,7 @@ _HOMES: Final = {
     "ScriptedError": ("models", "ScriptedError"),
     "ScriptedModel": ("models", "ScriptedModel"),
     "StoreContract": ("contract", "StoreContract"),
+    "VirtualTimeLoop": ("loop", "VirtualTimeLoop"),
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "ScriptedError",
     "ScriptedModel",
     "StoreContract",
+    "VirtualTimeLoop",
 ]
 
 
