@@ -42,10 +42,10 @@ class Using(NamedTuple):
         pairs: Any = zip(self, outer, strict=True)
         return Using(*(theirs if isinstance(own, Inherited) else own for own, theirs in pairs))
 
-    def claimant(self, namespace: str | None) -> Claimant:
-        """Return who draws, given the namespace outside all blocks."""
+    def claimant(self, namespace: str | None, replicate: str | int | None) -> Claimant:
+        """Return who draws, given the namespace and the replicate outside all blocks."""
         request_id = None if isinstance(self.request_id, Inherited) else self.request_id
-        replicate = None if isinstance(self.replicate, Inherited) else self.replicate
+        replicate = replicate if isinstance(self.replicate, Inherited) else self.replicate
         return Claimant(self.namespace_of(namespace), cells.request_id_of(request_id), replicate)
 
     def namespace_of(self, usual: str | None) -> str | None:

@@ -85,8 +85,16 @@ class StoreError(CachepipeError):
     """A store could not carry out an operation."""
 
 
-class StoreLocked(StoreError):  # noqa: N818 - names the state
+class StoreUnavailable(StoreError):  # noqa: N818 - names the state
+    """A store has not answered for too long: nothing is wrong with the operations."""
+
+
+class StoreLocked(StoreUnavailable):
     """Another process has held the store's lock for too long."""
+
+
+class StoreUnreachable(StoreUnavailable):
+    """The server of a shared store has not answered for too long."""
 
 
 class FormatError(StoreError):

@@ -21,6 +21,7 @@ from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.errors import StoreError
 
 _ids = itertools.count()
 _prefix: tuple[int, str] = (-1, "")
@@ -209,6 +210,18 @@ class Note:
 
 Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note
 Result = Grant | Committed | None
+
+
+class PartlyApplied(StoreError):  # noqa: N818 - names the state
+    """Some operations were applied and others were not, since they concern different keys.
+
+    Attributes:
+        results: the result of each operation, or the error of one that was not applied.
+    """
+
+    def __init__(self, results: Sequence[Result | Exception]) -> None:
+        self.results = results
+        super().__init__(next(str(result) for result in results if isinstance(result, Exception)))
 
 
 @dataclass(frozen=True, slots=True)
