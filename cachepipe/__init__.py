@@ -90,6 +90,9 @@ if TYPE_CHECKING:
         ReadOnlyStore as ReadOnlyStore,
     )
     from cachepipe.errors import (
+        RepeatedCell as RepeatedCell,
+    )
+    from cachepipe.errors import (
         SharedDraw as SharedDraw,
     )
     from cachepipe.errors import (
@@ -200,6 +203,7 @@ _HOMES = {
         "NotStorable",
         "NotStored",
         "ReadOnlyStore",
+        "RepeatedCell",
         "SharedDraw",
         "ShortAnswer",
         "StageClosed",

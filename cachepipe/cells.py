@@ -32,6 +32,8 @@ class Cell:
 _own: ContextVar[Cell | None] = ContextVar("cachepipe_cell", default=None)
 _executing: Cell | None = None
 """The cell that is being executed: for threads, which do not inherit context variables."""
+loaded = False
+"""Whether the extension is loaded; if not, requests need not look for a cell."""
 
 
 def current() -> Cell | None:
@@ -60,17 +62,22 @@ def end() -> None:
 
 def request_id_of(own_id: str | None) -> str | None:
     """Return a request's own id; if it has none, the cell's."""
-    if own_id:
-        return own_id
-    cell = current()
+    cell = None if own_id or not loaded else current()
     return own_id if cell is None or cell.request_id is None else cell.request_id
 
 
-def runs_again() -> bool:
-    """Return True if IPython executes a text for the second time, and the extension is not loaded."""
+def inputs() -> list[str]:
+    """Return the texts that IPython has executed, the current one last; none elsewhere."""
     get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)  # never import it here
     shell = get_ipython and get_ipython()
-    if shell is None or "cachepipe" in shell.extension_manager.loaded:
-        return False
-    *before, text = getattr(shell.history_manager, "input_hist_raw", None) or [""]
-    return bool(text.strip()) and text in before
+    return list(getattr(shell and shell.history_manager, "input_hist_raw", ()))
+
+
+def runs_again(since: int) -> bool:
+    """Return True if IPython executes a text again, and the extension is not loaded.
+
+    Args:
+        since: the number of texts at the beginning of the run.
+    """
+    *before, text = inputs()[max(since - 1, 0) :] or [""]
+    return not loaded and text in before

@@ -46,7 +46,7 @@ class Using(NamedTuple):
         """Return who draws, given the namespace and the replicate outside all blocks."""
         request_id = None if isinstance(self.request_id, Inherited) else self.request_id
         replicate = replicate if isinstance(self.replicate, Inherited) else self.replicate
-        return Claimant(self.namespace_of(namespace), cells.request_id_of(request_id), replicate)
+        return Claimant(self.namespace_of(namespace), request_id, replicate)
 
     def namespace_of(self, usual: str | None) -> str | None:
         """Return the current namespace, given the one outside all blocks."""
@@ -62,8 +62,13 @@ _current: ContextVar[Using] = ContextVar("cachepipe_using", default=_NOTHING)
 
 
 def current() -> Using:
-    """Return the settings for a call made now."""
-    return _current.get()
+    """Return the settings for a call made now; in a cell of a notebook, with the cell's id if none is set."""
+    using = _current.get()
+    if not cells.loaded:
+        return using
+    own_id = None if isinstance(using.request_id, Inherited) else using.request_id
+    request_id = cells.request_id_of(own_id)
+    return using if request_id is own_id else using._replace(request_id=request_id)
 
 
 @contextlib.contextmanager

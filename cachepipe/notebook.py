@@ -105,6 +105,7 @@ class _Extension:
         """Listen to the shell, and begin the cell that loads the extension."""
         self._shell.events.register("pre_run_cell", self._begin)
         self._shell.events.register("post_run_cell", self._end)
+        cells.loaded = True
         message = self._message()
         code = message.get("content", {}).get("code")
         text = code or [*self._shell.history_manager.input_hist_raw][-1]
@@ -116,6 +117,7 @@ class _Extension:
         self._shell.events.unregister("pre_run_cell", self._begin)
         self._shell.events.unregister("post_run_cell", self._end)
         cells.end()
+        cells.loaded = False
 
     def _message(self) -> dict[str, Any]:
         """Return the front end's message that the kernel is handling; empty in a terminal."""

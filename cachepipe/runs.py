@@ -137,10 +137,12 @@ class Occurrences:
 
     Attributes:
         name: the name of the run, drawn at random; a run with several stores has one for each.
+        inputs: the number of texts that IPython had executed when the run began; 0 elsewhere.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
         self.name = secrets.token_hex(8)
+        self.inputs = len(cells.inputs())
         self._lock = threading.Lock()
         self._next: Spilling[Identity, int] = Spilling(int, int, int, kept)
         self._returned: dict[Identity, list[int]] = {}  # ascending, all below the next
@@ -318,7 +320,7 @@ def _gone(store: str, reference: weakref.ref[Any]) -> None:
 def current(store: str) -> Occurrences:
     """Return the memory of the current run."""
     own = _current.get()
-    if own is None and (cell := cells.current()) is not None:
+    if own is None and cells.loaded and (cell := cells.current()) is not None:
         own = cell.run
     if own is not None:
         return own.of(store)

@@ -416,7 +416,8 @@ class _Crowd:
     def _told_apart(self, conversations: list[Conversation]) -> list[tuple[Conversation, dict[str, str]]]:
         """Return each conversation with its settings: the order of equal ones is in their request ids."""
         with self.plan.access.using():
-            base = context.current().claimant(None, None).request_id or ""
+            given = context.current().request_id
+        base = given if isinstance(given, str) else ""
         seen: collections.Counter[tuple[Message, ...]] = collections.Counter()
         asked = []
         for conversation in conversations:
