@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
+from cachepipe import cells
 from cachepipe.contract.draws import Claimant
 from cachepipe.typedefs import MODES, Mode, check_replicate
 
@@ -41,10 +42,10 @@ class Using(NamedTuple):
         pairs: Any = zip(self, outer, strict=True)
         return Using(*(theirs if isinstance(own, Inherited) else own for own, theirs in pairs))
 
-    def claimant(self, namespace: str | None) -> Claimant:
-        """Return who draws, given the namespace outside all blocks."""
+    def claimant(self, namespace: str | None, replicate: str | int | None) -> Claimant:
+        """Return who draws, given the namespace and the replicate outside all blocks."""
         request_id = None if isinstance(self.request_id, Inherited) else self.request_id
-        replicate = None if isinstance(self.replicate, Inherited) else self.replicate
+        replicate = replicate if isinstance(self.replicate, Inherited) else self.replicate
         return Claimant(self.namespace_of(namespace), request_id, replicate)
 
     def namespace_of(self, usual: str | None) -> str | None:
@@ -61,8 +62,13 @@ _current: ContextVar[Using] = ContextVar("cachepipe_using", default=_NOTHING)
 
 
 def current() -> Using:
-    """Return the settings for a call made now."""
-    return _current.get()
+    """Return the settings for a call made now; in a cell of a notebook, with the cell's id if none is set."""
+    using = _current.get()
+    if not cells.loaded:
+        return using
+    own_id = None if isinstance(using.request_id, Inherited) else using.request_id
+    request_id = cells.request_id_of(own_id)
+    return using if request_id is own_id else using._replace(request_id=request_id)
 
 
 @contextlib.contextmanager

@@ -149,8 +149,8 @@ class Service:
             cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
             namespace: the unit within which samples are independent, in practice one experiment.
             sdk: the SDK of the client; default is the service's. The endpoint must speak its protocol.
-            options: further arguments of the drop-in client: ``mode``, ``scope``, ``repeat``, and those of
-                the SDK's client.
+            options: further arguments of the drop-in client: ``replicate``, ``mode``, ``scope``, ``repeat``,
+                and those of the SDK's client.
 
         Raises:
             ValueError: when there is no key, and one is needed.

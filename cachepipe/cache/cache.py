@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from cachepipe import forks, loops, runs
+from cachepipe import forks, loops, markup, runs
 from cachepipe.adapting import hooks_of
 from cachepipe.cache.calls import Caller
 from cachepipe.cache.drawing import Drawing, keep_extra, note_place, respond, start, warn_shared
@@ -69,6 +69,9 @@ class Stats:
     def __getitem__(self, name: str) -> float:
         value: float = asdict(self)[name]
         return value
+
+    def _repr_html_(self) -> str:
+        return markup.figures(self.as_dict().items())
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures by name."""
@@ -431,7 +434,10 @@ async def in_turn(turn: Turn, begun: Found | Drawing, duplicated: list[bool] | N
         duplicated: the flags of the response.
     """
     try:
-        response = await begun.response(duplicated) if isinstance(begun, Drawing) else begun.response(duplicated)
+        if isinstance(begun, Drawing):
+            response = await begun.response(duplicated)
+        else:
+            response = begun.response(duplicated)
     except Exception:
         await turn.come(())
         raise

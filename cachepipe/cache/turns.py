@@ -1,8 +1,8 @@
-"""Hands over answers one at a time, when the program is quiet, in the order of `cachepipe.contract.schedule` (C11).
+"""Hands over answers in the order of `cachepipe.contract.schedule`: one at a time, in a quiet program (C11).
 
-A request takes a `Turn` when it arrives. While answers wait for their turns, a callback runs once in each turn
-of the event loop: if the loop is quiet, it hands over the next answer; if there is none, it asks the model for
-the samples that are missing.
+A request takes a `Turn` when it arrives. While answers wait for their turns, a callback runs once in each
+turn of the event loop. If the loop is quiet, the callback hands over the next answer; if no answer is ready,
+it asks the model for the samples that are missing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cachepipe.contract.schedule import HOLD_SECONDS, LAST, MOST_TURNS, QUIET_TURNS, HandedOver, Place, Schedule
+from cachepipe.contract.schedule import (
+    HOLD_SECONDS,
+    LAST,
+    MOST_TURNS,
+    QUIET_TURNS,
+    HandedOver,
+    Place,
+    Schedule,
+)
 from cachepipe.loops import own_handles
 
 if TYPE_CHECKING:
@@ -19,7 +27,10 @@ if TYPE_CHECKING:
     from cachepipe.cache.write_queue import WriteQueue
 
 Ordered = bool | int
-"""Whether answers are handed over in order; a number also sets the turns after which a loop counts as quiet."""
+"""Whether answers are handed over in order.
+
+A number also sets the turns after which a loop counts as quiet, if its queue cannot be read.
+"""
 
 
 def check_ordered(ordered: object) -> None:
@@ -44,7 +55,7 @@ class Placed(Protocol):
 
 
 class Turn:
-    """One request's turn to be answered. It ends when ``come`` has returned, or with ``leave``."""
+    """One request's turn to be answered. It ends when ``come`` returns, or with ``leave``."""
 
     __slots__ = ("arrival", "line")
 
@@ -61,7 +72,7 @@ class Turn:
             line.delay(queue, demand, window)
 
     async def come(self, answered: Sequence[Placed]) -> None:
-        """Wait until the answer that consists of these samples is handed over; without samples, it comes last.
+        """Wait until the answer with these samples is handed over; one without samples comes last.
 
         Raises:
             StoreError: when the answer is late, and its place cannot be recorded.

@@ -12,10 +12,10 @@ from typing import Any
 
 from cachepipe import forks
 from cachepipe.cache.calls import Caller, Demand, withdraw
-from cachepipe.errors import StoreError, StoreLocked
+from cachepipe.errors import StoreError, StoreUnavailable
 from cachepipe.gathering import Gathering
 from cachepipe.loops import own_handles
-from cachepipe.stores.base import Claim, Commit, Operation, Store
+from cachepipe.stores.base import Claim, Commit, Operation, PartlyApplied, Store
 
 MANY = 1000
 """If a draw has more samples than this, the store's thread even reads them."""
@@ -250,7 +250,9 @@ class WriteQueue:
         error = written.exception()
         if error is None:
             results: list[Any] = list(written.result())
-        elif len(batch) > 1 and not isinstance(error, StoreLocked):
+        elif isinstance(error, PartlyApplied):
+            results = list(error.results)
+        elif len(batch) > 1 and not isinstance(error, StoreUnavailable):
             for item in batch:  # one operation is invalid: write the others without it
                 self._hand_over([item])
             return

@@ -86,7 +86,7 @@ class Allotment(NamedTuple):
         to_generate: the indices that this claimant is to generate; the other missing ones are awaited.
         kept: how many positions the ledger held before, replaced ones among them.
         replaced: the positions among these whose sample was discarded and which got another index.
-        place: the place that the draw inherits from the one that it is coupled to, if that has noted one (C11).
+        place: the place that the draw inherits from the draw that it is coupled to, if that has noted one.
     """
 
     indices: list[int]

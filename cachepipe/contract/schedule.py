@@ -1,4 +1,4 @@
-"""In which order answers are handed over, so that the rerun of a concurrent program takes the same course (C11).
+"""In which order answers are handed over, so that reruns of concurrent programs take the same course (C11).
 
 Each answer has a place: the latest stamp of its samples. Of the answers that are ready, the one with the
 lowest place comes first. A rerun finds everything stored, so it hands over the answers in the order of their

@@ -45,7 +45,16 @@ from cachepipe.stage import given
 from cachepipe.stores import open_store, switched_off
 from cachepipe.stores.base import Sample
 from cachepipe.stores.sums import deliveries_of
-from cachepipe.typedefs import MODES, REPEATS, Mode, Repeat, Request, Response, by_value
+from cachepipe.typedefs import (
+    MODES,
+    REPEATS,
+    Mode,
+    Repeat,
+    Request,
+    Response,
+    by_value,
+    check_replicate,
+)
 from cachepipe.values import Codec
 
 CLOSING_SECONDS = 5.0
@@ -140,6 +149,7 @@ class CacheView:
     scope: str | None
     repeat: Repeat
     service: Any = None
+    replicate: str | int | None = None
     caches: dict[tuple[Mode, Repeat], Cache] = dataclasses.field(default_factory=dict)
     groups: dict[Any, Groups] = dataclasses.field(default_factory=dict)
     """By loop, the groups of equal requests that are served together in its turn."""
@@ -151,6 +161,7 @@ class CacheView:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
+        check_replicate(self.replicate)
         if self.mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}; got {self.mode!r}")
         if self.repeat not in REPEATS:
@@ -163,10 +174,12 @@ class CacheView:
         return hash(self._identity())
 
     def __repr__(self) -> str:
-        return f"<CacheView {self.shared_store.store!r} namespace={self.namespace!r} mode={self.mode!r}>"
+        named = f"namespace={self.namespace!r} replicate={self.replicate!r} mode={self.mode!r}"
+        return f"<CacheView {self.shared_store.store!r} {named}>"
 
     def _identity(self) -> tuple[Any, ...]:
-        return id(self.shared_store), self.namespace, self.mode, self.scope, self.repeat, id(self.service)
+        drawn = self.namespace, label(self.replicate)
+        return id(self.shared_store), *drawn, self.mode, self.scope, self.repeat, id(self.service)
 
     @classmethod
     def of(
@@ -177,11 +190,12 @@ class CacheView:
         scope: str | None,
         repeat: Repeat,
         service: Any = None,
+        replicate: str | int | None = None,
     ) -> Self:
         """Return the view for a client's parameters."""
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
-        made.service = service
+        made.service, made.replicate = service, replicate
         made.caches, made.groups = {}, {}
         made.__post_init__()  # before anything is opened
         made.shared_store = SharedStore(cache)
@@ -196,9 +210,9 @@ class CacheView:
         """Return a view with these changes; it shares no calls with this one."""
         return dataclasses.replace(self, caches={}, groups={}, **changes)
 
-    def named(self, namespace: str | None) -> Self:
-        """Return the view of the same client in another namespace; they share calls."""
-        return dataclasses.replace(self, namespace=namespace)
+    def sharing(self, **changes: Any) -> Self:
+        """Return a view of the same client with another namespace or replicate; they share calls."""
+        return dataclasses.replace(self, **changes)
 
     def duplicated(self, key: str, namespace: str | None, n: int, asker: object = None) -> list[bool]:
         """Return the flags ``duplicated`` of a question that is asked in this turn of the event loop.

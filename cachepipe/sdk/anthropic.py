@@ -224,6 +224,7 @@ class AsyncAnthropic(AsyncAttemptsCached, anthropic.AsyncAnthropic):
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
         service: the endpoint and its limits, such as ``cachepipe.Services.Anthropic(max_requests=50)``; the
             service then schedules and retries calls, not the SDK.
+        replicate: which of several independent repetitions of the experiment the calls belong to.
     """
 
     if TYPE_CHECKING:

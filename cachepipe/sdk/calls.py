@@ -140,7 +140,7 @@ class ClientCall(Exchange):
             stream=stream,
             alone=not internals.is_plain(options),
             mode=mode,
-            claimant=using.claimant(view.namespace),
+            claimant=using.claimant(view.namespace, view.replicate),
         )
 
     @functools.cached_property

@@ -156,7 +156,7 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
         return None
     target = internals.known_target(client, shape.options, body)
     questions = questions_of(api, asks, target.url, target.headers, scope=view.scope)
-    claimant = using.claimant(view.namespace)
+    claimant = using.claimant(view.namespace, view.replicate)
     asked = [(question, asks[0].n) for question in questions]
     found = view.cache(mode).look(claimant, asked, body)
     if found is not None:

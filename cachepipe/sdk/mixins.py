@@ -80,8 +80,15 @@ class Cached(outages.OutageReports):
 
     def in_namespace(self, namespace: str | None) -> Self:
         """Return this client in another namespace; the two share connections, cache and calls in flight."""
+        return self._viewing(self._cachepipe.sharing(namespace=namespace))
+
+    def in_replicate(self, replicate: str | int | None) -> Self:
+        """Return this client in another replicate; the two share connections, cache and calls in flight."""
+        return self._viewing(self._cachepipe.sharing(replicate=replicate))
+
+    def _viewing(self, view: CacheView) -> Self:
         client: Any = self
-        twin: Self = client.copy(cache=self._cachepipe.named(namespace))
+        twin: Self = client.copy(cache=view)
         return twin
 
     async def request(

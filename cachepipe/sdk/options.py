@@ -17,6 +17,7 @@ class CacheOptions(TypedDict, total=False):
     scope: str | None
     repeat: Repeat
     service: Any
+    replicate: str | int | None
 
 
 class ClientOptions(CacheOptions, total=False):

@@ -34,6 +34,7 @@ class AsyncTogether(AsyncCached, together.AsyncTogether):
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
         service: the endpoint and its limits, such as ``cachepipe.Services.OpenAI(max_requests=500)``; the
             service then schedules and retries calls, not the SDK.
+        replicate: which of several independent repetitions of the experiment the calls belong to.
     """
 
     if TYPE_CHECKING:

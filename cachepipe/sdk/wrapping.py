@@ -24,6 +24,7 @@ def wrap(
     scope: str | None = None,
     repeat: Repeat = "fresh",
     service: Any = None,
+    replicate: str | int | None = None,
 ) -> C:
     """Return a copy of a client, with a cache. The two share connections, so closing one closes both.
 
@@ -38,6 +39,7 @@ def wrap(
         scope: replaces the endpoint's URL in keys.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
         service: limits and retries the client's calls, which still go to the client's own URL.
+        replicate: which of several independent repetitions of the experiment the calls belong to.
 
     Raises:
         TypeError: for any other object, for a client with a cache, and for a client with a replaced method
@@ -46,7 +48,8 @@ def wrap(
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
     internals.drop_resources(made, client)
-    made._cachepipe = CacheView.of(cache, namespace, mode, scope, repeat, service)  # noqa: SLF001 - it is ours
+    view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate)
+    made._cachepipe = view  # noqa: SLF001 - it is ours
     wrapped: C = made
     return wrapped
 

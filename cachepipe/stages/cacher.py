@@ -9,10 +9,11 @@ durable before anyone sees them. ``cachepipe.contract.allotment`` decides which 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cachepipe import loops, runs
+from cachepipe import cells, loops, runs
 from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Cache, Found, Stats, in_turn
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -124,9 +125,9 @@ class AsyncCacher(Stage):
     def begin(
         self, request: Request, question: Question, loop: asyncio.AbstractEventLoop
     ) -> tuple[Found | Drawing, Turn | None]:
-        """Return what is stored for a request, or begin to draw it; and its turn, if it has to wait for it."""
+        """Return what is stored for a request, or begin to draw it; and its turn, if it has to wait."""
         self._check_open()
-        cache = self._cache
+        cache, request = self._cache, _in_cell(request)
         line = cache.line(loop, self.ordered)
         if line is None:
             return cache.begin(request, question, cache.queue(loop)), None
@@ -171,7 +172,7 @@ class AsyncCacher(Stage):
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    one = cache.begin(request, question, queue, arrive)
+                    one = cache.begin(_in_cell(request), question, queue, arrive)
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     answers.append(error)
                     continue
@@ -221,3 +222,13 @@ class AsyncCacher(Stage):
             await self.model.close()
         if self._owns_store:
             await loops.running().run_in_executor(None, self.store.close)
+
+
+def _in_cell(request: Request) -> Request:
+    """Return the request; in a cell of a notebook, with the cell's id if it has none of its own."""
+    request_id = cells.request_id_of(request.request_id)
+    if request_id is request.request_id:
+        return request
+    twin = copy.copy(request)
+    object.__setattr__(twin, "request_id", request_id)  # it is frozen
+    return twin

@@ -22,6 +22,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.contract.schedule import LAST, Place
+from cachepipe.errors import StoreError
 
 _STAMP = b'","stamp":'  # in a header it follows the id
 _ids = itertools.count()
@@ -241,6 +242,18 @@ class NotePlace:
 
 Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note | NotePlace
 Result = Grant | Committed | None
+
+
+class PartlyApplied(StoreError):  # noqa: N818 - names the state
+    """Some operations were applied and others were not, since they concern different keys.
+
+    Attributes:
+        results: the result of each operation, or the error of one that was not applied.
+    """
+
+    def __init__(self, results: Sequence[Result | Exception]) -> None:
+        self.results = results
+        super().__init__(next(str(result) for result in results if isinstance(result, Exception)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from cachepipe.testing.clock import FakeClock
     from cachepipe.testing.contract import StoreContract
+    from cachepipe.testing.engines import MemoryEngine
+    from cachepipe.testing.loop import VirtualTimeLoop
     from cachepipe.testing.models import ScriptedCall, ScriptedError, ScriptedModel
     from cachepipe.testing.ngram import NGramModel
     from cachepipe.testing.server import MockServer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "FakeClock": ("clock", "FakeClock"),
     "FaultyStore": ("stores", "FaultyStore"),
+    "MemoryEngine": ("engines", "MemoryEngine"),
     "MockServer": ("server", "MockServer"),
     "MockSettings": ("server", "Settings"),
     "MortalStore": ("stores", "MortalStore"),
@@ -30,11 +33,13 @@ _HOMES: Final = {
     "ScriptedError": ("models", "ScriptedError"),
     "ScriptedModel": ("models", "ScriptedModel"),
     "StoreContract": ("contract", "StoreContract"),
+    "VirtualTimeLoop": ("loop", "VirtualTimeLoop"),
 }
 
 __all__ = [
     "FakeClock",
     "FaultyStore",
+    "MemoryEngine",
     "MockServer",
     "MockSettings",
     "MortalStore",
@@ -43,6 +48,7 @@ __all__ = [
     "ScriptedError",
     "ScriptedModel",
     "StoreContract",
+    "VirtualTimeLoop",
 ]
 
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 
+import anthropic
 import openai
 import pytest
+import together
 
 import cachepipe
-from cachepipe import Chat, OnlineAPI, Request, Response, Services, Session, generate_text_completions
+from cachepipe import (
+    Chat,
+    MemoryStore,
+    OnlineAPI,
+    Request,
+    Response,
+    Services,
+    Session,
+    clients,
+    generate_text_completions,
+)
 from cachepipe.batch import BatchSettings, run_file
 from cachepipe.chat.kept import close_clients
 from cachepipe.chat.sessions import DEFAULTS
@@ -118,6 +131,98 @@ async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
             answer = json.loads(target.read_text())["response"]["body"]
             assert answer["choices"][0]["message"]["content"] == expected
         assert server.stats.requests == asked == 2
+
+
+@pytest.fixture(scope="module")
+def server():
+    with MockServer.in_thread() as running:
+        yield running
+
+
+KINDS = {
+    clients.AsyncOpenAI: openai.AsyncOpenAI,
+    clients.OpenAI: openai.OpenAI,
+    clients.AsyncTogether: together.AsyncTogether,
+    clients.Together: together.Together,
+    clients.AsyncAnthropic: anthropic.AsyncAnthropic,
+    clients.Anthropic: anthropic.Anthropic,
+}
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+async def make(server, request):
+    """Makes a client of one class, by its constructor or by `wrap`, on one store."""
+    ours, sdk = request.param, KINDS[request.param]
+    url = server.base_url if issubclass(sdk, openai.OpenAI | openai.AsyncOpenAI) else server.url
+    where, cache, made = {"base_url": url, "api_key": "k"}, MemoryStore(), []
+
+    def client(*, wrapped=False, **options):
+        options = {"cache": cache, "namespace": "a", **options}
+        made.append(cachepipe.wrap(sdk(**where), **options) if wrapped else ours(**where, **options))
+        return made[-1]
+
+    yield client
+    for each in made:
+        await settled(each.close())
+
+
+async def settled(value):
+    return await value if inspect.isawaitable(value) else value
+
+
+async def drawn(client):
+    """The index of the sample that a client's first request of a run draws, and the replicate."""
+    create = client.messages.create if hasattr(client, "messages") else client.chat.completions.create
+    with cachepipe.run():
+        about = cachepipe.info(await settled(create(**ASKED, max_tokens=100)))
+    return about.indices[0], about.replicate
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("wrapped", [False, True], ids=["made", "wrapped"])
+async def test_c1_a_replicate_is_an_option_of_every_client_and_of_its_copies(make, wrapped):
+    client = make(replicate=1, wrapped=wrapped)
+    assert await drawn(client) == (0, 1)
+    assert await drawn(client.copy(replicate=2)) == (1, 2)
+    assert await drawn(client.with_options(replicate="2")) == (1, "2")
+    assert await drawn(client.in_replicate(None)) == (2, None)
+    assert await drawn(client.in_namespace("b")) == (0, 1)
+    assert await drawn(client.copy(replicate=2).in_namespace("b")) == (1, 2)
+    assert await drawn(client.in_replicate(2).copy(timeout=9)) == (1, 2)
+    assert await drawn(client.copy(replicate=2).copy(cache=client._cachepipe.shared_store.store)) == (1, 2)
+    with cachepipe.using(replicate=2):
+        assert await drawn(client) == (1, 2)
+        with cachepipe.using(replicate=None):
+            assert await drawn(client) == (2, None)
+    assert await drawn(make(replicate="1")) == (0, "1")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("odd", [1.5, True, b"a"])
+async def test_what_names_no_replicate_is_refused_by_every_client_before_a_cache_is_opened(
+    make, odd, tmp_path
+):
+    for wrapped in (False, True):
+        with pytest.raises(TypeError, match="replicate must be a string, a whole number or None"):
+            make(replicate=odd, cache=str(tmp_path / "cache"), wrapped=wrapped)
+    assert not (tmp_path / "cache").exists()
+    for change in ("copy", "with_options"):
+        with pytest.raises(TypeError, match="replicate must be"):
+            getattr(make(), change)(replicate=odd)
+    with pytest.raises(TypeError, match="replicate must be"):
+        make().in_replicate(odd)
+
+
+@pytest.mark.anyio
+async def test_c4_the_replicates_of_one_client_travel_in_one_call(server):
+    server.stats.reset()
+    where = {"base_url": server.base_url, "api_key": "k", "cache": MemoryStore()}
+    async with AsyncOpenAI(**where, namespace="a") as client:
+        answers = await asyncio.gather(
+            *(client.in_replicate(number).chat.completions.create(**ASKED) for number in range(10))
+        )
+    assert [cachepipe.info(answer).indices for answer in answers] == [(number,) for number in range(10)]
+    assert (server.stats.requests, server.stats.samples_generated) == (1, 10)
 
 
 @pytest.mark.anyio

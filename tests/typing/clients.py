@@ -56,10 +56,10 @@ async def keep_the_types_of_answers(client: clients.AsyncOpenAI, claude: clients
 
 
 def keep_the_types_of_clients(client: clients.OpenAI, plain: openai.AsyncOpenAI) -> None:
-    assert_type(client.in_namespace("run-2"), clients.OpenAI)
+    assert_type(client.in_namespace("run-2").in_replicate(3), clients.OpenAI)
     assert_type(client.copy(namespace="run-2", timeout=5), clients.OpenAI)
-    assert_type(client.with_options(max_retries=0, mode="refresh"), clients.OpenAI)
-    assert_type(cachepipe.wrap(plain, cache="caches/exp", namespace="run-1"), openai.AsyncOpenAI)
+    assert_type(client.with_options(max_retries=0, replicate="3", mode="refresh"), clients.OpenAI)
+    assert_type(cachepipe.wrap(plain, cache="caches/exp", namespace="run-1", replicate=3), openai.AsyncOpenAI)
     with client as opened:
         assert_type(opened, clients.OpenAI)
 
