@@ -14,14 +14,13 @@ from typing import Any, TypedDict, Unpack
 
 from cachepipe.adapting import has_request
 from cachepipe.cache.cache import Stats
-from cachepipe.cache.turns import Ordered
 from cachepipe.stage import Stage
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
 from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
-from cachepipe.typedefs import Arrived, Batch, Mode, Repeat, Request, Response, SingleRequestModel
+from cachepipe.typedefs import Arrived, Batch, Mode, Ordered, Repeat, Request, Response, SingleRequestModel
 
 Hash = Callable[[Request], str] | None
 

@@ -17,7 +17,7 @@ from cachepipe.adapting import hooks_of
 from cachepipe.cache.calls import Caller
 from cachepipe.cache.drawing import Drawing, keep_extra, note_place, respond, start, warn_shared
 from cachepipe.cache.in_flight import in_flight_of
-from cachepipe.cache.turns import Line, Ordered, Turn
+from cachepipe.cache.turns import Line, Turn
 from cachepipe.cache.write_queue import MANY, WriteQueue
 from cachepipe.contract.draws import Claims, Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
@@ -28,7 +28,7 @@ from cachepipe.stage import adapter_of
 from cachepipe.stores.base import Grant, Sample, Store
 from cachepipe.stores.misses import missed
 from cachepipe.stores.sums import deliveries_of, known
-from cachepipe.typedefs import Mode, Repeat, Request, Response
+from cachepipe.typedefs import Mode, Ordered, Repeat, Request, Response
 from cachepipe.values import Codec
 
 Arrive = Callable[[], Turn]

@@ -26,20 +26,6 @@ if TYPE_CHECKING:
     from cachepipe.cache.calls import Demand
     from cachepipe.cache.write_queue import WriteQueue
 
-Ordered = bool | int
-"""Whether answers are handed over in order.
-
-A number also sets the turns after which a loop counts as quiet, if its queue cannot be read.
-"""
-
-
-def check_ordered(ordered: object) -> None:
-    """Refuse a value of ``ordered=`` that is neither a boolean nor a number of turns."""
-    if not isinstance(ordered, bool) and not (isinstance(ordered, int) and ordered > 0):
-        raise ValueError(
-            f"ordered is True, False, or a number of turns of the event loop, at least 1; got {ordered!r}"
-        )
-
 
 class Placed(Protocol):
     """The samples of a draw, which have a place in the schedule."""

@@ -17,12 +17,12 @@ from cachepipe import cells, loops, runs
 from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Cache, Found, Stats, in_turn
 from cachepipe.cache.drawing import Drawing, outcomes
-from cachepipe.cache.turns import Ordered, Turn, check_ordered
+from cachepipe.cache.turns import Turn
 from cachepipe.contract import keys
 from cachepipe.contract.keys import Question
 from cachepipe.stage import Stage, adapter_of, given
 from cachepipe.stores import MemoryStore, open_store, switched_off
-from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
+from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Ordered, Repeat, Request, Response, check_ordered
 from cachepipe.values import Codec
 
 Flags = Callable[[Request, Question], list[bool]]
