@@ -510,7 +510,7 @@ class Exchange(Calls):
             turn.leave()
 
     async def _drawn(self, turn: Turn | None) -> Answer:
-        """Draw the samples, and return the answer in its turn; a stream that generates them begins at once."""
+        """Draw the samples, and return the answer in its turn; a stream that generates them begins now."""
         cache = self.view.cache(self.mode)
         queue = cache.queue(loops.running())
         if self.stream:
