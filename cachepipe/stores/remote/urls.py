@@ -30,7 +30,7 @@ _sessions: weakref.WeakValueDictionary[tuple[str, int], Session] = weakref.WeakV
 _lock = threading.Lock()
 
 
-class _Asked:
+class Asked:
     """What a URL says.
 
     Args:
@@ -120,11 +120,11 @@ def open_url(url: str, *, read_only: bool = False, wait_for_others: float | None
     with _lock:
         session = _sessions.get((url, os.getpid()))
         if session is None or session.ended:
-            session = _sessions[url, os.getpid()] = _session(_Asked(url))
+            session = _sessions[url, os.getpid()] = _session(Asked(url))
         return RemoteStore(session, read_only=read_only, wait_for_others=wait_for_others)
 
 
-def _session(asked: _Asked) -> Session:
+def _session(asked: Asked) -> Session:
     try:
         from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
     except ImportError as error:
