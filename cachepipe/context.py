@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
+from cachepipe import cells
 from cachepipe.contract.draws import Claimant
 from cachepipe.typedefs import MODES, Mode, check_replicate
 
@@ -61,8 +62,13 @@ _current: ContextVar[Using] = ContextVar("cachepipe_using", default=_NOTHING)
 
 
 def current() -> Using:
-    """Return the settings for a call made now."""
-    return _current.get()
+    """Return the settings for a call made now; in a cell of a notebook, with the cell's id if none is set."""
+    using = _current.get()
+    if not cells.loaded:
+        return using
+    own_id = None if isinstance(using.request_id, Inherited) else using.request_id
+    request_id = cells.request_id_of(own_id)
+    return using if request_id is own_id else using._replace(request_id=request_id)
 
 
 @contextlib.contextmanager

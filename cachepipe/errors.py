@@ -157,6 +157,10 @@ class ReadOnlyStore(CachepipeWarning):
     """A cache folder cannot be written: it serves hits, but new samples are not stored."""
 
 
+class RepeatedCell(CachepipeWarning):
+    """A cell of a notebook was run again, without the extension, and so pays again for its questions."""
+
+
 class FreshIds(CachepipeWarning):
     """Most draws of a run have new request ids on questions that their namespace has drawn before."""
 

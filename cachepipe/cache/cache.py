@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from cachepipe import forks, runs
+from cachepipe import forks, markup, runs
 from cachepipe.adapting import hooks_of
 from cachepipe.cache.calls import Caller
 from cachepipe.cache.drawing import Drawing, keep_extra, respond, start, warn_shared
@@ -65,6 +65,9 @@ class Stats:
     def __getitem__(self, name: str) -> float:
         value: float = asdict(self)[name]
         return value
+
+    def _repr_html_(self) -> str:
+        return markup.figures(self.as_dict().items())
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures by name."""

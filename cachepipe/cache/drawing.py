@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import orjson
 
-from cachepipe import runs
+from cachepipe import cells, runs
 from cachepipe.cache import others
 from cachepipe.cache.calls import Call, Caller, Demand, withdraw
 from cachepipe.cache.write_queue import WriteQueue, unheard
@@ -22,7 +22,7 @@ from cachepipe.contract import lifecycle
 from cachepipe.contract.draws import Claims, Counter, Draw, give_back, label
 from cachepipe.contract.keys import Question
 from cachepipe.contract.lifecycle import DrawState, Effects
-from cachepipe.errors import FreshIds, NotStored, SharedDraw, warn
+from cachepipe.errors import FreshIds, NotStored, RepeatedCell, SharedDraw, warn
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -192,6 +192,14 @@ class Drawing:
             run.used.add((self.question.key, self.user))
         if grant.shared:
             warn_shared(self.question, self.request, run)
+        pays_again = grant.mine and draw.occurrence and self.cache.mode == "read-write"
+        if pays_again and cells.runs_again(run.inputs) and run.first_time("repeated cell"):
+            warn(
+                "this cell was run before, and asks the model again for what it asked then: a question "
+                "that is repeated in a run gets fresh samples, and a run lasts as long as the kernel. To "
+                "replay cells that are run again, write %load_ext cachepipe in the first cell",
+                RepeatedCell,
+            )
         if run.count(draw, fresh_id=grant.fresh_id):
             warn(
                 "most requests of this run have new request ids on questions that their namespace has asked "

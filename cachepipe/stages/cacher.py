@@ -9,10 +9,11 @@ durable before anyone sees them. ``cachepipe.contract.allotment`` decides which 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cachepipe import loops, runs
+from cachepipe import cells, loops, runs
 from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Cache, Found, Stats
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -113,7 +114,7 @@ class AsyncCacher(Stage):
     def begin(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Found | Drawing:
         """Return what is stored for a request, or begin to draw it."""
         self._check_open()
-        return self._cache.begin(request, question, self._cache.queue(loop))
+        return self._cache.begin(_in_cell(request), question, self._cache.queue(loop))
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request, claimed in one transaction."""
@@ -148,7 +149,7 @@ class AsyncCacher(Stage):
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    one = cache.begin(request, question, queue)
+                    one = cache.begin(_in_cell(request), question, queue)
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     answers.append(error)
                     continue
@@ -193,3 +194,13 @@ class AsyncCacher(Stage):
             await self.model.close()
         if self._owns_store:
             await loops.running().run_in_executor(None, self.store.close)
+
+
+def _in_cell(request: Request) -> Request:
+    """Return the request; in a cell of a notebook, with the cell's id if it has none of its own."""
+    request_id = cells.request_id_of(request.request_id)
+    if request_id is request.request_id:
+        return request
+    twin = copy.copy(request)
+    object.__setattr__(twin, "request_id", request_id)  # it is frozen
+    return twin

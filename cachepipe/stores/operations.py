@@ -100,7 +100,7 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
     lease, stamp = ledger.author()
     token, grant.held, standing = (claim.token, (0,), 0) if missing else (None, (), n)
     rows.add(Segment(0, 0, grant.indices, lease, token, stamp, standing), len(grant.mine))
-    grant.added, grant.fresh_id = n, known and bool(draw.request_id)
+    grant.added, grant.fresh_id = n, known and draw.named
     return grant
 
 
