@@ -25,7 +25,11 @@ def test_of_the_ready_answers_the_one_with_the_lowest_place_comes_first():
     schedule.ready(first, Place(9))
     schedule.ready(second, Place(4))
     schedule.ready(third, LAST)
-    assert handed_over(schedule) == [HandedOver(second, None), HandedOver(first, None), HandedOver(third, None)]
+    assert handed_over(schedule) == [
+        HandedOver(second, None),
+        HandedOver(first, None),
+        HandedOver(third, None),
+    ]
 
 
 def test_ties_go_by_arrival():
@@ -127,7 +131,9 @@ class Program:
                 if item[0] <= 0:
                     due.remove(item)
                     place = self.places.setdefault(item[1], Place(self._stamp()))
-                    schedule.ready(next(number for number, name in arrivals.items() if name == item[1]), place)
+                    schedule.ready(
+                        next(number for number, name in arrivals.items() if name == item[1]), place
+                    )
             one = schedule.next()
             if one is None:
                 continue
