@@ -298,6 +298,15 @@ async def test_c10_conversations_take_a_replicate_as_clients_do(tmp_path):
             for number in (1, 2):
                 with cachepipe.using(replicate=number):
                     expected.append(text(await client.chat.completions.create(**ASKED)))
+        async with AsyncOpenAI(base_url=server.base_url, api_key="k", replicate=2, **how) as client:
+            chat = Chat(client=client, model="ngram-1", messages=ASKED["messages"])
+            assert await chat.acomplete() == expected[1]
+            with cachepipe.run(), cachepipe.using(replicate=1):
+                chat = Chat(client=client, model="ngram-1", messages=ASKED["messages"])
+                assert await chat.acomplete() == expected[0]
+            chat = Chat(client=client, model="ngram-1", messages=ASKED["messages"], replicate="1")
+            with cachepipe.run():
+                assert await chat.acomplete() == expected[0]
         with cachepipe.run():
             assert await said(2) == (expected[1], 2)
             assert await said("1") == (expected[0], "1")
