@@ -14,10 +14,14 @@ _PATIENCE = 20.0  # real seconds to wait for a thread or a socket when no timer 
 class _Selector(selectors.SelectSelector):
     """A selector that passes the time instead of waiting for it."""
 
-    now = 0.0
+    def __init__(self, turn: float) -> None:
+        super().__init__()
+        self.now = 0.0
+        self._turn = turn
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return what is ready; if nothing is, move the time on by the timeout."""
+        """Return what is ready; if nothing is, move the time on to the next timer."""
+        self.now += self._turn
         ready: list[tuple[selectors.SelectorKey, int]] = super().select(_PATIENCE if timeout is None else 0)
         if ready:
             return ready
@@ -26,7 +30,7 @@ class _Selector(selectors.SelectSelector):
                 "all tasks wait, and no timer is left that could wake one; a test waits for an event that "
                 "never happens"
             )
-        self.now += max(timeout, 0.0)
+        self.now += max(timeout - self._turn, 0.0)
         return ready
 
 
@@ -36,10 +40,14 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     ``await asyncio.sleep(3600)`` returns at once and in its turn, so a test with random latencies takes no
     time and repeats exactly. Threads and sockets work, but they take no virtual time. Use it with
     ``asyncio.Runner(loop_factory=VirtualTimeLoop)``.
+
+    Args:
+        turn: virtual seconds that a turn of the loop takes. With 0, no timer ends while a task that never
+            waits is running.
     """
 
-    def __init__(self) -> None:
-        self._moved: Any = _Selector()
+    def __init__(self, turn: float = 0.0) -> None:
+        self._moved: Any = _Selector(turn)
         super().__init__(self._moved)
 
     def time(self) -> float:
