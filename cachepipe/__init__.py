@@ -90,6 +90,9 @@ if TYPE_CHECKING:
         ReadOnlyStore as ReadOnlyStore,
     )
     from cachepipe.errors import (
+        RepeatedCell as RepeatedCell,
+    )
+    from cachepipe.errors import (
         SharedDraw as SharedDraw,
     )
     from cachepipe.errors import (
@@ -200,6 +203,7 @@ _HOMES = {
         "NotStorable",
         "NotStored",
         "ReadOnlyStore",
+        "RepeatedCell",
         "SharedDraw",
         "ShortAnswer",
         "StageClosed",
@@ -237,6 +241,9 @@ _HOMES = {
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605 - a list of strings all the same
+
+# IPython calls these; programs do not.
+_WHERE |= dict.fromkeys(("load_ipython_extension", "unload_ipython_extension"), "cachepipe.notebook")
 
 
 def __getattr__(name: str) -> Any:

@@ -85,8 +85,16 @@ class StoreError(CachepipeError):
     """A store could not carry out an operation."""
 
 
-class StoreLocked(StoreError):  # noqa: N818 - names the state
+class StoreUnavailable(StoreError):  # noqa: N818 - names the state
+    """A store has not answered for too long: nothing is wrong with the operations."""
+
+
+class StoreLocked(StoreUnavailable):
     """Another process has held the store's lock for too long."""
+
+
+class StoreUnreachable(StoreUnavailable):
+    """The server of a shared store has not answered for too long."""
 
 
 class FormatError(StoreError):
@@ -149,5 +157,13 @@ class ReadOnlyStore(CachepipeWarning):
     """A cache folder cannot be written: it serves hits, but new samples are not stored."""
 
 
+class RepeatedCell(CachepipeWarning):
+    """A cell of a notebook was run again, without the extension, and so pays again for its questions."""
+
+
 class FreshIds(CachepipeWarning):
     """Most draws of a run have new request ids on questions that their namespace has drawn before."""
+
+
+class RiskyServer(CachepipeWarning):
+    """The server of a shared store may lose samples; the message says when, and what to set."""

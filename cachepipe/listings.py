@@ -47,6 +47,7 @@ def draw_fields(info: DrawInfo) -> dict[str, Any]:
         "namespace": namespace_of(draw.namespace),
         "shared": draw.shared,
         "request_id": draw.request_id,
+        "replicate": namespace_of(draw.replicate),
         "occurrence": draw.occurrence,
         "indices": list(info.indices),
         "generated": info.generated,

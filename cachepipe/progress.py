@@ -7,6 +7,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from html import escape
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
@@ -86,14 +87,16 @@ def bar(*, transient: bool = False) -> Progress:
 
 @contextlib.contextmanager
 def _in_notebook(total: int, label: str) -> Iterator[Tick]:
-    """Show a line of text below the cell, which needs no widgets."""
+    """Show a bar of HTML below the cell, or a line of text where HTML is not shown; it needs no widgets."""
     display: Any = importlib.import_module("IPython.display").display
     shown = 0.0
 
     def line(done: int, told: str) -> dict[str, str]:
         filled = _WIDTH * done // total
         bar = "█" * filled + "░" * (_WIDTH - filled)
-        return {"text/plain": f"{label} {bar} {done}/{total}{told and f'  {told}'}"}
+        figures = f"{done}/{total}{told and f'  {told}'}"
+        html = f"{escape(label)} <progress value='{done}' max='{total}'></progress> {figures}"
+        return {"text/plain": f"{label} {bar} {figures}", "text/html": html}
 
     handle = display(line(0, ""), raw=True, display_id=True)
 

@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from cachepipe import forks
+from cachepipe import cells, forks
 from cachepipe.contract.draws import Draw, Identity
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError
@@ -137,10 +137,12 @@ class Occurrences:
 
     Attributes:
         name: the name of the run, drawn at random; a run with several stores has one for each.
+        inputs: the number of texts that IPython had executed when the run began; 0 elsewhere.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
         self.name = secrets.token_hex(8)
+        self.inputs = len(cells.inputs())
         self._lock = threading.Lock()
         self._next: Spilling[Identity, int] = Spilling(int, int, int, kept)
         self._returned: dict[Identity, list[int]] = {}  # ascending, all below the next
@@ -255,8 +257,11 @@ class Run:
         occurrences = self._stores.get(store)
         if occurrences is None:
             with self._lock:
-                occurrences = self._stores.setdefault(store, Occurrences())
+                occurrences = self._stores.setdefault(store, self._made(store))
         return occurrences
+
+    def _made(self, store: str) -> Occurrences:  # noqa: ARG002 - subclasses use it
+        return Occurrences()
 
 
 _current: ContextVar[Run | None] = ContextVar("cachepipe_run", default=None)
@@ -315,6 +320,8 @@ def _gone(store: str, reference: weakref.ref[Any]) -> None:
 def current(store: str) -> Occurrences:
     """Return the memory of the current run."""
     own = _current.get()
+    if own is None and cells.loaded and (cell := cells.current()) is not None:
+        own = cell.run
     if own is not None:
         return own.of(store)
     occurrences = _runs.get(store)

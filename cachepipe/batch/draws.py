@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cachepipe import jsontext, runs
@@ -112,15 +112,16 @@ class FileDraws:
         self._counted = runs.Occurrences()
         report.spent = model.spent
 
-    def draw(self, line: Line) -> LineDraw:
-        """Return the draw of the next line of the file, and count it."""
+    def draws(self, line: Line) -> Iterator[LineDraw]:
+        """Iterate over the draws of the next line of the file, one for each replicate, and count them."""
         request_id = line.custom_id if self._settings.ids and line.named else None
-        claimant = Claimant(self._settings.namespace, request_id, self._settings.replicate)
-        whose = label(claimant.namespace), request_id or "", label(claimant.replicate)
         asked = self._asked(line)
-        occurrences = [self._counted.take(Identity(whose[0], key, whose[1], whose[2])) for key in asked]
-        named = jsontext.dumps([*whose, asked, occurrences])
-        return LineDraw(line, claimant, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
+        for replicate in self._settings.each_replicate:
+            claimant = Claimant(self._settings.namespace, request_id, replicate)
+            whose = label(claimant.namespace), request_id or "", label(replicate)
+            occurrences = [self._counted.take(Identity(whose[0], key, whose[1], whose[2])) for key in asked]
+            named = jsontext.dumps([*whose, asked, occurrences])
+            yield LineDraw(line, claimant, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
 
     def _asked(self, line: Line) -> list[str]:
         """Return what counts the occurrences of each question; for a question without a key, nothing."""

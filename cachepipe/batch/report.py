@@ -16,7 +16,7 @@ class Report:
     """How far a run is, and what it has cost; complete when `run_file` returns it.
 
     Attributes:
-        requests: requests in the input, or as many as were to be run.
+        requests: requests in the input, or as many as were to be run, times the number of replicates.
         done: requests that have ended, including failed ones.
         failed: requests that failed.
         kept: failed requests that keep their earlier result; the other failed ones became error lines.

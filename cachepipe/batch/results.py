@@ -57,6 +57,7 @@ def result_line(
     """
     line = draw.line
     ours: dict[str, Any] = {name: flags.get(name, []) for name in _FLAGS}
+    ours["replicate"] = draw.claimant.replicate
     ours["key"] = keys[0] if len(keys) == 1 else None
     if len(keys) > 1:
         ours["keys"] = list(keys)

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,6 @@ from cachepipe.accounting import sold_in, usage_sold
 from cachepipe.batch.draws import FileDraws, LineDraw
 from cachepipe.batch.errors import Secrets, described
 from cachepipe.batch.files import InputFile, OutputFile
-from cachepipe.batch.lines import Line
 from cachepipe.batch.report import Report
 from cachepipe.batch.results import answer_line, kept_line, result_line
 from cachepipe.batch.settings import BatchSettings
@@ -59,7 +58,8 @@ async def run_file(
     stop = settings.stop
     results = OutputFile(Path(output), Path(input))
     with InputFile(Path(input), settings) as lines:
-        report = Report(requests=await asyncio.to_thread(lines.check, stop))
+        count = await asyncio.to_thread(lines.check, stop)
+        report = Report(requests=count * len(settings.each_replicate))
         if settings.progress is not None and not stop.asked:
             settings.progress(report)
         if stop.asked or not await results.find_reader(stop):
@@ -117,6 +117,7 @@ class _Run:
         self._ahead: collections.deque[asyncio.Task[bytes]] = collections.deque()
         self._running: set[asyncio.Task[bytes]] = set()
         self._wake = asyncio.Event()
+        self._line: Iterator[LineDraw] = iter(())  # the draws of a line that have not begun
         self._more = True
 
     @property
@@ -159,14 +160,16 @@ class _Run:
         while len(self._running) < most and len(self._ahead) < WINDOW * most:
             if not self._more or self._settings.stop.asked:
                 return
-            line = await self._lines.next()
-            if line is None:
+            draw = next(self._line, None)
+            if draw is not None:
+                self._start(draw)
+            elif (line := await self._lines.next()) is not None:
+                self._line = self._draws.draws(line)
+            else:
                 self._more = False
                 return
-            self._start(line)
 
-    def _start(self, line: Line) -> None:
-        draw = self._draws.draw(line)
+    def _start(self, draw: LineDraw) -> None:
         task = asyncio.get_running_loop().create_task(self._answer(draw))
         self._ahead.append(task)
         self._running.add(task)

@@ -1,6 +1,6 @@
 """The settings of a run, which `run_file` and the command line share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -65,6 +65,9 @@ class BatchSettings:
         str | int | None,
         "The repetition of the experiment that this run is; each repetition has samples of its own.",
     ] = None
+    replicates: Annotated[
+        int | None, "Run each line once per replicate, in the replicates 0, 1, 2 … of this number."
+    ] = None
     mode: Annotated[Mode, "How the cache is used.  [default: read-write]"] = "read-write"
     scope: Annotated[
         str | None,
@@ -94,6 +97,27 @@ class BatchSettings:
         check_replicate(self.replicate)
         if self.concurrency < 1 or self.n < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError("concurrency, n and limit are whole numbers, at least 1")
+        self._check_replicates()
+
+    def _check_replicates(self) -> None:
+        """Refuse a number of replicates that cannot be run."""
+        count = self.replicates
+        if count is None:
+            return
+        if type(count) is not int or count < 1:
+            raise ValueError(f"replicates must be a whole number, at least 1; got {count!r}")
+        if self.replicate is not None:
+            raise ValueError("replicate names one replicate, and replicates is their number; give only one")
+        if self.repeat == "same" and count > 1:
+            raise ValueError(
+                "with repeat='same', equal questions get the same samples in all replicates; "
+                "leave out repeat or replicates"
+            )
+
+    @property
+    def each_replicate(self) -> Sequence[str | int | None]:
+        """The replicates in which each line is run."""
+        return (self.replicate,) if self.replicates is None else range(self.replicates)
 
 
 HELP: Final[Mapping[str, str]] = {

@@ -11,7 +11,7 @@ from typing import Any, Final, Self, overload
 
 import pydantic
 
-from cachepipe import terminal, wire
+from cachepipe import markup, terminal, wire
 from cachepipe.chat.conversations import Conversation, Message, text_of
 from cachepipe.errors import BadAnswer
 from cachepipe.providers.info import Info
@@ -138,6 +138,17 @@ class TextCompletion:
     def retrieval_duration(self) -> float:
         """The duration of its retrieval in seconds; for a cached one, from the cache."""
         return self.retrieval_end_time - self.retrieval_start_time
+
+    def _repr_html_(self) -> str:
+        facts = {"model": self.model, "cached": self.cached, "seconds": self.duration, **self.usage}
+        return markup.table(
+            [
+                ("answer", self.to_message().content),
+                *(("tool call", call.get("function", call)) for call in self.tool_calls),
+                *((name.replace("_", " "), value) for name, value in facts.items()),
+                ("US dollars", self.cost),
+            ]
+        )
 
     def to_message(self) -> Message:
         """Return the answer as an assistant message; if it has no text, with the refusal message."""

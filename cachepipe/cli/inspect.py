@@ -188,8 +188,8 @@ With --json:
   key, scope, at         as in ls
   counts                 an object of samples, pending and namespaces, as in ls
   question               the request: an object with "body" (and "headers"), "fields" or "hash"
-  draws                  a list of namespace, shared (a shared draw), request_id, occurrence,
-                         indices (by position), generated, at
+  draws                  a list of namespace, shared (a shared draw), request_id, replicate,
+                         occurrence, indices (by position), generated, at
   samples                a list of index, id, at, seconds and value (as stored); for the answer of a
                          provider also text, finish_reason, model and token counts
   discarded              a list of index, at and why: discarded samples
@@ -385,10 +385,12 @@ def _draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
             namespace = namespace_of(draw.draw.namespace)
             who = "no namespace" if namespace is None else namespace or "''"
         request = f" {draw.draw.request_id}" if draw.draw.request_id else ""
+        replicate = namespace_of(draw.draw.replicate)
+        repetition = "" if replicate is None else f" (replicate {replicate or repr('')})"
         again = f" (time {draw.draw.occurrence + 1})" if draw.draw.occurrence else ""
         yield (
-            f"  {styled(visible(who), fg='green')}{visible(request)}{again}: {_numbers(draw.indices)}; "
-            f"{draw.generated} generated for it, {when(draw.at)}"
+            f"  {styled(visible(who), fg='green')}{visible(request + repetition)}{again}: "
+            f"{_numbers(draw.indices)}; {draw.generated} generated for it, {when(draw.at)}"
         )
     rest = sum(1 for _ in draws)
     if rest:

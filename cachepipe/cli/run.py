@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -37,11 +38,12 @@ _STOPPING: Final = [
 _SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
 _PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
 _BAR_EVERY: Final = 0.1
+_NUMBER: Final = re.compile("0|[1-9][0-9]{0,17}")
 
 
 _JSON: Final = """\b
 With --json, one object:
-  requests, done         requests in the file, and those that have ended
+  requests, done         requests in the file, once per replicate, and those that have ended
   failed, kept           requests that failed; failed requests that keep their earlier result
   errors, example        the number of errors by code; the message of the first error
   hits, misses           samples from the cache, or generated for another line; samples generated for
@@ -76,6 +78,11 @@ def _count(name: str, option: str = "", *, least: int = 1, **how: Any) -> Callab
     return _setting(name, option, type=click.IntRange(min=least), **how)
 
 
+def _replicate(text: str) -> str | int:
+    """Return the name of a replicate: a number if it is written as one, so that results show it as one."""
+    return int(text) if _NUMBER.fullmatch(text) else text
+
+
 @click.command("run", epilog=f"{_JSON}{_STATUS}")
 @click.argument("requests", type=click.Path(path_type=Path))
 @click.option(
@@ -85,7 +92,8 @@ def _count(name: str, option: str = "", *, least: int = 1, **how: Any) -> Callab
 @_setting("base_url")
 @_count("n", default=BatchSettings.n, show_default=True)
 @_setting("namespace")
-@_setting("replicate")
+@_setting("replicate", type=_replicate, metavar="NAME")
+@_count("replicates")
 @_count("concurrency", default=BatchSettings.concurrency, show_default=True)
 @cache_option
 @_setting("mode", type=click.Choice(MODES))
@@ -114,7 +122,7 @@ def _count(name: str, option: str = "", *, least: int = 1, **how: Any) -> Callab
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.pass_context
 def run(context: click.Context, /, **options: Any) -> None:
-    """Answer the requests of a file, each line once.
+    """Answer the requests of a file, each line once, or once per replicate.
 
     REQUESTS holds one JSON object per line: OpenAI's batch requests (custom_id, method, url, body), or a
     prompt, or messages. In lines with a prompt or messages, the fields model, n, temperature, top_p,
@@ -122,7 +130,8 @@ def run(context: click.Context, /, **options: Any) -> None:
     override the options. Other fields are copied to the result.
 
     The results are OpenAI's batch results, in the order of the requests. Each result says which of its
-    samples came from the cache.
+    samples came from the cache, and its replicate. With --replicates, the results of one line follow each
+    other, and the same samples come back with --replicate 0, --replicate 1 and so on.
     """
     context.exit(_run(context, options))
 
@@ -191,7 +200,12 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
         )
     given = {name: value for name, value in options.items() if name in HELP}
     ours = {"api_key": key, "cache": folder, "mode": mode, "progress": screen.update}
-    settings = BatchSettings(**{**given, **ours})
+    try:
+        settings = BatchSettings(**{**given, **ours})
+    except ValueError as error:
+        if isinstance(error, CachepipeError):
+            raise
+        raise click.UsageError(f"{error}.") from error
     with _signals(settings, screen) as caught:
         ticking = asyncio.create_task(screen.tick())
         try:

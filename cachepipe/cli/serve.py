@@ -23,10 +23,11 @@ _SECONDS: Final = 30.0
 
 _EPILOG: Final = """\b
 Clients take one of these as their base URL:
-  http://127.0.0.1:8080/v1              in the namespace of --namespace
-  http://127.0.0.1:8080/ns/NAME/v1      in the namespace NAME
-  http://127.0.0.1:8080/ns/NAME@RUN/v1  the same, in a new run for each new label RUN
-  http://127.0.0.1:8080/up/OTHER/v1     to the upstream OTHER
+  http://127.0.0.1:8080/v1                in the namespace of --namespace
+  http://127.0.0.1:8080/ns/NAME/v1        in the namespace NAME
+  http://127.0.0.1:8080/ns/NAME@RUN/v1    the same, in a new run for each new label RUN
+  http://127.0.0.1:8080/ns/NAME/rep/3/v1  the replicate 3 of the namespace NAME
+  http://127.0.0.1:8080/up/OTHER/v1       to the upstream OTHER
 Anthropic's clients take the same without /v1. Status pages: /cachepipe, /metrics.
 """
 
@@ -60,6 +61,7 @@ class _Mebibytes(click.IntRange):
 )
 @token_option
 @click.option("--namespace", help="The namespace of requests that name none.")
+@click.option("--replicate", help="The replicate of requests that name none.")
 @click.option(
     "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further host name for this server."
 )

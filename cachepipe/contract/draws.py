@@ -11,6 +11,9 @@ SHARED = "*"
 
 _NONE = "-"
 
+CELL = "cell:"
+"""The beginning of the request ids that cells of notebooks give to requests without one."""
+
 
 def label(name: str | int | None) -> str:
     """Return how the ledger writes a namespace or a replicate; None and the empty string differ."""
@@ -64,6 +67,11 @@ class Draw(NamedTuple):
     def identity(self) -> Identity:
         """What this draw has in common with its repetitions."""
         return Identity(self.namespace, self.key, self.request_id, self.replicate)
+
+    @property
+    def named(self) -> bool:
+        """Whether the caller has given it a request id."""
+        return bool(self.request_id) and not self.request_id.startswith(CELL)
 
     @property
     def shared(self) -> bool:

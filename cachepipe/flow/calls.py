@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from cachepipe import markup
 from cachepipe.flow.adaptive import Adaptive
 from cachepipe.flow.queues import FairQueue, Place
 from cachepipe.flow.windows import Quota, Use, Window
@@ -47,6 +48,9 @@ class FlowStats:
     def __getitem__(self, name: str) -> float:
         value: float = asdict(self)[name]
         return value
+
+    def _repr_html_(self) -> str:
+        return markup.figures(self.as_dict().items())
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures by name."""

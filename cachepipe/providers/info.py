@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachepipe import prices
+from cachepipe import markup, prices
 from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.contract.draws import Claimant
 from cachepipe.contract.keys import Question
@@ -72,6 +72,21 @@ class Info:
         """The price of ``saved`` in US dollars; None if a part of it is unknown."""
         whole, billed = self.as_asked_cost, self.billed_cost
         return None if whole is None or billed is None else whole - billed
+
+    def _repr_html_(self) -> str:
+        facts = ("key", "namespace", "request_id", "replicate")
+        told = [(name.replace("_", " "), getattr(self, name)) for name in facts]
+        if not self.complete:
+            return markup.table([*told, ("complete", "no")])
+        told.append(("cached", f"{sum(self.cached)} of {len(self.cached)}"))
+        kinds = ("as_asked", "billed", "saved")
+        sums = [
+            (name.replace("_", " "), *(getattr(self, kind)[name] for kind in kinds)) for name in self.billed
+        ]
+        costs = [getattr(self, f"{kind}_cost") for kind in kinds]
+        if None not in costs:
+            sums.append(("US dollars", *costs))
+        return markup.table(told) + markup.table(sums, ("", *(kind.replace("_", " ") for kind in kinds)))
 
     def _cost(self, account: Account) -> float | None:
         if not self.complete:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from cachepipe import jsontext, wire
-from cachepipe.context import Inherited
+from cachepipe.context import INHERITED, Inherited, Using
 from cachepipe.contract.draws import Claimant
 from cachepipe.errors import (
     BadAnswer,
@@ -179,12 +179,13 @@ class Proxy:
         """Serve a request with a known head and body, after its draw was looked up; see `at_once`."""
         http = self._http(scope, receive, send)
         http.route = Route(head.destination, head.upstream, head.url, head.api)
-        http.namespace = head.claimant.namespace
+        http.claimant = head.claimant
         run = self.runs.run(head.claimant.namespace, head.destination.run)
         await self._serve(http, self._draw(http, head, body, "read-write", RequestCounter(run)))
 
     def _http(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> HttpExchange:
-        return HttpExchange(scope, receive, send, self.settings.client_timeout, self.settings.namespace)
+        usual = Claimant(self.settings.namespace, None, self.settings.replicate)
+        return HttpExchange(scope, receive, send, self.settings.client_timeout, usual)
 
     async def _serve_lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -212,14 +213,14 @@ class Proxy:
                 return
             route = http.route
             if outcome != "refused" or route is not None:
-                self.counters.ended(http.namespace, outcome)
+                self.counters.ended(http.claimant.namespace, outcome)
             if outcome != "hit":
                 self.counters.seconds.observe(time.perf_counter() - http.begun)
             self.log.request(
                 outcome,
                 http.method,
                 None if route is None else route.destination,
-                http.namespace,
+                http.claimant,
                 http.status,
                 http.begun,
                 http.sent,
@@ -291,7 +292,7 @@ class Proxy:
             await control.answer(self, http, route.destination.rest)
             return None
         self._access.check(http, None)
-        http.namespace = self._namespace(http, route.destination)
+        http.claimant = self._claimant(http, route.destination)
         mode, url = self._mode(http), http.with_query(route.url)
         content, encoded = None, b"content-encoding" in http.named
         if http.method == "POST" and api is not None and mode != "bypass" and not encoded:
@@ -317,12 +318,16 @@ class Proxy:
             code = 404 if isinstance(error, paths.UnknownPath) else 400
             raise Refusal(code, "bad_path", f"{error}; got {raw[:200].decode('latin-1')}") from None
 
-    def _namespace(self, http: HttpExchange, destination: paths.Destination) -> str | None:
-        name = http.header(b"x-cachepipe-namespace")
-        if name is not None:
-            return name
-        named = destination.namespace
-        return self.settings.namespace if isinstance(named, Inherited) else named
+    def _claimant(self, http: HttpExchange, destination: paths.Destination) -> Claimant:
+        """Return who draws: as the headers say, else the path, else the settings."""
+
+        def named(name: bytes) -> str | Inherited:
+            value = http.header(b"x-cachepipe-" + name)
+            return INHERITED if value is None else value
+
+        by_headers = Using(named(b"namespace"), named(b"request-id"), replicate=named(b"replicate"))
+        by_path = Using(destination.namespace, replicate=destination.replicate)
+        return by_headers.over(by_path).claimant(self.settings.namespace, self.settings.replicate)
 
     def _mode(self, http: HttpExchange) -> Mode:
         mode = http.header(b"x-cachepipe-mode")
@@ -347,12 +352,10 @@ class Proxy:
             for name in _KEY_HEADERS
             if name in http.named and name not in hop_by_hop
         }
-        request_id, replicate = http.header(b"x-cachepipe-request-id"), http.header(b"x-cachepipe-replicate")
-        claimant = Claimant(http.namespace, request_id, replicate)
         pairs = upstream.credited(headers.of_question(http.headers))
         caller = headers.caller_digest(upstream.name, pairs)
         scope = {name: http.scope[name] for name in ("method", "headers")}
-        return ParsedHead(destination, upstream, api, url, key_headers, claimant, pairs, caller, scope)
+        return ParsedHead(destination, upstream, api, url, key_headers, http.claimant, pairs, caller, scope)
 
     def _body(self, head: ParsedHead, content: bytes) -> ParsedBody | None:
         """Return the questions of a body; None if the cache cannot answer it.
@@ -447,5 +450,5 @@ class Proxy:
         duplicated = self.view.duplicated(key, namespace, 1, asker)[0]
         content = body_from(head.api, body.asks[0], sample)
         self.counters.hit(namespace, key, index, sample[0], head.url)
-        self.log.request("hit", "POST", head.destination, namespace, 200, begun, len(content), key=key)
+        self.log.request("hit", "POST", head.destination, head.claimant, 200, begun, len(content), key=key)
         return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)

@@ -57,6 +57,7 @@ def _status(proxy: Proxy) -> dict[str, Any]:
         "read_only": store.read_only,
         "mode": proxy.mode,
         "namespace": settings.namespace,
+        "replicate": settings.replicate,
         "upstreams": [
             {name: getattr(each, name) for name in ("name", "url", "kind", "mount")}
             for each in settings.upstreams

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import orjson
 
+from cachepipe.contract.draws import Claimant
 from cachepipe.proxy import headers
 from cachepipe.proxy.routing import Route
 
@@ -64,7 +65,7 @@ class HttpExchange:
         receive: returns the parts of the body, and the end of the connection.
         send_message: takes the parts of the answer.
         timeout: seconds without a byte from or to the client.
-        namespace: the namespace; that of requests that name none until it is known.
+        claimant: who draws; the claimant of requests that name none until it is known.
         route: the route of its path, once it is found.
         status: the status of the answer, once it has begun.
         sent: bytes of the answer's body.
@@ -76,7 +77,7 @@ class HttpExchange:
     receive: Receive
     send_message: Send
     timeout: float
-    namespace: str | None = None
+    claimant: Claimant = field(default_factory=Claimant)
     route: Route | None = None
     status: int = 0
     sent: int = 0

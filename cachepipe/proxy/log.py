@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from cachepipe.contract.draws import Claimant
 from cachepipe.errors import CachepipeWarning
 from cachepipe.proxy.paths import Destination
 
@@ -41,7 +42,7 @@ class RequestLog:
         outcome: str,
         method: str,
         destination: Destination | None,
-        namespace: str | None,
+        claimant: Claimant,
         status: int,
         begun: float,
         size: int,
@@ -53,7 +54,7 @@ class RequestLog:
             outcome: how it ended.
             method: its method.
             destination: the parts of its path; None if the path is not valid.
-            namespace: its namespace.
+            claimant: who draws.
             status: the status of the answer.
             begun: when it began, in seconds of ``time.perf_counter``.
             size: bytes of the answer's body.
@@ -66,7 +67,8 @@ class RequestLog:
                     "method": method,
                     "path": None if destination is None else destination.rest,
                     "upstream": None if destination is None else destination.upstream,
-                    "namespace": namespace,
+                    "namespace": claimant.namespace,
+                    "replicate": claimant.replicate,
                     "status": status,
                     "outcome": outcome,
                     "ms": round((time.perf_counter() - begun) * 1000, 1),

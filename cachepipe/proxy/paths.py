@@ -2,6 +2,7 @@
 
     /ns/NAME/v1/…            in the namespace NAME
     /ns/NAME@RUN/v1/…        in the namespace NAME and the run labelled RUN
+    /rep/REPLICATE/v1/…      in the replicate REPLICATE
     /up/UPSTREAM/v1/…        to the upstream of that name
     /v1/…                    to the first upstream
     /cachepipe/…             the proxy's own paths
@@ -14,7 +15,7 @@ two of these parts, several slashes count as one, because base URLs may end in a
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from cachepipe.context import INHERITED, Inherited
@@ -26,7 +27,13 @@ _UNSAFE: Final = re.compile(
     rb"(?:^|[/\\])\.{1,2}(?:[/\\;]|$)"  # dot segments, also with parameters, which some servers drop
     rb"|[\\\x00-\x1f\x7f]"
 )
-_OURS: Final = re.compile(r"/(ns|up)(?:/([^/]*)(/.*)?)?")
+_OURS: Final = re.compile(r"/(ns|rep|up)(?:/([^/]*)(/.*)?)?")
+_NAMED: Final = {
+    "ns": "a namespace is named as in /ns/NAME/v1, a run as in /ns/NAME@RUN/v1",
+    "rep": "a replicate is named as in /rep/3/v1 or /ns/NAME/rep/3/v1",
+    "up": "an upstream is named as in /up/NAME/v1",
+}
+"""How each of the proxy's own parts is written."""
 _BROKEN: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
@@ -46,12 +53,19 @@ class Destination(NamedTuple):
         namespace: the namespace that draws; `INHERITED` if the path does not name one.
         run: the label of a run, or None.
         upstream: the name of the upstream, or None.
+        replicate: the replicate that draws; `INHERITED` if the path does not name one.
     """
 
     rest: str
     namespace: str | Inherited | None = INHERITED
     run: str | None = None
     upstream: str | None = None
+    replicate: str | Inherited = INHERITED
+
+    @property
+    def bare(self) -> bool:
+        """Whether the path has none of the proxy's own parts."""
+        return self == Destination(self.rest)
 
 
 def destination_of(raw: bytes) -> Destination:
@@ -65,22 +79,22 @@ def destination_of(raw: bytes) -> Destination:
     """
     _check(raw)
     found = Destination(collapsed(raw.decode("ascii")))
-    while match := _OURS.fullmatch(found.rest):
+    parts: set[str] = set()
+    while (match := _OURS.fullmatch(found.rest)) and match[1] not in parts:
         part, name, rest = match.groups("")
-        rest = collapsed(rest)
-        if part == "ns" and found.namespace is INHERITED:
-            namespace, run = (*name.rsplit("@", 1), "")[:2]
-            if name in ("", "@") or not rest:
-                raise BadPath("a namespace is named as in /ns/NAME/v1, a run as in /ns/NAME@RUN/v1")
-            names = {"namespace": _decoded(namespace), "run": _decoded(run)}
-            found = found._replace(rest=rest, **names)
-        elif part == "up" and found.upstream is None:
-            if not name or not rest:
-                raise BadPath("an upstream is named as in /up/NAME/v1")
-            found = found._replace(rest=rest, upstream=_decoded(name))
-        else:
-            break
+        if name in ("", "@") or not rest:
+            raise BadPath(_NAMED[part])
+        parts.add(part)
+        found = found._replace(rest=collapsed(rest), **_names(part, name))
     return found
+
+
+def _names(part: str, name: str) -> dict[str, Any]:
+    """Return the names in one of the proxy's own parts of a path."""
+    if part == "ns":
+        namespace, run = (*name.rsplit("@", 1), "")[:2]
+        return {"namespace": _decoded(namespace), "run": _decoded(run)}
+    return {"replicate" if part == "rep" else "upstream": _decoded(name)}
 
 
 def _check(raw: bytes) -> None:
@@ -112,4 +126,4 @@ def _decoded(name: str) -> str | None:
     try:
         return unquote_to_bytes(name).decode() or None
     except UnicodeDecodeError as error:
-        raise BadPath("the names of namespaces, runs and upstreams must be valid UTF-8") from error
+        raise BadPath("the names in the proxy's parts of a path must be valid UTF-8") from error

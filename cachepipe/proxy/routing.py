@@ -7,7 +7,6 @@ import re
 from typing import Final, NamedTuple
 
 from cachepipe import wire
-from cachepipe.context import Inherited
 from cachepipe.proxy import paths
 from cachepipe.proxy.paths import Destination, UnknownPath
 from cachepipe.proxy.settings import ProxySettings, Upstream
@@ -52,8 +51,7 @@ class Router:
     def _route(self, raw: bytes) -> Route:
         destination = paths.destination_of(raw)
         rest = destination.rest
-        bare = destination.upstream is None and isinstance(destination.namespace, Inherited)
-        if bare and _OWN.fullmatch(rest):
+        if destination.bare and _OWN.fullmatch(rest):
             return Route(destination)
         upstream = self._upstream(destination)
         mount = upstream.mount

@@ -172,6 +172,7 @@ class ProxySettings:
         replay: answer from the cache only; write nothing and call no upstream.
         token: the token that clients must send; required on every address except loopback.
         namespace: the namespace of requests that name none.
+        replicate: the replicate of requests that name none.
         repeat: ``"fresh"``, or ``"same"`` for one draw per question.
         durability: ``"process"``, or ``"full"`` to survive a crash of the machine.
         hosts: further host names for this server; names are checked on loopback only.
@@ -194,6 +195,7 @@ class ProxySettings:
     replay: bool = False
     token: str | None = field(default=None, repr=False)
     namespace: str | None = None
+    replicate: str | int | None = None
     repeat: Repeat = "fresh"
     durability: Literal["process", "full"] = "process"
     hosts: tuple[str, ...] = ()
@@ -249,6 +251,7 @@ _KINDS: Final[Mapping[Any, tuple[type, ...]]] = {
     "int": (int,),
     "float": (int, float),
     "bool": (bool,),
+    "str | int | None": (str, int),
     "tuple[str, ...]": (list,),
 }
 _TYPES: Final = {

@@ -8,7 +8,6 @@ index that is neither pending nor stored has no sample, whenever a process was k
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import os
@@ -20,14 +19,8 @@ from collections.abc import Sequence
 from cachepipe import forks
 from cachepipe.errors import StoreError
 from cachepipe.stores import identity, tables
-from cachepipe.stores.base import (
-    Claim,
-    Grant,
-    Operation,
-    ReleaseHold,
-    ReleaseLease,
-    Result,
-)
+from cachepipe.stores.base import Operation, Result
+from cachepipe.stores.queued import Queued
 from cachepipe.stores.reading import SqlReader
 from cachepipe.stores.tables import locked
 from cachepipe.stores.transaction import SqlLedger
@@ -80,7 +73,7 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class SqlStore(SqlReader):
+class SqlStore(SqlReader, Queued):
     """A store whose ledger and samples are SQLite tables.
 
     Subclasses define how the two files are opened, and which processes are alive.
@@ -159,52 +152,6 @@ class SqlStore(SqlReader):
         if self._rows > _CHECKPOINT_ROWS:
             self._writer.wake()
         return results
-
-    def apply(self, operations: Sequence[Operation]) -> asyncio.Future[list[Result]]:
-        """Apply the operations on the writer thread, in one transaction with others that are queued."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Result]] = loop.create_future()
-
-        def settle(results: list[Result] | Exception) -> None:
-            if future.done():
-                self._undo(operations, results)
-            elif isinstance(results, Exception):
-                future.set_exception(results)
-            else:
-                future.set_result(results)
-
-        def done(results: list[Result] | Exception) -> None:
-            try:
-                loop.call_soon_threadsafe(settle, results)
-            except RuntimeError:  # the loop was closed, so the caller is gone
-                self._undo(operations, results)
-
-        try:
-            self._check()
-            self._writer.put(operations, done)
-        except StoreError as error:
-            future.set_exception(error)
-        return future
-
-    def _undo(self, operations: Sequence[Operation], results: list[Result] | Exception) -> None:
-        """Give back the grants of claimants that are gone."""
-        if isinstance(results, Exception):
-            return
-        back: list[Operation] = []
-        for operation, result in zip(operations, results, strict=True):
-            if isinstance(operation, Claim) and isinstance(result, Grant):
-                if result.mine:
-                    back.append(ReleaseLease(operation.draw.key, result.mine))
-                if result.held:
-                    back.append(ReleaseHold(operation.draw, operation.token, result.held, complete=False))
-        if back:
-            self.apply_soon(back)
-
-    def apply_soon(self, operations: Sequence[Operation]) -> None:
-        """Apply the operations on the writer thread, in the background."""
-        if not self._closed:
-            self._check()
-            self._writer.put(operations, lambda _results: None)
 
     def write(self, operations: Sequence[Operation]) -> list[Result]:
         """Apply the operations in one transaction, on the calling thread.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from cachepipe.errors import StoreLocked
+from cachepipe.errors import StoreLocked, StoreUnavailable
 from cachepipe.stores.base import Operation, Result
 
 LOCK_TIMEOUT = 60.0
@@ -17,7 +17,7 @@ LOCK_TIMEOUT = 60.0
 
 _IDLE = 2.0  # seconds without work after which the thread ends
 
-Done = Callable[["list[Result] | Exception"], None]
+Done = Callable[["list[Result | Exception] | Exception"], None]
 _Item = tuple[Sequence[Operation], Done]
 
 
@@ -30,8 +30,8 @@ class Writable(Protocol):
 
     identity: str
 
-    def write(self, operations: Sequence[Operation]) -> list[Result]:
-        """Apply operations in one transaction, or raise ``Locked``."""
+    def write(self, operations: Sequence[Operation]) -> Sequence[Result | Exception]:
+        """Apply operations in one transaction, or raise ``Locked``; return each one's result or error."""
         ...
 
     def tidy(self) -> None:
@@ -102,7 +102,7 @@ class Writer:
         try:
             results = self._patiently([operation for operations, _ in items for operation in operations])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
-            if len(items) == 1 or isinstance(error, StoreLocked):
+            if len(items) == 1 or isinstance(error, StoreUnavailable):
                 for _, done in items:
                     done(error)
                 return
@@ -111,10 +111,10 @@ class Writer:
             return
         start = 0
         for operations, done in items:
-            done(results[start : start + len(operations)])
+            done(list(results[start : start + len(operations)]))
             start += len(operations)
 
-    def _patiently(self, operations: Sequence[Operation]) -> list[Result]:
+    def _patiently(self, operations: Sequence[Operation]) -> Sequence[Result | Exception]:
         until = time.monotonic() + LOCK_TIMEOUT
         pause = 0.0005
         while True:

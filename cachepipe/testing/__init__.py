@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from cachepipe.testing.clock import FakeClock
     from cachepipe.testing.contract import StoreContract
+    from cachepipe.testing.engines import MemoryEngine
     from cachepipe.testing.loop import VirtualTimeLoop
     from cachepipe.testing.models import ScriptedCall, ScriptedError, ScriptedModel
     from cachepipe.testing.ngram import NGramModel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "FakeClock": ("clock", "FakeClock"),
     "FaultyStore": ("stores", "FaultyStore"),
+    "MemoryEngine": ("engines", "MemoryEngine"),
     "MockServer": ("server", "MockServer"),
     "MockSettings": ("server", "Settings"),
     "MortalStore": ("stores", "MortalStore"),
@@ -37,6 +39,7 @@ _HOMES: Final = {
 __all__ = [
     "FakeClock",
     "FaultyStore",
+    "MemoryEngine",
     "MockServer",
     "MockSettings",
     "MortalStore",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sqlite3
 
 import pytest
-from engine_in_dicts import DictStore
 
 pytest.register_assert_rewrite("cachepipe.testing.contract")
 
-from cachepipe import DiskStore, MemoryStore, OnlineAPI, Request, StoreError  # noqa: E402 - after the rewriting is asked for
+from cachepipe import DiskStore, MemoryStore, OnlineAPI, Request, StoreError, open_store  # noqa: E402 - after the rewriting is asked for
 from cachepipe.contract.draws import Draw  # noqa: E402 - likewise
 from cachepipe.contract.intervals import IntervalSet  # noqa: E402 - likewise
-from cachepipe.testing import FaultyStore, ScriptedModel, StoreContract  # noqa: E402 - likewise
+from cachepipe.stores.remote.session import Session  # noqa: E402 - likewise
+from cachepipe.stores.remote.store import RemoteStore  # noqa: E402 - likewise
+from cachepipe.testing import FaultyStore, MemoryEngine, ScriptedModel, StoreContract  # noqa: E402 - likewise
 
 
 class TestMemoryStore(StoreContract):
@@ -39,11 +40,22 @@ class TestStoreThatIsAlwaysLocked(StoreContract):
         return store
 
 
-class TestStoreInDictionaries(StoreContract):
-    """The smallest engine: what it does not decide, the operations do."""
+class TestRemoteStore(StoreContract):
+    """The store that machines share, on the smallest engine."""
 
     def make_store(self, tmp_path):
-        return DictStore()
+        return RemoteStore(Session(MemoryEngine()))
+
+
+class TestValkeyStore(StoreContract):
+    """The store that machines share, on a real server."""
+
+    @pytest.fixture(autouse=True)
+    def url(self, new_valkey_url):
+        self.url = new_valkey_url()
+
+    def make_store(self, tmp_path):
+        return open_store(self.url)[0]
 
 
 READS = {

@@ -428,6 +428,22 @@ def test_show_limits_samples_and_says_how_many_more_there_are(tmp_path):
     assert len(as_json("show", key, "--cache", cache, "--limit", "3")["samples"]) == 3
 
 
+def test_show_names_the_replicate_of_a_draw(tmp_path):
+    cache = str(tmp_path / "cache")
+
+    async def ask():
+        async with OnlineAPI(Dice(), cache) as pipeline:
+            for replicate in (3, None):
+                await pipeline.request(Request("q", namespace="a", request_id="r", replicate=replicate))
+
+    asyncio.run(ask())
+    key = listed("--cache", cache)[0]["key"]
+    assert [draw["replicate"] for draw in as_json("show", key, "--cache", cache)["draws"]] == [None, "3"]
+    output = called("show", key, "--cache", cache).stdout
+    assert "  a r (replicate 3): #0; 1 generated for it" in output
+    assert "  a r: #1; 1 generated for it" in output
+
+
 @pytest.mark.parametrize("scope", [None, "my own scope"])
 def test_show_gives_a_providers_answer_as_its_text_and_tokens(tmp_path, scope):
     async def ask(base_url):

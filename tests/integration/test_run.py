@@ -99,6 +99,28 @@ def test_c1_each_replicate_has_samples_of_its_own(server):
         assert (figures["generated"], figures["hits"]) == ((2, 0) if generated else (0, 2))
 
 
+def test_replicates_run_each_line_once_per_replicate_and_all_of_them_are_counted(server):
+    done = invoke([*options(server, replicates=3, limit=2, n=1), "--json"])
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert (figures["requests"], figures["done"], figures["generated"]) == (6, 6, 6)
+    assert re.search(r"^requests +6$", done.stderr, re.MULTILINE)
+    whole = results()
+    assert [line["cachepipe"]["replicate"] for line in whole] == [0, 1, 2, 0, 1, 2]
+    assert called(server, replicate="1", limit=2, n=1)["hits"] == 2
+    one = results()
+    assert [line["cachepipe"]["replicate"] for line in one] == [1, 1]
+    assert [line["response"] for line in one] == [line["response"] for line in whole[1::3]]
+    assert called(server, replicates=3, limit=2, n=1, namespace="b")["hits"] == 6
+    assert called(server, replicate="01", limit=2, n=1)["hits"] == 0
+    assert {line["cachepipe"]["replicate"] for line in results()} == {"01"}
+
+
+def test_one_replicate_and_their_number_exclude_each_other(server):
+    assert "give only one" in refused(server, replicate=1, replicates=3)
+    assert "the same samples in all replicates" in refused(server, repeat="same", replicates=3)
+
+
 @contextlib.contextmanager
 def started(words):
     """The command in a process of its own."""

@@ -11,8 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import inside
 import pytest
-from engine_in_dicts import DictStore, Shared
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -31,8 +31,14 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.stores import reading
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
+from cachepipe.stores.remote import session
+from cachepipe.stores.remote.engine import Unreachable
+from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.store import RemoteStore
+from cachepipe.stores.remote.urls import Asked
+from cachepipe.stores.remote.valkey import ValkeyEngine, client_of
 from cachepipe.stores.verify import IntegrityReport, check_rows
-from cachepipe.testing import MortalStore
+from cachepipe.testing import MemoryEngine, MortalStore
 
 KEYS = ["k2-a", "k2-b"]
 draws = st.builds(
@@ -100,18 +106,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def taken(self):
         """Return the store's sets of what each namespace has taken, by namespace and key."""
-        rows = (
-            self.processes[0]
-            ._readable()[0]
-            .execute(
-                "SELECT n.label, k.key, s.start, s.stop FROM intervals s JOIN keys k ON k.id = s.key"
-                " JOIN namespaces n ON n.id = s.owner WHERE s.owner > 0"
-            )
-        )
-        sets = collections.defaultdict(set)
-        for namespace, key, start, stop in rows:
-            sets[namespace, key].update(range(start, stop))
-        return sets
+        return inside.taken(self.processes[0])
 
     def there(self, key, indices):
         """Tell whether samples are stored, or were and are discarded."""
@@ -480,13 +475,16 @@ class DiskMachine(StoreMachine):
         self.names += 1
         return MortalStore(self.folder / "cache", f"process {self.names}", self.alive)
 
+    def kill(self, process):
+        self.alive.discard(process.name)
+        self.dead.append(process)
+
     @precondition(lambda self: self.names < 5)
     @rule(which=st.integers(0, 1))
     def die(self, which):
         """A process is gone, with its leases and holds; another one begins."""
         process = self.processes[which]
-        self.alive.discard(process.name)
-        self.dead.append(process)
+        self.kill(process)
         self.processes[which] = self.another()
         for claimed in self.open:
             claimed.over = claimed.over or claimed.process is process
@@ -499,44 +497,85 @@ class DiskMachine(StoreMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class DictMachine(DiskMachine):
-    """The same in dictionaries: an engine without SQL."""
+class RemoteMachine(DiskMachine):
+    """The same on a store that machines share, whose engine is slow to agree and loses answers."""
 
     def start(self):
-        self.shared = Shared()
-        self.folder = self.alive = None
-        self.names, self.dead = 0, []
+        self.folder = None
+        self.alive = set()
+        self.names, self.dead, self.swaps = 0, [], 0
+        self.engine = self.make_engine()
         return [self.another(), self.another()]
+
+    def make_engine(self):
+        engine = MemoryEngine()
+        engine.before_swap, engine.after_swap = self.before_swap, self.after_swap
+        return engine
+
+    def before_swap(self, swaps):
+        self.swaps += 1
+        if self.swaps % 5 == 0:
+            raise Unreachable("the request was lost")
+        if self.swaps % 4 == 0:
+            for swap in swaps:
+                swap.expected[b"L"] = b"as if others had changed it"
+
+    def after_swap(self, swaps):
+        if self.swaps % 7 == 0:
+            raise Unreachable("the answer was lost")
 
     def another(self):
         self.names += 1
-        store = DictStore(self.shared)
-        self.alive = self.shared.living
+        session = Session(self.engine, renews=False, lease=1e6, sleep=lambda _: None)
+        store = RemoteStore(session)
+        store.name = session.lease()
         return store
 
-    def apply(self, process, *operations):
-        return process.apply_now(operations)
+    def kill(self, process):
+        super().kill(process)
+        self.engine.close_lease(process.name)
 
-    def taken(self):
-        sets = {
-            place: {index for start, stop in intervals for index in range(start, stop)}
-            for place, intervals in self.shared.tables.taken.items()
-        }
-        return collections.defaultdict(set, sets)
+    def apply(self, process, *operations):
+        results = process.write(operations)
+        assert not any(isinstance(result, Exception) for result in results)
+        return results
 
     def check(self):
         """Do nothing: ``verify`` reads SQL."""
 
 
+class ValkeyMachine(RemoteMachine):
+    """The same on a real server."""
+
+    new_url = None
+
+    def make_engine(self):
+        asked = Asked(self.new_url())
+        return ValkeyEngine(client_of(asked.options(), cluster=False), asked.where, asked.prefix)
+
+    def teardown(self):
+        super().teardown()
+        if hasattr(self, "engine"):
+            self.engine.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _server(new_valkey_url):
+    ValkeyMachine.new_url = staticmethod(new_valkey_url)
+
+
 @pytest.fixture(autouse=True)
 def _ask_each_time_who_lives(monkeypatch):
     monkeypatch.setattr(reading, "_ALIVE_FOR", -1.0)
+    monkeypatch.setattr(session, "_ALIVE_FOR", -1.0)
 
 
 TestMemory = StoreMachine.TestCase
 TestDisk = DiskMachine.TestCase
-TestDicts = DictMachine.TestCase
+TestRemote = RemoteMachine.TestCase
+TestValkey = ValkeyMachine.TestCase
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
 TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, phases=PHASES)
 TestDisk.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
-TestDicts.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
+TestRemote.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
+TestValkey.settings = settings(max_examples=10, stateful_step_count=40, deadline=None, phases=PHASES)

@@ -503,6 +503,83 @@ async def test_c1_each_replicate_has_samples_of_its_own_and_replays_them(paths, 
     assert other.generated == 0
 
 
+def by_replicate(path):
+    """The index that each line drew, and its place in the file, by replicate."""
+    drawn = {}
+    for line in read(path):
+        drawn.setdefault(line["cachepipe"]["replicate"], []).append(
+            (line["custom_id"], line["cachepipe"]["indices"])
+        )
+    return drawn
+
+
+async def test_c1_a_file_is_run_once_per_replicate_and_c2_each_alone_replays_its_own(paths, client):
+    source, target = paths
+    write(source, [{"prompt": text} for text in ("a", "b", "a")])
+    settings = BatchSettings(client=client, model="m", cache=MemoryStore(), namespace="x")
+    report = await run_file(source, target, settings, replicates=3)
+    assert (report.requests, report.done, report.generated) == (9, 9, 9)
+    whole = by_replicate(target)
+    assert [line["custom_id"] for line in read(target)] == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
+    assert list(whole) == [0, 1, 2]
+    of_a = [indices for drawn in whole.values() for name, indices in drawn if name != "2"]
+    assert sorted(of_a) == [[index] for index in range(6)]
+    for replicate in ("1", 2, 0):
+        assert (await run_file(source, target, settings, replicate=replicate)).generated == 0
+        assert by_replicate(target) == {replicate: whole[int(replicate)]}
+    more = await run_file(source, target, settings, replicates=5)
+    assert (more.hits, more.generated) == (9, 6)
+    assert by_replicate(target).items() >= whole.items()
+    assert (await run_file(source, target, settings, namespace="y", replicates=5)).generated == 0
+    assert by_replicate(target).items() >= whole.items()
+
+
+async def test_c4_the_replicates_of_a_line_travel_in_one_call(paths, client):
+    source, target = paths
+    write(source, [{"prompt": "a"}, {"prompt": "b"}])
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "concurrency": 20}
+    await run_file(source, target, **settings, replicates=10)
+    assert [body["n"] for body in client.bodies] == [10, 10]
+    assert [texts(line) for line in read(target)] == [[f"{text}/{i}"] for text in "ab" for i in range(10)]
+
+
+async def test_c8_a_replicate_that_fails_is_asked_alone_in_the_rerun(paths, client):
+    source, target = paths
+    write(source, [{"prompt": "a"}, {"prompt": "b"}])
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "concurrency": 1, "replicates": 3}
+
+    def answer(_, body):
+        fails = len(client.bodies) == 5
+        return api_error(openai.InternalServerError, 500, b"{}") if fails else answer_to(body)
+
+    client.answer = answer
+    report = await run_file(source, target, **settings)
+    assert (report.done, report.failed) == (6, 1)
+    [failed] = [line for line in read(target) if line["error"]]
+    assert (failed["custom_id"], failed["cachepipe"]["replicate"]) == ("2", 1)
+    client.answer = None
+    report = await run_file(source, target, **settings)
+    assert (report.hits, report.generated) == (5, 1)
+
+
+async def test_a_run_that_is_stopped_among_replicates_is_resumed(paths, client):
+    source, target = paths
+    write(source, [{"prompt": "a"}, {"prompt": "b"}])
+    stop = Stop()
+
+    def watch(report):
+        if report.done == 2:
+            stop.soon()
+
+    settings = {"client": client, "model": "m", "cache": MemoryStore(), "concurrency": 1, "replicates": 3}
+    report = await run_file(source, target, **settings, stop=stop, progress=watch)
+    assert (report.interrupted, report.requests, report.done) == (True, 6, 2)
+    assert by_replicate(report.partial) == {0: [("1", [0])], 1: [("1", [1])]}
+    report = await run_file(source, target, **settings)
+    assert (report.done, report.hits, report.generated) == (6, 2, 4)
+    assert not report.interrupted
+
+
 async def test_an_error_of_one_replicate_keeps_no_result_of_another(paths, client):
     source, target = paths
     write(source, [{"prompt": "a"}])
@@ -553,6 +630,7 @@ async def test_a_result_is_openai_s_with_flags_and_carried_fields(paths, client)
         "cached": [False, False],
         "duplicated": [False, True],
         "indices": [0, 1],
+        "replicate": None,
         "key": key,
         "carried": {"response": "gold"},
     }
@@ -955,3 +1033,10 @@ async def test_settings_that_make_no_sense_are_refused(paths):
         await run_file(source, target, concurrency=0)
     with pytest.raises(ValueError, match="at least 1"):
         await run_file(source, target, limit=0)
+    for odd in (0, -1, 1.5, True, "3"):
+        with pytest.raises(ValueError, match="replicates must be a whole number"):
+            await run_file(source, target, replicates=odd)
+    with pytest.raises(ValueError, match="give only one"):
+        await run_file(source, target, replicates=3, replicate=1)
+    with pytest.raises(ValueError, match="the same samples in all replicates"):
+        await run_file(source, target, replicates=3, repeat="same")

@@ -53,6 +53,14 @@ def test_the_mock_server_imports_nothing_of_what_it_judges():
     }
 
 
+def test_the_extension_for_notebooks_needs_no_import_of_ipython():
+    loaded = loaded_by(
+        "import cachepipe; cachepipe.load_ipython_extension, cachepipe.unload_ipython_extension"
+    )
+    assert "cachepipe.notebook" in loaded
+    assert loaded.isdisjoint([*(set(HEAVY) - {"asyncio"}), "IPython"])
+
+
 def test_a_pipeline_needs_no_client_library():
     loaded = loaded_by("from cachepipe import OnlineAPI, Request")
     assert loaded.isdisjoint(

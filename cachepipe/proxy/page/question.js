@@ -74,6 +74,7 @@ function who({ draw, how }) {
     {},
     draw.shared ? el("em", {}, "all namespaces") : listing({ namespace: draw.namespace ?? "" }, namespace(draw.namespace)),
     draw.request_id ? el("span", {}, " ", line(draw.request_id, 60)) : null,
+    draw.replicate === null ? null : el("span", {}, " replicate ", line(draw.replicate, 60)),
     draw.occurrence ? ` #${number(draw.occurrence + 1)}` : null,
     how === null ? null : el("span", { class: `tag ${how}` }, how),
   );
@@ -134,7 +135,7 @@ export async function question(signal, query, key) {
   ]);
   const drawers = drawn(draws);
   const here = new Set(page.items.map((item) => item.index));
-  const list = table("Draws in the ledger", ["Namespace", "Request id", "Occurrence", "Samples", "Generated for it", "Time"]);
+  const list = table("Draws in the ledger", ["Namespace", "Request id", "Replicate", "Occurrence", "Samples", "Generated for it", "Time"]);
   for (const draw of draws.slice(0, 200)) {
     const indices = draw.indices.slice(0, 50).flatMap((index, position) => [
       position ? ", " : "",
@@ -145,8 +146,9 @@ export async function question(signal, query, key) {
     if (draw.indices.length > 50) indices.push(" …");
     const name = draw.shared ? el("em", {}, "all namespaces") : namespace(draw.namespace);
     const id = draw.request_id ? el("span", {}, line(draw.request_id, 80)) : "–";
+    const replicate = draw.replicate === null ? "–" : el("span", {}, line(draw.replicate, 80));
     const made = `${number(draw.generated)} of ${number(draw.indices.length)}`;
-    list.row(name, id, String(draw.occurrence), el("span", {}, indices), made, when(draw.at) ?? "");
+    list.row(name, id, replicate, String(draw.occurrence), el("span", {}, indices), made, when(draw.at) ?? "");
   }
   const left = draws.length > 200 || !whole ? "Only the first draws are shown." : null;
   const self = `#/requests/${encodeURIComponent(key)}`;

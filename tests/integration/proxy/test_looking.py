@@ -168,9 +168,10 @@ def test_what_is_not_there_is_an_error_in_words(recorded, path, status):
 
 
 def test_the_log_says_what_became_of_each_request(proxy, http, asked, helpers):
-    http.post(helpers.chat_url(proxy, "a"), json=asked)
+    http.post(helpers.chat_url(proxy, "a/rep/3"), json=asked)
     http.get(f"{proxy.url}/nothing")
     miss, refused = proxy.logged
+    assert miss["replicate"] == "3"
     assert (miss["outcome"], miss["status"], miss["namespace"], miss["method"]) == ("miss", 200, "a", "POST")
     assert (refused["outcome"], refused["status"], refused["error"]) == ("refused", 404, "bad_path")
 

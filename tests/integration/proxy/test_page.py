@@ -261,15 +261,16 @@ def test_the_way_to_a_sample_needs_only_the_keyboard(visit, ask):
 
 def test_samples_tell_who_drew_them(visit, ask, proxy, upstream):
     ask("Of apples", "first", 2)
-    key = ask("Of apples", "second", 3, **{"x-cachepipe-request-id": "item-1"})
+    told = {"x-cachepipe-request-id": "item-1", "x-cachepipe-replicate": "7"}
+    key = ask("Of apples", "second", 3, **told)
     page = visit(f"#/requests/{key}")
     whose = [
         article.locator(".drawn li").all_text_contents() for article in page.get_by_role("article").all()
     ]
     assert whose == [
-        ["firstgenerated", "second item-1cached"],
-        ["firstgenerated", "second item-1cached"],
-        ["second item-1generated"],
+        ["firstgenerated", "second item-1 replicate 7cached"],
+        ["firstgenerated", "second item-1 replicate 7cached"],
+        ["second item-1 replicate 7generated"],
     ]
     sample = page.get_by_role("article").first
     stored = httpx2.get(f"{proxy.url}/cachepipe/api/keys/{key}/samples").json()

@@ -65,6 +65,25 @@ def test_namespaces_by_path_and_header(serve, http, asked, helpers):
     assert ask(helpers.chat_url(proxy), **{"x-cachepipe-namespace": "a@b/c"}) == "1"
 
 
+def test_c1_replicates_by_path_and_header_are_independent_and_c2_a_rerun_of_one_alone_replays_it(
+    serve, upstream, http, asked, helpers
+):
+    proxy = serve(replicate="usual")
+
+    def ask(parts, run="1", **headers):
+        url = helpers.chat_url(proxy).replace("/v1/", f"{parts.replace('@', f'@{run}')}/v1/")
+        headers = {f"x-cachepipe-{name}": value for name, value in headers.items()}
+        return index(http.post(url, json=asked, headers=headers))
+
+    assert [ask("/ns/a@/rep/3"), ask("/ns/a@/rep/4"), ask("/ns/a@/rep/4")] == ["0", "1", "2"]
+    assert [ask("/ns/a@/rep/4", "2"), ask("/rep/4/ns/a@", "2"), ask("/ns/a@/rep/3", "2")] == ["1", "2", "0"]
+    assert ask("/ns/a@/rep/3", "3", replicate="4") == "1"
+    assert ask("/ns/a@", "3", replicate="3") == "0"
+    assert [ask("/rep/3"), ask("/ns/b/rep/4"), ask("/ns/b@", "4", replicate="3")] == ["0", "1", "0"]
+    assert [ask(""), ask("", replicate="usual"), ask("/rep/usual")] == ["1", "2", "3"]
+    assert upstream.stats.samples_generated == 4
+
+
 def test_request_ids_make_draws_of_their_own(proxy, http, asked, helpers):
     url = helpers.chat_url(proxy, "a")
 

@@ -22,6 +22,10 @@ from cachepipe.proxy.paths import BadPath, Destination, destination_of
         (b"/ns/a%40b/v1/x", Destination("/v1/x", "a@b")),
         (b"/ns/a@/v1/x", Destination("/v1/x", "a")),
         (b"/ns/%c3%a4%2Fb/v1/a%2Fb", Destination("/v1/a%2Fb", "\u00e4/b")),
+        (b"/rep/3/v1/x", Destination("/v1/x", replicate="3")),
+        (b"/ns/a@r/rep/%c3%a4/v1/x", Destination("/v1/x", "a", "r", replicate="\u00e4")),
+        (b"/rep/3//ns/a/up/u/v1/x", Destination("/v1/x", "a", None, "u", "3")),
+        (b"/rep/3/v1/rep/4/v1", Destination("/v1/rep/4/v1", replicate="3")),
         (b"/up/u/v1/x", Destination("/v1/x", INHERITED, None, "u")),
         (b"/up/u/ns/a@r/v1/x", Destination("/v1/x", "a", "r", "u")),
         (b"/ns/a/up/u/v1/x/", Destination("/v1/x/", "a", None, "u")),
@@ -31,7 +35,7 @@ from cachepipe.proxy.paths import BadPath, Destination, destination_of
         (b"/up/u//ns/a@r///v1//x//", Destination("/v1//x//", "a", "r", "u")),
     ],
 )
-def test_a_path_names_namespace_run_and_upstream(raw, expected):
+def test_a_path_names_namespace_run_replicate_and_upstream(raw, expected):
     assert destination_of(raw) == expected
 
 
@@ -44,6 +48,9 @@ def test_a_path_names_namespace_run_and_upstream(raw, expected):
         b"/ns/a",
         b"/ns//v1/x",
         b"/ns/@/v1",
+        b"/rep/3",
+        b"/rep//v1/x",
+        b"/ns/a/rep/%ff/v1",
         b"/up//v1",
         b"/up/a",
         b"/ns/%ff/v1",

@@ -1,0 +1,535 @@
+"""The rows of one key inside a transaction, as ``cachepipe.stores.operations`` sees them.
+
+A `Book` reads rows when they are needed, notes which of them it has shown, and collects what is to be
+written. Nothing is written here: the session swaps the rows if those that were shown are still current.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from cachepipe.accounting import Account, Delivered
+from cachepipe.contract.allotment import Discarded, Segment
+from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.intervals import Interval, IntervalSet, Union
+from cachepipe.errors import StoreError
+from cachepipe.stores.base import Claim, Sample, new_id
+from cachepipe.stores.ledger import DrawRows, Ledger
+from cachepipe.stores.remote import rows
+from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Read, Rows, Swap
+from cachepipe.stores.remote.rows import DrawRow, FirstRow
+
+Known = dict[bytes, bytes | None]
+"""Rows by field, as they were last seen; None where there was no row."""
+
+_KEPT = frozenset({rows.KNOWN, rows.LISTED, rows.TAKEN, PENDING, rows.SUMS})
+"""The fields, or beginnings of fields, whose rows the next transaction of a key probably needs."""
+
+
+class Process(Protocol):
+    """What a transaction needs to know about processes and time."""
+
+    def lease(self) -> int:
+        """Return this process's lease; begin one if there is none."""
+        ...
+
+    def current(self, lease: int) -> int:
+        """Return this process's lease for one that it had before; another lease unchanged."""
+        ...
+
+    def alive(self, lease: int) -> bool:
+        """Return True if the process of a lease is alive."""
+        ...
+
+    def now(self) -> int:
+        """Return the store's time in microseconds since 1970."""
+        ...
+
+    def stamp(self) -> int:
+        """Return a stamp that is greater than every stamp seen so far."""
+        ...
+
+    def see(self, stamp: int) -> None:
+        """Take note of a stamp."""
+        ...
+
+
+class Book:
+    """The rows of one key.
+
+    Args:
+        name: the key.
+        known: rows that were read before.
+        read: reads the rows of fields.
+        read_all: reads all rows but the samples; it is slow.
+        process: this process.
+
+    Attributes:
+        whole: whether all pending indices are among the known rows.
+        lately: whether the known rows were read together, and nothing else was used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        known: Known,
+        read: Callable[[Sequence[bytes]], Rows],
+        read_all: Callable[[], Rows],
+        process: Process,
+        *,
+        whole: bool = False,
+        lately: bool = False,
+    ) -> None:
+        self.name = name
+        self.known = known
+        self.process = process
+        self.whole = whole
+        self.lately = lately
+        self.read_all = read_all
+        self._read = read
+        self._shown: dict[bytes, bytes | None] = {}
+        self._puts: Rows = {}
+        self._deletes: dict[bytes, None] = {}
+        self._sets: dict[bytes, StoredSet] = {}
+        self._draws: dict[bytes, DrawRow] = {}
+        self._changed: dict[bytes, Draw] = {}
+        self._samples: dict[int, Sample | Discarded] = {}
+
+    # Reading.
+
+    def row(self, name: bytes) -> bytes | None:
+        """Return the row of a field, as it is or as it will be written."""
+        if name in self._puts:
+            return self._puts[name]
+        if name in self._deletes:
+            return None
+        row = self._stored(name)
+        # What a sample holds decides nothing; whether there is one does.
+        if row is None or not name.startswith(SAMPLE):
+            self._shown[name] = None if row is None else row[:DIGEST]
+        return row
+
+    def _stored(self, name: bytes) -> bytes | None:
+        if name not in self.known and not (self.whole and name.startswith(PENDING)):
+            self.lately = False
+            self.known[name] = self._read([name]).get(name)
+        return self.known.get(name)
+
+    def content(self, name: bytes) -> bytes | None:
+        """Return the content of a row."""
+        row = self.row(name)
+        return None if row is None else rows.unpack(self.name, name, row)
+
+    def indices(self, name: bytes) -> StoredSet:
+        """Return the set of indices in a field."""
+        found = self._sets.get(name)
+        if found is None:
+            found = self._sets[name] = StoredSet(self, name)
+        return found
+
+    def draw(self, draw: Draw) -> DrawRow:
+        """Return the row of a draw; call `change` before it is changed."""
+        name = rows.draw_field(draw)
+        found = self._draws.get(name)
+        if found is None:
+            content = self.content(name)
+            found = DrawRow() if content is None else DrawRow.loads(self.name, name, content)
+            for segment in found.segments.values():
+                self.process.see(segment.stamp)
+            self._draws[name] = found
+        return found
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        """Return the sample at an index, `DISCARDED`, or None."""
+        found = self._samples.get(index)
+        if found is None:
+            row = self.row(rows.numbered(SAMPLE, index))
+            if row is None:
+                return None
+            found = self._samples[index] = rows.load_sample(self.name, index, row)
+            if isinstance(found, Sample):
+                self.process.see(found.meta["stamp"])
+        return found
+
+    def author(self, index: int) -> int | None:
+        """Return the lease of the process that generates a sample, or None."""
+        name = rows.numbered(PENDING, index)
+        content = self.content(name)
+        return None if content is None else self.process.current(rows.load_lease(self.name, name, content))
+
+    def generating(self) -> dict[int, int]:
+        """Return the lease of the process that generates each pending index, as far as they are known."""
+        names = [name for name in {*self.known, *self._puts} if name.startswith(PENDING)]
+        found = {index: self.author(index) for index in rows.indices_in(names, PENDING)}
+        return {index: lease for index, lease in found.items() if lease is not None}
+
+    # Writing.
+
+    def put(self, name: bytes, content: bytes) -> None:
+        """Write the content of a row."""
+        self.put_row(name, rows.pack(self.name, name, content))
+
+    def put_row(self, name: bytes, row: bytes) -> None:
+        """Write a row."""
+        self._deletes.pop(name, None)
+        self._puts[name] = row
+
+    def delete(self, name: bytes) -> None:
+        """Delete a row."""
+        self._puts.pop(name, None)
+        self._deletes[name] = None
+
+    def put_sample(self, sample: Sample) -> None:
+        """Write a sample."""
+        self.put_row(rows.numbered(SAMPLE, sample.index), rows.dump_sample(self.name, sample))
+        self._samples[sample.index] = sample
+
+    def discard(self, index: int) -> None:
+        """Mark a sample as discarded; keep its bytes."""
+        name = rows.numbered(SAMPLE, index)
+        self.put_row(name, rows.dump_discarded(self.name, index, self.row(name)))
+        self._samples.pop(index, None)
+
+    def change(self, draw: Draw) -> DrawRow:
+        """Return the row of a draw, which is written in the end."""
+        self._changed[rows.draw_field(draw)] = draw
+        return self.draw(draw)
+
+    def first(self, draw: Draw) -> FirstRow:
+        """Return the earliest namespaces of a draw."""
+        name = rows.first_field(draw)
+        content = self.content(name)
+        return FirstRow() if content is None else FirstRow.loads(self.name, name, content)
+
+    def put_first(self, draw: Draw, row: FirstRow) -> None:
+        """Write the earliest namespaces of a draw."""
+        if row.namespaces or row.more:
+            self.put(rows.first_field(draw), row.dumps())
+        else:
+            self.delete(rows.first_field(draw))
+
+    def swap(self, *, fair: bool) -> Swap | None:
+        """Return what is to be written; None if nothing is, and what was shown was read at one moment."""
+        for name, draw in self._changed.items():
+            found = self.draw(draw)
+            if found.segments:
+                self.put(name, found.dumps())
+            else:
+                self.delete(name)
+        for name, indices in self._sets.items():
+            indices.write(name)
+        if not self._puts and not self._deletes and self.lately:
+            return None
+        wakes = any(name.startswith(PENDING) for name in self._deletes)
+        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, [*self._deletes], wakes)
+
+    def written(self) -> Known:
+        """Return the known rows after the swap that are worth remembering."""
+        left = {**self.known, **self._puts, **dict.fromkeys(self._deletes)}
+        return {name: row for name, row in left.items() if name[:2] in _KEPT}
+
+    @property
+    def shown(self) -> Iterable[bytes]:
+        """The fields whose rows were shown."""
+        return self._shown.keys()
+
+    def learn(self, known: Known) -> None:
+        """Add rows that were read later than the others."""
+        self.known = {**known, **self.known}
+        self.lately = False
+
+    def all_used(self) -> Read:
+        """Return what reads all known rows at one moment."""
+        fields = [name for name in self.known if not name.startswith(PENDING)]
+        return Read(self.name, fields, pending=True)
+
+    # Looking ahead: what is looked at is not thereby shown.
+
+    def earliest(self, draw: Draw) -> list[str]:
+        """Return the label of the earliest other namespace of a draw, if it is known."""
+        name = rows.first_field(draw)
+        row = self.known.get(name)
+        first = (
+            FirstRow() if row is None else FirstRow.loads(self.name, name, rows.unpack(self.name, name, row))
+        )
+        return [label for _, label in first.namespaces if label != draw.namespace][:1]
+
+    def lists(self, index: int) -> bool:
+        """Return True if an index is listed."""
+        row = self.known.get(rows.LISTED)
+        if row is None:
+            return False
+        return index in rows.load_set(self.name, rows.LISTED, rows.unpack(self.name, rows.LISTED, row))
+
+
+class StoredSet:
+    """A set of indices in a row: read when it is first used, and written in the end if it has changed."""
+
+    __slots__ = ("_before", "_book", "_indices", "_name")
+
+    def __init__(self, book: Book, name: bytes) -> None:
+        self._book = book
+        self._name = name
+        self._indices: IntervalSet | None = None
+        self._before = b""
+
+    def _read(self) -> IntervalSet:
+        if self._indices is None:
+            self._before = self._book.content(self._name) or b""
+            self._indices = rows.load_set(self._book.name, self._name, self._before)
+        return self._indices
+
+    def interval_at(self, at: int) -> Interval | None:
+        """Return the first interval whose stop is above ``at``."""
+        return self._read().interval_at(at)
+
+    def __contains__(self, index: int, /) -> bool:
+        return index in self._read()
+
+    def add(self, index: int) -> None:
+        """Put an index into the set."""
+        self._read().add(index)
+
+    def remove(self, index: int) -> None:
+        """Take an index out of the set."""
+        self._read().remove(index)
+
+    def write(self, name: bytes) -> None:
+        """Write the set if it has changed."""
+        if self._indices is None:
+            return
+        content = rows.dump_set(self._indices)
+        if content == self._before:
+            return
+        if content:
+            self._book.put(name, content)
+        else:
+            self._book.delete(name)
+
+
+class _Rows(DrawRows):
+    """The rows of a key and, if a draw is given, of the draw."""
+
+    def __init__(self, book: Book, draw: Draw | None = None, avoid: IntervalSet | None = None) -> None:
+        self._book = book
+        self.name = book.name
+        self.listed = book.indices(rows.LISTED)
+        if draw is not None:
+            self._draw = draw
+            taken = book.indices(rows.taken_field(draw.namespace))
+            self.taken = taken if avoid is None else Union(taken, avoid)
+            self.segments = list(book.draw(draw).segments.values())
+            for place, segment in enumerate(self.segments):
+                lease = book.process.current(segment.lease)
+                if lease != segment.lease:
+                    self.segments[place] = segment._replace(lease=lease)
+
+    # The key.
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        return self._book.sample(index)
+
+    def has_row(self, index: int) -> bool:
+        return self._book.row(rows.numbered(SAMPLE, index)) is not None
+
+    def pending(self, index: int) -> int | None:
+        return self._book.author(index)
+
+    def pend(self, index: int) -> None:
+        self._book.put(rows.numbered(PENDING, index), rows.dump_lease(self._book.process.lease()))
+
+    def unpend(self, index: int) -> None:
+        self._book.delete(rows.numbered(PENDING, index))
+
+    def discard(self, index: int, why: str) -> None:
+        name = rows.numbered(rows.WHY, index)
+        if self._book.row(name) is None:
+            self._book.put(name, rows.dumps([self._book.process.now() / 1e6, why]))
+        self._book.discard(index)
+
+    # The draw.
+
+    def others(self) -> Sequence[Segment]:
+        first = self._book.first(self._draw)
+        labels = [label for _, label in first.namespaces if label != self._draw.namespace]
+        if not labels and first.more:
+            labels = [label for _, label in self._found() if label != self._draw.namespace]
+        if not labels:
+            return ()
+        return list(self._book.draw(self._draw._replace(namespace=labels[0])).segments.values())
+
+    def _found(self) -> list[tuple[int, str]]:
+        """Return the lowest stamp and the label of each namespace that has made the draw, in order."""
+        place = rows.DRAW + rows.place_of(self._draw) + b"\0"
+        found = [
+            rows.draw_of(self.name, name).namespace
+            for name in self._book.read_all()
+            if name.startswith(place)
+        ]
+        stamps = [
+            (
+                min(
+                    segment.stamp
+                    for segment in self._book.draw(self._draw._replace(namespace=label)).segments.values()
+                ),
+                label,
+            )
+            for label in found
+            if label != SHARED
+        ]
+        return sorted(stamps)
+
+    def add(self, segment: Segment, generated: int) -> None:
+        row = self._book.change(self._draw)
+        if not row.segments and not self._draw.shared:
+            self._begun(segment)
+        row.segments[segment.number] = segment
+        row.generated[segment.number] = generated
+
+    def _begun(self, segment: Segment) -> None:
+        """Note that the namespace has made the draw."""
+        first = self._book.first(self._draw)
+        if first.more:
+            return
+        if len(first.namespaces) == rows.MOST_FIRST:
+            first.more = True
+        else:
+            first.namespaces = sorted([*first.namespaces, (segment.stamp, self._draw.namespace)])
+        self._book.put_first(self._draw, first)
+
+    def replace(self, segment: Segment) -> None:
+        self._book.change(self._draw).segments[segment.number] = segment
+
+    def drop(self, segment: Segment) -> None:
+        row = self._book.change(self._draw)
+        del row.segments[segment.number]
+        if row.segments or self._draw.shared:
+            return
+        first = self._book.first(self._draw)
+        left = [one for one in first.namespaces if one[1] != self._draw.namespace]
+        if len(left) < len(first.namespaces):
+            first.namespaces = left
+            self._book.put_first(self._draw, first)
+
+    def hold(self, number: int, token: str) -> None:
+        held = (number, self._book.process.lease(), token)
+        if held not in self._book.draw(self._draw).holders:
+            self._book.change(self._draw).holders.append(held)
+
+    def unhold(self, number: int, token: str) -> bool:
+        current, lease = self._book.process.current, self._book.process.lease()
+        held = self._book.draw(self._draw).holders
+        left = [one for one in held if (one[0], current(one[1]), one[2]) != (number, lease, token)]
+        if len(left) == len(held):
+            return False
+        self._book.change(self._draw).holders = left
+        return True
+
+    def holders(self, number: int) -> Iterable[int]:
+        current = self._book.process.current
+        return [current(lease) for of, lease, _ in self._book.draw(self._draw).holders if of == number]
+
+    def use(self, namespace: str) -> None:
+        name = rows.USE + rows.encoded(namespace)
+        if self._book.row(name) is None:
+            self._book.put(name, rows.dumps(self._book.process.now() / 1e6))
+
+
+class _Ledger(Ledger):
+    """The rows of one key, or of the sums of one run, as a transaction changes them."""
+
+    def __init__(self, book: Book) -> None:
+        self._book = book
+        self._process = book.process
+
+    def lease(self) -> int:
+        return self._process.lease()
+
+    def alive(self, lease: int) -> bool:
+        return self._process.alive(self._process.current(lease))
+
+    def made_by_others(self, leases: set[int]) -> bool:
+        own = self._process.lease()
+        others = {self._process.current(lease) for lease in leases} - {own}
+        return any(map(self._process.alive, others))
+
+    def pending_of(self, lease: int) -> Iterable[tuple[_Rows, int]]:
+        key = _Rows(self._book)
+        return [(key, index) for index, of in self._book.generating().items() if of == lease]
+
+    def end(self, lease: int) -> None:
+        for index, of in self._book.generating().items():
+            if of == lease:
+                self._book.delete(rows.numbered(PENDING, index))
+
+    def stamp(self) -> int:
+        return self._process.stamp()
+
+    def author(self) -> tuple[int, int]:
+        return self._process.lease(), self._process.stamp()
+
+    def prepare(self, claims: Sequence[Claim]) -> Iterable[int]:  # noqa: ARG002 - the session has read it
+        leases = {*self._book.generating().values()}
+        return sorted(lease for lease in leases if not self._process.alive(lease))
+
+    def claimed(self, claim: Claim) -> _Rows:
+        book, question = self._book, claim.question
+        found = _Rows(book, claim.draw, claim.avoid)
+        found.is_new = book.row(rows.KNOWN) is None
+        if found.is_new:
+            book.put(rows.KNOWN, rows.dumps([question.scope, self._process.now() / 1e6]))
+            book.put(rows.QUESTION, question.document)
+        return found
+
+    def draw(self, draw: Draw) -> _Rows:
+        return _Rows(self._book, draw)
+
+    def key(self, name: str) -> _Rows:
+        if self._book.row(rows.KNOWN) is None:
+            raise StoreError(f"the cache knows no key {name}; claim a draw of it first")
+        return _Rows(self._book)
+
+    def store(self, key: str, sample: Sample) -> bool:  # noqa: ARG002 - the book has one key
+        if self._book.row(rows.numbered(SAMPLE, sample.index)) is not None:
+            return False
+        self._book.put_sample(sample)
+        return True
+
+    def store_pending(self, samples: Sequence[tuple[str, Sample]]) -> bool:
+        indices = [sample.index for _, sample in samples]
+        lease = self._process.lease()
+        if len({*indices}) < len(indices) or any(self._book.author(index) != lease for index in indices):
+            return False
+        for _, sample in samples:
+            self._book.delete(rows.numbered(PENDING, sample.index))
+            self._book.put_sample(sample)
+        return True
+
+    # Sums: the key is a run.
+
+    def sums(self, run: str, namespace: str) -> Delivered:  # noqa: ARG002 - the book has one run
+        name = rows.SUMS + rows.encoded(namespace)
+        content = self._book.content(name)
+        return (
+            Delivered()
+            if content is None
+            else rows.load_sums(Delivered.loads, self._book.name, name, content)
+        )
+
+    def put_sums(self, run: str, namespace: str, sums: Delivered) -> None:  # noqa: ARG002 - likewise
+        self._book.put(rows.SUMS + rows.encoded(namespace), sums.dumps())
+
+    def add_unreported(self, run: str, namespace: str, account: Account) -> None:  # noqa: ARG002 - likewise
+        name = rows.UNREPORTED + new_id().encode()
+        self._book.put(name, rows.dumps([namespace, account.dumps().decode()]))
+
+
+def view(book: Book, draw: Draw) -> DrawRows:
+    """Return the rows of a draw and of its key, as operations see them."""
+    return _Rows(book, draw)
+
+
+def ledger(book: Book) -> Ledger:
+    """Return the rows of one key, or of the sums of one run, as operations change them."""
+    return _Ledger(book)

@@ -1,0 +1,154 @@
+"""What an engine of a shared store offers: rows of keys, which are compared and set together.
+
+A row is bytes in a field of a key. An engine does not know what rows mean, except for two prefixes of
+fields: ``s/`` is a sample, and ``p/`` is a pending index. The rows of one key are read and written together;
+those of different keys need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
+
+Rows = dict[bytes, bytes]
+"""The rows of one key by field; a field without a row is missing."""
+
+SAMPLE: Final = b"s/"
+PENDING: Final = b"p/"
+
+DIGEST: Final = 8
+"""The number of bytes at the beginning of a row that are its digest; rows are compared by them."""
+
+TURN: Final = 0.25
+"""Seconds for which a key is reserved for the first process that lost a race for it."""
+
+RECEIPT: Final = 600.0
+"""Seconds for which an engine remembers the last swap of a process on a key."""
+
+
+class Unreachable(Exception):  # noqa: N818 - says what the engine is
+    """The engine cannot answer now: it may answer later, and what was asked may have been done."""
+
+
+class Read(NamedTuple):
+    """What is read of one key, as of one moment.
+
+    Attributes:
+        key: the key.
+        fields: the fields.
+        follow: fields; the samples whose indices are at the beginning of their rows are read too.
+        pending: whether the rows of all pending indices are read too.
+    """
+
+    key: str
+    fields: Sequence[bytes]
+    follow: Sequence[bytes] = ()
+    pending: bool = False
+
+
+@dataclass(slots=True)
+class Swap:
+    """What is written of one key, if the rows that were read are still the same.
+
+    Attributes:
+        key: the key.
+        nonce: names the swap. If the process's last swap of the key had the same one, it has been performed.
+        fair: whether the swap waits while the key is reserved for another process, and reserves it if it
+            fails.
+        expected: the digest of each row that was read; None where there was no row.
+        puts: the rows to write.
+        deletes: the fields whose rows are deleted.
+        wakes: whether those who listen are told, as somebody may wait for what is written.
+    """
+
+    key: str
+    nonce: bytes
+    fair: bool = False
+    expected: dict[bytes, bytes | None] = field(default_factory=dict)
+    puts: Rows = field(default_factory=dict)
+    deletes: list[bytes] = field(default_factory=list)
+    wakes: bool = False
+
+
+class Conflict(NamedTuple):
+    """Why a swap wrote nothing.
+
+    Attributes:
+        rows: the current rows of the fields that it had read.
+        wait: whether the key is reserved for another process.
+    """
+
+    rows: Rows
+    wait: bool
+
+
+class Engine(Protocol):
+    """Stores rows on behalf of many processes. Each method is one round trip and may be called in any thread.
+
+    Each method raises `Unreachable` if the engine cannot answer now, and ``StoreError`` for other failures.
+    """
+
+    where: str
+    """Says where the store is, without credentials."""
+    identity: str
+    """Identifies the store, whatever it is called."""
+
+    def read(self, reads: Sequence[Read]) -> list[Rows]:
+        """Return the rows of each key, as of one moment per key."""
+        ...
+
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
+        """Perform each swap whose expected rows are current, as a whole; return None for it.
+
+        Args:
+            swaps: the swaps, each of another key.
+            who: the lease of the process.
+        """
+        ...
+
+    def open_lease(self, name: str, seconds: float) -> int:
+        """Return the number of a new lease of a process, which ends after some seconds; see `renew_lease`."""
+        ...
+
+    def renew_lease(self, lease: int, seconds: float) -> bool:
+        """Renew a lease on the engine's clock; return False if it has ended: an ended lease stays so."""
+        ...
+
+    def close_lease(self, lease: int) -> None:
+        """End a lease."""
+        ...
+
+    def holders(self, leases: Sequence[int]) -> list[str | None]:
+        """Return the name of the process that holds each lease, or None if the lease has ended."""
+        ...
+
+    def now(self) -> int:
+        """Return the engine's time in microseconds since 1970."""
+        ...
+
+    def rows_of(self, key: str) -> Rows:
+        """Return all rows of a key but the samples."""
+        ...
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
+        """Iterate over the keys with a prefix, in any order, with all rows but the samples.
+
+        A key that is written meanwhile may come twice.
+        """
+        ...
+
+    def listen(self, changed: Callable[[str], None]) -> Callable[[], None] | None:
+        """Call a function, in another thread, with each key that a swap wakes; return what ends this.
+
+        An engine without notifications returns None.
+        """
+        ...
+
+    def inherit(self) -> None:
+        """Begin again in a forked child, without the connections of its parent."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections."""
+        ...

@@ -1,0 +1,267 @@
+"""Listings of a shared store, for people who look at a cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from cachepipe.accounting import Account, Delivered
+from cachepipe.contract.allotment import indices_of
+from cachepipe.contract.draws import SHARED, namespace_of
+from cachepipe.contract.intervals import Interval, IntervalSet, covered
+from cachepipe.contract.keys import Question, encode
+from cachepipe.errors import DamagedCache, UnsafeRow
+from cachepipe.stores.base import (
+    Bought,
+    DiscardInfo,
+    DrawInfo,
+    KeyInfo,
+    NamespaceInfo,
+    Note,
+    Sample,
+    StoredQuestion,
+)
+from cachepipe.stores.remote import rows
+from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
+from cachepipe.stores.remote.rows import DrawRow
+from cachepipe.stores.remote.session import RUN, Session
+
+_WHOLE: Final = 64  # characters that only a whole key has
+_PAGE: Final = 100  # samples that are read in one round trip
+
+
+class Listing:
+    """Iterates over the content of a shared store. Each listing reads all keys that it may name."""
+
+    session: Session
+
+    def _check(self) -> None:
+        """Raise a ``StoreError`` if the store was closed."""
+        raise NotImplementedError
+
+    def _keys(self, prefix: str = "") -> Iterator[_Key]:
+        """Iterate over the questions whose keys have a prefix, in any order."""
+        self._check()
+        if len(prefix) >= _WHOLE and (one := self._key(prefix)) is not None:
+            yield one
+            return
+        seen: set[str] = set()
+        for name, found in self.session.engine.scan(prefix):
+            if rows.KNOWN in found and name not in seen and not name.startswith(RUN):
+                seen.add(name)
+                yield _Key(name, found)
+
+    def _key(self, key: str) -> _Key | None:
+        self._check()
+        found = self.session.asked(lambda: self.session.engine.rows_of(key))
+        return _Key(key, found) if rows.KNOWN in found else None
+
+    def keys(
+        self,
+        prefix: str = "",
+        *,
+        newest: bool = False,
+        scope: str | None = None,
+        namespace: str | None = None,
+        holding: Sequence[str] = (),
+    ) -> Iterator[KeyInfo]:
+        """Iterate over the keys with a prefix, in order of their first request, or newest first.
+
+        Args:
+            prefix: the beginning of the keys.
+            newest: whether the newest comes first.
+            scope: only questions of this scope, or of scopes below it if it is a base URL.
+            namespace: only questions that the namespace with this label has drawn.
+            holding: only questions whose documents contain these texts; the case of ASCII does not matter.
+        """
+        texts = [encode(text)[1:-1].lower() for text in holding]
+        found = [
+            one.info()
+            for one in self._keys(prefix)
+            if one.is_below(scope)
+            and (namespace is None or one.drawn_by(namespace))
+            and all(text in one.document.lower() for text in texts)
+        ]
+        return iter(sorted(found, key=lambda info: (info.at, info.key), reverse=newest))
+
+    def question(self, key: str) -> StoredQuestion | None:
+        """Return the question of a key."""
+        self._check()
+        fields = [rows.KNOWN, rows.QUESTION]
+        [found] = self.session.asked(lambda: self.session.engine.read([Read(key, fields)]))
+        return _Key(key, found).question() if rows.KNOWN in found else None
+
+    def similar(self, question: Question) -> StoredQuestion | None:  # noqa: ARG002 - see below
+        """Return None: finding a similar question would read all of them."""
+        return None
+
+    def sample(self, key: str, index: int) -> Sample | None:
+        """Return one sample of a key; None if it does not exist or was discarded."""
+        return next(self._samples(key, [index]), None)
+
+    def samples(self, key: str) -> Iterator[Sample]:
+        """Iterate over the samples of a key by index; discarded ones are left out."""
+        self._check()
+        [found] = self.session.asked(lambda: self.session.engine.read([Read(key, [rows.LISTED])]))
+        listed = _Key(key, found).indices(rows.LISTED)
+        return self._samples(key, _each(listed))
+
+    def _samples(self, key: str, indices: Iterable[int]) -> Iterator[Sample]:
+        for index, row in self._rows_of_samples(key, indices):
+            sample = rows.load_sample(key, index, row)
+            if isinstance(sample, Sample):
+                yield sample
+
+    def _rows_of_samples(self, key: str, indices: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        self._check()
+        left = iter(indices)
+        while page := list(itertools.islice(left, _PAGE)):
+            read = Read(key, [rows.numbered(SAMPLE, index) for index in page])
+            [found] = self.session.asked(lambda read=read: self.session.engine.read([read]))  # type: ignore[misc]
+            for index, name in zip(page, read.fields, strict=True):
+                if name in found:
+                    yield index, found[name]
+
+    def discards(self, key: str) -> Iterator[DiscardInfo]:
+        """Iterate over the samples of a key that were discarded, by index."""
+        one = self._key(key)
+        for index in () if one is None else rows.indices_in(one.rows, rows.WHY):
+            at, why = one.json(rows.numbered(rows.WHY, index))  # type: ignore[union-attr]
+            yield DiscardInfo(index, at, why)
+
+    def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
+        """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""
+        found = self._keys() if key is None else filter(None, [self._key(key)])
+        infos = [info for one in found for info in one.draws(namespace)]
+        return iter(sorted(infos, key=lambda info: info.at))
+
+    def namespaces(self) -> Iterator[NamespaceInfo]:
+        """Iterate over the namespaces, in order of their first draw; the shared draws are left out."""
+        draws: dict[str, list[int]] = {}
+        first: dict[str, float] = {}
+        samples: dict[str, int] = {}
+        for one in self._keys():
+            for info in one.draws():
+                label = info.draw.namespace
+                counts = draws.setdefault(label, [0, 0])
+                counts[0] += 1
+                counts[1] += info.generated
+                first[label] = min(info.at, first.get(label, info.at))
+            for label, taken in one.taken():
+                samples[label] = samples.get(label, 0) + _size(taken)
+        for label in sorted(first, key=first.__getitem__):
+            if label != SHARED:
+                count, generated = draws[label]
+                yield NamespaceInfo(namespace_of(label), count, samples.get(label, 0), generated)
+
+    def sums(self) -> Iterator[Note]:
+        """Iterate over the sums of the runs, and over what they have left unreported."""
+        self._check()
+        seen: dict[str, Rows] = dict(self.session.engine.scan(RUN))
+        for key, found in seen.items():
+            run = key.removeprefix(RUN)
+            for name, row in found.items():
+                content = rows.unpack(key, name, row)
+                if name.startswith(rows.SUMS):
+                    label = rows.decoded(name[len(rows.SUMS) :])
+                    yield Note(run, label, rows.load_sums(Delivered.loads, key, name, content))
+                elif name.startswith(rows.UNREPORTED):
+                    label, document = rows.loads(key, name, content)
+                    lost = rows.load_sums(Account.loads, key, name, document.encode())
+                    yield Note(run, label, unreported=lost)
+
+    def bought(self) -> Iterator[Bought]:
+        """Iterate over all samples, the discarded ones too, as they count in what was spent."""
+        for one in self._keys():
+            held = covered(sorted(itertools.chain.from_iterable(taken for _, taken in one.taken())))
+            for index, row in self._rows_of_samples(one.name, _each(one.indices(rows.LISTED))):
+                try:
+                    header, gone = rows.header_in(one.name, index, row)
+                except (DamagedCache, UnsafeRow):
+                    header, gone = b"", True
+                yield Bought(one.scope, header, not gone and index in held)
+
+    def totals(self) -> dict[str, int]:
+        """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
+        counts = dict.fromkeys(("keys", "samples", "pending", "draws", "namespaces", "discarded"), 0)
+        labels: set[str] = set()
+        for one in self._keys():
+            info = one.info()
+            counts["keys"] += 1
+            counts["samples"] += info.samples
+            counts["pending"] += info.pending
+            counts["discarded"] += len(rows.indices_in(one.rows, rows.WHY))
+            for draw in one.draws():
+                counts["draws"] += 1
+                labels.add(draw.draw.namespace)
+        counts["namespaces"] = len(labels - {SHARED})
+        return counts
+
+
+class _Key(NamedTuple):
+    """The rows of a question."""
+
+    name: str
+    rows: Rows
+
+    def content(self, name: bytes) -> bytes:
+        return rows.unpack(self.name, name, self.rows[name])
+
+    def json(self, name: bytes) -> Any:
+        return rows.loads(self.name, name, self.content(name))
+
+    def indices(self, name: bytes) -> IntervalSet:
+        return rows.load_set(self.name, name, self.content(name)) if name in self.rows else IntervalSet()
+
+    @property
+    def scope(self) -> str | None:
+        scope: str | None = self.json(rows.KNOWN)[0]
+        return scope
+
+    @property
+    def document(self) -> bytes:
+        return self.content(rows.QUESTION)
+
+    def question(self) -> StoredQuestion:
+        scope, at = self.json(rows.KNOWN)
+        return StoredQuestion(self.name, scope, self.document, at)
+
+    def info(self) -> KeyInfo:
+        scope, at = self.json(rows.KNOWN)
+        pending = len(rows.indices_in(self.rows, PENDING))
+        discarded = len(rows.indices_in(self.rows, rows.WHY))
+        stored = _size(self.indices(rows.LISTED)) - pending - discarded
+        labels = {rows.draw_of(self.name, name).namespace for name in self._names(rows.DRAW)}
+        return KeyInfo(self.name, scope, at, stored, pending, len(labels - {SHARED}))
+
+    def is_below(self, scope: str | None) -> bool:
+        return scope is None or self.scope == scope or (self.scope or "").startswith(f"{scope}/")
+
+    def drawn_by(self, namespace: str) -> bool:
+        return any(rows.draw_of(self.name, name).namespace == namespace for name in self._names(rows.DRAW))
+
+    def draws(self, namespace: str | None = None) -> Iterator[DrawInfo]:
+        for name in self._names(rows.DRAW):
+            draw = rows.draw_of(self.name, name)
+            if namespace is None or draw.namespace == namespace:
+                row = DrawRow.loads(self.name, name, self.content(name))
+                at = min(segment.stamp for segment in row.segments.values()) / 1e6
+                indices = tuple(indices_of(row.segments.values()))
+                yield DrawInfo(draw, indices, sum(row.generated.values()), at)
+
+    def taken(self) -> Iterator[tuple[str, IntervalSet]]:
+        for name in self._names(rows.TAKEN):
+            yield rows.decoded(name[len(rows.TAKEN) :]), self.indices(name)
+
+    def _names(self, prefix: bytes) -> list[bytes]:
+        return [name for name in self.rows if name.startswith(prefix)]
+
+
+def _each(intervals: Iterable[Interval]) -> Iterator[int]:
+    for interval in intervals:
+        yield from range(*interval)
+
+
+def _size(intervals: Iterable[Interval]) -> int:
+    return sum(stop - start for start, stop in intervals)

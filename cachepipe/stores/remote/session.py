@@ -1,0 +1,543 @@
+"""One process's use of a shared store: its lease, its stamps, and its transactions.
+
+A transaction reads the rows of each key, decides on them, and swaps them if they are still current. If they
+are not, it decides again. The swap of one key does not wait for that of another.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from cachepipe.contract.allotment import choose
+from cachepipe.contract.intervals import IntervalSet
+from cachepipe.errors import StoreError, StoreUnreachable
+from cachepipe.stores import operations
+from cachepipe.stores.base import (
+    Claim,
+    Discard,
+    Note,
+    NotePlace,
+    Operation,
+    Process,
+    ReleaseHold,
+    Result,
+)
+from cachepipe.stores.remote import rows
+from cachepipe.stores.remote.book import Book, Known, ledger
+from cachepipe.stores.remote.engine import PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+
+LEASE: Final = 3.0
+"""Seconds for which a lease lasts unless it is renewed, which happens three times as often."""
+PATIENCE: Final = 30.0
+"""Seconds to wait for an engine that does not answer."""
+
+_REMEMBERED: Final = 4096  # keys whose rows are remembered
+_ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive counts as alive
+_PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
+_TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
+_GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
+_TRIES: Final = 20  # times that an error is checked on rows of one moment
+
+RUN: Final = "~"
+"""The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
+
+_T = TypeVar("_T")
+
+
+def patiently(
+    ask: Callable[[], _T],
+    where: str,
+    patience: float,
+    sleep: Callable[[float], None] = time.sleep,
+    ended: threading.Event | None = None,
+) -> _T:
+    """Return what an engine answers; ask again while it does not answer.
+
+    Args:
+        ask: asks the engine.
+        where: says where the engine is.
+        patience: seconds to wait.
+        sleep: waits for some seconds.
+        ended: is set when it is not worth waiting any more.
+
+    Raises:
+        StoreUnreachable: when it has not answered for too long.
+    """
+    until = time.monotonic() + patience
+    pause, last = _PAUSES
+    while True:
+        try:
+            return ask()
+        except Unreachable as error:
+            if time.monotonic() + pause > until or (ended is not None and ended.is_set()):
+                raise StoreUnreachable(
+                    f"the store at {where} has not answered for {patience:g} s: {error}"
+                ) from error
+            sleep(pause)
+            pause = min(2 * pause, last)
+
+
+class Session:
+    """One process's use of a shared store.
+
+    Args:
+        engine: the engine.
+        patience: seconds to wait for an engine that does not answer.
+        lease: seconds for which a lease lasts unless it is renewed.
+        renews: whether a thread renews the lease; a test renews it itself.
+        sleep: waits for some seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        patience: float = PATIENCE,
+        lease: float = LEASE,
+        renews: bool = True,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.engine = engine
+        self.patience = patience
+        self.seconds = lease
+        self._renews = renews
+        self._sleep = sleep
+        self.ended = False
+        self._users = 0
+        self._begin()
+        self._offset = self.asked(engine.now) - time.time_ns() // 1000
+        _sessions.add(self)
+
+    def _begin(self) -> None:
+        """Begin without a lease: at first, and in a forked child, which is a process of its own."""
+        self._lock = threading.Lock()
+        self._leasing = threading.Lock()
+        self._remembered: OrderedDict[str, Known] = OrderedDict()
+        self._lease: int | None = None
+        self._before: set[int] = set()  # leases of this process that have ended
+        self._asked: dict[int, float] = {}  # when others were found alive
+        self._dead: set[int] = set()
+        self._greatest = 0
+        self._ended = threading.Event()
+
+    def inherit(self) -> None:
+        """Begin again in a forked child."""
+        self._begin()
+        self.engine.inherit()
+
+    def join(self) -> None:
+        """Note that a store uses the session."""
+        with self._leasing:
+            self._users += 1
+
+    def leave(self) -> None:
+        """Note that a store does not use the session any more; the last one ends it."""
+        with self._leasing:
+            self._users -= 1
+            self.ended = self._users == 0
+        if self.ended:
+            self._close()
+
+    def _close(self) -> None:
+        """End the lease and close the connections."""
+        self._ended.set()
+        with self._leasing:
+            lease, self._lease = self._lease, None
+        try:
+            if lease is not None:
+                self.engine.close_lease(lease)
+        except (Unreachable, StoreError):
+            pass  # it ends by itself
+        self.engine.close()
+
+    # The engine.
+
+    def asked(self, ask: Callable[[], _T]) -> _T:
+        """Return what the engine answers; ask again while it does not answer.
+
+        Raises:
+            StoreUnreachable: when it has not answered for too long.
+        """
+        return patiently(ask, self.engine.where, self.patience, self._sleep, self._ended)
+
+    # This process, and others.
+
+    def now(self) -> int:
+        """Return the store's time in microseconds since 1970."""
+        return time.time_ns() // 1000 + self._offset
+
+    def stamp(self) -> int:
+        """Return a stamp that is greater than every stamp seen so far."""
+        self._greatest = max(self.now(), self._greatest + 1)
+        return self._greatest
+
+    def see(self, stamp: int) -> None:
+        """Take note of a stamp."""
+        self._greatest = max(self._greatest, stamp)
+
+    def lease(self) -> int:
+        """Return this process's lease; begin one if there is none."""
+        lease = self._lease
+        if lease is None:
+            with self._leasing:
+                if self._lease is None:
+                    name = f"{socket.gethostname()}-{os.getpid()}"
+                    self._lease = self.asked(partial(self.engine.open_lease, name, self.seconds))
+                    if self._renews:
+                        renewing = _Renewal(weakref.ref(self), self._ended, self.seconds / 3)
+                        threading.Thread(target=renewing, name="cachepipe-lease", daemon=True).start()
+                lease = self._lease
+        return lease
+
+    def current(self, lease: int) -> int:
+        """Return this process's lease for one that it had before; another lease unchanged."""
+        return self.lease() if lease in self._before else lease
+
+    def renew(self) -> bool:
+        """Renew the lease; if it has ended, the next transaction begins another. Return False without one."""
+        with self._leasing:
+            lease = self._lease
+            if lease is not None and not self.engine.renew_lease(lease, self.seconds):
+                self._before.add(lease)
+                self._lease = None
+        return self._lease is not None
+
+    def is_own(self, lease: int) -> bool:
+        """Return True if a lease is this process's, or was."""
+        return lease == self._lease or lease in self._before
+
+    def is_other(self, lease: int) -> bool:
+        """Return True if a lease is that of another process, which is alive."""
+        return not self.is_own(lease) and self.alive(lease)
+
+    def alive(self, lease: int) -> bool:
+        """Return True if the process of a lease is alive; once it was dead, it stays dead."""
+        if self.is_own(lease):
+            return True
+        if lease in self._dead:
+            return False
+        asked = self._asked.get(lease)
+        if asked is not None and time.monotonic() - asked < _ALIVE_FOR:
+            return True
+        return self.process(lease) is not None
+
+    def process(self, lease: int) -> Process | None:
+        """Return the process of a lease, or None if it is dead."""
+        [name] = self.asked(lambda: self.engine.holders([lease]))
+        if name is None:
+            self._dead.add(lease)
+            return None
+        self._asked[lease] = time.monotonic()
+        return Process(name)
+
+    # Reading.
+
+    def book(self, key: str, found: Rows | None = None, fields: Iterable[bytes] = ()) -> Book:
+        """Return the rows of a key: those that are remembered, or those that were just read together.
+
+        Args:
+            key: the key.
+            found: what was read.
+            fields: the fields that were read.
+        """
+        lately = found is not None
+        known: Known = dict(self._remembered.get(key, ())) if found is None else dict.fromkeys(fields)
+        known |= found or {}
+        read_all = partial(self._read_all, key)
+        return Book(key, known, partial(self._read, key), read_all, self, whole=lately, lately=lately)
+
+    def _read(self, key: str, fields: Sequence[bytes]) -> Rows:
+        return self.asked(lambda: self.engine.read([Read(key, fields)]))[0]
+
+    def _read_all(self, key: str) -> Rows:
+        return self.asked(lambda: self.engine.rows_of(key))
+
+    def books(self, reads: Sequence[Read]) -> list[Book]:
+        """Return the rows of keys, read in one round trip."""
+        pages = self.asked(lambda: self.engine.read(reads))
+        return [self.book(read.key, page, read.fields) for read, page in zip(reads, pages, strict=True)]
+
+    # Transactions.
+
+    def transact(self, asked: Sequence[Operation]) -> list[Result | StoreError]:
+        """Perform operations; those of one key are one transaction.
+
+        Returns:
+            The result of each operation, or the error of those that were refused after others were performed.
+
+        Raises:
+            StoreError: when an operation is refused; then none was performed.
+        """
+        with self._lock:
+            return _Transaction(self, asked).run()
+
+    def again(self, book: Book, current: Rows) -> Book:
+        """Return the rows of a key whose swap has met a conflict.
+
+        Args:
+            book: the rows that were used.
+            current: those of them that exist.
+        """
+        known = {**book.known, **dict.fromkeys(book.shown), **current}
+        read_all = partial(self._read_all, book.name)
+        return Book(book.name, known, partial(self._read, book.name), read_all, self, whole=book.whole)
+
+    def pause(self) -> None:
+        """Wait while a key is reserved for another process."""
+        self._sleep(_TURN * (0.5 + random.random()))  # noqa: S311 - spreads the processes
+
+    def remembered(self, key: str) -> Known:
+        """Return the rows of a key that are remembered."""
+        return self._remembered.get(key, {})
+
+    def remember(self, key: str, known: Known | None) -> None:
+        """Remember the rows of a key, or nothing of it."""
+        self._remembered.pop(key, None)
+        if known is not None:
+            self._remembered[key] = known
+            if len(self._remembered) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+
+
+class _Transaction:
+    """Operations, performed key by key.
+
+    Args:
+        session: the session.
+        asked: the operations.
+    """
+
+    def __init__(self, session: Session, asked: Sequence[Operation]) -> None:
+        self._session = session
+        self._asked = asked
+        self._results: list[Any] = [None] * len(asked)
+        self._places: dict[str, list[int]] = {}
+        for place, operation in enumerate(asked):
+            self._places.setdefault(key_of(operation), []).append(place)
+
+    def run(self) -> list[Result | StoreError]:
+        """Perform the operations; return their results."""
+        session = self._session
+        decided = [self._decide(book) for book in self._begin()]
+        swaps = {book.name: (book, swap) for book, swap in decided if swap is not None}
+        for book, swap in decided:
+            if swap is None:
+                session.remember(book.name, book.written())
+        try:
+            while swaps:
+                swaps = self._swap(swaps)
+        except StoreUnreachable as error:
+            for key in swaps:
+                self._fail(key, error)
+        return self._results
+
+    def _of(self, key: str) -> list[Operation]:
+        return [self._asked[place] for place in self._places[key]]
+
+    # Reading.
+
+    def _begin(self) -> list[Book]:
+        """Return the books of all keys, with what their operations will probably need."""
+        session = self._session
+        planned = {key: session_plan(session, key, self._of(key)) for key in self._places}
+        reads = [read for read in planned.values() if read is not None]
+        books = dict(zip((read.key for read in reads), session.books(reads) if reads else (), strict=True))
+        self._read_more(books)
+        return [books.get(key) or session.book(key) for key in self._places]
+
+    def _read_more(self, books: dict[str, Book]) -> None:
+        """Read the samples that claims will probably be granted, and the draws that they follow (C3)."""
+        reads = [read for book in books.values() if (read := _more(book, self._of(book.name)))]
+        if not reads:
+            return
+        session = self._session
+        for read, page in zip(reads, session.asked(lambda: session.engine.read(reads)), strict=True):
+            books[read.key].learn(dict.fromkeys(read.fields) | page)
+
+    # Deciding and writing.
+
+    def _decide(self, book: Book) -> tuple[Book, Swap | None]:
+        """Perform the operations of a key on its rows; return what is to be swapped."""
+        asked = self._of(book.name)
+        fair = any(type(operation) is Claim for operation in asked)
+        for _ in range(_TRIES):
+            try:
+                results = operations.perform(ledger(book), asked)
+                swap = book.swap(fair=fair)
+            except StoreError:
+                if book.lately:
+                    raise
+                book = self._session.books([book.all_used()])[0]  # the rows may not be of one moment
+                continue
+            for place, result in zip(self._places[book.name], results, strict=True):
+                self._results[place] = result
+            return book, swap
+        raise StoreError(f"key {book.name} is changed all the time by others; try again")
+
+    def _swap(self, swaps: dict[str, tuple[Book, Swap]]) -> dict[str, tuple[Book, Swap]]:
+        """Swap rows; return what is to be swapped next, where others were faster."""
+        session = self._session
+        who = session.lease()
+        wanted = [swap for _, swap in swaps.values()]
+        found = session.asked(lambda: session.engine.swap(wanted, who))
+        again: dict[str, tuple[Book, Swap]] = {}
+        waits = False
+        for (key, (book, _)), conflict in zip(swaps.items(), found, strict=True):
+            if conflict is None:
+                session.remember(key, book.written())
+                continue
+            waits = waits or conflict.wait
+            fresh = session.again(book, conflict.rows)
+            try:
+                fresh, swap = self._decide(fresh)
+            except StoreUnreachable:
+                raise
+            except StoreError as error:
+                self._fail(key, error)
+                continue
+            if swap is None:
+                session.remember(key, fresh.written())
+            else:
+                again[key] = fresh, swap
+        if waits:
+            session.pause()
+        return again
+
+    def _fail(self, key: str, error: StoreError) -> None:
+        for place in self._places[key]:
+            self._results[place] = error
+        self._session.remember(key, None)
+
+
+def key_of(operation: Operation) -> str:
+    """Return the key whose rows an operation changes; the sums of a run have one of their own."""
+    if isinstance(operation, Claim | ReleaseHold | NotePlace):
+        return operation.draw.key
+    return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
+
+
+def session_plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None:
+    """Return what the operations of a key will probably need; None if that is remembered."""
+    known = session.remembered(key)
+    fields: dict[bytes, None] = {}
+    follow: dict[bytes, None] = {}
+    for operation in asked:
+        match operation:
+            case Claim(draw=draw, user=user):
+                names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+                if not draw.shared:
+                    names.append(rows.first_field(draw))
+                if user is not None:
+                    names.append(rows.USE + rows.encoded(user))
+                fields.update(dict.fromkeys(names))
+                follow[rows.draw_field(draw)] = None
+            case ReleaseHold(draw=draw) | NotePlace(draw=draw):
+                fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
+                follow[rows.draw_field(draw)] = None
+            case Discard(index=index):
+                fields[rows.numbered(SAMPLE, index)] = None
+            case Note(namespace=namespace):
+                name = rows.SUMS + rows.encoded(namespace)
+                if name not in known:
+                    fields[name] = None
+            case _:
+                pass
+    if not fields and known:
+        return None
+    guesses = _likely(key, known, asked)
+    fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
+    return Read(key, [rows.KNOWN, rows.LISTED, *fields], [*follow], pending=True)
+
+
+def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
+    """Return the indices that new draws would be granted if the known rows were current, at most some."""
+
+    def load(name: bytes) -> IntervalSet:
+        row = known.get(name)
+        return IntervalSet() if row is None else rows.load_set(key, name, rows.unpack(key, name, row))
+
+    wanted: dict[str, int] = {}
+    for operation in asked:
+        if isinstance(operation, Claim) and known.get(rows.draw_field(operation.draw)) is None:
+            namespace = operation.draw.namespace
+            wanted[namespace] = wanted.get(namespace, 0) + operation.n
+    listed = load(rows.LISTED)
+    found: dict[int, None] = {}
+    for namespace, n in wanted.items():
+        taken = load(rows.taken_field(namespace))
+        for _ in range(min(n, _GUESSES)):
+            index = choose(listed, taken, None)
+            taken.add(index)
+            found[index] = None
+    return list(found)
+
+
+def _more(book: Book, asked: Sequence[Operation]) -> Read | None:
+    """Return what claims need beyond what was read first; None if that is nothing."""
+    fields: dict[bytes, None] = {}
+    follow: dict[bytes, None] = {}
+    for operation in asked:
+        if not isinstance(operation, Claim) or operation.draw.shared or operation.refresh:
+            continue
+        draw = operation.draw
+        if (
+            book.known.get(rows.draw_field(draw)) is None
+            and book.known.get(rows.first_field(draw)) is not None
+        ):
+            for label in book.earliest(draw):
+                name = rows.draw_field(draw._replace(namespace=label))
+                if name not in book.known:
+                    fields[name] = follow[name] = None
+    for index in _likely(book.name, book.known, asked):
+        name, pending = rows.numbered(SAMPLE, index), rows.numbered(PENDING, index)
+        if name not in book.known and pending not in book.known and book.lists(index):
+            fields[name] = None
+    return Read(book.name, [*fields], [*follow]) if fields else None
+
+
+class _Renewal:
+    """Renews the lease of a session until the session ends.
+
+    Args:
+        session: the session.
+        ended: is set when it ends.
+        seconds: the time between two renewals.
+    """
+
+    def __init__(self, session: weakref.ref[Session], ended: threading.Event, seconds: float) -> None:
+        self._session = session
+        self._ended = ended
+        self._seconds = seconds
+
+    def __call__(self) -> None:
+        while not self._ended.wait(self._seconds):
+            session = self._session()
+            if session is None:
+                return
+            try:
+                if not session.renew():
+                    return
+            except (Unreachable, StoreError):
+                pass  # it is tried again, and begun anew if it has ended meanwhile
+            del session
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        session.inherit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,150 @@
+"""A store that many machines share, on any engine."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import weakref
+from collections.abc import Sequence
+
+from cachepipe.contract.draws import Draw
+from cachepipe.contract.intervals import IntervalSet
+from cachepipe.errors import StoreError
+from cachepipe.stores import operations
+from cachepipe.stores.base import Grant, Operation, Process, Result, State
+from cachepipe.stores.queued import Queued
+from cachepipe.stores.remote import rows
+from cachepipe.stores.remote.book import view
+from cachepipe.stores.remote.engine import Read
+from cachepipe.stores.remote.listing import Listing
+from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.states import States
+from cachepipe.stores.writer import Writer
+
+_stores: weakref.WeakSet[RemoteStore] = weakref.WeakSet()
+
+
+class RemoteStore(Queued, Listing):
+    """A store that many machines share.
+
+    What is asked on an event loop never waits for the engine: `recall` finds nothing there, so that known
+    draws are claimed, and claims travel together.
+
+    Args:
+        session: this process's use of the store.
+        read_only: whether nothing is written.
+        wait_for_others: seconds to wait for a sample that another live process generates.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        read_only: bool = False,
+        wait_for_others: float | None = None,
+    ) -> None:
+        self.session = session
+        self.identity = session.engine.identity
+        self.read_only = read_only
+        self.why_read_only = "it was opened with read_only=True" if read_only else ""
+        self.wait_for_others = wait_for_others
+        session.join()
+        self._closed = False
+        self._writer = Writer(self)
+        self._states = States(session)
+        _stores.add(self)
+
+    def __repr__(self) -> str:
+        return f"<RemoteStore {self.session.engine.where}{' read-only' if self.read_only else ''}>"
+
+    def inherit(self) -> None:
+        """Begin again in a forked child."""
+        self._writer = Writer(self)
+        self._states = States(self.session)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise StoreError(f"the cache {self.session.engine.where} was closed; open it again")
+
+    # Applying operations.
+
+    def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:  # noqa: ARG002 - see below
+        """Return None: an engine answers later."""
+        self._check()
+        return None
+
+    def write(self, operations: Sequence[Operation]) -> list[Result | StoreError]:
+        """Apply the operations, those of one key as one transaction, in the calling thread."""
+        if self.read_only:
+            raise StoreError(f"the cache {self.session.engine.where} cannot be written: {self.why_read_only}")
+        return self.session.transact(operations)
+
+    def tidy(self) -> None:
+        """Do nothing."""
+
+    # Reading.
+
+    def recall(self, draw: Draw, n: int) -> Grant | None:
+        """Return the first n samples of a draw whose samples are all stored, else None.
+
+        On an event loop it returns None at once: a claim then reads them, together with others.
+        """
+        self._check()
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
+            return None
+        name = rows.draw_field(draw)
+        [book] = self.session.books([Read(draw.key, [name], [name], pending=True)])
+        found = view(book, draw)
+        grant = operations.recall(found, n) if found.segments else None
+        if grant is not None:
+            leases = {segment.lease for segment in found.segments}
+            grant.shared = any(map(self.session.is_other, leases))
+        return grant
+
+    def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
+        """Return what a claim would get if all of its samples are stored, else None."""
+        self._check()
+        name = rows.draw_field(draw)
+        fields = [rows.LISTED, rows.taken_field(draw.namespace), rows.first_field(draw), name]
+        [book] = self.session.books([Read(draw.key, fields, [name], pending=True)])
+        return operations.replay(view(book, draw), draw, n, taken)
+
+    def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
+        """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
+
+        On an event loop these are the states that a thread has found; what it has not looked at is pending.
+        """
+        self._check()
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
+            return self._states.latest(wanted)
+        return self._states.now(wanted)
+
+    def generator(self, key: str, index: int) -> Process | None:
+        """Return the process that generates a sample, or None."""
+        return self._states.generator(key, index)
+
+    def close(self) -> None:
+        """Write what is queued, end the lease and close the connections."""
+        if self._closed:
+            return
+        self._writer.stop()
+        self._closed = True
+        self._states.close()
+        self.session.leave()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Write what is still queued when the interpreter ends."""
+    for store in list(_stores):
+        store.close()
+
+
+def _after_fork() -> None:
+    for store in list(_stores):
+        store.inherit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,174 @@
+"""An engine of shared stores in memory: several stores, each as a process of its own, share one table."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from cachepipe.stores.remote.engine import (
+    DIGEST,
+    PENDING,
+    RECEIPT,
+    SAMPLE,
+    TURN,
+    Conflict,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+)
+
+
+class MemoryEngine:
+    """Rows in dictionaries, with faults that a test switches on.
+
+    Args:
+        clock: returns the time in seconds since 1970.
+
+    Attributes:
+        rows: the rows of each key.
+        before_swap: called with the swaps before they are performed; a test may change rows, or raise
+            `Unreachable`.
+        after_swap: called with the swaps after they were performed, before anyone hears of it.
+        trips: the number of calls.
+    """
+
+    where = "memory"
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.identity = f"memory:{secrets.token_hex(8)}"
+        self.rows: dict[str, Rows] = {}
+        self.before_swap: Callable[[Sequence[Swap]], None] | None = None
+        self.after_swap: Callable[[Sequence[Swap]], None] | None = None
+        self.trips = 0
+        self.down = False
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(1)
+        self._leases: dict[int, tuple[str, float]] = {}
+        self._turns: dict[str, tuple[int, float]] = {}
+        self._receipts: dict[tuple[str, int], tuple[bytes, float]] = {}
+        self._listeners: list[Callable[[str], None]] = []
+
+    def __repr__(self) -> str:
+        return f"<MemoryEngine {len(self.rows)} keys, {self.trips} trips>"
+
+    def _called(self) -> None:
+        self.trips += 1
+        if self.down:
+            raise Unreachable("it is down")
+
+    def read(self, reads: Sequence[Read]) -> list[Rows]:
+        """Return the rows of each key."""
+        self._called()
+        with self._lock:
+            return [self._read(read) for read in reads]
+
+    def _read(self, read: Read) -> Rows:
+        there = self.rows.get(read.key, {})
+        wanted = list(read.fields)
+        for name in read.follow:
+            indices = there.get(name, b"")[DIGEST:].partition(b"\n")[0]
+            wanted += [SAMPLE + index for index in indices.split(b",") if index]
+        if read.pending:
+            wanted += [name for name in there if name.startswith(PENDING)]
+        return {name: there[name] for name in wanted if name in there}
+
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
+        """Perform each swap whose expected rows are current."""
+        self._called()
+        if self.before_swap is not None:
+            self.before_swap(swaps)
+        with self._lock:
+            results = [self._swap(swap, who) for swap in swaps]
+        if self.after_swap is not None:
+            self.after_swap(swaps)
+        return results
+
+    def _swap(self, swap: Swap, who: int) -> Conflict | None:
+        there, now = self.rows.setdefault(swap.key, {}), self._clock()
+        nonce, until = self._receipts.get((swap.key, who), (b"", 0.0))
+        if nonce == swap.nonce and now < until:
+            return None
+        holder, until = self._turns.get(swap.key, (who, 0.0))
+        reserved = swap.fair and now < until and holder != who
+        current = {name: there[name] for name in swap.expected if name in there}
+        changed = any(
+            current.get(name, b"")[:DIGEST] != (digest or b"") for name, digest in swap.expected.items()
+        )
+        if reserved or changed:
+            if swap.fair and now >= until:
+                self._turns[swap.key] = (who, now + TURN)
+            return Conflict(current, reserved)
+        there.update(swap.puts)
+        for name in swap.deletes:
+            there.pop(name, None)
+        self._receipts[swap.key, who] = (swap.nonce, now + RECEIPT)
+        if holder == who:
+            self._turns.pop(swap.key, None)
+        for listener in list(self._listeners) if swap.wakes else ():
+            listener(swap.key)
+        return None
+
+    def open_lease(self, name: str, seconds: float) -> int:
+        """Return the number of a new lease."""
+        self._called()
+        with self._lock:
+            lease = next(self._numbers)
+            self._leases[lease] = (name, self._clock() + seconds)
+            return lease
+
+    def renew_lease(self, lease: int, seconds: float) -> bool:
+        """Renew a lease; return False if it has ended."""
+        self._called()
+        with self._lock:
+            [name] = self.holders([lease])
+            if name is None:
+                return False
+            self._leases[lease] = (name, self._clock() + seconds)
+            return True
+
+    def close_lease(self, lease: int) -> None:
+        """End a lease."""
+        self._called()
+        self._leases.pop(lease, None)
+
+    def holders(self, leases: Sequence[int]) -> list[str | None]:
+        """Return the name of the process that holds each lease."""
+        self._called()
+        found = [self._leases.get(lease, (None, 0.0)) for lease in leases]
+        return [name if self._clock() < until else None for name, until in found]
+
+    def now(self) -> int:
+        """Return the time in microseconds since 1970."""
+        self._called()
+        return int(self._clock() * 1e6)
+
+    def rows_of(self, key: str) -> Rows:
+        """Return all rows of a key but the samples."""
+        return dict(self.scan(key)).get(key, {})
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
+        """Iterate over the keys with a prefix, without the samples."""
+        self._called()
+        with self._lock:
+            found = [
+                (key, {name: row for name, row in there.items() if not name.startswith(SAMPLE)})
+                for key, there in self.rows.items()
+                if key.startswith(prefix)
+            ]
+        return iter(found)
+
+    def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
+        """Call a function with each key that is woken."""
+        self._listeners.append(changed)
+        return lambda: self._listeners.remove(changed)
+
+    def inherit(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing: others may use it."""
