@@ -20,7 +20,7 @@ def _leaves():
         st.tuples(st.just("samples"), st.integers(1, 4)),
         st.tuples(st.just("memo"), _TOPICS),
         st.tuples(st.just("future"), _TOPICS),
-        st.tuples(st.just("turns"), st.integers(1, 20)),
+        st.tuples(st.just("turns"), st.integers(1, 20)),  # and a request, which limits how many come in a row
         st.tuples(st.just("push")),
         st.tuples(st.just("pop")),
         st.tuples(st.just("lock")),
@@ -108,7 +108,7 @@ class Interpreter:
     async def do_turns(self, who, last, count):
         for _ in range(count):
             await asyncio.sleep(0)
-        return last
+        return await self.do_ask(who, last, looks=True)
 
     async def do_push(self, who, last):
         self._pool.append(last)

@@ -49,6 +49,14 @@ def test_a_thread_is_waited_for_and_takes_no_virtual_time():
     assert run(main) == ("done", 0)
 
 
+def test_a_thread_may_act_before_a_distant_timer():
+    async def main():
+        async with asyncio.timeout(86400):
+            await asyncio.to_thread(lambda: None)
+
+    run(main)
+
+
 def test_what_would_wait_for_ever_is_an_error(monkeypatch):
     monkeypatch.setattr(loop, "_PATIENCE", 0)
 
