@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, indices_of, lowest_new
-from cachepipe.contract.draws import Draw
+from cachepipe.contract.draws import Draw, is_own
 from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
@@ -100,7 +100,7 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
     lease, stamp = ledger.author()
     token, grant.held, standing = (claim.token, (0,), 0) if missing else (None, (), n)
     rows.add(Segment(0, 0, grant.indices, lease, token, stamp, standing), len(grant.mine))
-    grant.added, grant.fresh_id = n, known and draw.named
+    grant.added, grant.fresh_id = n, known and is_own(draw.request_id)
     return grant
 
 
