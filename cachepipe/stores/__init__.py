@@ -10,6 +10,7 @@ from cachepipe.stores.base import Store
 from cachepipe.stores.disk import DiskStore
 from cachepipe.stores.folders import expanded, homeless
 from cachepipe.stores.memory import MemoryStore
+from cachepipe.stores.remote import is_url, shown
 
 __all__ = [
     "DiskStore",
@@ -55,8 +56,10 @@ def check_folder(name: str | os.PathLike[str]) -> None:
     """
     if name == "":
         raise StoreError("a cache is a folder; got ''. Omit it to use the default folder")
-    if isinstance(name, str) and "://" in name:
-        raise StoreError(f"a cache is a folder, not a URL; got {name.rpartition('@')[2]!r}")
+    if isinstance(name, str) and "://" in name and not is_url(name):
+        raise StoreError(
+            f"a cache is a folder or the URL of a server, such as valkey://host:6379; got {shown(name)!r}"
+        )
 
 
 def open_store(
@@ -66,7 +69,7 @@ def open_store(
     wait_for_others: float | None = None,
     read_only: bool | None = None,
 ) -> tuple[Store, bool]:
-    """Return the store for a path, a ``diskcache.Cache``, a store, or None for the default folder.
+    """Return the store for a path, a URL, a ``diskcache.Cache``, a store, or None for the default folder.
 
     Returns:
         The store, and whether this function opened it, so that the caller must close it.
@@ -77,6 +80,10 @@ def open_store(
         return cache, False
     if isinstance(cache, str):
         check_folder(cache)
+        if is_url(cache):
+            from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - only when it is needed
+
+            return open_url(cache, read_only=bool(read_only), wait_for_others=wait_for_others), True
     if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):
         store = DiskStore(
             cache,
@@ -86,5 +93,5 @@ def open_store(
         )
         return store, True
     raise TypeError(
-        f"cache= takes a folder, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"
+        f"cache= takes a folder, a URL, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"
     )

@@ -109,6 +109,8 @@ class MemoryEngine:
         self._receipts[swap.key, who] = (swap.nonce, now + RECEIPT)
         if holder == who:
             self._turns.pop(swap.key, None)
+        for listener in list(self._listeners) if swap.wakes else ():
+            listener(swap.key)
         return None
 
     def open_lease(self, name: str, seconds: float) -> int:
@@ -145,6 +147,10 @@ class MemoryEngine:
         self._called()
         return int(self._clock() * 1e6)
 
+    def rows_of(self, key: str) -> Rows:
+        """Return all rows of a key but the samples."""
+        return dict(self.scan(key)).get(key, {})
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, without the samples."""
         self._called()
@@ -155,12 +161,6 @@ class MemoryEngine:
                 if key.startswith(prefix)
             ]
         return iter(found)
-
-    def wake(self, key: str) -> None:
-        """Tell the listeners that the rows of a key have changed."""
-        self._called()
-        for listener in list(self._listeners):
-            listener(key)
 
     def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
         """Call a function with each key that is woken."""

@@ -8,7 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite("cachepipe.testing.contract")
 
-from cachepipe import DiskStore, MemoryStore, OnlineAPI, Request, StoreError  # noqa: E402 - after the rewriting is asked for
+from cachepipe import DiskStore, MemoryStore, OnlineAPI, Request, StoreError, open_store  # noqa: E402 - after the rewriting is asked for
 from cachepipe.contract.draws import Draw  # noqa: E402 - likewise
 from cachepipe.contract.intervals import IntervalSet  # noqa: E402 - likewise
 from cachepipe.stores.remote.session import Session  # noqa: E402 - likewise
@@ -45,6 +45,17 @@ class TestRemoteStore(StoreContract):
 
     def make_store(self, tmp_path):
         return RemoteStore(Session(MemoryEngine()))
+
+
+class TestValkeyStore(StoreContract):
+    """The store that machines share, on a real server."""
+
+    @pytest.fixture(autouse=True)
+    def url(self, new_valkey_url):
+        self.url = new_valkey_url()
+
+    def make_store(self, tmp_path):
+        return open_store(self.url)[0]
 
 
 READS = {

@@ -1,8 +1,9 @@
-"""Several processes on one cache folder: each is started for real, and talks over its pipes."""
+"""Several processes on one cache: each is started for real, and talks over its pipes."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import signal
 import sqlite3
@@ -10,9 +11,12 @@ import subprocess
 import sys
 import time
 
+import inside
 import pytest
 
-from cachepipe import DiskStore
+from cachepipe import open_store
+from cachepipe.stores.remote import rows
+from cachepipe.stores.remote.engine import PENDING
 
 WARNINGS = ["-W", "error", "-W", "ignore:most requests"]  # in one namespace, each worker's ids are new
 
@@ -101,12 +105,12 @@ class Worker:
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Start a worker on the test's folder; whatever is left of it is killed at the end."""
+def start(cache):
+    """Start a worker on the test's cache; whatever is left of it is killed at the end."""
     workers = []
 
-    def begin(name, body, folder=tmp_path / "cache"):
-        workers.append(Worker(folder, name, body))
+    def begin(name, body):
+        workers.append(Worker(cache, name, body))
         return workers[-1]
 
     yield begin
@@ -114,13 +118,41 @@ def start(tmp_path):
         worker.close()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "cache"
+@pytest.fixture(params=["folder", "valkey"])
+def cache(request, tmp_path):
+    """A folder or a URL; a lease on the server ends a second after its process."""
+    return (
+        tmp_path / "cache"
+        if request.param == "folder"
+        else f"{request.getfixturevalue('new_valkey_url')()}&lease=1"
+    )
 
 
-def check_ledger(folder):
+def check_ledger(cache):
     """What is taken is what draws hold, and what is listed is stored or being generated."""
+    if isinstance(cache, str):
+        check_server(cache)
+    else:
+        check_folder(cache)
+
+
+def check_server(url):
+    store, _ = open_store(url)
+    with contextlib.closing(store):
+        held = collections.defaultdict(set)
+        for info in store.draws():
+            assert held[info.draw.namespace, info.draw.key].isdisjoint(info.indices), "C1"
+            held[info.draw.namespace, info.draw.key].update(info.indices)
+        assert inside.taken(store) == held
+        for key, found in store.session.engine.scan(""):
+            listed = inside.indices(key, rows.LISTED, found)
+            pending = {*rows.indices_in(found, PENDING)}
+            stored = {sample.index for sample in store.samples(key)}
+            assert listed == stored | pending
+            assert not stored & pending
+
+
+def check_folder(folder):
     ledger = sqlite3.connect(folder / "ledger.cache.db")
     spans = collections.defaultdict(set)
     for owner, key, start, stop in ledger.execute("SELECT owner, key, start, stop FROM intervals"):
@@ -179,7 +211,7 @@ def crowd(start, namespace):
     return reports
 
 
-def test_four_processes_in_one_namespace_share_the_work_and_no_sample(start, folder):
+def test_four_processes_in_one_namespace_share_the_work_and_no_sample(start, cache):
     """C1, C4, C6, C7: 25 questions with 16 draws each cost 400 samples, whoever generates them."""
     reports = crowd(start, "one")
     got = collections.defaultdict(list)
@@ -191,8 +223,8 @@ def test_four_processes_in_one_namespace_share_the_work_and_no_sample(start, fol
     assert len(made) == 400
     assert sorted(made) == sorted(sample for samples in got.values() for sample in samples)
     assert sum(not flag for report in reports for *_, cached in report["got"] for flag in cached) == 400
-    check_ledger(folder)
-    store = DiskStore(folder)
+    check_ledger(cache)
+    store, _ = open_store(cache)
     assert store.totals() == {
         "keys": 25,
         "samples": 400,
@@ -204,7 +236,7 @@ def test_four_processes_in_one_namespace_share_the_work_and_no_sample(start, fol
     store.close()
 
 
-def test_four_processes_in_namespaces_of_their_own_generate_what_one_needs(start, folder):
+def test_four_processes_in_namespaces_of_their_own_generate_what_one_needs(start, cache):
     """C4: the samples generated number the largest count that any one namespace has drawn."""
     reports = crowd(start, "")
     made = [sample for report in reports for sample in report["made"]]
@@ -214,7 +246,7 @@ def test_four_processes_in_namespaces_of_their_own_generate_what_one_needs(start
         assert sorted(data) == sorted(made)
     flags = [flag for report in reports for *_, cached in report["got"] for flag in cached]
     assert flags.count(False) == 100
-    check_ledger(folder)
+    check_ledger(cache)
 
 
 def test_a_rerun_in_another_process_is_identical_and_free(start):
@@ -314,7 +346,7 @@ def test_a_sample_that_another_process_generates_is_awaited_not_bought_again(sta
 
 
 @pytest.mark.parametrize("end", ["kill", "fail"])
-def test_when_the_other_process_dies_or_fails_the_waiter_generates_the_sample(start, folder, end):
+def test_when_the_other_process_dies_or_fails_the_waiter_generates_the_sample(start, cache, end):
     """C4 and C8: no clock decides, so it takes seconds at most."""
     holder, waiter = held(start)
     begun = time.monotonic()
@@ -327,14 +359,14 @@ def test_when_the_other_process_dies_or_fails_the_waiter_generates_the_sample(st
     assert waited["data"] == waited["made"]
     assert (waited["cached"], waited["calls"]) == ([False], 1)
     waiter.end()
-    check_ledger(folder)
+    check_ledger(cache)
 
 
-def test_what_a_killed_process_had_stored_is_not_bought_again(start, folder):
+def test_what_a_killed_process_had_stored_is_not_bought_again(start, cache):
     """C7: with one of three samples stored, two are taken over."""
     holder, waiter = held(start, n=3)
     holder.tell("go")
-    store = DiskStore(folder)
+    store, _ = open_store(cache)
     [key] = [info.key for info in store.keys("")]
     while not (stored := [json.loads(sample.payload) for sample in store.samples(key)]):
         pass  # the other process tells nobody when its first sample is down
@@ -347,9 +379,10 @@ def test_what_a_killed_process_had_stored_is_not_bought_again(start, folder):
     assert sorted(waited["data"]) == sorted(stored + waited["made"])
     assert sorted(waited["cached"]) == [False, False, True]
     waiter.end()
-    check_ledger(folder)
+    check_ledger(cache)
 
 
+@pytest.mark.parametrize("cache", ["folder"], indirect=True)
 def test_a_stopped_process_keeps_its_lease(start):
     """A process that is alive but slow loses nothing: the operating system's lock decides."""
     holder, waiter = held(start)
@@ -361,6 +394,27 @@ def test_a_stopped_process_keeps_its_lease(start):
     holder.tell("go")
     answers = [worker.hear()["data"] for worker in (holder, waiter, observer)]
     assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("cache", ["valkey"], indirect=True)
+def test_c6_what_a_stopped_process_brings_late_is_kept_as_an_extra(start, cache):
+    """On a server a lease ends by the clock: another process generates the sample, and both are kept."""
+    holder, waiter = held(start)
+    holder.process.send_signal(signal.SIGSTOP)
+    waited = waiter.hear()
+    assert (waited["cached"], waited["calls"]) == ([False], 1)
+    holder.process.send_signal(signal.SIGCONT)
+    holder.tell("go")
+    late = holder.hear()
+    assert late["data"] == waited["data"], "the draw of both is that of the one who was in time"
+    assert late["cached"] == [True]
+    store, _ = open_store(cache)
+    with contextlib.closing(store):
+        [key] = [info.key for info in store.keys("")]
+        kept = [json.loads(sample.payload) for sample in store.samples(key)]
+    assert kept[:1] == waited["data"]
+    assert len(kept) == 2
+    check_ledger(cache)
 
 
 BIG = """
@@ -382,7 +436,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_two_processes_with_ten_thousand_requests_each_lose_nothing(start, folder):
+def test_two_processes_with_ten_thousand_requests_each_lose_nothing(start, cache):
     """C4 and C7: in two namespaces, they generate together what one of them needs."""
     workers = [start(name, BIG) for name in ("one", "two")]
     assert all(worker.hear()["ready"] for worker in workers)
@@ -394,8 +448,8 @@ def test_two_processes_with_ten_thousand_requests_each_lose_nothing(start, folde
     assert [report["got"] for report in reports] == [10_000, 10_000]
     assert sum(report["made"] for report in reports) == 10_000
     assert sum(report["stats"]["misses"] for report in reports) == 10_000
-    check_ledger(folder)
-    store = DiskStore(folder)
+    check_ledger(cache)
+    store, _ = open_store(cache)
     totals = store.totals()
     assert (totals["keys"], totals["samples"], totals["draws"]) == (5000, 10_000, 20_000)
     store.close()

@@ -10,18 +10,36 @@ import collections
 import contextvars
 import random
 
+import inside
 import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cachepipe
-from cachepipe import Batch, OnlineAPI, Request, ShortAnswer
+from cachepipe import Batch, DiskStore, MemoryStore, OnlineAPI, Request, ShortAnswer, open_store
 from cachepipe.stores.base import Discard
-from cachepipe.testing import FaultyStore
+from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.store import RemoteStore
+from cachepipe.testing import FaultyStore, MemoryEngine
 from cachepipe.testing.models import ScriptedError, ScriptedModel
 
 NAMESPACES = [None, "a", "b"]
+
+
+@pytest.fixture(scope="session", params=["memory", "disk", "remote", "valkey"])
+def new_store(request, tmp_path_factory):
+    """A function that opens a new, empty store of each kind."""
+    match request.param:
+        case "memory":
+            return MemoryStore
+        case "disk":
+            return lambda: DiskStore(tmp_path_factory.mktemp("cache"))
+        case "remote":
+            return lambda: RemoteStore(Session(MemoryEngine()))
+        case _:
+            new_url = request.getfixturevalue("new_valkey_url")
+            return lambda: open_store(new_url())[0]
 
 
 def label(namespace):
@@ -196,16 +214,6 @@ class Crowd:
     def ledger(self):
         return {info.draw: info.indices for info in self.store.draws()}
 
-    def taken(self):
-        rows = self.store._readable()[0].execute(
-            "SELECT n.label, k.key, s.start, s.stop FROM intervals s JOIN keys k ON k.id = s.key"
-            " JOIN namespaces n ON n.id = s.owner WHERE s.owner > 0"
-        )
-        sets = collections.defaultdict(set)
-        for namespace, key, start, stop in rows:
-            sets[namespace, key].update(range(start, stop))
-        return dict(sets)
-
     def check_independence(self):
         """C1, on what callers received and on the ledger; C2: what was received is on record."""
         owners = {}
@@ -236,12 +244,10 @@ class Crowd:
         gone = collections.defaultdict(set)
         for key, index in self.discarded:
             gone[key].add(index)
-        taken = self.taken()
+        taken = inside.taken(self.store)
         assert all(taken.get(place, set()) >= indices for place, indices in union.items())
         assert all(indices <= union[place] | gone[place[1]] for place, indices in taken.items())
-        connection = self.store._readable()[0]
-        assert connection.execute("SELECT count(*) FROM pending").fetchone() == (0,)
-        assert connection.execute("SELECT count(*) FROM holders").fetchone() == (0,)
+        assert inside.unfinished(self.store) == (0, 0)
         stored = self.stored() | self.discarded
         for (_, key), indices in union.items():
             assert all((key, index) in stored for index in indices), "a draw stands with a sample missing"

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import inside
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -30,10 +31,12 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.stores import reading
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
-from cachepipe.stores.remote import rows, session
+from cachepipe.stores.remote import session
 from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
+from cachepipe.stores.remote.urls import Asked
+from cachepipe.stores.remote.valkey import ValkeyEngine, client_of
 from cachepipe.stores.verify import IntegrityReport, check_rows
 from cachepipe.testing import MemoryEngine, MortalStore
 
@@ -103,18 +106,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def taken(self):
         """Return the store's sets of what each namespace has taken, by namespace and key."""
-        rows = (
-            self.processes[0]
-            ._readable()[0]
-            .execute(
-                "SELECT n.label, k.key, s.start, s.stop FROM intervals s JOIN keys k ON k.id = s.key"
-                " JOIN namespaces n ON n.id = s.owner WHERE s.owner > 0"
-            )
-        )
-        sets = collections.defaultdict(set)
-        for namespace, key, start, stop in rows:
-            sets[namespace, key].update(range(start, stop))
-        return sets
+        return inside.taken(self.processes[0])
 
     def there(self, key, indices):
         """Tell whether samples are stored, or were and are discarded."""
@@ -548,18 +540,28 @@ class RemoteMachine(DiskMachine):
         assert not any(isinstance(result, Exception) for result in results)
         return results
 
-    def taken(self):
-        sets = collections.defaultdict(set)
-        for key, found in self.engine.scan(""):
-            for name, row in found.items():
-                if name.startswith(rows.TAKEN):
-                    intervals = rows.load_set(key, name, rows.unpack(key, name, row))
-                    owner = rows.decoded(name[len(rows.TAKEN) :])
-                    sets[owner, key] = {index for one in intervals for index in range(*one)}
-        return sets
-
     def check(self):
         """Do nothing: ``verify`` reads SQL."""
+
+
+class ValkeyMachine(RemoteMachine):
+    """The same on a real server."""
+
+    new_url = None
+
+    def make_engine(self):
+        asked = Asked(self.new_url())
+        return ValkeyEngine(client_of(asked.options(), cluster=False), asked.where, asked.prefix)
+
+    def teardown(self):
+        super().teardown()
+        if hasattr(self, "engine"):
+            self.engine.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _server(new_valkey_url):
+    ValkeyMachine.new_url = staticmethod(new_valkey_url)
 
 
 @pytest.fixture(autouse=True)
@@ -571,7 +573,9 @@ def _ask_each_time_who_lives(monkeypatch):
 TestMemory = StoreMachine.TestCase
 TestDisk = DiskMachine.TestCase
 TestRemote = RemoteMachine.TestCase
+TestValkey = ValkeyMachine.TestCase
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
 TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, phases=PHASES)
 TestDisk.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
 TestRemote.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
+TestValkey.settings = settings(max_examples=10, stateful_step_count=40, deadline=None, phases=PHASES)

@@ -221,7 +221,8 @@ class Book:
             indices.write(name)
         if not self._puts and not self._deletes and self.lately:
             return None
-        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, list(self._deletes))
+        wakes = any(name.startswith(PENDING) for name in self._deletes)
+        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, [*self._deletes], wakes)
 
     def written(self) -> Known:
         """Return the known rows after the swap that are worth remembering."""

@@ -59,6 +59,7 @@ class Swap:
         expected: the digest of each row that was read; None where there was no row.
         puts: the rows to write.
         deletes: the fields whose rows are deleted.
+        wakes: whether those who listen are told, as somebody may wait for what is written.
     """
 
     key: str
@@ -67,6 +68,7 @@ class Swap:
     expected: dict[bytes, bytes | None] = field(default_factory=dict)
     puts: Rows = field(default_factory=dict)
     deletes: list[bytes] = field(default_factory=list)
+    wakes: bool = False
 
 
 class Conflict(NamedTuple):
@@ -125,6 +127,10 @@ class Engine(Protocol):
         """Return the engine's time in microseconds since 1970."""
         ...
 
+    def rows_of(self, key: str) -> Rows:
+        """Return all rows of a key but the samples."""
+        ...
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples.
 
@@ -132,12 +138,8 @@ class Engine(Protocol):
         """
         ...
 
-    def wake(self, key: str) -> None:
-        """Tell all processes that the rows of a key have changed. It is a hint, and may be lost."""
-        ...
-
     def listen(self, changed: Callable[[str], None]) -> Callable[[], None] | None:
-        """Call a function, in another thread, with each key that a process wakes; return what ends this.
+        """Call a function, in another thread, with each key that a swap wakes; return what ends this.
 
         An engine without notifications returns None.
         """

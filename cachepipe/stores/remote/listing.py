@@ -27,6 +27,7 @@ from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
 from cachepipe.stores.remote.rows import DrawRow
 from cachepipe.stores.remote.session import RUN, Session
 
+_WHOLE: Final = 64  # characters that only a whole key has
 _PAGE: Final = 100  # samples that are read in one round trip
 
 
@@ -42,6 +43,9 @@ class Listing:
     def _keys(self, prefix: str = "") -> Iterator[_Key]:
         """Iterate over the questions whose keys have a prefix, in any order."""
         self._check()
+        if len(prefix) >= _WHOLE and (one := self._key(prefix)) is not None:
+            yield one
+            return
         seen: set[str] = set()
         for name, found in self.session.engine.scan(prefix):
             if rows.KNOWN in found and name not in seen and not name.startswith(RUN):
@@ -49,7 +53,9 @@ class Listing:
                 yield _Key(name, found)
 
     def _key(self, key: str) -> _Key | None:
-        return next((one for one in self._keys(key) if one.name == key), None)
+        self._check()
+        found = self.session.asked(lambda: self.session.engine.rows_of(key))
+        return _Key(key, found) if rows.KNOWN in found else None
 
     def keys(
         self,

@@ -25,6 +25,7 @@ from cachepipe.stores.base import (
     Claim,
     Discard,
     Note,
+    NotePlace,
     Operation,
     Process,
     ReleaseHold,
@@ -52,6 +53,39 @@ RUN: Final = "~"
 _T = TypeVar("_T")
 
 
+def patiently(
+    ask: Callable[[], _T],
+    where: str,
+    patience: float,
+    sleep: Callable[[float], None] = time.sleep,
+    ended: threading.Event | None = None,
+) -> _T:
+    """Return what an engine answers; ask again while it does not answer.
+
+    Args:
+        ask: asks the engine.
+        where: says where the engine is.
+        patience: seconds to wait.
+        sleep: waits for some seconds.
+        ended: is set when it is not worth waiting any more.
+
+    Raises:
+        StoreUnreachable: when it has not answered for too long.
+    """
+    until = time.monotonic() + patience
+    pause, last = _PAUSES
+    while True:
+        try:
+            return ask()
+        except Unreachable as error:
+            if time.monotonic() + pause > until or (ended is not None and ended.is_set()):
+                raise StoreUnreachable(
+                    f"the store at {where} has not answered for {patience:g} s: {error}"
+                ) from error
+            sleep(pause)
+            pause = min(2 * pause, last)
+
+
 class Session:
     """One process's use of a shared store.
 
@@ -77,6 +111,8 @@ class Session:
         self.seconds = lease
         self._renews = renews
         self._sleep = sleep
+        self.ended = False
+        self._users = 0
         self._begin()
         self._offset = self.asked(engine.now) - time.time_ns() // 1000
         _sessions.add(self)
@@ -98,7 +134,20 @@ class Session:
         self._begin()
         self.engine.inherit()
 
-    def close(self) -> None:
+    def join(self) -> None:
+        """Note that a store uses the session."""
+        with self._leasing:
+            self._users += 1
+
+    def leave(self) -> None:
+        """Note that a store does not use the session any more; the last one ends it."""
+        with self._leasing:
+            self._users -= 1
+            self.ended = self._users == 0
+        if self.ended:
+            self._close()
+
+    def _close(self) -> None:
         """End the lease and close the connections."""
         self._ended.set()
         with self._leasing:
@@ -118,18 +167,7 @@ class Session:
         Raises:
             StoreUnreachable: when it has not answered for too long.
         """
-        until = time.monotonic() + self.patience
-        pause, last = _PAUSES
-        while True:
-            try:
-                return ask()
-            except Unreachable as error:
-                if time.monotonic() + pause > until or self._ended.is_set():
-                    raise StoreUnreachable(
-                        f"the store at {self.engine.where} has not answered for {self.patience:g} s: {error}"
-                    ) from error
-                self._sleep(pause)
-                pause = min(2 * pause, last)
+        return patiently(ask, self.engine.where, self.patience, self._sleep, self._ended)
 
     # This process, and others.
 
@@ -221,7 +259,7 @@ class Session:
         return self.asked(lambda: self.engine.read([Read(key, fields)]))[0]
 
     def _read_all(self, key: str) -> Rows:
-        return self.asked(lambda: dict(self.engine.scan(key)).get(key, {}))
+        return self.asked(lambda: self.engine.rows_of(key))
 
     def books(self, reads: Sequence[Read]) -> list[Book]:
         """Return the rows of keys, read in one round trip."""
@@ -382,7 +420,7 @@ class _Transaction:
 
 def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
-    if isinstance(operation, Claim | ReleaseHold):
+    if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
@@ -402,7 +440,7 @@ def session_plan(session: Session, key: str, asked: Sequence[Operation]) -> Read
                     names.append(rows.USE + rows.encoded(user))
                 fields.update(dict.fromkeys(names))
                 follow[rows.draw_field(draw)] = None
-            case ReleaseHold(draw=draw):
+            case ReleaseHold(draw=draw) | NotePlace(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
             case Discard(index=index):

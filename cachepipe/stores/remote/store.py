@@ -35,7 +35,6 @@ class RemoteStore(Queued, Listing):
         session: this process's use of the store.
         read_only: whether nothing is written.
         wait_for_others: seconds to wait for a sample that another live process generates.
-        shares_session: whether others use the session too, so that the store does not close it.
     """
 
     def __init__(
@@ -44,14 +43,13 @@ class RemoteStore(Queued, Listing):
         *,
         read_only: bool = False,
         wait_for_others: float | None = None,
-        shares_session: bool = False,
     ) -> None:
         self.session = session
         self.identity = session.engine.identity
         self.read_only = read_only
         self.why_read_only = "it was opened with read_only=True" if read_only else ""
         self.wait_for_others = wait_for_others
-        self._shares_session = shares_session
+        session.join()
         self._closed = False
         self._writer = Writer(self)
         self._states = States(session)
@@ -133,8 +131,7 @@ class RemoteStore(Queued, Listing):
         self._writer.stop()
         self._closed = True
         self._states.close()
-        if not self._shares_session:
-            self.session.close()
+        self.session.leave()
 
 
 @atexit.register

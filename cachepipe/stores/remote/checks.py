@@ -1,0 +1,56 @@
+"""What must be true of a Valkey or Redis server so that it does not lose samples in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+SETTINGS: Final = ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy", "min-replicas-to-write")
+"""The settings of the server that are looked at."""
+
+_OLDEST: Final = (7, 0)
+
+
+class Unfit(Exception):  # noqa: N818 - says what the server is
+    """A server cannot hold a cache; the message is the rest of a sentence about it."""
+
+
+def faults(info: Mapping[str, Any], settings: Mapping[str, str]) -> Iterator[str]:
+    """Iterate over what a server may lose, each as the rest of a sentence about it.
+
+    Args:
+        info: what the server says of itself.
+        settings: its settings; empty if it does not tell them.
+
+    Raises:
+        Unfit: when it cannot be used at all.
+    """
+    version = str(info.get("redis_version", "0"))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:
+        raise Unfit(f"has version {version}. A cache needs Valkey, or Redis 7.0 or later: update the server")
+    if info.get("role") == "slave":
+        raise Unfit("is a replica, which cannot be written. Name its primary in the URL")
+    policy = settings.get("maxmemory-policy", "noeviction")
+    if policy != "noeviction" and settings.get("maxmemory", "0") != "0":
+        raise Unfit(
+            f"has maxmemory-policy {policy}, which deletes paid samples when its memory is full. "
+            "Run: CONFIG SET maxmemory-policy noeviction, and set it in the server's configuration"
+        )
+    if not settings:
+        yield (
+            "does not tell its settings (CONFIG GET is not allowed). Check that it has appendonly yes and "
+            "maxmemory-policy noeviction"
+        )
+        return
+    if settings.get("appendonly") != "yes":
+        yield (
+            "keeps samples in memory only: it loses them when it stops. Run: CONFIG SET appendonly yes, and "
+            "set it in the server's configuration"
+        )
+    elif settings.get("appendfsync") == "no":
+        yield ("leaves it to the system when samples go to the disk. Run: CONFIG SET appendfsync everysec")
+    if int(info.get("connected_slaves", 0)) and settings.get("min-replicas-to-write", "0") == "0":
+        yield (
+            "confirms samples that no replica has, and a failover loses those. "
+            "Run: CONFIG SET min-replicas-to-write 1, to lose fewer"
+        )

@@ -1,0 +1,81 @@
+#!lua name=cachepipe1
+-- Compares and sets the rows of one key of a store; decides nothing. KEYS are its hashes: rows, samples, pending.
+
+local DIGEST = 8
+
+local function hash_of(keys, field)
+  local prefix = string.sub(field, 1, 2)
+  if prefix == 's/' then return keys[2] end
+  if prefix == 'p/' then return keys[3] end
+  return keys[1]
+end
+
+local function row_of(keys, field)
+  return redis.call('HGET', hash_of(keys, field), field)
+end
+
+-- read: (with pending?), (count of followed fields), followed fields ..., fields ...
+-- Returns the rows of the fields, and a list of further fields and rows.
+local function read(keys, args)
+  local pending, followed = args[1] == '1', tonumber(args[2])
+  local rows, more = {}, {}
+  for at = 3 + followed, #args do
+    rows[#rows + 1] = row_of(keys, args[at])
+  end
+  for at = 3, 2 + followed do
+    local row = row_of(keys, args[at])
+    if row then
+      for index in string.gmatch(string.match(string.sub(row, DIGEST + 1), '^[^\n]*'), '%d+') do
+        local field = 's/' .. index
+        local sample = row_of(keys, field)
+        if sample then
+          more[#more + 1] = field
+          more[#more + 1] = sample
+        end
+      end
+    end
+  end
+  if pending then
+    local found = redis.call('HGETALL', keys[3])
+    for at = 1, #found do more[#more + 1] = found[at] end
+  end
+  return {rows, more}
+end
+
+-- swap: KEYS also has the receipt of the process, and the turn.
+-- ARGV: nonce, process, fair?, milliseconds of a turn, milliseconds of a receipt, channel, key,
+-- count, fields and digests ..., count, fields and rows ..., fields to delete ...
+-- Returns {0} if it was performed, else {1} or, while it is another's turn, {2}, and the current rows.
+local function swap(keys, args)
+  local nonce, who, fair = args[1], args[2], args[3] == '1'
+  if redis.call('GET', keys[4]) == nonce then return {0} end
+  local turn = redis.call('GET', keys[5])
+  local reserved = fair and turn and turn ~= who
+  local at, rows, changed = 9, {}, false
+  for number = 1, tonumber(args[8]) do
+    local row = row_of(keys, args[at])
+    rows[number] = row
+    if (row and string.sub(row, 1, DIGEST) or '') ~= args[at + 1] then changed = true end
+    at = at + 2
+  end
+  if reserved or changed then
+    if fair and not turn then redis.call('SET', keys[5], who, 'PX', args[4]) end
+    return {reserved and 2 or 1, rows}
+  end
+  local puts = tonumber(args[at])
+  at = at + 1
+  for _ = 1, puts do
+    redis.call('HSET', hash_of(keys, args[at]), args[at], args[at + 1])
+    at = at + 2
+  end
+  for place = at, #args do
+    redis.call('HDEL', hash_of(keys, args[place]), args[place])
+  end
+  redis.call('SET', keys[4], nonce, 'PX', args[5])
+  if turn == who then redis.call('DEL', keys[5]) end
+  if args[6] ~= '' then redis.call('PUBLISH', args[6], args[7]) end
+  return {0}
+end
+
+redis.register_function{function_name = 'cachepipe1_read', callback = read, flags = {'no-writes'}}
+redis.register_function('cachepipe1_swap', swap)

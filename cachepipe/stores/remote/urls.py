@@ -1,0 +1,137 @@
+"""Opens the shared store that a URL names.
+
+Credentials come from the URL, from CACHEPIPE_VALKEY_USERNAME and CACHEPIPE_VALKEY_PASSWORD, or from a file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from cachepipe.errors import StoreError
+from cachepipe.stores.remote import SCHEMES, shown
+from cachepipe.stores.remote.session import LEASE, PATIENCE, Session, patiently
+from cachepipe.stores.remote.store import RemoteStore
+
+_TLS: Final = {"ca": "ca_certs", "cert": "certfile", "key": "keyfile"}
+"""Options with files of TLS, and what the client calls them."""
+_OPTIONS: Final = ("prefix", "patience", "lease", "timeout", "password_file", "db", *_TLS)
+
+PREFIX: Final = "cachepipe"
+"""The beginning of the keys on a server, unless the URL says otherwise."""
+TIMEOUT: Final = 5.0
+"""Seconds to wait for an answer of the server."""
+
+_sessions: weakref.WeakValueDictionary[tuple[str, int], Session] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+class Asked:
+    """What a URL says.
+
+    Args:
+        url: the URL.
+
+    Raises:
+        StoreError: when it is not valid.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.where = shown(url)
+        try:
+            self.parts = urlsplit(url)
+            self.host, self.port = self.parts.hostname or "localhost", self.parts.port or 6379
+        except ValueError:
+            raise self._invalid("has no valid host or port") from None
+        self._options = {name: values[-1] for name, values in parse_qs(self.parts.query).items()}
+        unknown = sorted({*self._options}.difference(_OPTIONS))
+        if unknown:
+            raise self._invalid(f"has the unknown option {unknown[0]!r}; known are {', '.join(_OPTIONS)}")
+        self.prefix = self._options.get("prefix", PREFIX)
+        if not self.prefix or any(sign in self.prefix for sign in "{}"):
+            raise self._invalid("has a prefix that is empty or has braces")
+        self.scheme = SCHEMES[self.parts.scheme]
+        self.cluster = self.parts.scheme.endswith("+cluster")
+
+    def _invalid(self, what: str) -> StoreError:
+        return StoreError(f"the URL of the cache {self.where} {what}")
+
+    def number(self, name: str, default: float) -> float:
+        """Return the number of an option."""
+        written = self._options.get(name)
+        try:
+            number = default if written is None else float(written)
+        except ValueError:
+            number = -1.0
+        if not 0 < number < float("inf"):
+            raise self._invalid(f"has {name}={written}; it is a number of seconds above 0")
+        return number
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the client."""
+        timeout = self.number("timeout", TIMEOUT)
+        options: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        options |= self.credentials()
+        if self.scheme == "unix":
+            return options | {"unix_socket_path": self.parts.path, "db": self.database()}
+        options |= {"host": self.host, "port": self.port}
+        if self.scheme == "valkeys":
+            named = {
+                f"ssl_{name}": self._options[option]
+                for option, name in _TLS.items()
+                if option in self._options
+            }
+            options |= {"ssl": True, **named}
+        return options if self.cluster else options | {"db": self.database()}
+
+    def database(self) -> int:
+        """Return the number of the database."""
+        path = self.parts.path if self.scheme != "unix" else ""
+        written = self._options.get("db") or path.strip("/") or "0"
+        if not written.isdigit():
+            raise self._invalid(f"names the database {written!r}; it is a number")
+        return int(written)
+
+    def credentials(self) -> dict[str, str]:
+        """Return the user name and the password, as far as there are any."""
+        environment = os.environ
+        username = unquote(self.parts.username or "") or environment.get("CACHEPIPE_VALKEY_USERNAME", "")
+        password = unquote(self.parts.password or "")
+        if not password and (file := self._options.get("password_file")):
+            try:
+                password = Path(file).expanduser().read_text("utf-8").strip()
+            except (OSError, ValueError) as error:
+                raise self._invalid(f"names a password file that cannot be read: {error}") from None
+        password = password or environment.get("CACHEPIPE_VALKEY_PASSWORD", "")
+        given = {"username": username, "password": password}
+        return {name: value for name, value in given.items() if value}
+
+
+def open_url(url: str, *, read_only: bool = False, wait_for_others: float | None = None) -> RemoteStore:
+    """Return the store that a URL names. Stores of one process on equal URLs are one process to others.
+
+    Raises:
+        StoreError: when the URL is not valid, or the server cannot be used.
+    """
+    with _lock:
+        session = _sessions.get((url, os.getpid()))
+        if session is None or session.ended:
+            session = _sessions[url, os.getpid()] = _session(Asked(url))
+        return RemoteStore(session, read_only=read_only, wait_for_others=wait_for_others)
+
+
+def _session(asked: Asked) -> Session:
+    try:
+        from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise StoreError(f"the cache {asked.where} cannot be opened: {error}") from error
+    client, patience = (
+        valkey.client_of(asked.options(), cluster=asked.cluster),
+        asked.number("patience", PATIENCE),
+    )
+    engine = patiently(lambda: valkey.ValkeyEngine(client, asked.where, asked.prefix), asked.where, patience)
+    return Session(engine, patience=patience, lease=asked.number("lease", LEASE))

@@ -1,0 +1,394 @@
+"""An engine on a Valkey or Redis server.
+
+The rows of a key are in three hashes of one slot: samples, pending indices, and the others. Two functions of
+the server, `functions.lua`, compare and set them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from itertools import islice
+from typing import Any, Final
+
+from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
+from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults
+from cachepipe.stores.remote.engine import RECEIPT, TURN, Conflict, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.rows import decoded, encoded
+
+try:
+    from valkey import Valkey, exceptions
+    from valkey.backoff import NoBackoff
+    from valkey.cluster import ClusterPipeline, ValkeyCluster
+    from valkey.retry import Retry
+except ImportError as error:  # pragma: no cover - the tests have it
+    raise ImportError("a cache on a server needs valkey: pip install 'cachepipe[valkey]'") from error
+
+FORMAT: Final = 1
+"""The version of the rows and keys on the server."""
+
+_LIBRARY: Final = "cachepipe1"
+_PAGE: Final = 100  # keys whose rows are read in one round trip
+_SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
+_LISTENS: Final = 1.0  # seconds after which a listener looks whether it is still wanted
+_GLOB: Final = re.compile(rb"([*?\[\]\\])")
+
+_LATER: Final = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.ClusterError,
+    exceptions.TryAgainError,
+    exceptions.AskError,
+    exceptions.ValkeyClusterException,
+    OSError,
+)
+"""What may pass: the server is away, starts, is full, or is being replaced by another one."""
+_LATER_CODES: Final = (
+    "LOADING",
+    "CLUSTERDOWN",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "BUSY",
+    "OOM",
+    "READONLY",
+    "TRYAGAIN",
+)
+_NEVER: Final = (exceptions.AuthenticationError, exceptions.AuthorizationError)
+
+Client = Any
+"""A client of a server or of a cluster; both have the same methods."""
+
+
+def client_of(options: dict[str, Any], *, cluster: bool) -> Client:
+    """Return a client that tries nothing twice by itself: the session does so."""
+    if cluster:
+        return _Cluster(**options)
+    return Valkey(**options, retry=Retry(NoBackoff(), 0))
+
+
+class ValkeyEngine:
+    """Rows on a server or a cluster.
+
+    Args:
+        client: the client.
+        where: says where the server is, without credentials.
+        prefix: the beginning of all keys.
+    """
+
+    def __init__(self, client: Client, where: str, prefix: str) -> None:
+        self._client = client
+        self.where = where
+        self._prefix = encoded(prefix)
+        self._channel = self._prefix + b":changed"
+        self._check()
+        self._load()
+        self.identity = self._signed()
+
+    def __repr__(self) -> str:
+        return f"<ValkeyEngine {self.where}>"
+
+    # Opening.
+
+    def _check(self) -> None:
+        """Refuse a server that would lose samples in silence; warn of one that may lose some."""
+        try:
+            for told in faults(self._ask(lambda client: client.info()), self._settings()):
+                warn(f"the server at {self.where} {told}", RiskyServer)
+        except Unfit as error:
+            raise StoreError(f"the server at {self.where} {error}") from None
+
+    def _settings(self) -> dict[str, str]:
+        """Return the settings of the server; none if it does not tell them."""
+        try:
+            found: dict[str, str] = self._ask(lambda client: client.config_get(*SETTINGS))
+        except _Refused:
+            return {}
+        return found
+
+    def _load(self) -> None:
+        """Load the functions into the server, unless it has them."""
+        code = resources.files(__package__).joinpath("functions.lua").read_text("utf-8")
+        try:
+            self._ask(lambda client: client.function_load(code, replace=True))
+        except _Refused as refused:
+            if not refused.code.startswith("NOPERM"):
+                raise StoreError(
+                    f"the server at {self.where} cannot load functions: {refused}. A cache needs Valkey, or "
+                    "Redis 7.0 or later"
+                ) from refused
+            # Somebody else may have loaded them; if not, the first call says so.
+
+    def _signed(self) -> str:
+        """Return the identity of the store; make one if it is new."""
+        name = self._prefix + b":meta"
+        new = secrets.token_hex(8)
+
+        def sign(pipeline: Any) -> None:
+            pipeline.hsetnx(name, "format", FORMAT)
+            pipeline.hsetnx(name, "identity", new)
+            pipeline.hgetall(name)
+
+        meta = self._pipelined(sign)[-1]
+        if int(meta[b"format"]) > FORMAT:
+            raise FormatError(
+                f"the cache {self.where} has format {int(meta[b'format'])}, and this version of cachepipe "
+                f"knows formats up to {FORMAT}. Update cachepipe"
+            )
+        return f"valkey:{meta[b'identity'].decode()}"
+
+    # Asking.
+
+    def _ask(self, ask: Callable[[Client], Any]) -> Any:
+        try:
+            return ask(self._client)
+        except (exceptions.ValkeyError, exceptions.ValkeyClusterException, OSError) as error:
+            raise self._ours(error) from None  # the client's error may quote what was sent
+
+    def _ours(self, error: Exception) -> Exception:
+        """Return our error for one of the client's."""
+        told = str(error).rpartition("of pipeline caused error: ")[2]
+        if isinstance(error, _NEVER) or told.startswith(("NOAUTH", "WRONGPASS")):
+            return StoreError(
+                f"the server at {self.where} refuses the credentials: {told}. Give them in the URL, in "
+                "CACHEPIPE_VALKEY_USERNAME and CACHEPIPE_VALKEY_PASSWORD, or with ?password_file=PATH"
+            )
+        if isinstance(error, _LATER) or told.startswith(_LATER_CODES):
+            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+        return _Refused(self.where, told)
+
+    def _pipelined(self, fill: Callable[[Any], None]) -> list[Any]:
+        """Return the answers to commands that travel together.
+
+        Raises:
+            Unreachable: when the server has answered none of them, or may answer one of them later.
+        """
+
+        def ask(client: Client) -> list[Any]:
+            with client.pipeline(transaction=False) as pipeline:
+                fill(pipeline)
+                answers: list[Any] = pipeline.execute(raise_on_error=False)
+                return answers
+
+        answers = self._ask(ask)
+        errors = [self._ours(answer) for answer in answers if isinstance(answer, Exception)]
+        if not errors:
+            return list(answers)
+        if any(isinstance(error, _Refused) and error.code.endswith("Function not found") for error in errors):
+            self._load()  # a server that was emptied, or took over, does not have them
+            raise Unreachable("the server had lost the functions")
+        raise next((error for error in errors if not isinstance(error, Unreachable)), errors[0])
+
+    # Names.
+
+    def _names(self, key: str) -> tuple[bytes, bytes, bytes]:
+        """Return the names of the hashes of a key."""
+        base = b"%b:{%b}:" % (self._prefix, encoded(key))
+        return base + b"b", base + b"s", base + b"p"
+
+    def _lease(self, lease: int) -> bytes:
+        return b"%b:lease:%d" % (self._prefix, lease)
+
+    # Rows.
+
+    def read(self, reads: Sequence[Read]) -> list[Rows]:
+        """Return the rows of each key, as of one moment per key."""
+
+        def fill(pipeline: Any) -> None:
+            for read in reads:
+                follow = list(read.follow)
+                arguments = [int(read.pending), len(follow), *follow, *read.fields]
+                pipeline.fcall(f"{_LIBRARY}_read", 3, *self._names(read.key), *arguments)
+
+        return [
+            _rows(read.fields, rows) | _paired(more)
+            for read, (rows, more) in zip(reads, self._pipelined(fill), strict=True)
+        ]
+
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
+        """Perform each swap whose expected rows are current, as a whole; return None for it."""
+
+        def fill(pipeline: Any) -> None:
+            for swap in swaps:
+                names = self._names(swap.key)
+                base = names[0][:-1]
+                keys = (*names, b"%br:%d" % (base, who), base + b"t")
+                pipeline.fcall(f"{_LIBRARY}_swap", len(keys), *keys, *self._arguments(swap, who))
+
+        return [
+            None if not state else Conflict(_rows([*swap.expected], rows[0]), state == _RESERVED)
+            for swap, (state, *rows) in zip(swaps, self._pipelined(fill), strict=True)
+        ]
+
+    def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
+        found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(RECEIPT * 1000)]
+        found += [self._channel if swap.wakes else b"", encoded(swap.key), len(swap.expected)]
+        for name, digest in swap.expected.items():
+            found += (name, digest or b"")
+        found.append(len(swap.puts))
+        for name, row in swap.puts.items():
+            found += (name, row)
+        return found + swap.deletes
+
+    def rows_of(self, key: str) -> Rows:
+        """Return all rows of a key but the samples."""
+        return self._all([self._names(key)[0]])[0]
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
+        """Iterate over the keys with a prefix, in any order, with all rows but the samples."""
+        before = b"%b:{" % self._prefix
+        pattern = _GLOB.sub(rb"\\\1", before + encoded(prefix)) + b"*}:b"
+        names = self._scanned(pattern)
+        while page := list(islice(names, _PAGE)):
+            for name, rows in zip(page, self._all(page), strict=True):
+                yield decoded(name[len(before) : -len(b"}:b")]), rows
+
+    def _scanned(self, pattern: bytes) -> Iterator[bytes]:
+        names = self._ask(lambda client: client.scan_iter(match=pattern, count=_SCANNED))
+        while True:
+            name = self._ask(lambda _: next(names, None))
+            if name is None:
+                return
+            yield name
+
+    def _all(self, names: Sequence[bytes]) -> list[Rows]:
+        """Return the rows in hashes, with the pending indices beside them."""
+
+        def fill(pipeline: Any) -> None:
+            for name in names:
+                pipeline.hgetall(name)
+                pipeline.hgetall(name[:-1] + b"p")
+
+        found = self._pipelined(fill)
+        return [one | other for one, other in zip(found[::2], found[1::2], strict=True)]
+
+    # Leases.
+
+    def open_lease(self, name: str, seconds: float) -> int:
+        """Return the number of a new lease. It is random: a server that lost writes may count again."""
+        lease = secrets.randbits(62)
+        self._ask(lambda client: client.set(self._lease(lease), name, px=int(seconds * 1000), nx=True))
+        return lease
+
+    def renew_lease(self, lease: int, seconds: float) -> bool:
+        """Renew a lease on the server's clock; return False if it has ended."""
+        return bool(self._ask(lambda client: client.pexpire(self._lease(lease), int(seconds * 1000))))
+
+    def close_lease(self, lease: int) -> None:
+        """End a lease."""
+        self._ask(lambda client: client.delete(self._lease(lease)))
+
+    def holders(self, leases: Sequence[int]) -> list[str | None]:
+        """Return the name of the process that holds each lease, or None if the lease has ended."""
+
+        def fill(pipeline: Any) -> None:
+            for lease in leases:
+                pipeline.get(self._lease(lease))
+
+        return [None if name is None else name.decode() for name in self._pipelined(fill)]
+
+    def now(self) -> int:
+        """Return the server's time in microseconds since 1970."""
+        seconds, microseconds = self._ask(lambda client: client.time())
+        return int(seconds) * 1_000_000 + int(microseconds)
+
+    # Notifications.
+
+    def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
+        """Call a function, in another thread, with each key that a swap wakes; return what ends this."""
+        ended = threading.Event()
+        listening = _Listening(self._client, self._channel, changed, ended)
+        threading.Thread(target=listening, name="cachepipe-listener", daemon=True).start()
+        return ended.set
+
+    # The end.
+
+    def inherit(self) -> None:
+        """Do nothing: the client makes new connections in a forked child."""
+
+    def close(self) -> None:
+        """Close the connections."""
+        with contextlib.suppress(exceptions.ValkeyError, OSError):
+            self._client.close()
+
+
+_RESERVED: Final = 2
+"""What the server says of a swap while the key is reserved for another process."""
+
+
+class _Refused(StoreError):  # noqa: N818 - says what the server did
+    """The server refuses a command, and would refuse it again."""
+
+    def __init__(self, where: str, told: str) -> None:
+        self.code = told
+        super().__init__(f"the server at {where} refuses: {told}")
+
+
+class _Listening:
+    """Hears which keys have changed, as long as it is wanted. What it misses is found by polling."""
+
+    def __init__(
+        self, client: Client, channel: bytes, changed: Callable[[str], None], ended: threading.Event
+    ) -> None:
+        self._client = client
+        self._channel = channel
+        self._changed = changed
+        self._ended = ended
+
+    def __call__(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(*_LATER, exceptions.ValkeyError):
+                self._listen()
+            self._ended.wait(_LISTENS)
+
+    def _listen(self) -> None:
+        with self._client.pubsub(ignore_subscribe_messages=True) as subscription:
+            subscription.subscribe(self._channel)
+            while not self._ended.is_set():
+                message = subscription.get_message(timeout=_LISTENS)
+                if message is not None:
+                    self._changed(decoded(message["data"]))
+
+
+def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:
+    return {name: row for name, row in zip(fields, rows, strict=True) if row is not None}
+
+
+def _paired(flat: Sequence[bytes]) -> Rows:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+class _Routing:
+    """Finds the slot of a function's call without asking the server which of its arguments are keys."""
+
+    def determine_slot(self, *arguments: Any) -> int:
+        if str(arguments[0]).upper() == "FCALL":
+            return int(self.keyslot(arguments[3]))  # type: ignore[attr-defined]
+        return int(super().determine_slot(*arguments))  # type: ignore[misc]
+
+
+class _ClusterPipeline(_Routing, ClusterPipeline):
+    """Commands for several nodes of a cluster."""
+
+
+class _Cluster(_Routing, ValkeyCluster):
+    """A client of a cluster."""
+
+    def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> _ClusterPipeline:  # noqa: ARG002
+        return _ClusterPipeline(
+            nodes_manager=self.nodes_manager,
+            commands_parser=self.commands_parser,
+            startup_nodes=self.nodes_manager.startup_nodes,  # type: ignore[arg-type]  # as the client does
+            result_callbacks=self.result_callbacks,
+            cluster_response_callbacks=self.cluster_response_callbacks,
+            cluster_error_retry_attempts=self.cluster_error_retry_attempts,
+            read_from_replicas=self.read_from_replicas,
+            reinitialize_steps=self.reinitialize_steps,
+            lock=self._lock,
+        )
