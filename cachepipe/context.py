@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from cachepipe import cells
 from cachepipe.contract.draws import Claimant
-from cachepipe.typedefs import MODES, Mode, check_replicate
+from cachepipe.typedefs import MODES, Mode, Ordered, check_ordered, check_replicate
 
 
 class Inherited:
@@ -36,6 +36,7 @@ class Using(NamedTuple):
     request_id: str | Inherited | None = INHERITED
     mode: Mode | Inherited = INHERITED
     replicate: str | int | Inherited | None = INHERITED
+    ordered: Ordered | Inherited = INHERITED
 
     def over(self, outer: Using) -> Using:
         """Return these settings, and those of ``outer`` for the unset ones."""
@@ -51,6 +52,10 @@ class Using(NamedTuple):
     def namespace_of(self, usual: str | None) -> str | None:
         """Return the current namespace, given the one outside all blocks."""
         return usual if isinstance(self.namespace, Inherited) else self.namespace
+
+    def ordered_of(self, usual: Ordered) -> Ordered:
+        """Return whether answers are handed over in order, given the setting outside all blocks."""
+        return usual if isinstance(self.ordered, Inherited) else self.ordered
 
     def mode_of(self, usual: Mode) -> Mode:
         """Return the current mode, given the one outside all blocks."""
@@ -78,14 +83,17 @@ def using(
     request_id: str | Inherited | None = INHERITED,
     mode: Mode | Inherited = INHERITED,
     replicate: str | int | Inherited | None = INHERITED,
+    ordered: Ordered | Inherited = INHERITED,
 ) -> Iterator[None]:
-    """Set the namespace, request id, replicate and mode of the clients' calls made within the block.
+    """Set the namespace, request id, replicate, mode and order of the clients' calls made within the block.
 
     Args:
         namespace: the unit within which samples are independent.
         request_id: which draw a call is among equal questions of its namespace.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
         replicate: which of several independent repetitions of the experiment a call belongs to.
+        ordered: hand over the answers of asynchronous clients in the order of the first run, one at a time,
+            so that a rerun of a program with concurrent tasks takes the same course.
     """
     for name, value in (("namespace", namespace), ("request_id", request_id)):
         if not isinstance(value, str | Inherited | None):
@@ -94,7 +102,10 @@ def using(
         check_replicate(replicate)
     if not isinstance(mode, Inherited) and mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")
-    token = _current.set(Using(namespace, request_id, mode, replicate).over(_current.get()))
+    if not isinstance(ordered, Inherited):
+        check_ordered(ordered)
+    made = Using(namespace, request_id, mode, replicate, ordered)
+    token = _current.set(made.over(_current.get()))
     try:
         yield
     finally:

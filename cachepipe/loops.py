@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -64,3 +65,41 @@ class PerLoop(Generic[T]):
     def all(self) -> list[T]:
         """Return the values of all loops that are not forgotten."""
         return list(self._values.values())
+
+
+class OwnHandles:
+    """What cachepipe itself has scheduled on a loop that does not concern the program.
+
+    Args:
+        loop: the event loop.
+    """
+
+    __slots__ = ("_count", "_loop", "_ready")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._count = 0
+        # asyncio has no public test for an idle loop. Other loops, such as uvloop's, show no such queue.
+        ready = getattr(loop, "_ready", None)
+        self._ready = ready if isinstance(ready, deque) else None
+
+    def call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function in the next turn of the loop."""
+        self._count += 1
+        self._loop.call_soon(self._call, function, *arguments)
+
+    def _call(self, function: Callable[..., object], *arguments: Any) -> None:
+        self._count -= 1
+        function(*arguments)
+
+    def only_these(self) -> bool | None:
+        """Return True if nothing else is ready to run on the loop; None if this cannot be found out."""
+        return None if self._ready is None else len(self._ready) <= self._count
+
+
+_own_handles = PerLoop(OwnHandles)
+
+
+def own_handles(loop: asyncio.AbstractEventLoop) -> OwnHandles:
+    """Return what cachepipe itself has scheduled on a loop."""
+    return _own_handles.of(loop)

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from cachepipe import loops, progress
+from cachepipe.context import INHERITED, Inherited, using
+from cachepipe.typedefs import Ordered
 
 _AT_ONCE = 100
 
@@ -21,6 +23,7 @@ async def alcall(
     max_concurrent: int = _AT_ONCE,
     return_exceptions: bool = False,
     show_progress: bool = False,
+    ordered: Ordered | Inherited = INHERITED,
     **kwargs: Any,
 ) -> list[Any]:
     """Return ``[await func(item, **kwargs) for each input]``, in order, run concurrently.
@@ -36,11 +39,14 @@ async def alcall(
             exception that is not an ``Exception``, such as ``SystemExit``, is always raised, and cancels the
             calls under way.
         show_progress: show a bar on a terminal or in a notebook.
+        ordered: hand over the answers of the function's asynchronous clients in the order of the first run
+            (see ``cachepipe.using``).
         kwargs: passed to the function.
     """
     loops.running()  # fails without a loop
     calls = _Calls(inputs, max_concurrent, return_exceptions=return_exceptions)
-    with progress.shown(len(calls.results), _name(func), show=show_progress) as tick:
+    bar = progress.shown(len(calls.results), _name(func), show=show_progress)
+    with bar as tick, using(ordered=ordered):
 
         async def work() -> None:
             for place, item in calls.left:

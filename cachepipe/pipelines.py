@@ -20,7 +20,7 @@ from cachepipe.stages.cacher import AsyncCacher
 from cachepipe.stages.deduplicator import AsyncDeduplicator
 from cachepipe.stages.reorderer import RequestReorderer
 from cachepipe.stores.base import Store
-from cachepipe.typedefs import Arrived, Batch, Mode, Repeat, Request, Response, SingleRequestModel
+from cachepipe.typedefs import Arrived, Batch, Mode, Ordered, Repeat, Request, Response, SingleRequestModel
 
 Hash = Callable[[Request], str] | None
 
@@ -37,6 +37,9 @@ class Options(TypedDict, total=False):
         durability: ``"process"`` (default), or ``"full"`` to survive a crash of the machine.
         wait_for_others: seconds to wait for a sample that another live process generates before it is
             generated here; None (default) waits as long as that process lives.
+        ordered: hand over the answers in the order of the first run, one at a time, so that a rerun of a
+            program with concurrent tasks takes the same course; see ``AsyncCacher``. The default is True with
+            ``repeat="fresh"`` and ``correctness=True``.
         service: limits and retries the calls of the model, such as ``Services.OpenAI()``. It is between the
             batcher and the model, so it does not affect hits.
     """
@@ -48,6 +51,7 @@ class Options(TypedDict, total=False):
     classes: Iterable[type]
     durability: str
     wait_for_others: float | None
+    ordered: Ordered | None
     service: Any
 
 
@@ -130,11 +134,11 @@ class OnlineAPI(Pipeline):
         batch_size: the number of misses sent together; 1 sends each at once.
         timeout: seconds that a miss waits for others to fill its batch. It is not an HTTP time-out.
         allow_batch_overflow: send a request for more than ``batch_size`` samples in one call.
-        correctness: accepted from code written for CacheSaver; a rerun always gives the same here.
+        correctness: CacheSaver's name of ``ordered``.
         hash: a function from a request to a string that stands for its fields in the key.
         in_flight: batches in flight at most; None is no limit.
         options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``,
-            ``wait_for_others``, ``service`` (see ``Options``).
+            ``wait_for_others``, ``ordered``, ``service`` (see ``Options``).
     """
 
     def __init__(
@@ -150,7 +154,8 @@ class OnlineAPI(Pipeline):
         in_flight: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        del correctness
+        if not correctness:
+            options.setdefault("ordered", False)
         model = _limited(model, options)
         batcher = AsyncBatcher(
             model,
@@ -179,11 +184,11 @@ class LocalAPI(Pipeline):
         batch_size: samples in a batch at most; a request for more is cut.
         timeout: seconds that a batch stays open for more after its first request.
         allow_batch_overflow: send a request for more than ``batch_size`` samples whole.
-        correctness: accepted from code written for CacheSaver.
+        correctness: CacheSaver's name of ``ordered``.
         hash: as in ``OnlineAPI``.
         in_flight: batches in flight at most: one that runs and one that is ready, unless told otherwise.
         options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``,
-            ``wait_for_others``, ``service`` (see ``Options``).
+            ``wait_for_others``, ``ordered``, ``service`` (see ``Options``).
     """
 
     def __init__(
@@ -199,7 +204,8 @@ class LocalAPI(Pipeline):
         in_flight: int | None = 2,
         **options: Unpack[Options],
     ) -> None:
-        del correctness
+        if not correctness:
+            options.setdefault("ordered", False)
         model = _limited(model, options)
         super().__init__(
             model,
@@ -230,11 +236,11 @@ class OrderedLocalAPI(Pipeline):
         hardware_batch_size: samples in a batch at most.
         timeout: seconds that a collection stays open after its first request.
         allow_batch_overflow: send a request for more than ``hardware_batch_size`` samples whole.
-        correctness: accepted from code written for CacheSaver.
+        correctness: CacheSaver's name of ``ordered``.
         hash: as in ``OnlineAPI``.
         in_flight: hardware batches in flight at most.
         options: ``mode``, ``scope``, ``repeat``, ``window``, ``classes``, ``durability``,
-            ``wait_for_others``, ``service`` (see ``Options``).
+            ``wait_for_others``, ``ordered``, ``service`` (see ``Options``).
     """
 
     def __init__(
@@ -251,7 +257,8 @@ class OrderedLocalAPI(Pipeline):
         in_flight: int | None = 2,
         **options: Unpack[Options],
     ) -> None:
-        del correctness
+        if not correctness:
+            options.setdefault("ordered", False)
         model = _limited(model, options)
         hardware = AsyncBatcher(
             model, hardware_batch_size, in_flight=in_flight, allow_batch_overflow=allow_batch_overflow

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Mode = Literal["read-write", "replay", "refresh", "bypass"]
 Repeat = Literal["fresh", "same"]
+Ordered = bool | int
+"""Whether answers are handed over in order (C11).
+
+A number also sets the turns after which an event loop counts as quiet, if its queue cannot be read.
+"""
 
 MODES: tuple[Mode, ...] = ("read-write", "replay", "refresh", "bypass")
 REPEATS: tuple[Repeat, ...] = ("fresh", "same")
@@ -157,6 +162,14 @@ class Request:
 
 UNASKED = frozenset({"n", "request_id", "namespace", "replicate"})
 """The fields of a request that are not part of the question."""
+
+
+def check_ordered(ordered: object) -> None:
+    """Refuse a value of ``ordered=`` that is neither a boolean nor a number of turns."""
+    if not isinstance(ordered, bool) and not (isinstance(ordered, int) and ordered > 0):
+        raise ValueError(
+            f"ordered is True, False, or a number of turns of the event loop, at least 1; got {ordered!r}"
+        )
 
 
 def check_replicate(replicate: object) -> None:

@@ -8,27 +8,31 @@ any more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from cachepipe import forks, markup, runs
+from cachepipe import forks, loops, markup, runs
 from cachepipe.adapting import hooks_of
 from cachepipe.cache.calls import Caller
-from cachepipe.cache.drawing import Drawing, keep_extra, respond, start, warn_shared
+from cachepipe.cache.drawing import Drawing, keep_extra, note_place, respond, start, warn_shared
 from cachepipe.cache.in_flight import in_flight_of
+from cachepipe.cache.turns import Line, Turn
 from cachepipe.cache.write_queue import MANY, WriteQueue
 from cachepipe.contract.draws import Claims, Counter, Draw, draw_of, give_back, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.contract.schedule import Place
 from cachepipe.loops import PerLoop
 from cachepipe.stage import adapter_of
 from cachepipe.stores.base import Grant, Sample, Store
 from cachepipe.stores.misses import missed
 from cachepipe.stores.sums import deliveries_of, known
-from cachepipe.typedefs import Mode, Repeat, Request, Response
+from cachepipe.typedefs import Mode, Ordered, Repeat, Request, Response
 from cachepipe.values import Codec
 
+Arrive = Callable[[], Turn]
+"""A function that returns the turn of a request (C11)."""
 Asked = Sequence[tuple[Question, int]]
 """Questions, and how many samples are wanted of each."""
 
@@ -135,6 +139,15 @@ class Cache:
     def open_queues(self) -> list[WriteQueue]:
         """Return the write queues of the loops that have made requests."""
         return self._queues.all()
+
+    def line(self, loop: asyncio.AbstractEventLoop, ordered: Ordered) -> Line | None:
+        """Return the line of a loop's requests, if answers are handed over in order, else None."""
+        if ordered is False or self.mode == "bypass":
+            return None
+        line = self.in_flight.lines.of(loop)
+        if ordered is not True:
+            line.quiet_turns = max(line.quiet_turns, ordered)
+        return line
 
     def shares(self, question: Question) -> bool:
         """Return True if all requests for a question share one draw (C1)."""
@@ -244,19 +257,28 @@ class Cache:
 
     # Draws.
 
-    def begin(self, request: Request, question: Question, queue: WriteQueue) -> Found | Drawing:
+    def begin(
+        self, request: Request, question: Question, queue: WriteQueue, turn: Arrive | None = None
+    ) -> Found | Drawing:
         """Return what is stored for a request of one question, or begin to draw it.
 
         While claims are queued, a request joins them: their transaction also finds what is stored.
+
+        Args:
+            request: the request.
+            question: its question.
+            queue: the write queue of the running loop.
+            turn: returns the turn of the request, if answers are handed over in order; it is called for a
+                draw that is not known yet.
         """
         if self.in_memory or self.mode != "read-write" or not queue.idle:
-            return self.draw(request, question, queue)
+            return self.draw(request, question, queue, turn=turn)
         self.requests += 1
         run = runs.current(self.store.identity)
         draw = draw_of(question.key, request, run, shared=self.shares(question))
         found = self._find(draw, request, question, request.n, run, run)
         if found is None:
-            return self._drawing(request, question, queue, draw, run, run)
+            return self._drawing(request, question, queue, draw, run, run, turn)
         self._deliver(found)
         return found
 
@@ -268,6 +290,7 @@ class Cache:
         *,
         run: runs.Occurrences | None = None,
         counter: Counter | None = None,
+        turn: Arrive | None = None,
     ) -> Found | Drawing:
         """Begin to draw the samples of a request; what is not stored is generated.
 
@@ -280,13 +303,14 @@ class Cache:
             queue: the write queue of the running loop.
             run: the run; by default the current one.
             counter: counts the occurrences of equal requests; by default the run.
+            turn: see ``begin``.
 
         Raises:
             CacheMiss: in replay mode, when a sample is not stored.
         """
         self.requests += 1
         if self.mode == "bypass":
-            return self._drawing(request, question, queue, None, None, None)
+            return self._drawing(request, question, queue, None, None, None, turn)
         if run is None:
             run = runs.current(self.store.identity)
         if counter is None:
@@ -300,7 +324,7 @@ class Cache:
         if self.mode == "replay":
             give_back(draw, counter)
             raise missed(self.store, question, draw, request.n, request, request.namespace)
-        return self._drawing(request, question, queue, draw, counter, run)
+        return self._drawing(request, question, queue, draw, counter, run, turn)
 
     def _drawing(
         self,
@@ -310,9 +334,11 @@ class Cache:
         draw: Draw | None,
         counter: Counter | None,
         run: runs.Occurrences | None,
+        turn: Arrive | None,
     ) -> Drawing:
         stored = draw is not None and not self.store.read_only
-        drawing = Drawing(self, queue, request, question, draw, counter, run, stored=stored)
+        taken = None if turn is None else turn()
+        drawing = Drawing(self, queue, request, question, draw, counter, run, taken, stored=stored)
         if stored:
             drawing.claim(refresh=self.mode == "refresh", at_once=request.n <= MANY and queue.alone())
         else:
@@ -335,6 +361,8 @@ class Cache:
         for queue in self.open_queues():
             if queue.loop is loop:
                 await queue.drain()
+                if (line := self.in_flight.lines.known(loop)) is not None:
+                    await line.drain()
             elif queue.loop.is_running() and queue.fork == forks.count:  # loops run in their own process
                 there = asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop)
                 await asyncio.wait([asyncio.wrap_future(there)])  # it is cancelled if that loop ends
@@ -369,6 +397,17 @@ class Found(NamedTuple):
         indices = self.grant.indices
         return respond(self.values, [True] * len(indices), duplicated, tuple(indices), self.question.key)
 
+    @property
+    def place(self) -> Place:
+        """The place of the response in the schedule (C11)."""
+        latest = max(sample.place for sample in self.grant.samples if sample is not None)
+        return latest if self.grant.place is None else max(latest, self.grant.place)
+
+    def note_place(self, place: Place, then: Callable[[Any], None]) -> None:
+        """Record another place, then call ``then`` with None or an error."""
+        queue = self.cache.queue(loops.running())
+        note_place(queue, self.draw, len(self.grant.indices), place, then)
+
     def take_back(self) -> None:
         """Take the samples back, as they did not reach their caller: a retry is then the same draw."""
         self.cache.hits -= len(self.grant.indices)
@@ -384,6 +423,33 @@ class Found(NamedTuple):
                 taken = self.run.taken(self.user, self.question.key)
                 for index in self.grant.indices:
                     taken.remove(index)
+
+
+async def in_turn(turn: Turn, begun: Found | Drawing, duplicated: list[bool] | None) -> Response:
+    """Return the response of a draw, or raise its error, when its turn has come (C11).
+
+    Args:
+        turn: the turn of its request.
+        begun: the draw.
+        duplicated: the flags of the response.
+    """
+    try:
+        if isinstance(begun, Drawing):
+            response = await begun.response(duplicated)
+        else:
+            response = begun.response(duplicated)
+    except Exception:
+        await turn.come(())
+        raise
+    except BaseException:
+        turn.leave()
+        raise
+    try:
+        await turn.come((begun,))
+    except BaseException:
+        begun.take_back()
+        raise
+    return response
 
 
 def responses_of(found: Sequence[Found], duplicated: Sequence[list[bool]]) -> list[Response]:

@@ -16,22 +16,26 @@ import orjson
 
 from cachepipe import cells, runs
 from cachepipe.cache import others
-from cachepipe.cache.calls import Call, Caller, Demand, withdraw
+from cachepipe.cache.calls import Call, Caller, Demand
+from cachepipe.cache.turns import Turn
 from cachepipe.cache.write_queue import WriteQueue, unheard
 from cachepipe.contract import lifecycle
 from cachepipe.contract.draws import Claims, Counter, Draw, give_back, label
 from cachepipe.contract.keys import Question
 from cachepipe.contract.lifecycle import DrawState, Effects
+from cachepipe.contract.schedule import Place
 from cachepipe.errors import FreshIds, NotStored, RepeatedCell, SharedDraw, warn
 from cachepipe.stores.base import (
     Claim,
     Commit,
     Committed,
     Grant,
+    NotePlace,
     ReleaseHold,
     ReleaseLease,
     Sample,
     new_meta,
+    place_of,
 )
 from cachepipe.stores.sums import Delivery, is_stored
 from cachepipe.typedefs import Request, Response
@@ -53,6 +57,7 @@ class Drawing:
         draw: its identity; None if no occurrence is counted.
         counter: what counted its occurrence.
         run: the run that it belongs to.
+        turn: the turn of its request, if answers are handed over in order.
         stored: whether the ledger records it.
     """
 
@@ -64,12 +69,14 @@ class Drawing:
         "draw",
         "future",
         "headers",
+        "noted",
         "question",
         "queue",
         "request",
         "run",
         "state",
         "token",
+        "turn",
         "user",
         "values",
         "waits_since",
@@ -84,6 +91,7 @@ class Drawing:
         draw: Draw | None,
         counter: Counter | None,
         run: runs.Occurrences | None,
+        turn: Turn | None,
         *,
         stored: bool,
     ) -> None:
@@ -94,6 +102,8 @@ class Drawing:
         self.draw = draw
         self.counter = counter
         self.run = run
+        self.turn = turn
+        self.noted: Place | None = None  # the place that the draw has noted
         self.user = label(request.namespace)
         self.token = f"{next(_tokens):x}"
         self.state = DrawState(request.n, stored=stored)
@@ -119,6 +129,8 @@ class Drawing:
         claim = Claim(draw, self.state.n, self.question, self.token, refresh, user)
         if run.replays:
             claim.avoid = run.taken(draw.namespace, self.question.key)
+        if self.turn is not None:
+            self.turn.line.claiming()
         if at_once:
             self.queue.put_now(claim, self._granted)
         else:
@@ -163,6 +175,16 @@ class Drawing:
             cache.deliveries.add(self._delivery(self.run)._replace(what="taken back"))
         self._give_back()
 
+    @property
+    def place(self) -> Place:
+        """The place of the response in the schedule (C11)."""
+        latest = max(map(place_of, self.headers))
+        return latest if self.noted is None else max(latest, self.noted)
+
+    def note_place(self, place: Place, then: Callable[[Any], None]) -> None:
+        """Record another place, then call ``then`` with None or an error."""
+        note_place(self.queue, self.draw, self.state.n, place, then)
+
     def _delivery(self, run: runs.Occurrences) -> Delivery:
         cached = tuple(self.state.cached) if self.state.generated else None
         return Delivery(run.name, self.user, self.question.scope, tuple(self.headers), cached)
@@ -170,12 +192,15 @@ class Drawing:
     # What the store, the model and other draws report.
 
     def _granted(self, grant: Grant | Exception) -> None:
+        if self.turn is not None:
+            self.turn.line.claimed()
         if isinstance(grant, Exception):
             self.perform(self.state.broken(grant))
             return
         effects = self.state.granted(
             grant.indices, grant.samples, grant.mine, grant.held, joined=grant.joined
         )
+        self.noted = grant.place
         try:
             if not self.state.ended:
                 self._note(grant)
@@ -324,7 +349,11 @@ class Drawing:
         self.demands += (demand,)
         if self.state.stored:
             self.cache.in_flight.announce(self.queue, self.question.key, effect.indices)
-        self.queue.want(demand, window=0.0 if demand.group is None else self.cache.window)
+        window = 0.0 if demand.group is None else self.cache.window
+        if self.turn is None:
+            self.queue.want(demand, window=window)
+        else:
+            self.turn.want(self.queue, demand, window)
 
     def _free_leases(self, effect: lifecycle.FreeLeases, _samples: object) -> None:
         if not self.state.stored:
@@ -369,7 +398,7 @@ class Drawing:
 
     def _withdraw(self, _effect: object, _samples: object) -> None:
         for demand in self.demands:
-            withdraw(demand)
+            self.queue.withdraw(demand)
 
     def _cancel(self, _effect: object, _samples: object) -> None:
         with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
@@ -440,6 +469,19 @@ class DrawDemand(Demand):
     def fail(self, slots: Sequence[int], error: BaseException | None) -> None:
         """Learn that the call for samples failed; the error is None if the call was withdrawn."""
         self.drawing.fail(slots, error)
+
+
+def note_place(
+    queue: WriteQueue, draw: Draw | None, n: int, place: Place, then: Callable[[Any], None]
+) -> None:
+    """Record the place of a draw of n samples in the ledger, then call ``then`` with None or an error.
+
+    The draw that all namespaces share has no place of its own.
+    """
+    if draw is None or draw.shared or queue.store.read_only:
+        then(None)
+    else:
+        queue.put(NotePlace(draw, n, place), then)
 
 
 def start(caller: Caller, demands: Sequence[Demand]) -> None:

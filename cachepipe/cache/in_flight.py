@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterable
 from typing import Protocol
 
+from cachepipe.cache.turns import Line
+from cachepipe.loops import PerLoop
 from cachepipe.stores.base import Sample
 
 
@@ -31,9 +33,14 @@ class Waiter(Protocol):
 
 
 class InFlight:
-    """The samples in flight in this process, with those who wait for them: one per store, for all threads."""
+    """The samples in flight in this process, with those who wait for them: one per store, for all threads.
+
+    Attributes:
+        lines: the requests of each loop whose answers are handed over in order.
+    """
 
     def __init__(self) -> None:
+        self.lines = PerLoop(Line)
         self._lock = threading.Lock()
         self._made: dict[tuple[str, int], Maker] = {}
         self._waiting: dict[tuple[str, int], list[Waiter]] = {}

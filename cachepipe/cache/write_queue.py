@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 from cachepipe import forks
-from cachepipe.cache.calls import Caller, Demand
+from cachepipe.cache.calls import Caller, Demand, withdraw
 from cachepipe.errors import StoreError, StoreUnavailable
 from cachepipe.gathering import Gathering
+from cachepipe.loops import own_handles
 from cachepipe.stores.base import Claim, Commit, Operation, PartlyApplied, Store
 
 MANY = 1000
@@ -67,6 +68,8 @@ class WriteQueue:
         self.demands: Gathering[Demand] = Gathering(loop, self._ask)
         """The demands to ask the model for at the end of this turn, or of the window."""
         self._held: dict[Hashable, list[Demand]] = {}
+        self.delayed: dict[Demand, float] = {}
+        """The demands, with their windows, that wait until other requests have been answered (C11)."""
         self.strangers: dict[Any, None] = {}
         """The draws that await samples from other processes, in order."""
         self.writes: set[asyncio.Future[list[Any]]] = set()
@@ -77,6 +80,7 @@ class WriteQueue:
         self._sent: list[list[_Queued]] = []
         self._first: object = None
         self._at_once = False
+        self._handles = own_handles(loop)
         self.fork = forks.count
 
     def soon(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -114,6 +118,19 @@ class WriteQueue:
         """Ask for samples at the end of the window; by default when the claims of this turn are granted."""
         self.demands.add(*demands, window=window, turns=2 if self._at_once else 1)
 
+    def want_delayed(self) -> None:
+        """Ask for the samples that were delayed."""
+        delayed, self.delayed = self.delayed, {}
+        for demand, window in delayed.items():
+            self.want(demand, window=window)
+
+    def withdraw(self, demand: Demand) -> None:
+        """Give a demand up, unless others wait for its samples."""
+        withdraw(demand)
+        if demand in self.delayed and not demand.wanted:
+            del self.delayed[demand]
+            demand.fail(demand.slots, None)
+
     def alone(self) -> bool:
         """Return True if only the running task has made requests in this turn of the loop."""
         if self._operations:
@@ -121,13 +138,13 @@ class WriteQueue:
         task = asyncio.current_task(self.loop)
         if self._first is None:
             self._first = task
-            self.loop.call_soon(self._turned)
+            self._handles.call_soon(self._turned)
         return self._first is task
 
     def gather(self) -> None:
         """Claim all requests of this turn together, although one task makes them."""
         if self._first is None:
-            self.loop.call_soon(self._turned)
+            self._handles.call_soon(self._turned)
         self._first = self
 
     def _turned(self) -> None:
@@ -266,9 +283,14 @@ class WriteQueue:
         """Whether nothing is queued in this turn."""
         return not self._operations
 
+    def _busy(self) -> bool:
+        waiting = self._operations or self.writes or self.demands or self.delayed or self.strangers
+        return bool(waiting) or self.caller.busy
+
     async def drain(self) -> None:
         """Wait until everything queued is written and no call is in flight; end the window at once."""
-        while self._operations or self.writes or self.caller.busy or self.demands or self.strangers:
+        while self._busy():
+            self.want_delayed()
             self.demands.cut()
             if self.writes:
                 await asyncio.wait(self.writes)

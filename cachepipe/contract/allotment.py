@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from cachepipe.contract.intervals import IndexSet, MutableIndexSet
+from cachepipe.contract.schedule import Place
 
 
 class Discarded:
@@ -32,6 +33,7 @@ class Segment(NamedTuple):
         token: the claimant that holds it; None once it does not hold it any more.
         stamp: the stamp of its writing.
         standing: how many of its indices, from the first, were delivered while others were missing.
+        place: the place in the schedule that the draw has noted, if any (C11).
     """
 
     number: int
@@ -41,6 +43,7 @@ class Segment(NamedTuple):
     token: str | None
     stamp: int
     standing: int = 0
+    place: Place | None = None
 
     @property
     def claim(self) -> tuple[int, str | None, int]:
@@ -83,6 +86,7 @@ class Allotment(NamedTuple):
         to_generate: the indices that this claimant is to generate; the other missing ones are awaited.
         kept: how many positions the ledger held before, replaced ones among them.
         replaced: the positions among these whose sample was discarded and which got another index.
+        place: the place that the draw inherits from the draw that it is coupled to, if that has noted one.
     """
 
     indices: list[int]
@@ -90,6 +94,7 @@ class Allotment(NamedTuple):
     to_generate: list[int]
     kept: int
     replaced: Sequence[int]
+    place: Place | None = None
 
 
 def allot(
@@ -116,7 +121,9 @@ def allot(
     samples: list[Any] = []
     to_generate: list[int] = []
     replaced: list[int] = []
+    others: Sequence[Segment] = ()
     coupled: Sequence[int] | None = None if couple and not refresh else ()
+    follows = False  # whether a position got its coupled index
     for position in range(n):
         sample: Any = DISCARDED
         if position < kept:
@@ -125,9 +132,11 @@ def allot(
                 replaced.append(position)
         while sample is DISCARDED:
             if coupled is None:
-                coupled = indices_of(view.others())
+                others = view.others()
+                coupled = indices_of(others)
             preferred = coupled[position] if position < len(coupled) else None
             index = choose(view.listed, view.taken, preferred, new=refresh)
+            follows = follows or index == preferred
             view.taken.add(index)  # it stays taken also if its sample is discarded
             indices[position : position + 1] = [index]
             sample = view.sample(index) if index in view.listed else None
@@ -137,7 +146,8 @@ def allot(
             if view.lease(indices[position]):
                 to_generate.append(indices[position])
         samples.append(sample)
-    return Allotment(indices, samples, to_generate, kept, replaced)
+    place = noted_place(others, n) if follows else None
+    return Allotment(indices, samples, to_generate, kept, replaced, place)
 
 
 def first(n: int) -> list[int]:
@@ -234,3 +244,9 @@ def laid(segments: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
 def indices_of(segments: Iterable[Segment]) -> list[int]:
     """Return a draw's indices by position; see ``laid``."""
     return laid((segment.position, segment.indices) for segment in segments)
+
+
+def noted_place(segments: Iterable[Segment], n: int) -> Place | None:
+    """Return the latest place that the first n positions of a draw have noted; None if they noted none."""
+    noted = [each.place for each in segments if each.place is not None and each.position < n]
+    return max(noted, default=None)

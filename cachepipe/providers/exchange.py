@@ -25,6 +25,7 @@ from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
+from cachepipe.cache.turns import Turn
 from cachepipe.contract import keys
 from cachepipe.contract.draws import (
     Claimant,
@@ -49,10 +50,12 @@ from cachepipe.typedefs import (
     MODES,
     REPEATS,
     Mode,
+    Ordered,
     Repeat,
     Request,
     Response,
     by_value,
+    check_ordered,
     check_replicate,
 )
 from cachepipe.values import Codec
@@ -150,6 +153,7 @@ class CacheView:
     repeat: Repeat
     service: Any = None
     replicate: str | int | None = None
+    ordered: Ordered = False
     caches: dict[tuple[Mode, Repeat], Cache] = dataclasses.field(default_factory=dict)
     groups: dict[Any, Groups] = dataclasses.field(default_factory=dict)
     """By loop, the groups of equal requests that are served together in its turn."""
@@ -162,6 +166,7 @@ class CacheView:
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
         check_replicate(self.replicate)
+        check_ordered(self.ordered)
         if self.mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}; got {self.mode!r}")
         if self.repeat not in REPEATS:
@@ -178,7 +183,7 @@ class CacheView:
         return f"<CacheView {self.shared_store.store!r} {named}>"
 
     def _identity(self) -> tuple[Any, ...]:
-        drawn = self.namespace, label(self.replicate)
+        drawn = self.namespace, label(self.replicate), self.ordered
         return id(self.shared_store), *drawn, self.mode, self.scope, self.repeat, id(self.service)
 
     @classmethod
@@ -191,11 +196,12 @@ class CacheView:
         repeat: Repeat,
         service: Any = None,
         replicate: str | int | None = None,
+        ordered: Ordered = False,
     ) -> Self:
         """Return the view for a client's parameters."""
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
-        made.service, made.replicate = service, replicate
+        made.service, made.replicate, made.ordered = service, replicate, ordered
         made.caches, made.groups = {}, {}
         made.__post_init__()  # before anything is opened
         made.shared_store = SharedStore(cache)
@@ -227,7 +233,7 @@ class CacheView:
         groups = self.groups.get(loop)
         if groups is None:
             groups = self.groups[loop] = Groups()
-            loop.call_soon(self.groups.pop, loop, None)
+            loops.own_handles(loop).call_soon(self.groups.pop, loop, None)
         asker = Asker(asyncio.current_task(loop) if asker is None else asker)
         return groups.duplicated((key, label(namespace)), asker, n)
 
@@ -341,6 +347,7 @@ class Exchange(Calls):
         counter: counts the occurrences of equal requests; by default the run.
         lists: sends the items of lists; by default only this request's own items share calls.
         max_n: the largest number of samples of one call; default is the API's.
+        ordered: whether the answer is handed over in its turn.
     """
 
     def __init__(
@@ -361,8 +368,10 @@ class Exchange(Calls):
         counter: Retried | None = None,
         lists: Lists | None = None,
         max_n: int | None = None,
+        ordered: Ordered = False,
     ) -> None:
         self.view = view
+        self.ordered = ordered
         self.api = api
         self.body = body
         self.asks = asks
@@ -408,14 +417,21 @@ class Exchange(Calls):
     def known(self) -> Answer | None:
         """Return the answer if the store has all of its samples, else None. Only reads. Thread-safe.
 
+        An answer that must wait for its turn is left to ``drawn``.
+
         Raises:
             CacheMiss: in replay mode, when the answer is not stored.
         """
+        if self.ordered is not False:
+            return None
+        found = self._look()
+        return None if found is None else self.hit(found)
+
+    def _look(self) -> list[Found] | None:
         asked = [(question, ask.n) for question, ask in zip(self.questions, self.asks, strict=True)]
         counter = self._counter() if self.stream else self.counter
         cache = self.view.cache(self.mode)
-        found = cache.look(self.claimant, asked, self.body, run=self.run, counter=counter)
-        return None if found is None else self.hit(found)
+        return cache.look(self.claimant, asked, self.body, run=self.run, counter=counter)
 
     def hit(self, found: Sequence[Found]) -> Answer:
         """Return the answer with samples that were stored."""
@@ -475,6 +491,26 @@ class Exchange(Calls):
 
     async def drawn(self) -> Answer:
         """Draw the samples; return the answer, or the stream that generates them."""
+        line = self.view.cache(self.mode).line(loops.running(), self.ordered)
+        if line is None:
+            return await self._drawn(None)
+        turn = line.arrive()
+        try:
+            found = self._look()
+            if found is None:
+                return await self._drawn(turn)
+            try:
+                await turn.come(found)
+            except BaseException:
+                for one in found:
+                    one.take_back()
+                raise
+            return self.hit(found)
+        finally:
+            turn.leave()
+
+    async def _drawn(self, turn: Turn | None) -> Answer:
+        """Draw the samples, and return the answer in its turn; a stream that generates them begins now."""
         cache = self.view.cache(self.mode)
         queue = cache.queue(loops.running())
         if self.stream:
@@ -489,13 +525,21 @@ class Exchange(Calls):
             for place, (ask, question) in enumerate(zip(self.asks, self.questions, strict=True)):
                 flags.append(self._flags(place))
                 request = Asked(self.body, n=ask.n, exchange=self, place=place, **whose)
-                one = cache.draw(request, question, queue, run=self.run, counter=self.counter)
+                arrive = None if turn is None else lambda: turn
+                one = cache.draw(request, question, queue, run=self.run, counter=self.counter, turn=arrive)
                 self._begun.append(one)
             if self.live is not None and isinstance(one, Drawing) and not one.state.complete:
-                return await self._streamed(one, flags[0], self.live)
-            responses = given(await outcomes(self._begun, flags), return_exceptions=False)
+                live, responses = await self._streamed(one, flags[0], self.live)
+                if live is not None:
+                    return live
+            else:
+                responses = given(await outcomes(self._begun, flags), return_exceptions=False)
+            if turn is not None:
+                await turn.come(self._begun)
         except BaseException as error:  # noqa: BLE001 - an error without an answer is raised again
             self._take_back()
+            if turn is not None and isinstance(error, Exception):
+                await turn.come(())
             return self._instead(error)
         finally:
             self.over = True
@@ -531,8 +575,8 @@ class Exchange(Calls):
         drawing: Drawing,
         flags: list[bool],
         live: asyncio.Future[tuple[RecordedStream, Received]],
-    ) -> Answer:
-        """Return the stream itself if this request generates it, else a replay of it."""
+    ) -> tuple[Answer | None, list[Response]]:
+        """Return the stream itself if this request generates it, else the response to replay."""
         task = self.task = drawing.queue.loop.create_task(drawing.response(flags))
         _tasks.add(task)
         task.add_done_callback(self._stream_drawn)
@@ -543,8 +587,8 @@ class Exchange(Calls):
             await asyncio.wait([task])
             raise
         if live.done():
-            return Answer(*live.result())
-        return self._delivered([task.result()])
+            return Answer(*live.result()), []
+        return None, [task.result()]
 
     def _stream_drawn(self, task: asyncio.Future[Response]) -> None:
         _tasks.discard(task)

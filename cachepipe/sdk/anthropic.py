@@ -225,6 +225,8 @@ class AsyncAnthropic(AsyncAttemptsCached, anthropic.AsyncAnthropic):
         service: the endpoint and its limits, such as ``cachepipe.Services.Anthropic(max_requests=50)``; the
             service then schedules and retries calls, not the SDK.
         replicate: which of several independent repetitions of the experiment the calls belong to.
+        ordered: hand over the answers in the order of the first run, one at a time, so that a rerun of a
+            program with concurrent tasks takes the same course; for asynchronous clients.
     """
 
     if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.providers.stream_recorder import SyncRecordedStream
 from cachepipe.sdk import http, internals
+from cachepipe.typedefs import Ordered
 
 STRICT = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 """Encodes JSON values only; other values raise an error."""
@@ -141,7 +142,13 @@ class ClientCall(Exchange):
             alone=not internals.is_plain(options),
             mode=mode,
             claimant=using.claimant(view.namespace, view.replicate),
+            ordered=cls.check_order(using.ordered_of(view.ordered)),
         )
+
+    @classmethod
+    def check_order(cls, ordered: Ordered) -> Ordered:
+        """Return whether answers are handed over in order; a synchronous client refuses it."""
+        return ordered
 
     @functools.cached_property
     def max_retries(self) -> int | None:  # type: ignore[override]  # made when it is asked for
@@ -203,6 +210,20 @@ class SyncClientCall(ClientCall):
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = True
+
+    @classmethod
+    def check_order(cls, ordered: Ordered) -> Ordered:
+        """Return False.
+
+        Raises:
+            ValueError: when answers are to be handed over in order.
+        """
+        if ordered:
+            raise ValueError(
+                "a synchronous client cannot hand over its answers in order, as threads have no order; use "
+                "the asynchronous client, or ordered=False"
+            )
+        return False
 
     def answer(self) -> Answer:
         """Draw the samples and return the answer; this thread makes the calls while it waits."""

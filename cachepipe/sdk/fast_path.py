@@ -158,7 +158,8 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     questions = questions_of(api, asks, target.url, target.headers, scope=view.scope)
     claimant = using.claimant(view.namespace, view.replicate)
     asked = [(question, asks[0].n) for question in questions]
-    found = view.cache(mode).look(claimant, asked, body)
+    ordered = kind.check_order(using.ordered_of(view.ordered))
+    found = view.cache(mode).look(claimant, asked, body) if ordered is False else None
     if found is not None:
         samples = list(itertools.chain.from_iterable(one.values for one in found))
         record = info.Record(questions, claimant, target.url)
@@ -180,6 +181,7 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
         mode=mode,
         claimant=claimant,
         questions=questions,
+        ordered=ordered,
     )
     return None, call, None if found is None else call.hit(found)
 

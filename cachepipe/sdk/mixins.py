@@ -29,6 +29,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     **dict.fromkeys(_OPTIONS),
     "mode": "read-write",
     "repeat": "fresh",
+    "ordered": False,
 }
 OURS: Final = tuple(_OPTIONS)
 """The parameters of a cached client in addition to the SDK's."""
@@ -274,6 +275,7 @@ def _constructor(
         ours = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
         cache, service = ours.pop("cache"), ours["service"]
         view = cache if isinstance(cache, CacheView) else None
+        self._call_class.check_order(ours["ordered"] if view is None else view.ordered)
         replays = (view.mode if view is not None else ours["mode"]) == "replay"
         if view is None and hasattr(service, "client_options"):
             its = service.client_options(internals.package_of(sdk), replays=replays)

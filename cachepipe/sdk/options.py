@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.typedefs import Mode, Ordered, Repeat
 
 
 class CacheOptions(TypedDict, total=False):
@@ -18,6 +18,7 @@ class CacheOptions(TypedDict, total=False):
     repeat: Repeat
     service: Any
     replicate: str | int | None
+    ordered: Ordered
 
 
 class ClientOptions(CacheOptions, total=False):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from cachepipe.providers.exchange import CacheView
 from cachepipe.sdk import internals
 from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
-from cachepipe.typedefs import Mode, Repeat
+from cachepipe.typedefs import Mode, Ordered, Repeat
 
 C = TypeVar("C")
 
@@ -25,6 +25,7 @@ def wrap(
     repeat: Repeat = "fresh",
     service: Any = None,
     replicate: str | int | None = None,
+    ordered: Ordered = False,
 ) -> C:
     """Return a copy of a client, with a cache. The two share connections, so closing one closes both.
 
@@ -40,6 +41,7 @@ def wrap(
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: it gets the same again.
         service: limits and retries the client's calls, which still go to the client's own URL.
         replicate: which of several independent repetitions of the experiment the calls belong to.
+        ordered: hand over answers in the order of the first run; for asynchronous clients.
 
     Raises:
         TypeError: for any other object, for a client with a cache, and for a client with a replaced method
@@ -48,7 +50,8 @@ def wrap(
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
     internals.drop_resources(made, client)
-    view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate)
+    made._call_class.check_order(ordered)  # noqa: SLF001 - it is ours
+    view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate, ordered)
     made._cachepipe = view  # noqa: SLF001 - it is ours
     wrapped: C = made
     return wrapped

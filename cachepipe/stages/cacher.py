@@ -15,13 +15,14 @@ from typing import Any
 
 from cachepipe import cells, loops, runs
 from cachepipe.adapting import hooks_of, scope_of
-from cachepipe.cache.cache import Cache, Found, Stats
+from cachepipe.cache.cache import Cache, Found, Stats, in_turn
 from cachepipe.cache.drawing import Drawing, outcomes
+from cachepipe.cache.turns import Turn
 from cachepipe.contract import keys
 from cachepipe.contract.keys import Question
 from cachepipe.stage import Stage, adapter_of, given
 from cachepipe.stores import MemoryStore, open_store, switched_off
-from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Repeat, Request, Response
+from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Ordered, Repeat, Request, Response, check_ordered
 from cachepipe.values import Codec
 
 Flags = Callable[[Request, Question], list[bool]]
@@ -45,6 +46,10 @@ class AsyncCacher(Stage):
         durability: ``"process"`` or ``"full"``, if the cacher opens the store.
         wait_for_others: seconds to wait for a sample that another live process generates before generating
             it here, if the cacher opens the store; None waits as long as that process lives.
+        ordered: hand over the answers in the order of the first run, one at a time, so that a rerun of a
+            concurrent program takes the same course; the default is to do so with ``repeat="fresh"``. A
+            number (of turns of the event loop, by default 5) sets when a loop counts as quiet whose queue
+            cannot be read, such as uvloop's.
     """
 
     def __init__(
@@ -59,12 +64,15 @@ class AsyncCacher(Stage):
         classes: Iterable[type] = (),
         durability: str = "process",
         wait_for_others: float | None = None,
+        ordered: Ordered | None = None,
     ) -> None:
         super().__init__(model)
         if mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")
         if repeat not in REPEATS:
             raise ValueError(f"repeat is 'fresh' or 'same'; got {repeat!r}")
+        if ordered is not None:
+            check_ordered(ordered)
         codec = Codec(classes)
         if mode == "read-write" and switched_off():
             mode, cache = "bypass", MemoryStore()
@@ -75,6 +83,7 @@ class AsyncCacher(Stage):
             read_only=True if mode == "replay" else None,
         )
         self.repeat = repeat
+        self.ordered = repeat == "fresh" if ordered is None else ordered
         self.mode = mode
         self.scope = scope if scope is not None else scope_of(model)
         self._ended = False
@@ -108,13 +117,25 @@ class AsyncCacher(Stage):
             CacheMiss: in replay mode, when not all of them are stored.
             StoreError: when the store fails before anything is spent.
         """
-        begun = self.begin(request, self.question(request), loops.running())
+        begun, turn = self.begin(request, self.question(request), loops.running())
+        if turn is not None:
+            return await in_turn(turn, begun, None)
         return await begun.response(None) if isinstance(begun, Drawing) else begun.response(None)
 
-    def begin(self, request: Request, question: Question, loop: asyncio.AbstractEventLoop) -> Found | Drawing:
-        """Return what is stored for a request, or begin to draw it."""
+    def begin(
+        self, request: Request, question: Question, loop: asyncio.AbstractEventLoop
+    ) -> tuple[Found | Drawing, Turn | None]:
+        """Return what is stored for a request, or begin to draw it; and its turn, if it has to wait."""
         self._check_open()
-        return self._cache.begin(_in_cell(request), question, self._cache.queue(loop))
+        cache, request = self._cache, _in_cell(request)
+        line = cache.line(loop, self.ordered)
+        if line is None:
+            return cache.begin(request, question, cache.queue(loop)), None
+        rests = line.rests()
+        begun = cache.begin(request, question, cache.queue(loop), line.arrive)
+        if isinstance(begun, Drawing):
+            return begun, begun.turn
+        return begun, None if rests else line.arrive()
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request, claimed in one transaction."""
@@ -135,8 +156,10 @@ class AsyncCacher(Stage):
             return_exceptions: put the error of a request in its place; otherwise the first one is raised.
         """
         self._check_open()
-        cache = self._cache
-        queue = cache.queue(loops.running())
+        cache, loop = self._cache, loops.running()
+        queue, line = cache.queue(loop), cache.line(loop, self.ordered)
+        turn = None if line is None else line.arrive()
+        arrive = None if turn is None else lambda: turn
         if len(requests) > 1:
             queue.gather()
         answers: list[Any] = []
@@ -149,7 +172,7 @@ class AsyncCacher(Stage):
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    one = cache.begin(_in_cell(request), question, queue)
+                    one = cache.begin(_in_cell(request), question, queue, arrive)
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     answers.append(error)
                     continue
@@ -164,11 +187,16 @@ class AsyncCacher(Stage):
             ended = await outcomes([*waiting.values()], flagged)
             for place, answer in zip(waiting, ended, strict=True):
                 answers[place] = answer
+            if turn is not None:
+                await turn.come([one for one in begun if not isinstance(one, Drawing) or one.delivered])
             return given(answers, return_exceptions)
         except BaseException:
             for one in begun:
                 one.take_back()
             raise
+        finally:
+            if turn is not None:
+                turn.leave()
 
     def widen(self, window: float) -> None:
         """Merge demands for one question that come within ``window`` seconds into shared calls."""

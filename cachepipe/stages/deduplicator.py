@@ -13,7 +13,7 @@ from typing import Any
 
 from cachepipe import loops
 from cachepipe.adapting import hooks_of, scope_of
-from cachepipe.cache.cache import Stats
+from cachepipe.cache.cache import Stats, in_turn
 from cachepipe.cache.calls import Call, Caller, Demand, DirectDemand
 from cachepipe.cache.drawing import Drawing
 from cachepipe.contract import keys
@@ -35,6 +35,7 @@ class _LoopState:
         self.loop = loop
         self.thread = get_ident()
         self.groups = Groups()
+        self.handles = loops.own_handles(loop)
         self.served = 0
         self.caller = Caller(loop, model, _dropped)
         self.waiting: Gathering[DirectDemand] = Gathering(loop, self._start)
@@ -99,8 +100,10 @@ class AsyncDeduplicator(Stage):
             return await self._merge(here, request, asker)
         question = cacher.question(request)
         duplicated = self._flags(here, request, question, asker)
-        begun = cacher.begin(request, question, loop)
-        if isinstance(begun, Drawing):
+        begun, turn = cacher.begin(request, question, loop)
+        if turn is not None:
+            response = await in_turn(turn, begun, duplicated)
+        elif isinstance(begun, Drawing):
             response = await begun.response(duplicated)
         else:
             response = begun.response(duplicated)
@@ -141,7 +144,7 @@ class AsyncDeduplicator(Stage):
             if not duplicated[0]:
                 here.loop.call_later(self.window, groups.close, group)
         elif first:
-            here.loop.call_soon(groups.clear)
+            here.handles.call_soon(groups.clear)
         if self._cacher is not None:
             self._cacher.count_merged(sum(duplicated))
         return duplicated

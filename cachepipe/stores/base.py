@@ -21,8 +21,10 @@ from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.contract.schedule import LAST, Place
 from cachepipe.errors import StoreError
 
+_STAMP = b'","stamp":'  # in a header it follows the id
 _ids = itertools.count()
 _prefix: tuple[int, str] = (-1, "")
 
@@ -60,9 +62,22 @@ class Sample(NamedTuple):
         return meta
 
     @property
+    def place(self) -> Place:
+        """Its place in the schedule (C11)."""
+        return place_of(self.header)
+
+    @property
     def at(self) -> float:
         """When it was stored, in seconds since 1970."""
         return float(self.meta["stamp"] / 1e6)
+
+
+def place_of(header: bytes) -> Place:
+    """Return the place in the schedule of a sample with this header; the last one if it was not stored."""
+    start = header.find(_STAMP) + len(_STAMP)
+    if start < len(_STAMP):
+        return LAST
+    return Place(int(header[start : header.find(b",", start)]))
 
 
 @dataclass(slots=True)
@@ -101,6 +116,7 @@ class Grant:
         fresh_id: True if the namespace had drawn this key before, but not with this draw.
         shared: True if another live process made this draw.
         joined: True if others hold the draw too; the claimant then releases its hold at completion.
+        place: the place in the schedule that the draw has noted, if any (C11).
     """
 
     indices: list[int]
@@ -111,6 +127,7 @@ class Grant:
     fresh_id: bool = False
     shared: bool = False
     joined: bool = False
+    place: Place | None = None
 
 
 @dataclass(slots=True)
@@ -208,7 +225,22 @@ class Note:
     unreported: Account = field(default_factory=Account)
 
 
-Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note
+@dataclass(slots=True)
+class NotePlace:
+    """Note the place in the schedule at which a draw was handed over (C11).
+
+    Attributes:
+        draw: the draw.
+        n: how many samples were handed over, from position 0.
+        place: the place.
+    """
+
+    draw: Draw
+    n: int
+    place: Place
+
+
+Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note | NotePlace
 Result = Grant | Committed | None
 
 

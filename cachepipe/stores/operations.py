@@ -12,7 +12,16 @@ from typing import Any
 
 import orjson
 
-from cachepipe.contract.allotment import Discarded, Segment, added, allot, first, indices_of, lowest_new
+from cachepipe.contract.allotment import (
+    Discarded,
+    Segment,
+    added,
+    allot,
+    first,
+    indices_of,
+    lowest_new,
+    noted_place,
+)
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.contract.keys import trimmed
@@ -25,6 +34,7 @@ from cachepipe.stores.base import (
     Discard,
     Grant,
     Note,
+    NotePlace,
     Operation,
     ReleaseHold,
     ReleaseLease,
@@ -93,13 +103,14 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
     allotment = allot(rows, held, n, refresh=claim.refresh, couple=not shared)
     assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
     grant = Grant(allotment.indices, allotment.samples, allotment.to_generate)
+    grant.place = allotment.place
     if own:
         parts = added(allotment, n, len(held), refresh=claim.refresh)
         return _claim_again(ledger, claim, rows, grant, {*held[n:]}, parts)
     missing = None in grant.samples
     lease, stamp = ledger.author()
     token, grant.held, standing = (claim.token, (0,), 0) if missing else (None, (), n)
-    rows.add(Segment(0, 0, grant.indices, lease, token, stamp, standing), len(grant.mine))
+    rows.add(Segment(0, 0, grant.indices, lease, token, stamp, standing, grant.place), len(grant.mine))
     grant.added, grant.fresh_id = n, known and draw.named
     return grant
 
@@ -115,6 +126,7 @@ def _claim_again(
     """Complete the grant of a draw that the ledger holds: add new parts, and hold what is not settled."""
     own = rows.segments
     number = own[-1].number + 1
+    noted = noted_place(own, claim.n)
     missing = None in grant.samples
     token = claim.token if missing else None
     if missing:
@@ -126,8 +138,9 @@ def _claim_again(
         for each, (position, chosen) in enumerate(parts, number):
             standing = 0 if missing else len(chosen)
             generated = len({*grant.mine}.intersection(chosen))
-            rows.add(Segment(each, position, chosen, lease, token, stamp, standing), generated)
+            rows.add(Segment(each, position, chosen, lease, token, stamp, standing, grant.place), generated)
             grant.added += len(chosen)
+    grant.place = max((place for place in (noted, grant.place) if place is not None), default=None)
     grant.shared = ledger.made_by_others({segment.lease for segment in own})
     grant.joined = missing and not all(_is_author(ledger, segment, token) for segment in own)
     return grant
@@ -184,7 +197,8 @@ def replay(rows: DrawView, draw: Draw, n: int, taken: IntervalSet) -> Grant | No
         return None
     for index in allotment.indices:
         taken.add(index)
-    return Grant(allotment.indices, allotment.samples)
+    own = noted_place(rows.segments, n)
+    return Grant(allotment.indices, allotment.samples, place=allotment.place if own is None else own)
 
 
 def recall(rows: DrawView, n: int) -> Grant | None:
@@ -196,7 +210,7 @@ def recall(rows: DrawView, n: int) -> Grant | None:
     samples = [sample for sample in map(rows.sample, indices) if isinstance(sample, Sample)]
     if not len(samples) == len(indices) >= n:
         return None
-    return Grant(indices[:n], [*samples[:n]])
+    return Grant(indices[:n], [*samples[:n]], place=noted_place(rows.segments, n))
 
 
 # Commits.
@@ -348,6 +362,14 @@ def _discard(ledger: Ledger, discard: Discard) -> None:
     rows.listed.add(index)
 
 
+def _note_place(ledger: Ledger, note: NotePlace) -> None:
+    """Note a place on the last segment of what was handed over, if the draw still exists."""
+    rows = ledger.draw(note.draw)
+    handed_over = [segment for segment in rows.segments if segment.position < note.n]
+    if handed_over:
+        rows.replace(handed_over[-1]._replace(place=note.place))
+
+
 def _note(ledger: Ledger, note: Note) -> None:
     place = (note.run, note.namespace)
     if note.unreported.sold:
@@ -365,5 +387,6 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     ReleaseHold: _release_hold,
     Discard: _discard,
     Note: _note,
+    NotePlace: _note_place,
 }
 """What performs each operation; commits that follow one another are performed together."""

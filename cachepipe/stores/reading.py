@@ -190,20 +190,21 @@ class SqlReader:
         place = (key, draw.request_id, draw.occurrence, draw.replicate, namespace)
         rows = shelf.execute(tables.RECALL, (name + "/", *place)).fetchall()
         if len(rows) == n == 1 and type(index := rows[0][2]) is int:
-            number, position, _, lease, stamp, digest, mode, filename, value = rows[0]
+            number, position, _, lease, stamp, digest, noted, mode, filename, value = rows[0]
             if value is None and mode is None:
                 return None
             sample = parse_sample(name, index, mode, filename, value)
-            tables.check_segment(draw, number, position, index, stamp, digest)
+            tables.check_segment(draw, number, position, index, stamp, digest, noted)
             if type(sample) is not Sample:
                 return None
-            return Grant([index], [sample], shared=lease != self._ledger.own_lease and self._shared({lease}))
+            shared = lease != self._ledger.own_lease and self._shared({lease})
+            return Grant([index], [sample], shared=shared, place=tables.read_place(noted))
         return self._recall_several(draw, place, rows, n) if rows else None
 
     def _recall_several(self, draw: Draw, place: tuple[Any, ...], rows: list[Any], n: int) -> Grant | None:
         ledger, shelf = self._readable()
         for row in rows:
-            tables.check_segment(draw, row[0], row[1], row[2], row[4], row[5])
+            tables.check_segment(draw, *row[:3], *row[4:7])
         indices = laid((row[1], unpack(row[2])) for row in rows)
         if len(indices) < n:
             return None
@@ -220,7 +221,9 @@ class SqlReader:
                 return None
             samples.append(found)
         shared = self._shared({row[3] for row in rows})
-        return Grant(indices[:n], samples[:n], shared=shared) if self._stands(place, rows) else None
+        noted = [each for row in rows if row[1] < n and (each := tables.read_place(row[6])) is not None]
+        grant = Grant(indices[:n], samples[:n], shared=shared, place=max(noted, default=None))
+        return grant if self._stands(place, rows) else None
 
     def _stands(self, place: tuple[Any, ...], rows: list[Any]) -> bool:
         """Return True if the rows still exist after their samples were read.
@@ -406,7 +409,7 @@ class SqlReader:
         ledger, _ = self._readable()
         rows = ledger.execute(
             "SELECT n.label, k.key, s.request_id, s.occurrence, s.replicate,"
-            " s.position, s.indices, s.generated, s.stamp, s.number, s.digest"
+            " s.position, s.indices, s.generated, s.stamp, s.number, s.digest, s.place"
             " FROM segments s JOIN namespaces n ON n.id = s.namespace JOIN keys k ON k.id = s.key"
             " WHERE (? IS NULL OR k.key = ?) AND (? IS NULL OR n.label = ?)"
             " ORDER BY s.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.number",
@@ -415,7 +418,7 @@ class SqlReader:
         for whose, group in itertools.groupby(rows, key=lambda row: row[:5]):
             draw, segments = Draw(*whose), list(group)
             for row in segments:
-                tables.check_segment(draw, row[9], row[5], row[6], row[8], row[10])
+                tables.check_segment(draw, row[9], row[5], row[6], row[8], *row[10:])
             indices = laid((row[5], unpack(row[6])) for row in segments)
             generated = sum(row[7] for row in segments)
             yield DrawInfo(draw, tuple(indices), generated, segments[0][8] / 1e6)

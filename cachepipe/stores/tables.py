@@ -17,6 +17,7 @@ from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
 from cachepipe.contract.allotment import DISCARDED, Discarded, Segment
 from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.schedule import Place, parse_place
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores.base import Sample
 
@@ -42,7 +43,7 @@ CREATE TABLE IF NOT EXISTS segments(
     key INTEGER NOT NULL, request_id TEXT NOT NULL, occurrence INTEGER NOT NULL, replicate TEXT NOT NULL,
     namespace INTEGER NOT NULL, number INTEGER NOT NULL, position INTEGER NOT NULL, indices NOT NULL,
     lease INTEGER NOT NULL, token TEXT, generated INTEGER NOT NULL, stamp INTEGER NOT NULL,
-    standing INTEGER NOT NULL, digest BLOB NOT NULL, place INTEGER,
+    standing INTEGER NOT NULL, digest BLOB NOT NULL, place TEXT,
     PRIMARY KEY(key, request_id, occurrence, replicate, namespace, number)) WITHOUT ROWID;
 -- The earliest namespace of a draw that many namespaces have made: later ones are coupled to it.
 CREATE TABLE IF NOT EXISTS firsts(
@@ -86,7 +87,7 @@ SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROW
 
 PLACE = " WHERE key = ? AND request_id = ? AND occurrence = ? AND replicate = ?"
 SEGMENT = f"{PLACE} AND namespace = ? AND number = ?"
-_SEGMENT_COLUMNS = "namespace, number, position, indices, lease, token, stamp, standing, digest"
+_SEGMENT_COLUMNS = "namespace, number, position, indices, lease, token, stamp, standing, digest, place"
 DRAW = (
     f"SELECT {_SEGMENT_COLUMNS} FROM segments"
     " WHERE key = ?1 AND request_id = ?2 AND occurrence = ?3 AND replicate = ?4"
@@ -141,7 +142,7 @@ INTERVALS_NEAR = (
 DROP_INTERVAL = "DELETE FROM intervals WHERE owner = ? AND key = ? AND stop = ?"
 UNPEND = "DELETE FROM pending WHERE key = ? AND sample = ? AND lease = ?"
 PUT_INTERVAL = "INSERT INTO intervals VALUES(?, ?, ?, ?, ?)"
-PUT_SEGMENT = "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+PUT_SEGMENT = "INSERT INTO segments VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 ADD_SUMS = (
     "INSERT INTO sums VALUES(?, ?, ?, ?, ?) ON CONFLICT(run, namespace) DO UPDATE SET stamp = excluded.stamp,"
@@ -152,7 +153,7 @@ ADD_SUMS = (
 # to read the samples first: so a draw that the ledger holds, with a sample that is there, was complete then.
 
 RECALL = (
-    "SELECT s.number, s.position, s.indices, s.lease, s.stamp, s.digest, c.mode, c.filename, c.value"
+    "SELECT s.number, s.position, s.indices, s.lease, s.stamp, s.digest, s.place, c.mode, c.filename, c.value"
     " FROM ledger.segments s LEFT JOIN main.Cache c ON c.key = ?1 || s.indices AND c.raw = 1"
     " WHERE s.key = ?2 AND s.request_id = ?3 AND s.occurrence = ?4 AND s.replicate = ?5 AND s.namespace = ?6"
     " ORDER BY s.number"
@@ -260,14 +261,19 @@ class SegmentRow(NamedTuple):
     stamp: int
     standing: int
     digest: bytes
+    place: str | None
 
 
-def segment_digest(draw: Draw, number: int, position: int, indices: int | str, stamp: int) -> bytes:
+def segment_digest(
+    draw: Draw, number: int, position: int, indices: int | str, stamp: int, place: str | None
+) -> bytes:
     """Return the digest that binds a segment to its draw."""
     namespace, key, request_id, occurrence, replicate = draw
     text = (
         f"{key}\0{namespace}\0{replicate}\0{request_id}\0{occurrence} {number} {position} {stamp} {indices}"
     )
+    if place is not None:
+        text = f"{text} {place}"
     return xxh3_64_digest(text.encode("utf-8", "surrogatepass"))
 
 
@@ -278,21 +284,45 @@ def segments_of(draw: Draw, rows: Iterable[SegmentRow]) -> list[Segment]:
         DamagedCache: when a row is not what was written for the draw.
     """
     segments = []
-    for _, number, position, indices, lease, token, stamp, standing, digest in rows:
-        check_segment(draw, number, position, indices, stamp, digest)
-        segments.append(Segment(number, position, unpack(indices), lease, token, stamp, standing))
+    for _, number, position, indices, lease, token, stamp, standing, digest, written in rows:
+        check_segment(draw, number, position, indices, stamp, digest, written)
+        parts = (unpack(indices), lease, token, stamp, standing, read_place(written))
+        segments.append(Segment(number, position, *parts))
     return segments
 
 
+def write_place(place: Place | None) -> str | None:
+    """Return how the ledger writes the place in the schedule that a draw has noted."""
+    return None if place is None else str(place)
+
+
+def read_place(written: str | None) -> Place | None:
+    """Return the place in the schedule that a draw has noted.
+
+    Raises:
+        DamagedCache: when the row holds something else there.
+    """
+    try:
+        return None if written is None else parse_place(written)
+    except (ValueError, AttributeError) as error:
+        raise damaged_row(f"the place {written!r:.80}") from error
+
+
 def check_segment(
-    draw: Draw, number: int, position: int, indices: int | str, stamp: int, digest: bytes
+    draw: Draw,
+    number: int,
+    position: int,
+    indices: int | str,
+    stamp: int,
+    digest: bytes,
+    place: str | None,
 ) -> None:
     """Raise an error if a segment is not what was written for a draw.
 
     Raises:
         DamagedCache: when its digest does not fit.
     """
-    if segment_digest(draw, number, position, indices, stamp) != digest:
+    if segment_digest(draw, number, position, indices, stamp, place) != digest:
         raise _unlike_its_digest(f"a draw of key {draw.key}")
 
 

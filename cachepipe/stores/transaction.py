@@ -599,10 +599,11 @@ class _Draw(_Key, DrawRows):
         return tables.segments_of(draw, [row for row in rows if row.namespace == earliest.namespace])
 
     def add(self, segment: Segment, generated: int) -> None:
-        number, position, chosen, lease, token, stamp, standing = segment
-        indices = pack(chosen)
-        digest = tables.segment_digest(self._draw, number, position, indices, stamp)
-        row = (*self._where, number, position, indices, lease, token, generated, stamp, standing, digest)
+        number, position, chosen, lease, token, stamp, standing, _ = segment
+        indices, noted = pack(chosen), tables.write_place(segment.place)
+        digest = tables.segment_digest(self._draw, number, position, indices, stamp, noted)
+        written = (number, position, indices, lease, token, generated, stamp, standing, digest, noted)
+        row = (*self._where, *written)
         ledger, place = self._in, self._where[:4]
         ledger.segments.append(row)
         ledger.written_stamp = stamp
@@ -610,12 +611,11 @@ class _Draw(_Key, DrawRows):
         ledger.found.pop(place, None)
 
     def replace(self, segment: Segment) -> None:
-        indices = pack(segment.indices)
-        digest = tables.segment_digest(self._draw, *segment[:2], indices, segment.stamp)
-        changed = (indices, segment.token, segment.standing, digest)
-        self._change(
-            "UPDATE segments SET indices = ?, token = ?, standing = ?, digest = ?", segment, *changed
-        )
+        indices, noted = pack(segment.indices), tables.write_place(segment.place)
+        digest = tables.segment_digest(self._draw, *segment[:2], indices, segment.stamp, noted)
+        changed = (indices, segment.token, segment.standing, digest, noted)
+        columns = "indices = ?, token = ?, standing = ?, digest = ?, place = ?"
+        self._change(f"UPDATE segments SET {columns}", segment, *changed)
 
     def drop(self, segment: Segment) -> None:
         self._change("DELETE FROM segments", segment)

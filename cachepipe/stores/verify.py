@@ -327,7 +327,7 @@ class _Check:
 
         segments = table(
             "SELECT key, request_id, occurrence, replicate, namespace, number, position, indices, lease,"
-            " token, stamp, standing, digest FROM segments"
+            " token, stamp, standing, digest, place FROM segments"
             " ORDER BY key, request_id, occurrence, replicate, namespace, number"
         )
         intervals = table("SELECT key, owner, start, stop, digest FROM intervals ORDER BY key, owner, stop")

@@ -16,8 +16,8 @@ KEY = "k2-5f"
 
 
 def segment(**changes):
-    digest = tables.segment_digest(DRAW, 2, 4, "5,6,9", 1_700_000)
-    return SegmentRow(1, 2, 4, "5,6,9", 1, None, 1_700_000, 0, digest)._replace(**changes)
+    digest = tables.segment_digest(DRAW, 2, 4, "5,6,9", 1_700_000, "1700001+1")
+    return SegmentRow(1, 2, 4, "5,6,9", 1, None, 1_700_000, 0, digest, "1700001+1")._replace(**changes)
 
 
 def test_c12_a_segment_is_read_as_the_draw_that_it_was_written_for():

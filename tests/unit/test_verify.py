@@ -257,8 +257,8 @@ def test_c1_two_draws_with_one_sample_are_found(cache):
     with opened(cache / LEDGER) as ledger:
         key, name = ledger.execute("SELECT id, key FROM keys").fetchone()
         draw = Draw(label("b"), name, "z", 0)
-        digest = tables.segment_digest(draw, 0, 0, 1, 5)
-        row = (key, "z", 0, draw.replicate, 2, 0, 0, 1, 1, None, 0, 5, 1, digest)
+        digest = tables.segment_digest(draw, 0, 0, 1, 5, None)
+        row = (key, "z", 0, draw.replicate, 2, 0, 0, 1, 1, None, 0, 5, 1, digest, None)
         ledger.execute(tables.PUT_SEGMENT, row)
     report = verify(cache)
     assert set(report.problems) == {"repeated"}

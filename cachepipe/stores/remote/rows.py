@@ -31,6 +31,7 @@ from xxhash import xxh3_64_digest
 from cachepipe.contract.allotment import Discarded, Segment, indices_of
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.schedule import Place
 from cachepipe.errors import DamagedCache
 from cachepipe.stores import tables
 from cachepipe.stores.base import Sample
@@ -182,7 +183,8 @@ class DrawRow:
         try:
             segments, holders = loads(key, name, content[content.index(b"\n") + 1 :])
             for generated, *values in segments:
-                segment = Segment(*values)
+                *others, place = values
+                segment = Segment._make([*others, None if place is None else Place(*place)])
                 row.segments[segment.number] = segment
                 row.generated[segment.number] = generated
             row.holders = [(number, lease, token) for number, lease, token in holders]

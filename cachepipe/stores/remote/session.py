@@ -26,6 +26,7 @@ from cachepipe.stores.base import (
     Commit,
     Discard,
     Note,
+    NotePlace,
     Operation,
     Process,
     ReleaseHold,
@@ -453,7 +454,7 @@ class _Transaction:
 
 def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
-    if isinstance(operation, Claim | ReleaseHold):
+    if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
@@ -473,7 +474,7 @@ def session_plan(session: Session, key: str, asked: Sequence[Operation]) -> Read
                     names.append(rows.USE + rows.encoded(user))
                 fields.update(dict.fromkeys(names))
                 follow[rows.draw_field(draw)] = None
-            case ReleaseHold(draw=draw):
+            case ReleaseHold(draw=draw) | NotePlace(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
             case Discard(index=index):

@@ -535,7 +535,15 @@ async def test_signatures_are_the_sdks_with_ours_last(name):
     ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (AsyncOpenAI, openai.AsyncOpenAI))
     names = list(ours.parameters)
     assert names[: len(theirs.parameters)] == list(theirs.parameters)
-    assert names[len(theirs.parameters) :] == ["cache", "namespace", "mode", "scope", "repeat", "service"]
+    assert names[len(theirs.parameters) :] == [
+        "cache",
+        "namespace",
+        "mode",
+        "scope",
+        "repeat",
+        "service",
+        "replicate",
+    ]
     kinds = {parameter.kind for parameter in ours.parameters.values()} - {
         inspect.Parameter.POSITIONAL_OR_KEYWORD
     }

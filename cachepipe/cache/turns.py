@@ -1,0 +1,226 @@
+"""Hands over answers in the order of `cachepipe.contract.schedule`: one at a time, in a quiet program (C11).
+
+A request takes a `Turn` when it arrives. While answers wait for their turns, a callback runs once in each
+turn of the event loop. If the loop is quiet, the callback hands over the next answer; if no answer is ready,
+it asks the model for the samples that are missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cachepipe.contract.schedule import (
+    HOLD_SECONDS,
+    LAST,
+    MOST_TURNS,
+    QUIET_TURNS,
+    HandedOver,
+    Place,
+    Schedule,
+)
+from cachepipe.loops import own_handles
+
+if TYPE_CHECKING:
+    from cachepipe.cache.calls import Demand
+    from cachepipe.cache.write_queue import WriteQueue
+
+
+class Placed(Protocol):
+    """The samples of a draw, which have a place in the schedule."""
+
+    @property
+    def place(self) -> Place:
+        """The place."""
+        ...
+
+    def note_place(self, place: Place, then: Callable[[Any], None]) -> None:
+        """Record another place, then call ``then`` with None or an error."""
+        ...
+
+
+class Turn:
+    """One request's turn to be answered. It ends when ``come`` returns, or with ``leave``."""
+
+    __slots__ = ("arrival", "line")
+
+    def __init__(self, line: Line, arrival: int) -> None:
+        self.line = line
+        self.arrival = arrival
+
+    def want(self, queue: WriteQueue, demand: Demand, window: float) -> None:
+        """Ask for samples when no request in flight can be answered."""
+        line = self.line
+        if line.is_alone():
+            queue.want(demand, window=window)
+        else:
+            line.delay(queue, demand, window)
+
+    async def come(self, answered: Sequence[Placed]) -> None:
+        """Wait until the answer with these samples is handed over; one without samples comes last.
+
+        Raises:
+            StoreError: when the answer is late, and its place cannot be recorded.
+        """
+        line = self.line
+        if line.is_alone():
+            self.leave()
+            return
+        last = max(answered, key=_place_of, default=None)
+        future: asyncio.Future[None] = line.loop.create_future()
+        line.ready(self, future, last)
+        try:
+            await future
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """End the turn without an answer."""
+        self.line.leave(self.arrival)
+
+
+def _place_of(answered: Placed) -> Place:
+    return answered.place
+
+
+class Line:
+    """The requests of one event loop and store that wait for their turns.
+
+    Args:
+        loop: the event loop.
+
+    Attributes:
+        quiet_turns: the turns without requests after which the loop counts as quiet, if its queue cannot be
+            read.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.quiet_turns = QUIET_TURNS
+        self._handles = own_handles(loop)
+        self._schedule = Schedule()
+        self._waiting: dict[int, tuple[asyncio.Future[None], Placed | None]] = {}
+        self._delayed: dict[WriteQueue, None] = {}
+        self._delayed_since = 0.0
+        self._claims = 0  # claims under way: their requests may be answered at once
+        self._stopped = True  # whether no callback is scheduled
+        self._turns = 0  # turns since an answer was handed over
+        self._still = 0  # turns since a request came or went
+
+    def __repr__(self) -> str:
+        return f"<Line {len(self._waiting)} answers of {self._schedule.in_flight} requests wait>"
+
+    def rests(self) -> bool:
+        """Return True if no request is in flight and the program waits for nothing else."""
+        return not self._schedule.in_flight and self._handles.only_these() is True
+
+    def is_alone(self) -> bool:
+        """Return True if only one request is in flight and the program waits for nothing else."""
+        return self._schedule.in_flight == 1 and self._handles.only_these() is True
+
+    # Requests.
+
+    def arrive(self) -> Turn:
+        """Return the turn of a request that arrives now."""
+        self._still = 0
+        return Turn(self, self._schedule.arrive())
+
+    def leave(self, arrival: int) -> None:
+        """End the turn of a request."""
+        self._still = 0
+        self._waiting.pop(arrival, None)
+        self._schedule.leave(arrival)
+
+    def ready(self, turn: Turn, future: asyncio.Future[None], last: Placed | None) -> None:
+        """Hand an answer over in its turn.
+
+        Args:
+            turn: the turn of its request.
+            future: is resolved when the turn has come.
+            last: the samples of the answer with the latest place; None if it has none.
+        """
+        self._waiting[turn.arrival] = (future, last)
+        self._schedule.ready(turn.arrival, LAST if last is None else last.place)
+        self._go_on()
+
+    def delay(self, queue: WriteQueue, demand: Demand, window: float) -> None:
+        """Ask for samples later, when no request in flight can be answered."""
+        if not self._delayed:
+            self._delayed_since = self.loop.time()
+        self._delayed[queue] = None
+        queue.delayed[demand] = window
+        self._go_on()
+
+    def claiming(self) -> None:
+        """Note that a claim is under way: it may be answered at once."""
+        self._claims += 1
+
+    def claimed(self) -> None:
+        """Note that a claim was answered."""
+        self._claims -= 1
+        self._go_on()
+
+    async def drain(self) -> None:
+        """Wait until the answers that are ready now are handed over."""
+        await asyncio.sleep(0)  # those that have just come get ready
+        if self._waiting:
+            await asyncio.wait([future for future, _ in self._waiting.values()])
+
+    # Turns of the loop.
+
+    def _go_on(self) -> None:
+        """Schedule the callback, if there is something to do for it."""
+        if self._stopped and not self._claims and (self._schedule.any_ready or self._delayed):
+            self._stopped = False
+            self._handles.call_soon(self._step)
+
+    def _step(self) -> None:
+        """Hand over an answer or ask for samples, if the program is quiet."""
+        self._stopped = True
+        if not self._claims and self._is_quiet():
+            self._turns = self._still = 0
+            next_one = self._schedule.next()
+            if next_one is None:
+                self._ask()
+            else:
+                self._hand_over(next_one)
+        self._go_on()
+
+    def _is_quiet(self) -> bool:
+        self._turns += 1
+        self._still += 1
+        quiet = self._handles.only_these()
+        if quiet is None:
+            quiet = self._still > self.quiet_turns
+        return quiet or self._turns > MOST_TURNS
+
+    def _hand_over(self, next_one: HandedOver) -> None:
+        future, last = self._waiting.pop(next_one.arrival)
+        if next_one.note is None or last is None:
+            self._resolve(future, None)
+        else:
+            self._claims += 1  # no other answer goes first
+            last.note_place(next_one.note, lambda error: self._noted(future, error))
+        if self._delayed and self.loop.time() - self._delayed_since >= HOLD_SECONDS:
+            self._ask()
+
+    def _noted(self, future: asyncio.Future[None], error: Any) -> None:
+        self._resolve(future, error)
+        self.claimed()
+
+    @staticmethod
+    def _resolve(future: asyncio.Future[None], error: Any) -> None:
+        if future.done():
+            return
+        if isinstance(error, Exception):
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    def _ask(self) -> None:
+        """Ask for the samples that were delayed."""
+        delayed, self._delayed = self._delayed, {}
+        for queue in delayed:
+            queue.want_delayed()
