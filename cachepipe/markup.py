@@ -17,14 +17,11 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
         head: the headings of the columns.
     """
     top = "".join(f"<th>{_shown(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr><th style='text-align: left'>{_shown(first)}</th>"
-        + "".join(
-            f"<td style='text-align: left; white-space: pre-wrap'>{_shown(value)}</td>" for value in rest
-        )
-        + "</tr>"
+    lines = [
+        (f"<th>{_shown(first)}</th>", *(f"<td>{_shown(value)}</td>" for value in rest))
         for first, *rest in rows
-    )
+    ]
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     return f"<table>{top and f'<thead><tr>{top}</tr></thead>'}<tbody>{body}</tbody></table>"
 
 
@@ -37,4 +34,4 @@ def _shown(value: Any) -> str:
     if value is None:
         return ""
     text = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-    return escape(terminal.visible(text, lines=True))
+    return escape(terminal.visible(text, lines=True)).replace("\n", "<br>")

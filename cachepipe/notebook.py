@@ -6,10 +6,9 @@ Each execution of a cell is a run of its own, and its requests carry the cell in
 request id is the id that the cell has in the notebook's file. So cells do not disturb each other, in whatever
 order they are run.
 
-Some front ends send no id, or one that the file does not have. Then the requests have no default id, and
-occurrence numbers tell the cells apart: an execution gets the numbers that its cell got before in this
-kernel, and new ones for what is new. So a kernel that runs all cells in order makes the same draws as a
-script with these cells, and an edit changes none of them.
+Some front ends send no id, or one that the file does not have. Then occurrence numbers tell the cells apart:
+an execution gets the numbers that its cell got before in this kernel, and new ones for what is new. So a
+kernel that runs all cells in order makes the same draws as a script with these cells, also after an edit.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import orjson
 
 from cachepipe import cells
 from cachepipe.cells import Cell
-from cachepipe.contract.draws import CELL, Draw, Identity
+from cachepipe.contract.draws import CELL, Draw, Identity, is_own
 from cachepipe.runs import KEPT, Occurrences, Run, Spilling
 
 _LASTING: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -63,6 +62,8 @@ class _CellOccurrences(Occurrences):
     def take(self, identity: Identity) -> int:
         """Return the occurrence number of the next request of this identity."""
         place = super().take(identity)
+        if is_own(identity.request_id):
+            return place
         with self._numbers_lock:
             numbers = self._numbers[identity]
             while len(numbers) <= place:
@@ -73,9 +74,10 @@ class _CellOccurrences(Occurrences):
 
     def give_back(self, draw: Draw) -> None:
         """Take back the number of a draw that was not delivered; it stays the cell's."""
-        with self._numbers_lock:
-            place = self._numbers[draw.identity].index(draw.occurrence)
-        super().give_back(draw._replace(occurrence=place))
+        if not is_own(draw.request_id):
+            with self._numbers_lock:
+                draw = draw._replace(occurrence=self._numbers[draw.identity].index(draw.occurrence))
+        super().give_back(draw)
 
 
 class _Execution(Run):
@@ -150,8 +152,9 @@ class _Extension:
             # A program executes the notebook from top to bottom, and equal texts are different cells.
             if _LOADS.search(text):
                 self._kernel = Run()
-            return Cell(None, self._kernel)
-        numbers = self._known.setdefault(cell_id or text, _Numbers())
+            numbers = _Numbers()
+        else:
+            numbers = self._known.setdefault(cell_id or text, _Numbers())
         return Cell(None, _Execution(self._kernel, numbers))
 
 

@@ -27,6 +27,7 @@ from cachepipe.chat.access import Access, Environment, model_of
 from cachepipe.chat.answers import AnsweredCall, TextCompletion, choices_of, parsed_answer
 from cachepipe.chat.conversations import Conversation, Message
 from cachepipe.chat.options import NAMES, AccessOptions, CompletionOptions, ManyOptions, StrictOptions
+from cachepipe.contract.draws import COPY
 from cachepipe.errors import CachepipeError
 from cachepipe.parallel import alcall
 from cachepipe.providers.info import Info, info
@@ -422,7 +423,9 @@ class _Crowd:
         asked = []
         for conversation in conversations:
             said = tuple(conversation.messages)
-            asked.append((conversation, {"request_id": f"{base}#{seen[said] + 1}"} if seen[said] else {}))
+            asked.append(
+                (conversation, {"request_id": f"{base}{COPY}{seen[said] + 1}"} if seen[said] else {})
+            )
             seen[said] += 1
         return asked
 

@@ -13,6 +13,8 @@ _NONE = "-"
 
 CELL = "cell:"
 """The beginning of the request ids that cells of notebooks give to requests without one."""
+COPY = "#"
+"""Stands before the number of a repetition in a list of prompts, at the end of its request id."""
 
 
 def label(name: str | int | None) -> str:
@@ -23,6 +25,11 @@ def label(name: str | int | None) -> str:
 def namespace_of(written: str) -> str | None:
     """Return the namespace or the replicate that a label stands for."""
     return written[1:] if written.startswith("=") else None
+
+
+def is_own(request_id: str) -> bool:
+    """Return True if the caller chose a request id; False for one of a cell, or of a prompt's repetition."""
+    return bool(request_id) and not request_id.startswith((CELL, COPY))
 
 
 class Identity(NamedTuple):
@@ -67,11 +74,6 @@ class Draw(NamedTuple):
     def identity(self) -> Identity:
         """What this draw has in common with its repetitions."""
         return Identity(self.namespace, self.key, self.request_id, self.replicate)
-
-    @property
-    def named(self) -> bool:
-        """Whether the caller has given it a request id."""
-        return bool(self.request_id) and not self.request_id.startswith(CELL)
 
     @property
     def shared(self) -> bool:

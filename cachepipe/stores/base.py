@@ -426,6 +426,47 @@ class Store(Protocol):
         ...
 
 
+class Listed(Store, Protocol):
+    """A store whose content commands list."""
+
+    @property
+    def where(self) -> str:
+        """Where it is, for people: a folder, or a URL without credentials."""
+        ...
+
+    def size(self) -> int | None:
+        """Return the number of bytes that it takes, or None if that is not known."""
+        ...
+
+    def keys(
+        self,
+        prefix: str = "",
+        *,
+        newest: bool = False,
+        scope: str | None = None,
+        namespace: str | None = None,
+        holding: Sequence[str] = (),
+    ) -> Iterator[KeyInfo]:
+        """Iterate over the keys with a prefix, in order of their first request, or newest first.
+
+        Args:
+            prefix: the beginning of the keys.
+            newest: whether the newest comes first.
+            scope: only questions of this scope, or of scopes below it if it is a base URL.
+            namespace: only questions that the namespace with this label has drawn.
+            holding: only questions whose documents contain these texts; the case of ASCII does not matter.
+        """
+        ...
+
+    def discards(self, key: str) -> Iterator[DiscardInfo]:
+        """Iterate over the samples of a key that were discarded, by index."""
+        ...
+
+    def totals(self) -> dict[str, int]:
+        """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
+        ...
+
+
 def new_meta(call: str, seconds: float, run: str, namespace: str) -> dict[str, Any]:
     """Return the facts that are recorded with a sample.
 

@@ -22,7 +22,7 @@ from cachepipe.contract.allotment import (
     lowest_new,
     noted_place,
 )
-from cachepipe.contract.draws import Draw
+from cachepipe.contract.draws import Draw, is_own
 from cachepipe.contract.intervals import IntervalSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
@@ -111,7 +111,7 @@ def _claim(ledger: Ledger, claim: Claim) -> Grant:
     lease, stamp = ledger.author()
     token, grant.held, standing = (claim.token, (0,), 0) if missing else (None, (), n)
     rows.add(Segment(0, 0, grant.indices, lease, token, stamp, standing, grant.place), len(grant.mine))
-    grant.added, grant.fresh_id = n, known and draw.named
+    grant.added, grant.fresh_id = n, known and is_own(draw.request_id)
     return grant
 
 

@@ -15,7 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from cachepipe.contract.allotment import choose
 from cachepipe.contract.intervals import IntervalSet
@@ -23,6 +23,7 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Claim,
+    Commit,
     Discard,
     Note,
     NotePlace,
@@ -51,6 +52,14 @@ RUN: Final = "~"
 """The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
 
 _T = TypeVar("_T")
+
+
+class User(Protocol):
+    """A store that uses a session."""
+
+    def reached(self) -> None:
+        """Learn that the engine answers again."""
+        ...
 
 
 def patiently(
@@ -95,6 +104,10 @@ class Session:
         lease: seconds for which a lease lasts unless it is renewed.
         renews: whether a thread renews the lease; a test renews it itself.
         sleep: waits for some seconds.
+
+    Attributes:
+        last_lease: the latest lease of this process; 0 if it had none.
+        ended: whether the last store that used the session was closed.
     """
 
     def __init__(
@@ -112,7 +125,7 @@ class Session:
         self._renews = renews
         self._sleep = sleep
         self.ended = False
-        self._users = 0
+        self._users: weakref.WeakSet[User] = weakref.WeakSet()
         self._begin()
         self._offset = self.asked(engine.now) - time.time_ns() // 1000
         _sessions.add(self)
@@ -123,6 +136,7 @@ class Session:
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
         self._lease: int | None = None
+        self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
         self._asked: dict[int, float] = {}  # when others were found alive
         self._dead: set[int] = set()
@@ -134,18 +148,23 @@ class Session:
         self._begin()
         self.engine.inherit()
 
-    def join(self) -> None:
+    def join(self, user: User) -> None:
         """Note that a store uses the session."""
         with self._leasing:
-            self._users += 1
+            self._users.add(user)
 
-    def leave(self) -> None:
+    def leave(self, user: User) -> None:
         """Note that a store does not use the session any more; the last one ends it."""
         with self._leasing:
-            self._users -= 1
-            self.ended = self._users == 0
+            self._users.discard(user)
+            self.ended = not self._users
         if self.ended:
             self._close()
+
+    def reached(self) -> None:
+        """Tell the stores that the engine answers again."""
+        for user in list(self._users):
+            user.reached()
 
     def _close(self) -> None:
         """End the lease and close the connections."""
@@ -192,6 +211,7 @@ class Session:
                 if self._lease is None:
                     name = f"{socket.gethostname()}-{os.getpid()}"
                     self._lease = self.asked(partial(self.engine.open_lease, name, self.seconds))
+                    self.last_lease = self._lease
                     if self._renews:
                         renewing = _Renewal(weakref.ref(self), self._ended, self.seconds / 3)
                         threading.Thread(target=renewing, name="cachepipe-lease", daemon=True).start()
@@ -294,6 +314,20 @@ class Session:
     def pause(self) -> None:
         """Wait while a key is reserved for another process."""
         self._sleep(_TURN * (0.5 + random.random()))  # noqa: S311 - spreads the processes
+
+    def commit_for(self, commit: Commit, lease: int) -> Result | StoreError:
+        """Commit a sample that was generated under a lease, which has probably ended.
+
+        It gets its place if nobody else generates it.
+        """
+        with self._lock:
+            adopted = lease not in self._before
+            self._before.add(lease)
+            try:
+                return _Transaction(self, [commit]).run()[0]
+            finally:
+                if adopted:
+                    self._before.discard(lease)
 
     def remembered(self, key: str) -> Known:
         """Return the rows of a key that are remembered."""
@@ -519,15 +553,21 @@ class _Renewal:
         self._seconds = seconds
 
     def __call__(self) -> None:
+        away = False
         while not self._ended.wait(self._seconds):
             session = self._session()
             if session is None:
                 return
             try:
-                if not session.renew():
-                    return
+                renewed = session.renew()
             except (Unreachable, StoreError):
-                pass  # it is tried again, and begun anew if it has ended meanwhile
+                away = True  # it is tried again, and begun anew if it has ended meanwhile
+                continue
+            if away:
+                session.reached()
+            if not renewed:
+                return
+            away = False
             del session
 
 

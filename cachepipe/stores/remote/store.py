@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import weakref
 from collections.abc import Sequence
 
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.errors import StoreError
+from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
-from cachepipe.stores.base import Grant, Operation, Process, Result, State
+from cachepipe.stores.base import Commit, Grant, Operation, Process, Result, State
 from cachepipe.stores.queued import Queued
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
-from cachepipe.stores.remote.engine import Read
+from cachepipe.stores.remote.engine import Read, Unreachable
 from cachepipe.stores.remote.listing import Listing
 from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.states import States
 from cachepipe.stores.writer import Writer
 
@@ -49,14 +51,25 @@ class RemoteStore(Queued, Listing):
         self.read_only = read_only
         self.why_read_only = "it was opened with read_only=True" if read_only else ""
         self.wait_for_others = wait_for_others
-        session.join()
+        session.join(self)
         self._closed = False
         self._writer = Writer(self)
         self._states = States(session)
+        self._spool = Spool(self.identity)
         _stores.add(self)
+        if not read_only and self._spool:
+            self._writer.wake()  # an earlier process could not write them
 
     def __repr__(self) -> str:
-        return f"<RemoteStore {self.session.engine.where}{' read-only' if self.read_only else ''}>"
+        return f"<RemoteStore {self.where}{' read-only' if self.read_only else ''}>"
+
+    @property
+    def where(self) -> str:
+        """The URL, without credentials."""
+        return self.session.engine.where
+
+    def size(self) -> None:
+        """Return None: a server does not know what its parts take."""
 
     def inherit(self) -> None:
         """Begin again in a forked child."""
@@ -65,7 +78,7 @@ class RemoteStore(Queued, Listing):
 
     def _check(self) -> None:
         if self._closed:
-            raise StoreError(f"the cache {self.session.engine.where} was closed; open it again")
+            raise StoreError(f"the cache {self.where} was closed; open it again")
 
     # Applying operations.
 
@@ -77,11 +90,44 @@ class RemoteStore(Queued, Listing):
     def write(self, operations: Sequence[Operation]) -> list[Result | StoreError]:
         """Apply the operations, those of one key as one transaction, in the calling thread."""
         if self.read_only:
-            raise StoreError(f"the cache {self.session.engine.where} cannot be written: {self.why_read_only}")
-        return self.session.transact(operations)
+            raise StoreError(f"the cache {self.where} cannot be written: {self.why_read_only}")
+        try:
+            results = self.session.transact(operations)
+        except StoreUnreachable as error:
+            raise self._spooled(operations, [error] * len(operations)) from error
+        lost = self._spooled(operations, results)
+        return [lost if isinstance(result, StoreUnreachable) else result for result in results]
+
+    def _spooled(
+        self, operations: Sequence[Operation], results: Sequence[Result | StoreError]
+    ) -> StoreUnreachable:
+        """Keep the samples of commits that the engine did not take on this machine; return the error."""
+        lost = [result for result in results if isinstance(result, StoreUnreachable)]
+        error = lost[0] if lost else StoreUnreachable()
+        commits = [
+            operation
+            for operation, result in zip(operations, results, strict=True)
+            if type(operation) is Commit and isinstance(result, StoreUnreachable)
+        ]
+        if not commits:
+            return error
+        try:
+            path = self._spool.put(commits, self.session.last_lease)
+        except OSError as refused:
+            return StoreUnreachable(f"{error}; nor could its samples be kept on this machine: {refused}")
+        return StoreUnreachable(f"{error}. Its samples are kept in {path} until the store answers")
+
+    def reached(self) -> None:
+        """Learn that the engine answers again."""
+        self._writer.wake()
 
     def tidy(self) -> None:
-        """Do nothing."""
+        """Write the samples that were kept on this machine, if the engine answers."""
+        if self.read_only or not self._spool:
+            return
+        with contextlib.suppress(Unreachable, StoreError, OSError):
+            self.session.engine.now()
+            self._spool.empty(self.session.commit_for)
 
     # Reading.
 
@@ -129,9 +175,10 @@ class RemoteStore(Queued, Listing):
         if self._closed:
             return
         self._writer.stop()
+        self.tidy()
         self._closed = True
         self._states.close()
-        self.session.leave()
+        self.session.leave(self)
 
 
 @atexit.register

@@ -192,18 +192,20 @@ def test_a_cell_that_fails_ends_and_its_repetition_replays_what_it_got(kernel, f
     assert kernel.paid() == 3
 
 
-def test_own_ids_runs_and_shared_draws_stay_what_they_are(kernel, tmp_path):
-    named = "print(await ask('cats', request_id='mine'))"
-    assert kernel.run(named, "one") == kernel.run(named, "two")
+def test_own_ids_and_runs_and_shared_draws_stay_what_they_are(kernel, front_end, tmp_path):
+    named = "print(await ask('cats', request_id='mine'), await ask('cats', request_id='mine'))"
+    first = kernel.run(named, front_end("one"))
+    assert len(set(first.split())) == 2
+    assert kernel.run(f"{named}\n", front_end("two")) == first
     again = "print(await ask('cats'))\nwith cachepipe.run():\n    print(await ask('cats'))"
-    first, second = kernel.run(again, "three").split()
+    first, second = kernel.run(again, front_end("three")).split()
     assert first == second
-    assert kernel.run("print(await ask('cats'))", "four").strip() != first
-    kernel.run(f"same = OnlineAPI(model, {str(tmp_path / 'same')!r}, repeat='same')", "five")
-    ask = "print((await same.request(Request('cats'))).data)"
-    assert kernel.run(ask, "six") == kernel.run(ask, "seven")
-    kernel.run("await same.close()", "eight")
-    assert kernel.paid() == 4
+    assert kernel.run("print(await ask('cats'))", front_end("four")).strip() != first
+    kernel.run(f"same = OnlineAPI(model, {str(tmp_path / 'same')!r}, repeat='same')", front_end("five"))
+    shared = "print((await same.request(Request('cats'))).data)"
+    assert kernel.run(shared, front_end("six")) == kernel.run(f"{shared}\n", front_end("seven"))
+    kernel.run("await same.close()", front_end("eight"))
+    assert kernel.paid() == 5
 
 
 def test_a_replay_gives_what_the_cells_got(kernel, tmp_path):

