@@ -394,6 +394,12 @@ asyncio.run(main())
 """
 
 
+def worker(folder):
+    """Another process that is generating a sample, until it is told to go on."""
+    command = [sys.executable, "-c", WORKER, str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 async def test_a_sample_of_another_process_that_is_noticed_late_makes_the_rerun_exact(tmp_path, monkeypatch):
     """It was stored before ours, and came after it: the rerun, and a new namespace, follow what happened."""
     looks = []
@@ -405,8 +411,7 @@ async def test_a_sample_of_another_process_that_is_noticed_late_makes_the_rerun_
 
     monkeypatch.setattr(others, "FIRST", 10.0**6)
     monkeypatch.setattr(others, "Look", Look)
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with worker(tmp_path) as process:
         assert process.stdout.readline() == "asked\n"
         model = ScriptedModel(hold=True, cache_scope="m")
         async with OnlineAPI(model, tmp_path) as pipeline:
