@@ -86,6 +86,40 @@ def test_a_cell_edited_in_the_middle_pays_only_for_its_new_question(kernel, rest
     assert edited | {"two": first["two"]} == first
 
 
+def test_ids_that_change_when_a_notebook_is_opened_again_do_not_count(kernel, restarted, tmp_path):
+    """VS Code numbers the cells from the top, so that an inserted cell changes the ids below it."""
+    for fresh, shift in ((kernel, 0), (None, 1)):
+        used = fresh or restarted()
+        used.begin(tmp_path / "cache")
+        shown = [
+            used.run(code, f"vscode-notebook-cell:/n#{n + shift}") for n, code in enumerate(CELLS.values())
+        ]
+        if fresh is not None:
+            first = shown
+    assert shown == first
+    assert used.paid() == 0
+
+
+def test_a_batch_asks_for_its_cell(kernel):
+    code = (
+        "print([answer.data for answer in await api.batch_request(cachepipe.Batch([Request('cats')] * 2))])"
+    )
+    first = kernel.run(code, "one")
+    assert kernel.run(code, "two") != first
+    assert kernel.run(code, "one") == first
+    assert kernel.paid() == 4
+
+
+def test_a_cell_that_is_run_again_while_its_call_is_in_flight_joins_it(kernel):
+    code = "model.hold = True\ntasks = [*globals().get('tasks', ()), asyncio.create_task(ask('cats'))]"
+    kernel.run("tasks = []", "define")
+    kernel.run(code, "one")
+    kernel.run("while not model.calls: await asyncio.sleep(0)", "wait")
+    kernel.run(code, "one")
+    kernel.run("model.hold = False\nmodel.calls[0].release()\nprint(*await asyncio.gather(*tasks))", "finish")
+    assert kernel.paid() == 1
+
+
 def test_cells_with_ids_of_their_own_give_the_same_in_any_order(kernel, restarted, tmp_path):
     kernel.begin(tmp_path / "cache")
     first = {name: kernel.run(code, name) for name, code in CELLS.items()}
