@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 FRONT_ENDS = {  # what each sends as the id of a cell, and whether it has a user
@@ -224,6 +226,25 @@ def test_a_cell_that_fails_ends_and_its_repetition_replays_what_it_got(kernel, f
     assert other.strip() not in again
     assert first[0].get("text", "") in again
     assert kernel.paid() == 3
+
+
+@pytest.mark.parametrize("front_end", ["Jupyter", "VS Code"], indirect=True)
+def test_a_request_that_failed_is_the_same_draw_when_it_is_repeated(kernel, front_end):
+    kernel.run("print(await ask('cats'))", front_end("one"))
+    failing = """
+    model.hold = True
+    task = asyncio.create_task(ask('cats'))
+    while len(model.calls) < 2:
+        await asyncio.sleep(0)
+    model.hold = False
+    model.calls[1].fail()
+    print(isinstance((await asyncio.gather(task, return_exceptions=True))[0], Exception))
+    print(await ask('cats'))
+    """
+    failed, answer = kernel.run(textwrap.dedent(failing), front_end("two")).split()
+    assert failed == "True"
+    assert kernel.run("print(await ask('cats'))\n", front_end("two")).strip() == answer
+    assert kernel.paid() == 3, "one of them failed"
 
 
 def test_own_ids_and_runs_and_shared_draws_stay_what_they_are(kernel, front_end, tmp_path):
