@@ -21,17 +21,20 @@ class Program:
     Attributes:
         run: the asynchronous function.
         own_ids: whether it makes request ids.
+        equal_questions: whether its tasks may ask equal questions at once. Their draws differ by the order
+            of the requests, so a request that fails and is repeated becomes another draw.
     """
 
     run: object
     own_ids: bool = False
+    equal_questions: bool = False
 
 
-def program(run=None, *, own_ids=False):
-    """Register a program under its name."""
+def program(run=None, **known):
+    """Register a program under its name, with what is known about it."""
 
     def register(run):
-        PROGRAMS[run.__name__] = Program(run, own_ids)
+        PROGRAMS[run.__name__] = Program(run, **known)
         return run
 
     return register if run is None else register(run)
@@ -45,7 +48,7 @@ async def turns(count):
 # A memo that tasks share.
 
 
-@program
+@program(equal_questions=True)
 async def tree_search_with_a_memo(ask, rng):
     """Breadth-first search in which the values of states are asked for once, by whoever comes first."""
     memo = {}
@@ -123,7 +126,7 @@ async def notes_that_all_prompts_contain(ask, rng):
     return notes
 
 
-@program
+@program(equal_questions=True)
 async def equal_questions_of_many_tasks(ask, rng):
     """All tasks ask the same questions without a memo, so their draws are told apart by their order only."""
     seen = []
@@ -141,7 +144,7 @@ async def equal_questions_of_many_tasks(ask, rng):
 # A pool that tasks share.
 
 
-@program
+@program(equal_questions=True)
 async def fleet_of_agents(ask, rng):
     """Agents step from state to state, and the bad ones continue from a good state of the common pool."""
     pool = [(0, 5)]
@@ -158,7 +161,7 @@ async def fleet_of_agents(ask, rng):
     return [await asyncio.gather(*map(agent, range(6))), sorted(pool)]
 
 
-@program
+@program(equal_questions=True)
 async def fleet_in_rounds(ask, rng):
     """As above, in rounds: within a round, the values are a memo."""
     values, states = {}, list(range(6))
@@ -176,7 +179,7 @@ async def fleet_in_rounds(ask, rng):
     return states
 
 
-@program(own_ids=True)
+@program(own_ids=True, equal_questions=True)
 async def fleet_with_request_ids_of_its_own(ask, rng):
     """All agents ask the same questions; request ids tell them apart."""
     pool = [1]
@@ -191,7 +194,7 @@ async def fleet_with_request_ids_of_its_own(ask, rng):
     return pool
 
 
-@program
+@program(equal_questions=True)
 async def evolution(ask, rng):
     """Steady-state evolution: two parents from the population, whose worst member the child replaces."""
     population = [[number, number] for number in range(6)]
@@ -232,7 +235,7 @@ async def blackboard(ask, rng):
 # Graphs of thoughts.
 
 
-@program
+@program(equal_questions=True)
 async def graph_of_thoughts(ask, rng):
     """Thoughts are generated, merged in pairs as they come, and refined, with a memo of scores."""
     scores, ready = {}, asyncio.Queue()
@@ -388,7 +391,7 @@ async def results_as_they_come(ask, rng):
 # Queues.
 
 
-@program
+@program(equal_questions=True)
 async def workers_on_a_priority_queue(ask, rng):
     """Best-first search: workers take the best state and put its children back."""
     queue, taken = asyncio.PriorityQueue(), []
@@ -436,7 +439,7 @@ async def producers_and_consumers(ask, rng):
     return out
 
 
-@program
+@program(equal_questions=True)
 async def work_stealing(ask, rng):
     own = [deque(range(number, number + 3 * number + 1)) for number in range(4)]
     log = []
@@ -737,7 +740,7 @@ async def futures_that_pass_answers_on(ask, rng):
 # Namespaces, n, models, batches.
 
 
-@program
+@program(equal_questions=True)
 async def two_namespaces_that_overlap(ask, rng):
     """What one namespace draws beyond the other is generated: some requests are hits in part."""
     known = []
@@ -753,7 +756,7 @@ async def two_namespaces_that_overlap(ask, rng):
     return known
 
 
-@program
+@program(equal_questions=True)
 async def one_namespace_after_the_other(ask, rng):
     """The second half is mostly hits already in the first run."""
     shared = []
@@ -783,7 +786,7 @@ async def many_samples_at_once(ask, rng):
     return votes
 
 
-@program
+@program(equal_questions=True)
 async def two_models(ask, rng):
     """A writer and a critic, on one cache, each with a pipeline of its own."""
     drafts = []
