@@ -96,6 +96,9 @@ if TYPE_CHECKING:
         SharedDraw as SharedDraw,
     )
     from cachepipe.errors import (
+        SharedReplicates as SharedReplicates,
+    )
+    from cachepipe.errors import (
         ShortAnswer as ShortAnswer,
     )
     from cachepipe.errors import (
@@ -205,6 +208,7 @@ _HOMES = {
         "ReadOnlyStore",
         "RepeatedCell",
         "SharedDraw",
+        "SharedReplicates",
         "ShortAnswer",
         "StageClosed",
         "StoreError",

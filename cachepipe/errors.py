@@ -161,6 +161,10 @@ class RepeatedCell(CachepipeWarning):
     """A cell of a notebook was run again, without the extension, and so pays again for its questions."""
 
 
+class SharedReplicates(CachepipeWarning):
+    """Namespaces of a run that differ only in digits have drawn the same samples."""
+
+
 class FreshIds(CachepipeWarning):
     """Most draws of a run have new request ids on questions that their namespace has drawn before."""
 

@@ -28,6 +28,7 @@ import orjson
 from cachepipe import cells, forks
 from cachepipe.contract.draws import Draw, Identity
 from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.overlap import NamespaceOverlap
 from cachepipe.errors import StoreError
 
 KEPT: Final = 50_000
@@ -134,13 +135,14 @@ class Occurrences:
 
     Args:
         kept: the number of identities in memory.
+        one_program: whether all draws are of one program, so that its namespaces can be compared.
 
     Attributes:
         name: the name of the run, drawn at random; a run with several stores has one for each.
         inputs: the number of texts that IPython had executed when the run began; 0 elsewhere.
     """
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int = KEPT, *, one_program: bool = True) -> None:
         self.name = secrets.token_hex(8)
         self.inputs = len(cells.inputs())
         self._lock = threading.Lock()
@@ -158,6 +160,8 @@ class Occurrences:
         self._warned: set[str] = set()
         self.replaying = threading.RLock()  # a finaliser may give back while it is held
         """Held by threads that replay concurrently, while they take indices in memory."""
+        self.overlap = NamespaceOverlap() if one_program else NamespaceOverlap(0)
+        """Compares the draws of namespaces."""
         self.used: set[tuple[str, str]] = _Recent()
         """Shared draws whose use by a namespace is on record: those used last."""
 

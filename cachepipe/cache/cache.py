@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 from cachepipe import forks, loops, markup, runs
 from cachepipe.adapting import hooks_of
 from cachepipe.cache.calls import Caller
-from cachepipe.cache.drawing import Drawing, keep_extra, note_place, respond, start, warn_shared
+from cachepipe.cache.drawing import (
+    Drawing,
+    count_draw,
+    keep_extra,
+    note_place,
+    respond,
+    start,
+    warn_shared,
+)
 from cachepipe.cache.in_flight import in_flight_of
 from cachepipe.cache.turns import Line, Turn
 from cachepipe.cache.write_queue import MANY, WriteQueue
@@ -224,6 +232,7 @@ class Cache:
             found = Found(self, run, counter, user, question, draw, grant, [])
             if grant.shared:
                 warn_shared(question, claimant, run)
+            count_draw(run, draw, grant)
             for sample in grant.samples:
                 if sample is not None:
                     found.values.append(self.decode(sample))
@@ -251,7 +260,6 @@ class Cache:
     def _deliver(self, found: Found) -> None:
         """Account for samples that were stored."""
         run, grant = found.run, found.grant
-        run.count(found.draw, fresh_id=False)
         self.hits += len(grant.indices)
         self.deliveries.add_known(run.name, found.user, found.question.scope, grant)
 

@@ -24,7 +24,7 @@ from cachepipe.contract.draws import Claims, Counter, Draw, give_back, label
 from cachepipe.contract.keys import Question
 from cachepipe.contract.lifecycle import DrawState, Effects
 from cachepipe.contract.schedule import Place
-from cachepipe.errors import FreshIds, NotStored, RepeatedCell, SharedDraw, warn
+from cachepipe.errors import FreshIds, NotStored, RepeatedCell, SharedDraw, SharedReplicates, warn
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -225,13 +225,7 @@ class Drawing:
                 "replay cells that are run again, write %load_ext cachepipe in the first cell",
                 RepeatedCell,
             )
-        if run.count(draw, fresh_id=grant.fresh_id):
-            warn(
-                "most requests of this run have new request ids on questions that their namespace has asked "
-                "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
-                "in each run: not made from hash(str), uuids or times",
-                FreshIds,
-            )
+        count_draw(run, draw, grant)
 
     def brought(self, index: int, value: Any, call: Call) -> None:
         """Store a sample that a call has returned, then take it."""
@@ -537,6 +531,28 @@ def warn_shared(question: Question, claimant: Claims, run: runs.Occurrences) -> 
             f"{claimant.namespace!r}, request id {claimant.request_id!r}) and gets the same samples; "
             "workers that need independent samples must use different request ids or replicates",
             SharedDraw,
+        )
+
+
+def count_draw(run: runs.Occurrences, draw: Draw, grant: Grant) -> None:
+    """Count a draw, and give the warnings about the draws of a run, each once in a run."""
+    if run.count(draw, fresh_id=grant.fresh_id):
+        warn(
+            "most requests of this run have new request ids on questions that their namespace has asked "
+            "before, so they get fresh samples and a rerun buys everything again. Ids must be the same "
+            "in each run: not made from hash(str), uuids or times",
+            FreshIds,
+        )
+    overlap = run.overlap.add(draw, grant.indices)
+    if overlap is not None and run.first_time("shared replicates"):
+        some, last = ", ".join(map(repr, overlap.namespaces[:-1])), overlap.namespaces[-1]
+        warn(
+            f"the namespaces {some} and {last!r} have drawn the same {overlap.samples} samples so far: "
+            "namespaces share samples, so as repetitions of an experiment they show a standard error of 0. "
+            "For independent repetitions write one namespace, and replicate=0, replicate=1 … "
+            "If these namespaces are meant to share, write "
+            "warnings.filterwarnings('ignore', category=cachepipe.SharedReplicates)",
+            SharedReplicates,
         )
 
 

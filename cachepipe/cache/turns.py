@@ -64,7 +64,9 @@ class Turn:
             StoreError: when the answer is late, and its place cannot be recorded.
         """
         line = self.line
-        if line.is_alone():
+        if line.has_ended(self):
+            return
+        if line.answers_at_once(self):
             self.leave()
             return
         last = max(answered, key=_place_of, default=None)
@@ -119,6 +121,14 @@ class Line:
     def is_alone(self) -> bool:
         """Return True if only one request is in flight and the program waits for nothing else."""
         return self._schedule.in_flight == 1 and self._handles.only_these() is True
+
+    def answers_at_once(self, turn: Turn) -> bool:
+        """Return True if a request need not wait for its turn: it is alone, and was so all the time."""
+        return self.is_alone() and not self._schedule.may_be_late(turn.arrival)
+
+    def has_ended(self, turn: Turn) -> bool:
+        """Return True if a turn is over."""
+        return not self._schedule.has(turn.arrival)
 
     # Requests.
 

@@ -22,6 +22,7 @@ from cachepipe.portal import in_portal, portal, submit
 from cachepipe.services import Loan, close_lent
 from cachepipe.stores import Store, check_folder, default_folder, open_store
 from cachepipe.stores.folders import expanded
+from cachepipe.stores.remote import is_url
 from cachepipe.typedefs import Mode, Repeat
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ async def on_portal(work: Coroutine[Any, Any, T]) -> T:
 
 
 def located(cache: Any) -> Any:
-    """Return a cache argument with a folder as its absolute path; None means the default folder.
+    """Return a cache argument with a folder as its absolute path; None means the default one.
 
     Raises:
         StoreError: for a string that is not the name of a folder.
@@ -59,7 +60,7 @@ def located(cache: Any) -> Any:
     if not isinstance(cache, str | os.PathLike):
         return cache
     check_folder(cache)
-    return str(expanded(cache))
+    return cache if isinstance(cache, str) and is_url(cache) else str(expanded(cache))
 
 
 def kept_store(cache: Any) -> Store:

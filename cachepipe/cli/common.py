@@ -24,7 +24,7 @@ from cachepipe.terminal import UNSAFE, on_terminal, shows_colours, visible
 
 if TYPE_CHECKING:
     from cachepipe.accounting import Account
-    from cachepipe.stores import DiskStore
+    from cachepipe.stores.base import Listed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -120,13 +120,13 @@ def share(part: float, whole: float) -> str:
 
 
 def cache_option(command: Command) -> Command:
-    """Add ``--cache DIR``; the parameter ``cache`` is a folder, or None for the default folder."""
+    """Add ``--cache DIR``; the parameter ``cache`` is a folder, a URL, or None for the default folder."""
     return click.option(
         "--cache",
         metavar="DIR",
         type=click.Path(),
-        help="The cache folder. Default: CACHEPIPE_DIR, else caches/default if the folder caches exists, "
-        "else the user's cache folder.",
+        help="The cache folder, or the URL of a server. Default: CACHEPIPE_DIR, else caches/default if the "
+        "folder caches exists, else the user's cache folder.",
     )(command)
 
 
@@ -161,10 +161,11 @@ def limit_option(default: int, what: str) -> Callable[[Command], Command]:
 # Stores.
 
 
-def folder_in_use(cache: str | None) -> tuple[Path, str]:
-    """Return the folder of the cache that a command uses, and how it was found."""
+def cache_in_use(cache: str | None) -> tuple[Path | str, str]:
+    """Return the folder or the URL of the cache that a command uses, and how it was found."""
     from cachepipe.stores import check_folder, default_folder  # noqa: PLC0415 - help needs no store
     from cachepipe.stores.folders import expanded  # noqa: PLC0415 - likewise
+    from cachepipe.stores.remote import is_url  # noqa: PLC0415 - likewise
 
     found = default_folder() if cache is None else cache
     if cache is not None:
@@ -174,7 +175,27 @@ def folder_in_use(cache: str | None) -> tuple[Path, str]:
     else:
         how = "user" if Path(found).is_absolute() else "project"
     check_folder(found)
-    return expanded(found), how
+    return found if is_url(found) else expanded(found), how
+
+
+def name_of(cache: Path | str) -> str:
+    """Return the name of a folder or a URL, without credentials."""
+    from cachepipe.stores.remote import shown  # noqa: PLC0415 - help needs no store
+
+    return str(cache) if isinstance(cache, Path) else shown(cache)
+
+
+def exists(cache: Path | str) -> bool:
+    """Return True if a folder exists, or if the server of a URL can be used."""
+    if isinstance(cache, Path):
+        return os.path.isdir(cache)  # noqa: PTH112 - also where it may not be looked at
+    from cachepipe.stores import open_store  # noqa: PLC0415 - help needs no store
+
+    try:
+        open_store(cache, read_only=True)[0].close()
+    except StoreError:
+        return False
+    return True
 
 
 _FOUND: Final = {
@@ -186,26 +207,35 @@ _FOUND: Final = {
 
 
 @contextlib.contextmanager
-def opened(cache: str | None, *, write: bool = False) -> Iterator[DiskStore]:
+def opened(cache: str | None, *, write: bool = False) -> Iterator[Listed]:
     """Open the store of an existing cache; without ``write``, it is read-only.
 
     Raises:
         StoreError: when there is no cache; it names the folder, and says how to name another.
     """
-    folder = existing_folder(cache)
+    found = existing_cache(cache)
     from cachepipe.stores import DiskStore  # noqa: PLC0415 - help needs no store
 
-    with contextlib.closing(DiskStore(folder, read_only=not write)) as store:
+    store: Listed
+    if isinstance(found, Path):
+        store = DiskStore(found, read_only=not write)
+    else:
+        from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - only when it is needed
+
+        store = open_url(found, read_only=not write)
+    with contextlib.closing(store):
         yield store
 
 
-def existing_folder(cache: str | None) -> Path:
-    """Return the folder of the cache that a command uses.
+def existing_cache(cache: str | None) -> Path | str:
+    """Return the folder or the URL of the cache that a command uses.
 
     Raises:
-        StoreError: when there is no cache in it.
+        StoreError: when there is no cache in the folder.
     """
-    folder, how = folder_in_use(cache)
+    folder, how = cache_in_use(cache)
+    if not isinstance(folder, Path):
+        return folder
     try:
         what = _lack_of(folder)
     except OSError as error:

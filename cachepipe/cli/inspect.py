@@ -7,7 +7,6 @@ sizes are bytes, and the namespace null is that of requests without a namespace.
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ from cachepipe.terminal import on_terminal, visible
 from cachepipe.values import Codec
 
 if TYPE_CHECKING:
-    from cachepipe.stores import DiskStore
+    from cachepipe.stores.base import Listed
 
 _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of any real cache apart
 _BEGINNING: Final = 200  # characters of a prompt that `ls --json` gives
@@ -53,17 +52,17 @@ _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
 @common.cache_option
 @common.json_option('an object with "path", "exists" and "named_by"')
 def path(*, cache: str | None, as_json: bool) -> None:
-    """Print the cache folder in use, whether it exists or not.
+    """Print the cache folder or URL in use, whether it exists or not.
 
     With --json, named_by says how it was found: "--cache", "CACHEPIPE_DIR", "project" (there is a folder
     caches) or "user" (the user's cache folder).
     """
-    folder, how = common.folder_in_use(cache)
+    found, how = common.cache_in_use(cache)
     if as_json:
-        there = os.path.isdir(folder)  # noqa: PTH112 - also where it may not be looked at
-        click.echo(json_text({"path": str(folder), "exists": there, "named_by": how}))
+        exists = common.exists(found)
+        click.echo(json_text({"path": common.name_of(found), "exists": exists, "named_by": how}))
     else:
-        click.echo(str(folder))
+        click.echo(common.name_of(found))
 
 
 # ls
@@ -103,7 +102,7 @@ def ls(
             return
         first = next(found, None)
         if first is None:
-            click.echo(f"{visible(str(store.folder))} has no such question", err=True)
+            click.echo(f"{visible(store.where)} has no such question", err=True)
             return
         echo_lines(_table_lines(store, itertools.chain([first], found)))
 
@@ -114,7 +113,7 @@ def _whole_prefix(prefix: str) -> str:
 
 
 def _listed(
-    store: DiskStore,
+    store: Listed,
     namespace: str | None,
     prefix: str,
     *,
@@ -147,7 +146,7 @@ def _fits(question: StoredQuestion | None, search: str, model: str | None) -> bo
     return not search or search.casefold() in "\n".join(strings(asked_in(document))).casefold()
 
 
-def _listing(store: DiskStore, info: KeyInfo) -> dict[str, Any]:
+def _listing(store: Listed, info: KeyInfo) -> dict[str, Any]:
     document = document_of(store.question(info.key))
     settings = settings_in(document)
     settings.pop("model", None)
@@ -156,7 +155,7 @@ def _listing(store: DiskStore, info: KeyInfo) -> dict[str, Any]:
     return {**fields, "settings": settings, "prompt": prompt}
 
 
-def _table_lines(store: DiskStore, found: Iterator[KeyInfo]) -> Iterator[str]:
+def _table_lines(store: Listed, found: Iterator[KeyInfo]) -> Iterator[str]:
     heads = f"{'key':{_SHORT}}  {'first asked':19}  {'samples':>7}  {'pending':>7}  {'namespaces':>10}  "
     width = shutil.get_terminal_size().columns if on_terminal() else WIDTH + 32
     width = max(width - len(heads), 20)
@@ -218,7 +217,7 @@ def show(*, key: str, cache: str | None, limit: int | None, as_json: bool) -> No
             echo_lines(_shown(store, info, 20 if limit is None else limit or None))
 
 
-def found_key(store: DiskStore, key: str) -> KeyInfo:
+def found_key(store: Listed, key: str) -> KeyInfo:
     """Return the key with this prefix.
 
     Raises:
@@ -231,7 +230,7 @@ def found_key(store: DiskStore, key: str) -> KeyInfo:
         return (exact or found)[0]
     if not found:
         raise Failure(
-            f"no key in {store.folder} begins with {key!r}; "
+            f"no key in {store.where} begins with {key!r}; "
             "`cachepipe ls` lists them, and --cache names another cache"
         )
     some = "\n".join(
@@ -242,7 +241,7 @@ def found_key(store: DiskStore, key: str) -> KeyInfo:
     raise Failure(f"several keys begin with {key!r}; give more characters:\n{some}{more}")
 
 
-def _print_json(store: DiskStore, info: KeyInfo, limit: int | None) -> None:
+def _print_json(store: Listed, info: KeyInfo, limit: int | None) -> None:
     """Print one object piece by piece: a list of samples may be larger than memory."""
     head = {
         "key": info.key,
@@ -272,7 +271,7 @@ def _sample_fields(sample: Sample, scope: str | None) -> dict[str, Any]:
     return {**of, "value": fields["value"], **(fields["summary"] or {})}
 
 
-def _shown(store: DiskStore, info: KeyInfo, limit: int | None) -> Iterator[str]:
+def _shown(store: Listed, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield styled(visible(info.key), bold=True, fg="cyan")
     pending = f", {info.pending} pending" if info.pending else ""
     discards = list(store.discards(info.key))

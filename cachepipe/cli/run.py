@@ -19,7 +19,7 @@ import click
 
 from cachepipe import progress
 from cachepipe.batch.settings import HELP, BatchSettings
-from cachepipe.cli.common import cache_option, folder_in_use, json_text, money
+from cachepipe.cli.common import cache_in_use, cache_option, exists, json_text, money, name_of
 from cachepipe.cli.group import Failure
 from cachepipe.errors import CachepipeError, CachepipeWarning
 from cachepipe.terminal import visible
@@ -193,13 +193,13 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
     """Run the file; return the report, and the number of the signal that stopped the run."""
     from cachepipe.batch import BatchFileError, run_file  # noqa: PLC0415 - so that --help is quick
 
-    folder, _ = folder_in_use(options["cache"])
-    if mode == "replay" and not folder.is_dir():
+    cache, _ = cache_in_use(options["cache"])
+    if mode == "replay" and not exists(cache):
         raise BatchFileError(
-            f"there is no cache in {folder} to replay from; name another folder with --cache"
+            f"there is no cache in {name_of(cache)} to replay from; name another folder with --cache"
         )
     given = {name: value for name, value in options.items() if name in HELP}
-    ours = {"api_key": key, "cache": folder, "mode": mode, "progress": screen.update}
+    ours = {"api_key": key, "cache": cache, "mode": mode, "progress": screen.update}
     try:
         settings = BatchSettings(**{**given, **ours})
     except ValueError as error:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -19,14 +17,14 @@ from cachepipe.stores.base import NamespaceInfo
 from cachepipe.stores.sums import statements
 
 if TYPE_CHECKING:
-    from cachepipe.stores import DiskStore
+    from cachepipe.stores.base import Listed
 
 _NO_NAMESPACE: Final = "(none)"
 
 
 _STATS_JSON: Final = """\b
 With --json:
-  folder, bytes          the folder of the cache, and its size
+  folder, bytes          the folder of the cache and its size, or its URL and null
   keys, samples          different questions, and answers to them
   pending, discarded     samples that are being generated (or were, by a killed process); discarded
                          samples
@@ -70,7 +68,7 @@ def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None
         _print_stats(figures, sums, limit)
 
 
-def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -> dict[str, Any]:
+def _figures(store: Listed, sums: Mapping[str, Statement], *, scopes: bool) -> dict[str, Any]:
     totals, known = store.totals(), _known(store, sums)
     namespaces = [
         {
@@ -84,8 +82,8 @@ def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -
     has_shared = totals["draws"] > sum(info.draws for info in known)
     shared = list(store.draws(namespace=SHARED)) if has_shared else []
     return {
-        "folder": str(store.folder),
-        "bytes": _bytes(store.folder),
+        "folder": store.where,
+        "bytes": store.size(),
         **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
         **_drawn(sum(info.samples for info in known), sum(info.generated for info in known)),
         **_sums(_total(sums)),
@@ -99,7 +97,7 @@ def _figures(store: DiskStore, sums: Mapping[str, Statement], *, scopes: bool) -
     }
 
 
-def _known(store: DiskStore, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
+def _known(store: Listed, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
     """Return the namespaces; those that only replay have no draws in the ledger."""
     known = {label(info.namespace): info for info in store.namespaces()}
     for name in sums:
@@ -123,7 +121,7 @@ def _sums(statement: Statement) -> dict[str, Any]:
     }
 
 
-def _scopes(store: DiskStore) -> list[dict[str, Any]]:
+def _scopes(store: Listed) -> list[dict[str, Any]]:
     found: dict[str | None, Counter[str]] = {}
     for info in store.keys():  # noqa: SIM118 - a store is no mapping
         counts = found.setdefault(info.scope, Counter())
@@ -139,16 +137,6 @@ def _drawn(drawn: int, generated: int) -> dict[str, Any]:
         "reused": reused,
         "reused_share": round(reused / drawn, 6) if drawn else None,
     }
-
-
-def _bytes(folder: Path) -> int:
-    """Return the size of all files below a folder; files that vanish meanwhile count as 0."""
-    total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            if file.is_file() and not file.is_symlink():
-                total += file.stat().st_size
-    return total
 
 
 def _name_of(row: Mapping[str, Any]) -> str:
@@ -178,8 +166,9 @@ _SCOPES: Final[common.Columns] = {
 def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int) -> None:
     extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
     share = f"{figures['reused']:,} of {figures['drawn']:,} samples drawn ({_share_of(figures)})"
+    taken = "" if figures["bytes"] is None else f" ({common.size(figures['bytes'])})"
     facts = [
-        ("cache", f"{figures['folder']} ({common.size(figures['bytes'])})"),
+        ("cache", f"{figures['folder']}{taken}"),
         ("keys", f"{figures['keys']:,}"),
         ("samples", ", ".join([f"{figures['samples']:,}", *extra])),
         ("draws", f"{figures['draws']:,}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,7 @@ from cachepipe.stores.base import Discard
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
-    from cachepipe.stores import DiskStore
+    from cachepipe.stores import Store
     from cachepipe.stores.verify import IntegrityReport
 
 
@@ -61,23 +62,41 @@ def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool
     def progress(steps: int) -> Any:
         return shown(steps, "thousand rows checked")
 
-    folder = common.existing_folder(cache)
-    report = check(folder, progress)
+    found = common.existing_cache(cache)
     before = None
-    if repair and not report.whole:
-        before, report = report, repairs.repair(folder, progress)
-    if as_json:
-        click.echo(json_text(_fields(folder, report, before)))
+    if isinstance(found, Path):
+        report = check(found, progress)
+        if repair and not report.whole:
+            before, report = report, repairs.repair(found, progress)
     else:
-        _print(folder, report, before)
+        report, before = _verify_server(found, repair=repair)
+    name = common.name_of(found)
+    if as_json:
+        click.echo(json_text(_fields(name, report, before)))
+    else:
+        _print(name, report, before)
         if repair and report.problems and not repairs.can_repair(report):
             click.echo("\nNothing was repaired: writing to files in this state may destroy more.")
     ctx.exit(0 if report.whole else 1)
 
 
-def _fields(folder: Path, report: IntegrityReport, before: IntegrityReport | None) -> dict[str, Any]:
+def _verify_server(url: str, *, repair: bool) -> tuple[IntegrityReport, IntegrityReport | None]:
+    """Return what is wrong on a server and, if it was repaired, what was wrong before."""
+    from cachepipe.stores import repair as repairs  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - likewise
+    from cachepipe.stores.remote.verify import check  # noqa: PLC0415 - likewise
+
+    with contextlib.closing(open_url(url, read_only=not repair)) as store:
+        report = check(store.session)
+        if not repair or report.whole:
+            return report, None
+        asyncio.run(repairs.discard(store, report))
+        return check(store.session), report
+
+
+def _fields(folder: str, report: IntegrityReport, before: IntegrityReport | None) -> dict[str, Any]:
     return {
-        "folder": str(folder),
+        "folder": folder,
         "whole": report.whole,
         "checked": report.counts,
         "foreign": report.foreign,
@@ -105,7 +124,7 @@ def _problems(report: IntegrityReport, after: IntegrityReport | None = None) -> 
     ]
 
 
-def _print(folder: Path, report: IntegrityReport, before: IntegrityReport | None) -> None:
+def _print(folder: str, report: IntegrityReport, before: IntegrityReport | None) -> None:
     counts = report.counts
     checked = [
         counted(counts["questions"], "question"),
@@ -113,7 +132,7 @@ def _print(folder: Path, report: IntegrityReport, before: IntegrityReport | None
         counted(counts["draws"], "draw"),
         f"{counts['discarded']:,} discarded",
     ]
-    facts = [("cache", str(folder)), ("checked", ", ".join(checked))]
+    facts = [("cache", folder), ("checked", ", ".join(checked))]
     if report.foreign:
         facts.append(("not ours", f"{counted(report.foreign, 'row')} of diskcache, ignored"))
     if report.recent:
@@ -172,5 +191,5 @@ def discard(*, key: str, cache: str | None, why: str, as_json: bool) -> None:
         click.echo(f"discarded {counted(len(indices), 'sample')} of {visible(name)}, which {those} had")
 
 
-async def _discard(store: DiskStore, key: str, indices: list[int], why: str) -> None:
+async def _discard(store: Store, key: str, indices: list[int], why: str) -> None:
     await store.apply([Discard(key, index, why) for index in indices])

@@ -86,6 +86,10 @@ class Schedule:
         """How many requests are in flight."""
         return len(self._in_flight)
 
+    def has(self, arrival: int) -> bool:
+        """Return True if a request is in flight."""
+        return arrival in self._in_flight
+
     @property
     def any_ready(self) -> bool:
         """Whether an answer can be handed over."""
@@ -107,6 +111,10 @@ class Schedule:
     def ready(self, arrival: int, place: Place) -> None:
         """Note that the answer of a request in flight can be handed over."""
         heapq.heappush(self._ready, (place, arrival))
+
+    def may_be_late(self, arrival: int) -> bool:
+        """Return True if an answer was handed over while a request waited."""
+        return bool(self._latest) and self._latest_since(self._in_flight[arrival]) is not None
 
     def next(self) -> HandedOver | None:
         """Return the ready answer with the lowest place, which is handed over now; None if none is ready."""

@@ -53,7 +53,7 @@ def _status(proxy: Proxy) -> dict[str, Any]:
     store, settings = proxy.store, proxy.settings
     return {
         "cachepipe": cachepipe.__version__,
-        "cache": str(getattr(store, "folder", store)),
+        "cache": getattr(store, "where", str(store)),
         "read_only": store.read_only,
         "mode": proxy.mode,
         "namespace": settings.namespace,

@@ -58,7 +58,7 @@ class ProxyRun:
     """A run of a proxy: its counts, and the draws that requests in flight hold."""
 
     def __init__(self) -> None:
-        self.counted = Occurrences()
+        self.counted = Occurrences(one_program=False)
         self.live: dict[Identity, dict[int, _LiveDraw]] = {}
         self.owed: dict[Identity, int] = {}  # numbers given back that no retry has taken
         self.entries: OrderedDict[tuple[str, str], IdempotencyEntry] = OrderedDict()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -381,6 +381,16 @@ class Store(Protocol):
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         ...
 
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None] | None:
+        """Call a function, in another thread, when a state that was pending may have changed.
+
+        It is a hint: ``status`` is asked at intervals all the same.
+
+        Returns:
+            What ends this, or None if the store cannot tell.
+        """
+        ...
+
     def similar(self, question: Question) -> StoredQuestion | None:
         """Return the stored question that differs least from another one; None if none is similar."""
         ...
@@ -423,6 +433,47 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Write what is queued and release what the store opened itself. Idempotent."""
+        ...
+
+
+class Listed(Store, Protocol):
+    """A store whose content commands list."""
+
+    @property
+    def where(self) -> str:
+        """Where it is, for people: a folder, or a URL without credentials."""
+        ...
+
+    def size(self) -> int | None:
+        """Return the number of bytes that it takes, or None if that is not known."""
+        ...
+
+    def keys(
+        self,
+        prefix: str = "",
+        *,
+        newest: bool = False,
+        scope: str | None = None,
+        namespace: str | None = None,
+        holding: Sequence[str] = (),
+    ) -> Iterator[KeyInfo]:
+        """Iterate over the keys with a prefix, in order of their first request, or newest first.
+
+        Args:
+            prefix: the beginning of the keys.
+            newest: whether the newest comes first.
+            scope: only questions of this scope, or of scopes below it if it is a base URL.
+            namespace: only questions that the namespace with this label has drawn.
+            holding: only questions whose documents contain these texts; the case of ASCII does not matter.
+        """
+        ...
+
+    def discards(self, key: str) -> Iterator[DiscardInfo]:
+        """Iterate over the samples of a key that were discarded, by index."""
+        ...
+
+    def totals(self) -> dict[str, int]:
+        """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
         ...
 
 

@@ -106,6 +106,20 @@ class DiskStore(SqlStore):
     def __repr__(self) -> str:
         return f"<DiskStore {self.folder}{' read-only' if self.read_only else ''}>"
 
+    @property
+    def where(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    def size(self) -> int:
+        """Return the size of all files below the folder; files that vanish meanwhile count as 0."""
+        total = 0
+        for file in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                if file.is_file() and not file.is_symlink():
+                    total += file.stat().st_size
+        return total
+
     @contextlib.contextmanager
     def _opening(self) -> Iterator[None]:
         """Turn the system's and SQLite's errors into ours."""

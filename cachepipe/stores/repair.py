@@ -17,7 +17,7 @@ from typing import Final
 from cachepipe.contract.draws import SHARED
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores import identity, tables
-from cachepipe.stores.base import Discard, Operation
+from cachepipe.stores.base import Discard, Operation, Store
 from cachepipe.stores.disk import DiskStore, connect
 from cachepipe.stores.sets import LargeSet
 from cachepipe.stores.tables import LISTED
@@ -57,7 +57,7 @@ def repair(folder: Path, progress: Progress = unseen) -> IntegrityReport:
     with contextlib.closing(DiskStore(folder, read_only=False)) as store:
         report = verify(folder)  # opening it has done some of the work if a process did not close it
         _edit_ledger(folder, report)
-        asyncio.run(_discard(store, report))
+        asyncio.run(discard(store, report))
     return verify(folder, progress)
 
 
@@ -109,14 +109,14 @@ def _lost_names(shelf: sqlite3.Connection) -> Iterator[tuple[str, int]]:
 # Samples.
 
 
-async def _discard(store: DiskStore, report: IntegrityReport) -> None:
+async def discard(store: Store, report: IntegrityReport) -> None:
     """Discard what is damaged or missing, and complete discards that one of the files lacks."""
     discards = list(_discards(store, report))
     for start in range(0, len(discards), _AT_ONCE):
         await store.apply(discards[start : start + _AT_ONCE])
 
 
-def _discards(store: DiskStore, report: IntegrityReport) -> Iterator[Operation]:
+def _discards(store: Store, report: IntegrityReport) -> Iterator[Operation]:
     for key, index in report.damaged:
         if store.question(key) is not None:
             yield Discard(key, index, "cachepipe verify found it damaged")

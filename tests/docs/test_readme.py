@@ -16,7 +16,13 @@ EXAMPLES = re.findall(r"<!-- example: ([\w-]+) -->\n```python\n(.*?)```\n\n```\n
 
 
 def test_there_are_examples():
-    assert [name for name, _, _ in EXAMPLES] == ["one-import", "completions", "two-uses", "own-model"]
+    assert [name for name, _, _ in EXAMPLES] == [
+        "one-import",
+        "replicates",
+        "completions",
+        "two-uses",
+        "own-model",
+    ]
     assert README.count("```python") == len(EXAMPLES)
 
 

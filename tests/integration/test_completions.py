@@ -563,7 +563,7 @@ async def test_no_credentials_are_stored(server, tmp_path):
         ({"tools": ["hammer"]}, TypeError, "a tool is a function"),
         ({"client": "x"}, TypeError, "client= takes a client"),
         ({"cache": ""}, StoreError, "a cache is a folder"),
-        ({"cache": "redis://host"}, StoreError, "not a URL"),
+        ({"cache": "mysql://host"}, StoreError, "folder or the URL"),
         (
             {"service": Services.Ollama(), "base_url": "http://x"},
             TypeError,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import random
+from functools import partial
 
 import anthropic
 import openai
@@ -30,7 +32,7 @@ from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream
-from cachepipe.testing import MockServer
+from cachepipe.testing import MockServer, ScriptedModel
 
 
 class Counting:
@@ -70,6 +72,39 @@ def test_c3_another_namespace_repeats_each_replicate_in_whatever_order(tmp_path)
     assert asyncio.run(ask(tmp_path, model, [3, 1, 2], namespace="other")) == [got[2], got[0], got[1]]
     assert asyncio.run(ask(tmp_path, Counting(), [2], namespace="third", mode="replay")) == [got[1]]
     assert model.made == 6
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("seed", range(5))
+async def test_c2_a_replicate_is_replayed_and_c3_repeated_whatever_the_others_do_meanwhile(tmp_path, seed):
+    dice, model = random.Random(seed), ScriptedModel()
+
+    async def draws(pipeline, replicate, namespace="a", times=2, n=1):
+        asked = [
+            Request(question, n=n, namespace=namespace, replicate=replicate)
+            for question in range(5)
+            for _ in range(times)
+        ]
+        return [answer.data for answer in await asyncio.gather(*map(pipeline.request, asked))]
+
+    async def among(*others, namespace="a"):
+        """What replicate 1 draws in a run, while others draw before and after it, in a random order."""
+        async with OnlineAPI(model, tmp_path) as pipeline:
+            calls = [lambda: draws(pipeline, 1, namespace)]
+            calls += [partial(draws, pipeline, replicate, **how) for replicate, how in others]
+            order = dice.sample(range(len(calls)), len(calls))
+            got = await asyncio.gather(*(calls[place]() for place in order))
+            return got[order.index(0)]
+
+    first = await among((0, {}), (2, {}))
+    spent = model.generated
+    assert await among() == first
+    assert await among(namespace="b") == first
+    assert await among((0, {"namespace": "c"}), (2, {"namespace": "c"}), namespace="c") == first
+    assert model.generated == spent
+    others = (0, {"n": 3}), (2, {"times": 4}), (3, {}), (None, {"n": 2}), (7, {"namespace": "d"})
+    assert await among(*others) == first
+    assert await among(namespace="c") == first
 
 
 def test_a_replicate_is_no_part_of_what_is_asked(tmp_path):
@@ -114,8 +149,16 @@ async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
                 with cachepipe.run(), cachepipe.using(replicate=str(number)):
                     raw = await client.chat.completions.with_raw_response.create(**ASKED)
                     assert text(raw.parse()) == expected
-        with OpenAI(**where, cache=folder, namespace="a") as client, cachepipe.using(replicate=2):
-            assert text(client.chat.completions.create(**ASKED)) == core[1]
+        with OpenAI(**where, cache=folder, namespace="a", replicate=1) as client:
+            assert text(client.chat.completions.create(**ASKED)) == core[0]
+            assert text(client.in_replicate(2).chat.completions.create(**ASKED)) == core[1]
+            assert text(client.in_namespace("b").chat.completions.create(**ASKED)) == core[0]
+        service = Services.custom(server.base_url, model="ngram-1")
+        async with service.client(folder, "b", replicate="2") as client:
+            assert text(await client.chat.completions.create(**ASKED)) == core[1]
+        async with openai.AsyncOpenAI(**where) as plain:
+            client = cachepipe.wrap(plain, cache=folder, namespace="c", replicate=2)
+            assert text(await client.chat.completions.create(**ASKED)) == core[1]
         settings = ProxySettings(port=0, upstreams=(Upstream.of("mock", server.base_url),), cache=folder)
         with running(settings, lambda _: None) as proxy:
             told = {"x-cachepipe-namespace": "a", "x-cachepipe-replicate": "2"}
@@ -123,6 +166,10 @@ async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
                 base_url=f"{proxy.url}/v1", api_key="k", default_headers=told
             ) as through:
                 assert text(await through.chat.completions.create(**ASKED)) == core[1]
+            for place, (namespace, number) in enumerate((("a", 1), ("d", 2))):
+                url = f"{proxy.url}/ns/{namespace}@{place}/rep/{number}/v1"
+                async with openai.AsyncOpenAI(base_url=url, api_key="k") as through:
+                    assert text(await through.chat.completions.create(**ASKED)) == core[number - 1]
         source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         source.write_text(json.dumps({"prompt": "Cats or dogs?"}))
         settings = BatchSettings(model="ngram-1", cache=folder, namespace="a", **where)
@@ -131,6 +178,10 @@ async def test_c10_a_replicate_is_the_same_draw_on_every_surface(tmp_path):
             answer = json.loads(target.read_text())["response"]["body"]
             assert answer["choices"][0]["message"]["content"] == expected
         assert server.stats.requests == asked == 2
+        await run_file(source, target, settings, replicates=3)
+        lines = [json.loads(line)["response"]["body"] for line in target.read_text().splitlines()]
+        assert [line["choices"][0]["message"]["content"] for line in lines[1:]] == core
+        assert server.stats.requests == 3  # the replicate 0
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +298,15 @@ async def test_c10_conversations_take_a_replicate_as_clients_do(tmp_path):
             for number in (1, 2):
                 with cachepipe.using(replicate=number):
                     expected.append(text(await client.chat.completions.create(**ASKED)))
+        async with AsyncOpenAI(base_url=server.base_url, api_key="k", replicate=2, **how) as client:
+            chat = Chat(client=client, model="ngram-1", messages=ASKED["messages"])
+            assert await chat.acomplete() == expected[1]
+            with cachepipe.run(), cachepipe.using(replicate=1):
+                chat = Chat(client=client, model="ngram-1", messages=ASKED["messages"])
+                assert await chat.acomplete() == expected[0]
+            chat = Chat(client=client, model="ngram-1", messages=ASKED["messages"], replicate="1")
+            with cachepipe.run():
+                assert await chat.acomplete() == expected[0]
         with cachepipe.run():
             assert await said(2) == (expected[1], 2)
             assert await said("1") == (expected[0], "1")

@@ -200,6 +200,14 @@ def test_the_calls_of_each_kind_of_request_are_counted_on_each_way_in():
             assert 0 < known[column] < new[column] < miss[column]
 
 
+def test_with_the_schedule_reruns_of_concurrent_programs_make_no_call():
+    command = [sys.executable, "-m", "benchmarks.reruns", "--puzzles", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("reruns make no call and give the same outputs: holds\n")
+    assert len(re.findall(r"^ordered=True,(?=.* 0 calls, 2)", done.stdout, re.MULTILINE)) == 3
+
+
 def test_calls_are_counted_only_within_the_package_and_switches_only_within_a_thread(calls, tmp_path):
     package = tmp_path / "package"
     package.mkdir()

@@ -143,7 +143,7 @@ def test_lines_are_printed_before_the_last_one_is_known(capsys):
     assert capsys.readouterr().out == "second\n"
 
 
-@pytest.mark.parametrize("folder", ["", "redis://host"])
+@pytest.mark.parametrize("folder", ["", "mysql://host"])
 @pytest.mark.parametrize(
     "command", [["stats"], ["path"], ["serve", "--upstream", "http://h/v1"], ["run", "in.jsonl", "-o", "out"]]
 )
@@ -168,12 +168,12 @@ def test_a_command_that_is_nearly_right_is_suggested():
 def test_the_folder_is_the_one_given_else_the_environments_else_the_projects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CACHEPIPE_DIR", raising=False)
-    assert common.folder_in_use(None)[1] == "user"
+    assert common.cache_in_use(None)[1] == "user"
     (tmp_path / "caches").mkdir()
-    assert common.folder_in_use(None) == (tmp_path / "caches" / "default", "project")
+    assert common.cache_in_use(None) == (tmp_path / "caches" / "default", "project")
     monkeypatch.setenv("CACHEPIPE_DIR", str(tmp_path / "env"))
-    assert common.folder_in_use(None) == (tmp_path / "env", "CACHEPIPE_DIR")
-    assert common.folder_in_use("mine") == (tmp_path / "mine", "--cache")
+    assert common.cache_in_use(None) == (tmp_path / "env", "CACHEPIPE_DIR")
+    assert common.cache_in_use("mine") == (tmp_path / "mine", "--cache")
 
 
 def test_looking_at_a_cache_that_is_not_there_makes_none_and_says_where_it_looked(tmp_path):

@@ -292,8 +292,8 @@ def test_a_lease_that_may_not_be_looked_at_counts_as_alive(tmp_path, monkeypatch
 
 def test_a_url_or_an_empty_name_is_no_folder_and_makes_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StoreError, match="not a URL; got 'host/0'"):
-        open_store("redis://user:secret@host/0")
+    with pytest.raises(StoreError, match="got 'mysql://host/0'"):
+        open_store("mysql://user:secret@host/0")
     with pytest.raises(StoreError, match="got ''"):
         open_store("")
     assert list(tmp_path.iterdir()) == []

@@ -370,12 +370,12 @@ def test_threads_in_namespaces_of_their_own_share_what_is_generated(tmp_path):
         start.wait()
         got[namespace] = [answer.data for answer in asyncio.run(main())]
 
-    threads = [threading.Thread(target=work, args=(str(number),)) for number in range(4)]
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert got["0"] == got["1"] == got["2"] == got["3"]
+    assert got["a"] == got["b"] == got["c"] == got["d"]
     assert len(model.calls) == 40
     asyncio.run(api.close())
 

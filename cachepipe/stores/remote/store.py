@@ -7,7 +7,7 @@ import atexit
 import contextlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
@@ -61,7 +61,15 @@ class RemoteStore(Queued, Listing):
             self._writer.wake()  # an earlier process could not write them
 
     def __repr__(self) -> str:
-        return f"<RemoteStore {self.session.engine.where}{' read-only' if self.read_only else ''}>"
+        return f"<RemoteStore {self.where}{' read-only' if self.read_only else ''}>"
+
+    @property
+    def where(self) -> str:
+        """The URL, without credentials."""
+        return self.session.engine.where
+
+    def size(self) -> None:
+        """Return None: a server does not know what its parts take."""
 
     def inherit(self) -> None:
         """Begin again in a forked child."""
@@ -70,7 +78,7 @@ class RemoteStore(Queued, Listing):
 
     def _check(self) -> None:
         if self._closed:
-            raise StoreError(f"the cache {self.session.engine.where} was closed; open it again")
+            raise StoreError(f"the cache {self.where} was closed; open it again")
 
     # Applying operations.
 
@@ -82,7 +90,7 @@ class RemoteStore(Queued, Listing):
     def write(self, operations: Sequence[Operation]) -> list[Result | StoreError]:
         """Apply the operations, those of one key as one transaction, in the calling thread."""
         if self.read_only:
-            raise StoreError(f"the cache {self.session.engine.where} cannot be written: {self.why_read_only}")
+            raise StoreError(f"the cache {self.where} cannot be written: {self.why_read_only}")
         try:
             results = self.session.transact(operations)
         except StoreUnreachable as error:
@@ -157,6 +165,10 @@ class RemoteStore(Queued, Listing):
         if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
             return self._states.latest(wanted)
         return self._states.now(wanted)
+
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call a function, in another thread, when a state that was pending has changed."""
+        return self._states.listen(changed)
 
     def generator(self, key: str, index: int) -> Process | None:
         """Return the process that generates a sample, or None."""

@@ -23,6 +23,8 @@ _OPTIONS: Final = ("prefix", "patience", "lease", "timeout", "password_file", "d
 
 PREFIX: Final = "cachepipe"
 """The beginning of the keys on a server, unless the URL says otherwise."""
+OPENING: Final = 5.0
+"""The most seconds to wait for a server that does not answer when it is opened: its name may be wrong."""
 TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the server."""
 
@@ -133,5 +135,7 @@ def _session(asked: Asked) -> Session:
         valkey.client_of(asked.options(), cluster=asked.cluster),
         asked.number("patience", PATIENCE),
     )
-    engine = patiently(lambda: valkey.ValkeyEngine(client, asked.where, asked.prefix), asked.where, patience)
+    engine = patiently(
+        lambda: valkey.ValkeyEngine(client, asked.where, asked.prefix), asked.where, min(patience, OPENING)
+    )
     return Session(engine, patience=patience, lease=asked.number("lease", LEASE))

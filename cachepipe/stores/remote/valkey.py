@@ -343,7 +343,7 @@ class _Listening:
 
     def __call__(self) -> None:
         while not self._ended.is_set():
-            with contextlib.suppress(*_LATER, exceptions.ValkeyError):
+            with contextlib.suppress(*_LATER, exceptions.ValkeyError, ValueError):  # closed while it reads
                 self._listen()
             self._ended.wait(_LISTENS)
 

@@ -6,8 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cachepipe.contract.draws import Claimant, Identity
+from cachepipe.contract.draws import Claimant, Draw, Identity
 from cachepipe.proxy.idempotency import ProxyRun, RequestCounter
+from cachepipe.runs import Occurrences
 
 ONE = Identity("=a", "k", "")
 
@@ -150,3 +151,11 @@ class Joins(RuleBasedStateMachine):
 
 TestJoins = Joins.TestCase
 TestJoins.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_namespaces_of_a_proxy_are_of_several_programs_and_so_are_not_compared():
+    draws = [Draw(f"=run-{number}", f"k{key}", "", 0) for number in range(3) for key in range(50)]
+    of_proxy = ProxyRun().counted.overlap
+    assert not any(of_proxy.add(draw, [0]) for draw in draws)
+    compared = Occurrences().overlap
+    assert any(compared.add(draw, [0]) for draw in draws)

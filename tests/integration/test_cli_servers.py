@@ -1,0 +1,132 @@
+"""The commands that look at a cache, on a real Valkey server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+import valkey
+from click.testing import CliRunner
+
+from cachepipe import OnlineAPI, Request, open_store
+from cachepipe.cli.group import cli
+from cachepipe.testing import ScriptedModel
+
+
+@pytest.fixture
+def url(new_valkey_url):
+    """The URL of a cache with two questions, of which two namespaces have drawn one."""
+    url = new_valkey_url()
+
+    async def fill():
+        async with OnlineAPI(ScriptedModel(cache_scope="m"), url) as pipeline:
+            await pipeline.request(Request("first question", n=2, request_id="r", namespace="a"))
+            await pipeline.request(Request("first question", n=3, request_id="r", namespace="b"))
+            await pipeline.request(Request("second question", namespace="b"))
+
+    asyncio.run(fill())
+    return url
+
+
+@pytest.fixture
+def run(url):
+    def command(*arguments, code=0):
+        done = CliRunner().invoke(cli, [*arguments, "--cache", url])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    return command
+
+
+def lines(output):
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_ls_lists_the_questions_of_a_server_in_order_and_by_what_is_wanted(run):
+    found = lines(run("ls", "--json"))
+    assert [(one["prompt"], one["samples"], one["namespaces"]) for one in found] == [
+        ("first question", 3, 2),
+        ("second question", 1, 1),
+    ]
+    for wanted in (["--namespace", "a"], ["--search", "FIRST"], ["--prefix", found[0]["key"]]):
+        assert lines(run("ls", "--json", *wanted)) == found[:1]
+    assert len(lines(run("ls", "--json", "--scope", "m"))) == 2
+    assert lines(run("ls", "--json", "--scope", "other")) == []
+    assert "first question" in run("ls")
+
+
+def test_show_shows_the_samples_and_draws_of_a_question(run):
+    key = lines(run("ls", "--json"))[0]["key"]
+    [shown] = lines(run("show", key[:12], "--json"))
+    assert [sample["index"] for sample in shown["samples"]] == [0, 1, 2]
+    assert [draw["indices"] for draw in shown["draws"]] == [[0, 1], [0, 1, 2]]
+    assert "drawn by 2 namespaces" in run("show", key)
+
+
+def test_stats_counts_what_namespaces_drew_and_spent(run):
+    [stats] = lines(run("stats", "--json", "--scopes"))
+    assert (stats["keys"], stats["samples"], stats["draws"]) == (2, 4, 3)
+    assert (stats["drawn"], stats["generated"], stats["reused"]) == (6, 4, 2)
+    assert (stats["requests"], stats["spent"]["samples"]) == (3, 4)
+    assert stats["bytes"] is None
+    assert stats["scopes"] == [{"scope": "m", "keys": 2, "samples": 4, "pending": 0}]
+    assert "keys" in run("stats")
+
+
+def test_path_names_the_url_without_its_credentials(run, url):
+    assert run("path").strip() == url
+    secret = url.replace("://", "://user:secret@")
+    done = CliRunner().invoke(cli, ["path", "--json", "--cache", secret])
+    assert json.loads(done.output) == {"path": url, "exists": False, "named_by": "--cache"}
+    assert json.loads(run("path", "--json"))["exists"] is True
+
+
+def test_a_discarded_sample_of_a_server_is_on_record(run):
+    key = lines(run("ls", "--json"))[0]["key"]
+    run("discard", f"{key}/1", "--why", "a refusal")
+    [shown] = lines(run("show", key, "--json"))
+    assert [sample["index"] for sample in shown["samples"]] == [0, 2]
+    assert [(one["index"], one["why"]) for one in shown["discarded"]] == [(1, "a refusal")]
+    assert "nothing is wrong" in run("verify")
+
+
+def test_c12_verify_finds_what_was_damaged_on_a_server_and_repairs_what_it_can(run, url, valkey_server):
+    assert "nothing is wrong" in run("verify")
+    key = lines(run("ls", "--json"))[0]["key"]
+    base = f"{url.partition('prefix=')[2]}:{{{key}}}:"
+    with valkey.Valkey(port=valkey_server.port) as client:
+        client.hset(base + "s", "s/0", client.hget(base + "s", "s/1"))  # a sample at another's place
+        client.hdel(base + "s", "s/2")
+    [report] = lines(run("verify", "--json", code=1))
+    assert {one["kind"]: one["count"] for one in report["problems"]} == {"sample": 1, "missing": 1}
+    assert "nothing is wrong" in run("verify", "--repair")
+
+    async def again():
+        async with OnlineAPI(ScriptedModel(cache_scope="m"), url) as pipeline:
+            return await pipeline.request(Request("first question", n=2, request_id="r", namespace="a"))
+
+    assert asyncio.run(again()).indices == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"), [("L", "set"), ("k", "question"), ("t/=a", "set"), ("q", "question")]
+)
+def test_c12_verify_names_each_kind_of_damaged_row(run, url, valkey_server, field, kind):
+    key = lines(run("ls", "--json"))[0]["key"]
+    name = f"{url.partition('prefix=')[2]}:{{{key}}}:b"
+    with valkey.Valkey(port=valkey_server.port) as client:
+        row = client.hget(name, field)
+        client.hset(name, field, row[:-1] + bytes([row[-1] ^ 1]))
+    [report] = lines(run("verify", "--json", code=1))
+    assert kind in {one["kind"] for one in report["problems"]}
+
+
+def test_a_cache_of_the_environment_may_be_a_url(url, monkeypatch):
+    monkeypatch.setenv("CACHEPIPE_DIR", url)
+    store, owned = open_store()
+    assert owned
+    assert store.where == url
+    store.close()
+    done = CliRunner().invoke(cli, ["path", "--json"])
+    assert json.loads(done.output) == {"path": url, "exists": True, "named_by": "CACHEPIPE_DIR"}
