@@ -11,6 +11,8 @@ import dataclasses
 import heapq
 from collections import deque
 
+import anyio
+
 PROGRAMS = {}
 
 
@@ -881,3 +883,115 @@ async def early_exit(ask, rng):
         task.cancel()
     await asyncio.wait(tasks)
     return [tried, [task.result() for task in done], await ask(f"summary of {tried}")]
+
+
+@program
+async def race_in_an_anyio_task_group(ask, rng):
+    """The winner cancels the scope of the group."""
+    won = []
+
+    async def runner(lap, number, scope):
+        answer = await ask(f"lap {lap}, runner {number}, after {won}")
+        for _ in range(answer % 3):
+            await anyio.lowlevel.checkpoint()
+        won.append(answer)
+        scope.cancel()
+
+    for lap in range(5):
+        async with anyio.create_task_group() as group:
+            for number in range(4):
+                group.start_soon(runner, lap, number, group.cancel_scope)
+    return won
+
+
+@program
+async def anyio_streams(ask, rng):
+    """Producers and consumers with a small stream between them."""
+    send, receive = anyio.create_memory_object_stream(2)
+    log = []
+
+    async def produce(number, stream):
+        async with stream:
+            for item in range(4):
+                await stream.send(await ask(f"producer {number}, item {item}, after {log[-2:]}"))
+
+    async def consume(number, stream):
+        async with stream:
+            async for item in stream:
+                log.append([item, await ask(f"consumer {number} on {item} after {log[-1:]}")])
+
+    async with anyio.create_task_group() as group, send, receive:
+        for number in range(3):
+            group.start_soon(produce, number, send.clone())
+        for number in range(2):
+            group.start_soon(consume, number, receive.clone())
+    return log
+
+
+@program
+async def groups_that_fail_together(ask, rng):
+    """A bad answer ends a group: an exception of the program cancels all other tasks of it."""
+    log = []
+
+    async def agent(attempt, number):
+        for step in range(4):
+            log.append(await ask(f"attempt {attempt}, agent {number}, step {step}, after {log[-2:]}"))
+            if log[-1] % 5 == 0:
+                raise ValueError(log[-1])
+
+    for attempt in range(4):
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(4):
+                    group.create_task(agent(attempt, number))
+        except* ValueError as errors:
+            log.append([error.args[0] for error in errors.exceptions])
+    return log
+
+
+@program
+async def cancelled_tasks_that_ask_once_more(ask, rng):
+    log = []
+
+    async def agent(lap, number):
+        try:
+            while not log or log[-1] % 4:
+                log.append(await ask(f"lap {lap}, agent {number}, after {log[-1:]}"))
+        finally:
+            log.append(1 + await ask(f"summary of {lap}.{number} after {log[-1:]}"))
+
+    for lap in range(3):
+        await first_of(ask, (agent(lap, number) for number in range(4)), awaits_the_losers=True)
+    return log
+
+
+@program
+async def losers_that_go_on(ask, rng):
+    """Nobody cancels the losers; they end in the midst of later laps, and count there."""
+    finished, tasks = [], []
+
+    async def runner(lap, number):
+        finished.append(await ask(f"lap {lap}, runner {number}, after {finished[-1:]}"))
+
+    for lap in range(5):
+        started = [asyncio.create_task(runner(lap, number)) for number in range(4)]
+        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
+        tasks += started
+    await asyncio.gather(*tasks)
+    return finished
+
+
+@program
+async def polling_without_waiting(ask, rng):
+    """The loop looks again and again at what is done; a timer of zero seconds is all that it waits for."""
+    log, followers = [], 0
+    tasks = [asyncio.create_task(ask(f"task {number}")) for number in range(8)]
+    while tasks:
+        done, _ = await asyncio.wait(tasks, timeout=0)
+        for task in [task for task in tasks if task in done]:
+            tasks.remove(task)
+            log.append(task.result())
+            if followers < 12 and log[-1] % 3:
+                followers += 1
+                tasks.append(asyncio.create_task(ask(f"follower {followers} after {log[-2:]}")))
+    return log
