@@ -109,8 +109,7 @@ class _Extension:
         self._shell.events.register("post_run_cell", self._end)
         cells.loaded = True
         message = self._message()
-        code = message.get("content", {}).get("code")
-        text = code or [*self._shell.history_manager.input_hist_raw][-1]
+        text = message.get("content", {}).get("code") or (cells.inputs() or [""])[-1]
         if text:  # otherwise the configuration of IPython loads it
             cells.begin(self._cell(text, message.get("metadata", {}).get("cellId")))
 

@@ -46,7 +46,8 @@ class Kernel:
         self.reader = True
 
     def __enter__(self):
-        environment = {**os.environ, "PYTHONWARNINGS": "", "OPENAI_API_KEY": "none", **self._variables}
+        own = {"IPYTHONDIR": str(self._folder / "ipython"), "PYTHONWARNINGS": "", "OPENAI_API_KEY": "none"}
+        environment = {**os.environ, **own, **self._variables}
         self._client.start_new_kernel(env=environment, cwd=self._folder)
         self._client.start_new_kernel_client()
         session = self._client.kc.session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from cachepipe.cache.write_queue import WriteQueue, unheard
@@ -32,7 +33,18 @@ class Look:
         self._pause = FIRST
         self._orphans: dict[tuple[str, int], int] = {}
         self._asked = 0.0
-        queue.loop.call_later(FIRST, self)
+        self._next = queue.loop.call_later(FIRST, self)
+        self._deaf = queue.store.listen(self._heard)
+
+    def _heard(self) -> None:
+        """Look soon, as something has changed. Thread-safe."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+            self._queue.loop.call_soon_threadsafe(self._hurry)
+
+    def _hurry(self) -> None:
+        if self._queue.strangers:
+            self._next.cancel()
+            self()
 
     def __call__(self) -> None:
         """Look once, and again later while a draw waits."""
@@ -43,6 +55,7 @@ class Look:
         except StoreError as error:
             for drawing in list(queue.strangers):
                 drawing.perform(drawing.state.broken(error))
+            self._end()
             return
         now = queue.loop.time()
         asks = now - self._asked >= _ASK
@@ -64,7 +77,15 @@ class Look:
             drawing.unheard()
         if queue.strangers:
             self._pause = min(self._pause * 1.5, LAST)
-            queue.loop.call_later(self._pause, self)
+            self._next = queue.loop.call_later(self._pause, self)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        """End the notifications."""
+        deaf, self._deaf = self._deaf, None
+        if deaf is not None:
+            deaf()
 
     def _places(self) -> list[tuple[Drawing, int]]:
         """Return the draws that wait, with each index that no loop of this process has announced."""

@@ -17,7 +17,7 @@ from cachepipe.errors import CachepipeError
 from cachepipe.flow import Limits, Quota, Retries
 from cachepipe.flow.flow import Flow
 from cachepipe.proxy.headers import KEYS
-from cachepipe.typedefs import REPEATS, Repeat
+from cachepipe.typedefs import REPEATS, Repeat, check_replicate
 
 Kind = Literal["openai", "anthropic"]
 LogLevel = Literal["all", "calls", "errors", "off"]
@@ -234,6 +234,10 @@ class ProxySettings:
         return self
 
     def _check_values(self) -> None:
+        try:
+            check_replicate(self.replicate)
+        except TypeError as error:
+            raise BadSettings(str(error)) from error
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 wanted = " or ".join(map(repr, choices))

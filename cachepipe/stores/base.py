@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -60,11 +60,6 @@ class Sample(NamedTuple):
         """The header as a mapping: ``id``, ``stamp``, ``call``, ``seconds`` and more."""
         meta: dict[str, Any] = orjson.loads(self.header)
         return meta
-
-    @property
-    def place(self) -> Place:
-        """Its place in the schedule (C11)."""
-        return place_of(self.header)
 
     @property
     def at(self) -> float:
@@ -379,6 +374,16 @@ class Store(Protocol):
 
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
+        ...
+
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None] | None:
+        """Call a function, in another thread, when a state that was pending may have changed.
+
+        It is a hint: ``status`` is asked at intervals all the same.
+
+        Returns:
+            What ends this, or None if the store cannot tell.
+        """
         ...
 
     def similar(self, question: Question) -> StoredQuestion | None:

@@ -281,6 +281,9 @@ class SqlReader:
                 states.append("free")
         return states
 
+    def listen(self, changed: Callable[[], None]) -> None:
+        """Return None: files tell nobody that they have changed."""
+
     @_reads
     def generator(self, key: str, index: int) -> Process | None:
         """Return the process that generates a sample, or None."""

@@ -65,6 +65,7 @@ class FaultyStore:
         # Reading meets no faults.
         self.recall, self.replay, self.status = store.recall, store.replay, store.status
         self.similar, self.generator, self.question = store.similar, store.generator, store.question
+        self.listen = store.listen
         self.keys, self.sample, self.samples = store.keys, store.sample, store.samples
         self.draws, self.namespaces = store.draws, store.namespaces
         self.sums, self.bought = store.sums, store.bought

@@ -45,7 +45,7 @@ def test_its_ids_are_those_of_the_file():
 @pytest.mark.parametrize("sends_ids", [True, False])
 def test_its_cells_give_what_it_shows_and_again_for_nothing(server, tmp_path_factory, sends_ids):
     folder = tmp_path_factory.mktemp("k")
-    for number in range(2):  # a kernel, and a fresh one
+    for number in range(1 + sends_ids):  # a kernel, and a fresh one
         with Kernel(folder, OPENAI_BASE_URL=server.base_url) as kernel:
             kernel.reader = sends_ids
             for again in range(2):

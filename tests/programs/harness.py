@@ -164,8 +164,10 @@ async def _play(program, cache, setting):
                 course.output = await task
             else:
                 course.trace = list(course.trace)  # what its tasks note while they end does not count
-                task.cancel()
-                await asyncio.wait([task])
+                tasks = asyncio.all_tasks() - {asyncio.current_task()}
+                for each in tasks:
+                    each.cancel()
+                await asyncio.wait(tasks)
     course.calls = sum(model.calls for model in models)
     course.seconds = asyncio.get_running_loop().time()
     return course

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 
 from cachepipe import OnlineAPI, Request, cells, context, runs
@@ -44,3 +47,20 @@ def test_no_cell_is_left_when_it_has_ended(cell):
     cells.end()
     assert cells.current() is None
     assert context.current().request_id is context.INHERITED
+
+
+def test_a_text_runs_again_if_ipython_has_executed_it_since_the_run_began(monkeypatch):
+    history = types.SimpleNamespace(input_hist_raw=["", "ask()", "other()", "ask()"])
+    shell = types.SimpleNamespace(history_manager=history)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert [cells.runs_again(since) for since in (0, 2, 3, 4)] == [True, True, False, False]
+    monkeypatch.setattr(cells, "loaded", True)
+    assert not cells.runs_again(0), "it was not asked in a cell"
+
+
+@pytest.mark.parametrize(
+    "module", [None, types.SimpleNamespace(), types.SimpleNamespace(get_ipython=lambda: None)]
+)
+def test_no_text_runs_again_in_a_script(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    assert not cells.runs_again(0)

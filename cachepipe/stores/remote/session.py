@@ -382,7 +382,7 @@ class _Transaction:
     def _begin(self) -> list[Book]:
         """Return the books of all keys, with what their operations will probably need."""
         session = self._session
-        planned = {key: session_plan(session, key, self._of(key)) for key in self._places}
+        planned = {key: _plan(session, key, self._of(key)) for key in self._places}
         reads = [read for read in planned.values() if read is not None]
         books = dict(zip((read.key for read in reads), session.books(reads) if reads else (), strict=True))
         self._read_more(books)
@@ -459,7 +459,7 @@ def key_of(operation: Operation) -> str:
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
-def session_plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None:
+def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None:
     """Return what the operations of a key will probably need; None if that is remembered."""
     known = session.remembered(key)
     fields: dict[bytes, None] = {}
@@ -474,9 +474,11 @@ def session_plan(session: Session, key: str, asked: Sequence[Operation]) -> Read
                     names.append(rows.USE + rows.encoded(user))
                 fields.update(dict.fromkeys(names))
                 follow[rows.draw_field(draw)] = None
-            case ReleaseHold(draw=draw) | NotePlace(draw=draw):
+            case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
+            case NotePlace(draw=draw):
+                fields[rows.draw_field(draw)] = None
             case Discard(index=index):
                 fields[rows.numbered(SAMPLE, index)] = None
             case Note(namespace=namespace):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import Process, State
@@ -29,6 +30,9 @@ class States:
         self._session = session
         self._condition = threading.Condition()
         self._wanted: tuple[Place, ...] = ()
+        self._awaited: dict[str, list[Place]] = {}  # what was asked last, by key
+        self._listeners: list[Callable[[], None]] = []
+        self._deaf: Callable[[], None] | None = None
         self._found: dict[Place, State] = {}
         self._makers: dict[Place, Process] = {}
         self._error: StoreError | None = None
@@ -68,24 +72,49 @@ class States:
         with self._condition:
             found, self._found = self._found, {}
             error, self._error = self._error, None
-            self._wanted = tuple(wanted)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="cachepipe-states", daemon=True)
-                self._thread.start()
-            self._condition.notify()
+            self._awaited = {}
+            for place in wanted:
+                self._awaited.setdefault(place[0], []).append(place)
+            self._look(wanted)
         if error is not None:
             raise error
         return [found.get(place, "pending") for place in wanted]
+
+    def _look(self, wanted: Sequence[Place]) -> None:
+        """Have the thread look at samples; the caller holds the condition."""
+        self._wanted += tuple(wanted)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="cachepipe-states", daemon=True)
+            self._thread.start()
+        self._condition.notify()
+
+    # Notifications.
+
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call a function, in another thread, when a state that was pending has changed."""
+        with self._condition:
+            self._listeners.append(changed)
+            if self._deaf is None:
+                self._deaf = self._session.engine.listen(self._heard) or _nothing
+        return partial(self._listeners.remove, changed)
+
+    def _heard(self, key: str) -> None:
+        """Learn that rows of a key have changed."""
+        with self._condition:
+            if key in self._awaited:
+                self._look(self._awaited[key])
 
     def generator(self, key: str, index: int) -> Process | None:
         """Return the process that generates a sample, as it was last found."""
         return self._makers.get((key, index))
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         with self._condition:
             self._wanted = ()
             self._condition.notify()
+            if self._deaf is not None:
+                self._deaf()
 
     def _work(self) -> None:
         while True:
@@ -99,9 +128,17 @@ class States:
             found: dict[Place, State] = {}
             error: StoreError | None = None
             try:
-                found = dict(zip(wanted, self.now(wanted), strict=True))
+                found = dict(zip(wanted, self.now(wanted), strict=True))  # a place may be there twice
             except StoreError as raised:
                 error = raised
             with self._condition:
                 self._found |= found
                 self._error = error
+                listeners = list(self._listeners)
+            if error is not None or not {"stored", "free"}.isdisjoint(found.values()):
+                for changed in listeners:
+                    changed()
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -7,7 +7,7 @@ import atexit
 import contextlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
@@ -165,6 +165,10 @@ class RemoteStore(Queued, Listing):
         if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
             return self._states.latest(wanted)
         return self._states.now(wanted)
+
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call a function, in another thread, when a state that was pending has changed."""
+        return self._states.listen(changed)
 
     def generator(self, key: str, index: int) -> Process | None:
         """Return the process that generates a sample, or None."""

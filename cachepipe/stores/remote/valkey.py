@@ -11,6 +11,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import resources
 from itertools import islice
 from typing import Any, Final
@@ -99,15 +100,17 @@ class ValkeyEngine:
     def _check(self) -> None:
         """Refuse a server that would lose samples in silence; warn of one that may lose some."""
         try:
-            for told in faults(self._ask(lambda client: client.info()), self._settings()):
-                warn(f"the server at {self.where} {told}", RiskyServer)
+            for server in self._ask(_servers):
+                info = self._ask(partial(_info, server))
+                for told in faults(info, self._settings(server)):
+                    warn(f"the server at {self.where} {told}", RiskyServer)
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
-    def _settings(self) -> dict[str, str]:
-        """Return the settings of the server; none if it does not tell them."""
+    def _settings(self, server: Client) -> dict[str, str]:
+        """Return the settings of a server; none if it does not tell them."""
         try:
-            found: dict[str, str] = self._ask(lambda client: client.config_get(*SETTINGS))
+            found: dict[str, str] = self._ask(lambda _: server.config_get(*SETTINGS))
         except _Refused:
             return {}
         return found
@@ -343,7 +346,7 @@ class _Listening:
 
     def __call__(self) -> None:
         while not self._ended.is_set():
-            with contextlib.suppress(*_LATER, exceptions.ValkeyError):
+            with contextlib.suppress(*_LATER, exceptions.ValkeyError, ValueError):  # closed while it reads
                 self._listen()
             self._ended.wait(_LISTENS)
 
@@ -354,6 +357,19 @@ class _Listening:
                 message = subscription.get_message(timeout=_LISTENS)
                 if message is not None:
                     self._changed(decoded(message["data"]))
+
+
+def _servers(client: Client) -> list[Client]:
+    """Return the clients of the servers that are written to."""
+    if isinstance(client, ValkeyCluster):
+        each: Any = client
+        return [each.get_valkey_connection(node) for node in each.get_primaries()]
+    return [client]
+
+
+def _info(server: Client, _client: Client) -> dict[str, Any]:
+    found: dict[str, Any] = server.info()
+    return found
 
 
 def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:

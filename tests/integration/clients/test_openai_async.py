@@ -543,6 +543,7 @@ async def test_signatures_are_the_sdks_with_ours_last(name):
         "repeat",
         "service",
         "replicate",
+        "ordered",
     ]
     kinds = {parameter.kind for parameter in ours.parameters.values()} - {
         inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -528,7 +528,7 @@ def test_calls_at_interpreter_exit_are_answered(server, tmp_path):
 @pytest.mark.parametrize("name", ["__init__", "copy", "with_options"])
 def test_signatures_are_the_sdks_with_ours_last(name):
     ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (OpenAI, openai.OpenAI))
-    added = ["cache", "namespace", "mode", "scope", "repeat", "service", "replicate"]
+    added = ["cache", "namespace", "mode", "scope", "repeat", "service", "replicate", "ordered"]
     assert list(ours.parameters) == [*theirs.parameters, *added]
 
 

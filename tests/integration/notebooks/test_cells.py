@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 FRONT_ENDS = {  # what each sends as the id of a cell, and whether it has a user
@@ -71,14 +73,16 @@ def restarted(other_kernel, kernel):
     other_kernel.leave()
 
 
-def test_a_notebook_run_again_in_its_kernel_and_then_in_a_fresh_one_pays_nothing(kernel, restarted, run_all):
+def test_c2_a_notebook_run_again_in_its_kernel_and_then_in_a_fresh_one_pays_nothing(
+    kernel, restarted, run_all
+):
     first, paid = run_all(kernel)
     assert paid == SAMPLES
     assert run_all(kernel) == (first, 0)
     assert run_all(restarted()) == (first, 0)
 
 
-def test_a_cell_edited_in_the_middle_pays_only_for_its_new_question(kernel, restarted, run_all):
+def test_c4_a_cell_edited_in_the_middle_pays_only_for_its_new_question(kernel, restarted, run_all):
     first, _ = run_all(kernel)
     edited, paid = run_all(restarted(), EDITED)
     assert paid == 1
@@ -86,7 +90,41 @@ def test_a_cell_edited_in_the_middle_pays_only_for_its_new_question(kernel, rest
     assert edited | {"two": first["two"]} == first
 
 
-def test_cells_with_ids_of_their_own_give_the_same_in_any_order(kernel, restarted, tmp_path):
+def test_c2_ids_that_change_when_a_notebook_is_opened_again_do_not_count(kernel, restarted, tmp_path):
+    """VS Code numbers the cells from the top, so that an inserted cell changes the ids below it."""
+    for fresh, shift in ((kernel, 0), (None, 1)):
+        used = fresh or restarted()
+        used.begin(tmp_path / "cache")
+        shown = [
+            used.run(code, f"vscode-notebook-cell:/n#{n + shift}") for n, code in enumerate(CELLS.values())
+        ]
+        if fresh is not None:
+            first = shown
+    assert shown == first
+    assert used.paid() == 0
+
+
+def test_a_batch_asks_for_its_cell(kernel):
+    code = (
+        "print([answer.data for answer in await api.batch_request(cachepipe.Batch([Request('cats')] * 2))])"
+    )
+    first = kernel.run(code, "one")
+    assert kernel.run(code, "two") != first
+    assert kernel.run(code, "one") == first
+    assert kernel.paid() == 4
+
+
+def test_a_cell_that_is_run_again_while_its_call_is_in_flight_joins_it(kernel):
+    code = "model.hold = True\ntasks = [*globals().get('tasks', ()), asyncio.create_task(ask('cats'))]"
+    kernel.run("tasks = []", "define")
+    kernel.run(code, "one")
+    kernel.run("while not model.calls: await asyncio.sleep(0)", "wait")
+    kernel.run(code, "one")
+    kernel.run("model.hold = False\nmodel.calls[0].release()\nprint(*await asyncio.gather(*tasks))", "finish")
+    assert kernel.paid() == 1
+
+
+def test_c2_cells_with_ids_of_their_own_give_the_same_in_any_order(kernel, restarted, tmp_path):
     kernel.begin(tmp_path / "cache")
     first = {name: kernel.run(code, name) for name, code in CELLS.items()}
     again = restarted()
@@ -97,7 +135,7 @@ def test_cells_with_ids_of_their_own_give_the_same_in_any_order(kernel, restarte
 
 
 @pytest.mark.parametrize("front_end", ["Jupyter", "VS Code", "IPython"], indirect=True)
-def test_a_cell_that_is_run_again_replays_and_cells_do_not_disturb_each_other(kernel, front_end):
+def test_c2_a_cell_that_is_run_again_replays_and_cells_do_not_disturb_each_other(kernel, front_end):
     first = {name: kernel.run(code, front_end(name)) for name, code in CELLS.items()}
     for name in ("two", "four", "two", "one"):
         assert kernel.run(CELLS[name], front_end(name)) == first[name]
@@ -106,7 +144,7 @@ def test_a_cell_that_is_run_again_replays_and_cells_do_not_disturb_each_other(ke
 
 
 @pytest.mark.parametrize("front_end", ["Jupyter", "VS Code", "papermill"], indirect=True)
-def test_cells_with_equal_texts_draw_samples_of_their_own(kernel, run_all):
+def test_c1_cells_with_equal_texts_draw_samples_of_their_own(kernel, run_all):
     cells = dict.fromkeys(("one", "two", "three"), "print(await ask('cats'))")
     first, paid = run_all(kernel, cells)
     assert paid == len(set(first.values())) == 3
@@ -114,7 +152,7 @@ def test_cells_with_equal_texts_draw_samples_of_their_own(kernel, run_all):
 
 
 @pytest.mark.parametrize("front_end", ["Jupyter", "VS Code"], indirect=True)
-def test_an_edited_cell_keeps_what_it_asked(kernel, front_end):
+def test_c2_an_edited_cell_keeps_what_it_asked(kernel, front_end):
     first = kernel.run("print(await ask('cats'), await ask('dogs'))", front_end("one"))
     assert kernel.run("print(await ask('cats'), await ask('dogs'), end='\\n')", front_end("one")) == first
     kernel.run("print(await ask('cats'), await ask('mice'), await ask('dogs'))", front_end("one"))
@@ -190,6 +228,25 @@ def test_a_cell_that_fails_ends_and_its_repetition_replays_what_it_got(kernel, f
     assert other.strip() not in again
     assert first[0].get("text", "") in again
     assert kernel.paid() == 3
+
+
+@pytest.mark.parametrize("front_end", ["Jupyter", "VS Code"], indirect=True)
+def test_c8_a_request_that_failed_is_the_same_draw_when_it_is_repeated(kernel, front_end):
+    kernel.run("print(await ask('cats'))", front_end("one"))
+    failing = """
+    model.hold = True
+    task = asyncio.create_task(ask('cats'))
+    while len(model.calls) < 2:
+        await asyncio.sleep(0)
+    model.hold = False
+    model.calls[1].fail()
+    print(isinstance((await asyncio.gather(task, return_exceptions=True))[0], Exception))
+    print(await ask('cats'))
+    """
+    failed, answer = kernel.run(textwrap.dedent(failing), front_end("two")).split()
+    assert failed == "True"
+    assert kernel.run("print(await ask('cats'))\n", front_end("two")).strip() == answer
+    assert kernel.paid() == 3, "one of them failed"
 
 
 def test_own_ids_and_runs_and_shared_draws_stay_what_they_are(kernel, front_end, tmp_path):

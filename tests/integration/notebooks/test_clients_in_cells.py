@@ -37,6 +37,13 @@ SESSION = """
 session = cachepipe.Session(llmconfig={"model": "ngram-1"}, service=service, cache=where["cache"])
 print(await session.initiate("Mountains?"), await session.followup("Sea?"), session.info.request_id)
 """
+CHAT = """
+chat = cachepipe.Chat(**where, model="ngram-1").add("user:Tea?")
+print(chat.complete())
+with chat.add("user:Coffee?").stream() as stream:
+    print("".join(stream))
+print(cachepipe.info(answer).request_id)
+"""
 USING = """
 with cachepipe.using(request_id="mine"):
     print(client.chat.completions.create(**body).choices[0].message.content)
@@ -51,7 +58,7 @@ def clients(kernel, tmp_path):
     kernel.run("client.close()\nawait async_client.close()\nrunning.__exit__(None, None, None)", "close")
 
 
-@pytest.mark.parametrize("code", [SYNC, ASYNC, STREAM, COMPLETIONS, SESSION])
+@pytest.mark.parametrize("code", [SYNC, ASYNC, STREAM, COMPLETIONS, SESSION, SYNC + CHAT])
 def test_a_cell_that_is_run_again_makes_no_requests_and_other_cells_draw_their_own(clients, code):
     first = clients.run(code, "one")
     requests = clients.run("server.stats.requests")

@@ -17,8 +17,10 @@ from cachepipe.contract.allotment import (
     laid,
     lowest_listed_free,
     lowest_new,
+    noted_place,
 )
 from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.schedule import Place
 
 indices = st.integers(0, 24)
 sets = st.sets(indices)
@@ -231,3 +233,24 @@ def test_a_draw_whose_sample_was_replaced():
 @given(st.integers(1, 6), st.booleans(), st.booleans())
 def test_c3_the_first_draw_of_a_key_gets_what_an_empty_list_gives(n, refresh, couple):
     assert first(n) == allot(KeyView(), [], n, refresh=refresh, couple=couple).to_generate
+
+
+def test_c11_a_coupled_draw_inherits_the_place_that_the_other_has_noted():
+    view = KeyView(states={0: "stored", 1: "stored"}, follows=[1])
+    view.others = lambda: [Segment(0, 0, [1], 1, None, 1, place=Place(7, 1))]
+    assert allot(view, [], 1).place == Place(7, 1)
+
+
+def test_c11_a_draw_that_gets_another_sample_inherits_no_place():
+    view = KeyView(states={0: "stored", 1: "stored"}, taken_before={1})
+    view.others = lambda: [Segment(0, 0, [1], 1, None, 1, place=Place(7, 1))]
+    assert allot(view, [], 1).place is None
+
+
+def test_c11_the_latest_place_that_a_part_of_the_draw_has_noted_counts():
+    parts = [
+        Segment(0, 0, [0], 1, None, 1, place=Place(7, 1)),
+        Segment(1, 1, [1], 1, None, 2),
+        Segment(2, 2, [2], 1, None, 3, place=Place(9, 1)),
+    ]
+    assert [noted_place(parts, n) for n in (0, 1, 2, 3)] == [None, Place(7, 1), Place(7, 1), Place(9, 1)]

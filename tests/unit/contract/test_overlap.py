@@ -37,6 +37,13 @@ def test_namespaces_that_differ_only_in_digits_and_draw_the_same_are_noticed_onc
     assert one.samples == 90
 
 
+def test_draws_with_other_ids_or_occurrences_are_others_although_they_reuse_samples():
+    for ids in ((f"{place}", 0) for place in range(9)), (("", place) for place in range(9)):
+        counted = NamespaceOverlap()
+        draws = [Draw(f"=run-{place}", f"k{q}", *who) for place, who in enumerate(ids) for q in range(100)]
+        assert not any(counted.add(draw, [0]) for draw in draws)
+
+
 def test_the_order_of_the_draws_does_not_matter():
     draws = runs(SEEDS)
     for seed in range(20):

@@ -66,6 +66,7 @@ def test_a_file_names_upstreams_and_no_keys(tmp_path):
         ("x = 1", "unknown names 'x'"),
         ("port = 'a'", "port is of type int"),
         ("port = true", "port is of type int"),
+        ("replicate = true", "replicate is of type str or int"),
         ("[upstreams.a]\nurl = 'ftp://x'", "begins with http"),
         ("[upstreams.a]", "begins with http"),
         ("[upstreams.a]\nurl = 'https://u:p@x/v1'", "no user, query or fragment"),
@@ -94,6 +95,7 @@ def test_what_a_file_may_not_hold(tmp_path, text, message):
         ({"timeout": 0}, "timeout"),
         ({"max_calls": 0}, "max_calls"),
         ({"repeat": "x"}, "repeat"),
+        ({"replicate": 1.5}, "replicate must be a string, a whole number or None"),
         ({"log": "x"}, "log"),
         ({"durability": "x"}, "durability"),
         (
