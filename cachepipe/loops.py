@@ -72,29 +72,34 @@ class OwnHandles:
 
     Args:
         loop: the event loop.
+
+    Attributes:
+        count: how many callbacks of its own are scheduled for the next turn.
+        ready: what is ready to run on the loop; None if this cannot be read.
     """
 
-    __slots__ = ("_count", "_loop", "_ready")
+    __slots__ = ("_loop", "count", "ready")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._count = 0
+        self.count = 0
         # asyncio has no public test for an idle loop. Other loops, such as uvloop's, show no such queue.
         ready = getattr(loop, "_ready", None)
-        self._ready = ready if isinstance(ready, deque) else None
+        self.ready = ready if isinstance(ready, deque) else None
 
     def call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call a function in the next turn of the loop."""
-        self._count += 1
+        self.count += 1
         self._loop.call_soon(self._call, function, *arguments)
 
     def _call(self, function: Callable[..., object], *arguments: Any) -> None:
-        self._count -= 1
+        self.count -= 1
         function(*arguments)
 
-    def only_these(self) -> bool | None:
-        """Return True if nothing else is ready to run on the loop; None if this cannot be found out."""
-        return None if self._ready is None else len(self._ready) <= self._count
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else is known to be ready to run on the loop."""
+        return self.ready is not None and len(self.ready) <= self.count
 
 
 _own_handles = PerLoop(OwnHandles)

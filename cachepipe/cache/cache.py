@@ -33,7 +33,7 @@ from cachepipe.contract.keys import Question
 from cachepipe.contract.schedule import Place
 from cachepipe.loops import PerLoop
 from cachepipe.stage import adapter_of
-from cachepipe.stores.base import Grant, Sample, Store
+from cachepipe.stores.base import Grant, Sample, Store, place_of
 from cachepipe.stores.misses import missed
 from cachepipe.stores.sums import deliveries_of, known
 from cachepipe.typedefs import Mode, Ordered, Repeat, Request, Response
@@ -121,7 +121,8 @@ class Cache:
         self._calls = self._generated = 0  # of loops that are closed
 
     def _new_queue(self, loop: asyncio.AbstractEventLoop) -> WriteQueue:
-        queue = WriteQueue(loop, self.store, Caller(loop, self.model, keep_extra), start)
+        line = self.in_flight.lines.of(loop)
+        queue = WriteQueue(loop, self.store, Caller(loop, self.model, keep_extra), start, line)
         self.in_flight.join(queue)
         return queue
 
@@ -148,14 +149,13 @@ class Cache:
         """Return the write queues of the loops that have made requests."""
         return self._queues.all()
 
-    def line(self, loop: asyncio.AbstractEventLoop, ordered: Ordered) -> Line | None:
+    def line(self, queue: WriteQueue, ordered: Ordered) -> Line | None:
         """Return the line of a loop's requests, if answers are handed over in order, else None."""
         if ordered is False or self.mode == "bypass":
             return None
-        line = self.in_flight.lines.of(loop)
         if ordered is not True:
-            line.quiet_turns = max(line.quiet_turns, ordered)
-        return line
+            queue.line.quiet_turns = max(queue.line.quiet_turns, ordered)
+        return queue.line
 
     def shares(self, question: Question) -> bool:
         """Return True if all requests for a question share one draw (C1)."""
@@ -369,8 +369,7 @@ class Cache:
         for queue in self.open_queues():
             if queue.loop is loop:
                 await queue.drain()
-                if (line := self.in_flight.lines.known(loop)) is not None:
-                    await line.drain()
+                await queue.line.drain()
             elif queue.loop.is_running() and queue.fork == forks.count:  # loops run in their own process
                 there = asyncio.run_coroutine_threadsafe(queue.drain(), queue.loop)
                 await asyncio.wait([asyncio.wrap_future(there)])  # it is cancelled if that loop ends
@@ -408,8 +407,9 @@ class Found(NamedTuple):
     @property
     def place(self) -> Place:
         """The place of the response in the schedule (C11)."""
-        latest = max(sample.place for sample in self.grant.samples if sample is not None)
-        return latest if self.grant.place is None else max(latest, self.grant.place)
+        grant = self.grant
+        latest = max([place_of(sample.header) for sample in grant.samples if sample is not None])
+        return latest if grant.place is None else max(latest, grant.place)
 
     def note_place(self, place: Place, then: Callable[[Any], None]) -> None:
         """Record another place, then call ``then`` with None or an error."""
@@ -447,13 +447,13 @@ async def in_turn(turn: Turn, begun: Found | Drawing, duplicated: list[bool] | N
         else:
             response = begun.response(duplicated)
     except Exception:
-        await turn.come(())
+        await turn.come(None)
         raise
     except BaseException:
         turn.leave()
         raise
     try:
-        await turn.come((begun,))
+        await turn.come(begun)
     except BaseException:
         begun.take_back()
         raise

@@ -8,10 +8,11 @@ it asks the model for the samples that are missing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cachepipe.contract.schedule import (
+    CLAIM_SECONDS,
     HOLD_SECONDS,
     LAST,
     MOST_TURNS,
@@ -57,25 +58,28 @@ class Turn:
         else:
             line.delay(queue, demand, window)
 
-    async def come(self, answered: Sequence[Placed]) -> None:
-        """Wait until the answer with these samples is handed over; one without samples comes last.
+    async def come(self, last: Placed | None) -> None:
+        """Wait until the answer is handed over.
+
+        Args:
+            last: the samples of the answer with the latest place; None for an answer without samples, which
+                comes after all that are ready.
 
         Raises:
             StoreError: when the answer is late, and its place cannot be recorded.
         """
-        line = self.line
-        if line.has_ended(self):
+        line, arrival = self.line, self.arrival
+        if line.has_ended(arrival):
             return
-        if line.answers_at_once(self):
-            self.leave()
+        if line.answers_at_once(arrival):
+            line.leave(arrival)
             return
-        last = max(answered, key=_place_of, default=None)
         future: asyncio.Future[None] = line.loop.create_future()
-        line.ready(self, future, last)
+        line.ready(arrival, future, last)
         try:
             await future
         except BaseException:
-            self.leave()
+            line.leave(arrival)
             raise
 
     def leave(self) -> None:
@@ -83,8 +87,9 @@ class Turn:
         self.line.leave(self.arrival)
 
 
-def _place_of(answered: Placed) -> Place:
-    return answered.place
+def latest(answered: Iterable[Placed]) -> Placed | None:
+    """Return the samples with the latest place; None if there are none."""
+    return max(answered, key=lambda one: one.place, default=None)
 
 
 class Line:
@@ -103,32 +108,35 @@ class Line:
         self.quiet_turns = QUIET_TURNS
         self._handles = own_handles(loop)
         self._schedule = Schedule()
+        self._in_flight = self._schedule.in_flight
         self._waiting: dict[int, tuple[asyncio.Future[None], Placed | None]] = {}
         self._delayed: dict[WriteQueue, None] = {}
         self._delayed_since = 0.0
-        self._claims = 0  # claims under way: their requests may be answered at once
+        self._claims = 0  # claims under way: the store may have what they ask for
+        self._patience: asyncio.TimerHandle | None = None  # ends the wait for these claims
+        self._noting = False  # whether the place of an answer is being recorded
         self._stopped = True  # whether no callback is scheduled
         self._turns = 0  # turns since an answer was handed over
         self._still = 0  # turns since a request came or went
 
     def __repr__(self) -> str:
-        return f"<Line {len(self._waiting)} answers of {self._schedule.in_flight} requests wait>"
+        return f"<Line {len(self._waiting)} answers of {len(self._in_flight)} requests wait>"
 
     def rests(self) -> bool:
         """Return True if no request is in flight and the program waits for nothing else."""
-        return not self._schedule.in_flight and self._handles.only_these() is True
+        return not self._in_flight and self._handles.alone
 
     def is_alone(self) -> bool:
         """Return True if only one request is in flight and the program waits for nothing else."""
-        return self._schedule.in_flight == 1 and self._handles.only_these() is True
+        return len(self._in_flight) == 1 and self._handles.alone
 
-    def answers_at_once(self, turn: Turn) -> bool:
+    def answers_at_once(self, arrival: int) -> bool:
         """Return True if a request need not wait for its turn: it is alone, and was so all the time."""
-        return self.is_alone() and not self._schedule.may_be_late(turn.arrival)
+        return self.is_alone() and not self._schedule.may_be_late(arrival)
 
-    def has_ended(self, turn: Turn) -> bool:
-        """Return True if a turn is over."""
-        return not self._schedule.has(turn.arrival)
+    def has_ended(self, arrival: int) -> bool:
+        """Return True if the turn of a request is over."""
+        return arrival not in self._in_flight
 
     # Requests.
 
@@ -143,17 +151,18 @@ class Line:
         self._waiting.pop(arrival, None)
         self._schedule.leave(arrival)
 
-    def ready(self, turn: Turn, future: asyncio.Future[None], last: Placed | None) -> None:
+    def ready(self, arrival: int, future: asyncio.Future[None], last: Placed | None) -> None:
         """Hand an answer over in its turn.
 
         Args:
-            turn: the turn of its request.
+            arrival: the number of its request.
             future: is resolved when the turn has come.
             last: the samples of the answer with the latest place; None if it has none.
         """
-        self._waiting[turn.arrival] = (future, last)
-        self._schedule.ready(turn.arrival, LAST if last is None else last.place)
-        self._go_on()
+        self._waiting[arrival] = (future, last)
+        self._schedule.ready(arrival, LAST if last is None else last.place)
+        if self._stopped:
+            self._go_on()
 
     def delay(self, queue: WriteQueue, demand: Demand, window: float) -> None:
         """Ask for samples later, when no request in flight can be answered."""
@@ -164,12 +173,15 @@ class Line:
         self._go_on()
 
     def claiming(self) -> None:
-        """Note that a claim is under way: it may be answered at once."""
+        """Note that a claim is under way: the store may have what it asks for."""
         self._claims += 1
 
     def claimed(self) -> None:
         """Note that a claim was answered."""
         self._claims -= 1
+        if not self._claims and self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
         self._go_on()
 
     async def drain(self) -> None:
@@ -182,43 +194,58 @@ class Line:
 
     def _go_on(self) -> None:
         """Schedule the callback, if there is something to do for it."""
-        if self._stopped and not self._claims and (self._schedule.any_ready or self._delayed):
+        if self._stopped and not self._noting and (self._schedule.any_ready or self._delayed):
+            if self._must_wait_for_claims():
+                return
             self._stopped = False
-            self._handles.call_soon(self._step)
+            self._call_soon()
+
+    def _must_wait_for_claims(self) -> bool:
+        """Return True while claims are under way, and have not taken too long."""
+        if not self._claims:
+            return False
+        if self._patience is None:
+            self._patience = self.loop.call_later(CLAIM_SECONDS, self._go_on)
+        return self.loop.time() < self._patience.when()
+
+    def _call_soon(self) -> None:
+        self._handles.count += 1
+        self.loop.call_soon(self._step)
 
     def _step(self) -> None:
         """Hand over an answer or ask for samples, if the program is quiet."""
-        self._stopped = True
-        if not self._claims and self._is_quiet():
+        handles = self._handles
+        handles.count -= 1
+        self._turns += 1
+        self._still += 1
+        if not self._must_wait_for_claims():
+            quiet = handles.alone if handles.ready is not None else self._still > self.quiet_turns
+            if not (quiet or self._turns > MOST_TURNS):
+                self._call_soon()
+                return
             self._turns = self._still = 0
             next_one = self._schedule.next()
             if next_one is None:
                 self._ask()
             else:
                 self._hand_over(next_one)
+        self._stopped = True
         self._go_on()
-
-    def _is_quiet(self) -> bool:
-        self._turns += 1
-        self._still += 1
-        quiet = self._handles.only_these()
-        if quiet is None:
-            quiet = self._still > self.quiet_turns
-        return quiet or self._turns > MOST_TURNS
 
     def _hand_over(self, next_one: HandedOver) -> None:
         future, last = self._waiting.pop(next_one.arrival)
         if next_one.note is None or last is None:
             self._resolve(future, None)
         else:
-            self._claims += 1  # no other answer goes first
+            self._noting = True
             last.note_place(next_one.note, lambda error: self._noted(future, error))
         if self._delayed and self.loop.time() - self._delayed_since >= HOLD_SECONDS:
             self._ask()
 
     def _noted(self, future: asyncio.Future[None], error: Any) -> None:
         self._resolve(future, error)
-        self.claimed()
+        self._noting = False
+        self._go_on()
 
     @staticmethod
     def _resolve(future: asyncio.Future[None], error: Any) -> None:

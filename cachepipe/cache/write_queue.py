@@ -12,6 +12,7 @@ from typing import Any
 
 from cachepipe import forks
 from cachepipe.cache.calls import Caller, Demand, withdraw
+from cachepipe.cache.turns import Line
 from cachepipe.errors import StoreError, StoreUnavailable
 from cachepipe.gathering import Gathering
 from cachepipe.loops import own_handles
@@ -61,10 +62,12 @@ class WriteQueue:
         store: Store,
         caller: Caller,
         start: Callable[[Caller, list[Demand]], None],
+        line: Line,
     ) -> None:
-        """Make one; ``start`` begins the calls for demands."""
+        """Make one; ``start`` begins the calls for demands, and ``line`` is that of the loop and store."""
         self.loop = loop
         self.caller = caller
+        self.line = line
         self.demands: Gathering[Demand] = Gathering(loop, self._ask)
         """The demands to ask the model for at the end of this turn, or of the window."""
         self._held: dict[Hashable, list[Demand]] = {}

@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 
 HOLD_SECONDS: Final = 0.05
 """Seconds after which missing samples are asked for, although other answers are being handed over."""
+CLAIM_SECONDS: Final = 1.0
+"""Seconds after which answers that are ready do not wait for claims any more, such as of a locked store."""
 QUIET_TURNS: Final = 5
 """Turns of an event loop without requests after which it counts as quiet, if its queue cannot be read."""
 MOST_TURNS: Final = 100
@@ -68,11 +70,14 @@ class Schedule:
     """The requests in flight on one event loop, and which of their answers comes next.
 
     Requests are numbered as they arrive. Every request ends with being handed over, or leaves.
+
+    Attributes:
+        in_flight: the requests in flight, each with the number of answers handed over before it arrived.
     """
 
     def __init__(self) -> None:
         self._arrivals = 0
-        self._in_flight: dict[int, int] = {}  # request -> how many answers were handed over before it arrived
+        self.in_flight: dict[int, int] = {}
         self._ready: list[tuple[Place, int]] = []  # a heap
         self._late: set[int] = set()
         self._handed_over = 0
@@ -82,15 +87,6 @@ class Schedule:
         self._latest: list[tuple[Place, int]] = []
 
     @property
-    def in_flight(self) -> int:
-        """How many requests are in flight."""
-        return len(self._in_flight)
-
-    def has(self, arrival: int) -> bool:
-        """Return True if a request is in flight."""
-        return arrival in self._in_flight
-
-    @property
     def any_ready(self) -> bool:
         """Whether an answer can be handed over."""
         return bool(self._ready)
@@ -98,14 +94,14 @@ class Schedule:
     def arrive(self) -> int:
         """Return the number of a request that arrives now."""
         self._arrivals += 1
-        self._in_flight[self._arrivals] = self._handed_over
+        self.in_flight[self._arrivals] = self._handed_over
         return self._arrivals
 
     def leave(self, arrival: int) -> None:
         """Note that a request does not want its answer any more, or got it without waiting."""
-        self._in_flight.pop(arrival, None)
+        self.in_flight.pop(arrival, None)
         self._late.discard(arrival)
-        while self._ready and self._ready[0][1] not in self._in_flight:
+        while self._ready and self._ready[0][1] not in self.in_flight:
             heapq.heappop(self._ready)
 
     def ready(self, arrival: int, place: Place) -> None:
@@ -114,15 +110,15 @@ class Schedule:
 
     def may_be_late(self, arrival: int) -> bool:
         """Return True if an answer was handed over while a request waited."""
-        return bool(self._latest) and self._latest_since(self._in_flight[arrival]) is not None
+        return bool(self._latest) and self._latest_since(self.in_flight[arrival]) is not None
 
     def next(self) -> HandedOver | None:
         """Return the ready answer with the lowest place, which is handed over now; None if none is ready."""
         while self._ready:
             place, arrival = heapq.heappop(self._ready)
-            if arrival not in self._in_flight:
+            if arrival not in self.in_flight:
                 continue
-            later = self._latest_since(self._in_flight[arrival])
+            later = self._latest_since(self.in_flight[arrival])
             if later is not None and (place, arrival) < later:  # others may still be in between
                 self.ready(arrival, _after(later, arrival))
                 self._late.add(arrival)
@@ -142,7 +138,7 @@ class Schedule:
         """Note what was handed over, as long as a request that had arrived before is in flight."""
         number = self._handed_over
         self._handed_over += 1
-        if not self._in_flight:
+        if not self.in_flight:
             self._numbers, self._latest = [], []
             return
         if place == LAST:
@@ -152,7 +148,7 @@ class Schedule:
             self._numbers.pop()
         self._latest.append((place, arrival))
         self._numbers.append(number)
-        unused = bisect_left(self._numbers, next(iter(self._in_flight.values())))
+        unused = bisect_left(self._numbers, next(iter(self.in_flight.values())))
         del self._numbers[:unused], self._latest[:unused]
 
 

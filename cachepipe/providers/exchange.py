@@ -25,7 +25,7 @@ from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
-from cachepipe.cache.turns import Turn
+from cachepipe.cache.turns import Turn, latest
 from cachepipe.contract import keys
 from cachepipe.contract.draws import (
     Claimant,
@@ -491,7 +491,8 @@ class Exchange(Calls):
 
     async def drawn(self) -> Answer:
         """Draw the samples; return the answer, or the stream that generates them."""
-        line = self.view.cache(self.mode).line(loops.running(), self.ordered)
+        cache = self.view.cache(self.mode)
+        line = cache.line(cache.queue(loops.running()), self.ordered)
         if line is None:
             return await self._drawn(None)
         turn = line.arrive()
@@ -500,7 +501,7 @@ class Exchange(Calls):
             if found is None:
                 return await self._drawn(turn)
             try:
-                await turn.come(found)
+                await turn.come(latest(found))
             except BaseException:
                 for one in found:
                     one.take_back()
@@ -535,11 +536,11 @@ class Exchange(Calls):
             else:
                 responses = given(await outcomes(self._begun, flags), return_exceptions=False)
             if turn is not None:
-                await turn.come(self._begun)
+                await turn.come(latest(self._begun))
         except BaseException as error:  # noqa: BLE001 - an error without an answer is raised again
             self._take_back()
             if turn is not None and isinstance(error, Exception):
-                await turn.come(())
+                await turn.come(None)
             return self._instead(error)
         finally:
             self.over = True

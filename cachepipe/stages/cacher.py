@@ -17,7 +17,7 @@ from cachepipe import cells, loops, runs
 from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Cache, Found, Stats, in_turn
 from cachepipe.cache.drawing import Drawing, outcomes
-from cachepipe.cache.turns import Turn
+from cachepipe.cache.turns import Turn, latest
 from cachepipe.contract import keys
 from cachepipe.contract.keys import Question
 from cachepipe.stage import Stage, adapter_of, given
@@ -127,12 +127,15 @@ class AsyncCacher(Stage):
     ) -> tuple[Found | Drawing, Turn | None]:
         """Return what is stored for a request, or begin to draw it; and its turn, if it has to wait."""
         self._check_open()
-        cache, request = self._cache, _in_cell(request)
-        line = cache.line(loop, self.ordered)
+        cache = self._cache
+        if cells.loaded:
+            request = _in_cell(request)
+        queue = cache.queue(loop)
+        line = cache.line(queue, self.ordered)
         if line is None:
-            return cache.begin(request, question, cache.queue(loop)), None
+            return cache.begin(request, question, queue), None
         rests = line.rests()
-        begun = cache.begin(request, question, cache.queue(loop), line.arrive)
+        begun = cache.begin(request, question, queue, line.arrive)
         if isinstance(begun, Drawing):
             return begun, begun.turn
         return begun, None if rests else line.arrive()
@@ -157,7 +160,8 @@ class AsyncCacher(Stage):
         """
         self._check_open()
         cache, loop = self._cache, loops.running()
-        queue, line = cache.queue(loop), cache.line(loop, self.ordered)
+        queue = cache.queue(loop)
+        line = cache.line(queue, self.ordered)
         turn = None if line is None else line.arrive()
         arrive = None if turn is None else lambda: turn
         if len(requests) > 1:
@@ -188,7 +192,8 @@ class AsyncCacher(Stage):
             for place, answer in zip(waiting, ended, strict=True):
                 answers[place] = answer
             if turn is not None:
-                await turn.come([one for one in begun if not isinstance(one, Drawing) or one.delivered])
+                delivered = [one for one in begun if not isinstance(one, Drawing) or one.delivered]
+                await turn.come(latest(delivered))
             return given(answers, return_exceptions)
         except BaseException:
             for one in begun:

@@ -62,11 +62,6 @@ class Sample(NamedTuple):
         return meta
 
     @property
-    def place(self) -> Place:
-        """Its place in the schedule (C11)."""
-        return place_of(self.header)
-
-    @property
     def at(self) -> float:
         """When it was stored, in seconds since 1970."""
         return float(self.meta["stamp"] / 1e6)

@@ -86,7 +86,7 @@ def test_requests_that_leave_are_never_handed_over():
     schedule.leave(left)
     assert not schedule.any_ready
     schedule.ready(other, Place(2))
-    assert (handed_over(schedule), schedule.in_flight) == ([HandedOver(other, None)], 0)
+    assert (handed_over(schedule), schedule.in_flight) == ([HandedOver(other, None)], {})
 
 
 @pytest.mark.parametrize("written", ["", "17", "17+", "+1", "-1+1", "a+b", "17+1+1"])
