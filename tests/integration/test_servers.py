@@ -148,6 +148,20 @@ async def test_c8_a_server_that_is_full_is_waited_for_and_then_named_in_the_erro
 
 
 @pytest.mark.anyio
+async def test_c12_a_server_that_was_emptied_is_not_filled_again_in_silence(start):
+    server = start()
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url("&lease=0.15")) as pipeline:
+        await ask(pipeline, "a")
+        with server.client() as client:
+            client.flushall()
+        session = pipeline.store.session
+        while session.renew():  # it has ended with the rest
+            pass
+        with pytest.raises(StoreError, match="emptied or replaced while it was open"):
+            await ask(pipeline, "b")
+
+
+@pytest.mark.anyio
 async def test_a_server_that_has_lost_the_functions_gets_them_again(start):
     server = start()
     async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url()) as pipeline:

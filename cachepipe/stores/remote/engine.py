@@ -23,7 +23,7 @@ DIGEST: Final = 8
 TURN: Final = 0.25
 """Seconds for which a key is reserved for the first process that lost a race for it."""
 
-RECEIPT: Final = 600.0
+RECEIPT: Final = 120.0
 """Seconds for which an engine remembers the last swap of a process on a key."""
 
 
@@ -108,7 +108,11 @@ class Engine(Protocol):
         ...
 
     def open_lease(self, name: str, seconds: float) -> int:
-        """Return the number of a new lease of a process, which ends after some seconds; see `renew_lease`."""
+        """Return the number of a new lease of a process, which ends after some seconds; see `renew_lease`.
+
+        Raises:
+            StoreError: when the store was emptied or replaced since the engine was opened.
+        """
         ...
 
     def renew_lease(self, lease: int, seconds: float) -> bool:

@@ -250,6 +250,22 @@ class Session:
             return True
         return self.process(lease) is not None
 
+    def ask_about(self, leases: Iterable[int]) -> None:
+        """Find out, in one round trip, which of some processes are alive, as far as that is not known."""
+        recent = time.monotonic() - _ALIVE_FOR
+        unknown = sorted(
+            lease
+            for lease in leases
+            if not self.is_own(lease) and lease not in self._dead and self._asked.get(lease, 0.0) < recent
+        )
+        if len(unknown) < 2:
+            return  # `alive` asks
+        for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
+            if name is None:
+                self._dead.add(lease)
+            else:
+                self._asked[lease] = time.monotonic()
+
     def process(self, lease: int) -> Process | None:
         """Return the process of a lease, or None if it is dead."""
         [name] = self.asked(lambda: self.engine.holders([lease]))
@@ -425,26 +441,31 @@ class _Transaction:
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
         waits = False
-        for (key, (book, _)), conflict in zip(swaps.items(), found, strict=True):
+        for (key, (book, _)), conflict in zip(list(swaps.items()), found, strict=True):
             if conflict is None:
                 session.remember(key, book.written())
+                del swaps[key]  # whatever happens to the others
                 continue
             waits = waits or conflict.wait
-            fresh = session.again(book, conflict.rows)
-            try:
-                fresh, swap = self._decide(fresh)
-            except StoreUnreachable:
-                raise
-            except StoreError as error:
-                self._fail(key, error)
-                continue
-            if swap is None:
-                session.remember(key, fresh.written())
-            else:
-                again[key] = fresh, swap
+            if (next_swap := self._again(session.again(book, conflict.rows))) is not None:
+                again[key] = next_swap
         if waits:
             session.pause()
         return again
+
+    def _again(self, book: Book) -> tuple[Book, Swap] | None:
+        """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
+        try:
+            book, swap = self._decide(book)
+        except StoreUnreachable:
+            raise
+        except StoreError as error:
+            self._fail(book.name, error)
+            return None
+        if swap is None:
+            self._session.remember(book.name, book.written())
+            return None
+        return book, swap
 
     def _fail(self, key: str, error: StoreError) -> None:
         for place in self._places[key]:

@@ -87,6 +87,7 @@ class ValkeyEngine:
         self._client = client
         self.where = where
         self._prefix = encoded(prefix)
+        self._meta = self._prefix + b":meta"
         self._channel = self._prefix + b":changed"
         self._check()
         self._load()
@@ -130,13 +131,12 @@ class ValkeyEngine:
 
     def _signed(self) -> str:
         """Return the identity of the store; make one if it is new."""
-        name = self._prefix + b":meta"
         new = secrets.token_hex(8)
 
         def sign(pipeline: Any) -> None:
-            pipeline.hsetnx(name, "format", FORMAT)
-            pipeline.hsetnx(name, "identity", new)
-            pipeline.hgetall(name)
+            pipeline.hsetnx(self._meta, "format", FORMAT)
+            pipeline.hsetnx(self._meta, "identity", new)
+            pipeline.hgetall(self._meta)
 
         meta = self._pipelined(sign)[-1]
         if int(meta[b"format"]) > FORMAT:
@@ -276,6 +276,12 @@ class ValkeyEngine:
     def open_lease(self, name: str, seconds: float) -> int:
         """Return the number of a new lease. It is random: a server that lost writes may count again."""
         lease = secrets.randbits(62)
+        found = self._ask(lambda client: client.hget(self._meta, "identity"))
+        if found is None or f"valkey:{found.decode()}" != self.identity:
+            raise StoreError(
+                f"the cache {self.where} was emptied or replaced while it was open: its samples are gone. "
+                "Restore the server's data, or open the cache again to begin anew"
+            )
         self._ask(lambda client: client.set(self._lease(lease), name, px=int(seconds * 1000), nx=True))
         return lease
 
