@@ -949,8 +949,6 @@ async def groups_that_fail_together(ask, rng):
     return log
 
 
-
-
 @program
 async def losers_that_go_on(ask, rng):
     """Nobody cancels the losers; they end in the midst of later laps, and count there."""
