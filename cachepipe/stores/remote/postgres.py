@@ -105,7 +105,7 @@ class PostgresEngine:
     def _make(self, connection: _Connection) -> list[Any]:
         """Make the schema and its tables, unless another process has made them; return what signs them."""
         name = self._quoted("SCHEMA")
-        with connection.transaction():
+        with self._clear(), connection.transaction():
             connection.execute("select pg_advisory_xact_lock(%s)", [_LOCK])
             if connection.execute("select to_regclass(%s) is null", [f"{name}.meta"]).fetchall()[0][0]:
                 if connection.execute("select to_regnamespace(%s) is null", [name]).fetchall()[0][0]:
@@ -117,6 +117,17 @@ class PostgresEngine:
                     [FORMAT, secrets.token_hex(8)],
                 )
             return connection.execute(self._sql("select format, identity from SCHEMA.meta")).fetchall()
+
+    @contextlib.contextmanager
+    def _clear(self) -> Iterator[None]:
+        """Say so when the schema is used for something else."""
+        try:
+            yield
+        except (errors.DuplicateTable, errors.DuplicateFunction) as error:
+            raise StoreError(
+                f"the schema {self._schema} of {self.where} has tables that are not those of a cache. Name "
+                "another schema in the URL: ?schema=NAME"
+            ) from error
 
     # Asking.
 

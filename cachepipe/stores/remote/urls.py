@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ OPENING: Final = 5.0
 """The most seconds to wait for a server that does not answer when it is opened: its name may be wrong."""
 TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the server."""
-_NAME: Final = 63  # bytes of a name in PostgreSQL
+_SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z0-9_-]{1,63}")
 
 _sessions: weakref.WeakValueDictionary[tuple[str, int], Session] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
@@ -157,8 +158,11 @@ class Database(_Url):
     def __init__(self, url: str) -> None:
         super().__init__(url, ("schema", *_WAITS, *_LIBPQ))
         self.schema = self._options.get("schema", PREFIX)
-        if not 0 < len(self.schema.encode()) <= _NAME or self.schema.startswith("pg_") or "\0" in self.schema:
-            raise self._invalid(f"has a schema that is empty, longer than {_NAME} bytes or begins with pg_")
+        if not _SCHEMA.fullmatch(self.schema):
+            raise self._invalid(
+                f"has the schema {self.schema!r}; it is at most 63 ASCII letters, digits, _ and -, and does "
+                "not begin with pg_"
+            )
 
     def options(self) -> dict[str, Any]:
         """Return the options of libpq."""
@@ -168,7 +172,10 @@ class Database(_Url):
         url = f"postgresql://{self.parts.netloc}{self.parts.path}"
         try:
             options = conninfo.conninfo_to_dict(url, **given)
+            ports = str(options.get("port", "5432")).split(",")
         except ProgrammingError:  # what it says may quote the password
+            ports = ["unknown"]
+        if not all(map(str.isdigit, filter(None, ports))):
             raise self._invalid("is not one that PostgreSQL knows: postgresql://user@host:5432/db") from None
         timeout = self.number("timeout", TIMEOUT)
         return {
