@@ -40,7 +40,8 @@ class Lines:
         self._count += 1
         fields = {"custom_id": name, "url": f"/v1{endpoint}", "body": body}
         line = parse_line(json.dumps(fields).encode(), self._count, self._settings)
-        _, responses = await self._draws.exchange(self._draws.draw(line)).answered()
+        [draw] = self._draws.draws(line)
+        _, responses = await self._draws.exchange(draw).answered()
         return responses
 
     async def each(self, lines):
