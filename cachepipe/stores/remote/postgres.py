@@ -17,7 +17,17 @@ from typing import Any, Final, TypeVar
 
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
 from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults
-from cachepipe.stores.remote.engine import RECEIPT, SAMPLE, TURN, Conflict, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.engine import (
+    RECEIPT,
+    SAMPLE,
+    TURN,
+    Conflict,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+    no_cache,
+)
 from cachepipe.stores.remote.rows import decoded, encoded
 
 try:
@@ -54,9 +64,12 @@ class PostgresEngine:
         where: says where the server is, without credentials.
         schema: the schema.
         timeout: seconds to wait for an answer of the server.
+        create: whether to begin a cache where there is none.
     """
 
-    def __init__(self, options: Mapping[str, Any], where: str, schema: str, timeout: float) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], where: str, schema: str, timeout: float, *, create: bool = True
+    ) -> None:
         self._options = options
         self._schema = schema
         self._timeout = timeout
@@ -64,7 +77,7 @@ class PostgresEngine:
         self.where = where
         try:
             self._check()
-            self.identity = self._signed()
+            self.identity = self._signed(create=create)
         except BaseException:
             self.close()
             raise
@@ -89,11 +102,13 @@ class PostgresEngine:
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
-    def _signed(self) -> str:
+    def _signed(self, *, create: bool) -> str:
         """Return the identity of the store; make its tables if it is new."""
         try:
             [[format_, identity]] = self._ask("select format, identity from SCHEMA.meta")
         except _Missing:
+            if not create:
+                raise no_cache(self.where) from None
             [[format_, identity]] = self._with(self._make)
         if format_ > FORMAT:
             raise FormatError(
