@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from databases import PostgresServer
+from databases import PgBouncer, PostgresServer
 
 from cachepipe import OnlineAPI, Request, StoreError, open_store
 from cachepipe.errors import FormatError, RiskyServer, StoreUnreachable
@@ -257,6 +259,38 @@ def test_c1_a_stricter_isolation_of_the_database_costs_retries_only(postgres_ser
     assert sorted(drawn) == [*range(32)]
 
 
+@pytest.fixture
+def pooler(postgres_server):
+    """PgBouncer, which comes from the system's packages."""
+    if not shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"):
+        pytest.skip("needs pgbouncer")
+    made = PgBouncer(postgres_server)
+    yield made
+    made.close()
+
+
+def test_c1_a_pooler_that_gives_each_transaction_another_connection_does_no_harm(pooler):
+    """More processes than the pooler has connections draw samples of one key, and replay them."""
+    url = pooler.url("-pooled")
+    stores = [open_store(f"{url}&lease=1{number}")[0] for number in range(6)]
+
+    def draw(store, mine):
+        async def run():
+            async with OnlineAPI(ScriptedModel(cache_scope="m"), store) as pipeline:
+                return [answer.indices[0] for answer in await ask(pipeline, *mine)]
+
+        return asyncio.run(run())
+
+    names = [[f"{number}-{turn}" for turn in range(8)] for number in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        first = [*threads.map(draw, stores, names)]
+        again = [*threads.map(draw, stores, names)]
+    for store in stores:
+        store.close()
+    assert sorted(index for indices in first for index in indices) == [*range(48)]
+    assert first == again
+
+
 def test_a_swap_tells_those_who_listen(engine):
     heard, told = [], threading.Event()
 
@@ -350,8 +384,13 @@ def test_a_new_cache_may_be_opened_by_many_at_once(url):
 
 def test_a_deleted_cache_is_named(postgres_server, engine, url):
     postgres_server.ask(f"drop schema {schema_of(url)} cascade")
-    with pytest.raises(StoreError, match=r"refuses|has been deleted"):
+    with pytest.raises(StoreError, match="was deleted or replaced"):
         engine.rows_of("k")
+    with pytest.raises(StoreError, match="was deleted or replaced"):
+        engine.open_lease("me", 1)
+    Database(url).opener()().close()
+    with pytest.raises(StoreError, match="another cache is in its place"):
+        engine.open_lease("me", 1)
 
 
 # Rows.
