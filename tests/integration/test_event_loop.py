@@ -12,6 +12,7 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from cachepipe import DiskStore, OnlineAPI, Request, Response
+from cachepipe.cache import turns as line_turns
 from cachepipe.stores.base import Claim, Commit
 from cachepipe.testing import FaultyStore
 
@@ -41,7 +42,8 @@ def asking(pipeline, *prompts, **more):
 
 
 @pytest.mark.parametrize("name", ["ledger.cache.db", "cache.db"])
-async def test_the_loop_turns_and_hits_are_served_while_a_file_is_locked(tmp_path, name, locked):
+async def test_the_loop_turns_and_hits_are_served_while_a_file_is_locked(tmp_path, name, locked, monkeypatch):
+    monkeypatch.setattr(line_turns, "CLAIM_SECONDS", 0.05)
     folder, model = tmp_path / "cache", Model()
     async with OnlineAPI(model, folder) as first:
         known = await first.request(Request("known", n=2))
