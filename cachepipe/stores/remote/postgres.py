@@ -17,7 +17,17 @@ from typing import Any, Final, TypeVar
 
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
 from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults
-from cachepipe.stores.remote.engine import RECEIPT, SAMPLE, TURN, Conflict, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.engine import (
+    RECEIPT,
+    SAMPLE,
+    TURN,
+    Conflict,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+    no_cache,
+)
 from cachepipe.stores.remote.rows import decoded, encoded
 
 try:
@@ -55,9 +65,12 @@ class PostgresEngine:
         where: says where the server is, without credentials.
         schema: the schema.
         timeout: seconds to wait for an answer of the server.
+        create: whether to begin a cache where there is none.
     """
 
-    def __init__(self, options: Mapping[str, Any], where: str, schema: str, timeout: float) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], where: str, schema: str, timeout: float, *, create: bool = True
+    ) -> None:
         self._options = options
         self._schema = schema
         self._timeout = timeout
@@ -65,7 +78,7 @@ class PostgresEngine:
         self.where = where
         try:
             self._check()
-            self.identity = self._opened()
+            self.identity = self._opened(create=create)
         except BaseException:
             self.close()
             raise
@@ -90,11 +103,13 @@ class PostgresEngine:
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
-    def _opened(self) -> str:
+    def _opened(self, *, create: bool) -> str:
         """Return the identity of the store; make its tables if it is new."""
         try:
             return self._signed()
         except _Missing:
+            if not create:
+                raise no_cache(self.where) from None
             self._with(self._make)
             return self._signed()
 

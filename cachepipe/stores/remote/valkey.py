@@ -18,7 +18,16 @@ from typing import Any, Final
 
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
 from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults
-from cachepipe.stores.remote.engine import RECEIPT, TURN, Conflict, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.engine import (
+    RECEIPT,
+    TURN,
+    Conflict,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+    no_cache,
+)
 from cachepipe.stores.remote.rows import decoded, encoded
 
 try:
@@ -84,9 +93,13 @@ class ValkeyEngine:
         client: the client.
         where: says where the server is, without credentials.
         prefix: the beginning of all keys.
+        create: whether to begin a cache where there is none.
+
+    Raises:
+        StoreError: when the server cannot be used, or has no such cache.
     """
 
-    def __init__(self, client: Client, where: str, prefix: str) -> None:
+    def __init__(self, client: Client, where: str, prefix: str, *, create: bool = True) -> None:
         self._client = client
         self.where = where
         self._prefix = encoded(prefix)
@@ -94,7 +107,7 @@ class ValkeyEngine:
         self._channel = self._prefix + b":changed"
         self._check()
         self._load()
-        self.identity = self._signed()
+        self.identity = self._signed(create=create)
 
     def __repr__(self) -> str:
         return f"<ValkeyEngine {self.where}>"
@@ -132,17 +145,18 @@ class ValkeyEngine:
                 ) from refused
             # Somebody else may have loaded them; if not, the first call says so.
 
-    def _signed(self) -> str:
-        """Return the identity of the store; make one if it is new."""
-        new = secrets.token_hex(8)
-
-        meta = self._told(
-            [
+    def _signed(self, *, create: bool) -> str:
+        """Return the identity of the cache; make one if it is new."""
+        [meta] = self._told([("HGETALL", self._meta)])
+        if not meta and not create:
+            raise no_cache(self.where)
+        if not meta:
+            commands: list[Command] = [
                 ("HSETNX", self._meta, "format", FORMAT),
-                ("HSETNX", self._meta, "identity", new),
+                ("HSETNX", self._meta, "identity", secrets.token_hex(8)),
                 ("HGETALL", self._meta),
             ]
-        )[-1]
+            meta = self._told(commands)[-1]
         if int(meta[b"format"]) > FORMAT:
             raise FormatError(
                 f"the cache {self.where} has format {int(meta[b'format'])}, and this version of cachepipe "
