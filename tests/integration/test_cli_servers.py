@@ -94,6 +94,15 @@ def test_path_names_the_url_without_its_credentials(run, url):
     assert json.loads(run("path", "--json"))["exists"] is True
 
 
+@pytest.mark.parametrize("kind", ["valkey", "postgres"])
+def test_a_command_that_reads_begins_no_cache(request, kind):
+    url = request.getfixturevalue(f"new_{kind}_url")()
+    for command in (["ls"], ["stats"], ["verify"], ["show", "k2-1"], ["ls"]):
+        done = CliRunner().invoke(cli, [*command, "--cache", url])
+        assert done.exit_code == 2
+        assert "there is no cache to read at " in done.output
+
+
 def test_a_discarded_sample_of_a_server_is_on_record(run):
     key = lines(run("ls", "--json"))[0]["key"]
     run("discard", f"{key}/1", "--why", "a refusal")

@@ -30,9 +30,11 @@ def script(text, *arguments):
     return done.stdout.splitlines()
 
 
-@pytest.fixture(params=["folder", "valkey"])
+@pytest.fixture(params=["folder", "valkey", "postgres"])
 def cache(request, tmp_path):
-    return str(tmp_path) if request.param == "folder" else request.getfixturevalue("new_valkey_url")()
+    if request.param == "folder":
+        return str(tmp_path)
+    return request.getfixturevalue(f"new_{request.param}_url")()
 
 
 FORKED = """

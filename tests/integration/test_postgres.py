@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from databases import PostgresServer
+from pgbouncer import PROGRAM, PgBouncer
 
 from cachepipe import OnlineAPI, Request, StoreError, open_store
 from cachepipe.errors import FormatError, RiskyServer, StoreUnreachable
@@ -19,6 +19,7 @@ from cachepipe.stores.remote.checks import Unfit, database_faults
 from cachepipe.stores.remote.engine import Read, Swap
 from cachepipe.stores.remote.urls import Database
 from cachepipe.testing import ScriptedModel
+from cachepipe.testing.postgres import PostgresServer
 
 PASSWORD = "hidden-secret-word"
 SPEED = {"fsync": "off"}  # for what does not concern the disk
@@ -170,7 +171,7 @@ async def test_c8_a_server_that_is_stopped_is_waited_for_and_then_named_in_the_e
     with pytest.warns(RiskyServer):
         pipeline = OnlineAPI(ScriptedModel(cache_scope="m"), server.url("&timeout=0.2&patience=0.5"))
     await ask(pipeline, "a")
-    stopped = [server.process, *server.process.children(recursive=True)]
+    stopped = server.processes()
     for process in stopped:
         process.suspend()
     with pytest.raises(StoreUnreachable, match=r"has not answered for 0\.5 s: .*timeout"):
@@ -257,6 +258,38 @@ def test_c1_a_stricter_isolation_of_the_database_costs_retries_only(postgres_ser
     assert sorted(drawn) == [*range(32)]
 
 
+@pytest.fixture
+def pooler(postgres_server):
+    """PgBouncer, which comes from the system's packages."""
+    if PROGRAM is None:
+        pytest.skip("needs pgbouncer")
+    made = PgBouncer(postgres_server)
+    yield made
+    made.close()
+
+
+def test_c1_a_pooler_that_gives_each_transaction_another_connection_does_no_harm(pooler):
+    """More processes than the pooler has connections draw samples of one key, and replay them."""
+    url = pooler.url("-pooled")
+    stores = [open_store(f"{url}&lease=1{number}")[0] for number in range(6)]
+
+    def draw(store, mine):
+        async def run():
+            async with OnlineAPI(ScriptedModel(cache_scope="m"), store) as pipeline:
+                return [answer.indices[0] for answer in await ask(pipeline, *mine)]
+
+        return asyncio.run(run())
+
+    names = [[f"{number}-{turn}" for turn in range(8)] for number in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        first = [*threads.map(draw, stores, names)]
+        again = [*threads.map(draw, stores, names)]
+    for store in stores:
+        store.close()
+    assert sorted(index for indices in first for index in indices) == [*range(48)]
+    assert first == again
+
+
 def test_a_swap_tells_those_who_listen(engine):
     heard, told = [], threading.Event()
 
@@ -309,19 +342,19 @@ def test_a_user_who_may_not_create_a_schema_is_told_what_to_grant(postgres_serve
 
 
 def test_a_user_who_may_only_read_replays(postgres_server, team, url):
-    async def request(cache, **options):
+    async def request(cache, name, **options):
         async with OnlineAPI(ScriptedModel(cache_scope="m"), cache, **options) as pipeline:
-            return await ask(pipeline, "a")
+            return await ask(pipeline, name)
 
-    [first] = asyncio.run(request(url))
+    [first] = asyncio.run(request(url, "a"))
     schema = schema_of(url)
     postgres_server.ask(
         f"grant usage on schema {schema} to team; grant select on all tables in schema {schema} to team"
     )
-    [again] = asyncio.run(request(team, mode="replay"))
+    [again] = asyncio.run(request(team, "a", mode="replay"))
     assert again.data == first.data
     with pytest.raises(StoreError, match="does not permit it"):
-        asyncio.run(request(team))
+        asyncio.run(request(team, "b"))
 
 
 def test_a_cache_of_a_later_format_is_refused(postgres_server, engine, url):
@@ -350,8 +383,13 @@ def test_a_new_cache_may_be_opened_by_many_at_once(url):
 
 def test_a_deleted_cache_is_named(postgres_server, engine, url):
     postgres_server.ask(f"drop schema {schema_of(url)} cascade")
-    with pytest.raises(StoreError, match=r"refuses|has been deleted"):
+    with pytest.raises(StoreError, match="was deleted or replaced"):
         engine.rows_of("k")
+    with pytest.raises(StoreError, match="was deleted or replaced"):
+        engine.open_lease("me", 1)
+    Database(url).opener()().close()
+    with pytest.raises(StoreError, match="another cache is in its place"):
+        engine.open_lease("me", 1)
 
 
 # Rows.

@@ -323,6 +323,25 @@ def test_a_store_on_a_unix_socket_is_a_store(start, tmp_path):
     other.close()
 
 
+@pytest.mark.anyio
+async def test_a_user_of_the_server_needs_few_permissions(start):
+    """It may be a user who may use one prefix only."""
+    server = start()
+    with server.client() as client:
+        client.execute_command(
+            "ACL SETUSER team on >word ~t:* &t:* -@all +@hash +@string +@connection +@pubsub"
+            " +fcall +function|load +scan +del +pexpire +time +info +config|get"
+        )
+    url = server.url(credentials="team:word@")
+    model = ScriptedModel(cache_scope="m")
+    async with OnlineAPI(model, url) as pipeline:
+        [answer] = await ask(pipeline, "a", n=2)
+        assert len(list(pipeline.store.samples(answer.key))) == 2
+        assert len(list(pipeline.store.keys())) == 1
+    with pytest.raises(StoreError, match="refuses"):
+        open_store(url.replace("prefix=t", "prefix=other"))
+
+
 def test_prefixes_are_caches_of_their_own(start):
     server = start()
     first, second = open_store(server.url())[0], open_store(server.url("wo"))[0]

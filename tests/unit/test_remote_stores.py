@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from cachepipe import NotStored, StoreError
-from cachepipe.contract.draws import SHARED
+from cachepipe.contract.draws import SHARED, Draw, label
+from cachepipe.contract.keys import Question
 from cachepipe.errors import DamagedCache, StoreUnreachable
 from cachepipe.stores.base import (
     Claim,
@@ -26,7 +27,16 @@ from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.testing import MemoryEngine
-from cachepipe.testing.contract import KEY, OTHER, asked, drawn
+
+KEY, OTHER = "k2-" + "a" * 64, "k2-" + "b" * 64
+
+
+def asked(key=KEY):
+    return Question(key, "https://api.example/v1", b'{"fields":{"prompt":"why?"}}')
+
+
+def drawn(request_id="", *, namespace=None, key=KEY):
+    return Draw(label(namespace), key, request_id, 0)
 
 
 class Clock:

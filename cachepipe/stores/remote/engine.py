@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
+from cachepipe.errors import StoreError
+
 Rows = dict[bytes, bytes]
 """The rows of one key by field; a field without a row is missing."""
 
@@ -29,6 +31,11 @@ RECEIPT: Final = 120.0
 
 class Unreachable(Exception):  # noqa: N818 - says what the engine is
     """The engine cannot answer now: it may answer later, and what was asked may have been done."""
+
+
+def no_cache(where: str) -> StoreError:
+    """Return the error for a cache that is to be read and does not exist."""
+    return StoreError(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
 
 
 class Read(NamedTuple):

@@ -72,7 +72,7 @@ $$;
 -- Performs swaps, each of another key; see engine.py. Expected digests are empty where there was no row.
 -- Returns for each swap that wrote nothing its number and whether its key is reserved, then the current rows.
 create function SCHEMA.swap(
-  _keys bytea[], _nonces text[], _fair boolean[], _who bigint, _turn float8, _receipt float8,
+  _keys bytea[], _nonces bytea[], _fair int[], _who bigint, _turn float8, _receipt float8,
   _of int[], _fields bytea[], _digests bytea[],
   _puts_of int[], _puts bytea[], _contents bytea[], _deletes_of int[], _deletes bytea[]
 ) returns table (number int, reserved boolean, field bytea, content bytea) language plpgsql volatile
@@ -107,9 +107,9 @@ begin
   );
   _states := array(  -- 0: performed before, 1: changed, 2: reserved, 3: to perform
     select case
-      when k.receipts -> _who::text ->> 0 = a.nonce
+      when k.receipts -> _who::text ->> 0 = encode(a.nonce, 'hex')
         and (k.receipts -> _who::text ->> 1)::float8 > _now - _receipt then 0
-      when a.fair and k.turn <> _who and k.until > _now then 2
+      when a.fair = 1 and k.turn <> _who and k.until > _now then 2
       when a.number = any (_changed) then 1
       else 3 end
     from unnest(_keys, _nonces, _fair) with ordinality as a (key, nonce, fair, number)
@@ -118,7 +118,7 @@ begin
   if 1 = any (_states) or 2 = any (_states) then
     update SCHEMA.keys k set turn = _who, until = _now + _turn
       from unnest(_keys, _fair, _states) as a (key, fair, state)
-      where k.key = a.key and a.fair and a.state in (1, 2) and k.until <= _now;
+      where k.key = a.key and a.fair = 1 and a.state in (1, 2) and k.until <= _now;
     return query
       select a.number::int, a.state = 2, null::bytea, null::bytea
       from unnest(_states) with ordinality as a (state, number) where a.state in (1, 2);
@@ -148,7 +148,7 @@ begin
   update SCHEMA.keys k set
       turn = nullif(k.turn, _who),
       until = case when k.turn = _who then 0 else k.until end,
-      receipts = jsonb_build_object(_who::text, jsonb_build_array(a.nonce, _now)) || (
+      receipts = jsonb_build_object(_who::text, jsonb_build_array(encode(a.nonce, 'hex'), _now)) || (
         select coalesce(jsonb_object_agg(r.key, r.value), '{}') from jsonb_each(k.receipts) as r
         where r.key <> _who::text and (r.value ->> 1)::float8 > _now - _receipt
       )

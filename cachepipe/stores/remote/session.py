@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from cachepipe.contract.allotment import choose
+from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
@@ -25,6 +26,7 @@ from cachepipe.stores.base import (
     Claim,
     Commit,
     Discard,
+    Grant,
     Note,
     NotePlace,
     Operation,
@@ -33,8 +35,8 @@ from cachepipe.stores.base import (
     Result,
 )
 from cachepipe.stores.remote import rows
-from cachepipe.stores.remote.book import Book, Known, ledger
-from cachepipe.stores.remote.engine import PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.book import Book, Known, ledger, view
+from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
 
 LEASE: Final = 3.0
 """Seconds for which a lease lasts unless it is renewed, which happens three times as often."""
@@ -331,6 +333,14 @@ class Session:
         """Wait while a key is reserved for another process."""
         self._sleep(_TURN * (0.5 + random.random()))  # noqa: S311 - spreads the processes
 
+    def recalled(self, book: Book, draw: Draw, n: int) -> Grant | None:
+        """Return the first n samples of a draw whose samples are all stored, else None."""
+        found = view(book, draw)
+        grant = operations.recall(found, n) if found.segments else None
+        if grant is not None:
+            grant.shared = any(map(self.is_other, {segment.lease for segment in found.segments}))
+        return grant
+
     def commit_for(self, commit: Commit, lease: int) -> Result | StoreError:
         """Commit a sample that was generated under a lease, which has probably ended.
 
@@ -419,6 +429,9 @@ class _Transaction:
         """Perform the operations of a key on its rows; return what is to be swapped."""
         asked = self._of(book.name)
         fair = any(type(operation) is Claim for operation in asked)
+        if book.lately and (recalled := self._recalled(book, asked)) is not None:
+            self._results_of(book.name, recalled)
+            return book, None
         for _ in range(_TRIES):
             try:
                 results = operations.perform(ledger(book), asked)
@@ -428,10 +441,25 @@ class _Transaction:
                     raise
                 book = self._session.books([book.all_used()])[0]  # the rows may not be of one moment
                 continue
-            for place, result in zip(self._places[book.name], results, strict=True):
-                self._results[place] = result
+            self._results_of(book.name, results)
             return book, swap
         raise StoreError(f"key {book.name} is changed all the time by others; try again")
+
+    def _results_of(self, key: str, results: Sequence[Result]) -> None:
+        for place, result in zip(self._places[key], results, strict=True):
+            self._results[place] = result
+
+    def _recalled(self, book: Book, asked: Sequence[Operation]) -> list[Result] | None:
+        """Return the grants of claims if all of their samples are stored, else None; nothing is to write."""
+        grants: list[Result] = []
+        for claim in asked:
+            if type(claim) is not Claim or claim.refresh or claim.user is not None:
+                return None
+            grant = self._session.recalled(book, claim.draw, claim.n)
+            if grant is None:
+                return None
+            grants.append(grant)
+        return grants
 
     def _swap(self, swaps: dict[str, tuple[Book, Swap]]) -> dict[str, tuple[Book, Swap]]:
         """Swap rows; return what is to be swapped next, where others were faster."""
@@ -520,13 +548,17 @@ def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
 
     def load(name: bytes) -> IntervalSet:
         row = known.get(name)
-        return IntervalSet() if row is None else rows.load_set(key, name, rows.unpack(key, name, row))
+        return IntervalSet() if row is None else rows.load_set(key, name, row[DIGEST:])
 
     wanted: dict[str, int] = {}
     for operation in asked:
         if isinstance(operation, Claim) and known.get(rows.draw_field(operation.draw)) is None:
             namespace = operation.draw.namespace
             wanted[namespace] = wanted.get(namespace, 0) + operation.n
+    if not wanted:
+        return []
+    if rows.LISTED not in known:  # nothing is known of the key
+        return [*range(min(max(wanted.values()), _GUESSES))]
     listed = load(rows.LISTED)
     found: dict[int, None] = {}
     for namespace, n in wanted.items():

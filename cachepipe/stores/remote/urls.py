@@ -144,12 +144,12 @@ class Asked(_Url):
         given = {"username": username, "password": password}
         return {name: value for name, value in given.items() if value}
 
-    def opener(self) -> Callable[[], Engine]:
-        """Return what opens the engine."""
+    def opener(self, *, create: bool) -> Callable[[], Engine]:
+        """Return what opens the engine; with ``create`` it begins a cache where there is none."""
         from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
 
         client = valkey.client_of(self.options(), cluster=self.cluster)
-        return lambda: valkey.ValkeyEngine(client, self.where, self.prefix)
+        return lambda: valkey.ValkeyEngine(client, self.where, self.prefix, create=create)
 
 
 class Database(_Url):
@@ -185,12 +185,12 @@ class Database(_Url):
             "tcp_user_timeout": math.ceil(timeout * 1000),
         }
 
-    def opener(self) -> Callable[[], Engine]:
-        """Return what opens the engine."""
+    def opener(self, *, create: bool) -> Callable[[], Engine]:
+        """Return what opens the engine; with ``create`` it begins a cache where there is none."""
         from cachepipe.stores.remote.postgres import PostgresEngine  # noqa: PLC0415 - an extra
 
         options, timeout = self.options(), self.number("timeout", TIMEOUT)
-        return lambda: PostgresEngine(options, self.where, self.schema, timeout)
+        return lambda: PostgresEngine(options, self.where, self.schema, timeout, create=create)
 
 
 def open_url(url: str, *, read_only: bool = False, wait_for_others: float | None = None) -> RemoteStore:
@@ -202,14 +202,14 @@ def open_url(url: str, *, read_only: bool = False, wait_for_others: float | None
     with _lock:
         session = _sessions.get((url, os.getpid()))
         if session is None or session.ended:
-            session = _sessions[url, os.getpid()] = _session(url)
+            session = _sessions[url, os.getpid()] = _session(url, create=not read_only)
         return RemoteStore(session, read_only=read_only, wait_for_others=wait_for_others)
 
 
-def _session(url: str) -> Session:
+def _session(url: str, *, create: bool) -> Session:
     asked = Database(url) if SCHEMES[urlsplit(url).scheme] == "postgresql" else Asked(url)
     try:
-        opener = asked.opener()
+        opener = asked.opener(create=create)
     except ImportError as error:
         raise StoreError(f"the cache {asked.where} cannot be opened: {error}") from error
     patience = asked.number("patience", PATIENCE)
