@@ -27,7 +27,19 @@ from benchmarks.harness import (
     once,
 )
 
-NAMES = ("hit", "client", "miss", "spend", "crowd", "growth", "imports", "memory", "scale", "proxy")
+NAMES = (
+    "hit",
+    "client",
+    "miss",
+    "ordered",
+    "spend",
+    "crowd",
+    "growth",
+    "imports",
+    "memory",
+    "scale",
+    "proxy",
+)
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("", "role", "median", "spread", "against", "times", "goal")
 
