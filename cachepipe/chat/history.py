@@ -23,6 +23,7 @@ from cachepipe.chat.access import Environment
 from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import StoreError
 from cachepipe.stores.folders import check_files, expanded
+from cachepipe.stores.remote import is_url, shown
 
 if TYPE_CHECKING:
     from cachepipe.chat.chat import Chat
@@ -255,4 +256,8 @@ def _folder(cache: Any, settings: Environment) -> str:
     folder = settings.located(getattr(cache, "folder", None) or getattr(cache, "directory", None) or cache)
     if not isinstance(folder, str):
         raise TypeError(f"cache= of a history is a folder, or a cache in one; got {cache!r:.100}")
+    if is_url(folder):
+        raise StoreError(
+            f"a history lies in a folder, or on a Redis server that url= names; got cache={shown(folder)!r}"
+        )
     return folder

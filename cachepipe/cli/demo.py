@@ -157,7 +157,7 @@ def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, 
 
 def _check_cache(cache: str | None) -> None:
     """Raise an error if the cache cannot store samples."""
-    from cachepipe.stores import DiskStore, check_folder, switched_off  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores import open_store, switched_off  # noqa: PLC0415 - help needs no store
 
     if switched_off():
         raise Failure(
@@ -165,14 +165,13 @@ def _check_cache(cache: str | None) -> None:
         )
     if cache is None:
         return
-    check_folder(cache)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReadOnlyStore)
-        store = DiskStore(cache)
+        store, _ = open_store(cache)
     store.close()
     if store.read_only:
         raise Failure(
-            f"the cache {store.folder} cannot be written: {store.why_read_only}. Name another with --cache"
+            f"the cache {cache} cannot be written: {store.why_read_only}. Name another with --cache"
         )
 
 

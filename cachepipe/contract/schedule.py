@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 HOLD_SECONDS: Final = 0.05
 """Seconds after which missing samples are asked for, although other answers are being handed over."""
-CLAIM_SECONDS: Final = 1.0
+CLAIM_SECONDS: Final = 5.0
 """Seconds after which answers that are ready do not wait for claims any more, such as of a locked store."""
 QUIET_TURNS: Final = 5
 """Turns of an event loop without requests after which it counts as quiet, if its queue cannot be read."""

@@ -39,8 +39,9 @@ class Queued:
                 return
             if isinstance(results, Exception):
                 future.set_exception(results)
-            elif any(isinstance(result, Exception) for result in results):
-                future.set_exception(PartlyApplied(results))
+            elif errors := [result for result in results if isinstance(result, Exception)]:
+                whole = len(errors) == len(results)
+                future.set_exception(errors[0] if whole else PartlyApplied(results))
             else:
                 future.set_result(results)  # type: ignore[arg-type]  # none is an error
 

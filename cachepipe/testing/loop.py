@@ -9,8 +9,8 @@ from typing import Any
 __all__ = ["VirtualTimeLoop"]
 
 _PATIENCE = 20.0  # real seconds to wait for a thread or a socket when no timer is left
-_JUMP = 60.0  # virtual seconds that pass at once at most, so that a thread may act before a distant timer
-_JUMP_PATIENCE = 0.001  # real seconds that such a jump takes
+_JUMP = 0.5  # virtual seconds; before a longer jump, threads get real time to act
+_JUMP_PATIENCE = 0.25  # real seconds that they get
 
 
 class _Selector(selectors.SelectSelector):
@@ -34,7 +34,7 @@ class _Selector(selectors.SelectSelector):
             return ready
         ready = super().select(_JUMP_PATIENCE if timeout > _JUMP else 0)
         if not ready:
-            self.now += max(min(timeout, _JUMP) - self._turn, 0.0)
+            self.now += max(timeout - self._turn, 0.0)
         return ready
 
 

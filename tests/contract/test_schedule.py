@@ -316,6 +316,17 @@ async def test_concurrent_misses_of_one_question_still_share_a_call(store):
     assert model.asked == [20]
 
 
+async def test_the_misses_of_a_batch_still_go_together(store):
+    model = ScriptedModel()
+    async with OnlineAPI(model, store) as pipeline:
+        await pipeline.batch_request(Batch([Request("new"), Request("new"), Request("new", n=2)]))
+    assert model.asked == [4]
+    batches = ScriptedModel()
+    async with LocalAPI(batches.only_batches, store, batch_size=8) as pipeline:
+        await pipeline.batch_request(Batch([Request("x"), Request("y"), Request("z")]))
+    assert batches.batches == 1
+
+
 # Failures, cancellations and ends.
 
 

@@ -48,11 +48,22 @@ class TestRemoteStore(StoreContract):
 
 
 class TestValkeyStore(StoreContract):
-    """The store that machines share, on a real server."""
+    """The store that machines share, on a real Valkey server."""
 
     @pytest.fixture(autouse=True)
     def url(self, new_valkey_url):
         self.url = new_valkey_url()
+
+    def make_store(self, tmp_path):
+        return open_store(self.url)[0]
+
+
+class TestPostgresStore(StoreContract):
+    """The store that machines share, on a real PostgreSQL server."""
+
+    @pytest.fixture(autouse=True)
+    def url(self, new_postgres_url):
+        self.url = new_postgres_url()
 
     def make_store(self, tmp_path):
         return open_store(self.url)[0]

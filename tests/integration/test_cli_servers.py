@@ -1,4 +1,4 @@
-"""The commands that look at a cache, on a real Valkey server."""
+"""The commands that look at a cache, on real Valkey and PostgreSQL servers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import asyncio
 import json
 
 import pytest
-import valkey
 from click.testing import CliRunner
 
 from cachepipe import OnlineAPI, Request, open_store
 from cachepipe.cli.group import cli
+from cachepipe.stores.remote.engine import Read, Swap
 from cachepipe.testing import ScriptedModel
 
 
-@pytest.fixture
-def url(new_valkey_url):
+@pytest.fixture(params=["valkey", "postgres"])
+def url(request):
     """The URL of a cache with two questions, of which two namespaces have drawn one."""
-    url = new_valkey_url()
+    url = request.getfixturevalue(f"new_{request.param}_url")()
 
     async def fill():
         async with OnlineAPI(ScriptedModel(cache_scope="m"), url) as pipeline:
@@ -37,6 +37,17 @@ def run(url):
         return done.output
 
     return command
+
+
+def write(url, key, change):
+    """Change the rows of a key, as nothing in the package would: ``change`` gets them and returns them."""
+    store, _ = open_store(url)
+    engine = store.session.engine
+    before = engine.rows_of(key) | engine.read([Read(key, [b"s/0", b"s/1", b"s/2"])])[0]
+    after = change(dict(before))
+    gone = [name for name in before if name not in after]
+    assert engine.swap([Swap(key, b"damage", puts=after, deletes=gone)], 0) == [None]
+    store.close()
 
 
 def lines(output):
@@ -76,10 +87,20 @@ def test_stats_counts_what_namespaces_drew_and_spent(run):
 
 def test_path_names_the_url_without_its_credentials(run, url):
     assert run("path").strip() == url
-    secret = url.replace("://", "://user:secret@")
+    known = url.replace("user=postgres&", "")
+    secret = known.replace("://", "://user:secret@")
     done = CliRunner().invoke(cli, ["path", "--json", "--cache", secret])
-    assert json.loads(done.output) == {"path": url, "exists": False, "named_by": "--cache"}
+    assert json.loads(done.output) == {"path": known, "exists": False, "named_by": "--cache"}
     assert json.loads(run("path", "--json"))["exists"] is True
+
+
+@pytest.mark.parametrize("kind", ["valkey", "postgres"])
+def test_a_command_that_reads_begins_no_cache(request, kind):
+    url = request.getfixturevalue(f"new_{kind}_url")()
+    for command in (["ls"], ["stats"], ["verify"], ["show", "k2-1"], ["ls"]):
+        done = CliRunner().invoke(cli, [*command, "--cache", url])
+        assert done.exit_code == 2
+        assert "there is no cache to read at " in done.output
 
 
 def test_a_discarded_sample_of_a_server_is_on_record(run):
@@ -91,13 +112,16 @@ def test_a_discarded_sample_of_a_server_is_on_record(run):
     assert "nothing is wrong" in run("verify")
 
 
-def test_c12_verify_finds_what_was_damaged_on_a_server_and_repairs_what_it_can(run, url, valkey_server):
+def test_c12_verify_finds_what_was_damaged_on_a_server_and_repairs_what_it_can(run, url):
     assert "nothing is wrong" in run("verify")
     key = lines(run("ls", "--json"))[0]["key"]
-    base = f"{url.partition('prefix=')[2]}:{{{key}}}:"
-    with valkey.Valkey(port=valkey_server.port) as client:
-        client.hset(base + "s", "s/0", client.hget(base + "s", "s/1"))  # a sample at another's place
-        client.hdel(base + "s", "s/2")
+
+    def damage(rows):
+        rows[b"s/0"] = rows[b"s/1"]  # a sample at another's place
+        del rows[b"s/2"]
+        return rows
+
+    write(url, key, damage)
     [report] = lines(run("verify", "--json", code=1))
     assert {one["kind"]: one["count"] for one in report["problems"]} == {"sample": 1, "missing": 1}
     assert "nothing is wrong" in run("verify", "--repair")
@@ -112,12 +136,10 @@ def test_c12_verify_finds_what_was_damaged_on_a_server_and_repairs_what_it_can(r
 @pytest.mark.parametrize(
     ("field", "kind"), [("L", "set"), ("k", "question"), ("t/=a", "set"), ("q", "question")]
 )
-def test_c12_verify_names_each_kind_of_damaged_row(run, url, valkey_server, field, kind):
+def test_c12_verify_names_each_kind_of_damaged_row(run, url, field, kind):
     key = lines(run("ls", "--json"))[0]["key"]
-    name = f"{url.partition('prefix=')[2]}:{{{key}}}:b"
-    with valkey.Valkey(port=valkey_server.port) as client:
-        row = client.hget(name, field)
-        client.hset(name, field, row[:-1] + bytes([row[-1] ^ 1]))
+    row = field.encode()
+    write(url, key, lambda rows: rows | {row: rows[row][:-1] + bytes([rows[row][-1] ^ 1])})
     [report] = lines(run("verify", "--json", code=1))
     assert kind in {one["kind"] for one in report["problems"]}
 

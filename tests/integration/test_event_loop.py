@@ -11,9 +11,11 @@ import time
 import pytest
 from blockbuster import blockbuster_ctx
 
-from cachepipe import DiskStore, OnlineAPI, Request, Response
+import cachepipe
+from cachepipe import DiskStore, OnlineAPI, Request, Response, open_store
+from cachepipe.cache import turns as line_turns
 from cachepipe.stores.base import Claim, Commit
-from cachepipe.testing import FaultyStore
+from cachepipe.testing import FaultyStore, ScriptedModel
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +43,8 @@ def asking(pipeline, *prompts, **more):
 
 
 @pytest.mark.parametrize("name", ["ledger.cache.db", "cache.db"])
-async def test_the_loop_turns_and_hits_are_served_while_a_file_is_locked(tmp_path, name, locked):
+async def test_the_loop_turns_and_hits_are_served_while_a_file_is_locked(tmp_path, name, locked, monkeypatch):
+    monkeypatch.setattr(line_turns, "CLAIM_SECONDS", 0.05)
     folder, model = tmp_path / "cache", Model()
     async with OnlineAPI(model, folder) as first:
         known = await first.request(Request("known", n=2))
@@ -120,6 +123,32 @@ async def test_nothing_that_blocks_is_called_on_the_loop_while_hits_and_misses_a
             misses = await asyncio.gather(*asking(pipeline, *map(str, range(200)), n=2))
             hits = await asyncio.gather(*asking(pipeline, *map(str, range(200)), namespace="other", n=2))
     assert [answer.data for answer in misses] == [answer.data for answer in hits]
+
+
+async def test_nothing_waits_for_a_server_on_the_loop(new_valkey_url):
+    """Also while samples of other processes are awaited; a closed loop or another thread may wait."""
+    url = new_valkey_url()
+    there, _ = open_store(f"{url}&timeout=4")
+    there.identity = "played by another process"
+    slow = ScriptedModel(hold=True, cache_scope="m")
+    model = ScriptedModel(cache_scope="m")
+    async with OnlineAPI(model, url) as pipeline, OnlineAPI(slow, there) as other:
+        await asyncio.gather(*asking(pipeline, "warm", namespace="here"))
+        await asyncio.gather(*asking(other, "warm", namespace="there"))
+        with blockbuster_ctx():
+            first = asking(other, "held", namespace="x")
+            await slow.begun(1)
+            waits = asking(pipeline, "held", namespace="y")
+            misses = await asyncio.gather(*asking(pipeline, *map(str, range(200)), n=2))
+            hits = await asyncio.gather(*asking(pipeline, *map(str, range(200)), namespace="other", n=2))
+            slow.open()
+            await asyncio.gather(*first, *waits)
+        with cachepipe.run(), blockbuster_ctx():
+            again = await asyncio.gather(*asking(pipeline, *map(str, range(200)), n=2))
+    assert [answer.data for answer in misses] == [answer.data for answer in hits]
+    assert [answer.data for answer in misses] == [answer.data for answer in again]
+    assert waits[0].result().data == first[0].result().data
+    there.close()
 
 
 async def test_a_slow_store_keeps_requests_waiting_and_the_loop_turning(tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sqlite3
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 from cachepipe import OnlineAPI, Request
+from cachepipe.cli.group import cli
 from cachepipe.testing import ScriptedModel
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
@@ -27,6 +28,13 @@ def script(text, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+@pytest.fixture(params=["folder", "valkey", "postgres"])
+def cache(request, tmp_path):
+    if request.param == "folder":
+        return str(tmp_path)
+    return request.getfixturevalue(f"new_{request.param}_url")()
 
 
 FORKED = """
@@ -57,9 +65,9 @@ os.waitpid(child, 0)
 """
 
 
-def test_c7_samples_of_a_forked_child_survive_its_parent_s_close_and_its_own_kill(tmp_path):
-    script(FORKED, tmp_path)
-    pipeline = OnlineAPI(ScriptedModel(), tmp_path, scope="s")
+def test_c7_samples_of_a_forked_child_survive_its_parent_s_close_and_its_own_kill(cache):
+    script(FORKED, cache)
+    pipeline = OnlineAPI(ScriptedModel(), cache, scope="s")
     asked = {prompt: pipeline.key(Request(prompt)) for prompt in ("w", "c1", "c2")}
     assert {prompt: len(list(pipeline.store.samples(key))) for prompt, key in asked.items()} == {
         "w": 1,
@@ -67,9 +75,7 @@ def test_c7_samples_of_a_forked_child_survive_its_parent_s_close_and_its_own_kil
         "c2": 1,
     }
     asyncio.run(pipeline.close())
-    with sqlite3.connect(tmp_path / "cache.db") as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    connection.close()
+    assert CliRunner().invoke(cli, ["verify", "--cache", cache]).exit_code == 0
 
 
 IN_RUN = """
@@ -100,5 +106,5 @@ with cachepipe.run():
 """
 
 
-def test_c2_a_child_forked_inside_a_run_is_another_run(tmp_path):
-    assert script(IN_RUN, tmp_path) == ["parent 0", "child 0", "parent in run 0", "child in run 0"]
+def test_c2_a_child_forked_inside_a_run_is_another_run(cache):
+    assert script(IN_RUN, cache) == ["parent 0", "child 0", "parent in run 0", "child in run 0"]

@@ -334,3 +334,11 @@ def test_histories_lie_beside_a_cache(tmp_path, monkeypatch):
     assert len(History(state=history.id(), cache=store).conversation()) == 1
     store.close()
     assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_cache_on_a_server_is_no_place_for_a_history_and_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="that url= names; got cache='valkey://host'") as refused:
+        History(cache="valkey://:secret@host")
+    assert "secret" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []

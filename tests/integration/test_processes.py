@@ -118,13 +118,13 @@ def start(cache):
         worker.close()
 
 
-@pytest.fixture(params=["folder", "valkey"])
+@pytest.fixture(params=["folder", "valkey", "postgres"])
 def cache(request, tmp_path):
     """A folder or a URL; a lease on the server ends a second after its process."""
     return (
         tmp_path / "cache"
         if request.param == "folder"
-        else f"{request.getfixturevalue('new_valkey_url')()}&lease=1"
+        else f"{request.getfixturevalue(f'new_{request.param}_url')()}&lease=1"
     )
 
 
@@ -396,7 +396,7 @@ def test_a_stopped_process_keeps_its_lease(start):
     assert answers[0] == answers[1] == answers[2]
 
 
-@pytest.mark.parametrize("cache", ["valkey"], indirect=True)
+@pytest.mark.parametrize("cache", ["valkey", "postgres"], indirect=True)
 def test_c6_what_a_stopped_process_brings_late_is_kept_as_an_extra(start, cache):
     """On a server a lease ends by the clock: another process generates the sample, and both are kept."""
     holder, waiter = held(start)

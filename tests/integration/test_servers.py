@@ -148,6 +148,20 @@ async def test_c8_a_server_that_is_full_is_waited_for_and_then_named_in_the_erro
 
 
 @pytest.mark.anyio
+async def test_c12_a_server_that_was_emptied_is_not_filled_again_in_silence(start):
+    server = start()
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url("&lease=0.15")) as pipeline:
+        await ask(pipeline, "a")
+        with server.client() as client:
+            client.flushall()
+        session = pipeline.store.session
+        while session.renew():  # it has ended with the rest
+            pass
+        with pytest.raises(StoreError, match="emptied or replaced while it was open"):
+            await ask(pipeline, "b")
+
+
+@pytest.mark.anyio
 async def test_a_server_that_has_lost_the_functions_gets_them_again(start):
     server = start()
     async with OnlineAPI(ScriptedModel(cache_scope="m"), server.url()) as pipeline:
@@ -307,6 +321,25 @@ def test_a_store_on_a_unix_socket_is_a_store(start, tmp_path):
     assert store.identity == other.identity
     store.close()
     other.close()
+
+
+@pytest.mark.anyio
+async def test_a_user_of_the_server_needs_few_permissions(start):
+    """It may be a user who may use one prefix only."""
+    server = start()
+    with server.client() as client:
+        client.execute_command(
+            "ACL SETUSER team on >word ~t:* &t:* -@all +@hash +@string +@connection +@pubsub"
+            " +fcall +function|load +scan +del +pexpire +time +info +config|get"
+        )
+    url = server.url(credentials="team:word@")
+    model = ScriptedModel(cache_scope="m")
+    async with OnlineAPI(model, url) as pipeline:
+        [answer] = await ask(pipeline, "a", n=2)
+        assert len(list(pipeline.store.samples(answer.key))) == 2
+        assert len(list(pipeline.store.keys())) == 1
+    with pytest.raises(StoreError, match="refuses"):
+        open_store(url.replace("prefix=t", "prefix=other"))
 
 
 def test_prefixes_are_caches_of_their_own(start):

@@ -950,22 +950,6 @@ async def groups_that_fail_together(ask, rng):
 
 
 @program
-async def cancelled_tasks_that_ask_once_more(ask, rng):
-    log = []
-
-    async def agent(lap, number):
-        try:
-            while not log or log[-1] % 4:
-                log.append(await ask(f"lap {lap}, agent {number}, after {log[-1:]}"))
-        finally:
-            log.append(1 + await ask(f"summary of {lap}.{number} after {log[-1:]}"))
-
-    for lap in range(3):
-        await first_of(ask, (agent(lap, number) for number in range(4)), awaits_the_losers=True)
-    return log
-
-
-@program
 async def losers_that_go_on(ask, rng):
     """Nobody cancels the losers; they end in the midst of later laps, and count there."""
     finished, tasks = [], []

@@ -27,7 +27,7 @@ from cachepipe.testing.models import ScriptedError, ScriptedModel
 NAMESPACES = [None, "a", "b"]
 
 
-@pytest.fixture(scope="session", params=["memory", "disk", "remote", "valkey"])
+@pytest.fixture(scope="session", params=["memory", "disk", "remote", "valkey", "postgres"])
 def new_store(request, tmp_path_factory):
     """A function that opens a new, empty store of each kind."""
     match request.param:
@@ -38,7 +38,7 @@ def new_store(request, tmp_path_factory):
         case "remote":
             return lambda: RemoteStore(Session(MemoryEngine()))
         case _:
-            new_url = request.getfixturevalue("new_valkey_url")
+            new_url = request.getfixturevalue(f"new_{request.param}_url")
             return lambda: open_store(new_url())[0]
 
 

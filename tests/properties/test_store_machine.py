@@ -35,8 +35,7 @@ from cachepipe.stores.remote import session
 from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
-from cachepipe.stores.remote.urls import Asked
-from cachepipe.stores.remote.valkey import ValkeyEngine, client_of
+from cachepipe.stores.remote.urls import Asked, Database
 from cachepipe.stores.verify import IntegrityReport, check_rows
 from cachepipe.testing import MemoryEngine, MortalStore
 
@@ -550,8 +549,7 @@ class ValkeyMachine(RemoteMachine):
     new_url = None
 
     def make_engine(self):
-        asked = Asked(self.new_url())
-        return ValkeyEngine(client_of(asked.options(), cluster=False), asked.where, asked.prefix)
+        return Asked(self.new_url()).opener()()
 
     def teardown(self):
         super().teardown()
@@ -559,9 +557,17 @@ class ValkeyMachine(RemoteMachine):
             self.engine.close()
 
 
+class PostgresMachine(ValkeyMachine):
+    """The same on a real PostgreSQL server."""
+
+    def make_engine(self):
+        return Database(self.new_url()).opener()()
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _server(new_valkey_url):
+def _servers(new_valkey_url, new_postgres_url):
     ValkeyMachine.new_url = staticmethod(new_valkey_url)
+    PostgresMachine.new_url = staticmethod(new_postgres_url)
 
 
 @pytest.fixture(autouse=True)
@@ -574,8 +580,10 @@ TestMemory = StoreMachine.TestCase
 TestDisk = DiskMachine.TestCase
 TestRemote = RemoteMachine.TestCase
 TestValkey = ValkeyMachine.TestCase
+TestPostgres = PostgresMachine.TestCase
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
 TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, phases=PHASES)
 TestDisk.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
 TestRemote.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
 TestValkey.settings = settings(max_examples=10, stateful_step_count=40, deadline=None, phases=PHASES)
+TestPostgres.settings = settings(max_examples=5, stateful_step_count=40, deadline=None, phases=PHASES)

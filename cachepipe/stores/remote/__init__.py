@@ -1,4 +1,4 @@
-"""Stores that many machines share: one logic over engines, such as Valkey.
+"""Stores that many machines share: one logic over engines, such as Valkey and PostgreSQL.
 
 `store.py` is the store, `session.py` performs transactions, `book.py` shows the rows of a key to
 ``cachepipe.stores.operations``, `rows.py` writes rows, and `engine.py` says what an engine offers.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 SCHEMES: Final = {
@@ -16,8 +17,13 @@ SCHEMES: Final = {
     "unix": "unix",
     "valkey+cluster": "valkey",
     "valkeys+cluster": "valkeys",
+    "postgresql": "postgresql",
+    "postgres": "postgresql",
 }
 """The schemes of URLs, and what the client calls them."""
+
+_PASSWORDS: Final = re.compile(r"([?&][a-z]*password=)[^&]*")
+"""Options of a URL with a password; they are refused, and the error shows the URL."""
 
 
 def is_url(cache: str) -> bool:
@@ -28,4 +34,4 @@ def is_url(cache: str) -> bool:
 def shown(url: str) -> str:
     """Return a URL without its credentials."""
     scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    return _PASSWORDS.sub(r"\1…", f"{scheme}://{rest.rpartition('@')[2]}")

@@ -46,6 +46,10 @@ class Process(Protocol):
         """Return the store's time in microseconds since 1970."""
         ...
 
+    def ask_about(self, leases: Iterable[int]) -> None:
+        """Find out which of some processes are alive, together."""
+        ...
+
     def stamp(self) -> int:
         """Return a stamp that is greater than every stamp seen so far."""
         ...
@@ -471,6 +475,7 @@ class _Ledger(Ledger):
 
     def prepare(self, claims: Sequence[Claim]) -> Iterable[int]:  # noqa: ARG002 - the session has read it
         leases = {*self._book.generating().values()}
+        self._process.ask_about(leases)
         return sorted(lease for lease in leases if not self._process.alive(lease))
 
     def claimed(self, claim: Claim) -> _Rows:

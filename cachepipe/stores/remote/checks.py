@@ -1,4 +1,4 @@
-"""What must be true of a Valkey or Redis server so that it does not lose samples in silence."""
+"""What must be true of a server so that it does not lose samples in silence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 SETTINGS: Final = ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy", "min-replicas-to-write")
-"""The settings of the server that are looked at."""
+"""The settings of a Valkey or Redis server that are looked at."""
+DATABASE_SETTINGS: Final = ("fsync", "full_page_writes", "synchronous_standby_names")
+"""The settings of a PostgreSQL server that are looked at."""
 
 _OLDEST: Final = (7, 0)
+_OLDEST_DATABASE: Final = 13
 
 
 class Unfit(Exception):  # noqa: N818 - says what the server is
@@ -16,7 +19,7 @@ class Unfit(Exception):  # noqa: N818 - says what the server is
 
 
 def faults(info: Mapping[str, Any], settings: Mapping[str, str]) -> Iterator[str]:
-    """Iterate over what a server may lose, each as the rest of a sentence about it.
+    """Iterate over what a Valkey or Redis server may lose, each as the rest of a sentence about it.
 
     Args:
         info: what the server says of itself.
@@ -53,4 +56,38 @@ def faults(info: Mapping[str, Any], settings: Mapping[str, str]) -> Iterator[str
         yield (
             "confirms samples that no replica has, and a failover loses those. "
             "Run: CONFIG SET min-replicas-to-write 1, to lose fewer"
+        )
+
+
+def database_faults(
+    version: int, settings: Mapping[str, str], *, replica: bool, replicas: int
+) -> Iterator[str]:
+    """Iterate over what a PostgreSQL server may lose, each as the rest of a sentence about it.
+
+    Args:
+        version: the number of its version, such as 150002 for 15.2.
+        settings: its settings.
+        replica: whether it is a replica.
+        replicas: the number of its replicas.
+
+    Raises:
+        Unfit: when it cannot be used at all.
+    """
+    if version < _OLDEST_DATABASE * 10_000:
+        raise Unfit(
+            f"has version {version // 10_000}. A cache needs PostgreSQL {_OLDEST_DATABASE} or later: "
+            "update the server"
+        )
+    if replica:
+        raise Unfit("is a replica, which cannot be written. Name its primary in the URL")
+    for name in ("fsync", "full_page_writes"):
+        if settings.get(name) == "off":
+            yield (
+                f"has {name} off, and can lose everything when its machine stops. "
+                f"Run: ALTER SYSTEM SET {name} = on; SELECT pg_reload_conf()"
+            )
+    if replicas and not settings.get("synchronous_standby_names"):
+        yield (
+            "confirms samples that no replica has, and a failover loses those. Name replicas in "
+            "synchronous_standby_names if one of them may take over"
         )

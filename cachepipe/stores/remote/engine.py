@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
+from cachepipe.errors import StoreError
+
 Rows = dict[bytes, bytes]
 """The rows of one key by field; a field without a row is missing."""
 
@@ -23,12 +25,17 @@ DIGEST: Final = 8
 TURN: Final = 0.25
 """Seconds for which a key is reserved for the first process that lost a race for it."""
 
-RECEIPT: Final = 600.0
+RECEIPT: Final = 120.0
 """Seconds for which an engine remembers the last swap of a process on a key."""
 
 
 class Unreachable(Exception):  # noqa: N818 - says what the engine is
     """The engine cannot answer now: it may answer later, and what was asked may have been done."""
+
+
+def no_cache(where: str) -> StoreError:
+    """Return the error for a cache that is to be read and does not exist."""
+    return StoreError(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
 
 
 class Read(NamedTuple):
@@ -108,7 +115,11 @@ class Engine(Protocol):
         ...
 
     def open_lease(self, name: str, seconds: float) -> int:
-        """Return the number of a new lease of a process, which ends after some seconds; see `renew_lease`."""
+        """Return the number of a new lease of a process, which ends after some seconds; see `renew_lease`.
+
+        Raises:
+            StoreError: when the store was emptied or replaced since the engine was opened.
+        """
         ...
 
     def renew_lease(self, lease: int, seconds: float) -> bool:

@@ -21,6 +21,7 @@ or was moved to another place, is refused when it is read. Samples have the form
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ USE: Final = b"u/"
 SUMS: Final = b"m/"
 UNREPORTED: Final = b"n/"
 
+_FIELDS: Final = 4096  # fields of draws and namespaces that are remembered
+
 MOST_FIRST: Final = 4
 """The number of earliest namespaces that are kept for a draw."""
 
@@ -67,6 +70,7 @@ def decoded(written: bytes) -> str:
 # Fields.
 
 
+@functools.lru_cache(_FIELDS)
 def taken_field(namespace: str) -> bytes:
     """Return the field of what a namespace has taken."""
     return TAKEN + encoded(namespace)
@@ -77,6 +81,7 @@ def place_of(draw: Draw) -> bytes:
     return encoded(f"{draw.request_id}\0{draw.occurrence}\0{draw.replicate}")
 
 
+@functools.lru_cache(_FIELDS)
 def draw_field(draw: Draw) -> bytes:
     """Return the field of a draw."""
     return b"%b%b\0%b" % (DRAW, place_of(draw), encoded(draw.namespace))
@@ -91,6 +96,7 @@ def draw_of(key: str, name: bytes) -> Draw:
         raise _damaged(key, name) from error
 
 
+@functools.lru_cache(_FIELDS)
 def first_field(draw: Draw) -> bytes:
     """Return the field of the earliest namespaces of a draw."""
     return FIRST + place_of(draw)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from cachepipe.contract.allotment import choose
+from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
@@ -25,6 +26,7 @@ from cachepipe.stores.base import (
     Claim,
     Commit,
     Discard,
+    Grant,
     Note,
     NotePlace,
     Operation,
@@ -33,8 +35,8 @@ from cachepipe.stores.base import (
     Result,
 )
 from cachepipe.stores.remote import rows
-from cachepipe.stores.remote.book import Book, Known, ledger
-from cachepipe.stores.remote.engine import PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.book import Book, Known, ledger, view
+from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
 
 LEASE: Final = 3.0
 """Seconds for which a lease lasts unless it is renewed, which happens three times as often."""
@@ -250,6 +252,22 @@ class Session:
             return True
         return self.process(lease) is not None
 
+    def ask_about(self, leases: Iterable[int]) -> None:
+        """Find out, in one round trip, which of some processes are alive, as far as that is not known."""
+        recent = time.monotonic() - _ALIVE_FOR
+        unknown = sorted(
+            lease
+            for lease in leases
+            if not self.is_own(lease) and lease not in self._dead and self._asked.get(lease, 0.0) < recent
+        )
+        if len(unknown) < 2:
+            return  # `alive` asks
+        for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
+            if name is None:
+                self._dead.add(lease)
+            else:
+                self._asked[lease] = time.monotonic()
+
     def process(self, lease: int) -> Process | None:
         """Return the process of a lease, or None if it is dead."""
         [name] = self.asked(lambda: self.engine.holders([lease]))
@@ -314,6 +332,14 @@ class Session:
     def pause(self) -> None:
         """Wait while a key is reserved for another process."""
         self._sleep(_TURN * (0.5 + random.random()))  # noqa: S311 - spreads the processes
+
+    def recalled(self, book: Book, draw: Draw, n: int) -> Grant | None:
+        """Return the first n samples of a draw whose samples are all stored, else None."""
+        found = view(book, draw)
+        grant = operations.recall(found, n) if found.segments else None
+        if grant is not None:
+            grant.shared = any(map(self.is_other, {segment.lease for segment in found.segments}))
+        return grant
 
     def commit_for(self, commit: Commit, lease: int) -> Result | StoreError:
         """Commit a sample that was generated under a lease, which has probably ended.
@@ -403,6 +429,9 @@ class _Transaction:
         """Perform the operations of a key on its rows; return what is to be swapped."""
         asked = self._of(book.name)
         fair = any(type(operation) is Claim for operation in asked)
+        if book.lately and (recalled := self._recalled(book, asked)) is not None:
+            self._results_of(book.name, recalled)
+            return book, None
         for _ in range(_TRIES):
             try:
                 results = operations.perform(ledger(book), asked)
@@ -412,10 +441,25 @@ class _Transaction:
                     raise
                 book = self._session.books([book.all_used()])[0]  # the rows may not be of one moment
                 continue
-            for place, result in zip(self._places[book.name], results, strict=True):
-                self._results[place] = result
+            self._results_of(book.name, results)
             return book, swap
         raise StoreError(f"key {book.name} is changed all the time by others; try again")
+
+    def _results_of(self, key: str, results: Sequence[Result]) -> None:
+        for place, result in zip(self._places[key], results, strict=True):
+            self._results[place] = result
+
+    def _recalled(self, book: Book, asked: Sequence[Operation]) -> list[Result] | None:
+        """Return the grants of claims if all of their samples are stored, else None; nothing is to write."""
+        grants: list[Result] = []
+        for claim in asked:
+            if type(claim) is not Claim or claim.refresh or claim.user is not None:
+                return None
+            grant = self._session.recalled(book, claim.draw, claim.n)
+            if grant is None:
+                return None
+            grants.append(grant)
+        return grants
 
     def _swap(self, swaps: dict[str, tuple[Book, Swap]]) -> dict[str, tuple[Book, Swap]]:
         """Swap rows; return what is to be swapped next, where others were faster."""
@@ -425,26 +469,31 @@ class _Transaction:
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
         waits = False
-        for (key, (book, _)), conflict in zip(swaps.items(), found, strict=True):
+        for (key, (book, _)), conflict in zip(list(swaps.items()), found, strict=True):
             if conflict is None:
                 session.remember(key, book.written())
+                del swaps[key]  # whatever happens to the others
                 continue
             waits = waits or conflict.wait
-            fresh = session.again(book, conflict.rows)
-            try:
-                fresh, swap = self._decide(fresh)
-            except StoreUnreachable:
-                raise
-            except StoreError as error:
-                self._fail(key, error)
-                continue
-            if swap is None:
-                session.remember(key, fresh.written())
-            else:
-                again[key] = fresh, swap
+            if (next_swap := self._again(session.again(book, conflict.rows))) is not None:
+                again[key] = next_swap
         if waits:
             session.pause()
         return again
+
+    def _again(self, book: Book) -> tuple[Book, Swap] | None:
+        """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
+        try:
+            book, swap = self._decide(book)
+        except StoreUnreachable:
+            raise
+        except StoreError as error:
+            self._fail(book.name, error)
+            return None
+        if swap is None:
+            self._session.remember(book.name, book.written())
+            return None
+        return book, swap
 
     def _fail(self, key: str, error: StoreError) -> None:
         for place in self._places[key]:
@@ -499,13 +548,17 @@ def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
 
     def load(name: bytes) -> IntervalSet:
         row = known.get(name)
-        return IntervalSet() if row is None else rows.load_set(key, name, rows.unpack(key, name, row))
+        return IntervalSet() if row is None else rows.load_set(key, name, row[DIGEST:])
 
     wanted: dict[str, int] = {}
     for operation in asked:
         if isinstance(operation, Claim) and known.get(rows.draw_field(operation.draw)) is None:
             namespace = operation.draw.namespace
             wanted[namespace] = wanted.get(namespace, 0) + operation.n
+    if not wanted:
+        return []
+    if rows.LISTED not in known:  # nothing is known of the key
+        return [*range(min(max(wanted.values()), _GUESSES))]
     listed = load(rows.LISTED)
     found: dict[int, None] = {}
     for namespace, n in wanted.items():

@@ -141,12 +141,7 @@ class RemoteStore(Queued, Listing):
             return None
         name = rows.draw_field(draw)
         [book] = self.session.books([Read(draw.key, [name], [name], pending=True)])
-        found = view(book, draw)
-        grant = operations.recall(found, n) if found.segments else None
-        if grant is not None:
-            leases = {segment.lease for segment in found.segments}
-            grant.shared = any(map(self.session.is_other, leases))
-        return grant
+        return self.session.recalled(book, draw, n)
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None."""

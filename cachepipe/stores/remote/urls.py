@@ -1,25 +1,45 @@
 """Opens the shared store that a URL names.
 
-Credentials come from the URL, from CACHEPIPE_VALKEY_USERNAME and CACHEPIPE_VALKEY_PASSWORD, or from a file.
+Credentials come from the URL. Those of a Valkey server also come from CACHEPIPE_VALKEY_USERNAME and
+CACHEPIPE_VALKEY_PASSWORD, or from a file; those of a PostgreSQL server from wherever libpq finds them.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from cachepipe.errors import StoreError
 from cachepipe.stores.remote import SCHEMES, shown
+from cachepipe.stores.remote.engine import Engine
 from cachepipe.stores.remote.session import LEASE, PATIENCE, Session, patiently
 from cachepipe.stores.remote.store import RemoteStore
 
 _TLS: Final = {"ca": "ca_certs", "cert": "certfile", "key": "keyfile"}
 """Options with files of TLS, and what the client calls them."""
-_OPTIONS: Final = ("prefix", "patience", "lease", "timeout", "password_file", "db", *_TLS)
+_WAITS: Final = ("patience", "lease", "timeout")
+_OPTIONS: Final = ("prefix", *_WAITS, "password_file", "db", *_TLS)
+_LIBPQ: Final = (
+    "host",
+    "port",
+    "user",
+    "dbname",
+    "passfile",
+    "service",
+    "sslmode",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+    "target_session_attrs",
+)
+"""Options of libpq that a URL may have."""
 
 PREFIX: Final = "cachepipe"
 """The beginning of the keys on a server, unless the URL says otherwise."""
@@ -27,37 +47,33 @@ OPENING: Final = 5.0
 """The most seconds to wait for a server that does not answer when it is opened: its name may be wrong."""
 TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the server."""
+_SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z0-9_-]{1,63}")
 
 _sessions: weakref.WeakValueDictionary[tuple[str, int], Session] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
-class Asked:
-    """What a URL says.
+class _Url:
+    """A URL with options.
 
     Args:
         url: the URL.
+        known: the options that it may have.
 
     Raises:
         StoreError: when it is not valid.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, known: Sequence[str]) -> None:
         self.where = shown(url)
         try:
             self.parts = urlsplit(url)
-            self.host, self.port = self.parts.hostname or "localhost", self.parts.port or 6379
         except ValueError:
             raise self._invalid("has no valid host or port") from None
         self._options = {name: values[-1] for name, values in parse_qs(self.parts.query).items()}
-        unknown = sorted({*self._options}.difference(_OPTIONS))
+        unknown = sorted({*self._options}.difference(known))
         if unknown:
-            raise self._invalid(f"has the unknown option {unknown[0]!r}; known are {', '.join(_OPTIONS)}")
-        self.prefix = self._options.get("prefix", PREFIX)
-        if not self.prefix or any(sign in self.prefix for sign in "{}"):
-            raise self._invalid("has a prefix that is empty or has braces")
-        self.scheme = SCHEMES[self.parts.scheme]
-        self.cluster = self.parts.scheme.endswith("+cluster")
+            raise self._invalid(f"has the unknown option {unknown[0]!r}; known are {', '.join(known)}")
 
     def _invalid(self, what: str) -> StoreError:
         return StoreError(f"the URL of the cache {self.where} {what}")
@@ -72,6 +88,22 @@ class Asked:
         if not 0 < number < float("inf"):
             raise self._invalid(f"has {name}={written}; it is a number of seconds above 0")
         return number
+
+
+class Asked(_Url):
+    """What the URL of a Valkey or Redis server says."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, _OPTIONS)
+        try:
+            self.host, self.port = self.parts.hostname or "localhost", self.parts.port or 6379
+        except ValueError:
+            raise self._invalid("has no valid host or port") from None
+        self.prefix = self._options.get("prefix", PREFIX)
+        if not self.prefix or any(sign in self.prefix for sign in "{}"):
+            raise self._invalid("has a prefix that is empty or has braces")
+        self.scheme = SCHEMES[self.parts.scheme]
+        self.cluster = self.parts.scheme.endswith("+cluster")
 
     def options(self) -> dict[str, Any]:
         """Return the options of the client."""
@@ -112,6 +144,54 @@ class Asked:
         given = {"username": username, "password": password}
         return {name: value for name, value in given.items() if value}
 
+    def opener(self, *, create: bool) -> Callable[[], Engine]:
+        """Return what opens the engine; with ``create`` it begins a cache where there is none."""
+        from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
+
+        client = valkey.client_of(self.options(), cluster=self.cluster)
+        return lambda: valkey.ValkeyEngine(client, self.where, self.prefix, create=create)
+
+
+class Database(_Url):
+    """What the URL of a PostgreSQL server says."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, ("schema", *_WAITS, *_LIBPQ))
+        self.schema = self._options.get("schema", PREFIX)
+        if not _SCHEMA.fullmatch(self.schema):
+            raise self._invalid(
+                f"has the schema {self.schema!r}; it is at most 63 ASCII letters, digits, _ and -, and does "
+                "not begin with pg_"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of libpq."""
+        from psycopg import ProgrammingError, conninfo  # noqa: PLC0415 - an extra
+
+        given = {name: self._options[name] for name in _LIBPQ if name in self._options}
+        url = f"postgresql://{self.parts.netloc}{self.parts.path}"
+        try:
+            options = conninfo.conninfo_to_dict(url, **given)
+            ports = str(options.get("port", "5432")).split(",")
+        except ProgrammingError:  # what it says may quote the password
+            ports = ["unknown"]
+        if not all(map(str.isdigit, filter(None, ports))):
+            raise self._invalid("is not one that PostgreSQL knows: postgresql://user@host:5432/db") from None
+        timeout = self.number("timeout", TIMEOUT)
+        return {
+            "application_name": "cachepipe",
+            **options,
+            "connect_timeout": math.ceil(timeout),
+            "tcp_user_timeout": math.ceil(timeout * 1000),
+        }
+
+    def opener(self, *, create: bool) -> Callable[[], Engine]:
+        """Return what opens the engine; with ``create`` it begins a cache where there is none."""
+        from cachepipe.stores.remote.postgres import PostgresEngine  # noqa: PLC0415 - an extra
+
+        options, timeout = self.options(), self.number("timeout", TIMEOUT)
+        return lambda: PostgresEngine(options, self.where, self.schema, timeout, create=create)
+
 
 def open_url(url: str, *, read_only: bool = False, wait_for_others: float | None = None) -> RemoteStore:
     """Return the store that a URL names. Stores of one process on equal URLs are one process to others.
@@ -122,20 +202,16 @@ def open_url(url: str, *, read_only: bool = False, wait_for_others: float | None
     with _lock:
         session = _sessions.get((url, os.getpid()))
         if session is None or session.ended:
-            session = _sessions[url, os.getpid()] = _session(Asked(url))
+            session = _sessions[url, os.getpid()] = _session(url, create=not read_only)
         return RemoteStore(session, read_only=read_only, wait_for_others=wait_for_others)
 
 
-def _session(asked: Asked) -> Session:
+def _session(url: str, *, create: bool) -> Session:
+    asked = Database(url) if SCHEMES[urlsplit(url).scheme] == "postgresql" else Asked(url)
     try:
-        from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
+        opener = asked.opener(create=create)
     except ImportError as error:
         raise StoreError(f"the cache {asked.where} cannot be opened: {error}") from error
-    client, patience = (
-        valkey.client_of(asked.options(), cluster=asked.cluster),
-        asked.number("patience", PATIENCE),
-    )
-    engine = patiently(
-        lambda: valkey.ValkeyEngine(client, asked.where, asked.prefix), asked.where, min(patience, OPENING)
-    )
+    patience = asked.number("patience", PATIENCE)
+    engine = patiently(opener, asked.where, min(patience, OPENING))
     return Session(engine, patience=patience, lease=asked.number("lease", LEASE))

@@ -18,7 +18,16 @@ from typing import Any, Final
 
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
 from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults
-from cachepipe.stores.remote.engine import RECEIPT, TURN, Conflict, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.engine import (
+    RECEIPT,
+    TURN,
+    Conflict,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+    no_cache,
+)
 from cachepipe.stores.remote.rows import decoded, encoded
 
 try:
@@ -32,7 +41,8 @@ except ImportError as error:  # pragma: no cover - the tests have it
 FORMAT: Final = 1
 """The version of the rows and keys on the server."""
 
-_LIBRARY: Final = "cachepipe1"
+_READ: Final = "cachepipe1_read"
+_SWAP: Final = "cachepipe1_swap"
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
 _LISTENS: Final = 1.0  # seconds after which a listener looks whether it is still wanted
@@ -65,6 +75,8 @@ _NEVER: Final = (exceptions.AuthenticationError, exceptions.AuthorizationError)
 
 Client = Any
 """A client of a server or of a cluster; both have the same methods."""
+Command = tuple[bytes | str | int, ...]
+"""The name of a command, and its arguments."""
 
 
 def client_of(options: dict[str, Any], *, cluster: bool) -> Client:
@@ -81,16 +93,21 @@ class ValkeyEngine:
         client: the client.
         where: says where the server is, without credentials.
         prefix: the beginning of all keys.
+        create: whether to begin a cache where there is none.
+
+    Raises:
+        StoreError: when the server cannot be used, or has no such cache.
     """
 
-    def __init__(self, client: Client, where: str, prefix: str) -> None:
+    def __init__(self, client: Client, where: str, prefix: str, *, create: bool = True) -> None:
         self._client = client
         self.where = where
         self._prefix = encoded(prefix)
+        self._meta = self._prefix + b":meta"
         self._channel = self._prefix + b":changed"
         self._check()
         self._load()
-        self.identity = self._signed()
+        self.identity = self._signed(create=create)
 
     def __repr__(self) -> str:
         return f"<ValkeyEngine {self.where}>"
@@ -128,17 +145,18 @@ class ValkeyEngine:
                 ) from refused
             # Somebody else may have loaded them; if not, the first call says so.
 
-    def _signed(self) -> str:
-        """Return the identity of the store; make one if it is new."""
-        name = self._prefix + b":meta"
-        new = secrets.token_hex(8)
-
-        def sign(pipeline: Any) -> None:
-            pipeline.hsetnx(name, "format", FORMAT)
-            pipeline.hsetnx(name, "identity", new)
-            pipeline.hgetall(name)
-
-        meta = self._pipelined(sign)[-1]
+    def _signed(self, *, create: bool) -> str:
+        """Return the identity of the cache; make one if it is new."""
+        [meta] = self._told([("HGETALL", self._meta)])
+        if not meta and not create:
+            raise no_cache(self.where)
+        if not meta:
+            commands: list[Command] = [
+                ("HSETNX", self._meta, "format", FORMAT),
+                ("HSETNX", self._meta, "identity", secrets.token_hex(8)),
+                ("HGETALL", self._meta),
+            ]
+            meta = self._told(commands)[-1]
         if int(meta[b"format"]) > FORMAT:
             raise FormatError(
                 f"the cache {self.where} has format {int(meta[b'format'])}, and this version of cachepipe "
@@ -166,27 +184,30 @@ class ValkeyEngine:
             return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
         return _Refused(self.where, told)
 
-    def _pipelined(self, fill: Callable[[Any], None]) -> list[Any]:
+    def _told(self, commands: Sequence[Command]) -> list[Any]:
         """Return the answers to commands that travel together.
 
         Raises:
-            Unreachable: when the server has answered none of them, or may answer one of them later.
+            Unreachable: when the server does not answer now, or has not answered one of them.
         """
-
-        def ask(client: Client) -> list[Any]:
-            with client.pipeline(transaction=False) as pipeline:
-                fill(pipeline)
-                answers: list[Any] = pipeline.execute(raise_on_error=False)
-                return answers
-
-        answers = self._ask(ask)
+        if len(commands) == 1:
+            try:
+                return [self._ask(lambda client: client.execute_command(*commands[0]))]
+            except _Refused as error:
+                raise self._retold(error) from None
+        answers = self._ask(partial(_pipelined, commands))
         errors = [self._ours(answer) for answer in answers if isinstance(answer, Exception)]
         if not errors:
-            return list(answers)
-        if any(isinstance(error, _Refused) and error.code.endswith("Function not found") for error in errors):
-            self._load()  # a server that was emptied, or took over, does not have them
-            raise Unreachable("the server had lost the functions")
-        raise next((error for error in errors if not isinstance(error, Unreachable)), errors[0])
+            return answers  # type: ignore[no-any-return]
+        refused = next((error for error in errors if isinstance(error, _Refused)), None)
+        raise self._retold(refused) if refused is not None else errors[0]
+
+    def _retold(self, refused: _Refused) -> Exception:
+        """Return the error for a refused command; if the server lacks the functions, load them."""
+        if not refused.code.endswith("Function not found"):
+            return refused
+        self._load()  # a server that was emptied, or took over, does not have them
+        return Unreachable("the server had lost the functions")
 
     # Names.
 
@@ -202,31 +223,26 @@ class ValkeyEngine:
 
     def read(self, reads: Sequence[Read]) -> list[Rows]:
         """Return the rows of each key, as of one moment per key."""
-
-        def fill(pipeline: Any) -> None:
-            for read in reads:
-                follow = list(read.follow)
-                arguments = [int(read.pending), len(follow), *follow, *read.fields]
-                pipeline.fcall(f"{_LIBRARY}_read", 3, *self._names(read.key), *arguments)
-
+        commands: list[Command] = []
+        for read in reads:
+            arguments: Command = (int(read.pending), len(read.follow), *read.follow, *read.fields)
+            commands.append(("FCALL", _READ, 3, *self._names(read.key), *arguments))
         return [
             _rows(read.fields, rows) | _paired(more)
-            for read, (rows, more) in zip(reads, self._pipelined(fill), strict=True)
+            for read, (rows, more) in zip(reads, self._told(commands), strict=True)
         ]
 
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it."""
-
-        def fill(pipeline: Any) -> None:
-            for swap in swaps:
-                names = self._names(swap.key)
-                base = names[0][:-1]
-                keys = (*names, b"%br:%d" % (base, who), base + b"t")
-                pipeline.fcall(f"{_LIBRARY}_swap", len(keys), *keys, *self._arguments(swap, who))
-
+        commands: list[Command] = []
+        for swap in swaps:
+            names = self._names(swap.key)
+            base = names[0][:-1]
+            keys = (*names, b"%br:%d" % (base, who), base + b"t")
+            commands.append(("FCALL", _SWAP, len(keys), *keys, *self._arguments(swap, who)))
         return [
             None if not state else Conflict(_rows([*swap.expected], rows[0]), state == _RESERVED)
-            for swap, (state, *rows) in zip(swaps, self._pipelined(fill), strict=True)
+            for swap, (state, *rows) in zip(swaps, self._told(commands), strict=True)
         ]
 
     def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
@@ -262,13 +278,8 @@ class ValkeyEngine:
 
     def _all(self, names: Sequence[bytes]) -> list[Rows]:
         """Return the rows in hashes, with the pending indices beside them."""
-
-        def fill(pipeline: Any) -> None:
-            for name in names:
-                pipeline.hgetall(name)
-                pipeline.hgetall(name[:-1] + b"p")
-
-        found = self._pipelined(fill)
+        hashes = [each for name in names for each in (name, name[:-1] + b"p")]
+        found = self._told([("HGETALL", each) for each in hashes])
         return [one | other for one, other in zip(found[::2], found[1::2], strict=True)]
 
     # Leases.
@@ -276,6 +287,12 @@ class ValkeyEngine:
     def open_lease(self, name: str, seconds: float) -> int:
         """Return the number of a new lease. It is random: a server that lost writes may count again."""
         lease = secrets.randbits(62)
+        found = self._ask(lambda client: client.hget(self._meta, "identity"))
+        if found is None or f"valkey:{found.decode()}" != self.identity:
+            raise StoreError(
+                f"the cache {self.where} was emptied or replaced while it was open: its samples are gone. "
+                "Restore the server's data, or open the cache again to begin anew"
+            )
         self._ask(lambda client: client.set(self._lease(lease), name, px=int(seconds * 1000), nx=True))
         return lease
 
@@ -289,12 +306,8 @@ class ValkeyEngine:
 
     def holders(self, leases: Sequence[int]) -> list[str | None]:
         """Return the name of the process that holds each lease, or None if the lease has ended."""
-
-        def fill(pipeline: Any) -> None:
-            for lease in leases:
-                pipeline.get(self._lease(lease))
-
-        return [None if name is None else name.decode() for name in self._pipelined(fill)]
+        found = self._told([("GET", self._lease(lease)) for lease in leases])
+        return [None if name is None else name.decode() for name in found]
 
     def now(self) -> int:
         """Return the server's time in microseconds since 1970."""
@@ -357,6 +370,14 @@ class _Listening:
                 message = subscription.get_message(timeout=_LISTENS)
                 if message is not None:
                     self._changed(decoded(message["data"]))
+
+
+def _pipelined(commands: Sequence[Command], client: Client) -> list[Any]:
+    with client.pipeline(transaction=False) as pipeline:
+        for command in commands:
+            pipeline.execute_command(*command)
+        answers: list[Any] = pipeline.execute(raise_on_error=False)
+        return answers
 
 
 def _servers(client: Client) -> list[Client]:

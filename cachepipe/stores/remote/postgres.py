@@ -1,0 +1,511 @@
+"""An engine on a PostgreSQL server.
+
+The rows of all keys are in two tables of a schema: samples, and the others. Two functions of the server,
+`postgres.sql`, compare and set them. Each statement is a transaction of its own, so that a pooler may give
+each to another connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any, Final, TypeVar
+
+from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
+from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults
+from cachepipe.stores.remote.engine import (
+    RECEIPT,
+    SAMPLE,
+    TURN,
+    Conflict,
+    Read,
+    Rows,
+    Swap,
+    Unreachable,
+    no_cache,
+)
+from cachepipe.stores.remote.rows import decoded, encoded
+
+try:
+    import psycopg
+    from psycopg import errors, sql
+    from psycopg.adapt import Dumper
+    from psycopg.waiting import Ready
+except ImportError as error:  # pragma: no cover - the tests have it
+    raise ImportError(
+        "a cache in a PostgreSQL database needs psycopg: pip install 'cachepipe[postgres]'"
+    ) from error
+
+FORMAT: Final = 1
+"""The version of the rows and tables in the database."""
+
+_PAGE: Final = 100  # keys whose rows are read in one round trip
+_LISTENS: Final = 1.0  # seconds after which a listener looks whether it is still wanted
+_LOCK: Final = int.from_bytes(b"cachepip")  # of the processes that make tables
+
+_LATER: Final = ("08", "40", "53", "55", "57", "58", "25006")
+"""The beginnings of SQLSTATE codes of what may pass: the server is away or full, it starts, stops or is
+replaced, a lock is not free, or two transactions meet."""
+_NO_CACHE: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
+_REFUSED: Final = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist")
+"""Parts of what a server says of a connection that it will always refuse."""
+
+_T = TypeVar("_T")
+
+
+class PostgresEngine:
+    """Rows in a schema of a database.
+
+    Args:
+        options: how libpq connects.
+        where: says where the server is, without credentials.
+        schema: the schema.
+        timeout: seconds to wait for an answer of the server.
+        create: whether to begin a cache where there is none.
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any], where: str, schema: str, timeout: float, *, create: bool = True
+    ) -> None:
+        self._options = options
+        self._schema = schema
+        self._timeout = timeout
+        self._idle: list[_Connection] = []
+        self.where = where
+        try:
+            self._check()
+            self.identity = self._opened(create=create)
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<PostgresEngine {self.where}>"
+
+    # Opening.
+
+    def _check(self) -> None:
+        """Refuse a server that would lose samples in silence; warn of one that may lose some."""
+        [[version, replica, replicas]] = self._ask(
+            "select current_setting('server_version_num')::int, pg_is_in_recovery(), "
+            "(select count(*) from pg_stat_replication)::int"
+        )
+        settings = dict(
+            self._ask("select name, setting from pg_settings where name = any (%s)", [[*DATABASE_SETTINGS]])
+        )
+        try:
+            for told in database_faults(version, settings, replica=replica, replicas=replicas):
+                warn(f"the server at {self.where} {told}", RiskyServer)
+        except Unfit as error:
+            raise StoreError(f"the server at {self.where} {error}") from None
+
+    def _opened(self, *, create: bool) -> str:
+        """Return the identity of the store; make its tables if it is new."""
+        try:
+            return self._signed()
+        except _Missing:
+            if not create:
+                raise no_cache(self.where) from None
+            self._with(self._make)
+            return self._signed()
+
+    def _signed(self) -> str:
+        """Return the identity of the store."""
+        [[format_, identity]] = self._ask("select format, identity from SCHEMA.meta")
+        if format_ > FORMAT:
+            raise FormatError(
+                f"the cache {self.where} has format {format_}, and this version of cachepipe knows formats "
+                f"up to {FORMAT}. Update cachepipe"
+            )
+        return f"postgresql:{identity}"
+
+    def _make(self, connection: _Connection) -> None:
+        """Make the schema and its tables, unless another process has made them."""
+        name = self._quoted("SCHEMA")
+        with self._clear(), connection.transaction():
+            connection.execute("select pg_advisory_xact_lock(%s)", [_LOCK])
+            if connection.execute("select to_regclass(%s) is null", [f"{name}.meta"]).fetchall()[0][0]:
+                if connection.execute("select to_regnamespace(%s) is null", [name]).fetchall()[0][0]:
+                    connection.execute(self._sql("create schema SCHEMA"))
+                code = resources.files(__package__).joinpath("postgres.sql").read_text("utf-8")
+                connection.execute(self._sql(code))
+                connection.execute(
+                    self._sql("insert into SCHEMA.meta (format, identity) values (%s, %s)"),
+                    [FORMAT, secrets.token_hex(8)],
+                )
+
+    @contextlib.contextmanager
+    def _clear(self) -> Iterator[None]:
+        """Say so when the schema is used for something else."""
+        try:
+            yield
+        except (errors.DuplicateTable, errors.DuplicateFunction) as error:
+            raise StoreError(
+                f"the schema {self._schema} of {self.where} has tables that are not those of a cache. Name "
+                "another schema in the URL: ?schema=NAME"
+            ) from error
+
+    # Asking.
+
+    def _quoted(self, statement: str) -> str:
+        return statement.replace("SCHEMA", sql.Identifier(self._schema).as_string())
+
+    def _sql(self, statement: str) -> bytes:
+        return self._quoted(statement).encode()
+
+    def _ask(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return the rows that a statement returns, if it returns rows."""
+
+        def ask(connection: _Connection) -> list[Any]:
+            cursor = connection.execute(self._sql(statement), values or None, binary=True)
+            return cursor.fetchall() if cursor.description else []
+
+        return self._with(ask)
+
+    def _with(self, ask: Callable[[_Connection], _T]) -> _T:
+        """Return what a function finds with a connection of its own."""
+        try:
+            connection = self._connection()
+            try:
+                return ask(connection)
+            finally:
+                self._give_back(connection)
+        except (psycopg.Error, OSError) as error:
+            raise self._ours(error) from None  # the client's error may quote what was sent
+
+    def _connection(self) -> _Connection:
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                return self._idle.pop()
+        return self._connect()
+
+    def _connect(self) -> _Connection:
+        connection = _Connection.connect(**self._options, autocommit=True, prepare_threshold=None)
+        connection.seconds = self._timeout
+        connection.adapters.register_dumper(_Numbers, _NumbersDumper)
+        connection.adapters.register_dumper(_Texts, _TextsDumper)
+        return connection
+
+    def _give_back(self, connection: _Connection) -> None:
+        if connection.closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+            connection.close()
+            self.close()  # the others were probably lost too
+        else:
+            self._idle.append(connection)
+
+    def _ours(self, error: Exception) -> Exception:
+        """Return our error for one of the client's."""
+        told = " ".join(str(error).split())
+        state = getattr(error, "sqlstate", None) or ""
+        if isinstance(error, _NO_CACHE):
+            return _Missing(self.where, told)
+        if state == "42501" or "permission denied" in told:
+            return StoreError(
+                f"the server at {self.where} does not permit it: {told}. The user needs the right to create "
+                "a schema in the database (GRANT CREATE ON DATABASE), or all rights on the cache's schema, "
+                "its tables and its functions"
+            )
+        if any(part in told for part in _REFUSED) and not state:
+            return StoreError(
+                f"the server at {self.where} refuses the connection: {told}. Name an existing database and "
+                "user in the URL, and give the password there, in PGPASSWORD or in a .pgpass file"
+            )
+        if state.startswith(_LATER) or (not state and isinstance(error, psycopg.OperationalError | OSError)):
+            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+        return StoreError(f"the server at {self.where} refuses: {told}")
+
+    # Rows.
+
+    def read(self, reads: Sequence[Read]) -> list[Rows]:
+        """Return the rows of each key, as of one moment."""
+        fields, samples, follow, pending = _Fields(), _Fields(), _Fields(), _Numbers()
+        for number, read in enumerate(reads, 1):
+            for name in read.fields:
+                (samples if name.startswith(SAMPLE) else fields).add(number, name)
+            for name in read.follow:
+                follow.add(number, name)
+            if read.pending:
+                pending.append(number)
+        keys = _Texts(encoded(read.key) for read in reads)
+        found: list[Rows] = [{} for _ in reads]
+        for number, name, row in self._ask(
+            "select * from SCHEMA.read(%s, %s, %s, %s, %s, %s, %s, %s)",
+            [keys, *fields, *samples, *follow, pending],
+        ):
+            found[number - 1][name] = row
+        return found
+
+    def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
+        """Perform each swap whose expected rows are current, as a whole; return None for it.
+
+        What is performed is one transaction.
+        """
+        expected, digests, puts, contents, deletes = _Fields(), _Texts(), _Fields(), _Texts(), _Fields()
+        for number, swap in enumerate(swaps, 1):
+            for name, digest in swap.expected.items():
+                expected.add(number, name)
+                digests.append(digest or b"")
+            for name, content in swap.puts.items():
+                puts.add(number, name)
+                contents.append(content)
+            for name in swap.deletes:
+                deletes.add(number, name)
+        answers = self._ask(
+            "select * from SCHEMA.swap(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            [
+                _Texts(encoded(swap.key) for swap in swaps),
+                _Texts(swap.nonce for swap in swaps),
+                _Numbers(swap.fair for swap in swaps),
+                who,
+                TURN,
+                RECEIPT,
+                *expected,
+                digests,
+                *puts,
+                contents,
+                *deletes,
+            ],
+        )
+        conflicts: dict[int, Conflict] = {}
+        for number, reserved, name, row in answers:
+            if name is None:
+                conflicts[number] = Conflict({}, reserved)
+            else:
+                conflicts[number].rows[name] = row
+        self._wake(
+            [swap.key for number, swap in enumerate(swaps, 1) if swap.wakes and number not in conflicts]
+        )
+        return [conflicts.get(number) for number in range(1, len(swaps) + 1)]
+
+    def rows_of(self, key: str) -> Rows:
+        """Return all rows of a key but the samples."""
+        found = self._ask(
+            "select coalesce(long, field), content from SCHEMA.ledger where key = %s", [encoded(key)]
+        )
+        return dict(found)
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
+        """Iterate over the keys with a prefix, in order, with all rows but the samples."""
+        wanted = encoded(prefix)
+        last: bytes | None = None
+        while True:
+            page: dict[bytes, Rows] = {}
+            for key, name, row in self._ask(
+                "select k.key, coalesce(l.long, l.field), l.content from ("
+                "select key from SCHEMA.keys where key >= %s and substring(key, 1, %s) = %s and "
+                "(%s::bytea is null or key > %s) order by key limit %s"
+                ") as k left join SCHEMA.ledger l using (key) order by k.key",
+                [wanted, len(wanted), wanted, last, last, _PAGE],
+            ):
+                there = page.setdefault(key, {})
+                if name is not None:
+                    there[name] = row
+            for last, there in page.items():
+                yield decoded(last), there
+            if len(page) < _PAGE:
+                return
+
+    # Leases.
+
+    def open_lease(self, name: str, seconds: float) -> int:
+        """Return the number of a new lease; forget those that have ended."""
+        lease = secrets.randbits(62)
+        if self._signed() != self.identity:
+            raise _Missing(self.where, "another cache is in its place")
+        self._ask("delete from SCHEMA.leases where until < SCHEMA.seconds()")
+        self._ask(
+            "insert into SCHEMA.leases (lease, name, until) values (%s, %s, SCHEMA.seconds() + %s)",
+            [lease, encoded(name), seconds],
+        )
+        return lease
+
+    def renew_lease(self, lease: int, seconds: float) -> bool:
+        """Renew a lease on the server's clock; return False if it has ended."""
+        return bool(
+            self._ask(
+                "update SCHEMA.leases set until = SCHEMA.seconds() + %s "
+                "where lease = %s and until > SCHEMA.seconds() returning true",
+                [seconds, lease],
+            )
+        )
+
+    def close_lease(self, lease: int) -> None:
+        """End a lease."""
+        self._ask("delete from SCHEMA.leases where lease = %s", [lease])
+
+    def holders(self, leases: Sequence[int]) -> list[str | None]:
+        """Return the name of the process that holds each lease, or None if the lease has ended."""
+        found = dict(
+            self._ask(
+                "select lease, name from SCHEMA.leases where lease = any (%s::bigint[]) "
+                "and until > SCHEMA.seconds()",
+                [[*leases]],
+            )
+        )
+        return [None if lease not in found else decoded(found[lease]) for lease in leases]
+
+    def now(self) -> int:
+        """Return the server's time in microseconds since 1970."""
+        [[seconds]] = self._ask("select extract(epoch from clock_timestamp())::float8")
+        return int(seconds * 1e6)
+
+    # Notifications.
+
+    @property
+    def _channel(self) -> str:
+        return self.identity.replace(":", "_")
+
+    def _wake(self, keys: Sequence[str]) -> None:
+        """Tell those who listen, after the commit: a commit that notifies makes all others wait for it."""
+        if keys:
+            with contextlib.suppress(Unreachable, StoreError):
+                self._ask(
+                    "select set_config('synchronous_commit', 'off', true), pg_notify(%s, key) "
+                    "from unnest(%s::text[]) as k (key)",
+                    [self._channel, [encoded(key).hex() for key in keys]],
+                )
+
+    def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
+        """Call a function, in another thread, with each key that a swap wakes; return what ends this.
+
+        A pooler may not pass notifications on.
+        """
+        ended = threading.Event()
+        listening = _Listening(self._connect, self._channel, changed, ended)
+        threading.Thread(target=listening, name="cachepipe-listener", daemon=True).start()
+        return ended.set
+
+    # The end.
+
+    def inherit(self) -> None:
+        """Begin again in a forked child; its parent goes on to use the connections."""
+        _inherited.extend(self._idle)
+        self._idle = []
+
+    def close(self) -> None:
+        """Close the connections."""
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                self._idle.pop().close()
+
+
+_inherited: list[_Connection] = []
+"""Connections of the parent of a forked child: closing them here would say so to the server."""
+
+
+class _Missing(StoreError):  # noqa: N818 - says what is missing
+    """The schema has no tables of a cache."""
+
+    def __init__(self, where: str, told: str) -> None:
+        super().__init__(
+            f"the cache {where} was deleted or replaced while it was open: {told}. Restore it from a copy, "
+            "or open it again to begin anew"
+        )
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that waits for an answer for some seconds only, also for a server that is stopped."""
+
+    seconds = 0.0
+
+    def wait(self, gen: Generator[Any, Any, _T], interval: float = 0.1, timeout: float | None = None) -> _T:
+        more = {} if timeout is None else {"timeout": timeout}  # earlier versions do not know it
+        return super().wait(_within(gen, self.seconds) if self.seconds else gen, interval, **more)
+
+
+def _within(waiting: Generator[Any, Any, _T], seconds: float) -> Generator[Any, Any, _T]:
+    """Do what a generator of the client does; raise an error when nothing has come for some seconds."""
+    until = time.monotonic() + seconds
+    try:
+        wanted = next(waiting)
+        while True:
+            ready = yield wanted
+            if ready == Ready.NONE and time.monotonic() > until:
+                raise psycopg.OperationalError(f"no answer within {seconds:g} s")
+            wanted = waiting.send(ready)
+    except StopIteration as end:
+        found: _T = end.value
+        return found
+
+
+class _Numbers(list[int]):
+    """An array of numbers."""
+
+
+class _Texts(list[bytes]):
+    """An array of bytes."""
+
+
+class _NumbersDumper(Dumper):
+    """Writes an array as the server does; the client's own way takes several times as long."""
+
+    format = psycopg.pq.Format.BINARY
+    oid = 1007
+
+    def dump(self, obj: _Numbers) -> bytes:
+        return _array(b"\0\0\0\x17", [number.to_bytes(4) for number in obj])
+
+
+class _TextsDumper(Dumper):
+    """Writes an array likewise."""
+
+    format = psycopg.pq.Format.BINARY
+    oid = 1001
+
+    def dump(self, obj: _Texts) -> bytes:
+        return _array(b"\0\0\0\x11", obj)
+
+
+def _array(kind: bytes, parts: Sequence[bytes]) -> bytes:
+    if not parts:
+        return b"\0\0\0\0\0\0\0\0%b" % kind
+    head = b"\0\0\0\1\0\0\0\0%b%b\0\0\0\1" % (kind, len(parts).to_bytes(4))
+    return head + b"".join([each for part in parts for each in (len(part).to_bytes(4), part)])
+
+
+class _Fields:
+    """Fields of several keys, each with the number of its key."""
+
+    def __init__(self) -> None:
+        self._numbers = _Numbers()
+        self._names = _Texts()
+
+    def add(self, number: int, name: bytes) -> None:
+        self._numbers.append(number)
+        self._names.append(name)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter((self._numbers, self._names))
+
+
+class _Listening:
+    """Hears which keys have changed, as long as it is wanted. What it misses is found by polling."""
+
+    def __init__(
+        self,
+        connect: Callable[[], _Connection],
+        channel: str,
+        changed: Callable[[str], None],
+        ended: threading.Event,
+    ) -> None:
+        self._connect = connect
+        self._channel = channel
+        self._changed = changed
+        self._ended = ended
+
+    def __call__(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(psycopg.Error, OSError):
+                self._listen()
+            self._ended.wait(_LISTENS)
+
+    def _listen(self) -> None:
+        with contextlib.closing(self._connect()) as connection:
+            connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)))
+            while not self._ended.is_set():
+                for notice in connection.notifies(timeout=_LISTENS):
+                    self._changed(decoded(bytes.fromhex(notice.payload)))
