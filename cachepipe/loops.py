@@ -75,14 +75,15 @@ class OwnHandles:
 
     Attributes:
         count: how many callbacks of its own are scheduled for the next turn.
+        steps: how many lines of requests that wait for quiet look again in the next turn.
         ready: what is ready to run on the loop; None if this cannot be read.
     """
 
-    __slots__ = ("_loop", "count", "ready")
+    __slots__ = ("_loop", "count", "ready", "steps")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.count = 0
+        self.count = self.steps = 0
         # asyncio has no public test for an idle loop. Other loops, such as uvloop's, show no such queue.
         ready = getattr(loop, "_ready", None)
         self.ready = ready if isinstance(ready, deque) else None
@@ -98,7 +99,7 @@ class OwnHandles:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing else is known to be ready to run on the loop."""
+        """Whether nothing else is known to be ready to run on the loop, and no line waits for quiet."""
         return self.ready is not None and len(self.ready) <= self.count
 
 

@@ -214,17 +214,21 @@ class Line:
         return self.loop.time() < self._patience.when()
 
     def _call_soon(self) -> None:
-        self._handles.count += 1
+        self._handles.steps += 1
         self.loop.call_soon(self._step)
 
     def _step(self) -> None:
         """Hand over an answer or ask for samples, if the program is quiet."""
         handles = self._handles
-        handles.count -= 1
+        handles.steps -= 1
         self._turns += 1
         self._still += 1
         if not self._must_wait_for_claims():
-            quiet = handles.alone if handles.ready is not None else self._still > self.quiet_turns
+            quiet = (
+                self._still > self.quiet_turns
+                if handles.ready is None
+                else len(handles.ready) <= handles.count + handles.steps
+            )
             if not (quiet or self._turns > MOST_TURNS):
                 self._call_soon()
                 return

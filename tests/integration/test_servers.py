@@ -264,6 +264,15 @@ def test_a_server_that_may_lose_samples_is_warned_of(info, settings, told):
     assert told in fault
 
 
+def test_a_server_that_may_lose_the_last_second_is_warned_of_if_nothing_may_be_lost(start):
+    server = start(appendfsync="everysec")
+    with pytest.warns(RiskyServer, match="CONFIG SET appendfsync always"):
+        store, _ = open_store(server.url(), durability="full")
+    store.close()
+    with pytest.raises(ValueError, match="durability is 'process' or 'full'"):
+        open_store(server.url(), durability="none")
+
+
 def test_a_server_that_does_not_answer_is_an_error_that_names_it():
     with pytest.raises(StoreUnreachable, match=r"127\.0\.0\.1:1/0.* has not answered for 0\.1 s"):
         open_store(f"valkey://:{PASSWORD}@127.0.0.1:1/0?patience=0.1")
