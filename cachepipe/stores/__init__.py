@@ -83,7 +83,10 @@ def open_store(
         if is_url(cache):
             from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - only when it is needed
 
-            return open_url(cache, read_only=bool(read_only), wait_for_others=wait_for_others), True
+            remote = open_url(
+                cache, durability=durability, read_only=bool(read_only), wait_for_others=wait_for_others
+            )
+            return remote, True
     if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):
         store = DiskStore(
             cache,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import weakref
 from collections.abc import Sequence
 
 from cachepipe.errors import StoreError
@@ -17,12 +19,40 @@ from cachepipe.stores.base import (
 )
 from cachepipe.stores.writer import Writer
 
+_opened: weakref.WeakSet[Queued] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Write what is still queued when the interpreter ends.
+
+    This module is imported before those that queue something at the end, so this is called after them.
+    """
+    for store in list(_opened):
+        store.close()
+
+
+def error_in(results: Sequence[Result | Exception]) -> Exception | None:
+    """Return the error of operations that were not all applied, or None."""
+    errors = [result for result in results if isinstance(result, Exception)]
+    if not errors:
+        return None
+    return errors[0] if len(errors) == len(results) else PartlyApplied(results)
+
 
 class Queued:
-    """Applies operations on a writer thread."""
+    """Applies operations on a writer thread; it is closed when the interpreter ends."""
 
     _writer: Writer
     _closed: bool
+
+    def _opens(self) -> None:
+        """Note that the store is open."""
+        _opened.add(self)
+
+    def close(self) -> None:
+        """Write what is queued, and release what the store opened itself."""
+        raise NotImplementedError
 
     def _check(self) -> None:
         """Raise a ``StoreError`` if the store was closed."""
@@ -37,13 +67,11 @@ class Queued:
             if future.done():
                 self._undo(operations, results)
                 return
-            if isinstance(results, Exception):
-                future.set_exception(results)
-            elif errors := [result for result in results if isinstance(result, Exception)]:
-                whole = len(errors) == len(results)
-                future.set_exception(errors[0] if whole else PartlyApplied(results))
-            else:
+            error = results if isinstance(results, Exception) else error_in(results)
+            if error is None:
                 future.set_result(results)  # type: ignore[arg-type]  # none is an error
+            else:
+                future.set_exception(error)
 
         def done(results: list[Result | Exception] | Exception) -> None:
             try:

@@ -8,7 +8,6 @@ index that is neither pending nor stored has no sample, whenever a process was k
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sqlite3
@@ -29,13 +28,6 @@ from cachepipe.stores.writer import Locked, Writer
 _CHECKPOINT_ROWS = 4000  # written rows after which the writer thread moves the WAL into the file
 
 _stores: weakref.WeakSet[SqlStore] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Write what is still queued when the interpreter ends."""
-    for store in list(_stores):
-        store.close()
 
 
 _forking: list[SqlStore] = []
@@ -86,6 +78,7 @@ class SqlStore(SqlReader, Queued):
     def __init__(self) -> None:
         self._reset()
         _stores.add(self)
+        self._opens()
 
     # What subclasses provide.
 

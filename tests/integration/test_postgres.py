@@ -52,7 +52,7 @@ def url(new_postgres_url):
 @pytest.fixture
 def engine(url):
     """An engine on a new cache."""
-    made = Database(url).opener()()
+    made = Database(url).opener(create=True, full=False)()
     yield made
     made.close()
 
@@ -118,12 +118,12 @@ async def test_c7_no_sample_that_a_caller_has_seen_is_lost_when_the_server_is_ki
 
 def test_c7_a_commit_waits_for_the_disk_whatever_the_server_is_set_to(start):
     server = start(synchronous_commit="off", wal_writer_delay="10s")
-    engine = Database(server.url()).opener()()
+    engine = Database(server.url()).opener(create=True, full=False)()
     assert engine.swap([Swap("k", b"1", puts={b"L": b"12345678x"})], 1) == [None]
     engine.close()
     server.kill()
     server.start()
-    engine = Database(server.url()).opener()()
+    engine = Database(server.url()).opener(create=True, full=False)()
     assert engine.rows_of("k") == {b"L": b"12345678x"}
     engine.close()
 
@@ -357,6 +357,20 @@ def test_a_user_who_may_only_read_replays(postgres_server, team, url):
         asyncio.run(request(team, "b"))
 
 
+def test_a_user_with_rights_on_the_tables_works_beside_their_owner(postgres_server, team, url):
+    async def request(cache, name):
+        async with OnlineAPI(ScriptedModel(cache_scope="m"), cache) as pipeline:
+            return await ask(pipeline, name)
+
+    [first] = asyncio.run(request(url, "a"))
+    schema = schema_of(url)
+    rights = "select, insert, update, delete"
+    postgres_server.ask(f"grant usage on schema {schema} to team")
+    postgres_server.ask(f"grant {rights} on all tables in schema {schema} to team")
+    [second] = asyncio.run(request(team, "b"))
+    assert (first.indices, second.indices) == ((0,), (1,))
+
+
 def test_a_cache_of_a_later_format_is_refused(postgres_server, engine, url):
     postgres_server.ask(f"update {schema_of(url)}.meta set format = 99")  # noqa: S608 - a name of this test
     with pytest.raises(FormatError, match="has format 99"):
@@ -373,7 +387,7 @@ def test_a_schema_with_other_tables_is_refused_and_left_alone(postgres_server, t
 
 
 def test_a_new_cache_may_be_opened_by_many_at_once(url):
-    opener = Database(url).opener()
+    opener = Database(url).opener(create=True, full=False)
     with ThreadPoolExecutor(8) as threads:
         engines = [*threads.map(lambda _: opener(), range(8))]
     assert len({engine.identity for engine in engines}) == 1
@@ -387,7 +401,7 @@ def test_a_deleted_cache_is_named(postgres_server, engine, url):
         engine.rows_of("k")
     with pytest.raises(StoreError, match="was deleted or replaced"):
         engine.open_lease("me", 1)
-    Database(url).opener()().close()
+    Database(url).opener(create=True, full=False)().close()
     with pytest.raises(StoreError, match="another cache is in its place"):
         engine.open_lease("me", 1)
 

@@ -223,6 +223,32 @@ async def test_c4_a_sample_of_another_process_is_noticed_without_polling(start, 
     there.close()
 
 
+UNCLOSED = """
+import asyncio, sys
+from cachepipe import OnlineAPI, Request, Response
+
+class Model:
+    cache_scope = "m"
+    async def request(self, request):
+        return Response(["x"] * request.n)
+
+async def main():
+    await pipeline.request(Request("q", n=2))
+
+pipeline = OnlineAPI(Model(), sys.argv[1])
+asyncio.run(main())
+"""
+
+
+def test_c6_what_a_program_has_not_closed_is_written_when_it_ends(start):
+    server = start()
+    subprocess.run([sys.executable, "-W", "error", "-c", UNCLOSED, server.url()], check=True, timeout=60)
+    store, _ = open_store(server.url(), read_only=True)
+    assert [note.delivered.requests for note in store.sums()] == [1]
+    assert store.totals()["samples"] == 2
+    store.close()
+
+
 # What is refused at opening, or warned of.
 
 
@@ -262,6 +288,15 @@ def test_a_server_that_cannot_hold_a_cache_is_refused(info, settings, told):
 def test_a_server_that_may_lose_samples_is_warned_of(info, settings, told):
     [fault] = faults({"redis_version": "8.1.0", **info}, settings)
     assert told in fault
+
+
+def test_a_server_that_may_lose_the_last_second_is_warned_of_if_nothing_may_be_lost(start):
+    server = start(appendfsync="everysec")
+    with pytest.warns(RiskyServer, match="CONFIG SET appendfsync always"):
+        store, _ = open_store(server.url(), durability="full")
+    store.close()
+    with pytest.raises(ValueError, match="durability is 'process' or 'full'"):
+        open_store(server.url(), durability="none")
 
 
 def test_a_server_that_does_not_answer_is_an_error_that_names_it():

@@ -549,7 +549,7 @@ class ValkeyMachine(RemoteMachine):
     new_url = None
 
     def make_engine(self):
-        return Asked(self.new_url()).opener()()
+        return Asked(self.new_url()).opener(create=True, full=False)()
 
     def teardown(self):
         super().teardown()
@@ -561,7 +561,7 @@ class PostgresMachine(ValkeyMachine):
     """The same on a real PostgreSQL server."""
 
     def make_engine(self):
-        return Database(self.new_url()).opener()()
+        return Database(self.new_url()).opener(create=True, full=False)()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,12 +18,13 @@ class Unfit(Exception):  # noqa: N818 - says what the server is
     """A server cannot hold a cache; the message is the rest of a sentence about it."""
 
 
-def faults(info: Mapping[str, Any], settings: Mapping[str, str]) -> Iterator[str]:
+def faults(info: Mapping[str, Any], settings: Mapping[str, str], *, full: bool = False) -> Iterator[str]:
     """Iterate over what a Valkey or Redis server may lose, each as the rest of a sentence about it.
 
     Args:
         info: what the server says of itself.
         settings: its settings; empty if it does not tell them.
+        full: whether samples must survive a crash of its machine.
 
     Raises:
         Unfit: when it cannot be used at all.
@@ -52,6 +53,11 @@ def faults(info: Mapping[str, Any], settings: Mapping[str, str]) -> Iterator[str
         )
     elif settings.get("appendfsync") == "no":
         yield ("leaves it to the system when samples go to the disk. Run: CONFIG SET appendfsync everysec")
+    elif full and settings.get("appendfsync") != "always":
+        yield (
+            "may lose the samples of the last second when its machine crashes, and durability is 'full'. "
+            "Run: CONFIG SET appendfsync always"
+        )
     if int(info.get("connected_slaves", 0)) and settings.get("min-replicas-to-write", "0") == "0":
         yield (
             "confirms samples that no replica has, and a failover loses those. "

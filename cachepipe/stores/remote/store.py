@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import os
 import weakref
@@ -14,7 +13,7 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import Commit, Grant, Operation, Process, Result, State
-from cachepipe.stores.queued import Queued
+from cachepipe.stores.queued import Queued, error_in
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
 from cachepipe.stores.remote.engine import Read, Unreachable
@@ -57,6 +56,7 @@ class RemoteStore(Queued, Listing):
         self._states = States(session)
         self._spool = Spool(self.identity)
         _stores.add(self)
+        self._opens()
         if not read_only and self._spool:
             self._writer.wake()  # an earlier process could not write them
 
@@ -82,10 +82,16 @@ class RemoteStore(Queued, Listing):
 
     # Applying operations.
 
-    def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:  # noqa: ARG002 - see below
-        """Return None: an engine answers later."""
+    def apply_now(self, operations: Sequence[Operation]) -> list[Result] | None:
+        """Apply the operations; on an event loop, or behind others that are queued, return None at once."""
         self._check()
-        return None
+        if self._writer.busy or asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
+            return None
+        results = self.write(operations)
+        error = error_in(results)
+        if error is not None:
+            raise error
+        return results  # type: ignore[return-value]  # none is an error
 
     def write(self, operations: Sequence[Operation]) -> list[Result | StoreError]:
         """Apply the operations, those of one key as one transaction, in the calling thread."""
@@ -178,13 +184,6 @@ class RemoteStore(Queued, Listing):
         self._closed = True
         self._states.close()
         self.session.leave(self)
-
-
-@atexit.register
-def _close_all() -> None:
-    """Write what is still queued when the interpreter ends."""
-    for store in list(_stores):
-        store.close()
 
 
 def _after_fork() -> None:

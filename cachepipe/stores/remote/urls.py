@@ -49,7 +49,7 @@ TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the server."""
 _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z0-9_-]{1,63}")
 
-_sessions: weakref.WeakValueDictionary[tuple[str, int], Session] = weakref.WeakValueDictionary()
+_sessions: weakref.WeakValueDictionary[tuple[str, str, int], Session] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -144,12 +144,17 @@ class Asked(_Url):
         given = {"username": username, "password": password}
         return {name: value for name, value in given.items() if value}
 
-    def opener(self, *, create: bool) -> Callable[[], Engine]:
-        """Return what opens the engine; with ``create`` it begins a cache where there is none."""
+    def opener(self, *, create: bool, full: bool) -> Callable[[], Engine]:
+        """Return what opens the engine.
+
+        Args:
+            create: whether to begin a cache where there is none.
+            full: whether samples must survive a crash of the server's machine.
+        """
         from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
 
         client = valkey.client_of(self.options(), cluster=self.cluster)
-        return lambda: valkey.ValkeyEngine(client, self.where, self.prefix, create=create)
+        return lambda: valkey.ValkeyEngine(client, self.where, self.prefix, create=create, full=full)
 
 
 class Database(_Url):
@@ -185,31 +190,48 @@ class Database(_Url):
             "tcp_user_timeout": math.ceil(timeout * 1000),
         }
 
-    def opener(self, *, create: bool) -> Callable[[], Engine]:
-        """Return what opens the engine; with ``create`` it begins a cache where there is none."""
+    def opener(self, *, create: bool, full: bool) -> Callable[[], Engine]:  # noqa: ARG002 - see below
+        """Return what opens the engine.
+
+        Args:
+            create: whether to begin a cache where there is none.
+            full: whether samples must survive a crash of the server's machine; they do.
+        """
         from cachepipe.stores.remote.postgres import PostgresEngine  # noqa: PLC0415 - an extra
 
         options, timeout = self.options(), self.number("timeout", TIMEOUT)
         return lambda: PostgresEngine(options, self.where, self.schema, timeout, create=create)
 
 
-def open_url(url: str, *, read_only: bool = False, wait_for_others: float | None = None) -> RemoteStore:
+def open_url(
+    url: str,
+    *,
+    durability: str = "process",
+    read_only: bool = False,
+    wait_for_others: float | None = None,
+) -> RemoteStore:
     """Return the store that a URL names. Stores of one process on equal URLs are one process to others.
+
+    With ``durability="full"``, it warns of a server that may lose samples when its machine crashes.
 
     Raises:
         StoreError: when the URL is not valid, or the server cannot be used.
     """
+    if durability not in ("process", "full"):
+        raise ValueError(f"durability is 'process' or 'full'; got {durability!r}")
+    name = (url, durability, os.getpid())
     with _lock:
-        session = _sessions.get((url, os.getpid()))
+        session = _sessions.get(name)
         if session is None or session.ended:
-            session = _sessions[url, os.getpid()] = _session(url, create=not read_only)
+            opened = _session(url, create=not read_only, full=durability == "full")
+            session = _sessions[name] = opened
         return RemoteStore(session, read_only=read_only, wait_for_others=wait_for_others)
 
 
-def _session(url: str, *, create: bool) -> Session:
+def _session(url: str, *, create: bool, full: bool) -> Session:
     asked = Database(url) if SCHEMES[urlsplit(url).scheme] == "postgresql" else Asked(url)
     try:
-        opener = asked.opener(create=create)
+        opener = asked.opener(create=create, full=full)
     except ImportError as error:
         raise StoreError(f"the cache {asked.where} cannot be opened: {error}") from error
     patience = asked.number("patience", PATIENCE)

@@ -94,18 +94,21 @@ class ValkeyEngine:
         where: says where the server is, without credentials.
         prefix: the beginning of all keys.
         create: whether to begin a cache where there is none.
+        full: whether samples must survive a crash of the server's machine.
 
     Raises:
         StoreError: when the server cannot be used, or has no such cache.
     """
 
-    def __init__(self, client: Client, where: str, prefix: str, *, create: bool = True) -> None:
+    def __init__(
+        self, client: Client, where: str, prefix: str, *, create: bool = True, full: bool = False
+    ) -> None:
         self._client = client
         self.where = where
         self._prefix = encoded(prefix)
         self._meta = self._prefix + b":meta"
         self._channel = self._prefix + b":changed"
-        self._check()
+        self._check(full=full)
         self._load()
         self.identity = self._signed(create=create)
 
@@ -114,12 +117,12 @@ class ValkeyEngine:
 
     # Opening.
 
-    def _check(self) -> None:
+    def _check(self, *, full: bool) -> None:
         """Refuse a server that would lose samples in silence; warn of one that may lose some."""
         try:
             for server in self._ask(_servers):
                 info = self._ask(partial(_info, server))
-                for told in faults(info, self._settings(server)):
+                for told in faults(info, self._settings(server), full=full):
                     warn(f"the server at {self.where} {told}", RiskyServer)
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
