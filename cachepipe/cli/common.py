@@ -180,9 +180,9 @@ def cache_in_use(cache: str | None) -> tuple[Path | str, str]:
 
 def name_of(cache: Path | str) -> str:
     """Return the name of a folder or a URL, without credentials."""
-    from cachepipe.stores.remote import shown  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores.remote import is_url, shown  # noqa: PLC0415 - help needs no store
 
-    return str(cache) if isinstance(cache, Path) else shown(cache)
+    return shown(str(cache)) if is_url(str(cache)) else str(cache)
 
 
 def exists(cache: Path | str) -> bool:

@@ -148,7 +148,7 @@ def demo(context: click.Context, /, *, prompts: int, n: int, cache: str | None, 
                 failed = f"{step.report.failed} requests of {step.name!r} failed: {step.report.example}"
                 click.echo(failed, err=True)
         if cache is not None:
-            click.echo(f"The cache is kept: cachepipe stats --cache {visible(cache)}")
+            click.echo(f"The cache is kept: cachepipe stats --cache {visible(common.name_of(cache))}")
     context.exit(0 if held else _NOT_HELD)
 
 
@@ -171,7 +171,8 @@ def _check_cache(cache: str | None) -> None:
     store.close()
     if store.read_only:
         raise Failure(
-            f"the cache {cache} cannot be written: {store.why_read_only}. Name another with --cache"
+            f"the cache {common.name_of(cache)} cannot be written: {store.why_read_only}. "
+            "Name another with --cache"
         )
 
 

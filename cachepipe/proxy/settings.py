@@ -189,7 +189,7 @@ class ProxySettings:
     """
 
     upstreams: tuple[Upstream, ...] = ()
-    cache: Any = None
+    cache: Any = field(default=None, repr=False)  # a URL may have credentials
     host: str = "127.0.0.1"
     port: int = 8080
     replay: bool = False

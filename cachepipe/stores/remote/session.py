@@ -140,7 +140,7 @@ class Session:
         self._lease: int | None = None
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
-        self._asked: dict[int, float] = {}  # when others were found alive
+        self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
         self._dead: set[int] = set()
         self._greatest = 0
         self._ended = threading.Event()
@@ -243,39 +243,30 @@ class Session:
 
     def alive(self, lease: int) -> bool:
         """Return True if the process of a lease is alive; once it was dead, it stays dead."""
-        if self.is_own(lease):
-            return True
-        if lease in self._dead:
-            return False
-        asked = self._asked.get(lease)
-        if asked is not None and time.monotonic() - asked < _ALIVE_FOR:
-            return True
-        return self.process(lease) is not None
+        return self.is_own(lease) or self.process(lease) is not None
+
+    def process(self, lease: int) -> Process | None:
+        """Return the other process that has a lease, or None if it is dead."""
+        self.ask_about([lease])
+        process, _ = self._others.get(lease, (None, 0.0))
+        return process
 
     def ask_about(self, leases: Iterable[int]) -> None:
-        """Find out, in one round trip, which of some processes are alive, as far as that is not known."""
+        """Find out, in one round trip, which other processes are alive, as far as that is not known."""
         recent = time.monotonic() - _ALIVE_FOR
         unknown = sorted(
             lease
-            for lease in leases
-            if not self.is_own(lease) and lease not in self._dead and self._asked.get(lease, 0.0) < recent
+            for lease in {*leases} - self._dead
+            if not self.is_own(lease) and self._others.get(lease, (None, 0.0))[1] < recent
         )
-        if len(unknown) < 2:
-            return  # `alive` asks
+        if not unknown:
+            return
         for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
             if name is None:
                 self._dead.add(lease)
+                self._others.pop(lease, None)
             else:
-                self._asked[lease] = time.monotonic()
-
-    def process(self, lease: int) -> Process | None:
-        """Return the process of a lease, or None if it is dead."""
-        [name] = self.asked(lambda: self.engine.holders([lease]))
-        if name is None:
-            self._dead.add(lease)
-            return None
-        self._asked[lease] = time.monotonic()
-        return Process(name)
+                self._others[lease] = (Process(name), time.monotonic())
 
     # Reading.
 

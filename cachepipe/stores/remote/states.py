@@ -48,9 +48,11 @@ class States:
             for key, indices in places.items()
         ]
         books = {book.name: book for book in self._session.books(reads)} if reads else {}
+        self._session.ask_about(lease for book in books.values() for lease in book.generating().values())
         return [self._state(books[key], index) for key, index in wanted]
 
     def _state(self, book: Book, index: int) -> State:
+        self._makers.pop((book.name, index), None)
         lease = book.author(index)
         if lease is not None:
             if self._session.is_own(lease):

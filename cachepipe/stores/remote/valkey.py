@@ -43,6 +43,7 @@ FORMAT: Final = 1
 
 _READ: Final = "cachepipe1_read"
 _SWAP: Final = "cachepipe1_swap"
+_AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
 _LISTENS: Final = 1.0  # seconds after which a listener looks whether it is still wanted
@@ -198,10 +199,12 @@ class ValkeyEngine:
                 return [self._ask(lambda client: client.execute_command(*commands[0]))]
             except _Refused as error:
                 raise self._retold(error) from None
-        answers = self._ask(partial(_pipelined, commands))
+        answers: list[Any] = []
+        for start in range(0, len(commands), _AT_ONCE):
+            answers += self._ask(partial(_pipelined, commands[start : start + _AT_ONCE]))
         errors = [self._ours(answer) for answer in answers if isinstance(answer, Exception)]
         if not errors:
-            return answers  # type: ignore[no-any-return]
+            return answers
         refused = next((error for error in errors if isinstance(error, _Refused)), None)
         raise self._retold(refused) if refused is not None else errors[0]
 
