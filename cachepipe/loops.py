@@ -99,8 +99,12 @@ class OwnHandles:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing else is known to be ready to run on the loop, and no line waits for quiet."""
-        return self.ready is not None and len(self.ready) <= self.count
+        """Whether nothing else is known to be ready to run on the loop, and no line waits for quiet.
+
+        An eager task runs before the tasks after it exist, so with a task factory this is never known.
+        """
+        ready = self.ready
+        return ready is not None and len(ready) <= self.count and self._loop.get_task_factory() is None
 
 
 _own_handles = PerLoop(OwnHandles)

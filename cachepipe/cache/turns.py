@@ -17,6 +17,7 @@ from cachepipe.contract.schedule import (
     LAST,
     MOST_TURNS,
     QUIET_TURNS,
+    RESTLESS_TURNS,
     HandedOver,
     Place,
     Schedule,
@@ -76,8 +77,8 @@ class Turn:
             line.leave(arrival)
             return
         future: asyncio.Future[None] = line.loop.create_future()
-        line.ready(arrival, future, last)
         try:
+            line.ready(arrival, future, last)
             await future
         except BaseException:
             line.leave(arrival)
@@ -113,9 +114,12 @@ class Line:
         self._waiting: dict[int, tuple[asyncio.Future[None], Placed | None]] = {}
         self._delayed: dict[WriteQueue, None] = {}
         self._delayed_since = 0.0
+        self._before: set[int] | None = None  # the answers that go before the delayed demands
         self._claims = 0  # claims under way: the store may have what they ask for
         self._patience: asyncio.TimerHandle | None = None  # ends the wait for these claims
         self._noting = False  # whether the place of an answer is being recorded
+        self._impatient = False  # whether claims or a note have taken too long
+        self._restless = False  # whether the loop has not been quiet for too long
         self._stopped = True  # whether no callback is scheduled
         self._turns = 0  # turns since an answer was handed over
         self._still = 0  # turns since a request came or went
@@ -154,6 +158,8 @@ class Line:
         """End the turn of a request."""
         self._still = 0
         self._waiting.pop(arrival, None)
+        if self._before is not None:
+            self._before.discard(arrival)
         self._schedule.leave(arrival)
 
     def ready(self, arrival: int, future: asyncio.Future[None], last: Placed | None) -> None:
@@ -184,9 +190,13 @@ class Line:
     def claimed(self) -> None:
         """Note that a claim was answered."""
         self._claims -= 1
-        if not self._claims and self._patience is not None:
+        self._written()
+
+    def _written(self) -> None:
+        """Go on when no claim and no note is under way."""
+        if not self._claims and not self._noting and self._patience is not None:
             self._patience.cancel()
-            self._patience = None
+            self._patience, self._impatient = None, False
         self._go_on()
 
     async def drain(self) -> None:
@@ -199,19 +209,21 @@ class Line:
 
     def _go_on(self) -> None:
         """Schedule the callback, if there is something to do for it."""
-        if self._stopped and not self._noting and (self._schedule.any_ready or self._delayed):
-            if self._must_wait_for_claims():
-                return
+        if self._stopped and (self._schedule.any_ready or self._delayed) and not self._must_wait():
             self._stopped = False
             self._call_soon()
 
-    def _must_wait_for_claims(self) -> bool:
-        """Return True while claims are under way, and have not taken too long."""
-        if not self._claims:
+    def _must_wait(self) -> bool:
+        """Return True while claims or a note are under way, unless they have taken too long."""
+        if not (self._claims or self._noting):
             return False
         if self._patience is None:
-            self._patience = self.loop.call_later(CLAIM_SECONDS, self._go_on)
-        return self.loop.time() < self._patience.when()
+            self._patience = self.loop.call_later(CLAIM_SECONDS, self._lose_patience)
+        return not self._impatient
+
+    def _lose_patience(self) -> None:
+        self._impatient = True
+        self._go_on()
 
     def _call_soon(self) -> None:
         self._handles.steps += 1
@@ -219,20 +231,16 @@ class Line:
 
     def _step(self) -> None:
         """Hand over an answer or ask for samples, if the program is quiet."""
-        handles = self._handles
-        handles.steps -= 1
+        self._handles.steps -= 1
         self._turns += 1
         self._still += 1
-        if not self._must_wait_for_claims():
-            quiet = (
-                self._still > self.quiet_turns
-                if handles.ready is None
-                else len(handles.ready) <= handles.count + handles.steps
-            )
-            if not (quiet or self._turns > MOST_TURNS):
+        if not self._must_wait():
+            if not self._is_quiet():
                 self._call_soon()
                 return
             self._turns = self._still = 0
+            if self._delayed and self._before is None:
+                self._before = {*self._waiting}
             next_one = self._schedule.next()
             if next_one is None:
                 self._ask()
@@ -241,6 +249,18 @@ class Line:
         self._stopped = True
         self._go_on()
 
+    def _is_quiet(self) -> bool:
+        handles = self._handles
+        if handles.ready is None:
+            quiet = self._still > self.quiet_turns
+        else:
+            quiet = len(handles.ready) <= handles.count + handles.steps
+        if quiet:
+            self._restless = False
+        elif self._turns > MOST_TURNS:
+            self._restless = True
+        return quiet or (self._restless and self._turns > RESTLESS_TURNS)
+
     def _hand_over(self, next_one: HandedOver) -> None:
         future, last = self._waiting.pop(next_one.arrival)
         if next_one.note is None or last is None:
@@ -248,13 +268,16 @@ class Line:
         else:
             self._noting = True
             last.note_place(next_one.note, lambda error: self._noted(future, error))
-        if self._delayed and self.loop.time() - self._delayed_since >= HOLD_SECONDS:
-            self._ask()
+        before = self._before
+        if before is not None:
+            before.discard(next_one.arrival)
+            if not before and self.loop.time() - self._delayed_since >= HOLD_SECONDS:
+                self._ask()
 
     def _noted(self, future: asyncio.Future[None], error: Any) -> None:
         self._resolve(future, error)
         self._noting = False
-        self._go_on()
+        self._written()
 
     @staticmethod
     def _resolve(future: asyncio.Future[None], error: Any) -> None:
@@ -267,6 +290,6 @@ class Line:
 
     def _ask(self) -> None:
         """Ask for the samples that were delayed."""
-        delayed, self._delayed = self._delayed, {}
+        delayed, self._delayed, self._before = self._delayed, {}, None
         for queue in delayed:
             queue.want_delayed()

@@ -19,8 +19,10 @@ CLAIM_SECONDS: Final = 5.0
 """Seconds after which answers that are ready do not wait for claims any more, such as of a locked store."""
 QUIET_TURNS: Final = 5
 """Turns of an event loop without requests after which it counts as quiet, if its queue cannot be read."""
-MOST_TURNS: Final = 250
-"""Turns of an event loop after which an answer is handed over although the loop never gets quiet."""
+MOST_TURNS: Final = 2000
+"""Turns of an event loop after which an answer is handed over although the loop has not been quiet."""
+RESTLESS_TURNS: Final = 30
+"""The same from then on, until the loop has been quiet once."""
 
 
 class Place(NamedTuple):
@@ -81,6 +83,7 @@ class Schedule:
         self._ready: list[tuple[Place, int]] = []  # a heap
         self._late: set[int] = set()
         self._handed_over = 0
+        self._oldest = 1  # the request that arrived first of those in flight, or an earlier one
         # The latest places handed over, each with its number; the places descend, so that the first one
         # from a number on is the latest of all since then.
         self._numbers: list[int] = []
@@ -148,7 +151,9 @@ class Schedule:
             self._numbers.pop()
         self._latest.append((place, arrival))
         self._numbers.append(number)
-        unused = bisect_left(self._numbers, next(iter(self.in_flight.values())))
+        while self._oldest not in self.in_flight:
+            self._oldest += 1
+        unused = bisect_left(self._numbers, self.in_flight[self._oldest])
         del self._numbers[:unused], self._latest[:unused]
 
 

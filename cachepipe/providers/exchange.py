@@ -35,7 +35,7 @@ from cachepipe.contract.draws import (
 )
 from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.keys import Question, trimmed
-from cachepipe.errors import NotStorable, ShortAnswer
+from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
 from cachepipe.flow.flow import Flow
 from cachepipe.providers import info
 from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts
@@ -497,7 +497,11 @@ class Exchange(Calls):
             return await self._drawn(None)
         turn = line.arrive()
         try:
-            found = self._look()
+            try:
+                found = self._look()
+            except CacheMiss:
+                await turn.come(None)  # as errors do
+                raise
             if found is None:
                 return await self._drawn(turn)
             try:

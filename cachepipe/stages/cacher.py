@@ -20,6 +20,7 @@ from cachepipe.cache.drawing import Drawing, outcomes
 from cachepipe.cache.turns import Turn, latest
 from cachepipe.contract import keys
 from cachepipe.contract.keys import Question
+from cachepipe.errors import CacheMiss
 from cachepipe.stage import Stage, adapter_of, given
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.typedefs import MODES, REPEATS, Batch, Mode, Ordered, Repeat, Request, Response, check_ordered
@@ -117,7 +118,12 @@ class AsyncCacher(Stage):
             CacheMiss: in replay mode, when not all of them are stored.
             StoreError: when the store fails before anything is spent.
         """
-        begun, turn = self.begin(request, self.question(request), loops.running())
+        loop = loops.running()
+        try:
+            begun, turn = self.begin(request, self.question(request), loop)
+        except CacheMiss:
+            await self.come_last(loop)
+            raise
         if turn is not None:
             return await in_turn(turn, begun, None)
         return await begun.response(None) if isinstance(begun, Drawing) else begun.response(None)
@@ -139,6 +145,12 @@ class AsyncCacher(Stage):
         if isinstance(begun, Drawing):
             return begun, begun.turn
         return begun, None if rests else line.arrive()
+
+    async def come_last(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until all answers that are ready have been handed over, as errors do (C11)."""
+        line = self._cache.line(self._cache.queue(loop), self.ordered)
+        if line is not None:
+            await line.arrive().come(None)
 
     async def batch_request(self, batch: Batch, *, return_exceptions: bool = False) -> list[Response]:
         """Return one response per request, claimed in one transaction."""

@@ -19,6 +19,7 @@ from cachepipe.cache.drawing import Drawing
 from cachepipe.contract import keys
 from cachepipe.contract.draws import label
 from cachepipe.contract.flags import Asker, Groups
+from cachepipe.errors import CacheMiss
 from cachepipe.gathering import Gathering
 from cachepipe.loops import PerLoop
 from cachepipe.stage import Stage, adapter_of, together
@@ -100,7 +101,11 @@ class AsyncDeduplicator(Stage):
             return await self._merge(here, request, asker)
         question = cacher.question(request)
         duplicated = self._flags(here, request, question, asker)
-        begun, turn = cacher.begin(request, question, loop)
+        try:
+            begun, turn = cacher.begin(request, question, loop)
+        except CacheMiss:
+            await cacher.come_last(loop)
+            raise
         if turn is not None:
             response = await in_turn(turn, begun, duplicated)
         elif isinstance(begun, Drawing):

@@ -16,7 +16,7 @@ from cachepipe import AsyncCacher, Batch, CacheMiss, LocalAPI, MemoryStore, Onli
 from cachepipe.cache import others
 from cachepipe.cache import turns as line_turns
 from cachepipe.cache.turns import Line
-from cachepipe.contract.schedule import MOST_TURNS, Place
+from cachepipe.contract.schedule import MOST_TURNS, RESTLESS_TURNS, Place
 from cachepipe.loops import OwnHandles, PerLoop
 from cachepipe.stores.base import Discard
 from cachepipe.testing import ScriptedError, ScriptedModel
@@ -61,7 +61,7 @@ class Asking:
 async def answered(pipeline, *prompts, **fields):
     """Ask together; return the prompts in the order of their answers."""
     asking = Asking(pipeline)
-    await asyncio.wait(asking.begin(*prompts, **fields))
+    await asyncio.gather(*asking.begin(*prompts, **fields), return_exceptions=True)
     return asking.order
 
 
@@ -203,6 +203,23 @@ async def test_the_first_request_of_a_gather_waits_for_the_others(store):
         assert await answered(pipeline, "a", "b") == ["b", "a"]
 
 
+async def test_an_eager_task_does_not_take_itself_for_alone(store):
+    """It runs before the tasks after it exist, so a loop with a task factory is never known to be quiet."""
+    await filled(store, "b", "a")
+    loop = asyncio.get_running_loop()
+    async with OnlineAPI(ScriptedModel(), store) as pipeline:
+        asking = Asking(pipeline)
+        loop.set_task_factory(lambda loop, work, **options: asyncio.Task(work, loop=loop, **options))
+        try:
+            asked = pipeline.request(Request("a", namespace="eager"))
+            assert asked.send(None) is not None, "it must wait"
+            asked.close()
+            await asyncio.wait(asking.begin("a", "b"))
+        finally:
+            loop.set_task_factory(None)
+    assert asking.order == ["b", "a"]
+
+
 async def test_a_program_that_never_rests_is_served(store):
     """Within a number of turns, if nothing else is in the way: the store is only read for known draws."""
     await filled(store, "b", "a")
@@ -213,7 +230,7 @@ async def test_a_program_that_never_rests_is_served(store):
         while not all(task.done() for task in tasks):
             await asyncio.sleep(0)
             turned += 1
-        assert MOST_TURNS < turned < 3 * MOST_TURNS
+        assert MOST_TURNS < turned < MOST_TURNS + 3 * RESTLESS_TURNS
         [task] = asking.begin("new")
         async with asyncio.timeout(20):
             while not task.done():  # noqa: ASYNC110 - it never rests
@@ -284,19 +301,22 @@ async def test_a_loser_of_a_race_that_the_first_run_cancelled_is_not_bought_by_t
 
 
 async def test_hits_in_a_long_row_delay_a_miss_by_no_more_than_a_bound(store, monkeypatch):
+    """It waits for those that are ready, whatever the program does with them, and then for a time."""
     await filled(store, *"abcdef")
     monkeypatch.setattr(line_turns, "HOLD_SECONDS", 0.0)
     model = ScriptedModel()
     seen = []
     async with OnlineAPI(model, store) as pipeline:
 
-        async def ask(prompt):
-            await pipeline.request(Request(prompt))
-            seen.append((prompt, len(model.calls)))
+        async def ask(*prompts):
+            for prompt in prompts:
+                await pipeline.request(Request(prompt))
+                seen.append((prompt, len(model.calls)))
 
-        await asyncio.gather(*map(ask, ["new", *"abcdef"]))
+        await asyncio.gather(ask("new"), ask("b"), ask("a", "c", "d", "e", "f"))
     assert [prompt for prompt, _ in seen] == [*"abcdef", "new"], "the order does not depend on it"
-    assert seen[2][1] == 1
+    assert seen[:2] == [("a", 0), ("b", 0)]
+    assert ("f", 1) in seen
 
 
 async def test_a_miss_alone_is_sent_at_once(store):
@@ -328,6 +348,32 @@ async def test_the_misses_of_a_batch_still_go_together(store):
 
 
 # Failures, cancellations and ends.
+
+
+async def test_a_miss_in_replay_comes_last_as_the_failure_did_in_the_run(store):
+    await filled(store, "b", "a")
+    for options in ({"mode": "replay"}, {}):
+        model = ScriptedModel(fail=lambda _: ScriptedError())
+        async with OnlineAPI(model, store, **options) as pipeline:
+            assert await answered(pipeline, "z", "a", "b") == ["b", "a", "z failed"]
+
+
+async def test_a_note_that_takes_too_long_stops_no_other_answer(monkeypatch):
+    monkeypatch.setattr(line_turns, "CLAIM_SECONDS", 0.01)
+    line, notes = Line(asyncio.get_running_loop()), []
+
+    class Slow(Placed):
+        def note_place(self, _place, then):
+            notes.append(then)
+
+    late, early, last = line.arrive(), line.arrive(), line.arrive()
+    await early.come(Placed(Place(9)))
+    task = asyncio.create_task(late.come(Slow(Place(5))))
+    async with asyncio.timeout(20):
+        await last.come(Placed(Place(10)))
+    assert not task.done()
+    notes[0](None)
+    await task
 
 
 async def test_an_error_comes_after_the_answers_that_are_ready_and_stops_nobody(store):

@@ -47,6 +47,8 @@ def test_c11_a_rerun_takes_the_same_course(name, tmp_path):
             assert difference(first, play(program.run, folder, again)) == "", (setting, what)
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # of tasks that were stopped before
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # likewise
 @EVERY
 def test_c11_a_run_that_was_stopped_is_resumed_on_the_same_course(name, tmp_path):
     """What the stopped run received comes first, in its order. The resumed run has reruns like any other."""
