@@ -75,6 +75,7 @@ class PostgresEngine:
     ) -> None:
         self._options = options
         self._schema = schema
+        self._name = sql.Identifier(schema).as_string()
         self._timeout = timeout
         self._idle: list[_Connection] = []
         self.where = where
@@ -127,11 +128,10 @@ class PostgresEngine:
 
     def _make(self, connection: _Connection) -> None:
         """Make the schema and its tables, unless another process has made them."""
-        name = self._quoted("SCHEMA")
         with self._clear(), connection.transaction():
             connection.execute("select pg_advisory_xact_lock(%s)", [_LOCK])
-            if connection.execute("select to_regclass(%s) is null", [f"{name}.meta"]).fetchall()[0][0]:
-                if connection.execute("select to_regnamespace(%s) is null", [name]).fetchall()[0][0]:
+            if connection.execute("select to_regclass(%s) is null", [f"{self._name}.meta"]).fetchall()[0][0]:
+                if connection.execute("select to_regnamespace(%s) is null", [self._name]).fetchall()[0][0]:
                     connection.execute(self._sql("create schema SCHEMA"))
                 code = resources.files(__package__).joinpath("postgres.sql").read_text("utf-8")
                 connection.execute(self._sql(code))
@@ -153,11 +153,8 @@ class PostgresEngine:
 
     # Asking.
 
-    def _quoted(self, statement: str) -> str:
-        return statement.replace("SCHEMA", sql.Identifier(self._schema).as_string())
-
     def _sql(self, statement: str) -> bytes:
-        return self._quoted(statement).encode()
+        return statement.replace("SCHEMA", self._name).encode()
 
     def _ask(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         """Return the rows that a statement returns, if it returns rows."""
