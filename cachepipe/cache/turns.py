@@ -239,8 +239,8 @@ class Line:
                 self._call_soon()
                 return
             self._turns = self._still = 0
-            if self._delayed and self._before is None:
-                self._before = {*self._waiting}
+            if self._delayed:
+                self._look_at_delayed()
             next_one = self._schedule.next()
             if next_one is None:
                 self._ask()
@@ -248,6 +248,13 @@ class Line:
                 self._hand_over(next_one)
         self._stopped = True
         self._go_on()
+
+    def _look_at_delayed(self) -> None:
+        """Ask for delayed samples if the answers that were ready at first have had their consequences."""
+        if self._before is None:
+            self._before = {*self._waiting}
+        elif not self._before and self.loop.time() - self._delayed_since >= HOLD_SECONDS:
+            self._ask()
 
     def _is_quiet(self) -> bool:
         handles = self._handles
@@ -268,11 +275,8 @@ class Line:
         else:
             self._noting = True
             last.note_place(next_one.note, lambda error: self._noted(future, error))
-        before = self._before
-        if before is not None:
-            before.discard(next_one.arrival)
-            if not before and self.loop.time() - self._delayed_since >= HOLD_SECONDS:
-                self._ask()
+        if self._before is not None:
+            self._before.discard(next_one.arrival)
 
     def _noted(self, future: asyncio.Future[None], error: Any) -> None:
         self._resolve(future, error)

@@ -19,7 +19,7 @@ CLAIM_SECONDS: Final = 5.0
 """Seconds after which answers that are ready do not wait for claims any more, such as of a locked store."""
 QUIET_TURNS: Final = 5
 """Turns of an event loop without requests after which it counts as quiet, if its queue cannot be read."""
-MOST_TURNS: Final = 2000
+MOST_TURNS: Final = 1000
 """Turns of an event loop after which an answer is handed over although the loop has not been quiet."""
 RESTLESS_TURNS: Final = 30
 """The same from then on, until the loop has been quiet once."""

@@ -319,6 +319,27 @@ async def test_hits_in_a_long_row_delay_a_miss_by_no_more_than_a_bound(store, mo
     assert ("f", 1) in seen
 
 
+async def test_a_loser_is_not_bought_beside_a_task_that_computes_for_long(store, monkeypatch):
+    """The winner's answer has its consequences before the model is asked, also when the time is over."""
+    await filled(store, "w1", "w2", "w3", "fast")
+    monkeypatch.setattr(line_turns, "HOLD_SECONDS", 0.0)
+    model = ScriptedModel()
+    async with OnlineAPI(model, store) as pipeline:
+
+        async def work():
+            for prompt in ("w1", "w2", "w3"):
+                await pipeline.request(Request(prompt))
+
+        async def race():
+            tasks = [asyncio.create_task(pipeline.request(Request(prompt))) for prompt in ("slow", "fast")]
+            _, losers = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in losers:
+                task.cancel()
+
+        await asyncio.gather(work(), race())
+    assert model.calls == []
+
+
 async def test_a_miss_alone_is_sent_at_once(store):
     model = ScriptedModel(hold=True)
     async with OnlineAPI(model, store) as pipeline:
