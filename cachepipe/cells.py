@@ -1,6 +1,6 @@
 """Cells of notebooks: what the requests that are made inside a cell have in common.
 
-The extension (`cachepipe.notebook`) begins and ends cells. Without it, and outside notebooks, there is none.
+The extension (`cachepipe.notebook`) begins and ends cells. Without the extension, and outside notebooks, no cell exists.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def end() -> None:
 
 
 def request_id_of(own_id: str | None) -> str | None:
-    """Return a request's own id; if it has none, the cell's."""
+    """Return a request's own id, or the cell's id for a request without one."""
     cell = None if own_id or not loaded else current()
     return own_id if cell is None or cell.request_id is None else cell.request_id
 

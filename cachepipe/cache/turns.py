@@ -90,7 +90,7 @@ class Turn:
 
 
 def latest(answered: Iterable[Placed]) -> Placed | None:
-    """Return the samples with the latest place; None if there are none."""
+    """Return the samples with the latest place; None for an empty sequence."""
     return max(answered, key=lambda one: one.place, default=None)
 
 
