@@ -77,7 +77,7 @@ _WORTH = {"sure": 20, "likely": 2, "impossible": 0}
 
 
 async def _value(ask: Ask, state: str, memo: dict[str, int]) -> int:
-    """Return the value of a state; whoever needs it first asks for it."""
+    """Return the value of a state; the first task that needs it asks the model."""
     if state not in memo:
         memo[state] = sum(_WORTH[word] for word in await ask(f"value: {state}", 3))
     return memo[state]

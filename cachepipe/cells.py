@@ -1,6 +1,7 @@
 """Cells of notebooks: what the requests that are made inside a cell have in common.
 
-The extension (`cachepipe.notebook`) begins and ends cells. Without the extension, and outside notebooks, no cell exists.
+The extension (`cachepipe.notebook`) begins and ends cells. Without the extension, and outside notebooks, no
+cell exists.
 """
 
 from __future__ import annotations
