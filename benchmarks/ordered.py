@@ -106,7 +106,7 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
 
 
 class _Hits:
-    """Questions whose answers are stored."""
+    """Stored questions and their answers."""
 
     def __init__(self, store: DiskStore, count: int) -> None:
         self.questions = [data.question(str(number)) for number in range(count)]

@@ -36,7 +36,7 @@ _ids = itertools.count()
 
 
 class _Questions:
-    """Questions whose samples are stored, in a cache on a server."""
+    """Stored questions and their samples, in a cache on a server."""
 
     def __init__(self, url: str, count: int) -> None:
         self.store = open_url(url)

@@ -116,7 +116,7 @@ class Line:
         self._delayed_since = 0.0
         self._before: set[int] | None = None  # the answers that go before the delayed demands
         self._claims = 0  # claims under way: the store may have what they ask for
-        self._patience: asyncio.TimerHandle | None = None  # ends the wait for these claims
+        self._patience: asyncio.TimerHandle | None = None  # ends the wait for claims and notes
         self._noting = False  # whether the place of an answer is being recorded
         self._impatient = False  # whether claims or a note have taken too long
         self._restless = False  # whether the loop has not been quiet for too long

@@ -14,9 +14,9 @@ from bisect import bisect_left
 from typing import Final, NamedTuple
 
 HOLD_SECONDS: Final = 0.05
-"""Seconds after which missing samples are asked for, although other answers are being handed over."""
+"""Seconds that missing samples wait at most for answers that became ready after them."""
 CLAIM_SECONDS: Final = 5.0
-"""Seconds after which answers that are ready do not wait for claims any more, such as of a locked store."""
+"""Seconds that answers wait at most for claims and notes under way; a locked store may hold these up."""
 QUIET_TURNS: Final = 5
 """Turns of an event loop without requests after which it counts as quiet, if its queue cannot be read."""
 MOST_TURNS: Final = 1000

@@ -64,7 +64,7 @@ class Destination(NamedTuple):
 
     @property
     def bare(self) -> bool:
-        """Whether the path has none of the proxy's own parts."""
+        """Whether the path names nothing but the path of the upstream."""
         return self == Destination(self.rest)
 
 

@@ -242,7 +242,7 @@ class AsyncCacher(Stage):
 
 
 def _in_cell(request: Request) -> Request:
-    """Return the request; in a cell of a notebook, with the cell's id if it has none of its own."""
+    """Return the request; inside a notebook's cell, a request without an id gets the cell's id."""
     request_id = cells.request_id_of(request.request_id)
     if request_id is request.request_id:
         return request

@@ -667,7 +667,7 @@ def test_the_clients_say_what_they_need(monkeypatch):
     import builtins  # noqa: PLC0415 - only here
     import sys  # noqa: PLC0415
 
-    from cachepipe import clients  # noqa: PLC0415
+    from cachepipe import clients  # noqa: PLC0415 - the test is about its names
 
     original = builtins.__import__
 
