@@ -50,6 +50,7 @@ class Kernel:
         environment = {**os.environ, **own, **self._variables}
         self._client.start_new_kernel(env=environment, cwd=self._folder)
         self._client.start_new_kernel_client()
+        self._client.kc.hb_channel.stop()  # it waits on a loop in a thread, which other tests forbid
         session = self._client.kc.session
         msg = session.msg
 
