@@ -19,10 +19,12 @@ from typing import Any, Final, Protocol, TypeVar
 
 from cachepipe.contract.allotment import choose
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import NOBODY
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
+    Adopt,
     Claim,
     Commit,
     Discard,
@@ -141,7 +143,7 @@ class Session:
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
-        self._dead: set[int] = set()
+        self._dead: set[int] = {NOBODY}
         self._greatest = 0
         self._ended = threading.Event()
 
@@ -507,9 +509,7 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
     for operation in asked:
         match operation:
             case Claim(draw=draw, user=user):
-                names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
-                if not draw.shared:
-                    names.append(rows.first_field(draw))
+                names = _fields_of(draw)
                 if user is not None:
                     names.append(rows.USE + rows.encoded(user))
                 fields.update(dict.fromkeys(names))
@@ -521,6 +521,10 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 fields[rows.draw_field(draw)] = None
             case Discard(index=index):
                 fields[rows.numbered(SAMPLE, index)] = None
+            case Adopt(entry=entry):
+                # The indices that its samples get if the question is new.
+                fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
+                fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
             case Note(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
@@ -532,6 +536,12 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
     guesses = _likely(key, known, asked)
     fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
     return Read(key, [rows.KNOWN, rows.LISTED, *fields], [*follow], pending=True)
+
+
+def _fields_of(draw: Draw) -> list[bytes]:
+    """Return the fields that change when a draw is added."""
+    names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+    return names if draw.shared else [*names, rows.first_field(draw)]
 
 
 def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
