@@ -163,7 +163,7 @@ def limit_option(default: int, what: str) -> Callable[[Command], Command]:
 
 def cache_in_use(cache: str | None) -> tuple[Path | str, str]:
     """Return the folder or the URL of the cache that a command uses, and how it was found."""
-    from cachepipe.stores import check_folder, default_folder  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores import default_folder  # noqa: PLC0415 - help needs no store
     from cachepipe.stores.folders import expanded  # noqa: PLC0415 - likewise
     from cachepipe.stores.remote import is_url  # noqa: PLC0415 - likewise
 
@@ -174,7 +174,6 @@ def cache_in_use(cache: str | None) -> tuple[Path | str, str]:
         how = "CACHEPIPE_DIR"
     else:
         how = "user" if Path(found).is_absolute() else "project"
-    check_folder(found)
     return found if is_url(found) else expanded(found), how
 
 
