@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 from collections import Counter
@@ -131,11 +132,16 @@ def serve(
     chosen = replace(chosen, replay=replay or chosen.replay, hosts=(*chosen.hosts, *hosts), **given)
     if chosen.replay and not chosen.upstreams:
         chosen = settings.with_upstreams(chosen, _remembered(chosen))
-    try:
-        server.serve(chosen, lambda url: _say(url, chosen, url_file, as_json=as_json))
-    finally:
-        if url_file is not None:
-            Path(url_file).unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+
+        def listening(url: str) -> None:
+            base = f"{url}{chosen.upstreams[0].mount}"
+            _say(url, base, chosen, as_json=as_json)
+            if url_file is not None:
+                write_url(url_file, base)
+                stack.callback(Path(url_file).unlink, missing_ok=True)
+
+        server.serve(chosen, listening)
 
 
 def _with_upstreams(chosen: ProxySettings, texts: tuple[str, ...], key_env: str | None) -> ProxySettings:
@@ -184,11 +190,8 @@ def _remembered(chosen: ProxySettings) -> list[Any]:
     return [Upstream.of(_name(number), base, kind=kind) for number, ((base, kind), _) in places]
 
 
-def _say(url: str, chosen: ProxySettings, url_file: str | None, *, as_json: bool) -> None:
+def _say(url: str, base: str, chosen: ProxySettings, *, as_json: bool) -> None:
     first = chosen.upstreams[0]
-    base = f"{url}{first.mount}"
-    if url_file is not None:
-        write_url(url_file, base)
     if as_json:
         click.echo(json_text({"url": url, "base_url": base}))
         return
