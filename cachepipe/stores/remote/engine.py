@@ -30,7 +30,16 @@ RECEIPT: Final = 120.0
 
 
 class Unreachable(Exception):  # noqa: N818 - says what the engine is
-    """The engine cannot answer now: it may answer later, and what was asked may have been done."""
+    """The engine cannot answer now: it may answer later, and what was asked may have been done.
+
+    Args:
+        told: the reason.
+        there: whether a server has said so itself, such as one that starts.
+    """
+
+    def __init__(self, told: str, *, there: bool = False) -> None:
+        super().__init__(told)
+        self.there = there
 
 
 def no_cache(where: str) -> StoreError:

@@ -214,7 +214,10 @@ class PostgresEngine:
                 "user in the URL, and give the password there, in PGPASSWORD or in a .pgpass file"
             )
         if state.startswith(_LATER) or (not state and isinstance(error, _BROKEN)):
-            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+            there = bool(state) or "FATAL:" in told
+            return Unreachable(
+                f"{type(error).__name__}: {told}" if told else type(error).__name__, there=there
+            )
         return StoreError(f"the server at {self.where} refuses: {told}")
 
     # Rows.

@@ -6,6 +6,7 @@ are not, it decides again. The swap of one key does not wait for that of another
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -70,6 +71,7 @@ def patiently(
     patience: float,
     sleep: Callable[[float], None] = time.sleep,
     ended: threading.Event | None = None,
+    for_nobody: float = math.inf,
 ) -> _T:
     """Return what an engine answers; ask again while it does not answer.
 
@@ -79,19 +81,21 @@ def patiently(
         patience: seconds to wait.
         sleep: waits for some seconds.
         ended: is set when it is not worth waiting any more.
+        for_nobody: seconds to wait if there is no sign of a server.
 
     Raises:
         StoreUnreachable: when it has not answered for too long.
     """
-    until = time.monotonic() + patience
+    began = time.monotonic()
     pause, last = _PAUSES
     while True:
         try:
             return ask()
         except Unreachable as error:
-            if time.monotonic() + pause > until or (ended is not None and ended.is_set()):
+            most = patience if error.there else min(patience, for_nobody)
+            if time.monotonic() + pause > began + most or (ended is not None and ended.is_set()):
                 raise StoreUnreachable(
-                    f"the store at {where} has not answered for {patience:g} s: {error}"
+                    f"the store at {where} has not answered for {most:g} s: {error}"
                 ) from error
             sleep(pause)
             pause = min(2 * pause, last)

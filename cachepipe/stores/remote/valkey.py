@@ -185,7 +185,10 @@ class ValkeyEngine:
                 "CACHEPIPE_VALKEY_USERNAME and CACHEPIPE_VALKEY_PASSWORD, or with ?password_file=PATH"
             )
         if isinstance(error, _LATER) or told.startswith(_LATER_CODES):
-            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+            there = isinstance(error, exceptions.ResponseError | exceptions.BusyLoadingError)
+            return Unreachable(
+                f"{type(error).__name__}: {told}" if told else type(error).__name__, there=there
+            )
         return _Refused(self.where, told)
 
     def _told(self, commands: Sequence[Command]) -> list[Any]:
@@ -213,7 +216,7 @@ class ValkeyEngine:
         if not refused.code.endswith("Function not found"):
             return refused
         self._load()  # a server that was emptied, or took over, does not have them
-        return Unreachable("the server had lost the functions")
+        return Unreachable("the server had lost the functions", there=True)
 
     # Names.
 
