@@ -350,6 +350,10 @@ class Session:
                 if adopted:
                     self._before.discard(lease)
 
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        return self.asked(lambda: self.engine.announce(keys))
+
     def remembered(self, key: str) -> Known:
         """Return the rows of a key that are remembered."""
         return self._remembered.get(key, {})
@@ -461,6 +465,7 @@ class _Transaction:
         session = self._session
         who = session.lease()
         wanted = [swap for _, swap in swaps.values()]
+        self._announce([book for book, swap in swaps.values() if swap.changes])
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
         waits = False
@@ -475,6 +480,13 @@ class _Transaction:
         if waits:
             session.pause()
         return again
+
+    def _announce(self, books: Sequence[Book]) -> None:
+        """Announce what is about to change, so that copies of it are not used any more."""
+        if books:
+            numbers = self._session.announce([book.name for book in books])
+            for book, number in zip(books, numbers, strict=True):
+                book.announced(number)
 
     def _again(self, book: Book) -> tuple[Book, Swap] | None:
         """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
@@ -535,7 +547,7 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
         return None
     guesses = _likely(key, known, asked)
     fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
-    return Read(key, [rows.KNOWN, rows.LISTED, *fields], [*follow], pending=True)
+    return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
 
 
 def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
