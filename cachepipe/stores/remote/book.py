@@ -6,16 +6,17 @@ written. Nothing is written here: the session swaps the rows if those that were 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import Interval, IntervalSet, Union
+from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
-from cachepipe.stores.base import Claim, Sample, new_id
-from cachepipe.stores.ledger import DrawRows, Ledger
+from cachepipe.stores.base import Claim, Sample, new_id, place_of
+from cachepipe.stores.ledger import DrawRows, DrawView, Ledger
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Read, Rows, Swap
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
@@ -138,9 +139,7 @@ class Book:
         found = self._draws.get(name)
         if found is None:
             content = self.content(name)
-            found = DrawRow() if content is None else DrawRow.loads(self.name, name, content)
-            for segment in found.segments.values():
-                self.process.see(segment.stamp)
+            found = DrawRow() if content is None else _load_draw(self.process, self.name, name, content)
             self._draws[name] = found
         return found
 
@@ -151,9 +150,7 @@ class Book:
             row = self.row(rows.numbered(SAMPLE, index))
             if row is None:
                 return None
-            found = self._samples[index] = rows.load_sample(self.name, index, row)
-            if isinstance(found, Sample):
-                self.process.see(found.meta["stamp"])
+            found = self._samples[index] = _load_sample(self.process, self.name, index, row)
         return found
 
     def author(self, index: int) -> int | None:
@@ -208,10 +205,11 @@ class Book:
 
     def put_first(self, draw: Draw, row: FirstRow) -> None:
         """Write the earliest namespaces of a draw."""
+        name = rows.first_field(draw)
         if row.namespaces or row.more:
-            self.put(rows.first_field(draw), row.dumps())
+            self.put(name, row.dumps(name))
         else:
-            self.delete(rows.first_field(draw))
+            self.delete(name)
 
     def swap(self, *, fair: bool) -> Swap | None:
         """Return what is to be written; None if nothing is, and what was shown was read at one moment."""
@@ -528,6 +526,54 @@ class _Ledger(Ledger):
     def add_unreported(self, run: str, namespace: str, account: Account) -> None:  # noqa: ARG002 - likewise
         name = rows.UNREPORTED + new_id().encode()
         self._book.put(name, rows.dumps([namespace, account.dumps().decode()]))
+
+
+class StoredDraw(DrawView):
+    """A draw, as its row and those of its samples show it; all else is missing.
+
+    Args:
+        draw: the draw.
+        known: these rows.
+        process: this process.
+    """
+
+    __slots__ = ("_known", "_process", "name", "segments")
+
+    def __init__(self, draw: Draw, known: Mapping[bytes, bytes | None], process: Process) -> None:
+        self.name = draw.key
+        self._known = known
+        self._process = process
+        name = rows.draw_field(draw)
+        row = known.get(name)
+        self.segments = []
+        if row is not None:
+            content = rows.unpack(draw.key, name, row)
+            self.segments += _load_draw(process, draw.key, name, content).segments.values()
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        """Return the sample at an index, `DISCARDED`, or None."""
+        row = self._known.get(rows.numbered(SAMPLE, index))
+        return None if row is None else _load_sample(self._process, self.name, index, row)
+
+    def others(self) -> Sequence[Segment]:
+        """Return no segments."""
+        return ()
+
+
+def _load_draw(process: Process, key: str, name: bytes, content: bytes) -> DrawRow:
+    """Return the row of a draw, whose stamps the process has then seen."""
+    found = DrawRow.loads(key, name, content)
+    for segment in found.segments.values():
+        process.see(segment.stamp)
+    return found
+
+
+def _load_sample(process: Process, key: str, index: int, row: bytes) -> Sample | Discarded:
+    """Return the sample in a row, whose stamp the process has then seen, or `DISCARDED`."""
+    found = rows.load_sample(key, index, row)
+    if isinstance(found, Sample) and (place := place_of(found.header)) is not LAST:
+        process.see(place.stamp)
+    return found
 
 
 def view(book: Book, draw: Draw) -> DrawRows:

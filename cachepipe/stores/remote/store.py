@@ -145,16 +145,15 @@ class RemoteStore(Queued, Listing):
         self._check()
         if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
             return None
-        name = rows.draw_field(draw)
-        [book] = self.session.books([Read(draw.key, [name], [name], pending=True)])
-        return self.session.recalled(book, draw, n)
+        return self.session.recall([(draw, n)])[0]
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None."""
         self._check()
         name = rows.draw_field(draw)
-        fields = [rows.LISTED, rows.taken_field(draw.namespace), rows.first_field(draw), name]
-        [book] = self.session.books([Read(draw.key, fields, [name], pending=True)])
+        first = rows.first_field(draw)
+        fields = [rows.LISTED, rows.taken_field(draw.namespace), first, name]
+        [book] = self.session.books([Read(draw.key, fields, [name, first], pending=True)])
         return operations.replay(view(book, draw), draw, n, taken)
 
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
