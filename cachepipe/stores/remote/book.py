@@ -98,6 +98,7 @@ class Book:
         self._deletes: dict[bytes, None] = {}
         self._sets: dict[bytes, StoredSet] = {}
         self._draws: dict[bytes, DrawRow] = {}
+        self._firsts: dict[bytes, FirstRow] = {}
         self._changed: dict[bytes, Draw] = {}
         self._samples: dict[int, Sample | Discarded] = {}
 
@@ -200,8 +201,12 @@ class Book:
     def first(self, draw: Draw) -> FirstRow:
         """Return the earliest namespaces of a draw."""
         name = rows.first_field(draw)
-        content = self.content(name)
-        return FirstRow() if content is None else FirstRow.loads(self.name, name, content)
+        found = self._firsts.get(name)
+        if found is None:
+            content = self.content(name)
+            found = FirstRow() if content is None else FirstRow.loads(self.name, name, content)
+            self._firsts[name] = found
+        return found
 
     def put_first(self, draw: Draw, row: FirstRow) -> None:
         """Write the earliest namespaces of a draw."""
@@ -248,14 +253,14 @@ class Book:
 
     # Looking ahead: what is looked at is not thereby shown.
 
-    def earliest(self, draw: Draw) -> list[str]:
-        """Return the label of the earliest other namespace of a draw, if it is known."""
+    def followed(self, draw: Draw) -> bytes | None:
+        """Return the field of the draw that another one follows, if it is named and its row is not known."""
         name = rows.first_field(draw)
         row = self.known.get(name)
-        first = (
-            FirstRow() if row is None else FirstRow.loads(self.name, name, rows.unpack(self.name, name, row))
-        )
-        return [label for _, label in first.namespaces if label != draw.namespace][:1]
+        if row is None:
+            return None
+        named = rows.named_field(row)
+        return None if named is None or named in self.known else named
 
     def lists(self, index: int) -> bool:
         """Return True if an index is listed."""

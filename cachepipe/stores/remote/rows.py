@@ -108,6 +108,12 @@ def _draw_beside(name: bytes, namespace: str) -> bytes:
     return b"%b%b\0%b" % (DRAW, name[len(FIRST) :], encoded(namespace))
 
 
+def named_field(row: bytes) -> bytes | None:
+    """Return the field of the draw to follow, which the row of the earliest namespaces names, or None."""
+    named = row[DIGEST : row.find(b"\n", DIGEST)]
+    return bytes.fromhex(named[1:].decode()) if named.startswith(FIELD) else None
+
+
 def numbered(prefix: bytes, index: int) -> bytes:
     """Return the field with a prefix and a number."""
     return b"%b%d" % (prefix, index)
@@ -118,7 +124,7 @@ def numbered(prefix: bytes, index: int) -> bytes:
 
 def pack(key: str, name: bytes, content: bytes) -> bytes:
     """Return the row of a field."""
-    return xxh3_64_digest(b"%b\0%b\0%b" % (encoded(key), name, content)) + content
+    return _digest(key, name, content) + content
 
 
 def unpack(key: str, name: bytes, row: bytes) -> bytes:
@@ -128,9 +134,13 @@ def unpack(key: str, name: bytes, row: bytes) -> bytes:
         DamagedCache: when the row is not what was written there.
     """
     content = row[DIGEST:]
-    if xxh3_64_digest(b"%b\0%b\0%b" % (encoded(key), name, content)) != row[:DIGEST]:
+    if _digest(key, name, content) != row[:DIGEST]:
         raise _damaged(key, name)
     return content
+
+
+def _digest(key: str, name: bytes, content: bytes) -> bytes:
+    return xxh3_64_digest(b"%b\0%b\0%b" % (key.encode("utf-8", "surrogatepass"), name, content))
 
 
 def _damaged(key: str, name: bytes) -> DamagedCache:

@@ -460,19 +460,24 @@ class _Transaction:
             else:
                 reads.append(read)
         if reads:
+            guessed = session.expects_new
             read_now = {
                 read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads)
             }
-            self._read_more(read_now)
+            self._read_more(read_now, guessed=guessed)
             books |= read_now
         return list(books.values())
 
-    def _read_more(self, books: dict[str, Book]) -> None:
+    def _read_more(self, books: dict[str, Book], *, guessed: bool) -> None:
         """Read the samples that claims will probably be granted, and the draws that they follow (C3)."""
-        reads = [read for book in books.values() if (read := _more(book, self._of(book.name)))]
+        session = self._session
+        reads: list[Read] = []
+        for key, book in books.items():
+            read = _more(book, self._of(key), session.remembered(key) if guessed else None)
+            if read is not None:
+                reads.append(read)
         if not reads:
             return
-        session = self._session
         for read, page in zip(reads, session.asked(lambda: session.engine.read(reads)), strict=True):
             books[read.key].learn(dict.fromkeys(read.fields) | page)
 
@@ -559,14 +564,14 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
     for operation in asked:
         match operation:
             case Claim(draw=draw, user=user):
-                names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+                fields[rows.taken_field(draw.namespace)] = None
+                name = rows.draw_field(draw)
+                fields[name] = follow[name] = None
                 if not draw.shared:
-                    names.append(rows.first_field(draw))
-                    follow[rows.first_field(draw)] = None
+                    name = rows.first_field(draw)
+                    fields[name] = follow[name] = None
                 if user is not None:
-                    names.append(rows.USE + rows.encoded(user))
-                fields.update(dict.fromkeys(names))
-                follow[rows.draw_field(draw)] = None
+                    fields[rows.USE + rows.encoded(user)] = None
             case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
@@ -597,7 +602,7 @@ def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
 
     wanted: dict[str, int] = {}
     for operation in asked:
-        if isinstance(operation, Claim) and known.get(rows.draw_field(operation.draw)) is None:
+        if type(operation) is Claim and known.get(rows.draw_field(operation.draw)) is None:
             namespace = operation.draw.namespace
             wanted[namespace] = wanted.get(namespace, 0) + operation.n
     if not wanted:
@@ -615,27 +620,29 @@ def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
     return list(found)
 
 
-def _more(book: Book, asked: Sequence[Operation]) -> Read | None:
-    """Return what claims need beyond what was read first; None if that is nothing."""
-    fields: dict[bytes, None] = {}
-    follow: dict[bytes, None] = {}
-    for operation in asked:
-        if not isinstance(operation, Claim) or operation.draw.shared or operation.refresh:
-            continue
-        draw = operation.draw
-        if (
-            book.known.get(rows.draw_field(draw)) is None
-            and book.known.get(rows.first_field(draw)) is not None
-        ):
-            for label in book.earliest(draw):
-                name = rows.draw_field(draw._replace(namespace=label))
-                if name not in book.known:
-                    fields[name] = follow[name] = None
-    for index in _likely(book.name, book.known, asked):
-        name, pending = rows.numbered(SAMPLE, index), rows.numbered(PENDING, index)
-        if name not in book.known and pending not in book.known and book.lists(index):
-            fields[name] = None
-    return Read(book.name, [*fields], [*follow]) if fields else None
+def _more(book: Book, asked: Sequence[Operation], guessed: Known | None) -> Read | None:
+    """Return what claims need beyond what was read first; None if that is nothing.
+
+    Args:
+        book: the rows that were read.
+        asked: the operations.
+        guessed: the rows by which samples were read with them, or None.
+    """
+    known = book.known
+    new = [
+        operation.draw
+        for operation in asked
+        if type(operation) is Claim and known.get(rows.draw_field(operation.draw)) is None
+    ]
+    followed = [name for draw in new if not draw.shared and (name := book.followed(draw)) is not None]
+    fields = dict.fromkeys(followed)
+    sets = {rows.LISTED, *[rows.taken_field(draw.namespace) for draw in new]}
+    if guessed is None or any(known.get(name) != guessed.get(name) for name in sets):
+        for index in _likely(book.name, known, asked):
+            name, pending = rows.numbered(SAMPLE, index), rows.numbered(PENDING, index)
+            if name not in known and pending not in known and book.lists(index):
+                fields[name] = None
+    return Read(book.name, [*fields], followed) if fields else None
 
 
 class _Renewal:
