@@ -117,10 +117,16 @@ class Book:
         return row
 
     def _stored(self, name: bytes) -> bytes | None:
-        if name not in self.known and not (self.whole and name.startswith(PENDING)):
+        if name not in self.known and not self._is_missing(name):
             self.lately = False
             self.known[name] = self._read([name]).get(name)
         return self.known.get(name)
+
+    def _is_missing(self, name: bytes) -> bool:
+        """Return True if the known rows show that there is no such row: a pending index has no sample yet."""
+        if name.startswith(SAMPLE):
+            return self.known.get(PENDING + name[len(SAMPLE) :]) is not None
+        return self.whole and name.startswith(PENDING)
 
     def content(self, name: bytes) -> bytes | None:
         """Return the content of a row."""
@@ -282,6 +288,16 @@ class Book:
             return None
         named = rows.named_field(row)
         return None if named is None or named in self.known else named
+
+    def authors(self) -> set[int]:
+        """Return the leases of the processes that generate pending indices, as far as they are known."""
+        pending = [
+            (name, row) for name, row in self.known.items() if row is not None and name.startswith(PENDING)
+        ]
+        leases = [
+            rows.load_lease(self.name, name, rows.unpack(self.name, name, row)) for name, row in pending
+        ]
+        return {*map(self.process.current, leases)}
 
     def lists(self, index: int) -> bool:
         """Return True if an index is listed."""
@@ -498,7 +514,7 @@ class _Ledger(Ledger):
         return self._process.lease(), self._process.stamp()
 
     def prepare(self, claims: Sequence[Claim]) -> Iterable[int]:  # noqa: ARG002 - the session has read it
-        leases = {*self._book.generating().values()}
+        leases = self._book.authors()
         self._process.ask_about(leases)
         return sorted(lease for lease in leases if not self._process.alive(lease))
 
