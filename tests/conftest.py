@@ -38,7 +38,8 @@ settings.register_profile(  # `python -m benchmarks.mutations` wants to know tha
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+settings.load_profile(PROFILE)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,6 +60,12 @@ def pytest_collection_finish():
     """Collect garbage only among what tests make: they do so often, and the SDKs are large."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def full():
+    """Whether tests run in full: as CI runs them, with more trials and larger crowds."""
+    return PROFILE in ("ci", "deep")
 
 
 @pytest.fixture(autouse=True)

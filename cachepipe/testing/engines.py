@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from cachepipe.stores.remote.engine import (
+    CHANGES,
     DIGEST,
     PENDING,
     RECEIPT,
+    RECENT,
     SAMPLE,
     TURN,
+    Changes,
     Conflict,
     Read,
     Rows,
@@ -34,6 +37,7 @@ class MemoryEngine:
             `Unreachable`.
         after_swap: called with the swaps after they were performed, before anyone hears of it.
         trips: the number of calls.
+        epoch: what `changes` returns; a test that takes writes back sets another one.
     """
 
     where = "memory"
@@ -44,6 +48,7 @@ class MemoryEngine:
         self.before_swap: Callable[[Sequence[Swap]], None] | None = None
         self.after_swap: Callable[[Sequence[Swap]], None] | None = None
         self.trips = 0
+        self.epoch = ""
         self.down = False
         self._clock = clock
         self._lock = threading.RLock()
@@ -52,6 +57,7 @@ class MemoryEngine:
         self._turns: dict[str, tuple[int, float]] = {}
         self._receipts: dict[tuple[str, int], tuple[bytes, float]] = {}
         self._listeners: list[Callable[[str], None]] = []
+        self._changes: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
         return f"<MemoryEngine {len(self.rows)} keys, {self.trips} trips>"
@@ -112,6 +118,23 @@ class MemoryEngine:
         for listener in list(self._listeners) if swap.wakes else ():
             listener(swap.key)
         return None
+
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        self._called()
+        with self._lock:
+            last = self._changes[-1][0] if self._changes else 0
+            numbers = [*range(last + 1, last + 1 + len(keys))]
+            self._changes = [*self._changes, *zip(numbers, keys, strict=True)][-CHANGES:]
+            return numbers
+
+    def changes(self, since: int | None) -> Changes:
+        """Return the changes from a number on; without a number the recent ones."""
+        self._called()
+        with self._lock:
+            if since is None:
+                return Changes(self.epoch, self._changes[-RECENT:])
+            return Changes(self.epoch, [change for change in self._changes if change[0] >= since])
 
     def open_lease(self, name: str, seconds: float) -> int:
         """Return the number of a new lease."""

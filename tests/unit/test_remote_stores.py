@@ -23,7 +23,7 @@ from cachepipe.stores.base import (
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.engine import TURN, Read, Swap, Unreachable
-from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.session import Session, patiently
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.testing import MemoryEngine
@@ -195,6 +195,20 @@ def test_the_loser_of_a_race_has_its_turn_before_others(engine, clock, store):
     assert engine.swap([commit], who=2) == [None], "commits do not wait"
     clock.now += TURN
     assert engine.swap([later], who=2) == [None], "a turn ends by itself"
+
+
+def test_a_server_that_starts_is_waited_for_longer_than_one_of_which_there_is_no_sign():
+    answers = [Unreachable("it starts", there=True), Unreachable("it starts", there=True)]
+
+    def ask():
+        if answers:
+            raise answers.pop()
+        return "here"
+
+    assert patiently(ask, "db", 30.0, sleep=lambda _: None, for_nobody=0) == "here"
+    answers.append(Unreachable("nobody listens"))
+    with pytest.raises(StoreUnreachable, match="db has not answered for 0 s: nobody listens"):
+        patiently(ask, "db", 30.0, sleep=lambda _: None, for_nobody=0)
 
 
 def test_a_swap_that_is_sent_twice_is_performed_once(engine, store):

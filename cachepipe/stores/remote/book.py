@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from cachepipe.accounting import Account, Delivered
-from cachepipe.contract.allotment import Discarded, Segment
+from cachepipe.contract.allotment import Discarded, Segment, answers_alike
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import Interval, IntervalSet, Union
 from cachepipe.errors import StoreError
@@ -226,7 +226,28 @@ class Book:
         if not self._puts and not self._deletes and self.lately:
             return None
         wakes = any(name.startswith(PENDING) for name in self._deletes)
-        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, [*self._deletes], wakes)
+        changes = self._changes()
+        if changes:
+            self.row(rows.CHANGED)  # nobody else must change the key meanwhile
+        deletes = [*self._deletes]
+        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, deletes, wakes, changes)
+
+    def _changes(self) -> bool:
+        """Return True if a draw that may have been answered before is answered otherwise afterwards."""
+        if any(self.known.get(name) is not None for name in self._puts if name.startswith(SAMPLE)):
+            return True  # it is discarded
+        return any(self._answers_otherwise(name, draw) for name, draw in self._changed.items())
+
+    def _answers_otherwise(self, name: bytes, draw: Draw) -> bool:
+        row = self.known.get(name)
+        if row is None:
+            return False
+        before = DrawRow.loads(self.name, name, rows.unpack(self.name, name, row))
+        return not answers_alike([*before.segments.values()], [*self.draw(draw).segments.values()])
+
+    def announced(self, number: int) -> None:
+        """Note the number of the change that the swap makes."""
+        self.put(rows.CHANGED, rows.dump_change(number))
 
     def written(self) -> Known:
         """Return the known rows after the swap that are worth remembering."""

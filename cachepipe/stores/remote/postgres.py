@@ -18,9 +18,12 @@ from typing import Any, Final, TypeVar
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
 from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults
 from cachepipe.stores.remote.engine import (
+    CHANGES,
     RECEIPT,
+    RECENT,
     SAMPLE,
     TURN,
+    Changes,
     Conflict,
     Read,
     Rows,
@@ -214,7 +217,10 @@ class PostgresEngine:
                 "user in the URL, and give the password there, in PGPASSWORD or in a .pgpass file"
             )
         if state.startswith(_LATER) or (not state and isinstance(error, _BROKEN)):
-            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+            there = bool(state) or "FATAL:" in told
+            return Unreachable(
+                f"{type(error).__name__}: {told}" if told else type(error).__name__, there=there
+            )
         return StoreError(f"the server at {self.where} refuses: {told}")
 
     # Rows.
@@ -308,6 +314,29 @@ class PostgresEngine:
                 yield decoded(last), there
             if len(page) < _PAGE:
                 return
+
+    # Changes.
+
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        [[last]] = self._ask(
+            "select SCHEMA.announce(%s, %s)", [_Texts(encoded(key) for key in keys), CHANGES]
+        )
+        return [*range(last - len(keys) + 1, last + 1)]
+
+    def changes(self, since: int | None) -> Changes:
+        """Return the changes from a number on; without a number the recent ones.
+
+        The epoch is when the server was started, and which cache is in which tables.
+        """
+        found = self._ask(
+            "select c.number, c.key, extract(epoch from pg_postmaster_start_time())::text, "
+            "m.tableoid::text, m.identity from SCHEMA.meta m left join SCHEMA.changes c "
+            "on c.number >= coalesce(%s::bigint, m.changes - %s + 1) order by c.number",
+            [since, RECENT],
+        )
+        keys = [(number, decoded(key)) for number, key, *_ in found if number is not None]
+        return Changes(" ".join(found[0][2:]), keys)
 
     # Leases.
 

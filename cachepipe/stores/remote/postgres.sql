@@ -2,7 +2,10 @@
 -- The client replaces SCHEMA by the name of the schema.
 -- The settings of the functions keep one plan, which finds each row by its index: planning takes longer.
 
-create table SCHEMA.meta (format int not null, identity text not null);
+create table SCHEMA.meta (format int not null, identity text not null, changes bigint not null default 0);
+
+-- The last changes that were announced; meta has the number of the last one.
+create table SCHEMA.changes (number bigint primary key, key bytea not null);
 
 -- The lock of a key; the process for which it is reserved, until when (seconds since 1970); and the last swap
 -- of each process: {process: [nonce, when]}.
@@ -31,6 +34,24 @@ $$;
 
 create function SCHEMA.short(_field bytea) returns bytea language sql immutable as $$
   select case when length(_field) <= 1000 then _field else substring(_field, 1, 2) || sha256(_field) end
+$$;
+
+-- Announces a change of each key; returns the number of the last one. The lock of the row lasts until all of
+-- them can be seen, so that nobody sees a later one before.
+create function SCHEMA.announce(_keys bytea[], _kept int) returns bigint language plpgsql volatile
+set lock_timeout = '4s' as $$
+declare
+  _last bigint;
+begin
+  if current_setting('synchronous_commit') in ('off', 'local') then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+  update SCHEMA.meta set changes = changes + cardinality(_keys) returning changes into _last;
+  insert into SCHEMA.changes (number, key)
+    select _last - cardinality(_keys) + a.place, a.key from unnest(_keys) with ordinality as a (key, place);
+  delete from SCHEMA.changes where number <= _last - _kept;
+  return _last;
+end
 $$;
 
 -- Returns the rows of fields, of samples, of the samples that followed fields name, and of pending indices.

@@ -8,6 +8,7 @@ or was moved to another place, is refused when it is read. Samples have the form
 | ``k`` | the scope of the question, and when it was first asked |
 | ``q`` | the question |
 | ``L`` | the listed indices |
+| ``c`` | the number of the last change of a stored draw, as it was announced |
 | ``t/NAMESPACE`` | the indices that the namespace has taken |
 | ``d/PLACE/NAMESPACE`` | a draw: its indices, its segments, and the claimants that joined it |
 | ``o/PLACE`` | the earliest namespaces of a draw (C3) |
@@ -43,6 +44,7 @@ _Sums = TypeVar("_Sums")
 KNOWN: Final = b"k"
 QUESTION: Final = b"q"
 LISTED: Final = b"L"
+CHANGED: Final = b"c"
 TAKEN: Final = b"t/"
 DRAW: Final = b"d/"
 FIRST: Final = b"o/"
@@ -223,6 +225,21 @@ class FirstRow:
             return cls([(stamp, label) for stamp, label in namespaces], more)
         except (ValueError, TypeError) as error:
             raise _damaged(key, name) from error
+
+
+def dump_change(number: int) -> bytes:
+    """Return the content of the row with the number of the last change."""
+    return b"%d" % number
+
+
+def load_change(key: str, row: bytes | None) -> int:
+    """Return the number of the last change in a row; 0 if there is no row."""
+    if row is None:
+        return 0
+    try:
+        return int(unpack(key, CHANGED, row))
+    except ValueError as error:
+        raise _damaged(key, CHANGED) from error
 
 
 def dump_sample(key: str, sample: Sample) -> bytes:

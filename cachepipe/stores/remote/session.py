@@ -6,6 +6,7 @@ are not, it decides again. The swap of one key does not wait for that of another
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -70,6 +71,7 @@ def patiently(
     patience: float,
     sleep: Callable[[float], None] = time.sleep,
     ended: threading.Event | None = None,
+    for_nobody: float = math.inf,
 ) -> _T:
     """Return what an engine answers; ask again while it does not answer.
 
@@ -79,19 +81,21 @@ def patiently(
         patience: seconds to wait.
         sleep: waits for some seconds.
         ended: is set when it is not worth waiting any more.
+        for_nobody: seconds to wait if there is no sign of a server.
 
     Raises:
         StoreUnreachable: when it has not answered for too long.
     """
-    until = time.monotonic() + patience
+    began = time.monotonic()
     pause, last = _PAUSES
     while True:
         try:
             return ask()
         except Unreachable as error:
-            if time.monotonic() + pause > until or (ended is not None and ended.is_set()):
+            most = patience if error.there else min(patience, for_nobody)
+            if time.monotonic() + pause > began + most or (ended is not None and ended.is_set()):
                 raise StoreUnreachable(
-                    f"the store at {where} has not answered for {patience:g} s: {error}"
+                    f"the store at {where} has not answered for {most:g} s: {error}"
                 ) from error
             sleep(pause)
             pause = min(2 * pause, last)
@@ -346,6 +350,10 @@ class Session:
                 if adopted:
                     self._before.discard(lease)
 
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        return self.asked(lambda: self.engine.announce(keys))
+
     def remembered(self, key: str) -> Known:
         """Return the rows of a key that are remembered."""
         return self._remembered.get(key, {})
@@ -457,6 +465,7 @@ class _Transaction:
         session = self._session
         who = session.lease()
         wanted = [swap for _, swap in swaps.values()]
+        self._announce([book for book, swap in swaps.values() if swap.changes])
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
         waits = False
@@ -471,6 +480,13 @@ class _Transaction:
         if waits:
             session.pause()
         return again
+
+    def _announce(self, books: Sequence[Book]) -> None:
+        """Announce what is about to change, so that copies of it are not used any more."""
+        if books:
+            numbers = self._session.announce([book.name for book in books])
+            for book, number in zip(books, numbers, strict=True):
+                book.announced(number)
 
     def _again(self, book: Book) -> tuple[Book, Swap] | None:
         """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
@@ -531,7 +547,7 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
         return None
     guesses = _likely(key, known, asked)
     fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
-    return Read(key, [rows.KNOWN, rows.LISTED, *fields], [*follow], pending=True)
+    return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
 
 
 def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:

@@ -44,7 +44,7 @@ _LIBPQ: Final = (
 PREFIX: Final = "cachepipe"
 """The beginning of the keys on a server, unless the URL says otherwise."""
 OPENING: Final = 5.0
-"""The most seconds to wait for a server that does not answer when it is opened: its name may be wrong."""
+"""The most seconds to wait at opening if there is no sign of a server: its name may be wrong."""
 TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the server."""
 _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z0-9_-]{1,63}")
@@ -235,5 +235,5 @@ def _session(url: str, *, create: bool, full: bool) -> Session:
     except ImportError as error:
         raise StoreError(f"the cache {asked.where} cannot be opened: {error}") from error
     patience = asked.number("patience", PATIENCE)
-    engine = patiently(opener, asked.where, min(patience, OPENING))
+    engine = patiently(opener, asked.where, patience, for_nobody=OPENING)
     return Session(engine, patience=patience, lease=asked.number("lease", LEASE))

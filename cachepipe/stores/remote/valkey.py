@@ -19,8 +19,11 @@ from typing import Any, Final
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
 from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults
 from cachepipe.stores.remote.engine import (
+    CHANGES,
     RECEIPT,
+    RECENT,
     TURN,
+    Changes,
     Conflict,
     Read,
     Rows,
@@ -109,6 +112,8 @@ class ValkeyEngine:
         self._prefix = encoded(prefix)
         self._meta = self._prefix + b":meta"
         self._channel = self._prefix + b":changed"
+        self._changes = self._prefix + b":changes"
+        self._run_ids: list[str] = []
         self._check(full=full)
         self._load()
         self.identity = self._signed(create=create)
@@ -123,6 +128,7 @@ class ValkeyEngine:
         try:
             for server in self._ask(_servers):
                 info = self._ask(partial(_info, server))
+                self._run_ids.append(str(info["run_id"]))
                 for told in faults(info, self._settings(server), full=full):
                     warn(f"the server at {self.where} {told}", RiskyServer)
         except Unfit as error:
@@ -185,7 +191,10 @@ class ValkeyEngine:
                 "CACHEPIPE_VALKEY_USERNAME and CACHEPIPE_VALKEY_PASSWORD, or with ?password_file=PATH"
             )
         if isinstance(error, _LATER) or told.startswith(_LATER_CODES):
-            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+            there = isinstance(error, exceptions.ResponseError | exceptions.BusyLoadingError)
+            return Unreachable(
+                f"{type(error).__name__}: {told}" if told else type(error).__name__, there=there
+            )
         return _Refused(self.where, told)
 
     def _told(self, commands: Sequence[Command]) -> list[Any]:
@@ -213,7 +222,7 @@ class ValkeyEngine:
         if not refused.code.endswith("Function not found"):
             return refused
         self._load()  # a server that was emptied, or took over, does not have them
-        return Unreachable("the server had lost the functions")
+        return Unreachable("the server had lost the functions", there=True)
 
     # Names.
 
@@ -287,6 +296,30 @@ class ValkeyEngine:
         hashes = [each for name in names for each in (name, name[:-1] + b"p")]
         found = self._told([("HGETALL", each) for each in hashes])
         return [one | other for one, other in zip(found[::2], found[1::2], strict=True)]
+
+    # Changes.
+
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        add = ("XADD", self._changes, "MAXLEN", CHANGES, "0-*", b"")
+        return [_numbered(name) for name in self._told([(*add, encoded(key)) for key in keys])]
+
+    def changes(self, since: int | None) -> Changes:
+        """Return the changes from a number on; without a number the recent ones.
+
+        On a cluster the epoch is the one at opening: a server that takes over later is not noticed.
+        """
+        if since is None:
+            command: Command = ("XREVRANGE", self._changes, "+", "-", "COUNT", RECENT)
+        else:
+            command = ("XRANGE", self._changes, f"0-{since}", "+")
+        commands: list[Command] = [command, ("HGET", self._meta, "identity")]
+        if not isinstance(self._client, ValkeyCluster):
+            commands.append(("INFO", "server"))
+        found, identity, *info = self._told(commands)
+        run_ids = [str(each["run_id"]) for each in info] or sorted(self._run_ids)
+        keys = [(_numbered(name), decoded(row[b""])) for name, row in found]
+        return Changes(" ".join([str(identity), *run_ids]), sorted(keys))
 
     # Leases.
 
@@ -401,6 +434,11 @@ def _info(server: Client, _client: Client) -> dict[str, Any]:
 
 def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:
     return {name: row for name, row in zip(fields, rows, strict=True) if row is not None}
+
+
+def _numbered(name: bytes) -> int:
+    """Return the number in the name of an entry of a stream."""
+    return int(name.partition(b"-")[2])
 
 
 def _paired(flat: Sequence[bytes]) -> Rows:
