@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-from cachepipe.errors import StoreError
+from cachepipe.errors import NoCache
 
 Rows = dict[bytes, bytes]
 """The rows of one key by field; a field without a row is missing."""
@@ -50,9 +50,9 @@ class Unreachable(Exception):  # noqa: N818 - says what the engine is
         self.there = there
 
 
-def no_cache(where: str) -> StoreError:
+def no_cache(where: str) -> NoCache:
     """Return the error for a cache that is to be read and does not exist."""
-    return StoreError(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
+    return NoCache(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
 
 
 class Read(NamedTuple):
