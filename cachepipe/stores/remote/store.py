@@ -12,7 +12,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
-from cachepipe.stores.base import Commit, Grant, Operation, Process, Result, State
+from cachepipe.stores.base import Ahead, Commit, Foreseen, Grant, Operation, Process, Result, State
 from cachepipe.stores.queued import Queued, error_in
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
@@ -145,17 +145,23 @@ class RemoteStore(Queued, Listing):
         self._check()
         if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
             return None
-        name = rows.draw_field(draw)
-        [book] = self.session.books([Read(draw.key, [name], [name], pending=True)])
-        return self.session.recalled(book, draw, n)
+        return self.session.recall([(draw, n)])[0]
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None."""
         self._check()
-        name = rows.draw_field(draw)
-        fields = [rows.LISTED, rows.taken_field(draw.namespace), rows.first_field(draw), name]
-        [book] = self.session.books([Read(draw.key, fields, [name], pending=True)])
+        [book] = self.session.books([_all_of(draw)])
         return operations.replay(view(book, draw), draw, n, taken)
+
+    def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
+        """Return what successive claims would get; see ``Store.foresee``."""
+        self._check()
+        books = self.session.books([_all_of(draw) for draw, _, _ in wanted])
+        found: list[Foreseen] = []
+        for book, (draw, n, ahead) in zip(books, wanted, strict=True):
+            stored = None if book.row(rows.KNOWN) is None else view(book, draw)
+            found.append(operations.foresee(stored, draw, n, ahead, refresh=refresh))
+        return found
 
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
@@ -184,6 +190,13 @@ class RemoteStore(Queued, Listing):
         self._closed = True
         self._states.close()
         self.session.leave(self)
+
+
+def _all_of(draw: Draw) -> Read:
+    """Return what reads a draw, its samples, and what decides which samples it would get."""
+    follow = [rows.draw_field(draw), rows.first_field(draw)]
+    fields = [rows.KNOWN, rows.LISTED, rows.taken_field(draw.namespace), *follow]
+    return Read(draw.key, fields, follow, pending=True)
 
 
 def _after_fork() -> None:
