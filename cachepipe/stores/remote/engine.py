@@ -19,6 +19,9 @@ Rows = dict[bytes, bytes]
 SAMPLE: Final = b"s/"
 PENDING: Final = b"p/"
 
+FIELD: Final = b"="
+"""Stands before the name of a field, in hexadecimal digits, at the beginning of a row that is followed."""
+
 DIGEST: Final = 8
 """The number of bytes at the beginning of a row that are its digest; rows are compared by them."""
 
@@ -58,7 +61,8 @@ class Read(NamedTuple):
     Attributes:
         key: the key.
         fields: the fields.
-        follow: fields; the samples whose indices are at the beginning of their rows are read too.
+        follow: fields whose rows name what is read too. Behind its digest, such a row begins with a line: the
+            indices of samples, or `FIELD` and the name of another field, whose samples are then read too.
         pending: whether the rows of all pending indices are read too.
     """
 

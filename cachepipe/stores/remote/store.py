@@ -145,9 +145,7 @@ class RemoteStore(Queued, Listing):
         self._check()
         if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
             return None
-        name = rows.draw_field(draw)
-        [book] = self.session.books([Read(draw.key, [name], [name], pending=True)])
-        return self.session.recalled(book, draw, n)
+        return self.session.recall([(draw, n)])[0]
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None."""
@@ -196,9 +194,9 @@ class RemoteStore(Queued, Listing):
 
 def _all_of(draw: Draw) -> Read:
     """Return what reads a draw, its samples, and what decides which samples it would get."""
-    name = rows.draw_field(draw)
-    fields = [rows.KNOWN, rows.LISTED, rows.taken_field(draw.namespace), rows.first_field(draw), name]
-    return Read(draw.key, fields, [name], pending=True)
+    follow = [rows.draw_field(draw), rows.first_field(draw)]
+    fields = [rows.KNOWN, rows.LISTED, rows.taken_field(draw.namespace), *follow]
+    return Read(draw.key, fields, follow, pending=True)
 
 
 def _after_fork() -> None:
