@@ -57,6 +57,9 @@ if TYPE_CHECKING:
         BatchMismatch as BatchMismatch,
     )
     from cachepipe.errors import (
+        BudgetExceeded as BudgetExceeded,
+    )
+    from cachepipe.errors import (
         BundleError as BundleError,
     )
     from cachepipe.errors import (
@@ -126,6 +129,9 @@ if TYPE_CHECKING:
         UnkeyableValue as UnkeyableValue,
     )
     from cachepipe.errors import (
+        UnknownCost as UnknownCost,
+    )
+    from cachepipe.errors import (
         UnsafeRow as UnsafeRow,
     )
     from cachepipe.errors import (
@@ -136,6 +142,9 @@ if TYPE_CHECKING:
     )
     from cachepipe.flow import (
         AsyncRetrier as AsyncRetrier,
+    )
+    from cachepipe.flow import (
+        Budget as Budget,
     )
     from cachepipe.flow import (
         Limits as Limits,
@@ -154,6 +163,7 @@ if TYPE_CHECKING:
     from cachepipe.pipelines import (
         OrderedLocalAPI as OrderedLocalAPI,
     )
+    from cachepipe.prices import Prices as Prices
     from cachepipe.providers.info import info as info
     from cachepipe.runs import run as run
     from cachepipe.sdk.wrapping import wrap as wrap
@@ -201,6 +211,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "cachepipe.parallel": ("alcall", "lcall"),
+    "cachepipe.prices": ("Prices",),
     "cachepipe.providers.info": ("info",),
     "cachepipe.sdk.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
@@ -208,6 +219,7 @@ _HOMES = {
     "cachepipe.errors": (
         "BadAnswer",
         "BatchMismatch",
+        "BudgetExceeded",
         "BundleError",
         "CacheMiss",
         "CachepipeError",
@@ -231,10 +243,11 @@ _HOMES = {
         "StoreLocked",
         "TooManySamples",
         "UnkeyableValue",
+        "UnknownCost",
         "UnsafeRow",
         "WaitingForOthers",
     ),
-    "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Limits", "Retries"),
+    "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),

@@ -221,7 +221,7 @@ def test_c12_a_forged_line_is_refused(tmp_path, lines):
 
 def test_a_forged_bundle_that_is_right_is_read(tmp_path):
     lines = [question(), answer(), drawn()]
-    content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     counts = {"questions": 1, "samples": 1, "discarded": 0, "draws": 1}
     [found] = read(tmp_path, forged(lines, content=hashlib.sha256(content).hexdigest(), **counts))
     assert found.samples[0].payload == b'"x"'
