@@ -35,6 +35,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "serve": Entry("cachepipe.cli.serve:serve", "Serve an API that answers from the cache, for any tool."),
     "new-run": Entry("cachepipe.cli.serve:new_run", "Begin a new run of a proxy, so that a rerun replays."),
     "demo": Entry("cachepipe.cli.demo:demo", "Show what a cache saves; needs no key and no network."),
+    "explain": Entry("cachepipe.cli.explain:explain", "Say why a request is a hit or a miss."),
     "stats": Entry("cachepipe.cli.stats:stats", "Count the samples, and what each namespace reused."),
     "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),
     "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and their draws."),
