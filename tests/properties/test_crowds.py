@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import cachepipe
 from cachepipe import Batch, DiskStore, MemoryStore, OnlineAPI, Request, ShortAnswer, open_store
 from cachepipe.stores.base import Discard
+from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.testing import FaultyStore, MemoryEngine
@@ -27,7 +28,7 @@ from cachepipe.testing.models import ScriptedError, ScriptedModel
 NAMESPACES = [None, "a", "b"]
 
 
-@pytest.fixture(scope="session", params=["memory", "disk", "remote", "valkey", "postgres"])
+@pytest.fixture(scope="session", params=["memory", "disk", "remote", "copied", "valkey", "postgres"])
 def new_store(request, tmp_path_factory):
     """A function that opens a new, empty store of each kind."""
     match request.param:
@@ -37,9 +38,16 @@ def new_store(request, tmp_path_factory):
             return lambda: DiskStore(tmp_path_factory.mktemp("cache"))
         case "remote":
             return lambda: RemoteStore(Session(MemoryEngine()))
+        case "copied":
+            return lambda: copied(tmp_path_factory.mktemp("local"))
         case _:
             new_url = request.getfixturevalue(f"new_{request.param}_url")
             return lambda: open_store(new_url())[0]
+
+
+def copied(folder):
+    engine = MemoryEngine()
+    return RemoteStore(Session(engine, copies=Copies(folder, engine.identity, 10)))
 
 
 def label(namespace):

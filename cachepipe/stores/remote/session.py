@@ -36,7 +36,9 @@ from cachepipe.stores.base import (
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import Book, Known, ledger, view
+from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.local import LocalCopy
 
 LEASE: Final = 3.0
 """Seconds for which a lease lasts unless it is renewed, which happens three times as often."""
@@ -104,10 +106,12 @@ class Session:
         engine: the engine.
         patience: seconds to wait for an engine that does not answer.
         lease: seconds for which a lease lasts unless it is renewed.
-        renews: whether a thread renews the lease; a test renews it itself.
+        copies: the copies on this machine, if there are any.
+        renews: whether threads renew the lease and follow the copies; a test does so itself.
         sleep: waits for some seconds.
 
     Attributes:
+        local: the copies as this process uses them.
         last_lease: the latest lease of this process; 0 if it had none.
         ended: whether the last store that used the session was closed.
     """
@@ -118,6 +122,7 @@ class Session:
         *,
         patience: float = PATIENCE,
         lease: float = LEASE,
+        copies: Copies | None = None,
         renews: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -129,6 +134,7 @@ class Session:
         self.ended = False
         self._users: weakref.WeakSet[User] = weakref.WeakSet()
         self._begin()
+        self.local = None if copies is None else LocalCopy(engine, copies, self, follows=renews)
         self._offset = self.asked(engine.now) - time.time_ns() // 1000
         _sessions.add(self)
 
@@ -149,6 +155,8 @@ class Session:
         """Begin again in a forked child."""
         self._begin()
         self.engine.inherit()
+        if self.local is not None:
+            self.local.inherit()
 
     def join(self, user: User) -> None:
         """Note that a store uses the session."""
@@ -170,6 +178,8 @@ class Session:
 
     def _close(self) -> None:
         """End the lease and close the connections."""
+        if self.local is not None:
+            self.local.close()
         self._ended.set()
         with self._leasing:
             lease, self._lease = self._lease, None
@@ -306,8 +316,31 @@ class Session:
         Raises:
             StoreError: when an operation is refused; then none was performed.
         """
-        with self._lock:
-            return _Transaction(self, asked).run()
+        known = self._copied(asked)
+        left = [operation for place, operation in enumerate(asked) if place not in known]
+        results: list[Result | StoreError] = []
+        if left:
+            with self._lock:
+                results = _Transaction(self, left).run()
+            if self.local is not None:
+                self.local.learn(left, results)
+        rest = iter(results)
+        return [known[place] if place in known else next(rest) for place in range(len(asked))]
+
+    def _copied(self, asked: Sequence[Operation]) -> dict[int, Grant]:
+        """Return the grants of claims, by place, that copies on this machine answer."""
+        local = self.local
+        if local is None or not any(map(_may_be_known, asked)) or any(map(_may_change, asked)):
+            return {}
+        if not local.ready():
+            return {}
+        return {
+            place: grant
+            for place, operation in enumerate(asked)
+            if isinstance(operation, Claim)
+            and operation.user is None
+            and (grant := local.recall(operation.draw, operation.n)) is not None
+        }
 
     def again(self, book: Book, current: Rows) -> Book:
         """Return the rows of a key whose swap has met a conflict.
@@ -330,6 +363,8 @@ class Session:
         grant = operations.recall(found, n) if found.segments else None
         if grant is not None:
             grant.shared = any(map(self.is_other, {segment.lease for segment in found.segments}))
+            if self.local is not None:
+                self.local.keep(draw, book.known)
         return grant
 
     def commit_for(self, commit: Commit, lease: int) -> Result | StoreError:
@@ -348,7 +383,10 @@ class Session:
 
     def announce(self, keys: Sequence[str]) -> list[int]:
         """Announce a change of each key; return their numbers."""
-        return self.asked(lambda: self.engine.announce(keys))
+        numbers = self.asked(lambda: self.engine.announce(keys))
+        if self.local is not None:
+            self.local.forget(zip(numbers, keys, strict=True))
+        return numbers
 
     def remembered(self, key: str) -> Known:
         """Return the rows of a key that are remembered."""
@@ -502,6 +540,15 @@ class _Transaction:
         for place in self._places[key]:
             self._results[place] = error
         self._session.remember(key, None)
+
+
+def _may_be_known(operation: Operation) -> bool:
+    return isinstance(operation, Claim) and operation.user is None
+
+
+def _may_change(operation: Operation) -> bool:
+    """Return True if an operation may change what a claim behind it gets."""
+    return isinstance(operation, Discard | NotePlace) or (isinstance(operation, Claim) and operation.refresh)
 
 
 def key_of(operation: Operation) -> str:
