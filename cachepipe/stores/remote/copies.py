@@ -45,7 +45,10 @@ _CURRENT: Final = "SELECT number FROM changes WHERE key = ?"
 _CHANGE: Final = (
     "INSERT INTO changes VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET number = max(number, excluded.number)"
 )
-_OLDEST: Final = "DELETE FROM draws WHERE place IN (SELECT place FROM draws ORDER BY used LIMIT 1000)"
+_OLDEST: Final = (
+    "DELETE FROM draws WHERE place IN "
+    "(SELECT place FROM draws ORDER BY used LIMIT (SELECT 1 + count(*) / 20 FROM draws))"
+)
 
 _HALF: Final = 1 << 63
 _STATE: Final = b"state"
@@ -108,7 +111,7 @@ class Unusable(Exception):  # noqa: N818 - says what the file is
 def _unusable(error: Exception) -> Unusable:
     """Return our error for one of the file's."""
     damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-    return Unusable(str(error), damaged=damaged or isinstance(error, DamagedCache))
+    return Unusable(str(error), damaged=damaged or isinstance(error, DamagedCache | TypeError | ValueError))
 
 
 class Copies:
@@ -171,6 +174,7 @@ class Copies:
             sqlite3.connect(path, timeout=_LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
             for _ in range(2)
         )
+        reading.text_factory = writing.text_factory = bytes  # a damaged row may have text
         self._connections = reading, writing
         writing.execute("PRAGMA journal_mode = WAL")
         writing.execute("PRAGMA synchronous = NORMAL")
@@ -256,9 +260,14 @@ class Copies:
             found = self._opened()[0].execute(_GET, (place,)).fetchone()
         if found is None or found[0] != xxh3_64_intdigest(key) - _HALF:
             return None
-        if found[1] < time.time() - _USED:
+        if type(found[1]) is int and found[1] < time.time() - _USED:
             self._touched.add(place)
         return _unpacked(found[2])
+
+    @property
+    def touched(self) -> bool:
+        """Whether copies were used whose use `put` has to note."""
+        return bool(self._touched)
 
     def put(self, copies: Iterable[Copy], generation: int) -> None:
         """Add copies, unless their keys were changed after they were read.
@@ -388,7 +397,7 @@ def _ours() -> Iterator[None]:
     """Raise our error for those of a file."""
     try:
         yield
-    except (sqlite3.Error, OSError, DamagedCache, StoreError) as error:
+    except (sqlite3.Error, OSError, StoreError, TypeError, ValueError) as error:
         raise _unusable(error) from error
 
 

@@ -284,7 +284,8 @@ class LocalCopy:
         Args:
             used: whether copies were used since the last time.
         """
-        if (used or self._generation < 0) and time.monotonic() - self._synced >= _PERIOD / 2:
+        due = not self.current or time.monotonic() - self._synced >= _PERIOD / 2
+        if due and (used or self._generation < 0):
             self.sync()
         while self._queue and self._generation >= 0 and not self._left_out:
             with self._condition:
@@ -292,6 +293,8 @@ class LocalCopy:
                 self._bytes -= sum(copy.size for copy in page.values() if copy is not None)
             if not self._add(page):
                 return
+        if self._copies.touched and not self._left_out:
+            self._add({})
 
     def _add(self, page: Mapping[Draw, Copy | None]) -> bool:
         """Copy draws; return False if the store does not answer."""
