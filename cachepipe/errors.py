@@ -85,6 +85,10 @@ class StoreError(CachepipeError):
     """A store could not carry out an operation."""
 
 
+class NoCache(StoreError):  # noqa: N818 - names the state
+    """There is no cache to read at a place."""
+
+
 class StoreUnavailable(StoreError):  # noqa: N818 - names the state
     """A store has not answered for too long: nothing is wrong with the operations."""
 

@@ -24,6 +24,8 @@ from cachepipe import lazy
 
 if TYPE_CHECKING:
     from cachepipe.batch.errors import BatchFileError as BatchFileError
+    from cachepipe.batch.plan import Plan as Plan
+    from cachepipe.batch.planner import plan_file as plan_file
     from cachepipe.batch.report import Report as Report
     from cachepipe.batch.runner import run_file as run_file
     from cachepipe.batch.settings import BatchSettings as BatchSettings
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "BatchFileError": "cachepipe.batch.errors",
     "BatchSettings": "cachepipe.batch.settings",
+    "Plan": "cachepipe.batch.plan",
     "Report": "cachepipe.batch.report",
     "Stop": "cachepipe.batch.settings",
+    "plan_file": "cachepipe.batch.planner",
     "run_file": "cachepipe.batch.runner",
 }
 
-__all__ = ["BatchFileError", "BatchSettings", "Report", "Stop", "run_file"]
+__all__ = ["BatchFileError", "BatchSettings", "Plan", "Report", "Stop", "plan_file", "run_file"]
 
 
 __getattr__, __dir__ = lazy.names(__name__, _HOMES)

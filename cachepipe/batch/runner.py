@@ -66,7 +66,7 @@ async def run_file(
             report.interrupted = True
             return report
         with results:
-            model = _model(settings)
+            model = model_of(settings)
             store, owned = _store(settings.cache, settings.mode, settings.durability)
             draws = FileDraws(model, store, settings, report)
             try:
@@ -79,7 +79,7 @@ async def run_file(
     return report
 
 
-def _model(settings: BatchSettings) -> OpenAIModel:
+def model_of(settings: BatchSettings) -> OpenAIModel:
     """Return the model that makes the calls."""
     connection: dict[str, Any] = {
         name: getattr(settings, name) for name in ConnectionSettings.__annotations__

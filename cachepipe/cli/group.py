@@ -31,6 +31,7 @@ class Entry(NamedTuple):
 
 COMMANDS: Final[dict[str, Entry]] = {
     "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache if possible."),
+    "plan": Entry("cachepipe.cli.plan:plan", "Print what a run would cost, without running anything."),
     "serve": Entry("cachepipe.cli.serve:serve", "Serve an API that answers from the cache, for any tool."),
     "new-run": Entry("cachepipe.cli.serve:new_run", "Begin a new run of a proxy, so that a rerun replays."),
     "demo": Entry("cachepipe.cli.demo:demo", "Show what a cache saves; needs no key and no network."),

@@ -126,6 +126,39 @@ class Grant:
 
 
 @dataclass(slots=True)
+class Ahead:
+    """What earlier draws of a plan would take of a key; nothing of it is in the store.
+
+    Attributes:
+        listed: indices that they would generate.
+        taken: indices that they would take in the namespace.
+        held: the indices of the shared draw.
+    """
+
+    listed: IntervalSet = field(default_factory=IntervalSet)
+    taken: IntervalSet = field(default_factory=IntervalSet)
+    held: list[int] = field(default_factory=list)
+
+
+class Foreseen(NamedTuple):
+    """What a claim would get.
+
+    Attributes:
+        samples: the samples that are stored.
+        generated: how many samples the model would be asked for.
+        awaited: the indices of samples that other processes generate, or were generating when they ended.
+        known: whether the question is stored.
+
+    The other samples are those that earlier draws of the plan would generate.
+    """
+
+    samples: list[Sample]
+    generated: int
+    awaited: list[int]
+    known: bool = True
+
+
+@dataclass(slots=True)
 class Commit:
     """Store one sample.
 
@@ -369,6 +402,16 @@ class Store(Protocol):
             draw: the draw that would claim.
             n: how many samples.
             taken: indices that the namespace has taken in addition to those of the ledger.
+        """
+        ...
+
+    def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
+        """Return what successive claims would get. Only reads.
+
+        Args:
+            wanted: for each claim the draw, the number of samples, and what earlier claims of the plan would
+                take of its key in its namespace; what this claim would take is added.
+            refresh: whether the claims would replace what the ledger holds.
         """
         ...
 

@@ -19,7 +19,15 @@ from typing import Literal
 import diskcache
 
 from cachepipe import forks
-from cachepipe.errors import DamagedCache, EvictionDisabled, LostSamples, ReadOnlyStore, StoreError, warn
+from cachepipe.errors import (
+    DamagedCache,
+    EvictionDisabled,
+    LostSamples,
+    NoCache,
+    ReadOnlyStore,
+    StoreError,
+    warn,
+)
 from cachepipe.stores import folders, identity, leases, recovery
 from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
@@ -231,13 +239,14 @@ class DiskStore(SqlStore):
 
     def _check_readable(self) -> None:
         if not self.folder.exists():
-            raise StoreError(
+            raise NoCache(
                 f"there is no cache to read in {self.folder}: the folder does not exist. Check the path, or "
                 "fill it first with mode='read-write'"
             )
         missing = [name for name in (_LEDGER, _SHELF) if not (self.folder / name).exists()]
         if missing:
-            raise StoreError(
+            kind = NoCache if len(missing) == 2 else StoreError
+            raise kind(
                 f"the folder {self.folder} cannot be read as a cache: it has no {' and no '.join(missing)}. "
                 "Check the path; if it was a cache of cachepipe's, restore the file"
             )

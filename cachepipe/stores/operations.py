@@ -23,15 +23,17 @@ from cachepipe.contract.allotment import (
     noted_place,
 )
 from cachepipe.contract.draws import Draw, is_own
-from cachepipe.contract.intervals import IntervalSet, Union
+from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
+    Ahead,
     Claim,
     Commit,
     Committed,
     Discard,
+    Foreseen,
     Grant,
     Note,
     NotePlace,
@@ -211,6 +213,63 @@ def recall(rows: DrawView, n: int) -> Grant | None:
     if not len(samples) == len(indices) >= n:
         return None
     return Grant(indices[:n], [*samples[:n]], place=noted_place(rows.segments, n))
+
+
+class _AheadView:
+    """A key as it would be after the earlier draws of a plan.
+
+    Args:
+        rows: the draw and its key as they are stored; None if the key is new.
+        ahead: what the earlier draws would take; changes go there.
+    """
+
+    def __init__(self, rows: DrawView | None, ahead: Ahead) -> None:
+        self._rows = rows
+        self._planned = ahead.listed
+        self.listed: MutableIndexSet = ahead.listed if rows is None else Union(ahead.listed, rows.listed)
+        self.taken: MutableIndexSet = ahead.taken if rows is None else Union(ahead.taken, rows.taken)
+
+    def others(self) -> Sequence[Segment]:
+        return () if self._rows is None else self._rows.others()
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        return None if self._rows is None or index in self._planned else self._rows.sample(index)
+
+    def lease(self, index: int) -> bool:
+        if index in self.listed:
+            return False
+        self.listed.add(index)
+        return True
+
+
+def foresee(rows: DrawView | None, draw: Draw, n: int, ahead: Ahead, *, refresh: bool) -> Foreseen:
+    """Return what a claim would get after the earlier draws of a plan; see ``Store.foresee``.
+
+    Args:
+        rows: the draw and its key as they are stored; None if the key is new.
+        draw: the draw.
+        n: how many samples.
+        ahead: what the earlier draws would take; what this one would take is added.
+        refresh: whether the claim would replace what the ledger holds.
+    """
+    held = ahead.held or ([] if rows is None else indices_of(rows.segments))
+    planned = IntervalSet(ahead.listed)
+    allotment = allot(_AheadView(rows, ahead), held, n, refresh=refresh, couple=not draw.shared)
+    assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
+    if draw.shared and len(allotment.indices) >= len(held):
+        ahead.held = allotment.indices
+    new = {*allotment.to_generate}
+    missing = [
+        index
+        for index, sample in zip(allotment.indices, allotment.samples, strict=True)
+        if sample is None and index not in new
+    ]
+    return Foreseen(
+        [sample for sample in allotment.samples if sample is not None],
+        len(new),
+        [index for index in missing if index not in planned],
+        known=rows is not None,
+    )
 
 
 # Commits.

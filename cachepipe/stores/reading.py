@@ -25,9 +25,11 @@ from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
 from cachepipe.stores import leases, operations, tables
 from cachepipe.stores.base import (
+    Ahead,
     Bought,
     DiscardInfo,
     DrawInfo,
+    Foreseen,
     Grant,
     KeyInfo,
     NamespaceInfo,
@@ -254,6 +256,27 @@ class SqlReader:
         namespace = self._namespace_id(ledger, draw.namespace)
         view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw)
         return operations.replay(view, draw, n, taken)
+
+    @_reads
+    def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
+        """Return what successive claims would get; see ``Store.foresee``.
+
+        Raises:
+            StoreError: when the files cannot be read.
+        """
+        ledger, shelf = self._readable()
+        found: list[Foreseen] = []
+        for draw, n, ahead in wanted:
+            grant = None if refresh else self._recall(draw, n)
+            if grant is not None:
+                found.append(Foreseen([sample for sample in grant.samples if sample is not None], 0, []))
+                continue
+            key, namespace = self._key_id(ledger, draw.key), self._namespace_id(ledger, draw.namespace)
+            view: _DrawView | None = None
+            if key is not None:
+                view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw)
+            found.append(operations.foresee(view, draw, n, ahead, refresh=refresh))
+        return found
 
     @_reads
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:

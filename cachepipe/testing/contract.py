@@ -29,6 +29,7 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
+    Ahead,
     Claim,
     Commit,
     Committed,
@@ -603,6 +604,42 @@ class StoreContract:
         assert store.replay(drawn("z", namespace="second"), 1, taken) is None
         assert [info.draw for info in store.draws()] == before
         assert self.claim(store, drawn("z", namespace="second"), 1).indices == [0]
+
+    def test_what_is_foreseen_is_what_successive_claims_get_and_nothing_is_written(
+        self, store: Store
+    ) -> None:
+        """C4: earlier claims of a plan count, as they would when made."""
+        self.fill(store, drawn("a"), 2)
+        self.claim(store, drawn("c"), 1)
+        before = [info.pending for info in store.keys(KEY[:3])]
+        shared = Draw(SHARED, OTHER, "", 0)
+        wanted = [
+            (drawn("a"), 3),
+            (drawn("b"), 1),
+            (drawn("x", namespace="second"), 4),
+            (drawn("y", namespace="second"), 2),
+            (drawn("z", key=OTHER), 2),
+            (drawn("z", key=OTHER, occurrence=1), 1),
+            (shared, 2),
+            (shared, 3),
+        ]
+        ahead: dict[tuple[str, str], Ahead] = {}
+        asked = [(draw, n, ahead.setdefault((draw.namespace, draw.key), Ahead())) for draw, n in wanted]
+        found = store.foresee(asked)
+        figures = [(len(each.samples), each.generated, each.awaited, each.known) for each in found]
+        assert figures == [
+            (2, 1, [], True),
+            (0, 1, [], True),
+            (2, 1, [2], True),
+            (0, 2, [], True),
+            (0, 2, [], False),
+            (0, 1, [], False),
+            (0, 2, [], False),
+            (0, 1, [], False),
+        ]
+        assert [info.pending for info in store.keys(KEY[:3])] == before
+        [refreshed] = store.foresee([(drawn("a"), 2, Ahead())], refresh=True)
+        assert (refreshed.samples, refreshed.generated) == ([], 2)
 
     def test_a_replay_gives_a_draw_what_the_ledger_holds_for_it(self, store: Store) -> None:
         """C2."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from cachepipe.stores.remote.engine import (
     CHANGES,
     DIGEST,
+    FIELD,
     PENDING,
     RECEIPT,
     RECENT,
@@ -77,8 +78,11 @@ class MemoryEngine:
         there = self.rows.get(read.key, {})
         wanted = list(read.fields)
         for name in read.follow:
-            indices = there.get(name, b"")[DIGEST:].partition(b"\n")[0]
-            wanted += [SAMPLE + index for index in indices.split(b",") if index]
+            named = _named(there.get(name, b""))
+            if named.startswith(FIELD):
+                wanted.append(bytes.fromhex(named[1:].decode()))
+                named = _named(there.get(wanted[-1], b""))
+            wanted += [SAMPLE + index for index in named.split(b",") if index.isdigit()]
         if read.pending:
             wanted += [name for name in there if name.startswith(PENDING)]
         return {name: there[name] for name in wanted if name in there}
@@ -195,3 +199,8 @@ class MemoryEngine:
 
     def close(self) -> None:
         """Do nothing: others may use it."""
+
+
+def _named(row: bytes) -> bytes:
+    """Return the line at the beginning of a row that is followed."""
+    return row[DIGEST:].partition(b"\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -94,7 +95,8 @@ class PostgresServer:
         """Kill all processes of the server; what it has not written to its disk is lost."""
         killed = self.processes()
         for process in killed:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended with the first one
+                process.kill()
         psutil.wait_procs(killed)
 
     def close(self) -> None:

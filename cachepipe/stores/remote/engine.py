@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-from cachepipe.errors import StoreError
+from cachepipe.errors import NoCache
 
 Rows = dict[bytes, bytes]
 """The rows of one key by field; a field without a row is missing."""
 
 SAMPLE: Final = b"s/"
 PENDING: Final = b"p/"
+
+FIELD: Final = b"="
+"""Stands before the name of a field, in hexadecimal digits, at the beginning of a row that is followed."""
 
 DIGEST: Final = 8
 """The number of bytes at the beginning of a row that are its digest; rows are compared by them."""
@@ -35,12 +38,21 @@ RECENT: Final = 1000
 
 
 class Unreachable(Exception):  # noqa: N818 - says what the engine is
-    """The engine cannot answer now: it may answer later, and what was asked may have been done."""
+    """The engine cannot answer now: it may answer later, and what was asked may have been done.
+
+    Args:
+        told: the reason.
+        there: whether a server has said so itself, such as one that starts.
+    """
+
+    def __init__(self, told: str, *, there: bool = False) -> None:
+        super().__init__(told)
+        self.there = there
 
 
-def no_cache(where: str) -> StoreError:
+def no_cache(where: str) -> NoCache:
     """Return the error for a cache that is to be read and does not exist."""
-    return StoreError(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
+    return NoCache(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
 
 
 class Read(NamedTuple):
@@ -49,7 +61,8 @@ class Read(NamedTuple):
     Attributes:
         key: the key.
         fields: the fields.
-        follow: fields; the samples whose indices are at the beginning of their rows are read too.
+        follow: fields whose rows name what is read too. Behind its digest, such a row begins with a line: the
+            indices of samples, or `FIELD` and the name of another field, whose samples are then read too.
         pending: whether the rows of all pending indices are read too.
     """
 

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cachepipe import runs
-from cachepipe.contract.allotment import Discarded, Segment, indices_of
+from cachepipe.contract.allotment import indices_of
 from cachepipe.contract.draws import Draw
 from cachepipe.errors import DamagedCache, NoLocalCopy, StoreError, UnsafeRow, warn
 from cachepipe.stores import operations
-from cachepipe.stores.base import Claim, Commit, Committed, Grant, Operation, Result, Sample, place_of
-from cachepipe.stores.ledger import DrawView
-from cachepipe.stores.remote import rows
-from cachepipe.stores.remote.book import Known
+from cachepipe.stores.base import Claim, Commit, Committed, Grant, Operation, Result
+from cachepipe.stores.remote import book, rows
+from cachepipe.stores.remote.book import Known, StoredDraw
 from cachepipe.stores.remote.copies import Copies, Copy, Unusable
-from cachepipe.stores.remote.engine import SAMPLE, Engine, Read, Unreachable
+from cachepipe.stores.remote.engine import SAMPLE, Engine, Read, Rows, Unreachable
 
 TRUSTED: Final = 3.0
 """Seconds for which copies are used without asking for changes."""
@@ -39,45 +38,12 @@ _LARGEST: Final = 4_000_000  # bytes of a draw that is copied
 _AWAITED: Final = 4096  # keys with draws that are not complete yet
 
 
-class Process(Protocol):
-    """What is asked about this process and others."""
+class Process(book.Process, Protocol):
+    """What copies need to know about this process and others."""
 
     def is_own(self, lease: int) -> bool:
         """Return True if a lease is this process's, or was."""
         ...
-
-    def see(self, stamp: int) -> None:
-        """Take note of a stamp."""
-        ...
-
-
-class _Copied(DrawView):
-    """A draw as it was copied.
-
-    Args:
-        draw: the draw.
-        row: its row.
-
-    Raises:
-        DamagedCache: when the row is not what was written there.
-    """
-
-    __slots__ = ("indices", "key", "rows", "segments")
-
-    def __init__(self, draw: Draw, row: bytes) -> None:
-        self.key = draw.key
-        name = rows.draw_field(draw)
-        found = rows.DrawRow.loads(draw.key, name, rows.unpack(draw.key, name, row))
-        self.segments = [*found.segments.values()]
-        self.indices = indices_of(self.segments)
-        self.rows: Mapping[int, bytes] = {}
-
-    def sample(self, index: int) -> Sample | Discarded | None:
-        row = self.rows.get(index)
-        return None if row is None else rows.load_sample(self.key, index, row)
-
-    def others(self) -> Sequence[Segment]:
-        return ()
 
 
 class LocalCopy:
@@ -147,18 +113,14 @@ class LocalCopy:
         if found is None:
             return None
         row, samples = found
-        copied = _Copied(draw, row)
-        copied.rows = dict(zip(copied.indices, samples, strict=False))
-        grant = operations.recall(copied, n)
-        if grant is None:
-            return None
-        for segment in copied.segments:
-            self._process.see(segment.stamp)
-            if segment.lease in self._alive and not self._process.is_own(segment.lease):
-                grant.shared = True
-        for sample in grant.samples:
-            if sample is not None:
-                self._process.see(place_of(sample.header).stamp)
+        known: Known = {rows.draw_field(draw): row}
+        stored = StoredDraw(draw, known, self._process)
+        for index, sample in zip(indices_of(stored.segments), samples, strict=False):
+            known[rows.numbered(SAMPLE, index)] = sample
+        grant = operations.recall(stored, n)
+        if grant is not None:
+            leases = {segment.lease for segment in stored.segments} & self._alive
+            grant.shared = not all(map(self._process.is_own, leases))
         return grant
 
     def ready(self) -> bool:
@@ -211,14 +173,14 @@ class LocalCopy:
 
     # What is to be copied.
 
-    def keep(self, draw: Draw, found: Known) -> None:
+    def keep(self, draw: Draw, found: Rows) -> None:
         """Copy a complete draw.
 
         Args:
             draw: the draw.
             found: the rows of its key, as of one moment: of the draw, its samples, and the last change.
         """
-        if not self._left_out and (copy := _copy_of(draw, found)) is not None:
+        if not self._left_out and (copy := _copy_of(draw, found, self._process)) is not None:
             self._enqueue(draw, copy)
 
     def copy(self, draw: Draw) -> None:
@@ -318,7 +280,7 @@ class LocalCopy:
         ]
         found: list[Copy] = []
         for draw, page in zip(draws, self._engine.read(reads) if reads else (), strict=True):
-            copy = _copy_of(draw, {**page})
+            copy = _copy_of(draw, page, self._process)
             if copy is not None:
                 found.append(copy)
             elif rows.draw_field(draw) in page:
@@ -372,20 +334,19 @@ def leave_out(where: str, error: Exception) -> None:
     )
 
 
-def _copy_of(draw: Draw, found: Known) -> Copy | None:
+def _copy_of(draw: Draw, found: Rows, process: Process) -> Copy | None:
     """Return a copy of a draw; None if it is not complete, damaged or too large."""
     row = found.get(rows.draw_field(draw))
     if row is None:
         return None
     try:
-        copied = _Copied(draw, row)
-        names = [rows.numbered(SAMPLE, index) for index in copied.indices]
-        samples = [sample for name in names if (sample := found.get(name)) is not None]
-        copied.rows = dict(zip(copied.indices, samples, strict=False))
-        if len(samples) < len(names) or operations.recall(copied, len(names)) is None:
+        stored = StoredDraw(draw, found, process)
+        indices = indices_of(stored.segments)
+        if operations.recall(stored, len(indices)) is None:
             return None
         changed = rows.load_change(draw.key, found.get(rows.CHANGED))
     except (DamagedCache, UnsafeRow):
         return None
-    copy = Copy(draw, row, samples, changed, {segment.lease for segment in copied.segments})
+    samples = [found[rows.numbered(SAMPLE, index)] for index in indices]
+    copy = Copy(draw, row, samples, changed, {segment.lease for segment in stored.segments})
     return copy if copy.size <= _LARGEST else None

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
 from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults
+from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
     CHANGES,
     RECEIPT,
@@ -47,7 +48,6 @@ FORMAT: Final = 1
 """The version of the rows and tables in the database."""
 
 _PAGE: Final = 100  # keys whose rows are read in one round trip
-_LISTENS: Final = 1.0  # seconds after which a listener looks whether it is still wanted
 _LOCK: Final = int.from_bytes(b"cachepip")  # of the processes that make tables
 
 _LATER: Final = ("08", "40", "53", "55", "57", "58", "25006")
@@ -55,6 +55,7 @@ _LATER: Final = ("08", "40", "53", "55", "57", "58", "25006")
 replaced, a lock is not free, or two transactions meet."""
 _BROKEN: Final = (psycopg.OperationalError, psycopg.InterfaceError, OSError)
 """What the client raises of itself, when a connection cannot be made or breaks."""
+_IDLE: Final = psycopg.pq.TransactionStatus.IDLE
 _NO_CACHE: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
 _REFUSED: Final = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist")
 """Parts of what a server says of a connection that it will always refuse."""
@@ -80,7 +81,7 @@ class PostgresEngine:
         self._schema = schema
         self._name = sql.Identifier(schema).as_string()
         self._timeout = timeout
-        self._idle: list[_Connection] = []
+        self._connections = Connections(self._connect)
         self.where = where
         try:
             self._check()
@@ -171,19 +172,16 @@ class PostgresEngine:
     def _with(self, ask: Callable[[_Connection], _T]) -> _T:
         """Return what a function finds with a connection of its own."""
         try:
-            connection = self._connection()
+            connection = self._connections.take()
             try:
                 return ask(connection)
             finally:
-                self._give_back(connection)
+                if connection.closed or connection.info.transaction_status != _IDLE:
+                    self._connections.drop(connection)
+                else:
+                    self._connections.give_back(connection)
         except (psycopg.Error, OSError) as error:
             raise self._ours(error) from None  # the client's error may quote what was sent
-
-    def _connection(self) -> _Connection:
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                return self._idle.pop()
-        return self._connect()
 
     def _connect(self) -> _Connection:
         connection = _Connection.connect(**self._options, autocommit=True, prepare_threshold=None)
@@ -191,13 +189,6 @@ class PostgresEngine:
         connection.adapters.register_dumper(_Numbers, _NumbersDumper)
         connection.adapters.register_dumper(_Texts, _TextsDumper)
         return connection
-
-    def _give_back(self, connection: _Connection) -> None:
-        if connection.closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
-            connection.close()
-            self.close()  # the others were probably lost too
-        else:
-            self._idle.append(connection)
 
     def _ours(self, error: Exception) -> Exception:
         """Return our error for one of the client's."""
@@ -217,7 +208,10 @@ class PostgresEngine:
                 "user in the URL, and give the password there, in PGPASSWORD or in a .pgpass file"
             )
         if state.startswith(_LATER) or (not state and isinstance(error, _BROKEN)):
-            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+            there = bool(state) or "FATAL:" in told
+            return Unreachable(
+                f"{type(error).__name__}: {told}" if told else type(error).__name__, there=there
+            )
         return StoreError(f"the server at {self.where} refuses: {told}")
 
     # Rows.
@@ -400,27 +394,25 @@ class PostgresEngine:
 
         A pooler may not pass notifications on.
         """
-        ended = threading.Event()
-        listening = _Listening(self._connect, self._channel, changed, ended)
-        threading.Thread(target=listening, name="cachepipe-listener", daemon=True).start()
-        return ended.set
+
+        def hear(ended: threading.Event) -> None:
+            with contextlib.closing(self._connect()) as connection:
+                connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)))
+                while not ended.is_set():
+                    for notice in connection.notifies(timeout=LISTENS):
+                        changed(decoded(bytes.fromhex(notice.payload)))
+
+        return listen(hear, psycopg.Error, OSError)
 
     # The end.
 
     def inherit(self) -> None:
-        """Begin again in a forked child; its parent goes on to use the connections."""
-        _inherited.extend(self._idle)
-        self._idle = []
+        """Begin again in a forked child."""
+        self._connections.inherit()
 
     def close(self) -> None:
         """Close the connections."""
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                self._idle.pop().close()
-
-
-_inherited: list[_Connection] = []
-"""Connections of the parent of a forked child: closing them here would say so to the server."""
+        self._connections.close()
 
 
 class _Missing(StoreError):  # noqa: N818 - says what is missing
@@ -506,32 +498,3 @@ class _Fields:
 
     def __iter__(self) -> Iterator[list[Any]]:
         return iter((self._numbers, self._names))
-
-
-class _Listening:
-    """Hears which keys have changed, as long as it is wanted. What it misses is found by polling."""
-
-    def __init__(
-        self,
-        connect: Callable[[], _Connection],
-        channel: str,
-        changed: Callable[[str], None],
-        ended: threading.Event,
-    ) -> None:
-        self._connect = connect
-        self._channel = channel
-        self._changed = changed
-        self._ended = ended
-
-    def __call__(self) -> None:
-        while not self._ended.is_set():
-            with contextlib.suppress(psycopg.Error, OSError):
-                self._listen()
-            self._ended.wait(_LISTENS)
-
-    def _listen(self) -> None:
-        with contextlib.closing(self._connect()) as connection:
-            connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)))
-            while not self._ended.is_set():
-                for notice in connection.notifies(timeout=_LISTENS):
-                    self._changed(decoded(bytes.fromhex(notice.payload)))

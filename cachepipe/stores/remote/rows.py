@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+import orjson
 from xxhash import xxh3_64_digest
 
 from cachepipe.contract.allotment import Discarded, Segment, indices_of
@@ -37,7 +38,7 @@ from cachepipe.contract.schedule import Place
 from cachepipe.errors import DamagedCache
 from cachepipe.stores import tables
 from cachepipe.stores.base import Sample
-from cachepipe.stores.remote.engine import DIGEST
+from cachepipe.stores.remote.engine import DIGEST, FIELD
 
 _Sums = TypeVar("_Sums")
 
@@ -104,6 +105,17 @@ def first_field(draw: Draw) -> bytes:
     return FIRST + place_of(draw)
 
 
+def _draw_beside(name: bytes, namespace: str) -> bytes:
+    """Return the field of the draw of a namespace, from the field of the earliest namespaces."""
+    return b"%b%b\0%b" % (DRAW, name[len(FIRST) :], encoded(namespace))
+
+
+def named_field(row: bytes) -> bytes | None:
+    """Return the field of the draw to follow, which the row of the earliest namespaces names, or None."""
+    named = row[DIGEST : row.find(b"\n", DIGEST)]
+    return bytes.fromhex(named[1:].decode()) if named.startswith(FIELD) else None
+
+
 def numbered(prefix: bytes, index: int) -> bytes:
     """Return the field with a prefix and a number."""
     return b"%b%d" % (prefix, index)
@@ -114,7 +126,7 @@ def numbered(prefix: bytes, index: int) -> bytes:
 
 def pack(key: str, name: bytes, content: bytes) -> bytes:
     """Return the row of a field."""
-    return xxh3_64_digest(b"%b\0%b\0%b" % (encoded(key), name, content)) + content
+    return _digest(key, name, content) + content
 
 
 def unpack(key: str, name: bytes, row: bytes) -> bytes:
@@ -124,9 +136,13 @@ def unpack(key: str, name: bytes, row: bytes) -> bytes:
         DamagedCache: when the row is not what was written there.
     """
     content = row[DIGEST:]
-    if xxh3_64_digest(b"%b\0%b\0%b" % (encoded(key), name, content)) != row[:DIGEST]:
+    if _digest(key, name, content) != row[:DIGEST]:
         raise _damaged(key, name)
     return content
+
+
+def _digest(key: str, name: bytes, content: bytes) -> bytes:
+    return xxh3_64_digest(b"%b\0%b\0%b" % (key.encode("utf-8", "surrogatepass"), name, content))
 
 
 def _damaged(key: str, name: bytes) -> DamagedCache:
@@ -134,8 +150,11 @@ def _damaged(key: str, name: bytes) -> DamagedCache:
 
 
 def dumps(value: Any) -> bytes:
-    """Return a value as JSON in ASCII, so that any text can be written."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    """Return a value as JSON; any text can be written."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # a lone surrogate
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def loads(key: str, name: bytes, content: bytes) -> Any:
@@ -144,6 +163,10 @@ def loads(key: str, name: bytes, content: bytes) -> Any:
     Raises:
         DamagedCache: when it is not JSON.
     """
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        pass
     try:
         return json.loads(content)
     except ValueError as error:
@@ -181,7 +204,10 @@ class DrawRow:
     def dumps(self) -> bytes:
         """Return the content of the row; the indices of the draw come first, for the engine."""
         indices = ",".join(map(str, indices_of(self.segments.values())))
-        segments = [[self.generated[number], *segment] for number, segment in self.segments.items()]
+        segments = [
+            [self.generated[number], *segment[:-1], None if segment.place is None else [*segment.place]]
+            for number, segment in self.segments.items()
+        ]
         return b"%b\n%b" % (indices.encode(), dumps([segments, self.holders]))
 
     @classmethod
@@ -191,8 +217,9 @@ class DrawRow:
         try:
             segments, holders = loads(key, name, content[content.index(b"\n") + 1 :])
             for generated, *values in segments:
-                *others, place = values
-                segment = Segment._make([*others, None if place is None else Place(*place)])
+                if values[-1] is not None:
+                    values[-1] = Place(*values[-1])
+                segment = Segment._make(values)
                 row.segments[segment.number] = segment
                 row.generated[segment.number] = generated
             row.holders = [(number, lease, token) for number, lease, token in holders]
@@ -213,15 +240,19 @@ class FirstRow:
     namespaces: list[tuple[int, str]] = field(default_factory=list)
     more: bool = False
 
-    def dumps(self) -> bytes:
-        """Return the content of the row."""
-        return dumps([self.namespaces, self.more])
+    def dumps(self, name: bytes) -> bytes:
+        """Return the content of the row of a field; the draw to follow comes first, for the engine."""
+        draws = [_draw_beside(name, label) for _, label in self.namespaces[:1]]
+        return b"%b\n%b" % (
+            b"".join(FIELD + draw.hex().encode() for draw in draws),
+            dumps([self.namespaces, self.more]),
+        )
 
     @classmethod
     def loads(cls, key: str, name: bytes, content: bytes) -> FirstRow:
         """Return the row with this content."""
         try:
-            namespaces, more = loads(key, name, content)
+            namespaces, more = loads(key, name, content[content.index(b"\n") + 1 :])
             return cls([(stamp, label) for stamp, label in namespaces], more)
         except (ValueError, TypeError) as error:
             raise _damaged(key, name) from error

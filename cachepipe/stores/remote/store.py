@@ -12,7 +12,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
-from cachepipe.stores.base import Commit, Grant, Operation, Process, Result, State
+from cachepipe.stores.base import Ahead, Commit, Foreseen, Grant, Operation, Process, Result, State
 from cachepipe.stores.queued import Queued, error_in
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
@@ -148,9 +148,7 @@ class RemoteStore(Queued, Listing):
         found = self._copied(draw, n, waits=waits)
         if found is not None or not waits:
             return found
-        name = rows.draw_field(draw)
-        [book] = self.session.books([Read(draw.key, [name, rows.CHANGED], [name], pending=True)])
-        return self.session.recalled(book, draw, n)
+        return self.session.recall([(draw, n)])[0]
 
     def _copied(self, draw: Draw, n: int, *, waits: bool) -> Grant | None:
         """Return the samples of a draw from the copies on this machine, if it has them.
@@ -174,13 +172,21 @@ class RemoteStore(Queued, Listing):
                 taken.add(index)
             found.shared = False
             return found
-        name = rows.draw_field(draw)
-        fields = [rows.LISTED, rows.taken_field(draw.namespace), rows.first_field(draw), name]
-        [book] = self.session.books([Read(draw.key, fields, [name], pending=True)])
+        [book] = self.session.books([_all_of(draw)])
         replayed = operations.replay(view(book, draw), draw, n, taken)
         if replayed is not None and self.session.local is not None:
             self.session.local.copy(draw)
         return replayed
+
+    def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
+        """Return what successive claims would get; see ``Store.foresee``."""
+        self._check()
+        books = self.session.books([_all_of(draw) for draw, _, _ in wanted])
+        found: list[Foreseen] = []
+        for book, (draw, n, ahead) in zip(books, wanted, strict=True):
+            stored = None if book.row(rows.KNOWN) is None else view(book, draw)
+            found.append(operations.foresee(stored, draw, n, ahead, refresh=refresh))
+        return found
 
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
@@ -209,6 +215,13 @@ class RemoteStore(Queued, Listing):
         self._closed = True
         self._states.close()
         self.session.leave(self)
+
+
+def _all_of(draw: Draw) -> Read:
+    """Return what reads a draw, its samples, and what decides which samples it would get."""
+    follow = [rows.draw_field(draw), rows.first_field(draw)]
+    fields = [rows.KNOWN, rows.LISTED, rows.taken_field(draw.namespace), *follow]
+    return Read(draw.key, fields, follow, pending=True)
 
 
 def _after_fork() -> None:

@@ -51,7 +51,7 @@ MEGABYTES: Final = 1000.0
 PREFIX: Final = "cachepipe"
 """The beginning of the keys on a server, unless the URL says otherwise."""
 OPENING: Final = 5.0
-"""The most seconds to wait for a server that does not answer when it is opened: its name may be wrong."""
+"""The most seconds to wait at opening if there is no sign of a server: its name may be wrong."""
 TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the server."""
 _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z0-9_-]{1,63}")
@@ -254,11 +254,7 @@ def _session(url: str, *, create: bool, full: bool) -> Session:
     except ImportError as error:
         raise StoreError(f"the cache {asked.where} cannot be opened: {error}") from error
     patience = asked.number("patience", PATIENCE)
-    engine = patiently(opener, asked.where, min(patience, OPENING))
-    lease, folder, megabytes = (
-        asked.number("lease", LEASE),
-        asked.local(),
-        asked.number("local_mb", MEGABYTES),
-    )
+    engine = patiently(opener, asked.where, patience, for_nobody=OPENING)
+    folder, megabytes = asked.local(), asked.number("local_mb", MEGABYTES)
     copies = None if folder is None else copies_in(folder, engine, megabytes)
-    return Session(engine, patience=patience, lease=lease, copies=copies)
+    return Session(engine, patience=patience, lease=asked.number("lease", LEASE), copies=copies)
