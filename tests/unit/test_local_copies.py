@@ -15,8 +15,9 @@ from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.contract.schedule import Place
-from cachepipe.errors import NoLocalCopy, StoreUnreachable
+from cachepipe.errors import NoLocalCopy, StoreError, StoreUnreachable
 from cachepipe.runs import Occurrences
+from cachepipe.stores import mounts
 from cachepipe.stores.base import Claim, Commit, Discard, NotePlace
 from cachepipe.stores.remote import local, rows
 from cachepipe.stores.remote.session import Session
@@ -465,6 +466,33 @@ def test_a_folder_that_cannot_be_used_is_left_out_with_one_warning(engine, start
     assert len(told) == 1
     fill(store, drawn("a"))
     assert payloads(store.recall(drawn("a"), 1)) == [b"0"]
+
+
+def test_an_engine_that_refuses_to_tell_changes_leaves_the_copy_out(engine, start, monkeypatch):
+    def refuse(_since):
+        raise StoreError("no permission")
+
+    monkeypatch.setattr(engine, "changes", refuse)
+    store = start()
+    with pytest.warns(NoLocalCopy, match="no permission"):
+        fill(store, drawn("a"))
+    assert payloads(store.recall(drawn("a"), 1)) == [b"0"]
+
+
+def test_an_engine_that_does_not_answer_is_not_asked_for_changes_by_each_claim(engine, start):
+    store = start(patience=0.01)
+    engine.down = True
+    asked = trips(engine, lambda: [store.session.local.ready() for _ in range(5)])
+    assert asked == (1, [False] * 5)
+
+
+def test_a_folder_on_a_network_file_system_is_left_out(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(mounts, "mounted", lambda: [mounts.Mount(str(tmp_path), "nfs4", "host:/home")])
+    with pytest.warns(NoLocalCopy, match="is on a network file system"):
+        store = start()
+    fill(store, drawn("a"))
+    assert payloads(store.recall(drawn("a"), 1)) == [b"0"]
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_folder_that_others_may_enter_is_made_private(start, tmp_path):

@@ -22,7 +22,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from cachepipe.contract.draws import Draw
 from cachepipe.errors import DamagedCache, StoreError
-from cachepipe.stores import folders, leases
+from cachepipe.stores import folders, leases, mounts
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.engine import CHANGES, Changes
 
@@ -145,6 +145,8 @@ class Copies:
     # The file.
 
     def _open(self) -> None:
+        if (mount := mounts.network_mount(self._folder)) is not None:
+            raise Unusable(f"{self._folder} is on a network file system ({mount.kind} at {mount.point})")
         with _ours():
             folders.make(self._folder)
             folders.make_private(self._folder)

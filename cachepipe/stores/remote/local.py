@@ -73,6 +73,7 @@ class LocalCopy:
         self._ended = False
         self._used = False
         self._synced = float("-inf")  # when the latest changes were asked for
+        self._failed = float("-inf")  # when the engine did not answer
         self._generation = -1
         self._alive: frozenset[int] = frozenset()  # leases of other processes
         self._queue: dict[Draw, Copy | None] = {}  # those without a copy are read from the store
@@ -125,7 +126,9 @@ class LocalCopy:
 
     def ready(self) -> bool:
         """Return True if copies may be used; ask for changes first if that is due."""
-        return not self._left_out and (self.current or self.sync())
+        if self._left_out:
+            return False
+        return self.current or (time.monotonic() > self._failed + _PERIOD and self.sync())
 
     # Changes.
 
@@ -142,9 +145,10 @@ class LocalCopy:
                     since = self._copies.known()
                     generation = self._copies.learn(self._engine.changes(since), since)
                 self._ask_about()
-            except (Unreachable, StoreError):
+            except Unreachable:
+                self._failed = time.monotonic()
                 return False
-            except Unusable as error:
+            except (StoreError, Unusable) as error:
                 self._fail(error)
                 return False
             if generation != self._generation:
@@ -287,10 +291,10 @@ class LocalCopy:
                 self._await(draw)
         return found
 
-    def _fail(self, error: Unusable) -> None:
+    def _fail(self, error: Exception) -> None:
         """Begin another file if this one is damaged; otherwise go on without copies."""
         with contextlib.suppress(Unusable):
-            if error.damaged:
+            if isinstance(error, Unusable) and error.damaged:
                 self._copies.replace()
                 self._synced = float("-inf")
                 return
