@@ -20,10 +20,12 @@ from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
 from cachepipe.contract.allotment import choose
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import NOBODY
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
+    Adopt,
     Claim,
     Commit,
     Discard,
@@ -33,7 +35,9 @@ from cachepipe.stores.base import (
     Operation,
     Process,
     ReleaseHold,
+    Reserve,
     Result,
+    Settle,
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
@@ -51,6 +55,8 @@ _TURN: Final = 0.002  # seconds between two tries of a key that is reserved for 
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
+BUDGETS: Final = "budgets"
+"""Stands for a run in the key under which all budgets are."""
 RUN: Final = "~"
 """The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
 
@@ -146,7 +152,7 @@ class Session:
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
-        self._dead: set[int] = set()
+        self._dead: set[int] = {NOBODY}
         self._greatest = 0
         self.expects_new = True
         self._ended = threading.Event()
@@ -571,6 +577,8 @@ def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
+    if isinstance(operation, Reserve | Settle):
+        return f"{RUN}{BUDGETS}"
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
@@ -597,6 +605,12 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 fields[rows.draw_field(draw)] = None
             case Discard(index=index):
                 fields[rows.numbered(SAMPLE, index)] = None
+            case Adopt(entry=entry):
+                # The indices that its samples get if the question is new.
+                fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
+                fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
+            case Reserve(namespace=namespace) | Settle(namespace=namespace):
+                fields[rows.BUDGET + rows.encoded(namespace)] = None
             case Note(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
@@ -609,6 +623,12 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
         guesses = _likely(key, known, asked)
         fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
     return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
+
+
+def _fields_of(draw: Draw) -> list[bytes]:
+    """Return the fields that change when a draw is added."""
+    names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+    return names if draw.shared else [*names, rows.first_field(draw)]
 
 
 def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
