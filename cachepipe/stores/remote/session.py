@@ -20,10 +20,12 @@ from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
 from cachepipe.contract.allotment import choose
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import NOBODY
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
+    Adopt,
     Claim,
     Commit,
     Discard,
@@ -156,7 +158,7 @@ class Session:
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
-        self._dead: set[int] = set()
+        self._dead: set[int] = {NOBODY}
         self._greatest = 0
         self.expects_new = True
         self._ended = threading.Event()
@@ -644,6 +646,10 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 fields[rows.draw_field(draw)] = None
             case Discard(index=index):
                 fields[rows.numbered(SAMPLE, index)] = None
+            case Adopt(entry=entry):
+                # The indices that its samples get if the question is new.
+                fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
+                fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
             case Reserve(namespace=namespace) | Settle(namespace=namespace):
                 fields[rows.BUDGET + rows.encoded(namespace)] = None
             case Note(namespace=namespace):
@@ -658,6 +664,12 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
         guesses = _likely(key, known, asked)
         fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
     return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
+
+
+def _fields_of(draw: Draw) -> list[bytes]:
+    """Return the fields that change when a draw is added."""
+    names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+    return names if draw.shared else [*names, rows.first_field(draw)]
 
 
 def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
