@@ -273,5 +273,9 @@ class FreshIds(CachepipeWarning):
     """Most draws of a run have new request ids on questions that their namespace has drawn before."""
 
 
+class NoLocalCopy(CachepipeWarning):
+    """A shared store is used without a copy on this machine, so known draws take round trips."""
+
+
 class RiskyServer(CachepipeWarning):
     """The server of a shared store may lose samples; the message says when, and what to set."""

@@ -367,7 +367,7 @@ async def test_a_user_of_the_server_needs_few_permissions(start):
     with server.client() as client:
         client.execute_command(
             "ACL SETUSER team on >word ~t:* &t:* -@all +@hash +@string +@connection +@pubsub"
-            " +fcall +function|load +scan +del +pexpire +time +info +config|get"
+            " +@stream +fcall +function|load +scan +del +pexpire +time +info +config|get"
         )
     url = server.url(credentials="team:word@")
     model = ScriptedModel(cache_scope="m")
