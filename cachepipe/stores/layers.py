@@ -211,7 +211,7 @@ def _check(adopt: Adopt, result: Result) -> None:
     """Warn if a layer contradicts the ones above it, which then count."""
     if isinstance(result, Adopted) and (result.different or result.altered):
         warn(
-            f"a lower layer holds other samples of {adopt.key[:16]} for the same draws as the layers above it, "
+            f"a lower layer holds other samples of {adopt.key[:16]} for the same draws as those above it, "
             "so this question is answered without it. Use another namespace above it",
             LayerIgnored,
         )
