@@ -286,6 +286,11 @@ class PostgresEngine:
         )
         return dict(found)
 
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
+        found = self._ask("select field from SCHEMA.samples where key = %s", [encoded(key)])
+        return [name for (name,) in found]
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in order, with all rows but the samples."""
         first = encoded(prefix)

@@ -302,6 +302,11 @@ class ValkeyEngine:
         """Return all rows of a key but the samples."""
         return self._all([self._names(key)[0]])[0]
 
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
+        [found] = self._told([("HKEYS", self._names(key)[1])])
+        return list(found)
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples."""
         before = b"%b:{" % self._prefix
