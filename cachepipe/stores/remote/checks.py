@@ -11,7 +11,8 @@ SETTINGS: Final = ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy",
 DATABASE_SETTINGS: Final = ("fsync", "full_page_writes", "synchronous_standby_names")
 """The settings of a PostgreSQL server that are looked at."""
 
-_OLDEST: Final = (7, 0)
+OLDEST: Final = (7, 0)
+"""The oldest version of Valkey or Redis that can hold a cache."""
 _OLDEST_DATABASE: Final = 13
 
 
@@ -53,7 +54,7 @@ def faults(info: Mapping[str, Any], settings: Mapping[str, str], *, full: bool =
         Unfit: when it cannot be used at all.
     """
     version = str(info.get("redis_version", "0"))
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
         raise Unfit(f"has version {version}. A cache needs Valkey, or Redis 7.0 or later: update the server")
     if info.get("role") == "slave":
         raise Unfit("is a replica, which cannot be written. Name its primary in the URL")
