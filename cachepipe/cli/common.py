@@ -25,6 +25,7 @@ from cachepipe.terminal import UNSAFE, on_terminal, shows_colours, visible
 
 if TYPE_CHECKING:
     from cachepipe.accounting import Account
+    from cachepipe.prices import Prices
     from cachepipe.stores.base import Listed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -305,10 +306,11 @@ def echo_lines(lines: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
-def money(account: Account) -> str:
+def money(account: Account, prices: Prices | None = None) -> str:
     """Return the tokens of an account and their cost, if known."""
-    from cachepipe import prices  # noqa: PLC0415 - help needs none of it
+    from cachepipe.prices import Prices  # noqa: PLC0415 - help needs none of it
 
+    prices = prices or Prices()
     counts = account.counts()
     cost, unpriced = account.cost(prices.cost_of_sum)
     if counts["unknown"] and not counts["total_tokens"]:

@@ -75,6 +75,15 @@ class _Mebibytes(click.IntRange):
     "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further host name for this server."
 )
 @click.option(
+    "--max-cost",
+    type=click.FloatRange(min=0),
+    metavar="USD",
+    help="The US dollars that each namespace may spend in this cache; see [budgets] of --config for others.",
+)
+@click.option(
+    "--prices", metavar="FILE", type=click.Path(dir_okay=False), help="A JSON file with prices by model."
+)
+@click.option(
     "--max-n",
     type=click.IntRange(min=1),
     help="The largest number of samples of a request. Default: CACHEPIPE_MAX_N or 10000.",

@@ -15,8 +15,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final, TypeVar
 
-from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
-from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults, tls_fault
+from cachepipe.errors import FormatError, StoreError
+from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults, tls_fault, warn_once
 from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
     CHANGES,
@@ -106,7 +106,7 @@ class PostgresEngine:
         )
         try:
             for told in database_faults(version, settings, replica=replica, replicas=replicas):
-                warn(f"the server at {self.where} {told}", RiskyServer)
+                warn_once(self.where, told)
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
