@@ -105,9 +105,12 @@ def start(
     check_local("the server's folder", place, "Name a folder on a local disk, such as /tmp/valkey")
     file = place / "password" if password_file is None else folders.expanded(password_file)
     command = _program(program)
-    folders.make(place)
-    folders.make_private(place)
-    descriptor = _lock(place)
+    try:
+        folders.make(place)
+        folders.make_private(place)
+        descriptor = _lock(place)
+    except OSError as error:
+        raise StoreError(f"the server's folder {place} cannot be used: {error.strerror or error}") from error
     if descriptor is None:
         return _awaited(place, sleep), False
     try:

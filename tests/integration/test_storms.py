@@ -83,7 +83,7 @@ class Storm:
         self.log = folder / "made"
         self.workers, self.count, self.questions = workers, count, questions
         self.total = workers * count * namespaces
-        self.url = server.url("&lease=1")
+        self.url = server.url("&lease=1&local=off")  # a copy would hide what the server has lost
         self.lines = queue.Queue()
         self.seen = {}
         self.most_bought_twice = 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import indices_of
 from cachepipe.contract.draws import SHARED, namespace_of
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import Interval, IntervalSet, covered
 from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, UnsafeRow
@@ -22,7 +23,7 @@ from cachepipe.stores.base import (
     Sample,
     StoredQuestion,
 )
-from cachepipe.stores.remote import rows
+from cachepipe.stores.remote import entries, rows
 from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
 from cachepipe.stores.remote.rows import DrawRow
 from cachepipe.stores.remote.session import RUN, Session
@@ -186,6 +187,31 @@ class Listing:
                     header, gone = b"", True
                 yield Bought(one.scope, header, not gone and index in held)
 
+    def entry(self, key: str) -> Entry | None:
+        """Return all that is held of a question, for another cache; None if it is not known."""
+        one = self._key(key)
+        if one is None:
+            return None
+        listed = entries.listed_in(key, one.rows)
+        return entries.entry(key, one.rows, self._rows_of_samples(key, listed))
+
+    def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
+        """Iterate over the entries of all questions, in the order of their keys.
+
+        Args:
+            namespaces: the labels of namespaces; only questions that one of them has drawn.
+            after: only keys after this one.
+        """
+        names = sorted(
+            one.name
+            for one in self._keys()
+            if one.name > after and (namespaces is None or one.concerns(namespaces))
+        )
+        for name in names:
+            found = self.entry(name)
+            if found is not None:
+                yield found
+
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
         counts = dict.fromkeys(("keys", "samples", "pending", "draws", "namespaces", "discarded"), 0)
@@ -244,6 +270,10 @@ class _Key(NamedTuple):
 
     def drawn_by(self, namespace: str) -> bool:
         return any(rows.draw_of(self.name, name).namespace == namespace for name in self._names(rows.DRAW))
+
+    def concerns(self, namespaces: Collection[str]) -> bool:
+        users = (rows.decoded(name[len(rows.USE) :]) for name in self._names(rows.USE))
+        return any(map(self.drawn_by, namespaces)) or any(user in namespaces for user in users)
 
     def draws(self, namespace: str | None = None) -> Iterator[DrawInfo]:
         for name in self._names(rows.DRAW):
