@@ -312,6 +312,7 @@ class SqlLedger(Ledger):
                 self.greatest_stamp = max(self.greatest_stamp, segment.stamp)
         number = self._asked(Question(entry.key, entry.scope, entry.document), entry.first_stamp() / 1e6)
         if number in self._new_keys:
+            self.begun.add(number)
             for owner in (LISTED, *{self.namespace(draw.namespace) for draw in entry.draws}):
                 self._remember(owner, number, entry.key, [])
         return _Key(self, number, entry.key)
