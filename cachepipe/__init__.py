@@ -57,6 +57,9 @@ if TYPE_CHECKING:
         BatchMismatch as BatchMismatch,
     )
     from cachepipe.errors import (
+        BudgetExceeded as BudgetExceeded,
+    )
+    from cachepipe.errors import (
         CacheMiss as CacheMiss,
     )
     from cachepipe.errors import (
@@ -117,6 +120,9 @@ if TYPE_CHECKING:
         UnkeyableValue as UnkeyableValue,
     )
     from cachepipe.errors import (
+        UnknownCost as UnknownCost,
+    )
+    from cachepipe.errors import (
         UnsafeRow as UnsafeRow,
     )
     from cachepipe.errors import (
@@ -127,6 +133,9 @@ if TYPE_CHECKING:
     )
     from cachepipe.flow import (
         AsyncRetrier as AsyncRetrier,
+    )
+    from cachepipe.flow import (
+        Budget as Budget,
     )
     from cachepipe.flow import (
         Limits as Limits,
@@ -145,6 +154,7 @@ if TYPE_CHECKING:
     from cachepipe.pipelines import (
         OrderedLocalAPI as OrderedLocalAPI,
     )
+    from cachepipe.prices import Prices as Prices
     from cachepipe.providers.info import info as info
     from cachepipe.runs import run as run
     from cachepipe.sdk.wrapping import wrap as wrap
@@ -188,6 +198,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "cachepipe.parallel": ("alcall", "lcall"),
+    "cachepipe.prices": ("Prices",),
     "cachepipe.providers.info": ("info",),
     "cachepipe.sdk.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
@@ -195,6 +206,7 @@ _HOMES = {
     "cachepipe.errors": (
         "BadAnswer",
         "BatchMismatch",
+        "BudgetExceeded",
         "CacheMiss",
         "CachepipeError",
         "CachepipeWarning",
@@ -215,10 +227,11 @@ _HOMES = {
         "StoreLocked",
         "TooManySamples",
         "UnkeyableValue",
+        "UnknownCost",
         "UnsafeRow",
         "WaitingForOthers",
     ),
-    "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Limits", "Retries"),
+    "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),

@@ -57,6 +57,37 @@ class CacheMiss(CachepipeError):  # noqa: N818 - the field calls it a miss
         )
 
 
+class BudgetExceeded(CachepipeError):  # noqa: N818 - names the state
+    """A call was not made, because it might cost more than what is left of its namespace's budget.
+
+    Everything paid is stored: the same program goes on from there with a larger budget.
+
+    Attributes:
+        namespace: the namespace.
+        budget: the budget in US dollars.
+        spent: what the namespace has spent.
+        needed: what the call may cost at most.
+    """
+
+    def __init__(self, namespace: str | None, budget: float, spent: float, needed: float) -> None:
+        self.namespace = namespace
+        self.budget = budget
+        self.spent = spent
+        self.needed = needed
+        super().__init__(namespace, budget, spent, needed)
+
+    def __str__(self) -> str:
+        return (
+            f"the budget of ${self.budget:g} of the namespace {self.namespace!r} allows no such call: "
+            f"${self.spent:.6f} is spent, and the call may cost ${self.needed:.6f}. No call was made, and "
+            "everything paid is stored. Raise the budget, or lower max_tokens, and run it again to go on"
+        )
+
+
+class UnknownCost(CachepipeError):  # noqa: N818 - names what is wrong
+    """A call was not made, because a budget is set and the largest cost of the call is unknown."""
+
+
 class UnkeyableValue(CachepipeError, TypeError):  # noqa: N818 - names the value, as TypeError does
     """A request has a value from which no stable key can be made (NaN, a set, an unknown class …)."""
 

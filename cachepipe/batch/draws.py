@@ -110,7 +110,12 @@ class FileDraws:
         self._settings = settings
         self._report = report
         self._view = CacheView(
-            SharedStore(store), settings.namespace, settings.mode, settings.scope, settings.repeat
+            SharedStore(store),
+            settings.namespace,
+            settings.mode,
+            settings.scope,
+            settings.repeat,
+            budget=settings.budget,
         )
         self._lists = Lists(shared=True)
         # The run gives the numbers of failed requests back, so the lines are counted here.

@@ -66,7 +66,6 @@ def plan_file(
     input: str | os.PathLike[str],  # noqa: A002 - as in `run_file`
     settings: BatchSettings | None = None,
     *,
-    prices: Prices | None = None,
     requests_per_minute: float | None = None,
     tokens_per_minute: float | None = None,
     **changes: Any,
@@ -76,7 +75,6 @@ def plan_file(
     Args:
         input: the batch file.
         settings: the settings of the run.
-        prices: the prices of tokens; default is the table of ``genai-prices``.
         requests_per_minute: the calls per minute that the service allows, for the duration.
         tokens_per_minute: the tokens per minute that it allows, for the duration.
         changes: settings to change; `BatchSettings` lists them.
@@ -96,7 +94,7 @@ def plan_file(
     with InputFile(Path(input), settings) as lines:
         store, owned = _store(settings)
         try:
-            planner = _Planner(store, settings, prices or Prices())
+            planner = _Planner(store, settings)
             lines.check(settings.stop, planner.take)
             return planner.plan(rate)
         finally:
@@ -189,10 +187,10 @@ class _Seller:
 class _Planner:
     """Makes the draws of a file, and adds up what each would get."""
 
-    def __init__(self, store: Store, settings: BatchSettings, prices: Prices) -> None:
+    def __init__(self, store: Store, settings: BatchSettings) -> None:
         self._store = store
         self._settings = settings
-        self._prices = prices
+        self._prices = settings.prices or Prices()
         self._model = model_of(settings)
         self._draws = FileDraws(self._model, store, settings, Report())
         self._plan = Plan()

@@ -108,3 +108,12 @@ def mode_of(options: dict[str, Any]) -> Any:
     from cachepipe.stores import switched_off  # noqa: PLC0415 - help needs none of it
 
     return "bypass" if switched_off() else "read-write"
+
+
+def settings_in(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run among a command's options."""
+    from cachepipe.prices import Prices  # noqa: PLC0415 - so that --help is quick
+
+    found = {name: value for name, value in options.items() if name in HELP}
+    found["prices"] = None if options["prices"] is None else Prices.load(options["prices"])
+    return found

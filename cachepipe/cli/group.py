@@ -41,6 +41,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "path": Entry("cachepipe.cli.inspect:path", "Print the cache folder in use."),
     "verify": Entry("cachepipe.cli.verify:verify", "Check the integrity of a cache, and repair it."),
     "discard": Entry("cachepipe.cli.verify:discard", "Discard samples, so that draws get others instead."),
+    "valkey": Entry("cachepipe.cli.valkey:valkey", "Run a Valkey server, as a cache for several machines."),
     "mock-server": Entry(
         "cachepipe.testing.command:mock_server", "Serve the embedded model as an OpenAI-compatible server."
     ),

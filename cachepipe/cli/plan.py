@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe.batch.settings import HELP, BatchSettings
+from cachepipe.batch.settings import BatchSettings
 from cachepipe.cli import common
-from cachepipe.cli.batch_options import asking, mode_of, planning
+from cachepipe.cli.batch_options import asking, mode_of, planning, settings_in
 from cachepipe.cli.common import cache_in_use, dollars, json_text, share
 from cachepipe.terminal import visible
 
@@ -57,9 +57,8 @@ def plan(**options: Any) -> None:
 def print_plan(options: dict[str, Any]) -> None:
     """Make and print the plan of a run with these options."""
     from cachepipe.batch import plan_file  # noqa: PLC0415 - so that --help is quick
-    from cachepipe.prices import Prices  # noqa: PLC0415 - likewise
 
-    given = {name: value for name, value in options.items() if name in HELP}
+    given = settings_in(options)
     cache, _ = cache_in_use(options["cache"])
     try:
         settings = BatchSettings(**{**given, "cache": cache, "mode": mode_of(options), "api_key": ""})
@@ -68,7 +67,6 @@ def print_plan(options: dict[str, Any]) -> None:
     found = plan_file(
         options["requests"],
         settings,
-        prices=None if options["prices"] is None else Prices.load(options["prices"]),
         requests_per_minute=options["requests_per_minute"],
         tokens_per_minute=options["tokens_per_minute"],
     )

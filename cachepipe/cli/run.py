@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from cachepipe import progress
-from cachepipe.batch.settings import HELP, BatchSettings
-from cachepipe.cli.batch_options import asking, count, mode_of, planning, setting
+from cachepipe.batch.settings import BatchSettings
+from cachepipe.cli.batch_options import asking, count, mode_of, planning, setting, settings_in
 from cachepipe.cli.common import cache_in_use, exists, json_text, money, name_of
 from cachepipe.cli.group import Failure
 from cachepipe.cli.plan import print_plan
@@ -82,6 +82,7 @@ Run the same command again to continue: answers that were paid for are not asked
 )
 @count("max_retries", "--retries", least=0)
 @setting("timeout", type=click.FloatRange(min=0, min_open=True))
+@setting("max_cost", type=click.FloatRange(min=0), metavar="USD")
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be done, and do nothing: see `cachepipe plan`."
 )
@@ -154,7 +155,7 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
         raise BatchFileError(
             f"there is no cache in {name_of(cache)} to replay from; name another folder with --cache"
         )
-    given = {name: value for name, value in options.items() if name in HELP}
+    given = settings_in(options)
     ours = {"api_key": key, "cache": cache, "mode": mode, "progress": screen.update}
     try:
         settings = BatchSettings(**{**given, **ours})
@@ -304,8 +305,8 @@ def _table(report: Report) -> None:
         "samples generated": f"{report.generated}"
         + f" ({report.unreported} unreported)" * bool(report.unreported),
         "errors": f"{report.failed}",
-        "spent": money(report.spent),
-        "saved": money(report.delivered.saved),
+        "spent": money(report.spent, report.prices),
+        "saved": money(report.delivered.saved, report.prices),
         "time": f"{report.seconds:.1f} s",
     }
     width = max(map(len, rows.values()))
@@ -341,8 +342,10 @@ def _next_steps(context: click.Context, options: dict[str, Any], mode: str, repo
     elif report.output is not None and not options["quiet"]:
         yield f"The results are in {report.output}."
         if report.failed and mode != "bypass":
-            missing = report.errors.get("cache_miss")
+            missing, dear = report.errors.get("cache_miss"), report.errors.get("budget_exceeded")
             aim = "generate the missing samples" if missing else "retry the failed requests"
+            if dear:
+                aim = f"go on, raise --max-cost above {options['max_cost']:g}"
             yield f"To {aim}: {_again(context, options)}"
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.server import HANDLED_SIGNALS
 
+from cachepipe.addresses import in_url, name_for_others
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.http_protocol import HttpProtocol
@@ -97,7 +98,7 @@ class Server(uvicorn.Server):
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{in_url(name_for_others(host))}:{port}"
 
 
 def listen(settings: ProxySettings) -> socket.socket:

@@ -269,8 +269,61 @@ class NotePlace:
     place: Place
 
 
-Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note | NotePlace
-Result = Grant | Committed | None
+@dataclass(slots=True)
+class Reserve:
+    """Reserve a part of a namespace's budget for a call; amounts are nano-dollars.
+
+    Attributes:
+        namespace: the label of the namespace.
+        amount: how much is reserved.
+        limit: the budget.
+        summed: what the rows sum up to, less what had been settled before they were read; None if they were
+            not summed.
+    """
+
+    namespace: str
+    amount: int
+    limit: int
+    summed: int | None = None
+
+
+class Reserved(NamedTuple):
+    """The state of a budget.
+
+    Attributes:
+        granted: whether the amount was reserved.
+        spent: what was spent.
+        reserved: what calls in flight have reserved.
+        settled: what calls have settled so far.
+        lost: whether a process has ended with reservations; the rows must then be summed again.
+    """
+
+    granted: bool
+    spent: int
+    reserved: int
+    settled: int
+    lost: bool
+
+
+@dataclass(slots=True)
+class Settle:
+    """End a reservation, and note what its call has cost; amounts are nano-dollars.
+
+    Attributes:
+        namespace: the label of the namespace.
+        reserved: what was reserved.
+        spent: what the call has cost.
+    """
+
+    namespace: str
+    reserved: int
+    spent: int
+
+
+Operation = (
+    Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note | NotePlace | Reserve | Settle
+)
+Result = Grant | Committed | Reserved | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state

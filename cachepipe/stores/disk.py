@@ -28,7 +28,7 @@ from cachepipe.errors import (
     StoreError,
     warn,
 )
-from cachepipe.stores import folders, identity, leases, recovery
+from cachepipe.stores import folders, identity, leases, mounts, recovery
 from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
 from cachepipe.stores.sql import SqlStore
@@ -60,7 +60,8 @@ class DiskStore(SqlStore):
         read_only: never write; None detects whether the folder can be written.
 
     Raises:
-        StoreError: when the folder cannot be created or opened, or is not a cache.
+        StoreError: when the folder cannot be created or opened, is not a cache, or would be written on a
+            network file system.
         FormatError: when a newer version wrote it.
     """
 
@@ -92,6 +93,8 @@ class DiskStore(SqlStore):
         with self._opening():
             if read_only is None:
                 self.why_read_only = _why_read_only(self.folder)
+            if not self.why_read_only:
+                mounts.check_local("the cache", self.folder, mounts.REMEDIES)
             folders.check_files(self.folder, _SHELF, _LEDGER)
         self.read_only = bool(self.why_read_only)
         super().__init__()
@@ -357,25 +360,29 @@ def connect(path: Path, *, uri: str = "") -> sqlite3.Connection:
 def connect_to_read(path: Path) -> tuple[sqlite3.Connection, str]:
     """Return a connection that only reads one file of a cache, and the options of its URI.
 
+    On a network file system, nobody may write to the file meanwhile: it is read without locks.
+
     Raises:
         StoreError: when the latest rows are in a log beside the file, which cannot be read where nothing can
             be written: the rows would seem missing.
     """
-    how = "?mode=ro"
-    connection = connect(path, uri=how)
-    try:
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.OperationalError:
-        # SQLite cannot create its side files: read the file without them.
-        connection.close()
-        if _size(path.with_name(f"{path.name}-wal")):
-            raise StoreError(
-                f"the cache {path.parent} cannot be read where nothing can be written: {path.name}-wal holds "
-                "rows that were not moved into the file. Open the cache once where it may be written"
-            ) from None
-        how = "?immutable=1"
+    if mounts.network_mount(path.parent) is None:
+        how = "?mode=ro"
         connection = connect(path, uri=how)
-    return connection, how
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:  # SQLite cannot create its side files
+            connection.close()
+        else:
+            return connection, how
+    if _size(path.with_name(f"{path.name}-wal")):
+        raise StoreError(
+            f"the cache {path.parent} cannot be read where nothing can be written: {path.name}-wal holds "
+            "rows that were not moved into the file, because a process writes them now or was killed. When "
+            "no process uses the cache, open a copy of it once where it may be written, on a local disk"
+        )
+    how = "?immutable=1"
+    return connect(path, uri=how), how
 
 
 def _inode(path: str) -> int | None:

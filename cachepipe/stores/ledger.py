@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
+from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import MutableIndexSet
 from cachepipe.errors import DamagedCache
@@ -231,3 +232,11 @@ class Ledger(ABC):
     @abstractmethod
     def add_unreported(self, run: str, namespace: str, account: Account) -> None:
         """Add samples that were neither stored nor delivered."""
+
+    @abstractmethod
+    def purse(self, namespace: str) -> Purse:
+        """Return what a namespace, by its label, has spent of its budget."""
+
+    @abstractmethod
+    def put_purse(self, namespace: str, purse: Purse) -> None:
+        """Write it."""

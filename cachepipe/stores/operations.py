@@ -40,9 +40,12 @@ from cachepipe.stores.base import (
     Operation,
     ReleaseHold,
     ReleaseLease,
+    Reserve,
+    Reserved,
     Result,
     Sample,
     Seize,
+    Settle,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
 
@@ -439,6 +442,27 @@ def _note(ledger: Ledger, note: Note) -> None:
         ledger.put_sums(*place, sums)
 
 
+# Budgets.
+
+
+def _reserve(ledger: Ledger, reserve: Reserve) -> Reserved:
+    purse, own = ledger.purse(reserve.namespace), ledger.lease()
+    dead = [lease for lease in purse.held if lease != own and not ledger.alive(lease)]
+    for lease in dead:
+        del purse.held[lease]
+    if reserve.summed is not None:
+        purse.sum_up(reserve.summed, alone={*purse.held} <= {own})
+    granted = not dead and purse.reserve(own, reserve.amount, reserve.limit)
+    ledger.put_purse(reserve.namespace, purse)
+    return Reserved(granted, purse.spent, purse.reserved, purse.settled, bool(dead))
+
+
+def _settle(ledger: Ledger, settle: Settle) -> None:
+    purse = ledger.purse(settle.namespace)
+    purse.settle(ledger.lease(), settle.reserved, settle.spent)
+    ledger.put_purse(settle.namespace, purse)
+
+
 _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Claim: _claim,
     ReleaseLease: partial(_free, ours=True),
@@ -447,5 +471,7 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Discard: _discard,
     Note: _note,
     NotePlace: _note_place,
+    Reserve: _reserve,
+    Settle: _settle,
 }
 """What performs each operation; commits that follow one another are performed together."""

@@ -16,7 +16,10 @@ from cachepipe.stores.base import (
     PartlyApplied,
     ReleaseHold,
     ReleaseLease,
+    Reserve,
+    Reserved,
     Result,
+    Settle,
 )
 from cachepipe.stores.writer import Writer
 
@@ -102,6 +105,8 @@ class Queued:
                     back.append(ReleaseLease(operation.draw.key, result.mine))
                 if result.held:
                     back.append(ReleaseHold(operation.draw, operation.token, result.held, complete=False))
+            if isinstance(operation, Reserve) and isinstance(result, Reserved) and result.granted:
+                back.append(Settle(operation.namespace, operation.amount, 0))
         if back:
             self.apply_soon(back)
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from cachepipe.contract.draws import SHARED
 from cachepipe.errors import DamagedCache, UnsafeRow
-from cachepipe.stores import identity, tables
+from cachepipe.stores import identity, mounts, tables
 from cachepipe.stores.base import Discard, Operation, Store
 from cachepipe.stores.disk import DiskStore, connect
 from cachepipe.stores.sets import LargeSet
@@ -46,6 +46,7 @@ def repair(folder: Path, progress: Progress = unseen) -> IntegrityReport:
     Raises:
         StoreError: when the cache cannot be opened or written.
     """
+    mounts.check_local("the cache", folder, "Copy it to a local disk, and repair the copy")
     report = verify(folder)
     if not can_repair(report):
         return report

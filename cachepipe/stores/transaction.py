@@ -16,6 +16,7 @@ import orjson
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
+from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import MutableIndexSet, Union, changes
 from cachepipe.contract.keys import Question
@@ -304,6 +305,18 @@ class SqlLedger(Ledger):
         digest = tables.sums_digest(run, namespace, document)
         row = (self.stamp(), run, namespace, document, digest)
         self.ledger.execute("INSERT INTO unreported VALUES(?, ?, ?, ?, ?)", row)
+
+    def purse(self, namespace: str) -> Purse:
+        """Return what a namespace, by its label, has spent of its budget."""
+        query = "SELECT document, digest FROM budgets WHERE namespace = ?"
+        found = self.ledger.execute(query, (namespace,)).fetchone()
+        return tables.read_sums(tables.load_purse, tables.BUDGET, namespace, *found) if found else Purse()
+
+    def put_purse(self, namespace: str, purse: Purse) -> None:
+        """Write it."""
+        document = tables.dump_purse(purse)
+        digest = tables.sums_digest(tables.BUDGET, namespace, document)
+        self.ledger.execute("INSERT OR REPLACE INTO budgets VALUES(?, ?, ?)", (namespace, document, digest))
 
     # Sets.
 

@@ -505,8 +505,13 @@ class _Check:
             self._report.add("first", f"question {name}, request {request_id!r}")
 
     def _check_sums(self) -> None:
-        for table, loads in (("sums", Delivered.loads), ("unreported", Account.loads)):
-            rows = self._ledger.execute(f"SELECT stamp, run, namespace, document, digest FROM {table}")
+        loaded: tuple[tuple[str, str, Callable[[bytes], Any]], ...] = (
+            ("sums", "stamp, run", Delivered.loads),
+            ("unreported", "stamp, run", Account.loads),
+            ("budgets", f"0, '{tables.BUDGET}'", tables.load_purse),
+        )
+        for table, about, loads in loaded:
+            rows = self._ledger.execute(f"SELECT {about}, namespace, document, digest FROM {table}")
             for stamp, *row in rows:
                 self._passed()
                 try:

@@ -39,8 +39,10 @@ from cachepipe.stores.base import (
     Operation,
     ReleaseHold,
     ReleaseLease,
+    Reserve,
     Result,
     Sample,
+    Settle,
     Store,
 )
 from cachepipe.wire.usage import COUNTS
@@ -105,6 +107,20 @@ class StoreContract:
             self.commit(store, index, key=draw.key)
         self.leave(store, draw, grant, complete=True, token=token)
         return grant
+
+    # Budgets.
+
+    def test_what_is_reserved_and_spent_never_exceeds_a_budget(self, store: Store) -> None:
+        first = self.apply(store, Reserve("=x", 60, 100))[0]
+        assert (first.granted, first.spent, first.reserved, first.lost) == (True, 0, 60, False)
+        second = self.apply(store, Reserve("=x", 60, 100))[0]
+        assert (second.granted, second.reserved) == (False, 60)
+        assert self.apply(store, Reserve("=y", 100, 100))[0].granted
+        self.apply(store, Settle("=x", 60, 30))
+        third = self.apply(store, Reserve("=x", 60, 100))[0]
+        assert (third.granted, third.spent, third.reserved, third.settled) == (True, 30, 60, 30)
+        summed = self.apply(store, Reserve("=x", 0, 100, summed=5))[0]
+        assert (summed.granted, summed.spent) == (True, 35)
 
     # Claims.
 

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from profiles import sized
 
 from cachepipe import MemoryStore
 from cachepipe.contract.draws import SHARED, Draw, label
@@ -582,8 +583,13 @@ TestRemote = RemoteMachine.TestCase
 TestValkey = ValkeyMachine.TestCase
 TestPostgres = PostgresMachine.TestCase
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
-TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, phases=PHASES)
-TestDisk.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
-TestRemote.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
-TestValkey.settings = settings(max_examples=10, stateful_step_count=40, deadline=None, phases=PHASES)
-TestPostgres.settings = settings(max_examples=5, stateful_step_count=40, deadline=None, phases=PHASES)
+for machine, small, full in (
+    (TestMemory, 15, 50),
+    (TestDisk, 10, 40),
+    (TestRemote, 10, 40),
+    (TestValkey, 4, 10),
+    (TestPostgres, 2, 5),
+):
+    machine.settings = settings(
+        max_examples=sized(small, full), stateful_step_count=40, deadline=None, phases=PHASES
+    )

@@ -11,10 +11,12 @@ from typing import Protocol
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment, answers_alike
+from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.intervals import Interval, IntervalSet, Union
 from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
+from cachepipe.stores import tables
 from cachepipe.stores.base import Claim, Sample, new_id, place_of
 from cachepipe.stores.ledger import DrawRows, DrawView, Ledger
 from cachepipe.stores.remote import rows
@@ -568,6 +570,18 @@ class _Ledger(Ledger):
     def add_unreported(self, run: str, namespace: str, account: Account) -> None:  # noqa: ARG002 - likewise
         name = rows.UNREPORTED + new_id().encode()
         self._book.put(name, rows.dumps([namespace, account.dumps().decode()]))
+
+    # Budgets: all are under one key.
+
+    def purse(self, namespace: str) -> Purse:
+        name = rows.BUDGET + rows.encoded(namespace)
+        content = self._book.content(name)
+        if content is None:
+            return Purse()
+        return rows.load_sums(tables.load_purse, self._book.name, name, content)
+
+    def put_purse(self, namespace: str, purse: Purse) -> None:
+        self._book.put(rows.BUDGET + rows.encoded(namespace), tables.dump_purse(purse))
 
 
 class StoredDraw(DrawView):

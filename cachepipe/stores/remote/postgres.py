@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any, Final, TypeVar
 
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
-from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults
+from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults, tls_fault
 from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
     CHANGES,
@@ -202,6 +202,8 @@ class PostgresEngine:
                 "a schema in the database (GRANT CREATE ON DATABASE), or all rights on the cache's schema, "
                 "its tables and its functions"
             )
+        if not state and (fault := tls_fault(told, "sslrootcert")):
+            return StoreError(f"the server at {self.where} {fault}")
         if any(part in told for part in _REFUSED) and not state:
             return StoreError(
                 f"the server at {self.where} refuses the connection: {told}. Name an existing database and "

@@ -18,6 +18,7 @@ or was moved to another place, is refused when it is read. Samples have the form
 | ``u/NAMESPACE`` | when the namespace first used the shared draw |
 | ``m/NAMESPACE`` | the sums of a run, which is the key |
 | ``n/NUMBER`` | what a run has left unreported |
+| ``b/NAMESPACE`` | what was spent and reserved of the namespace's budget |
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ WHY: Final = b"w/"
 USE: Final = b"u/"
 SUMS: Final = b"m/"
 UNREPORTED: Final = b"n/"
+BUDGET: Final = b"b/"
 
 _FIELDS: Final = 4096  # fields of draws and namespaces that are remembered
 

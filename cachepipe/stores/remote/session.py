@@ -33,7 +33,9 @@ from cachepipe.stores.base import (
     Operation,
     Process,
     ReleaseHold,
+    Reserve,
     Result,
+    Settle,
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
@@ -51,6 +53,8 @@ _TURN: Final = 0.002  # seconds between two tries of a key that is reserved for 
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
+BUDGETS: Final = "budgets"
+"""Stands for a run in the key under which all budgets are."""
 RUN: Final = "~"
 """The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
 
@@ -591,6 +595,8 @@ def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
+    if isinstance(operation, Reserve | Settle):
+        return f"{RUN}{BUDGETS}"
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
@@ -617,6 +623,8 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 fields[rows.draw_field(draw)] = None
             case Discard(index=index):
                 fields[rows.numbered(SAMPLE, index)] = None
+            case Reserve(namespace=namespace) | Settle(namespace=namespace):
+                fields[rows.BUDGET + rows.encoded(namespace)] = None
             case Note(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:

@@ -40,6 +40,8 @@ _LIBPQ: Final = (
     "target_session_attrs",
 )
 """Options of libpq that a URL may have."""
+_FILES: Final = ("sslrootcert", "sslcert", "sslkey")
+"""Those that name a file, except for the authorities of the system."""
 
 PREFIX: Final = "cachepipe"
 """The beginning of the keys on a server, unless the URL says otherwise."""
@@ -78,6 +80,13 @@ class _Url:
     def _invalid(self, what: str) -> StoreError:
         return StoreError(f"the URL of the cache {self.where} {what}")
 
+    def file(self, name: str) -> str:
+        """Return the path of the file that an option names."""
+        path = Path(self._options[name]).expanduser()
+        if not path.is_file():
+            raise self._invalid(f"has {name}={self._options[name]}, and there is no such file")
+        return str(path)
+
     def number(self, name: str, default: float) -> float:
         """Return the number of an option."""
         written = self._options.get(name)
@@ -115,11 +124,9 @@ class Asked(_Url):
         options |= {"host": self.host, "port": self.port}
         if self.scheme == "valkeys":
             named = {
-                f"ssl_{name}": self._options[option]
-                for option, name in _TLS.items()
-                if option in self._options
+                f"ssl_{name}": self.file(option) for option, name in _TLS.items() if option in self._options
             }
-            options |= {"ssl": True, **named}
+            options |= {"ssl": True, "ssl_check_hostname": True, **named}
         return options if self.cluster else options | {"db": self.database()}
 
     def database(self) -> int:
@@ -174,6 +181,7 @@ class Database(_Url):
         from psycopg import ProgrammingError, conninfo  # noqa: PLC0415 - an extra
 
         given = {name: self._options[name] for name in _LIBPQ if name in self._options}
+        given |= {name: self.file(name) for name in _FILES if given.get(name, "system") != "system"}
         url = f"postgresql://{self.parts.netloc}{self.parts.path}"
         try:
             options = conninfo.conninfo_to_dict(url, **given)

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Final
 
 from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
-from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults
+from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults, tls_fault
 from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
     CHANGES,
@@ -191,6 +191,8 @@ class ValkeyEngine:
                 f"the server at {self.where} refuses the credentials: {told}. Give them in the URL, in "
                 "CACHEPIPE_VALKEY_USERNAME and CACHEPIPE_VALKEY_PASSWORD, or with ?password_file=PATH"
             )
+        if isinstance(error, exceptions.ConnectionError) and (fault := tls_fault(told, "?ca")):
+            return StoreError(f"the server at {self.where} {fault}")
         if isinstance(error, _LATER) or told.startswith(_LATER_CODES):
             there = isinstance(error, exceptions.ResponseError | exceptions.BusyLoadingError)
             return Unreachable(

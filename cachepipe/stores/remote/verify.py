@@ -20,6 +20,7 @@ from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
 from cachepipe.stores.remote.session import RUN, Session
+from cachepipe.stores.tables import load_purse
 from cachepipe.stores.verify import Absent, IntegrityReport, Step, Stored
 
 _PAGE: Final = 100  # samples that are read in one round trip
@@ -57,6 +58,7 @@ class _Key:
         if self._key.startswith(RUN):
             self._each(rows.SUMS, self._check_sums, "sums")
             self._each(rows.UNREPORTED, self._check_unreported, "sums")
+            self._each(rows.BUDGET, self._check_purse, "sums")
             return
         self._report.counts["questions"] += 1
         self._each(rows.KNOWN, self._check_question, "question")
@@ -95,6 +97,9 @@ class _Key:
         document = rows.unpack(self._key, rows.QUESTION, self._rows.get(rows.QUESTION, b""))
         if keys.digest(scope, document) != self._key:
             self._report.add("question", self._key)
+
+    def _check_purse(self, name: bytes, content: bytes) -> None:
+        rows.load_sums(load_purse, self._key, name, content)
 
     def _check_sums(self, name: bytes, content: bytes) -> None:
         rows.load_sums(Delivered.loads, self._key, name, content)
