@@ -42,6 +42,10 @@ COMMANDS: Final[dict[str, Entry]] = {
     "path": Entry("cachepipe.cli.inspect:path", "Print the cache folder in use."),
     "verify": Entry("cachepipe.cli.verify:verify", "Check the integrity of a cache, and repair it."),
     "discard": Entry("cachepipe.cli.verify:discard", "Discard samples, so that draws get others instead."),
+    "export": Entry("cachepipe.cli.share:export", "Write an experiment into one file, for others."),
+    "import": Entry("cachepipe.cli.share:import_", "Add such a file to a cache."),
+    "merge": Entry("cachepipe.cli.share:merge", "Add what several caches hold to another one."),
+    "sync": Entry("cachepipe.cli.share:sync", "Copy between two caches both ways."),
     "valkey": Entry("cachepipe.cli.valkey:valkey", "Run a Valkey server, as a cache for several machines."),
     "mock-server": Entry(
         "cachepipe.testing.command:mock_server", "Serve the embedded model as an OpenAI-compatible server."
