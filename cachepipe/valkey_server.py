@@ -335,7 +335,7 @@ def _client(place: Path) -> Any:
     except (OSError, KeyError) as error:
         raise StoreError(f"the server in {place} cannot be asked: no password: {error}") from error
     options = {"host": address_here(kept["bind"]), "port": kept["port"], "password": password}
-    return client_of({**options, "socket_timeout": 5.0, "socket_connect_timeout": 5.0}, cluster=False)
+    return client_of({**options, "socket_timeout": 5.0, "socket_connect_timeout": 5.0})
 
 
 def _status(place: Path) -> Status:

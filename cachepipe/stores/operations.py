@@ -303,6 +303,7 @@ def _commit(ledger: Ledger, commit: Commit) -> Committed:
     there = None if index is None else rows.sample(index)
     kept = index is not None and _keeps_index(ledger, rows, commit, index, there)
     if kept and isinstance(there, Sample):
+        rows.listed.add(there.index)
         return Committed(there, kept=True)  # written earlier, by a transaction that was interrupted
     if index is None or not kept:
         listed = rows.listed
