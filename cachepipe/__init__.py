@@ -60,6 +60,9 @@ if TYPE_CHECKING:
         BudgetExceeded as BudgetExceeded,
     )
     from cachepipe.errors import (
+        BundleError as BundleError,
+    )
+    from cachepipe.errors import (
         CacheMiss as CacheMiss,
     )
     from cachepipe.errors import (
@@ -81,6 +84,12 @@ if TYPE_CHECKING:
         FreshIds as FreshIds,
     )
     from cachepipe.errors import (
+        ImportRefused as ImportRefused,
+    )
+    from cachepipe.errors import (
+        LayerIgnored as LayerIgnored,
+    )
+    from cachepipe.errors import (
         LostSamples as LostSamples,
     )
     from cachepipe.errors import (
@@ -94,6 +103,9 @@ if TYPE_CHECKING:
     )
     from cachepipe.errors import (
         RepeatedCell as RepeatedCell,
+    )
+    from cachepipe.errors import (
+        SecretsFound as SecretsFound,
     )
     from cachepipe.errors import (
         SharedDraw as SharedDraw,
@@ -160,6 +172,10 @@ if TYPE_CHECKING:
     from cachepipe.sdk.wrapping import wrap as wrap
     from cachepipe.services import Service as Service
     from cachepipe.services import Services as Services
+    from cachepipe.sharing import export as export
+    from cachepipe.sharing import import_ as import_
+    from cachepipe.sharing import merge as merge
+    from cachepipe.sharing import sync as sync
     from cachepipe.stages import (
         AsyncBatcher as AsyncBatcher,
     )
@@ -207,6 +223,7 @@ _HOMES = {
         "BadAnswer",
         "BatchMismatch",
         "BudgetExceeded",
+        "BundleError",
         "CacheMiss",
         "CachepipeError",
         "CachepipeWarning",
@@ -214,11 +231,14 @@ _HOMES = {
         "EvictionDisabled",
         "FormatError",
         "FreshIds",
+        "ImportRefused",
+        "LayerIgnored",
         "LostSamples",
         "NotStorable",
         "NotStored",
         "ReadOnlyStore",
         "RepeatedCell",
+        "SecretsFound",
         "SharedDraw",
         "SharedReplicates",
         "ShortAnswer",
@@ -236,6 +256,7 @@ _HOMES = {
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),
     "cachepipe.chat.sessions": ("Session",),
+    "cachepipe.sharing": ("export", "import_", "merge", "sync"),
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
     "cachepipe.chat.chat": ("Chat", "ToolLoopError"),

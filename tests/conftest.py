@@ -65,10 +65,10 @@ def no_certificates():
 
 @pytest.fixture(autouse=True)
 def own_default_folder(monkeypatch, tmp_path_factory):
-    """Give each test a default cache folder of its own: none is made in the project."""
-    monkeypatch.setenv(
-        "CACHEPIPE_DIR", str(tmp_path_factory.getbasetemp() / f"default-{os.urandom(6).hex()}")
-    )
+    """Give each test default folders of its own: none is made in the project, or for the user."""
+    folder = tmp_path_factory.getbasetemp() / f"default-{os.urandom(6).hex()}"
+    monkeypatch.setenv("CACHEPIPE_DIR", str(folder))
+    monkeypatch.setenv("CACHEPIPE_LOCAL", str(folder / "local"))
 
 
 @pytest.fixture(scope="session")

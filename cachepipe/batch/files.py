@@ -87,12 +87,15 @@ class InputFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def check(self, stop: Stop, then: Callable[[Line], None] | None = None) -> int:
+    def check(
+        self, stop: Stop, then: Callable[[Line], None] | None = None, *, last: int | None = None
+    ) -> int:
         """Return the number of requests to run, after checking all of them. Reads the whole file.
 
         Args:
             stop: ends it early.
             then: called with each request, until one is not valid.
+            last: the number of the last line to check; by default all are.
 
         Raises:
             BatchFileError: naming each line that is not valid, up to ten of them.
@@ -101,7 +104,7 @@ class InputFile:
         count = checksum = 0
         ids = _Ids()
         for number, text in self._numbered():
-            if stop.asked or len(problems) == _SHOWN:
+            if stop.asked or len(problems) == _SHOWN or (last is not None and number > last):
                 break
             count += 1
             checksum = zlib.crc32(text, checksum)

@@ -92,7 +92,7 @@ def plan_file(
         tokens_per_minute=tokens_per_minute,
     )
     with InputFile(Path(input), settings) as lines:
-        store, owned = _store(settings)
+        store, owned = opened(settings)
         try:
             planner = _Planner(store, settings)
             lines.check(settings.stop, planner.take)
@@ -102,7 +102,7 @@ def plan_file(
                 store.close()
 
 
-def _store(settings: BatchSettings) -> tuple[Store, bool]:
+def opened(settings: BatchSettings) -> tuple[Store, bool]:
     """Return the store, read-only, and whether to close it; an empty one if there is no cache yet."""
     if settings.mode == "bypass":
         return MemoryStore(), True

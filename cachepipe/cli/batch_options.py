@@ -115,5 +115,6 @@ def settings_in(options: dict[str, Any]) -> dict[str, Any]:
     from cachepipe.prices import Prices  # noqa: PLC0415 - so that --help is quick
 
     found = {name: value for name, value in options.items() if name in HELP}
-    found["prices"] = None if options["prices"] is None else Prices.load(options["prices"])
+    prices = options.get("prices")
+    found["prices"] = None if prices is None else Prices.load(prices)
     return found

@@ -82,7 +82,11 @@ class Server(uvicorn.Server):
         if sockets and self.started:
             self.url = _url(sockets[0])
             if self._on_listening is not None:
-                self._on_listening(self.url)
+                try:
+                    self._on_listening(self.url)
+                except BaseException:
+                    await self.shutdown(sockets)  # a loop with open sockets may not close
+                    raise
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Stop at a signal; at a second Ctrl-C, give up what is in flight."""

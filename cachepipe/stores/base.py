@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ import orjson
 from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.contract.schedule import LAST, Place
@@ -270,6 +271,42 @@ class NotePlace:
 
 
 @dataclass(slots=True)
+class Adopt:
+    """Add what another cache holds of a question, if the store does not contradict it.
+
+    Attributes:
+        entry: what the other cache holds.
+    """
+
+    entry: Entry
+
+    @property
+    def key(self) -> str:
+        """The key of the question."""
+        return self.entry.key
+
+
+class Adopted(NamedTuple):
+    """What was added of an entry.
+
+    Attributes:
+        samples: how many samples were new.
+        draws: how many draws were new, or became longer.
+        different: the draws that contradict those of the store; if there are any, nothing was added.
+        altered: the ids of samples that differ from those of the store; likewise.
+        new: whether the question was new.
+        changed: whether anything was added.
+    """
+
+    samples: int = 0
+    draws: int = 0
+    different: Sequence[Draw] = ()
+    altered: Sequence[str] = ()
+    new: bool = False
+    changed: bool = False
+
+
+@dataclass(slots=True)
 class Reserve:
     """Reserve a part of a namespace's budget for a call; amounts are nano-dollars.
 
@@ -321,9 +358,19 @@ class Settle:
 
 
 Operation = (
-    Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note | NotePlace | Reserve | Settle
+    Claim
+    | Commit
+    | ReleaseLease
+    | Seize
+    | ReleaseHold
+    | Discard
+    | Note
+    | NotePlace
+    | Reserve
+    | Settle
+    | Adopt
 )
-Result = Grant | Committed | Reserved | None
+Result = Grant | Committed | Reserved | Adopted | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state
@@ -530,6 +577,19 @@ class Store(Protocol):
 
     def bought(self) -> Iterator[Bought]:
         """Iterate over all samples, the discarded ones too, as they count in what was spent."""
+        ...
+
+    def entry(self, key: str) -> Entry | None:
+        """Return all that is held of a question, for another cache; None if it is not known."""
+        ...
+
+    def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
+        """Iterate over the entries of all questions, in the order of their keys.
+
+        Args:
+            namespaces: the labels of namespaces; only questions that one of them has drawn.
+            after: only keys after this one.
+        """
         ...
 
     def close(self) -> None:

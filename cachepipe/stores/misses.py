@@ -93,7 +93,7 @@ def missed(
     try:
         info = next(store.keys(question.key), None)
         if info is not None:
-            why = _undrawn(info.samples, info.pending, draw, n)
+            why = undrawn(info.samples, info.pending, draw, n)
         else:
             near = store.similar(question)
             why = unlike(question, near)
@@ -102,7 +102,7 @@ def missed(
     return CacheMiss(question.key, namespace, request, why, None if near is None else near.key)
 
 
-def _undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:
+def undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:
     """Return why a stored question has no samples for a draw."""
     has = f"the cache has {_counted(samples, 'sample')} of this question"
     if pending:

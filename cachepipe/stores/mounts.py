@@ -189,10 +189,10 @@ def check_local(what: str, folder: Path, remedy: str, mounts: Sequence[Mount] | 
 
 REMEDIES: Final = """\
 Use one of these, with DIR on a local disk, such as /tmp/cachepipe:
-  one machine works alone:        export CACHEPIPE_DIR=DIR
+  one machine works alone:        export CACHEPIPE_DIR=DIR (or --cache DIR, or cache="DIR" in Python)
   one machine owns the cache:     cachepipe serve --cache DIR --upstream URL --host 0.0.0.0 --token-env NAME
                                   (the other machines use the base URL that it prints)
   all machines share a server:    cachepipe valkey start --dir DIR --bind 0.0.0.0
                                   (its URL takes the place of the cache's folder)
-  nobody writes, all only read:   cachepipe run --mode replay (mode="replay" in Python)"""
+  nobody writes, all only read:   cachepipe run --replay (mode="replay" in Python)"""
 """What to do where a cache would be written on a network file system."""

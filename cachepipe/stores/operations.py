@@ -22,12 +22,15 @@ from cachepipe.contract.allotment import (
     lowest_new,
     noted_place,
 )
-from cachepipe.contract.draws import Draw, is_own
+from cachepipe.contract.draws import SHARED, Draw, is_own
+from cachepipe.contract.entries import Addition, Entry, EntrySample, addition
 from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
+    Adopt,
+    Adopted,
     Ahead,
     Claim,
     Commit,
@@ -79,6 +82,8 @@ def _perform_all(ledger: Ledger, kind: type[Operation], operations: Sequence[Any
     """Perform operations of one kind."""
     if kind is Commit:
         return list(_commit_all(ledger, operations))
+    if kind is Adopt:
+        return list(_adopt_all(ledger, operations))
     performed = _PERFORM[kind]
     return [performed(ledger, operation) for operation in operations]
 
@@ -298,6 +303,7 @@ def _commit(ledger: Ledger, commit: Commit) -> Committed:
     there = None if index is None else rows.sample(index)
     kept = index is not None and _keeps_index(ledger, rows, commit, index, there)
     if kept and isinstance(there, Sample):
+        rows.listed.add(there.index)
         return Committed(there, kept=True)  # written earlier, by a transaction that was interrupted
     if index is None or not kept:
         listed = rows.listed
@@ -328,6 +334,70 @@ def _keeps_index(
     if there is not None:
         return isinstance(there, Sample) and there.id == commit.id
     return author is None
+
+
+# Entries of other caches.
+
+
+def _adopt_all(ledger: Ledger, adopts: Sequence[Adopt]) -> list[Adopted]:
+    """Add entries; those of different keys together."""
+    results: list[Adopted] = []
+    left = list(adopts)
+    while left:
+        together: dict[str, Adopt] = {}
+        for adopt in left:
+            if adopt.key in together:
+                break
+            together[adopt.key] = adopt
+        results += _adopt_keys(ledger, [adopt.entry for adopt in together.values()])
+        left = left[len(together) :]
+    return results
+
+
+def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
+    """Add entries of different keys: first all samples, then what refers to them."""
+    ledger.prepare_entries([entry.key for entry in entries])
+    held = [ledger.entry(entry.key) for entry in entries]
+    added = [addition(ours, entry) for ours, entry in zip(held, entries, strict=True)]
+    samples = [
+        (entry.key, adopted_sample(sample, index))
+        for entry, add in zip(entries, added, strict=True)
+        for index, sample in add.samples
+    ]
+    if samples and not ledger.put(samples):
+        raise StoreError("another process has written samples of the same questions meanwhile; try again")
+    return [
+        _adopt(ledger, entry, add)._replace(new=ours is None)
+        for ours, entry, add in zip(held, entries, added, strict=True)
+    ]
+
+
+def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
+    """Add what an entry has beyond its samples."""
+    changes = bool(add.samples or add.segments or add.users)
+    if changes:
+        key = ledger.adopted(entry)
+        for index, sample in add.samples:
+            key.listed.add(index)
+            if sample.discarded is not None:
+                key.discard(index, sample.discarded)
+        for draw, segments in add.segments:
+            rows = ledger.draw(draw)
+            for segment, generated in segments:
+                rows.insert(segment, generated)
+        if add.users:
+            shared = ledger.draw(Draw(SHARED, entry.key, "", 0))
+            for user in add.users:
+                shared.use(user)
+    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, changed=changes)
+
+
+def adopted_sample(sample: EntrySample, index: int) -> Sample:
+    """Return a sample of another cache as it is stored at an index; its header notes where it came from."""
+    header = sample.header
+    if index != sample.origin:
+        header = b'%b,"origin":%d}' % (header[:-1], sample.origin)
+    return Sample(index, sample.id, sample.payload, header)
 
 
 # What else happens to a draw and to a sample.

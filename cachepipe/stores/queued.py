@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import queue
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -93,6 +94,21 @@ class Queued:
         except StoreError as error:
             future.set_exception(error)
         return future
+
+    def apply_and_wait(self, operations: Sequence[Operation]) -> list[Result]:
+        """Apply the operations on the writer thread, and wait for it; for programs without an event loop.
+
+        Raises:
+            StoreError: when they were not all applied.
+        """
+        self._check()
+        found: queue.SimpleQueue[list[Result | Exception] | Exception] = queue.SimpleQueue()
+        self._writer.put(operations, found.put)
+        results = found.get()
+        error = results if isinstance(results, Exception) else error_in(results)
+        if error is not None:
+            raise error
+        return results  # type: ignore[return-value]  # none is an error
 
     def _undo(self, operations: Sequence[Operation], results: list[Result | Exception] | Exception) -> None:
         """Give back the grants of claimants that are gone."""

@@ -449,6 +449,16 @@ def header_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tup
     return body[: body.find(b"\n")], state == _GONE
 
 
+def parts_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes, bool]:
+    """Return the header and the payload in a row, and whether the sample was discarded.
+
+    Both are empty for a sample that could not be read when it was discarded.
+    """
+    state, body = _checked(key, index, mode, filename, value)
+    header, _, payload = body.partition(b"\n")
+    return (header, payload, state == _GONE) if header.startswith(_HEADER) else (b"", b"", state == _GONE)
+
+
 def _checked(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes]:
     """Return what became of the sample in a row, and its header and payload."""
     if mode != RAW or filename is not None or type(value) is not bytes:

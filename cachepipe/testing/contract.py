@@ -25,10 +25,12 @@ except ImportError as error:
 
 from cachepipe.accounting import Delivered, Usage
 from cachepipe.contract.draws import SHARED, Draw, label
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
+    Adopt,
     Ahead,
     Claim,
     Commit,
@@ -45,6 +47,7 @@ from cachepipe.stores.base import (
     Settle,
     Store,
 )
+from cachepipe.stores.memory import MemoryStore
 from cachepipe.wire.usage import COUNTS
 
 KEY = "k2-" + "a" * 64
@@ -878,6 +881,108 @@ class StoreContract:
             assert len(list(store.namespaces())) <= 1
         writer.join()
         assert len(list(store.keys())) == 40
+
+    # Entries of other caches.
+
+    def held_elsewhere(self, *draws: tuple[Draw, int]) -> Entry:
+        """Return the entry of a question in another cache, where these draws were made."""
+        other = MemoryStore()
+        for draw, n in draws:
+            self.fill(other, draw, n)
+        entry = other.entry(KEY)
+        other.close()
+        assert entry is not None
+        found = entry.sliced()
+        assert found is not None
+        return found
+
+    def handed_on(self, store: Store) -> Any:
+        """Return what another cache gets of the question, without where it is in this one."""
+        entry = store.entry(KEY)
+        found = None if entry is None else entry.sliced()
+        if found is None:
+            return None
+        samples = [sample._replace(index=-1) for sample in found.samples]
+        draws = {draw: [each._replace(number=-1) for each in parts] for draw, parts in found.draws.items()}
+        return found.scope, found.document, samples, draws, found.users
+
+    def test_c2_what_another_cache_holds_replays_here(self, store: Store) -> None:
+        entry = self.held_elsewhere((drawn("a"), 2), (drawn("b"), 1))
+        [adopted] = self.apply(store, Adopt(entry))
+        assert (adopted.samples, adopted.draws, adopted.new) == (3, 2, True)
+        for draw, n in ((drawn("a"), 2), (drawn("b"), 1)):
+            grant = self.claim(store, draw, n)
+            assert (grant.mine, grant.shared) == ([], False)
+            names = [sample.id for sample in grant.samples if sample]
+            assert names == [name for segment in entry.draws[draw] for name in segment.samples]
+        assert self.claim(store, drawn("c")).mine == [3]
+
+    def test_what_is_handed_on_comes_back_unchanged(self, store: Store) -> None:
+        """Also the discarded samples, the users of shared draws, and the stamps."""
+        shared = Draw(SHARED, KEY, "", 0)
+        other = MemoryStore()
+        self.fill(other, drawn("a"), 2)
+        self.claim(other, shared, 1, user="=u")
+        self.apply(other, Discard(KEY, 1, "it is wrong"))
+        self.fill(other, drawn("a"), 2)
+        entry = other.entry(KEY)
+        assert entry is not None
+        part = entry.sliced()
+        assert part is not None
+        self.apply(store, Adopt(part))
+        assert self.handed_on(store) == self.handed_on(other)
+        [again] = self.apply(store, Adopt(part))
+        assert not again.changed
+        assert self.handed_on(store) == self.handed_on(other)
+        other.close()
+
+    def test_c1_samples_of_two_caches_keep_apart(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace="here"), 2)
+        before = [(sample.index, sample.id) for sample in store.samples(KEY)]
+        entry = self.held_elsewhere((drawn("a", namespace="there"), 2))
+        self.apply(store, Adopt(entry))
+        assert [(sample.index, sample.id) for sample in store.samples(KEY)][:2] == before
+        grant = self.claim(store, drawn("b", namespace="here"), 3)
+        assert (grant.indices, grant.mine) == ([2, 3, 4], [4])
+
+    def test_c2_a_draw_that_got_other_samples_changes_nothing(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 1)
+        before = self.handed_on(store)
+        entry = self.held_elsewhere((drawn("a"), 1), (drawn("b"), 1))
+        [adopted] = self.apply(store, Adopt(entry))
+        assert (adopted.different, adopted.changed) == ([drawn("a")], False)
+        assert self.handed_on(store) == before
+
+    def test_c2_a_draw_becomes_as_long_as_in_the_other_cache(self, store: Store) -> None:
+        short = self.held_elsewhere((drawn("a"), 1))
+        other = MemoryStore()
+        self.apply(other, Adopt(short))
+        self.fill(other, drawn("a"), 3)
+        long = other.entry(KEY)
+        assert long is not None
+        other.close()
+        self.apply(store, Adopt(short))
+        [adopted] = self.apply(store, Adopt(long))
+        assert (adopted.samples, adopted.draws) == (2, 1)
+        assert self.claim(store, drawn("a"), 3).mine == []
+
+    def test_c3_an_earlier_namespace_of_another_cache_is_the_earliest(self, store: Store) -> None:
+        entry = self.held_elsewhere((drawn("x", namespace="early"), 1), (drawn("a", namespace="early"), 1))
+        for number in range(12):  # more than are remembered as the earliest
+            self.fill(store, drawn("a", namespace=f"late {number}"), 1)
+        self.apply(store, Adopt(entry))
+        wanted = entry.draws[drawn("a", namespace="early")][0].samples[0]
+        grant = self.claim(store, drawn("a", namespace="new"))
+        assert grant.samples[0] is not None
+        assert grant.samples[0].id == wanted
+
+    def test_entries_come_in_the_order_of_their_keys(self, store: Store) -> None:
+        self.fill(store, drawn("a", key=OTHER, namespace="two"))
+        self.fill(store, drawn("a", namespace="one"))
+        assert [entry.key for entry in store.entries()] == [KEY, OTHER]
+        assert [entry.key for entry in store.entries(after=KEY)] == [OTHER]
+        assert [entry.key for entry in store.entries(["=one"])] == [KEY]
+        assert store.entry("k2-" + "0" * 64) is None
 
     def test_what_is_applied_soon_is_applied_before_the_store_is_closed(self, store: Store) -> None:
         store.apply_soon([Claim(drawn("a"), 1, asked(), "one"), Commit(KEY, 0, b"x", {})])

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154,SC2329
 # The part that serve.sh and valkey.sh share; they define $shared, start, stop and use.
 #
 # The first task of the array owns the cache. It copies the cache from the shared disk to a local one, starts the

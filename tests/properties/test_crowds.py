@@ -20,6 +20,7 @@ from profiles import sized
 import cachepipe
 from cachepipe import Batch, DiskStore, MemoryStore, OnlineAPI, Request, ShortAnswer, open_store
 from cachepipe.stores.base import Discard
+from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.testing import FaultyStore, MemoryEngine
@@ -38,12 +39,20 @@ def opener(kind, request):
             return lambda: DiskStore(folders.mktemp("cache"))
         case "remote":
             return lambda: RemoteStore(Session(MemoryEngine()))
+        case "copied":
+            folders = request.getfixturevalue("tmp_path_factory")
+            return lambda: copied(folders.mktemp("local"))
         case _:
             new_url = request.getfixturevalue(f"new_{kind}_url")
             return lambda: open_store(new_url())[0]
 
 
-STORES = ["memory", "disk", "remote", "valkey", "postgres"]
+def copied(folder):
+    engine = MemoryEngine()
+    return RemoteStore(Session(engine, copies=Copies(folder, engine.identity, 10)))
+
+
+STORES = ["memory", "disk", "remote", "copied", "valkey", "postgres"]
 
 
 @pytest.fixture(scope="session", params=sized(["memory", "disk", "valkey"], STORES))

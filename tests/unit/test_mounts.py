@@ -122,7 +122,7 @@ def test_a_refusal_names_the_mount_and_what_to_do():
     told = str(refused.value)
     assert "the cache /scratch/lab cannot be written" in told
     assert "(lustre, mounted at /scratch)" in told
-    for command in ("CACHEPIPE_DIR=", "cachepipe serve", "cachepipe valkey start", "--mode replay"):
+    for command in ("CACHEPIPE_DIR=", "cachepipe serve", "cachepipe valkey start", "--replay"):
         assert command in told
 
 

@@ -13,13 +13,14 @@ from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment, answers_alike
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import Interval, IntervalSet, Union
 from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
 from cachepipe.stores import tables
 from cachepipe.stores.base import Claim, Sample, new_id, place_of
 from cachepipe.stores.ledger import DrawRows, DrawView, Ledger
-from cachepipe.stores.remote import rows
+from cachepipe.stores.remote import entries, rows
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Read, Rows, Swap
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
 
@@ -280,6 +281,19 @@ class Book:
         fields = [name for name in self.known if not name.startswith(PENDING)]
         return Read(self.name, fields, pending=True)
 
+    def entry(self) -> Entry | None:
+        """Return all that is held of the question, and note that all of it was shown; None if it is new."""
+        if self.row(rows.KNOWN) is None:
+            return None
+        self.learn({**self.read_all()})
+        names = [name for name in self.known if not name.startswith((PENDING, SAMPLE))]
+        found = {name: row for name in names if (row := self.row(name)) is not None}
+        fields = [rows.numbered(SAMPLE, index) for index in entries.listed_in(self.name, found)]
+        if unknown := [name for name in fields if name not in self.known]:
+            self.learn({**dict.fromkeys(unknown), **self._read(unknown)})
+        samples = [(int(name[len(SAMPLE) :]), row) for name in fields if (row := self.row(name)) is not None]
+        return entries.entry(self.name, found, samples)
+
     # Looking ahead: what is looked at is not thereby shown.
 
     def followed(self, draw: Draw) -> bytes | None:
@@ -433,15 +447,20 @@ class _Rows(DrawRows):
         row.segments[segment.number] = segment
         row.generated[segment.number] = generated
 
+    def insert(self, segment: Segment, generated: int) -> None:
+        self.add(segment, generated)
+        for index in segment.indices:
+            self.taken.add(index)
+
     def _begun(self, segment: Segment) -> None:
-        """Note that the namespace has made the draw."""
+        """Note that the namespace has made the draw; it may be earlier than the namespaces that are named."""
         first = self._book.first(self._draw)
-        if first.more:
+        begun = (segment.stamp, self._draw.namespace)
+        if first.more and begun > max(first.namespaces, default=(0, "")):
             return
-        if len(first.namespaces) == rows.MOST_FIRST:
-            first.more = True
-        else:
-            first.namespaces = sorted([*first.namespaces, (segment.stamp, self._draw.namespace)])
+        first.namespaces = sorted([*first.namespaces, begun])
+        first.more = first.more or len(first.namespaces) > rows.MOST_FIRST
+        del first.namespaces[rows.MOST_FIRST :]
         self._book.put_first(self._draw, first)
 
     def replace(self, segment: Segment) -> None:
@@ -521,13 +540,37 @@ class _Ledger(Ledger):
         return sorted(lease for lease in leases if not self._process.alive(lease))
 
     def claimed(self, claim: Claim) -> _Rows:
-        book, question = self._book, claim.question
-        found = _Rows(book, claim.draw, claim.avoid)
-        found.is_new = book.row(rows.KNOWN) is None
-        if found.is_new:
-            book.put(rows.KNOWN, rows.dumps([question.scope, self._process.now() / 1e6]))
-            book.put(rows.QUESTION, question.document)
+        question = claim.question
+        found = _Rows(self._book, claim.draw, claim.avoid)
+        found.is_new = self._asked(question.scope, question.document, self._process.now() / 1e6)
         return found
+
+    def _asked(self, scope: str | None, document: bytes, at: float) -> bool:
+        """Store a question if it is new; return True if it is."""
+        book = self._book
+        is_new = book.row(rows.KNOWN) is None
+        if is_new:
+            book.put(rows.KNOWN, rows.dumps([scope, at]))
+            book.put(rows.QUESTION, document)
+        return is_new
+
+    def entry(self, key: str) -> Entry | None:  # noqa: ARG002 - the book has one key
+        return self._book.entry()
+
+    def adopted(self, entry: Entry) -> _Rows:
+        for segments in entry.draws.values():
+            for segment in segments:
+                self._process.see(segment.stamp)
+        at = entry.first_stamp() / 1e6 or self._process.now() / 1e6
+        self._asked(entry.scope, entry.document, at)
+        return _Rows(self._book)
+
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
+        if any(self._book.row(rows.numbered(SAMPLE, sample.index)) is not None for _, sample in samples):
+            return False
+        for _, sample in samples:
+            self._book.put_sample(sample)
+        return True
 
     def draw(self, draw: Draw) -> _Rows:
         return _Rows(self._book, draw)

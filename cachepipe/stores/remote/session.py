@@ -20,10 +20,12 @@ from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
 from cachepipe.contract.allotment import choose, lowest_listed_free
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import NOBODY
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
+    Adopt,
     Claim,
     Commit,
     Discard,
@@ -39,7 +41,9 @@ from cachepipe.stores.base import (
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
+from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.local import LocalCopy
 
 LEASE: Final = 3.0
 """Seconds for which a lease lasts unless it is renewed, which happens three times as often."""
@@ -112,10 +116,12 @@ class Session:
         engine: the engine.
         patience: seconds to wait for an engine that does not answer.
         lease: seconds for which a lease lasts unless it is renewed.
-        renews: whether a thread renews the lease; a test renews it itself.
+        copies: the copies on this machine, if there are any.
+        renews: whether threads renew the lease and follow the copies; a test does so itself.
         sleep: waits for some seconds.
 
     Attributes:
+        local: the copies as this process uses them.
         last_lease: the latest lease of this process; 0 if it had none.
         ended: whether the last store that used the session was closed.
         expects_new: whether the draws that were claimed last were new, and so probably the next ones.
@@ -127,6 +133,7 @@ class Session:
         *,
         patience: float = PATIENCE,
         lease: float = LEASE,
+        copies: Copies | None = None,
         renews: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -138,6 +145,7 @@ class Session:
         self.ended = False
         self._users: weakref.WeakSet[User] = weakref.WeakSet()
         self._begin()
+        self.local = None if copies is None else LocalCopy(engine, copies, self, follows=renews)
         self._offset = self.asked(engine.now) - time.time_ns() // 1000
         _sessions.add(self)
 
@@ -150,7 +158,7 @@ class Session:
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
-        self._dead: set[int] = set()
+        self._dead: set[int] = {NOBODY}
         self._greatest = 0
         self.expects_new = True
         self._ended = threading.Event()
@@ -159,6 +167,8 @@ class Session:
         """Begin again in a forked child."""
         self._begin()
         self.engine.inherit()
+        if self.local is not None:
+            self.local.inherit()
 
     def join(self, user: User) -> None:
         """Note that a store uses the session."""
@@ -180,6 +190,8 @@ class Session:
 
     def _close(self) -> None:
         """End the lease and close the connections."""
+        if self.local is not None:
+            self.local.close()
         self._ended.set()
         with self._leasing:
             lease, self._lease = self._lease, None
@@ -316,8 +328,29 @@ class Session:
         Raises:
             StoreError: when an operation is refused; then none was performed.
         """
-        with self._lock:
-            return _Transaction(self, asked).run()
+        known = self._copied(asked)
+        left = [operation for place, operation in enumerate(asked) if place not in known]
+        results: list[Result | StoreError] = []
+        if left:
+            with self._lock:
+                results = _Transaction(self, left).run()
+            if self.local is not None:
+                self.local.learn(left, results)
+        rest = iter(results)
+        return [known[place] if place in known else next(rest) for place in range(len(asked))]
+
+    def _copied(self, asked: Sequence[Operation]) -> dict[int, Grant]:
+        """Return the grants of claims, by place, that copies on this machine answer."""
+        local = self.local
+        if local is None or not any(map(_only_reads, asked)) or any(map(_may_change, asked)):
+            return {}
+        if not local.ready():
+            return {}
+        return {
+            place: grant
+            for place, operation in enumerate(asked)
+            if _only_reads(operation) and (grant := local.recall(operation.draw, operation.n)) is not None
+        }
 
     def again(self, book: Book, current: Rows) -> Book:
         """Return the rows of a key whose swap has met a conflict.
@@ -375,6 +408,8 @@ class Session:
         grant = operations.recall(stored, n) if stored.segments else None
         if grant is not None:
             grant.shared = any(self.is_other(segment.lease) for segment in stored.segments)
+            if self.local is not None:
+                self.local.keep(draw, found)
         return grant
 
     def commit_for(self, commit: Commit, lease: int) -> Result | StoreError:
@@ -393,7 +428,10 @@ class Session:
 
     def announce(self, keys: Sequence[str]) -> list[int]:
         """Announce a change of each key; return their numbers."""
-        return self.asked(lambda: self.engine.announce(keys))
+        numbers = self.asked(lambda: self.engine.announce(keys))
+        if self.local is not None:
+            self.local.forget(zip(numbers, keys, strict=True))
+        return numbers
 
     def remembered(self, key: str) -> Known:
         """Return the rows of a key that are remembered."""
@@ -591,6 +629,11 @@ def _only_reads(operation: Operation) -> TypeGuard[Claim]:
     return type(operation) is Claim and not operation.refresh and operation.user is None
 
 
+def _may_change(operation: Operation) -> bool:
+    """Return True if an operation may change what a claim behind it gets."""
+    return isinstance(operation, Discard | NotePlace) or (isinstance(operation, Claim) and operation.refresh)
+
+
 def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
@@ -623,6 +666,10 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 fields[rows.draw_field(draw)] = None
             case Discard(index=index):
                 fields[rows.numbered(SAMPLE, index)] = None
+            case Adopt(entry=entry):
+                # The indices that its samples get if the question is new.
+                fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
+                fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
             case Reserve(namespace=namespace) | Settle(namespace=namespace):
                 fields[rows.BUDGET + rows.encoded(namespace)] = None
             case Note(namespace=namespace):
@@ -637,6 +684,12 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
         guesses = _likely(key, known, asked)
         fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
     return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
+
+
+def _fields_of(draw: Draw) -> list[bytes]:
+    """Return the fields that change when a draw is added."""
+    names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+    return names if draw.shared else [*names, rows.first_field(draw)]
 
 
 def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:

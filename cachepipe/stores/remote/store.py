@@ -29,8 +29,8 @@ _stores: weakref.WeakSet[RemoteStore] = weakref.WeakSet()
 class RemoteStore(Queued, Listing):
     """A store that many machines share.
 
-    What is asked on an event loop never waits for the engine: `recall` finds nothing there, so that known
-    draws are claimed, and claims travel together.
+    What is asked on an event loop never waits for the engine: there `recall` finds only what this machine has
+    copies of, so that other known draws are claimed, and claims travel together.
 
     Args:
         session: this process's use of the store.
@@ -142,22 +142,47 @@ class RemoteStore(Queued, Listing):
     def recall(self, draw: Draw, n: int) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
 
-        On an event loop it returns None at once: a claim then reads them, together with others.
+        On an event loop it returns None at once if this machine has no copy: a claim then reads them,
+        together with others.
         """
         self._check()
-        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
-            return None
+        waits = asyncio._get_running_loop() is None  # noqa: SLF001 - the documented one raises
+        found = self._copied(draw, n, waits=waits)
+        if found is not None or not waits:
+            return found
         return self.session.recall([(draw, n)])[0]
 
     def look(self, claims: Sequence[Claim]) -> asyncio.Future[list[Grant | bool]]:
         """Look what claims would get, in a thread of its own; see ``Store.look``."""
         return self._awaited(self._looking, claims)
 
+    def _copied(self, draw: Draw, n: int, *, waits: bool) -> Grant | None:
+        """Return the samples of a draw from the copies on this machine, if it has them.
+
+        Args:
+            draw: the draw.
+            n: how many samples.
+            waits: whether to ask for changes first, if that is due.
+        """
+        local = self.session.local
+        if local is None or (waits and not local.ready()):
+            return None
+        return local.recall(draw, n)
+
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None."""
         self._check()
+        found = self._copied(draw, n, waits=True)
+        if found is not None:
+            for index in found.indices:
+                taken.add(index)
+            found.shared = False
+            return found
         [book] = self.session.books([_all_of(draw)])
-        return operations.replay(view(book, draw), draw, n, taken)
+        replayed = operations.replay(view(book, draw), draw, n, taken)
+        if replayed is not None and self.session.local is not None:
+            self.session.local.copy(draw)
+        return replayed
 
     def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
         """Return what successive claims would get; see ``Store.foresee``."""
