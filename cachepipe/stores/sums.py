@@ -15,7 +15,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
@@ -219,8 +219,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def statements(store: Store) -> dict[str, Statement]:
+def statements(store: Store, run: str | None = None) -> dict[str, Statement]:
     """Return what a cache has cost and saved, by the label of the namespace.
+
+    Args:
+        store: the store.
+        run: the name of a run that alone counts; None counts all.
 
     Raises:
         DamagedCache: when the sums are not what was written.
@@ -233,6 +237,8 @@ def statements(store: Store) -> dict[str, Statement]:
         return found[namespace]
 
     for note in store.sums():
+        if run is not None and note.run != run:
+            continue
         statement = of(note.namespace)
         statement.delivered.join(note.delivered)
         statement.spent.join(note.delivered.unstored)
@@ -241,7 +247,9 @@ def statements(store: Store) -> dict[str, Statement]:
     bought = store.bought()
     while each := list(itertools.islice(bought, MOST)):
         for scope, header, held in each:
-            waiting.setdefault((_namespace_in(header), scope, held), []).append(header)
+            made_for, namespace = _origin_of(header)
+            if run is None or made_for == run:
+                waiting.setdefault((namespace, scope, held), []).append(header)
         for (namespace, scope, held), headers in waiting.items():
             statement = of(namespace)
             statement.spent.add_all(headers, scope or "")
@@ -251,10 +259,11 @@ def statements(store: Store) -> dict[str, Statement]:
     return found
 
 
-def _namespace_in(header: bytes) -> str:
-    """Return the label of the namespace that a sample was generated for; that of None if nothing says so."""
+def _origin_of(header: bytes) -> tuple[Any, str]:
+    """Return the run and the label of the namespace that a sample was generated for, if known."""
     try:
-        namespace = orjson.loads(header).get("namespace")
+        meta = orjson.loads(header)
+        run, namespace = meta.get("run"), meta.get("namespace")
     except (ValueError, AttributeError):
-        namespace = None
-    return namespace if isinstance(namespace, str) else label(None)
+        run = namespace = None
+    return run, namespace if isinstance(namespace, str) else label(None)
