@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cachepipe.ray.pool import RequestError as RequestError
     from cachepipe.ray.rows import Rows as Rows
     from cachepipe.ray.settings import RaySettings as RaySettings
-    from cachepipe.ray.summary import Summary as Summary
-    from cachepipe.ray.summary import summary as summary
+    from cachepipe.ray.totals import Summary as Summary
+    from cachepipe.ray.totals import summary as summary
 
 _HOMES: Final = {
     "Pool": "cachepipe.ray.pool",
@@ -28,9 +28,9 @@ _HOMES: Final = {
     "RequestError": "cachepipe.ray.pool",
     "Rows": "cachepipe.ray.rows",
     "Stage": "cachepipe.ray.data",
-    "Summary": "cachepipe.ray.summary",
+    "Summary": "cachepipe.ray.totals",
     "ask": "cachepipe.ray.data",
-    "summary": "cachepipe.ray.summary",
+    "summary": "cachepipe.ray.totals",
 }
 
 __all__ = ["Pool", "RaySettings", "RequestError", "Rows", "Stage", "Summary", "ask", "summary"]

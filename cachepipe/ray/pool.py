@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cachepipe.errors import CachepipeError
 from cachepipe.ray.cluster import check_cluster, ray
 from cachepipe.ray.settings import RaySettings
-from cachepipe.ray.summary import Summary, summary
+from cachepipe.ray.totals import Summary, summary
 from cachepipe.ray.worker import Worker, check_id
 from cachepipe.typedefs import Request, Response
 

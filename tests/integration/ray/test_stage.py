@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from importlib.resources import files
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ HUMANEVAL = [
 
 def asked(dataset, settings, rows, **options):
     """Ask for a dataset; return it with its samples, and its rows by id."""
-    answers = ask(dataset, settings, rows, num_cpus=0.5, **options).materialize()
+    answers = ask(dataset, settings, rows, num_cpus=0, **options).materialize()
     return answers, {row[rows.id]: row for row in answers.take_all()}
 
 
@@ -35,8 +36,8 @@ def test_humaneval_passes_twice_with_a_worker_killed_in_the_first(settings, serv
     assert len(given) == 164
     assert {row["error"] for row in given.values()} == {None}
     assert len({row["completions"][0] for row in given.values()}) == 164
-    assert server.lost >= 1
-    assert 164 <= server.samples <= 164 + server.lost
+    assert len(server.killed) == 1
+    assert 164 <= server.samples <= 164 + 4 * 8  # which the worker may have in flight
     figures = summary(first, answers).as_dict()
     assert (figures["rows"], figures["failed"]) == (164, 0)
     assert 164 <= figures["spent"]["samples"] <= server.samples
@@ -44,7 +45,8 @@ def test_humaneval_passes_twice_with_a_worker_killed_in_the_first(settings, serv
 
     server.kill_at, before = None, server.calls
     second = settings()
-    shuffled = ray.data.from_items(HUMANEVAL[::-1], override_num_blocks=3).random_shuffle(seed=1)
+    order = random.Random(1).sample(HUMANEVAL, 164)
+    shuffled = ray.data.from_items(order, override_num_blocks=3)
     answers, again = asked(shuffled, second, rows, batch_size=5)
     assert server.calls == before
     assert {name: row["completions"] for name, row in again.items()} == {
@@ -93,7 +95,7 @@ def test_ids_that_occur_twice_are_refused_unless_they_are_meant(settings, server
         ask(twice, settings(), rows)
     with pytest.raises(ValueError, match="without ids"):
         ask(twice, settings(), Rows())
-    answers = ask(twice, settings(), rows, workers=1, duplicates="same", num_cpus=0.5).take_all()
+    answers = ask(twice, settings(), rows, workers=1, duplicates="same", num_cpus=0).take_all()
     given = {row["id"]: row["completions"] for row in answers}
     assert [row["completions"] for row in answers] == [given[row["id"]] for row in answers]
     assert given[1] != given[2]
