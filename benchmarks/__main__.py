@@ -40,6 +40,7 @@ NAMES = (
     "scale",
     "proxy",
     "shared",
+    "capacity",
 )
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("", "role", "median", "spread", "against", "times", "goal")

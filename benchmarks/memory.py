@@ -1,8 +1,10 @@
-"""How much memory do ``cachepipe run`` and a long run of a pipeline take, and does it grow with their length?
+"""How much memory do ``cachepipe run``, ``plan`` and a long run take, and does it grow with their length?
 
 ``cachepipe run`` is a process of its own; its peak is the resident set that the system counts, with the pages
 of the cache's files that are mapped. Lines are prompts of 1 KB whose answers of 1 KB are in the cache, 10,000
 against 1,000,000; and misses, which a server on the loopback interface answers at once, 2,000 against 20,000.
+``cachepipe plan`` reads 10,000 lines against 200,000, of which the cache knows the first half. 200,000 may
+take a minute.
 
 A long run draws different questions from one pipeline, each once: new draws of stored samples in a process of
 its own. What counts is what is resident at the end, and by how much that grows per draw.
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,12 +118,17 @@ class _Runs:
     def __init__(self, folder: Path, keep: Path, server: Server) -> None:
         self.folder, self.keep, self.server = folder, keep, server
 
-    async def hits(self, lines: int) -> dict[str, float]:
+    async def _filled(self, lines: int) -> Path:
+        """Return the folder of a cache that has answered the first lines."""
         cache = self.keep / f"run-{lines}"
         if not (cache / "filled").exists():
             shutil.rmtree(cache, ignore_errors=True)
             await fill(cache, lines, self.server.base_url)
             (cache / "filled").touch()
+        return cache
+
+    async def hits(self, lines: int) -> dict[str, float]:
+        cache = await self._filled(lines)
         self.server.reset()
         return self._run(cache, lines, calls=0)
 
@@ -131,24 +139,37 @@ class _Runs:
         shutil.rmtree(cache)
         return figures
 
-    def _run(self, cache: Path, lines: int, *, calls: int) -> dict[str, float]:
-        source, target = self.folder / "in.jsonl", self.folder / "out.jsonl"
+    async def plan(self, lines: int) -> dict[str, float]:
+        cache = await self._filled(lines // 2)
+        begun = time.perf_counter()
+        plan, peak = self._command("plan", cache, lines)
+        seconds = time.perf_counter() - begun
+        new = lines - lines // 2
+        expect((plan["hits"], plan["to_buy"]) == (lines // 2, new), f"{plan['to_buy']} samples are to buy")
+        return {"peak, MB": round(peak, 1), "seconds": round(seconds, 1)}
+
+    def _command(self, name: str, cache: Path, lines: int, *more: str) -> tuple[Any, float]:
+        """Return what a command printed about so many lines, and its peak of memory in MB."""
+        source = self.folder / "in.jsonl"
         _write(source, range(lines))
         options = {
-            "--output": str(target),
             "--cache": str(cache),
             "--namespace": _NAMESPACE,
             "--scope": _SCOPE,
             "--model": _MODEL,
             "--base-url": self.server.base_url,
-            "--api-key-env": "CACHEPIPE_BENCHMARK_KEY",
         }
-        os.environ["CACHEPIPE_BENCHMARK_KEY"] = "none"
         words = [word for option in options.items() for word in option]
         told, peak = _peak(
-            [sys.executable, "-m", "cachepipe", "run", str(source), *words, "--json", "--quiet"]
+            [sys.executable, "-m", "cachepipe", name, str(source), *words, "--json", *more],
         )
-        report = orjson.loads(told)
+        return orjson.loads(told), peak
+
+    def _run(self, cache: Path, lines: int, *, calls: int) -> dict[str, float]:
+        target = self.folder / "out.jsonl"
+        os.environ["CACHEPIPE_BENCHMARK_KEY"] = "none"
+        key = ("--api-key-env", "CACHEPIPE_BENCHMARK_KEY")
+        report, peak = self._command("run", cache, lines, "--output", str(target), *key, "--quiet")
         expect(
             (report["done"], report["failed"], report["calls"]) == (lines, 0, calls),
             f"of {lines} lines {report['done']} were done in {report['calls']} calls",
@@ -213,6 +234,11 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Tally]]:
                 columns,
                 [*_pair(runs.misses, "lines", sizes.pick(2000, 30), sizes.pick(20_000, 60), sizes)],
             ),
+            Tally(
+                "cachepipe plan, half of the lines hits",
+                ["peak, MB", "seconds"],
+                [*_pair(runs.plan, "lines", sizes.pick(10_000, 100), sizes.pick(200_000, 200), sizes, 60.0)],
+            ),
             *([_draws(folder, sizes)] if sys.platform == "linux" else []),
         ]
 
@@ -230,10 +256,14 @@ def _draws(folder: Path, sizes: Sizes) -> Tally:
     )
 
 
-def _pair(count: Any, what: str, few: int, many: int, sizes: Sizes) -> Iterator[Count]:
-    """Yield a short and a long run; the long one should need little more."""
+def _pair(
+    count: Any, what: str, few: int, many: int, sizes: Sizes, seconds: float | None = None
+) -> Iterator[Count]:
+    """Yield a short and a long run; the long one should need little more, and at most so many seconds."""
     yield Count(f"{few:,} {what}", lambda: count(few), "control")
     goals: dict[str, Any] = {} if sizes.check else {"peak, MB": (1.5, f"{few:,} {what}")}
+    if seconds is not None and goals:
+        goals["seconds"] = ("≤", seconds)
     yield Count(f"{many:,} {what}", lambda: count(many), "subject", goals)
 
 

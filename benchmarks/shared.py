@@ -5,7 +5,8 @@ value as large as a sample: one by one, and 100 in one pipeline. PostgreSQL comm
 floors are the client's SELECT and INSERT of one such row: a new draw is one commit, a miss is two. The
 subjects are the operations of the store, each in the calling thread: a known draw, a new draw of a stored
 sample, a draw that follows one of another namespace, and a miss with its commit. A pipeline's known draw
-shows what the writer's thread and the event loop add.
+shows what the writer's thread and the event loop add, and what is left of that with copies on this machine;
+it is compared with a pipeline's known draw in a folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import dataclasses
 import itertools
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class _Questions:
     """Stored questions and their samples, in a cache on a server."""
 
     def __init__(self, url: str, count: int) -> None:
-        self.store = open_url(url)
+        self.store = open_url(f"{url}{'&' if '?' in url else '?'}local=off")
         self.requests = [data.request(data.question(f"shared {number}")) for number in range(count)]
         self.asked: list[Question] = [question(request, "benchmark") for request in self.requests]
         self.payload = orjson.dumps(data.text("sample"))
@@ -110,9 +111,45 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
     count, many = sizes.pick(200, 4), sizes.pick(100, 2)
     with _postgres(count, many) as more, _valkey(count, folder) as found:
         cache, client, url = found
-        model = data.InstantModel({})
-        async with cachepipe.OnlineAPI(model, url, scope="benchmark", ordered=False) as pipeline:
-            yield [_one_by_one(cache, client, pipeline), _at_once(cache, client, many), *more]
+        async with contextlib.AsyncExitStack() as stack:
+            pipelines: dict[str, cachepipe.OnlineAPI] = {}
+            for name, place in {
+                "a server": f"{url}?local=off",
+                "a server, with a local copy": f"{url}?local={folder / 'local'}",
+                "a folder": folder / "disk",
+            }.items():
+                answers = {data.user(request): data.text("sample") for request in cache.known}
+                pipeline = cachepipe.OnlineAPI(
+                    data.InstantModel(answers), place, scope="benchmark", ordered=False
+                )
+                pipelines[name] = await stack.enter_async_context(pipeline)
+            yield [
+                _one_by_one(cache, client, pipelines["a server"]),
+                _at_once(cache, client, many),
+                await _known(cache, pipelines),
+                *more,
+            ]
+
+
+async def _known(cache: _Questions, pipelines: Mapping[str, cachepipe.OnlineAPI]) -> Table:
+    """Return the table of reruns through pipelines, each on another place."""
+
+    def entry(name: str, pipeline: cachepipe.OnlineAPI) -> Entry:
+        async def draw(_: Any) -> list[Any]:
+            with cachepipe.run():
+                return [await pipeline.request(request) for request in cache.known]
+
+        def known(answers: list[Any], _: Any) -> None:
+            expect(all(answer.cached == [True] for answer in answers), "a known draw was generated")
+
+        goals: Goals = {"known draw, a folder": 1.5 if "copy" in name else None}
+        against = {} if name == "a folder" else goals
+        return Entry(f"known draw, {name}", draw, known, len(cache.known), against=against)
+
+    for pipeline in pipelines.values():
+        for request in cache.known:
+            await pipeline.request(request)
+    return Table("reruns through a pipeline", [entry(name, pipeline) for name, pipeline in pipelines.items()])
 
 
 @contextlib.contextmanager

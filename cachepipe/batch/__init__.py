@@ -24,6 +24,10 @@ from cachepipe import lazy
 
 if TYPE_CHECKING:
     from cachepipe.batch.errors import BatchFileError as BatchFileError
+    from cachepipe.batch.explanation import Explanation as Explanation
+    from cachepipe.batch.explanation import explain_request as explain_request
+    from cachepipe.batch.plan import Plan as Plan
+    from cachepipe.batch.planner import plan_file as plan_file
     from cachepipe.batch.report import Report as Report
     from cachepipe.batch.runner import run_file as run_file
     from cachepipe.batch.settings import BatchSettings as BatchSettings
@@ -32,12 +36,26 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "BatchFileError": "cachepipe.batch.errors",
     "BatchSettings": "cachepipe.batch.settings",
+    "Explanation": "cachepipe.batch.explanation",
+    "Plan": "cachepipe.batch.plan",
     "Report": "cachepipe.batch.report",
     "Stop": "cachepipe.batch.settings",
+    "explain_request": "cachepipe.batch.explanation",
+    "plan_file": "cachepipe.batch.planner",
     "run_file": "cachepipe.batch.runner",
 }
 
-__all__ = ["BatchFileError", "BatchSettings", "Report", "Stop", "run_file"]
+__all__ = [
+    "BatchFileError",
+    "BatchSettings",
+    "Explanation",
+    "Plan",
+    "Report",
+    "Stop",
+    "explain_request",
+    "plan_file",
+    "run_file",
+]
 
 
 __getattr__, __dir__ = lazy.names(__name__, _HOMES)

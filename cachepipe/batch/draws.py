@@ -10,7 +10,8 @@ from cachepipe import jsontext, runs
 from cachepipe.batch.lines import Line
 from cachepipe.batch.report import Report
 from cachepipe.batch.settings import BatchSettings
-from cachepipe.contract.draws import Claimant, Identity, Numbered, label
+from cachepipe.contract.draws import Claimant, Draw, Identity, Numbered, draw_of, label
+from cachepipe.contract.keys import Question
 from cachepipe.errors import UnkeyableValue
 from cachepipe.models.connection import SdkCalls
 from cachepipe.models.openai import ENDPOINTS, OpenAIModel
@@ -37,6 +38,10 @@ class LineDraw(NamedTuple):
     occurrences: Sequence[int]
     id: str
 
+    def counter(self, keys: Sequence[str]) -> Numbered:
+        """Return what gives each question of the line, by its key, its number."""
+        return Numbered(zip(keys, self.occurrences, strict=True))
+
 
 class LineExchange(SdkCalls, Exchange):
     """A line of a file, answered from the cache or through the SDK. Its answer is made of samples only."""
@@ -60,7 +65,7 @@ class LineExchange(SdkCalls, Exchange):
             max_n=model.max_n,
         )
         self.spans = not self.connection.only_replays
-        self.counter = Numbered(zip(self.record.keys, draw.occurrences, strict=True))
+        self.counter = draw.counter(self.record.keys)
 
     async def called(self, asks: Sequence[Ask], n: int) -> Sequence[Any]:
         """Return the samples of one call as they are stored.
@@ -105,7 +110,12 @@ class FileDraws:
         self._settings = settings
         self._report = report
         self._view = CacheView(
-            SharedStore(store), settings.namespace, settings.mode, settings.scope, settings.repeat
+            SharedStore(store),
+            settings.namespace,
+            settings.mode,
+            settings.scope,
+            settings.repeat,
+            budget=settings.budget,
         )
         self._lists = Lists(shared=True)
         # The run gives the numbers of failed requests back, so the lines are counted here.
@@ -123,13 +133,32 @@ class FileDraws:
             named = jsontext.dumps([*whose, asked, occurrences])
             yield LineDraw(line, claimant, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
 
-    def _asked(self, line: Line) -> list[str]:
-        """Return what counts the occurrences of each question; for a question without a key, nothing."""
+    def planned(self, draw: LineDraw) -> tuple[str, tuple[list[Question], Sequence[Ask], list[Draw]]]:
+        """Return the URL of a line's calls, and its questions, asks and draws, without making an exchange.
+
+        Raises:
+            UnkeyableValue: when no stable key can be made from one of its values.
+        """
+        line = draw.line
+        url, questions = self._questions(line, self._settings.scope)
+        counter = draw.counter([question.key for question in questions])
+        shares = self._view.cache(self._settings.mode).shares
+        draws = [
+            draw_of(question.key, draw.claimant, counter, shared=shares(question)) for question in questions
+        ]
+        return url, (questions, line.asks, draws)
+
+    def _questions(self, line: Line, scope: str | None) -> tuple[str, list[Question]]:
+        """Return the URL of a line's calls, and its questions."""
         connection = self._model.connection
         url = connection.scope_of(ENDPOINTS[line.api], line.body.get("model"))
+        return url, questions_of(line.api, line.asks, url, connection.headers, scope=scope)
+
+    def _asked(self, line: Line) -> list[str]:
+        """Return what counts the occurrences of each question; for a question without a key, nothing."""
         try:
             # Without the server: an unreachable address must not cost the results of another one.
-            questions = questions_of(line.api, line.asks, url, connection.headers, scope="")
+            _, questions = self._questions(line, "")
         except UnkeyableValue:  # making the exchange raises it again
             return [""] * len(line.asks)
         return [question.key for question in questions]

@@ -7,13 +7,24 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 from cachepipe import jsontext, outages
-from cachepipe.errors import BadAnswer, CacheMiss, CachepipeError, ShortAnswer, StoreError, UnkeyableValue
+from cachepipe.errors import (
+    BadAnswer,
+    BudgetExceeded,
+    CacheMiss,
+    CachepipeError,
+    ShortAnswer,
+    StoreError,
+    UnkeyableValue,
+    UnknownCost,
+)
 
 _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
     (ShortAnswer, "short_answer"),
     (BadAnswer, "bad_answer"),
     (StoreError, "store_error"),
     (UnkeyableValue, "bad_request"),
+    (BudgetExceeded, "budget_exceeded"),
+    (UnknownCost, "unknown_cost"),
 )
 _NAMES: Final = (("Timeout", "timeout"), ("Connection", "connection_error"))  # of classes of other packages
 _SHORTEST: Final = 6  # characters of a credential that is worth hiding

@@ -11,7 +11,7 @@ import stat
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
@@ -87,8 +87,15 @@ class InputFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def check(self, stop: Stop) -> int:
+    def check(
+        self, stop: Stop, then: Callable[[Line], None] | None = None, *, last: int | None = None
+    ) -> int:
         """Return the number of requests to run, after checking all of them. Reads the whole file.
+
+        Args:
+            stop: ends it early.
+            then: called with each request, until one is not valid.
+            last: the number of the last line to check; by default all are.
 
         Raises:
             BatchFileError: naming each line that is not valid, up to ten of them.
@@ -97,21 +104,24 @@ class InputFile:
         count = checksum = 0
         ids = Ids()
         for number, text in self._numbered():
-            if stop.asked or len(problems) == _SHOWN:
+            if stop.asked or len(problems) == _SHOWN or (last is not None and number > last):
                 break
             count += 1
             checksum = zlib.crc32(text, checksum)
             try:
-                custom_id = parse_line(text, number, self._settings).custom_id
+                line = parse_line(text, number, self._settings)
             except ValueError as error:
                 problems.append(f"line {number}: {error}")
                 continue
+            custom_id = line.custom_id
             first = ids.add(custom_id, number)
             if first is not None:
                 problems.append(
                     f"line {number}: custom_id {custom_id!r:.80} is already that of line {first}; "
                     "each line needs its own"
                 )
+            if then is not None and not problems:
+                then(line)
         if problems:
             more = " (there may be more)" if len(problems) == _SHOWN else ""
             listed = "\n".join(problems)

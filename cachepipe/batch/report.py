@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cachepipe import prices
 from cachepipe.accounting import Account, Delivered
+from cachepipe.prices import Prices
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Report:
         output: the file with the results, once they are complete.
         partial: the file with the results of an interrupted run, up to the first that is missing; None if it
             has none.
+        prices: the prices of the costs.
     """
 
     requests: int = 0
@@ -57,6 +58,7 @@ class Report:
     interrupted: bool = False
     output: Path | None = None
     partial: Path | None = None
+    prices: Prices = field(default_factory=Prices)
 
     def fail(self, code: str, message: str) -> None:
         """Count a request that failed."""
@@ -69,6 +71,8 @@ class Report:
         figures = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         for name in ("output", "partial"):
             figures[name] = None if figures[name] is None else str(figures[name])
-        del figures["in_flight"], figures["delivered"]
+        del figures["in_flight"], figures["delivered"], figures["prices"]
         accounts = {"spent": self.spent, **self.delivered.accounts()}
-        return figures | {name: account.as_dict(prices.cost_of_sum) for name, account in accounts.items()}
+        return figures | {
+            name: account.as_dict(self.prices.cost_of_sum) for name, account in accounts.items()
+        }

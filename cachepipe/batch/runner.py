@@ -21,6 +21,7 @@ from cachepipe.batch.results import answer_line, kept_line, result_line
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.models.connection import ConnectionSettings
 from cachepipe.models.openai import OpenAIModel
+from cachepipe.prices import Prices
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Mode, Response
@@ -59,14 +60,14 @@ async def run_file(
     results = OutputFile(Path(output), Path(input))
     with InputFile(Path(input), settings) as lines:
         count = await asyncio.to_thread(lines.check, stop)
-        report = Report(requests=count * len(settings.each_replicate))
+        report = Report(requests=count * len(settings.each_replicate), prices=settings.prices or Prices())
         if settings.progress is not None and not stop.asked:
             settings.progress(report)
         if stop.asked or not await results.find_reader(stop):
             report.interrupted = True
             return report
         with results:
-            model = _model(settings)
+            model = model_of(settings)
             store, owned = _store(settings.cache, settings.mode, settings.durability)
             draws = FileDraws(model, store, settings, report)
             try:
@@ -79,7 +80,7 @@ async def run_file(
     return report
 
 
-def _model(settings: BatchSettings) -> OpenAIModel:
+def model_of(settings: BatchSettings) -> OpenAIModel:
     """Return the model that makes the calls."""
     connection: dict[str, Any] = {
         name: getattr(settings, name) for name in ConnectionSettings.__annotations__

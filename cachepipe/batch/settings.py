@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cachepipe.bounds import check_n
+from cachepipe.flow.budget import Budget
+from cachepipe.prices import Prices
 from cachepipe.typedefs import Mode, Repeat, check_replicate
 
 if TYPE_CHECKING:
@@ -84,6 +86,12 @@ class BatchSettings:
         "identified by its question and by the number of earlier lines with the same question.",
     ] = False
     durability: Annotated[str, "'process' or 'full', if the run opens the cache."] = "process"
+    max_cost: Annotated[
+        float | None,
+        "The US dollars that the namespace may spend in this cache, over all runs. A call that may cost more "
+        "than what is left is not made.",
+    ] = None
+    prices: Annotated[Prices | None, "Prices of tokens that come before the table of genai-prices."] = None
     concurrency: Annotated[int, "Requests in flight."] = 16
     limit: Annotated[int | None, "Run only this many requests, from the first."] = None
     progress: Annotated[
@@ -100,6 +108,13 @@ class BatchSettings:
         if self.concurrency < 1 or self.n < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError("concurrency, n and limit are whole numbers, at least 1")
         self._check_replicates()
+        if self.max_cost is not None:
+            Budget(self.max_cost)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget of the run, if it has one."""
+        return None if self.max_cost is None else Budget(self.max_cost, prices=self.prices)
 
     def _check_replicates(self) -> None:
         """Refuse a number of replicates that cannot be run."""

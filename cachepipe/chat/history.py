@@ -23,6 +23,7 @@ from cachepipe.chat.access import Environment
 from cachepipe.chat.conversations import Conversation, Message, Sayable
 from cachepipe.errors import StoreError
 from cachepipe.stores.folders import check_files, expanded
+from cachepipe.stores.mounts import check_local
 from cachepipe.stores.remote import is_url, shown
 
 if TYPE_CHECKING:
@@ -180,10 +181,14 @@ class FolderKeeper:
     Args:
         folder: the folder, which is created if it does not exist, private to the user.
         clock: returns the time in seconds since 1970.
+
+    Raises:
+        StoreError: when the folder is on a network file system.
     """
 
     def __init__(self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
         self.path = expanded(folder) / FILE
+        check_local("the histories", self.path.parent, "Name a folder on a local disk, or a server with url=")
         self._clock = clock
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from cachepipe import loops, runs
 from cachepipe.portal import in_portal, portal, submit
 from cachepipe.services import Loan, close_lent
-from cachepipe.stores import Store, check_folder, default_folder, open_store
+from cachepipe.stores import Store, default_folder, open_store
 from cachepipe.stores.folders import expanded
 from cachepipe.stores.remote import is_url
 from cachepipe.typedefs import Mode, Repeat
@@ -59,7 +59,6 @@ def located(cache: Any) -> Any:
         cache = default_folder()
     if not isinstance(cache, str | os.PathLike):
         return cache
-    check_folder(cache)
     return cache if isinstance(cache, str) and is_url(cache) else str(expanded(cache))
 
 

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 import click
 import orjson
 
+from cachepipe.cli.group import Failure
 from cachepipe.errors import StoreError
 from cachepipe.terminal import UNSAFE, on_terminal, shows_colours, visible
 
 if TYPE_CHECKING:
     from cachepipe.accounting import Account
+    from cachepipe.prices import Prices
     from cachepipe.stores.base import Listed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -137,6 +139,16 @@ def token_option(command: Command) -> Command:
     )(command)
 
 
+def url_file_option(command: Command) -> Command:
+    """Add ``--url-file FILE``, a file for the URL of a server once it answers; the parameter may be None."""
+    return click.option(
+        "--url-file",
+        metavar="FILE",
+        type=click.Path(dir_okay=False),
+        help="Write the URL to this file once the server answers, for programs that wait for it.",
+    )(command)
+
+
 def json_option(what: str) -> Callable[[Command], Command]:
     """Return a decorator that adds ``--json``; the parameter is ``as_json``.
 
@@ -158,12 +170,29 @@ def limit_option(default: int, what: str) -> Callable[[Command], Command]:
     )
 
 
+# Files.
+
+
+def write_url(file: str, url: str) -> None:
+    """Write a URL to a file at once: a reader finds no file, the file before, or the whole URL.
+
+    Raises:
+        Failure: when the file cannot be written.
+    """
+    new = Path(f"{file}.new-{os.getpid()}")
+    try:
+        new.write_text(f"{url}\n", "utf-8")
+        new.replace(file)
+    except OSError as error:
+        raise Failure(f"the URL cannot be written to {file}: {error.strerror}") from error
+
+
 # Stores.
 
 
 def cache_in_use(cache: str | None) -> tuple[Path | str, str]:
     """Return the folder or the URL of the cache that a command uses, and how it was found."""
-    from cachepipe.stores import check_folder, default_folder  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores import default_folder  # noqa: PLC0415 - help needs no store
     from cachepipe.stores.folders import expanded  # noqa: PLC0415 - likewise
     from cachepipe.stores.remote import is_url  # noqa: PLC0415 - likewise
 
@@ -174,7 +203,6 @@ def cache_in_use(cache: str | None) -> tuple[Path | str, str]:
         how = "CACHEPIPE_DIR"
     else:
         how = "user" if Path(found).is_absolute() else "project"
-    check_folder(found)
     return found if is_url(found) else expanded(found), how
 
 
@@ -278,10 +306,11 @@ def echo_lines(lines: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
-def money(account: Account) -> str:
+def money(account: Account, prices: Prices | None = None) -> str:
     """Return the tokens of an account and their cost, if known."""
-    from cachepipe import prices  # noqa: PLC0415 - help needs none of it
+    from cachepipe.prices import Prices  # noqa: PLC0415 - help needs none of it
 
+    prices = prices or Prices()
     counts = account.counts()
     cost, unpriced = account.cost(prices.cost_of_sum)
     if counts["unknown"] and not counts["total_tokens"]:

@@ -31,15 +31,22 @@ class Entry(NamedTuple):
 
 COMMANDS: Final[dict[str, Entry]] = {
     "run": Entry("cachepipe.cli.run:run", "Answer a file of requests, from the cache if possible."),
+    "plan": Entry("cachepipe.cli.plan:plan", "Print what a run would cost, without running anything."),
     "serve": Entry("cachepipe.cli.serve:serve", "Serve an API that answers from the cache, for any tool."),
     "new-run": Entry("cachepipe.cli.serve:new_run", "Begin a new run of a proxy, so that a rerun replays."),
     "demo": Entry("cachepipe.cli.demo:demo", "Show what a cache saves; needs no key and no network."),
+    "explain": Entry("cachepipe.cli.explain:explain", "Say why a request is a hit or a miss."),
     "stats": Entry("cachepipe.cli.stats:stats", "Count the samples, and what each namespace reused."),
     "ls": Entry("cachepipe.cli.inspect:ls", "List the questions in the cache."),
     "show": Entry("cachepipe.cli.inspect:show", "Show one question, its samples, and their draws."),
     "path": Entry("cachepipe.cli.inspect:path", "Print the cache folder in use."),
     "verify": Entry("cachepipe.cli.verify:verify", "Check the integrity of a cache, and repair it."),
     "discard": Entry("cachepipe.cli.verify:discard", "Discard samples, so that draws get others instead."),
+    "export": Entry("cachepipe.cli.share:export", "Write an experiment into one file, for others."),
+    "import": Entry("cachepipe.cli.share:import_", "Add such a file to a cache."),
+    "merge": Entry("cachepipe.cli.share:merge", "Add what several caches hold to another one."),
+    "sync": Entry("cachepipe.cli.share:sync", "Copy between two caches both ways."),
+    "valkey": Entry("cachepipe.cli.valkey:valkey", "Run a Valkey server, as a cache for several machines."),
     "mock-server": Entry(
         "cachepipe.testing.command:mock_server", "Serve the embedded model as an OpenAI-compatible server."
     ),

@@ -294,7 +294,7 @@ def _shown(store: Listed, info: KeyInfo, limit: int | None) -> Iterator[str]:
         yield f"{number}  discarded {when(discard.at)}: {visible(discard.why)}"
     yield ""
     yield _heading("Draws")
-    yield from _draw_lines(store.draws(key=info.key), limit)
+    yield from draw_lines(store.draws(key=info.key), limit)
 
 
 def _heading(text: str) -> str:
@@ -376,7 +376,13 @@ def _numbers(indices: Sequence[int]) -> str:
     return ", ".join([*parts[:_PARTS], "…"] if len(parts) > _PARTS else parts)
 
 
-def _draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
+def draw_lines(draws: Iterator[DrawInfo], limit: int | None) -> Iterator[str]:
+    """Iterate over lines that say who drew which samples.
+
+    Args:
+        draws: the draws.
+        limit: how many are shown; None for all.
+    """
     for draw in itertools.islice(draws, limit):
         if draw.draw.namespace == SHARED:
             who = "shared by all namespaces"

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from cachepipe import progress
-from cachepipe.batch.settings import HELP, BatchSettings
-from cachepipe.cli.common import cache_in_use, cache_option, exists, json_text, money, name_of
+from cachepipe.batch.settings import BatchSettings
+from cachepipe.cli.batch_options import asking, count, mode_of, planning, setting, settings_in
+from cachepipe.cli.common import cache_in_use, exists, json_text, money, name_of
 from cachepipe.cli.group import Failure
+from cachepipe.cli.plan import print_plan
 from cachepipe.errors import CachepipeError, CachepipeWarning
 from cachepipe.terminal import visible
-from cachepipe.typedefs import MODES, REPEATS
 
 if TYPE_CHECKING:
     from cachepipe.batch import Report
@@ -38,7 +38,6 @@ _STOPPING: Final = [
 _SIGNALLED: Final = 128  # and the signal's number: 130 for Ctrl-C
 _PLAIN_EVERY: Final = 5.0  # seconds between two lines of progress, where there is no terminal
 _BAR_EVERY: Final = 0.1
-_NUMBER: Final = re.compile("0|[1-9][0-9]{0,17}")
 
 
 _JSON: Final = """\b
@@ -68,41 +67,12 @@ Run the same command again to continue: answers that were paid for are not asked
 """
 
 
-def _setting(name: str, option: str = "", **how: Any) -> Callable[[Any], Any]:
-    """Return an option for one of the settings of a run; its name in the settings is the parameter."""
-    return click.option(option or f"--{name.replace('_', '-')}", name, help=HELP[name], **how)
-
-
-def _count(name: str, option: str = "", *, least: int = 1, **how: Any) -> Callable[[Any], Any]:
-    """Return an option for a setting that is a whole number."""
-    return _setting(name, option, type=click.IntRange(min=least), **how)
-
-
-def _replicate(text: str) -> str | int:
-    """Return the name of a replicate: a number if it is written as one, so that results show it as one."""
-    return int(text) if _NUMBER.fullmatch(text) else text
-
-
 @click.command("run", epilog=f"{_JSON}{_STATUS}")
 @click.argument("requests", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The file for the results."
 )
-@_setting("model")
-@_setting("base_url")
-@_count("n", default=BatchSettings.n, show_default=True)
-@_setting("namespace")
-@_setting("replicate", type=_replicate, metavar="NAME")
-@_count("replicates")
-@_count("concurrency", default=BatchSettings.concurrency, show_default=True)
-@cache_option
-@_setting("mode", type=click.Choice(MODES))
-@click.option("--replay", is_flag=True, help="Only replay; never call the model. The same as --mode replay.")
-@click.option("--refresh", is_flag=True, help="Generate all samples again. The same as --mode refresh.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor write the cache. The same as --mode bypass.")
-@_setting("scope")
-@_setting("repeat", default=BatchSettings.repeat, show_default=True, type=click.Choice(REPEATS))
-@_setting("ids", is_flag=True)
+@asking
 @click.option(
     "--api-key-env",
     default="OPENAI_API_KEY",
@@ -110,14 +80,13 @@ def _replicate(text: str) -> str | int:
     metavar="NAME",
     help="The environment variable that holds the API key.",
 )
-@_setting("temperature", type=float)
-@_count("max_tokens")
-@_count("max_completion_tokens")
-@_setting("seed", type=int)
-@_count("max_n")
-@_count("max_retries", "--retries", least=0)
-@_setting("timeout", type=click.FloatRange(min=0, min_open=True))
-@_count("limit")
+@count("max_retries", "--retries", least=0)
+@setting("timeout", type=click.FloatRange(min=0, min_open=True))
+@setting("max_cost", type=click.FloatRange(min=0), metavar="USD")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be done, and do nothing: see `cachepipe plan`."
+)
+@planning
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.pass_context
@@ -133,12 +102,15 @@ def run(context: click.Context, /, **options: Any) -> None:
     samples came from the cache, and its replicate. With --replicates, the results of one line follow each
     other, and the same samples come back with --replicate 0, --replicate 1 and so on.
     """
+    if options["dry_run"]:
+        print_plan(options)
+        return
     context.exit(_run(context, options))
 
 
 def _run(context: click.Context, options: dict[str, Any]) -> int:
     """Return the exit status."""
-    mode = _mode(options)
+    mode = mode_of(options)
     key = _key(options, mode)
     screen = _Screen(quiet=options["quiet"])
     try:
@@ -157,21 +129,6 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
     if options["as_json"]:
         click.echo(json_text({**report.as_dict(), "exit_status": status}))
     return status
-
-
-def _mode(options: dict[str, Any]) -> Any:
-    """Return the mode that the options choose."""
-    short = {"replay": "replay", "refresh": "refresh", "no_cache": "bypass"}
-    asked = {f"--{name.replace('_', '-')}": mode for name, mode in short.items() if options[name]}
-    if options["mode"] is not None:
-        asked = {"--mode": options["mode"], **asked}
-    if len(set(asked.values())) > 1:
-        raise click.UsageError(f"{' and '.join(asked)} ask for different modes; use only one of them.")
-    if asked:
-        return next(iter(asked.values()))
-    from cachepipe.stores import switched_off  # noqa: PLC0415 - help needs none of it
-
-    return "bypass" if switched_off() else "read-write"
 
 
 def _key(options: dict[str, Any], mode: str) -> str:
@@ -198,7 +155,7 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
         raise BatchFileError(
             f"there is no cache in {name_of(cache)} to replay from; name another folder with --cache"
         )
-    given = {name: value for name, value in options.items() if name in HELP}
+    given = settings_in(options)
     ours = {"api_key": key, "cache": cache, "mode": mode, "progress": screen.update}
     try:
         settings = BatchSettings(**{**given, **ours})
@@ -348,8 +305,8 @@ def _table(report: Report) -> None:
         "samples generated": f"{report.generated}"
         + f" ({report.unreported} unreported)" * bool(report.unreported),
         "errors": f"{report.failed}",
-        "spent": money(report.spent),
-        "saved": money(report.delivered.saved),
+        "spent": money(report.spent, report.prices),
+        "saved": money(report.delivered.saved, report.prices),
         "time": f"{report.seconds:.1f} s",
     }
     width = max(map(len, rows.values()))
@@ -385,8 +342,10 @@ def _next_steps(context: click.Context, options: dict[str, Any], mode: str, repo
     elif report.output is not None and not options["quiet"]:
         yield f"The results are in {report.output}."
         if report.failed and mode != "bypass":
-            missing = report.errors.get("cache_miss")
+            missing, dear = report.errors.get("cache_miss"), report.errors.get("budget_exceeded")
             aim = "generate the missing samples" if missing else "retry the failed requests"
+            if dear:
+                aim = f"go on, raise --max-cost above {options['max_cost']:g}"
             yield f"To {aim}: {_again(context, options)}"
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import click
 import orjson
 
-from cachepipe.cli.common import cache_option, json_option, json_text, token_option
+from cachepipe.cli.common import (
+    cache_option,
+    json_option,
+    json_text,
+    token_option,
+    url_file_option,
+    write_url,
+)
 from cachepipe.cli.group import Failure
 from cachepipe.terminal import visible
 
@@ -66,6 +75,15 @@ class _Mebibytes(click.IntRange):
     "--allow-host", "hosts", metavar="NAME", multiple=True, help="A further host name for this server."
 )
 @click.option(
+    "--max-cost",
+    type=click.FloatRange(min=0),
+    metavar="USD",
+    help="The US dollars that each namespace may spend in this cache; see [budgets] of --config for others.",
+)
+@click.option(
+    "--prices", metavar="FILE", type=click.Path(dir_okay=False), help="A JSON file with prices by model."
+)
+@click.option(
     "--max-n",
     type=click.IntRange(min=1),
     help="The largest number of samples of a request. Default: CACHEPIPE_MAX_N or 10000.",
@@ -91,6 +109,7 @@ class _Mebibytes(click.IntRange):
     type=click.Choice(["all", "calls", "errors", "off"]),
     help="The requests to log, as JSON lines. Default: all except hits.",
 )
+@url_file_option
 @json_option('once it listens, an object with "url" and "base_url"')
 def serve(
     *,
@@ -100,6 +119,7 @@ def serve(
     api_key_env: str | None,
     token_env: str | None,
     hosts: tuple[str, ...],
+    url_file: str | None,
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -121,7 +141,16 @@ def serve(
     chosen = replace(chosen, replay=replay or chosen.replay, hosts=(*chosen.hosts, *hosts), **given)
     if chosen.replay and not chosen.upstreams:
         chosen = settings.with_upstreams(chosen, _remembered(chosen))
-    server.serve(chosen, lambda url: _say(url, chosen, as_json=as_json))
+    with contextlib.ExitStack() as stack:
+
+        def listening(url: str) -> None:
+            base = f"{url}{chosen.upstreams[0].mount}"
+            _say(url, base, chosen, as_json=as_json)
+            if url_file is not None:
+                write_url(url_file, base)
+                stack.callback(Path(url_file).unlink, missing_ok=True)
+
+        server.serve(chosen, listening)
 
 
 def _with_upstreams(chosen: ProxySettings, texts: tuple[str, ...], key_env: str | None) -> ProxySettings:
@@ -170,9 +199,8 @@ def _remembered(chosen: ProxySettings) -> list[Any]:
     return [Upstream.of(_name(number), base, kind=kind) for number, ((base, kind), _) in places]
 
 
-def _say(url: str, chosen: ProxySettings, *, as_json: bool) -> None:
+def _say(url: str, base: str, chosen: ProxySettings, *, as_json: bool) -> None:
     first = chosen.upstreams[0]
-    base = f"{url}{first.mount}"
     if as_json:
         click.echo(json_text({"url": url, "base_url": base}))
         return

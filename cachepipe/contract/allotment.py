@@ -250,3 +250,18 @@ def noted_place(segments: Iterable[Segment], n: int) -> Place | None:
     """Return the latest place that the first n positions of a draw have noted; None if they noted none."""
     noted = [each.place for each in segments if each.place is not None and each.position < n]
     return max(noted, default=None)
+
+
+def answers_alike(before: Sequence[Segment], after: Sequence[Segment]) -> bool:
+    """Return True if a draw is answered as before, where it is answered at all.
+
+    It may have got further positions. If it has lost some, they were undone, so nobody was given them.
+    """
+    held, holds = indices_of(before), indices_of(after)
+    common = min(len(held), len(holds))
+    noted = {each.position for each in (*before, *after) if each.place is not None}
+    return held[:common] == holds[:common] and all(
+        noted_place(before, position + 1) == noted_place(after, position + 1)
+        for position in noted
+        if position < common
+    )

@@ -1,5 +1,6 @@
 """Flow control: how fast an endpoint is called, which call goes first, and which are repeated."""
 
+from cachepipe.flow.budget import Budget
 from cachepipe.flow.calls import FlowStats
 from cachepipe.flow.clock import Clock
 from cachepipe.flow.limiter import AsyncLimiter
@@ -9,4 +10,14 @@ from cachepipe.flow.retries import Retries
 from cachepipe.flow.tokens import Estimator
 from cachepipe.flow.windows import Quota
 
-__all__ = ["AsyncLimiter", "AsyncRetrier", "Clock", "Estimator", "FlowStats", "Limits", "Quota", "Retries"]
+__all__ = [
+    "AsyncLimiter",
+    "AsyncRetrier",
+    "Budget",
+    "Clock",
+    "Estimator",
+    "FlowStats",
+    "Limits",
+    "Quota",
+    "Retries",
+]

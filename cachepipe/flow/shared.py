@@ -23,6 +23,7 @@ from cachepipe.errors import StoreError
 from cachepipe.flow.windows import Quota
 from cachepipe.stores import leases
 from cachepipe.stores.folders import check_files
+from cachepipe.stores.mounts import check_local
 
 _AGAIN = 0.005  # seconds until a take that found the lock held is tried again
 _LOOK = 0.05  # seconds between checks whether a call of another process has ended
@@ -258,6 +259,11 @@ class SharedQuotas:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
+            check_local(
+                "the quotas",
+                self._folder.resolve(),
+                "Processes of one machine share them: name a local folder",
+            )
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._lease is None:
                 self._lease = leases.hold(self._folder)

@@ -156,7 +156,7 @@ class Estimator:
             n *= _prompts(body.get("prompt"))
         raw = float(sum(self._size(body.get(name)) for name in _ASKED))
         seen = self._seen.get(model) or _Seen()
-        limit = next((value for name in _LIMITS if (value := _count(body.get(name)))), None)
+        limit = limit_of(body)
         each = seen.usual if limit is None else limit
         return Estimate(model, raw, raw * seen.ratio, float(n * each), n)
 
@@ -191,6 +191,11 @@ class Estimator:
             else:
                 seen.deviation += _SMOOTH * (abs(each - seen.completion) - seen.deviation)
                 seen.completion += _SMOOTH * (each - seen.completion)
+
+
+def limit_of(body: Mapping[str, Any]) -> int | None:
+    """Return the largest number of tokens of an answer that a body asks for, or None."""
+    return next((value for name in _LIMITS if (value := _count(body.get(name)))), None)
 
 
 def _count(value: Any) -> int | None:

@@ -36,6 +36,7 @@ from cachepipe.contract.draws import (
 from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.keys import Question, trimmed
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
+from cachepipe.flow.budget import Budget, Spending
 from cachepipe.flow.flow import Flow
 from cachepipe.providers import info
 from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts
@@ -105,7 +106,12 @@ class SharedStore:
         self.caches: weakref.WeakSet[Cache] = weakref.WeakSet()
         self.recordings: weakref.WeakSet[RecordedStream] = weakref.WeakSet()
         self.deliveries = deliveries_of(self.store)
+        self._spending: dict[int, Spending] = {}
         runs.opened(self.store.identity, self)
+
+    def spending(self, budget: Budget) -> Spending:
+        """Return what calls spend of a budget; all who have the same budget share it."""
+        return self._spending.setdefault(id(budget), Spending(self.store, budget))
 
     async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
         """Wait for what is in flight on this loop, then close the store if it was opened here.
@@ -154,6 +160,7 @@ class CacheView:
     service: Any = None
     replicate: str | int | None = None
     ordered: Ordered = False
+    budget: Budget | None = None
     caches: dict[tuple[Mode, Repeat], Cache] = dataclasses.field(default_factory=dict)
     groups: dict[Any, Groups] = dataclasses.field(default_factory=dict)
     """By loop, the groups of equal requests that are served together in its turn."""
@@ -167,6 +174,8 @@ class CacheView:
                 raise TypeError(f"{name} must be a string or None; got {value!r}. Write {name}=str(...)")
         check_replicate(self.replicate)
         check_ordered(self.ordered)
+        if self.budget is not None:
+            self.budget = Budget.of(self.budget)
         if self.mode not in MODES:
             raise ValueError(f"mode is one of {', '.join(MODES)}; got {self.mode!r}")
         if self.repeat not in REPEATS:
@@ -184,7 +193,8 @@ class CacheView:
 
     def _identity(self) -> tuple[Any, ...]:
         drawn = self.namespace, label(self.replicate), self.ordered
-        return id(self.shared_store), *drawn, self.mode, self.scope, self.repeat, id(self.service)
+        how = self.mode, self.scope, self.repeat
+        return id(self.shared_store), *drawn, *how, id(self.service), id(self.budget)
 
     @classmethod
     def of(
@@ -197,11 +207,13 @@ class CacheView:
         service: Any = None,
         replicate: str | int | None = None,
         ordered: Ordered = False,
+        budget: Any = None,
     ) -> Self:
         """Return the view for a client's parameters."""
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
         made.service, made.replicate, made.ordered = service, replicate, ordered
+        made.budget = budget
         made.caches, made.groups = {}, {}
         made.__post_init__()  # before anything is opened
         made.shared_store = SharedStore(cache)
@@ -211,6 +223,11 @@ class CacheView:
     def flow(self) -> Flow | None:
         """The flow control of calls upstream; None if nothing limits them."""
         return None if self.service is None else self.service.flow
+
+    @property
+    def spending(self) -> Spending | None:
+        """What calls spend of the budget; None if there is none."""
+        return None if self.budget is None else self.shared_store.spending(self.budget)
 
     def changed(self, **changes: Any) -> Self:
         """Return a view with these changes; it shares no calls with this one."""
@@ -406,6 +423,11 @@ class Exchange(Calls):
     def flow(self) -> Flow | None:
         """The flow control of the service."""
         return self.view.flow
+
+    @property
+    def spending(self) -> Spending | None:
+        """What calls spend of the budget."""
+        return self.view.spending
 
     @property
     def namespace(self) -> str | None:

@@ -16,6 +16,7 @@ import orjson
 from cachepipe import jsontext, telemetry, wire
 from cachepipe.bounds import max_answer
 from cachepipe.errors import CachepipeError
+from cachepipe.flow.budget import Reservation, Spending
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.values import Codec
@@ -154,6 +155,11 @@ class Calls:
         return None
 
     @property
+    def spending(self) -> Spending | None:
+        """What calls spend of a budget; None if nothing bounds them here."""
+        return None
+
+    @property
     def namespace(self) -> str | None:
         """The namespace that the calls are made for."""
         return None
@@ -195,7 +201,26 @@ class Calls:
 
         Returns:
             The object that must be notified of its end, and the response.
+
+        Raises:
+            BudgetExceeded: when a budget does not allow the call.
+            UnknownCost: when a budget is set, and the cost of the call is unknown.
         """
+        spending = self.spending
+        if spending is None:
+            return await self._sent(body, stream=stream)
+        samples = 0 if self.asks[0].function else None
+        reserved = await spending.reserve(self.namespace, body, self.url, samples=samples)
+        try:
+            made, arrived = await self._sent(body, stream=stream)
+        except BaseException as error:
+            if reserved is not None:
+                reserved.end(error=error)
+            raise
+        made.reserved = reserved
+        return made, arrived
+
+    async def _sent(self, body: Mapping[str, Any], *, stream: bool) -> tuple[Made, Received]:
         flow = self.flow
         wanted = self.spans and telemetry.wanted()
         if flow is None and not wanted:
@@ -228,7 +253,13 @@ class Calls:
 
 
 class Made:
-    """A call upstream with an answer that has begun to arrive, until its end is reported."""
+    """A call upstream with an answer that has begun to arrive, until its end is reported.
+
+    Attributes:
+        reserved: what was reserved for it, if a budget bounds it.
+    """
+
+    reserved: Reservation | None = None
 
     def __init__(self, passage: Passage | None, span: telemetry.CallSpan | None, arrived: Received) -> None:
         self._passage = passage
@@ -236,7 +267,9 @@ class Made:
         self._headers = getattr(arrived.response, "headers", None)
 
     def end(self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None) -> None:
-        """Report its end to the flow control and the telemetry, if there are any."""
+        """Report its end to the budget, the flow control and the telemetry, if there are any."""
+        if self.reserved is not None:
+            self.reserved.end(answer, error=error)
         usage = (answer or {}).get("usage")
         if self._passage is not None:
             self._passage.end(usage=usage, headers=self._headers, error=error)
@@ -245,7 +278,7 @@ class Made:
 
     def end_with(self, content: bytes) -> None:
         """Report its end with an answer in raw form."""
-        if self._passage is None and self._span is None:
+        if self._passage is None and self._span is None and self.reserved is None:
             return
         try:
             answer = jsontext.loads(content)

@@ -14,12 +14,14 @@ from cachepipe.context import INHERITED, Inherited, Using
 from cachepipe.contract.draws import Claimant
 from cachepipe.errors import (
     BadAnswer,
+    BudgetExceeded,
     CacheMiss,
     CachepipeError,
     StageClosed,
     StoreError,
     TooManySamples,
     UnkeyableValue,
+    UnknownCost,
 )
 from cachepipe.outages import advice_for, public_url
 from cachepipe.providers.exchange import (
@@ -60,6 +62,8 @@ _FAILURES: Final = (
     (UpstreamUnreachable, 502, "upstream_unreachable"),
     (TooManySamples, 400, "n_too_large"),
     (BadAnswer, 502, "bad_answer"),
+    (BudgetExceeded, 402, "budget_exceeded"),
+    (UnknownCost, 402, "unknown_cost"),
 )
 """The errors whose message is the answer, and its status and code."""
 
@@ -118,7 +122,9 @@ class Proxy:
                 settings.cache, durability=settings.durability, read_only=True if settings.replay else None
             )
         self._open = True
-        self.view = CacheView.of(self.store, settings.namespace, self.mode, None, settings.repeat)
+        self.view = CacheView.of(
+            self.store, settings.namespace, self.mode, None, settings.repeat, budget=settings.budget
+        )
         self.shared_store: SharedStore = self.view.shared_store
         self.client = UpstreamClient(settings)
         self.counters = Counters(self.client)

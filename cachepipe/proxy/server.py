@@ -15,6 +15,7 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.server import HANDLED_SIGNALS
 
+from cachepipe.addresses import in_url, name_for_others
 from cachepipe.errors import CachepipeError
 from cachepipe.proxy.app import Proxy
 from cachepipe.proxy.http_protocol import HttpProtocol
@@ -81,7 +82,11 @@ class Server(uvicorn.Server):
         if sockets and self.started:
             self.url = _url(sockets[0])
             if self._on_listening is not None:
-                self._on_listening(self.url)
+                try:
+                    self._on_listening(self.url)
+                except BaseException:
+                    await self.shutdown(sockets)  # a loop with open sockets may not close
+                    raise
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Stop at a signal; at a second Ctrl-C, give up what is in flight."""
@@ -97,7 +102,7 @@ class Server(uvicorn.Server):
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{in_url(name_for_others(host))}:{port}"
 
 
 def listen(settings: ProxySettings) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import re
@@ -14,8 +15,9 @@ from urllib.parse import urlsplit
 
 from cachepipe import bounds
 from cachepipe.errors import CachepipeError
-from cachepipe.flow import Limits, Quota, Retries
+from cachepipe.flow import Budget, Limits, Quota, Retries
 from cachepipe.flow.flow import Flow
+from cachepipe.prices import Prices
 from cachepipe.proxy.headers import KEYS
 from cachepipe.typedefs import REPEATS, Repeat, check_replicate
 
@@ -176,6 +178,10 @@ class ProxySettings:
         repeat: ``"fresh"``, or ``"same"`` for one draw per question.
         durability: ``"process"``, or ``"full"`` to survive a crash of the machine.
         hosts: further host names for this server; names are checked on loopback only.
+        max_cost: the US dollars that each namespace may spend in this cache; None for no limit. Calls that
+            may exceed it are refused with 402.
+        budgets: the same for some namespaces, by name.
+        prices: a JSON file with prices of tokens; see `cachepipe.Prices`.
         max_n: the largest number of samples of one request; requests for more are refused.
         max_answer: the largest decoded answer in bytes that is stored; larger ones pass through.
         max_body: the largest request in bytes that the cache may answer; other requests have no limit.
@@ -199,6 +205,9 @@ class ProxySettings:
     repeat: Repeat = "fresh"
     durability: Literal["process", "full"] = "process"
     hosts: tuple[str, ...] = ()
+    max_cost: float | None = None
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    prices: str | None = None
     max_n: int = field(default_factory=bounds.max_n)
     max_answer: int = field(default_factory=bounds.max_answer)
     max_body: int = 128 << 20
@@ -231,7 +240,24 @@ class ProxySettings:
         if not 0 <= self.port <= 65535:
             raise BadSettings(f"a port is a number from 0 to 65535; got {self.port}")
         self._check_values()
+        _ = self.budget
         return self
+
+    @functools.cached_property
+    def budget(self) -> Budget | None:
+        """The budget of each namespace; None if none has one.
+
+        Raises:
+            BadSettings: when an amount is not valid.
+            BadPrices: when the prices are not.
+        """
+        if self.max_cost is None and not self.budgets:
+            return None
+        prices = None if self.prices is None else Prices.load(self.prices)
+        try:
+            return Budget(self.max_cost, namespaces=self.budgets, prices=prices)
+        except ValueError as error:
+            raise BadSettings(str(error)) from error
 
     def _check_values(self) -> None:
         try:
@@ -257,6 +283,8 @@ _KINDS: Final[Mapping[Any, tuple[type, ...]]] = {
     "bool": (bool,),
     "str | int | None": (str, int),
     "tuple[str, ...]": (list,),
+    "float | None": (int, float),
+    "Mapping[str, float]": (dict,),
 }
 _TYPES: Final = {
     each.name: _KINDS.get(each.type, (str,))

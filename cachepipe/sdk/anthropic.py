@@ -227,6 +227,8 @@ class AsyncAnthropic(AsyncAttemptsCached, anthropic.AsyncAnthropic):
         replicate: which of several independent repetitions of the experiment the calls belong to.
         ordered: hand over the answers in the order of the first run, one at a time, so that a rerun of a
             program with concurrent tasks takes the same course; for asynchronous clients.
+        budget: the US dollars that each namespace may spend in this cache, over all runs, or a
+            ``cachepipe.Budget``. A call that may exceed it raises ``cachepipe.BudgetExceeded``.
     """
 
     if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any, Final, Self
 
-from cachepipe import context, outages
+from cachepipe import context, outages, wire
+from cachepipe.errors import UnknownCost
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.portal import in_portal, run_now, submit
 from cachepipe.providers import info
@@ -120,7 +121,16 @@ class Cached(outages.OutageReports):
         return result
 
     async def _uncached(self, request: Any, cast_to: Any, options: Any, **how: Any) -> Any:
-        """Make an uncached call; if it may generate something, within the service's limits."""
+        """Make an uncached call; if it may generate something, within the service's limits.
+
+        Raises:
+            UnknownCost: when a budget is set and it may generate something.
+        """
+        if self._cachepipe.budget is not None and wire.api_for(options.method, str(options.url)) is not None:
+            raise UnknownCost(
+                "a budget is set, and this call was not made: it is not cached, so what it costs cannot be "
+                "counted. Make it with a client without a budget"
+            )
         flow = self._limiting(options)
         if flow is None:
             return await self._settled(request(cast_to, options, **how))

@@ -19,6 +19,7 @@ class CacheOptions(TypedDict, total=False):
     service: Any
     replicate: str | int | None
     ordered: Ordered
+    budget: Any
 
 
 class ClientOptions(CacheOptions, total=False):

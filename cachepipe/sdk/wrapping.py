@@ -26,6 +26,7 @@ def wrap(
     service: Any = None,
     replicate: str | int | None = None,
     ordered: Ordered = False,
+    budget: Any = None,
 ) -> C:
     """Return a copy of a client, with a cache. The two share connections, so closing one closes both.
 
@@ -42,6 +43,8 @@ def wrap(
         service: limits and retries the client's calls, which still go to the client's own URL.
         replicate: which of several independent repetitions of the experiment the calls belong to.
         ordered: hand over answers in the order of the first run; for asynchronous clients.
+        budget: the US dollars that each namespace may spend in this cache, over all runs, or a
+            ``cachepipe.Budget``.
 
     Raises:
         TypeError: for any other object, for a client with a cache, and for a client with a replaced method
@@ -51,7 +54,7 @@ def wrap(
     vars(made).update(vars(client))
     internals.drop_resources(made, client)
     made._call_class.check_order(ordered)  # noqa: SLF001 - it is ours
-    view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate, ordered)
+    view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate, ordered, budget)
     made._cachepipe = view  # noqa: SLF001 - it is ours
     wrapped: C = made
     return wrapped

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from cachepipe.errors import StoreError
 from cachepipe.stores.base import Store
+from cachepipe.stores.bundles.reader import is_bundle
 from cachepipe.stores.disk import DiskStore
 from cachepipe.stores.folders import expanded, homeless
 from cachepipe.stores.memory import MemoryStore
-from cachepipe.stores.remote import is_url, shown
+from cachepipe.stores.remote import is_url
 
 __all__ = [
     "DiskStore",
     "MemoryStore",
     "Store",
-    "check_folder",
     "default_folder",
     "open_store",
     "switched_off",
@@ -48,20 +47,6 @@ def default_folder() -> str:
         raise homeless("the default cache folder") from error
 
 
-def check_folder(name: str | os.PathLike[str]) -> None:
-    """Raise an error for a string that the system accepts as a folder but that is not meant as one.
-
-    Raises:
-        StoreError: for an empty string, which is the current folder, and for a URL.
-    """
-    if name == "":
-        raise StoreError("a cache is a folder; got ''. Omit it to use the default folder")
-    if isinstance(name, str) and "://" in name and not is_url(name):
-        raise StoreError(
-            f"a cache is a folder or the URL of a server, such as valkey://host:6379; got {shown(name)!r}"
-        )
-
-
 def open_store(
     cache: Any = None,
     *,
@@ -71,6 +56,8 @@ def open_store(
 ) -> tuple[Store, bool]:
     """Return the store for a path, a URL, a ``diskcache.Cache``, a store, or None for the default folder.
 
+    A bundle is only read. Of a list of these, the first one is written, and the others are read below it.
+
     Returns:
         The store, and whether this function opened it, so that the caller must close it.
     """
@@ -78,15 +65,27 @@ def open_store(
         cache = default_folder()
     if hasattr(type(cache), "apply_now"):
         return cache, False
-    if isinstance(cache, str):
-        check_folder(cache)
-        if is_url(cache):
-            from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - only when it is needed
+    if isinstance(cache, list | tuple) or (
+        isinstance(cache, str | os.PathLike) and not is_url(str(cache)) and is_bundle(cache)
+    ):
+        from cachepipe.stores.layers import open_layers  # noqa: PLC0415 - only when it is needed
 
-            remote = open_url(
-                cache, durability=durability, read_only=bool(read_only), wait_for_others=wait_for_others
+        def open_one(one: Any, write: bool) -> tuple[Store, bool]:
+            return open_store(
+                one,
+                durability=durability,
+                wait_for_others=wait_for_others,
+                read_only=read_only if write else True,
             )
-            return remote, True
+
+        return open_layers(cache if isinstance(cache, list | tuple) else [cache], open_one), True
+    if isinstance(cache, str) and is_url(cache):
+        from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - only when it is needed
+
+        remote = open_url(
+            cache, durability=durability, read_only=bool(read_only), wait_for_others=wait_for_others
+        )
+        return remote, True
     if isinstance(cache, str | os.PathLike) or hasattr(type(cache), "directory"):
         store = DiskStore(
             cache,
@@ -96,5 +95,6 @@ def open_store(
         )
         return store, True
     raise TypeError(
-        f"cache= takes a folder, a URL, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"
+        "cache= takes a folder, a URL, a bundle, a diskcache.Cache, a store such as MemoryStore(), or a list "
+        f"of these; got {cache!r}"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ import orjson
 from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.contract.schedule import LAST, Place
@@ -123,6 +124,39 @@ class Grant:
     shared: bool = False
     joined: bool = False
     place: Place | None = None
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What earlier draws of a plan would take of a key; nothing of it is in the store.
+
+    Attributes:
+        listed: indices that they would generate.
+        taken: indices that they would take in the namespace.
+        held: the indices of the shared draw.
+    """
+
+    listed: IntervalSet = field(default_factory=IntervalSet)
+    taken: IntervalSet = field(default_factory=IntervalSet)
+    held: list[int] = field(default_factory=list)
+
+
+class Foreseen(NamedTuple):
+    """What a claim would get.
+
+    Attributes:
+        samples: the samples that are stored.
+        generated: how many samples the model would be asked for.
+        awaited: the indices of samples that other processes generate, or were generating when they ended.
+        known: whether the question is stored.
+
+    The other samples are those that earlier draws of the plan would generate.
+    """
+
+    samples: list[Sample]
+    generated: int
+    awaited: list[int]
+    known: bool = True
 
 
 @dataclass(slots=True)
@@ -235,8 +269,107 @@ class NotePlace:
     place: Place
 
 
-Operation = Claim | Commit | ReleaseLease | Seize | ReleaseHold | Discard | Note | NotePlace
-Result = Grant | Committed | None
+@dataclass(slots=True)
+class Adopt:
+    """Add what another cache holds of a question, if the store does not contradict it.
+
+    Attributes:
+        entry: what the other cache holds.
+    """
+
+    entry: Entry
+
+    @property
+    def key(self) -> str:
+        """The key of the question."""
+        return self.entry.key
+
+
+class Adopted(NamedTuple):
+    """What was added of an entry.
+
+    Attributes:
+        samples: how many samples were new.
+        draws: how many draws were new, or became longer.
+        different: the draws that contradict those of the store; if there are any, nothing was added.
+        altered: the ids of samples that differ from those of the store; likewise.
+        new: whether the question was new.
+        changed: whether anything was added.
+    """
+
+    samples: int = 0
+    draws: int = 0
+    different: Sequence[Draw] = ()
+    altered: Sequence[str] = ()
+    new: bool = False
+    changed: bool = False
+
+
+@dataclass(slots=True)
+class Reserve:
+    """Reserve a part of a namespace's budget for a call; amounts are nano-dollars.
+
+    Attributes:
+        namespace: the label of the namespace.
+        amount: how much is reserved.
+        limit: the budget.
+        summed: what the rows sum up to, less what had been settled before they were read; None if they were
+            not summed.
+    """
+
+    namespace: str
+    amount: int
+    limit: int
+    summed: int | None = None
+
+
+class Reserved(NamedTuple):
+    """The state of a budget.
+
+    Attributes:
+        granted: whether the amount was reserved.
+        spent: what was spent.
+        reserved: what calls in flight have reserved.
+        settled: what calls have settled so far.
+        lost: whether a process has ended with reservations; the rows must then be summed again.
+    """
+
+    granted: bool
+    spent: int
+    reserved: int
+    settled: int
+    lost: bool
+
+
+@dataclass(slots=True)
+class Settle:
+    """End a reservation, and note what its call has cost; amounts are nano-dollars.
+
+    Attributes:
+        namespace: the label of the namespace.
+        reserved: what was reserved.
+        spent: what the call has cost.
+    """
+
+    namespace: str
+    reserved: int
+    spent: int
+
+
+Operation = (
+    Claim
+    | Commit
+    | ReleaseLease
+    | Seize
+    | ReleaseHold
+    | Discard
+    | Note
+    | NotePlace
+    | Reserve
+    | Settle
+    | Adopt
+)
+Result = Grant | Committed | Reserved | Adopted | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state
@@ -372,6 +505,16 @@ class Store(Protocol):
         """
         ...
 
+    def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
+        """Return what successive claims would get. Only reads.
+
+        Args:
+            wanted: for each claim the draw, the number of samples, and what earlier claims of the plan would
+                take of its key in its namespace; what this claim would take is added.
+            refresh: whether the claims would replace what the ledger holds.
+        """
+        ...
+
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free."""
         ...
@@ -424,6 +567,19 @@ class Store(Protocol):
 
     def bought(self) -> Iterator[Bought]:
         """Iterate over all samples, the discarded ones too, as they count in what was spent."""
+        ...
+
+    def entry(self, key: str) -> Entry | None:
+        """Return all that is held of a question, for another cache; None if it is not known."""
+        ...
+
+    def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
+        """Iterate over the entries of all questions, in the order of their keys.
+
+        Args:
+            namespaces: the labels of namespaces; only questions that one of them has drawn.
+            after: only keys after this one.
+        """
         ...
 
     def close(self) -> None:

@@ -19,8 +19,16 @@ from typing import Literal
 import diskcache
 
 from cachepipe import forks
-from cachepipe.errors import DamagedCache, EvictionDisabled, LostSamples, ReadOnlyStore, StoreError, warn
-from cachepipe.stores import folders, identity, leases, recovery
+from cachepipe.errors import (
+    DamagedCache,
+    EvictionDisabled,
+    LostSamples,
+    NoCache,
+    ReadOnlyStore,
+    StoreError,
+    warn,
+)
+from cachepipe.stores import folders, identity, leases, mounts, recovery
 from cachepipe.stores.base import Operation, Result
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
 from cachepipe.stores.sql import SqlStore
@@ -52,7 +60,8 @@ class DiskStore(SqlStore):
         read_only: never write; None detects whether the folder can be written.
 
     Raises:
-        StoreError: when the folder cannot be created or opened, or is not a cache.
+        StoreError: when the folder cannot be created or opened, is not a cache, or would be written on a
+            network file system.
         FormatError: when a newer version wrote it.
     """
 
@@ -84,6 +93,8 @@ class DiskStore(SqlStore):
         with self._opening():
             if read_only is None:
                 self.why_read_only = _why_read_only(self.folder)
+            if not self.why_read_only:
+                mounts.check_local("the cache", self.folder, mounts.REMEDIES)
             folders.check_files(self.folder, _SHELF, _LEDGER)
         self.read_only = bool(self.why_read_only)
         super().__init__()
@@ -231,13 +242,14 @@ class DiskStore(SqlStore):
 
     def _check_readable(self) -> None:
         if not self.folder.exists():
-            raise StoreError(
+            raise NoCache(
                 f"there is no cache to read in {self.folder}: the folder does not exist. Check the path, or "
                 "fill it first with mode='read-write'"
             )
         missing = [name for name in (_LEDGER, _SHELF) if not (self.folder / name).exists()]
         if missing:
-            raise StoreError(
+            kind = NoCache if len(missing) == 2 else StoreError
+            raise kind(
                 f"the folder {self.folder} cannot be read as a cache: it has no {' and no '.join(missing)}. "
                 "Check the path; if it was a cache of cachepipe's, restore the file"
             )
@@ -348,25 +360,29 @@ def connect(path: Path, *, uri: str = "") -> sqlite3.Connection:
 def connect_to_read(path: Path) -> tuple[sqlite3.Connection, str]:
     """Return a connection that only reads one file of a cache, and the options of its URI.
 
+    On a network file system, nobody may write to the file meanwhile: it is read without locks.
+
     Raises:
         StoreError: when the latest rows are in a log beside the file, which cannot be read where nothing can
             be written: the rows would seem missing.
     """
-    how = "?mode=ro"
-    connection = connect(path, uri=how)
-    try:
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.OperationalError:
-        # SQLite cannot create its side files: read the file without them.
-        connection.close()
-        if _size(path.with_name(f"{path.name}-wal")):
-            raise StoreError(
-                f"the cache {path.parent} cannot be read where nothing can be written: {path.name}-wal holds "
-                "rows that were not moved into the file. Open the cache once where it may be written"
-            ) from None
-        how = "?immutable=1"
+    if mounts.network_mount(path.parent) is None:
+        how = "?mode=ro"
         connection = connect(path, uri=how)
-    return connection, how
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:  # SQLite cannot create its side files
+            connection.close()
+        else:
+            return connection, how
+    if _size(path.with_name(f"{path.name}-wal")):
+        raise StoreError(
+            f"the cache {path.parent} cannot be read where nothing can be written: {path.name}-wal holds "
+            "rows that were not moved into the file, because a process writes them now or was killed. When "
+            "no process uses the cache, open a copy of it once where it may be written, on a local disk"
+        )
+    how = "?immutable=1"
+    return connect(path, uri=how), how
 
 
 def _inode(path: str) -> int | None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from cachepipe.errors import StoreError
+from cachepipe.stores.remote import is_url, shown
 
 NOFOLLOW: Final[int] = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 """A flag for ``os.open``: fail where the path is a symbolic link."""
 
+_URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # as a path, "//" becomes "/"
 _BESIDE: Final = ("", "-wal", "-shm", "-journal")  # what SQLite names its files
 _JOURNAL_MAGIC: Final = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
 
@@ -25,8 +28,21 @@ def expanded(folder: str | os.PathLike[str]) -> Path:
     """Return a folder as an absolute path.
 
     Raises:
-        StoreError: when the path names the home directory of a user who has none.
+        StoreError: when the path is empty or a URL, or names the home directory of a user who has none.
     """
+    name = os.fspath(folder)
+    if name == "":
+        raise StoreError("a cache is a folder; got ''. Omit it to use the default folder")
+    if isinstance(name, str) and _URL.match(name):
+        url = _URL.sub(r"\1://", name, count=1)
+        if is_url(url):
+            raise StoreError(
+                f"a folder is expected; got the URL of a server, {shown(url)}. Pass it as a string to "
+                "cache=, --cache or open_store"
+            )
+        raise StoreError(
+            f"a cache is a folder or the URL of a server, such as valkey://host:6379; got {shown(url)!r}"
+        )
     try:
         return Path(folder).expanduser().resolve()
     except RuntimeError as error:

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
+from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import MutableIndexSet
 from cachepipe.errors import DamagedCache
 from cachepipe.stores.base import Claim, Sample
@@ -102,6 +104,13 @@ class DrawRows(DrawView, KeyRows):
     @abstractmethod
     def add(self, segment: Segment, generated: int) -> None:
         """Add a segment, and how many of its indices are to be generated for the draw."""
+
+    @abstractmethod
+    def insert(self, segment: Segment, generated: int) -> None:
+        """Add a segment of another cache, which may be earlier than those of other namespaces.
+
+        Its indices are noted as taken.
+        """
 
     @abstractmethod
     def replace(self, segment: Segment) -> None:
@@ -208,6 +217,21 @@ class Ledger(ABC):
             StoreError: when nobody has asked the question.
         """
 
+    def prepare_entries(self, keys: Sequence[str]) -> None:  # noqa: B027 - an engine need not do anything
+        """Read what the entries of several questions will need, if that helps."""
+
+    @abstractmethod
+    def entry(self, key: str) -> Entry | None:
+        """Return all that is held of a question; None if it is not known."""
+
+    @abstractmethod
+    def adopted(self, entry: Entry) -> KeyRows:
+        """Return the rows of an entry's key; store its question if it is new."""
+
+    @abstractmethod
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
+        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+
     @abstractmethod
     def store(self, key: str, sample: Sample) -> bool:
         """Store a sample, durably; return False if there is one at its index."""
@@ -231,3 +255,11 @@ class Ledger(ABC):
     @abstractmethod
     def add_unreported(self, run: str, namespace: str, account: Account) -> None:
         """Add samples that were neither stored nor delivered."""
+
+    @abstractmethod
+    def purse(self, namespace: str) -> Purse:
+        """Return what a namespace, by its label, has spent of its budget."""
+
+    @abstractmethod
+    def put_purse(self, namespace: str, purse: Purse) -> None:
+        """Write it."""

@@ -93,16 +93,16 @@ def missed(
     try:
         info = next(store.keys(question.key), None)
         if info is not None:
-            why = _undrawn(info.samples, info.pending, draw, n)
+            why = undrawn(info.samples, info.pending, draw, n)
         else:
             near = store.similar(question)
-            why = _unlike(question, near)
+            why = unlike(question, near)
     except (StoreError, sqlite3.Error):
         why = ""  # the miss stands, whatever the search for its reason comes to
     return CacheMiss(question.key, namespace, request, why, None if near is None else near.key)
 
 
-def _undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:
+def undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:
     """Return why a stored question has no samples for a draw."""
     has = f"the cache has {_counted(samples, 'sample')} of this question"
     if pending:
@@ -119,7 +119,7 @@ def _undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:
     )
 
 
-def _unlike(question: Question, near: StoredQuestion | None) -> str:
+def unlike(question: Question, near: StoredQuestion | None) -> str:
     """Return how the most similar stored question differs from a question."""
     if near is None:
         return "the cache holds no similar question"

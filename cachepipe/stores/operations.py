@@ -22,25 +22,33 @@ from cachepipe.contract.allotment import (
     lowest_new,
     noted_place,
 )
-from cachepipe.contract.draws import Draw, is_own
-from cachepipe.contract.intervals import IntervalSet, Union
+from cachepipe.contract.draws import SHARED, Draw, is_own
+from cachepipe.contract.entries import Addition, Entry, EntrySample, addition
+from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
+    Adopt,
+    Adopted,
+    Ahead,
     Claim,
     Commit,
     Committed,
     Discard,
+    Foreseen,
     Grant,
     Note,
     NotePlace,
     Operation,
     ReleaseHold,
     ReleaseLease,
+    Reserve,
+    Reserved,
     Result,
     Sample,
     Seize,
+    Settle,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
 
@@ -74,6 +82,8 @@ def _perform_all(ledger: Ledger, kind: type[Operation], operations: Sequence[Any
     """Perform operations of one kind."""
     if kind is Commit:
         return list(_commit_all(ledger, operations))
+    if kind is Adopt:
+        return list(_adopt_all(ledger, operations))
     performed = _PERFORM[kind]
     return [performed(ledger, operation) for operation in operations]
 
@@ -213,6 +223,63 @@ def recall(rows: DrawView, n: int) -> Grant | None:
     return Grant(indices[:n], [*samples[:n]], place=noted_place(rows.segments, n))
 
 
+class _AheadView:
+    """A key as it would be after the earlier draws of a plan.
+
+    Args:
+        rows: the draw and its key as they are stored; None if the key is new.
+        ahead: what the earlier draws would take; changes go there.
+    """
+
+    def __init__(self, rows: DrawView | None, ahead: Ahead) -> None:
+        self._rows = rows
+        self._planned = ahead.listed
+        self.listed: MutableIndexSet = ahead.listed if rows is None else Union(ahead.listed, rows.listed)
+        self.taken: MutableIndexSet = ahead.taken if rows is None else Union(ahead.taken, rows.taken)
+
+    def others(self) -> Sequence[Segment]:
+        return () if self._rows is None else self._rows.others()
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        return None if self._rows is None or index in self._planned else self._rows.sample(index)
+
+    def lease(self, index: int) -> bool:
+        if index in self.listed:
+            return False
+        self.listed.add(index)
+        return True
+
+
+def foresee(rows: DrawView | None, draw: Draw, n: int, ahead: Ahead, *, refresh: bool) -> Foreseen:
+    """Return what a claim would get after the earlier draws of a plan; see ``Store.foresee``.
+
+    Args:
+        rows: the draw and its key as they are stored; None if the key is new.
+        draw: the draw.
+        n: how many samples.
+        ahead: what the earlier draws would take; what this one would take is added.
+        refresh: whether the claim would replace what the ledger holds.
+    """
+    held = ahead.held or ([] if rows is None else indices_of(rows.segments))
+    planned = IntervalSet(ahead.listed)
+    allotment = allot(_AheadView(rows, ahead), held, n, refresh=refresh, couple=not draw.shared)
+    assert allotment is not None  # noqa: S101 - only a claim of stored samples may give up
+    if draw.shared and len(allotment.indices) >= len(held):
+        ahead.held = allotment.indices
+    new = {*allotment.to_generate}
+    missing = [
+        index
+        for index, sample in zip(allotment.indices, allotment.samples, strict=True)
+        if sample is None and index not in new
+    ]
+    return Foreseen(
+        [sample for sample in allotment.samples if sample is not None],
+        len(new),
+        [index for index in missing if index not in planned],
+        known=rows is not None,
+    )
+
+
 # Commits.
 
 
@@ -236,6 +303,7 @@ def _commit(ledger: Ledger, commit: Commit) -> Committed:
     there = None if index is None else rows.sample(index)
     kept = index is not None and _keeps_index(ledger, rows, commit, index, there)
     if kept and isinstance(there, Sample):
+        rows.listed.add(there.index)
         return Committed(there, kept=True)  # written earlier, by a transaction that was interrupted
     if index is None or not kept:
         listed = rows.listed
@@ -266,6 +334,70 @@ def _keeps_index(
     if there is not None:
         return isinstance(there, Sample) and there.id == commit.id
     return author is None
+
+
+# Entries of other caches.
+
+
+def _adopt_all(ledger: Ledger, adopts: Sequence[Adopt]) -> list[Adopted]:
+    """Add entries; those of different keys together."""
+    results: list[Adopted] = []
+    left = list(adopts)
+    while left:
+        together: dict[str, Adopt] = {}
+        for adopt in left:
+            if adopt.key in together:
+                break
+            together[adopt.key] = adopt
+        results += _adopt_keys(ledger, [adopt.entry for adopt in together.values()])
+        left = left[len(together) :]
+    return results
+
+
+def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
+    """Add entries of different keys: first all samples, then what refers to them."""
+    ledger.prepare_entries([entry.key for entry in entries])
+    held = [ledger.entry(entry.key) for entry in entries]
+    added = [addition(ours, entry) for ours, entry in zip(held, entries, strict=True)]
+    samples = [
+        (entry.key, adopted_sample(sample, index))
+        for entry, add in zip(entries, added, strict=True)
+        for index, sample in add.samples
+    ]
+    if samples and not ledger.put(samples):
+        raise StoreError("another process has written samples of the same questions meanwhile; try again")
+    return [
+        _adopt(ledger, entry, add)._replace(new=ours is None)
+        for ours, entry, add in zip(held, entries, added, strict=True)
+    ]
+
+
+def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
+    """Add what an entry has beyond its samples."""
+    changes = bool(add.samples or add.segments or add.users)
+    if changes:
+        key = ledger.adopted(entry)
+        for index, sample in add.samples:
+            key.listed.add(index)
+            if sample.discarded is not None:
+                key.discard(index, sample.discarded)
+        for draw, segments in add.segments:
+            rows = ledger.draw(draw)
+            for segment, generated in segments:
+                rows.insert(segment, generated)
+        if add.users:
+            shared = ledger.draw(Draw(SHARED, entry.key, "", 0))
+            for user in add.users:
+                shared.use(user)
+    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, changed=changes)
+
+
+def adopted_sample(sample: EntrySample, index: int) -> Sample:
+    """Return a sample of another cache as it is stored at an index; its header notes where it came from."""
+    header = sample.header
+    if index != sample.origin:
+        header = b'%b,"origin":%d}' % (header[:-1], sample.origin)
+    return Sample(index, sample.id, sample.payload, header)
 
 
 # What else happens to a draw and to a sample.
@@ -380,6 +512,27 @@ def _note(ledger: Ledger, note: Note) -> None:
         ledger.put_sums(*place, sums)
 
 
+# Budgets.
+
+
+def _reserve(ledger: Ledger, reserve: Reserve) -> Reserved:
+    purse, own = ledger.purse(reserve.namespace), ledger.lease()
+    dead = [lease for lease in purse.held if lease != own and not ledger.alive(lease)]
+    for lease in dead:
+        del purse.held[lease]
+    if reserve.summed is not None:
+        purse.sum_up(reserve.summed, alone={*purse.held} <= {own})
+    granted = not dead and purse.reserve(own, reserve.amount, reserve.limit)
+    ledger.put_purse(reserve.namespace, purse)
+    return Reserved(granted, purse.spent, purse.reserved, purse.settled, bool(dead))
+
+
+def _settle(ledger: Ledger, settle: Settle) -> None:
+    purse = ledger.purse(settle.namespace)
+    purse.settle(ledger.lease(), settle.reserved, settle.spent)
+    ledger.put_purse(settle.namespace, purse)
+
+
 _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Claim: _claim,
     ReleaseLease: partial(_free, ours=True),
@@ -388,5 +541,7 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Discard: _discard,
     Note: _note,
     NotePlace: _note_place,
+    Reserve: _reserve,
+    Settle: _settle,
 }
 """What performs each operation; commits that follow one another are performed together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import queue
 import weakref
 from collections.abc import Sequence
 
@@ -15,7 +16,10 @@ from cachepipe.stores.base import (
     PartlyApplied,
     ReleaseHold,
     ReleaseLease,
+    Reserve,
+    Reserved,
     Result,
+    Settle,
 )
 from cachepipe.stores.writer import Writer
 
@@ -86,6 +90,21 @@ class Queued:
             future.set_exception(error)
         return future
 
+    def apply_and_wait(self, operations: Sequence[Operation]) -> list[Result]:
+        """Apply the operations on the writer thread, and wait for it; for programs without an event loop.
+
+        Raises:
+            StoreError: when they were not all applied.
+        """
+        self._check()
+        found: queue.SimpleQueue[list[Result | Exception] | Exception] = queue.SimpleQueue()
+        self._writer.put(operations, found.put)
+        results = found.get()
+        error = results if isinstance(results, Exception) else error_in(results)
+        if error is not None:
+            raise error
+        return results  # type: ignore[return-value]  # none is an error
+
     def _undo(self, operations: Sequence[Operation], results: list[Result | Exception] | Exception) -> None:
         """Give back the grants of claimants that are gone."""
         if isinstance(results, Exception):
@@ -97,6 +116,8 @@ class Queued:
                     back.append(ReleaseLease(operation.draw.key, result.mine))
                 if result.held:
                     back.append(ReleaseHold(operation.draw, operation.token, result.held, complete=False))
+            if isinstance(operation, Reserve) and isinstance(result, Reserved) and result.granted:
+                back.append(Settle(operation.namespace, operation.amount, 0))
         if back:
             self.apply_soon(back)
 

@@ -13,21 +13,24 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment, laid
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
+from cachepipe.contract.entries import NOBODY, Entry
 from cachepipe.contract.intervals import IntervalSet, covered
 from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, StoreError, UnsafeRow
-from cachepipe.stores import leases, operations, tables
+from cachepipe.stores import entries, leases, operations, tables
 from cachepipe.stores.base import (
+    Ahead,
     Bought,
     DiscardInfo,
     DrawInfo,
+    Foreseen,
     Grant,
     KeyInfo,
     NamespaceInfo,
@@ -128,7 +131,7 @@ class SqlReader:
         self._readers: weakref.WeakSet[_Readers] = weakref.WeakSet()
         self._key_ids: dict[str, int] = {}
         self._namespace_ids: dict[str, int] = {}
-        self._leases: dict[int, tuple[bool, float]] = {}
+        self._leases: dict[int, tuple[bool, float]] = {NOBODY: (False, 0.0)}
         self._similar = Similar()
 
     def _close_readers(self) -> None:
@@ -254,6 +257,27 @@ class SqlReader:
         namespace = self._namespace_id(ledger, draw.namespace)
         view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw)
         return operations.replay(view, draw, n, taken)
+
+    @_reads
+    def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
+        """Return what successive claims would get; see ``Store.foresee``.
+
+        Raises:
+            StoreError: when the files cannot be read.
+        """
+        ledger, shelf = self._readable()
+        found: list[Foreseen] = []
+        for draw, n, ahead in wanted:
+            grant = None if refresh else self._recall(draw, n)
+            if grant is not None:
+                found.append(Foreseen([sample for sample in grant.samples if sample is not None], 0, []))
+                continue
+            key, namespace = self._key_id(ledger, draw.key), self._namespace_id(ledger, draw.namespace)
+            view: _DrawView | None = None
+            if key is not None:
+                view = _DrawView(ledger, shelf, key, -1 if namespace is None else namespace, draw)
+            found.append(operations.foresee(view, draw, n, ahead, refresh=refresh))
+        return found
 
     @_reads
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
@@ -481,6 +505,24 @@ class SqlReader:
             except (DamagedCache, UnsafeRow):
                 header, gone = b"", True
             yield Bought(scope, header, not gone and index in all_held)
+
+    @_reads
+    def entry(self, key: str) -> Entry | None:
+        """Return all that is held of a question, for another cache; None if it is not known."""
+        ledger, shelf = self._readable()
+        number = self._key_id(ledger, key)
+        return None if number is None else entries.entry(ledger, shelf, number)
+
+    @_reads
+    def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
+        """Iterate over the entries of all questions, in the order of their keys.
+
+        Args:
+            namespaces: the labels of namespaces; only questions that one of them has drawn.
+            after: only keys after this one.
+        """
+        ledger, shelf = self._readable()
+        yield from entries.entries(ledger, shelf, namespaces, after)
 
     @_reads
     def totals(self) -> dict[str, int]:

@@ -13,9 +13,11 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import orjson
 from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
 from cachepipe.contract.allotment import DISCARDED, Discarded, Segment
+from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.schedule import Place, parse_place
 from cachepipe.errors import DamagedCache, UnsafeRow
@@ -24,6 +26,8 @@ from cachepipe.stores.base import Sample
 _Sums = TypeVar("_Sums")
 
 FORMAT = 3
+BUDGET = "budget"
+"""Stands for the run in what binds the row of a budget to its namespace."""
 """The version of the tables below; a ledger with a higher one is refused."""
 
 LISTED = 0
@@ -78,6 +82,9 @@ CREATE TABLE IF NOT EXISTS sums(
 CREATE TABLE IF NOT EXISTS unreported(
     stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace TEXT NOT NULL, document BLOB NOT NULL,
     digest BLOB NOT NULL);
+-- Per label of a namespace, what was spent and reserved of its budget, as JSON.
+CREATE TABLE IF NOT EXISTS budgets(
+    namespace TEXT PRIMARY KEY, document BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
 """
 
 SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROWID"
@@ -377,6 +384,21 @@ def read_sums(
     raise _unlike_its_digest(f"the sums of the run {run}")
 
 
+def dump_purse(purse: Purse) -> bytes:
+    """Return the document of a row of a budget."""
+    return orjson.dumps([purse.summed, purse.settled, list(purse.held.items())])
+
+
+def load_purse(document: bytes) -> Purse:
+    """Return what ``dump_purse`` has written.
+
+    Raises:
+        ValueError: when it is something else.
+    """
+    summed, settled, held = orjson.loads(document)
+    return Purse(int(summed), int(settled), {int(lease): int(amount) for lease, amount in held})
+
+
 # Samples.
 
 
@@ -425,6 +447,16 @@ def header_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tup
     """Return the header in a row as ``parse_sample`` reads it, and whether the sample was discarded."""
     state, body = _checked(key, index, mode, filename, value)
     return body[: body.find(b"\n")], state == _GONE
+
+
+def parts_of(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes, bool]:
+    """Return the header and the payload in a row, and whether the sample was discarded.
+
+    Both are empty for a sample that could not be read when it was discarded.
+    """
+    state, body = _checked(key, index, mode, filename, value)
+    header, _, payload = body.partition(b"\n")
+    return (header, payload, state == _GONE) if header.startswith(_HEADER) else (b"", b"", state == _GONE)
 
 
 def _checked(key: str, index: int, mode: Any, filename: Any, value: Any) -> tuple[bytes, bytes]:

@@ -16,11 +16,13 @@ import orjson
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
+from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import MutableIndexSet, Union, changes
 from cachepipe.contract.keys import Question
 from cachepipe.errors import DamagedCache, StoreError
-from cachepipe.stores import tables
+from cachepipe.stores import entries, tables
 from cachepipe.stores.base import Claim, Operation, Result, Sample
 from cachepipe.stores.ledger import DrawRows, KeyRows, Ledger
 from cachepipe.stores.operations import perform
@@ -284,6 +286,33 @@ class SqlLedger(Ledger):
         self.written_sample = name
         return True
 
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
+        """Store samples with their keys, durably; return False, and store none, if an index has one."""
+        self._check_files(deleted=True)
+        return self._put(samples)
+
+    # Entries of other caches.
+
+    def prepare_entries(self, keys: Sequence[str]) -> None:
+        """Look up the ids of the keys."""
+        self.flush()
+        self.intern(list(keys))
+
+    def entry(self, key: str) -> Entry | None:
+        """Return all that is held of a question; None if it is not known."""
+        number = self._ids.get(key)
+        if number is None:
+            number = self._id_of(key)
+        return entries.entry(self.ledger, self.shelf, number) if number else None
+
+    def adopted(self, entry: Entry) -> KeyRows:
+        """Return the rows of an entry's key; store its question if it is new."""
+        for segments in entry.draws.values():
+            for segment in segments:
+                self.greatest_stamp = max(self.greatest_stamp, segment.stamp)
+        number = self._asked(Question(entry.key, entry.scope, entry.document), entry.first_stamp() / 1e6)
+        return _Key(self, number, entry.key)
+
     # Sums.
 
     def sums(self, run: str, namespace: str) -> Delivered:
@@ -304,6 +333,18 @@ class SqlLedger(Ledger):
         digest = tables.sums_digest(run, namespace, document)
         row = (self.stamp(), run, namespace, document, digest)
         self.ledger.execute("INSERT INTO unreported VALUES(?, ?, ?, ?, ?)", row)
+
+    def purse(self, namespace: str) -> Purse:
+        """Return what a namespace, by its label, has spent of its budget."""
+        query = "SELECT document, digest FROM budgets WHERE namespace = ?"
+        found = self.ledger.execute(query, (namespace,)).fetchone()
+        return tables.read_sums(tables.load_purse, tables.BUDGET, namespace, *found) if found else Purse()
+
+    def put_purse(self, namespace: str, purse: Purse) -> None:
+        """Write it."""
+        document = tables.dump_purse(purse)
+        digest = tables.sums_digest(tables.BUDGET, namespace, document)
+        self.ledger.execute("INSERT OR REPLACE INTO budgets VALUES(?, ?, ?)", (namespace, document, digest))
 
     # Sets.
 
@@ -378,8 +419,13 @@ class SqlLedger(Ledger):
             for key in unknown:
                 known.setdefault(key, 0)
 
-    def _asked(self, question: Question) -> int:
-        """Return the id of a question's key; a new one is written with the rows that are gathered."""
+    def _asked(self, question: Question, at: float | None = None) -> int:
+        """Return the id of a question's key; a new one is written with the rows that are gathered.
+
+        Args:
+            question: the question.
+            at: when it was first asked, in seconds since 1970; by default now.
+        """
         known = self._ids
         key = known.get(question.key)
         if key is None:
@@ -392,7 +438,7 @@ class SqlLedger(Ledger):
             else:
                 row = self.ledger.execute("SELECT max(id) FROM keys").fetchone()
                 key = (row[0] or 0) + 1
-            self._questions.append((key, question.key, question.scope, question.document, self.now))
+            self._questions.append((key, question.key, question.scope, question.document, at or self.now))
             self._new_keys.add(key)
         known[question.key] = key
         return key
@@ -609,6 +655,14 @@ class _Draw(_Key, DrawRows):
         ledger.written_stamp = stamp
         ledger.touched.add(place)
         ledger.found.pop(place, None)
+
+    def insert(self, segment: Segment, generated: int) -> None:
+        written = self._in.written_stamp
+        self.add(segment, generated)
+        self._in.written_stamp = max(written, segment.stamp)
+        for index in segment.indices:
+            self.taken.add(index)
+        self._execute(f"DELETE FROM firsts{tables.PLACE}", *self._where[:4])
 
     def replace(self, segment: Segment) -> None:
         indices, noted = pack(segment.indices), tables.write_place(segment.place)

@@ -414,7 +414,7 @@ class _Check:
         if listed is None:
             return
         there = sorted({*question.stored, *question.pending})
-        for start, stop in _gaps(listed, there):
+        for start, stop in gaps(listed, there):
             self._report.absent.append(Absent(key, start, stop))
             self._report.add("missing", _name(key, start, stop), stop - start)
         self._report.unlisted += [Stored(key, index) for index in question.stored if index not in listed]
@@ -470,7 +470,7 @@ class _Check:
         for namespace, taken in question.taken.items():
             if taken is not None and namespace not in unsure:
                 known = sorted({*drawn.get(namespace, ()), *question.discarded})
-                for start, stop in _gaps(taken, known):
+                for start, stop in gaps(taken, known):
                     whose = _whose(self._labels[namespace])
                     self._report.add("undrawn", f"{_name(question.key, start, stop)}, {whose}", stop - start)
 
@@ -505,8 +505,13 @@ class _Check:
             self._report.add("first", f"question {name}, request {request_id!r}")
 
     def _check_sums(self) -> None:
-        for table, loads in (("sums", Delivered.loads), ("unreported", Account.loads)):
-            rows = self._ledger.execute(f"SELECT stamp, run, namespace, document, digest FROM {table}")
+        loaded: tuple[tuple[str, str, Callable[[bytes], Any]], ...] = (
+            ("sums", "stamp, run", Delivered.loads),
+            ("unreported", "stamp, run", Account.loads),
+            ("budgets", f"0, '{tables.BUDGET}'", tables.load_purse),
+        )
+        for table, about, loads in loaded:
+            rows = self._ledger.execute(f"SELECT {about}, namespace, document, digest FROM {table}")
             for stamp, *row in rows:
                 self._passed()
                 try:
@@ -615,7 +620,7 @@ WRONG_FIRSTS: Final = (
 """Notes of the earliest namespace of a draw that the rows of the draw do not confirm."""
 
 
-def _gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Interval]:
+def gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Interval]:
     """Iterate over what is left of intervals without some indices, which are sorted."""
     place = 0
     for start, stop in intervals:

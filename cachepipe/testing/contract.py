@@ -25,10 +25,13 @@ except ImportError as error:
 
 from cachepipe.accounting import Delivered, Usage
 from cachepipe.contract.draws import SHARED, Draw, label
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
+    Adopt,
+    Ahead,
     Claim,
     Commit,
     Committed,
@@ -38,10 +41,13 @@ from cachepipe.stores.base import (
     Operation,
     ReleaseHold,
     ReleaseLease,
+    Reserve,
     Result,
     Sample,
+    Settle,
     Store,
 )
+from cachepipe.stores.memory import MemoryStore
 from cachepipe.wire.usage import COUNTS
 
 KEY = "k2-" + "a" * 64
@@ -104,6 +110,20 @@ class StoreContract:
             self.commit(store, index, key=draw.key)
         self.leave(store, draw, grant, complete=True, token=token)
         return grant
+
+    # Budgets.
+
+    def test_what_is_reserved_and_spent_never_exceeds_a_budget(self, store: Store) -> None:
+        first = self.apply(store, Reserve("=x", 60, 100))[0]
+        assert (first.granted, first.spent, first.reserved, first.lost) == (True, 0, 60, False)
+        second = self.apply(store, Reserve("=x", 60, 100))[0]
+        assert (second.granted, second.reserved) == (False, 60)
+        assert self.apply(store, Reserve("=y", 100, 100))[0].granted
+        self.apply(store, Settle("=x", 60, 30))
+        third = self.apply(store, Reserve("=x", 60, 100))[0]
+        assert (third.granted, third.spent, third.reserved, third.settled) == (True, 30, 60, 30)
+        summed = self.apply(store, Reserve("=x", 0, 100, summed=5))[0]
+        assert (summed.granted, summed.spent) == (True, 35)
 
     # Claims.
 
@@ -604,6 +624,42 @@ class StoreContract:
         assert [info.draw for info in store.draws()] == before
         assert self.claim(store, drawn("z", namespace="second"), 1).indices == [0]
 
+    def test_what_is_foreseen_is_what_successive_claims_get_and_nothing_is_written(
+        self, store: Store
+    ) -> None:
+        """C4: earlier claims of a plan count, as they would when made."""
+        self.fill(store, drawn("a"), 2)
+        self.claim(store, drawn("c"), 1)
+        before = [info.pending for info in store.keys(KEY[:3])]
+        shared = Draw(SHARED, OTHER, "", 0)
+        wanted = [
+            (drawn("a"), 3),
+            (drawn("b"), 1),
+            (drawn("x", namespace="second"), 4),
+            (drawn("y", namespace="second"), 2),
+            (drawn("z", key=OTHER), 2),
+            (drawn("z", key=OTHER, occurrence=1), 1),
+            (shared, 2),
+            (shared, 3),
+        ]
+        ahead: dict[tuple[str, str], Ahead] = {}
+        asked = [(draw, n, ahead.setdefault((draw.namespace, draw.key), Ahead())) for draw, n in wanted]
+        found = store.foresee(asked)
+        figures = [(len(each.samples), each.generated, each.awaited, each.known) for each in found]
+        assert figures == [
+            (2, 1, [], True),
+            (0, 1, [], True),
+            (2, 1, [2], True),
+            (0, 2, [], True),
+            (0, 2, [], False),
+            (0, 1, [], False),
+            (0, 2, [], False),
+            (0, 1, [], False),
+        ]
+        assert [info.pending for info in store.keys(KEY[:3])] == before
+        [refreshed] = store.foresee([(drawn("a"), 2, Ahead())], refresh=True)
+        assert (refreshed.samples, refreshed.generated) == ([], 2)
+
     def test_a_replay_gives_a_draw_what_the_ledger_holds_for_it(self, store: Store) -> None:
         """C2."""
         self.fill(store, drawn("a"), 1)
@@ -825,6 +881,108 @@ class StoreContract:
             assert len(list(store.namespaces())) <= 1
         writer.join()
         assert len(list(store.keys())) == 40
+
+    # Entries of other caches.
+
+    def held_elsewhere(self, *draws: tuple[Draw, int]) -> Entry:
+        """Return the entry of a question in another cache, where these draws were made."""
+        other = MemoryStore()
+        for draw, n in draws:
+            self.fill(other, draw, n)
+        entry = other.entry(KEY)
+        other.close()
+        assert entry is not None
+        found = entry.sliced()
+        assert found is not None
+        return found
+
+    def handed_on(self, store: Store) -> Any:
+        """Return what another cache gets of the question, without where it is in this one."""
+        entry = store.entry(KEY)
+        found = None if entry is None else entry.sliced()
+        if found is None:
+            return None
+        samples = [sample._replace(index=-1) for sample in found.samples]
+        draws = {draw: [each._replace(number=-1) for each in parts] for draw, parts in found.draws.items()}
+        return found.scope, found.document, samples, draws, found.users
+
+    def test_c2_what_another_cache_holds_replays_here(self, store: Store) -> None:
+        entry = self.held_elsewhere((drawn("a"), 2), (drawn("b"), 1))
+        [adopted] = self.apply(store, Adopt(entry))
+        assert (adopted.samples, adopted.draws, adopted.new) == (3, 2, True)
+        for draw, n in ((drawn("a"), 2), (drawn("b"), 1)):
+            grant = self.claim(store, draw, n)
+            assert (grant.mine, grant.shared) == ([], False)
+            names = [sample.id for sample in grant.samples if sample]
+            assert names == [name for segment in entry.draws[draw] for name in segment.samples]
+        assert self.claim(store, drawn("c")).mine == [3]
+
+    def test_what_is_handed_on_comes_back_unchanged(self, store: Store) -> None:
+        """Also the discarded samples, the users of shared draws, and the stamps."""
+        shared = Draw(SHARED, KEY, "", 0)
+        other = MemoryStore()
+        self.fill(other, drawn("a"), 2)
+        self.claim(other, shared, 1, user="=u")
+        self.apply(other, Discard(KEY, 1, "it is wrong"))
+        self.fill(other, drawn("a"), 2)
+        entry = other.entry(KEY)
+        assert entry is not None
+        part = entry.sliced()
+        assert part is not None
+        self.apply(store, Adopt(part))
+        assert self.handed_on(store) == self.handed_on(other)
+        [again] = self.apply(store, Adopt(part))
+        assert not again.changed
+        assert self.handed_on(store) == self.handed_on(other)
+        other.close()
+
+    def test_c1_samples_of_two_caches_keep_apart(self, store: Store) -> None:
+        self.fill(store, drawn("a", namespace="here"), 2)
+        before = [(sample.index, sample.id) for sample in store.samples(KEY)]
+        entry = self.held_elsewhere((drawn("a", namespace="there"), 2))
+        self.apply(store, Adopt(entry))
+        assert [(sample.index, sample.id) for sample in store.samples(KEY)][:2] == before
+        grant = self.claim(store, drawn("b", namespace="here"), 3)
+        assert (grant.indices, grant.mine) == ([2, 3, 4], [4])
+
+    def test_c2_a_draw_that_got_other_samples_changes_nothing(self, store: Store) -> None:
+        self.fill(store, drawn("a"), 1)
+        before = self.handed_on(store)
+        entry = self.held_elsewhere((drawn("a"), 1), (drawn("b"), 1))
+        [adopted] = self.apply(store, Adopt(entry))
+        assert (adopted.different, adopted.changed) == ([drawn("a")], False)
+        assert self.handed_on(store) == before
+
+    def test_c2_a_draw_becomes_as_long_as_in_the_other_cache(self, store: Store) -> None:
+        short = self.held_elsewhere((drawn("a"), 1))
+        other = MemoryStore()
+        self.apply(other, Adopt(short))
+        self.fill(other, drawn("a"), 3)
+        long = other.entry(KEY)
+        assert long is not None
+        other.close()
+        self.apply(store, Adopt(short))
+        [adopted] = self.apply(store, Adopt(long))
+        assert (adopted.samples, adopted.draws) == (2, 1)
+        assert self.claim(store, drawn("a"), 3).mine == []
+
+    def test_c3_an_earlier_namespace_of_another_cache_is_the_earliest(self, store: Store) -> None:
+        entry = self.held_elsewhere((drawn("x", namespace="early"), 1), (drawn("a", namespace="early"), 1))
+        for number in range(12):  # more than are remembered as the earliest
+            self.fill(store, drawn("a", namespace=f"late {number}"), 1)
+        self.apply(store, Adopt(entry))
+        wanted = entry.draws[drawn("a", namespace="early")][0].samples[0]
+        grant = self.claim(store, drawn("a", namespace="new"))
+        assert grant.samples[0] is not None
+        assert grant.samples[0].id == wanted
+
+    def test_entries_come_in_the_order_of_their_keys(self, store: Store) -> None:
+        self.fill(store, drawn("a", key=OTHER, namespace="two"))
+        self.fill(store, drawn("a", namespace="one"))
+        assert [entry.key for entry in store.entries()] == [KEY, OTHER]
+        assert [entry.key for entry in store.entries(after=KEY)] == [OTHER]
+        assert [entry.key for entry in store.entries(["=one"])] == [KEY]
+        assert store.entry("k2-" + "0" * 64) is None
 
     def test_what_is_applied_soon_is_applied_before_the_store_is_closed(self, store: Store) -> None:
         store.apply_soon([Claim(drawn("a"), 1, asked(), "one"), Commit(KEY, 0, b"x", {})])

@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from cachepipe.stores.remote.engine import (
+    CHANGES,
     DIGEST,
+    FIELD,
     PENDING,
     RECEIPT,
+    RECENT,
     SAMPLE,
     TURN,
+    Changes,
     Conflict,
     Read,
     Rows,
@@ -34,6 +38,7 @@ class MemoryEngine:
             `Unreachable`.
         after_swap: called with the swaps after they were performed, before anyone hears of it.
         trips: the number of calls.
+        epoch: what `changes` returns; a test that takes writes back sets another one.
     """
 
     where = "memory"
@@ -44,6 +49,7 @@ class MemoryEngine:
         self.before_swap: Callable[[Sequence[Swap]], None] | None = None
         self.after_swap: Callable[[Sequence[Swap]], None] | None = None
         self.trips = 0
+        self.epoch = ""
         self.down = False
         self._clock = clock
         self._lock = threading.RLock()
@@ -52,6 +58,7 @@ class MemoryEngine:
         self._turns: dict[str, tuple[int, float]] = {}
         self._receipts: dict[tuple[str, int], tuple[bytes, float]] = {}
         self._listeners: list[Callable[[str], None]] = []
+        self._changes: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
         return f"<MemoryEngine {len(self.rows)} keys, {self.trips} trips>"
@@ -71,8 +78,11 @@ class MemoryEngine:
         there = self.rows.get(read.key, {})
         wanted = list(read.fields)
         for name in read.follow:
-            indices = there.get(name, b"")[DIGEST:].partition(b"\n")[0]
-            wanted += [SAMPLE + index for index in indices.split(b",") if index]
+            named = _named(there.get(name, b""))
+            if named.startswith(FIELD):
+                wanted.append(bytes.fromhex(named[1:].decode()))
+                named = _named(there.get(wanted[-1], b""))
+            wanted += [SAMPLE + index for index in named.split(b",") if index.isdigit()]
         if read.pending:
             wanted += [name for name in there if name.startswith(PENDING)]
         return {name: there[name] for name in wanted if name in there}
@@ -113,6 +123,23 @@ class MemoryEngine:
             listener(swap.key)
         return None
 
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        self._called()
+        with self._lock:
+            last = self._changes[-1][0] if self._changes else 0
+            numbers = [*range(last + 1, last + 1 + len(keys))]
+            self._changes = [*self._changes, *zip(numbers, keys, strict=True)][-CHANGES:]
+            return numbers
+
+    def changes(self, since: int | None) -> Changes:
+        """Return the changes from a number on; without a number the recent ones."""
+        self._called()
+        with self._lock:
+            if since is None:
+                return Changes(self.epoch, self._changes[-RECENT:])
+            return Changes(self.epoch, [change for change in self._changes if change[0] >= since])
+
     def open_lease(self, name: str, seconds: float) -> int:
         """Return the number of a new lease."""
         self._called()
@@ -151,6 +178,12 @@ class MemoryEngine:
         """Return all rows of a key but the samples."""
         return dict(self.scan(key)).get(key, {})
 
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key."""
+        self._called()
+        with self._lock:
+            return [name for name in self.rows.get(key, {}) if name.startswith(SAMPLE)]
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, without the samples."""
         self._called()
@@ -172,3 +205,8 @@ class MemoryEngine:
 
     def close(self) -> None:
         """Do nothing: others may use it."""
+
+
+def _named(row: bytes) -> bytes:
+    """Return the line at the beginning of a row that is followed."""
+    return row[DIGEST:].partition(b"\n")[0]

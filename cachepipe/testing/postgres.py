@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -21,7 +22,7 @@ _NOBODY: Final = 65534
 class PostgresServer:
     """A server with its data in a temporary folder.
 
-    PostgreSQL refuses to run as root. It then runs as the user nobody, on a copy of the binaries.
+    PostgreSQL refuses to run as root. It then runs as the user nobody, on links to the binaries or a copy.
 
     Args:
         settings: settings of the server.
@@ -59,7 +60,7 @@ class PostgresServer:
             return package
         for part in package, package.with_suffix(".libs"):
             if part.is_dir():
-                shutil.copytree(part, self.folder / part.name)
+                shutil.copytree(part, self.folder / part.name, copy_function=_linked)
         self.folder.chmod(0o711)
         shutil.chown(self.data, _NOBODY, _NOBODY)
         self.as_user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
@@ -94,7 +95,8 @@ class PostgresServer:
         """Kill all processes of the server; what it has not written to its disk is lost."""
         killed = self.processes()
         for process in killed:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended with the first one
+                process.kill()
         psutil.wait_procs(killed)
 
     def close(self) -> None:
@@ -120,6 +122,14 @@ class PostgresServer:
         with psycopg.connect(address, autocommit=True) as connection:
             cursor = connection.execute(statement.encode(), values or None)
             return cursor.fetchall() if cursor.description else []
+
+
+def _linked(source: str, target: str) -> None:
+    """Link a file, or copy it from another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _package() -> Path:

@@ -64,11 +64,13 @@ class FaultyStore:
         self.wait_for_others = store.wait_for_others
         # Reading meets no faults.
         self.recall, self.replay, self.status = store.recall, store.replay, store.status
+        self.foresee = store.foresee
         self.similar, self.generator, self.question = store.similar, store.generator, store.question
         self.listen = store.listen
         self.keys, self.sample, self.samples = store.keys, store.sample, store.samples
         self.draws, self.namespaces = store.draws, store.namespaces
         self.sums, self.bought = store.sums, store.bought
+        self.entry, self.entries = store.entry, store.entries
 
     def __repr__(self) -> str:
         state = ["locked"] * self.locked + ["held"] * (self._gate is not None)

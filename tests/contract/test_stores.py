@@ -11,6 +11,7 @@ pytest.register_assert_rewrite("cachepipe.testing.contract")
 from cachepipe import DiskStore, MemoryStore, OnlineAPI, Request, StoreError, open_store  # noqa: E402 - after the rewriting is asked for
 from cachepipe.contract.draws import Draw  # noqa: E402 - likewise
 from cachepipe.contract.intervals import IntervalSet  # noqa: E402 - likewise
+from cachepipe.stores.remote.copies import Copies  # noqa: E402 - likewise
 from cachepipe.stores.remote.session import Session  # noqa: E402 - likewise
 from cachepipe.stores.remote.store import RemoteStore  # noqa: E402 - likewise
 from cachepipe.testing import FaultyStore, MemoryEngine, ScriptedModel, StoreContract  # noqa: E402 - likewise
@@ -47,8 +48,16 @@ class TestRemoteStore(StoreContract):
         return RemoteStore(Session(MemoryEngine()))
 
 
+class TestRemoteStoreWithCopies(StoreContract):
+    """The same with copies on this machine."""
+
+    def make_store(self, tmp_path):
+        engine = MemoryEngine()
+        return RemoteStore(Session(engine, copies=Copies(tmp_path / "local", engine.identity, 10)))
+
+
 class TestValkeyStore(StoreContract):
-    """The store that machines share, on a real Valkey server."""
+    """The store that machines share, on a real Valkey server, with copies on this machine."""
 
     @pytest.fixture(autouse=True)
     def url(self, new_valkey_url):

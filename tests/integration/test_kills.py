@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from profiles import sized
 
 import cachepipe
 from cachepipe import DiskStore, OnlineAPI, Request, Response
@@ -189,7 +190,7 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("where", "at"), POINTS, ids=[f"{where} {at}" for where, at in POINTS])
+@pytest.mark.parametrize(("where", "at"), POINTS[:: sized(2, 1)])
 def test_a_rerun_after_a_kill_keeps_every_promise(tmp_path, where, at):
     folder = tmp_path / "cache"
     dead, received = killed(folder, where, at)

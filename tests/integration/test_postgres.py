@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +14,7 @@ from pgbouncer import PROGRAM, PgBouncer
 
 from cachepipe import OnlineAPI, Request, StoreError, open_store
 from cachepipe.errors import FormatError, RiskyServer, StoreUnreachable
+from cachepipe.stores.remote import checks
 from cachepipe.stores.remote.checks import Unfit, database_faults
 from cachepipe.stores.remote.engine import Read, Swap
 from cachepipe.stores.remote.urls import Database
@@ -28,8 +26,10 @@ SPEED = {"fsync": "off"}  # for what does not concern the disk
 
 
 @pytest.fixture(autouse=True)
-def own_spool(tmp_path, monkeypatch):
+def own_process(tmp_path, monkeypatch):
+    """Keep samples apart from those of other tests, and warn as in a process of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(checks, "_told", set())
 
 
 @pytest.fixture
@@ -72,50 +72,6 @@ def terminate(server):
 
 
 # What is lost.
-
-
-@pytest.mark.slow
-@pytest.mark.anyio
-async def test_c7_no_sample_that_a_caller_has_seen_is_lost_when_the_server_is_killed(start):
-    """The server is killed and started again and again while 120 draws of three keys are served."""
-    server = start()
-    seen, again, done = {}, asyncio.Event(), False
-    model = ScriptedModel(cache_scope="m")
-
-    async def one(pipeline, place):
-        answer = await pipeline.request(Request(f"q{place % 3}", request_id=str(place)))
-        seen[place] = answer.data
-        if len(seen) % 30 == 10:
-            again.set()
-
-    async def outages():
-        while True:
-            await again.wait()
-            again.clear()
-            if done:
-                return
-            await asyncio.to_thread(server.kill)
-            await asyncio.to_thread(server.start)
-
-    async with OnlineAPI(model, server.url("&lease=1")) as pipeline:
-        killing = asyncio.create_task(outages())
-        for first in range(0, 120, 12):
-            await asyncio.gather(*(one(pipeline, place) for place in range(first, first + 12)))
-        done = True
-        again.set()
-        await killing
-    server.kill()
-    server.start()
-    assert 120 <= model.generated <= 120 + 4 * 12, "at most what was in flight is bought again"
-    idle = ScriptedModel(cache_scope="m")
-    async with OnlineAPI(idle, server.url()) as pipeline:
-        for place in reversed(range(120)):
-            answer = await pipeline.request(Request(f"q{place % 3}", request_id=str(place)))
-            assert answer.data == seen[place]
-    assert not idle.calls
-    for prompt in range(3):
-        mine = [tuple(data) for place, data in seen.items() if place % 3 == prompt]
-        assert len({*mine}) == len(mine), "C1"
 
 
 def test_c7_a_commit_waits_for_the_disk_whatever_the_server_is_set_to(start):
@@ -520,117 +476,3 @@ def test_import_of_cachepipe_loads_no_client():
     code = "import sys, cachepipe; cachepipe.open_store; print('psycopg' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-# Processes.
-
-WORKER = """
-import asyncio, itertools, os, sys, warnings
-from cachepipe import FreshIds, OnlineAPI, Request, Response, SharedDraw
-
-warnings.simplefilter("ignore", SharedDraw)  # the lease of a killed predecessor may not have ended yet
-warnings.simplefilter("ignore", FreshIds)
-url, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-
-class Model:
-    cache_scope = "m"
-    numbers = itertools.count()
-    async def request(self, request):
-        data = [f"{os.getpid()}-{next(self.numbers)}" for _ in range(request.n)]
-        say("made", name, *data)
-        return Response(data)
-
-async def main():
-    gate = asyncio.Semaphore(4)
-    async def one(pipeline, number):
-        async with gate:
-            request = Request(f"q{number % 3}", request_id=f"{name}-{number}", namespace="all")
-            answer = await pipeline.request(request)
-        say("got", name, number, *answer.data)
-    async with OnlineAPI(Model(), url) as pipeline:
-        await asyncio.gather(*(one(pipeline, number) for number in range(count)))
-    say("done", name)
-
-asyncio.run(main())
-"""
-
-
-class Workers:
-    """Processes that draw at once, and what they say in one pipe."""
-
-    def __init__(self, url, names, count):
-        self.url, self.count = url, count
-        read, self._write = os.pipe()
-        self.lines = os.fdopen(read)
-        self.running = {}
-        self.seen, self.made = {}, 0
-        for name in names:
-            self.begin(name)
-
-    def begin(self, name):
-        arguments = [sys.executable, "-W", "error", "-c", WORKER, self.url, name, str(self.count)]
-        self.running[name] = subprocess.Popen(arguments, stdout=self._write)
-
-    def kill(self, name):
-        self.running[name].kill()
-        self.running[name].wait()
-        self.begin(name)
-
-    def send(self, name, number):
-        self.running[name].send_signal(number)
-
-    def work(self, events):
-        """Take note of what they say until all are done; after so many answers something happens."""
-        done, answers = set(), 0
-        while len(done) < len(self.running):
-            kind, name, *words = self.lines.readline().split()
-            if kind == "done":
-                done.add(name)
-            elif kind == "made":
-                self.made += len(words)
-            else:
-                number, data = words
-                assert self.seen.setdefault((name, number), data) == data, "C2"
-                answers += 1
-                if answers in events:
-                    events[answers]()
-
-    def close(self):
-        for process in self.running.values():
-            process.kill()
-            process.wait()
-        self.lines.close()
-        os.close(self._write)
-
-
-@pytest.mark.slow
-def test_c7_workers_and_their_server_are_killed_and_stopped_while_they_share_a_namespace(start):
-    server = start()
-    names = ["a", "b", "c", "d"]
-
-    def restart():
-        server.kill()
-        server.start()
-
-    with contextlib.closing(Workers(server.url("&lease=1"), names, 50)) as workers:
-        workers.work(
-            {
-                20: lambda: workers.kill("a"),
-                50: lambda: workers.send("b", signal.SIGSTOP),
-                60: restart,
-                90: lambda: workers.kill("c"),
-                110: lambda: workers.send("b", signal.SIGCONT),
-                120: restart,
-            }
-        )
-    assert len(workers.seen) == 200
-    for prompt in range(3):
-        mine = [data for (_, number), data in workers.seen.items() if int(number) % 3 == prompt]
-        assert len({*mine}) == len(mine), "C1"
-    assert 200 <= workers.made <= 200 + 2 * 4 + 4, "at most what was in flight at the kills is bought again"
-    with contextlib.closing(Workers(server.url(), names, 50)) as again:
-        again.work({})
-    assert (again.made, again.seen) == (0, workers.seen)

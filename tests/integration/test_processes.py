@@ -13,6 +13,7 @@ import time
 
 import inside
 import pytest
+from profiles import sized
 
 from cachepipe import open_store
 from cachepipe.stores.remote import rows
@@ -422,10 +423,11 @@ async def main():
     model = Model()
     async with OnlineAPI(model, FOLDER) as pipeline:
         say(ready=True)
-        hear()
+        count = int(hear())
         got = 0
         requests = [
-            Request(f"question {i % 5000}", request_id=str(i // 5000), namespace=NAME) for i in range(10_000)
+            Request(f"question {i % count}", request_id=str(i // count), namespace=NAME)
+            for i in range(2 * count)
         ]
         for start in range(0, len(requests), 500):
             answers = await asyncio.gather(*map(pipeline.request, requests[start : start + 500]))
@@ -436,20 +438,21 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_two_processes_with_ten_thousand_requests_each_lose_nothing(start, cache):
+def test_two_processes_with_thousands_of_requests_each_lose_nothing(start, cache):
     """C4 and C7: in two namespaces, they generate together what one of them needs."""
+    questions = sized(600, 5000)
     workers = [start(name, BIG) for name in ("one", "two")]
     assert all(worker.hear()["ready"] for worker in workers)
     for worker in workers:
-        worker.tell()
+        worker.tell(str(questions))
     reports = [worker.hear() for worker in workers]
     for worker in workers:
         worker.end()
-    assert [report["got"] for report in reports] == [10_000, 10_000]
-    assert sum(report["made"] for report in reports) == 10_000
-    assert sum(report["stats"]["misses"] for report in reports) == 10_000
+    assert [report["got"] for report in reports] == [2 * questions] * 2
+    assert sum(report["made"] for report in reports) == 2 * questions
+    assert sum(report["stats"]["misses"] for report in reports) == 2 * questions
     check_ledger(cache)
     store, _ = open_store(cache)
     totals = store.totals()
-    assert (totals["keys"], totals["samples"], totals["draws"]) == (5000, 10_000, 20_000)
+    assert (totals["keys"], totals["samples"], totals["draws"]) == (questions, 2 * questions, 4 * questions)
     store.close()

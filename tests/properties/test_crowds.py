@@ -15,10 +15,12 @@ import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from profiles import sized
 
 import cachepipe
 from cachepipe import Batch, DiskStore, MemoryStore, OnlineAPI, Request, ShortAnswer, open_store
 from cachepipe.stores.base import Discard
+from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.testing import FaultyStore, MemoryEngine
@@ -27,19 +29,42 @@ from cachepipe.testing.models import ScriptedError, ScriptedModel
 NAMESPACES = [None, "a", "b"]
 
 
-@pytest.fixture(scope="session", params=["memory", "disk", "remote", "valkey", "postgres"])
-def new_store(request, tmp_path_factory):
-    """A function that opens a new, empty store of each kind."""
-    match request.param:
+def opener(kind, request):
+    """Return a function that opens a new, empty store of a kind."""
+    match kind:
         case "memory":
             return MemoryStore
         case "disk":
-            return lambda: DiskStore(tmp_path_factory.mktemp("cache"))
+            folders = request.getfixturevalue("tmp_path_factory")
+            return lambda: DiskStore(folders.mktemp("cache"))
         case "remote":
             return lambda: RemoteStore(Session(MemoryEngine()))
+        case "copied":
+            folders = request.getfixturevalue("tmp_path_factory")
+            return lambda: copied(folders.mktemp("local"))
         case _:
-            new_url = request.getfixturevalue(f"new_{request.param}_url")
+            new_url = request.getfixturevalue(f"new_{kind}_url")
             return lambda: open_store(new_url())[0]
+
+
+def copied(folder):
+    engine = MemoryEngine()
+    return RemoteStore(Session(engine, copies=Copies(folder, engine.identity, 10)))
+
+
+STORES = ["memory", "disk", "remote", "copied", "valkey", "postgres"]
+
+
+@pytest.fixture(scope="session", params=sized(["memory", "disk", "valkey"], STORES))
+def new_store(request):
+    """A function that opens a new, empty store; where time is short, on one of the servers."""
+    return opener(request.param, request)
+
+
+@pytest.fixture(scope="session", params=STORES)
+def new_store_of_each_kind(request):
+    """The same for each kind of store in every profile."""
+    return opener(request.param, request)
 
 
 def label(namespace):
@@ -453,7 +478,7 @@ def test_c8_draws_that_have_lost_samples_fail_and_leave_no_mark(new_store, wish,
         assert len(crowd.people) == len(wish)
 
 
-@settings(max_examples=40)
+@settings(max_examples=sized(10, 40))
 @given(wish=wishes, schedule=schedules(*FAULTS), max_n=st.sampled_from([None, 1]))
 def test_c8_the_same_where_every_write_has_to_wait(new_store, wish, schedule, max_n):
     """C1, C6, C7, C8: the store is locked by others, so each write takes a while in a thread."""
@@ -461,8 +486,8 @@ def test_c8_the_same_where_every_write_has_to_wait(new_store, wish, schedule, ma
         assert len(crowd.people) == len(wish)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_c1_a_large_crowd(new_store, seed):
+@pytest.mark.parametrize("seed", range(sized(1, 4)))
+def test_c1_a_large_crowd(new_store_of_each_kind, seed):
     """The same at the size of an experiment: several hundred requests, the writer's thread at work."""
     dice = random.Random(seed)
     wish = [
@@ -478,5 +503,5 @@ def test_c1_a_large_crowd(new_store, seed):
     ]
     acts = ["start"] * 8 + ["batch"] * 2 + ["turn"] * 4 + FAULTS
     schedule = [(dice.choice(acts), dice.randrange(1000)) for _ in range(900)]
-    for crowd in run_crowd(new_store, wish, schedule, runs=2, pipelines=2):
+    for crowd in run_crowd(new_store_of_each_kind, wish, schedule, runs=2, pipelines=2):
         assert len(crowd.people) == 300

@@ -24,15 +24,19 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from profiles import sized
 
 from cachepipe import MemoryStore
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.runs import Occurrences
 from cachepipe.stores import reading
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
 from cachepipe.stores.remote import session
+from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import Unreachable
+from cachepipe.stores.remote.local import LocalCopy
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.stores.remote.urls import Asked, Database
@@ -543,6 +547,44 @@ class RemoteMachine(DiskMachine):
         """Do nothing: ``verify`` reads SQL."""
 
 
+class CopyingMachine(RemoteMachine):
+    """The same with copies on two machines, where each operation belongs to a run of its own."""
+
+    def another(self):
+        self.folder = self.folder or Path(tempfile.mkdtemp())
+        store = super().another()
+        machine = self.folder / str(self.names % 2)
+        copies = Copies(machine, self.engine.identity, 1)
+        store.session.local = LocalCopy(self.engine, copies, store.session, follows=False)
+        return store
+
+    def at(self, number):
+        process = super().at(number)
+        self.follow(process)
+        return process
+
+    def follow(self, process):
+        process.session.local.follow()
+        Occurrences()  # a run begins
+
+    def apply(self, process, *operations):
+        self.follow(process)
+        return super().apply(process, *operations)
+
+    @rule(process=st.integers(0, 1), draw=draws, n=st.integers(1, 3))
+    def recall(self, process, draw, n):
+        """What was complete once is known, also while the draw is extended."""
+        grant = self.at(process).recall(draw, n)
+        held = self.ledger(draw.key).get(draw, [])
+        stored = self.stored[draw.key]
+        if len(held) >= n and all(index in stored for index in held):
+            assert grant is not None
+        if grant is not None:
+            assert grant.indices == held[:n]
+            assert [sample.id for sample in grant.samples] == [stored[index] for index in held[:n]]
+            self.receives(draw, held[:n])
+
+
 class ValkeyMachine(RemoteMachine):
     """The same on a real server."""
 
@@ -579,11 +621,18 @@ def _ask_each_time_who_lives(monkeypatch):
 TestMemory = StoreMachine.TestCase
 TestDisk = DiskMachine.TestCase
 TestRemote = RemoteMachine.TestCase
+TestCopying = CopyingMachine.TestCase
 TestValkey = ValkeyMachine.TestCase
 TestPostgres = PostgresMachine.TestCase
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
-TestMemory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, phases=PHASES)
-TestDisk.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
-TestRemote.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, phases=PHASES)
-TestValkey.settings = settings(max_examples=10, stateful_step_count=40, deadline=None, phases=PHASES)
-TestPostgres.settings = settings(max_examples=5, stateful_step_count=40, deadline=None, phases=PHASES)
+for machine, small, full in (
+    (TestMemory, 15, 50),
+    (TestDisk, 10, 40),
+    (TestRemote, 10, 40),
+    (TestCopying, 10, 40),
+    (TestValkey, 4, 10),
+    (TestPostgres, 2, 5),
+):
+    machine.settings = settings(
+        max_examples=sized(small, full), stateful_step_count=40, deadline=None, phases=PHASES
+    )

@@ -7,6 +7,7 @@ from cachepipe.contract.keys import provider_question
 from cachepipe.differences import NO_VALUE, Difference, described, differences, traits
 from cachepipe.providers.exchange import questions_of
 
+DAYS = ("2026-12-01", "2026-11-30")
 HERE = "https://here/v1/chat/completions"
 
 
@@ -54,8 +55,8 @@ def test_true_and_one_differ():
 
 
 def test_a_setting_that_was_left_out_is_told_apart_from_null():
-    assert str(Difference("temperature", 1, NO_VALUE)) == "temperature (asked: 1, stored: nothing)"
-    assert str(Difference("temperature", NO_VALUE, None)) == "temperature (asked: nothing, stored: null)"
+    assert str(Difference("temperature", 0.5, NO_VALUE)) == "temperature (asked: 0.5, stored: nothing)"
+    assert str(Difference("temperature", NO_VALUE, None)).endswith("asked: nothing, stored: null)")
 
 
 def test_long_texts_are_shown_from_where_they_part():
@@ -107,3 +108,49 @@ def test_similar_questions_share_traits_and_others_do_not():
     assert shared(asked(messages=say(long)), asked(messages=say(long + ", in French")))
     assert shared(asked(messages=say(long)), asked(messages=say("Please. " + long)))
     assert not shared(asked(), asked(messages=say("Tea or coffee?")))
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "stored", "kind"),
+    [
+        ("scope", "https://a/v1/chat/completions", "http://b:8/x/v1/chat/completions", "host"),
+        ("scope", "https://a/v1/chat/completions", "https://a/v1/embeddings", None),
+        ("scope", "mine", "yours", None),
+        ("temperature", 1, NO_VALUE, "default"),
+        ("temperature", NO_VALUE, 1.0, "default"),
+        ("temperature", 0, NO_VALUE, None),
+        ("temperature", True, NO_VALUE, None),
+        ("logprobs", NO_VALUE, False, "default"),
+        ("logprobs", NO_VALUE, 0, None),
+        ("response_format", {"type": "text"}, NO_VALUE, "default"),
+        ("stop", None, NO_VALUE, "default"),
+        ("tools[0].x", 1, NO_VALUE, None),
+        ("messages[0].content", "It is 2026-12-01.", "It is 2026-11-30.", "date"),
+        ("prompt", "Monday, December 1, 2026: go", "Sunday, 30 November 2026: go", "date"),
+        ("prompt", "at 2026-12-01T09:30:00Z", "at 2026-12-01 10:31", "date"),
+        ("prompt", "at 9:30 am", "at 10:45", "date"),
+        ("prompt", "2 of 3", "2 of 4", None),
+        ("prompt", "1.2.3", "1.2.4", None),
+        ("schema", {"a": 1, "b": 2}, {"b": 2, "a": 1}, "order"),
+    ],
+)
+def test_differences_that_leave_what_is_asked_as_it_is_are_recognised(path, asked, stored, kind):
+    difference = Difference(path, asked, stored)
+    assert difference.kind == kind
+    assert difference.size == 0.5 if kind else difference.size >= 1
+    assert difference.as_dict()["kind"] == kind
+
+
+def test_such_a_difference_is_named():
+    assert str(Difference("temperature", 1, NO_VALUE)) == (
+        "temperature (the default, written out in one of them; asked: 1, stored: nothing)"
+    )
+    assert "(another date or time; asked: '…" in str(
+        Difference("prompt", "Today is the day 2026-12-01", "Today is the day 2026-11-30")
+    )
+    assert "(another host; asked: " in str(Difference("scope", "https://a/v1/x", "https://b/v1/x"))
+
+
+def test_questions_that_differ_in_a_date_share_traits():
+    one, other = (asked(messages=[{"role": "user", "content": f"It is {day}. Hi"}]) for day in DAYS)
+    assert {*traits(one.document)}.intersection(traits(other.document))

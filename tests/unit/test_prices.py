@@ -88,3 +88,37 @@ def test_without_the_table_nothing_is_known(monkeypatch):
     assert prices.cost_of_sum(COUNTS, "gpt-4o-mini", OPENAI) is None
     prices.unit_prices.cache_clear()
     assert prices.cost_of(COUNTS, "gpt-4o-mini", OPENAI) is None
+
+
+def test_given_prices_come_before_the_table():
+    given = prices.Prices({"mine": {"prompt": 1, "cached": 0.5, "completion": 2, "max_tokens": 100}})
+    counts = {"prompt_tokens": 1_000_000, "cached_tokens": 500_000, "completion_tokens": 1_000_000}
+    assert given.cost_of_sum(counts, "mine", LOCAL) == pytest.approx(2.75)
+    assert given.cost_of_sum(counts, "mine-2026-01-02", LOCAL) == pytest.approx(2.75)
+    assert given.max_tokens("mine", LOCAL) == 100
+    assert given.cost_of_sum(COUNTS, "gpt-4o-mini", OPENAI) == pytest.approx(0.00075)
+    assert given.max_tokens("gpt-4o-mini", OPENAI) == 128_000
+    assert given.cost_of_sum(COUNTS, "theirs", LOCAL) is None
+    assert given.max_tokens("theirs", LOCAL) is None
+    assert given.max_tokens(None, LOCAL) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "not valid JSON"),
+        ("[]", "not an object"),
+        ('{"m": 3}', "prompt, cached, completion, max_tokens"),
+        ('{"m": {"input": 3}}', "prompt, cached, completion, max_tokens"),
+        ('{"m": {"prompt": -1}}', "prompt is a number, at least 0; got -1"),
+        ('{"m": {"prompt": true}}', "prompt is a number"),
+        ('{"m": {"completion": 1}}', "lack the price of the prompt"),
+    ],
+)
+def test_a_file_of_prices_that_is_not_valid_is_refused_in_a_sentence(tmp_path, written, said):
+    path = tmp_path / "prices.json"
+    if written is not None:
+        path.write_text(written)
+    with pytest.raises(prices.BadPrices, match=said):
+        prices.Prices.load(path)

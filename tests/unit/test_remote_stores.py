@@ -23,7 +23,7 @@ from cachepipe.stores.base import (
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.engine import TURN, Read, Swap, Unreachable
-from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.session import Session, patiently
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.testing import MemoryEngine
@@ -102,6 +102,30 @@ def trips(engine, store, *operations):
 # Round trips.
 
 
+def test_a_claim_does_not_lose_a_race_against_a_commit_that_it_does_not_need(engine, start):
+    store, other = start(), start()
+    other.write([Claim(drawn(name), 1, asked(), "t") for name in "ab"])
+    store.session.lease()
+
+    def commit(_swaps):
+        engine.before_swap = None
+        other.write([Commit(KEY, 0, b"0", {})])
+
+    engine.before_swap = commit
+    count, [grant] = trips(engine, store, Claim(drawn("c"), 1, asked(), "t"))
+    assert grant.mine == [2]
+    assert count == 2 + 1 + 1, "a read, the other's commit, a swap, and who generates the others"
+
+
+def test_a_claim_of_a_pending_sample_does_not_look_for_it(engine, start):
+    store, other = start(), start()
+    other.write([Claim(drawn(name), 1, asked(), "t") for name in "ab"])
+    store.session.lease()
+    count, [grant] = trips(engine, store, Claim(drawn("b", namespace="x"), 1, asked(), "t"))
+    assert (grant.indices, grant.mine) == ([1], [])
+    assert count == 3, "a read, a swap, and who generates it"
+
+
 def test_what_each_operation_costs_in_round_trips(engine, start):
     store, other = start(), start()
     store.session.lease()
@@ -111,8 +135,23 @@ def test_what_each_operation_costs_in_round_trips(engine, start):
     assert trips(engine, store, Claim(drawn("a"), 1, asked(), "t"))[0] == 1, "a known draw is read"
     new = Claim(drawn("b", namespace="x"), 1, asked(), "t")
     assert trips(engine, other, new)[0] == 2, "the sample is read with the rest"
-    coupled = Claim(drawn("a", namespace="y"), 1, asked(), "t")
-    assert trips(engine, store, coupled)[0] == 3, "the draw that it follows is read in between"
+    follower = Claim(drawn("a", namespace="y"), 1, asked(), "t")
+    assert trips(engine, other, follower)[0] == 2, "so is the draw that it follows"
+    assert trips(engine, other, follower)[0] == 1, "and a known draw, after new ones"
+    after = Claim(drawn("b", namespace="y"), 1, asked(), "t")
+    assert trips(engine, store, after)[0] == 3, "after a known draw the next one is first taken for known"
+    assert trips(engine, store, Claim(drawn("c"), 1, asked(), "t"))[0] == 2
+
+
+def test_known_draws_are_granted_beside_others_that_are_new(engine, store):
+    fill(store, drawn("a"), 2)
+    fill(store, drawn("a", key=OTHER))
+    known = store.write([Claim(drawn("a"), 1, asked(), "t")])
+    assert engine.rows[KEY][rows.first_field(drawn("a"))][8:].startswith(b"=")
+    claims = [Claim(drawn(name, key=key), 1, asked(key), "t") for name in "ab" for key in (KEY, OTHER)]
+    grants = store.write([*claims, Claim(drawn("a", key=OTHER), 1, asked(OTHER), "t", refresh=True)])
+    assert [grant.indices for grant in grants] == [[0], [0], [2], [1], [2]]
+    assert grants[0].samples == known[0].samples
 
 
 def test_operations_on_many_keys_travel_together(engine, store):
@@ -195,6 +234,20 @@ def test_the_loser_of_a_race_has_its_turn_before_others(engine, clock, store):
     assert engine.swap([commit], who=2) == [None], "commits do not wait"
     clock.now += TURN
     assert engine.swap([later], who=2) == [None], "a turn ends by itself"
+
+
+def test_a_server_that_starts_is_waited_for_longer_than_one_of_which_there_is_no_sign():
+    answers = [Unreachable("it starts", there=True), Unreachable("it starts", there=True)]
+
+    def ask():
+        if answers:
+            raise answers.pop()
+        return "here"
+
+    assert patiently(ask, "db", 30.0, sleep=lambda _: None, for_nobody=0) == "here"
+    answers.append(Unreachable("nobody listens"))
+    with pytest.raises(StoreUnreachable, match="db has not answered for 0 s: nobody listens"):
+        patiently(ask, "db", 30.0, sleep=lambda _: None, for_nobody=0)
 
 
 def test_a_swap_that_is_sent_twice_is_performed_once(engine, store):

@@ -15,7 +15,7 @@ from cachepipe import DamagedCache, DiskStore, FormatError, OnlineAPI, Request, 
 from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import provider_question
 from cachepipe.stores import tables
-from cachepipe.stores.base import Claim, Commit, Discard
+from cachepipe.stores.base import Claim, Commit, Discard, Reserve
 from cachepipe.stores.repair import repair
 from cachepipe.stores.verify import verify
 
@@ -475,3 +475,12 @@ def test_a_repair_while_a_process_uses_the_cache_is_seen_by_it(original, cache):
     store.apply_now([Commit(key, 4, b'"new"', {}), Discard(key, 1, "a refusal")])
     store.close()
     assert verify(cache).whole
+
+
+def test_c12_a_damaged_row_of_a_budget_is_found(tmp_path):
+    with contextlib.closing(DiskStore(tmp_path)) as store:
+        store.apply_now([Reserve("=x", 5, 100)])
+    ledger = sqlite3.connect(tmp_path / "ledger.cache.db", isolation_level=None)
+    ledger.execute("UPDATE budgets SET document = '[0,0,[]]'")
+    ledger.close()
+    assert [*verify(tmp_path).problems] == ["sums"]

@@ -6,17 +6,21 @@ written. Nothing is written here: the session swaps the rows if those that were 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cachepipe.accounting import Account, Delivered
-from cachepipe.contract.allotment import Discarded, Segment
+from cachepipe.contract.allotment import Discarded, Segment, answers_alike
+from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import Interval, IntervalSet, Union
+from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
-from cachepipe.stores.base import Claim, Sample, new_id
-from cachepipe.stores.ledger import DrawRows, Ledger
-from cachepipe.stores.remote import rows
+from cachepipe.stores import tables
+from cachepipe.stores.base import Claim, Sample, new_id, place_of
+from cachepipe.stores.ledger import DrawRows, DrawView, Ledger
+from cachepipe.stores.remote import entries, rows
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Read, Rows, Swap
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
 
@@ -97,6 +101,7 @@ class Book:
         self._deletes: dict[bytes, None] = {}
         self._sets: dict[bytes, StoredSet] = {}
         self._draws: dict[bytes, DrawRow] = {}
+        self._firsts: dict[bytes, FirstRow] = {}
         self._changed: dict[bytes, Draw] = {}
         self._samples: dict[int, Sample | Discarded] = {}
 
@@ -115,10 +120,16 @@ class Book:
         return row
 
     def _stored(self, name: bytes) -> bytes | None:
-        if name not in self.known and not (self.whole and name.startswith(PENDING)):
+        if name not in self.known and not self._is_missing(name):
             self.lately = False
             self.known[name] = self._read([name]).get(name)
         return self.known.get(name)
+
+    def _is_missing(self, name: bytes) -> bool:
+        """Return True if the known rows show that there is no such row: a pending index has no sample yet."""
+        if name.startswith(SAMPLE):
+            return self.known.get(PENDING + name[len(SAMPLE) :]) is not None
+        return self.whole and name.startswith(PENDING)
 
     def content(self, name: bytes) -> bytes | None:
         """Return the content of a row."""
@@ -138,9 +149,7 @@ class Book:
         found = self._draws.get(name)
         if found is None:
             content = self.content(name)
-            found = DrawRow() if content is None else DrawRow.loads(self.name, name, content)
-            for segment in found.segments.values():
-                self.process.see(segment.stamp)
+            found = DrawRow() if content is None else _load_draw(self.process, self.name, name, content)
             self._draws[name] = found
         return found
 
@@ -151,9 +160,7 @@ class Book:
             row = self.row(rows.numbered(SAMPLE, index))
             if row is None:
                 return None
-            found = self._samples[index] = rows.load_sample(self.name, index, row)
-            if isinstance(found, Sample):
-                self.process.see(found.meta["stamp"])
+            found = self._samples[index] = _load_sample(self.process, self.name, index, row)
         return found
 
     def author(self, index: int) -> int | None:
@@ -203,15 +210,20 @@ class Book:
     def first(self, draw: Draw) -> FirstRow:
         """Return the earliest namespaces of a draw."""
         name = rows.first_field(draw)
-        content = self.content(name)
-        return FirstRow() if content is None else FirstRow.loads(self.name, name, content)
+        found = self._firsts.get(name)
+        if found is None:
+            content = self.content(name)
+            found = FirstRow() if content is None else FirstRow.loads(self.name, name, content)
+            self._firsts[name] = found
+        return found
 
     def put_first(self, draw: Draw, row: FirstRow) -> None:
         """Write the earliest namespaces of a draw."""
+        name = rows.first_field(draw)
         if row.namespaces or row.more:
-            self.put(rows.first_field(draw), row.dumps())
+            self.put(name, row.dumps(name))
         else:
-            self.delete(rows.first_field(draw))
+            self.delete(name)
 
     def swap(self, *, fair: bool) -> Swap | None:
         """Return what is to be written; None if nothing is, and what was shown was read at one moment."""
@@ -226,7 +238,28 @@ class Book:
         if not self._puts and not self._deletes and self.lately:
             return None
         wakes = any(name.startswith(PENDING) for name in self._deletes)
-        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, [*self._deletes], wakes)
+        changes = self._changes()
+        if changes:
+            self.row(rows.CHANGED)  # nobody else must change the key meanwhile
+        deletes = [*self._deletes]
+        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, deletes, wakes, changes)
+
+    def _changes(self) -> bool:
+        """Return True if a draw that may have been answered before is answered otherwise afterwards."""
+        if any(self.known.get(name) is not None for name in self._puts if name.startswith(SAMPLE)):
+            return True  # it is discarded
+        return any(self._answers_otherwise(name, draw) for name, draw in self._changed.items())
+
+    def _answers_otherwise(self, name: bytes, draw: Draw) -> bool:
+        row = self.known.get(name)
+        if row is None:
+            return False
+        before = DrawRow.loads(self.name, name, rows.unpack(self.name, name, row))
+        return not answers_alike([*before.segments.values()], [*self.draw(draw).segments.values()])
+
+    def announced(self, number: int) -> None:
+        """Note the number of the change that the swap makes."""
+        self.put(rows.CHANGED, rows.dump_change(number))
 
     def written(self) -> Known:
         """Return the known rows after the swap that are worth remembering."""
@@ -248,16 +281,39 @@ class Book:
         fields = [name for name in self.known if not name.startswith(PENDING)]
         return Read(self.name, fields, pending=True)
 
+    def entry(self) -> Entry | None:
+        """Return all that is held of the question, and note that all of it was shown; None if it is new."""
+        if self.row(rows.KNOWN) is None:
+            return None
+        self.learn({**self.read_all()})
+        names = [name for name in self.known if not name.startswith((PENDING, SAMPLE))]
+        found = {name: row for name in names if (row := self.row(name)) is not None}
+        fields = [rows.numbered(SAMPLE, index) for index in entries.listed_in(self.name, found)]
+        if unknown := [name for name in fields if name not in self.known]:
+            self.learn({**dict.fromkeys(unknown), **self._read(unknown)})
+        samples = [(int(name[len(SAMPLE) :]), row) for name in fields if (row := self.row(name)) is not None]
+        return entries.entry(self.name, found, samples)
+
     # Looking ahead: what is looked at is not thereby shown.
 
-    def earliest(self, draw: Draw) -> list[str]:
-        """Return the label of the earliest other namespace of a draw, if it is known."""
+    def followed(self, draw: Draw) -> bytes | None:
+        """Return the field of the draw that another one follows, if it is named and its row is not known."""
         name = rows.first_field(draw)
         row = self.known.get(name)
-        first = (
-            FirstRow() if row is None else FirstRow.loads(self.name, name, rows.unpack(self.name, name, row))
-        )
-        return [label for _, label in first.namespaces if label != draw.namespace][:1]
+        if row is None:
+            return None
+        named = rows.named_field(row)
+        return None if named is None or named in self.known else named
+
+    def authors(self) -> set[int]:
+        """Return the leases of the processes that generate pending indices, as far as they are known."""
+        pending = [
+            (name, row) for name, row in self.known.items() if row is not None and name.startswith(PENDING)
+        ]
+        leases = [
+            rows.load_lease(self.name, name, rows.unpack(self.name, name, row)) for name, row in pending
+        ]
+        return {*map(self.process.current, leases)}
 
     def lists(self, index: int) -> bool:
         """Return True if an index is listed."""
@@ -391,15 +447,20 @@ class _Rows(DrawRows):
         row.segments[segment.number] = segment
         row.generated[segment.number] = generated
 
+    def insert(self, segment: Segment, generated: int) -> None:
+        self.add(segment, generated)
+        for index in segment.indices:
+            self.taken.add(index)
+
     def _begun(self, segment: Segment) -> None:
-        """Note that the namespace has made the draw."""
+        """Note that the namespace has made the draw; it may be earlier than the namespaces that are named."""
         first = self._book.first(self._draw)
-        if first.more:
+        begun = (segment.stamp, self._draw.namespace)
+        if first.more and begun > max(first.namespaces, default=(0, "")):
             return
-        if len(first.namespaces) == rows.MOST_FIRST:
-            first.more = True
-        else:
-            first.namespaces = sorted([*first.namespaces, (segment.stamp, self._draw.namespace)])
+        first.namespaces = sorted([*first.namespaces, begun])
+        first.more = first.more or len(first.namespaces) > rows.MOST_FIRST
+        del first.namespaces[rows.MOST_FIRST :]
         self._book.put_first(self._draw, first)
 
     def replace(self, segment: Segment) -> None:
@@ -474,18 +535,42 @@ class _Ledger(Ledger):
         return self._process.lease(), self._process.stamp()
 
     def prepare(self, claims: Sequence[Claim]) -> Iterable[int]:  # noqa: ARG002 - the session has read it
-        leases = {*self._book.generating().values()}
+        leases = self._book.authors()
         self._process.ask_about(leases)
         return sorted(lease for lease in leases if not self._process.alive(lease))
 
     def claimed(self, claim: Claim) -> _Rows:
-        book, question = self._book, claim.question
-        found = _Rows(book, claim.draw, claim.avoid)
-        found.is_new = book.row(rows.KNOWN) is None
-        if found.is_new:
-            book.put(rows.KNOWN, rows.dumps([question.scope, self._process.now() / 1e6]))
-            book.put(rows.QUESTION, question.document)
+        question = claim.question
+        found = _Rows(self._book, claim.draw, claim.avoid)
+        found.is_new = self._asked(question.scope, question.document, self._process.now() / 1e6)
         return found
+
+    def _asked(self, scope: str | None, document: bytes, at: float) -> bool:
+        """Store a question if it is new; return True if it is."""
+        book = self._book
+        is_new = book.row(rows.KNOWN) is None
+        if is_new:
+            book.put(rows.KNOWN, rows.dumps([scope, at]))
+            book.put(rows.QUESTION, document)
+        return is_new
+
+    def entry(self, key: str) -> Entry | None:  # noqa: ARG002 - the book has one key
+        return self._book.entry()
+
+    def adopted(self, entry: Entry) -> _Rows:
+        for segments in entry.draws.values():
+            for segment in segments:
+                self._process.see(segment.stamp)
+        at = entry.first_stamp() / 1e6 or self._process.now() / 1e6
+        self._asked(entry.scope, entry.document, at)
+        return _Rows(self._book)
+
+    def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
+        if any(self._book.row(rows.numbered(SAMPLE, sample.index)) is not None for _, sample in samples):
+            return False
+        for _, sample in samples:
+            self._book.put_sample(sample)
+        return True
 
     def draw(self, draw: Draw) -> _Rows:
         return _Rows(self._book, draw)
@@ -528,6 +613,66 @@ class _Ledger(Ledger):
     def add_unreported(self, run: str, namespace: str, account: Account) -> None:  # noqa: ARG002 - likewise
         name = rows.UNREPORTED + new_id().encode()
         self._book.put(name, rows.dumps([namespace, account.dumps().decode()]))
+
+    # Budgets: all are under one key.
+
+    def purse(self, namespace: str) -> Purse:
+        name = rows.BUDGET + rows.encoded(namespace)
+        content = self._book.content(name)
+        if content is None:
+            return Purse()
+        return rows.load_sums(tables.load_purse, self._book.name, name, content)
+
+    def put_purse(self, namespace: str, purse: Purse) -> None:
+        self._book.put(rows.BUDGET + rows.encoded(namespace), tables.dump_purse(purse))
+
+
+class StoredDraw(DrawView):
+    """A draw, as its row and those of its samples show it; all else is missing.
+
+    Args:
+        draw: the draw.
+        known: these rows.
+        process: this process.
+    """
+
+    __slots__ = ("_known", "_process", "name", "segments")
+
+    def __init__(self, draw: Draw, known: Mapping[bytes, bytes | None], process: Process) -> None:
+        self.name = draw.key
+        self._known = known
+        self._process = process
+        name = rows.draw_field(draw)
+        row = known.get(name)
+        self.segments = []
+        if row is not None:
+            content = rows.unpack(draw.key, name, row)
+            self.segments += _load_draw(process, draw.key, name, content).segments.values()
+
+    def sample(self, index: int) -> Sample | Discarded | None:
+        """Return the sample at an index, `DISCARDED`, or None."""
+        row = self._known.get(rows.numbered(SAMPLE, index))
+        return None if row is None else _load_sample(self._process, self.name, index, row)
+
+    def others(self) -> Sequence[Segment]:
+        """Return no segments."""
+        return ()
+
+
+def _load_draw(process: Process, key: str, name: bytes, content: bytes) -> DrawRow:
+    """Return the row of a draw, whose stamps the process has then seen."""
+    found = DrawRow.loads(key, name, content)
+    for segment in found.segments.values():
+        process.see(segment.stamp)
+    return found
+
+
+def _load_sample(process: Process, key: str, index: int, row: bytes) -> Sample | Discarded:
+    """Return the sample in a row, whose stamp the process has then seen, or `DISCARDED`."""
+    found = rows.load_sample(key, index, row)
+    if isinstance(found, Sample) and (place := place_of(found.header)) is not LAST:
+        process.see(place.stamp)
+    return found
 
 
 def view(book: Book, draw: Draw) -> DrawRows:

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
+
+from cachepipe.errors import RiskyServer, warn
 
 SETTINGS: Final = ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy", "min-replicas-to-write")
 """The settings of a Valkey or Redis server that are looked at."""
 DATABASE_SETTINGS: Final = ("fsync", "full_page_writes", "synchronous_standby_names")
 """The settings of a PostgreSQL server that are looked at."""
 
-_OLDEST: Final = (7, 0)
+OLDEST: Final = (7, 0)
+"""The oldest version of Valkey or Redis that can hold a cache."""
 _OLDEST_DATABASE: Final = 13
+
+
+_UNTRUSTED: Final = re.compile(
+    r"certificate.verify.failed|does not match host name|certificate is not valid for", re.IGNORECASE
+)
+
+
+def tls_fault(told: str, option: str) -> str | None:
+    """Return what is wrong with the TLS of a server, as the rest of a sentence about it.
+
+    Args:
+        told: what the client says of a connection that it could not make.
+        option: the option of the URL that names the file of the authority.
+    """
+    if _UNTRUSTED.search(told):
+        return (
+            f"has a certificate that is not trusted: {told}. The certificate must name the host as the URL "
+            f"does; name the file of the authority that has signed it with {option}=PATH"
+        )
+    if "does not support SSL" in told:
+        return f"does not offer TLS on this port: {told}. Name its port for TLS in the URL"
+    return None
+
+
+_told: set[tuple[str, str]] = set()
+"""What was told of the servers of caches in this process."""
+
+
+def warn_once(where: str, fault: str) -> None:
+    """Warn of a server that may lose samples, once per cache and process."""
+    if (where, fault) not in _told:
+        _told.add((where, fault))
+        warn(f"the server at {where} {fault}", RiskyServer)
 
 
 class Unfit(Exception):  # noqa: N818 - says what the server is
@@ -30,7 +67,7 @@ def faults(info: Mapping[str, Any], settings: Mapping[str, str], *, full: bool =
         Unfit: when it cannot be used at all.
     """
     version = str(info.get("redis_version", "0"))
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
         raise Unfit(f"has version {version}. A cache needs Valkey, or Redis 7.0 or later: update the server")
     if info.get("role") == "slave":
         raise Unfit("is a replica, which cannot be written. Name its primary in the URL")

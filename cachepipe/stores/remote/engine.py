@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-from cachepipe.errors import StoreError
+from cachepipe.errors import NoCache
 
 Rows = dict[bytes, bytes]
 """The rows of one key by field; a field without a row is missing."""
 
 SAMPLE: Final = b"s/"
 PENDING: Final = b"p/"
+
+FIELD: Final = b"="
+"""Stands before the name of a field, in hexadecimal digits, at the beginning of a row that is followed."""
 
 DIGEST: Final = 8
 """The number of bytes at the beginning of a row that are its digest; rows are compared by them."""
@@ -28,14 +31,28 @@ TURN: Final = 0.25
 RECEIPT: Final = 120.0
 """Seconds for which an engine remembers the last swap of a process on a key."""
 
+CHANGES: Final = 65_536
+"""The number of announced changes that an engine remembers."""
+RECENT: Final = 1000
+"""The number of changes that somebody reads who knows none: the latest ones may still be under way."""
+
 
 class Unreachable(Exception):  # noqa: N818 - says what the engine is
-    """The engine cannot answer now: it may answer later, and what was asked may have been done."""
+    """The engine cannot answer now: it may answer later, and what was asked may have been done.
+
+    Args:
+        told: the reason.
+        there: whether a server has said so itself, such as one that starts.
+    """
+
+    def __init__(self, told: str, *, there: bool = False) -> None:
+        super().__init__(told)
+        self.there = there
 
 
-def no_cache(where: str) -> StoreError:
+def no_cache(where: str) -> NoCache:
     """Return the error for a cache that is to be read and does not exist."""
-    return StoreError(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
+    return NoCache(f"there is no cache to read at {where}. Check the URL, or fill the cache first")
 
 
 class Read(NamedTuple):
@@ -44,7 +61,8 @@ class Read(NamedTuple):
     Attributes:
         key: the key.
         fields: the fields.
-        follow: fields; the samples whose indices are at the beginning of their rows are read too.
+        follow: fields whose rows name what is read too. Behind its digest, such a row begins with a line: the
+            indices of samples, or `FIELD` and the name of another field, whose samples are then read too.
         pending: whether the rows of all pending indices are read too.
     """
 
@@ -67,6 +85,7 @@ class Swap:
         puts: the rows to write.
         deletes: the fields whose rows are deleted.
         wakes: whether those who listen are told, as somebody may wait for what is written.
+        changes: whether a draw that was answered before is answered otherwise afterwards; see `Changes`.
     """
 
     key: str
@@ -76,6 +95,7 @@ class Swap:
     puts: Rows = field(default_factory=dict)
     deletes: list[bytes] = field(default_factory=list)
     wakes: bool = False
+    changes: bool = False
 
 
 class Conflict(NamedTuple):
@@ -88,6 +108,22 @@ class Conflict(NamedTuple):
 
     rows: Rows
     wait: bool
+
+
+class Changes(NamedTuple):
+    """The keys whose stored draws are answered otherwise than before, as far as an engine remembers.
+
+    A change is announced before the swap that makes it, and that swap writes its number into a row of the key
+    (`rows.CHANGED`). So rows that were read with at least the number of the latest announced change are
+    current. A reader that has missed changes, or sees another epoch, must forget all copies.
+
+    Attributes:
+        epoch: another one as soon as the engine may have lost writes: it was restarted, replaced or restored.
+        keys: the number and the key of each change; the numbers follow one another.
+    """
+
+    epoch: str
+    keys: Sequence[tuple[int, str]]
 
 
 class Engine(Protocol):
@@ -112,6 +148,14 @@ class Engine(Protocol):
             swaps: the swaps, each of another key.
             who: the lease of the process.
         """
+        ...
+
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers, which are greater than all before."""
+        ...
+
+    def changes(self, since: int | None) -> Changes:
+        """Return the changes from a number on, that one included; without a number the `RECENT` ones."""
         ...
 
     def open_lease(self, name: str, seconds: float) -> int:
@@ -140,6 +184,10 @@ class Engine(Protocol):
 
     def rows_of(self, key: str) -> Rows:
         """Return all rows of a key but the samples."""
+        ...
+
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
         ...
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:

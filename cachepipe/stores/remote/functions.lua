@@ -14,30 +14,51 @@ local function row_of(keys, field)
   return redis.call('HGET', hash_of(keys, field), field)
 end
 
+local function byte_of(digits)
+  return string.char(tonumber(digits, 16))
+end
+
+-- Adds what a followed row names: samples, or a field that is followed too.
+local function follow(keys, row, more)
+  if not row then return end
+  local named = string.match(row, '^[^\n]*', DIGEST + 1)
+  if string.sub(named, 1, 1) == '=' then
+    local field = string.gsub(string.sub(named, 2), '%x%x', byte_of)
+    local found = row_of(keys, field)
+    if not found then return end
+    more[#more + 1] = field
+    more[#more + 1] = found
+    if string.sub(found, DIGEST + 1, DIGEST + 1) == '=' then return end
+    return follow(keys, found, more)
+  end
+  for index in string.gmatch(named, '%d+') do
+    local field = 's/' .. index
+    local sample = redis.call('HGET', keys[2], field)
+    if sample then
+      more[#more + 1] = field
+      more[#more + 1] = sample
+    end
+  end
+end
+
 -- read: (with pending?), (count of followed fields), followed fields ..., fields ...
 -- Returns the rows of the fields, and a list of further fields and rows.
 local function read(keys, args)
-  local pending, followed = args[1] == '1', tonumber(args[2])
-  local rows, more = {}, {}
+  local followed = tonumber(args[2])
+  local rows, more, found = {}, {}, {}
   for at = 3 + followed, #args do
-    rows[#rows + 1] = row_of(keys, args[at])
+    local row = row_of(keys, args[at])
+    rows[#rows + 1] = row
+    found[args[at]] = row
   end
   for at = 3, 2 + followed do
-    local row = row_of(keys, args[at])
-    if row then
-      for index in string.gmatch(string.match(string.sub(row, DIGEST + 1), '^[^\n]*'), '%d+') do
-        local field = 's/' .. index
-        local sample = row_of(keys, field)
-        if sample then
-          more[#more + 1] = field
-          more[#more + 1] = sample
-        end
-      end
-    end
+    local row = found[args[at]]
+    if row == nil then row = row_of(keys, args[at]) end
+    follow(keys, row, more)
   end
-  if pending then
-    local found = redis.call('HGETALL', keys[3])
-    for at = 1, #found do more[#more + 1] = found[at] end
+  if args[1] == '1' then
+    local pending = redis.call('HGETALL', keys[3])
+    for at = 1, #pending do more[#more + 1] = pending[at] end
   end
   return {rows, more}
 end

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import indices_of
 from cachepipe.contract.draws import SHARED, namespace_of
+from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import Interval, IntervalSet, covered
 from cachepipe.contract.keys import Question, encode
 from cachepipe.errors import DamagedCache, UnsafeRow
@@ -22,7 +23,7 @@ from cachepipe.stores.base import (
     Sample,
     StoredQuestion,
 )
-from cachepipe.stores.remote import rows
+from cachepipe.stores.remote import entries, rows
 from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
 from cachepipe.stores.remote.rows import DrawRow
 from cachepipe.stores.remote.session import RUN, Session
@@ -104,8 +105,12 @@ class Listing:
         """Iterate over the samples of a key by index; discarded ones are left out."""
         self._check()
         [found] = self.session.asked(lambda: self.session.engine.read([Read(key, [rows.LISTED])]))
-        listed = _Key(key, found).indices(rows.LISTED)
-        return self._samples(key, _each(listed))
+        return self._samples(key, self._stored(_Key(key, found)))
+
+    def _stored(self, one: _Key) -> list[int]:
+        """Return the listed indices with a sample; a damaged list may name any number of others."""
+        listed = one.indices(rows.LISTED)
+        return [index for index in sample_indices(self.session, one.name) if index in listed]
 
     def _samples(self, key: str, indices: Iterable[int]) -> Iterator[Sample]:
         for index, row in self._rows_of_samples(key, indices):
@@ -175,12 +180,37 @@ class Listing:
         """Iterate over all samples, the discarded ones too, as they count in what was spent."""
         for one in self._keys():
             held = covered(sorted(itertools.chain.from_iterable(taken for _, taken in one.taken())))
-            for index, row in self._rows_of_samples(one.name, _each(one.indices(rows.LISTED))):
+            for index, row in self._rows_of_samples(one.name, self._stored(one)):
                 try:
                     header, gone = rows.header_in(one.name, index, row)
                 except (DamagedCache, UnsafeRow):
                     header, gone = b"", True
                 yield Bought(one.scope, header, not gone and index in held)
+
+    def entry(self, key: str) -> Entry | None:
+        """Return all that is held of a question, for another cache; None if it is not known."""
+        one = self._key(key)
+        if one is None:
+            return None
+        listed = entries.listed_in(key, one.rows)
+        return entries.entry(key, one.rows, self._rows_of_samples(key, listed))
+
+    def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
+        """Iterate over the entries of all questions, in the order of their keys.
+
+        Args:
+            namespaces: the labels of namespaces; only questions that one of them has drawn.
+            after: only keys after this one.
+        """
+        names = sorted(
+            one.name
+            for one in self._keys()
+            if one.name > after and (namespaces is None or one.concerns(namespaces))
+        )
+        for name in names:
+            found = self.entry(name)
+            if found is not None:
+                yield found
 
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
@@ -241,6 +271,10 @@ class _Key(NamedTuple):
     def drawn_by(self, namespace: str) -> bool:
         return any(rows.draw_of(self.name, name).namespace == namespace for name in self._names(rows.DRAW))
 
+    def concerns(self, namespaces: Collection[str]) -> bool:
+        users = (rows.decoded(name[len(rows.USE) :]) for name in self._names(rows.USE))
+        return any(map(self.drawn_by, namespaces)) or any(user in namespaces for user in users)
+
     def draws(self, namespace: str | None = None) -> Iterator[DrawInfo]:
         for name in self._names(rows.DRAW):
             draw = rows.draw_of(self.name, name)
@@ -258,9 +292,9 @@ class _Key(NamedTuple):
         return [name for name in self.rows if name.startswith(prefix)]
 
 
-def _each(intervals: Iterable[Interval]) -> Iterator[int]:
-    for interval in intervals:
-        yield from range(*interval)
+def sample_indices(session: Session, key: str) -> list[int]:
+    """Return the indices of the stored samples of a key, in order; the discarded ones are among them."""
+    return rows.indices_in(session.asked(lambda: session.engine.samples_of(key)), SAMPLE)
 
 
 def _size(intervals: Iterable[Interval]) -> int:

@@ -15,12 +15,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final, TypeVar
 
-from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
-from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults
+from cachepipe.errors import FormatError, StoreError
+from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults, tls_fault, warn_once
+from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
+    CHANGES,
     RECEIPT,
+    RECENT,
     SAMPLE,
     TURN,
+    Changes,
     Conflict,
     Read,
     Rows,
@@ -44,7 +48,6 @@ FORMAT: Final = 1
 """The version of the rows and tables in the database."""
 
 _PAGE: Final = 100  # keys whose rows are read in one round trip
-_LISTENS: Final = 1.0  # seconds after which a listener looks whether it is still wanted
 _LOCK: Final = int.from_bytes(b"cachepip")  # of the processes that make tables
 
 _LATER: Final = ("08", "40", "53", "55", "57", "58", "25006")
@@ -52,6 +55,7 @@ _LATER: Final = ("08", "40", "53", "55", "57", "58", "25006")
 replaced, a lock is not free, or two transactions meet."""
 _BROKEN: Final = (psycopg.OperationalError, psycopg.InterfaceError, OSError)
 """What the client raises of itself, when a connection cannot be made or breaks."""
+_IDLE: Final = psycopg.pq.TransactionStatus.IDLE
 _NO_CACHE: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
 _REFUSED: Final = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist")
 """Parts of what a server says of a connection that it will always refuse."""
@@ -77,7 +81,7 @@ class PostgresEngine:
         self._schema = schema
         self._name = sql.Identifier(schema).as_string()
         self._timeout = timeout
-        self._idle: list[_Connection] = []
+        self._connections = Connections(self._connect)
         self.where = where
         try:
             self._check()
@@ -102,7 +106,7 @@ class PostgresEngine:
         )
         try:
             for told in database_faults(version, settings, replica=replica, replicas=replicas):
-                warn(f"the server at {self.where} {told}", RiskyServer)
+                warn_once(self.where, told)
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
@@ -168,19 +172,16 @@ class PostgresEngine:
     def _with(self, ask: Callable[[_Connection], _T]) -> _T:
         """Return what a function finds with a connection of its own."""
         try:
-            connection = self._connection()
+            connection = self._connections.take()
             try:
                 return ask(connection)
             finally:
-                self._give_back(connection)
+                if connection.closed or connection.info.transaction_status != _IDLE:
+                    self._connections.drop(connection)
+                else:
+                    self._connections.give_back(connection)
         except (psycopg.Error, OSError) as error:
             raise self._ours(error) from None  # the client's error may quote what was sent
-
-    def _connection(self) -> _Connection:
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                return self._idle.pop()
-        return self._connect()
 
     def _connect(self) -> _Connection:
         connection = _Connection.connect(**self._options, autocommit=True, prepare_threshold=None)
@@ -188,13 +189,6 @@ class PostgresEngine:
         connection.adapters.register_dumper(_Numbers, _NumbersDumper)
         connection.adapters.register_dumper(_Texts, _TextsDumper)
         return connection
-
-    def _give_back(self, connection: _Connection) -> None:
-        if connection.closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
-            connection.close()
-            self.close()  # the others were probably lost too
-        else:
-            self._idle.append(connection)
 
     def _ours(self, error: Exception) -> Exception:
         """Return our error for one of the client's."""
@@ -208,13 +202,18 @@ class PostgresEngine:
                 "a schema in the database (GRANT CREATE ON DATABASE), or all rights on the cache's schema, "
                 "its tables and its functions"
             )
+        if not state and (fault := tls_fault(told, "sslrootcert")):
+            return StoreError(f"the server at {self.where} {fault}")
         if any(part in told for part in _REFUSED) and not state:
             return StoreError(
                 f"the server at {self.where} refuses the connection: {told}. Name an existing database and "
                 "user in the URL, and give the password there, in PGPASSWORD or in a .pgpass file"
             )
         if state.startswith(_LATER) or (not state and isinstance(error, _BROKEN)):
-            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+            there = bool(state) or "FATAL:" in told
+            return Unreachable(
+                f"{type(error).__name__}: {told}" if told else type(error).__name__, there=there
+            )
         return StoreError(f"the server at {self.where} refuses: {told}")
 
     # Rows.
@@ -287,6 +286,11 @@ class PostgresEngine:
         )
         return dict(found)
 
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
+        found = self._ask("select field from SCHEMA.samples where key = %s", [encoded(key)])
+        return [name for (name,) in found]
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in order, with all rows but the samples."""
         first = encoded(prefix)
@@ -308,6 +312,29 @@ class PostgresEngine:
                 yield decoded(last), there
             if len(page) < _PAGE:
                 return
+
+    # Changes.
+
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        [[last]] = self._ask(
+            "select SCHEMA.announce(%s, %s)", [_Texts(encoded(key) for key in keys), CHANGES]
+        )
+        return [*range(last - len(keys) + 1, last + 1)]
+
+    def changes(self, since: int | None) -> Changes:
+        """Return the changes from a number on; without a number the recent ones.
+
+        The epoch is when the server was started, and which cache is in which tables.
+        """
+        found = self._ask(
+            "select c.number, c.key, extract(epoch from pg_postmaster_start_time())::text, "
+            "m.tableoid::text, m.identity from SCHEMA.meta m left join SCHEMA.changes c "
+            "on c.number >= coalesce(%s::bigint, m.changes - %s + 1) order by c.number",
+            [since, RECENT],
+        )
+        keys = [(number, decoded(key)) for number, key, *_ in found if number is not None]
+        return Changes(" ".join(found[0][2:]), keys)
 
     # Leases.
 
@@ -374,27 +401,25 @@ class PostgresEngine:
 
         A pooler may not pass notifications on.
         """
-        ended = threading.Event()
-        listening = _Listening(self._connect, self._channel, changed, ended)
-        threading.Thread(target=listening, name="cachepipe-listener", daemon=True).start()
-        return ended.set
+
+        def hear(ended: threading.Event) -> None:
+            with contextlib.closing(self._connect()) as connection:
+                connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)))
+                while not ended.is_set():
+                    for notice in connection.notifies(timeout=LISTENS):
+                        changed(decoded(bytes.fromhex(notice.payload)))
+
+        return listen(hear, psycopg.Error, OSError)
 
     # The end.
 
     def inherit(self) -> None:
-        """Begin again in a forked child; its parent goes on to use the connections."""
-        _inherited.extend(self._idle)
-        self._idle = []
+        """Begin again in a forked child."""
+        self._connections.inherit()
 
     def close(self) -> None:
         """Close the connections."""
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                self._idle.pop().close()
-
-
-_inherited: list[_Connection] = []
-"""Connections of the parent of a forked child: closing them here would say so to the server."""
+        self._connections.close()
 
 
 class _Missing(StoreError):  # noqa: N818 - says what is missing
@@ -480,32 +505,3 @@ class _Fields:
 
     def __iter__(self) -> Iterator[list[Any]]:
         return iter((self._numbers, self._names))
-
-
-class _Listening:
-    """Hears which keys have changed, as long as it is wanted. What it misses is found by polling."""
-
-    def __init__(
-        self,
-        connect: Callable[[], _Connection],
-        channel: str,
-        changed: Callable[[str], None],
-        ended: threading.Event,
-    ) -> None:
-        self._connect = connect
-        self._channel = channel
-        self._changed = changed
-        self._ended = ended
-
-    def __call__(self) -> None:
-        while not self._ended.is_set():
-            with contextlib.suppress(psycopg.Error, OSError):
-                self._listen()
-            self._ended.wait(_LISTENS)
-
-    def _listen(self) -> None:
-        with contextlib.closing(self._connect()) as connection:
-            connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)))
-            while not self._ended.is_set():
-                for notice in connection.notifies(timeout=_LISTENS):
-                    self._changed(decoded(bytes.fromhex(notice.payload)))

@@ -2,7 +2,10 @@
 -- The client replaces SCHEMA by the name of the schema.
 -- The settings of the functions keep one plan, which finds each row by its index: planning takes longer.
 
-create table SCHEMA.meta (format int not null, identity text not null);
+create table SCHEMA.meta (format int not null, identity text not null, changes bigint not null default 0);
+
+-- The last changes that were announced; meta has the number of the last one.
+create table SCHEMA.changes (number bigint primary key, key bytea not null);
 
 -- The lock of a key; the process for which it is reserved, until when (seconds since 1970); and the last swap
 -- of each process: {process: [nonce, when]}.
@@ -33,6 +36,31 @@ create function SCHEMA.short(_field bytea) returns bytea language sql immutable 
   select case when length(_field) <= 1000 then _field else substring(_field, 1, 2) || sha256(_field) end
 $$;
 
+-- Returns what is named at the beginning of a row that is followed.
+create function SCHEMA.named(_row bytea) returns text[] language sql immutable as $$
+  select string_to_array(
+    encode(substring(_row, 9, greatest(position('\x0a'::bytea in substring(_row, 9)) - 1, 0)), 'escape'), ','
+  )
+$$;
+
+-- Announces a change of each key; returns the number of the last one. The lock of the row lasts until all of
+-- them can be seen, so that nobody sees a later one before.
+create function SCHEMA.announce(_keys bytea[], _kept int) returns bigint language plpgsql volatile
+set lock_timeout = '4s' as $$
+declare
+  _last bigint;
+begin
+  if current_setting('synchronous_commit') in ('off', 'local') then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+  update SCHEMA.meta set changes = changes + cardinality(_keys) returning changes into _last;
+  insert into SCHEMA.changes (number, key)
+    select _last - cardinality(_keys) + a.place, a.key from unnest(_keys) with ordinality as a (key, place);
+  delete from SCHEMA.changes where number <= _last - _kept;
+  return _last;
+end
+$$;
+
 -- Returns the rows of fields, of samples, of the samples that followed fields name, and of pending indices.
 -- Each is given as the number of its key and a field.
 create function SCHEMA.read(
@@ -53,13 +81,23 @@ begin
   end if;
   if cardinality(_follow) > 0 then
     return query
-      select a.number, s.field, s.content from unnest(_follow_of, _follow) as a (number, field)
-      join SCHEMA.ledger l on l.key = _keys[a.number] and l.field = SCHEMA.short(a.field)
-      cross join lateral (select substring(l.content, 9) as written) as w
-      cross join lateral unnest(string_to_array(
-        encode(substring(written, 1, position('\x0a'::bytea in written) - 1), 'escape'), ','
-      )) as i (index)
-      join SCHEMA.samples s on s.key = _keys[a.number] and s.field = ('s/' || i.index)::bytea;
+      with named as (
+        select a.number, n.name from unnest(_follow_of, _follow) as a (number, field)
+        join SCHEMA.ledger l on l.key = _keys[a.number] and l.field = SCHEMA.short(a.field)
+        cross join lateral unnest(SCHEMA.named(l.content)) as n (name)
+      ), led as (
+        select n.number, l.field, l.long, l.content from named n
+        join SCHEMA.ledger l on l.key = _keys[n.number]
+          and l.field = SCHEMA.short(decode(case when n.name like '=%' then substr(n.name, 2) end, 'hex'))
+      )
+      select l.number, coalesce(l.long, l.field), l.content from led l
+      union all
+      select i.number, s.field, s.content from (
+        select n.number, n.name from named n
+        union all
+        select l.number, n.name from led l cross join lateral unnest(SCHEMA.named(l.content)) as n (name)
+      ) as i
+      join SCHEMA.samples s on s.key = _keys[i.number] and s.field = ('s/' || i.name)::bytea;
   end if;
   if cardinality(_pending_of) > 0 then
     return query

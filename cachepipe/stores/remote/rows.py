@@ -8,6 +8,7 @@ or was moved to another place, is refused when it is read. Samples have the form
 | ``k`` | the scope of the question, and when it was first asked |
 | ``q`` | the question |
 | ``L`` | the listed indices |
+| ``c`` | the number of the last change of a stored draw, as it was announced |
 | ``t/NAMESPACE`` | the indices that the namespace has taken |
 | ``d/PLACE/NAMESPACE`` | a draw: its indices, its segments, and the claimants that joined it |
 | ``o/PLACE`` | the earliest namespaces of a draw (C3) |
@@ -17,6 +18,7 @@ or was moved to another place, is refused when it is read. Samples have the form
 | ``u/NAMESPACE`` | when the namespace first used the shared draw |
 | ``m/NAMESPACE`` | the sums of a run, which is the key |
 | ``n/NUMBER`` | what a run has left unreported |
+| ``b/NAMESPACE`` | what was spent and reserved of the namespace's budget |
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+import orjson
 from xxhash import xxh3_64_digest
 
 from cachepipe.contract.allotment import Discarded, Segment, indices_of
@@ -36,13 +39,14 @@ from cachepipe.contract.schedule import Place
 from cachepipe.errors import DamagedCache
 from cachepipe.stores import tables
 from cachepipe.stores.base import Sample
-from cachepipe.stores.remote.engine import DIGEST
+from cachepipe.stores.remote.engine import DIGEST, FIELD
 
 _Sums = TypeVar("_Sums")
 
 KNOWN: Final = b"k"
 QUESTION: Final = b"q"
 LISTED: Final = b"L"
+CHANGED: Final = b"c"
 TAKEN: Final = b"t/"
 DRAW: Final = b"d/"
 FIRST: Final = b"o/"
@@ -50,6 +54,7 @@ WHY: Final = b"w/"
 USE: Final = b"u/"
 SUMS: Final = b"m/"
 UNREPORTED: Final = b"n/"
+BUDGET: Final = b"b/"
 
 _FIELDS: Final = 4096  # fields of draws and namespaces that are remembered
 
@@ -102,6 +107,17 @@ def first_field(draw: Draw) -> bytes:
     return FIRST + place_of(draw)
 
 
+def _draw_beside(name: bytes, namespace: str) -> bytes:
+    """Return the field of the draw of a namespace, from the field of the earliest namespaces."""
+    return b"%b%b\0%b" % (DRAW, name[len(FIRST) :], encoded(namespace))
+
+
+def named_field(row: bytes) -> bytes | None:
+    """Return the field of the draw to follow, which the row of the earliest namespaces names, or None."""
+    named = row[DIGEST : row.find(b"\n", DIGEST)]
+    return bytes.fromhex(named[1:].decode()) if named.startswith(FIELD) else None
+
+
 def numbered(prefix: bytes, index: int) -> bytes:
     """Return the field with a prefix and a number."""
     return b"%b%d" % (prefix, index)
@@ -112,7 +128,7 @@ def numbered(prefix: bytes, index: int) -> bytes:
 
 def pack(key: str, name: bytes, content: bytes) -> bytes:
     """Return the row of a field."""
-    return xxh3_64_digest(b"%b\0%b\0%b" % (encoded(key), name, content)) + content
+    return _digest(key, name, content) + content
 
 
 def unpack(key: str, name: bytes, row: bytes) -> bytes:
@@ -122,9 +138,13 @@ def unpack(key: str, name: bytes, row: bytes) -> bytes:
         DamagedCache: when the row is not what was written there.
     """
     content = row[DIGEST:]
-    if xxh3_64_digest(b"%b\0%b\0%b" % (encoded(key), name, content)) != row[:DIGEST]:
+    if _digest(key, name, content) != row[:DIGEST]:
         raise _damaged(key, name)
     return content
+
+
+def _digest(key: str, name: bytes, content: bytes) -> bytes:
+    return xxh3_64_digest(b"%b\0%b\0%b" % (key.encode("utf-8", "surrogatepass"), name, content))
 
 
 def _damaged(key: str, name: bytes) -> DamagedCache:
@@ -132,8 +152,11 @@ def _damaged(key: str, name: bytes) -> DamagedCache:
 
 
 def dumps(value: Any) -> bytes:
-    """Return a value as JSON in ASCII, so that any text can be written."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    """Return a value as JSON; any text can be written."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # a lone surrogate
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def loads(key: str, name: bytes, content: bytes) -> Any:
@@ -142,6 +165,10 @@ def loads(key: str, name: bytes, content: bytes) -> Any:
     Raises:
         DamagedCache: when it is not JSON.
     """
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        pass
     try:
         return json.loads(content)
     except ValueError as error:
@@ -179,7 +206,10 @@ class DrawRow:
     def dumps(self) -> bytes:
         """Return the content of the row; the indices of the draw come first, for the engine."""
         indices = ",".join(map(str, indices_of(self.segments.values())))
-        segments = [[self.generated[number], *segment] for number, segment in self.segments.items()]
+        segments = [
+            [self.generated[number], *segment[:-1], None if segment.place is None else [*segment.place]]
+            for number, segment in self.segments.items()
+        ]
         return b"%b\n%b" % (indices.encode(), dumps([segments, self.holders]))
 
     @classmethod
@@ -189,8 +219,9 @@ class DrawRow:
         try:
             segments, holders = loads(key, name, content[content.index(b"\n") + 1 :])
             for generated, *values in segments:
-                *others, place = values
-                segment = Segment._make([*others, None if place is None else Place(*place)])
+                if values[-1] is not None:
+                    values[-1] = Place(*values[-1])
+                segment = Segment._make(values)
                 row.segments[segment.number] = segment
                 row.generated[segment.number] = generated
             row.holders = [(number, lease, token) for number, lease, token in holders]
@@ -211,18 +242,37 @@ class FirstRow:
     namespaces: list[tuple[int, str]] = field(default_factory=list)
     more: bool = False
 
-    def dumps(self) -> bytes:
-        """Return the content of the row."""
-        return dumps([self.namespaces, self.more])
+    def dumps(self, name: bytes) -> bytes:
+        """Return the content of the row of a field; the draw to follow comes first, for the engine."""
+        draws = [_draw_beside(name, label) for _, label in self.namespaces[:1]]
+        return b"%b\n%b" % (
+            b"".join(FIELD + draw.hex().encode() for draw in draws),
+            dumps([self.namespaces, self.more]),
+        )
 
     @classmethod
     def loads(cls, key: str, name: bytes, content: bytes) -> FirstRow:
         """Return the row with this content."""
         try:
-            namespaces, more = loads(key, name, content)
+            namespaces, more = loads(key, name, content[content.index(b"\n") + 1 :])
             return cls([(stamp, label) for stamp, label in namespaces], more)
         except (ValueError, TypeError) as error:
             raise _damaged(key, name) from error
+
+
+def dump_change(number: int) -> bytes:
+    """Return the content of the row with the number of the last change."""
+    return b"%d" % number
+
+
+def load_change(key: str, row: bytes | None) -> int:
+    """Return the number of the last change in a row; 0 if there is no row."""
+    if row is None:
+        return 0
+    try:
+        return int(unpack(key, CHANGED, row))
+    except ValueError as error:
+        raise _damaged(key, CHANGED) from error
 
 
 def dump_sample(key: str, sample: Sample) -> bytes:
@@ -260,7 +310,8 @@ def load_lease(key: str, name: bytes, content: bytes) -> int:
 
 def indices_in(rows: Iterable[bytes], prefix: bytes) -> list[int]:
     """Return the numbers of the fields with a prefix, in order."""
-    return sorted(int(name[len(prefix) :]) for name in rows if name.startswith(prefix))
+    numbers = [name[len(prefix) :] for name in rows if name.startswith(prefix)]
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def load_sums(loads: Callable[[bytes], _Sums], key: str, name: bytes, content: bytes) -> _Sums:

@@ -6,6 +6,7 @@ are not, it decides again. The swap of one key does not wait for that of another
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -15,14 +16,16 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
 from cachepipe.contract.allotment import choose
 from cachepipe.contract.draws import Draw
+from cachepipe.contract.entries import NOBODY
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
+    Adopt,
     Claim,
     Commit,
     Discard,
@@ -32,11 +35,15 @@ from cachepipe.stores.base import (
     Operation,
     Process,
     ReleaseHold,
+    Reserve,
     Result,
+    Settle,
 )
 from cachepipe.stores.remote import rows
-from cachepipe.stores.remote.book import Book, Known, ledger, view
+from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
+from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.local import LocalCopy
 
 LEASE: Final = 3.0
 """Seconds for which a lease lasts unless it is renewed, which happens three times as often."""
@@ -50,6 +57,8 @@ _TURN: Final = 0.002  # seconds between two tries of a key that is reserved for 
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
+BUDGETS: Final = "budgets"
+"""Stands for a run in the key under which all budgets are."""
 RUN: Final = "~"
 """The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
 
@@ -70,6 +79,7 @@ def patiently(
     patience: float,
     sleep: Callable[[float], None] = time.sleep,
     ended: threading.Event | None = None,
+    for_nobody: float = math.inf,
 ) -> _T:
     """Return what an engine answers; ask again while it does not answer.
 
@@ -79,19 +89,21 @@ def patiently(
         patience: seconds to wait.
         sleep: waits for some seconds.
         ended: is set when it is not worth waiting any more.
+        for_nobody: seconds to wait if there is no sign of a server.
 
     Raises:
         StoreUnreachable: when it has not answered for too long.
     """
-    until = time.monotonic() + patience
+    began = time.monotonic()
     pause, last = _PAUSES
     while True:
         try:
             return ask()
         except Unreachable as error:
-            if time.monotonic() + pause > until or (ended is not None and ended.is_set()):
+            most = patience if error.there else min(patience, for_nobody)
+            if time.monotonic() + pause > began + most or (ended is not None and ended.is_set()):
                 raise StoreUnreachable(
-                    f"the store at {where} has not answered for {patience:g} s: {error}"
+                    f"the store at {where} has not answered for {most:g} s: {error}"
                 ) from error
             sleep(pause)
             pause = min(2 * pause, last)
@@ -104,12 +116,15 @@ class Session:
         engine: the engine.
         patience: seconds to wait for an engine that does not answer.
         lease: seconds for which a lease lasts unless it is renewed.
-        renews: whether a thread renews the lease; a test renews it itself.
+        copies: the copies on this machine, if there are any.
+        renews: whether threads renew the lease and follow the copies; a test does so itself.
         sleep: waits for some seconds.
 
     Attributes:
+        local: the copies as this process uses them.
         last_lease: the latest lease of this process; 0 if it had none.
         ended: whether the last store that used the session was closed.
+        expects_new: whether the draws that were claimed last were new, and so probably the next ones.
     """
 
     def __init__(
@@ -118,6 +133,7 @@ class Session:
         *,
         patience: float = PATIENCE,
         lease: float = LEASE,
+        copies: Copies | None = None,
         renews: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -129,6 +145,7 @@ class Session:
         self.ended = False
         self._users: weakref.WeakSet[User] = weakref.WeakSet()
         self._begin()
+        self.local = None if copies is None else LocalCopy(engine, copies, self, follows=renews)
         self._offset = self.asked(engine.now) - time.time_ns() // 1000
         _sessions.add(self)
 
@@ -141,14 +158,17 @@ class Session:
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
-        self._dead: set[int] = set()
+        self._dead: set[int] = {NOBODY}
         self._greatest = 0
+        self.expects_new = True
         self._ended = threading.Event()
 
     def inherit(self) -> None:
         """Begin again in a forked child."""
         self._begin()
         self.engine.inherit()
+        if self.local is not None:
+            self.local.inherit()
 
     def join(self, user: User) -> None:
         """Note that a store uses the session."""
@@ -170,6 +190,8 @@ class Session:
 
     def _close(self) -> None:
         """End the lease and close the connections."""
+        if self.local is not None:
+            self.local.close()
         self._ended.set()
         with self._leasing:
             lease, self._lease = self._lease, None
@@ -306,8 +328,29 @@ class Session:
         Raises:
             StoreError: when an operation is refused; then none was performed.
         """
-        with self._lock:
-            return _Transaction(self, asked).run()
+        known = self._copied(asked)
+        left = [operation for place, operation in enumerate(asked) if place not in known]
+        results: list[Result | StoreError] = []
+        if left:
+            with self._lock:
+                results = _Transaction(self, left).run()
+            if self.local is not None:
+                self.local.learn(left, results)
+        rest = iter(results)
+        return [known[place] if place in known else next(rest) for place in range(len(asked))]
+
+    def _copied(self, asked: Sequence[Operation]) -> dict[int, Grant]:
+        """Return the grants of claims, by place, that copies on this machine answer."""
+        local = self.local
+        if local is None or not any(map(_only_reads, asked)) or any(map(_may_change, asked)):
+            return {}
+        if not local.ready():
+            return {}
+        return {
+            place: grant
+            for place, operation in enumerate(asked)
+            if _only_reads(operation) and (grant := local.recall(operation.draw, operation.n)) is not None
+        }
 
     def again(self, book: Book, current: Rows) -> Book:
         """Return the rows of a key whose swap has met a conflict.
@@ -324,12 +367,29 @@ class Session:
         """Wait while a key is reserved for another process."""
         self._sleep(_TURN * (0.5 + random.random()))  # noqa: S311 - spreads the processes
 
-    def recalled(self, book: Book, draw: Draw, n: int) -> Grant | None:
-        """Return the first n samples of a draw whose samples are all stored, else None."""
-        found = view(book, draw)
-        grant = operations.recall(found, n) if found.segments else None
+    def recall(self, draws: Sequence[tuple[Draw, int]]) -> list[Grant | None]:
+        """Return for each draw its first n samples if all of its samples are stored, after one round trip."""
+        names = [rows.draw_field(draw) for draw, _ in draws]
+        reads = [
+            Read(draw.key, [rows.CHANGED, name], [name]) for (draw, _), name in zip(draws, names, strict=True)
+        ]
+        pages = self.asked(lambda: self.engine.read(reads))
+        return [self.recalled(draw, n, page) for (draw, n), page in zip(draws, pages, strict=True)]
+
+    def recalled(self, draw: Draw, n: int, found: Rows) -> Grant | None:
+        """Return the first n samples of a draw whose samples are all stored, else None.
+
+        Args:
+            draw: the draw.
+            n: how many samples.
+            found: the row of the draw and those of its samples, read at one moment.
+        """
+        stored = StoredDraw(draw, found, self)
+        grant = operations.recall(stored, n) if stored.segments else None
         if grant is not None:
-            grant.shared = any(map(self.is_other, {segment.lease for segment in found.segments}))
+            grant.shared = any(self.is_other(segment.lease) for segment in stored.segments)
+            if self.local is not None:
+                self.local.keep(draw, found)
         return grant
 
     def commit_for(self, commit: Commit, lease: int) -> Result | StoreError:
@@ -345,6 +405,13 @@ class Session:
             finally:
                 if adopted:
                     self._before.discard(lease)
+
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        numbers = self.asked(lambda: self.engine.announce(keys))
+        if self.local is not None:
+            self.local.forget(zip(numbers, keys, strict=True))
+        return numbers
 
     def remembered(self, key: str) -> Known:
         """Return the rows of a key that are remembered."""
@@ -378,6 +445,8 @@ class _Transaction:
     def run(self) -> list[Result | StoreError]:
         """Perform the operations; return their results."""
         session = self._session
+        if not session.expects_new:
+            self._grant_known()
         decided = [self._decide(book) for book in self._begin()]
         swaps = {book.name: (book, swap) for book, swap in decided if swap is not None}
         for book, swap in decided:
@@ -396,21 +465,71 @@ class _Transaction:
 
     # Reading.
 
-    def _begin(self) -> list[Book]:
-        """Return the books of all keys, with what their operations will probably need."""
-        session = self._session
-        planned = {key: _plan(session, key, self._of(key)) for key in self._places}
-        reads = [read for read in planned.values() if read is not None]
-        books = dict(zip((read.key for read in reads), session.books(reads) if reads else (), strict=True))
-        self._read_more(books)
-        return [books.get(key) or session.book(key) for key in self._places]
+    def _grant_known(self) -> None:
+        """Grant the claims of known draws, for which their rows are enough."""
+        reads: list[Read] = []
+        for key, places in self._places.items():
+            claims = [self._asked[place] for place in places]
+            if all(map(_only_reads, claims)):
+                fields = [*dict.fromkeys([rows.draw_field(claim.draw) for claim in claims])]  # type: ignore[union-attr]  # all are claims
+                reads.append(Read(key, [rows.CHANGED, *fields], fields))
+        if reads:
+            self._read(reads)
 
-    def _read_more(self, books: dict[str, Book]) -> None:
+    def _read(self, reads: Sequence[Read]) -> list[tuple[Read, Rows]]:
+        """Read rows; grant the claims of known draws, and return what was read of the other keys."""
+        session = self._session
+        pages = session.asked(lambda: session.engine.read(reads))
+        found = [each for each in zip(reads, pages, strict=True) if not self._granted(*each)]
+        session.expects_new = any(type(each) is Claim for read, _ in found for each in self._of(read.key))
+        return found
+
+    def _granted(self, read: Read, page: Rows) -> bool:
+        """Return True if the operations of a key only claim known draws, which are then granted."""
+        places, grants = self._places[read.key], []
+        for place in places:
+            claim = self._asked[place]
+            if not _only_reads(claim):
+                return False
+            grant = self._session.recalled(claim.draw, claim.n, page)
+            if grant is None:
+                return False
+            grants.append(grant)
+        for place, grant in zip(places, grants, strict=True):
+            self._results[place] = grant
+        del self._places[read.key]
+        return True
+
+    def _begin(self) -> list[Book]:
+        """Return the books of the other keys, with what their operations will probably need."""
+        session = self._session
+        books: dict[str, Book] = {}
+        reads: list[Read] = []
+        for key in self._places:
+            read = _plan(session, key, self._of(key))
+            if read is None:
+                books[key] = session.book(key)
+            else:
+                reads.append(read)
+        if reads:
+            guessed = session.expects_new
+            read_now = {
+                read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads)
+            }
+            self._read_more(read_now, guessed=guessed)
+            books |= read_now
+        return list(books.values())
+
+    def _read_more(self, books: dict[str, Book], *, guessed: bool) -> None:
         """Read the samples that claims will probably be granted, and the draws that they follow (C3)."""
-        reads = [read for book in books.values() if (read := _more(book, self._of(book.name)))]
+        session = self._session
+        reads: list[Read] = []
+        for key, book in books.items():
+            read = _more(book, self._of(key), session.remembered(key) if guessed else None)
+            if read is not None:
+                reads.append(read)
         if not reads:
             return
-        session = self._session
         for read, page in zip(reads, session.asked(lambda: session.engine.read(reads)), strict=True):
             books[read.key].learn(dict.fromkeys(read.fields) | page)
 
@@ -420,9 +539,6 @@ class _Transaction:
         """Perform the operations of a key on its rows; return what is to be swapped."""
         asked = self._of(book.name)
         fair = any(type(operation) is Claim for operation in asked)
-        if book.lately and (recalled := self._recalled(book, asked)) is not None:
-            self._results_of(book.name, recalled)
-            return book, None
         for _ in range(_TRIES):
             try:
                 results = operations.perform(ledger(book), asked)
@@ -440,23 +556,12 @@ class _Transaction:
         for place, result in zip(self._places[key], results, strict=True):
             self._results[place] = result
 
-    def _recalled(self, book: Book, asked: Sequence[Operation]) -> list[Result] | None:
-        """Return the grants of claims if all of their samples are stored, else None; nothing is to write."""
-        grants: list[Result] = []
-        for claim in asked:
-            if type(claim) is not Claim or claim.refresh or claim.user is not None:
-                return None
-            grant = self._session.recalled(book, claim.draw, claim.n)
-            if grant is None:
-                return None
-            grants.append(grant)
-        return grants
-
     def _swap(self, swaps: dict[str, tuple[Book, Swap]]) -> dict[str, tuple[Book, Swap]]:
         """Swap rows; return what is to be swapped next, where others were faster."""
         session = self._session
         who = session.lease()
         wanted = [swap for _, swap in swaps.values()]
+        self._announce([book for book, swap in swaps.values() if swap.changes])
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
         waits = False
@@ -471,6 +576,13 @@ class _Transaction:
         if waits:
             session.pause()
         return again
+
+    def _announce(self, books: Sequence[Book]) -> None:
+        """Announce what is about to change, so that copies of it are not used any more."""
+        if books:
+            numbers = self._session.announce([book.name for book in books])
+            for book, number in zip(books, numbers, strict=True):
+                book.announced(number)
 
     def _again(self, book: Book) -> tuple[Book, Swap] | None:
         """Decide again on current rows; return what is to be swapped, or None if that is nothing."""
@@ -492,10 +604,22 @@ class _Transaction:
         self._session.remember(key, None)
 
 
+def _only_reads(operation: Operation) -> TypeGuard[Claim]:
+    """Return True for a claim that writes nothing if its draw is known."""
+    return type(operation) is Claim and not operation.refresh and operation.user is None
+
+
+def _may_change(operation: Operation) -> bool:
+    """Return True if an operation may change what a claim behind it gets."""
+    return isinstance(operation, Discard | NotePlace) or (isinstance(operation, Claim) and operation.refresh)
+
+
 def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
+    if isinstance(operation, Reserve | Settle):
+        return f"{RUN}{BUDGETS}"
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
@@ -507,13 +631,14 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
     for operation in asked:
         match operation:
             case Claim(draw=draw, user=user):
-                names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+                fields[rows.taken_field(draw.namespace)] = None
+                name = rows.draw_field(draw)
+                fields[name] = follow[name] = None
                 if not draw.shared:
-                    names.append(rows.first_field(draw))
+                    name = rows.first_field(draw)
+                    fields[name] = follow[name] = None
                 if user is not None:
-                    names.append(rows.USE + rows.encoded(user))
-                fields.update(dict.fromkeys(names))
-                follow[rows.draw_field(draw)] = None
+                    fields[rows.USE + rows.encoded(user)] = None
             case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
@@ -521,6 +646,12 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 fields[rows.draw_field(draw)] = None
             case Discard(index=index):
                 fields[rows.numbered(SAMPLE, index)] = None
+            case Adopt(entry=entry):
+                # The indices that its samples get if the question is new.
+                fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
+                fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
+            case Reserve(namespace=namespace) | Settle(namespace=namespace):
+                fields[rows.BUDGET + rows.encoded(namespace)] = None
             case Note(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
@@ -529,9 +660,16 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 pass
     if not fields and known:
         return None
-    guesses = _likely(key, known, asked)
-    fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
-    return Read(key, [rows.KNOWN, rows.LISTED, *fields], [*follow], pending=True)
+    if session.expects_new:
+        guesses = _likely(key, known, asked)
+        fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
+    return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
+
+
+def _fields_of(draw: Draw) -> list[bytes]:
+    """Return the fields that change when a draw is added."""
+    names = [rows.taken_field(draw.namespace), rows.draw_field(draw)]
+    return names if draw.shared else [*names, rows.first_field(draw)]
 
 
 def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
@@ -543,7 +681,7 @@ def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
 
     wanted: dict[str, int] = {}
     for operation in asked:
-        if isinstance(operation, Claim) and known.get(rows.draw_field(operation.draw)) is None:
+        if type(operation) is Claim and known.get(rows.draw_field(operation.draw)) is None:
             namespace = operation.draw.namespace
             wanted[namespace] = wanted.get(namespace, 0) + operation.n
     if not wanted:
@@ -561,27 +699,29 @@ def _likely(key: str, known: Known, asked: Sequence[Operation]) -> list[int]:
     return list(found)
 
 
-def _more(book: Book, asked: Sequence[Operation]) -> Read | None:
-    """Return what claims need beyond what was read first; None if that is nothing."""
-    fields: dict[bytes, None] = {}
-    follow: dict[bytes, None] = {}
-    for operation in asked:
-        if not isinstance(operation, Claim) or operation.draw.shared or operation.refresh:
-            continue
-        draw = operation.draw
-        if (
-            book.known.get(rows.draw_field(draw)) is None
-            and book.known.get(rows.first_field(draw)) is not None
-        ):
-            for label in book.earliest(draw):
-                name = rows.draw_field(draw._replace(namespace=label))
-                if name not in book.known:
-                    fields[name] = follow[name] = None
-    for index in _likely(book.name, book.known, asked):
-        name, pending = rows.numbered(SAMPLE, index), rows.numbered(PENDING, index)
-        if name not in book.known and pending not in book.known and book.lists(index):
-            fields[name] = None
-    return Read(book.name, [*fields], [*follow]) if fields else None
+def _more(book: Book, asked: Sequence[Operation], guessed: Known | None) -> Read | None:
+    """Return what claims need beyond what was read first; None if that is nothing.
+
+    Args:
+        book: the rows that were read.
+        asked: the operations.
+        guessed: the rows by which samples were read with them, or None.
+    """
+    known = book.known
+    new = [
+        operation.draw
+        for operation in asked
+        if type(operation) is Claim and known.get(rows.draw_field(operation.draw)) is None
+    ]
+    followed = [name for draw in new if not draw.shared and (name := book.followed(draw)) is not None]
+    fields = dict.fromkeys(followed)
+    sets = {rows.LISTED, *[rows.taken_field(draw.namespace) for draw in new]}
+    if guessed is None or any(known.get(name) != guessed.get(name) for name in sets):
+        for index in _likely(book.name, known, asked):
+            name, pending = rows.numbered(SAMPLE, index), rows.numbered(PENDING, index)
+            if name not in known and pending not in known and book.lists(index):
+                fields[name] = None
+    return Read(book.name, [*fields], followed) if fields else None
 
 
 class _Renewal:

@@ -12,7 +12,7 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
-from cachepipe.stores.base import Commit, Grant, Operation, Process, Result, State
+from cachepipe.stores.base import Ahead, Commit, Foreseen, Grant, Operation, Process, Result, State
 from cachepipe.stores.queued import Queued, error_in
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
@@ -29,8 +29,8 @@ _stores: weakref.WeakSet[RemoteStore] = weakref.WeakSet()
 class RemoteStore(Queued, Listing):
     """A store that many machines share.
 
-    What is asked on an event loop never waits for the engine: `recall` finds nothing there, so that known
-    draws are claimed, and claims travel together.
+    What is asked on an event loop never waits for the engine: there `recall` finds only what this machine has
+    copies of, so that other known draws are claimed, and claims travel together.
 
     Args:
         session: this process's use of the store.
@@ -140,22 +140,53 @@ class RemoteStore(Queued, Listing):
     def recall(self, draw: Draw, n: int) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
 
-        On an event loop it returns None at once: a claim then reads them, together with others.
+        On an event loop it returns None at once if this machine has no copy: a claim then reads them,
+        together with others.
         """
         self._check()
-        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
+        waits = asyncio._get_running_loop() is None  # noqa: SLF001 - the documented one raises
+        found = self._copied(draw, n, waits=waits)
+        if found is not None or not waits:
+            return found
+        return self.session.recall([(draw, n)])[0]
+
+    def _copied(self, draw: Draw, n: int, *, waits: bool) -> Grant | None:
+        """Return the samples of a draw from the copies on this machine, if it has them.
+
+        Args:
+            draw: the draw.
+            n: how many samples.
+            waits: whether to ask for changes first, if that is due.
+        """
+        local = self.session.local
+        if local is None or (waits and not local.ready()):
             return None
-        name = rows.draw_field(draw)
-        [book] = self.session.books([Read(draw.key, [name], [name], pending=True)])
-        return self.session.recalled(book, draw, n)
+        return local.recall(draw, n)
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored, else None."""
         self._check()
-        name = rows.draw_field(draw)
-        fields = [rows.LISTED, rows.taken_field(draw.namespace), rows.first_field(draw), name]
-        [book] = self.session.books([Read(draw.key, fields, [name], pending=True)])
-        return operations.replay(view(book, draw), draw, n, taken)
+        found = self._copied(draw, n, waits=True)
+        if found is not None:
+            for index in found.indices:
+                taken.add(index)
+            found.shared = False
+            return found
+        [book] = self.session.books([_all_of(draw)])
+        replayed = operations.replay(view(book, draw), draw, n, taken)
+        if replayed is not None and self.session.local is not None:
+            self.session.local.copy(draw)
+        return replayed
+
+    def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
+        """Return what successive claims would get; see ``Store.foresee``."""
+        self._check()
+        books = self.session.books([_all_of(draw) for draw, _, _ in wanted])
+        found: list[Foreseen] = []
+        for book, (draw, n, ahead) in zip(books, wanted, strict=True):
+            stored = None if book.row(rows.KNOWN) is None else view(book, draw)
+            found.append(operations.foresee(stored, draw, n, ahead, refresh=refresh))
+        return found
 
     def status(self, wanted: Sequence[tuple[str, int]]) -> list[State]:
         """Return for each (key, index) whether its sample is stored, generated elsewhere or here, or free.
@@ -184,6 +215,13 @@ class RemoteStore(Queued, Listing):
         self._closed = True
         self._states.close()
         self.session.leave(self)
+
+
+def _all_of(draw: Draw) -> Read:
+    """Return what reads a draw, its samples, and what decides which samples it would get."""
+    follow = [rows.draw_field(draw), rows.first_field(draw)]
+    fields = [rows.KNOWN, rows.LISTED, rows.taken_field(draw.namespace), *follow]
+    return Read(draw.key, fields, follow, pending=True)
 
 
 def _after_fork() -> None:

@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import platformdirs
+
 from cachepipe.errors import StoreError
+from cachepipe.stores import folders
 from cachepipe.stores.remote import SCHEMES, shown
 from cachepipe.stores.remote.engine import Engine
+from cachepipe.stores.remote.local import copies_in
 from cachepipe.stores.remote.session import LEASE, PATIENCE, Session, patiently
 from cachepipe.stores.remote.store import RemoteStore
 
 _TLS: Final = {"ca": "ca_certs", "cert": "certfile", "key": "keyfile"}
 """Options with files of TLS, and what the client calls them."""
 _WAITS: Final = ("patience", "lease", "timeout")
-_OPTIONS: Final = ("prefix", *_WAITS, "password_file", "db", *_TLS)
+_LOCAL: Final = ("local", "local_mb")
+_OPTIONS: Final = ("prefix", *_WAITS, *_LOCAL, "password_file", "db", *_TLS)
 _LIBPQ: Final = (
     "host",
     "port",
@@ -40,11 +45,15 @@ _LIBPQ: Final = (
     "target_session_attrs",
 )
 """Options of libpq that a URL may have."""
+_FILES: Final = ("sslrootcert", "sslcert", "sslkey")
+"""Those that name a file, except for the authorities of the system."""
 
+MEGABYTES: Final = 1000.0
+"""The size of the copies of a store on this machine, unless the URL says otherwise."""
 PREFIX: Final = "cachepipe"
 """The beginning of the keys on a server, unless the URL says otherwise."""
 OPENING: Final = 5.0
-"""The most seconds to wait for a server that does not answer when it is opened: its name may be wrong."""
+"""The most seconds to wait at opening if there is no sign of a server: its name may be wrong."""
 TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the server."""
 _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z0-9_-]{1,63}")
@@ -78,6 +87,13 @@ class _Url:
     def _invalid(self, what: str) -> StoreError:
         return StoreError(f"the URL of the cache {self.where} {what}")
 
+    def file(self, name: str) -> str:
+        """Return the path of the file that an option names."""
+        path = Path(self._options[name]).expanduser()
+        if not path.is_file():
+            raise self._invalid(f"has {name}={self._options[name]}, and there is no such file")
+        return str(path)
+
     def number(self, name: str, default: float) -> float:
         """Return the number of an option."""
         written = self._options.get(name)
@@ -86,8 +102,20 @@ class _Url:
         except ValueError:
             number = -1.0
         if not 0 < number < float("inf"):
-            raise self._invalid(f"has {name}={written}; it is a number of seconds above 0")
+            raise self._invalid(f"has {name}={written}; it is a number above 0")
         return number
+
+    def local(self) -> Path | None:
+        """Return the folder for copies on this machine; None if there are to be none.
+
+        It is ``local=`` in the URL, else ``CACHEPIPE_LOCAL``, else a folder in the user's cache folder.
+        """
+        written = self._options.get("local") or os.environ.get("CACHEPIPE_LOCAL", "")
+        if written == "off":
+            return None
+        if written:
+            return folders.expanded(written)
+        return Path(platformdirs.user_cache_dir("cachepipe", appauthor=False)) / "local"
 
 
 class Asked(_Url):
@@ -95,8 +123,10 @@ class Asked(_Url):
 
     def __init__(self, url: str) -> None:
         super().__init__(url, _OPTIONS)
+        hosts = self.parts.netloc.rpartition("@")[2].split(",")
         try:
-            self.host, self.port = self.parts.hostname or "localhost", self.parts.port or 6379
+            named = [urlsplit(f"//{host}") for host in hosts]
+            self.hosts = [(each.hostname or "localhost", each.port or 6379) for each in named]
         except ValueError:
             raise self._invalid("has no valid host or port") from None
         self.prefix = self._options.get("prefix", PREFIX)
@@ -112,14 +142,14 @@ class Asked(_Url):
         options |= self.credentials()
         if self.scheme == "unix":
             return options | {"unix_socket_path": self.parts.path, "db": self.database()}
-        options |= {"host": self.host, "port": self.port}
+        (options["host"], options["port"]), *others = self.hosts
+        if others and not self.cluster:
+            raise self._invalid("names several hosts, and is not that of a cluster (valkey+cluster://)")
         if self.scheme == "valkeys":
             named = {
-                f"ssl_{name}": self._options[option]
-                for option, name in _TLS.items()
-                if option in self._options
+                f"ssl_{name}": self.file(option) for option, name in _TLS.items() if option in self._options
             }
-            options |= {"ssl": True, **named}
+            options |= {"ssl": True, "ssl_check_hostname": True, **named}
         return options if self.cluster else options | {"db": self.database()}
 
     def database(self) -> int:
@@ -153,7 +183,7 @@ class Asked(_Url):
         """
         from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
 
-        client = valkey.client_of(self.options(), cluster=self.cluster)
+        client = valkey.client_of(self.options(), self.hosts if self.cluster else None)
         return lambda: valkey.ValkeyEngine(client, self.where, self.prefix, create=create, full=full)
 
 
@@ -161,7 +191,7 @@ class Database(_Url):
     """What the URL of a PostgreSQL server says."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(url, ("schema", *_WAITS, *_LIBPQ))
+        super().__init__(url, ("schema", *_WAITS, *_LOCAL, *_LIBPQ))
         self.schema = self._options.get("schema", PREFIX)
         if not _SCHEMA.fullmatch(self.schema):
             raise self._invalid(
@@ -174,6 +204,7 @@ class Database(_Url):
         from psycopg import ProgrammingError, conninfo  # noqa: PLC0415 - an extra
 
         given = {name: self._options[name] for name in _LIBPQ if name in self._options}
+        given |= {name: self.file(name) for name in _FILES if given.get(name, "system") != "system"}
         url = f"postgresql://{self.parts.netloc}{self.parts.path}"
         try:
             options = conninfo.conninfo_to_dict(url, **given)
@@ -235,5 +266,7 @@ def _session(url: str, *, create: bool, full: bool) -> Session:
     except ImportError as error:
         raise StoreError(f"the cache {asked.where} cannot be opened: {error}") from error
     patience = asked.number("patience", PATIENCE)
-    engine = patiently(opener, asked.where, min(patience, OPENING))
-    return Session(engine, patience=patience, lease=asked.number("lease", LEASE))
+    engine = patiently(opener, asked.where, patience, for_nobody=OPENING)
+    folder, megabytes = asked.local(), asked.number("local_mb", MEGABYTES)
+    copies = None if folder is None else copies_in(folder, engine, megabytes)
+    return Session(engine, patience=patience, lease=asked.number("lease", LEASE), copies=copies)

@@ -16,11 +16,15 @@ from importlib import resources
 from itertools import islice
 from typing import Any, Final
 
-from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
-from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults
+from cachepipe.errors import FormatError, StoreError
+from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults, tls_fault, warn_once
+from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
+    CHANGES,
     RECEIPT,
+    RECENT,
     TURN,
+    Changes,
     Conflict,
     Read,
     Rows,
@@ -33,7 +37,7 @@ from cachepipe.stores.remote.rows import decoded, encoded
 try:
     from valkey import Valkey, exceptions
     from valkey.backoff import NoBackoff
-    from valkey.cluster import ClusterPipeline, ValkeyCluster
+    from valkey.cluster import ClusterNode, ClusterPipeline, ValkeyCluster
     from valkey.retry import Retry
 except ImportError as error:  # pragma: no cover - the tests have it
     raise ImportError("a cache on a server needs valkey: pip install 'cachepipe[valkey]'") from error
@@ -46,7 +50,6 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
-_LISTENS: Final = 1.0  # seconds after which a listener looks whether it is still wanted
 _GLOB: Final = re.compile(rb"([*?\[\]\\])")
 
 _LATER: Final = (
@@ -80,10 +83,16 @@ Command = tuple[bytes | str | int, ...]
 """The name of a command, and its arguments."""
 
 
-def client_of(options: dict[str, Any], *, cluster: bool) -> Client:
-    """Return a client that tries nothing twice by itself: the session does so."""
-    if cluster:
-        return _Cluster(**options)
+def client_of(options: dict[str, Any], cluster: Sequence[tuple[str, int]] | None = None) -> Client:
+    """Return a client that tries nothing twice by itself: the session does so.
+
+    Args:
+        options: options of the client.
+        cluster: hosts and ports of servers of a cluster, if it is one; any of them tells the others.
+    """
+    if cluster is not None:
+        first = {"host": None, "port": None}
+        return _Cluster(**{**options, **first}, startup_nodes=[ClusterNode(*each) for each in cluster])  # type: ignore[no-untyped-call]
     return Valkey(**options, retry=Retry(NoBackoff(), 0))
 
 
@@ -105,10 +114,13 @@ class ValkeyEngine:
         self, client: Client, where: str, prefix: str, *, create: bool = True, full: bool = False
     ) -> None:
         self._client = client
+        self._wires = None if isinstance(client, ValkeyCluster) else Connections(partial(_Wire, client))
         self.where = where
         self._prefix = encoded(prefix)
         self._meta = self._prefix + b":meta"
         self._channel = self._prefix + b":changed"
+        self._changes = self._prefix + b":changes"
+        self._run_ids: list[str] = []
         self._check(full=full)
         self._load()
         self.identity = self._signed(create=create)
@@ -123,8 +135,9 @@ class ValkeyEngine:
         try:
             for server in self._ask(_servers):
                 info = self._ask(partial(_info, server))
+                self._run_ids.append(str(info["run_id"]))
                 for told in faults(info, self._settings(server), full=full):
-                    warn(f"the server at {self.where} {told}", RiskyServer)
+                    warn_once(self.where, told)
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
@@ -142,7 +155,7 @@ class ValkeyEngine:
         try:
             self._ask(lambda client: client.function_load(code, replace=True))
         except _Refused as refused:
-            if not refused.code.startswith("NOPERM"):
+            if "has no permissions" not in refused.code:
                 raise StoreError(
                     f"the server at {self.where} cannot load functions: {refused}. A cache needs Valkey, or "
                     "Redis 7.0 or later"
@@ -184,8 +197,13 @@ class ValkeyEngine:
                 f"the server at {self.where} refuses the credentials: {told}. Give them in the URL, in "
                 "CACHEPIPE_VALKEY_USERNAME and CACHEPIPE_VALKEY_PASSWORD, or with ?password_file=PATH"
             )
+        if isinstance(error, exceptions.ConnectionError) and (fault := tls_fault(told, "?ca")):
+            return StoreError(f"the server at {self.where} {fault}")
         if isinstance(error, _LATER) or told.startswith(_LATER_CODES):
-            return Unreachable(f"{type(error).__name__}: {told}" if told else type(error).__name__)
+            there = isinstance(error, exceptions.ResponseError | exceptions.BusyLoadingError)
+            return Unreachable(
+                f"{type(error).__name__}: {told}" if told else type(error).__name__, there=there
+            )
         return _Refused(self.where, told)
 
     def _told(self, commands: Sequence[Command]) -> list[Any]:
@@ -202,6 +220,31 @@ class ValkeyEngine:
         answers: list[Any] = []
         for start in range(0, len(commands), _AT_ONCE):
             answers += self._ask(partial(_pipelined, commands[start : start + _AT_ONCE]))
+        return self._checked(answers)
+
+    def _called(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the answers of functions, as `_told` does.
+
+        A single server is asked on a connection of our own: the client's way takes several times as long.
+        """
+        if self._wires is None:
+            return self._told(commands)
+        answers: list[Any] = []
+        try:
+            wire = self._wires.take()
+            try:
+                for start in range(0, len(commands), _AT_ONCE):
+                    answers += wire.told(commands[start : start + _AT_ONCE])
+            except BaseException:
+                self._wires.drop(wire)
+                raise
+        except (exceptions.ValkeyError, OSError) as error:
+            raise self._ours(error) from None
+        self._wires.give_back(wire)
+        return self._checked(answers)
+
+    def _checked(self, answers: list[Any]) -> list[Any]:
+        """Return answers; raise the error if one of them is an error."""
         errors = [self._ours(answer) for answer in answers if isinstance(answer, Exception)]
         if not errors:
             return answers
@@ -213,7 +256,7 @@ class ValkeyEngine:
         if not refused.code.endswith("Function not found"):
             return refused
         self._load()  # a server that was emptied, or took over, does not have them
-        return Unreachable("the server had lost the functions")
+        return Unreachable("the server had lost the functions", there=True)
 
     # Names.
 
@@ -235,7 +278,7 @@ class ValkeyEngine:
             commands.append(("FCALL", _READ, 3, *self._names(read.key), *arguments))
         return [
             _rows(read.fields, rows) | _paired(more)
-            for read, (rows, more) in zip(reads, self._told(commands), strict=True)
+            for read, (rows, more) in zip(reads, self._called(commands), strict=True)
         ]
 
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
@@ -248,7 +291,7 @@ class ValkeyEngine:
             commands.append(("FCALL", _SWAP, len(keys), *keys, *self._arguments(swap, who)))
         return [
             None if not state else Conflict(_rows([*swap.expected], rows[0]), state == _RESERVED)
-            for swap, (state, *rows) in zip(swaps, self._told(commands), strict=True)
+            for swap, (state, *rows) in zip(swaps, self._called(commands), strict=True)
         ]
 
     def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
@@ -264,6 +307,11 @@ class ValkeyEngine:
     def rows_of(self, key: str) -> Rows:
         """Return all rows of a key but the samples."""
         return self._all([self._names(key)[0]])[0]
+
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
+        [found] = self._told([("HKEYS", self._names(key)[1])])
+        return list(found)
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples."""
@@ -287,6 +335,30 @@ class ValkeyEngine:
         hashes = [each for name in names for each in (name, name[:-1] + b"p")]
         found = self._told([("HGETALL", each) for each in hashes])
         return [one | other for one, other in zip(found[::2], found[1::2], strict=True)]
+
+    # Changes.
+
+    def announce(self, keys: Sequence[str]) -> list[int]:
+        """Announce a change of each key; return their numbers."""
+        add = ("XADD", self._changes, "MAXLEN", CHANGES, "0-*", b"")
+        return [_numbered(name) for name in self._told([(*add, encoded(key)) for key in keys])]
+
+    def changes(self, since: int | None) -> Changes:
+        """Return the changes from a number on; without a number the recent ones.
+
+        On a cluster the epoch is the one at opening: a server that takes over later is not noticed.
+        """
+        if since is None:
+            command: Command = ("XREVRANGE", self._changes, "+", "-", "COUNT", RECENT)
+        else:
+            command = ("XRANGE", self._changes, f"0-{since}", "+")
+        commands: list[Command] = [command, ("HGET", self._meta, "identity")]
+        if not isinstance(self._client, ValkeyCluster):
+            commands.append(("INFO", "server"))
+        found, identity, *info = self._told(commands)
+        run_ids = [str(each["run_id"]) for each in info] or sorted(self._run_ids)
+        keys = [(_numbered(name), decoded(row[b""])) for name, row in found]
+        return Changes(" ".join([str(identity), *run_ids]), sorted(keys))
 
     # Leases.
 
@@ -324,18 +396,29 @@ class ValkeyEngine:
 
     def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
         """Call a function, in another thread, with each key that a swap wakes; return what ends this."""
-        ended = threading.Event()
-        listening = _Listening(self._client, self._channel, changed, ended)
-        threading.Thread(target=listening, name="cachepipe-listener", daemon=True).start()
-        return ended.set
+
+        def hear(ended: threading.Event) -> None:
+            with self._client.pubsub(ignore_subscribe_messages=True) as subscription:
+                subscription.subscribe(self._channel)
+                while not ended.is_set():
+                    message = subscription.get_message(timeout=LISTENS)
+                    if message is not None:
+                        changed(decoded(message["data"]))
+
+        # A ValueError says that it was closed while it reads.
+        return listen(hear, *_LATER, exceptions.ValkeyError, ValueError)
 
     # The end.
 
     def inherit(self) -> None:
-        """Do nothing: the client makes new connections in a forked child."""
+        """Begin again in a forked child; the client itself makes new connections there."""
+        if self._wires is not None:
+            self._wires.inherit()
 
     def close(self) -> None:
         """Close the connections."""
+        if self._wires is not None:
+            self._wires.close()
         with contextlib.suppress(exceptions.ValkeyError, OSError):
             self._client.close()
 
@@ -352,30 +435,33 @@ class _Refused(StoreError):  # noqa: N818 - says what the server did
         super().__init__(f"the server at {where} refuses: {told}")
 
 
-class _Listening:
-    """Hears which keys have changed, as long as it is wanted. What it misses is found by polling."""
+class _Wire:
+    """A connection to a server, for commands that travel together.
 
-    def __init__(
-        self, client: Client, channel: bytes, changed: Callable[[str], None], ended: threading.Event
-    ) -> None:
-        self._client = client
-        self._channel = channel
-        self._changed = changed
-        self._ended = ended
+    Args:
+        client: a client of the server.
+    """
 
-    def __call__(self) -> None:
-        while not self._ended.is_set():
-            with contextlib.suppress(*_LATER, exceptions.ValkeyError, ValueError):  # closed while it reads
-                self._listen()
-            self._ended.wait(_LISTENS)
+    def __init__(self, client: Client) -> None:
+        self._connection = client.connection_pool.make_connection()
+        self._connection.connect()
 
-    def _listen(self) -> None:
-        with self._client.pubsub(ignore_subscribe_messages=True) as subscription:
-            subscription.subscribe(self._channel)
-            while not self._ended.is_set():
-                message = subscription.get_message(timeout=_LISTENS)
-                if message is not None:
-                    self._changed(decoded(message["data"]))
+    def told(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the answer to each command, or the error that the server answers."""
+        pack = self._connection.pack_command
+        packed = [part for command in commands for part in pack(*command)]
+        self._connection.send_packed_command([b"".join(packed)], check_health=False)
+        return [self._answer() for _ in commands]
+
+    def _answer(self) -> Any:
+        try:
+            return self._connection.read_response()
+        except exceptions.ResponseError as error:
+            return error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.disconnect()
 
 
 def _pipelined(commands: Sequence[Command], client: Client) -> list[Any]:
@@ -401,6 +487,11 @@ def _info(server: Client, _client: Client) -> dict[str, Any]:
 
 def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:
     return {name: row for name, row in zip(fields, rows, strict=True) if row is not None}
+
+
+def _numbered(name: bytes) -> int:
+    """Return the number in the name of an entry of a stream."""
+    return int(name.partition(b"-")[2])
 
 
 def _paired(flat: Sequence[bytes]) -> Rows:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from profiles import sized
+
 from cachepipe.testing import MockServer, MockSettings
 
 CROWD = '''
@@ -14,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import cachepipe
 from cachepipe.clients import AsyncOpenAI, OpenAI
 
-url, folder, *namespaces = sys.argv[1:]
-CALLS, THREADS = 200, 8
+url, folder, calls, *namespaces = sys.argv[1:]
+CALLS, THREADS = int(calls), 8
 at = {"base_url": url, "api_key": "k", "cache": folder, "max_retries": 0}
 
 
@@ -74,11 +76,12 @@ print(json.dumps([crowd(namespace) for namespace in namespaces]))
 
 
 def test_a_crowd_of_threads_and_tasks_is_answered_the_same_in_another_process(tmp_path):
+    count, folder = sized(80, 200), str(tmp_path / "cache")
     with MockServer.in_thread(MockSettings(seed=1, max_tokens=8)) as server:
 
         def crowds(*namespaces):
             ran = subprocess.run(
-                [sys.executable, "-c", CROWD, server.base_url, str(tmp_path / "cache"), *namespaces],
+                [sys.executable, "-c", CROWD, server.base_url, folder, str(count), *namespaces],
                 check=False,
                 capture_output=True,
                 text=True,
@@ -92,5 +95,5 @@ def test_a_crowd_of_threads_and_tasks_is_answered_the_same_in_another_process(tm
         calls = server.stats.requests
         assert crowds("second", "first") == [first, first]
         assert server.stats.requests == calls
-    wanted = sum(1 + number % 3 // 2 for number in range(200))
+    wanted = sum(1 + number % 3 // 2 for number in range(count))
     assert paid == wanted == sum(len(answer) for half in first for answer in half)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
+from profiles import sized
 
 from cachepipe import CacheMiss, MemoryStore
 from cachepipe.clients import AsyncOpenAI, OpenAI
@@ -157,7 +158,7 @@ def like(one, other):
 
 
 @is_quick
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=sized(10, 25), deadline=None)
 @given(arguments, answers, st.lists(choice, min_size=2, max_size=2))
 def test_both_ways_give_one_key_one_body_and_equal_objects(arguments, answer, choices):
     sent = []

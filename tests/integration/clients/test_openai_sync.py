@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import inspect
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from forked import Interpreter
 from openai import Stream
 from pydantic import BaseModel
 
@@ -501,6 +501,16 @@ def test_a_forked_child_closes_its_copy_and_leaves_what_is_in_flight_to_its_pare
     assert [text] == texts(ask(client.in_namespace("b"), "streamed"))
 
 
+MODULES = ["cachepipe.sdk.openai", "openai.resources.chat"]
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory):
+    """What runs programs that use our client and its SDK."""
+    with contextlib.closing(Interpreter(tmp_path_factory.mktemp("programs"), *MODULES)) as made:
+        yield made
+
+
 SCRIPT = """
 import atexit, sys
 from cachepipe.clients import OpenAI
@@ -513,16 +523,10 @@ ask("before")
 """
 
 
-def test_calls_at_interpreter_exit_are_answered(server, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT, server.base_url, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=110,  # the imports alone take a loaded machine half a minute
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 2
+def test_calls_at_interpreter_exit_are_answered(server, interpreter, tmp_path):
+    code, printed, errors = interpreter.run(SCRIPT, server.base_url, str(tmp_path / "cache"), seconds=100)
+    assert (code, errors) == (0, "")
+    assert len(printed.splitlines()) == 2
 
 
 @pytest.mark.parametrize("name", ["__init__", "copy", "with_options"])
@@ -603,17 +607,13 @@ exec(sys.argv[3])
 
 
 @pytest.mark.parametrize("way", EXITS)
-def test_a_program_ends_at_once_and_quietly_though_it_has_left_a_stream(server, tmp_path, way):
+def test_a_program_ends_at_once_and_quietly_though_it_has_left_a_stream(server, interpreter, tmp_path, way):
     events = 0.0 if way == "unread" else 600.0
     server.settings = server.settings.updated({"stream_delay": events, "max_tokens": 50})
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", LEAVES, server.base_url, str(tmp_path), EXITS[way]],
-        capture_output=True,
-        text=True,
-        timeout=110,  # the imports alone take a loaded machine half a minute
-        check=False,
+    code, printed, errors = interpreter.run(
+        LEAVES, server.base_url, str(tmp_path / "cache"), EXITS[way], seconds=100
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (code, printed, errors) == (0, "", "")
 
 
 @pytest.mark.parametrize("stream", [False, True])

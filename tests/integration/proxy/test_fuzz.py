@@ -11,6 +11,7 @@ import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import sized
 
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream
@@ -90,7 +91,7 @@ noise = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=sized(20, 60))
 @given(data=noise, read=st.booleans(), at=st.integers(1, 200))
 def test_noise_ends_nothing(stranger, data, read, at):
     answer = send(stranger, [data[:at], data[at:]], read=read)
@@ -108,7 +109,7 @@ fields = st.sampled_from(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=sized(20, 60))
 @given(
     changes=st.dictionaries(fields, json_values, max_size=4),
     cut=st.integers(0, 3),
@@ -127,7 +128,7 @@ def test_odd_bodies_are_answered_and_only_answers_are_cached(stranger, changes, 
     assert alive(stranger)
 
 
-@settings(max_examples=30)
+@settings(max_examples=sized(10, 30))
 @given(
     length=st.integers(0, 2 * len(GOOD)),
     pieces=st.lists(st.integers(0, len(GOOD)), max_size=4).map(sorted),
@@ -160,7 +161,7 @@ def test_pipelined_requests_are_answered_in_their_order(stranger):
     assert alive(stranger)
 
 
-@settings(max_examples=15)
+@settings(max_examples=sized(6, 15))
 @given(texts=st.lists(st.text(alphabet="abc", min_size=1, max_size=3), min_size=2, max_size=6))
 def test_answers_reach_who_asked(stranger, texts):
     """Many clients at once, each with a question of its own, streamed or not."""

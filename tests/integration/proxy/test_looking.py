@@ -270,6 +270,10 @@ def test_the_commands_serve_and_new_run(command, upstream, asked, tmp_path):
         (["serve", "--upstream", "https://x/v1", "--api-key-env", "NOT_SET"], "NOT_SET is not set"),
         (["serve", "--config", "none.toml"], "cannot be read"),
         (["serve", "--replay", "--cache", "none"], "there is no cache"),
+        (
+            ["serve", "--upstream", "https://x/v1", "--port", "0", "--url-file", "none/url"],
+            "the URL cannot be written to none/url",
+        ),
         (["new-run", "--url", "http://127.0.0.1:9"], "no proxy answers"),
     ],
 )
@@ -281,6 +285,22 @@ def test_what_cannot_be_served_is_said_in_words(arguments, message):
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_proxy_that_cannot_listen_leaves_the_url_of_another_one(tmp_path):
+    from click.testing import CliRunner  # noqa: PLC0415 - only here
+
+    from cachepipe.cli.group import cli  # noqa: PLC0415 - likewise
+
+    file = tmp_path / "url"
+    file.write_text("http://other:8080/v1\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        arguments = ["--upstream", "https://x/v1", "--port", str(taken.getsockname()[1])]
+        result = CliRunner().invoke(cli, ["serve", *arguments, "--url-file", str(file)])
+    assert "cannot listen" in result.output
+    assert file.read_text() == "http://other:8080/v1\n"
 
 
 def test_several_upstreams_may_share_a_config(serve, upstream):

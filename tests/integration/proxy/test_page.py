@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 from playwright.sync_api import expect, sync_playwright
+from profiles import sized
 
 from cachepipe.accounting import Account, Usage
 from cachepipe.proxy import page as page_files
@@ -390,8 +391,11 @@ def test_what_models_answered_does_nothing(visit, serve, recorder, http, helpers
     assert page.evaluate(nothing_of_it) == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize(
+    ("viewport", "scheme"),
+    [(PHONE, "dark"), (WIDE, "light"), *sized([], [(PHONE, "light"), (WIDE, "dark")])],
+    ids=lambda part: part if isinstance(part, str) else f"{part['width']}",
+)
 def test_axe_finds_nothing_wrong(visit, ask, axe, scheme, viewport):
     ask("How many\u202e?", "a", 2)
     key = ask("How many\u202e?", "b", 3)

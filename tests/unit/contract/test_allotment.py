@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from profiles import sized
 
 from cachepipe.contract.allotment import (
     DISCARDED,
@@ -90,7 +91,7 @@ def test_the_lowest_new_index(listed, taken):
     assert lowest_new(interval_set(listed), interval_set(taken)) == min(set(range(60)) - listed - taken)
 
 
-@settings(max_examples=300)
+@settings(max_examples=sized(100, 300))
 @given(st.sets(indices, min_size=3), sets, st.none() | indices, st.booleans())
 @example({0, 1, 2}, {0}, 2, False)
 @example({0, 1, 2}, {2}, 2, False)

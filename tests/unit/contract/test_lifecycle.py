@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import sized
 
 from cachepipe.contract import lifecycle
 from cachepipe.contract.allotment import Segment, added, allot, laid
@@ -373,7 +374,7 @@ def test_c4_a_world_without_failures_buys_what_its_largest_namespace_draws(steps
     assert not world.unreported
 
 
-@settings(max_examples=400)
+@settings(max_examples=sized(100, 400))
 @given(ROUGH)
 def test_c8_failures_and_cancellations_at_any_moment_leave_every_promise_whole(steps):
     world = played(steps)

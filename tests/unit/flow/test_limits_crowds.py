@@ -9,6 +9,7 @@ from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import sized
 
 from cachepipe import Limits
 from cachepipe.testing import FakeClock
@@ -124,14 +125,14 @@ def check_all(made):
         assert len(under_way) <= MOST["max_concurrency"]
 
 
-@settings(max_examples=150)
+@settings(max_examples=sized(40, 150))
 @given(steps)
 def test_no_crowd_exceeds_a_limit_or_leaves_anything_behind(steps):
     with mock.patch("cachepipe.testing.clock._TURNS", 4):
         check_all(asyncio.run(crowd(steps)))
 
 
-@settings(max_examples=30)
+@settings(max_examples=sized(10, 30))
 @given(steps)
 def test_no_crowd_of_two_exceeds_what_they_share(steps):
     with mock.patch("cachepipe.testing.clock._TURNS", 4), tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from profiles import sized
 
 from cachepipe.contract.draws import Claimant, Draw, Identity
 from cachepipe.proxy.idempotency import ProxyRun, RequestCounter
@@ -150,7 +151,7 @@ class Joins(RuleBasedStateMachine):
 
 
 TestJoins = Joins.TestCase
-TestJoins.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestJoins.settings = settings(max_examples=sized(20, 60), stateful_step_count=30, deadline=None)
 
 
 def test_namespaces_of_a_proxy_are_of_several_programs_and_so_are_not_compared():

@@ -1,0 +1,343 @@
+"""Hands what caches hold to others: bundles, merges and copies both ways.
+
+Whatever the engines of the caches are, what is copied keeps its permanent ids and stamps, and nothing is
+renumbered or overwritten. ``contract/entries.py`` has the rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import itertools
+import os
+import secrets
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from heapq import merge as in_key_order
+from importlib.metadata import version
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Final
+
+from cachepipe.contract.draws import label, namespace_of
+from cachepipe.contract.entries import Addition, Entry, addition, joined, rescoped
+from cachepipe.contract.keys import digest
+from cachepipe.errors import ImportRefused, SecretsFound, StoreError
+from cachepipe.stores import open_store
+from cachepipe.stores.base import Adopt, Adopted, Store
+from cachepipe.stores.bundles.manifest import Manifest
+from cachepipe.stores.bundles.reader import Bundle, is_bundle
+from cachepipe.stores.bundles.secrets import Findings
+from cachepipe.stores.bundles.writer import Writer
+
+_BATCH: Final = 500  # entries that are written in one transaction
+_BYTES: Final = 8 << 20  # bytes of their samples
+_SHOWN: Final = 20  # conflicts that an error names
+
+Progress = Callable[[str, int], None]
+"""Gets what is being done, and how many questions are done."""
+Cache = str | os.PathLike[str] | Store
+"""A folder, the URL of a server, a bundle, or an open store."""
+Scopes = str | Mapping[str, str]
+"""The scope that all questions get, or new scopes by old ones."""
+
+
+def _unseen(doing: str, done: int) -> None:
+    """Show no progress."""
+
+
+# Export.
+
+
+def export(
+    cache: Cache,
+    path: str | os.PathLike[str],
+    *,
+    namespaces: Collection[str | None] | None = None,
+    allow_secrets: bool = False,
+    overwrite: bool = False,
+    progress: Progress = _unseen,
+) -> Manifest:
+    """Write what replays some namespaces into a bundle: questions, samples and draws.
+
+    Equal content gives equal bytes, from whichever cache or engine it comes.
+
+    Args:
+        cache: where it comes from.
+        path: the file, by convention with the ending ``.cachepipe``.
+        namespaces: the namespaces; None for all, and for samples that nobody has drawn.
+        allow_secrets: whether texts that look like credentials or private addresses are exported.
+        overwrite: whether a file with other content is replaced.
+        progress: gets how many questions are done.
+
+    Returns:
+        What the bundle holds.
+
+    Raises:
+        SecretsFound: when a text looks like a credential or a private address; then no file is written.
+        StoreError: when the cache cannot be read, or has no draws of a namespace.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise StoreError(f"a bundle is a file; {target} is a folder. Name a file, such as paper.cachepipe")
+    findings = None if allow_secrets else Findings()
+    unused = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        with _opened(cache) as store, unused.open("xb") as file:
+            found = _counted(_slices(store, namespaces), "exporting", progress)
+            manifest = Writer(file, version("cachepipe"), namespaces, findings).write(found)
+            file.flush()
+            os.fsync(file.fileno())
+        if findings is not None and findings.count:
+            raise SecretsFound(findings.found, findings.count)
+        if target.exists() and not overwrite and not filecmp.cmp(target, unused, shallow=False):
+            raise StoreError(
+                f"{target} exists and has other content; name another file, or overwrite it with --overwrite"
+            )
+        unused.replace(target)
+    except OSError as error:
+        raise StoreError(f"the bundle {target} cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unused.unlink()
+    return manifest
+
+
+def _slices(store: Store | Bundle, namespaces: Collection[str | None] | None) -> Iterator[Entry]:
+    """Iterate over the parts of entries that replay some namespaces."""
+    if namespaces is None:
+        yield from _all(store)
+        return
+    labels = {label(name) for name in namespaces}
+    missing = set(labels)
+    for entry in store.entries(labels):
+        found = entry.sliced(labels)
+        if found is not None:
+            missing.difference_update(draw.namespace for draw in found.draws)
+            missing.difference_update(found.users)
+            yield found
+    if missing:
+        names = ", ".join(repr(namespace_of(name)) for name in sorted(missing))
+        raise StoreError(f"the cache has no draws of the namespace {names}; `cachepipe stats` lists them all")
+
+
+def _all(store: Store | Bundle) -> Iterator[Entry]:
+    """Iterate over all that another cache gets."""
+    return (found for entry in store.entries() if (found := entry.sliced()) is not None)
+
+
+def _counted(entries: Iterable[Entry], doing: str, progress: Progress) -> Iterator[Entry]:
+    for number, entry in enumerate(entries, 1):
+        yield entry
+        progress(doing, number)
+
+
+# Import, merge and sync.
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a cache got from others.
+
+    Attributes:
+        questions: how many questions the others hold.
+        new: questions that the cache did not have.
+        more: questions of which it got samples, draws or users that it did not have.
+        same: questions of which it had everything.
+        samples: samples that it got.
+        draws: draws that it got, or that became longer.
+    """
+
+    questions: int = 0
+    new: int = 0
+    more: int = 0
+    same: int = 0
+    samples: int = 0
+    draws: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Conflicts:
+    """What contradicts: sentences, at most some of them, and how many there are."""
+
+    told: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, entry: Entry, found: Addition | Adopted) -> None:
+        for draw in found.different:
+            name = namespace_of(draw.namespace)
+            who = "the shared draw" if draw.shared else f"namespace {name!r}"
+            self._add(f"{who} drew other samples of {entry.key[:16]} in each")
+        for name in found.altered:
+            self._add(f"sample {name} of {entry.key[:16]} is another answer in each")
+
+    def _add(self, what: str) -> None:
+        self.count += 1
+        if len(self.told) < _SHOWN:
+            self.told.append(what)
+
+
+def import_(
+    path: str | os.PathLike[str],
+    cache: Cache,
+    *,
+    scope: Scopes | None = None,
+    progress: Progress = _unseen,
+) -> Counts:
+    """Add what a bundle holds to a cache, without renumbering or overwriting anything.
+
+    The bundle is checked completely before anything is written. An import that was stopped can be repeated.
+
+    Args:
+        path: the bundle.
+        cache: the cache, which is created if it does not exist.
+        scope: puts the questions under another scope.
+        progress: gets how many questions are done.
+
+    Raises:
+        BundleError: when the file is not a bundle, or is damaged.
+        ImportRefused: when a draw of the bundle has other samples in the cache; nothing was changed.
+        StoreError: when the cache cannot be written.
+    """
+    with contextlib.closing(Bundle(path)) as bundle, _opened(cache, write=True) as store:
+        return _combine([bundle], [store], scope, progress)[0]
+
+
+def merge(
+    caches: Sequence[Cache],
+    into: Cache,
+    *,
+    progress: Progress = _unseen,
+) -> Counts:
+    """Add what some caches or bundles hold to another cache; see `import_`."""
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(_opened(cache)) for cache in caches]
+        target = stack.enter_context(_opened(into, write=True))
+        return _combine(sources, [target], None, progress)[0]
+
+
+def sync(one: Cache, other: Cache, *, progress: Progress = _unseen) -> tuple[Counts, Counts]:
+    """Copy between two caches both ways, so that each holds what both held; see `import_`.
+
+    A copy that was stopped continues when it is repeated.
+
+    Returns:
+        What the first one got, and what the second one got.
+    """
+    with _opened(one, write=True) as first, _opened(other, write=True) as second:
+        if first.identity == second.identity:
+            raise StoreError("the two are one cache; name two different ones")
+        found = _combine([first, second], [first, second], None, progress)
+        return found[0], found[1]
+
+
+def _combine(
+    sources: Sequence[Store | Bundle],
+    targets: Sequence[Store],
+    scope: Scopes | None,
+    progress: Progress,
+) -> list[Counts]:
+    """Add what the sources hold to each target, if nothing contradicts; return what each got."""
+    conflicts = _Conflicts()
+    for number, group in enumerate(_groups(sources, scope), 1):
+        held = [target.entry(group[0].key) for target in targets]
+        whole, *others = *filter(None, held), *group
+        for entry in others:
+            found = joined(whole, entry)
+            if found is None:
+                conflicts.add(entry, addition(whole, entry))
+            else:
+                whole = found
+        progress("checking", number)
+    if conflicts.count:
+        raise ImportRefused(
+            conflicts.told,
+            conflicts.count,
+            "Draw in another namespace in one of them, or import one as a bundle under another --scope",
+        )
+    counts = [Counts() for _ in targets]
+    for batch in _batches(_counted_groups(_groups(sources, scope), progress)):
+        for target, count in zip(targets, counts, strict=True):
+            _add(target, batch, count)
+    return counts
+
+
+def _groups(sources: Sequence[Store | Bundle], scope: Scopes | None) -> Iterator[list[Entry]]:
+    """Iterate over what the sources hold of each question."""
+    streams = [_rescoped(_all(source), scope) for source in sources]
+    for _, group in itertools.groupby(in_key_order(*streams, key=attrgetter("key")), attrgetter("key")):
+        yield list(group)
+
+
+def _rescoped(entries: Iterator[Entry], scope: Scopes | None) -> Iterator[Entry]:
+    for entry in entries:
+        new = scope if scope is None or isinstance(scope, str) else scope.get(entry.scope or "")
+        yield entry if new is None else rescoped(entry, new, digest(new, entry.document))
+
+
+def _counted_groups(groups: Iterator[list[Entry]], progress: Progress) -> Iterator[list[Entry]]:
+    for number, group in enumerate(groups, 1):
+        yield group
+        progress("writing", number)
+
+
+def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
+    """Iterate over groups of entries that are written together."""
+    batch: list[list[Entry]] = []
+    size = 0
+    for group in groups:
+        batch.append(group)
+        size += sum(len(sample.payload) for entry in group for sample in entry.samples)
+        if len(batch) >= _BATCH or size >= _BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
+    """Add entries to a store in one transaction."""
+    adopts = [Adopt(entry) for group in batch for entry in group]
+    apply: Any = target.apply_and_wait  # type: ignore[attr-defined]  # all that is opened here has it
+    results = iter(apply(adopts))
+    for group in batch:
+        found = [next(results) for _ in group]
+        if any(result.different or result.altered for result in found):
+            raise StoreError(
+                f"the cache was changed meanwhile, and now contradicts what is added of {group[0].key}. What "
+                "came before was added; try again to see what contradicts"
+            )
+        counts.questions += 1
+        counts.samples += sum(result.samples for result in found)
+        counts.draws += sum(result.draws for result in found)
+        if not any(result.changed for result in found):
+            counts.same += 1
+        elif any(result.new for result in found):
+            counts.new += 1
+        else:
+            counts.more += 1
+
+
+@contextlib.contextmanager
+def _opened(cache: Cache, *, write: bool = False) -> Iterator[Any]:
+    """Open a cache or, for reading, a bundle; an open store stays open."""
+    if isinstance(cache, str | os.PathLike) and is_bundle(cache):
+        if write:
+            raise StoreError(f"{os.fspath(cache)} is a bundle, which is only read; name a folder or a URL")
+        with contextlib.closing(Bundle(cache)) as bundle:
+            yield bundle
+        return
+    store, owned = open_store(
+        cache, durability="full" if write else "process", read_only=None if write else True
+    )
+    try:
+        if write and store.read_only:
+            raise StoreError(f"the cache {store.identity} cannot be written: {store.why_read_only}")
+        yield store
+    finally:
+        if owned:
+            store.close()

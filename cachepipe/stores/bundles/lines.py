@@ -1,0 +1,266 @@
+"""Entries as JSON lines, and back.
+
+| line | content |
+| --- | --- |
+| ``question`` | the key, the scope, the document, and the namespaces that use the shared draw |
+| ``sample`` | the id, the index at which it was generated, the header, and the value |
+| ``draw`` | who drew, and the segments: position, ids, stamp, number generated, place |
+
+The lines of a question follow one another: its samples in order, then its draws. A text of JSON that a parser
+might change is written as a string, so that each byte comes back.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+import orjson
+
+from cachepipe.contract import keys
+from cachepipe.contract.draws import SHARED, Draw, label, namespace_of
+from cachepipe.contract.entries import Entry, EntrySample, EntrySegment
+from cachepipe.contract.schedule import Place
+from cachepipe.errors import BundleError, StoreError
+
+_MOST: Final = 1 << 53  # numbers below it are the same in every reader of JSON
+_ID: Final = re.compile(r"[!#-\[\]-~]{1,200}")  # without quotes and backslashes
+_KEY: Final = re.compile(r"k[0-9]+-[0-9a-f]{64}")
+
+
+# Writing.
+
+
+def lines_of(entry: Entry, meta: list[dict[str, Any]] | None = None) -> Iterator[bytes]:
+    """Iterate over the lines of an entry.
+
+    Args:
+        entry: the entry.
+        meta: gets the headers of its samples.
+
+    Raises:
+        StoreError: when it holds a text that JSON in UTF-8 cannot represent.
+    """
+    question = {"question": entry.key, "scope": entry.scope, "document": _embedded(entry.document)[0]}
+    if entry.users:
+        question["users"] = list(map(namespace_of, entry.users))
+    yield _dumps(question)
+    for sample in entry.samples:
+        header, parsed = _embedded(sample.header)
+        if meta is not None and isinstance(parsed, dict):
+            meta.append(parsed)
+        line = {"sample": sample.id, "index": sample.origin, "header": header}
+        if sample.discarded is not None:
+            line["discarded"] = sample.discarded
+        else:
+            line |= _value(sample.payload)
+        yield _dumps(line)
+    for draw, segments in entry.draws.items():
+        yield _dumps(
+            {
+                "draw": draw.request_id,
+                "namespace": SHARED if draw.shared else namespace_of(draw.namespace),
+                **({"shared": True} if draw.shared else {}),
+                "replicate": namespace_of(draw.replicate),
+                "occurrence": draw.occurrence,
+                "segments": [_segment(each) for each in segments],
+            }
+        )
+
+
+def _dumps(line: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(line) + b"\n"
+    except TypeError as error:
+        raise StoreError(
+            f"a question cannot be exported: {error}. Its namespace, request id or scope holds half of a "
+            "character (a lone surrogate)"
+        ) from error
+
+
+def _embedded(text: bytes) -> tuple[Any, Any]:
+    """Return what stands for a text of JSON in a line, and its value: itself if its bytes come back."""
+    try:
+        value = orjson.loads(text)
+        if type(value) is dict and orjson.dumps(value) == text:
+            return orjson.Fragment(text), value
+    except (TypeError, ValueError):
+        pass
+    return text.decode(errors="surrogateescape"), None
+
+
+def _value(payload: bytes) -> dict[str, Any]:
+    try:
+        if orjson.dumps(orjson.loads(payload)) == payload:
+            return {"value": orjson.Fragment(payload)}
+    except (TypeError, ValueError):
+        pass
+    try:
+        return {"text": payload.decode()}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(payload).decode()}
+
+
+def _segment(segment: EntrySegment) -> list[Any]:
+    place = None if segment.place is None else list(segment.place)
+    return [segment.position, list(segment.samples), segment.stamp, segment.generated, place]
+
+
+# Reading.
+
+
+class Lines:
+    """Reads the lines of a bundle; every value is checked.
+
+    Args:
+        where: the name of the bundle, for errors.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def entries(self, content: bytes) -> Iterator[Entry]:
+        """Iterate over the entries in the lines of a chunk.
+
+        Raises:
+            BundleError: when a line is not what cachepipe writes.
+        """
+        text = b""
+        try:
+            entry: Entry | None = None
+            for text in content.split(b"\n")[:-1]:
+                line = orjson.loads(text)
+                if "question" in line:
+                    if entry is not None:
+                        yield _complete(entry)
+                    entry = _question(line)
+                else:
+                    _add(entry, line)
+            if entry is not None:
+                yield _complete(entry)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise self._refused(text, error) from error
+
+    def refused(self, error: Exception) -> BundleError:
+        """Return the error for content that cachepipe never writes."""
+        return BundleError(f"the bundle {self._where} cannot be used: {error}, which cachepipe never writes")
+
+    def _refused(self, text: bytes, error: Exception) -> BundleError:
+        told = f"no field {error}" if isinstance(error, KeyError) else error
+        return self.refused(ValueError(f"it has the line {text[:80]!r} ({told})"))
+
+
+def _add(entry: Entry | None, line: dict[str, Any]) -> None:
+    """Add the sample or the draw in a line to an entry."""
+    if entry is None:
+        raise ValueError("it comes before any question")
+    if "sample" in line:
+        entry.samples.append(_sample(line))
+        return
+    draw, segments = _draw(line, entry.key)
+    _check(draw not in entry.draws, "the draw comes twice")
+    entry.draws[draw] = segments
+
+
+def _question(line: dict[str, Any]) -> Entry:
+    key, scope, document = line["question"], line["scope"], _text(line["document"])
+    _check(type(key) is str and _KEY.fullmatch(key) is not None, "the key has another form")
+    _check(scope is None or type(scope) is str, "the scope is not a string")
+    _check(not key.startswith(f"{keys.FORMAT}-") or keys.digest(scope, document) == key, "the key is another")
+    users = [_label(name) for name in line.get("users", ())]
+    _check(users == sorted({*users}), "the users are not in order")
+    return Entry(key, scope, document, users=users)
+
+
+def _sample(line: dict[str, Any]) -> EntrySample:
+    name, header = line["sample"], line["header"]
+    _check(type(name) is str and _ID.fullmatch(name) is not None, "the id has another form")
+    text = _text(header)
+    known = header if type(header) is dict else orjson.loads(text)
+    _check(
+        text.startswith(b'{"id":"%b","stamp":' % name.encode())
+        and known["id"] == name
+        and "origin" not in known,
+        "the header is of another sample",
+    )
+    _number(known["stamp"])
+    why = line.get("discarded")
+    _check(why is None or type(why) is str, "the reason is not a string")
+    payload = b"" if why is not None else _payload(line)
+    return EntrySample(name, _number(line["index"]), text, payload, why)
+
+
+def _payload(line: dict[str, Any]) -> bytes:
+    if "value" in line:
+        return orjson.dumps(line["value"])
+    if "text" in line:
+        text: str = line["text"]
+        return text.encode()
+    try:
+        return base64.b64decode(line["base64"], validate=True)
+    except binascii.Error as error:
+        raise ValueError("it is not base64") from error
+
+
+def _draw(line: dict[str, Any], key: str) -> tuple[Draw, list[EntrySegment]]:
+    request_id = line["draw"]
+    _check(type(request_id) is str, "the request id is not a string")
+    namespace = SHARED if line.get("shared") is True else _label(line["namespace"])
+    draw = Draw(namespace, key, request_id, _number(line["occurrence"]), _label(line["replicate"]))
+    segments, length = [], 0
+    for number, (position, names, stamp, generated, place) in enumerate(line["segments"]):
+        _check(_number(position) <= length, "a segment begins after the end of the draw")
+        _check(type(names) is list and all(name is None or type(name) is str for name in names), "no ids")
+        _check(_number(generated) <= len(names), "more samples generated than drawn")
+        noted = None if place is None else Place(*map(_number, place))
+        segments.append(EntrySegment(position, tuple(names), _number(stamp), generated, noted, number))
+        length = max(length, position + len(names))
+    _check(bool(segments), "the draw is empty")
+    return draw, segments
+
+
+def _complete(entry: Entry) -> Entry:
+    """Return an entry whose samples and draws fit together."""
+    order = [(sample.origin, sample.id) for sample in entry.samples]
+    _check(all(map(tuple.__lt__, order, order[1:])), "the samples are not in order")
+    known = {name for _, name in order}
+    _check(len(known) == len(order), "two samples have one id")
+    _check(list(entry.draws) == sorted(entry.draws), "the draws are not in order")
+    taken: set[tuple[str, str]] = set()
+    for draw, segments in entry.draws.items():
+        names = {name for segment in segments for name in segment.samples if name is not None}
+        _check(names <= known, "a draw has a sample that is not there")
+        mine = {(draw.namespace, name) for name in names}
+        _check(taken.isdisjoint(mine), "two draws of a namespace share a sample")
+        taken |= mine
+        for segment in segments:
+            present = [name for name in segment.samples if name is not None]
+            _check(len({*present}) == len(present), "a draw has a sample twice")
+    return entry
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _MOST:
+        raise ValueError(f"{value!r:.40} is not a number from 0 to 2**53")
+    return value
+
+
+def _label(name: Any) -> str:
+    _check(name is None or type(name) is str, "a name is not a string")
+    return label(name)
+
+
+def _text(embedded: Any) -> bytes:
+    """Return the text of JSON that `_embedded` has written."""
+    if type(embedded) is str:
+        return embedded.encode(errors="surrogateescape")
+    _check(type(embedded) is dict, "it is not an object")
+    return orjson.dumps(embedded)

@@ -1,0 +1,130 @@
+"""Reads bundles: whole, one question after another, or one question by its key."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Final
+
+from cachepipe.contract.entries import Entry
+from cachepipe.errors import BundleError
+from cachepipe.stores.bundles import SUFFIX, container
+from cachepipe.stores.bundles.container import Chunk
+from cachepipe.stores.bundles.lines import Lines
+from cachepipe.stores.bundles.manifest import Manifest
+
+_KEPT: Final = 8  # chunks whose entries are kept in memory
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    """Return True if a path names a bundle: a file, or nothing yet with the name of a bundle."""
+    found = Path(path)
+    return found.is_file() or (found.suffix == SUFFIX and not found.is_dir())
+
+
+class Bundle:
+    """A bundle, opened for reading. Thread-safe.
+
+    Args:
+        path: the file.
+
+    Raises:
+        BundleError: when it is not a bundle, or its manifest is damaged.
+        FormatError: when a later version of cachepipe wrote it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._where = str(self.path)
+        try:
+            self._file = self.path.open("rb")
+        except OSError as error:
+            raise BundleError(f"the bundle {self._where} cannot be read: {error.strerror}") from error
+        self._lock = threading.Lock()
+        self._lines = Lines(self._where)
+        self._entries: OrderedDict[int, dict[str, Entry]] = OrderedDict()
+        try:
+            content, end = container.read_manifest(self._file, self._where)
+            self.manifest = Manifest.loads(content, self._where)
+            _check_chunks(self.manifest.chunks, end, self._lines)
+        except BaseException:
+            self._file.close()
+            raise
+        self._firsts = [chunk.first for chunk in self.manifest.chunks]
+        self.identity = f"bundle:{self.manifest.content}"
+
+    def __repr__(self) -> str:
+        return f"<Bundle {self.path} {self.manifest.counts['samples']} samples>"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def entry(self, key: str) -> Entry | None:
+        """Return the entry of a question, or None.
+
+        Raises:
+            BundleError: when its chunk is damaged.
+        """
+        place = bisect.bisect_right(self._firsts, key) - 1
+        if place < 0:
+            return None
+        with self._lock:
+            found = self._entries.get(place)
+            if found is None:
+                found = {entry.key: entry for entry in self._chunk(self.manifest.chunks[place])}
+                self._entries[place] = found
+                if len(self._entries) > _KEPT:
+                    self._entries.popitem(last=False)
+            self._entries.move_to_end(place)
+        return found.get(key)
+
+    def entries(self, namespaces: Collection[str] | None = None) -> Iterator[Entry]:
+        """Iterate over all entries, in the order of their keys.
+
+        Args:
+            namespaces: the labels of the wanted namespaces, for a store; here all entries are read.
+
+        Raises:
+            BundleError: when the bundle is damaged; what came before is what was written.
+        """
+        del namespaces
+        counts = dict.fromkeys(self.manifest.counts, 0)
+        content = hashlib.sha256()
+        last = ""
+        for chunk in self.manifest.chunks:
+            with self._lock:
+                lines = container.read_chunk(self._file, chunk, self._where)
+            content.update(lines)
+            for entry in self._lines.entries(lines):
+                if not last < entry.key:
+                    raise self._lines.refused(ValueError(f"the question {entry.key} is not in order"))
+                last = entry.key
+                gone = sum(sample.discarded is not None for sample in entry.samples)
+                counts["questions"] += 1
+                counts["samples"] += len(entry.samples) - gone
+                counts["discarded"] += gone
+                counts["draws"] += len(entry.draws)
+                yield entry
+        if counts != self.manifest.counts or content.hexdigest() != self.manifest.content:
+            raise self._lines.refused(ValueError("its manifest says something else than its lines"))
+
+    def _chunk(self, chunk: Chunk) -> Iterator[Entry]:
+        return self._lines.entries(container.read_chunk(self._file, chunk, self._where))
+
+
+def _check_chunks(chunks: list[Chunk], end: int, lines: Lines) -> None:
+    """Raise an error unless chunks follow one another from the beginning to the end."""
+    offset = 0
+    for chunk in chunks:
+        if chunk.offset != offset or chunk.length <= 0 or chunk.size <= 0:
+            raise lines.refused(ValueError("its chunks do not follow one another"))
+        offset += chunk.length
+    firsts = [chunk.first for chunk in chunks]
+    if offset != end or firsts != sorted({*firsts}):
+        raise lines.refused(ValueError("its chunks do not follow one another"))
