@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from cachepipe.adapting import has_batch, has_request
 from cachepipe.errors import StoreError
-from cachepipe.stores import check_folder, default_folder
+from cachepipe.stores import default_folder
 from cachepipe.stores.folders import expanded
 from cachepipe.stores.remote import is_url, shown
 from cachepipe.typedefs import Mode, Repeat
@@ -75,7 +75,6 @@ def _named(cache: str | os.PathLike[str]) -> str:
             f"cache is a URL or a folder, because an open store stays in its process; got {cache!r:.200}"
         )
     if not isinstance(cache, str) or not is_url(cache):
-        check_folder(cache)
         return str(expanded(cache))
     place, _, options = cache.partition("://")[2].partition("?")
     if ":" in place.rpartition("@")[0] or options != shown(cache).partition("?")[2]:
