@@ -87,6 +87,9 @@ if TYPE_CHECKING:
         ImportRefused as ImportRefused,
     )
     from cachepipe.errors import (
+        LayerIgnored as LayerIgnored,
+    )
+    from cachepipe.errors import (
         LostSamples as LostSamples,
     )
     from cachepipe.errors import (
@@ -229,6 +232,7 @@ _HOMES = {
         "FormatError",
         "FreshIds",
         "ImportRefused",
+        "LayerIgnored",
         "LostSamples",
         "NotStorable",
         "NotStored",

@@ -233,6 +233,10 @@ def warn(message: str, category: type[CachepipeWarning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+class LayerIgnored(CachepipeWarning):
+    """A lower layer of a cache contradicts the ones above it for a question, and is not used for it."""
+
+
 class SharedDraw(CachepipeWarning):
     """Two live processes made the same draw, and so share its samples."""
 

@@ -105,9 +105,12 @@ def start(
     check_local("the server's folder", place, "Name a folder on a local disk, such as /tmp/valkey")
     file = place / "password" if password_file is None else folders.expanded(password_file)
     command = _program(program)
-    folders.make(place)
-    folders.make_private(place)
-    descriptor = _lock(place)
+    try:
+        folders.make(place)
+        folders.make_private(place)
+        descriptor = _lock(place)
+    except OSError as error:
+        raise StoreError(f"the server's folder {place} cannot be used: {error.strerror or error}") from error
     if descriptor is None:
         return _awaited(place, sleep), False
     try:
@@ -332,7 +335,7 @@ def _client(place: Path) -> Any:
     except (OSError, KeyError) as error:
         raise StoreError(f"the server in {place} cannot be asked: no password: {error}") from error
     options = {"host": address_here(kept["bind"]), "port": kept["port"], "password": password}
-    return client_of({**options, "socket_timeout": 5.0, "socket_connect_timeout": 5.0}, cluster=False)
+    return client_of({**options, "socket_timeout": 5.0, "socket_connect_timeout": 5.0})
 
 
 def _status(place: Path) -> Status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -105,7 +106,7 @@ def start(
         "Machines that cannot read the password file: leave ?password_file=... out, and set "
         "CACHEPIPE_VALKEY_PASSWORD to its content."
     )
-    click.echo(f"Stop it: cachepipe valkey stop --dir {visible(str(found.folder))}")
+    click.echo(f"Stop it: cachepipe valkey stop --dir {visible(shlex.quote(str(found.folder)))}")
 
 
 @valkey.command()

@@ -91,6 +91,7 @@ def _verify_server(url: str, *, repair: bool) -> tuple[IntegrityReport, Integrit
         if not repair or report.whole:
             return report, None
         asyncio.run(repairs.discard(store, report))
+        asyncio.run(repairs.list_again(store, report))
         return check(store.session), report
 
 

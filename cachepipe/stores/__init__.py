@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from cachepipe.stores.base import Store
+from cachepipe.stores.bundles.reader import is_bundle
 from cachepipe.stores.disk import DiskStore
 from cachepipe.stores.folders import expanded, homeless
 from cachepipe.stores.memory import MemoryStore
@@ -55,6 +56,8 @@ def open_store(
 ) -> tuple[Store, bool]:
     """Return the store for a path, a URL, a ``diskcache.Cache``, a store, or None for the default folder.
 
+    A bundle is only read. Of a list of these, the first one is written, and the others are read below it.
+
     Returns:
         The store, and whether this function opened it, so that the caller must close it.
     """
@@ -62,6 +65,20 @@ def open_store(
         cache = default_folder()
     if hasattr(type(cache), "apply_now"):
         return cache, False
+    if isinstance(cache, list | tuple) or (
+        isinstance(cache, str | os.PathLike) and not is_url(str(cache)) and is_bundle(cache)
+    ):
+        from cachepipe.stores.layers import open_layers  # noqa: PLC0415 - only when it is needed
+
+        def open_one(one: Any, write: bool) -> tuple[Store, bool]:
+            return open_store(
+                one,
+                durability=durability,
+                wait_for_others=wait_for_others,
+                read_only=read_only if write else True,
+            )
+
+        return open_layers(cache if isinstance(cache, list | tuple) else [cache], open_one), True
     if isinstance(cache, str) and is_url(cache):
         from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - only when it is needed
 
@@ -78,5 +95,6 @@ def open_store(
         )
         return store, True
     raise TypeError(
-        f"cache= takes a folder, a URL, a diskcache.Cache or a store such as MemoryStore(); got {cache!r}"
+        "cache= takes a folder, a URL, a bundle, a diskcache.Cache, a store such as MemoryStore(), or a list "
+        f"of these; got {cache!r}"
     )

@@ -303,6 +303,7 @@ def _commit(ledger: Ledger, commit: Commit) -> Committed:
     there = None if index is None else rows.sample(index)
     kept = index is not None and _keeps_index(ledger, rows, commit, index, there)
     if kept and isinstance(there, Sample):
+        rows.listed.add(there.index)
         return Committed(there, kept=True)  # written earlier, by a transaction that was interrupted
     if index is None or not kept:
         listed = rows.listed
@@ -381,7 +382,7 @@ def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
             if sample.discarded is not None:
                 key.discard(index, sample.discarded)
         for draw, segments in add.segments:
-            rows = ledger.draw(draw)
+            rows = ledger.inserting(draw)
             for segment, generated in segments:
                 rows.insert(segment, generated)
         if add.users:

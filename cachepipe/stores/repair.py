@@ -17,7 +17,7 @@ from typing import Final
 from cachepipe.contract.draws import SHARED
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores import identity, mounts, tables
-from cachepipe.stores.base import Discard, Operation, Store
+from cachepipe.stores.base import Commit, Discard, Operation, Store
 from cachepipe.stores.disk import DiskStore, connect
 from cachepipe.stores.sets import LargeSet
 from cachepipe.stores.tables import LISTED
@@ -129,6 +129,14 @@ def _discards(store: Store, report: IntegrityReport) -> Iterator[Operation]:
                 yield Discard(key, index, "cachepipe verify found it missing")
     for key, index in report.discards:
         yield Discard(key, index, "it was discarded, and nothing says why")
+
+
+async def list_again(store: Store, report: IntegrityReport) -> None:
+    """List stored samples again; a cache in a folder does so in its ledger."""
+    for key, index in report.unlisted:
+        sample = store.sample(key, index)
+        if sample is not None:
+            await store.apply([Commit(key, index, sample.payload, {}, sample.id)])
 
 
 # The ledger.

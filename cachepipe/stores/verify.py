@@ -414,7 +414,7 @@ class _Check:
         if listed is None:
             return
         there = sorted({*question.stored, *question.pending})
-        for start, stop in _gaps(listed, there):
+        for start, stop in gaps(listed, there):
             self._report.absent.append(Absent(key, start, stop))
             self._report.add("missing", _name(key, start, stop), stop - start)
         self._report.unlisted += [Stored(key, index) for index in question.stored if index not in listed]
@@ -470,7 +470,7 @@ class _Check:
         for namespace, taken in question.taken.items():
             if taken is not None and namespace not in unsure:
                 known = sorted({*drawn.get(namespace, ()), *question.discarded})
-                for start, stop in _gaps(taken, known):
+                for start, stop in gaps(taken, known):
                     whose = _whose(self._labels[namespace])
                     self._report.add("undrawn", f"{_name(question.key, start, stop)}, {whose}", stop - start)
 
@@ -620,7 +620,7 @@ WRONG_FIRSTS: Final = (
 """Notes of the earliest namespace of a draw that the rows of the draw do not confirm."""
 
 
-def _gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Interval]:
+def gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Interval]:
     """Iterate over what is left of intervals without some indices, which are sorted."""
     place = 0
     for start, stop in intervals:

@@ -178,6 +178,12 @@ class MemoryEngine:
         """Return all rows of a key but the samples."""
         return dict(self.scan(key)).get(key, {})
 
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key."""
+        self._called()
+        with self._lock:
+            return [name for name in self.rows.get(key, {}) if name.startswith(SAMPLE)]
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, without the samples."""
         self._called()

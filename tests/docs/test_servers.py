@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAGE = (Path(__file__).parents[2] / "docs" / "servers.md").read_text()
 URL = "postgresql://lab@db.example:5432/lab?schema=team"
 
@@ -16,13 +18,17 @@ def example(name):
     return re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[1]
 
 
-def test_the_program_prints_what_the_page_shows(new_postgres_url, tmp_path):
-    url = new_postgres_url()
+@pytest.mark.parametrize(
+    ("kind", "session", "shown"),
+    [("postgres", "session", URL), ("valkey", "valkey", "valkey://cache.example:6379/0?prefix=team")],
+)
+def test_the_program_prints_what_the_page_shows(request, tmp_path, kind, session, shown):
+    url = request.getfixturevalue(f"new_{kind}_url")()
     (tmp_path / "roll.py").write_text(example("program").replace(URL, url))
-    lines = example("session").splitlines()
+    lines = example(session).splitlines()
     commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     done = subprocess.run(
-        ["bash", "-ec", "\n".join(commands).replace(URL, url)],
+        ["bash", "-ec", "\n".join(commands).replace(shown, url)],
         cwd=tmp_path,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
@@ -30,4 +36,5 @@ def test_the_program_prints_what_the_page_shows(new_postgres_url, tmp_path):
         check=False,
     )
     assert done.stderr == ""
-    assert done.stdout.splitlines() == [line for line in lines if not line.startswith("$ ")]
+    printed = [line for line in lines if not line.startswith("$ ")]
+    assert done.stdout.splitlines() == [line.replace(shown, url) for line in printed]

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from cachepipe import OnlineAPI, Request, open_store
 from cachepipe.cli.group import cli
 from cachepipe.stores.remote.engine import Read, Swap
+from cachepipe.stores.remote.rows import pack
 from cachepipe.testing import ScriptedModel
 
 
@@ -131,6 +132,26 @@ def test_c12_verify_finds_what_was_damaged_on_a_server_and_repairs_what_it_can(r
             return await pipeline.request(Request("first question", n=2, request_id="r", namespace="a"))
 
     assert asyncio.run(again()).indices == (3, 1)
+
+
+def test_c12_verify_finds_samples_that_are_not_listed_and_lists_them_again(run, url):
+    key = lines(run("ls", "--json"))[0]["key"]
+    write(url, key, lambda rows: rows | {b"L": pack(key, b"L", b"0-1 2-3")})
+    [report] = lines(run("verify", "--json", code=1))
+    assert {one["kind"]: one["examples"] for one in report["problems"]} == {"unlisted": [f"{key}/1"]}
+    assert "nothing is wrong" in run("verify", "--repair")
+    [shown] = lines(run("show", key, "--json"))
+    assert [sample["index"] for sample in shown["samples"]] == [0, 1, 2]
+
+
+def test_c12_a_list_that_names_any_number_of_samples_costs_no_time(run, url):
+    key = lines(run("ls", "--json"))[0]["key"]
+    write(url, key, lambda rows: rows | {b"L": pack(key, b"L", b"0-1000000000000000000")})
+    [report] = lines(run("verify", "--json", code=1))
+    assert {one["kind"]: one["count"] for one in report["problems"]} == {"missing": 10**18 - 3}
+    [shown] = lines(run("show", key, "--json"))
+    assert [sample["index"] for sample in shown["samples"]] == [0, 1, 2]
+    run("stats")
 
 
 @pytest.mark.parametrize(

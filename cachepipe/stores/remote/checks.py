@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from cachepipe.errors import RiskyServer, warn
+
 SETTINGS: Final = ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy", "min-replicas-to-write")
 """The settings of a Valkey or Redis server that are looked at."""
 DATABASE_SETTINGS: Final = ("fsync", "full_page_writes", "synchronous_standby_names")
@@ -36,6 +38,17 @@ def tls_fault(told: str, option: str) -> str | None:
     if "does not support SSL" in told:
         return f"does not offer TLS on this port: {told}. Name its port for TLS in the URL"
     return None
+
+
+_told: set[tuple[str, str]] = set()
+"""What was told of the servers of caches in this process."""
+
+
+def warn_once(where: str, fault: str) -> None:
+    """Warn of a server that may lose samples, once per cache and process."""
+    if (where, fault) not in _told:
+        _told.add((where, fault))
+        warn(f"the server at {where} {fault}", RiskyServer)
 
 
 class Unfit(Exception):  # noqa: N818 - says what the server is

@@ -186,6 +186,10 @@ class Engine(Protocol):
         """Return all rows of a key but the samples."""
         ...
 
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
+        ...
+
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples.
 

@@ -105,8 +105,12 @@ class Listing:
         """Iterate over the samples of a key by index; discarded ones are left out."""
         self._check()
         [found] = self.session.asked(lambda: self.session.engine.read([Read(key, [rows.LISTED])]))
-        listed = _Key(key, found).indices(rows.LISTED)
-        return self._samples(key, _each(listed))
+        return self._samples(key, self._stored(_Key(key, found)))
+
+    def _stored(self, one: _Key) -> list[int]:
+        """Return the listed indices with a sample; a damaged list may name any number of others."""
+        listed = one.indices(rows.LISTED)
+        return [index for index in sample_indices(self.session, one.name) if index in listed]
 
     def _samples(self, key: str, indices: Iterable[int]) -> Iterator[Sample]:
         for index, row in self._rows_of_samples(key, indices):
@@ -176,7 +180,7 @@ class Listing:
         """Iterate over all samples, the discarded ones too, as they count in what was spent."""
         for one in self._keys():
             held = covered(sorted(itertools.chain.from_iterable(taken for _, taken in one.taken())))
-            for index, row in self._rows_of_samples(one.name, _each(one.indices(rows.LISTED))):
+            for index, row in self._rows_of_samples(one.name, self._stored(one)):
                 try:
                     header, gone = rows.header_in(one.name, index, row)
                 except (DamagedCache, UnsafeRow):
@@ -288,9 +292,9 @@ class _Key(NamedTuple):
         return [name for name in self.rows if name.startswith(prefix)]
 
 
-def _each(intervals: Iterable[Interval]) -> Iterator[int]:
-    for interval in intervals:
-        yield from range(*interval)
+def sample_indices(session: Session, key: str) -> list[int]:
+    """Return the indices of the stored samples of a key, in order; the discarded ones are among them."""
+    return rows.indices_in(session.asked(lambda: session.engine.samples_of(key)), SAMPLE)
 
 
 def _size(intervals: Iterable[Interval]) -> int:

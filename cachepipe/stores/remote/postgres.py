@@ -15,8 +15,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final, TypeVar
 
-from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
-from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults, tls_fault
+from cachepipe.errors import FormatError, StoreError
+from cachepipe.stores.remote.checks import DATABASE_SETTINGS, Unfit, database_faults, tls_fault, warn_once
 from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
     CHANGES,
@@ -106,7 +106,7 @@ class PostgresEngine:
         )
         try:
             for told in database_faults(version, settings, replica=replica, replicas=replicas):
-                warn(f"the server at {self.where} {told}", RiskyServer)
+                warn_once(self.where, told)
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
@@ -285,6 +285,11 @@ class PostgresEngine:
             "select coalesce(long, field), content from SCHEMA.ledger where key = %s", [encoded(key)]
         )
         return dict(found)
+
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
+        found = self._ask("select field from SCHEMA.samples where key = %s", [encoded(key)])
+        return [name for (name,) in found]
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in order, with all rows but the samples."""

@@ -310,7 +310,8 @@ def load_lease(key: str, name: bytes, content: bytes) -> int:
 
 def indices_in(rows: Iterable[bytes], prefix: bytes) -> list[int]:
     """Return the numbers of the fields with a prefix, in order."""
-    return sorted(int(name[len(prefix) :]) for name in rows if name.startswith(prefix))
+    numbers = [name[len(prefix) :] for name in rows if name.startswith(prefix)]
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def load_sums(loads: Callable[[bytes], _Sums], key: str, name: bytes, content: bytes) -> _Sums:

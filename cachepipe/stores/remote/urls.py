@@ -123,8 +123,10 @@ class Asked(_Url):
 
     def __init__(self, url: str) -> None:
         super().__init__(url, _OPTIONS)
+        hosts = self.parts.netloc.rpartition("@")[2].split(",")
         try:
-            self.host, self.port = self.parts.hostname or "localhost", self.parts.port or 6379
+            named = [urlsplit(f"//{host}") for host in hosts]
+            self.hosts = [(each.hostname or "localhost", each.port or 6379) for each in named]
         except ValueError:
             raise self._invalid("has no valid host or port") from None
         self.prefix = self._options.get("prefix", PREFIX)
@@ -140,7 +142,9 @@ class Asked(_Url):
         options |= self.credentials()
         if self.scheme == "unix":
             return options | {"unix_socket_path": self.parts.path, "db": self.database()}
-        options |= {"host": self.host, "port": self.port}
+        (options["host"], options["port"]), *others = self.hosts
+        if others and not self.cluster:
+            raise self._invalid("names several hosts, and is not that of a cluster (valkey+cluster://)")
         if self.scheme == "valkeys":
             named = {
                 f"ssl_{name}": self.file(option) for option, name in _TLS.items() if option in self._options
@@ -179,7 +183,7 @@ class Asked(_Url):
         """
         from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
 
-        client = valkey.client_of(self.options(), cluster=self.cluster)
+        client = valkey.client_of(self.options(), self.hosts if self.cluster else None)
         return lambda: valkey.ValkeyEngine(client, self.where, self.prefix, create=create, full=full)
 
 

@@ -16,8 +16,8 @@ from importlib import resources
 from itertools import islice
 from typing import Any, Final
 
-from cachepipe.errors import FormatError, RiskyServer, StoreError, warn
-from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults, tls_fault
+from cachepipe.errors import FormatError, StoreError
+from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults, tls_fault, warn_once
 from cachepipe.stores.remote.connections import LISTENS, Connections, listen
 from cachepipe.stores.remote.engine import (
     CHANGES,
@@ -37,7 +37,7 @@ from cachepipe.stores.remote.rows import decoded, encoded
 try:
     from valkey import Valkey, exceptions
     from valkey.backoff import NoBackoff
-    from valkey.cluster import ClusterPipeline, ValkeyCluster
+    from valkey.cluster import ClusterNode, ClusterPipeline, ValkeyCluster
     from valkey.retry import Retry
 except ImportError as error:  # pragma: no cover - the tests have it
     raise ImportError("a cache on a server needs valkey: pip install 'cachepipe[valkey]'") from error
@@ -83,10 +83,16 @@ Command = tuple[bytes | str | int, ...]
 """The name of a command, and its arguments."""
 
 
-def client_of(options: dict[str, Any], *, cluster: bool) -> Client:
-    """Return a client that tries nothing twice by itself: the session does so."""
-    if cluster:
-        return _Cluster(**options)
+def client_of(options: dict[str, Any], cluster: Sequence[tuple[str, int]] | None = None) -> Client:
+    """Return a client that tries nothing twice by itself: the session does so.
+
+    Args:
+        options: options of the client.
+        cluster: hosts and ports of servers of a cluster, if it is one; any of them tells the others.
+    """
+    if cluster is not None:
+        first = {"host": None, "port": None}
+        return _Cluster(**{**options, **first}, startup_nodes=[ClusterNode(*each) for each in cluster])  # type: ignore[no-untyped-call]
     return Valkey(**options, retry=Retry(NoBackoff(), 0))
 
 
@@ -131,7 +137,7 @@ class ValkeyEngine:
                 info = self._ask(partial(_info, server))
                 self._run_ids.append(str(info["run_id"]))
                 for told in faults(info, self._settings(server), full=full):
-                    warn(f"the server at {self.where} {told}", RiskyServer)
+                    warn_once(self.where, told)
         except Unfit as error:
             raise StoreError(f"the server at {self.where} {error}") from None
 
@@ -149,7 +155,7 @@ class ValkeyEngine:
         try:
             self._ask(lambda client: client.function_load(code, replace=True))
         except _Refused as refused:
-            if not refused.code.startswith("NOPERM"):
+            if "has no permissions" not in refused.code:
                 raise StoreError(
                     f"the server at {self.where} cannot load functions: {refused}. A cache needs Valkey, or "
                     "Redis 7.0 or later"
@@ -301,6 +307,11 @@ class ValkeyEngine:
     def rows_of(self, key: str) -> Rows:
         """Return all rows of a key but the samples."""
         return self._all([self._names(key)[0]])[0]
+
+    def samples_of(self, key: str) -> list[bytes]:
+        """Return the fields of all samples of a key, in any order."""
+        [found] = self._told([("HKEYS", self._names(key)[1])])
+        return list(found)
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """Iterate over the keys with a prefix, in any order, with all rows but the samples."""

@@ -18,10 +18,11 @@ from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
+from cachepipe.stores.remote.listing import sample_indices
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
 from cachepipe.stores.remote.session import RUN, Session
 from cachepipe.stores.tables import load_purse
-from cachepipe.stores.verify import Absent, IntegrityReport, Step, Stored
+from cachepipe.stores.verify import Absent, IntegrityReport, Step, Stored, gaps
 
 _PAGE: Final = 100  # samples that are read in one round trip
 
@@ -70,7 +71,7 @@ class _Key:
         if listed is not None:
             if stray := sorted(index for index in pending if index not in listed):
                 self._report.add("lease", f"{self._key}: sample {stray[0]} is not listed", len(stray))
-            self._check_samples(index for index in _each_of(listed) if index not in pending)
+            self._check_list(listed, pending)
         self._check_draws()
 
     def _each(self, prefix: bytes, read: Any, kind: str) -> None:
@@ -110,20 +111,36 @@ class _Key:
 
     # Samples.
 
+    def _check_list(self, listed: IntervalSet, pending: set[int]) -> None:
+        """Compare the list with what is stored; the work is bounded by what is stored."""
+        stored = sample_indices(self._session, self._key)
+        for start, stop in gaps(listed, sorted({*stored, *pending})):
+            self._report.add("missing", f"{self._key}/{start}", stop - start)
+            self._report.absent.append(Absent(self._key, start, stop))
+        self._check_samples(index for index in stored if index in listed)
+        if unlisted := [index for index in stored if index not in listed]:
+            [now] = self._session.asked(lambda: self._session.engine.read([Read(self._key, [rows.LISTED])]))
+            later = self._listed(now)
+            for index in unlisted:
+                if index not in later:  # those that are were stored since the list was read
+                    self._report.add("unlisted", f"{self._key}/{index}")
+                    self._report.unlisted.append(Stored(self._key, index))
+
+    def _listed(self, found: Rows) -> IntervalSet:
+        content = rows.unpack(self._key, rows.LISTED, found[rows.LISTED]) if rows.LISTED in found else b""
+        return rows.load_set(self._key, rows.LISTED, content)
+
     def _check_samples(self, indices: Iterable[int]) -> None:
         left = iter(indices)
         while page := list(itertools.islice(left, _PAGE)):
             read = Read(self._key, [rows.numbered(SAMPLE, index) for index in page])
             found = self._session.asked(lambda read=read: self._session.engine.read([read]))[0]  # type: ignore[misc]
             for index in page:
-                self._check_sample(index, found.get(rows.numbered(SAMPLE, index)))
+                if (row := found.get(rows.numbered(SAMPLE, index))) is not None:
+                    self._check_sample(index, row)
 
-    def _check_sample(self, index: int, row: bytes | None) -> None:
+    def _check_sample(self, index: int, row: bytes) -> None:
         where = f"{self._key}/{index}"
-        if row is None:
-            self._report.add("missing", where)
-            self._report.absent.append(Absent(self._key, index, index + 1))
-            return
         try:
             _, gone = rows.header_in(self._key, index, row)
         except (DamagedCache, UnsafeRow):
@@ -159,7 +176,3 @@ class _Key:
             if taken is not None and (lost := sorted(index for index in indices if index not in taken)):
                 shown = "shared draws" if namespace == SHARED else repr(namespace)
                 self._report.add("unassigned", f"{self._key}/{lost[0]} in {shown}", len(lost))
-
-
-def _each_of(indices: IntervalSet) -> Iterable[int]:
-    return itertools.chain.from_iterable(range(*interval) for interval in indices)
