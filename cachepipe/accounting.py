@@ -229,6 +229,13 @@ class Account:
         cost, unpriced = self.cost(price)
         return {**self.counts(), "cost": cost, "unpriced": unpriced}
 
+    def of_seller(self, seller: Seller) -> Account:
+        """Return the sums of one model at one URL."""
+        part = Account()
+        if seller in self.sold:
+            part.sold[seller] = self.sold[seller]
+        return part
+
     def rows(self) -> list[list[Any]]:
         """Return the sums as JSON can hold them: a model, a URL and the counts in the order of ``NAMES``."""
         return [[*seller, *(sums[name] for name in NAMES)] for seller, sums in self.sold.items()]

@@ -79,7 +79,7 @@ def _lines(found: Explanation, limit: int | None) -> Iterator[str]:
     yield f"  {found.stored:,} of {counted(found.n, 'sample')} stored"
     if found.why:
         yield f"  why: {visible(found.why)}"
-    for difference in found.differences:
+    for difference in found.differences if len(found.differences) > 1 else ():
         yield f"    {visible(str(difference))}"
     if found.drawn:
         yield f"  {counted(len(found.drawn), 'draw')} of this question:"

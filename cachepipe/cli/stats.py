@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe import prices
 from cachepipe.accounting import Statement
 from cachepipe.cli import common
 from cachepipe.cli.common import counted, json_text, opened
 from cachepipe.contract.draws import SHARED, label, namespace_of
+from cachepipe.prices import Prices
 from cachepipe.stores.base import NamespaceInfo
-from cachepipe.stores.sums import statements
+from cachepipe.stores.sums import RunStatement, run_statements
 
 if TYPE_CHECKING:
     from cachepipe.stores.base import Listed
@@ -40,6 +40,9 @@ With --json:
   wasted                 the part of spent that no namespace holds
   namespaces             a list of namespace, draws, drawn, generated, reused, reused_share, and the sums
   shared                 draws, drawn, generated of shared draws (embeddings, repeat="same")
+  models                 a list of model, url, and the sums of its samples
+  runs                   with --runs a list of run, namespace, first, last (when its first and last sample was
+                         stored, in seconds since 1970, or null), requests, and the sums; else null
   scopes                 with --scopes a list of scope, keys, samples, pending; else null
 Each sum has samples, unknown (samples without usage, in no count of tokens), prompt_tokens,
 completion_tokens, total_tokens, cached_tokens, reasoning_tokens, cost (US dollars, or null), unpriced.
@@ -50,32 +53,65 @@ A running process adds what it has answered every few seconds; a killed one has 
 @click.command(epilog=_STATS_JSON)
 @common.cache_option
 @click.option("--scopes", is_flag=True, help="Count by scope too; this reads every key.")
+@click.option("--runs", is_flag=True, help="List the runs, with what each spent and saved.")
+@click.option(
+    "--prices", metavar="FILE", type=click.Path(dir_okay=False), help="A JSON file with prices by model."
+)
 @common.limit_option(50, "The largest number of rows in a table")
 @common.json_option("one object; see below")
-def stats(*, cache: str | None, scopes: bool, limit: int, as_json: bool) -> None:
+def stats(
+    *, cache: str | None, scopes: bool, runs: bool, prices: str | None, limit: int, as_json: bool
+) -> None:
     """Count the samples, what each namespace generated and reused, and what it spent and saved.
 
     Of the samples that a namespace has drawn, some were generated for it, and it reused the others. Shared
     draws (embeddings, repeat="same") are counted separately; their costs and savings belong to the
     namespaces that ask. Costs in money need the extra cachepipe[prices].
     """
+    priced = Prices() if prices is None else Prices.load(prices)
     with opened(cache) as store:
-        sums = statements(store)
-        figures = _figures(store, sums, scopes=scopes)
+        each = run_statements(store)
+        sums: dict[str, Statement] = {}
+        for run in each:
+            sums.setdefault(run.namespace, Statement()).join(run.statement)
+        figures = _figures(store, sums, priced, scopes=scopes)
+    figures["runs"] = [_run(run, priced) for run in each] if runs else None
     if as_json:
         click.echo(json_text(figures))
     else:
-        _print_stats(figures, sums, limit)
+        _print_stats(figures, sums, limit, priced)
 
 
-def _figures(store: Listed, sums: Mapping[str, Statement], *, scopes: bool) -> dict[str, Any]:
+def _run(run: RunStatement, prices: Prices) -> dict[str, Any]:
+    return {
+        "run": run.run,
+        "namespace": namespace_of(run.namespace),
+        "first": run.first,
+        "last": run.last,
+        **_sums(run.statement, prices),
+    }
+
+
+def _models(total: Statement, prices: Prices) -> list[dict[str, Any]]:
+    """Return the sums by model and URL, the dearest first."""
+    accounts = total.accounts()
+    sellers = dict.fromkeys(seller for account in accounts.values() for seller in account.sold)
+    rows = []
+    for seller in sellers:
+        parts = {name: account.of_seller(seller) for name, account in accounts.items()}
+        sums = {name: part.as_dict(prices.cost_of_sum) for name, part in parts.items()}
+        rows.append({"model": seller[0], "url": seller[1], **sums})
+    return sorted(rows, key=lambda row: -row["spent"]["total_tokens"])
+
+
+def _figures(store: Listed, sums: Mapping[str, Statement], prices: Prices, *, scopes: bool) -> dict[str, Any]:
     totals, known = store.totals(), _known(store, sums)
     namespaces = [
         {
             "namespace": info.namespace,
             "draws": info.draws,
             **_drawn(info.samples, info.generated),
-            **_sums(sums.get(label(info.namespace), Statement())),
+            **_sums(sums.get(label(info.namespace), Statement()), prices),
         }
         for info in known
     ]
@@ -86,7 +122,8 @@ def _figures(store: Listed, sums: Mapping[str, Statement], *, scopes: bool) -> d
         "bytes": store.size(),
         **{name: totals[name] for name in ("keys", "samples", "pending", "discarded", "draws")},
         **_drawn(sum(info.samples for info in known), sum(info.generated for info in known)),
-        **_sums(_total(sums)),
+        **_sums(_total(sums), prices),
+        "models": _models(_total(sums), prices),
         "namespaces": namespaces,
         "shared": {
             "draws": len(shared),
@@ -112,7 +149,7 @@ def _total(sums: Mapping[str, Statement]) -> Statement:
     return total
 
 
-def _sums(statement: Statement) -> dict[str, Any]:
+def _sums(statement: Statement, prices: Prices) -> dict[str, Any]:
     """Return the sums of a namespace, or of all."""
     accounts = statement.accounts()
     return {
@@ -163,7 +200,7 @@ _SCOPES: Final[common.Columns] = {
 }
 
 
-def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int) -> None:
+def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int, prices: Prices) -> None:
     extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
     share = f"{figures['reused']:,} of {figures['drawn']:,} samples drawn ({_share_of(figures)})"
     taken = "" if figures["bytes"] is None else f" ({common.size(figures['bytes'])})"
@@ -177,13 +214,26 @@ def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: 
     accounts = _total(sums).accounts()
     for name, account in accounts.items():
         samples = counted(account.counts()["samples"], "sample")
-        facts.append((name.replace("_", " "), f"{samples}, {common.money(account)}"))
+        facts.append((name.replace("_", " "), f"{samples}, {common.money(account, prices)}"))
     common.print_facts(facts)
     namespaces = figures["namespaces"]
     _print_rows(_DRAWN, namespaces, limit, "namespace", last=_shared_row(figures["shared"]))
     sums_of = {f">{name.replace('_', ' ')}": _tokens_of(name) for name in accounts}
     tokens: common.Columns = {"tokens of namespace": _name_of, ">requests": "requests", **sums_of}
     _print_rows(tokens, namespaces, limit)
+    models: common.Columns = {
+        "tokens of model": lambda row: row["model"] or "(none)",
+        "url": "url",
+        **sums_of,
+    }
+    _print_rows(models, figures["models"], limit)
+    runs: common.Columns = {
+        "run": lambda row: row["run"] or "(unknown)",
+        "namespace": _name_of,
+        "first sample": lambda row: "-" if row["first"] is None else common.when(row["first"]),
+        **{name: tokens[name] for name in (">requests", ">spent", ">billed", ">saved", ">wasted")},
+    }
+    _print_rows(runs, (figures["runs"] or [])[::-1], limit, "run")
     _print_rows(_SCOPES, figures["scopes"] or [], limit, "scope")
 
 

@@ -12,7 +12,7 @@ from cachepipe.accounting import Statement
 from cachepipe.cli.common import counted, money
 from cachepipe.ray.settings import RaySettings
 from cachepipe.stores import open_store
-from cachepipe.stores.sums import statements
+from cachepipe.stores.sums import run_statements
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
@@ -110,8 +110,9 @@ def summary(settings: RaySettings, answers: Dataset | None = None, *, prefix: st
     store, owned = open_store(settings.cache, read_only=True)
     total = Statement()
     try:
-        for statement in statements(store, settings.run).values():
-            total.join(statement)
+        for each in run_statements(store):
+            if each.run == settings.run:
+                total.join(each.statement)
     finally:
         if owned:
             store.close()

@@ -15,7 +15,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
@@ -219,51 +221,97 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def statements(store: Store, run: str | None = None) -> dict[str, Statement]:
-    """Return what a cache has cost and saved, by the label of the namespace.
+@dataclass
+class RunStatement:
+    """What a run has cost and saved in one namespace.
 
-    Args:
-        store: the store.
-        run: the name of a run that alone counts; None counts all.
+    Attributes:
+        run: the name of the run; empty for samples that name none.
+        namespace: the label of the namespace.
+        statement: the sums.
+        first: when the first sample that it generated was stored, in seconds since 1970; None if it generated
+            none.
+        last: when the last one was.
+    """
+
+    run: str
+    namespace: str
+    statement: Statement = field(default_factory=Statement)
+    first: float | None = None
+    last: float | None = None
+
+    def saw(self, stamps: Iterable[float]) -> None:
+        """Take note of when samples were stored."""
+        seen = [stamp for stamp in (self.first, self.last, *stamps) if stamp is not None]
+        self.first, self.last = min(seen, default=None), max(seen, default=None)
+
+
+def statements(store: Store) -> dict[str, Statement]:
+    """Return what a cache has cost and saved, by the label of the namespace.
 
     Raises:
         DamagedCache: when the sums are not what was written.
     """
     found: dict[str, Statement] = {}
-
-    def of(namespace: str) -> Statement:
-        if namespace not in found:
-            found[namespace] = Statement()
-        return found[namespace]
-
-    for note in store.sums():
-        if run is not None and note.run != run:
-            continue
-        statement = of(note.namespace)
-        statement.delivered.join(note.delivered)
-        statement.spent.join(note.delivered.unstored)
-        statement.spent.join(note.unreported)
-    waiting: dict[tuple[str, str | None, bool], list[bytes]] = {}
-    bought = store.bought()
-    while each := list(itertools.islice(bought, MOST)):
-        for scope, header, held in each:
-            made_for, namespace = _origin_of(header)
-            if run is None or made_for == run:
-                waiting.setdefault((namespace, scope, held), []).append(header)
-        for (namespace, scope, held), headers in waiting.items():
-            statement = of(namespace)
-            statement.spent.add_all(headers, scope or "")
-            if held:
-                statement.held.add_all(headers, scope or "")
-        waiting.clear()
+    for run in run_statements(store):
+        found.setdefault(run.namespace, Statement()).join(run.statement)
     return found
 
 
-def _origin_of(header: bytes) -> tuple[Any, str]:
-    """Return the run and the label of the namespace that a sample was generated for, if known."""
+def run_statements(store: Store) -> list[RunStatement]:
+    """Return what the runs of a cache have cost and saved in each namespace, the oldest first.
+
+    Runs that have generated nothing come first.
+
+    Raises:
+        DamagedCache: when the sums are not what was written.
+    """
+    found: dict[tuple[str, str], RunStatement] = {}
+
+    def of(run: str, namespace: str) -> RunStatement:
+        place = (run, namespace)
+        if place not in found:
+            found[place] = RunStatement(run, namespace)
+        return found[place]
+
+    for note in store.sums():
+        statement = of(note.run, note.namespace).statement
+        statement.delivered.join(note.delivered)
+        statement.spent.join(note.delivered.unstored)
+        statement.spent.join(note.unreported)
+    waiting: dict[tuple[str, str, str | None, bool], list[bytes]] = {}
+    stamps: dict[tuple[str, str], list[float]] = {}
+    bought = store.bought()
+    while each := list(itertools.islice(bought, MOST)):
+        for scope, header, held in each:
+            run, namespace, stamp = _made_for(header)
+            waiting.setdefault((run, namespace, scope, held), []).append(header)
+            if stamp is not None:
+                stamps.setdefault((run, namespace), []).append(stamp)
+        for (run, namespace, scope, held), headers in waiting.items():
+            statement = of(run, namespace).statement
+            statement.spent.add_all(headers, scope or "")
+            if held:
+                statement.held.add_all(headers, scope or "")
+        for place, seen in stamps.items():
+            of(*place).saw(seen)
+        waiting.clear()
+        stamps.clear()
+    return sorted(found.values(), key=lambda run: run.first or 0.0)
+
+
+def _made_for(header: bytes) -> tuple[str, str, float | None]:
+    """Return the run and the label of the namespace that a sample was generated for, and when it was stored.
+
+    The label is that of None if nothing says so.
+    """
     try:
         meta = orjson.loads(header)
-        run, namespace = meta.get("run"), meta.get("namespace")
+        run, namespace, stamp = meta.get("run"), meta.get("namespace"), meta.get("stamp")
     except (ValueError, AttributeError):
-        run = namespace = None
-    return run, namespace if isinstance(namespace, str) else label(None)
+        return "", label(None), None
+    return (
+        run if isinstance(run, str) else "",
+        namespace if isinstance(namespace, str) else label(None),
+        stamp / 1e6 if isinstance(stamp, int) else None,
+    )

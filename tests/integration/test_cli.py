@@ -196,6 +196,25 @@ def test_c6_stats_tell_what_was_spent_and_what_each_rerun_saved(replayed):
     assert (own["namespace"], own["spent"]["unknown"], own["saved"]["samples"]) == (None, 1, 0)
 
 
+def test_c6_stats_of_models_and_runs_add_up(replayed, tmp_path):
+    prices = tmp_path / "prices.json"
+    prices.write_text('{"unheard-of": {"prompt": 1, "completion": 1}, "gpt-4o": {"prompt": 0}}')
+    figures = as_json("stats", "--cache", replayed, "--runs", "--prices", str(prices))
+    costs = {each["model"]: each["spent"]["cost"] for each in figures["models"]}
+    assert costs == {"unheard-of": pytest.approx(0.0011), "gpt-4o": 0.0, None: None}
+    runs = figures["runs"]
+    assert len(runs) == 4
+    for name in SUMS:
+        for each in (runs, figures["models"]):
+            assert sum(row[name]["total_tokens"] for row in each) == figures[name]["total_tokens"]
+    assert [run["saved"]["samples"] for run in runs if run["first"] is None] == [3, 3]
+    assert [run["spent"]["samples"] for run in runs if run["first"] is not None] == [3, 1]
+    assert as_json("stats", "--cache", replayed)["runs"] is None
+    output = called("stats", "--cache", replayed, "--runs").stdout
+    assert re.search(r"^run +namespace +first sample +requests +spent", output, re.MULTILINE)
+    assert re.search(r"^gpt-4o +https://api.openai.com/v1/chat/completions", output, re.MULTILINE)
+
+
 def test_c6_stats_say_unknown_and_not_nothing(replayed):
     output = called("stats", "--cache", replayed).stdout
     assert re.search(r"^saved +6 samples, 6,600 tokens, \$", output, re.MULTILINE)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
-from cachepipe.contract.allotment import choose
+from cachepipe.contract.allotment import choose, lowest_listed_free
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.entries import NOBODY
 from cachepipe.contract.intervals import IntervalSet
@@ -375,6 +375,26 @@ class Session:
         ]
         pages = self.asked(lambda: self.engine.read(reads))
         return [self.recalled(draw, n, page) for (draw, n), page in zip(draws, pages, strict=True)]
+
+    def look(self, claims: Sequence[Claim]) -> list[Grant | bool]:
+        """Return for each claim its grant if the draw is known, else whether a sample may be at hand."""
+        reads: list[Read] = []
+        for claim in claims:
+            name = rows.draw_field(claim.draw)
+            fields = [rows.CHANGED, rows.LISTED, rows.taken_field(claim.draw.namespace), name]
+            reads.append(Read(claim.draw.key, fields, [name]))
+        pages = self.asked(lambda: self.engine.read(reads))
+        return [self._looked(claim, page) for claim, page in zip(claims, pages, strict=True)]
+
+    def _looked(self, claim: Claim, found: Rows) -> Grant | bool:
+        draw = claim.draw
+        if rows.draw_field(draw) in found:
+            return self.recalled(draw, claim.n, found) or True
+        listed, taken = (
+            rows.load_set(draw.key, name, rows.unpack(draw.key, name, found[name]) if name in found else b"")
+            for name in (rows.LISTED, rows.taken_field(draw.namespace))
+        )
+        return lowest_listed_free(listed, taken) is not None
 
     def recalled(self, draw: Draw, n: int, found: Rows) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
