@@ -115,7 +115,7 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
             pipelines: dict[str, cachepipe.OnlineAPI] = {}
             for name, place in {
                 "a server": f"{url}?local=off",
-                "a server, with a local copy": f"{url}?local={folder / 'local'}",
+                "a server, with a local copy": f"{url}?prefix=copied&local={folder / 'local'}",
                 "a folder": folder / "disk",
             }.items():
                 answers = {data.user(request): data.text("sample") for request in cache.known}

@@ -98,6 +98,10 @@ class BatchSettings:
         Callable[["Report"], None] | None,
         "Called with the report when the input has been checked, and whenever a line has ended.",
     ] = None
+    why: Annotated[
+        Callable[[int, str, str], None] | None,
+        "Called for each question that lacks samples with the number of its line, its key, and why.",
+    ] = None
     stop: Annotated[Stop, "Stops the run early."] = field(default_factory=Stop)
     grace: Annotated[float, "Seconds that requests in flight have after the run is asked to stop."] = 60.0
 

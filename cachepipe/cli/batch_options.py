@@ -114,7 +114,7 @@ def settings_in(options: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a run among a command's options."""
     from cachepipe.prices import Prices  # noqa: PLC0415 - so that --help is quick
 
-    found = {name: value for name, value in options.items() if name in HELP}
+    found = {name: value for name, value in options.items() if name in HELP and name != "why"}
     prices = options.get("prices")
     found["prices"] = None if prices is None else Prices.load(prices)
     return found

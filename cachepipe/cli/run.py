@@ -82,6 +82,7 @@ Run the same command again to continue: answers that were paid for are not asked
 )
 @count("max_retries", "--retries", least=0)
 @setting("timeout", type=click.FloatRange(min=0, min_open=True))
+@click.option("--why", is_flag=True, help="Print for each line that lacks samples why it does.")
 @setting("max_cost", type=click.FloatRange(min=0), metavar="USD")
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be done, and do nothing: see `cachepipe plan`."
@@ -157,6 +158,8 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
         )
     given = settings_in(options)
     ours = {"api_key": key, "cache": cache, "mode": mode, "progress": screen.update}
+    if options["why"]:
+        ours["why"] = lambda line, key, why: screen.say(visible(f"line {line} misses {key[:15]}: {why}"))
     try:
         settings = BatchSettings(**{**given, **ours})
     except ValueError as error:

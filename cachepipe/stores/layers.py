@@ -139,7 +139,7 @@ class LayeredStore:
         return self._memory.recall(draw, n)
 
     def look(self, claims: Sequence[Claim]) -> None:
-        """Return None: only a claim finds what the lower layers hold."""
+        """Return None: a sample may be in a lower layer, and only a claim brings it up."""
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored in some layer, else None."""
