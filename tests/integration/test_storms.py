@@ -34,13 +34,14 @@ LOG = logging.getLogger(__name__)
 WORKER = """
 import asyncio, itertools, json, os, sys, warnings
 from cachepipe import OnlineAPI, Request, Response, SharedDraw
-from cachepipe.errors import FreshIds
+from cachepipe.errors import FailedOver, FreshIds
 url, log, name, namespace, *numbers = sys.argv[1:]
 count, questions, at_once = map(int, numbers)
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", ".*confirms samples that no replica has")
 warnings.simplefilter("ignore", SharedDraw)  # its predecessor's lease may not have ended yet
 warnings.simplefilter("ignore", FreshIds)
+warnings.simplefilter("ignore", FailedOver)
 serial = itertools.count()
 made = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
