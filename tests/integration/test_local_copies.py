@@ -149,13 +149,13 @@ def test_copies_do_not_mix_with_tables_that_are_restored_from_a_backup(new_postg
     store, _ = open_store(url)
     engine = store.session.engine
     for table in ("keys", "ledger", "samples"):
-        engine._ask(f"create table SCHEMA.saved_{table} as select * from SCHEMA.{table}")
+        engine._ask(f"create table SCHEMA.saved_{table} as select * from SCHEMA.{table}")  # noqa: S608 - names are above
     asyncio.run(answers(url, 6))
     store.session.local.follow()
     assert known(store) == (6, 6)
     for table in ("keys", "ledger", "samples"):
         engine._ask(f"truncate SCHEMA.{table}")
-        engine._ask(f"insert into SCHEMA.{table} select * from SCHEMA.saved_{table}")
+        engine._ask(f"insert into SCHEMA.{table} select * from SCHEMA.saved_{table}")  # noqa: S608 - likewise
     assert known(store) == (3, 0)
     store.close()
 
