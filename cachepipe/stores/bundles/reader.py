@@ -23,8 +23,9 @@ _KEPT: Final = 8  # chunks whose entries are kept in memory
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
     """Return True if a path names a bundle: a file, or nothing yet with the name of a bundle."""
-    found = Path(path)
-    return found.is_file() or (found.suffix == SUFFIX and not found.is_dir())
+    # The functions of os.path, unlike the methods, also answer for a path that cannot be looked at.
+    is_named = os.path.splitext(path)[1] == SUFFIX  # noqa: PTH122
+    return os.path.isfile(path) or (is_named and not os.path.isdir(path))  # noqa: PTH112, PTH113
 
 
 class Bundle:

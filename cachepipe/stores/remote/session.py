@@ -67,6 +67,10 @@ RUN: Final = "~"
 _T = TypeVar("_T")
 
 
+class SessionEnded(StoreError):  # noqa: N818 - says what the session is
+    """The session cannot be used any more."""
+
+
 class User(Protocol):
     """A store that uses a session."""
 
@@ -177,8 +181,14 @@ class Session:
             self.local.inherit()
 
     def join(self, user: User) -> None:
-        """Note that a store uses the session."""
+        """Note that a store uses the session.
+
+        Raises:
+            SessionEnded: when the last store that used it was closed.
+        """
         with self._leasing:
+            if self.ended:
+                raise SessionEnded(f"the cache {self.engine.where} was closed; open it again")
             self._users.add(user)
 
     def leave(self, user: User) -> None:

@@ -51,6 +51,8 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
+_HISTORY: Final = ("server", "replication")
+"""What a server says of its process, and of its history of writes: a restored one has another."""
 _GLOB: Final = re.compile(rb"([*?\[\]\\])")
 
 _LATER: Final = (
@@ -121,7 +123,6 @@ class ValkeyEngine:
         self._meta = self._prefix + b":meta"
         self._channel = self._prefix + b":changed"
         self._changes = self._prefix + b":changes"
-        self._run_ids: list[str] = []
         self._check(full=full)
         self._load()
         self.identity = self._signed(create=create)
@@ -136,7 +137,6 @@ class ValkeyEngine:
         try:
             for server in self._ask(_servers):
                 info = self._ask(partial(_info, server))
-                self._run_ids.append(str(info["run_id"]))
                 for told in faults(info, self._settings(server), full=full):
                     warn_once(self.where, told)
         except Unfit as error:
@@ -347,19 +347,21 @@ class ValkeyEngine:
     def changes(self, since: int | None) -> Changes:
         """Return the changes from a number on; without a number the recent ones.
 
-        On a cluster the epoch is the one at opening: a server that takes over later is not noticed.
+        The epoch is which cache it is, and which servers have which history of writes.
         """
         if since is None:
             command: Command = ("XREVRANGE", self._changes, "+", "-", "COUNT", RECENT)
         else:
             command = ("XRANGE", self._changes, f"0-{since}", "+")
         commands: list[Command] = [command, ("HGET", self._meta, "identity")]
-        if not isinstance(self._client, ValkeyCluster):
-            commands.append(("INFO", "server"))
-        found, identity, *info = self._told(commands)
-        run_ids = [str(each["run_id"]) for each in info] or sorted(self._run_ids)
+        if isinstance(self._client, ValkeyCluster):
+            info = self._ask(_infos)
+            found, identity = self._told(commands)
+        else:
+            found, identity, *info = self._told([*commands, ("INFO", *_HISTORY)])
+        servers = sorted(f"{each['run_id']}/{each['master_replid']}" for each in info)
         keys = [(_numbered(name), decoded(row[b""])) for name, row in found]
-        return Changes(" ".join([str(identity), *run_ids]), sorted(keys))
+        return Changes(" ".join([str(identity), *servers]), sorted(keys))
 
     # Leases.
 
@@ -495,6 +497,13 @@ def _servers(client: Client) -> list[Client]:
         each: Any = client
         return [each.get_valkey_connection(node) for node in each.get_primaries()]
     return [client]
+
+
+def _infos(client: Client) -> list[dict[str, Any]]:
+    """Return what the primaries of a cluster say of themselves."""
+    nodes = client.get_primaries()
+    found: dict[str, dict[str, Any]] = client.info(*_HISTORY, target_nodes=nodes)
+    return [found[node.name] for node in nodes] if len(nodes) > 1 else [found]
 
 
 def _info(server: Client, _client: Client) -> dict[str, Any]:
