@@ -12,8 +12,9 @@ import itertools
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from heapq import merge as in_key_order
 from importlib.metadata import version
 from operator import attrgetter
@@ -39,6 +40,8 @@ Progress = Callable[[str, int], None]
 """Gets what is being done, and how many questions are done."""
 Cache = str | os.PathLike[str] | Store
 """A folder, the URL of a server, a bundle, or an open store."""
+Caches = Cache | Sequence[Cache]
+"""A cache, or a list of caches that are read together."""
 Scopes = str | Mapping[str, str]
 """The scope that all questions get, or new scopes by old ones."""
 
@@ -51,7 +54,7 @@ def _unseen(doing: str, done: int) -> None:
 
 
 def export(
-    cache: Cache,
+    cache: Caches,
     path: str | os.PathLike[str],
     *,
     namespaces: Collection[str | None] | None = None,
@@ -84,8 +87,8 @@ def export(
     findings = None if allow_secrets else Findings()
     unused = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        with _opened(cache) as store, unused.open("xb") as file:
-            found = _counted(_slices(store, namespaces), "exporting", progress)
+        with contextlib.closing(slices(cache, namespaces)) as read, unused.open("xb") as file:
+            found = _counted(_checked(read, namespaces), "exporting", progress)
             manifest = Writer(file, version("cachepipe"), namespaces, findings).write(found)
             file.flush()
             os.fsync(file.fileno())
@@ -104,19 +107,25 @@ def export(
     return manifest
 
 
-def _slices(store: Store | Bundle, namespaces: Collection[str | None] | None) -> Iterator[Entry]:
-    """Iterate over the parts of entries that replay some namespaces."""
-    if namespaces is None:
-        yield from _all(store)
-        return
-    labels = {label(name) for name in namespaces}
-    missing = set(labels)
-    for entry in store.entries(labels):
-        found = entry.sliced(labels)
-        if found is not None:
-            missing.difference_update(draw.namespace for draw in found.draws)
-            missing.difference_update(found.users)
-            yield found
+def slices(cache: Caches, namespaces: Collection[str | None] | None) -> Generator[Entry]:
+    """Iterate over the parts of entries that replay some namespaces, or over all; see `export`."""
+    labels = None if namespaces is None else {label(name) for name in namespaces}
+    with contextlib.ExitStack() as stack:
+        caches: Any = cache if isinstance(cache, list | tuple) else [cache]
+        sources = [stack.enter_context(_opened(one)) for one in caches]
+        parts = [map(Entry.sliced, source.entries(labels), itertools.repeat(labels)) for source in sources]
+        entries = in_key_order(*(filter(None, each) for each in parts), key=attrgetter("key"))
+        for _, group in itertools.groupby(entries, attrgetter("key")):
+            yield reduce(lambda whole, entry: joined(whole, entry) or whole, group)
+
+
+def _checked(entries: Iterable[Entry], namespaces: Collection[str | None] | None) -> Iterator[Entry]:
+    """Iterate over entries; raise an error at the end if a namespace has no draws."""
+    missing = {label(name) for name in namespaces or ()}
+    for entry in entries:
+        missing.difference_update(draw.namespace for draw in entry.draws)
+        missing.difference_update(entry.users)
+        yield entry
     if missing:
         names = ", ".join(repr(namespace_of(name)) for name in sorted(missing))
         raise StoreError(f"the cache has no draws of the namespace {names}; `cachepipe stats` lists them all")
