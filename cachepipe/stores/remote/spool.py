@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -59,22 +60,40 @@ class Spool:
             _append(self.folder / _FILE, b"".join(_line(commit, lease) for commit in commits))
         return self.folder / _FILE
 
-    def empty(self, write: Callable[[Commit, int], Result | StoreError]) -> None:
+    def empty(self, write: Callable[[Commit, int], Result | StoreError | None]) -> None:
         """Write the samples to the store; those that it refuses stay in another file.
 
         Args:
-            write: commits a sample that was generated under a lease; returns the result or the error.
+            write: commits a sample that was generated under a lease, unless the store has it; returns the
+                result or the error.
 
         Raises:
-            StoreUnreachable: when the store does not answer; the samples stay.
+            StoreUnreachable: when the store does not answer; the samples that it did not take stay.
         """
         if not self:
             return
         with leases.alone(self.folder):
             path = self.folder / _FILE
-            lines = path.read_bytes().splitlines(keepends=True)
-            refused = [told for line in lines if (told := _written(write, line)) is not None]
-            self._keep(refused)
+            left = deque(path.read_bytes().splitlines(keepends=True))
+            refused: list[tuple[bytes, StoreError]] = []
+            try:
+                while left:
+                    if (told := _written(write, left[0])) is not None:
+                        refused.append(told)
+                    left.popleft()
+            finally:
+                self._keep(refused)
+                self._leave(b"".join(left))
+
+    def _leave(self, lines: bytes) -> None:
+        """Leave these lines only in the file."""
+        path = self.folder / _FILE
+        if lines:
+            new = path.with_suffix(".new")
+            new.unlink(missing_ok=True)
+            _append(new, lines)
+            new.replace(path)
+        else:
             path.unlink()
 
     def _keep(self, refused: Sequence[tuple[bytes, StoreError]]) -> None:
@@ -90,12 +109,13 @@ class Spool:
 
 
 def _written(
-    write: Callable[[Commit, int], Result | StoreError], line: bytes
+    write: Callable[[Commit, int], Result | StoreError | None], line: bytes
 ) -> tuple[bytes, StoreError] | None:
     """Write the sample in a line; return the line and the error if the store refuses it."""
     read = _read(line)
     if read is None:
         return None
+    result: Result | StoreError | None
     try:
         result = write(*read)
     except StoreError as error:

@@ -135,7 +135,16 @@ class RemoteStore(Queued, Listing):
             return
         with contextlib.suppress(Unreachable, StoreError, OSError):
             self.session.engine.now()
-            self._spool.empty(self.session.commit_for)
+            stored: dict[str, set[str]] = {}
+
+            def write(commit: Commit, lease: int) -> Result | StoreError | None:
+                ids = stored.get(commit.key)
+                if ids is None:
+                    ids = stored[commit.key] = self.ids(commit.key)
+                # The answer to the first try may have been lost, at another index than it was claimed for.
+                return None if commit.id in ids else self.session.commit_for(commit, lease)
+
+            self._spool.empty(write)
 
     # Reading.
 
