@@ -3,6 +3,7 @@
     nox                        everything below
     nox -s sdks                the clients' tests on each set of SDKs
     nox -s "frameworks(dspy)"  the tests of one framework on our clients; `nox -l` lists them all
+    nox -s ray                 the tests of Ray's workers, on a cluster of two local nodes
     nox -s types               what pyright makes of code on our clients (mypy reads it with the package)
 
 Each has an environment of its own because they do not go together: litellm, under DSPy, wants openai 2.
@@ -64,6 +65,15 @@ def frameworks(session: nox.Session, framework: str) -> None:
     tests = f"tests/integration/frameworks/test_{framework}.py"
     offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "true"}
     session.run("pytest", "-q", "-W", "default", tests, *session.posargs, env=offline)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Run the tests on a cluster of Ray; what Ray warns of is its own business."""
+    session.install("-e", ".[ray,test]")
+    # By default, workers run at the lowest priority, and would starve beside other tests.
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    session.run("pytest", "-q", "-W", "default", "tests/integration/ray", *session.posargs, env=environment)
 
 
 @nox.session

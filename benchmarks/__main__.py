@@ -40,6 +40,7 @@ NAMES = (
     "scale",
     "proxy",
     "shared",
+    "contention",
     "capacity",
 )
 RESULTS = ROOT / "benchmarks" / "results"

@@ -115,7 +115,7 @@ async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Table]]:
             pipelines: dict[str, cachepipe.OnlineAPI] = {}
             for name, place in {
                 "a server": f"{url}?local=off",
-                "a server, with a local copy": f"{url}?local={folder / 'local'}",
+                "a server, with a local copy": f"{url}?prefix=copied&local={folder / 'local'}",
                 "a folder": folder / "disk",
             }.items():
                 answers = {data.user(request): data.text("sample") for request in cache.known}
@@ -153,15 +153,19 @@ async def _known(cache: _Questions, pipelines: Mapping[str, cachepipe.OnlineAPI]
 
 
 @contextlib.contextmanager
-def _valkey(count: int, folder: Path) -> Iterator[tuple[_Questions, Any, str]]:
-    """Yield a cache on a Valkey server, a client of the server, and the URL of the cache."""
+def valkey_server(folder: Path) -> Iterator[ValkeyServer]:
+    """Yield a Valkey server on loopback that writes an append-only file in the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with (
-        ValkeyServer(port=port, data_dir=folder / "server", appendonly="yes") as server,
-        valkey.Valkey(port=server.port) as client,
-    ):
+    with ValkeyServer(port=port, data_dir=folder / "server", appendonly="yes") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _valkey(count: int, folder: Path) -> Iterator[tuple[_Questions, Any, str]]:
+    """Yield a cache on a Valkey server, a client of the server, and the URL of the cache."""
+    with valkey_server(folder) as server, valkey.Valkey(port=server.port) as client:
         url = f"valkey://{server.host}:{server.port}/0"
         cache = _Questions(url, count)
         with contextlib.closing(cache.store):

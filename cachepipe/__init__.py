@@ -140,6 +140,8 @@ if TYPE_CHECKING:
     from cachepipe.errors import (
         WaitingForOthers as WaitingForOthers,
     )
+    from cachepipe.experiments import Experiment as Experiment
+    from cachepipe.experiments import experiment as experiment
     from cachepipe.flow import (
         AsyncLimiter as AsyncLimiter,
     )
@@ -222,6 +224,7 @@ _HOMES = {
     "cachepipe.providers.info": ("info",),
     "cachepipe.sdk.wrapping": ("wrap",),
     "cachepipe.context": ("using",),
+    "cachepipe.experiments": ("Experiment", "experiment"),
     "cachepipe.chat.conversations": ("Conversation", "Message"),
     "cachepipe.errors": (
         "BadAnswer",

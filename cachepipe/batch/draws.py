@@ -17,7 +17,8 @@ from cachepipe.models.connection import SdkCalls
 from cachepipe.models.openai import ENDPOINTS, OpenAIModel
 from cachepipe.providers.exchange import CacheView, Exchange, SharedStore, questions_of
 from cachepipe.providers.lists import Lists
-from cachepipe.stores.base import Store
+from cachepipe.stores.base import Ahead, Store
+from cachepipe.stores.misses import missed
 from cachepipe.typedefs import Response
 from cachepipe.wire import Ask
 
@@ -109,6 +110,7 @@ class FileDraws:
         self._model = model
         self._settings = settings
         self._report = report
+        self._store = store
         self._view = CacheView(
             SharedStore(store),
             settings.namespace,
@@ -147,6 +149,20 @@ class FileDraws:
             draw_of(question.key, draw.claimant, counter, shared=shares(question)) for question in questions
         ]
         return url, (questions, line.asks, draws)
+
+    def reasons(self, draw: LineDraw) -> list[tuple[str, str]]:
+        """Return the key of each question of a line that lacks samples, and why. Reads the store.
+
+        Raises:
+            UnkeyableValue: when no stable key can be made from one of its values.
+        """
+        found: list[tuple[str, str]] = []
+        for question, ask, drawn in zip(*self.planned(draw)[1], strict=True):
+            [foreseen] = self._store.foresee([(drawn, ask.n, Ahead())])
+            if len(foreseen.samples) < ask.n:
+                why = missed(self._store, question, drawn, ask.n, None, draw.claimant.namespace).why
+                found.append((question.key, why))
+        return found
 
     def _questions(self, line: Line, scope: str | None) -> tuple[str, list[Question]]:
         """Return the URL of a line's calls, and its questions."""

@@ -34,7 +34,7 @@ class BatchFileError(CachepipeError):
     """An input that cannot be run, or an output that cannot be written; nothing was asked."""
 
 
-def described(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
+def described(error: BaseException) -> tuple[str, str, dict[str, Any] | None]:
     """Return an error's code, its message, and the response if the provider sent one."""
     message = _writable(str(error)) or type(error).__name__
     status, answer = getattr(error, "status_code", None), getattr(error, "response", None)
@@ -52,7 +52,7 @@ def described(error: Exception) -> tuple[str, str, dict[str, Any] | None]:
 
 
 def _refusal(
-    error: Exception, status: int, answer: Any, message: str
+    error: BaseException, status: int, answer: Any, message: str
 ) -> tuple[str, str, dict[str, Any] | None]:
     """Return what `described` does, for a response of the provider with an error status."""
     try:

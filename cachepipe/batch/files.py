@@ -38,7 +38,7 @@ _NOWHERE: Final = -1
 _SHOWN: Final = 10  # problems of an input that one error lists
 
 
-class _Ids:
+class Ids:
     """The places of ids in a file. Memory is bounded: all but the newest ids are in a temporary file."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class InputFile:
         """
         problems: list[str] = []
         count = checksum = 0
-        ids = _Ids()
+        ids = Ids()
         for number, text in self._numbered():
             if stop.asked or len(problems) == _SHOWN or (last is not None and number > last):
                 break
@@ -185,7 +185,7 @@ class _EarlierResults:
         self._path = path
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
-        self._places: _Ids | None = None
+        self._places: Ids | None = None
 
     def find(self, name: str) -> dict[str, Any] | None:
         """Return the result line with an id, or None. Thread-safe.
@@ -208,9 +208,9 @@ class _EarlierResults:
                 f"{error.strerror}. Name another file for the results"
             ) from error
 
-    def _read(self) -> _Ids:
+    def _read(self) -> Ids:
         """Return the place of each result."""
-        places, place = _Ids(), 0
+        places, place = Ids(), 0
         with contextlib.suppress(FileNotFoundError):
             self._file = self._path.open("rb")
             for line in self._file:

@@ -199,7 +199,11 @@ class _Run:
     async def _answer(self, draw: LineDraw) -> bytes:
         """Return the result of a line; if it failed, its earlier result, or an error line."""
         keys: Sequence[str] = ()
+        why = None if self._settings.mode in ("refresh", "bypass") else self._settings.why
         try:
+            if why is not None:
+                for key, reason in await asyncio.to_thread(self._draws.reasons, draw):
+                    why(draw.line.number, key, reason)
             exchange = self._draws.exchange(draw)
             keys = exchange.record.keys
             content, responses = await exchange.answered()

@@ -61,9 +61,9 @@ class BatchSettings:
         int | None, "The same by its newer name, for models that require it."
     ] = None
     seed: Annotated[int | None, "Default for lines without a seed."] = None
-    cache: Annotated[Any, "A folder, a URL, a diskcache.Cache, a store, or None for the default folder."] = (
-        field(default=None, repr=False)  # a URL may have credentials
-    )
+    cache: Annotated[
+        Any, "A folder, a URL, a diskcache.Cache, a store, a list of layers, or None for the default folder."
+    ] = field(default=None, repr=False)  # a URL may have credentials
     namespace: Annotated[str | None, "The experiment; samples are independent within it."] = None
     replicate: Annotated[
         str | int | None,
@@ -97,6 +97,10 @@ class BatchSettings:
     progress: Annotated[
         Callable[["Report"], None] | None,
         "Called with the report when the input has been checked, and whenever a line has ended.",
+    ] = None
+    why: Annotated[
+        Callable[[int, str, str], None] | None,
+        "Called for each question that lacks samples with the number of its line, its key, and why.",
     ] = None
     stop: Annotated[Stop, "Stops the run early."] = field(default_factory=Stop)
     grace: Annotated[float, "Seconds that requests in flight have after the run is asked to stop."] = 60.0

@@ -69,6 +69,7 @@ class Drawing:
         "draw",
         "future",
         "headers",
+        "lacks",
         "noted",
         "question",
         "queue",
@@ -111,6 +112,7 @@ class Drawing:
         self.headers = [b""] * request.n  # by position: what is stored beside the sample
         self.demands: tuple[DrawDemand, ...] = ()
         self.delivered = False
+        self.lacks = False  # whether the claim under way is known to find no sample
         self.waits_since: float | None = None  # since when it waits for another process, on its loop's clock
         self.future: asyncio.Future[None] = queue.loop.create_future()
 
@@ -129,12 +131,14 @@ class Drawing:
         claim = Claim(draw, self.state.n, self.question, self.token, refresh, user)
         if run.replays:
             claim.avoid = run.taken(draw.namespace, self.question.key)
+        lacking: Callable[[], None] | None = None
         if self.turn is not None:
             self.turn.line.claiming()
+            lacking = self._lacks
         if at_once:
-            self.queue.put_now(claim, self._granted)
+            self.queue.put_now(claim, self._granted, lacking=lacking)
         else:
-            self.queue.put(claim, self._granted)
+            self.queue.put(claim, self._granted, lacking=lacking)
 
     def own(self) -> None:
         """Copy the request, as the caller may change its own object from now on."""
@@ -191,9 +195,16 @@ class Drawing:
 
     # What the store, the model and other draws report.
 
+    def _lacks(self) -> None:
+        """Learn that the store has no sample for the claim that is under way."""
+        if self.turn is not None:
+            self.lacks = True
+            self.turn.line.lacking()
+
     def _granted(self, grant: Grant | Exception) -> None:
         if self.turn is not None:
-            self.turn.line.claimed()
+            self.turn.line.claimed(lacking=self.lacks)
+            self.lacks = False
         if isinstance(grant, Exception):
             self.perform(self.state.broken(grant))
             return

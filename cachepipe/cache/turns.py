@@ -115,7 +115,10 @@ class Line:
         self._delayed: dict[WriteQueue, None] = {}
         self._delayed_since = 0.0
         self._before: set[int] | None = None  # the answers that go before the delayed demands
-        self._claims = 0  # claims under way: the store may have what they ask for
+        self._claims = 0  # claims under way
+        self._lacking = (
+            0  # those of them that will find no sample; the store may have what the others ask for
+        )
         self._patience: asyncio.TimerHandle | None = None  # ends the wait for claims and notes
         self._noting = False  # whether the place of an answer is being recorded
         self._impatient = False  # whether claims or a note have taken too long
@@ -138,6 +141,11 @@ class Line:
             asks: whether that request has begun to ask the model, so that the program waits for this.
         """
         return len(self._in_flight) == 1 and (asks or self._handles.alone)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether several requests are in flight."""
+        return len(self._in_flight) > 1
 
     def answers_at_once(self, arrival: int) -> bool:
         """Return True if a request need not wait for its turn: it is alone, and was so all the time."""
@@ -187,17 +195,28 @@ class Line:
         """Note that a claim is under way: the store may have what it asks for."""
         self._claims += 1
 
-    def claimed(self) -> None:
-        """Note that a claim was answered."""
+    def lacking(self) -> None:
+        """Note that a claim under way will find no sample, so that answers need not wait for it."""
+        self._lacking += 1
+        self._written()
+
+    def claimed(self, *, lacking: bool = False) -> None:
+        """Note that a claim was answered, and whether it was noted as ``lacking``."""
         self._claims -= 1
+        self._lacking -= lacking
         self._written()
 
     def _written(self) -> None:
-        """Go on when no claim and no note is under way."""
-        if not self._claims and not self._noting and self._patience is not None:
+        """Go on when no claim and no note is under way that answers wait for."""
+        if not self._is_writing() and self._patience is not None:
             self._patience.cancel()
             self._patience, self._impatient = None, False
         self._go_on()
+
+    def _is_writing(self) -> bool:
+        """Return True while claims or a note are under way. Only the delayed demands wait for all claims."""
+        claims = self._claims - self._lacking if self._schedule.any_ready else self._claims
+        return bool(claims or self._noting)
 
     async def drain(self) -> None:
         """Wait until the answers that are ready now are handed over."""
@@ -215,7 +234,7 @@ class Line:
 
     def _must_wait(self) -> bool:
         """Return True while claims or a note are under way, unless they have taken too long."""
-        if not (self._claims or self._noting):
+        if not self._is_writing():
             return False
         if self._patience is None:
             self._patience = self.loop.call_later(CLAIM_SECONDS, self._lose_patience)

@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from cachepipe import forks
 from cachepipe.cache.calls import Caller, Demand, withdraw
@@ -16,7 +16,7 @@ from cachepipe.cache.turns import Line
 from cachepipe.errors import StoreError, StoreUnavailable
 from cachepipe.gathering import Gathering
 from cachepipe.loops import own_handles
-from cachepipe.stores.base import Claim, Commit, Operation, PartlyApplied, Store
+from cachepipe.stores.base import Claim, Commit, Grant, Operation, PartlyApplied, Store
 
 MANY = 1000
 """If a draw has more samples than this, the store's thread even reads them."""
@@ -24,8 +24,21 @@ _BYTES = 1 << 20  # the largest weight of operations that the loop's own thread 
 _LOOK = 0.01  # seconds between looks at samples that other processes generate
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 
-_Queued = tuple[Operation, Callable[..., None], tuple[Any, ...]]
-"""An operation, the function that gets its result, and that function's first arguments."""
+
+class _Queued(NamedTuple):
+    """An operation that is to be performed.
+
+    Attributes:
+        operation: the operation.
+        done: gets its result.
+        arguments: the first arguments of ``done``.
+        lacking: is called if the samples of a claim turn out to be missing before it is granted.
+    """
+
+    operation: Operation
+    done: Callable[..., None]
+    arguments: tuple[Any, ...]
+    lacking: Callable[[], None] | None
 
 
 def _weight(operation: Operation) -> int:
@@ -94,9 +107,22 @@ class WriteQueue:
         with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
             self.loop.call_soon_threadsafe(function, *arguments)
 
-    def put(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
-        """Queue an operation for the end of this turn; ``done`` gets its result or error as last argument."""
-        self._operations.append((operation, done, arguments))
+    def put(
+        self,
+        operation: Operation,
+        done: Callable[..., None],
+        *arguments: Any,
+        lacking: Callable[[], None] | None = None,
+    ) -> None:
+        """Queue an operation for the end of this turn.
+
+        Args:
+            operation: the operation.
+            done: gets its result or error as last argument.
+            arguments: the first arguments of ``done``.
+            lacking: is called if the samples of a claim turn out to be missing before it is granted.
+        """
+        self._operations.append(_Queued(operation, done, arguments, lacking))
         if type(operation) is Claim:
             key = operation.draw.key
             self._claiming[key] = self._claiming.get(key, 0) + 1
@@ -104,17 +130,23 @@ class WriteQueue:
             with contextlib.suppress(RuntimeError):  # the loop is closed: this is the last chance
                 self.loop.call_soon(_Turn(self))
 
-    def put_now(self, operation: Operation, done: Callable[..., None], *arguments: Any) -> None:
-        """Apply an operation at once if no lock is in the way, else queue it."""
+    def put_now(
+        self,
+        operation: Operation,
+        done: Callable[..., None],
+        *arguments: Any,
+        lacking: Callable[[], None] | None = None,
+    ) -> None:
+        """Apply an operation at once if no lock is in the way, else queue it; see ``put``."""
         try:
             results: list[Any] | None = self.store.apply_now([operation])
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             results = [error]
         if results is None:
-            self.put(operation, done, *arguments)
+            self.put(operation, done, *arguments, lacking=lacking)
             return
         self._at_once = True
-        self._tell(done, arguments, results[0])
+        self._tell(_Queued(operation, done, arguments, lacking), results[0])
         self._at_once = False
 
     def want(self, *demands: Demand, window: float = 0.0) -> None:
@@ -169,7 +201,7 @@ class WriteQueue:
         queue = self._operations
         batch = [queue.popleft() for _ in range(len(queue) if most is None else min(most, len(queue)))]
         for item in batch:
-            if type(claim := item[0]) is not Claim:
+            if type(claim := item.operation) is not Claim:
                 continue
             key = claim.draw.key
             left = self._claiming.pop(key) - 1
@@ -181,7 +213,7 @@ class WriteQueue:
 
     def rescue(self) -> None:
         """Write the queued operations without a loop, except claims: nobody is left to use them."""
-        left = [item[0] for item in self._operations if type(item[0]) is not Claim]
+        left = [item.operation for item in self._operations if type(item.operation) is not Claim]
         self._operations.clear()
         self._claiming.clear()
         self._held.clear()
@@ -195,52 +227,80 @@ class WriteQueue:
 
     def _write(self, batch: list[_Queued]) -> None:
         try:
-            operations = [item[0] for item in batch]
+            operations = [item.operation for item in batch]
             light = sum(map(_weight, operations)) <= _BYTES
             results = self.store.apply_now(operations) if light else None
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever waits
             if len(batch) == 1:
-                self._tell(*batch[0][1:], error)
+                self._tell(batch[0], error)
                 return
             results = None  # one operation is invalid: write the others without it
         if results is None:
             batch += self._take()
-            batch = [item for item in batch if not self._recalled(*item)]
-            if batch:
+            batch = [item for item in batch if not self._recalled(item)]
+            if batch := self._look(batch):
                 self._hand_over(batch)
             return
-        for (_, done, arguments), result in zip(batch, results, strict=True):
-            self._tell(done, arguments, result)
+        for item, result in zip(batch, results, strict=True):
+            self._tell(item, result)
 
-    def _tell(self, done: Callable[..., None], arguments: tuple[Any, ...], result: Any) -> None:
+    def _tell(self, item: _Queued, result: Any) -> None:
         """Pass a result on; an error here must not keep other results from their callers."""
         try:
-            done(*arguments, result)
+            item.done(*item.arguments, result)
         except Exception as error:  # noqa: BLE001 - reported, and its draw has failed already
             self.loop.call_exception_handler(
                 {"message": "cachepipe could not pass on a result of its store", "exception": error}
             )
 
-    def _recalled(self, operation: Operation, done: Callable[..., None], arguments: tuple[Any, ...]) -> bool:
+    def _recalled(self, item: _Queued) -> bool:
         """Answer a claim that needs no writing, so that a hit does not wait for another writer."""
-        if (
-            type(operation) is not Claim
-            or operation.refresh
-            or operation.user is not None
-            or operation.n > MANY
-        ):
+        if not _may_be_known(item.operation):
             return False
         try:
-            grant = self.store.recall(operation.draw, operation.n)
+            grant = self.store.recall(item.operation.draw, item.operation.n)
         except StoreError:
             return False  # the claim will say so
         if grant is not None:
-            self._tell(done, arguments, grant)
+            self._tell(item, grant)
         return grant is not None
+
+    def _look(self, batch: list[_Queued]) -> list[_Queued]:
+        """Look what the store has for claims while answers wait for them; return what is to be written.
+
+        Otherwise each claim would hold up these answers, and so the next claims, until it is written.
+        """
+        claims = [item for item in batch if item.lacking is not None and _may_be_known(item.operation)]
+        if not claims or not self.line.is_crowded:
+            return batch
+        looked = self.store.look([item.operation for item in claims])  # type: ignore[misc]  # all are claims
+        if looked is None:
+            return batch
+        self._sent.append(claims)
+        self.writes.add(looked)
+        looked.add_done_callback(partial(self._looked, claims))
+        return [item for item in batch if item not in claims]
+
+    def _looked(self, claims: list[_Queued], looked: asyncio.Future[list[Grant | bool]]) -> None:
+        self._sent.remove(claims)
+        self.writes.discard(looked)
+        if looked.cancelled():
+            return
+        found = [True] * len(claims) if looked.exception() else looked.result()  # the claims will raise it
+        left: list[_Queued] = []
+        for item, grant in zip(claims, found, strict=True):
+            if isinstance(grant, Grant):
+                self._tell(item, grant)
+                continue
+            if not grant and item.lacking is not None:
+                item.lacking()
+            left.append(item)
+        if left:
+            self._hand_over(left)
 
     def _hand_over(self, batch: list[_Queued]) -> None:
         """Pass a batch to the store's thread now: a loop that is ending may not begin tasks any more."""
-        written = asyncio.ensure_future(self.store.apply([item[0] for item in batch]), loop=self.loop)
+        written = asyncio.ensure_future(self.store.apply([item.operation for item in batch]), loop=self.loop)
         self._sent.append(batch)
         self.writes.add(written)
         written.add_done_callback(partial(self._written, batch))
@@ -261,8 +321,8 @@ class WriteQueue:
             return
         else:
             results = [error] * len(batch)
-        for (_, done, arguments), result in zip(batch, results, strict=True):
-            self._tell(done, arguments, result)
+        for item, result in zip(batch, results, strict=True):
+            self._tell(item, result)
 
     def _ask(self, demands: list[Demand]) -> None:
         """Begin the calls for demands. A demand waits while claims for the same question are queued."""
@@ -278,7 +338,7 @@ class WriteQueue:
         """Return True if draws of a key are queued or being granted. Thread-safe."""
         if key in self._claiming:
             return True
-        sent = [item[0] for batch in list(self._sent) for item in list(batch)]
+        sent = [item.operation for batch in list(self._sent) for item in list(batch)]
         return any(type(operation) is Claim and operation.draw.key == key for operation in sent)
 
     @property
@@ -301,6 +361,13 @@ class WriteQueue:
                 await self.caller.step()
             else:
                 await asyncio.sleep(0 if self._operations or self.demands else _LOOK)
+
+
+def _may_be_known(operation: Operation) -> TypeGuard[Claim]:
+    """Return True for a claim that may be answered without writing."""
+    return (
+        type(operation) is Claim and not operation.refresh and operation.user is None and operation.n <= MANY
+    )
 
 
 def unheard(_result: Any) -> None:

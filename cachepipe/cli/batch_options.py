@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from cachepipe.batch.settings import HELP, BatchSettings
-from cachepipe.cli.common import Command, cache_option
+from cachepipe.cli.common import Command, layers_option
 from cachepipe.typedefs import MODES, REPEATS
 
 _NUMBER: Final = re.compile("0|[1-9][0-9]{0,17}")
@@ -39,7 +39,7 @@ _ASKING: Final = (
     setting("replicate", type=_replicate, metavar="NAME"),
     count("replicates"),
     count("concurrency", default=BatchSettings.concurrency, show_default=True),
-    cache_option,
+    layers_option,
     setting("mode", type=click.Choice(MODES)),
     click.option(
         "--replay", is_flag=True, help="Only replay; never call the model. The same as --mode replay."
@@ -114,7 +114,7 @@ def settings_in(options: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a run among a command's options."""
     from cachepipe.prices import Prices  # noqa: PLC0415 - so that --help is quick
 
-    found = {name: value for name, value in options.items() if name in HELP}
+    found = {name: value for name, value in options.items() if name in HELP and name != "why"}
     prices = options.get("prices")
     found["prices"] = None if prices is None else Prices.load(prices)
     return found

@@ -49,7 +49,7 @@ _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
 
 
 @click.command()
-@common.cache_option
+@common.read_cache_option
 @common.json_option('an object with "path", "exists" and "named_by"')
 def path(*, cache: str | None, as_json: bool) -> None:
     """Print the cache folder or URL in use, whether it exists or not.
@@ -81,7 +81,7 @@ With --json, each line is an object:
 
 
 @click.command(epilog=_LS_JSON)
-@common.cache_option
+@common.read_cache_option
 @click.option("--search", help="Only questions that contain this text; case does not matter.")
 @click.option("--model", help="Only questions to this model.")
 @click.option("--scope", help="Only questions to this endpoint or adapter, or below this base URL.")
@@ -189,7 +189,7 @@ With --json:
 
 @click.command(epilog=_SHOW_JSON)
 @click.argument("key")
-@common.cache_option
+@common.read_cache_option
 @click.option(
     "--limit",
     type=click.IntRange(min=0),

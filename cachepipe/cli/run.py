@@ -19,7 +19,7 @@ import click
 from cachepipe import progress
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.cli.batch_options import asking, count, mode_of, planning, setting, settings_in
-from cachepipe.cli.common import cache_in_use, exists, json_text, money, name_of
+from cachepipe.cli.common import exists, json_text, layers_in_use, money, name_of
 from cachepipe.cli.group import Failure
 from cachepipe.cli.plan import print_plan
 from cachepipe.errors import CachepipeError, CachepipeWarning
@@ -82,6 +82,7 @@ Run the same command again to continue: answers that were paid for are not asked
 )
 @count("max_retries", "--retries", least=0)
 @setting("timeout", type=click.FloatRange(min=0, min_open=True))
+@click.option("--why", is_flag=True, help="Print for each line that lacks samples why it does.")
 @setting("max_cost", type=click.FloatRange(min=0), metavar="USD")
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be done, and do nothing: see `cachepipe plan`."
@@ -150,13 +151,15 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
     """Run the file; return the report, and the number of the signal that stopped the run."""
     from cachepipe.batch import BatchFileError, run_file  # noqa: PLC0415 - so that --help is quick
 
-    cache, _ = cache_in_use(options["cache"])
+    cache = layers_in_use(options["cache"])
     if mode == "replay" and not exists(cache):
         raise BatchFileError(
             f"there is no cache in {name_of(cache)} to replay from; name another folder with --cache"
         )
     given = settings_in(options)
     ours = {"api_key": key, "cache": cache, "mode": mode, "progress": screen.update}
+    if options["why"]:
+        ours["why"] = lambda line, key, why: screen.say(visible(f"line {line} misses {key[:15]}: {why}"))
     try:
         settings = BatchSettings(**{**given, **ours})
     except ValueError as error:
@@ -362,10 +365,12 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
         if name == "base_url":
             scheme, mark, rest = str(value).rpartition("//")
             value = f"{scheme}{mark}{rest.rpartition('@')[2]}"
-        if isinstance(parameter, click.Option):
-            words.append(parameter.opts[0])
-        if not getattr(parameter, "is_flag", False):
-            words.append(str(value))
+        values = value if isinstance(value, list) else [value]
+        for each in map(name_of, values) if name == "cache" else values:
+            if isinstance(parameter, click.Option):
+                words.append(parameter.opts[0])
+            if not getattr(parameter, "is_flag", False):
+                words.append(str(each))
     return shlex.join(words)
 
 

@@ -54,7 +54,7 @@ A running process adds what it has answered every few seconds; a killed one has 
 
 
 @click.command(epilog=_STATS_JSON)
-@common.cache_option
+@common.read_cache_option
 @click.option("--scopes", is_flag=True, help="Count by scope too; this reads every key.")
 @click.option("--runs", is_flag=True, help="List the runs, with what each spent and saved.")
 @click.option(

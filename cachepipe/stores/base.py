@@ -8,6 +8,7 @@ of a draw, **note** what was delivered. The rest is reading: **recall** a draw t
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
@@ -551,6 +552,15 @@ class Store(Protocol):
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None. Only reads."""
+        ...
+
+    def look(self, claims: Sequence[Claim]) -> asyncio.Future[list[Grant | bool]] | None:
+        """Look what claims would get, without waiting for what others write. Only reads.
+
+        Returns:
+            For each claim its grant if the draw is known: then it need not be claimed; else whether a sample
+            may be at hand. None if claims do not wait for a server.
+        """
         ...
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:

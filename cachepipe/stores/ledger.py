@@ -251,6 +251,10 @@ class Ledger(ABC):
     def adopted(self, entry: Entry) -> KeyRows:
         """Return the rows of an entry's key; store its question if it is new."""
 
+    def inserting(self, draw: Draw) -> DrawRows:
+        """Return the rows of a draw of another cache, whose key was adopted; only ``insert`` is called."""
+        return self.draw(draw)
+
     @abstractmethod
     def put(self, samples: Sequence[tuple[str, Sample]]) -> bool:
         """Store samples with their keys, durably; return False, and store none, if an index has one."""

@@ -388,7 +388,7 @@ def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
             if sample.discarded is not None:
                 key.discard(index, sample.discarded)
         for draw, segments in add.segments:
-            rows = ledger.draw(draw)
+            rows = ledger.inserting(draw)
             for segment, generated in segments:
                 rows.insert(segment, generated)
         if add.users:

@@ -7,6 +7,7 @@ import atexit
 import queue
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
@@ -64,20 +65,24 @@ class Queued:
 
     def apply(self, operations: Sequence[Operation]) -> asyncio.Future[list[Result]]:
         """Apply the operations on the writer thread, in one transaction with others that are queued."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Result]] = loop.create_future()
+        return self._awaited(self._writer, operations)
 
-        def settle(results: list[Result | Exception] | Exception) -> None:
+    def _awaited(self, writer: Writer, operations: Sequence[Operation]) -> asyncio.Future[list[Any]]:
+        """Queue operations on a thread; return what their results are awaited with."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[list[Any]] = loop.create_future()
+
+        def settle(results: list[Any] | Exception) -> None:
             if future.done():
                 self._undo(operations, results)
                 return
             error = results if isinstance(results, Exception) else error_in(results)
             if error is None:
-                future.set_result(results)  # type: ignore[arg-type]  # none is an error
+                future.set_result(results)  # type: ignore[arg-type]  # it is no error
             else:
                 future.set_exception(error)
 
-        def done(results: list[Result | Exception] | Exception) -> None:
+        def done(results: list[Any] | Exception) -> None:
             try:
                 loop.call_soon_threadsafe(settle, results)
             except RuntimeError:  # the loop was closed, so the caller is gone
@@ -85,7 +90,7 @@ class Queued:
 
         try:
             self._check()
-            self._writer.put(operations, done)
+            writer.put(operations, done)
         except StoreError as error:
             future.set_exception(error)
         return future

@@ -30,6 +30,7 @@ from cachepipe.stores import entries, leases, operations, tables
 from cachepipe.stores.base import (
     Ahead,
     Bought,
+    Claim,
     DiscardInfo,
     DrawInfo,
     Foreseen,
@@ -306,6 +307,9 @@ class SqlReader:
             else:
                 states.append("free")
         return states
+
+    def look(self, claims: Sequence[Claim]) -> None:
+        """Return None: a claim does not wait for a server."""
 
     def listen(self, changed: Callable[[], None]) -> None:
         """Return None: files tell nobody that they have changed."""

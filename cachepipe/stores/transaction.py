@@ -336,7 +336,16 @@ class SqlLedger(Ledger):
             for segment in segments:
                 self.greatest_stamp = max(self.greatest_stamp, segment.stamp)
         number = self._asked(Question(entry.key, entry.scope, entry.document), entry.first_stamp() / 1e6)
+        if number in self._new_keys:
+            self.begun.add(number)
+            for owner in (LISTED, *{self.namespace(draw.namespace) for draw in entry.draws}):
+                self._remember(owner, number, entry.key, [])
         return _Key(self, number, entry.key)
+
+    def inserting(self, draw: Draw) -> DrawRows:
+        """Return the rows of a draw of another cache; of a new key nothing is read."""
+        number = self._ids.get(draw.key)
+        return _Insertion(self, number, draw) if number in self._new_keys else self.draw(draw)
 
     # Sums.
 
@@ -725,12 +734,15 @@ class _Draw(_Key, DrawRows):
         ledger.found.pop(place, None)
 
     def insert(self, segment: Segment, generated: int) -> None:
+        self._insert(segment, generated)
+        self._execute(f"DELETE FROM firsts{tables.PLACE}", *self._where[:4])
+
+    def _insert(self, segment: Segment, generated: int) -> None:
         written = self._in.written_stamp
         self.add(segment, generated)
         self._in.written_stamp = max(written, segment.stamp)
         for index in segment.indices:
             self.taken.add(index)
-        self._execute(f"DELETE FROM firsts{tables.PLACE}", *self._where[:4])
 
     def replace(self, segment: Segment) -> None:
         indices, noted = pack(segment.indices), tables.write_place(segment.place)
@@ -790,3 +802,16 @@ class _NewDraw(_Draw):
         for owner, label in ((LISTED, ""), (self._where[4], self._draw.namespace)):
             digest = tables.interval_digest(label, self.name, 0, stop)
             ledger.intervals.append((owner, key, stop, 0, digest))
+
+
+class _Insertion(_NewDraw):
+    """A draw of another cache, of a key that is new here: no namespace is noted as its earliest."""
+
+    __slots__ = ()
+
+    def __init__(self, ledger: SqlLedger, number: int, draw: Draw) -> None:
+        super().__init__(ledger, number, draw)
+        self.taken = ledger.set_of(self._where[4], number, draw.key)
+
+    def insert(self, segment: Segment, generated: int) -> None:
+        self._insert(segment, generated)

@@ -59,6 +59,7 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "discard": ("a sample is discarded in one of the two files only", REPAIR),
     "lease": ("a sample is noted as being generated, but not in order", REPAIR),
     "first": ("the note of a draw's earliest namespace is wrong", REPAIR),
+    "bundle": ("the bundle is damaged, or is none", "get another copy of it"),
     "sums": ("a row of the sums of what was delivered is damaged", COPY),
 }
 """Per kind of problem, what is wrong and what to do about it."""

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachepipe.errors import StoreLocked, StoreUnavailable
 from cachepipe.stores.base import Operation, Result
@@ -30,7 +30,7 @@ class Writable(Protocol):
 
     identity: str
 
-    def write(self, operations: Sequence[Operation]) -> Sequence[Result | Exception]:
+    def write(self, operations: Sequence[Any]) -> Sequence[Any]:
         """Apply operations in one transaction, or raise ``Locked``; return each one's result or error."""
         ...
 
@@ -40,10 +40,16 @@ class Writable(Protocol):
 
 
 class Writer:
-    """A daemon thread, started at the first write."""
+    """A daemon thread, started at the first write.
 
-    def __init__(self, store: Writable) -> None:
+    Args:
+        store: what it writes to.
+        name: the name of the thread.
+    """
+
+    def __init__(self, store: Writable, name: str = "cachepipe-writer") -> None:
         self._store = store
+        self._name = name
         self._queue: collections.deque[_Item] = collections.deque()
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -76,7 +82,7 @@ class Writer:
 
     def _start(self) -> None:
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._work, name="cachepipe-writer", daemon=True)
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         self._condition.notify()
 

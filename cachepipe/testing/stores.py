@@ -66,7 +66,7 @@ class FaultyStore:
         self.recall, self.replay, self.status = store.recall, store.replay, store.status
         self.foresee = store.foresee
         self.similar, self.generator, self.question = store.similar, store.generator, store.question
-        self.listen = store.listen
+        self.listen, self.look = store.listen, store.look
         self.keys, self.sample, self.samples = store.keys, store.sample, store.samples
         self.draws, self.namespaces = store.draws, store.namespaces
         self.sums, self.bought = store.sums, store.bought

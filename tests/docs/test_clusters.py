@@ -108,7 +108,7 @@ class Slurm:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-        for place in (self.folder / "local").glob("*/cache"):
+        for place in (*self.folder.glob("local/*/cache"), *self.folder.glob("lab")):
             valkey_server.stop(place)
 
 

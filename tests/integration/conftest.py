@@ -61,7 +61,10 @@ def answering_with():
             def log_message(self, *_):
                 pass
 
-        listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+        class Listener(http.server.ThreadingHTTPServer):
+            request_queue_size = 128  # connections that wait; with the usual 5, a crowd is refused
+
+        listener = Listener(("127.0.0.1", 0), Quiet)
         listener.daemon_threads = True
         thread = threading.Thread(target=lambda: listener.serve_forever(poll_interval=0.01), daemon=True)
         thread.start()

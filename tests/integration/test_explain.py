@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_a_reordered_schema_is_recognised():
     ]
     said = invoke("explain", "request.json", "--namespace", "x").stdout
     assert "properties (the same names in another order)" in said
+
+
+def test_run_says_beside_a_miss_why_it_is_one():
+    write("Today is 2026-12-02. Hi", "b", "b")
+    said = invoke("run", "in.jsonl", "-o", "out.jsonl", "--namespace", "x", "-q", "--why").stderr
+    [told] = said.splitlines()
+    assert re.match(r"line 1 misses k2-\w{12}: the nearest question in the cache, k2-\w{12}, differs", told)
+    assert "messages[0].content (another date or time; asked: '…" in told
+    assert invoke("run", "in.jsonl", "-o", "out.jsonl", "--namespace", "x", "-q", "--why").stderr == ""
 
 
 def test_what_is_no_request_is_refused_in_a_sentence():

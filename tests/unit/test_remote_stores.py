@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from cachepipe import NotStored, StoreError
+from cachepipe import NotStored, OnlineAPI, Request, StoreError
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.keys import Question
 from cachepipe.errors import DamagedCache, StoreUnreachable
@@ -26,7 +26,9 @@ from cachepipe.stores.remote.engine import TURN, Read, Swap, Unreachable
 from cachepipe.stores.remote.session import Session, patiently
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.store import RemoteStore
-from cachepipe.testing import MemoryEngine
+from cachepipe.testing import MemoryEngine, ScriptedModel
+
+pytestmark = pytest.mark.anyio
 
 KEY, OTHER = "k2-" + "a" * 64, "k2-" + "b" * 64
 
@@ -458,6 +460,17 @@ def test_c7_a_line_that_was_cut_off_loses_no_other_sample(start):
     assert [sample.payload for sample in store.samples(KEY)] == [b"whole"]
 
 
+def test_c4_an_extra_is_stored_once_though_its_writer_was_killed_before_it_had_emptied_the_file(start):
+    store, other = start(), start()
+    claim(store, drawn("a"))
+    path = store._spool.put([Commit(KEY, 0, b"late", {}, id="late")], 1)
+    lines = path.read_bytes()
+    other.tidy()  # its lease is not the one under which the index is pending
+    path.write_bytes(lines)
+    store.tidy()
+    assert [(sample.id, sample.payload) for sample in store.samples(KEY)] == [("late", b"late")]
+
+
 def test_c7_a_sample_that_the_store_refuses_stays_in_a_file(engine):
     spool = Spool(engine.identity)
     spool.put([Commit("k2-unknown", 0, b"paid", {})], 1)
@@ -466,7 +479,7 @@ def test_c7_a_sample_that_the_store_refuses_stays_in_a_file(engine):
         raise StoreError("the cache knows no such key")
 
     with pytest.warns(NotStored, match=r"refused\.jsonl"):
-        spool.empty(refuse)
+        spool.empty(refuse, lambda _: ())
     assert not spool
     assert b"k2-unknown" in (spool.folder / "refused.jsonl").read_bytes()
 
@@ -476,3 +489,63 @@ def test_the_engine_reads_what_the_row_of_a_draw_names(engine, store):
     field = rows.draw_field(drawn("a"))
     [found] = engine.read([Read(KEY, [field], [field])])
     assert {*found} == {field, b"s/0", b"s/1", b"s/2"}
+
+
+# Requests that are answered in order.
+
+
+async def in_order(store, model, engine):
+    """Ask four stored questions, and a new one after each; hold up the first swap until all are asked.
+
+    Returns:
+        The swaps.
+    """
+    asked, begun, swaps = threading.Event(), [], []
+    async with OnlineAPI(ScriptedModel(), store) as pipeline:
+        for name in "abcd":
+            await pipeline.request(Request(name))
+
+    def hold(found):
+        swaps.extend(found)
+        assert asked.wait(8)
+
+    async def ask(pipeline, name):
+        await pipeline.request(Request(name))
+        begun.append(name)
+        if len(begun) == 4:
+            asyncio.get_running_loop().call_later(0, asked.set)
+        return await pipeline.request(Request("new", request_id=name))
+
+    async with OnlineAPI(model, store) as pipeline:
+        engine.before_swap = hold
+        responses = await asyncio.gather(*[ask(pipeline, name) for name in "dcba"])
+        engine.before_swap = None
+    assert begun == [*"abcd"], "in the order of the first run"
+    assert [response.indices for response in responses] == [(3,), (2,), (1,), (0,)]
+    return swaps
+
+
+async def test_c11_answers_do_not_wait_for_claims_that_will_find_no_sample(engine, store):
+    model = ScriptedModel()
+    async with asyncio.timeout(20):
+        swaps = await in_order(store, model, engine)
+    claiming = [swap for swap in swaps if any(name.startswith(rows.DRAW) for name in swap.puts)]
+    assert len(claiming) <= 3, "claims that waited together travelled together"
+    assert model.asked == [4], "the model is asked when all of them are granted"
+
+
+async def test_c11_an_answer_waits_for_claims_that_may_find_a_sample(engine, store):
+    async with OnlineAPI(ScriptedModel(), store) as pipeline:
+        await asyncio.gather(*[pipeline.request(Request(name)) for name in "ab"])
+    looks = []
+    store.look = lambda claims: looks.append(claims) or RemoteStore.look(store, claims)
+    async with OnlineAPI(ScriptedModel(), store) as pipeline:
+        order = []
+
+        async def ask(name, namespace):
+            await pipeline.request(Request(name, namespace=namespace))
+            order.append(name)
+
+        await asyncio.gather(ask("b", None), ask("a", "x"))
+    assert order == [*"ab"], "a new draw of an earlier sample comes first"
+    assert looks

@@ -12,11 +12,12 @@ from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
-from cachepipe.stores.base import Ahead, Commit, Foreseen, Grant, Operation, Process, Result, State
+from cachepipe.stores.base import Ahead, Claim, Commit, Foreseen, Grant, Operation, Process, Result, State
 from cachepipe.stores.queued import Queued, error_in
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
 from cachepipe.stores.remote.engine import Read, Unreachable
+from cachepipe.stores.remote.failovers import mend
 from cachepipe.stores.remote.listing import Listing
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.spool import Spool
@@ -53,6 +54,7 @@ class RemoteStore(Queued, Listing):
         session.join(self)
         self._closed = False
         self._writer = Writer(self)
+        self._looking = Writer(_Looks(session), "cachepipe-looks")
         self._states = States(session)
         self._spool = Spool(self.identity)
         _stores.add(self)
@@ -74,6 +76,7 @@ class RemoteStore(Queued, Listing):
     def inherit(self) -> None:
         """Begin again in a forked child."""
         self._writer = Writer(self)
+        self._looking = Writer(_Looks(self.session), "cachepipe-looks")
         self._states = States(self.session)
 
     def _check(self) -> None:
@@ -128,12 +131,20 @@ class RemoteStore(Queued, Listing):
         self._writer.wake()
 
     def tidy(self) -> None:
-        """Write the samples that were kept on this machine, if the engine answers."""
-        if self.read_only or not self._spool:
+        """Write what a failover has lost, and the samples that were kept here, if the engine answers."""
+        if self.read_only:
+            return
+        with contextlib.suppress(Unreachable, StoreError):
+            mend(self.session)
+        if not self._spool:
             return
         with contextlib.suppress(Unreachable, StoreError, OSError):
             self.session.engine.now()
-            self._spool.empty(self.session.commit_for)
+            self._spool.empty(self.session.commit_for, self._ids)
+
+    def _ids(self, key: str) -> set[str]:
+        """Return the ids of the samples of a key."""
+        return {sample.id for sample in self.samples(key)}
 
     # Reading.
 
@@ -149,6 +160,10 @@ class RemoteStore(Queued, Listing):
         if found is not None or not waits:
             return found
         return self.session.recall([(draw, n)])[0]
+
+    def look(self, claims: Sequence[Claim]) -> asyncio.Future[list[Grant | bool]]:
+        """Look what claims would get, in a thread of its own; see ``Store.look``."""
+        return self._awaited(self._looking, claims)
 
     def _copied(self, draw: Draw, n: int, *, waits: bool) -> Grant | None:
         """Return the samples of a draw from the copies on this machine, if it has them.
@@ -211,10 +226,30 @@ class RemoteStore(Queued, Listing):
         if self._closed:
             return
         self._writer.stop()
+        self._looking.stop()
         self.tidy()
         self._closed = True
         self._states.close()
         self.session.leave(self)
+
+
+class _Looks:
+    """Looks what claims would get, on behalf of a thread.
+
+    Args:
+        session: this process's use of the store.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.identity = session.engine.identity
+
+    def write(self, claims: Sequence[Claim]) -> list[Grant | bool]:
+        """Return for each claim its grant if the draw is known, else whether a sample may be at hand."""
+        return self._session.look(claims)
+
+    def tidy(self) -> None:
+        """Do nothing."""
 
 
 def _all_of(draw: Draw) -> Read:
