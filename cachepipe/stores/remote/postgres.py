@@ -28,6 +28,7 @@ from cachepipe.stores.remote.engine import (
     Conflict,
     Read,
     Rows,
+    Server,
     Swap,
     Unreachable,
     no_cache,
@@ -381,6 +382,16 @@ class PostgresEngine:
         """Return the server's time in microseconds since 1970."""
         [[seconds]] = self._ask("select extract(epoch from clock_timestamp())::float8")
         return int(seconds * 1e6)
+
+    def servers(self) -> list[Server]:
+        """Return the server that is written to; its history is the timeline of its log."""
+        [[timeline]] = self._ask(
+            "select case when pg_is_in_recovery() then null "
+            "else left(pg_walfile_name(pg_current_wal_lsn()), 8) end"
+        )
+        if timeline is None:
+            return []
+        return [Server(self.where, timeline, f"{int(timeline, 16) - 1:08X}")]
 
     # Notifications.
 

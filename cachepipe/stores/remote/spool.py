@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -60,40 +60,29 @@ class Spool:
             _append(self.folder / _FILE, b"".join(_line(commit, lease) for commit in commits))
         return self.folder / _FILE
 
-    def empty(self, write: Callable[[Commit, int], Result | StoreError | None]) -> None:
+    def empty(
+        self, write: Callable[[Commit, int], Result | StoreError], stored: Callable[[str], Collection[str]]
+    ) -> None:
         """Write the samples to the store; those that it refuses stay in another file.
 
+        A process that was killed while it emptied the file has stored some of them already, perhaps at other
+        indices; they are recognised by their ids.
+
         Args:
-            write: commits a sample that was generated under a lease, unless the store has it; returns the
-                result or the error.
+            write: commits a sample that was generated under a lease; returns the result or the error.
+            stored: returns the ids of the samples of a key.
 
         Raises:
-            StoreUnreachable: when the store does not answer; the samples that it did not take stay.
+            StoreUnreachable: when the store does not answer; the samples stay.
         """
         if not self:
             return
         with leases.alone(self.folder):
             path = self.folder / _FILE
-            left = deque(path.read_bytes().splitlines(keepends=True))
-            refused: list[tuple[bytes, StoreError]] = []
-            try:
-                while left:
-                    if (told := _written(write, left[0])) is not None:
-                        refused.append(told)
-                    left.popleft()
-            finally:
-                self._keep(refused)
-                self._leave(b"".join(left))
-
-    def _leave(self, lines: bytes) -> None:
-        """Leave these lines only in the file."""
-        path = self.folder / _FILE
-        if lines:
-            new = path.with_suffix(".new")
-            new.unlink(missing_ok=True)
-            _append(new, lines)
-            new.replace(path)
-        else:
+            lines = path.read_bytes().splitlines(keepends=True)
+            stored = functools.cache(stored)
+            refused = [told for line in lines if (told := _written(write, stored, line)) is not None]
+            self._keep(refused)
             path.unlink()
 
     def _keep(self, refused: Sequence[tuple[bytes, StoreError]]) -> None:
@@ -109,15 +98,17 @@ class Spool:
 
 
 def _written(
-    write: Callable[[Commit, int], Result | StoreError | None], line: bytes
+    write: Callable[[Commit, int], Result | StoreError],
+    stored: Callable[[str], Collection[str]],
+    line: bytes,
 ) -> tuple[bytes, StoreError] | None:
-    """Write the sample in a line; return the line and the error if the store refuses it."""
+    """Write the sample in a line, unless it is stored; return the line and the error if it is refused."""
     read = _read(line)
     if read is None:
         return None
-    result: Result | StoreError | None
+    commit, lease = read
     try:
-        result = write(*read)
+        result = None if commit.id in stored(commit.key) else write(commit, lease)
     except StoreError as error:
         result = error
     if isinstance(result, StoreUnreachable):

@@ -10,7 +10,7 @@ import contextlib
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from itertools import islice
@@ -28,6 +28,7 @@ from cachepipe.stores.remote.engine import (
     Conflict,
     Read,
     Rows,
+    Server,
     Swap,
     Unreachable,
     no_cache,
@@ -394,6 +395,22 @@ class ValkeyEngine:
         seconds, microseconds = self._ask(lambda client: client.time())
         return int(seconds) * 1_000_000 + int(microseconds)
 
+    def servers(self) -> list[Server]:
+        """Return the servers that are written to; the history of each is its replication id.
+
+        A client of a cluster that asks a server which is away, or a replica now, asks for the new ones.
+        """
+        if not isinstance(self._client, ValkeyCluster):
+            return [_server(self.where, self._ask(lambda client: client.info("replication")))]
+        found = [
+            (node.name, self._ask(partial(_replication, node)))
+            for node in self._ask(lambda client: client.get_primaries())
+        ]
+        if any(info["role"] == "slave" for _, info in found):
+            self._ask(lambda client: client.nodes_manager.initialize())
+            raise Unreachable("a server has become a replica", there=True)
+        return [_server(name, info) for name, info in found]
+
     # Notifications.
 
     def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
@@ -492,6 +509,15 @@ def _infos(client: Client) -> list[dict[str, Any]]:
 def _info(server: Client, _client: Client) -> dict[str, Any]:
     found: dict[str, Any] = server.info()
     return found
+
+
+def _replication(node: Any, client: Client) -> dict[str, Any]:
+    found: dict[str, Any] = client.info("replication", target_nodes=node)
+    return found
+
+
+def _server(where: str, info: Mapping[str, Any]) -> Server:
+    return Server(where, str(info["master_replid"]), str(info["master_replid2"]))
 
 
 def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:
