@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe import wire
 from cachepipe.cli import common
 from cachepipe.cli.common import WIDTH, beginning, counted, echo_lines, json_text, opened, styled, when
 from cachepipe.cli.group import Failure
@@ -26,6 +25,7 @@ from cachepipe.listings import (
     document_of,
     draw_fields,
     key_fields,
+    known_scope,
     model_in,
     prompt_in,
     sample_fields,
@@ -124,18 +124,10 @@ def _listed(
     """Iterate over the matching keys, one at a time."""
     texts = [search] if search and search.isascii() else []  # SQL ignores the case of ASCII only
     whose = None if namespace is None else label(namespace)
-    scope = None if scope is None else _scope(scope)
+    scope = None if scope is None else known_scope(scope)
     for info in store.keys(prefix, scope=scope, namespace=whose, holding=texts):
         if not (search or model) or _fits(store.question(info.key), search or "", model):
             yield info
-
-
-def _scope(scope: str) -> str:
-    """Return a scope in the cache's spelling: a URL without credentials."""
-    try:
-        return wire.scope_of(scope)
-    except wire.BadRequest:  # the name of an adapter
-        return scope
 
 
 def _fits(question: StoredQuestion | None, search: str, model: str | None) -> bool:

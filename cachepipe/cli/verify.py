@@ -188,11 +188,12 @@ def _example_lines(problems: list[dict[str, Any]]) -> Iterator[str]:
 @click.command()
 @click.argument("key", metavar="KEY[/INDEX]")
 @common.cache_option
+@click.option("--index", type=click.IntRange(min=0), help="The index of the sample, instead of KEY/INDEX.")
 @click.option(
     "--why", required=True, help="The reason, which is stored with each sample and shown by `show`."
 )
 @common.json_option('an object with "key", "discarded" (a list of indices) and "draws"')
-def discard(*, key: str, cache: str | None, why: str, as_json: bool) -> None:
+def discard(*, key: str, cache: str | None, index: int | None, why: str, as_json: bool) -> None:
     """Discard one sample of a question, or all of them without an INDEX.
 
     The samples stay in the cache, and no draw gets them any more. A draw that had one of them gets another
@@ -202,6 +203,10 @@ def discard(*, key: str, cache: str | None, why: str, as_json: bool) -> None:
     prefix, slash, number = key.partition("/")
     if slash and not (number.isascii() and number.isdigit() and len(number) < 16):
         raise Failure(f"expected the index of a sample after {prefix}/, a whole number; got {number!r}")
+    if index is not None:
+        if slash and int(number) != index:
+            raise Failure(f"KEY/{number} and --index {index} name two samples; give one of them")
+        slash, number = "/", str(index)
     with common.opened(cache, write=True) as store:
         name = found_key(store, prefix).key
         indices = [int(number)] if slash else [sample.index for sample in store.samples(name)]
