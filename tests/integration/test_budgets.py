@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -179,6 +182,74 @@ async def test_processes_share_a_budget_on_any_engine(engine, request):
         assert 0 < spent(store) <= 3 * CALL
         if owned:
             store.close()
+
+
+SPENDER = """
+import asyncio, json, sys
+from cachepipe import Budget, BudgetExceeded, Prices
+from cachepipe.clients import AsyncOpenAI
+
+async def main(cache, given, usd, first, count):
+    budget = Budget(float(usd), prices=Prices(json.loads(given)))
+    async with AsyncOpenAI(cache=cache, namespace="x", budget=budget, max_retries=0) as client:
+        asked = [
+            client.chat.completions.create(
+                model="ngram-1", messages=[{"role": "user", "content": f"question {n}"}], max_tokens=50
+            )
+            for n in range(int(first), int(first) + int(count))
+        ]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+    for one in found:
+        if isinstance(one, Exception) and not isinstance(one, BudgetExceeded):
+            raise one
+    print(sum(not isinstance(one, Exception) for one in found))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def spender(cache, usd, first, count):
+    """A process that asks some questions at once and prints how many were answered."""
+    words = [cache, json.dumps(GIVEN), usd, first, count]
+    return subprocess.Popen(
+        [sys.executable, "-c", SPENDER, *map(str, words)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def paid_in(cache):
+    """How many samples a cache holds, and what they cost."""
+    store = cachepipe.DiskStore(cache, read_only=True)
+    try:
+        return store.totals()["samples"], spent(store)
+    finally:
+        store.close()
+
+
+def test_processes_do_not_overspend_and_go_on_when_one_is_killed_with_reservations(tmp_path):
+    cache, limit, asked = str(tmp_path / "cache"), 4 * CALL, 20
+    with MockServer.in_thread(MockSettings(seed=1, latency=600.0)) as slow:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENAI_BASE_URL", slow.base_url)
+            killed = spender(cache, limit, 1000, asked)
+        while slow.stats.in_flight < 2:
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate()
+    running = [spender(cache, limit, first, asked) for first in (0, asked)]
+    answered = [int(process.communicate(timeout=60)[0]) for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert 0 < sum(answered) < 2 * asked
+    samples, paid = paid_in(cache)
+    assert (samples, paid <= limit) == (sum(answered), True)
+    # While several processes spend, a call that ends during a sum may count twice; alone, the sum is exact.
+    alone = spender(cache, limit, 0, 2 * asked)
+    assert sum(answered) <= int(alone.communicate(timeout=60)[0]) < 2 * asked
+    _, paid = paid_in(cache)
+    assert limit - 1.1 * CALL < paid <= limit
+    more = spender(cache, 2 * limit, 0, 2 * asked)
+    assert int(more.communicate(timeout=60)[0]) > sum(answered)
+    assert [alone.returncode, more.returncode] == [0, 0]
 
 
 def test_run_stops_at_max_cost_and_goes_on_with_more(server):
