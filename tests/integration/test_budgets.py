@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -227,15 +227,15 @@ def paid_in(cache):
 
 def test_processes_do_not_overspend_and_go_on_when_one_is_killed_with_reservations(tmp_path):
     cache, limit, asked = str(tmp_path / "cache"), 4 * CALL, 20
-    with MockServer.in_thread(MockSettings(seed=1, latency=600.0)) as slow:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OPENAI_BASE_URL", slow.base_url)
-            killed = spender(cache, limit, 1000, asked)
-        while slow.stats.in_flight < 2:
-            assert killed.poll() is None
-            time.sleep(0.01)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patch:
+        silent.settimeout(60)
+        patch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
+        killed = spender(cache, limit, 1000, asked)
+        calls = [silent.accept()[0] for _ in range(2)]
         killed.kill()
         killed.communicate()
+        for call in calls:
+            call.close()
     running = [spender(cache, limit, first, asked) for first in (0, asked)]
     answered = [int(process.communicate(timeout=60)[0]) for process in running]
     assert [process.returncode for process in running] == [0, 0]
