@@ -34,6 +34,7 @@ from cachepipe.stores.base import (
     NotePlace,
     Operation,
     Process,
+    RecordRemoval,
     ReleaseHold,
     Reserve,
     Result,
@@ -663,6 +664,8 @@ def key_of(operation: Operation) -> str:
         return operation.draw.key
     if isinstance(operation, Reserve | Settle):
         return f"{RUN}{BUDGETS}"
+    if isinstance(operation, RecordRemoval):
+        return f"{RUN}{operation.id}"
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
