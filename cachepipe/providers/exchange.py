@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import orjson
 
-from cachepipe import jsontext, loops, runs, wire
+from cachepipe import context, jsontext, loops, runs, wire
 from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
@@ -213,7 +213,7 @@ class CacheView:
         made = cls.__new__(cls)
         made.namespace, made.mode, made.scope, made.repeat = namespace, mode, scope, repeat
         made.service, made.replicate, made.ordered = service, replicate, ordered
-        made.budget = budget
+        made.budget = context.current().budget_of(budget)
         made.caches, made.groups = {}, {}
         made.__post_init__()  # before anything is opened
         made.shared_store = SharedStore(cache)
