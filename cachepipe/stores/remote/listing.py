@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -117,6 +118,15 @@ class Listing:
             sample = rows.load_sample(key, index, row)
             if isinstance(sample, Sample):
                 yield sample
+
+    def ids(self, key: str) -> set[str]:
+        """Return the permanent ids of the samples of a key, of the discarded ones too."""
+        found: set[str] = set()
+        for index, row in self._rows_of_samples(key, sample_indices(self.session, key)):
+            with contextlib.suppress(DamagedCache, UnsafeRow):
+                header, _ = rows.header_in(key, index, row)
+                found.add(rows.loads(key, rows.numbered(SAMPLE, index), header or b"{}").get("id", ""))
+        return found
 
     def _rows_of_samples(self, key: str, indices: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         self._check()

@@ -140,11 +140,7 @@ class RemoteStore(Queued, Listing):
             return
         with contextlib.suppress(Unreachable, StoreError, OSError):
             self.session.engine.now()
-            self._spool.empty(self.session.commit_for, self._ids)
-
-    def _ids(self, key: str) -> set[str]:
-        """Return the ids of the samples of a key."""
-        return {sample.id for sample in self.samples(key)}
+            self._spool.empty(self.session.commit_for, self.ids)
 
     # Reading.
 

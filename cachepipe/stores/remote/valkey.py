@@ -51,8 +51,8 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
-_HISTORY: Final = ("server", "replication")
-"""What a server says of its process, and of its history of writes: a restored one has another."""
+_HISTORY: Final = "replication"
+"""What a server says of its history of writes: one that was started, restored or took over has another."""
 _GLOB: Final = re.compile(rb"([*?\[\]\\])")
 
 _LATER: Final = (
@@ -347,7 +347,7 @@ class ValkeyEngine:
     def changes(self, since: int | None) -> Changes:
         """Return the changes from a number on; without a number the recent ones.
 
-        The epoch is which cache it is, and which servers have which history of writes.
+        The epoch is which cache it is, and which histories of writes its servers have.
         """
         if since is None:
             command: Command = ("XREVRANGE", self._changes, "+", "-", "COUNT", RECENT)
@@ -358,10 +358,10 @@ class ValkeyEngine:
             info = self._ask(_infos)
             found, identity = self._told(commands)
         else:
-            found, identity, *info = self._told([*commands, ("INFO", *_HISTORY)])
-        servers = sorted(f"{each['run_id']}/{each['master_replid']}" for each in info)
+            found, identity, *info = self._told([*commands, ("INFO", _HISTORY)])
+        histories = sorted(str(each["master_replid"]) for each in info)
         keys = [(_numbered(name), decoded(row[b""])) for name, row in found]
-        return Changes(" ".join([str(identity), *servers]), sorted(keys))
+        return Changes(" ".join([str(identity), *histories]), sorted(keys))
 
     # Leases.
 
@@ -501,9 +501,8 @@ def _servers(client: Client) -> list[Client]:
 
 def _infos(client: Client) -> list[dict[str, Any]]:
     """Return what the primaries of a cluster say of themselves."""
-    nodes = client.get_primaries()
-    found: dict[str, dict[str, Any]] = client.info(*_HISTORY, target_nodes=nodes)
-    return [found[node.name] for node in nodes] if len(nodes) > 1 else [found]
+    found: dict[str, Any] = client.info(_HISTORY, target_nodes=client.get_primaries())
+    return [found] if "master_replid" in found else [*found.values()]  # one primary answers for itself
 
 
 def _info(server: Client, _client: Client) -> dict[str, Any]:
