@@ -51,8 +51,8 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
-_HISTORY: Final = ("server", "replication")
-"""What a server says of its process, and of its history of writes: a restored one has another."""
+_HISTORY: Final = "replication"
+"""What a server says of its history of writes: one that was started, restored or took over has another."""
 _GLOB: Final = re.compile(rb"([*?\[\]\\])")
 
 _LATER: Final = (
@@ -347,7 +347,7 @@ class ValkeyEngine:
     def changes(self, since: int | None) -> Changes:
         """Return the changes from a number on; without a number the recent ones.
 
-        The epoch is which cache it is, and which servers have which history of writes.
+        The epoch is which cache it is, and which histories of writes its servers have.
         """
         if since is None:
             command: Command = ("XREVRANGE", self._changes, "+", "-", "COUNT", RECENT)
@@ -358,10 +358,10 @@ class ValkeyEngine:
             info = [*self._ask(_infos).values()]
             found, identity = self._told(commands)
         else:
-            found, identity, *info = self._told([*commands, ("INFO", *_HISTORY)])
-        servers = sorted(f"{each['run_id']}/{each['master_replid']}" for each in info)
+            found, identity, *info = self._told([*commands, ("INFO", _HISTORY)])
+        histories = sorted(str(each["master_replid"]) for each in info)
         keys = [(_numbered(name), decoded(row[b""])) for name, row in found]
-        return Changes(" ".join([str(identity), *servers]), sorted(keys))
+        return Changes(" ".join([str(identity), *histories]), sorted(keys))
 
     # Leases.
 
@@ -401,7 +401,7 @@ class ValkeyEngine:
         A client of a cluster that asks a server which is away, or a replica now, asks for the new ones.
         """
         if not isinstance(self._client, ValkeyCluster):
-            return [_server(self.where, self._ask(lambda client: client.info("replication")))]
+            return [_server(self.where, self._ask(lambda client: client.info(_HISTORY)))]
         found = self._ask(_infos)
         if any(info["role"] == "slave" for info in found.values()):
             self._ask(lambda client: client.nodes_manager.initialize())
@@ -499,8 +499,8 @@ def _servers(client: Client) -> list[Client]:
 def _infos(client: Client) -> dict[str, dict[str, Any]]:
     """Return what the primaries of a cluster say of themselves, by their names."""
     nodes = client.get_primaries()
-    found: dict[str, dict[str, Any]] = client.info(*_HISTORY, target_nodes=nodes)
-    return found if len(nodes) > 1 else {nodes[0].name: found}
+    found: dict[str, Any] = client.info(_HISTORY, target_nodes=nodes)
+    return {nodes[0].name: found} if "master_replid" in found else found  # one answers for itself
 
 
 def _info(server: Client, _client: Client) -> dict[str, Any]:
