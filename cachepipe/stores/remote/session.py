@@ -795,7 +795,7 @@ class _Renewal:
             try:
                 renewed = session.renew()
                 changed = session.watch.look(session.engine)
-            except (Unreachable, StoreError):
+            except Exception:  # noqa: BLE001 - whatever a client raises while a server is replaced
                 away = True  # it is tried again, and begun anew if it has ended meanwhile
                 continue
             if away or changed:
