@@ -1,21 +1,23 @@
-"""Settings for the calls within a block: who draws, and how the cache is used.
+"""Settings for the requests within a block: who draws, and how the cache is used.
 
     with cachepipe.using(namespace="run-2", request_id="q17"):
         client.chat.completions.create(...)
 
-They follow tasks and threads as context variables do, and override the settings of clients.
+They follow tasks and threads as context variables do, and override the settings of clients. A pipeline takes
+the mode when it is made; its requests take who draws, where they do not say so themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
 from cachepipe import cells
 from cachepipe.contract.draws import Claimant
-from cachepipe.typedefs import MODES, Mode, Ordered, check_ordered, check_replicate
+from cachepipe.typedefs import MODES, Mode, Ordered, Request, check_ordered, check_replicate
 
 
 class Inherited:
@@ -37,11 +39,19 @@ class Using(NamedTuple):
     mode: Mode | Inherited = INHERITED
     replicate: str | int | Inherited | None = INHERITED
     ordered: Ordered | Inherited = INHERITED
+    cache: Any = INHERITED
+    budget: Any = INHERITED
 
     def over(self, outer: Using) -> Using:
         """Return these settings, and those of ``outer`` for the unset ones."""
         pairs: Any = zip(self, outer, strict=True)
         return Using(*(theirs if isinstance(own, Inherited) else own for own, theirs in pairs))
+
+    def for_calls(self) -> dict[str, Any]:
+        """Return the arguments of `using` that set the same for calls."""
+        settings = self._asdict()
+        del settings["cache"], settings["budget"]
+        return settings
 
     def claimant(self, namespace: str | None, replicate: str | int | None) -> Claimant:
         """Return who draws, given the namespace and the replicate outside all blocks."""
@@ -56,6 +66,14 @@ class Using(NamedTuple):
     def ordered_of(self, usual: Ordered) -> Ordered:
         """Return whether answers are handed over in order, given the setting outside all blocks."""
         return usual if isinstance(self.ordered, Inherited) else self.ordered
+
+    def cache_of(self, given: Any) -> Any:
+        """Return the cache of what is made now, given its own; None is the default folder."""
+        return self.cache if given is None and not isinstance(self.cache, Inherited) else given
+
+    def budget_of(self, given: Any) -> Any:
+        """Return the budget of what is made now, given its own; None is none."""
+        return self.budget if given is None and not isinstance(self.budget, Inherited) else given
 
     def mode_of(self, usual: Mode) -> Mode:
         """Return the current mode, given the one outside all blocks."""
@@ -76,6 +94,39 @@ def current() -> Using:
     return using if request_id is own_id else using._replace(request_id=request_id)
 
 
+def claimed(request: Request) -> Request:
+    """Return a request that names who draws, as the blocks around say, where it does not say so itself."""
+    settings = current()
+    if settings is _NOTHING or not isinstance(request, Request):
+        return request
+    own = {
+        "namespace": request.namespace,
+        "request_id": request.request_id or None,
+        "replicate": request.replicate,
+    }
+    found = {
+        name: value
+        for name, given in own.items()
+        if given is None and not isinstance(value := getattr(settings, name), Inherited | None)
+    }
+    if not found:
+        return request
+    twin = copy.copy(request)
+    for name, value in found.items():
+        object.__setattr__(twin, name, value)  # it is frozen
+    return twin
+
+
+@contextlib.contextmanager
+def within(settings: Using) -> Iterator[None]:
+    """Apply settings to the block; unset ones stay as they are outside."""
+    token = _current.set(settings.over(_current.get()))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 @contextlib.contextmanager
 def using(
     *,
@@ -86,6 +137,9 @@ def using(
     ordered: Ordered | Inherited = INHERITED,
 ) -> Iterator[None]:
     """Set the namespace, request id, replicate, mode and order of the clients' calls made within the block.
+
+    Pipelines take the namespace, request id and replicate for requests that name none, and the mode when they
+    are made.
 
     Args:
         namespace: the unit within which samples are independent.
@@ -104,12 +158,8 @@ def using(
         raise ValueError(f"mode is one of {', '.join(MODES)}; got {mode!r}")
     if not isinstance(ordered, Inherited):
         check_ordered(ordered)
-    made = Using(namespace, request_id, mode, replicate, ordered)
-    token = _current.set(made.over(_current.get()))
-    try:
+    with within(Using(namespace, request_id, mode, replicate, ordered)):
         yield
-    finally:
-        _current.reset(token)
 
 
 class Attempt:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
+from cachepipe import context
 from cachepipe.adapting import has_request
 from cachepipe.cache.cache import Stats
 from cachepipe.stage import Stage
@@ -284,7 +285,7 @@ class OrderedLocalAPI(Pipeline):
 
 def _limited(model: Any, options: Options) -> Any:
     """Return the model with the limits of the service and with the budget, if the options have them."""
-    service, budget = options.pop("service", None), options.pop("budget", None)
+    service, budget = options.pop("service", None), context.current().budget_of(options.pop("budget", None))
     if service is not None:
         model = _served(model, service)
     if budget is None:

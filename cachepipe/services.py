@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypedDict, Unpack
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from cachepipe import forks, loops
+from cachepipe import context, forks, loops
 from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
 from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
@@ -203,11 +203,13 @@ class Service:
             weakref.finalize(self, self._lent.end).atexit = False
         loan = self._lent
 
+        how: dict[str, Any] = {"mode": mode, "repeat": repeat, "budget": context.current().budget_of(None)}
+
         def make() -> Any:
             options = self.client_options(sdk or self.sdk, replays=mode == "replay")
-            return self._made(0, sdk, cache=cache, mode=mode, repeat=repeat, service=loan, **options)
+            return self._made(0, sdk, cache=cache, service=loan, **how, **options)
 
-        return loan.client((id(cache), mode, repeat, sdk), make)
+        return loan.client((id(cache), sdk, *how.values()), make)
 
     async def close(self) -> None:
         """Close the clients of sessions and completions. The caller closes all other clients."""

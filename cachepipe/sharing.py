@@ -11,8 +11,10 @@ import filecmp
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from heapq import merge as in_key_order
 from importlib.metadata import version
 from operator import attrgetter
@@ -23,7 +25,7 @@ from cachepipe.contract.draws import label, namespace_of
 from cachepipe.contract.entries import Addition, Entry, addition, joined, rescoped
 from cachepipe.contract.keys import digest
 from cachepipe.errors import ImportRefused, SecretsFound, StoreError
-from cachepipe.stores import open_store
+from cachepipe.stores import DiskStore, open_store
 from cachepipe.stores.base import Adopt, Adopted, Store
 from cachepipe.stores.bundles.manifest import Manifest
 from cachepipe.stores.bundles.reader import Bundle, is_bundle
@@ -40,6 +42,8 @@ Progress = Callable[[str, int], None]
 """Gets what is being done, and how many questions are done."""
 Cache = str | os.PathLike[str] | Store
 """A folder, the URL of a server, a bundle, or an open store."""
+Caches = Cache | Sequence[Cache]
+"""A cache, or a list of caches that are read together."""
 Scopes = str | Mapping[str, str]
 """The scope that all questions get, or new scopes by old ones."""
 
@@ -52,7 +56,7 @@ def _unseen(doing: str, done: int) -> None:
 
 
 def export(
-    cache: Cache,
+    cache: Caches,
     path: str | os.PathLike[str],
     *,
     namespaces: Collection[str | None] | None = None,
@@ -85,8 +89,8 @@ def export(
     findings = None if allow_secrets else Findings()
     unused = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        with _opened(cache) as store, unused.open("xb") as file:
-            found = _counted(_slices(store, namespaces), "exporting", progress)
+        with contextlib.closing(slices(cache, namespaces)) as read, unused.open("xb") as file:
+            found = _counted(_checked(read, namespaces), "exporting", progress)
             manifest = Writer(file, version("cachepipe"), namespaces, findings).write(found)
             file.flush()
             os.fsync(file.fileno())
@@ -105,19 +109,25 @@ def export(
     return manifest
 
 
-def _slices(store: Store | Bundle, namespaces: Collection[str | None] | None) -> Iterator[Entry]:
-    """Iterate over the parts of entries that replay some namespaces."""
-    if namespaces is None:
-        yield from _all(store)
-        return
-    labels = {label(name) for name in namespaces}
-    missing = set(labels)
-    for entry in store.entries(labels):
-        found = entry.sliced(labels)
-        if found is not None:
-            missing.difference_update(draw.namespace for draw in found.draws)
-            missing.difference_update(found.users)
-            yield found
+def slices(cache: Caches, namespaces: Collection[str | None] | None) -> Generator[Entry]:
+    """Iterate over the parts of entries that replay some namespaces, or over all; see `export`."""
+    labels = None if namespaces is None else {label(name) for name in namespaces}
+    with contextlib.ExitStack() as stack:
+        caches: Any = cache if isinstance(cache, list | tuple) else [cache]
+        sources = [stack.enter_context(_opened(one)) for one in caches]
+        parts = [map(Entry.sliced, source.entries(labels), itertools.repeat(labels)) for source in sources]
+        entries = in_key_order(*(filter(None, each) for each in parts), key=attrgetter("key"))
+        for _, group in itertools.groupby(entries, attrgetter("key")):
+            yield reduce(lambda whole, entry: joined(whole, entry) or whole, group)
+
+
+def _checked(entries: Iterable[Entry], namespaces: Collection[str | None] | None) -> Iterator[Entry]:
+    """Iterate over entries; raise an error at the end if a namespace has no draws."""
+    missing = {label(name) for name in namespaces or ()}
+    for entry in entries:
+        missing.difference_update(draw.namespace for draw in entry.draws)
+        missing.difference_update(entry.users)
+        yield entry
     if missing:
         names = ", ".join(repr(namespace_of(name)) for name in sorted(missing))
         raise StoreError(f"the cache has no draws of the namespace {names}; `cachepipe stats` lists them all")
@@ -322,6 +332,43 @@ def _add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
             counts.new += 1
         else:
             counts.more += 1
+
+
+@contextlib.contextmanager
+def unpacked(path: str | os.PathLike[str]) -> Iterator[DiskStore]:
+    """Open what a bundle holds as a store that is only read, in a temporary folder.
+
+    Args:
+        path: the bundle.
+
+    Raises:
+        BundleError: when the file is not a bundle, or is damaged.
+    """
+    with (
+        contextlib.closing(Bundle(path)) as bundle,
+        tempfile.TemporaryDirectory(prefix="cachepipe-bundle-") as folder,
+    ):
+        with contextlib.closing(DiskStore(folder)) as store:
+            for batch in _batches([entry] for entry in bundle.entries()):
+                _add(store, batch, Counts())
+        with contextlib.closing(_UnpackedBundle(folder, read_only=True)) as unpacked:
+            unpacked.bundle = bundle.path
+            yield unpacked
+
+
+class _UnpackedBundle(DiskStore):
+    """What a bundle holds, in a temporary folder."""
+
+    bundle: Path
+
+    @property
+    def where(self) -> str:
+        """The bundle."""
+        return str(self.bundle)
+
+    def size(self) -> int:
+        """Return the number of bytes of the bundle."""
+        return self.bundle.stat().st_size
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from cachepipe.models.connection import SdkCalls
 from cachepipe.models.openai import ENDPOINTS, OpenAIModel
 from cachepipe.providers.exchange import CacheView, Exchange, SharedStore, questions_of
 from cachepipe.providers.lists import Lists
-from cachepipe.stores.base import Ahead, Store
-from cachepipe.stores.misses import missed
+from cachepipe.stores.base import Store
+from cachepipe.stores.misses import lacking
 from cachepipe.typedefs import Response
 from cachepipe.wire import Ask
 
@@ -172,13 +172,9 @@ class FileDraws:
         Raises:
             UnkeyableValue: when no stable key can be made from one of its values.
         """
-        found: list[tuple[str, str]] = []
-        for question, ask, drawn in zip(*self.planned(draw)[1], strict=True):
-            [foreseen] = self._store.foresee([(drawn, ask.n, Ahead())])
-            if len(foreseen.samples) < ask.n:
-                why = missed(self._store, question, drawn, ask.n, None, draw.claimant.namespace).why
-                found.append((question.key, why))
-        return found
+        planned = zip(*self.planned(draw)[1], strict=True)
+        asked = [(question, ask.n, drawn) for question, ask, drawn in planned]
+        return lacking(self._store, asked, draw.claimant.namespace)
 
     def _questions(self, draw: LineDraw) -> tuple[str, list[Question]]:
         """Return the URL of a line's calls, and its questions under the scope of the run."""

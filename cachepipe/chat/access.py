@@ -60,7 +60,8 @@ class Environment:
         return str(value) if value else os.environ.get(name) or None
 
     def located(self, cache: Any) -> Any:
-        """Return what `located` returns for a cache argument; for None, for ``CACHEPIPE_DIR``."""
+        """Return what `located` returns; outside experiments, None is ``CACHEPIPE_DIR``."""
+        cache = context.current().cache_of(cache)
         return located(self.found("CACHEPIPE_DIR") if cache is None else cache)
 
 

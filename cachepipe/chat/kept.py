@@ -17,10 +17,10 @@ import weakref
 from collections.abc import Awaitable, Coroutine
 from typing import Any, Final, TypeVar
 
-from cachepipe import loops, runs
+from cachepipe import context, loops, runs
 from cachepipe.portal import in_portal, portal, submit
 from cachepipe.services import Loan, close_lent
-from cachepipe.stores import Store, default_folder, open_store
+from cachepipe.stores import Store, cache_for, open_store
 from cachepipe.stores.folders import expanded
 from cachepipe.stores.remote import is_url
 from cachepipe.typedefs import Mode, Repeat
@@ -50,13 +50,12 @@ async def on_portal(work: Coroutine[Any, Any, T]) -> T:
 
 
 def located(cache: Any) -> Any:
-    """Return a cache argument with a folder as its absolute path; None means the default one.
+    """Return a cache argument with a folder as its absolute path; see ``cache_for`` for None.
 
     Raises:
         StoreError: for a string that is not the name of a folder.
     """
-    if cache is None:
-        cache = default_folder()
+    cache = cache_for(cache)
     if not isinstance(cache, str | os.PathLike):
         return cache
     return cache if isinstance(cache, str) and is_url(cache) else str(expanded(cache))
@@ -86,6 +85,7 @@ def own_client(store: Store, mode: Mode, repeat: Repeat, api_key: str | None, ba
     from cachepipe.sdk.openai import AsyncOpenAI  # noqa: PLC0415 - loads the SDK
 
     options: dict[str, Any] = {"api_key": api_key, "base_url": base_url, "mode": mode, "repeat": repeat}
+    options["budget"] = context.current().budget_of(None)
     name = (id(store), *options.values())  # the client keeps the store, so that the id stays the store's
     return _own.client(name, lambda: AsyncOpenAI(cache=store, **options))
 
@@ -95,11 +95,12 @@ def wrapped(client: Any, cache: Any, repeat: Repeat | None) -> Any:
     from cachepipe.sdk.wrapping import wrap  # noqa: PLC0415 - loads the SDK
 
     store = kept_store(cache)
-    name = (id(store), repeat)
+    budget = context.current().budget_of(None)
+    name = (id(store), repeat, budget)
     with _lock:
         known = _wrappers.setdefault(client, {})
         if name not in known:  # the wrapper keeps the store, so that the id stays the store's
-            known[name] = wrap(client, cache=store, repeat=repeat or "fresh")
+            known[name] = wrap(client, cache=store, repeat=repeat or "fresh", budget=budget)
         return known[name]
 
 

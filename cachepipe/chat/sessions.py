@@ -209,7 +209,7 @@ class Session:
             if request_id is not None:
                 settings = settings._replace(request_id=request_id)
             plan, fields = self._plan(params)
-            reply = await self._access.run(lambda: plan.ask(conversation, fields, **settings._asdict()))
+            reply = await self._access.run(lambda: plan.ask(conversation, fields, **settings.for_calls()))
             if fields.get("stream"):
                 pieces = Pieces(self, reply)
                 self._pieces = weakref.ref(pieces)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import io
 import itertools
 import json
@@ -13,11 +11,12 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from cachepipe import jsontext, terminal
 from cachepipe.chat.answers import TextCompletion, TokenLogProb
 from cachepipe.chat.conversations import Conversation
+from cachepipe.frames import Library, data_frame
 
 COLUMNS: Final = (
     "prompt",
@@ -49,7 +48,7 @@ _Result = TextCompletion | BaseException
 
 
 def to_dataframe(
-    completions: Iterable[TextCompletion | BaseException], library: Literal["pandas", "polars"] | None = None
+    completions: Iterable[TextCompletion | BaseException], library: Library | None = None
 ) -> Any:
     """Return completions as a data frame, one row each, in their order.
 
@@ -63,18 +62,7 @@ def to_dataframe(
     Raises:
         ImportError: when neither is installed.
     """
-    rows = [_row(completion) for completion in completions]
-    if library not in (None, "pandas", "polars"):
-        raise ValueError(f"library= is 'pandas', 'polars' or None; got {library!r:.100}")
-    names = [name for name in ("pandas", "polars") if importlib.util.find_spec(name)]
-    chosen: str | None = library or next(iter(names), None)
-    if chosen is None:
-        raise ImportError("a data frame needs pandas or polars: pip install 'cachepipe[pandas]'")
-    if chosen not in names:
-        raise ImportError(f"{chosen} is not installed: pip install 'cachepipe[{chosen}]'")
-    made = importlib.import_module(chosen)
-    columns = {name: [_encodable(row.get(name)) for row in rows] for name in COLUMNS}
-    return made.DataFrame(columns)
+    return data_frame([_row(completion) for completion in completions], COLUMNS, library)
 
 
 def _row(completion: TextCompletion | BaseException) -> dict[str, Any]:
@@ -88,11 +76,6 @@ def _row(completion: TextCompletion | BaseException) -> dict[str, Any]:
         logs = [token.log_prob for token in completion.token_log_probs if not math.isnan(token.log_prob)]
         row["mean_log_prob"] = sum(logs) / len(logs) if logs else None
     return row
-
-
-def _encodable(value: Any) -> Any:
-    """Return a cell without lone surrogates, which some libraries refuse."""
-    return jsontext.mended(value) if isinstance(value, str) else value
 
 
 def to_jsonl(

@@ -15,9 +15,14 @@ import click
 import orjson
 
 from cachepipe.cli.common import (
-    cache_option,
+    existing_cache,
+    exists,
+    is_bundle_file,
     json_option,
     json_text,
+    layers_in_use,
+    layers_option,
+    opened,
     token_option,
     url_file_option,
     write_url,
@@ -58,7 +63,7 @@ class _Mebibytes(click.IntRange):
     help="The base URL of a provider, such as https://api.openai.com/v1. Can be repeated, with names; the "
     "first is the default.",
 )
-@cache_option
+@layers_option
 @click.option("--config", type=click.Path(dir_okay=False), help="A TOML file; options override it.")
 @click.option("--host", help="The address to listen on. Default: 127.0.0.1, this machine only.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 for any free port. Default: 8080.")
@@ -103,6 +108,12 @@ class _Mebibytes(click.IntRange):
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     help="Seconds to wait for upstream. Default: 600.",
+)
+@click.option(
+    "--why",
+    is_flag=True,
+    default=None,
+    help="Log beside a miss why it is one. The reasons quote parts of requests.",
 )
 @click.option(
     "--log",
@@ -177,26 +188,39 @@ def _name(place: int) -> str:
 
 def _remembered(chosen: ProxySettings) -> list[Any]:
     """Return the upstreams of the answers in a cache, so that a replay needs no --upstream."""
-    from cachepipe.cli.common import opened  # noqa: PLC0415 - only here
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
     from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
 
+    scopes: Counter[str] = Counter()
+    layers = chosen.cache if isinstance(chosen.cache, list) else [chosen.cache]
+    for cache in layers:
+        if cache is not layers[0] or len(layers) == 1 or exists(layers_in_use(cache)):
+            scopes += _scopes(cache)
     bases: Counter[tuple[str, str]] = Counter()
-    with opened(chosen.cache) as store:
-        for info in store.keys():  # noqa: SIM118 - a store is no mapping
-            url = (info.scope or "").partition("?")[0]
-            api = api_for("POST", url)
-            if api is None or not url.startswith(("http://", "https://")):
-                continue
-            theirs = api is MESSAGES
-            ending = (
-                "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]
-            )
-            bases[url.removesuffix(ending), "anthropic" if theirs else "openai"] += 1
+    for scope, count in scopes.items():
+        url = scope.partition("?")[0]
+        api = api_for("POST", url)
+        if api is None or not url.startswith(("http://", "https://")):
+            continue
+        theirs = api is MESSAGES
+        ending = "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]
+        bases[url.removesuffix(ending), "anthropic" if theirs else "openai"] += count
     if not bases:
         raise Failure("the cache has nothing to replay; see `cachepipe stats`")
     places = enumerate(bases.most_common())
     return [Upstream.of(_name(number), base, kind=kind) for number, ((base, kind), _) in places]
+
+
+def _scopes(cache: str | None) -> Counter[str]:
+    """Return the number of questions of each scope of a cache or bundle."""
+    place = existing_cache(cache, bundles=True)
+    if is_bundle_file(place):
+        from cachepipe.stores.bundles.reader import Bundle  # noqa: PLC0415 - only for bundles
+
+        with contextlib.closing(Bundle(place)) as bundle:
+            return Counter(bundle.manifest.scopes)
+    with opened(cache) as store:
+        return Counter(info.scope or "" for info in store.keys())  # noqa: SIM118 - a store is no mapping
 
 
 def _say(url: str, base: str, chosen: ProxySettings, *, as_json: bool) -> None:

@@ -286,7 +286,7 @@ def _constructor(
         cache, service = ours.pop("cache"), ours["service"]
         view = cache if isinstance(cache, CacheView) else None
         self._call_class.check_order(ours["ordered"] if view is None else view.ordered)
-        replays = (view.mode if view is not None else ours["mode"]) == "replay"
+        replays = context.current().mode_of(ours["mode"] if view is None else view.mode) == "replay"
         if view is None and hasattr(service, "client_options"):
             its = service.client_options(internals.package_of(sdk), replays=replays)
             options = _with_service(options, its)

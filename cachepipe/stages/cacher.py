@@ -9,11 +9,10 @@ durable before anyone sees them. ``cachepipe.contract.allotment`` decides which 
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cachepipe import cells, loops, runs
+from cachepipe import context, loops, runs
 from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Cache, Found, Stats, in_turn
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -37,7 +36,8 @@ class AsyncCacher(Stage):
         model: generates samples; it is asked only for samples that the store lacks.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder (see
             ``cachepipe.stores.default_folder``).
-        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``, as in the contract. With
+        mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``, as in the contract; a block of
+            ``cachepipe.using`` or ``cachepipe.experiment`` around this call overrides it. With
             ``CACHEPIPE_DISABLE=1`` in the environment ``"read-write"`` is ``"bypass"``.
         scope: identifies the model in cache keys; default is the model's ``cache_scope``, or its ``model``.
         repeat: ``"fresh"``: a repeated request gets fresh samples; ``"same"``: all requests for a
@@ -75,6 +75,7 @@ class AsyncCacher(Stage):
         if ordered is not None:
             check_ordered(ordered)
         codec = Codec(classes)
+        mode = context.current().mode_of(mode)
         if mode == "read-write" and switched_off():
             mode, cache = "bypass", MemoryStore()
         self.store, self._owns_store = open_store(
@@ -118,7 +119,7 @@ class AsyncCacher(Stage):
             CacheMiss: in replay mode, when not all of them are stored.
             StoreError: when the store fails before anything is spent.
         """
-        loop = loops.running()
+        loop, request = loops.running(), context.claimed(request)
         try:
             begun, turn = self.begin(request, self.question(request), loop)
         except CacheMiss:
@@ -131,11 +132,12 @@ class AsyncCacher(Stage):
     def begin(
         self, request: Request, question: Question, loop: asyncio.AbstractEventLoop
     ) -> tuple[Found | Drawing, Turn | None]:
-        """Return what is stored for a request, or begin to draw it; and its turn, if it has to wait."""
+        """Return what is stored for a request, or begin to draw it; and its turn, if it has to wait.
+
+        The request names who draws (see ``context.claimed``).
+        """
         self._check_open()
         cache = self._cache
-        if cells.loaded:
-            request = _in_cell(request)
         queue = cache.queue(loop)
         line = cache.line(queue, self.ordered)
         if line is None:
@@ -183,12 +185,12 @@ class AsyncCacher(Stage):
         waiting: dict[int, Drawing] = {}
         flagged: list[list[bool] | None] = []
         try:
-            for request in requests:
+            for request in map(context.claimed, requests):
                 duplicated = None
                 try:
                     question = self.question(request)
                     duplicated = None if flags is None else flags(request, question)
-                    one = cache.begin(_in_cell(request), question, queue, arrive)
+                    one = cache.begin(request, question, queue, arrive)
                 except Exception as error:  # noqa: BLE001 - it is this request's own
                     answers.append(error)
                     continue
@@ -239,13 +241,3 @@ class AsyncCacher(Stage):
             await self.model.close()
         if self._owns_store:
             await loops.running().run_in_executor(None, self.store.close)
-
-
-def _in_cell(request: Request) -> Request:
-    """Return the request; inside a notebook's cell, a request without an id gets the cell's id."""
-    request_id = cells.request_id_of(request.request_id)
-    if request_id is request.request_id:
-        return request
-    twin = copy.copy(request)
-    object.__setattr__(twin, "request_id", request_id)  # it is frozen
-    return twin

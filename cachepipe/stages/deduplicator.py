@@ -11,7 +11,7 @@ import asyncio
 from threading import get_ident
 from typing import Any
 
-from cachepipe import loops
+from cachepipe import context, loops
 from cachepipe.adapting import hooks_of, scope_of
 from cachepipe.cache.cache import Stats, in_turn
 from cachepipe.cache.calls import Call, Caller, Demand, DirectDemand
@@ -93,7 +93,7 @@ class AsyncDeduplicator(Stage):
         here = self._last
         if here is None or here.thread != get_ident() or not here.loop.is_running():
             here = self._here(loops.running())
-        loop = here.loop
+        loop, request = here.loop, context.claimed(request)
         asker = Asker(asyncio.current_task(loop))
         cacher = self._cacher
         if cacher is None:
@@ -132,7 +132,8 @@ class AsyncDeduplicator(Stage):
         here, asker = self._here(loops.running()), Asker(asyncio.current_task(), batch)
         if self._cacher is None:
             return await together(
-                [self._merge(here, request, asker) for request in batch.requests], return_exceptions
+                [self._merge(here, context.claimed(request), asker) for request in batch.requests],
+                return_exceptions,
             )
 
         def flags(request: Request, question: keys.Question) -> list[bool]:

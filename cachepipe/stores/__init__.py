@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from cachepipe import context
 from cachepipe.stores.base import Store
 from cachepipe.stores.bundles.reader import is_bundle
 from cachepipe.stores.disk import DiskStore
@@ -16,6 +17,7 @@ __all__ = [
     "DiskStore",
     "MemoryStore",
     "Store",
+    "cache_for",
     "default_folder",
     "open_store",
     "switched_off",
@@ -47,6 +49,12 @@ def default_folder() -> str:
         raise homeless("the default cache folder") from error
 
 
+def cache_for(cache: Any) -> Any:
+    """Return the cache that an argument stands for: None is that of the experiment, or the default folder."""
+    cache = context.current().cache_of(cache)
+    return default_folder() if cache is None else cache
+
+
 def open_store(
     cache: Any = None,
     *,
@@ -54,15 +62,14 @@ def open_store(
     wait_for_others: float | None = None,
     read_only: bool | None = None,
 ) -> tuple[Store, bool]:
-    """Return the store for a path, a URL, a ``diskcache.Cache``, a store, or None for the default folder.
+    """Return the store for a path, a URL, a ``diskcache.Cache`` or a store; see `cache_for` for None.
 
     A bundle is only read. Of a list of these, the first one is written, and the others are read below it.
 
     Returns:
         The store, and whether this function opened it, so that the caller must close it.
     """
-    if cache is None:
-        cache = default_folder()
+    cache = cache_for(cache)
     if hasattr(type(cache), "apply_now"):
         return cache, False
     if isinstance(cache, list | tuple) or (

@@ -205,7 +205,8 @@ def deliveries_of(store: Store) -> Deliveries:
 
 
 @atexit.register
-def _write_all() -> None:
+def write_all() -> None:
+    """Write what has gathered in this process."""
     for deliveries in list(_all):
         deliveries.write_now()
 

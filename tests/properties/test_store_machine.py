@@ -30,9 +30,10 @@ from cachepipe import MemoryStore
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.errors import StoreError
 from cachepipe.runs import Occurrences
 from cachepipe.stores import reading
-from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
+from cachepipe.stores.base import Claim, Commit, Discard, Erase, ReleaseHold, ReleaseLease, Withdraw
 from cachepipe.stores.remote import session
 from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import Unreachable
@@ -73,6 +74,7 @@ class StoreMachine(RuleBasedStateMachine):
     """Claims, commits, failures, deaths and discards, in any order."""
 
     claimants = Bundle("claimants")
+    removes = True  # whether draws and samples can be removed
 
     @initialize()
     def begin(self):
@@ -195,7 +197,7 @@ class StoreMachine(RuleBasedStateMachine):
         refresh = refresh and self.serial % 2 == 0 and not self.holders(draw)
         self.serial += 1
         claimed = Claimed(process, draw, n, str(self.serial))
-        self.bury()
+        self.bury(draw.key)
         key, ledger, listed = draw.key, self.ledger(draw.key), self.listed(draw.key)
         expected = self.expected(draw, n, ledger, listed)
         [grant] = self.apply(
@@ -234,11 +236,15 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             self.deliver(claimed)
 
-    def bury(self):
-        """Do what the next claim does with what the dead were generating."""
+    def bury(self, key):
+        """Do what the next claim of a key does with what the dead were generating."""
         for place, process in list(self.pending.items()):
-            if process not in self.processes:
+            if process not in self.processes and self.buries(place[0], key):
                 del self.pending[place]
+
+    def buries(self, pending, claimed):
+        """Return True if a claim of a key looks after a pending sample of another one: all do."""
+        return True
 
     def deliver(self, claimed):
         claimed.over = True
@@ -313,7 +319,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Claim once more, as one does whose sample will not come from where it was awaited."""
         if claimed.over or claimed.process not in self.processes:
             return
-        self.bury()
+        self.bury(claimed.draw.key)
         ledger = self.ledger(claimed.draw.key)
         [grant] = self.apply(
             claimed.process,
@@ -376,6 +382,47 @@ class StoreMachine(RuleBasedStateMachine):
         self.apply(self.at(which), Discard(key, index, "because"))
         self.discarded[key].add(index)
         del self.stored[key][index]
+
+    @precondition(lambda self: self.removes)
+    @rule(
+        process=st.integers(0, 1),
+        key=st.sampled_from(KEYS),
+        namespace=st.sampled_from([label(None), label("x"), SHARED]),
+    )
+    def withdraw(self, process, key, namespace):
+        """Remove all draws of a namespace; while one of them is under way, nothing is removed."""
+        process, before = self.at(process), self.ledger(key)
+        if process.question(key) is None:
+            return
+        try:
+            self.apply(process, Withdraw(key, [namespace]))
+        except StoreError:
+            assert self.ledger(key) == before
+            return
+        left = {draw: indices for draw, indices in before.items() if draw.namespace != namespace}
+        assert self.ledger(key) == left
+        assert not any(self.holders(draw) for draw in before.keys() - left.keys())
+        for account in (self.delivered, self.sure, self.granted_since):
+            for draw in [draw for draw in account if (draw.namespace, draw.key) == (namespace, key)]:
+                del account[draw]
+        for account in (self.ever, self.replaced):
+            account.pop((namespace, key), None)
+
+    @precondition(lambda self: self.removes)
+    @rule(
+        process=st.integers(0, 1), key=st.sampled_from(KEYS), indices=st.sets(st.integers(0, 6), min_size=1)
+    )
+    def erase(self, process, key, indices):
+        """Delete what no draw has, and nothing else; no other sample gets its index (C1)."""
+        process = self.at(process)
+        if process.question(key) is None:
+            return
+        [erased] = self.apply(process, Erase(key, sorted(indices), "because"))
+        drawn = {index for held in self.ledger(key).values() for index in held}
+        assert not drawn & {*erased.indices}
+        for index in erased.indices:
+            self.stored[key].pop(index, None)
+            self.discarded[key].add(index)
 
     @rule(process=st.integers(0, 1), draw=draws, n=st.integers(1, 3))
     def recall(self, process, draw, n):
@@ -503,6 +550,8 @@ class DiskMachine(StoreMachine):
 class RemoteMachine(DiskMachine):
     """The same on a store that machines share, whose engine is slow to agree and loses answers."""
 
+    removes = False
+
     def start(self):
         self.folder = None
         self.alive = set()
@@ -542,6 +591,10 @@ class RemoteMachine(DiskMachine):
         results = process.write(operations)
         assert not any(isinstance(result, Exception) for result in results)
         return results
+
+    def buries(self, pending, claimed):
+        """Its rows are read key by key."""
+        return pending == claimed
 
     def check(self):
         """Do nothing: ``verify`` reads SQL."""

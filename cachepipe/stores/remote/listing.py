@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -118,6 +119,15 @@ class Listing:
             if isinstance(sample, Sample):
                 yield sample
 
+    def ids(self, key: str) -> set[str]:
+        """Return the permanent ids of the samples of a key, of the discarded ones too."""
+        found: set[str] = set()
+        for index, row in self._rows_of_samples(key, sample_indices(self.session, key)):
+            with contextlib.suppress(DamagedCache, UnsafeRow):
+                header, _ = rows.header_in(key, index, row)
+                found.add(rows.loads(key, rows.numbered(SAMPLE, index), header or b"{}").get("id", ""))
+        return found
+
     def _rows_of_samples(self, key: str, indices: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         self._check()
         left = iter(indices)
@@ -212,6 +222,10 @@ class Listing:
             if one.name > after and (namespaces is None or one.concerns(namespaces))
         )
         yield from self.entries_of(names)
+
+    def removals(self) -> Iterator[dict[str, Any]]:
+        """Return no records: nothing is removed from a server."""
+        return iter(())
 
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
