@@ -10,6 +10,7 @@ from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import Question
 from cachepipe.errors import FailedOver
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
+from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.recent import Recent
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
@@ -218,6 +219,22 @@ def test_a_server_that_restarts_is_told_of_only_if_it_has_lost_something(engine,
     engine.fail_over(replica)
     [told] = notice(store)
     assert "was restarted or replaced" in told
+
+
+def test_a_process_that_met_no_answer_looks_at_once(engine, store):
+    replica = engine.replica()
+    fill(store, drawn("a"))
+
+    def fail(_swaps):
+        engine.before_swap = None
+        engine.fail_over(replica)
+        raise Unreachable("its server died")
+
+    engine.before_swap = fail
+    assert claim(store, drawn("b", key=OTHER)).mine == [0]
+    with pytest.warns(FailedOver, match="stored 1 samples and 1 draws again"):
+        store.tidy()
+    assert store.recall(drawn("a"), 1) is not None
 
 
 def test_what_is_kept_is_bounded_in_time_and_bytes(engine, store):

@@ -227,7 +227,12 @@ class Session:
         Raises:
             StoreUnreachable: when it has not answered for too long.
         """
-        return patiently(ask, self.engine.where, self.patience, self._sleep, self._ended)
+        return patiently(ask, self.engine.where, self.patience, self._doubt, self._ended)
+
+    def _doubt(self, seconds: float) -> None:
+        """Wait for an engine that has not answered; another server may take over meanwhile."""
+        self.watch.doubted = True
+        self._sleep(seconds)
 
     # This process, and others.
 

@@ -355,7 +355,7 @@ class ValkeyEngine:
             command = ("XRANGE", self._changes, f"0-{since}", "+")
         commands: list[Command] = [command, ("HGET", self._meta, "identity")]
         if isinstance(self._client, ValkeyCluster):
-            info = self._ask(_infos)
+            info = [*self._ask(_infos).values()]
             found, identity = self._told(commands)
         else:
             found, identity, *info = self._told([*commands, ("INFO", _HISTORY)])
@@ -401,15 +401,12 @@ class ValkeyEngine:
         A client of a cluster that asks a server which is away, or a replica now, asks for the new ones.
         """
         if not isinstance(self._client, ValkeyCluster):
-            return [_server(self.where, self._ask(lambda client: client.info("replication")))]
-        found = [
-            (node.name, self._ask(partial(_replication, node)))
-            for node in self._ask(lambda client: client.get_primaries())
-        ]
-        if any(info["role"] == "slave" for _, info in found):
+            return [_server(self.where, self._ask(lambda client: client.info(_HISTORY)))]
+        found = self._ask(_infos)
+        if any(info["role"] == "slave" for info in found.values()):
             self._ask(lambda client: client.nodes_manager.initialize())
             raise Unreachable("a server has become a replica", there=True)
-        return [_server(name, info) for name, info in found]
+        return [_server(name, info) for name, info in found.items()]
 
     # Notifications.
 
@@ -499,19 +496,15 @@ def _servers(client: Client) -> list[Client]:
     return [client]
 
 
-def _infos(client: Client) -> list[dict[str, Any]]:
-    """Return what the primaries of a cluster say of themselves."""
-    found: dict[str, Any] = client.info(_HISTORY, target_nodes=client.get_primaries())
-    return [found] if "master_replid" in found else [*found.values()]  # one primary answers for itself
+def _infos(client: Client) -> dict[str, dict[str, Any]]:
+    """Return what the primaries of a cluster say of themselves, by their names."""
+    nodes = client.get_primaries()
+    found: dict[str, Any] = client.info(_HISTORY, target_nodes=nodes)
+    return {nodes[0].name: found} if "master_replid" in found else found  # one answers for itself
 
 
 def _info(server: Client, _client: Client) -> dict[str, Any]:
     found: dict[str, Any] = server.info()
-    return found
-
-
-def _replication(node: Any, client: Client) -> dict[str, Any]:
-    found: dict[str, Any] = client.info("replication", target_nodes=node)
     return found
 
 
