@@ -43,6 +43,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "verify": Entry("cachepipe.cli.verify:verify", "Check the integrity of a cache, and repair it."),
     "discard": Entry("cachepipe.cli.verify:discard", "Discard samples, so that draws get others instead."),
     "export": Entry("cachepipe.cli.share:export", "Write an experiment into one file, for others."),
+    "replay": Entry("cachepipe.cli.replay:replay", "Run a program that gets its answers from such a file."),
     "import": Entry("cachepipe.cli.share:import_", "Add such a file to a cache."),
     "merge": Entry("cachepipe.cli.share:merge", "Add what several caches hold to another one."),
     "sync": Entry("cachepipe.cli.share:sync", "Copy between two caches both ways."),

@@ -26,7 +26,7 @@ from cachepipe.cli.group import Failure
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
-    from cachepipe.proxy.settings import ProxySettings
+    from cachepipe.proxy.settings import ProxySettings, Upstream
 
 _SECONDS: Final = 30.0
 
@@ -177,24 +177,38 @@ def _name(place: int) -> str:
 
 def _remembered(chosen: ProxySettings) -> list[Any]:
     """Return the upstreams of the answers in a cache, so that a replay needs no --upstream."""
+    found = upstreams_of(scopes_in(chosen.cache))
+    if not found:
+        raise Failure("the cache has nothing to replay; see `cachepipe stats`")
+    return found
+
+
+def scopes_in(cache: str | None) -> Counter[str | None]:
+    """Return the scopes of the questions in a cache or a bundle, with the number of their questions."""
     from cachepipe.cli.common import opened  # noqa: PLC0415 - only here
+    from cachepipe.stores.bundles.reader import Bundle, is_bundle  # noqa: PLC0415 - likewise
+
+    if cache is not None and is_bundle(cache):
+        with contextlib.closing(Bundle(cache)) as bundle:
+            return Counter(bundle.manifest.scopes)
+    with opened(cache) as store:
+        return Counter(info.scope for info in store.keys())  # noqa: SIM118 - a store is no mapping
+
+
+def upstreams_of(scopes: Counter[str | None]) -> list[Upstream]:
+    """Return the providers whose endpoints are among scopes, the one with the most questions first."""
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
     from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
 
     bases: Counter[tuple[str, str]] = Counter()
-    with opened(chosen.cache) as store:
-        for info in store.keys():  # noqa: SIM118 - a store is no mapping
-            url = (info.scope or "").partition("?")[0]
-            api = api_for("POST", url)
-            if api is None or not url.startswith(("http://", "https://")):
-                continue
-            theirs = api is MESSAGES
-            ending = (
-                "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]
-            )
-            bases[url.removesuffix(ending), "anthropic" if theirs else "openai"] += 1
-    if not bases:
-        raise Failure("the cache has nothing to replay; see `cachepipe stats`")
+    for scope, count in scopes.items():
+        url = (scope or "").partition("?")[0]
+        api = api_for("POST", url)
+        if api is None or not url.startswith(("http://", "https://")):
+            continue
+        theirs = api is MESSAGES
+        ending = "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]
+        bases[url.removesuffix(ending), "anthropic" if theirs else "openai"] += count
     places = enumerate(bases.most_common())
     return [Upstream.of(_name(number), base, kind=kind) for number, ((base, kind), _) in places]
 
