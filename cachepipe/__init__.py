@@ -170,6 +170,10 @@ if TYPE_CHECKING:
     )
     from cachepipe.prices import Prices as Prices
     from cachepipe.providers.info import info as info
+    from cachepipe.removing import compact as compact
+    from cachepipe.removing import discard as discard
+    from cachepipe.removing import forget as forget
+    from cachepipe.removing import prune as prune
     from cachepipe.runs import run as run
     from cachepipe.sdk.wrapping import wrap as wrap
     from cachepipe.services import Service as Service
@@ -256,6 +260,7 @@ _HOMES = {
     ),
     "cachepipe.flow": ("AsyncLimiter", "AsyncRetrier", "Budget", "Limits", "Retries"),
     "cachepipe.pipelines": ("LocalAPI", "OnlineAPI", "OrderedLocalAPI"),
+    "cachepipe.removing": ("compact", "discard", "forget", "prune"),
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),
     "cachepipe.chat.sessions": ("Session",),

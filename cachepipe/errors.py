@@ -279,3 +279,7 @@ class NoLocalCopy(CachepipeWarning):
 
 class RiskyServer(CachepipeWarning):
     """The server of a shared store may lose samples; the message says when, and what to set."""
+
+
+class FailedOver(CachepipeWarning):
+    """A server of a shared store has lost its last writes, or may have; the message says what was done."""

@@ -84,6 +84,14 @@ def _summary(value: Any, scope: str | None) -> dict[str, Any] | None:
         return None  # another adapter's answer under a provider's name
 
 
+def known_scope(scope: str) -> str:
+    """Return a scope in the cache's spelling: a URL without credentials."""
+    try:
+        return wire.scope_of(scope)
+    except wire.BadRequest:  # the name of an adapter
+        return scope
+
+
 def model_in(document: Any) -> str | None:
     """Return the model that a question names, or None."""
     model = asked_in(document).get("model")

@@ -11,6 +11,7 @@ import filecmp
 import itertools
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -24,7 +25,7 @@ from cachepipe.contract.draws import label, namespace_of
 from cachepipe.contract.entries import Addition, Entry, addition, joined, rescoped
 from cachepipe.contract.keys import digest
 from cachepipe.errors import ImportRefused, SecretsFound, StoreError
-from cachepipe.stores import cache_for, open_store
+from cachepipe.stores import DiskStore, cache_for, open_store
 from cachepipe.stores.base import Adopt, Adopted, Store
 from cachepipe.stores.bundles.manifest import Manifest
 from cachepipe.stores.bundles.reader import Bundle, is_bundle
@@ -329,6 +330,43 @@ def _add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
             counts.new += 1
         else:
             counts.more += 1
+
+
+@contextlib.contextmanager
+def unpacked(path: str | os.PathLike[str]) -> Iterator[DiskStore]:
+    """Open what a bundle holds as a store that is only read, in a temporary folder.
+
+    Args:
+        path: the bundle.
+
+    Raises:
+        BundleError: when the file is not a bundle, or is damaged.
+    """
+    with (
+        contextlib.closing(Bundle(path)) as bundle,
+        tempfile.TemporaryDirectory(prefix="cachepipe-bundle-") as folder,
+    ):
+        with contextlib.closing(DiskStore(folder)) as store:
+            for batch in _batches([entry] for entry in bundle.entries()):
+                _add(store, batch, Counts())
+        with contextlib.closing(_UnpackedBundle(folder, read_only=True)) as unpacked:
+            unpacked.bundle = bundle.path
+            yield unpacked
+
+
+class _UnpackedBundle(DiskStore):
+    """What a bundle holds, in a temporary folder."""
+
+    bundle: Path
+
+    @property
+    def where(self) -> str:
+        """The bundle."""
+        return str(self.bundle)
+
+    def size(self) -> int:
+        """Return the number of bytes of the bundle."""
+        return self.bundle.stat().st_size
 
 
 @contextlib.contextmanager

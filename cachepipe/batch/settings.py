@@ -61,9 +61,9 @@ class BatchSettings:
         int | None, "The same by its newer name, for models that require it."
     ] = None
     seed: Annotated[int | None, "Default for lines without a seed."] = None
-    cache: Annotated[Any, "A folder, a URL, a diskcache.Cache, a store, or None for the default folder."] = (
-        field(default=None, repr=False)  # a URL may have credentials
-    )
+    cache: Annotated[
+        Any, "A folder, a URL, a diskcache.Cache, a store, a list of layers, or None for the default folder."
+    ] = field(default=None, repr=False)  # a URL may have credentials
     namespace: Annotated[str | None, "The experiment; samples are independent within it."] = None
     replicate: Annotated[
         str | int | None,

@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from cachepipe.batch.settings import HELP, BatchSettings
-from cachepipe.cli.common import Command, cache_option
+from cachepipe.cli.common import Command, layers_option
 from cachepipe.typedefs import MODES, REPEATS
 
 _NUMBER: Final = re.compile("0|[1-9][0-9]{0,17}")
@@ -39,7 +39,7 @@ _ASKING: Final = (
     setting("replicate", type=_replicate, metavar="NAME"),
     count("replicates"),
     count("concurrency", default=BatchSettings.concurrency, show_default=True),
-    cache_option,
+    layers_option,
     setting("mode", type=click.Choice(MODES)),
     click.option(
         "--replay", is_flag=True, help="Only replay; never call the model. The same as --mode replay."

@@ -121,15 +121,61 @@ def share(part: float, whole: float) -> str:
 # Options.
 
 
-def cache_option(command: Command) -> Command:
-    """Add ``--cache DIR``; the parameter ``cache`` is a folder, a URL, or None for the default folder."""
-    return click.option(
-        "--cache",
-        metavar="DIR",
-        type=click.Path(),
-        help="The cache folder, or the URL of a server. Default: CACHEPIPE_DIR, else caches/default if the "
-        "folder caches exists, else the user's cache folder.",
+_DEFAULT_CACHE: Final = (
+    "Default: CACHEPIPE_DIR, else caches/default if the folder caches exists, else the user's cache folder."
+)
+
+
+def cache_option(command: Command, *, bundles: bool = False) -> Command:
+    """Add ``--cache DIR``; the parameter ``cache`` is a folder, a URL, or None for the default folder.
+
+    Args:
+        command: the command.
+        bundles: whether the command also reads a bundle.
+    """
+    what = (
+        "The cache folder, the URL of a server, or a bundle"
+        if bundles
+        else "The cache folder, or the URL of a server"
+    )
+    return _cache_option(f"{what}. {_DEFAULT_CACHE}", _one_cache)(command)
+
+
+def read_cache_option(command: Command) -> Command:
+    """Add ``--cache DIR`` for a command that only reads; the parameter ``cache`` may also be a bundle."""
+    return cache_option(command, bundles=True)
+
+
+def layers_option(command: Command) -> Command:
+    """Add ``--cache DIR``, which can be repeated.
+
+    The parameter ``cache`` is a folder, a URL, a bundle, a list of these, or None for the default folder.
+    """
+    return _cache_option(
+        "The cache folder, or the URL of a server. Repeat it to read other folders, servers and bundles "
+        f"below the first one, which is written. {_DEFAULT_CACHE}",
+        _layers,
     )(command)
+
+
+def _cache_option(text: str, callback: Callable[..., Any]) -> Callable[[Command], Command]:
+    return click.option(
+        "--cache", metavar="DIR", type=click.Path(), multiple=True, callback=callback, help=text
+    )
+
+
+def _one_cache(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str | None:
+    if len(given) > 1:
+        raise click.BadParameter(
+            f"this command takes one cache; got {len(given)}: {', '.join(map(name_of, given))}"
+        )
+    return given[0] if given else None
+
+
+def _layers(
+    _context: click.Context, _option: click.Parameter, given: tuple[str, ...]
+) -> str | list[str] | None:
+    return list(given) if len(given) > 1 else given[0] if given else None
 
 
 def token_option(command: Command) -> Command:
@@ -206,17 +252,28 @@ def cache_in_use(cache: str | None) -> tuple[Path | str, str]:
     return found if is_url(found) else expanded(found), how
 
 
-def name_of(cache: Path | str) -> str:
-    """Return the name of a folder or a URL, without credentials."""
+def layers_in_use(cache: str | list[str] | None) -> Path | str | list[Path | str]:
+    """Return the cache that a command uses, or the list of its layers, as `open_store` takes it."""
+    if isinstance(cache, list):
+        return [cache_in_use(each)[0] for each in cache]
+    return cache_in_use(cache)[0]
+
+
+def name_of(cache: Path | str | Sequence[Path | str]) -> str:
+    """Return the name of a folder, a bundle or a URL, without credentials; of layers, all names."""
     from cachepipe.stores.remote import is_url, shown  # noqa: PLC0415 - help needs no store
 
+    if not isinstance(cache, Path | str):
+        return ", ".join(map(name_of, cache))
     return shown(str(cache)) if is_url(str(cache)) else str(cache)
 
 
-def exists(cache: Path | str) -> bool:
-    """Return True if a folder exists, or if the server of a URL can be used."""
+def exists(cache: Path | str | Sequence[Path | str]) -> bool:
+    """Return True if a folder or bundle exists, or the server of a URL can be used; of layers, one."""
+    if not isinstance(cache, Path | str):
+        return any(map(exists, cache))
     if isinstance(cache, Path):
-        return os.path.isdir(cache)  # noqa: PTH112 - also where it may not be looked at
+        return os.path.exists(cache)  # noqa: PTH110 - also where it may not be looked at
     from cachepipe.stores import open_store  # noqa: PLC0415 - help needs no store
 
     try:
@@ -236,15 +293,21 @@ _FOUND: Final = {
 
 @contextlib.contextmanager
 def opened(cache: str | None, *, write: bool = False) -> Iterator[Listed]:
-    """Open the store of an existing cache; without ``write``, it is read-only.
+    """Open the store of an existing cache; without ``write``, it is read-only, and may be a bundle.
 
     Raises:
         StoreError: when there is no cache; it names the folder, and says how to name another.
     """
-    found = existing_cache(cache)
+    found = existing_cache(cache, bundles=not write)
     from cachepipe.stores import DiskStore  # noqa: PLC0415 - help needs no store
 
     store: Listed
+    if is_bundle_file(found):
+        from cachepipe.sharing import unpacked  # noqa: PLC0415 - only for bundles
+
+        with unpacked(found) as store:
+            yield store
+        return
     if isinstance(found, Path):
         store = DiskStore(found, read_only=not write)
     else:
@@ -255,8 +318,19 @@ def opened(cache: str | None, *, write: bool = False) -> Iterator[Listed]:
         yield store
 
 
-def existing_cache(cache: str | None) -> Path | str:
+def is_bundle_file(cache: Path | str) -> bool:
+    """Return True if a cache is a bundle, or is named like one."""
+    from cachepipe.stores.bundles.reader import is_bundle  # noqa: PLC0415 - help needs no store
+
+    return isinstance(cache, Path) and is_bundle(cache)
+
+
+def existing_cache(cache: str | None, *, bundles: bool = False) -> Path | str:
     """Return the folder or the URL of the cache that a command uses.
+
+    Args:
+        cache: the cache that the user names, or None for the default folder.
+        bundles: whether it may be a bundle; then only its name is checked.
 
     Raises:
         StoreError: when there is no cache in the folder.
@@ -264,6 +338,10 @@ def existing_cache(cache: str | None) -> Path | str:
     folder, how = cache_in_use(cache)
     if not isinstance(folder, Path):
         return folder
+    if is_bundle_file(folder):
+        if bundles:
+            return folder
+        raise StoreError(f"{folder} is a bundle, which is only read; name a folder or a URL")
     try:
         what = _lack_of(folder)
     except OSError as error:

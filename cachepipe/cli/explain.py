@@ -11,7 +11,7 @@ import click
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.cli import common
 from cachepipe.cli.batch_options import asking, mode_of, settings_in
-from cachepipe.cli.common import cache_in_use, counted, json_text, styled
+from cachepipe.cli.common import counted, json_text, layers_in_use, styled
 from cachepipe.cli.inspect import draw_lines
 from cachepipe.terminal import visible
 
@@ -59,7 +59,7 @@ def explain(**options: Any) -> None:
     """
     from cachepipe.batch import explain_request  # noqa: PLC0415 - so that --help is quick
 
-    cache, _ = cache_in_use(options["cache"])
+    cache = layers_in_use(options["cache"])
     given = {**settings_in(options), "limit": None}
     try:
         settings = BatchSettings(**{**given, "cache": cache, "mode": mode_of(options), "api_key": ""})

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe import wire
 from cachepipe.cli import common
 from cachepipe.cli.common import WIDTH, beginning, counted, echo_lines, json_text, opened, styled, when
 from cachepipe.cli.group import Failure
@@ -26,6 +25,7 @@ from cachepipe.listings import (
     document_of,
     draw_fields,
     key_fields,
+    known_scope,
     model_in,
     prompt_in,
     sample_fields,
@@ -49,7 +49,7 @@ _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
 
 
 @click.command()
-@common.cache_option
+@common.read_cache_option
 @common.json_option('an object with "path", "exists" and "named_by"')
 def path(*, cache: str | None, as_json: bool) -> None:
     """Print the cache folder or URL in use, whether it exists or not.
@@ -81,7 +81,7 @@ With --json, each line is an object:
 
 
 @click.command(epilog=_LS_JSON)
-@common.cache_option
+@common.read_cache_option
 @click.option("--search", help="Only questions that contain this text; case does not matter.")
 @click.option("--model", help="Only questions to this model.")
 @click.option("--scope", help="Only questions to this endpoint or adapter, or below this base URL.")
@@ -124,18 +124,10 @@ def _listed(
     """Iterate over the matching keys, one at a time."""
     texts = [search] if search and search.isascii() else []  # SQL ignores the case of ASCII only
     whose = None if namespace is None else label(namespace)
-    scope = None if scope is None else _scope(scope)
+    scope = None if scope is None else known_scope(scope)
     for info in store.keys(prefix, scope=scope, namespace=whose, holding=texts):
         if not (search or model) or _fits(store.question(info.key), search or "", model):
             yield info
-
-
-def _scope(scope: str) -> str:
-    """Return a scope in the cache's spelling: a URL without credentials."""
-    try:
-        return wire.scope_of(scope)
-    except wire.BadRequest:  # the name of an adapter
-        return scope
 
 
 def _fits(question: StoredQuestion | None, search: str, model: str | None) -> bool:
@@ -197,7 +189,7 @@ With --json:
 
 @click.command(epilog=_SHOW_JSON)
 @click.argument("key")
-@common.cache_option
+@common.read_cache_option
 @click.option(
     "--limit",
     type=click.IntRange(min=0),

@@ -10,7 +10,7 @@ import click
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.cli import common
 from cachepipe.cli.batch_options import asking, mode_of, planning, settings_in
-from cachepipe.cli.common import cache_in_use, dollars, json_text, share
+from cachepipe.cli.common import dollars, json_text, layers_in_use, share
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def print_plan(options: dict[str, Any]) -> None:
     from cachepipe.batch import plan_file  # noqa: PLC0415 - so that --help is quick
 
     given = settings_in(options)
-    cache, _ = cache_in_use(options["cache"])
+    cache = layers_in_use(options["cache"])
     try:
         settings = BatchSettings(**{**given, "cache": cache, "mode": mode_of(options), "api_key": ""})
     except ValueError as error:

@@ -83,15 +83,11 @@ def _located(bundle: str) -> str:
     Raises:
         StoreError: when there is none.
     """
-    from cachepipe.stores.bundles.reader import is_bundle  # noqa: PLC0415 - help needs no store
-
-    if is_bundle(bundle):
-        return str(Path(bundle).resolve())
-    if Path(bundle).is_file():
+    if Path(bundle).is_file() and not common.is_bundle_file(Path(bundle)):
         raise Failure(
             f"{bundle} is not a bundle; name a file that `cachepipe export` has written, or a cache"
         )
-    return str(common.existing_cache(bundle))
+    return str(common.existing_cache(bundle, bundles=True))
 
 
 @contextlib.contextmanager
@@ -100,7 +96,7 @@ def _environment(
 ) -> Iterator[dict[str, str]]:
     """Serve a cache, and yield the environment of a program that gets its answers from it."""
     from cachepipe import replaying  # noqa: PLC0415 - help needs none of it
-    from cachepipe.cli.serve import scopes_in, upstreams_of  # noqa: PLC0415 - likewise
+    from cachepipe.cli.serve import remembered  # noqa: PLC0415 - likewise
 
     try:
         from cachepipe.proxy import server  # noqa: PLC0415 - an extra
@@ -109,7 +105,7 @@ def _environment(
         raise Failure(str(error)) from error
 
     unknown = Upstream.of("unknown", "http://provider.invalid/v1")  # for caches without a provider's answers
-    upstreams = tuple(upstreams_of(scopes_in(cache))) or (unknown,)
+    upstreams = tuple(remembered(cache)) or (unknown,)
     settings = ProxySettings(
         upstreams,
         cache,

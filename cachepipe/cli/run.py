@@ -19,7 +19,7 @@ import click
 from cachepipe import progress
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.cli.batch_options import asking, count, mode_of, planning, setting, settings_in
-from cachepipe.cli.common import cache_in_use, exists, json_text, money, name_of
+from cachepipe.cli.common import exists, json_text, layers_in_use, money, name_of
 from cachepipe.cli.group import Failure
 from cachepipe.cli.plan import print_plan
 from cachepipe.errors import CachepipeError, CachepipeWarning
@@ -151,7 +151,7 @@ async def _answer(options: dict[str, Any], mode: Any, key: str, screen: _Screen)
     """Run the file; return the report, and the number of the signal that stopped the run."""
     from cachepipe.batch import BatchFileError, run_file  # noqa: PLC0415 - so that --help is quick
 
-    cache, _ = cache_in_use(options["cache"])
+    cache = layers_in_use(options["cache"])
     if mode == "replay" and not exists(cache):
         raise BatchFileError(
             f"there is no cache in {name_of(cache)} to replay from; name another folder with --cache"
@@ -365,10 +365,12 @@ def _again(context: click.Context, options: dict[str, Any]) -> str:
         if name == "base_url":
             scheme, mark, rest = str(value).rpartition("//")
             value = f"{scheme}{mark}{rest.rpartition('@')[2]}"
-        if isinstance(parameter, click.Option):
-            words.append(parameter.opts[0])
-        if not getattr(parameter, "is_flag", False):
-            words.append(str(value))
+        values = value if isinstance(value, list) else [value]
+        for each in map(name_of, values) if name == "cache" else values:
+            if isinstance(parameter, click.Option):
+                words.append(parameter.opts[0])
+            if not getattr(parameter, "is_flag", False):
+                words.append(str(each))
     return shlex.join(words)
 
 

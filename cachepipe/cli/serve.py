@@ -15,9 +15,14 @@ import click
 import orjson
 
 from cachepipe.cli.common import (
-    cache_option,
+    existing_cache,
+    exists,
+    is_bundle_file,
     json_option,
     json_text,
+    layers_in_use,
+    layers_option,
+    opened,
     token_option,
     url_file_option,
     write_url,
@@ -58,7 +63,7 @@ class _Mebibytes(click.IntRange):
     help="The base URL of a provider, such as https://api.openai.com/v1. Can be repeated, with names; the "
     "first is the default.",
 )
-@cache_option
+@layers_option
 @click.option("--config", type=click.Path(dir_okay=False), help="A TOML file; options override it.")
 @click.option("--host", help="The address to listen on. Default: 127.0.0.1, this machine only.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 for any free port. Default: 8080.")
@@ -140,7 +145,10 @@ def serve(
         given["token"] = settings.secret(token_env)
     chosen = replace(chosen, replay=replay or chosen.replay, hosts=(*chosen.hosts, *hosts), **given)
     if chosen.replay and not chosen.upstreams:
-        chosen = settings.with_upstreams(chosen, _remembered(chosen))
+        found = remembered(chosen.cache)
+        if not found:
+            raise Failure("the cache has nothing to replay; see `cachepipe stats`")
+        chosen = settings.with_upstreams(chosen, found)
     with contextlib.ExitStack() as stack:
 
         def listening(url: str) -> None:
@@ -175,34 +183,19 @@ def _name(place: int) -> str:
     return f"upstream-{place + 1}" if place else "upstream"
 
 
-def _remembered(chosen: ProxySettings) -> list[Any]:
-    """Return the upstreams of the answers in a cache, so that a replay needs no --upstream."""
-    found = upstreams_of(scopes_in(chosen.cache))
-    if not found:
-        raise Failure("the cache has nothing to replay; see `cachepipe stats`")
-    return found
-
-
-def scopes_in(cache: str | None) -> Counter[str | None]:
-    """Return the scopes of the questions in a cache or a bundle, with the number of their questions."""
-    from cachepipe.cli.common import opened  # noqa: PLC0415 - only here
-    from cachepipe.stores.bundles.reader import Bundle, is_bundle  # noqa: PLC0415 - likewise
-
-    if cache is not None and is_bundle(cache):
-        with contextlib.closing(Bundle(cache)) as bundle:
-            return Counter(bundle.manifest.scopes)
-    with opened(cache) as store:
-        return Counter(info.scope for info in store.keys())  # noqa: SIM118 - a store is no mapping
-
-
-def upstreams_of(scopes: Counter[str | None]) -> list[Upstream]:
-    """Return the providers whose endpoints are among scopes, the one with the most questions first."""
+def remembered(caches: Any) -> list[Upstream]:
+    """Return the upstreams of the answers in a cache or in layers, the one with the most questions first."""
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
     from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
 
+    scopes: Counter[str] = Counter()
+    layers = caches if isinstance(caches, list) else [caches]
+    for cache in layers:
+        if cache is not layers[0] or len(layers) == 1 or exists(layers_in_use(cache)):
+            scopes += _scopes(cache)
     bases: Counter[tuple[str, str]] = Counter()
     for scope, count in scopes.items():
-        url = (scope or "").partition("?")[0]
+        url = scope.partition("?")[0]
         api = api_for("POST", url)
         if api is None or not url.startswith(("http://", "https://")):
             continue
@@ -211,6 +204,18 @@ def upstreams_of(scopes: Counter[str | None]) -> list[Upstream]:
         bases[url.removesuffix(ending), "anthropic" if theirs else "openai"] += count
     places = enumerate(bases.most_common())
     return [Upstream.of(_name(number), base, kind=kind) for number, ((base, kind), _) in places]
+
+
+def _scopes(cache: str | None) -> Counter[str]:
+    """Return the number of questions of each scope of a cache or bundle."""
+    place = existing_cache(cache, bundles=True)
+    if is_bundle_file(place):
+        from cachepipe.stores.bundles.reader import Bundle  # noqa: PLC0415 - only for bundles
+
+        with contextlib.closing(Bundle(place)) as bundle:
+            return Counter(bundle.manifest.scopes)
+    with opened(cache) as store:
+        return Counter(info.scope or "" for info in store.keys())  # noqa: SIM118 - a store is no mapping
 
 
 def _say(url: str, base: str, chosen: ProxySettings, *, as_json: bool) -> None:

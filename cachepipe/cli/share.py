@@ -43,7 +43,7 @@ def _progress() -> Iterator[Progress]:
 
 
 @click.command()
-@common.cache_option
+@common.read_cache_option
 @click.option(
     "--namespace",
     "namespaces",
@@ -211,9 +211,7 @@ def sync(*, one: str, other: str, as_json: bool) -> None:
 
 def _existing(cache: str) -> Any:
     """Return a cache or a bundle that exists."""
-    from cachepipe.stores.bundles.reader import is_bundle  # noqa: PLC0415 - help needs no store
-
-    return cache if is_bundle(cache) else common.existing_cache(cache)
+    return common.existing_cache(cache, bundles=True)
 
 
 def _print(counts: dict[str, Counts], *, as_json: bool, many: bool = False) -> None:

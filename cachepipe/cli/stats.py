@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachepipe.accounting import Statement
+from cachepipe.accounting import Account, Statement
 from cachepipe.cli import common
 from cachepipe.cli.common import counted, json_text, opened
 from cachepipe.contract.draws import SHARED, label, namespace_of
 from cachepipe.prices import Prices
+from cachepipe.removing import told
 from cachepipe.stores.base import NamespaceInfo
 from cachepipe.stores.sums import RunStatement, run_statements
 
@@ -43,6 +44,8 @@ With --json:
   models                 a list of model, url, and the sums of its samples
   runs                   with --runs a list of run, namespace, first, last (when its first and last sample was
                          stored, in seconds since 1970, or null), requests, and the sums; else null
+  removals               a list of what `rm` and `prune` have removed: at, selected, questions, draws,
+                         samples, bytes, unused, cost, done (see `cachepipe prune --help`)
   scopes                 with --scopes a list of scope, keys, samples, pending; else null
 Each sum has samples, unknown (samples without usage, in no count of tokens), prompt_tokens,
 completion_tokens, total_tokens, cached_tokens, reasoning_tokens, cost (US dollars, or null), unpriced.
@@ -51,7 +54,7 @@ A running process adds what it has answered every few seconds; a killed one has 
 
 
 @click.command(epilog=_STATS_JSON)
-@common.cache_option
+@common.read_cache_option
 @click.option("--scopes", is_flag=True, help="Count by scope too; this reads every key.")
 @click.option("--runs", is_flag=True, help="List the runs, with what each spent and saved.")
 @click.option(
@@ -130,8 +133,13 @@ def _figures(store: Listed, sums: Mapping[str, Statement], prices: Prices, *, sc
             "drawn": sum(len(draw.indices) for draw in shared),
             "generated": sum(draw.generated for draw in shared),
         },
+        "removals": [_removal(record, prices) for record in store.removals()],
         "scopes": _scopes(store) if scopes else None,
     }
+
+
+def _removal(record: dict[str, Any], prices: Prices) -> dict[str, Any]:
+    return {**record, "cost": Account.of(record["cost"]).as_dict(prices.cost_of_sum)}
 
 
 def _known(store: Listed, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
@@ -199,6 +207,13 @@ _SCOPES: Final[common.Columns] = {
     ">samples": "samples",
 }
 
+_REMOVALS: Final[common.Columns] = {
+    "removed": lambda row: common.when(row["at"]),
+    "by": lambda row: told(row["selected"]) + ("" if row["done"] else " (was stopped)"),
+    ">draws": "draws",
+    ">samples": "samples",
+}
+
 
 def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: int, prices: Prices) -> None:
     extra = [f"{figures[name]:,} {name}" for name in ("pending", "discarded") if figures[name]]
@@ -235,6 +250,7 @@ def _print_stats(figures: dict[str, Any], sums: Mapping[str, Statement], limit: 
     }
     _print_rows(runs, (figures["runs"] or [])[::-1], limit, "run")
     _print_rows(_SCOPES, figures["scopes"] or [], limit, "scope")
+    _print_rows(_REMOVALS, figures["removals"][::-1], limit, "removal")
 
 
 def _shared_row(counts: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -14,12 +14,13 @@ from cachepipe.cli import common
 from cachepipe.cli.common import counted, json_text, print_facts
 from cachepipe.cli.group import Failure
 from cachepipe.cli.inspect import found_key
+from cachepipe.errors import BundleError
 from cachepipe.stores.base import Discard
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
     from cachepipe.stores import Store
-    from cachepipe.stores.verify import IntegrityReport
+    from cachepipe.stores.verify import IntegrityReport, Progress
 
 
 # verify
@@ -41,7 +42,7 @@ With --json:
 
 
 @click.command(epilog=_VERIFY_JSON)
-@common.cache_option
+@common.read_cache_option
 @click.option(
     "--repair",
     is_flag=True,
@@ -53,7 +54,8 @@ With --json:
 def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool) -> None:
     """Check the integrity of a cache: both files, every sample and every row of the ledger.
 
-    Without --repair, this command only reads. It works on read-only copies, and on a cache that is in use.
+    Without --repair, this command only reads. It works on read-only copies, on a cache that is in use, and on
+    bundles.
     """
     from cachepipe.progress import shown  # noqa: PLC0415 - help needs no store
     from cachepipe.stores import repair as repairs  # noqa: PLC0415 - likewise
@@ -62,9 +64,13 @@ def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool
     def progress(steps: int) -> Any:
         return shown(steps, "thousand rows checked")
 
-    found = common.existing_cache(cache)
+    found = common.existing_cache(cache, bundles=True)
     before = None
-    if isinstance(found, Path):
+    if common.is_bundle_file(found):
+        if repair:
+            raise Failure(f"{found} is a bundle, which is only read; get another copy of it if it is damaged")
+        report = _verify_bundle(found, progress)
+    elif isinstance(found, Path):
         report = check(found, progress)
         if repair and not report.whole:
             before, report = report, repairs.repair(found, progress)
@@ -78,6 +84,22 @@ def verify(ctx: click.Context, *, cache: str | None, repair: bool, as_json: bool
         if repair and report.problems and not repairs.can_repair(report):
             click.echo("\nNothing was repaired: writing to files in this state may destroy more.")
     ctx.exit(0 if report.whole else 1)
+
+
+def _verify_bundle(path: Path | str, progress: Progress) -> IntegrityReport:
+    """Return what is wrong in a bundle."""
+    from cachepipe import sharing  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores.verify import IntegrityReport, verify  # noqa: PLC0415 - likewise
+
+    try:
+        with sharing.unpacked(path) as store:
+            return verify(store.folder, progress)
+    except BundleError as error:
+        if isinstance(error.__cause__, OSError):  # it cannot be read
+            raise
+        report = IntegrityReport()
+        report.add("bundle", str(error))
+        return report
 
 
 def _verify_server(url: str, *, repair: bool) -> tuple[IntegrityReport, IntegrityReport | None]:
@@ -166,11 +188,12 @@ def _example_lines(problems: list[dict[str, Any]]) -> Iterator[str]:
 @click.command()
 @click.argument("key", metavar="KEY[/INDEX]")
 @common.cache_option
+@click.option("--index", type=click.IntRange(min=0), help="The index of the sample, instead of KEY/INDEX.")
 @click.option(
     "--why", required=True, help="The reason, which is stored with each sample and shown by `show`."
 )
 @common.json_option('an object with "key", "discarded" (a list of indices) and "draws"')
-def discard(*, key: str, cache: str | None, why: str, as_json: bool) -> None:
+def discard(*, key: str, cache: str | None, index: int | None, why: str, as_json: bool) -> None:
     """Discard one sample of a question, or all of them without an INDEX.
 
     The samples stay in the cache, and no draw gets them any more. A draw that had one of them gets another
@@ -180,6 +203,10 @@ def discard(*, key: str, cache: str | None, why: str, as_json: bool) -> None:
     prefix, slash, number = key.partition("/")
     if slash and not (number.isascii() and number.isdigit() and len(number) < 16):
         raise Failure(f"expected the index of a sample after {prefix}/, a whole number; got {number!r}")
+    if index is not None:
+        if slash and int(number) != index:
+            raise Failure(f"KEY/{number} and --index {index} name two samples; give one of them")
+        slash, number = "/", str(index)
     with common.opened(cache, write=True) as store:
         name = found_key(store, prefix).key
         indices = [int(number)] if slash else [sample.index for sample in store.samples(name)]

@@ -168,7 +168,8 @@ class ProxySettings:
 
     Attributes:
         upstreams: the providers; the first one is used for paths that name none.
-        cache: a folder, a store, or None for the default folder.
+        cache: a folder, a URL, a bundle, a store, a list of these, or None for the default folder. Of a list,
+            the first one is written, and the others are read below it.
         host: the address to listen on.
         port: the port, 0 for any free one.
         replay: answer from the cache only; write nothing and call no upstream.
@@ -278,6 +279,7 @@ class ProxySettings:
 
 _CHOICES: Final = {"repeat": REPEATS, "durability": ("process", "full"), "log": LOGS}
 _KINDS: Final[Mapping[Any, tuple[type, ...]]] = {
+    "Any": (str, list),
     "int": (int,),
     "float": (int, float),
     "bool": (bool,),

@@ -239,6 +239,61 @@ class Discard:
 
 
 @dataclass(slots=True)
+class Withdraw:
+    """Remove all draws of a question that some namespaces have made; its samples stay.
+
+    The shared draw is removed if its label is given and no other namespace uses it.
+
+    Attributes:
+        key: the key of the question.
+        namespaces: the labels of the namespaces.
+    """
+
+    key: str
+    namespaces: Collection[str]
+
+
+@dataclass(slots=True)
+class Erase:
+    """Delete samples that no draw has, on record; their indices and headers stay.
+
+    So no other sample gets their indices, and what they have cost still counts as spent.
+
+    Attributes:
+        key: the key of their question.
+        indices: their indices; those that a draw has are left alone.
+        why: the reason, which is recorded with each.
+    """
+
+    key: str
+    indices: Sequence[int]
+    why: str
+
+
+class Erased(NamedTuple):
+    """The samples that were deleted.
+
+    Attributes:
+        indices: their indices.
+    """
+
+    indices: Sequence[int]
+
+
+@dataclass(slots=True)
+class RecordRemoval:
+    """Record what a command removes; a later record with the same id replaces it.
+
+    Attributes:
+        id: identifies the record.
+        document: JSON of what is removed, and why.
+    """
+
+    id: str
+    document: bytes
+
+
+@dataclass(slots=True)
 class Note:
     """Add to the sums of what a run has delivered in a namespace (C6).
 
@@ -364,13 +419,16 @@ Operation = (
     | Seize
     | ReleaseHold
     | Discard
+    | Withdraw
+    | Erase
+    | RecordRemoval
     | Note
     | NotePlace
     | Reserve
     | Settle
     | Adopt
 )
-Result = Grant | Committed | Reserved | Adopted | None
+Result = Grant | Committed | Reserved | Adopted | Erased | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state
@@ -631,6 +689,10 @@ class Listed(Store, Protocol):
 
     def discards(self, key: str) -> Iterator[DiscardInfo]:
         """Iterate over the samples of a key that were discarded, by index."""
+        ...
+
+    def removals(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the records of what was removed, in order of time."""
         ...
 
     def totals(self) -> dict[str, int]:

@@ -321,6 +321,47 @@ class DiskStore(SqlStore):
             "now would be lost, or not found. Move it back, or open the cache again"
         )
 
+    def compact(self) -> tuple[int, int]:
+        """Rewrite both files without the space that was freed in them; others may read meanwhile.
+
+        Returns:
+            The bytes of the files and their logs, before and after.
+
+        Raises:
+            StoreError: when another process writes to the cache, or the disk is full.
+        """
+        self._check()
+        if self.read_only:
+            raise StoreError(f"the cache {self.folder} cannot be written: {self.why_read_only}")
+        self._check_alone()
+        before = self._bytes()
+        with leases.alone(self.folder), self._lock:
+            try:
+                for name in (_SHELF, _LEDGER):
+                    with contextlib.closing(self._connect(name)) as connection:
+                        connection.execute("VACUUM")
+                        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            except sqlite3.OperationalError as error:
+                raise StoreError(
+                    f"the cache {self.folder} could not be compacted: {error}. It is unchanged; its disk "
+                    "needs as much free space as the cache takes, and no other process may write to it"
+                ) from error
+        return before, self._bytes()
+
+    def _bytes(self) -> int:
+        return sum(_size(self.folder / f"{name}{log}") for name in (_SHELF, _LEDGER) for log in ("", "-wal"))
+
+    def _check_alone(self) -> None:
+        """Raise an error if another process has drawn from the cache, and may write to it."""
+        ledger, _ = self._readable()
+        open_leases = ledger.execute("SELECT name FROM leases WHERE ended IS NULL").fetchall()
+        for (name,) in open_leases:
+            if name != self._own_lease_name() and self._lease_alive(name):
+                raise StoreError(
+                    f"the process {leases.process(name).name} writes to the cache {self.folder}, and would "
+                    "have to wait. End it before you compact the cache"
+                )
+
     # Leases.
 
     def _lease_name(self) -> str:

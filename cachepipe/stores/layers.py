@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet
-from cachepipe.errors import LayerIgnored, StoreError, warn
+from cachepipe.contract.keys import Question
+from cachepipe.errors import LayerIgnored, NoCache, StoreError, warn
 from cachepipe.stores.base import (
     Adopt,
     Adopted,
@@ -29,9 +30,11 @@ from cachepipe.stores.base import (
     PartlyApplied,
     Result,
     Store,
+    StoredQuestion,
 )
 from cachepipe.stores.bundles.reader import Bundle, is_bundle
 from cachepipe.stores.memory import MemoryStore
+from cachepipe.stores.misses import nearest
 
 
 class Layer(Protocol):
@@ -41,6 +44,10 @@ class Layer(Protocol):
 
     def entry(self, key: str) -> Entry | None:
         """Return all that is held of a question; None if it is not known."""
+        ...
+
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the stored question that differs least from another one; None if none is similar."""
         ...
 
     def close(self) -> None:
@@ -69,13 +76,14 @@ class LayeredStore:
         self.read_only = top is None
         self.why_read_only = "it consists of caches and bundles that are only read" if top is None else ""
         seen = self._memory if top is None else top
+        self.where = ", ".join(_where(each) for each in self._layers)
         self.identity = (
             seen.identity if top is not None else f"layers:{'+'.join(each.identity for each in layers)}"
         )
         self.wait_for_others = seen.wait_for_others
         # What is generated, and listings, concern the upper store.
         self.status, self.generator, self.listen = seen.status, seen.generator, seen.listen
-        self.similar, self.keys, self.question = seen.similar, seen.keys, seen.question
+        self.keys, self.question = seen.keys, seen.question
         self.sample, self.samples, self.draws = seen.sample, seen.samples, seen.draws
         self.namespaces, self.sums, self.bought = seen.namespaces, seen.sums, seen.bought
         self.entry, self.entries = seen.entry, seen.entries
@@ -152,6 +160,10 @@ class LayeredStore:
             self._look(draw.key)
         return self._memory.foresee(wanted, refresh=refresh)
 
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the stored question of any layer that differs least; None if none is similar."""
+        return nearest(question, filter(None, [each.similar(question) for each in self._layers]))
+
     def _look(self, key: str) -> None:
         """Add what all layers hold of a key to the store in memory."""
         with self._lock:
@@ -176,7 +188,8 @@ def open_layers(caches: Sequence[Any], open_one: Callable[[Any, bool], tuple[Sto
         open_one: opens a cache that is no bundle, or that is written if the second argument is True.
 
     Raises:
-        StoreError: when there is no cache, or one cannot be opened.
+        StoreError: when there is no cache, or one cannot be opened. If nothing is written, the first one need
+            not exist.
     """
     if not caches:
         raise StoreError("cache= takes at least one cache; got an empty list")
@@ -190,7 +203,12 @@ def open_layers(caches: Sequence[Any], open_one: Callable[[Any, bool], tuple[Sto
                 layers.append(bundle)
                 owned.append(bundle)
                 continue
-            store, is_ours = open_one(cache, place == 0)
+            try:
+                store, is_ours = open_one(cache, place == 0)
+            except NoCache:
+                if place or len(caches) == 1:
+                    raise
+                continue  # what is only read, and would be created, is empty
             if is_ours:
                 owned.append(store)
             if place == 0 and not store.read_only:
@@ -208,6 +226,11 @@ def _entries(layers: Sequence[Layer], key: str) -> list[Entry]:
     """Return what layers hold of a key."""
     found = [layer.entry(key) for layer in layers]
     return [part for entry in found if entry is not None and (part := entry.sliced()) is not None]
+
+
+def _where(layer: Layer) -> str:
+    """Return where a layer is, for people."""
+    return str(layer.path) if isinstance(layer, Bundle) else getattr(layer, "where", repr(layer))
 
 
 def _check(adopt: Adopt, result: Result) -> None:

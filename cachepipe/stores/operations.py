@@ -36,11 +36,14 @@ from cachepipe.stores.base import (
     Commit,
     Committed,
     Discard,
+    Erase,
+    Erased,
     Foreseen,
     Grant,
     Note,
     NotePlace,
     Operation,
+    RecordRemoval,
     ReleaseHold,
     ReleaseLease,
     Reserve,
@@ -49,6 +52,7 @@ from cachepipe.stores.base import (
     Sample,
     Seize,
     Settle,
+    Withdraw,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
 
@@ -82,6 +86,8 @@ def _perform_all(ledger: Ledger, kind: type[Operation], operations: Sequence[Any
     """Perform operations of one kind."""
     if kind is Commit:
         return list(_commit_all(ledger, operations))
+    if kind is Erase:
+        return list(_erase_all(ledger, operations))
     if kind is Adopt:
         return list(_adopt_all(ledger, operations))
     performed = _PERFORM[kind]
@@ -494,6 +500,36 @@ def _discard(ledger: Ledger, discard: Discard) -> None:
     rows.listed.add(index)
 
 
+def _withdraw(ledger: Ledger, withdraw: Withdraw) -> None:
+    """Remove the draws of namespaces; the shared draw stays while others use it."""
+    rows, gone = ledger.key(withdraw.key), {*withdraw.namespaces}
+    if not gone.issuperset(rows.users()):
+        gone.discard(SHARED)
+    rows.withdraw(gone)
+
+
+def _erase_all(ledger: Ledger, erases: Sequence[Erase]) -> list[Erased]:
+    """Delete the samples that no draw has and that nobody generates."""
+    found: list[Erased] = []
+    samples: list[tuple[KeyRows, int, str]] = []
+    for erase in erases:
+        rows = ledger.key(erase.key)
+        drawn = rows.drawn()
+        free = [
+            index
+            for index in erase.indices
+            if index not in drawn and index in rows.listed and rows.pending(index) is None
+        ]
+        samples += [(rows, index, erase.why) for index in free]
+        found.append(Erased(free))
+    ledger.erase(samples)
+    return found
+
+
+def _record_removal(ledger: Ledger, record: RecordRemoval) -> None:
+    ledger.put_removal(record.id, record.document)
+
+
 def _note_place(ledger: Ledger, note: NotePlace) -> None:
     """Note a place on the last segment of what was handed over, if the draw still exists."""
     rows = ledger.draw(note.draw)
@@ -539,6 +575,8 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Seize: partial(_free, ours=False),
     ReleaseHold: _release_hold,
     Discard: _discard,
+    Withdraw: _withdraw,
+    RecordRemoval: _record_removal,
     Note: _note,
     NotePlace: _note_place,
     Reserve: _reserve,

@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import orjson
+
 from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment, laid
@@ -527,6 +529,17 @@ class SqlReader:
         """
         ledger, shelf = self._readable()
         yield from entries.entries(ledger, shelf, namespaces, after)
+
+    @_reads
+    def removals(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the records of what was removed, in order of time.
+
+        Raises:
+            DamagedCache: when a row is not what was written.
+        """
+        ledger, _ = self._readable()
+        for name, *row in ledger.execute("SELECT id, document, digest FROM removals ORDER BY stamp"):
+            yield tables.read_sums(orjson.loads, name, tables.REMOVAL, *row)
 
     @_reads
     def totals(self) -> dict[str, int]:

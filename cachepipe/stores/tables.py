@@ -25,10 +25,14 @@ from cachepipe.stores.base import Sample
 
 _Sums = TypeVar("_Sums")
 
-FORMAT = 3
+FORMAT = 4
+"""The version of the tables below; a ledger with a higher one is refused."""
+
 BUDGET = "budget"
 """Stands for the run in what binds the row of a budget to its namespace."""
-"""The version of the tables below; a ledger with a higher one is refused."""
+
+REMOVAL = "removal"
+"""Stands for the namespace in what binds the record of a removal to its id."""
 
 LISTED = 0
 """The owner of the set of listed indices; namespaces have positive numbers."""
@@ -85,6 +89,9 @@ CREATE TABLE IF NOT EXISTS unreported(
 -- Per label of a namespace, what was spent and reserved of its budget, as JSON.
 CREATE TABLE IF NOT EXISTS budgets(
     namespace TEXT PRIMARY KEY, document BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
+-- What commands have removed, as JSON.
+CREATE TABLE IF NOT EXISTS removals(
+    id TEXT PRIMARY KEY, stamp INTEGER NOT NULL, document BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
 """
 
 SHELF_SCHEMA = "CREATE TABLE cachepipe(name TEXT PRIMARY KEY, value) WITHOUT ROWID"
@@ -415,6 +422,13 @@ def sample_row(name: str, sample: Sample) -> bytes:
 def discarded_row(name: str, row: bytes = b"") -> bytes:
     """Return the row of a sample that is discarded from now on; it keeps what the row before it held."""
     return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, row[_BODY:]), row[_BODY:])
+
+
+def erased_row(name: str, row: bytes) -> bytes:
+    """Return the row of a sample that is deleted from now on; it keeps the header of the row before it."""
+    body = row[_BODY:]
+    kept = body[: body.find(b"\n") + 1] if body.startswith(_HEADER) else b""
+    return b"%b%b%b" % (_GONE, _sample_digest(name, _GONE, kept), kept)
 
 
 def read_sample(shelf: sqlite3.Connection, key: str, index: int) -> Sample | Discarded | None:

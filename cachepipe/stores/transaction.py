@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -17,9 +17,9 @@ import orjson
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
-from cachepipe.contract.draws import SHARED, Draw
+from cachepipe.contract.draws import SHARED, Draw, namespace_of
 from cachepipe.contract.entries import Entry
-from cachepipe.contract.intervals import MutableIndexSet, Union, changes
+from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, changes
 from cachepipe.contract.keys import Question
 from cachepipe.errors import DamagedCache, StoreError
 from cachepipe.stores import entries, tables
@@ -291,6 +291,31 @@ class SqlLedger(Ledger):
         self._check_files(deleted=True)
         return self._put(samples)
 
+    # What is removed.
+
+    def erase(self, samples: Sequence[tuple[KeyRows, int, str]]) -> None:
+        """Discard samples, each with its key and the reason; their headers stay, and their content goes."""
+        if not samples:
+            return
+        self.flush()
+        self._check_files(deleted=True)
+        self.seen.clear()
+        self.shelf.execute("BEGIN IMMEDIATE")
+        for rows, index, why in samples:
+            name = f"{rows.name}/{index}"
+            row = self.shelf.execute(tables.GET_DAMAGED, (name,)).fetchone()
+            gone = tables.erased_row(name, b"" if row is None else row[2] or b"")
+            self.shelf.execute(tables.PUT_DISCARDED, (name, self.now, self.now, gone))
+            discarded = (self.known(rows.name), index, self.now, why)
+            self.ledger.execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", discarded)
+        self.shelf.execute("COMMIT")
+
+    def put_removal(self, name: str, document: bytes) -> None:
+        """Write the record of what is removed, by its id."""
+        digest = tables.sums_digest(name, tables.REMOVAL, document)
+        row = (name, self.stamp(), document, digest)
+        self.ledger.execute("INSERT OR REPLACE INTO removals VALUES(?, ?, ?, ?)", row)
+
     # Entries of other caches.
 
     def prepare_entries(self, keys: Sequence[str]) -> None:
@@ -374,6 +399,10 @@ class SqlLedger(Ledger):
         if known is None:
             return LargeSet(self.ledger, (owner, self.label(owner)), (key, name))
         return known
+
+    def drop_set(self, owner: int, key: int) -> None:
+        """Forget a set whose rows were deleted."""
+        self._sets.pop((owner, key), None)
 
     def _remember(self, owner: int, key: int, name: str, rows: list[tuple[int, int, bytes]]) -> None:
         place, small = (owner, key), len(rows) <= SMALL
@@ -583,6 +612,45 @@ class _Key(KeyRows):
             gone = tables.discarded_row(name, b"" if row is None else row[2] or b"")
             self._in.shelf.execute(tables.PUT_DISCARDED, (name, now, now, gone))
         self._execute("INSERT OR IGNORE INTO discards VALUES(?, ?, ?, ?)", self.number, index, now, why)
+
+    def drawn(self) -> IntervalSet:
+        found = IntervalSet()
+        for (indices,) in self._execute("SELECT indices FROM segments WHERE key = ?", self.number):
+            for index in unpack(indices):
+                found.add(index)
+        return found
+
+    def users(self) -> list[str]:
+        query = "SELECT n.label FROM uses u JOIN namespaces n ON n.id = u.namespace WHERE u.key = ?"
+        return [label for (label,) in self._execute(query, self.number)]
+
+    def withdraw(self, namespaces: Collection[str]) -> None:
+        for label in namespaces:
+            namespace = self._in.namespace(label)
+            self._check_idle(namespace)
+            for table in ("segments", "holders", "firsts", "uses"):
+                query = f"DELETE FROM {table} WHERE key = ? AND namespace = ?"
+                self._execute(query, self.number, namespace)
+            self._execute("DELETE FROM intervals WHERE key = ? AND owner = ?", self.number, namespace)
+            self._in.drop_set(namespace, self.number)
+
+    def _check_idle(self, namespace: int) -> None:
+        """Raise an error if a live process has made one of a namespace's draws, or makes one now."""
+        query = "SELECT lease, token, standing, indices FROM segments WHERE key = ? AND namespace = ?"
+        found = self._execute(query, self.number, namespace).fetchall()
+        query = "SELECT DISTINCT lease FROM holders WHERE key = ? AND namespace = ?"
+        held = {lease for (lease,) in self._execute(query, self.number, namespace)}
+        for lease, token, standing, indices in found:
+            if token is not None and standing < len(unpack(indices)):
+                held.add(lease)
+        leases = {row[0] for row in found}
+        live = any(lease == self._in.own_lease or self._in.alive(lease) for lease in held)
+        if live or self._in.made_by_others(leases):
+            whose = namespace_of(self._in.label(namespace))
+            raise StoreError(
+                f"a process that is running has drawn samples in the namespace {whose!r}; end it (a program, "
+                "a notebook or a proxy) before you remove its draws"
+            )
 
     def pending(self, index: int) -> int | None:
         query = "SELECT lease FROM pending WHERE key = ? AND sample = ?"

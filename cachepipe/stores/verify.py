@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import orjson
+
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract import keys
 from cachepipe.contract.allotment import DISCARDED, laid
@@ -57,6 +59,7 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "discard": ("a sample is discarded in one of the two files only", REPAIR),
     "lease": ("a sample is noted as being generated, but not in order", REPAIR),
     "first": ("the note of a draw's earliest namespace is wrong", REPAIR),
+    "bundle": ("the bundle is damaged, or is none", "get another copy of it"),
     "sums": ("a row of the sums of what was delivered is damaged", COPY),
 }
 """Per kind of problem, what is wrong and what to do about it."""
@@ -506,12 +509,13 @@ class _Check:
 
     def _check_sums(self) -> None:
         loaded: tuple[tuple[str, str, Callable[[bytes], Any]], ...] = (
-            ("sums", "stamp, run", Delivered.loads),
-            ("unreported", "stamp, run", Account.loads),
-            ("budgets", f"0, '{tables.BUDGET}'", tables.load_purse),
+            ("sums", "stamp, run, namespace", Delivered.loads),
+            ("unreported", "stamp, run, namespace", Account.loads),
+            ("budgets", f"0, '{tables.BUDGET}', namespace", tables.load_purse),
+            ("removals", f"stamp, id, '{tables.REMOVAL}'", orjson.loads),
         )
         for table, about, loads in loaded:
-            rows = self._ledger.execute(f"SELECT {about}, namespace, document, digest FROM {table}")
+            rows = self._ledger.execute(f"SELECT {about}, document, digest FROM {table}")
             for stamp, *row in rows:
                 self._passed()
                 try:

@@ -272,7 +272,6 @@ class StoreContract:
         """C7, with its permanent id and what is recorded of it."""
         payload = bytes(range(256)) * 3 + b'\n{"id":"x"}\n'
         [grant] = self.apply(store, Claim(drawn(), 1, asked(), "one"))
-        before = time.time()
         [committed] = self.apply(store, Commit(KEY, 0, payload, {"call": "abc"}, id="me"))
         assert committed.kept
         recalled = store.recall(drawn(), 1)
@@ -282,7 +281,7 @@ class StoreContract:
         assert isinstance(sample, Sample)
         assert (sample.index, sample.id, sample.payload) == (grant.indices[0], "me", payload)
         assert sample.meta == {"id": "me", "stamp": sample.meta["stamp"], "call": "abc"}
-        assert before - 0.001 <= sample.at <= time.time() + 0.001
+        assert abs(sample.at - time.time()) < 600  # seconds: a server has a clock of its own
 
     def test_an_empty_payload_is_a_sample(self, store: Store) -> None:
         self.claim(store, drawn())

@@ -21,6 +21,7 @@ from cachepipe.stores.remote.engine import (
     Conflict,
     Read,
     Rows,
+    Server,
     Swap,
     Unreachable,
 )
@@ -59,6 +60,7 @@ class MemoryEngine:
         self._receipts: dict[tuple[str, int], tuple[bytes, float]] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._changes: list[tuple[int, str]] = []
+        self._failovers = 0
 
     def __repr__(self) -> str:
         return f"<MemoryEngine {len(self.rows)} keys, {self.trips} trips>"
@@ -173,6 +175,26 @@ class MemoryEngine:
         """Return the time in microseconds since 1970."""
         self._called()
         return int(self._clock() * 1e6)
+
+    # Failovers.
+
+    def servers(self) -> list[Server]:
+        """Return the one server."""
+        self._called()
+        return [Server(self.where, str(self._failovers), str(self._failovers - 1))]
+
+    def replica(self) -> dict[str, Rows]:
+        """Return a copy of the rows, which is behind as soon as others are written."""
+        with self._lock:
+            return {key: dict(there) for key, there in self.rows.items()}
+
+    def fail_over(self, replica: dict[str, Rows]) -> None:
+        """Go on with the rows of a replica: what was written since it was copied is lost."""
+        with self._lock:
+            self.rows = replica
+            self._failovers += 1
+            self._receipts.clear()
+            self._turns.clear()
 
     def rows_of(self, key: str) -> Rows:
         """Return all rows of a key but the samples."""

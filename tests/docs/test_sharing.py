@@ -22,7 +22,7 @@ def block(mark):
 def test_the_examples_print_what_the_page_shows(tmp_path):
     (tmp_path / "roll.py").write_text(block("example: program"))
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for name in ("export", "import", "layers", "merge"):
+    for name in ("export", "import", "layers", "commands", "merge"):
         lines = block(f"example: {name}").splitlines()
         commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         done = subprocess.run(

@@ -54,13 +54,17 @@ async def test_c2_a_failover_with_the_replica_in_step_loses_nothing(cluster, new
 
     async with OnlineAPI(model, url) as pipeline:
         seen = await ask(pipeline, 1)
+        epoch = pipeline.store.session.engine.changes(None).epoch
         primary = cluster.primaries()[0]
         with primary.client() as client:
             client.execute_command("WAIT", 1, 5000)
         primary.kill()
         seen |= await ask(pipeline, 2)
+        noticed = pipeline.store.session.engine.changes(None).epoch
+        assert noticed != epoch, "copies on this machine are not used any more"
     primary.start()
     idle = ScriptedModel(cache_scope="m")
     async with OnlineAPI(idle, url) as pipeline:
         assert await ask(pipeline, 1) | await ask(pipeline, 2) == seen
+        assert pipeline.store.session.engine.changes(None).epoch == noticed
     assert not idle.calls

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from valkeys import ValkeyNode
 
 from cachepipe import OnlineAPI, Request, StoreError, open_store
 from cachepipe.runs import Occurrences
@@ -41,8 +43,8 @@ def url(request):
     return request.getfixturevalue(f"new_{request.param}_url")()
 
 
-async def answers(url, count=100):
-    async with OnlineAPI(ScriptedModel(cache_scope="m"), url, ordered=False) as pipeline:
+async def answers(url, count=100, model=None):
+    async with OnlineAPI(model or ScriptedModel(cache_scope="m"), url, ordered=False) as pipeline:
         return [(await pipeline.request(Request(f"p{number}"))).data for number in range(count)]
 
 
@@ -117,6 +119,66 @@ ask()
         [sys.executable, "-c", text, url], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_copies_do_not_mix_with_a_valkey_server_that_is_restored_from_a_backup(tmp_path):
+    server = ValkeyNode(tmp_path / "server")
+    url, data = server.url(), tmp_path / "server" / "appendonlydir"
+    asyncio.run(answers(url, 3))
+    shutil.copytree(data, tmp_path / "backup")
+    asyncio.run(answers(url, 6))
+    store, _ = open_store(url)
+    assert known(store) == (6, 6)
+    draws = [info.draw for info in store.draws()]
+    server.kill()
+    shutil.rmtree(data)
+    shutil.copytree(tmp_path / "backup", data)
+    server.start()
+    assert known(store) == (3, 0)
+    assert sum(store.recall(draw, 1) is not None for draw in draws) == 3
+    store.close()
+    model = ScriptedModel(cache_scope="m")
+    assert len(asyncio.run(answers(url, 6, model))) == 6
+    assert len(model.calls) == 3
+    server.close()
+
+
+def test_copies_do_not_mix_with_tables_that_are_restored_from_a_backup(new_postgres_url):
+    url = new_postgres_url()
+    asyncio.run(answers(url, 3))
+    store, _ = open_store(url)
+    engine = store.session.engine
+    for table in ("keys", "ledger", "samples"):
+        engine._ask(f"create table SCHEMA.saved_{table} as select * from SCHEMA.{table}")  # noqa: S608 - names are above
+    asyncio.run(answers(url, 6))
+    store.session.local.follow()
+    assert known(store) == (6, 6)
+    for table in ("keys", "ledger", "samples"):
+        engine._ask(f"truncate SCHEMA.{table}")
+        engine._ask(f"insert into SCHEMA.{table} select * from SCHEMA.saved_{table}")  # noqa: S608 - likewise
+    assert known(store) == (3, 0)
+    store.close()
+
+
+def test_copies_do_not_mix_with_a_valkey_server_that_takes_the_data_of_another_one(tmp_path):
+    servers = [ValkeyNode(tmp_path / name) for name in ("one", "two")]
+    first, second = (server.client() for server in servers)
+    asyncio.run(answers(servers[0].url(), 3))
+    second.replicaof("127.0.0.1", servers[0].port)
+    while second.info("replication").get("master_link_status") != "up":
+        pass
+    second.replicaof("NO", "ONE")
+    asyncio.run(answers(servers[0].url(), 6))
+    store, _ = open_store(servers[0].url())
+    assert known(store) == (6, 6)
+    first.replicaof("127.0.0.1", servers[1].port)
+    while first.info("replication").get("master_link_status") != "up":
+        pass
+    first.replicaof("NO", "ONE")
+    assert known(store) == (3, 0)
+    store.close()
+    for each in (first, second, *servers):
+        each.close()
 
 
 def test_the_url_or_the_environment_says_where_copies_are(monkeypatch, tmp_path):

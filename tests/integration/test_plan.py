@@ -40,7 +40,8 @@ def write(*prompts):
 
 
 def invoke(command, *words, status=0):
-    done = CliRunner().invoke(cli, [command, "in.jsonl", "--cache", "cache", *words], prog_name="cachepipe")
+    cache = () if "--cache" in words else ("--cache", "cache")
+    done = CliRunner().invoke(cli, [command, "in.jsonl", *cache, *words], prog_name="cachepipe")
     assert "Traceback" not in done.output
     assert done.exit_code == status, (done.output, done.exception)
     return done

@@ -34,13 +34,15 @@ LOG = logging.getLogger(__name__)
 WORKER = """
 import asyncio, itertools, json, os, sys, warnings
 from cachepipe import OnlineAPI, Request, Response, SharedDraw
-from cachepipe.errors import FreshIds
+from cachepipe.errors import FailedOver, FreshIds
 url, log, name, namespace, *numbers = sys.argv[1:]
 count, questions, at_once = map(int, numbers)
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", ".*confirms samples that no replica has")
 warnings.simplefilter("ignore", SharedDraw)  # its predecessor's lease may not have ended yet
 warnings.simplefilter("ignore", FreshIds)
+warnings.simplefilter("always", FailedOver)
+warnings.showwarning = lambda message, *_: print(json.dumps(str(message)), flush=True)
 serial = itertools.count()
 made = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -86,6 +88,7 @@ class Storm:
         self.url = server.url("&lease=1&local=off")  # a copy would hide what the server has lost
         self.lines = queue.Queue()
         self.seen = {}
+        self.told = []  # of failovers
         self.most_bought_twice = 0
         self.behind = 0  # answers while a replica got nothing
         self.names = [
@@ -116,6 +119,10 @@ class Storm:
     def hear(self):
         """Take note of the next answer, or of the end of a worker; start it again if it was killed."""
         told = self.lines.get(timeout=60)
+        if isinstance(told, str):
+            LOG.warning("%s", told)
+            self.told.append(told)
+            return
         if isinstance(told, list):
             *draw, data = told
             assert self.seen.setdefault(tuple(draw), data) == data, "C2: a draw got other samples"
@@ -270,6 +277,7 @@ def test_failovers_of_a_cluster_lose_the_latest_writes_at_most(new_storm, kind, 
     behind = storm.behind + AT_ONCE * len(storm.names) * (kind != "failover") * (4 if full else 1)
     assert lost <= behind, "what was confirmed while no replica was in step, and what was in flight"
     assert bought <= lost
+    assert any("took over from another one" in told for told in storm.told)
     again, bought = asyncio.run(rerun(storm))
     assert not bought
     assert {place: one.data for place, one in again.items()} == {

@@ -205,8 +205,10 @@ def test_an_empty_folder_and_a_file_are_no_caches(tmp_path):
     assert list(tmp_path.iterdir()) == []
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(StoreError, match="is a file"):
+    with pytest.raises(StoreError, match="is not a bundle of cachepipe"):
         common.opened(str(file)).__enter__()
+    with pytest.raises(StoreError, match="is a bundle, which is only read"):
+        common.opened(str(file), write=True).__enter__()
 
 
 def test_a_diskcache_of_somebody_elses_is_no_cache(tmp_path):

@@ -20,6 +20,7 @@ from cachepipe.runs import Occurrences
 from cachepipe.stores import mounts
 from cachepipe.stores.base import Claim, Commit, Discard, NotePlace
 from cachepipe.stores.remote import local, rows
+from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.testing import MemoryEngine, ScriptedModel
@@ -97,6 +98,21 @@ def on_a_loop(store, draw, n=1):
 
 def payloads(grant):
     return None if grant is None else [sample.payload for sample in grant.samples]
+
+
+class Counted:
+    """A lock that counts the threads that have wanted it."""
+
+    def __init__(self, lock):
+        self._lock = lock
+        self.wanted = 0
+
+    def __enter__(self):
+        self.wanted += 1
+        return self._lock.__enter__()
+
+    def __exit__(self, *error):
+        return self._lock.__exit__(*error)
 
 
 def trips(engine, ask):
@@ -484,6 +500,58 @@ def test_an_engine_that_does_not_answer_is_not_asked_for_changes_by_each_claim(e
     engine.down = True
     asked = trips(engine, lambda: [store.session.local.ready() for _ in range(5)])
     assert asked == (1, [False] * 5)
+
+
+@pytest.mark.anyio
+async def test_threads_do_not_ask_a_silent_engine_for_changes_one_after_another(engine, start, until):
+    store = start()
+    begin_run(store)
+    Occurrences()
+    answers, asked = threading.Event(), []
+
+    def silent(since):
+        asked.append(since)
+        answers.wait()
+        raise Unreachable("no answer within 5 s")
+
+    engine.changes = silent
+    copies = store.session.local
+    copies._syncing = Counted(copies._syncing)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(copies.sync())) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    await until(lambda: asked and copies._syncing.wanted == 5)
+    answers.set()
+    for thread in threads:
+        thread.join()
+    assert (len(asked), found) == (1, [False] * 5)
+
+
+def test_a_draw_that_is_asked_for_again_and_again_takes_no_more_room_in_the_queue(start):
+    store = start()
+    begin_run(store)
+    fill(store, drawn("a"))
+    for _ in range(3):
+        store.session.recall([(drawn("a"), 1)])
+    store.session.local.follow()
+    assert store.session.local._bytes == 0
+
+
+def test_c12_a_forked_child_replaces_a_damaged_file(start, tmp_path):
+    store = start()
+    filled(store, drawn("a"))
+    copies = store.session.local._copies
+    store.session.local.inherit()
+    [file] = (tmp_path / "one").glob("*-*.db")
+    for ending in ("-wal", "-shm"):
+        file.with_name(file.name + ending).unlink(missing_ok=True)
+    file.write_bytes(b"not a database at all" * 1000)
+    found = []
+    asking = threading.Thread(target=lambda: found.append(copies.get(drawn("a"), b"")), daemon=True)
+    asking.start()
+    asking.join(20)
+    assert found == [None]
 
 
 def test_a_folder_on_a_network_file_system_is_left_out(start, monkeypatch, tmp_path):

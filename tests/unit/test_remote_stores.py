@@ -460,6 +460,17 @@ def test_c7_a_line_that_was_cut_off_loses_no_other_sample(start):
     assert [sample.payload for sample in store.samples(KEY)] == [b"whole"]
 
 
+def test_c4_an_extra_is_stored_once_though_its_writer_was_killed_before_it_had_emptied_the_file(start):
+    store, other = start(), start()
+    claim(store, drawn("a"))
+    path = store._spool.put([Commit(KEY, 0, b"late", {}, id="late")], 1)
+    lines = path.read_bytes()
+    other.tidy()  # its lease is not the one under which the index is pending
+    path.write_bytes(lines)
+    store.tidy()
+    assert [(sample.id, sample.payload) for sample in store.samples(KEY)] == [("late", b"late")]
+
+
 def test_c7_a_sample_that_the_store_refuses_stays_in_a_file(engine):
     spool = Spool(engine.identity)
     spool.put([Commit("k2-unknown", 0, b"paid", {})], 1)
@@ -468,7 +479,7 @@ def test_c7_a_sample_that_the_store_refuses_stays_in_a_file(engine):
         raise StoreError("the cache knows no such key")
 
     with pytest.warns(NotStored, match=r"refused\.jsonl"):
-        spool.empty(refuse)
+        spool.empty(refuse, lambda _: ())
     assert not spool
     assert b"k2-unknown" in (spool.folder / "refused.jsonl").read_bytes()
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from cachepipe.contract.entries import Entry
+from cachepipe.contract.keys import Question, digest
 from cachepipe.errors import BundleError
+from cachepipe.stores.base import StoredQuestion
 from cachepipe.stores.bundles import SUFFIX, container
 from cachepipe.stores.bundles.container import Chunk
 from cachepipe.stores.bundles.lines import Lines
@@ -84,6 +86,18 @@ class Bundle:
                     self._entries.popitem(last=False)
             self._entries.move_to_end(place)
         return found.get(key)
+
+    def similar(self, question: Question) -> StoredQuestion | None:
+        """Return the same question under another scope, or None; other questions are not searched for.
+
+        Raises:
+            BundleError: when a chunk is damaged.
+        """
+        for scope in self.manifest.scopes:
+            entry = self.entry(digest(scope, question.document))
+            if entry is not None and entry.key != question.key:
+                return StoredQuestion(entry.key, entry.scope, entry.document, self.manifest.first / 1e6)
+        return None
 
     def entries(self, namespaces: Collection[str] | None = None) -> Iterator[Entry]:
         """Iterate over all entries, in the order of their keys.

@@ -261,6 +261,10 @@ class Book:
         """Note the number of the change that the swap makes."""
         self.put(rows.CHANGED, rows.dump_change(number))
 
+    def ids(self) -> dict[int, str]:
+        """Return the ids of the samples that were shown, by index."""
+        return {index: each.id for index, each in self._samples.items() if isinstance(each, Sample)}
+
     def written(self) -> Known:
         """Return the known rows after the swap that are worth remembering."""
         left = {**self.known, **self._puts, **dict.fromkeys(self._deletes)}

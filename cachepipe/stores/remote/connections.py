@@ -32,6 +32,7 @@ class Connections(Generic[_C]):
     def __init__(self, connect: Callable[[], _C]) -> None:
         self._connect = connect
         self._idle: list[_C] = []
+        self._closed = False
 
     def take(self) -> _C:
         """Return a connection that nobody else uses."""
@@ -43,11 +44,13 @@ class Connections(Generic[_C]):
     def give_back(self, connection: _C) -> None:
         """Keep a connection that is ready for the next command."""
         self._idle.append(connection)
+        if self._closed:
+            self._close_idle()
 
     def drop(self, connection: _C) -> None:
         """Close a connection that has failed, and the idle ones: these were probably lost too."""
         connection.close()
-        self.close()
+        self._close_idle()
 
     def inherit(self) -> None:
         """Begin again in a forked child; its parent goes on to use the connections."""
@@ -55,7 +58,11 @@ class Connections(Generic[_C]):
         self._idle = []
 
     def close(self) -> None:
-        """Close the idle connections."""
+        """Close the idle connections, and those in use when they are given back."""
+        self._closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         while self._idle:
             with contextlib.suppress(IndexError):  # another thread was faster
                 self._idle.pop().close()

@@ -131,7 +131,6 @@ class Copies:
         self._identity = identity
         self._bytes = int(megabytes * 1e6)
         self._name = f"{xxh3_64_hexdigest(identity.encode())}-{_FORMAT}"
-        self._generation = -1
         self._touched: set[int] = set()
         self._begin()
         self._open()
@@ -155,11 +154,12 @@ class Copies:
             raise Unusable(f"{self._folder} is not private to this user")
         try:
             with _ours(), leases.alone(self._folder):
-                self._connect(self._path(self._latest()))
+                if self._connections is None:  # another thread was not faster
+                    self._connect(self._path(self._latest()))
         except Unusable as error:
             if not error.damaged:
                 raise
-            self.replace()
+            self._connect_another()
 
     def _latest(self) -> int:
         """Return the number of the latest file: one that is damaged is replaced by one with another name."""
@@ -177,11 +177,16 @@ class Copies:
             for _ in range(2)
         )
         reading.text_factory = writing.text_factory = bytes  # a damaged row may have text
+        try:
+            writing.execute("PRAGMA journal_mode = WAL")
+            writing.execute("PRAGMA synchronous = NORMAL")
+            writing.executescript(_SCHEMA)
+            self._state(writing)
+        except BaseException:
+            reading.close()
+            writing.close()
+            raise
         self._connections = reading, writing
-        writing.execute("PRAGMA journal_mode = WAL")
-        writing.execute("PRAGMA synchronous = NORMAL")
-        writing.executescript(_SCHEMA)
-        self._generation = self._state(writing).generation
 
     def replace(self) -> None:
         """Begin another file instead of a damaged one, unless another process has done so.
@@ -190,6 +195,9 @@ class Copies:
             Unusable: when that is not possible.
         """
         self._disconnect()
+        self._connect_another()
+
+    def _connect_another(self) -> None:
         with _ours(), leases.alone(self._folder):
             damaged, latest = self._number, self._latest()
             self._connect(self._path(max(latest, damaged + 1)))

@@ -126,6 +126,20 @@ class Changes(NamedTuple):
     keys: Sequence[tuple[int, str]]
 
 
+class Server(NamedTuple):
+    """A server that is written to.
+
+    Attributes:
+        where: says where it is.
+        history: names what it has written since it became a primary, or was started.
+        before: the history that it continues, perhaps without the last writes; empty if it does not say.
+    """
+
+    where: str
+    history: str
+    before: str = ""
+
+
 class Engine(Protocol):
     """Stores rows on behalf of many processes. Each method is one round trip and may be called in any thread.
 
@@ -180,6 +194,10 @@ class Engine(Protocol):
 
     def now(self) -> int:
         """Return the engine's time in microseconds since 1970."""
+        ...
+
+    def servers(self) -> list[Server]:
+        """Return the servers that are written to now. One with another history may have lost writes."""
         ...
 
     def rows_of(self, key: str) -> Rows:

@@ -212,6 +212,10 @@ class Listing:
             if found is not None:
                 yield found
 
+    def removals(self) -> Iterator[dict[str, Any]]:
+        """Return no records: nothing is removed from a server."""
+        return iter(())
+
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""
         counts = dict.fromkeys(("keys", "samples", "pending", "draws", "namespaces", "discarded"), 0)

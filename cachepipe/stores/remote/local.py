@@ -136,8 +136,8 @@ class LocalCopy:
         """Ask for changes, and forget the copies of what was changed; return False if that fails."""
         asked = time.monotonic()
         with self._syncing:
-            if self._synced >= asked:
-                return True  # another thread did so meanwhile
+            if max(self._synced, self._failed) >= asked:
+                return self._synced >= asked  # another thread did so meanwhile, or tried to
             began = time.monotonic()
             try:
                 generation = None
@@ -219,8 +219,9 @@ class LocalCopy:
                 if draw not in self._queue and len(self._queue) < _QUEUED:
                     self._queue[draw] = None
             elif len(self._queue) < _QUEUED and self._bytes < _QUEUED_BYTES:
+                earlier = self._queue.get(draw)
                 self._queue[draw] = copy
-                self._bytes += copy.size
+                self._bytes += copy.size - (0 if earlier is None else earlier.size)
             if len(self._queue) >= _PAGE:
                 self._condition.notify()
         if self._thread is None:

@@ -28,6 +28,7 @@ from cachepipe.stores.remote.engine import (
     Conflict,
     Read,
     Rows,
+    Server,
     Swap,
     Unreachable,
     no_cache,
@@ -325,13 +326,15 @@ class PostgresEngine:
     def changes(self, since: int | None) -> Changes:
         """Return the changes from a number on; without a number the recent ones.
 
-        The epoch is when the server was started, and which cache is in which tables.
+        The epoch is when the server was started, and which cache is in which files: a table that is restored
+        has another file.
         """
         found = self._ask(
             "select c.number, c.key, extract(epoch from pg_postmaster_start_time())::text, "
-            "m.tableoid::text, m.identity from SCHEMA.meta m left join SCHEMA.changes c "
+            "pg_relation_filenode(m.tableoid)::text, pg_relation_filenode(%s::regclass)::text, m.identity "
+            "from SCHEMA.meta m left join SCHEMA.changes c "
             "on c.number >= coalesce(%s::bigint, m.changes - %s + 1) order by c.number",
-            [since, RECENT],
+            [f"{self._name}.ledger", since, RECENT],
         )
         keys = [(number, decoded(key)) for number, key, *_ in found if number is not None]
         return Changes(" ".join(found[0][2:]), keys)
@@ -379,6 +382,16 @@ class PostgresEngine:
         """Return the server's time in microseconds since 1970."""
         [[seconds]] = self._ask("select extract(epoch from clock_timestamp())::float8")
         return int(seconds * 1e6)
+
+    def servers(self) -> list[Server]:
+        """Return the server that is written to; its history is the timeline of its log."""
+        [[timeline]] = self._ask(
+            "select case when pg_is_in_recovery() then null "
+            "else left(pg_walfile_name(pg_current_wal_lsn()), 8) end"
+        )
+        if timeline is None:
+            return []
+        return [Server(self.where, timeline, f"{int(timeline, 16) - 1:08X}")]
 
     # Notifications.
 

@@ -34,6 +34,7 @@ from cachepipe.stores.base import (
     NotePlace,
     Operation,
     Process,
+    RecordRemoval,
     ReleaseHold,
     Reserve,
     Result,
@@ -43,7 +44,9 @@ from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
 from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Swap, Unreachable
+from cachepipe.stores.remote.failovers import Watch
 from cachepipe.stores.remote.local import LocalCopy
+from cachepipe.stores.remote.recent import Recent
 
 LEASE: Final = 3.0
 """Seconds for which a lease lasts unless it is renewed, which happens three times as often."""
@@ -63,6 +66,10 @@ RUN: Final = "~"
 """The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
 
 _T = TypeVar("_T")
+
+
+class SessionEnded(StoreError):  # noqa: N818 - says what the session is
+    """The session cannot be used any more."""
 
 
 class User(Protocol):
@@ -123,6 +130,8 @@ class Session:
     Attributes:
         local: the copies as this process uses them.
         last_lease: the latest lease of this process; 0 if it had none.
+        recent: what this process has written lately.
+        watch: watches the servers, which may lose that.
         ended: whether the last store that used the session was closed.
         expects_new: whether the draws that were claimed last were new, and so probably the next ones.
     """
@@ -160,6 +169,8 @@ class Session:
         self._others: dict[int, tuple[Process, float]] = {}  # by lease, and when they were found alive
         self._dead: set[int] = {NOBODY}
         self._greatest = 0
+        self.recent = Recent()
+        self.watch = Watch(self.recent)
         self.expects_new = True
         self._ended = threading.Event()
 
@@ -171,8 +182,14 @@ class Session:
             self.local.inherit()
 
     def join(self, user: User) -> None:
-        """Note that a store uses the session."""
+        """Note that a store uses the session.
+
+        Raises:
+            SessionEnded: when the last store that used it was closed.
+        """
         with self._leasing:
+            if self.ended:
+                raise SessionEnded(f"the cache {self.engine.where} was closed; open it again")
             self._users.add(user)
 
     def leave(self, user: User) -> None:
@@ -585,8 +602,10 @@ class _Transaction:
         found = session.asked(lambda: session.engine.swap(wanted, who))
         again: dict[str, tuple[Book, Swap]] = {}
         waits = False
-        for (key, (book, _)), conflict in zip(list(swaps.items()), found, strict=True):
+        for (key, (book, swap)), conflict in zip(list(swaps.items()), found, strict=True):
             if conflict is None:
+                if not key.startswith(RUN):
+                    session.recent.note(key, swap, book.ids())
                 session.remember(key, book.written())
                 del swaps[key]  # whatever happens to the others
                 continue
@@ -640,6 +659,8 @@ def key_of(operation: Operation) -> str:
         return operation.draw.key
     if isinstance(operation, Reserve | Settle):
         return f"{RUN}{BUDGETS}"
+    if isinstance(operation, RecordRemoval):
+        return f"{RUN}{operation.id}"
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
@@ -760,16 +781,19 @@ class _Renewal:
 
     def __call__(self) -> None:
         away = False
-        while not self._ended.wait(self._seconds):
+        seconds = 0.0  # the first look at the servers is for comparison
+        while not self._ended.wait(seconds):
+            seconds = self._seconds
             session = self._session()
             if session is None:
                 return
             try:
                 renewed = session.renew()
+                changed = session.watch.look(session.engine)
             except (Unreachable, StoreError):
                 away = True  # it is tried again, and begun anew if it has ended meanwhile
                 continue
-            if away:
+            if away or changed:
                 session.reached()
             if not renewed:
                 return

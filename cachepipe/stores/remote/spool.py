@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -59,11 +60,17 @@ class Spool:
             _append(self.folder / _FILE, b"".join(_line(commit, lease) for commit in commits))
         return self.folder / _FILE
 
-    def empty(self, write: Callable[[Commit, int], Result | StoreError]) -> None:
+    def empty(
+        self, write: Callable[[Commit, int], Result | StoreError], stored: Callable[[str], Collection[str]]
+    ) -> None:
         """Write the samples to the store; those that it refuses stay in another file.
+
+        A process that was killed while it emptied the file has stored some of them already, perhaps at other
+        indices; they are recognised by their ids.
 
         Args:
             write: commits a sample that was generated under a lease; returns the result or the error.
+            stored: returns the ids of the samples of a key.
 
         Raises:
             StoreUnreachable: when the store does not answer; the samples stay.
@@ -73,7 +80,8 @@ class Spool:
         with leases.alone(self.folder):
             path = self.folder / _FILE
             lines = path.read_bytes().splitlines(keepends=True)
-            refused = [told for line in lines if (told := _written(write, line)) is not None]
+            stored = functools.cache(stored)
+            refused = [told for line in lines if (told := _written(write, stored, line)) is not None]
             self._keep(refused)
             path.unlink()
 
@@ -90,14 +98,17 @@ class Spool:
 
 
 def _written(
-    write: Callable[[Commit, int], Result | StoreError], line: bytes
+    write: Callable[[Commit, int], Result | StoreError],
+    stored: Callable[[str], Collection[str]],
+    line: bytes,
 ) -> tuple[bytes, StoreError] | None:
-    """Write the sample in a line; return the line and the error if the store refuses it."""
+    """Write the sample in a line, unless it is stored; return the line and the error if it is refused."""
     read = _read(line)
     if read is None:
         return None
+    commit, lease = read
     try:
-        result = write(*read)
+        result = None if commit.id in stored(commit.key) else write(commit, lease)
     except StoreError as error:
         result = error
     if isinstance(result, StoreUnreachable):

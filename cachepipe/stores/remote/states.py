@@ -37,6 +37,7 @@ class States:
         self._makers: dict[Place, Process] = {}
         self._error: StoreError | None = None
         self._thread: threading.Thread | None = None
+        self._ended = False
 
     def now(self, wanted: Sequence[Place]) -> list[State]:
         """Return the states, after one round trip."""
@@ -84,6 +85,8 @@ class States:
 
     def _look(self, wanted: Sequence[Place]) -> None:
         """Have the thread look at samples; the caller holds the condition."""
+        if self._ended:
+            return
         self._wanted += tuple(wanted)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="cachepipe-states", daemon=True)
@@ -113,15 +116,19 @@ class States:
     def close(self) -> None:
         """End the threads."""
         with self._condition:
+            self._ended = True
             self._wanted = ()
+            thread = self._thread
             self._condition.notify()
             if self._deaf is not None:
                 self._deaf()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_IDLE)  # it may wait for an engine that does not answer
 
     def _work(self) -> None:
         while True:
             with self._condition:
-                if not self._wanted:
+                if not (self._wanted or self._ended):
                     self._condition.wait(_IDLE)
                 wanted, self._wanted = self._wanted, ()
                 if not wanted:

@@ -17,6 +17,7 @@ from cachepipe.stores.queued import Queued, error_in
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
 from cachepipe.stores.remote.engine import Read, Unreachable
+from cachepipe.stores.remote.failovers import mend
 from cachepipe.stores.remote.listing import Listing
 from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.spool import Spool
@@ -130,12 +131,20 @@ class RemoteStore(Queued, Listing):
         self._writer.wake()
 
     def tidy(self) -> None:
-        """Write the samples that were kept on this machine, if the engine answers."""
-        if self.read_only or not self._spool:
+        """Write what a failover has lost, and the samples that were kept here, if the engine answers."""
+        if self.read_only:
+            return
+        with contextlib.suppress(Unreachable, StoreError):
+            mend(self.session)
+        if not self._spool:
             return
         with contextlib.suppress(Unreachable, StoreError, OSError):
             self.session.engine.now()
-            self._spool.empty(self.session.commit_for)
+            self._spool.empty(self.session.commit_for, self._ids)
+
+    def _ids(self, key: str) -> set[str]:
+        """Return the ids of the samples of a key."""
+        return {sample.id for sample in self.samples(key)}
 
     # Reading.
 

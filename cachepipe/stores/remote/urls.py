@@ -6,9 +6,12 @@ CACHEPIPE_VALKEY_PASSWORD, or from a file; those of a PostgreSQL server from whe
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 import os
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,7 +26,7 @@ from cachepipe.stores import folders
 from cachepipe.stores.remote import SCHEMES, shown
 from cachepipe.stores.remote.engine import Engine
 from cachepipe.stores.remote.local import copies_in
-from cachepipe.stores.remote.session import LEASE, PATIENCE, Session, patiently
+from cachepipe.stores.remote.session import LEASE, PATIENCE, Session, SessionEnded, patiently
 from cachepipe.stores.remote.store import RemoteStore
 
 _TLS: Final = {"ca": "ca_certs", "cert": "certfile", "key": "keyfile"}
@@ -59,7 +62,7 @@ TIMEOUT: Final = 5.0
 _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z0-9_-]{1,63}")
 
 _sessions: weakref.WeakValueDictionary[tuple[str, str, int], Session] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a program that is imported as a client may open a cache too
 
 
 class _Url:
@@ -181,6 +184,7 @@ class Asked(_Url):
             create: whether to begin a cache where there is none.
             full: whether samples must survive a crash of the server's machine.
         """
+        _check_not_hidden("valkey", self.where)
         from cachepipe.stores.remote import valkey  # noqa: PLC0415 - an extra
 
         client = valkey.client_of(self.options(), self.hosts if self.cluster else None)
@@ -228,10 +232,23 @@ class Database(_Url):
             create: whether to begin a cache where there is none.
             full: whether samples must survive a crash of the server's machine; they do.
         """
+        _check_not_hidden("psycopg", self.where)
         from cachepipe.stores.remote.postgres import PostgresEngine  # noqa: PLC0415 - an extra
 
         options, timeout = self.options(), self.number("timeout", TIMEOUT)
         return lambda: PostgresEngine(options, self.where, self.schema, timeout, create=create)
+
+
+def _check_not_hidden(package: str, where: str) -> None:
+    """Refuse a file that Python would import in place of a client's package."""
+    if package in sys.modules and hasattr(sys.modules[package], "__path__"):
+        return
+    found = importlib.util.find_spec(package)
+    if found is not None and found.submodule_search_locations is None:
+        raise StoreError(
+            f"the cache {where} cannot be opened: {found.origin} hides the package {package}. Give the file "
+            "another name"
+        )
 
 
 def open_url(
@@ -253,9 +270,10 @@ def open_url(
     name = (url, durability, os.getpid())
     with _lock:
         session = _sessions.get(name)
-        if session is None or session.ended:
-            opened = _session(url, create=not read_only, full=durability == "full")
-            session = _sessions[name] = opened
+        if session is not None:
+            with contextlib.suppress(SessionEnded):
+                return RemoteStore(session, read_only=read_only, wait_for_others=wait_for_others)
+        session = _sessions[name] = _session(url, create=not read_only, full=durability == "full")
         return RemoteStore(session, read_only=read_only, wait_for_others=wait_for_others)
 
 
@@ -270,3 +288,12 @@ def _session(url: str, *, create: bool, full: bool) -> Session:
     folder, megabytes = asked.local(), asked.number("local_mb", MEGABYTES)
     copies = None if folder is None else copies_in(folder, engine, megabytes)
     return Session(engine, patience=patience, lease=asked.number("lease", LEASE), copies=copies)
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603 - another thread of the parent may have held it
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -10,7 +10,7 @@ import contextlib
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from itertools import islice
@@ -28,6 +28,7 @@ from cachepipe.stores.remote.engine import (
     Conflict,
     Read,
     Rows,
+    Server,
     Swap,
     Unreachable,
     no_cache,
@@ -50,6 +51,8 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
+_HISTORY: Final = ("server", "replication")
+"""What a server says of its process, and of its history of writes: a restored one has another."""
 _GLOB: Final = re.compile(rb"([*?\[\]\\])")
 
 _LATER: Final = (
@@ -120,7 +123,6 @@ class ValkeyEngine:
         self._meta = self._prefix + b":meta"
         self._channel = self._prefix + b":changed"
         self._changes = self._prefix + b":changes"
-        self._run_ids: list[str] = []
         self._check(full=full)
         self._load()
         self.identity = self._signed(create=create)
@@ -135,7 +137,6 @@ class ValkeyEngine:
         try:
             for server in self._ask(_servers):
                 info = self._ask(partial(_info, server))
-                self._run_ids.append(str(info["run_id"]))
                 for told in faults(info, self._settings(server), full=full):
                     warn_once(self.where, told)
         except Unfit as error:
@@ -346,19 +347,21 @@ class ValkeyEngine:
     def changes(self, since: int | None) -> Changes:
         """Return the changes from a number on; without a number the recent ones.
 
-        On a cluster the epoch is the one at opening: a server that takes over later is not noticed.
+        The epoch is which cache it is, and which servers have which history of writes.
         """
         if since is None:
             command: Command = ("XREVRANGE", self._changes, "+", "-", "COUNT", RECENT)
         else:
             command = ("XRANGE", self._changes, f"0-{since}", "+")
         commands: list[Command] = [command, ("HGET", self._meta, "identity")]
-        if not isinstance(self._client, ValkeyCluster):
-            commands.append(("INFO", "server"))
-        found, identity, *info = self._told(commands)
-        run_ids = [str(each["run_id"]) for each in info] or sorted(self._run_ids)
+        if isinstance(self._client, ValkeyCluster):
+            info = self._ask(_infos)
+            found, identity = self._told(commands)
+        else:
+            found, identity, *info = self._told([*commands, ("INFO", *_HISTORY)])
+        servers = sorted(f"{each['run_id']}/{each['master_replid']}" for each in info)
         keys = [(_numbered(name), decoded(row[b""])) for name, row in found]
-        return Changes(" ".join([str(identity), *run_ids]), sorted(keys))
+        return Changes(" ".join([str(identity), *servers]), sorted(keys))
 
     # Leases.
 
@@ -391,6 +394,22 @@ class ValkeyEngine:
         """Return the server's time in microseconds since 1970."""
         seconds, microseconds = self._ask(lambda client: client.time())
         return int(seconds) * 1_000_000 + int(microseconds)
+
+    def servers(self) -> list[Server]:
+        """Return the servers that are written to; the history of each is its replication id.
+
+        A client of a cluster that asks a server which is away, or a replica now, asks for the new ones.
+        """
+        if not isinstance(self._client, ValkeyCluster):
+            return [_server(self.where, self._ask(lambda client: client.info("replication")))]
+        found = [
+            (node.name, self._ask(partial(_replication, node)))
+            for node in self._ask(lambda client: client.get_primaries())
+        ]
+        if any(info["role"] == "slave" for _, info in found):
+            self._ask(lambda client: client.nodes_manager.initialize())
+            raise Unreachable("a server has become a replica", there=True)
+        return [_server(name, info) for name, info in found]
 
     # Notifications.
 
@@ -480,9 +499,25 @@ def _servers(client: Client) -> list[Client]:
     return [client]
 
 
+def _infos(client: Client) -> list[dict[str, Any]]:
+    """Return what the primaries of a cluster say of themselves."""
+    nodes = client.get_primaries()
+    found: dict[str, dict[str, Any]] = client.info(*_HISTORY, target_nodes=nodes)
+    return [found[node.name] for node in nodes] if len(nodes) > 1 else [found]
+
+
 def _info(server: Client, _client: Client) -> dict[str, Any]:
     found: dict[str, Any] = server.info()
     return found
+
+
+def _replication(node: Any, client: Client) -> dict[str, Any]:
+    found: dict[str, Any] = client.info("replication", target_nodes=node)
+    return found
+
+
+def _server(where: str, info: Mapping[str, Any]) -> Server:
+    return Server(where, str(info["master_replid"]), str(info["master_replid2"]))
 
 
 def _rows(fields: Sequence[bytes], rows: Sequence[bytes | None]) -> Rows:

@@ -1,0 +1,286 @@
+"""Removes from caches what nobody needs any more, on record, and gives the disk space back.
+
+``contract/removal.py`` decides what goes. Draws go first and samples later, in transactions of their own: so
+a process that is killed in between leaves samples that nobody has drawn, and nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+
+from cachepipe.accounting import Account
+from cachepipe.contract.draws import label
+from cachepipe.contract.entries import Entry
+from cachepipe.contract.removal import Selection, Step, step
+from cachepipe.differences import loaded
+from cachepipe.errors import StoreError
+from cachepipe.listings import known_scope, model_in
+from cachepipe.prices import Prices
+from cachepipe.stores import DiskStore, open_store
+from cachepipe.stores.base import Discard, Erase, Erased, RecordRemoval, Store, Withdraw, new_id
+
+_AT_ONCE: Final = 500  # questions that are removed from in one transaction
+
+Cache = str | os.PathLike[str] | Store
+"""A folder, or an open store."""
+
+
+@dataclass(slots=True)
+class Removal:
+    """What was removed, or would be.
+
+    Attributes:
+        selected: what was selected, by name of the option.
+        questions: how many questions are concerned.
+        draws: how many draws are removed.
+        samples: how many samples are deleted.
+        size: how many bytes their content takes.
+        unused: how many of the samples stay that no draw has any more.
+        cost: what the samples have cost that are deleted, or that no draw has any more.
+        done: whether it was done completely.
+    """
+
+    selected: dict[str, Any]
+    questions: int = 0
+    draws: int = 0
+    samples: int = 0
+    size: int = 0
+    unused: int = 0
+    cost: Account = field(default_factory=Account)
+    done: bool = False
+
+    def as_dict(self, prices: Prices | None = None) -> dict[str, Any]:
+        """Return the facts by name, with the tokens and the cost in US dollars."""
+        cost = self.cost.as_dict((prices or Prices()).cost_of_sum)
+        return {"selected": self.selected, **self._counts(), "cost": cost, "done": self.done}
+
+    def _counts(self) -> dict[str, int]:
+        counted = {"questions": self.questions, "draws": self.draws, "samples": self.samples}
+        return {**counted, "bytes": self.size, "unused": self.unused}
+
+    def _add(self, entry: Entry, one: Step, *, erases: bool) -> None:
+        self.questions += 1
+        self.draws += one.draws
+        self.cost.add_all([sample.header for sample in one.unused], entry.scope or "")
+        if erases:
+            self.samples += len(one.unused)
+            self.size += sum(len(sample.payload) for sample in one.unused)
+        else:
+            self.unused += len(one.unused)
+
+    def _document(self, at: float) -> bytes:
+        facts = {"at": at, "selected": self.selected, **self._counts()}
+        return orjson.dumps({**facts, "cost": self.cost.rows(), "done": self.done})
+
+
+def forget(cache: Cache, namespace: str | None, *, samples: bool = False, dry_run: bool = False) -> Removal:
+    """Remove all draws of a namespace, as if it had never drawn; what was billed stays billed.
+
+    Samples that other namespaces have drawn stay. A later run of the namespace draws anew.
+
+    Args:
+        cache: the cache.
+        namespace: the namespace; None is that of requests without one.
+        samples: whether the samples are deleted that then no namespace has drawn. By default they stay, count
+            as wasted, and are used by later runs.
+        dry_run: only return what would be removed.
+
+    Raises:
+        StoreError: when the cache has no draws of the namespace, or a process that is running has made some.
+    """
+    selection = Selection(draws=True, samples=samples, namespaces=[label(namespace)])
+    selected = {"command": "rm", "namespace": namespace, "samples": samples}
+    removal = _remove(cache, selection, selected, lambda _: True, dry_run=dry_run)
+    if not removal.questions:
+        name = "requests without a namespace" if namespace is None else f"the namespace {namespace!r}"
+        raise StoreError(f"the cache has no draws of {name}; `cachepipe stats` lists the namespaces")
+    return removal
+
+
+def prune(
+    cache: Cache,
+    *,
+    older_than: float | dt.timedelta | None = None,
+    namespace: str | None = None,
+    model: str | None = None,
+    scope: str | None = None,
+    larger_than: int | None = None,
+    draws: bool = False,
+    dry_run: bool = False,
+) -> Removal:
+    """Delete samples that no draw has; with ``draws``, remove draws together with their samples.
+
+    Args:
+        cache: the cache.
+        older_than: only what is older, in seconds: samples, and draws of a namespace by its newest draw of
+            the question.
+        namespace: only questions that this namespace has drawn and, with ``draws``, only its draws.
+        model: only questions to this model.
+        scope: only questions to this endpoint or adapter, or below this base URL.
+        larger_than: only questions whose samples take more bytes together.
+        draws: remove the draws too. They cannot be replayed any more: later runs draw anew.
+        dry_run: only return what would be removed.
+
+    Raises:
+        ValueError: when ``draws`` is given without saying which.
+        StoreError: when the cache cannot be read or written, or a process that is running has made a draw.
+    """
+    if isinstance(older_than, dt.timedelta):
+        older_than = older_than.total_seconds()
+    scope = None if scope is None else known_scope(scope)
+    limits = {
+        "older_than": older_than,
+        "namespace": namespace,
+        "model": model,
+        "scope": scope,
+        "larger_than": larger_than,
+    }
+    given = {name: value for name, value in limits.items() if value is not None}
+    if draws and not given:
+        raise ValueError(
+            "draws are removed only with older_than, namespace, model, scope or larger_than; got none of them"
+        )
+    selection = Selection(
+        draws=draws,
+        samples=True,
+        namespaces=None if namespace is None else [label(namespace)],
+        before=None if older_than is None else int((time.time() - older_than) * 1e6),
+        above=larger_than,
+    )
+
+    def fits(entry: Entry) -> bool:
+        below = scope is None or entry.scope == scope or (entry.scope or "").startswith(f"{scope}/")
+        return below and (model is None or model in (model_in(loaded(entry.document)), entry.scope))
+
+    return _remove(cache, selection, {"command": "prune", **given, "draws": draws}, fits, dry_run=dry_run)
+
+
+def _remove(
+    cache: Cache,
+    selection: Selection,
+    selected: dict[str, Any],
+    fits: Callable[[Entry], bool],
+    *,
+    dry_run: bool,
+) -> Removal:
+    store: Any
+    store, owned = open_store(cache, durability="full", read_only=dry_run or None)
+    try:
+        found = _steps(store, selection, fits)
+        removal = Removal(selected)
+        if dry_run:
+            for entry, one in found:
+                removal._add(entry, one, erases=selection.samples)  # noqa: SLF001 - of this module
+            return removal
+        if store.read_only:
+            raise StoreError(f"the cache {store.identity} cannot be written: {store.why_read_only}")
+        return _perform(store, found, selection, removal)
+    finally:
+        if owned:
+            store.close()
+
+
+def _steps(store: Store, selection: Selection, fits: Callable[[Entry], bool]) -> Iterator[tuple[Entry, Step]]:
+    for entry in store.entries(selection.namespaces):
+        if fits(entry) and (one := step(entry, selection)) is not None:
+            yield entry, one
+
+
+def _perform(
+    store: Any, found: Iterator[tuple[Entry, Step]], selection: Selection, removal: Removal
+) -> Removal:
+    name, at = new_id(), time.time()
+    apply = store.apply_and_wait
+    why = f"cachepipe {told(removal.selected)}"
+    while batch := list(itertools.islice(found, _AT_ONCE)):
+        if not removal.questions:
+            apply([RecordRemoval(name, removal._document(at))])  # noqa: SLF001 - of this module
+        withdraws = [Withdraw(one.key, one.namespaces) for _, one in batch if one.namespaces]
+        if withdraws:
+            apply(withdraws)
+        done = batch
+        if selection.samples:
+            erases = [Erase(one.key, [each.index for each in one.unused], why) for _, one in batch]
+            done = _erased(batch, apply(erases))
+        for entry, one in done:
+            removal._add(entry, one, erases=selection.samples)  # noqa: SLF001 - of this module
+    removal.done = True
+    if removal.questions:
+        apply([RecordRemoval(name, removal._document(at))])  # noqa: SLF001 - of this module
+    return removal
+
+
+def _erased(batch: list[tuple[Entry, Step]], results: list[Erased]) -> list[tuple[Entry, Step]]:
+    """Return what was done: samples that were drawn meanwhile stay."""
+    return [
+        (entry, one._replace(unused=[each for each in one.unused if each.index in {*result.indices}]))
+        for (entry, one), result in zip(batch, results, strict=True)
+    ]
+
+
+def told(selected: dict[str, Any]) -> str:
+    """Return a command and its options as one would write them."""
+    words = [str(selected["command"])]
+    for name, value in selected.items():
+        if name != "command" and value is not False:
+            option = f"--{name.replace('_', '-')}"
+            words.append(option if value is True else f"{option} {value}")
+    return " ".join(words)
+
+
+def discard(cache: Cache, key: str, index: int, why: str) -> None:
+    """Discard a sample, on record: its draws get another one at the same position when they are run again.
+
+    Args:
+        cache: the cache.
+        key: the key of its question.
+        index: its index.
+        why: the reason, which is stored.
+
+    Raises:
+        StoreError: when there is no such sample, or the cache cannot be written.
+    """
+    store: Any
+    store, owned = open_store(cache)
+    try:
+        store.apply_and_wait([Discard(key, index, why)])
+    finally:
+        if owned:
+            store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """The bytes of a cache's files, before and after it was compacted."""
+
+    before: int
+    after: int
+
+
+def compact(cache: str | os.PathLike[str]) -> Compacted:
+    """Give the disk space back that was freed in the files of a cache.
+
+    Others may read meanwhile. If the process is killed, the cache stays as it was.
+
+    Args:
+        cache: the folder.
+
+    Raises:
+        StoreError: when another process writes to the cache, or it is not a cache in a folder.
+    """
+    store, owned = open_store(cache)
+    try:
+        if not isinstance(store, DiskStore):
+            raise StoreError(f"only a cache in a folder can be compacted; got {store.identity}")
+        return Compacted(*store.compact())
+    finally:
+        if owned:
+            store.close()

@@ -1,0 +1,316 @@
+"""What is removed from a cache, and what every promise says afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import sqlite3
+
+import pytest
+
+import cachepipe
+from cachepipe import DiskStore, MemoryStore, StoreError
+from cachepipe.contract.draws import SHARED, Draw, label
+from cachepipe.contract.intervals import IntervalSet
+from cachepipe.contract.keys import Question, digest, encode
+from cachepipe.removing import compact, discard, forget, prune
+from cachepipe.stores.base import Claim, Commit, Erase, ReleaseHold, new_meta
+from cachepipe.stores.verify import verify
+from cachepipe.testing import MortalStore
+
+SCOPE = "https://api.example/v1/chat/completions"
+
+
+def question(text="why?", model="m"):
+    document = encode({"body": {"messages": [{"content": text, "role": "user"}], "model": model}})
+    return Question(digest(SCOPE, document), SCOPE, document)
+
+
+class Caller:
+    """A program that draws from a cache, and ends."""
+
+    def __init__(self, folder):
+        self.store = DiskStore(folder)
+
+    def draw(self, namespace, request_id="", n=1, asked=None, *, text="answer", shared=False):
+        asked = asked or question()
+        draw = Draw(SHARED if shared else label(namespace), asked.key, request_id, 0)
+        user = label(namespace) if shared else None
+        [grant] = self.store.apply_now([Claim(draw, n, asked, "t", user=user)])
+        for index in grant.mine:
+            meta = {**new_meta("call", 1.0, "run", label(namespace)), "sold": {"usage": [2, 3, 5, 0, 0]}}
+            self.store.apply_now([Commit(asked.key, index, f'"{text} {index}"'.encode(), meta)])
+        self.store.apply_now([ReleaseHold(draw, "t", grant.held, complete=True, n=n)])
+        return grant.indices
+
+
+@contextlib.contextmanager
+def calling(folder):
+    caller = Caller(folder)
+    with contextlib.closing(caller.store):
+        yield caller
+
+
+def held(folder):
+    """Return the draws of a cache, and its stored samples."""
+    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+        draws = {(info.draw.namespace, info.draw.request_id): info.indices for info in store.draws()}
+        samples = [sample.index for info in store.keys(newest=True) for sample in store.samples(info.key)]
+    return draws, samples
+
+
+def spent(folder):
+    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+        return sum(len(bought.header) > 0 for bought in store.bought()), sum(b.held for b in store.bought())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Give a cache in which two namespaces share some samples."""
+    folder = tmp_path / "cache"
+    with calling(folder) as caller:
+        caller.draw("one", "a", 2)
+        caller.draw("one", "b", 2)
+        caller.draw("two", "a", 2)
+    return folder
+
+
+def test_a_namespace_is_forgotten_and_what_others_hold_stays(folder):
+    removal = forget(folder, "one")
+    assert (removal.questions, removal.draws, removal.samples, removal.unused) == (1, 2, 0, 2)
+    assert removal.cost.counts()["samples"] == 2
+    assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1, 2, 3])
+    assert spent(folder) == (4, 2), "all of it was spent, and half of it is wasted now"
+    assert verify(folder).whole
+
+
+def test_samples_that_nobody_holds_go_on_request_and_still_count_as_spent(folder):
+    removal = forget(folder, "one", samples=True)
+    assert (removal.draws, removal.samples, removal.unused, removal.size) == (2, 2, 0, 20)
+    assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
+    assert spent(folder) == (4, 2)
+    assert verify(folder).whole
+    [shelf] = sqlite3.connect(folder / "cache.db").execute("SELECT group_concat(value) FROM Cache").fetchall()
+    assert b"answer 0" in str(shelf).encode()
+    assert b"answer 3" not in str(shelf).encode()
+
+
+def test_c1_the_index_of_a_deleted_sample_is_not_used_again(folder):
+    forget(folder, "one", samples=True)
+    with calling(folder) as caller:
+        assert caller.draw("two", "b", 2) == [4, 5]
+        assert caller.draw("one", "a", 2) == [0, 1], "C3: it is coupled to the namespace that is left"
+        assert caller.draw("one", "b", 2) == [4, 5]
+    assert verify(folder).whole
+
+
+def test_c2_every_draw_that_stays_gets_what_it_got(folder):
+    forget(folder, "one", samples=True)
+    prune(folder)
+    with contextlib.closing(DiskStore(folder)) as store:
+        grant = store.recall(Draw(label("two"), question().key, "a", 0), 2)
+        assert [sample.payload for sample in grant.samples] == [b'"answer 0"', b'"answer 1"']
+        assert store.replay(Draw(label("one"), question().key, "x", 0), 3, IntervalSet()) is None
+
+
+def test_a_removal_can_be_tried_without_changing_anything(folder):
+    before = held(folder)
+    for removal in (
+        forget(folder, "one", samples=True, dry_run=True),
+        prune(folder, namespace="two", draws=True, dry_run=True),
+    ):
+        assert removal.questions == 1
+        assert not removal.done
+    assert held(folder) == before
+
+
+def test_unused_samples_are_deleted_and_no_draw_changes(folder):
+    forget(folder, "one")
+    removal = prune(folder)
+    assert (removal.draws, removal.samples) == (0, 2)
+    assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
+    assert prune(folder).questions == 0, "there is nothing left to delete"
+
+
+def test_draws_are_removed_with_their_samples_and_those_of_others_stay(folder):
+    removal = prune(folder, namespace="one", draws=True)
+    assert (removal.draws, removal.samples) == (2, 2)
+    assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
+    removal = prune(folder, scope="https://api.example/v1", draws=True)
+    assert (removal.draws, removal.samples) == (1, 2)
+    assert held(folder) == ({}, [])
+    assert verify(folder).whole
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        ({"older_than": 3600}, 0),
+        ({"older_than": dt.timedelta(seconds=-60)}, 3),
+        ({"model": "m"}, 3),
+        ({"model": "other"}, 0),
+        ({"scope": "https://api.example"}, 3),
+        ({"scope": "https://api.exam"}, 0),
+        ({"larger_than": 39}, 3),
+        ({"larger_than": 40}, 0),
+        ({"namespace": "three"}, 0),
+    ],
+)
+def test_only_what_is_selected_is_removed(folder, chosen, count):
+    assert prune(folder, **chosen, draws=True).draws == count
+
+
+def test_all_draws_are_removed_only_if_it_is_said_which(folder):
+    with pytest.raises(ValueError, match="older_than, namespace, model"):
+        prune(folder, draws=True)
+
+
+def test_a_shared_draw_goes_with_its_last_user(tmp_path):
+    with calling(tmp_path) as caller:
+        caller.draw("one", shared=True)
+        caller.draw("two", shared=True)
+    assert forget(tmp_path, "one").draws == 0
+    assert held(tmp_path) == ({(SHARED, ""): (0,)}, [0])
+    assert forget(tmp_path, "two", samples=True).samples == 1
+    assert held(tmp_path) == ({}, [])
+    assert verify(tmp_path).whole
+
+
+def test_a_namespace_that_has_drawn_nothing_is_named_in_the_error(folder):
+    with pytest.raises(StoreError, match=r"no draws of the namespace 'none'; `cachepipe stats` lists"):
+        forget(folder, "none")
+
+
+def test_the_draws_of_a_program_that_runs_are_not_removed(tmp_path):
+    alive = set()
+    theirs = MortalStore(tmp_path, "host-1-0123456789ab", alive)
+    caller = Caller.__new__(Caller)
+    caller.store = theirs
+    caller.draw("one", "a", 2)
+    ours = MortalStore(tmp_path, "host-2-0123456789ab", alive)
+    with pytest.raises(StoreError, match=r"running has drawn samples in the namespace 'one'; end it"):
+        forget(ours, "one")
+    alive.remove(theirs.name)
+    with contextlib.closing(MortalStore(tmp_path, "host-3-0123456789ab", alive)) as later:
+        assert forget(later, "one").draws == 1
+    theirs.close()
+    ours.close()
+
+
+def test_draws_of_requests_that_are_under_way_are_not_removed(tmp_path):
+    with calling(tmp_path) as caller:
+        asked = question()
+        caller.store.apply_now([Claim(Draw(label("one"), asked.key, "", 0), 1, asked, "t")])
+        with pytest.raises(StoreError, match="end it"):
+            forget(caller.store, "one")
+
+
+def test_a_sample_that_is_drawn_meanwhile_stays(folder):
+    forget(folder, "one")
+    key = question().key
+    with calling(folder) as caller:
+        caller.draw("three", "b", 3)
+        [erased] = caller.store.apply_now([Erase(key, [0, 1, 2, 3, 4], "test")])
+    assert erased.indices == [3]
+    assert held(folder)[1] == [0, 1, 2]
+
+
+def test_a_sample_that_is_generated_is_not_deleted(tmp_path):
+    with calling(tmp_path) as caller:
+        asked = question()
+        caller.store.apply_now([Claim(Draw(label("one"), asked.key, "", 0), 1, asked, "t")])
+        assert caller.store.apply_now([Erase(asked.key, [0], "test")])[0].indices == []
+
+
+def test_a_removal_is_recorded_with_what_it_cost(folder):
+    forget(folder, "one")
+    prune(folder, older_than=-60)
+    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+        first, second = store.removals()
+        [discarded, _] = store.discards(question().key)
+    assert first["selected"] == {"command": "rm", "namespace": "one", "samples": False}
+    assert (first["draws"], first["samples"], first["unused"], first["done"]) == (2, 0, 2, True)
+    assert (second["draws"], second["samples"], second["done"]) == (0, 2, True)
+    assert discarded.why == "cachepipe prune --older-than -60"
+
+
+def test_a_stopped_removal_is_recorded_and_leaves_the_cache_whole(folder, monkeypatch):
+    apply, asked = DiskStore.apply_and_wait, []
+
+    def stopped(store, operations):
+        asked.append(type(operations[0]).__name__)
+        if isinstance(operations[0], Erase):
+            raise KeyboardInterrupt
+        return apply(store, operations)
+
+    monkeypatch.setattr(DiskStore, "apply_and_wait", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        forget(folder, "one", samples=True)
+    assert asked == ["RecordRemoval", "Withdraw", "Erase"]
+    monkeypatch.undo()
+    assert verify(folder).whole
+    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+        assert [record["done"] for record in store.removals()] == [False]
+    assert prune(folder).samples == 2
+    assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
+
+
+def test_a_store_in_memory_is_pruned_too():
+    store = MemoryStore()
+    caller = Caller.__new__(Caller)
+    caller.store = store
+    caller.draw("one", "a", 2)
+    assert forget(store, "one", samples=True).samples == 2
+    assert caller.draw("one", "a", 2) == [2, 3]
+
+
+def test_a_damaged_record_is_found(folder):
+    forget(folder, "one")
+    with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as ledger, ledger:
+        ledger.execute("UPDATE removals SET document = '{}'")
+    assert verify(folder).problems.keys() == {"sums"}
+
+
+def test_a_sample_is_discarded_from_python(folder):
+    discard(folder, question().key, 0, "a refusal")
+    with calling(folder) as caller:
+        assert caller.store.recall(Draw(label("two"), question().key, "a", 0), 2) is None
+        assert caller.draw("two", "a", 2) == [2, 1]
+    with pytest.raises(StoreError, match="no sample 9"):
+        discard(folder, question().key, 9, "no")
+
+
+def test_space_is_given_back_beside_readers(tmp_path):
+    with calling(tmp_path) as caller:
+        for each in range(20):
+            caller.draw("one", asked=question(str(each)), text="x" * 20_000)
+        caller.draw("two", asked=question("kept"))
+    prune(tmp_path, namespace="one", draws=True)
+    with contextlib.closing(DiskStore(tmp_path, read_only=True)) as reader:
+        assert reader.totals()["samples"] == 1
+        found = compact(tmp_path)
+        assert reader.totals()["samples"] == 1
+        assert len(list(reader.samples(question("kept").key))) == 1
+    assert found.after < found.before
+    assert verify(tmp_path).whole
+
+
+def test_a_cache_that_another_process_writes_is_not_compacted(tmp_path):
+    alive = set()
+    theirs = MortalStore(tmp_path, "host-1-0123456789ab", alive)
+    caller = Caller.__new__(Caller)
+    caller.store = theirs
+    caller.draw("one")
+    with (
+        contextlib.closing(MortalStore(tmp_path, "host-2-0123456789ab", alive)) as ours,
+        pytest.raises(StoreError, match="writes to the cache"),
+    ):
+        ours.compact()
+    theirs.close()
+
+
+def test_all_of_it_is_public():
+    assert cachepipe.forget is forget
+    assert cachepipe.prune is prune
+    assert cachepipe.compact is compact
+    assert cachepipe.discard is discard
