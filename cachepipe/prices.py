@@ -218,10 +218,19 @@ class Prices:
             raise BadPrices(f"the prices in {path} are not an object by model. {HOW_TO_GIVE}")
         return cls(given)
 
+    def _own(self, model: str | None) -> UnitPrices | None:
+        """Return the given prices of a model, or None."""
+        return None if model is None else self._given.get(model, self._given.get(_DATED.sub("", model)))
+
     def unit(self, model: str | None, url: str) -> UnitPrices | None:
         """Return the prices of a token of a small call, or None if they are unknown."""
-        own = None if model is None else self._given.get(model, self._given.get(_DATED.sub("", model)))
+        own = self._own(model)
         return unit_prices(model, url) if own is None else own
+
+    def cost_of(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
+        """Return the cost of the tokens of one call in US dollars, as the function `cost_of` does."""
+        own = self._own(model)
+        return cost_of(counts, model, url) if own is None else cost_by_unit(counts, own)
 
     def cost_of_sum(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
         """Return the cost of tokens in US dollars, as the function `cost_of_sum` does."""
@@ -233,3 +242,7 @@ class Prices:
             return None
         own = self._limits.get(model, self._limits.get(_DATED.sub("", model)))
         return max_tokens(model, url) if own is None else own
+
+
+TABLE: Final = Prices()
+"""The prices of the table."""

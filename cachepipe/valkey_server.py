@@ -109,6 +109,9 @@ def start(
         folders.make(place)
         folders.make_private(place)
         descriptor = _lock(place)
+        if descriptor is None:  # another process may have it for a moment, to look at the state
+            sleep(_STEP)
+            descriptor = _lock(place)
     except OSError as error:
         raise StoreError(f"the server's folder {place} cannot be used: {error.strerror or error}") from error
     if descriptor is None:
@@ -286,11 +289,11 @@ def _free_port(bind: str) -> int:
 # What runs in a folder.
 
 
-def _lock(place: Path) -> int | None:
+def _lock(place: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     """Take the lock of a folder; None while a server or a process that starts one has it."""
     descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | folders.NOFOLLOW, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
@@ -299,7 +302,7 @@ def _lock(place: Path) -> int | None:
 
 def _is_free(place: Path) -> bool:
     """Return True if no server runs in a folder."""
-    descriptor = _lock(place) if (place / _LOCK).exists() else -1
+    descriptor = _lock(place, fcntl.LOCK_SH) if (place / _LOCK).exists() else -1
     if descriptor is None:
         return False
     if descriptor >= 0:

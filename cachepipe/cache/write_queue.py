@@ -286,7 +286,12 @@ class WriteQueue:
         self.writes.discard(looked)
         if looked.cancelled():
             return
-        found = [True] * len(claims) if looked.exception() else looked.result()  # the claims will raise it
+        error = looked.exception()
+        if isinstance(error, StoreUnavailable):  # it was waited for
+            for item in claims:
+                self._tell(item, error)
+            return
+        found = [True] * len(claims) if error else looked.result()  # the claims will raise it
         left: list[_Queued] = []
         for item, grant in zip(claims, found, strict=True):
             if isinstance(grant, Grant):

@@ -110,6 +110,12 @@ class _Mebibytes(click.IntRange):
     help="Seconds to wait for upstream. Default: 600.",
 )
 @click.option(
+    "--why",
+    is_flag=True,
+    default=None,
+    help="Log beside a miss why it is one. The reasons quote parts of requests.",
+)
+@click.option(
     "--log",
     type=click.Choice(["all", "calls", "errors", "off"]),
     help="The requests to log, as JSON lines. Default: all except hits.",

@@ -31,6 +31,8 @@ from cachepipe.contract.draws import (
     Claimant,
     OneRequest,
     Retried,
+    draw_of,
+    give_back,
     label,
 )
 from cachepipe.contract.flags import Asker, Groups, lone
@@ -38,6 +40,7 @@ from cachepipe.contract.keys import Question, trimmed
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
 from cachepipe.flow.budget import Budget, Spending
 from cachepipe.flow.flow import Flow
+from cachepipe.prices import TABLE, Prices
 from cachepipe.providers import info
 from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts
 from cachepipe.providers.lists import Lists
@@ -46,6 +49,7 @@ from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStr
 from cachepipe.stage import given
 from cachepipe.stores import open_store, switched_off
 from cachepipe.stores.base import Sample
+from cachepipe.stores.misses import lacking
 from cachepipe.stores.sums import deliveries_of
 from cachepipe.typedefs import (
     MODES,
@@ -228,6 +232,11 @@ class CacheView:
     def spending(self) -> Spending | None:
         """What calls spend of the budget; None if there is none."""
         return None if self.budget is None else self.shared_store.spending(self.budget)
+
+    @property
+    def prices(self) -> Prices:
+        """The prices of tokens: those of the budget, else the table."""
+        return TABLE if self.budget is None else self.budget.prices
 
     def changed(self, **changes: Any) -> Self:
         """Return a view with these changes; it shares no calls with this one."""
@@ -413,7 +422,7 @@ class Exchange(Calls):
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
         self.questions = questions or questions_of(api, asks, url, headers, scope=view.scope, alone=alone)
-        self.record = info.Record(self.questions, claimant, url)
+        self.record = info.Record(self.questions, claimant, url, view.prices)
 
     def own_context(self) -> contextvars.Context | None:
         """Return the context for a task that uses `send`; None if any context will do."""
@@ -448,6 +457,24 @@ class Exchange(Calls):
             return None
         found = self._look()
         return None if found is None else self.hit(found)
+
+    async def reasons(self) -> list[str]:
+        """Return for each question whose samples are not all stored why; no draw is made.
+
+        Raises:
+            StoreError: when the cache cannot be read.
+        """
+        view = self.view
+        cache = view.cache(self.mode)
+        run = self.run or runs.current(view.shared_store.store.identity)
+        asked = [
+            (question, ask.n, draw_of(question.key, self.claimant, run, shared=cache.shares(question)))
+            for question, ask in zip(self.questions, self.asks, strict=True)
+        ]
+        for _, _, draw in asked:
+            give_back(draw, run)
+        found = await asyncio.to_thread(lacking, view.shared_store.store, asked, self.claimant.namespace)
+        return [why for _, why in found]
 
     def _look(self) -> list[Found] | None:
         asked = [(question, ask.n) for question, ask in zip(self.questions, self.asks, strict=True)]

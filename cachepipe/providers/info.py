@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachepipe import markup, prices
+from cachepipe import markup
 from cachepipe.accounting import Account, Delivered, usage_of
 from cachepipe.contract.draws import Claimant
 from cachepipe.contract.keys import Question
+from cachepipe.prices import TABLE, Prices
 from cachepipe.typedefs import Response
 
 
@@ -33,6 +34,7 @@ class Info:
         billed: what the request paid for: the samples that were generated on its behalf, and the prompt of
             each call that gave it its first sample.
         sums: ``as_asked`` and ``billed`` by model, for their prices.
+        prices: the prices of tokens: those of the client's budget, else the table.
 
     ``as_asked`` and ``billed`` hold token counts by name (``prompt_tokens``, ``completion_tokens``,
     ``total_tokens``, ``cached_tokens``, ``reasoning_tokens``), the number of ``samples``, and the number of
@@ -51,6 +53,7 @@ class Info:
     as_asked: Mapping[str, int] = field(default_factory=dict)
     billed: Mapping[str, int] = field(default_factory=dict)
     sums: Delivered = field(default_factory=Delivered, repr=False, compare=False)
+    prices: Prices = field(default=TABLE, repr=False, compare=False)
 
     @property
     def saved(self) -> dict[str, int]:
@@ -91,7 +94,7 @@ class Info:
     def _cost(self, account: Account) -> float | None:
         if not self.complete:
             return None
-        cost, unpriced = account.cost(prices.cost_of)
+        cost, unpriced = account.cost(self.prices.cost_of)
         return None if unpriced else cost
 
 
@@ -106,9 +109,10 @@ def per_sample(responses: Sequence[Response]) -> dict[str, tuple[Any, ...]]:
 class Record:
     """The facts about a request that are known so far."""
 
-    def __init__(self, questions: Sequence[Question], claimant: Claimant, url: str) -> None:
+    def __init__(self, questions: Sequence[Question], claimant: Claimant, url: str, prices: Prices) -> None:
         self.questions = questions
         self.url = url
+        self.prices = prices
         self.claimant = claimant
         self.responses: Sequence[Response] | None = None
         self.later: Callable[[], Sequence[Response]] | None = None
@@ -134,6 +138,7 @@ class Record:
             usages = [usage_of(sample.value) for sample in response.data]
             sums.add(usages, response.cached or [False] * len(usages), self.url)
         facts |= {"as_asked": sums.as_asked.counts(), "billed": sums.billed.counts(), "sums": sums}
+        facts["prices"] = self.prices
         return Info(keys[0], keys, *self.claimant, **facts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -40,7 +41,7 @@ from cachepipe.proxy.head_cache import HEAD, HeadCache, ParsedHead
 from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange, Receive, Refusal, Send
 from cachepipe.proxy.idempotency import ProxyRuns, RequestCounter
 from cachepipe.proxy.log import RequestLog
-from cachepipe.proxy.passing import pass_through
+from cachepipe.proxy.passing import check_counted, pass_through
 from cachepipe.proxy.responder import AnswerSender
 from cachepipe.proxy.routing import Route, Router
 from cachepipe.proxy.settings import ProxySettings, Upstream
@@ -127,7 +128,7 @@ class Proxy:
         )
         self.shared_store: SharedStore = self.view.shared_store
         self.client = UpstreamClient(settings)
-        self.counters = Counters(self.client)
+        self.counters = Counters(self.client, settings.given_prices)
         self.ready = True
 
     def stopping(self) -> None:
@@ -265,6 +266,8 @@ class Proxy:
                 return Refusal(code, name, str(error), [NEVER_AGAIN] if code < 500 else ())
         if isinstance(error, CacheMiss):
             http.facts["key"] = error.key
+            if self.settings.why and error.why:
+                http.facts["why"] = error.why
             message = f"{error.reason}. Run it once without --replay to generate what is missing."
             pairs = [NEVER_AGAIN, (b"x-cachepipe-key", error.key.encode())]
             if error.nearest is not None:
@@ -310,6 +313,7 @@ class Proxy:
         if self.settings.replay or http.header(b"x-cachepipe-mode") == "replay":
             message = "this request cannot be answered from a cache, and this proxy only replays"
             raise Refusal(404, "not_cached", message, [NEVER_AGAIN])
+        check_counted(self.settings.budget, http, url)
         why = "fwd=bypass" if http.method == "POST" else "fwd=method"
         return await pass_through(self.client, http, upstream, url, why, content)
 
@@ -419,6 +423,10 @@ class Proxy:
         """Draw the samples of a request that are not known, and answer it."""
         view, run = self._view_of(head.caller, head.upstream), counter.run.counted
         exchange = ProxyExchange(self.client, self.counters.spend, view, head, body, mode, run, counter)
+        if self.settings.why and mode == "read-write" and not counter.attaches:
+            with contextlib.suppress(StoreError):  # the draw meets it again
+                if reasons := await exchange.reasons():
+                    http.facts["why"] = "; ".join(reasons)
         task = asyncio.get_running_loop().create_task(exchange.drawn())
         return await AnswerSender(self, http, exchange, counter).drawn(task)
 

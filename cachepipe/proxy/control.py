@@ -38,6 +38,7 @@ async def answer(proxy: Proxy, http: HttpExchange, path: str) -> None:
         word, status = ("ok", 200) if proxy.ready else ("stopping", 503)
         await http.send_json({"status": word}, status)
     elif path == "/metrics":
+        await asyncio.to_thread(proxy.counters.prices.learn)
         await http.answer(200, [_METRICS, *headers.INERT], proxy.counters.metrics())
     elif path in page.FILES:
         await http.answer(200, *page.answer(path))

@@ -35,9 +35,13 @@ class Prices:
     """Unit prices, looked up once for each model and URL, because a look-up takes longer than many hits.
 
     If a model charges more for long prompts, the price of short ones is used.
+
+    Args:
+        given: the prices; None for the table.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: prices.Prices | None = None) -> None:
+        self._given = given or prices.TABLE
         self._known: dict[Seller, prices.UnitPrices | None] = {}
         self._wanted: set[Seller] = set()
 
@@ -53,7 +57,7 @@ class Prices:
     def learn(self) -> None:
         """Look up the missing prices. Blocks. Thread-safe."""
         for seller in list(self._wanted):
-            self._known[seller] = prices.unit_prices(*seller)
+            self._known[seller] = self._given.unit(*seller)
             self._wanted.discard(seller)
 
     def cost(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
@@ -123,17 +127,20 @@ class Counters:
 
     Args:
         client: its connections, which count the calls.
+        given: the prices of tokens; None for the table.
         clock: tells the time in seconds since 1970.
     """
 
-    def __init__(self, client: UpstreamClient, clock: Any = time.time) -> None:
+    def __init__(
+        self, client: UpstreamClient, given: prices.Prices | None = None, clock: Any = time.time
+    ) -> None:
         self.client = client
         self.clock = clock
         self.started: float = clock()
         self.in_flight = 0
         self.background = 0
         self.namespaces: dict[str | None, Counts] = {}
-        self.prices = Prices()
+        self.prices = Prices(given)
         self._usages: dict[tuple[str, int], Usage] = {}
         self.registry = CollectorRegistry(auto_describe=False)
         self.seconds = Histogram(
@@ -248,6 +255,11 @@ class Counters:
             "Tokens spent, billed, as asked, and saved (as asked less billed).",
             labels=("namespace", "of", "sum"),
         )
+        costs = GaugeMetricFamily(
+            "cachepipe_proxy_cost_dollars",
+            "US dollars spent, billed, as asked, and saved, of the samples whose price is known.",
+            labels=("namespace", "sum"),
+        )
         for namespace, counts in self.namespaces.items():
             name = _NONE if namespace is None else _label_of(namespace)
             for outcome, number in counts.requests.items():
@@ -256,6 +268,9 @@ class Counters:
             samples.add_metric((name, "upstream"), counts.misses)
             for word, account in counts.accounts().items():
                 sums = account.counts()
+                cost, _ = account.cost(self.prices.cost)
+                if cost is not None:
+                    costs.add_metric((name, word), cost)
                 tokens.add_metric((name, "prompt", word), sums["prompt_tokens"])
                 tokens.add_metric((name, "completion", word), sums["completion_tokens"])
         calls = CounterMetricFamily("cachepipe_proxy_calls", "Calls to an upstream.", labels=("upstream",))
@@ -273,4 +288,4 @@ class Counters:
             "Calls in flight for clients that have gone.",
             value=self.background,
         )
-        yield from (requests, samples, tokens, calls, running, flight, background)
+        yield from (requests, samples, tokens, costs, calls, running, flight, background)

@@ -150,6 +150,11 @@ class RequestCounter:
     _held: list[tuple[Identity, int]] = field(default_factory=list)
     _left: bool = False
 
+    @property
+    def attaches(self) -> bool:
+        """Whether the request may be another attempt of an earlier one."""
+        return self.retry or self.entry is not None
+
     def take(self, identity: Identity) -> int:
         """Return the occurrence number of this request's draw."""
         run, entry = self.run, self.entry

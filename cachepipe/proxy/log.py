@@ -1,4 +1,7 @@
-"""The log of a proxy: one line of JSON per request, without keys, headers, queries or texts."""
+"""The log of a proxy: one line of JSON per request, without keys, headers or queries.
+
+It holds no texts either, except those that the reasons of misses quote if they are asked for.
+"""
 
 from __future__ import annotations
 

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
+from cachepipe.flow import Budget
 from cachepipe.proxy import headers
 from cachepipe.proxy.cache_headers import status
 from cachepipe.proxy.counters import Outcome
-from cachepipe.proxy.http_exchange import ClientGone, HttpExchange
+from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange, Refusal
 from cachepipe.proxy.settings import Upstream
 from cachepipe.proxy.upstream import UpstreamClient, UpstreamResponse
+
+_FREE: Final = ("/messages/count_tokens", "/files", "/uploads")
+"""The endings of paths whose requests generate nothing."""
+
+
+def check_counted(budget: Budget | None, http: HttpExchange, url: str) -> None:
+    """Refuse a request that may cost something that its namespace's budget cannot count.
+
+    What passes through is not stored, and budgets count what is stored.
+
+    Args:
+        budget: the budgets of the proxy.
+        http: the request.
+        url: its URL at the upstream.
+
+    Raises:
+        Refusal: when the namespace has a budget, and the request may cost something.
+    """
+    if budget is None or http.method != "POST" or url.partition("?")[0].endswith(_FREE):
+        return
+    namespace = http.claimant.namespace
+    limit = budget.limit(namespace)
+    if limit is not None:
+        message = (
+            f"the namespace {namespace!r} has a budget of ${limit:g}, and the cost of this request cannot be "
+            "counted, because its answer is not cached. No call was made. Use a namespace without a budget, "
+            "or ask the provider itself"
+        )
+        raise Refusal(402, "not_counted", message, [NEVER_AGAIN])
 
 
 async def pass_through(

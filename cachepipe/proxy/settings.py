@@ -192,6 +192,7 @@ class ProxySettings:
         timeout: seconds without a byte from an upstream.
         client_timeout: seconds without a byte from or to a client.
         shutdown_timeout: seconds for calls in flight to end when the server stops.
+        why: whether the log says beside a miss why it is one; the reasons quote parts of requests.
         log: which requests are logged: ``"all"``, ``"calls"`` upstream and errors, ``"errors"`` or ``"off"``.
     """
 
@@ -218,6 +219,7 @@ class ProxySettings:
     timeout: float = 600.0
     client_timeout: float = 120.0
     shutdown_timeout: float = 60.0
+    why: bool = False
     log: LogLevel = "calls"
 
     def checked(self) -> Self:
@@ -241,8 +243,17 @@ class ProxySettings:
         if not 0 <= self.port <= 65535:
             raise BadSettings(f"a port is a number from 0 to 65535; got {self.port}")
         self._check_values()
-        _ = self.budget
+        _ = self.budget, self.given_prices
         return self
+
+    @functools.cached_property
+    def given_prices(self) -> Prices | None:
+        """The prices in the file `prices`; None if it is not set.
+
+        Raises:
+            BadPrices: when they are not valid.
+        """
+        return None if self.prices is None else Prices.load(self.prices)
 
     @functools.cached_property
     def budget(self) -> Budget | None:
@@ -254,9 +265,8 @@ class ProxySettings:
         """
         if self.max_cost is None and not self.budgets:
             return None
-        prices = None if self.prices is None else Prices.load(self.prices)
         try:
-            return Budget(self.max_cost, namespaces=self.budgets, prices=prices)
+            return Budget(self.max_cost, namespaces=self.budgets, prices=self.given_prices)
         except ValueError as error:
             raise BadSettings(str(error)) from error
 

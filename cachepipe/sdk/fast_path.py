@@ -162,7 +162,7 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     found = view.cache(mode).look(claimant, asked, body) if ordered is False else None
     if found is not None:
         samples = list(itertools.chain.from_iterable(one.values for one in found))
-        record = info.Record(questions, claimant, target.url)
+        record = info.Record(questions, claimant, target.url, view.prices)
         made = _made(shape, body_from(api, asks[0], samples), samples[0].made_by, record)
         if made is not None:
             flagged = functools.partial(kind.flags, view, claimant.namespace)

@@ -12,7 +12,7 @@ from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.keys import Question, digest
 from cachepipe.differences import described, differences, traits
 from cachepipe.errors import CacheMiss, StoreError
-from cachepipe.stores.base import Store, StoredQuestion
+from cachepipe.stores.base import Ahead, Store, StoredQuestion
 
 _QUESTIONS: Final = 100_000  # the newest questions that are looked through
 _BYTES: Final = 256 << 20  # of their documents
@@ -102,6 +102,24 @@ def missed(
         why = ""  # the miss stands, whatever the search for its reason comes to
     replaying.note(question.key, namespace, question.document, why)
     return CacheMiss(question.key, namespace, request, why, None if near is None else near.key)
+
+
+def lacking(
+    store: Store, asked: Iterable[tuple[Question, int, Draw]], namespace: str | None
+) -> list[tuple[str, str]]:
+    """Return the key of each question that lacks samples, and why. Reads the store, and claims nothing.
+
+    Args:
+        store: the cache.
+        asked: each question of a request, how many samples it wants, and its draw.
+        namespace: the namespace of the request.
+    """
+    found: list[tuple[str, str]] = []
+    for question, n, draw in asked:
+        [foreseen] = store.foresee([(draw, n, Ahead())])
+        if len(foreseen.samples) < n:
+            found.append((question.key, missed(store, question, draw, n, None, namespace).why))
+    return found
 
 
 def undrawn(samples: int, pending: int, draw: Draw, n: int) -> str:

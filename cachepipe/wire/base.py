@@ -573,13 +573,12 @@ def question_document(
     Args:
         ask: the ask.
         headers: the headers of the request.
-        api: the API, if the user's scope replaces the endpoint's URL, because equal bodies
-            to two APIs are two questions. Chat completions are left out.
+        api: the API, if the document must name it (see ``named_scope``).
     """
     document: dict[str, Any] = {"body": _without_secrets(ask.question)}
     if headers and (counting := answer_headers(headers)):
         document["headers"] = counting
-    if api is not None and api.name != "chat completions":
+    if api is not None:
         document["api"] = api.name
     return document
 

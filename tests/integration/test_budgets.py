@@ -74,6 +74,21 @@ def test_c6_a_client_stops_before_the_budget_is_exceeded_and_hits_are_free(serve
 
 
 @pytest.mark.anyio
+async def test_info_uses_the_prices_of_the_budget(server):
+    store = MemoryStore()
+    for budget, given in ((Budget(1.0, prices=PRICES), True), (None, False)):
+        async with AsyncOpenAI(cache=store, namespace="x", budget=budget) as client:
+            answer = await ask(client)
+        facts = cachepipe.info(answer)
+        usage = answer.usage
+        cost = pytest.approx(usage.prompt_tokens * 1e-6 + usage.completion_tokens * 100e-6)
+        assert facts.as_asked_cost == (cost if given else None)
+        assert facts.saved_cost == (0 if given else None)
+    with OpenAI(cache=store, namespace="x", budget=Budget(1.0, prices=PRICES)) as client:
+        assert cachepipe.info(ask(client)).saved_cost == cost
+
+
+@pytest.mark.anyio
 async def test_calls_in_flight_hold_what_they_may_cost_and_others_wait_for_them():
     store = MemoryStore()
     async with AsyncOpenAI(cache=store, namespace="x", budget=Budget(6 * CALL, prices=PRICES)) as client:

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -241,8 +242,15 @@ def held(folder):
 
 
 def test_a_start_waits_for_another_one_that_fails(held, folder):
+    slept = []
+
+    def fail_later(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            held()
+
     with pytest.raises(StoreError, match="did not start"):
-        valkey_server.start(folder, sleep=lambda _: held())
+        valkey_server.start(folder, sleep=fail_later)
 
 
 def test_a_server_that_never_answers_is_told(held, folder):
@@ -252,3 +260,27 @@ def test_a_server_that_never_answers_is_told(held, folder):
     with pytest.raises(StoreError, match="cannot be asked"):
         valkey_server.stop(folder)
     held()
+
+
+def test_a_look_at_the_state_keeps_no_server_from_being_started(folder):
+    folder.mkdir()
+    looking = valkey_server._lock(folder, fcntl.LOCK_SH)
+    slept = []
+
+    def end_the_look(seconds):
+        if not slept:
+            os.close(looking)
+        slept.append(seconds)
+        time.sleep(seconds)
+
+    _, started = valkey_server.start(folder, port=0, sleep=end_the_look)
+    assert started
+    assert valkey_server.stop(folder)
+
+
+def test_two_looks_at_the_state_do_not_take_each_other_for_a_server(folder):
+    folder.mkdir()
+    looking = valkey_server._lock(folder, fcntl.LOCK_SH)
+    assert valkey_server.status(folder).state == "stopped"
+    assert not valkey_server.stop(folder)
+    os.close(looking)

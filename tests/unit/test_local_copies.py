@@ -563,6 +563,14 @@ def test_a_folder_on_a_network_file_system_is_left_out(start, monkeypatch, tmp_p
     assert not (tmp_path / "one").exists()
 
 
+def test_a_link_to_a_network_file_system_is_followed(start, monkeypatch, tmp_path):
+    (tmp_path / "nfs").mkdir()
+    (tmp_path / "one").symlink_to(tmp_path / "nfs")
+    monkeypatch.setattr(mounts, "mounted", lambda: [mounts.Mount(str(tmp_path / "nfs"), "nfs4", "server:/x")])
+    with pytest.warns(NoLocalCopy, match="network file system"):
+        assert start().session.local is None
+
+
 def test_a_folder_that_others_may_enter_is_made_private(start, tmp_path):
     (tmp_path / "one").mkdir(mode=0o777)
     filled(start(), drawn("a"))

@@ -460,6 +460,52 @@ def test_c7_a_line_that_was_cut_off_loses_no_other_sample(start):
     assert [sample.payload for sample in store.samples(KEY)] == [b"whole"]
 
 
+def test_c1_samples_that_were_kept_are_stored_once_if_the_store_goes_away_in_between(engine, start):
+    store = start(patience=0.01)
+    claim(store, drawn("a"))
+    extras = [Commit(KEY, None, b"%d" % number, {}, id=f"e{number}") for number in range(3)]
+    store._spool.put(extras, store.session.lease())
+    swaps = []
+
+    def away(asked):
+        swaps.append(asked)
+        if len(swaps) > 1:
+            raise Unreachable("it is away")
+
+    engine.before_swap = away
+    store.tidy()
+    assert len(swaps) > 1
+    engine.before_swap = None
+    store.tidy()
+    assert [sample.id for sample in store.samples(KEY)] == ["e0", "e1", "e2"]
+    assert not store._spool
+
+
+def test_c1_a_sample_whose_confirmation_was_lost_is_stored_once(engine, start):
+    store = start(patience=0.01)
+    claim(store, drawn("a"))
+
+    def lost(_asked):
+        raise Unreachable("the answer was lost")
+
+    engine.after_swap = lost
+    [error] = store.write([Commit(KEY, None, b"extra", {}, id="e")])
+    assert isinstance(error, StoreUnreachable)
+    engine.after_swap = None
+    store.tidy()
+    assert [sample.id for sample in store.samples(KEY)] == ["e"]
+    assert not store._spool
+
+
+def test_c7_a_sample_that_was_kept_is_stored_beside_one_that_is_damaged(engine, start):
+    store = start()
+    fill(store, drawn("a"))
+    engine.rows[KEY][b"s/0"] += b"?"
+    store._spool.put([Commit(KEY, None, b"paid", {}, id="paid")], store.session.lease())
+    store.tidy()
+    assert b"s/1" in engine.rows[KEY]
+
+
 def test_c4_an_extra_is_stored_once_though_its_writer_was_killed_before_it_had_emptied_the_file(start):
     store, other = start(), start()
     claim(store, drawn("a"))

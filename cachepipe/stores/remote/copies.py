@@ -127,7 +127,7 @@ class Copies:
     """
 
     def __init__(self, folder: Path, identity: str, megabytes: float) -> None:
-        self._folder = folder
+        self._folder = folder.resolve()
         self._identity = identity
         self._bytes = int(megabytes * 1e6)
         self._name = f"{xxh3_64_hexdigest(identity.encode())}-{_FORMAT}"

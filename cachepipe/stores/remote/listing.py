@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -118,6 +119,15 @@ class Listing:
             if isinstance(sample, Sample):
                 yield sample
 
+    def ids(self, key: str) -> set[str]:
+        """Return the permanent ids of the samples of a key, of the discarded ones too."""
+        found: set[str] = set()
+        for index, row in self._rows_of_samples(key, sample_indices(self.session, key)):
+            with contextlib.suppress(DamagedCache, UnsafeRow):
+                header, _ = rows.header_in(key, index, row)
+                found.add(rows.loads(key, rows.numbered(SAMPLE, index), header or b"{}").get("id", ""))
+        return found
+
     def _rows_of_samples(self, key: str, indices: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         self._check()
         left = iter(indices)
@@ -195,6 +205,10 @@ class Listing:
         listed = entries.listed_in(key, one.rows)
         return entries.entry(key, one.rows, self._rows_of_samples(key, listed))
 
+    def entries_of(self, keys: Sequence[str]) -> Iterator[Entry]:
+        """Iterate over the entries of the keys that are known, in their order."""
+        yield from filter(None, map(self.entry, sorted(keys)))
+
     def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
         """Iterate over the entries of all questions, in the order of their keys.
 
@@ -207,10 +221,7 @@ class Listing:
             for one in self._keys()
             if one.name > after and (namespaces is None or one.concerns(namespaces))
         )
-        for name in names:
-            found = self.entry(name)
-            if found is not None:
-                yield found
+        yield from self.entries_of(names)
 
     def removals(self) -> Iterator[dict[str, Any]]:
         """Return no records: nothing is removed from a server."""

@@ -91,6 +91,8 @@ class RemoteStore(Queued, Listing):
         if self._writer.busy or asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
             return None
         results = self.write(operations)
+        if self.session.watch.doubted:
+            self._writer.wake()
         error = error_in(results)
         if error is not None:
             raise error
@@ -140,11 +142,7 @@ class RemoteStore(Queued, Listing):
             return
         with contextlib.suppress(Unreachable, StoreError, OSError):
             self.session.engine.now()
-            self._spool.empty(self.session.commit_for, self._ids)
-
-    def _ids(self, key: str) -> set[str]:
-        """Return the ids of the samples of a key."""
-        return {sample.id for sample in self.samples(key)}
+            self._spool.empty(self.session.commit_for, self.ids)
 
     # Reading.
 
