@@ -25,7 +25,7 @@ from cachepipe.contract.draws import label, namespace_of
 from cachepipe.contract.entries import Addition, Entry, addition, joined, rescoped
 from cachepipe.contract.keys import digest
 from cachepipe.errors import ImportRefused, SecretsFound, StoreError
-from cachepipe.stores import DiskStore, open_store
+from cachepipe.stores import DiskStore, cache_for, open_store
 from cachepipe.stores.base import Adopt, Adopted, Store
 from cachepipe.stores.bundles.manifest import Manifest
 from cachepipe.stores.bundles.reader import Bundle, is_bundle
@@ -374,6 +374,7 @@ class _UnpackedBundle(DiskStore):
 @contextlib.contextmanager
 def _opened(cache: Cache, *, write: bool = False) -> Iterator[Any]:
     """Open a cache or, for reading, a bundle; an open store stays open."""
+    cache = cache_for(cache)
     if isinstance(cache, str | os.PathLike) and is_bundle(cache):
         if write:
             raise StoreError(f"{os.fspath(cache)} is a bundle, which is only read; name a folder or a URL")
