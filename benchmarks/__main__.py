@@ -38,6 +38,7 @@ NAMES = (
     "imports",
     "memory",
     "scale",
+    "sharing",
     "proxy",
     "shared",
     "contention",

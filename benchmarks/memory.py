@@ -54,10 +54,12 @@ def _write(path: Path, lines: range) -> None:
         file.writelines(_line(number) + b"\n" for number in lines)
 
 
-async def fill(folder: Path, lines: int, base_url: str) -> None:
-    """Write what a run of so many lines would have left in a cache, with the store's own verbs."""
+async def fill(folder: Path, lines: int, base_url: str, payload: bytes) -> None:
+    """Write what a run of so many lines would have left in a cache, with the store's own verbs.
+
+    Each line is answered with the same payload.
+    """
     model = OpenAIModel(_MODEL, base_url=base_url, api_key="none")
-    payload = await _payload(base_url)
     settings = BatchSettings(model=_MODEL)
     meta = {"at": 0.0, "call": "benchmark", "s": 0.0}
     with contextlib.closing(DiskStore(folder)) as store:
@@ -96,7 +98,7 @@ os._exit(os.waitstatus_to_exitcode(status) & 255)
 """
 
 
-def _peak(command: Sequence[str]) -> tuple[bytes, float]:
+def peak_of(command: Sequence[str]) -> tuple[bytes, float]:
     """Return what a process wrote, and its peak of memory in MB.
 
     A small process starts it: what is resident where a process was started counts for its own peak.
@@ -123,7 +125,8 @@ class _Runs:
         cache = self.keep / f"run-{lines}"
         if not (cache / "filled").exists():
             shutil.rmtree(cache, ignore_errors=True)
-            await fill(cache, lines, self.server.base_url)
+            url = self.server.base_url
+            await fill(cache, lines, url, await _payload(url))
             (cache / "filled").touch()
         return cache
 
@@ -160,7 +163,7 @@ class _Runs:
             "--base-url": self.server.base_url,
         }
         words = [word for option in options.items() for word in option]
-        told, peak = _peak(
+        told, peak = peak_of(
             [sys.executable, "-m", "cachepipe", name, str(source), *words, "--json", *more],
         )
         return orjson.loads(told), peak
@@ -181,7 +184,7 @@ class _Runs:
 
 
 def _drawn(folder: Path, draws: int) -> dict[str, float]:
-    told, peak = _peak([sys.executable, "-m", "benchmarks.memory", str(folder), str(draws)])
+    told, peak = peak_of([sys.executable, "-m", "benchmarks.memory", str(folder), str(draws)])
     resident = float(told)
     shutil.rmtree(folder)
     return {"at the end, MB": round(resident, 1), "peak, MB": round(peak, 1)}

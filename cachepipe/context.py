@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
-from cachepipe import cells
+from cachepipe import cells, replaying
 from cachepipe.contract.draws import Claimant
 from cachepipe.typedefs import MODES, Mode, Ordered, Request, check_ordered, check_replicate
 
@@ -76,7 +76,9 @@ class Using(NamedTuple):
         return self.budget if given is None and not isinstance(self.budget, Inherited) else given
 
     def mode_of(self, usual: Mode) -> Mode:
-        """Return the current mode, given the one outside all blocks."""
+        """Return the current mode, given the one outside all blocks; in ``cachepipe replay``, its mode."""
+        if replaying.CURRENT is not None:
+            return "replay"
         return usual if isinstance(self.mode, Inherited) else self.mode
 
 

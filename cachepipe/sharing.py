@@ -19,13 +19,13 @@ from heapq import merge as in_key_order
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from cachepipe.contract.draws import label, namespace_of
 from cachepipe.contract.entries import Addition, Entry, addition, joined, rescoped
 from cachepipe.contract.keys import digest
 from cachepipe.errors import ImportRefused, SecretsFound, StoreError
-from cachepipe.stores import DiskStore, open_store
+from cachepipe.stores import DiskStore, cache_for, open_store
 from cachepipe.stores.base import Adopt, Adopted, Store
 from cachepipe.stores.bundles.manifest import Manifest
 from cachepipe.stores.bundles.reader import Bundle, is_bundle
@@ -35,6 +35,8 @@ from cachepipe.stores.bundles.writer import Writer
 _BATCH: Final = 500  # entries that are written in one transaction
 _BYTES: Final = 8 << 20  # bytes of their samples
 _SHOWN: Final = 20  # conflicts that an error names
+
+_Item = TypeVar("_Item")
 
 Progress = Callable[[str, int], None]
 """Gets what is being done, and how many questions are done."""
@@ -136,9 +138,9 @@ def _all(store: Store | Bundle) -> Iterator[Entry]:
     return (found for entry in store.entries() if (found := entry.sliced()) is not None)
 
 
-def _counted(entries: Iterable[Entry], doing: str, progress: Progress) -> Iterator[Entry]:
-    for number, entry in enumerate(entries, 1):
-        yield entry
+def _counted(questions: Iterable[_Item], doing: str, progress: Progress) -> Iterator[_Item]:
+    for number, question in enumerate(questions, 1):
+        yield question
         progress(doing, number)
 
 
@@ -253,16 +255,8 @@ def _combine(
 ) -> list[Counts]:
     """Add what the sources hold to each target, if nothing contradicts; return what each got."""
     conflicts = _Conflicts()
-    for number, group in enumerate(_groups(sources, scope), 1):
-        held = [target.entry(group[0].key) for target in targets]
-        whole, *others = *filter(None, held), *group
-        for entry in others:
-            found = joined(whole, entry)
-            if found is None:
-                conflicts.add(entry, addition(whole, entry))
-            else:
-                whole = found
-        progress("checking", number)
+    for batch in _batches(_counted(_groups(sources, scope), "checking", progress)):
+        _check(targets, batch, conflicts)
     if conflicts.count:
         raise ImportRefused(
             conflicts.told,
@@ -270,10 +264,24 @@ def _combine(
             "Draw in another namespace in one of them, or import one as a bundle under another --scope",
         )
     counts = [Counts() for _ in targets]
-    for batch in _batches(_counted_groups(_groups(sources, scope), progress)):
+    for batch in _batches(_counted(_groups(sources, scope), "writing", progress)):
         for target, count in zip(targets, counts, strict=True):
             _add(target, batch, count)
     return counts
+
+
+def _check(targets: Sequence[Store], batch: list[list[Entry]], conflicts: _Conflicts) -> None:
+    """Note what of a batch contradicts what the targets hold, or itself."""
+    keys = [group[0].key for group in batch]
+    held = [{entry.key: entry for entry in target.entries_of(keys)} for target in targets]
+    for key, group in zip(keys, batch, strict=True):
+        whole, *others = *(each[key] for each in held if key in each), *group
+        for entry in others:
+            found = joined(whole, entry)
+            if found is None:
+                conflicts.add(entry, addition(whole, entry))
+            else:
+                whole = found
 
 
 def _groups(sources: Sequence[Store | Bundle], scope: Scopes | None) -> Iterator[list[Entry]]:
@@ -287,12 +295,6 @@ def _rescoped(entries: Iterator[Entry], scope: Scopes | None) -> Iterator[Entry]
     for entry in entries:
         new = scope if scope is None or isinstance(scope, str) else scope.get(entry.scope or "")
         yield entry if new is None else rescoped(entry, new, digest(new, entry.document))
-
-
-def _counted_groups(groups: Iterator[list[Entry]], progress: Progress) -> Iterator[list[Entry]]:
-    for number, group in enumerate(groups, 1):
-        yield group
-        progress("writing", number)
 
 
 def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
@@ -372,6 +374,7 @@ class _UnpackedBundle(DiskStore):
 @contextlib.contextmanager
 def _opened(cache: Cache, *, write: bool = False) -> Iterator[Any]:
     """Open a cache or, for reading, a bundle; an open store stays open."""
+    cache = cache_for(cache)
     if isinstance(cache, str | os.PathLike) and is_bundle(cache):
         if write:
             raise StoreError(f"{os.fspath(cache)} is a bundle, which is only read; name a folder or a URL")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from cachepipe import jsontext, runs
+from cachepipe import jsontext, runs, wire
 from cachepipe.batch.lines import Line
 from cachepipe.batch.report import Report
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.contract.draws import Claimant, Draw, Identity, Numbered, draw_of, label
-from cachepipe.contract.keys import Question
+from cachepipe.contract.keys import Question, digest
 from cachepipe.errors import UnkeyableValue
 from cachepipe.models.connection import SdkCalls
 from cachepipe.models.openai import ENDPOINTS, OpenAIModel
@@ -22,6 +22,8 @@ from cachepipe.stores.misses import lacking
 from cachepipe.typedefs import Response
 from cachepipe.wire import Ask
 
+_NOWHERE: Final = ""  # the scope under which a line's questions are counted
+
 
 class LineDraw(NamedTuple):
     """A line's draw.
@@ -30,6 +32,7 @@ class LineDraw(NamedTuple):
         line: the line.
         claimant: who draws.
         occurrences: per question, the number of earlier lines of the file that ask the same.
+        questions: its questions under no server; None if they have no key.
         id: identifies the draw in results: a digest of the claimant, the questions without their server, and
             the occurrences.
     """
@@ -37,6 +40,7 @@ class LineDraw(NamedTuple):
     line: Line
     claimant: Claimant
     occurrences: Sequence[int]
+    questions: Sequence[Question] | None
     id: str
 
     def counter(self, keys: Sequence[str]) -> Numbered:
@@ -47,7 +51,15 @@ class LineDraw(NamedTuple):
 class LineExchange(SdkCalls, Exchange):
     """A line of a file, answered from the cache or through the SDK. Its answer is made of samples only."""
 
-    def __init__(self, model: OpenAIModel, view: CacheView, lists: Lists, draw: LineDraw) -> None:
+    def __init__(
+        self,
+        model: OpenAIModel,
+        view: CacheView,
+        lists: Lists,
+        draw: LineDraw,
+        url: str,
+        questions: list[Question],
+    ) -> None:
         line = draw.line
         self._refusal = line.refusal
         self.connection, self.endpoint = model.connection, ENDPOINTS[line.api]
@@ -56,7 +68,7 @@ class LineExchange(SdkCalls, Exchange):
             line.api,
             line.body,
             line.asks,
-            self.connection.scope_of(self.endpoint, line.body.get("model")),
+            url,
             self.connection.headers,
             stream=False,
             alone=False,
@@ -64,6 +76,7 @@ class LineExchange(SdkCalls, Exchange):
             claimant=draw.claimant,
             lists=lists,
             max_n=model.max_n,
+            questions=questions,
         )
         self.spans = not self.connection.only_replays
         self.counter = draw.counter(self.record.keys)
@@ -127,13 +140,16 @@ class FileDraws:
     def draws(self, line: Line) -> Iterator[LineDraw]:
         """Iterate over the draws of the next line of the file, one for each replicate, and count them."""
         request_id = line.custom_id if self._settings.ids and line.named else None
-        asked = self._asked(line)
+        questions = self._asked(line)
+        # A question without a key counts as nothing; making its exchange raises the error.
+        asked = [""] * len(line.asks) if questions is None else [question.key for question in questions]
         for replicate in self._settings.each_replicate:
             claimant = Claimant(self._settings.namespace, request_id, replicate)
             whose = label(claimant.namespace), request_id or "", label(replicate)
             occurrences = [self._counted.take(Identity(whose[0], key, whose[1], whose[2])) for key in asked]
             named = jsontext.dumps([*whose, asked, occurrences])
-            yield LineDraw(line, claimant, occurrences, hashlib.blake2b(named, digest_size=12).hexdigest())
+            name = hashlib.blake2b(named, digest_size=12).hexdigest()
+            yield LineDraw(line, claimant, occurrences, questions, name)
 
     def planned(self, draw: LineDraw) -> tuple[str, tuple[list[Question], Sequence[Ask], list[Draw]]]:
         """Return the URL of a line's calls, and its questions, asks and draws, without making an exchange.
@@ -142,7 +158,7 @@ class FileDraws:
             UnkeyableValue: when no stable key can be made from one of its values.
         """
         line = draw.line
-        url, questions = self._questions(line, self._settings.scope)
+        url, questions = self._questions(draw)
         counter = draw.counter([question.key for question in questions])
         shares = self._view.cache(self._settings.mode).shares
         draws = [
@@ -160,20 +176,28 @@ class FileDraws:
         asked = [(question, ask.n, drawn) for question, ask, drawn in planned]
         return lacking(self._store, asked, draw.claimant.namespace)
 
-    def _questions(self, line: Line, scope: str | None) -> tuple[str, list[Question]]:
-        """Return the URL of a line's calls, and its questions."""
-        connection = self._model.connection
-        url = connection.scope_of(ENDPOINTS[line.api], line.body.get("model"))
-        return url, questions_of(line.api, line.asks, url, connection.headers, scope=scope)
+    def _questions(self, draw: LineDraw) -> tuple[str, list[Question]]:
+        """Return the URL of a line's calls, and its questions under the scope of the run."""
+        line, known = draw.line, draw.questions
+        url, scope = self._url(line), self._settings.scope
+        actual, named = wire.named_scope(scope, wire.scope_of(url), line.api)
+        if known is None or named is not wire.named_scope(_NOWHERE, wire.scope_of(url), line.api)[1]:
+            return url, questions_of(line.api, line.asks, url, self._model.connection.headers, scope=scope)
+        return url, [each._replace(key=digest(actual, each.document), scope=actual) for each in known]
 
-    def _asked(self, line: Line) -> list[str]:
-        """Return what counts the occurrences of each question; for a question without a key, nothing."""
+    def _asked(self, line: Line) -> list[Question] | None:
+        """Return the questions of a line without their server; None if one of them has no key.
+
+        An unreachable address must not cost the results of another one.
+        """
+        headers = self._model.connection.headers
         try:
-            # Without the server: an unreachable address must not cost the results of another one.
-            _, questions = self._questions(line, "")
-        except UnkeyableValue:  # making the exchange raises it again
-            return [""] * len(line.asks)
-        return [question.key for question in questions]
+            return questions_of(line.api, line.asks, self._url(line), headers, scope=_NOWHERE)
+        except UnkeyableValue:
+            return None
+
+    def _url(self, line: Line) -> str:
+        return self._model.connection.scope_of(ENDPOINTS[line.api], line.body.get("model"))
 
     def exchange(self, draw: LineDraw) -> LineExchange:
         """Return the exchange of a line.
@@ -181,7 +205,7 @@ class FileDraws:
         Raises:
             UnkeyableValue: when no stable key can be made from one of its values.
         """
-        return LineExchange(self._model, self._view, self._lists, draw)
+        return LineExchange(self._model, self._view, self._lists, draw, *self._questions(draw))
 
     def count(self) -> None:
         """Bring the report's figures of calls up to date."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from cachepipe import loops, runs
+from cachepipe import context, loops, runs
 from cachepipe.accounting import sold_in, usage_sold
 from cachepipe.batch.draws import FileDraws, LineDraw
 from cachepipe.batch.errors import Secrets, described
@@ -52,6 +52,7 @@ async def run_file(
         StoreError: when the cache cannot be opened.
     """
     settings = replace(settings or BatchSettings(), **changes)
+    settings = replace(settings, mode=context.current().mode_of(settings.mode))
     if settings.mode == "read-write" and switched_off():
         settings = replace(settings, mode="bypass")
     loops.running()  # before anything is opened

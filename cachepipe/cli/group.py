@@ -46,6 +46,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "prune": Entry("cachepipe.cli.manage:prune", "Delete samples that no draw has, or old draws too."),
     "compact": Entry("cachepipe.cli.manage:compact", "Give back the disk space that was freed."),
     "export": Entry("cachepipe.cli.share:export", "Write an experiment into one file, for others."),
+    "replay": Entry("cachepipe.cli.replay:replay", "Run a program that gets its answers from such a file."),
     "import": Entry("cachepipe.cli.share:import_", "Add such a file to a cache."),
     "merge": Entry("cachepipe.cli.share:merge", "Add what several caches hold to another one."),
     "sync": Entry("cachepipe.cli.share:sync", "Copy between two caches both ways."),

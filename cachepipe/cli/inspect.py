@@ -10,7 +10,7 @@ import itertools
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
@@ -42,6 +42,8 @@ _SHORT: Final = len(FORMAT) + 13  # of a key: as many digits as tell the keys of
 _BEGINNING: Final = 200  # characters of a prompt that `ls --json` gives
 _PARTS: Final = 100  # indices, or runs of them, that `show` writes of a draw
 _TEXTS: Final = ("system", "instructions", "messages", "prompt", "input")
+_COLUMN: Final = 36  # columns of a terminal that a sample takes at least, beside others
+_MOST_COLUMNS: Final = 4  # samples beside each other
 _CANDIDATES: Final = 10  # keys that an ambiguous prefix lists
 
 
@@ -199,7 +201,7 @@ With --json:
 def show(*, key: str, cache: str | None, limit: int | None, as_json: bool) -> None:
     """Show the question with this KEY, its samples, and which draw got which sample.
 
-    A prefix of the key is enough if no other key has it.
+    A prefix of the key is enough if no other key has it. On a terminal, samples are shown side by side.
     """
     with opened(cache) as store:
         info = found_key(store, key)
@@ -277,8 +279,12 @@ def _shown(store: Listed, info: KeyInfo, limit: int | None) -> Iterator[str]:
     yield from _asked_lines(document_of(store.question(info.key)))
     yield ""
     yield _heading("Samples")
-    for sample in itertools.islice(store.samples(info.key), limit):
-        yield from _sample_lines(sample, info.scope)
+    found = (_told_of(sample, info.scope) for sample in itertools.islice(store.samples(info.key), limit))
+    columns = shutil.get_terminal_size().columns // _COLUMN if on_terminal() and info.samples > 1 else 1
+    if columns > 1:
+        yield from _side_by_side(found, min(columns, info.samples, _MOST_COLUMNS))
+    else:
+        yield from itertools.chain.from_iterable(map(_sample_lines, found))
     if limit is not None and info.samples > limit:
         yield f"  and {info.samples - limit:,} more; --limit 0 shows all"
     for discard in discards[:limit]:
@@ -336,7 +342,15 @@ def _block(text: str) -> Iterator[str]:
         yield f"    {visible(line, lines=True)}".rstrip()
 
 
-def _sample_lines(sample: Sample, scope: str | None) -> Iterator[str]:
+class _Told(NamedTuple):
+    """What is shown of a sample: its number, some facts, and its text."""
+
+    number: str
+    facts: str
+    text: str
+
+
+def _told_of(sample: Sample, scope: str | None) -> _Told:
     fields = _sample_fields(sample, scope)
     facts = [
         when(fields["at"]) if isinstance(fields["at"], int | float) else "",
@@ -345,9 +359,32 @@ def _sample_lines(sample: Sample, scope: str | None) -> Iterator[str]:
     if isinstance(fields.get("completion_tokens"), int):
         facts.append(f"{fields['completion_tokens']:,} tokens")
     facts.append(str(fields.get("finish_reason") or ""))
-    number = styled(f"  #{sample.index}", fg="cyan")
-    yield f"{number}  {visible('  '.join(fact for fact in (sample.id, *facts) if fact))}"
-    yield from _block(fields["text"] if isinstance(fields.get("text"), str) else _value_text(sample))
+    text = fields["text"] if isinstance(fields.get("text"), str) else _value_text(sample)
+    return _Told(f"#{sample.index}", visible("  ".join(fact for fact in (sample.id, *facts) if fact)), text)
+
+
+def _sample_lines(told: _Told) -> Iterator[str]:
+    yield f"{styled(f'  {told.number}', fg='cyan')}  {told.facts}"
+    yield from _block(told.text)
+
+
+def _side_by_side(found: Iterator[_Told], columns: int) -> Iterator[str]:
+    """Iterate over the lines of tables with some samples in each row."""
+    from rich import box  # noqa: PLC0415 - only on terminals
+    from rich.console import Console  # noqa: PLC0415 - likewise
+    from rich.table import Table  # noqa: PLC0415 - likewise
+    from rich.text import Text  # noqa: PLC0415 - likewise
+
+    console = Console(width=shutil.get_terminal_size().columns, highlight=False)
+    while row := list(itertools.islice(found, columns)):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, expand=True)
+        for number in [told.number for told in row] + [""] * (columns - len(row)):
+            table.add_column(Text(number, "cyan"), ratio=1, overflow="fold")
+        table.add_row(*(Text(told.facts, "dim") for told in row))
+        table.add_row(*(Text(visible(told.text.removesuffix("\n"), lines=True)) for told in row))
+        with console.capture() as capture:
+            console.print(table)
+        yield from capture.get().splitlines()
 
 
 def _value_text(sample: Sample) -> str:

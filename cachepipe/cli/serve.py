@@ -31,7 +31,7 @@ from cachepipe.cli.group import Failure
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
-    from cachepipe.proxy.settings import ProxySettings
+    from cachepipe.proxy.settings import ProxySettings, Upstream
 
 _SECONDS: Final = 30.0
 
@@ -151,7 +151,10 @@ def serve(
         given["token"] = settings.secret(token_env)
     chosen = replace(chosen, replay=replay or chosen.replay, hosts=(*chosen.hosts, *hosts), **given)
     if chosen.replay and not chosen.upstreams:
-        chosen = settings.with_upstreams(chosen, _remembered(chosen))
+        found = remembered(chosen.cache)
+        if not found:
+            raise Failure("the cache has nothing to replay; see `cachepipe stats`")
+        chosen = settings.with_upstreams(chosen, found)
     with contextlib.ExitStack() as stack:
 
         def listening(url: str) -> None:
@@ -186,13 +189,13 @@ def _name(place: int) -> str:
     return f"upstream-{place + 1}" if place else "upstream"
 
 
-def _remembered(chosen: ProxySettings) -> list[Any]:
-    """Return the upstreams of the answers in a cache, so that a replay needs no --upstream."""
+def remembered(caches: Any) -> list[Upstream]:
+    """Return the upstreams of the answers in a cache or in layers, the one with the most questions first."""
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
     from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
 
     scopes: Counter[str] = Counter()
-    layers = chosen.cache if isinstance(chosen.cache, list) else [chosen.cache]
+    layers = caches if isinstance(caches, list) else [caches]
     for cache in layers:
         if cache is not layers[0] or len(layers) == 1 or exists(layers_in_use(cache)):
             scopes += _scopes(cache)
@@ -205,8 +208,6 @@ def _remembered(chosen: ProxySettings) -> list[Any]:
         theirs = api is MESSAGES
         ending = "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]
         bases[url.removesuffix(ending), "anthropic" if theirs else "openai"] += count
-    if not bases:
-        raise Failure("the cache has nothing to replay; see `cachepipe stats`")
     places = enumerate(bases.most_common())
     return [Upstream.of(_name(number), base, kind=kind) for number, ((base, kind), _) in places]
 

@@ -30,9 +30,10 @@ from cachepipe.providers import info
 from cachepipe.providers.generation import Made, Unkept
 from cachepipe.providers.responses import Received, broken
 from cachepipe.providers.stream_recorder import RecordedStream
+from cachepipe.replaying import NO_KEY
 from cachepipe.sdk import http, internals
 from cachepipe.sdk.calls import ClientCall
-from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
+from cachepipe.sdk.mixins import AsyncCached, Cached, SyncCached, equip
 from cachepipe.sdk.options import ClientOptions
 
 CREDENTIALS: dict[str, Any] = {

@@ -34,9 +34,6 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
 }
 OURS: Final = tuple(_OPTIONS)
 """The parameters of a cached client in addition to the SDK's."""
-NO_KEY: Final = "none-needed-to-replay"
-"""The API key of a client in replay mode if the caller gives none."""
-
 _CACHESAVERS: Final = {
     "cachedir": "use cache=, which takes the same folder",
     "batch_size": "calls go out as they come, and equal ones together. "

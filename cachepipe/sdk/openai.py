@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import openai
 
-from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.replaying import NO_KEY
+from cachepipe.sdk.mixins import AsyncCached, SyncCached, equip
 from cachepipe.sdk.options import ClientOptions, CopyOptions
 
 Key = TypeVar("Key")

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Unpack
 
 import together
 
-from cachepipe.sdk.mixins import NO_KEY, AsyncCached, SyncCached, equip
+from cachepipe.replaying import NO_KEY
+from cachepipe.sdk.mixins import AsyncCached, SyncCached, equip
 from cachepipe.sdk.options import ClientOptions
 
 if not hasattr(together, "TogetherError"):

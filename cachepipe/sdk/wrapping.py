@@ -8,8 +8,9 @@ import inspect
 from typing import Any, TypeVar
 
 from cachepipe.providers.exchange import CacheView
+from cachepipe.replaying import NO_KEY
 from cachepipe.sdk import internals
-from cachepipe.sdk.mixins import NO_KEY, AsyncCached, Cached, SyncCached, equip
+from cachepipe.sdk.mixins import AsyncCached, Cached, SyncCached, equip
 from cachepipe.typedefs import Mode, Ordered, Repeat
 
 C = TypeVar("C")

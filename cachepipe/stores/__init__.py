@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from cachepipe import context
+from cachepipe import context, replaying
 from cachepipe.stores.base import Store
 from cachepipe.stores.bundles.reader import is_bundle
 from cachepipe.stores.disk import DiskStore
@@ -50,7 +50,12 @@ def default_folder() -> str:
 
 
 def cache_for(cache: Any) -> Any:
-    """Return the cache that an argument stands for: None is that of the experiment, or the default folder."""
+    """Return the cache that an argument stands for: None is that of the experiment, or the default folder.
+
+    In ``cachepipe replay``, every cache but an open store is the one that is replayed.
+    """
+    if replaying.CURRENT is not None and not hasattr(type(cache), "apply_now"):
+        return replaying.CURRENT.cache
     cache = context.current().cache_of(cache)
     return default_folder() if cache is None else cache
 
@@ -70,6 +75,8 @@ def open_store(
         The store, and whether this function opened it, so that the caller must close it.
     """
     cache = cache_for(cache)
+    if replaying.CURRENT is not None:
+        read_only = True
     if hasattr(type(cache), "apply_now"):
         return cache, False
     if isinstance(cache, list | tuple) or (

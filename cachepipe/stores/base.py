@@ -641,6 +641,10 @@ class Store(Protocol):
         """Return all that is held of a question, for another cache; None if it is not known."""
         ...
 
+    def entries_of(self, keys: Sequence[str]) -> Iterator[Entry]:
+        """Iterate over the entries of the keys that are known, in their order."""
+        ...
+
     def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
         """Iterate over the entries of all questions, in the order of their keys.
 

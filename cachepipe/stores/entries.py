@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 import orjson
@@ -17,31 +17,46 @@ from cachepipe.stores import tables
 _ORIGIN: Final = b',"origin":'
 
 _KEYS: Final = "SELECT id, key, CAST(scope AS TEXT), CAST(document AS BLOB) FROM keys"
+_AMONG: Final = " WHERE key IN (SELECT value FROM json_each(?)) ORDER BY key"
 _DRAWN: Final = (
     " AND (EXISTS (SELECT 1 FROM segments s JOIN namespaces n ON n.id = s.namespace WHERE s.key = keys.id"
     " AND n.label IN (SELECT value FROM json_each(?2))) OR EXISTS (SELECT 1 FROM uses u JOIN namespaces n"
     " ON n.id = u.namespace WHERE u.key = keys.id AND n.label IN (SELECT value FROM json_each(?2))))"
 )
+_IN_ORDER: Final = "FROM json_each(?) j CROSS JOIN"
+"""Rows of the questions in a list, of numbers or keys, with the place of each question in it."""
 _SEGMENTS: Final = (
-    "SELECT n.label, s.request_id, s.occurrence, s.replicate, s.number, s.position, s.indices, s.generated,"
-    " s.stamp, s.digest, s.place FROM segments s JOIN namespaces n ON n.id = s.namespace WHERE s.key = ?"
-    " ORDER BY s.request_id, s.occurrence, s.replicate, s.namespace, s.number"
+    "SELECT j.key, n.label, s.request_id, s.occurrence, s.replicate, s.number, s.position, s.indices,"
+    f" s.generated, s.stamp, s.digest, s.place {_IN_ORDER} segments s JOIN namespaces n ON n.id = s.namespace"
+    " WHERE s.key = j.value"
+    " ORDER BY j.key, s.request_id, s.occurrence, s.replicate, s.namespace, s.number"
 )
-_SAMPLES: Final = "SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key > ? AND key < ?"
-_DISCARDS: Final = "SELECT sample, why FROM discards WHERE key = ?"
-_USERS: Final = "SELECT n.label FROM uses u JOIN namespaces n ON n.id = u.namespace WHERE u.key = ?"
-_LISTED: Final = "SELECT start, stop FROM intervals WHERE owner = ? AND key = ? ORDER BY stop"
-_NONE: Final = "SELECT NOT EXISTS (SELECT 1 FROM discards) AND NOT EXISTS (SELECT 1 FROM uses)"
+_SAMPLES: Final = (
+    f"SELECT j.key, c.key, c.mode, c.filename, c.value {_IN_ORDER} Cache c INDEXED BY Cache_key_raw"
+    " ON c.raw = 1 AND c.key > j.value || '/' AND c.key < j.value || '0' ORDER BY j.key"
+)
+_DISCARDS: Final = (
+    f"SELECT j.key, d.sample, d.why {_IN_ORDER} discards d WHERE d.key = j.value ORDER BY j.key"
+)
+_USERS: Final = (
+    f"SELECT j.key, n.label {_IN_ORDER} uses u JOIN namespaces n ON n.id = u.namespace"
+    " WHERE u.key = j.value ORDER BY j.key"
+)
+_LISTED: Final = (
+    f"SELECT j.key, i.start, i.stop {_IN_ORDER} intervals i WHERE i.owner = {tables.LISTED}"
+    " AND i.key = j.value ORDER BY j.key, i.stop"
+)
+_TOGETHER: Final = 128  # questions whose rows one statement reads
 
 
-def entry(ledger: sqlite3.Connection, shelf: sqlite3.Connection, number: int) -> Entry:
-    """Return the entry of the question with a number.
+def of_keys(ledger: sqlite3.Connection, shelf: sqlite3.Connection, keys: Sequence[str]) -> Iterator[Entry]:
+    """Iterate over the entries of the keys that are known, in their order.
 
     Raises:
         DamagedCache: when a row is not what was written.
     """
-    row = ledger.execute(f"{_KEYS} WHERE id = ?", (number,)).fetchone()
-    return _entry(ledger, shelf, *row)
+    questions = ledger.execute(f"{_KEYS}{_AMONG}", (orjson.dumps([*keys]).decode(),))
+    yield from _entries(ledger, shelf, questions)
 
 
 def entries(
@@ -52,41 +67,55 @@ def entries(
     if namespaces is not None:
         query += _DRAWN
         values.append(orjson.dumps([*namespaces]).decode())
-    plain: bool | None = None
-    for row in ledger.execute(f"{query} ORDER BY key", values):
-        if plain is None:  # as of the same moment as all rows
-            plain = bool(ledger.execute(_NONE).fetchone()[0])
-        yield _entry(ledger, shelf, *row, plain=plain)
+    yield from _entries(ledger, shelf, ledger.execute(f"{query} ORDER BY key", values))
 
 
-def _entry(
-    ledger: sqlite3.Connection,
-    shelf: sqlite3.Connection,
-    number: int,
-    key: str,
-    scope: str | None,
-    document: bytes,
-    *,
-    plain: bool = False,
-) -> Entry:
-    """Return an entry; a ``plain`` ledger has no discards and no uses of shared draws."""
-    why = {} if plain else dict(ledger.execute(_DISCARDS, (number,)).fetchall())
-    users = () if plain else ledger.execute(_USERS, (number,)).fetchall()
-    segments = ledger.execute(_SEGMENTS, (number,)).fetchall()
-    listed = ledger.execute(_LISTED, (tables.LISTED, number)).fetchall()
-    samples = []
-    for name, *row in shelf.execute(_SAMPLES, (f"{key}/", f"{key}0")):
+def _entries(
+    ledger: sqlite3.Connection, shelf: sqlite3.Connection, questions: Iterator[Any]
+) -> Iterator[Entry]:
+    """Iterate over the entries of questions; what is in memory does not grow with their number."""
+    while page := list(itertools.islice(questions, _TOGETHER)):
+        numbers = orjson.dumps([number for number, *_ in page]).decode()
+        names = orjson.dumps([key for _, key, *_ in page]).decode()
+        # The ledger first: whoever commits stores the sample before the ledger has it.
+        segments, listed, discards, users = (
+            _Rows(ledger.execute(query, (numbers,))) for query in (_SEGMENTS, _LISTED, _DISCARDS, _USERS)
+        )
+        samples = _Rows(shelf.execute(_SAMPLES, (names,)))
+        for place, (_, key, scope, document) in enumerate(page):
+            used = IntervalSet(row[1:] for row in listed.of(place))
+            found = _samples(key, samples.of(place), {row[1]: row[2] for row in discards.of(place)})
+            names_by_index = {sample.index: sample.id for sample in found}
+            for index in names_by_index:
+                used.add(index)
+            draws = _draws(key, segments.of(place), names_by_index, used)
+            labels = sorted(row[1] for row in users.of(place))
+            yield Entry(key, scope, document, ordered(found), draws, labels, used)
+
+
+class _Rows:
+    """Rows that begin with the place of their question, in the order of the places."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self._rows = rows
+        self._next = next(rows, None)
+
+    def of(self, place: int) -> Iterator[Any]:
+        """Iterate over the rows of a question; they are asked for in the order of the places."""
+        while self._next is not None and self._next[0] == place:
+            row, self._next = self._next, next(self._rows, None)
+            yield row
+
+
+def _samples(key: str, rows: Iterator[Any], why: dict[int, str]) -> list[EntrySample]:
+    found = []
+    for _, name, *row in rows:
         index = name[len(key) + 1 :]
         if index.isdecimal():
             sample = read_sample(key, int(index), row, why)
             if sample is not None:
-                samples.append(sample)
-    names = {sample.index: sample.id for sample in samples}
-    used = IntervalSet(listed)
-    for index in names:
-        used.add(index)
-    draws = _draws(key, segments, names, used)
-    return Entry(key, scope, document, ordered(samples), draws, sorted(name for (name,) in users), used)
+                found.append(sample)
+    return found
 
 
 def read_sample(key: str, index: int, row: Any, why: dict[int, str]) -> EntrySample | None:
@@ -115,11 +144,11 @@ def read_sample(key: str, index: int, row: Any, why: dict[int, str]) -> EntrySam
 
 
 def _draws(
-    key: str, rows: list[Any], names: dict[int, str], used: IntervalSet
+    key: str, rows: Iterator[Any], names: dict[int, str], used: IntervalSet
 ) -> dict[Draw, list[EntrySegment]]:
     """Return the segments of draws, in the order of the draws; add their indices to those that are used."""
     found: dict[Draw, list[EntrySegment]] = {}
-    for whose, group in itertools.groupby(rows, key=lambda row: row[:4]):
+    for whose, group in itertools.groupby(rows, key=lambda row: row[1:5]):
         namespace, request_id, occurrence, replicate = whose
         draw = Draw(namespace, key, request_id, occurrence, replicate)
         segments = []

@@ -86,7 +86,7 @@ class LayeredStore:
         self.keys, self.question = seen.keys, seen.question
         self.sample, self.samples, self.draws = seen.sample, seen.samples, seen.draws
         self.namespaces, self.sums, self.bought = seen.namespaces, seen.sums, seen.bought
-        self.entry, self.entries = seen.entry, seen.entries
+        self.entry, self.entries, self.entries_of = seen.entry, seen.entries, seen.entries_of
 
     def __repr__(self) -> str:
         return f"<LayeredStore {self._top!r} above {list(self._below)!r}>"

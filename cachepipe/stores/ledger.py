@@ -240,12 +240,9 @@ class Ledger(ABC):
             StoreError: when nobody has asked the question.
         """
 
-    def prepare_entries(self, keys: Sequence[str]) -> None:  # noqa: B027 - an engine need not do anything
-        """Read what the entries of several questions will need, if that helps."""
-
     @abstractmethod
-    def entry(self, key: str) -> Entry | None:
-        """Return all that is held of a question; None if it is not known."""
+    def entries(self, keys: Sequence[str]) -> list[Entry | None]:
+        """Return all that is held of some questions; None for each that is not known."""
 
     @abstractmethod
     def adopted(self, entry: Entry) -> KeyRows:

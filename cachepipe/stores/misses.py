@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from cachepipe import replaying
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.keys import Question, digest
 from cachepipe.differences import described, differences, traits
@@ -99,6 +100,7 @@ def missed(
             why = unlike(question, near)
     except (StoreError, sqlite3.Error):
         why = ""  # the miss stands, whatever the search for its reason comes to
+    replaying.note(question.key, namespace, question.document, why)
     return CacheMiss(question.key, namespace, request, why, None if near is None else near.key)
 
 

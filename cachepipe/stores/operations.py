@@ -362,8 +362,7 @@ def _adopt_all(ledger: Ledger, adopts: Sequence[Adopt]) -> list[Adopted]:
 
 def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
     """Add entries of different keys: first all samples, then what refers to them."""
-    ledger.prepare_entries([entry.key for entry in entries])
-    held = [ledger.entry(entry.key) for entry in entries]
+    held = ledger.entries([entry.key for entry in entries])
     added = [addition(ours, entry) for ours, entry in zip(held, entries, strict=True)]
     samples = [
         (entry.key, adopted_sample(sample, index))

@@ -516,8 +516,14 @@ class SqlReader:
     def entry(self, key: str) -> Entry | None:
         """Return all that is held of a question, for another cache; None if it is not known."""
         ledger, shelf = self._readable()
-        number = self._key_id(ledger, key)
-        return None if number is None else entries.entry(ledger, shelf, number)
+        found = list(entries.of_keys(ledger, shelf, [key]))
+        return found[0] if found else None
+
+    @_reads
+    def entries_of(self, keys: Sequence[str]) -> Iterator[Entry]:
+        """Iterate over the entries of the keys that are known, in their order."""
+        ledger, shelf = self._readable()
+        yield from entries.of_keys(ledger, shelf, keys)
 
     @_reads
     def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:

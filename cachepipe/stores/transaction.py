@@ -318,17 +318,13 @@ class SqlLedger(Ledger):
 
     # Entries of other caches.
 
-    def prepare_entries(self, keys: Sequence[str]) -> None:
-        """Look up the ids of the keys."""
+    def entries(self, keys: Sequence[str]) -> list[Entry | None]:
+        """Return all that is held of some questions; None for each that is not known."""
         self.flush()
         self.intern(list(keys))
-
-    def entry(self, key: str) -> Entry | None:
-        """Return all that is held of a question; None if it is not known."""
-        number = self._ids.get(key)
-        if number is None:
-            number = self._id_of(key)
-        return entries.entry(self.ledger, self.shelf, number) if number else None
+        known = [key for key in keys if self._ids.get(key) != 0]
+        found = {entry.key: entry for entry in entries.of_keys(self.ledger, self.shelf, known)}
+        return [found.get(key) for key in keys]
 
     def adopted(self, entry: Entry) -> KeyRows:
         """Return the rows of an entry's key; store its question if it is new."""

@@ -982,6 +982,10 @@ class StoreContract:
         assert [entry.key for entry in store.entries(after=KEY)] == [OTHER]
         assert [entry.key for entry in store.entries(["=one"])] == [KEY]
         assert store.entry("k2-" + "0" * 64) is None
+        wanted = [OTHER, "k2-" + "0" * 64, KEY]
+        assert [entry.key for entry in store.entries_of(wanted)] == [KEY, OTHER]
+        [found] = store.entries_of([OTHER])
+        assert [draw.namespace for draw in found.draws] == ["=two"]
 
     def test_what_is_applied_soon_is_applied_before_the_store_is_closed(self, store: Store) -> None:
         store.apply_soon([Claim(drawn("a"), 1, asked(), "one"), Commit(KEY, 0, b"x", {})])

@@ -70,7 +70,7 @@ class FaultyStore:
         self.keys, self.sample, self.samples = store.keys, store.sample, store.samples
         self.draws, self.namespaces = store.draws, store.namespaces
         self.sums, self.bought = store.sums, store.bought
-        self.entry, self.entries = store.entry, store.entries
+        self.entry, self.entries, self.entries_of = store.entry, store.entries, store.entries_of
 
     def __repr__(self) -> str:
         state = ["locked"] * self.locked + ["held"] * (self._gate is not None)

@@ -106,7 +106,10 @@ def api_for(method: str, url: str) -> Api | None:
 
 @functools.lru_cache(maxsize=256)
 def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None]:
-    """Return the scope of a request's keys, and the API if the scope does not contain it.
+    """Return the scope of a request's keys, and the API if the document must name it.
+
+    It does where the scope does not contain the API, because equal bodies to two APIs are two questions. Chat
+    completions are never named.
 
     Args:
         scope: the user's setting: an endpoint's URL as listings show it, a base URL, any other name, or
@@ -120,7 +123,7 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
     if scope is None or scope == here:
         return here, None
     if not scope.lower().startswith(("http://", "https://")):
-        return scope, api
+        return scope, None if api.name == "chat completions" else api
     url, mark, query = scope_of(scope).partition("?")
     known = api_for("POST", url)
     if known is not api:

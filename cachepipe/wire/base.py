@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import orjson
 
-from cachepipe import jsontext
+from cachepipe import jsontext, replaying
 from cachepipe.contract.keys import AsWritten
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.sse import StreamRecorder
@@ -573,13 +573,12 @@ def question_document(
     Args:
         ask: the ask.
         headers: the headers of the request.
-        api: the API, if the user's scope replaces the endpoint's URL, because equal bodies
-            to two APIs are two questions. Chat completions are left out.
+        api: the API, if the document must name it (see ``named_scope``).
     """
     document: dict[str, Any] = {"body": _without_secrets(ask.question)}
     if headers and (counting := answer_headers(headers)):
         document["headers"] = counting
-    if api is not None and api.name != "chat completions":
+    if api is not None:
         document["api"] = api.name
     return document
 
@@ -626,15 +625,15 @@ def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def scope_of(url: str) -> str:
     """Return the endpoint's URL in a normal form, without credentials.
 
-    Scheme and host are in lower case. The default port, the fragment, repeated and trailing slashes, user
-    name and password, and query parameters with credentials (``api-key``, ``sig`` …) are left out. The
-    rest of the query is unchanged.
+    A URL of a replay's proxy stands for that of the provider. Scheme and host are in lower case. The default
+    port, the fragment, repeated and trailing slashes, user name and password, and query parameters with
+    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged.
 
     Raises:
         BadRequest: when the URL is not absolute.
     """
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(replaying.original(url))
     except ValueError as error:
         raise BadRequest(f"the URL of an endpoint cannot be read: {error}") from error
     if not parts.scheme or not parts.netloc:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+from pathlib import Path
 
 import pytest
 from valkeys import ValkeyCluster
@@ -11,7 +13,12 @@ from valkeys import ValkeyCluster
 pytest.register_assert_rewrite("cachepipe.testing.contract")
 
 from cachepipe import OnlineAPI, Request, open_store  # noqa: E402 - after the rewriting is asked for
+from cachepipe.stores.base import Discard  # noqa: E402 - likewise
+from cachepipe.stores.remote.verify import check  # noqa: E402 - likewise
 from cachepipe.testing import ScriptedModel, StoreContract  # noqa: E402 - likewise
+
+PAGE = (Path(__file__).parents[2] / "docs/servers.md").read_text()
+ACL = re.findall(r"^ACL SETUSER .*$", PAGE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,25 @@ async def test_c2_a_failover_with_the_replica_in_step_loses_nothing(cluster, new
         assert await ask(pipeline, 1) | await ask(pipeline, 2) == seen
         assert pipeline.store.session.engine.changes(None).epoch == noticed
     assert not idle.calls
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+@pytest.mark.filterwarnings("ignore:the server at .* confirms samples that no replica has")
+async def test_a_user_of_a_cluster_needs_the_documented_permissions_only(cluster):
+    for node in cluster.nodes:
+        with node.client() as client:
+            for line in ACL:
+                client.execute_command(line)
+            client.acl_log_reset()
+    url = cluster.url("eam").replace("://", "://lab:PASSWORD@")
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), url) as pipeline:
+        answers = [await pipeline.request(Request(f"q{number}", n=2)) for number in range(20)]
+        store = pipeline.store
+        await store.apply([Discard(answers[0].key, 0, "a test")])
+        assert await asyncio.to_thread(store.session.local.sync)
+        assert len(list(store.keys())) == 20
+        assert check(store.session).whole
+    for node in cluster.nodes:
+        with node.client() as client:
+            assert client.acl_log() == []

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from cachepipe import OnlineAPI, Request, Response
-from cachepipe.cli import manage
+from cachepipe.cli import inspect, manage
 from cachepipe.cli.group import cli
 from cachepipe.stores import DiskStore
 from cachepipe.stores.repair import repair
@@ -121,6 +121,20 @@ def test_a_server_is_refused_before_it_is_asked(command):
 def test_discard_takes_the_index_as_an_option(folder):
     told = json.loads(called(folder, "discard", "k2", "--index", "1", "--why", "bad", "--json").stdout)
     assert (told["discarded"], told["draws"]) == ([1], 2)
+
+
+def test_samples_are_shown_side_by_side_on_a_terminal(folder, monkeypatch):
+    assert "\n  #0  " in called(folder, "show", "k2").stdout
+    monkeypatch.setattr(inspect, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = called(folder, "show", "k2").stdout.splitlines()
+    assert [line.split() for line in lines if "#" in line and "generated" not in line] == [
+        ["#0", "#1"],
+        ["#2", "#3"],
+    ]
+    assert max(map(len, lines)) <= 80
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "\n  #0  " in called(folder, "show", "k2").stdout
 
 
 def test_compact_says_what_it_gave_back(folder):

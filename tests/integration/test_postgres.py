@@ -105,6 +105,14 @@ async def test_c7_terminated_connections_cost_nothing(postgres_server, url):
     assert model.generated == 4
 
 
+def test_the_history_of_a_server_is_its_timeline(url):
+    """Another one says that a replica has taken over."""
+    store, _ = open_store(url)
+    [server] = store.session.engine.servers()
+    store.close()
+    assert (server.history, server.before) == ("00000001", "00000000")
+
+
 @pytest.mark.anyio
 async def test_a_swap_whose_answer_was_lost_is_performed_once(postgres_server, url):
     """A swap waits for a lock for longer than its client; the server performs it when the lock is free."""

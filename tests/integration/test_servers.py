@@ -154,6 +154,24 @@ async def test_a_server_that_has_lost_the_functions_gets_them_again(start):
     assert answer.indices == (1,)
 
 
+@pytest.mark.filterwarnings("ignore:the server at .* confirms samples that no replica has")
+def test_a_replica_that_takes_over_names_the_history_that_it_continues(start, tmp_path):
+    primary = start()
+    replica = ValkeyNode(tmp_path / "replica", replicaof=f"127.0.0.1 {primary.port}")
+    store, _ = open_store(primary.url())
+    [before] = store.session.engine.servers()
+    with replica.client() as client:
+        while client.info("replication")["master_link_status"] != "up":
+            pass
+        client.replicaof("NO", "ONE")
+    store.close()
+    other, _ = open_store(replica.url())
+    [after] = other.session.engine.servers()
+    other.close()
+    replica.close()
+    assert after.before == before.history != after.history
+
+
 @pytest.mark.anyio
 async def test_a_swap_whose_answer_was_lost_is_performed_once(start):
     """A client that sends it again after a time-out gets the answer, and nothing is bought twice."""

@@ -30,9 +30,10 @@ from cachepipe import MemoryStore
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
+from cachepipe.errors import StoreError
 from cachepipe.runs import Occurrences
 from cachepipe.stores import reading
-from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
+from cachepipe.stores.base import Claim, Commit, Discard, Erase, ReleaseHold, ReleaseLease, Withdraw
 from cachepipe.stores.remote import session
 from cachepipe.stores.remote.copies import Copies
 from cachepipe.stores.remote.engine import Unreachable
@@ -73,6 +74,7 @@ class StoreMachine(RuleBasedStateMachine):
     """Claims, commits, failures, deaths and discards, in any order."""
 
     claimants = Bundle("claimants")
+    removes = True  # whether draws and samples can be removed
 
     @initialize()
     def begin(self):
@@ -381,6 +383,47 @@ class StoreMachine(RuleBasedStateMachine):
         self.discarded[key].add(index)
         del self.stored[key][index]
 
+    @precondition(lambda self: self.removes)
+    @rule(
+        process=st.integers(0, 1),
+        key=st.sampled_from(KEYS),
+        namespace=st.sampled_from([label(None), label("x"), SHARED]),
+    )
+    def withdraw(self, process, key, namespace):
+        """Remove all draws of a namespace; while one of them is under way, nothing is removed."""
+        process, before = self.at(process), self.ledger(key)
+        if process.question(key) is None:
+            return
+        try:
+            self.apply(process, Withdraw(key, [namespace]))
+        except StoreError:
+            assert self.ledger(key) == before
+            return
+        left = {draw: indices for draw, indices in before.items() if draw.namespace != namespace}
+        assert self.ledger(key) == left
+        assert not any(self.holders(draw) for draw in before.keys() - left.keys())
+        for account in (self.delivered, self.sure, self.granted_since):
+            for draw in [draw for draw in account if (draw.namespace, draw.key) == (namespace, key)]:
+                del account[draw]
+        for account in (self.ever, self.replaced):
+            account.pop((namespace, key), None)
+
+    @precondition(lambda self: self.removes)
+    @rule(
+        process=st.integers(0, 1), key=st.sampled_from(KEYS), indices=st.sets(st.integers(0, 6), min_size=1)
+    )
+    def erase(self, process, key, indices):
+        """Delete what no draw has, and nothing else; no other sample gets its index (C1)."""
+        process = self.at(process)
+        if process.question(key) is None:
+            return
+        [erased] = self.apply(process, Erase(key, sorted(indices), "because"))
+        drawn = {index for held in self.ledger(key).values() for index in held}
+        assert not drawn & {*erased.indices}
+        for index in erased.indices:
+            self.stored[key].pop(index, None)
+            self.discarded[key].add(index)
+
     @rule(process=st.integers(0, 1), draw=draws, n=st.integers(1, 3))
     def recall(self, process, draw, n):
         grant = self.at(process).recall(draw, n)
@@ -506,6 +549,8 @@ class DiskMachine(StoreMachine):
 
 class RemoteMachine(DiskMachine):
     """The same on a store that machines share, whose engine is slow to agree and loses answers."""
+
+    removes = False
 
     def start(self):
         self.folder = None

@@ -15,9 +15,13 @@ import pytest
 
 from cachepipe import MemoryStore, runs, wire
 from cachepipe.batch import BatchFileError, BatchSettings, Stop, files, run_file
+from cachepipe.batch.draws import FileDraws
 from cachepipe.batch.lines import parse_line
+from cachepipe.batch.report import Report
 from cachepipe.batch.runner import WINDOW
 from cachepipe.errors import BadAnswer, StoreError
+from cachepipe.models.openai import OpenAIModel
+from cachepipe.providers.exchange import questions_of
 
 pytestmark = pytest.mark.anyio
 
@@ -1040,3 +1044,25 @@ async def test_settings_that_make_no_sense_are_refused(paths):
         await run_file(source, target, replicates=3, replicate=1)
     with pytest.raises(ValueError, match="the same samples in all replicates"):
         await run_file(source, target, replicates=3, repeat="same")
+
+
+@pytest.mark.parametrize("scope", [None, "mine", "https://old.example/v1"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a", "n": 2},
+        {"url": "/v1/embeddings", "body": {"model": "m", "input": ["a", "b"]}},
+    ],
+)
+async def test_c9_a_line_has_the_keys_of_its_scope(fields, scope):
+    model = OpenAIModel("m", base_url="https://api.example/v1", api_key="none")
+    settings = BatchSettings(model="m", scope=scope)
+    with contextlib.closing(MemoryStore()) as store:
+        draws = FileDraws(model, store, settings, Report())
+        [draw] = draws.draws(line := parse_line(json.dumps(fields).encode(), 1, settings))
+        url, (questions, _, _) = draws.planned(draw)
+        assert questions == questions_of(line.api, line.asks, url, {}, scope=scope)
+        assert draws.exchange(draw).questions == questions
+        await draws.close()
+    other = FileDraws(model, store, BatchSettings(model="m", scope="other"), Report())
+    assert [each.id for each in other.draws(line)] == [draw.id]  # results are found whatever the scope

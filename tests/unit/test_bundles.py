@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -18,6 +19,8 @@ from cachepipe.contract.entries import Entry, EntrySample, EntrySegment
 from cachepipe.contract.keys import digest
 from cachepipe.contract.schedule import Place
 from cachepipe.errors import BundleError, FormatError, StoreError
+from cachepipe.stores import MemoryStore
+from cachepipe.stores.base import Adopt
 from cachepipe.stores.bundles import container
 from cachepipe.stores.bundles.manifest import Manifest
 from cachepipe.stores.bundles.reader import Bundle
@@ -316,3 +319,27 @@ def test_what_looks_like_a_secret_is_found_in_every_place(kind, text):
 )
 def test_harmless_texts_are_no_secrets(text):
     assert kinds_in(orjson.dumps(text)) == []
+
+
+def test_entries_that_are_read_together_are_those_that_are_read_alone(monkeypatch):
+    monkeypatch.setattr("cachepipe.stores.entries._TOGETHER", 3)
+    wanted = [
+        entry(
+            f"question {number}",
+            [sample(f"{number}-{index}", index, why="bad" if index == 1 else None) for index in range(count)],
+        )
+        for number, count in enumerate([1, 3, 2, 1, 4, 1, 2])
+    ]
+    for each in wanted[::2]:
+        each.draws[Draw(SHARED, each.key, "", 0)] = [EntrySegment(0, (each.samples[0].id,), STAMP, 1)]
+        each.users.append("=run")
+    wanted.sort(key=lambda each: each.key)
+    with contextlib.closing(MemoryStore()) as store:
+        store.write([Adopt(each) for each in wanted])
+        keys = [each.key for each in wanted]
+        assert plain(store.entries()) == plain(wanted)
+        assert plain(store.entries_of(keys[::-1])) == plain(map(store.entry, keys))
+        assert plain(store.entries_of([keys[4], "k2-0", keys[1]])) == plain([wanted[1], wanted[4]])
+        assert not list(store.entries_of([]))
+        again = store.write([Adopt(each) for each in wanted])
+        assert not any(result.changed for result in again)

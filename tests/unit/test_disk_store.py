@@ -319,7 +319,7 @@ def test_c7_a_cache_that_has_lost_its_ledger_is_refused_and_buys_nothing_again(f
     assert model.calls == 1
 
 
-@pytest.mark.parametrize("cache", [5, object(), ["folder"], b"folder"])
+@pytest.mark.parametrize("cache", [5, object(), {"folder"}, b"folder", [5]])
 def test_what_is_no_cache_is_refused(cache):
     with pytest.raises(TypeError, match=r"takes a folder|folder or a"):
         open_store(cache)

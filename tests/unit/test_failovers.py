@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +12,9 @@ from cachepipe.contract.draws import Draw, label
 from cachepipe.contract.keys import Question
 from cachepipe.errors import FailedOver
 from cachepipe.stores.base import Claim, Commit, Discard, ReleaseHold, ReleaseLease
+from cachepipe.stores.remote.engine import Unreachable
 from cachepipe.stores.remote.recent import Recent
-from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.session import Session, _Renewal
 from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.stores.remote.verify import check
 from cachepipe.testing import MemoryEngine
@@ -218,6 +221,33 @@ def test_a_server_that_restarts_is_told_of_only_if_it_has_lost_something(engine,
     engine.fail_over(replica)
     [told] = notice(store)
     assert "was restarted or replaced" in told
+
+
+def test_a_process_that_met_no_answer_looks_at_once(engine, store):
+    replica = engine.replica()
+    fill(store, drawn("a"))
+
+    def fail(_swaps):
+        engine.before_swap = None
+        engine.fail_over(replica)
+        raise Unreachable("its server died")
+
+    engine.before_swap = fail
+    assert claim(store, drawn("b", key=OTHER)).mine == [0]
+    with pytest.warns(FailedOver, match="stored 1 samples and 1 draws again"):
+        store.tidy()
+    assert store.recall(drawn("a"), 1) is not None
+
+
+def test_a_lease_is_renewed_though_a_look_at_the_servers_fails(engine, store, monkeypatch):
+    """A client of a cluster may raise anything while another thread learns of the new servers."""
+    renewed = []
+    monkeypatch.setattr(store.session, "renew", lambda: renewed.append(1) or True)
+    monkeypatch.setattr(engine, "servers", lambda: {}["changed while it was read"])
+    turns = iter([False, False, True])
+    ended = SimpleNamespace(wait=lambda _: next(turns))
+    _Renewal(weakref.ref(store.session), ended, 1.0)()
+    assert len(renewed) == 2
 
 
 def test_what_is_kept_is_bounded_in_time_and_bytes(engine, store):

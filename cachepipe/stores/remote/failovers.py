@@ -22,7 +22,7 @@ from cachepipe.errors import FailedOver, StoreError, StoreUnreachable, warn
 from cachepipe.stores.base import Adopt, Adopted, Commit, Committed, Operation, ReleaseLease, Result
 from cachepipe.stores.entries import read_sample
 from cachepipe.stores.remote import rows
-from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows, Server
+from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Engine, Read, Rows
 from cachepipe.stores.remote.recent import SECONDS, Page, Recent
 from cachepipe.stores.remote.rows import DrawRow
 from cachepipe.stores.tables import RAW
@@ -60,6 +60,7 @@ class Watch:
         recent: what this process has written lately.
 
     Attributes:
+        doubted: whether a server did not answer since the last look: another one may have taken over.
         due: whether rows are to be compared.
         took_over: the servers that have taken over since somebody was told.
         others: those that were restarted or replaced.
@@ -67,13 +68,14 @@ class Watch:
     """
 
     def __init__(self, recent: Recent) -> None:
+        self.doubted = False
         self.due = False
         self.took_over: list[str] = []
         self.others: list[str] = []
         self.owed: set[str] = set()
         self.alone = threading.Lock()
         self._recent = recent
-        self._known: dict[str, Server] = {}
+        self._known: set[str] = set()  # all histories that were seen
         self._left = 0
 
     def look(self, engine: Engine) -> bool:
@@ -82,15 +84,15 @@ class Watch:
         Raises:
             Unreachable: when a server does not answer.
         """
-        current = {server.history: server for server in engine.servers()}
-        new = [server for history, server in current.items() if history not in self._known]
+        servers = engine.servers()
+        new = [server for server in servers if server.history not in self._known]
         if self._known and new:
             for server in new:
                 (self.took_over if server.before in self._known else self.others).append(server.where)
             self._left = OWED
             self.due = self._recent.held = True
-        if current:
-            self._known = current
+        self._known.update(server.history for server in servers)
+        self.doubted = False
         return self.due or bool(self.owed)
 
     def tried(self, owed: Collection[str]) -> None:
@@ -124,9 +126,12 @@ def mend(session: Writer) -> None:
     """Write again what a failover has lost of this process's latest writes; warn once per failover.
 
     Raises:
-        StoreUnreachable: when the store does not answer; what is missing is written later.
+        Unreachable: when the store does not answer; what is missing is written later.
+        StoreUnreachable: likewise.
     """
     watch = session.watch
+    if watch.doubted:
+        watch.look(session.engine)
     if not (watch.due or watch.owed) or not watch.alone.acquire(blocking=False):
         return
     try:

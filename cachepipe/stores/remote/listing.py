@@ -205,6 +205,10 @@ class Listing:
         listed = entries.listed_in(key, one.rows)
         return entries.entry(key, one.rows, self._rows_of_samples(key, listed))
 
+    def entries_of(self, keys: Sequence[str]) -> Iterator[Entry]:
+        """Iterate over the entries of the keys that are known, in their order."""
+        yield from filter(None, map(self.entry, sorted(keys)))
+
     def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
         """Iterate over the entries of all questions, in the order of their keys.
 
@@ -217,10 +221,7 @@ class Listing:
             for one in self._keys()
             if one.name > after and (namespaces is None or one.concerns(namespaces))
         )
-        for name in names:
-            found = self.entry(name)
-            if found is not None:
-                yield found
+        yield from self.entries_of(names)
 
     def removals(self) -> Iterator[dict[str, Any]]:
         """Return no records: nothing is removed from a server."""

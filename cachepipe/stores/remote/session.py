@@ -227,7 +227,12 @@ class Session:
         Raises:
             StoreUnreachable: when it has not answered for too long.
         """
-        return patiently(ask, self.engine.where, self.patience, self._sleep, self._ended)
+        return patiently(ask, self.engine.where, self.patience, self._doubt, self._ended)
+
+    def _doubt(self, seconds: float) -> None:
+        """Wait for an engine that has not answered; another server may take over meanwhile."""
+        self.watch.doubted = True
+        self._sleep(seconds)
 
     # This process, and others.
 
@@ -790,7 +795,7 @@ class _Renewal:
             try:
                 renewed = session.renew()
                 changed = session.watch.look(session.engine)
-            except (Unreachable, StoreError):
+            except Exception:  # noqa: BLE001 - whatever a client raises while a server is replaced
                 away = True  # it is tried again, and begun anew if it has ended meanwhile
                 continue
             if away or changed:

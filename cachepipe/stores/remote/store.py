@@ -91,6 +91,8 @@ class RemoteStore(Queued, Listing):
         if self._writer.busy or asyncio._get_running_loop() is not None:  # noqa: SLF001 - the documented one raises
             return None
         results = self.write(operations)
+        if self.session.watch.doubted:
+            self._writer.wake()
         error = error_in(results)
         if error is not None:
             raise error

@@ -51,8 +51,8 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
-_HISTORY: Final = ("server", "replication")
-"""What a server says of its process, and of its history of writes: a restored one has another."""
+_HISTORY: Final = "replication"
+"""What a server says of its history of writes: one that was started, restored or took over has another."""
 _GLOB: Final = re.compile(rb"([*?\[\]\\])")
 
 _LATER: Final = (
@@ -347,7 +347,7 @@ class ValkeyEngine:
     def changes(self, since: int | None) -> Changes:
         """Return the changes from a number on; without a number the recent ones.
 
-        The epoch is which cache it is, and which servers have which history of writes.
+        The epoch is which cache it is, and which histories of writes its servers have.
         """
         if since is None:
             command: Command = ("XREVRANGE", self._changes, "+", "-", "COUNT", RECENT)
@@ -355,13 +355,13 @@ class ValkeyEngine:
             command = ("XRANGE", self._changes, f"0-{since}", "+")
         commands: list[Command] = [command, ("HGET", self._meta, "identity")]
         if isinstance(self._client, ValkeyCluster):
-            info = self._ask(_infos)
+            info = [*self._ask(_infos).values()]
             found, identity = self._told(commands)
         else:
-            found, identity, *info = self._told([*commands, ("INFO", *_HISTORY)])
-        servers = sorted(f"{each['run_id']}/{each['master_replid']}" for each in info)
+            found, identity, *info = self._told([*commands, ("INFO", _HISTORY)])
+        histories = sorted(str(each["master_replid"]) for each in info)
         keys = [(_numbered(name), decoded(row[b""])) for name, row in found]
-        return Changes(" ".join([str(identity), *servers]), sorted(keys))
+        return Changes(" ".join([str(identity), *histories]), sorted(keys))
 
     # Leases.
 
@@ -401,15 +401,12 @@ class ValkeyEngine:
         A client of a cluster that asks a server which is away, or a replica now, asks for the new ones.
         """
         if not isinstance(self._client, ValkeyCluster):
-            return [_server(self.where, self._ask(lambda client: client.info("replication")))]
-        found = [
-            (node.name, self._ask(partial(_replication, node)))
-            for node in self._ask(lambda client: client.get_primaries())
-        ]
-        if any(info["role"] == "slave" for _, info in found):
+            return [_server(self.where, self._ask(lambda client: client.info(_HISTORY)))]
+        found = self._ask(_infos)
+        if any(info["role"] == "slave" for info in found.values()):
             self._ask(lambda client: client.nodes_manager.initialize())
             raise Unreachable("a server has become a replica", there=True)
-        return [_server(name, info) for name, info in found]
+        return [_server(name, info) for name, info in found.items()]
 
     # Notifications.
 
@@ -499,20 +496,15 @@ def _servers(client: Client) -> list[Client]:
     return [client]
 
 
-def _infos(client: Client) -> list[dict[str, Any]]:
-    """Return what the primaries of a cluster say of themselves."""
+def _infos(client: Client) -> dict[str, dict[str, Any]]:
+    """Return what the primaries of a cluster say of themselves, by their names."""
     nodes = client.get_primaries()
-    found: dict[str, dict[str, Any]] = client.info(*_HISTORY, target_nodes=nodes)
-    return [found[node.name] for node in nodes] if len(nodes) > 1 else [found]
+    found: dict[str, Any] = client.info(_HISTORY, target_nodes=nodes)
+    return {nodes[0].name: found} if "master_replid" in found else found  # one answers for itself
 
 
 def _info(server: Client, _client: Client) -> dict[str, Any]:
     found: dict[str, Any] = server.info()
-    return found
-
-
-def _replication(node: Any, client: Client) -> dict[str, Any]:
-    found: dict[str, Any] = client.info("replication", target_nodes=node)
     return found
 
 

@@ -360,8 +360,6 @@ def test_c9_equal_bodies_to_two_apis_are_two_questions_within_one_scope():
         assert model.question(Request("text"), "mine") == scoped
         assert model.question(Request("text"), at) == plain
     assert len(keys) == 6
-    [ask] = CHAT.split(CHAT_BODY)
-    assert question_document(ask, api=CHAT) == question_document(ask)  # one that is left out
 
 
 def test_headers_that_change_the_answer_are_part_of_the_document_and_others_are_not():
