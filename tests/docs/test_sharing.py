@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
+from pages import Page, path_of
 
-PAGE = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
-
-
-def block(mark):
-    return re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[1]
+PAGE = Page("sharing.md")
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="the page uses jq to shorten what it prints")
 def test_the_examples_print_what_the_page_shows(tmp_path):
-    (tmp_path / "roll.py").write_text(block("example: program"))
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (tmp_path / "roll.py").write_text(PAGE.block("example: program"))
+    env = {**os.environ, "PATH": path_of(tmp_path / "programs")}
     for name in ("export", "import", "layers", "commands", "merge"):
-        lines = block(f"example: {name}").splitlines()
-        commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        commands, shown = PAGE.session(name)
         done = subprocess.run(
             ["bash", "-ec", "\n".join(commands)],
             cwd=tmp_path,
@@ -36,13 +27,13 @@ def test_the_examples_print_what_the_page_shows(tmp_path):
         )
         told = done.stderr.replace("Warning: ", "")
         assert not told, told
-        assert done.stdout.splitlines() == [line for line in lines if not line.startswith("$ ")]
+        assert done.stdout.splitlines() == shown
     ran = subprocess.run(
-        [sys.executable, "-c", block("example: python")],
+        [sys.executable, "-c", PAGE.block("example: python")],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert ran.stdout == block("prints: python")
+    assert ran.stdout == PAGE.block("prints: python")

@@ -1,0 +1,46 @@
+"""Pages of docs/, whose examples tests run in a shell, as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+_JQ = """\
+import json, sys
+import jq
+for value in jq.compile(sys.argv[-1]).input_text(sys.stdin.read()):
+    print(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+"""
+
+
+class Page:
+    """A page of docs/.
+
+    Args:
+        name: the name of its file.
+    """
+
+    def __init__(self, name):
+        self._text = (DOCS / name).read_text(encoding="utf-8")
+
+    def block(self, mark):
+        """Return the text of the block of code that follows a comment."""
+        return re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)^```$", self._text, re.DOTALL | re.MULTILINE)[1]
+
+    def session(self, name):
+        """Return the commands of an example, and the lines that they print all together."""
+        lines = self.block(f"example: {name}").splitlines()
+        commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        return commands, [line for line in lines if not line.startswith("$ ")]
+
+
+def path_of(folder):
+    """Return a PATH of this environment's programs, and of a jq in the folder: not every machine has one."""
+    folder.mkdir()
+    jq = folder / "jq"
+    jq.write_text(f"#!{sys.executable}\n{_JQ}")
+    jq.chmod(0o755)
+    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
