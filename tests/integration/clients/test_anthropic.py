@@ -589,7 +589,7 @@ def trace_api():
 @pytest.mark.parametrize("ours", [Anthropic, AsyncAnthropic])
 def test_signatures_are_the_sdks_with_ours_last(ours):
     clients = getattr(anthropic, ours.__name__)
-    own = ["cache", "namespace", "mode", "scope", "repeat", "service", "replicate", "ordered"]
+    own = ["cache", "namespace", "mode", "scope", "repeat", "service", "replicate", "ordered", "budget"]
     for name in ("__init__", "copy", "with_options"):
         theirs = list(inspect.signature(getattr(clients, name)).parameters)
         assert list(inspect.signature(getattr(ours, name)).parameters) == theirs + own

@@ -532,7 +532,7 @@ def test_calls_at_interpreter_exit_are_answered(server, interpreter, tmp_path):
 @pytest.mark.parametrize("name", ["__init__", "copy", "with_options"])
 def test_signatures_are_the_sdks_with_ours_last(name):
     ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (OpenAI, openai.OpenAI))
-    added = ["cache", "namespace", "mode", "scope", "repeat", "service", "replicate", "ordered"]
+    added = ["cache", "namespace", "mode", "scope", "repeat", "service", "replicate", "ordered", "budget"]
     assert list(ours.parameters) == [*theirs.parameters, *added]
 
 
