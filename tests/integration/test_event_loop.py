@@ -108,6 +108,16 @@ async def test_a_pipeline_opens_on_an_existing_cache_while_a_file_is_locked(tmp_
     await pipeline.close()
 
 
+@contextlib.contextmanager
+def watched():
+    """Raise an error where something blocks the event loop, apart from SQLite."""
+    with blockbuster_ctx() as guard:
+        for function in guard.functions:
+            if "sqlite3" in function:
+                guard.functions[function].deactivate()
+        yield guard
+
+
 async def test_nothing_that_blocks_is_called_on_the_loop_while_hits_and_misses_are_served(tmp_path):
     """Apart from SQLite's short reads and writes, which never wait for a lock, and one look at a file.
 
@@ -115,10 +125,7 @@ async def test_nothing_that_blocks_is_called_on_the_loop_while_hits_and_misses_a
     """
     async with OnlineAPI(Model(), tmp_path / "cache") as pipeline:
         await asyncio.gather(*asking(pipeline, "warm"))
-        with blockbuster_ctx() as guard:
-            for function in guard.functions:
-                if "sqlite3" in function:
-                    guard.functions[function].deactivate()
+        with watched() as guard:
             guard.functions["os.stat"].can_block_in("cachepipe/stores/disk.py", "_inode")
             misses = await asyncio.gather(*asking(pipeline, *map(str, range(200)), n=2))
             hits = await asyncio.gather(*asking(pipeline, *map(str, range(200)), namespace="other", n=2))
@@ -126,7 +133,10 @@ async def test_nothing_that_blocks_is_called_on_the_loop_while_hits_and_misses_a
 
 
 async def test_nothing_waits_for_a_server_on_the_loop(new_valkey_url):
-    """Also while samples of other processes are awaited; a closed loop or another thread may wait."""
+    """Also while samples of other processes are awaited; a closed loop or another thread may wait.
+
+    The copies on this machine are read on the loop.
+    """
     url = new_valkey_url()
     there, _ = open_store(f"{url}&timeout=4")
     there.identity = "played by another process"
@@ -135,7 +145,7 @@ async def test_nothing_waits_for_a_server_on_the_loop(new_valkey_url):
     async with OnlineAPI(model, url) as pipeline, OnlineAPI(slow, there) as other:
         await asyncio.gather(*asking(pipeline, "warm", namespace="here"))
         await asyncio.gather(*asking(other, "warm", namespace="there"))
-        with blockbuster_ctx():
+        with watched():
             first = asking(other, "held", namespace="x")
             await slow.begun(1)
             waits = asking(pipeline, "held", namespace="y")
@@ -143,7 +153,7 @@ async def test_nothing_waits_for_a_server_on_the_loop(new_valkey_url):
             hits = await asyncio.gather(*asking(pipeline, *map(str, range(200)), namespace="other", n=2))
             slow.open()
             await asyncio.gather(*first, *waits)
-        with cachepipe.run(), blockbuster_ctx():
+        with cachepipe.run(), watched():
             again = await asyncio.gather(*asking(pipeline, *map(str, range(200)), n=2))
     assert [answer.data for answer in misses] == [answer.data for answer in hits]
     assert [answer.data for answer in misses] == [answer.data for answer in again]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import cachepipe
 from cachepipe.cli.group import cli
-from cachepipe.cli.serve import _remembered
+from cachepipe.cli.serve import remembered
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream, from_file
@@ -166,7 +166,7 @@ def test_a_replaying_proxy_takes_its_upstreams_from_all_layers(paper, server, tm
     (tmp_path / "proxy.toml").write_text(f'cache = ["nothing", "{below}"]\nreplay = true\n')
     settings = from_file(tmp_path / "proxy.toml")
     assert settings.cache == ["nothing", below]
-    [upstream] = _remembered(settings)
+    [upstream] = remembered(settings.cache)
     assert upstream.url == server.base_url
 
 

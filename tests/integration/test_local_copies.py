@@ -56,6 +56,7 @@ def known(store):
     return len(draws), sum(store.session.local.recall(draw, 1) is not None for draw in draws)
 
 
+@pytest.mark.filterwarnings("ignore::cachepipe.SharedDraw")  # the leases of the killed may not have ended yet
 def test_workers_that_are_killed_while_they_copy_leave_a_copy_that_is_right(url):
     for seen in (10, 150, 60):
         worker = subprocess.Popen(

@@ -128,7 +128,9 @@ def test_one_replicate_and_their_number_exclude_each_other(server):
 @contextlib.contextmanager
 def started(words):
     """The command in a process of its own."""
-    command = [sys.executable, "-c", "from cachepipe.cli import main; main()", "run", *words]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # we may ignore it
+    begun = f"{heard}; from cachepipe.cli import main; main()"
+    command = [sys.executable, "-c", begun, "run", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:
         try:

@@ -42,7 +42,12 @@ warnings.filterwarnings("ignore", ".*confirms samples that no replica has")
 warnings.simplefilter("ignore", SharedDraw)  # its predecessor's lease may not have ended yet
 warnings.simplefilter("ignore", FreshIds)
 warnings.simplefilter("always", FailedOver)
-warnings.showwarning = lambda message, *_: print(json.dumps(str(message)), flush=True)
+
+def say(value):  # in one piece, as threads speak too
+    sys.stdout.write(json.dumps(value) + "\\n")
+    sys.stdout.flush()
+
+warnings.showwarning = lambda message, *_: say(str(message))
 serial = itertools.count()
 made = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -62,7 +67,7 @@ async def main():
             async with free:
                 prompt, request_id = f"q{place % questions}", f"{name}-{place}"
                 answer = await pipeline.request(Request(prompt, request_id=request_id, namespace=namespace))
-            print(json.dumps([prompt, request_id, namespace, answer.data]), flush=True)
+            say([prompt, request_id, namespace, answer.data])
         await asyncio.gather(*map(one, range(count)))
 asyncio.run(main())
 """
