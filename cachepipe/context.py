@@ -72,7 +72,7 @@ class Using(NamedTuple):
         return self.cache if given is None and not isinstance(self.cache, Inherited) else given
 
     def budget_of(self, given: Any) -> Any:
-        """Return the budget of what is made now, given its own; None is none."""
+        """Return the budget that a client or pipeline gets: its own, else the block's, else None."""
         return self.budget if given is None and not isinstance(self.budget, Inherited) else given
 
     def mode_of(self, usual: Mode) -> Mode:

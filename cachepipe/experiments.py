@@ -1,4 +1,4 @@
-"""Experiments: a block whose clients and pipelines share a namespace, a cache, a mode and a budget.
+"""Experiments: clients and pipelines in one block share a namespace, a cache, a mode and a budget.
 
     with cachepipe.experiment("run-1", cache="caches/mine", budget=5) as exp:
         client = OpenAI()
@@ -211,7 +211,7 @@ class Experiment:
         )
 
     def _statement(self) -> dict[str, Account]:
-        """Return the sums of the namespace; none for a bundle, whose samples were bought elsewhere."""
+        """Return the sums of the namespace. A bundle has no sums, as its samples were bought elsewhere."""
         first = self.cache[0] if isinstance(self.cache, list | tuple) else self.cache
         if isinstance(first, str | os.PathLike) and is_bundle(first):
             return {}

@@ -16,7 +16,7 @@ Library = Literal["pandas", "polars"]
 def data_frame(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], library: Library | None = None
 ) -> Any:
-    """Return rows as a data frame; what a row lacks is None.
+    """Return rows as a data frame; a column that a row lacks is None in it.
 
     Args:
         rows: the rows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +36,28 @@ class Page:
         lines = self.block(f"example: {name}").splitlines()
         commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         return commands, [line for line in lines if not line.startswith("$ ")]
+
+    def check(self, names, folder):
+        """Run examples in a folder; each prints what the page shows, and nothing else."""
+        env = {**os.environ, "PATH": path_of(folder / "programs")}
+        for name in names:
+            commands, shown = self.session(name)
+            done = _ran(["bash", "-ec", "\n".join(commands)], folder, env)
+            told = done.stderr.replace("Warning: ", "")
+            assert (done.returncode, told) == (0, ""), told
+            assert done.stdout.splitlines() == shown
+
+    def printed(self, name, folder):
+        """Run a Python example in a folder; return what it prints."""
+        done = _ran([sys.executable, "-c", self.block(f"example: {name}")], folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+def _ran(command, folder, env=None):
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def path_of(folder):

@@ -1,4 +1,4 @@
-"""Commands that remove what nobody needs any more: `rm`, `prune` and `compact`."""
+"""The commands `rm` and `prune`, which delete draws and samples, and `compact`, which frees disk space."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def rm(
     "--larger-than",
     metavar="SIZE",
     callback=_amount(_BYTES, "10MB"),
-    help="Only questions whose samples take more than a size such as 10MB together.",
+    help="Only questions whose samples together take more than this size, such as 10MB.",
 )
 @click.option(
     "--draws",

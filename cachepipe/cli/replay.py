@@ -1,4 +1,4 @@
-"""The command `replay`, which runs a program whose answers come from a bundle or a cache."""
+"""The command `replay`: it runs a program, and answers its requests from a bundle or a cache."""
 
 from __future__ import annotations
 

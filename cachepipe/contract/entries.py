@@ -122,7 +122,7 @@ def ordered(samples: Iterable[EntrySample]) -> list[EntrySample]:
 
 
 def _without_open_end(segments: Sequence[EntrySegment]) -> list[EntrySegment]:
-    """Return the segments of a draw without the last ones of which nothing is stored: they may be undone."""
+    """Return the segments of a draw, without those at its end that lack any sample: they may be undone."""
     kept = list(segments)
     while kept and kept[-1].samples and not any(kept[-1].samples):
         kept.pop()
@@ -274,7 +274,7 @@ def _laid(segments: Iterable[EntrySegment]) -> list[str | None]:
 
 
 def _missing(ours: Sequence[str | None], theirs: Sequence[str | None]) -> list[tuple[int, str]]:
-    """Return the samples that their draw has at positions where ours has none, by position."""
+    """Return, by position, the samples of their draw at positions where our draw has no sample."""
     return [
         (position, name)
         for position, name in enumerate(theirs)

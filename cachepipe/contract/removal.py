@@ -93,7 +93,10 @@ def _drawn_by(entry: Entry, namespaces: Collection[str]) -> bool:
 
 
 def _namespaces(entry: Entry, selection: Selection) -> list[str]:
-    """Return the labels of the namespaces whose draws go; that of the shared draw if its last user goes."""
+    """Return the labels of the namespaces whose draws are deleted.
+
+    The label of the shared draw is among them if its last user is deleted.
+    """
     newest: dict[str, int] = dict.fromkeys(entry.users, 0)
     for draw, segments in entry.draws.items():
         stamp = max(segment.stamp for segment in segments)

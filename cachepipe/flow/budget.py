@@ -70,7 +70,7 @@ class Budget:
         return value if isinstance(value, Budget) else cls(value)
 
     def limit(self, namespace: str | None) -> float | None:
-        """Return the budget of a namespace in US dollars; None if it has none."""
+        """Return the budget of a namespace in US dollars; None if it has no budget."""
         return self._namespaces.get(namespace, self.usd)
 
     def most(self, body: Mapping[str, Any], url: str, *, samples: int | None = None) -> float:
