@@ -24,6 +24,17 @@ async def ask(prompt, **fields):
 """
 
 
+def joined(outputs):
+    """Return a cell's outputs as a front end shows them: a kernel may send one stream's text in pieces."""
+    whole = []
+    for output in outputs:
+        if whole and "text" in output and output.get("name") == whole[-1].get("name"):
+            whole[-1] = nbformat.from_dict({**whole[-1], "text": whole[-1].text + output.text})
+        else:
+            whole.append(output)
+    return whole
+
+
 class Kernel:
     """A kernel that executes cells one by one.
 
@@ -69,12 +80,12 @@ class Kernel:
         self._client._cleanup_kernel()
 
     def outputs(self, code, cell_id=None, *, fails=False):
-        """Execute a cell and return its outputs."""
+        """Execute a cell and return its outputs, with what it prints to one stream as one output."""
         self._cell_id = cell_id
         cell = nbformat.v4.new_code_cell(code, metadata={"tags": ["raises-exception"] * fails})
         self._client.nb.cells.append(cell)
         self._client.execute_cell(cell, len(self._client.nb.cells) - 1)
-        return cell.outputs
+        return joined(cell.outputs)
 
     def run(self, code, cell_id=None):
         """Execute a cell and return what it prints, or the text of its value."""
