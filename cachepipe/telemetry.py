@@ -17,6 +17,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from cachepipe.errors import BadAnswer
+from cachepipe.outages import status_of
 from cachepipe.wire.usage import token_counts
 
 _OPERATIONS: Final = {
@@ -196,8 +197,8 @@ def _failure(error: BaseException | None, answer: Mapping[str, Any]) -> str | No
     """Return the type of a call's failure: the status or the class of its error; None if it did not fail."""
     if error is None:
         return BadAnswer.__qualname__ if answer.get("error") else None
-    status = getattr(error, "status_code", None)
-    return str(status) if isinstance(status, int) else type(error).__qualname__
+    status = status_of(error)
+    return type(error).__qualname__ if status is None else str(status)
 
 
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:

@@ -33,16 +33,6 @@ class Hint(NamedTuple):
     reset: float
 
 
-def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status code of an adapter's error, whichever library it is from."""
-    for source in (error, getattr(error, "response", None)):
-        for name in ("status_code", "status"):
-            value = getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    return None
-
-
 def headers_of(error: BaseException | None) -> Mapping[str, Any] | None:
     """Return the headers about limits of the answer in an error, whichever library it is from."""
     for source in (getattr(error, "response", None), error):

@@ -40,6 +40,7 @@ from cachepipe.contract.keys import Question, trimmed
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
 from cachepipe.flow.budget import Budget, Spending
 from cachepipe.flow.flow import Flow
+from cachepipe.outages import status_of
 from cachepipe.prices import TABLE, Prices
 from cachepipe.providers import info
 from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts
@@ -723,7 +724,7 @@ class Exchange(Calls):
         try:
             made, arrived = await self.begin(body, stream=True)
         except Exception as error:
-            if not added or getattr(error, "status_code", None) not in (400, 422):
+            if not added or status_of(error) not in (400, 422):
                 raise
             added = False  # not every server knows how to report usage: what counts is what its caller wrote
             made, arrived = await self.begin(self.body, stream=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cachepipe import loops
 from cachepipe.contract.demands import REFUSED
+from cachepipe.outages import status_of
 from cachepipe.providers.generation import TooLarge, Unkept
 from cachepipe.wire import MixedAnswer
 
@@ -149,4 +150,4 @@ def _may_be_size(error: BaseException) -> bool:
     """Return True if a call may have failed because of its size, or of one bad item among good ones."""
     if isinstance(error, Unkept):
         return False
-    return "Timeout" in type(error).__name__ or getattr(error, "status_code", None) in REFUSED
+    return "Timeout" in type(error).__name__ or status_of(error) in REFUSED
