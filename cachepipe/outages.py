@@ -103,8 +103,7 @@ def explain(error: BaseException) -> None:
 
 def advice_on(error: BaseException) -> str:
     """Return what is wrong with the URL of a call that got status 404; empty if unknown."""
-    status, code = getattr(error, "status_code", None), getattr(error, "code", None)
-    if status != 404 or "model" in str(code):
+    if status_of(error) != 404 or "model" in str(getattr(error, "code", None)):
         return ""
     return advice_for(url_of(error))
 
