@@ -7,6 +7,7 @@ while other processes use the cache. Its memory grows with the rows of one quest
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from cachepipe.stores import identity, tables
 from cachepipe.stores.disk import connect_to_read
 from cachepipe.stores.folders import check_files
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
-from cachepipe.stores.tables import LISTED, SegmentRow
+from cachepipe.stores.tables import LISTED
 
 _EXAMPLES: Final = 10  # of each kind of problem
 _STEP: Final = 1000  # rows to a step of the progress
@@ -166,7 +167,7 @@ def _opened(folder: Path) -> Iterator[tuple[sqlite3.Connection, sqlite3.Connecti
             connection, _ = connect_to_read(folder / name)
             stack.enter_context(contextlib.closing(connection))
             connection.execute("PRAGMA query_only = 1")
-            connection.text_factory = lambda text: text.decode(errors="surrogateescape")
+            connection.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
             pair.append(connection)
         yield pair[0], pair[1]
 
@@ -221,12 +222,16 @@ class _Rows:
     def of(self, key: float) -> list[tuple[Any, ...]]:
         """Return the rows of a question; those before them belong to none, or lie out of order."""
         found = []
-        while self._next is not None and not (type(self._next[0]) is int and self._next[0] > key):
-            if self._next[0] == key:
-                found.append(self._next)
+        row = self._next
+        while row is not None:
+            if row[0] == key:
+                found.append(row)
+            elif type(row[0]) is int and row[0] > key:
+                break
             else:
-                self._stray(self._next)
-            self._next = self._cursor.fetchone()
+                self._stray(row)
+            row = self._cursor.fetchone()
+        self._next = row
         return found
 
     def finish(self) -> None:
@@ -241,7 +246,7 @@ class _Question(NamedTuple):
     listed: IntervalSet | None
     taken: dict[int, IntervalSet | None]
     segments: int
-    stored: list[int]
+    stored: set[int]
     pending: set[int]
     discarded: set[int]
 
@@ -356,9 +361,9 @@ class _Check:
                     listed,
                     taken,
                     found,
-                    sorted(int(name[2]) for row in stored.of(place) if (name := _NAME.fullmatch(row[1]))),
-                    {row[1] for row in pending.of(number)},
-                    {row[1] for row in discards.of(number)},
+                    {int(name[2]) for row in stored.of(place) if (name := _NAME.fullmatch(row[1]))},
+                    {index for _, index in pending.of(number)},
+                    {index for _, index in discards.of(number)},
                 )
                 self._report.counts["discarded"] += len(question.discarded)
                 self._check_list(question)
@@ -392,7 +397,7 @@ class _Check:
             return None
         last = -1
         for start, stop, digest, _ in rows:
-            if not _encodable(key, name) or tables.interval_digest(name, key, start, stop) != digest:
+            if tables.interval_digest(name, key, start, stop) != digest:
                 self._report.add("set", f"question {key}, {_whose(name)}")
                 return None
             if not last < start < stop:
@@ -410,14 +415,16 @@ class _Check:
             self._check_discarded(question, index)
         if listed is None:
             return
-        there = sorted({*question.stored, *question.pending}) if question.pending else question.stored
+        there = sorted(question.stored | question.pending)
         for start, stop in gaps(listed, there):
             self._report.absent.append(Absent(key, start, stop))
             self._report.add("missing", _name(key, start, stop), stop - start)
-        self._report.unlisted += [Stored(key, index) for index in question.stored if index not in listed]
-        for index in question.pending:
+        for index in there:
             if index not in listed:
-                self._report.add("lease", f"{key}/{index}: it is not listed")
+                if index in question.stored:
+                    self._report.unlisted.append(Stored(key, index))
+                if index in question.pending:
+                    self._report.add("lease", f"{key}/{index}: it is not listed")
 
     def _check_discarded(self, question: _Question, index: int) -> None:
         """Check that a sample that is discarded on record is marked so."""
@@ -434,9 +441,9 @@ class _Check:
         drawn: dict[int, dict[int, tuple[Any, ...]]] = {}
         unsure: set[int] = set()
         listed = question.listed or _NOTHING
-        draws: dict[tuple[Any, ...], list[SegmentRow]] = {}
+        draws: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         for row in rows:
-            draws.setdefault(row[1:5], []).append(SegmentRow._make(row[4:]))
+            draws.setdefault(row[1:5], []).append(row[4:])
         self._passed(len(rows))
         self._report.counts["draws"] += len(draws)
         for place, written in draws.items():
@@ -448,13 +455,16 @@ class _Check:
                 continue
             taken = question.taken.get(namespace, _NOTHING)
             holders = drawn.setdefault(namespace, {})
-            for index in {index for segment in segments for index in segment.indices}:
+            whole = len(segments) == 1 and not segments[0].position
+            indices = segments[0].indices if whole else indices_of(segments)
+            for index in indices if whole else {index for segment in segments for index in segment.indices}:
                 if holders.setdefault(index, place) != place:
                     self._report.add("repeated", f"{question.key}/{index}, {_whose(draw.namespace)}")
                 if taken is not None and index not in taken:
                     self._report.add("unassigned", f"{question.key}/{index}, {_told(draw)}")
-            gone = {*indices_of(segments)}.difference(question.stored, question.pending)
-            self._report.unfinished += sum(index not in listed for index in gone)
+            for index in indices:
+                if index not in question.stored and index not in question.pending and index not in listed:
+                    self._report.unfinished += 1
         if question.segments != len(rows):
             hidden = abs(question.segments - len(rows))
             self._report.add("hidden", f"draws of question {question.key}", hidden)
@@ -466,7 +476,7 @@ class _Check:
         """Check that some draw of a namespace has each sample that the namespace has taken."""
         for namespace, taken in question.taken.items():
             if taken is not None and namespace not in unsure:
-                known = sorted({*drawn.get(namespace, ()), *question.discarded})
+                known = sorted(question.discarded.union(drawn.get(namespace, ())))
                 for start, stop in gaps(taken, known):
                     whose = _whose(self._labels[namespace])
                     self._report.add("undrawn", f"{_name(question.key, start, stop)}, {whose}", stop - start)
@@ -480,7 +490,7 @@ class _Check:
             return None
         return Draw(name, key, request_id, occurrence, replicate)
 
-    def _segments(self, draw: Draw, rows: list[SegmentRow]) -> list[Segment] | None:
+    def _segments(self, draw: Draw, rows: list[tuple[Any, ...]]) -> list[Segment] | None:
         """Return the segments of a draw; None if its rows are not what was written."""
         with contextlib.suppress(DamagedCache, TypeError, ValueError):
             segments = tables.segments_of(draw, rows)
