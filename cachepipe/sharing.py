@@ -115,9 +115,14 @@ def slices(cache: Caches, namespaces: Collection[str | None] | None) -> Generato
     with contextlib.ExitStack() as stack:
         caches: Any = cache if isinstance(cache, list | tuple) else [cache]
         sources = [stack.enter_context(opened(one)) for one in caches]
-        parts = [map(Entry.sliced, source.entries(labels), itertools.repeat(labels)) for source in sources]
-        entries = in_key_order(*(filter(None, each) for each in parts), key=attrgetter("key"))
-        for _, group in itertools.groupby(entries, attrgetter("key")):
+        parts = [
+            filter(None, map(Entry.sliced, source.entries(labels), itertools.repeat(labels)))
+            for source in sources
+        ]
+        if len(parts) == 1:
+            yield from parts[0]
+            return
+        for _, group in itertools.groupby(in_key_order(*parts, key=attrgetter("key")), attrgetter("key")):
             yield reduce(lambda whole, entry: joined(whole, entry) or whole, group)
 
 
@@ -125,8 +130,9 @@ def _checked(entries: Iterable[Entry], namespaces: Collection[str | None] | None
     """Iterate over entries; raise an error at the end if a namespace has no draws."""
     missing = {label(name) for name in namespaces or ()}
     for entry in entries:
-        missing.difference_update(draw.namespace for draw in entry.draws)
-        missing.difference_update(entry.users)
+        if missing:
+            missing.difference_update(draw.namespace for draw in entry.draws)
+            missing.difference_update(entry.users)
         yield entry
     if missing:
         names = ", ".join(repr(namespace_of(name)) for name in sorted(missing))

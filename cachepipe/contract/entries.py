@@ -78,7 +78,7 @@ class Entry:
         samples: its samples, in order (see `ordered`).
         draws: the segments of each of its draws, in order of writing.
         users: the labels of the namespaces that use its shared draw.
-        used: the indices of the store that no other sample may get.
+        used: the indices of the store that no other sample may get; empty if the entry was read to be copied.
     """
 
     key: str
@@ -97,13 +97,13 @@ class Entry:
         Args:
             labels: the labels of the namespaces; None for all, and for samples that nobody has drawn.
         """
-        users = [label for label in self.users if labels is None or label in labels]
-        draws = {}
+        users, draws, samples = self.users, {}, self.samples
+        if labels is not None:
+            users = [label for label in users if label in labels]
         for draw, segments in self.draws.items():
             wanted = labels is None or (users if draw.shared else draw.namespace in labels)
             if wanted and (settled := _without_open_end(segments)):
                 draws[draw] = settled
-        samples = self.samples
         if labels is not None:
             drawn = {name for each in draws.values() for segment in each for name in segment.samples}
             samples = [sample for sample in samples if sample.id in drawn]
@@ -118,15 +118,18 @@ class Entry:
 
 def ordered(samples: Iterable[EntrySample]) -> list[EntrySample]:
     """Return samples in an order that is the same in every store and does not depend on their length (C5)."""
-    return sorted(samples, key=lambda sample: (sample.origin, sample.id))
+    found = list(samples)
+    if len(found) > 1:
+        found.sort(key=lambda sample: (sample.origin, sample.id))
+    return found
 
 
 def _without_open_end(segments: Sequence[EntrySegment]) -> list[EntrySegment]:
     """Return the segments of a draw, without those at its end that lack any sample: they may be undone."""
-    kept = list(segments)
-    while kept and kept[-1].samples and not any(kept[-1].samples):
-        kept.pop()
-    return kept
+    end = len(segments)
+    while end and segments[end - 1].samples and not any(segments[end - 1].samples):
+        end -= 1
+    return list(segments[:end])
 
 
 class Addition(NamedTuple):

@@ -39,6 +39,7 @@ from cachepipe.contract.keys import Question
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
 from cachepipe.flow.budget import Budget, Spending
 from cachepipe.flow.flow import Flow
+from cachepipe.outages import status_of
 from cachepipe.prices import TABLE, Prices
 from cachepipe.providers import info
 from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts, packed
@@ -693,7 +694,7 @@ class Exchange(Calls):
         """Return what the items that may share a call have in common; None if the question travels alone."""
         ask, listed = self.asks[place], self.api.listed
         item = None if listed is None else ask.question.get(listed)
-        if item is None or not ask.mergeable or not isinstance(item, str | list):
+        if item is None or not ask.mergeable or not isinstance(item, self.api.item_types):
             return None
         if self._kind is None:
             others = {name: value for name, value in ask.question.items() if name != listed}
@@ -718,7 +719,7 @@ class Exchange(Calls):
         try:
             made, arrived = await self.begin(body, stream=True)
         except Exception as error:
-            if not added or getattr(error, "status_code", None) not in (400, 422):
+            if not added or status_of(error) not in (400, 422):
                 raise
             added = False  # not every server knows how to report usage: what counts is what its caller wrote
             made, arrived = await self.begin(self.body, stream=True)
@@ -740,7 +741,7 @@ class Exchange(Calls):
         registry = self.view.cache(self.mode).in_flight
         recording = self.recording(
             arrived.response,
-            self.api.recorder().within(self.most()),
+            self.api.recorder(ask=self.asks[0]).within(self.most()),
             hide_usage=hide_usage,
             awaited=partial(registry.anyone_waits_for, self.questions[0].key),
             cut=self.give_back,

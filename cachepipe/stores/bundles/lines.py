@@ -16,7 +16,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -26,6 +26,7 @@ from cachepipe.contract.entries import Entry, EntrySample, EntrySegment
 from cachepipe.contract.schedule import Place
 from cachepipe.errors import BundleError, StoreError
 
+_NEWLINE: Final = orjson.OPT_APPEND_NEWLINE
 _MOST: Final = 1 << 53  # numbers below it are the same in every reader of JSON
 _ID: Final = re.compile(r"[!#-\[\]-~]{1,200}")  # without quotes and backslashes
 _KEY: Final = re.compile(r"k[0-9]+-[0-9a-f]{64}")
@@ -34,46 +35,44 @@ _KEY: Final = re.compile(r"k[0-9]+-[0-9a-f]{64}")
 # Writing.
 
 
-def lines_of(entry: Entry, meta: list[dict[str, Any]] | None = None) -> Iterator[bytes]:
-    """Iterate over the lines of an entry.
+class EntryLines(NamedTuple):
+    """An entry as lines.
 
-    Args:
-        entry: the entry.
-        meta: gets the headers of its samples.
+    Attributes:
+        lines: the lines, each with its end.
+        document: the value of the document; None if a strict parser does not read it.
+        headers: the headers of the samples that a strict parser reads.
+    """
+
+    lines: list[bytes]
+    document: dict[str, Any] | None
+    headers: list[dict[str, Any]]
+
+
+def lines_of(entry: Entry) -> EntryLines:
+    """Return the lines of an entry.
 
     Raises:
         StoreError: when it holds a text that JSON in UTF-8 cannot represent.
     """
-    question = {"question": entry.key, "scope": entry.scope, "document": _embedded(entry.document)[0]}
+    written, document = _embedded(entry.document)
+    question = {"question": entry.key, "scope": entry.scope, "document": written}
     if entry.users:
         question["users"] = list(map(namespace_of, entry.users))
-    yield _dumps(question)
+    lines, headers = [question], []
     for sample in entry.samples:
         header, parsed = _embedded(sample.header)
-        if meta is not None and isinstance(parsed, dict):
-            meta.append(parsed)
+        if parsed is not None:
+            headers.append(parsed)
         line = {"sample": sample.id, "index": sample.origin, "header": header}
         if sample.discarded is not None:
             line["discarded"] = sample.discarded
         else:
-            line |= _value(sample.payload)
-        yield _dumps(line)
-    for draw, segments in entry.draws.items():
-        yield _dumps(
-            {
-                "draw": draw.request_id,
-                "namespace": SHARED if draw.shared else namespace_of(draw.namespace),
-                **({"shared": True} if draw.shared else {}),
-                "replicate": namespace_of(draw.replicate),
-                "occurrence": draw.occurrence,
-                "segments": [_segment(each) for each in segments],
-            }
-        )
-
-
-def _dumps(line: dict[str, Any]) -> bytes:
+            name, line[name] = _value(sample.payload)
+        lines.append(line)
+    lines += (_draw_line(*drawn) for drawn in entry.draws.items())
     try:
-        return orjson.dumps(line) + b"\n"
+        return EntryLines([orjson.dumps(line, option=_NEWLINE) for line in lines], document, headers)
     except TypeError as error:
         raise StoreError(
             f"a question cannot be exported: {error}. Its namespace, request id or scope holds half of a "
@@ -81,8 +80,23 @@ def _dumps(line: dict[str, Any]) -> bytes:
         ) from error
 
 
-def _embedded(text: bytes) -> tuple[Any, Any]:
-    """Return what stands for a text of JSON in a line, and its value: itself if its bytes come back."""
+def _draw_line(draw: Draw, segments: list[EntrySegment]) -> dict[str, Any]:
+    line: dict[str, Any] = {"draw": draw.request_id}
+    if draw.shared:
+        line |= {"namespace": SHARED, "shared": True}
+    else:
+        line["namespace"] = namespace_of(draw.namespace)
+    line["replicate"] = namespace_of(draw.replicate)
+    line["occurrence"] = draw.occurrence
+    line["segments"] = [
+        [position, samples, stamp, generated, place and [*place]]
+        for position, samples, stamp, generated, place, _ in segments
+    ]
+    return line
+
+
+def _embedded(text: bytes) -> tuple[Any, dict[str, Any] | None]:
+    """Return what stands for an object of JSON in a line, itself if its bytes come back; and its value."""
     try:
         value = orjson.loads(text)
         if type(value) is dict and orjson.dumps(value) == text:
@@ -92,21 +106,17 @@ def _embedded(text: bytes) -> tuple[Any, Any]:
     return text.decode(errors="surrogateescape"), None
 
 
-def _value(payload: bytes) -> dict[str, Any]:
+def _value(payload: bytes) -> tuple[str, Any]:
+    """Return the name and the value of the field that holds a payload."""
     try:
         if orjson.dumps(orjson.loads(payload)) == payload:
-            return {"value": orjson.Fragment(payload)}
+            return "value", orjson.Fragment(payload)
     except (TypeError, ValueError):
         pass
     try:
-        return {"text": payload.decode()}
+        return "text", payload.decode()
     except UnicodeDecodeError:
-        return {"base64": base64.b64encode(payload).decode()}
-
-
-def _segment(segment: EntrySegment) -> list[Any]:
-    place = None if segment.place is None else list(segment.place)
-    return [segment.position, list(segment.samples), segment.stamp, segment.generated, place]
+        return "base64", base64.b64encode(payload).decode()
 
 
 # Reading.

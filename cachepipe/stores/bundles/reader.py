@@ -18,7 +18,7 @@ from cachepipe.stores.base import StoredQuestion
 from cachepipe.stores.bundles import SUFFIX, container
 from cachepipe.stores.bundles.container import Chunk
 from cachepipe.stores.bundles.lines import Lines
-from cachepipe.stores.bundles.manifest import Manifest
+from cachepipe.stores.bundles.manifest import Manifest, add_counts
 
 _KEPT: Final = 8  # chunks whose entries are kept in memory
 
@@ -120,11 +120,7 @@ class Bundle:
                 if not last < entry.key:
                     raise self._lines.refused(ValueError(f"the question {entry.key} is not in order"))
                 last = entry.key
-                gone = sum(sample.discarded is not None for sample in entry.samples)
-                counts["questions"] += 1
-                counts["samples"] += len(entry.samples) - gone
-                counts["discarded"] += gone
-                counts["draws"] += len(entry.draws)
+                add_counts(counts, entry)
                 yield entry
         if counts != self.manifest.counts or content.hexdigest() != self.manifest.content:
             raise self._lines.refused(ValueError("its manifest says something else than its lines"))
