@@ -25,6 +25,7 @@ from cachepipe.contract.draws import label, namespace_of
 from cachepipe.contract.entries import Addition, Entry, addition, joined, rescoped
 from cachepipe.contract.keys import digest
 from cachepipe.errors import ImportRefused, SecretsFound, StoreError
+from cachepipe.prefetch import prefetched
 from cachepipe.stores import DiskStore, cache_for, open_store
 from cachepipe.stores.base import Adopt, Adopted, Store
 from cachepipe.stores.bundles.manifest import Manifest
@@ -144,10 +145,15 @@ def _all(store: Store | Bundle) -> Iterator[Entry]:
     return (found for entry in store.entries() if (found := entry.sliced()) is not None)
 
 
-def _counted(questions: Iterable[_Item], doing: str, progress: Progress) -> Iterator[_Item]:
-    for number, question in enumerate(questions, 1):
-        yield question
-        progress(doing, number)
+def _counted(
+    items: Iterable[_Item], doing: str, progress: Progress, size: Callable[[_Item], int] = lambda _: 1
+) -> Iterator[_Item]:
+    """Iterate over items of so many questions; tell how many questions are done."""
+    done = 0
+    for item in items:
+        yield item
+        done += size(item)
+        progress(doing, done)
 
 
 # Import, merge and sync.
@@ -261,8 +267,9 @@ def _combine(
 ) -> list[Counts]:
     """Add what the sources hold to each target, if nothing contradicts; return what each got."""
     conflicts = _Conflicts()
-    for batch in _batches(_counted(_groups(sources, scope), "checking", progress)):
-        _check(targets, batch, conflicts)
+    with prefetched(_batches(_groups(sources, scope))) as batches:
+        for batch in _counted(batches, "checking", progress, len):
+            _check(targets, batch, conflicts)
     if conflicts.count:
         raise ImportRefused(
             conflicts.told,
@@ -270,9 +277,10 @@ def _combine(
             "Draw in another namespace in one of them, or import one as a bundle under another --scope",
         )
     counts = [Counts() for _ in targets]
-    for batch in _batches(_counted(_groups(sources, scope), "writing", progress)):
-        for target, count in zip(targets, counts, strict=True):
-            add(target, batch, count)
+    with prefetched(_batches(_groups(sources, scope))) as batches:
+        for batch in _counted(batches, "writing", progress, len):
+            for target, count in zip(targets, counts, strict=True):
+                add(target, batch, count)
     return counts
 
 
@@ -293,13 +301,19 @@ def _check(targets: Sequence[Store], batch: list[list[Entry]], conflicts: _Confl
 def _groups(sources: Sequence[Store | Bundle], scope: Scopes | None) -> Iterator[list[Entry]]:
     """Iterate over what the sources hold of each question."""
     streams = [_rescoped(_all(source), scope) for source in sources]
+    if len(streams) == 1 and scope is None:
+        yield from ([entry] for entry in streams[0])
+        return
     for _, group in itertools.groupby(in_key_order(*streams, key=attrgetter("key")), attrgetter("key")):
         yield list(group)
 
 
 def _rescoped(entries: Iterator[Entry], scope: Scopes | None) -> Iterator[Entry]:
+    if scope is None:
+        yield from entries
+        return
     for entry in entries:
-        new = scope if scope is None or isinstance(scope, str) else scope.get(entry.scope or "")
+        new = scope if isinstance(scope, str) else scope.get(entry.scope or "")
         yield entry if new is None else rescoped(entry, new, digest(new, entry.document))
 
 

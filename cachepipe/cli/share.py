@@ -40,9 +40,12 @@ def _progress() -> Iterator[Progress]:
         return
     with bar(transient=True) as progress:
         task = progress.add_task("reading", total=None, told="")
+        shown = ("", 0)
 
         def show(doing: str, done: int) -> None:
-            if done % _EVERY == 0:
+            nonlocal shown
+            if doing != shown[0] or done >= shown[1] + _EVERY:
+                shown = doing, done
                 progress.update(task, description=doing, completed=done)
 
         yield show
