@@ -157,8 +157,6 @@ if TYPE_CHECKING:
     from cachepipe.flow import (
         Retries as Retries,
     )
-    from cachepipe.importers import import_batch as import_batch
-    from cachepipe.importers import import_cachesaver as import_cachesaver
     from cachepipe.parallel import alcall as alcall
     from cachepipe.parallel import lcall as lcall
     from cachepipe.pipelines import (
@@ -266,7 +264,6 @@ _HOMES = {
     "cachepipe.runs": ("run",),
     "cachepipe.services": ("Service", "Services"),
     "cachepipe.chat.sessions": ("Session",),
-    "cachepipe.importers": ("import_batch", "import_cachesaver"),
     "cachepipe.sharing": ("export", "import_", "merge", "sync"),
     "cachepipe.stages": ("AsyncBatcher", "AsyncCacher", "AsyncDeduplicator", "RequestReorderer", "Stats"),
     "cachepipe.stores": ("DiskStore", "MemoryStore", "open_store"),
