@@ -338,13 +338,13 @@ GOOGLE_NAMES = (
 )
 """The methods of the object that makes the calls that cached clients override.
 
-The first two send a prepared request, with the SDK's own retries, and return its ``HttpResponse``. The next two
-return the chunks of a stream, and the last one sees each parsed answer before it is returned.
+The first two send a prepared request, with the SDK's own retries, and return its ``HttpResponse``. The next
+two return the chunks of a stream, and the last one sees each parsed answer before it is returned.
 """
 
 
 def google_kind(kind: type) -> str:
-    """Return ``"Client"`` or ``"AsyncClient"`` for a class of google-genai's clients, else an empty string."""
+    """Return ``"Client"`` or ``"AsyncClient"`` for a class of google-genai's clients, else nothing."""
     names = (base.__name__ for base in kind.__mro__ if base.__module__ == f"{GOOGLE}.client")
     return next((name for name in names if name in ("Client", "AsyncClient")), "")
 

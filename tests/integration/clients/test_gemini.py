@@ -25,7 +25,10 @@ from cachepipe.providers.info import info
 from cachepipe.sdk import internals
 from cachepipe.testing import MockSettings
 
-pytestmark = pytest.mark.anyio
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.filterwarnings("ignore:Inheritance class AiohttpClientSession:DeprecationWarning"),
+]
 MODEL = "gemini-2.5-flash"
 HELLO = "Write a function that sorts a list."
 
@@ -156,10 +159,17 @@ def test_c10_streams_and_whole_answers_share_samples(make, server, count):
     assert server.stats.requests == 1
 
 
-async def test_the_asynchronous_half_shares_everything(make, server):
+@pytest.mark.parametrize("library", ["aiohttp", "httpx2"])
+async def test_the_asynchronous_half_shares_everything(make, server, library):
+    pytest.importorskip(library)
     store = MemoryStore()
     first = ask(make(cache=store, namespace="a"))
-    async with make(AsyncGemini, cache=store, namespace="b") as client:
+    async with contextlib.AsyncExitStack() as opened:
+        own = {}
+        if library == "httpx2":  # google-genai prefers aiohttp where it is installed
+            own["httpx_async_client"] = await opened.enter_async_context(httpx2.AsyncClient())
+        client = make(AsyncGemini, cache=store, namespace="b", http_options=own)
+        await opened.enter_async_context(client)
         assert isinstance(client, genai.client.AsyncClient)
         assert (await ask(client)).text == first.text
         assert (await ask(client.aio.in_namespace("c"))).text == first.text
