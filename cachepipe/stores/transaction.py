@@ -334,8 +334,9 @@ class SqlLedger(Ledger):
         number = self._asked(Question(entry.key, entry.scope, entry.document), entry.first_stamp() / 1e6)
         if number in self._new_keys:
             self.begun.add(number)
-            for owner in (LISTED, *{self.namespace(draw.namespace) for draw in entry.draws}):
-                self._remember(owner, number, entry.key, [])
+            self._remember(LISTED, number, entry.key, [])
+            for draw in entry.draws:
+                self._remember(self.namespace(draw.namespace), number, entry.key, [])
         return _Key(self, number, entry.key)
 
     def inserting(self, draw: Draw) -> DrawRows:
@@ -424,7 +425,7 @@ class SqlLedger(Ledger):
         new: list[tuple[int, int, int, int, bytes]] = []
         for place, known in self._changed.items():
             intervals = list(known)
-            old, added = changes(known.written, intervals)
+            old, added = changes(known.written, intervals) if known.written else ([], intervals)
             known.written = intervals
             gone += [(*place, stop) for _, stop in old]
             for start, stop in added:
