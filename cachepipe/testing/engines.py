@@ -219,6 +219,16 @@ class MemoryEngine:
             ]
         return iter(found)
 
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples or pending indices and no other row."""
+        with self._lock:
+            found = [
+                key
+                for key, there in self.rows.items()
+                if there and all(name.startswith((SAMPLE, PENDING)) for name in there)
+            ]
+        return iter(found)
+
     def compact(self) -> None:
         """Do nothing: what is deleted is gone."""
 

@@ -218,6 +218,10 @@ class Engine(Protocol):
         """
         ...
 
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples and no other row, or that `scan` misses."""
+        ...
+
     def compact(self) -> tuple[int, int] | None:
         """Give back the space of deleted rows; return the bytes before and after.
 

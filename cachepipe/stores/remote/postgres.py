@@ -316,6 +316,17 @@ class PostgresEngine:
             if len(page) < _PAGE:
                 return
 
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples and no other row, or that `scan` misses."""
+        found = self._ask(
+            "select distinct s.key from SCHEMA.samples s "
+            "where not exists (select from SCHEMA.ledger l where l.key = s.key) union "
+            "select distinct l.key from SCHEMA.ledger l "
+            "where not exists (select from SCHEMA.keys k where k.key = l.key)"
+        )
+        for (key,) in found:
+            yield decoded(key)
+
     def compact(self) -> tuple[int, int]:
         """Make the space of deleted rows free for others; return the bytes of the tables before and after."""
         before = self._size()

@@ -378,6 +378,32 @@ class Session:
             if _only_reads(operation) and (grant := local.recall(operation.draw, operation.n)) is not None
         }
 
+    def edit(self, key: str, edit: Callable[[Book], None]) -> None:
+        """Change the rows of a key in another way than operations do; announce the change.
+
+        Args:
+            key: the key.
+            edit: changes the rows; it is called again if others change them meanwhile.
+
+        Raises:
+            StoreError: when others change them all the time.
+        """
+        read = Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED], pending=True)
+        with self._lock:
+            for _ in range(_TRIES):
+                [book] = self.books([read])
+                edit(book)
+                swap = book.swap(fair=False)
+                if swap is None:
+                    return
+                book.announced(self.announce([key])[0])
+                who = self.lease()
+                [conflict] = self.asked(lambda swap=swap, who=who: self.engine.swap([swap], who))  # type: ignore[misc]
+                self.remember(key, None)
+                if conflict is None:
+                    return
+        raise StoreError(f"key {key} is changed all the time by others; try again")
+
     def again(self, book: Book, current: Rows) -> Book:
         """Return the rows of a key whose swap has met a conflict.
 

@@ -338,6 +338,19 @@ class ValkeyEngine:
         found = self._told([("HGETALL", each) for each in hashes])
         return [one | other for one, other in zip(found[::2], found[1::2], strict=True)]
 
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples or pending indices and no other row."""
+        before = b"%b:{" % self._prefix
+        names = self._scanned(_GLOB.sub(rb"\\\1", before) + b"*}:[sp]")
+        seen: set[bytes] = set()
+        while page := list(islice(names, _PAGE)):
+            bases = [*dict.fromkeys(name[:-1] for name in page)]
+            there = self._told([("HLEN", base + b"b") for base in bases])
+            for base, count in zip(bases, there, strict=True):
+                if not count and base not in seen:
+                    seen.add(base)
+                    yield decoded(base[len(before) : -len(b"}:")])
+
     def compact(self) -> None:
         """Do nothing: the server frees what is deleted, and rewrites its append-only file as it grows."""
 
