@@ -115,7 +115,7 @@ def slices(cache: Caches, namespaces: Collection[str | None] | None) -> Generato
     labels = None if namespaces is None else {label(name) for name in namespaces}
     with contextlib.ExitStack() as stack:
         caches: Any = cache if isinstance(cache, list | tuple) else [cache]
-        sources = [stack.enter_context(_opened(one)) for one in caches]
+        sources = [stack.enter_context(opened(one)) for one in caches]
         parts = [
             filter(None, map(Entry.sliced, source.entries(labels), itertools.repeat(labels)))
             for source in sources
@@ -227,7 +227,7 @@ def import_(
         ImportRefused: when a draw of the bundle has other samples in the cache; nothing was changed.
         StoreError: when the cache cannot be written.
     """
-    with contextlib.closing(Bundle(path)) as bundle, _opened(cache, write=True) as store:
+    with contextlib.closing(Bundle(path)) as bundle, opened(cache, write=True) as store:
         return _combine([bundle], [store], scope, progress)[0]
 
 
@@ -239,8 +239,8 @@ def merge(
 ) -> Counts:
     """Add what some caches or bundles hold to another cache; see `import_`."""
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(_opened(cache)) for cache in caches]
-        target = stack.enter_context(_opened(into, write=True))
+        sources = [stack.enter_context(opened(cache)) for cache in caches]
+        target = stack.enter_context(opened(into, write=True))
         return _combine(sources, [target], None, progress)[0]
 
 
@@ -252,7 +252,7 @@ def sync(one: Cache, other: Cache, *, progress: Progress = _unseen) -> tuple[Cou
     Returns:
         What the first one got, and what the second one got.
     """
-    with _opened(one, write=True) as first, _opened(other, write=True) as second:
+    with opened(one, write=True) as first, opened(other, write=True) as second:
         if first.identity == second.identity:
             raise StoreError("the two are one cache; name two different ones")
         found = _combine([first, second], [first, second], None, progress)
@@ -280,7 +280,7 @@ def _combine(
     with prefetched(_batches(_groups(sources, scope))) as batches:
         for batch in _counted(batches, "writing", progress, len):
             for target, count in zip(targets, counts, strict=True):
-                _add(target, batch, count)
+                add(target, batch, count)
     return counts
 
 
@@ -331,7 +331,7 @@ def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
         yield batch
 
 
-def _add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
+def add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
     """Add entries to a store in one transaction."""
     adopts = [Adopt(entry) for group in batch for entry in group]
     apply: Any = target.apply_and_wait  # type: ignore[attr-defined]  # all that is opened here has it
@@ -370,7 +370,7 @@ def unpacked(path: str | os.PathLike[str]) -> Iterator[DiskStore]:
     ):
         with contextlib.closing(DiskStore(folder)) as store:
             for batch in _batches([entry] for entry in bundle.entries()):
-                _add(store, batch, Counts())
+                add(store, batch, Counts())
         with contextlib.closing(_UnpackedBundle(folder, read_only=True)) as unpacked:
             unpacked.bundle = bundle.path
             yield unpacked
@@ -392,7 +392,7 @@ class _UnpackedBundle(DiskStore):
 
 
 @contextlib.contextmanager
-def _opened(cache: Cache, *, write: bool = False) -> Iterator[Any]:
+def opened(cache: Cache, *, write: bool = False) -> Iterator[Any]:
     """Open a cache or, for reading, a bundle; an open store stays open."""
     cache = cache_for(cache)
     if isinstance(cache, str | os.PathLike) and is_bundle(cache):

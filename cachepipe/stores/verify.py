@@ -60,6 +60,7 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "discard": ("a sample is discarded in one of the two files only", REPAIR),
     "lease": ("a sample is noted as being generated, but not in order", REPAIR),
     "first": ("the note of a draw's earliest namespace is wrong", REPAIR),
+    "change": ("the note of a question's last change is damaged", REPAIR),
     "bundle": ("the bundle is damaged, or is none", "get another copy of it"),
     "sums": ("a row of the sums of what was delivered is damaged", COPY),
 }
@@ -101,6 +102,7 @@ class IntegrityReport:
         unfinished: positions of draws without a sample, as killed runs leave them; the sample is generated
             when it is asked for.
         problems: by kind (see ``KINDS``).
+        notes: the keys on a server with notes that can be written anew from other rows.
     """
 
     counts: dict[str, int] = field(
@@ -114,11 +116,25 @@ class IntegrityReport:
     absent: list[Absent] = field(default_factory=list)
     unlisted: list[Stored] = field(default_factory=list)
     discards: list[Stored] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)
 
     @property
     def whole(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def join(self, other: IntegrityReport) -> None:
+        """Add what another check has found."""
+        for name, count in other.counts.items():
+            self.counts[name] += count
+        self.unfinished += other.unfinished
+        for kind, problem in other.problems.items():
+            for example in problem.examples:
+                self.add(kind, example, 0)
+            self.problems[kind].count += problem.count
+        for name in ("damaged", "absent", "unlisted", "discards"):
+            getattr(self, name).extend(getattr(other, name))
+        self.notes |= other.notes
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """Count a problem."""
@@ -398,14 +414,14 @@ class _Check:
         last = -1
         for start, stop, digest, _ in rows:
             if tables.interval_digest(name, key, start, stop) != digest:
-                self._report.add("set", f"question {key}, {_whose(name)}")
+                self._report.add("set", f"question {key}, {whose(name)}")
                 return None
             if not last < start < stop:
-                self._report.add("set", f"question {key}, {_whose(name)}: intervals overlap")
+                self._report.add("set", f"question {key}, {whose(name)}: intervals overlap")
                 return None
             last = stop
         if rows[0][3] != len(rows):
-            self._report.add("hidden", f"a set of question {key}, {_whose(name)}")
+            self._report.add("hidden", f"a set of question {key}, {whose(name)}")
         return IntervalSet([row[:2] for row in rows])
 
     def _check_list(self, question: _Question) -> None:
@@ -418,7 +434,7 @@ class _Check:
         there = sorted(question.stored | question.pending)
         for start, stop in gaps(listed, there):
             self._report.absent.append(Absent(key, start, stop))
-            self._report.add("missing", _name(key, start, stop), stop - start)
+            self._report.add("missing", span(key, start, stop), stop - start)
         for index in there:
             if index not in listed:
                 if index in question.stored:
@@ -459,9 +475,9 @@ class _Check:
             indices = segments[0].indices if whole else indices_of(segments)
             for index in indices if whole else {index for segment in segments for index in segment.indices}:
                 if holders.setdefault(index, place) != place:
-                    self._report.add("repeated", f"{question.key}/{index}, {_whose(draw.namespace)}")
+                    self._report.add("repeated", f"{question.key}/{index}, {whose(draw.namespace)}")
                 if taken is not None and index not in taken:
-                    self._report.add("unassigned", f"{question.key}/{index}, {_told(draw)}")
+                    self._report.add("unassigned", f"{question.key}/{index}, {told(draw)}")
             for index in indices:
                 if index not in question.stored and index not in question.pending and index not in listed:
                     self._report.unfinished += 1
@@ -478,8 +494,9 @@ class _Check:
             if taken is not None and namespace not in unsure:
                 known = sorted(question.discarded.union(drawn.get(namespace, ())))
                 for start, stop in gaps(taken, known):
-                    whose = _whose(self._labels[namespace])
-                    self._report.add("undrawn", f"{_name(question.key, start, stop)}, {whose}", stop - start)
+                    label = self._labels[namespace]
+                    example = f"{span(question.key, start, stop)}, {whose(label)}"
+                    self._report.add("undrawn", example, stop - start)
 
     def _draw(self, key: str, place: tuple[Any, ...]) -> Draw | None:
         """Return the draw of some rows; None if the ledger does not know its namespace."""
@@ -496,7 +513,7 @@ class _Check:
             segments = tables.segments_of(draw, rows)
             if all(0 <= segment.standing <= len(segment.indices) for segment in segments):
                 return segments
-        self._report.add("draw", _told(draw))
+        self._report.add("draw", told(draw))
         return None
 
     def _check_leases_and_firsts(self) -> None:
@@ -526,7 +543,7 @@ class _Check:
                 except DamagedCache:
                     fits = False
                 if not fits:
-                    self._report.add("sums", f"{table}: run {row[0]}, {_whose(str(row[1]))}")
+                    self._report.add("sums", f"{table}: run {row[0]}, {whose(str(row[1]))}")
 
     # The samples.
 
@@ -681,11 +698,13 @@ def _encodable(*texts: Any) -> bool:
     return True
 
 
-def _name(key: str, start: int, stop: int) -> str:
+def span(key: str, start: int, stop: int) -> str:
+    """Return the samples of a key from an index on, below another one, for people."""
     return f"{key}/{start}" if stop == start + 1 else f"{key}/{start} to {stop - 1}"
 
 
-def _whose(written: str) -> str:
+def whose(written: str) -> str:
+    """Return whose a set of indices with a label is, for people."""
     if written == SHARED:
         return "for everybody"
     if not written:
@@ -694,8 +713,8 @@ def _whose(written: str) -> str:
     return "no namespace" if name is None else f"namespace {name!r}"
 
 
-def _told(draw: Draw) -> str:
+def told(draw: Draw) -> str:
     """Return a draw for people."""
     request = f", request {draw.request_id!r}" if draw.request_id else ""
     again = f", time {draw.occurrence + 1}" if draw.occurrence else ""
-    return f"question {draw.key}, {_whose(draw.namespace)}{request}{again}"
+    return f"question {draw.key}, {whose(draw.namespace)}{request}{again}"
