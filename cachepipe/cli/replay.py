@@ -23,9 +23,11 @@ from cachepipe.cli.group import Failure
 if TYPE_CHECKING:
     from cachepipe.proxy.settings import Upstream
 
-_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY")
+_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY", "GROQ_API_KEY")
 _OPENAI: Final = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # the second one is that of some frameworks
 _TOGETHER: Final = ("together.xyz", "together.ai")
+_GROQ: Final = "/openai/v1"
+"""What Groq's SDK writes into its paths."""
 _NOT_FOUND: Final = 127  # the exit code of a shell
 _SHOWN: Final = 20  # misses that are listed
 _WIDTH: Final = 60  # columns of a prompt
@@ -55,9 +57,10 @@ With --report, the file gets an object:
 def replay(*, bundle: str, command: tuple[str, ...], namespace: str | None, report: str | None) -> None:
     """Run a program that gets its answers from a bundle, or from a cache: no key, no network, no costs.
 
-    Programs with the SDKs of OpenAI, Anthropic and Together ask a proxy on this machine, by OPENAI_BASE_URL
-    and so on. In programs with cachepipe, every cache is the bundle and every mode is replay. The exit code
-    is that of the program. At the end, the command lists what was asked and is not in the bundle.
+    Programs with the SDKs of OpenAI, Anthropic, Together and Groq ask a proxy on this machine, by
+    OPENAI_BASE_URL and so on. In programs with cachepipe, every cache is the bundle and every mode is replay.
+    The exit code is that of the program. At the end, the command lists what was asked and is not in the
+    bundle.
     """
     found = _located(bundle)
     with tempfile.TemporaryDirectory(prefix="cachepipe-") as folder:
@@ -156,13 +159,16 @@ def _base_urls(upstreams: Sequence[Upstream], url_of: Callable[[Upstream], str])
     openai = [each for each in upstreams if each.kind == "openai"]
     together = [each for each in openai if is_at(each, *_TOGETHER)]
     first = sorted(openai, key=lambda each: (not is_at(each, "api.openai.com"), each in together))
+    groq = [each for each in openai if each.mount == _GROQ]
     anthropic = [each for each in upstreams if each.kind == "anthropic"]
     fitting = {
         **dict.fromkeys(_OPENAI, first),
         "TOGETHER_BASE_URL": together or first,
         "ANTHROPIC_BASE_URL": anthropic,
+        "GROQ_BASE_URL": groq or first,
     }
-    return {name: chosen(each, name) for name, each in fitting.items()}
+    urls = {name: chosen(each, name) for name, each in fitting.items()}
+    return {**urls, "GROQ_BASE_URL": urls["GROQ_BASE_URL"].removesuffix(_GROQ)}
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -103,7 +103,13 @@ class ClientCall(Exchange):
         self.context: contextvars.Context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
         self.receive = client._receive  # noqa: SLF001 - it is ours
-        super().__init__(client._cachepipe, url=target.url, headers=target.headers, **parts)  # noqa: SLF001 - likewise
+        super().__init__(
+            client._cachepipe,  # noqa: SLF001 - likewise
+            url=target.url,
+            headers=target.headers,
+            max_n=client._max_n,  # noqa: SLF001 - likewise
+            **parts,
+        )
 
     @classmethod
     def of(

@@ -34,7 +34,7 @@ def wrap(
     The original client is not changed. The copy is an instance of its class, with the same attributes.
 
     Args:
-        client: a client of the openai, together or anthropic package, of any class that sends its calls
+        client: a client of the openai, together, groq or anthropic package, of any class that sends its calls
             unchanged: not the classes for Bedrock, Vertex and Google Cloud.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
@@ -70,7 +70,7 @@ def _checked(client: Any) -> Any:
     package = internals.package_of(kind)
     if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
         raise TypeError(
-            "wrap() takes a client of openai>=1.60, together>=2 or anthropic>=0.49; "
+            "wrap() takes a client of openai>=1.60, together>=2, groq>=1 or anthropic>=0.49; "
             f"got {client!r:.200} of {kind.__module__}"
         )
     if package == "anthropic":

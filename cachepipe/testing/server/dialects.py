@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cachepipe.testing.server import chat, completions, messages, responses
+from cachepipe.testing.server import chat, completions, groq, messages, responses
 from cachepipe.testing.server.answers import data_event
 from cachepipe.testing.server.refusals import RefusalError, error_object
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from cachepipe.testing.server.calls import ModelCall
     from cachepipe.testing.server.settings import Settings
 
-__all__ = ["DIALECTS", "EMBEDDINGS", "MODELS", "Dialect", "dialect_of"]
+__all__ = ["DIALECTS", "EMBEDDINGS", "MODELS", "Dialect", "dialect_of", "unprefixed"]
 
 EMBEDDINGS: Final = "/v1/embeddings"
 MODELS: Final = "/v1/models"
+_GROQ: Final = "/openai"
+"""What Groq has before `/v1`."""
 
 
 def _error_event(refusal: RefusalError, _number: int) -> bytes:
@@ -28,7 +30,7 @@ def _error_event(refusal: RefusalError, _number: int) -> bytes:
 class Dialect(NamedTuple):
     """How an endpoint reads calls and writes answers and errors, whole or as streams.
 
-    An error in a stream also gets the number of events before it.
+    An error in a stream also gets the number of events before it. `headers` are those of every answer.
     """
 
     read: Callable[[Mapping[str, Any], Settings, NGramModel], ModelCall]
@@ -36,6 +38,7 @@ class Dialect(NamedTuple):
     stream: Callable[[ModelAnswer], EventStream]
     error: Callable[[RefusalError], dict[str, Any]] = error_object
     error_event: Callable[[RefusalError, int], bytes] = _error_event
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
@@ -47,7 +50,15 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
     "/v1/messages": Dialect(
         messages.read, messages.write, messages.stream, messages.error, messages.error_event
     ),
+    f"{_GROQ}/v1/chat/completions": Dialect(
+        groq.read, groq.write, groq.stream, groq.error, groq.error_event, groq.HEADERS
+    ),
 }
+
+
+def unprefixed(path: str) -> str:
+    """Return a path without Groq's prefix, for the endpoints that are the same behind it."""
+    return path.removeprefix(_GROQ)
 
 
 def dialect_of(path: str) -> Dialect:

@@ -22,7 +22,7 @@ import orjson
 from cachepipe.testing.ngram import generator
 from cachepipe.testing.server import embeddings
 from cachepipe.testing.server.answers import ModelAnswer, choice_of
-from cachepipe.testing.server.dialects import DIALECTS, EMBEDDINGS, MODELS
+from cachepipe.testing.server.dialects import DIALECTS, EMBEDDINGS, MODELS, unprefixed
 from cachepipe.testing.server.faults import choices_left, events_left, reply_instead, spoil
 from cachepipe.testing.server.refusals import RefusalError, retry_after
 from cachepipe.testing.server.replies import HttpReply, HttpRequest, json_reply, refused, stream_reply
@@ -121,9 +121,9 @@ class Responder:
     # -- routes -------------------------------------------------------------------------------------
 
     def _routed(self, request: HttpRequest, identity: str) -> HttpReply:
-        path = request.path
         self._authorise(request)
-        if path in DIALECTS or path == EMBEDDINGS:
+        path = unprefixed(request.path)
+        if request.path in DIALECTS or path == EMBEDDINGS:
             request.allow("POST")
             return self._modelled(request, identity)
         if path == MODELS or path.startswith(f"{MODELS}/"):
@@ -256,7 +256,7 @@ class Responder:
         name = body.get("model")
         if not settings.any_model and isinstance(name, str) and name not in settings.models:
             raise _unknown_model(name, settings)
-        if request.path == EMBEDDINGS:
+        if unprefixed(request.path) == EMBEDDINGS:
             return self._embedded(body, settings, fault)
         dialect = DIALECTS[request.path]
         call = dialect.read(body, settings, self.model)
@@ -274,6 +274,7 @@ class Responder:
             longest = max((len(sample.tokens) for sample in samples), default=0)
             reply = json_reply(dialect.write(answer))
             reply.delay = settings.latency + longest * settings.latency_per_token
+        reply.headers += dialect.headers
         reply.n, reply.samples = wanted, len(samples)
         return reply
 
