@@ -4,6 +4,7 @@
     nox -s sdks                the clients' tests on each set of SDKs
     nox -s "frameworks(dspy)"  the tests of one framework on our clients; `nox -l` lists them all
     nox -s ray                 the tests of Ray's workers, on a cluster of two local nodes
+    nox -s suites              the tests that groq's authors wrote, with its clients and with ours
     nox -s types               what pyright makes of code on our clients (mypy reads it with the package)
 
 Each has an environment of its own because they do not go together: litellm, under DSPy, wants openai 2.
@@ -74,6 +75,22 @@ def ray(session: nox.Session) -> None:
     # By default, workers run at the lowest priority, and would starve beside other tests.
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     session.run("pytest", "-q", "-W", "default", "tests/integration/ray", *session.posargs, env=environment)
+
+
+@nox.session
+def suites(session: nox.Session) -> None:
+    """Run the tests that groq's authors wrote with its clients and with ours, and compare the outcomes."""
+    theirs = (
+        "dirty-equals",
+        "importlib-metadata",
+        "pytest-asyncio",
+        "pytest-xdist",
+        "respx",
+        "rich",
+        "time-machine",
+    )
+    session.install("-e", ".[groq]", "groq[aiohttp]", "nest-asyncio", "pip", "pytest", *theirs)
+    session.run("python", "tests/suites.py", "groq")
 
 
 @nox.session

@@ -241,12 +241,12 @@ def test_a_rerun_in_a_new_process_asks_nothing(server, tmp_path):
         whole = client.chat.completions.create(**ask_for, n=2)
         last = list(client.chat.completions.create(**ask_for, temperature=0.5, stream=True))[-1]
     assert server.stats.requests == 3
-    for namespace in sized(["b"], ["a", "b"]):  # a process takes a second, most of it for imports
+    for namespace in sized(["a"], ["a", "b"]):  # a process takes a second, most of it for imports
         words = [sys.executable, "-c", PROGRAM, server.url, str(tmp_path / "cache"), namespace]
         said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
         again, end = map(json.loads, said.splitlines())
         assert again["choices"] == whole.to_dict()["choices"]
-        assert end == last.to_dict()
+        assert (end["choices"], end["x_groq"]) == (last.to_dict()["choices"], last.to_dict()["x_groq"])
     assert server.stats.requests == 3
 
 
