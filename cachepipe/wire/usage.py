@@ -3,7 +3,8 @@
 Providers report one usage per call. Fields named ``completion…`` or ``output…`` belong to the samples and are
 divided between them: exactly if the answer lists the tokens of each sample, else by length. Fields named
 ``prompt…`` or ``input…`` belong to the question, and every sample has all of them. The total of a sample is
-its prompt plus its share of the rest. Other fields, such as times, are copied.
+its prompt plus its share of the rest. A cost in money is divided like a completion, because it is that of
+the whole call. Other fields, such as times, are copied.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _OF_SAMPLE = ("completion", "output")
+_COSTS = frozenset({"cost", "cost_details", "cost_in_usd_ticks", "estimated_cost"})
+"""What a call has cost, as OpenRouter, Perplexity, xAI and DeepInfra report it."""
 _OF_QUESTION = ("prompt", "input")
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
 """The names of the counts, for all providers."""
@@ -65,7 +68,7 @@ def split_usage(usage: Any, weights: Sequence[int], prompts: Sequence[int]) -> l
     prompt = _integer(usage.get("prompt_tokens"))
     columns: dict[str, list[Any]] = {}
     for name, value in usage.items():
-        if name.startswith(_OF_SAMPLE):
+        if name.startswith(_OF_SAMPLE) or name in _COSTS:
             columns[name] = _shared_out(value, weights)
         elif name.startswith(_OF_QUESTION):
             columns[name] = [part for part in _shared_out(value, prompts) for _ in range(per)]
@@ -89,7 +92,7 @@ def join_usage(usages: Sequence[Usage], per: int) -> dict[str, Any]:
     for number, usage in enumerate(usages[1:], start=1):
         first = number % per == 0
         for name, value in usage.items():
-            if name.startswith(_OF_SAMPLE) or (first and name.startswith(_OF_QUESTION)):
+            if name.startswith(_OF_SAMPLE) or name in _COSTS or (first and name.startswith(_OF_QUESTION)):
                 joined[name] = _sum(joined.get(name), value)
             elif name == "total_tokens":
                 prompt = 0 if first else _integer(usage.get("prompt_tokens"))
