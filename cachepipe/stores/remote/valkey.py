@@ -297,7 +297,8 @@ class ValkeyEngine:
 
     def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
         found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(RECEIPT * 1000)]
-        found += [self._channel if swap.wakes else b"", encoded(swap.key), len(swap.expected)]
+        found += [self._channel if swap.wakes else b"", encoded(swap.key)]
+        found += [-1 if swap.whole is None else swap.whole, len(swap.expected)]
         for name, digest in swap.expected.items():
             found += (name, digest or b"")
         found.append(len(swap.puts))
@@ -336,6 +337,22 @@ class ValkeyEngine:
         hashes = [each for name in names for each in (name, name[:-1] + b"p")]
         found = self._told([("HGETALL", each) for each in hashes])
         return [one | other for one, other in zip(found[::2], found[1::2], strict=True)]
+
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples or pending indices and no other row."""
+        before = b"%b:{" % self._prefix
+        names = self._scanned(_GLOB.sub(rb"\\\1", before) + b"*}:[sp]")
+        seen: set[bytes] = set()
+        while page := list(islice(names, _PAGE)):
+            bases = [*dict.fromkeys(name[:-1] for name in page)]
+            there = self._told([("HLEN", base + b"b") for base in bases])
+            for base, count in zip(bases, there, strict=True):
+                if not count and base not in seen:
+                    seen.add(base)
+                    yield decoded(base[len(before) : -len(b"}:")])
+
+    def compact(self) -> None:
+        """Do nothing: the server frees what is deleted, and rewrites its append-only file as it grows."""
 
     # Changes.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cachepipe.testing.server import chat, completions, groq, messages, responses
+from cachepipe.testing.server import chat, completions, gemini, groq, messages, responses
 from cachepipe.testing.server.answers import data_event
 from cachepipe.testing.server.refusals import RefusalError, error_object
 
@@ -30,7 +30,8 @@ def _error_event(refusal: RefusalError, _number: int) -> bytes:
 class Dialect(NamedTuple):
     """How an endpoint reads calls and writes answers and errors, whole or as streams.
 
-    An error in a stream also gets the number of events before it. `headers` are those of every answer.
+    An error in a stream also gets the number of events before it. A dialect that says in its errors when to
+    try again sends no headers with it. `headers` are those of every answer.
     """
 
     read: Callable[[Mapping[str, Any], Settings, NGramModel], ModelCall]
@@ -38,8 +39,13 @@ class Dialect(NamedTuple):
     stream: Callable[[ModelAnswer], EventStream]
     error: Callable[[RefusalError], dict[str, Any]] = error_object
     error_event: Callable[[RefusalError, int], bytes] = _error_event
+    error_headers: bool = True
     headers: Sequence[tuple[bytes, bytes]] = ()
 
+
+_GEMINI: Final = Dialect(
+    gemini.read, gemini.write, gemini.stream, gemini.error, gemini.error_event, error_headers=False
+)
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
     "/v1/chat/completions": Dialect(chat.read, chat.write, chat.stream),
@@ -51,8 +57,9 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
         messages.read, messages.write, messages.stream, messages.error, messages.error_event
     ),
     f"{_GROQ}/v1/chat/completions": Dialect(
-        groq.read, groq.write, groq.stream, groq.error, groq.error_event, groq.HEADERS
+        groq.read, groq.write, groq.stream, groq.error, groq.error_event, headers=groq.HEADERS
     ),
+    **dict.fromkeys((gemini.GENERATE, gemini.STREAM, gemini.COUNT, *gemini.EMBEDDINGS), _GEMINI),
 }
 
 

@@ -17,7 +17,9 @@ from cachepipe.wire import (
     APIS,
     CHAT,
     COMPLETIONS,
+    EMBED_CONTENT,
     EMBEDDINGS,
+    GENERATE_CONTENT,
     MESSAGES,
     MODERATIONS,
     RESPONSES,
@@ -35,6 +37,8 @@ MINIMAL = {
     EMBEDDINGS: {"model": "m", "input": "hi"},
     MODERATIONS: {"model": "m", "input": "hi"},
     MESSAGES: {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]},
+    GENERATE_CONTENT: {"model": "m", "contents": [{"role": "user", "parts": [{"text": "hi"}]}]},
+    EMBED_CONTENT: {"model": "m", "content": {"parts": [{"text": "hi"}]}},
 }
 
 json_values = st.recursive(
@@ -214,7 +218,8 @@ def test_a_list_of_parts_is_one_input_to_a_moderation():
 
 @pytest.mark.parametrize("api", APIS, ids=str)
 def test_c1_only_embeddings_and_moderations_are_functions(api):
-    assert all(ask.function is (api in (EMBEDDINGS, MODERATIONS)) for ask in api.split(MINIMAL[api]))
+    functions = (EMBEDDINGS, MODERATIONS, EMBED_CONTENT)
+    assert all(ask.function is (api in functions) for ask in api.split(MINIMAL[api]))
 
 
 @pytest.mark.parametrize(
