@@ -36,6 +36,7 @@ from cachepipe.wire.chat import CHAT
 from cachepipe.wire.completions import COMPLETIONS
 from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
+from cachepipe.wire.inference import FEATURE_EXTRACTION, GENERATE, TEXT_GENERATION, api_at
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
 from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder
@@ -47,9 +48,12 @@ __all__ = [
     "CHAT",
     "COMPLETIONS",
     "EMBEDDINGS",
+    "FEATURE_EXTRACTION",
+    "GENERATE",
     "MESSAGES",
     "MODERATIONS",
     "RESPONSES",
+    "TEXT_GENERATION",
     "Api",
     "Ask",
     "BadAnswer",
@@ -73,7 +77,10 @@ __all__ = [
     "token_counts",
 ]
 
-APIS: tuple[Api, ...] = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES)
+APIS: tuple[Api, ...] = (
+    *(CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES),
+    *(TEXT_GENERATION, GENERATE, FEATURE_EXTRACTION),
+)
 """Every API that can be cached."""
 
 _BY_ENDING: dict[str, Api] = {
@@ -101,7 +108,7 @@ def api_for(method: str, url: str) -> Api | None:
         return CHAT
     if parent in _OTHERS or (last == "messages" and "threads" in before):
         return None
-    return _BY_ENDING.get(last)
+    return _BY_ENDING.get(last) or api_at([*before, last])
 
 
 @functools.lru_cache(maxsize=256)
@@ -121,7 +128,7 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
         BadRequest: when the scope is a URL that cannot be read.
     """
     if scope is None or scope == here:
-        return here, None
+        return here, None if api_for("POST", here) is api else api
     if not scope.lower().startswith(("http://", "https://")):
         return scope, None if api.name == "chat completions" else api
     url, mark, query = scope_of(scope).partition("?")

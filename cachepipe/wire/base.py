@@ -296,6 +296,10 @@ class Api(ABC):
             return unmarked_bytes(samples[0])
         return orjson.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
 
+    def written(self, answer: Any) -> bytes:
+        """Return the JSON of an answer that `answer` has made, as the provider writes it."""
+        return jsontext.dumps(answer)
+
     def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - for APIs with streams
         """Return a new recorder for one event stream that answers these questions.
 
@@ -373,7 +377,7 @@ class Api(ABC):
         if items is None:
             reason = f"its {name} is a list of a form that cannot be told apart"
             return (Ask(question, cacheable=False, reason=reason, **facts),)
-        if len(items) > 1 and _too_much(question, name, len(items)):
+        if len(items) > 1 and is_too_much(question, name, len(items)):
             reason = f"its {name} lists too much: each item is a question of its own"
             return (Ask(question, cacheable=False, reason=reason, **facts),)
         return tuple(Ask({**question, name: item}, **facts) for item in items)
@@ -423,7 +427,7 @@ class OneAnswerApi(Api):
         """Raise `BadAnswer` if the status of an answer is not that of a complete answer."""
 
 
-def _too_much(question: Body, name: str, items: int) -> bool:
+def is_too_much(question: Body, name: str, items: int) -> bool:
     """Return True if so many questions would cost much more than the request that lists them."""
     if items > _MOST_ITEMS:
         return True
