@@ -49,9 +49,9 @@ def is_connection_error(error: BaseException | None) -> bool:
 def status_of(error: BaseException | None) -> int | None:
     """Return the HTTP status code of an adapter's error, whichever library it is from."""
     for source in (error, getattr(error, "response", None)):
-        for name in ("status_code", "status"):
+        for name in ("status_code", "status", "code"):  # the last one is that of google-genai
             value = getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool) and 100 <= value < 600:
                 return value
     return None
 

@@ -126,7 +126,7 @@ class Reservation:
             answer: the answer; without its usage, the call counts with all that was reserved.
             error: the error of a call that brought no answer; it counts nothing.
         """
-        cost = self._spending.budget.cost((answer or {}).get("usage"), *self._seller)
+        cost = self._spending.budget.cost(wire.usage_in(answer or {}), *self._seller)
         self.end_at(0.0 if error is not None else cost)
 
     def end_at(self, cost: float | None) -> None:

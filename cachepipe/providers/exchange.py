@@ -695,7 +695,7 @@ class Exchange(Calls):
         """Return what the items that may share a call have in common; None if the question travels alone."""
         ask, listed = self.asks[place], self.api.listed
         item = None if listed is None else ask.question.get(listed)
-        if item is None or not ask.mergeable or not isinstance(item, str | list):
+        if item is None or not ask.mergeable or not isinstance(item, self.api.item_types):
             return None
         if self._kind is None:
             others = {name: value for name, value in ask.question.items() if name != listed}
@@ -746,7 +746,7 @@ class Exchange(Calls):
         registry = self.view.cache(self.mode).in_flight
         recording = self.recording(
             arrived.response,
-            self.api.recorder().within(self.most()),
+            self.api.recorder(ask=self.asks[0]).within(self.most()),
             hide_usage=hide_usage,
             awaited=partial(registry.anyone_waits_for, self.questions[0].key),
             cut=self.give_back,

@@ -270,7 +270,7 @@ class Made:
         """Report its end to the budget, the flow control and the telemetry, if there are any."""
         if self.reserved is not None:
             self.reserved.end(answer, error=error)
-        usage = (answer or {}).get("usage")
+        usage = wire.usage_in(answer or {})
         if self._passage is not None:
             self._passage.end(usage=usage, headers=self._headers, error=error)
         if self._span is not None:

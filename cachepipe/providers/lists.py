@@ -15,7 +15,6 @@ from cachepipe.wire import MixedAnswer
 if TYPE_CHECKING:
     from cachepipe.providers.exchange import Exchange
 
-_MOST: Final = 2048  # the items that OpenAI takes in one call for embeddings
 _QUIET_TURNS: Final = 3  # a list is sent after this many turns of the loop without a new item
 
 
@@ -79,7 +78,7 @@ class Lists:
         kind: Hashable = exchange
         most = len(exchange.asks)
         if self._shared and (shared := exchange.list_kind(place)) is not None:
-            kind, most = ((exchange, place), 1) if self._mixed else (shared, _MOST)
+            kind, most = ((exchange, place), 1) if self._mixed else (shared, exchange.api.most_items)
         name = loop, n, kind
         group = self._open.get(name)
         if group is None or len(group.items) == most:

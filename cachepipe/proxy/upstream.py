@@ -271,8 +271,9 @@ class ProxyExchange(Exchange):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""
         pairs = [*self.head.pairs, _JSON, _PLAIN if stream else _PACKED]
-        upstream, url = self.head.upstream, self.head.url
-        reader = await self._client.call(upstream, "POST", url, pairs, jsontext.dumps(body))
+        upstream = self.head.upstream
+        url, sent = self.api.sent(self.head.url, body)
+        reader = await self._client.call(upstream, "POST", url, pairs, jsontext.dumps(sent))
         if stream and 200 <= reader.status < 300:
             return Received(reader, {})
         content = await reader.aread(self.most())

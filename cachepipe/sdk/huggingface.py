@@ -78,7 +78,7 @@ class HubCall(SdkCall):
         api, body = _api_of(parameters), parameters.json
         if mode == "bypass" or view.shared_store.closed or api is None or not isinstance(body, Mapping):
             return None
-        body = plain(body)
+        body = api.received(parameters.url, plain(body))
         asks = asks_of(api, body, stream=stream)
         if not asks:
             return None
@@ -99,7 +99,8 @@ class HubCall(SdkCall):
 
     def arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
         """Return the arguments of the client's ``_receive``; see `SdkCall.arguments`."""
-        return {"parameters": dataclasses.replace(self.parameters, json=body), "stream": stream}
+        url, body = self.api.sent(self.url, body)
+        return {"parameters": dataclasses.replace(self.parameters, url=url, json=body), "stream": stream}
 
 
 class SyncHubCall(CallInThread, HubCall):

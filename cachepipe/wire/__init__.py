@@ -36,11 +36,12 @@ from cachepipe.wire.chat import CHAT
 from cachepipe.wire.completions import COMPLETIONS
 from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
-from cachepipe.wire.inference import FEATURE_EXTRACTION, GENERATE, TEXT_GENERATION, api_at
+from cachepipe.wire.gemini import EMBED_CONTENT, GENERATE_CONTENT, METHODS
+from cachepipe.wire.inference import FEATURE_EXTRACTION, GENERATE_TEXT, TEXT_GENERATION, inference_at
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
 from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder
-from cachepipe.wire.usage import token_counts
+from cachepipe.wire.usage import model_in, token_counts, usage_in
 
 __all__ = [
     "ANSWER_HEADERS",
@@ -48,8 +49,10 @@ __all__ = [
     "CHAT",
     "COMPLETIONS",
     "EMBEDDINGS",
+    "EMBED_CONTENT",
     "FEATURE_EXTRACTION",
-    "GENERATE",
+    "GENERATE_CONTENT",
+    "GENERATE_TEXT",
     "MESSAGES",
     "MODERATIONS",
     "RESPONSES",
@@ -71,18 +74,23 @@ __all__ = [
     "bills_prompt",
     "by_question",
     "marked",
+    "model_in",
     "named_scope",
     "question_document",
     "scope_of",
     "token_counts",
+    "usage_in",
 ]
 
 APIS: tuple[Api, ...] = (
     *(CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES),
-    *(TEXT_GENERATION, GENERATE, FEATURE_EXTRACTION),
+    *(TEXT_GENERATION, GENERATE_TEXT, FEATURE_EXTRACTION),
+    *(GENERATE_CONTENT, EMBED_CONTENT),
 )
 """Every API that can be cached."""
 
+_HUBS = (TEXT_GENERATION, GENERATE_TEXT, FEATURE_EXTRACTION)
+"""The APIs that also have other paths than those by which they are known, so that documents name them."""
 _BY_ENDING: dict[str, Api] = {
     "completions": COMPLETIONS,
     "responses": RESPONSES,
@@ -108,7 +116,8 @@ def api_for(method: str, url: str) -> Api | None:
         return CHAT
     if parent in _OTHERS or (last == "messages" and "threads" in before):
         return None
-    return _BY_ENDING.get(last) or api_at([*before, last])
+    method = last.rpartition(":")[2] if ":" in last else ""
+    return _BY_ENDING.get(last) or METHODS.get(method) or inference_at([*before, last])
 
 
 @functools.lru_cache(maxsize=256)
@@ -133,6 +142,8 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
         return scope, None if api.name == "chat completions" else api
     url, mark, query = scope_of(scope).partition("?")
     known = api_for("POST", url)
+    if known is not api and api in _HUBS:
+        return f"{url}{mark}{query}", api
     if known is not api:
         base = url if known is None else url.removesuffix(_ending(url))
         ending = _ending(here.partition("?")[0])
@@ -144,5 +155,6 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
 
 def _ending(url: str) -> str:
     """Return the part of an endpoint's URL that follows the base URL."""
-    ending = url[url.rindex("/") :]
+    *_, folder, name = url.split("/")
+    ending = f"/{folder}/{name}" if ":" in name else f"/{name}"
     return "/chat/completions" if url.endswith("/chat/completions") else ending

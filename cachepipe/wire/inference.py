@@ -124,7 +124,7 @@ class TextGenerationApi(Api):
         """Return the JSON of an answer; see `Api.written`."""
         return jsontext.dumps([answer] if self.in_list else answer)
 
-    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
+    def recorder(self, questions: Sequence[Body] = (), ask: Ask | None = None) -> StreamRecorder:  # noqa: ARG002 - one per call
         """Return a new recorder for one event stream; see `Api.recorder`."""
         return _TextRecorder(self.samples)
 
@@ -162,9 +162,21 @@ class TextGenerationApi(Api):
 
 
 class GenerateApi(TextGenerationApi):
-    """``POST …/generate``, of which the answer is the text itself."""
+    """``POST …/generate``, of which the answer is the text itself, and ``…/generate_stream``."""
 
     in_list = False
+
+    def received(self, url: str, body: Body) -> Body:
+        """Return the body with ``stream``, as the URL decides that."""
+        is_stream = url.partition("?")[0].rstrip("/").endswith("_stream")
+        return {**body, "stream": is_stream} if isinstance(body, Mapping) else body
+
+    def sent(self, url: str, body: Body) -> tuple[str, Body]:
+        """Return the URL and the body of a call."""
+        path, mark, query = url.partition("?")
+        ending = "/generate_stream" if body.get("stream") else "/generate"
+        rest = {name: value for name, value in body.items() if name != "stream"}
+        return f"{path.rstrip('/').rpartition('/')[0]}{ending}{mark}{query}", rest
 
 
 class FeatureExtractionApi(Api):
@@ -269,25 +281,26 @@ def _read(answer: bytes | Body) -> Any:
 
 def _is_nested(value: Any) -> bool:
     """Return True for numbers in lists of any depth; only the first item of each list is looked at."""
+    depth = 0
     while isinstance(value, list) and value:
-        value = value[0]
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        value, depth = value[0], depth + 1
+    return depth > 0 and type(value) in (int, float)
 
 
 TEXT_GENERATION = TextGenerationApi()
-GENERATE = GenerateApi()
+GENERATE_TEXT = GenerateApi()
 FEATURE_EXTRACTION = FeatureExtractionApi()
 
 
-def api_at(segments: Sequence[str]) -> Api | None:
+def inference_at(segments: Sequence[str]) -> Api | None:
     """Return the API of a path by its segments, the last ones of which name it; None for other paths."""
     match segments:
-        case [*_, "api", "generate" | "embed"]:  # Ollama's
+        case [*_, "api", "generate" | "generate_stream" | "embed"]:  # Ollama's
             return None
         case [*_, "pipeline", "feature-extraction"] | [*_, "embed"]:
             return FEATURE_EXTRACTION
-        case [*_, "generate"]:
-            return GENERATE
+        case [*_, "generate" | "generate_stream"]:
+            return GENERATE_TEXT
         case [*_, "models", name] | [*_, "models", _, name] if name and ":" not in name:
             return TEXT_GENERATION
     return None
