@@ -21,7 +21,6 @@ from typing import Any, Self
 import orjson
 
 from cachepipe import context, loops, runs, wire
-from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -36,14 +35,14 @@ from cachepipe.contract.draws import (
     label,
 )
 from cachepipe.contract.flags import Asker, Groups, lone
-from cachepipe.contract.keys import Question, trimmed
+from cachepipe.contract.keys import Question
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
 from cachepipe.flow.budget import Budget, Spending
 from cachepipe.flow.flow import Flow
 from cachepipe.outages import status_of
 from cachepipe.prices import TABLE, Prices
 from cachepipe.providers import info
-from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts
+from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts, packed
 from cachepipe.providers.lists import Lists
 from cachepipe.providers.responses import Received
 from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStream, ReplayedStream
@@ -706,17 +705,13 @@ class Exchange(Calls):
 
     def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
         """Return the samples of a call in the form in which they are stored."""
-        names = {
-            "request": arrived.response.headers.get(id_header(self.api)),
-            "asked": self.body.get("model"),
-        }
-        about = {name: value for name, value in names.items() if is_name(value)}
         url = wire.scope_of(self.url)
-        elsewhere = None if url == self.questions[0].scope else url
-        return [
-            Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, elsewhere)})))
-            for sample in samples
-        ]
+        return packed(
+            samples,
+            request=arrived.response.headers.get(id_header(self.api)),
+            asked=self.body.get("model"),
+            url=None if url == self.questions[0].scope else url,
+        )
 
     async def _recorded(self, live: asyncio.Future[tuple[RecordedStream, Received]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""

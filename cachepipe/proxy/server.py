@@ -143,8 +143,6 @@ def serve(settings: ProxySettings, on_listening: Callable[[str], None] | None = 
         BadSettings: when it cannot be started with these settings.
         StoreError: when the cache cannot be opened.
     """
-    for name in ("httpx2", "httpcore2"):  # they log URLs, and some clients put their keys into the query
-        logging.getLogger(name).setLevel(logging.WARNING)
     _silence_uvicorn()
     proxy = Proxy(settings)
     listener = listen(settings)

@@ -55,9 +55,10 @@ def of_keys(ledger: sqlite3.Connection, shelf: sqlite3.Connection, keys: Sequenc
     Raises:
         DamagedCache: when a row is not what was written.
     """
-    questions = ledger.execute(f"{_KEYS}{_AMONG}", (orjson.dumps([*keys]).decode(),))
-    while page := questions.fetchmany(_TOGETHER):
-        yield from _entries(ledger, shelf, page, sets=True)
+    wanted = sorted({*keys})
+    for at in range(0, len(wanted), _TOGETHER):
+        names = orjson.dumps(wanted[at : at + _TOGETHER]).decode()
+        yield from _entries(ledger, shelf, ledger.execute(f"{_KEYS}{_AMONG}", (names,)).fetchall(), sets=True)
 
 
 def entries(
@@ -67,13 +68,15 @@ def entries(
 
     What is in memory does not grow with their number.
     """
-    query, values = f"{_KEYS} WHERE key > ?1", [after]
+    query, values = f"{_KEYS} WHERE key > ?1", []
     if namespaces is not None:
         query += _DRAWN
         values.append(orjson.dumps([*namespaces]).decode())
-    questions = ledger.execute(f"{query} ORDER BY key", values)
-    while page := questions.fetchmany(_TOGETHER):
+    query += f" ORDER BY key LIMIT {_TOGETHER}"
+    # Each page is a statement of its own: one that stays open would keep the logs of the files growing.
+    while page := ledger.execute(query, (after, *values)).fetchall():
         yield from _entries(ledger, shelf, page, sets=False)
+        after = page[-1][1]
 
 
 def _entries(

@@ -111,6 +111,8 @@ class MemoryEngine:
         changed = any(
             current.get(name, b"")[:DIGEST] != (digest or b"") for name, digest in swap.expected.items()
         )
+        if swap.whole is not None:
+            changed = changed or swap.whole != sum(not name.startswith((SAMPLE, PENDING)) for name in there)
         if reserved or changed:
             if swap.fair and now >= until:
                 self._turns[swap.key] = (who, now + TURN)
@@ -216,6 +218,9 @@ class MemoryEngine:
                 if key.startswith(prefix)
             ]
         return iter(found)
+
+    def compact(self) -> None:
+        """Do nothing: what is deleted is gone."""
 
     def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
         """Call a function with each key that is woken."""

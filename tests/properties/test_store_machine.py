@@ -74,7 +74,6 @@ class StoreMachine(RuleBasedStateMachine):
     """Claims, commits, failures, deaths and discards, in any order."""
 
     claimants = Bundle("claimants")
-    removes = True  # whether draws and samples can be removed
 
     @initialize()
     def begin(self):
@@ -383,7 +382,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.discarded[key].add(index)
         del self.stored[key][index]
 
-    @precondition(lambda self: self.removes)
     @rule(
         process=st.integers(0, 1),
         key=st.sampled_from(KEYS),
@@ -408,7 +406,6 @@ class StoreMachine(RuleBasedStateMachine):
         for account in (self.ever, self.replaced):
             account.pop((namespace, key), None)
 
-    @precondition(lambda self: self.removes)
     @rule(
         process=st.integers(0, 1), key=st.sampled_from(KEYS), indices=st.sets(st.integers(0, 6), min_size=1)
     )
@@ -549,8 +546,6 @@ class DiskMachine(StoreMachine):
 
 class RemoteMachine(DiskMachine):
     """The same on a store that machines share, whose engine is slow to agree and loses answers."""
-
-    removes = False
 
     def start(self):
         self.folder = None

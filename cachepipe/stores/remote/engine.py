@@ -84,6 +84,8 @@ class Swap:
         expected: the digest of each row that was read; None where there was no row.
         puts: the rows to write.
         deletes: the fields whose rows are deleted.
+        whole: how many rows the key has besides samples and pending indices, if that must be so too: then no
+            row was added that was not read.
         wakes: whether those who listen are told, as somebody may wait for what is written.
         changes: whether a draw that was answered before is answered otherwise afterwards; see `Changes`.
     """
@@ -96,6 +98,7 @@ class Swap:
     deletes: list[bytes] = field(default_factory=list)
     wakes: bool = False
     changes: bool = False
+    whole: int | None = None
 
 
 class Conflict(NamedTuple):
@@ -212,6 +215,16 @@ class Engine(Protocol):
         """Iterate over the keys with a prefix, in any order, with all rows but the samples.
 
         A key that is written meanwhile may come twice.
+        """
+        ...
+
+    def compact(self) -> tuple[int, int] | None:
+        """Give back the space of deleted rows; return the bytes before and after.
+
+        None if the engine does so by itself.
+
+        Raises:
+            StoreError: when that is not permitted.
         """
         ...
 

@@ -19,6 +19,7 @@ or was moved to another place, is refused when it is read. Samples have the form
 | ``m/NAMESPACE`` | the sums of a run, which is the key |
 | ``n/NUMBER`` | what a run has left unreported |
 | ``b/NAMESPACE`` | what was spent and reserved of the namespace's budget |
+| ``x/ID`` | what a command has removed |
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ USE: Final = b"u/"
 SUMS: Final = b"m/"
 UNREPORTED: Final = b"n/"
 BUDGET: Final = b"b/"
+REMOVAL: Final = b"x/"
 
 _FIELDS: Final = 4096  # fields of draws and namespaces that are remembered
 
@@ -293,6 +295,11 @@ def header_in(key: str, index: int, row: bytes) -> tuple[bytes, bool]:
 def dump_discarded(key: str, index: int, row: bytes | None) -> bytes:
     """Return the row of a sample that is discarded from now on."""
     return tables.discarded_row(f"{key}/{index}", row or b"")
+
+
+def dump_erased(key: str, index: int, row: bytes | None) -> bytes:
+    """Return the row of a sample that is deleted from now on; its header stays."""
+    return tables.erased_row(f"{key}/{index}", row or b"")
 
 
 def dump_lease(lease: int) -> bytes:

@@ -29,6 +29,7 @@ from cachepipe.stores.base import (
     Claim,
     Commit,
     Discard,
+    Erase,
     Grant,
     Note,
     NotePlace,
@@ -39,6 +40,7 @@ from cachepipe.stores.base import (
     Reserve,
     Result,
     Settle,
+    Withdraw,
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
@@ -62,6 +64,8 @@ _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
 BUDGETS: Final = "budgets"
 """Stands for a run in the key under which all budgets are."""
+REMOVALS: Final = "removals"
+"""Likewise for the records of what was removed."""
 RUN: Final = "~"
 """The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
 
@@ -382,6 +386,8 @@ class Session:
             current: those of them that exist.
         """
         known = {**book.known, **dict.fromkeys(book.shown), **current}
+        if known.get(rows.CHANGED) != book.known.get(rows.CHANGED):  # samples may be discarded or deleted
+            known = {name: row for name, row in known.items() if not name.startswith(SAMPLE)}
         read_all = partial(self._read_all, book.name)
         return Book(book.name, known, partial(self._read, book.name), read_all, self, whole=book.whole)
 
@@ -655,7 +661,8 @@ def _only_reads(operation: Operation) -> TypeGuard[Claim]:
 
 def _may_change(operation: Operation) -> bool:
     """Return True if an operation may change what a claim behind it gets."""
-    return isinstance(operation, Discard | NotePlace) or (isinstance(operation, Claim) and operation.refresh)
+    changes = isinstance(operation, Discard | Erase | NotePlace | Withdraw)
+    return changes or (isinstance(operation, Claim) and operation.refresh)
 
 
 def key_of(operation: Operation) -> str:
@@ -665,7 +672,7 @@ def key_of(operation: Operation) -> str:
     if isinstance(operation, Reserve | Settle):
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
-        return f"{RUN}{operation.id}"
+        return f"{RUN}{REMOVALS}"
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
@@ -688,28 +695,41 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
             case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
-            case NotePlace(draw=draw):
-                fields[rows.draw_field(draw)] = None
-            case Discard(index=index):
-                fields[rows.numbered(SAMPLE, index)] = None
-            case Adopt(entry=entry):
-                # The indices that its samples get if the question is new.
-                fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
-                fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
-            case Reserve(namespace=namespace) | Settle(namespace=namespace):
-                fields[rows.BUDGET + rows.encoded(namespace)] = None
             case Note(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
                     fields[name] = None
             case _:
-                pass
+                fields.update(dict.fromkeys(_needed(operation)))
     if not fields and known:
         return None
     if session.expects_new:
         guesses = _likely(key, known, asked)
         fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
     return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
+
+
+def _needed(operation: Operation) -> Iterable[bytes]:
+    """Return the fields that an operation needs, apart from claims and what is frequent beside them."""
+    match operation:
+        case NotePlace(draw=draw):
+            return [rows.draw_field(draw)]
+        case Discard(index=index):
+            return [rows.numbered(SAMPLE, index)]
+        case Erase(indices=indices):
+            return [rows.numbered(SAMPLE, index) for index in indices]
+        case Withdraw():
+            return [rows.CHANGED]  # what is remembered would not do
+        case Adopt(entry=entry):
+            # The indices that its samples get if the question is new.
+            samples = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
+            return samples + [name for draw in entry.draws for name in _fields_of(draw)]
+        case Reserve(namespace=namespace) | Settle(namespace=namespace):
+            return [rows.BUDGET + rows.encoded(namespace)]
+        case RecordRemoval(id=name):
+            return [rows.REMOVAL + name.encode()]
+        case _:
+            return []
 
 
 def _fields_of(draw: Draw) -> list[bytes]:

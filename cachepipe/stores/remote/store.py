@@ -144,6 +144,18 @@ class RemoteStore(Queued, Listing):
             self.session.engine.now()
             self._spool.empty(self.session.commit_for, self.ids)
 
+    def compact(self) -> tuple[int, int] | None:
+        """Give back the space of deleted rows, if the engine does not do so by itself.
+
+        Returns:
+            The bytes before and after, or None.
+
+        Raises:
+            StoreError: when that is not permitted.
+        """
+        self._check()
+        return self.session.asked(self.session.engine.compact)
+
     # Reading.
 
     def recall(self, draw: Draw, n: int) -> Grant | None:

@@ -297,7 +297,8 @@ class ValkeyEngine:
 
     def _arguments(self, swap: Swap, who: int) -> list[bytes | int]:
         found: list[bytes | int] = [swap.nonce, who, int(swap.fair), int(TURN * 1000), int(RECEIPT * 1000)]
-        found += [self._channel if swap.wakes else b"", encoded(swap.key), len(swap.expected)]
+        found += [self._channel if swap.wakes else b"", encoded(swap.key)]
+        found += [-1 if swap.whole is None else swap.whole, len(swap.expected)]
         for name, digest in swap.expected.items():
             found += (name, digest or b"")
         found.append(len(swap.puts))
@@ -336,6 +337,9 @@ class ValkeyEngine:
         hashes = [each for name in names for each in (name, name[:-1] + b"p")]
         found = self._told([("HGETALL", each) for each in hashes])
         return [one | other for one, other in zip(found[::2], found[1::2], strict=True)]
+
+    def compact(self) -> None:
+        """Do nothing: the server frees what is deleted, and rewrites its append-only file as it grows."""
 
     # Changes.
 

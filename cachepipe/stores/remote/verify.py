@@ -60,6 +60,7 @@ class _Key:
             self._each(rows.SUMS, self._check_sums, "sums")
             self._each(rows.UNREPORTED, self._check_unreported, "sums")
             self._each(rows.BUDGET, self._check_purse, "sums")
+            self._each(rows.REMOVAL, lambda name, content: rows.loads(self._key, name, content), "sums")
             return
         self._report.counts["questions"] += 1
         self._each(rows.KNOWN, self._check_question, "question")
