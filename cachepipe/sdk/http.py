@@ -242,3 +242,34 @@ def _eased(stream: Any) -> Any:
 
     stream.get_extra_info, stream.start_tls = get_extra_info, started_tls
     return stream
+
+
+class ForeignResponse:
+    """A streamed response of requests or aiohttp, with the methods of the other HTTP libraries."""
+
+    http_version = "HTTP/1.1"
+
+    def __init__(self, response: Any) -> None:
+        self.response = response
+        self.headers = response.headers
+        self.is_closed = False
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        """Iterate over the body in a thread."""
+        chunks: Iterator[bytes] = self.response.iter_content(chunk_size=512)  # as google-genai reads it
+        return chunks
+
+    async def aiter_bytes(self) -> AsyncIterator[bytes]:
+        """Iterate over the body on a loop."""
+        async for chunk in self.response.content.iter_any():
+            yield chunk
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.is_closed = True
+        self.response.close()
+
+    async def aclose(self) -> None:
+        """Release the connection; aiohttp closes it unless the body was read to its end."""
+        self.is_closed = True
+        self.response.release()

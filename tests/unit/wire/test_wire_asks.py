@@ -222,6 +222,25 @@ def test_a_list_of_parts_is_one_input_to_a_moderation():
     assert [ask.question["input"] for ask in MODERATIONS.split({"input": ["a", "b"]})] == ["a", "b"]
 
 
+def said(*texts, role="model", **fields):
+    return {"role": role, "parts": [{"text": text, **fields} for text in texts]}
+
+
+def test_c9_what_gemini_said_in_chunks_counts_as_if_it_had_said_it_at_once():
+    user, signed = (
+        said("hi", role="user"),
+        {"role": "model", "parts": [{"text": "", "thoughtSignature": "s"}]},
+    )
+
+    def key(*contents):
+        return key_of(GENERATE_CONTENT, {"model": "m", "contents": [user, *contents, user]})
+
+    assert key(said("so "), said("it", " is"), said("")) == key(said("so it is"))
+    assert key(said("so ", thought=True), said("it is")) != key(said("so it is"))
+    assert key(said("so "), signed, said("it is")) != key(said("so "), said("it is"), signed)
+    assert key(said("so ", role="user"), said("it is", role="user")) != key(said("so it is", role="user"))
+
+
 @pytest.mark.parametrize("api", APIS, ids=str)
 def test_c1_only_embeddings_and_moderations_are_functions(api):
     functions = (EMBEDDINGS, MODERATIONS, EMBED_CONTENT, FEATURE_EXTRACTION)
