@@ -35,9 +35,10 @@ _CLIENTS: Final = {
     "together": ("AsyncTogether", "Together"),
     "anthropic": ("AsyncAnthropic", "Anthropic"),
     "groq": ("AsyncGroq", "Groq"),
+    "google": ("AsyncGemini", "Gemini"),
 }
-_PREFIXES: Final = {preset.sdk: preset.prefix for preset in presets.PRESETS.values()}
-"""By SDK, the end of the base URL that it writes into its paths."""
+_PREFIXES: Final = {**{preset.sdk: preset.prefix for preset in presets.PRESETS.values()}, "google": "/v1"}
+"""By SDK, the end of the base URL that it writes into its paths; Google's writes another version there."""
 
 
 class LimitOptions(TypedDict, total=False):
@@ -75,7 +76,8 @@ class Service:
         api_key: the API key; default is the value of the environment variable ``key_scheme``.
         key_scheme: the name of that variable; None if the endpoint needs no key.
         name: its display name; default is the host.
-        sdk: the SDK of its clients: ``"openai"``, ``"together"``, ``"anthropic"`` or ``"groq"``.
+        sdk: the SDK of its clients: ``"openai"``, ``"together"``, ``"anthropic"``, ``"groq"`` or
+            ``"google"``.
         model: the default model of sessions.
         max_retries: the largest number of retries of a failed call. The SDK does not retry by itself.
         max_time: seconds after a call's first failure after which it is not retried.

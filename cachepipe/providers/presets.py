@@ -78,13 +78,14 @@ class Preset(NamedTuple):
 
     @property
     def protocol(self) -> str:
-        """The protocol that it speaks, by the SDK that defines it: ``"openai"`` or ``"anthropic"``."""
-        return "anthropic" if self.sdk == "anthropic" else "openai"
+        """The protocol that it speaks, by its SDK: ``"openai"``, ``"anthropic"`` or ``"google"``."""
+        return self.sdk if self.sdk in {"anthropic", "google"} else "openai"
 
 
 _ROWS: Final = (
     Preset("OpenAI", "https://api.openai.com/v1", "OPENAI_API_KEY", model="gpt-4-1106-preview"),
     Preset("Anthropic", "https://api.anthropic.com/v1", "ANTHROPIC_API_KEY", sdk="anthropic", prefix="/v1"),
+    Preset("Gemini", "https://generativelanguage.googleapis.com", "GEMINI_API_KEY", max_n=8, sdk="google"),
     Preset("Together", "https://api.together.xyz/v1", "TOGETHER_API_KEY", sdk="together", prefix="/v1"),
     Preset(
         "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", max_n=1, sdk="groq", prefix="/openai/v1"

@@ -65,7 +65,7 @@ def test_the_proxy_is_where_the_page_says(monkeypatch):
 
 def test_the_table_is_that_of_the_code():
     def most(row):
-        return "1" if row.max_n or row.protocol == "anthropic" else f"up to {wire.CHAT.max_n}"
+        return row.max_n or (wire.MESSAGES if row.protocol == "anthropic" else wire.CHAT).max_n
 
     needed = {True: "", False: ", if it needs one"}
     rows = [
