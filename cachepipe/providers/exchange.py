@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import orjson
 
-from cachepipe import context, jsontext, loops, runs, wire
+from cachepipe import context, loops, runs, wire
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -117,15 +117,8 @@ class SharedStore:
         """Return what calls spend of a budget; all who have the same budget share it."""
         return self._spending.setdefault(id(budget), Spending(self.store, budget))
 
-    async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
-        """Wait for what is in flight on this loop, then close the store if it was opened here.
-
-        Args:
-            timeout: seconds after which the rest of a stream without a reader is given up.
-        """
-        if self.closed:
-            return
-        self.closed = True
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight on this loop; the argument is that of `close`."""
         recordings = list(self.recordings)
         for recording in recordings:
             recording.leave()
@@ -135,6 +128,17 @@ class SharedStore:
                 await cache.drain(loops.running())
         finally:
             timer.cancel()
+
+    async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight on this loop, then close the store if it was opened here.
+
+        Args:
+            timeout: seconds after which the rest of a stream without a reader is given up.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        await self.drain(timeout)
         runs.closed(self.store.identity, self)
         await self.deliveries.write()
         if self.owned:
@@ -347,7 +351,7 @@ def body_from(api: wire.Api, ask: wire.Ask, samples: Sequence[Kept]) -> bytes:
     payloads = [sample.payload for sample in samples]
     for payload in payloads:
         if _MARKED in payload:
-            return jsontext.dumps(api.answer([sample.value for sample in samples], ask))
+            return api.written(api.answer([sample.value for sample in samples], ask))
     return api.answer_bytes(payloads, ask)
 
 

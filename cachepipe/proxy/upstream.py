@@ -257,6 +257,7 @@ class UpstreamClient:
     def __init__(self, settings: ProxySettings) -> None:
         self.most = settings.max_answer
         self._settings = settings
+        self._trust = httpx2.create_ssl_context()  # what the SDKs trust
         self._opened: aiohttp.ClientSession | None = None
         names = [upstream.name for upstream in settings.upstreams]
         self._slots = {name: asyncio.Semaphore(settings.max_calls) for name in names}
@@ -328,9 +329,7 @@ class UpstreamClient:
         if self._opened is None:
             settings = self._settings
             self._opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=0, keepalive_timeout=30.0, ssl=httpx2.create_ssl_context()
-                ),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, ssl=self._trust),
                 # A cookie jar would send the cookies of one client with the requests of another.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(

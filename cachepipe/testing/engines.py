@@ -89,6 +89,10 @@ class MemoryEngine:
             wanted += [name for name in there if name.startswith(PENDING)]
         return {name: there[name] for name in wanted if name in there}
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is read in a thread."""
+        return False
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current."""
         self._called()
@@ -216,6 +220,16 @@ class MemoryEngine:
                 (key, {name: row for name, row in there.items() if not name.startswith(SAMPLE)})
                 for key, there in self.rows.items()
                 if key.startswith(prefix)
+            ]
+        return iter(found)
+
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples or pending indices and no other row."""
+        with self._lock:
+            found = [
+                key
+                for key, there in self.rows.items()
+                if there and all(name.startswith((SAMPLE, PENDING)) for name in there)
             ]
         return iter(found)
 

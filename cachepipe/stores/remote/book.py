@@ -235,7 +235,7 @@ class Book:
         """Record that and why a sample is discarded, unless that is recorded."""
         name = rows.numbered(rows.WHY, index)
         if self.row(name) is None:
-            self.put(name, rows.dumps([self.process.now() / 1e6, why]))
+            self.put(name, rows.dump_why(self.process.now() / 1e6, why))
 
     def discard(self, index: int) -> None:
         """Mark a sample as discarded; keep its bytes."""

@@ -158,6 +158,18 @@ class Engine(Protocol):
         """Return the rows of each key, as of one moment per key."""
         ...
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:
+        """Read as `read` does, on the running event loop and without waiting.
+
+        Args:
+            reads: what is read.
+            then: gets the rows of each key in a later turn of the loop, or None if they could not be read.
+
+        Returns:
+            False if this is not possible now; then `read` is, in a thread.
+        """
+        ...
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 
@@ -216,6 +228,10 @@ class Engine(Protocol):
 
         A key that is written meanwhile may come twice.
         """
+        ...
+
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples and no other row, or that `scan` misses."""
         ...
 
     def compact(self) -> tuple[int, int] | None:

@@ -142,8 +142,8 @@ class Listing:
         """Iterate over the samples of a key that were discarded, by index."""
         one = self._key(key)
         for index in () if one is None else rows.indices_in(one.rows, rows.WHY):
-            at, why = one.json(rows.numbered(rows.WHY, index))  # type: ignore[union-attr]
-            yield DiscardInfo(index, at, why)
+            name = rows.numbered(rows.WHY, index)
+            yield DiscardInfo(index, *rows.load_why(key, name, one.content(name)))  # type: ignore[union-attr]
 
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
         """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""

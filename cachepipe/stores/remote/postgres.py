@@ -239,6 +239,10 @@ class PostgresEngine:
             found[number - 1][name] = row
         return found
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is read in a thread."""
+        return False
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 
@@ -315,6 +319,17 @@ class PostgresEngine:
                 yield decoded(last), there
             if len(page) < _PAGE:
                 return
+
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples and no other row, or that `scan` misses."""
+        found = self._ask(
+            "select distinct s.key from SCHEMA.samples s "
+            "where not exists (select from SCHEMA.ledger l where l.key = s.key) union "
+            "select distinct l.key from SCHEMA.ledger l "
+            "where not exists (select from SCHEMA.keys k where k.key = l.key)"
+        )
+        for (key,) in found:
+            yield decoded(key)
 
     def compact(self) -> tuple[int, int]:
         """Make the space of deleted rows free for others; return the bytes of the tables before and after."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -244,6 +244,23 @@ class FirstRow:
     namespaces: list[tuple[int, str]] = field(default_factory=list)
     more: bool = False
 
+    @classmethod
+    def of(cls, begun: Iterable[tuple[int, str]]) -> FirstRow:
+        """Return the row for a draw with these lowest stamps and labels."""
+        found = sorted(begun)
+        return cls(found[:MOST_FIRST], len(found) > MOST_FIRST)
+
+    def agrees(self, begun: Collection[tuple[int, str]]) -> bool:
+        """Return True if the row says which of the namespaces with these lowest stamps are the earliest."""
+        named = {label for _, label in self.namespaces}
+        others = [one for one in begun if one[1] not in named]
+        return (
+            named <= {label for _, label in begun}
+            and self.namespaces == sorted(self.namespaces)
+            and (self.more or not others)
+            and not (self.namespaces and others and min(others) < self.namespaces[-1])
+        )
+
     def dumps(self, name: bytes) -> bytes:
         """Return the content of the row of a field; the draw to follow comes first, for the engine."""
         draws = [_draw_beside(name, label) for _, label in self.namespaces[:1]]
@@ -275,6 +292,20 @@ def load_change(key: str, row: bytes | None) -> int:
         return int(unpack(key, CHANGED, row))
     except ValueError as error:
         raise _damaged(key, CHANGED) from error
+
+
+def dump_why(at: float, why: str) -> bytes:
+    """Return the content of the row that says when a sample was discarded, and why."""
+    return dumps([at, why])
+
+
+def load_why(key: str, name: bytes, content: bytes) -> tuple[float, str]:
+    """Return when a sample was discarded, and why."""
+    try:
+        at, why = loads(key, name, content)
+        return float(at), str(why)
+    except (ValueError, TypeError) as error:
+        raise _damaged(key, name) from error
 
 
 def dump_sample(key: str, sample: Sample) -> bytes:

@@ -6,6 +6,7 @@ are not, it decides again. The swap of one key does not wait for that of another
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -14,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
@@ -60,6 +61,7 @@ _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive cou
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
 _TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
+_BEGUN: Final = 4096  # namespaces of keys whose draws are counted
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
 BUDGETS: Final = "budgets"
@@ -74,6 +76,10 @@ _T = TypeVar("_T")
 
 class SessionEnded(StoreError):  # noqa: N818 - says what the session is
     """The session cannot be used any more."""
+
+
+class _WouldWait(Exception):  # noqa: N818 - says what it would do
+    """The engine must be asked, and the caller cannot wait."""
 
 
 class User(Protocol):
@@ -167,6 +173,7 @@ class Session:
         self._lock = threading.Lock()
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
+        self._made: OrderedDict[tuple[str, str], set[Draw]] = OrderedDict()
         self._lease: int | None = None
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
@@ -301,12 +308,7 @@ class Session:
 
     def ask_about(self, leases: Iterable[int]) -> None:
         """Find out, in one round trip, which other processes are alive, as far as that is not known."""
-        recent = time.monotonic() - _ALIVE_FOR
-        unknown = sorted(
-            lease
-            for lease in {*leases} - self._dead
-            if not self.is_own(lease) and self._others.get(lease, (None, 0.0))[1] < recent
-        )
+        unknown = self._unknown(leases)
         if not unknown:
             return
         for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
@@ -315,6 +317,15 @@ class Session:
                 self._others.pop(lease, None)
             else:
                 self._others[lease] = (Process(name), time.monotonic())
+
+    def _unknown(self, leases: Iterable[int]) -> list[int]:
+        """Return those of the leases of which it is not known whether their processes are alive."""
+        recent = time.monotonic() - _ALIVE_FOR
+        return sorted(
+            lease
+            for lease in {*leases} - self._dead
+            if not self.is_own(lease) and self._others.get(lease, (None, 0.0))[1] < recent
+        )
 
     # Reading.
 
@@ -378,6 +389,32 @@ class Session:
             if _only_reads(operation) and (grant := local.recall(operation.draw, operation.n)) is not None
         }
 
+    def edit(self, key: str, edit: Callable[[Book], None]) -> None:
+        """Change the rows of a key in another way than operations do; announce the change.
+
+        Args:
+            key: the key.
+            edit: changes the rows; it is called again if others change them meanwhile.
+
+        Raises:
+            StoreError: when others change them all the time.
+        """
+        read = Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED], pending=True)
+        with self._lock:
+            for _ in range(_TRIES):
+                [book] = self.books([read])
+                edit(book)
+                swap = book.swap(fair=False)
+                if swap is None:
+                    return
+                book.announced(self.announce([key])[0])
+                who = self.lease()
+                [conflict] = self.asked(lambda swap=swap, who=who: self.engine.swap([swap], who))  # type: ignore[misc]
+                self.remember(key, None)
+                if conflict is None:
+                    return
+        raise StoreError(f"key {key} is changed all the time by others; try again")
+
     def again(self, book: Book, current: Rows) -> Book:
         """Return the rows of a key whose swap has met a conflict.
 
@@ -406,36 +443,90 @@ class Session:
 
     def look(self, claims: Sequence[Claim]) -> list[Grant | bool]:
         """Return for each claim its grant if the draw is known, else whether a sample may be at hand."""
-        reads: list[Read] = []
-        for claim in claims:
-            name = rows.draw_field(claim.draw)
-            fields = [rows.CHANGED, rows.LISTED, rows.taken_field(claim.draw.namespace), name]
-            reads.append(Read(claim.draw.key, fields, [name]))
+        reads = [*map(_look_at, claims)]
         pages = self.asked(lambda: self.engine.read(reads))
         return [self._looked(claim, page) for claim, page in zip(claims, pages, strict=True)]
 
-    def _looked(self, claim: Claim, found: Rows) -> Grant | bool:
+    def foretell(self, claims: Sequence[Claim]) -> list[bool] | None:
+        """Return for each claim whether a sample may be at hand, if no draw of them can be known; else None.
+
+        Nothing is read. If a namespace had no draw of a key when this process first looked, then the later
+        draws are its own, which it counts, or those of processes that are alive with it. Such a process may
+        have made the same draw, or may have stored a sample, since the rows of the key were last seen; then
+        the claim finds this.
+        """
+        found: list[bool] = []
+        for claim in claims:
+            draw = claim.draw
+            made, known = self._made.get((draw.key, draw.namespace)), self.remembered(draw.key)
+            if made is None or draw in made or rows.taken_field(draw.namespace) not in known:
+                return None
+            found.append(_has_free(draw, known))
+        for claim in claims:
+            self._made[claim.draw.key, claim.draw.namespace].add(claim.draw)
+        return found
+
+    def _count(self, draw: Draw, found: Rows) -> None:
+        """Count the draws of a namespace from now on, if it has none in the rows that were read."""
+        place = draw.key, draw.namespace
+        if rows.taken_field(draw.namespace) not in found and place not in self._made:
+            self._made[place] = set()
+            if len(self._made) > _BEGUN:
+                self._made.popitem(last=False)
+        self._made.get(place, set()).add(draw)
+
+    def look_soon(self, claims: Sequence[Claim], then: Callable[[list[Grant | bool] | None], object]) -> bool:
+        """Look as `look` does, on the running event loop and without waiting.
+
+        Args:
+            claims: the claims.
+            then: gets what `look` returns in a later turn of the loop; None if only `look` can find it out.
+
+        Returns:
+            False if this is not possible now.
+        """
+
+        def interpret(pages: list[Rows] | None) -> None:
+            found: list[Grant | bool] | None = None
+            if pages is not None:
+                # Whatever fails here is tried again by `look`, which may ask the engine for more.
+                with contextlib.suppress(StoreError, _WouldWait):
+                    found = [
+                        self._looked(claim, page, waits=False)
+                        for claim, page in zip(claims, pages, strict=True)
+                    ]
+            if found is not None:
+                self.expects_new = not any(isinstance(each, Grant) for each in found)
+            then(found)
+
+        return self.engine.read_soon([*map(_look_at, claims)], interpret)
+
+    def _looked(self, claim: Claim, found: Rows, *, waits: bool = True) -> Grant | bool:
         draw = claim.draw
         if rows.draw_field(draw) in found:
-            return self.recalled(draw, claim.n, found) or True
-        listed, taken = (
-            rows.load_set(draw.key, name, rows.unpack(draw.key, name, found[name]) if name in found else b"")
-            for name in (rows.LISTED, rows.taken_field(draw.namespace))
-        )
-        return lowest_listed_free(listed, taken) is not None
+            return self.recalled(draw, claim.n, found, waits=waits) or True
+        self._count(draw, found)
+        return _has_free(draw, found)
 
-    def recalled(self, draw: Draw, n: int, found: Rows) -> Grant | None:
+    def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
 
         Args:
             draw: the draw.
             n: how many samples.
             found: the row of the draw and those of its samples, read at one moment.
+            waits: whether to ask the engine which processes are alive.
+
+        Raises:
+            _WouldWait: when the engine must be asked, and is not.
         """
         stored = StoredDraw(draw, found, self)
         grant = operations.recall(stored, n) if stored.segments else None
         if grant is not None:
-            grant.shared = any(self.is_other(segment.lease) for segment in stored.segments)
+            leases = {segment.lease for segment in stored.segments}
+            if not waits and self._unknown(leases):
+                raise _WouldWait
+            grant.shared = any(map(self.is_other, leases))
             if self.local is not None:
                 self.local.keep(draw, found)
         return grant
@@ -652,6 +743,23 @@ class _Transaction:
         for place in self._places[key]:
             self._results[place] = error
         self._session.remember(key, None)
+
+
+def _has_free(draw: Draw, found: Mapping[bytes, bytes | None]) -> bool:
+    """Return True if a listed sample is free for a draw, by the rows of its key."""
+    listed, taken = (
+        rows.load_set(draw.key, name, b"" if row is None else rows.unpack(draw.key, name, row))
+        for name in (rows.LISTED, rows.taken_field(draw.namespace))
+        for row in [found.get(name)]
+    )
+    return lowest_listed_free(listed, taken) is not None
+
+
+def _look_at(claim: Claim) -> Read:
+    """Return what shows whether the draw of a claim is known, and else whether a sample may be at hand."""
+    draw = claim.draw
+    name = rows.draw_field(draw)
+    return Read(draw.key, [rows.CHANGED, rows.LISTED, rows.taken_field(draw.namespace), name], [name])
 
 
 def _only_reads(operation: Operation) -> TypeGuard[Claim]:
