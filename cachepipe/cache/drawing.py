@@ -248,21 +248,25 @@ class Drawing:
         except Exception as error:  # noqa: BLE001 - whatever error the encoder raises, the value is paid for
             self._unstored(index, value, b"", error)
             return
-        self.queue.put(commit, self._committed, index, value, commit.meta)
+        call.owed += 1
+        self.queue.put(commit, self._committed, index, value, call, commit.meta)
 
     def commit_of(self, index: int | None, value: Any, call: Call) -> Commit:
         """Return the operation that stores a value, with the bytes and notes of the model's adapter."""
         cache, key = self.cache, self.question.key
         run = "" if self.run is None else self.run.name
         meta = new_meta(call.id, call.seconds, run, self.user)
+        if call.payment is not None:
+            meta["reserved"] = [*call.payment.calls]
         if cache.pack is None:
             return Commit(key, index, cache.codec.encode(value), meta)
         payload, noted = cache.pack(value)
         return Commit(key, index, payload, {**meta, **noted})
 
     def _committed(
-        self, index: int, value: Any, meta: Mapping[str, Any], result: Committed | Exception
+        self, index: int, value: Any, call: Call, meta: Mapping[str, Any], result: Committed | Exception
     ) -> None:
+        call.stored()
         if isinstance(result, Exception):
             self._unstored(index, value, orjson.dumps(meta), result)
             return
@@ -517,7 +521,8 @@ def keep_extra(demand: Demand, values: list[Any], call: Call) -> None:
             commit = drawing.commit_of(None, value, call)
         except Exception:  # noqa: BLE001, S112 - nobody asked for it
             continue
-        drawing.queue.put(commit, unheard)
+        call.owed += 1
+        drawing.queue.put(commit, call.stored)
 
 
 def respond(

@@ -23,17 +23,19 @@ from cachepipe.flow.budget import Spending
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream, from_file
 from cachepipe.stores import tables
+from cachepipe.stores.base import Reserve
 from cachepipe.stores.sums import statements
 from cachepipe.testing import MockServer, MockSettings, ScriptedModel
 
 GIVEN = {"ngram-1": {"prompt": 1.0, "completion": 100.0, "max_tokens": 50}}
 PRICES = Prices(GIVEN)
+LOOK = Reserve("=x", "a look", 0, 10**12)
 CALL = 50 * 100e-6  # what an answer costs at most, in dollars
 
 
 @pytest.fixture(scope="module")
 def server():
-    with MockServer.in_thread(MockSettings(seed=1)) as running:
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=50)) as running:
         yield running
 
 
@@ -43,6 +45,11 @@ def environment(monkeypatch, tmp_path, server):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     monkeypatch.chdir(tmp_path)
+
+
+async def state_of(store):
+    """What is spent and reserved of the budget of the namespace x."""
+    return (await store.apply([LOOK]))[0]
 
 
 def spent(store, namespace="=x"):
@@ -113,8 +120,7 @@ async def test_a_stream_is_settled_with_what_it_has_used(stream):
         answer = await ask(client, stream=stream)
         if stream:
             assert [event async for event in answer]
-        spending = client._cachepipe.spending
-        state = await spending._asked("=x", 0, 10**12)
+        state = await state_of(store)
     assert state.reserved == 0
     assert state.spent / 1e9 == pytest.approx(spent(store))
 
@@ -134,8 +140,9 @@ async def test_what_is_unknown_is_refused_unless_it_is_given():
 
 @pytest.mark.anyio
 async def test_a_call_that_fails_costs_nothing(server):
+    store = MemoryStore()
     async with AsyncOpenAI(
-        cache=MemoryStore(),
+        cache=store,
         namespace="x",
         budget=Budget(5, prices=PRICES),
         base_url="http://127.0.0.1:9/v1",
@@ -143,7 +150,7 @@ async def test_a_call_that_fails_costs_nothing(server):
     ) as client:
         with pytest.raises(Exception, match="onnection"):
             await ask(client)
-        state = await client._cachepipe.spending._asked("=x", 0, 10**12)
+    state = await state_of(store)
     assert (state.spent, state.reserved) == (0, 0)
 
 
@@ -155,12 +162,12 @@ async def test_a_budget_survives_a_kill_whose_reservation_ends_with_its_process(
         await ask(client)
     ledger = sqlite3.connect(tmp_path / "cache" / "ledger.cache.db")
     ledger.execute("INSERT INTO leases(id, name, at) VALUES(77, '0-dead', 0)")
-    document = tables.dump_purse(Purse(0, 0, {77: 10**12}))
+    document = tables.dump_purse(Purse(held={"a call": (77, 10**12)}))
     digest = tables.sums_digest(tables.BUDGET, "=x", document)
     ledger.execute("INSERT OR REPLACE INTO budgets VALUES(?, ?, ?)", ("=x", document, digest))
     ledger.commit()
     ledger.close()
-    state = await Spending(store, budget)._asked("=x", 0, 10**12)
+    state = await Spending(store, budget)._asked(LOOK)
     assert state.reserved == 0
     assert state.spent / 1e9 == pytest.approx(spent(store), abs=1e-9)
     store.close()

@@ -26,12 +26,15 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Adopt,
+    BeginSum,
     Claim,
     Commit,
     Discard,
+    EndSum,
     Grant,
     Note,
     NotePlace,
+    OfBudget,
     Operation,
     Process,
     RecordRemoval,
@@ -662,7 +665,7 @@ def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
-    if isinstance(operation, Reserve | Settle):
+    if isinstance(operation, OfBudget):
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
         return f"{RUN}{operation.id}"
@@ -696,8 +699,8 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
                 # The indices that its samples get if the question is new.
                 fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
                 fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
-            case Reserve(namespace=namespace) | Settle(namespace=namespace):
-                fields[rows.BUDGET + rows.encoded(namespace)] = None
+            case Reserve() | Settle() | BeginSum() | EndSum():
+                fields[rows.BUDGET + rows.encoded(operation.namespace)] = None
             case Note(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
