@@ -24,7 +24,15 @@ from cachepipe.contract.draws import Claims, Counter, Draw, give_back, label
 from cachepipe.contract.keys import Question
 from cachepipe.contract.lifecycle import DrawState, Effects
 from cachepipe.contract.schedule import Place
-from cachepipe.errors import FreshIds, NotStored, RepeatedCell, SharedDraw, SharedReplicates, warn
+from cachepipe.errors import (
+    FreshIds,
+    NotStored,
+    RepeatedCell,
+    SharedDraw,
+    SharedReplicates,
+    StoreUnreachable,
+    warn,
+)
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -37,7 +45,7 @@ from cachepipe.stores.base import (
     new_meta,
     place_of,
 )
-from cachepipe.stores.sums import Delivery, is_stored
+from cachepipe.stores.sums import KEPT, Delivery, is_stored
 from cachepipe.typedefs import Request, Response
 
 if TYPE_CHECKING:
@@ -268,7 +276,10 @@ class Drawing:
     ) -> None:
         call.stored()
         if isinstance(result, Exception):
-            self._unstored(index, value, orjson.dumps(meta), result)
+            header = orjson.dumps(meta)
+            if isinstance(result, StoreUnreachable) and result.kept:
+                header = KEPT + header[1:]
+            self._unstored(index, value, header, result)
             return
         self.perform(self.state.committed(index, kept=result.kept), [result.sample])
         if result.kept:

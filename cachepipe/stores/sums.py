@@ -31,6 +31,8 @@ SECONDS: Final = 2.0
 MOST: Final = 4096
 """When this many deliveries have gathered, they are summed at once."""
 _STORED: Final = b'"stamp":'  # what only the header of a stored sample has
+KEPT: Final = b'{"kept":true,'
+"""The beginning of the header of a sample that is kept on this machine until its store answers."""
 _RESERVED: Final = b'"reserved":['  # in the header of a sample whose call has reserved a part of a budget
 
 _T = TypeVar("_T")
@@ -64,8 +66,8 @@ _Place = tuple[str, str, str | None]
 
 
 def is_stored(header: bytes) -> bool:
-    """Return True if a header is that of a stored sample."""
-    return _STORED in header
+    """Return True if a header is that of a sample that is stored, or is kept until it can be."""
+    return _STORED in header or header.startswith(KEPT)
 
 
 class Deliveries:

@@ -144,7 +144,9 @@ class RemoteStore(Queued, Listing):
             path = self._spool.put(commits, self.session.last_lease)
         except OSError as refused:
             return StoreUnreachable(f"{error}; nor could its samples be kept on this machine: {refused}")
-        return StoreUnreachable(f"{error}. Its samples are kept in {path} until the store answers")
+        error = StoreUnreachable(f"{error}. Its samples are kept in {path} until the store answers")
+        error.kept = True
+        return error
 
     def reached(self) -> None:
         """Learn that the engine answers again."""

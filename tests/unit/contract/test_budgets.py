@@ -9,7 +9,7 @@ from cachepipe.contract.budgets import Purse, nanos
 
 LIMIT = 100
 STEPS = ["reserve", "reserve", "store", "settle", "begin", "end", "kill"]
-steps = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(1, 60)), min_size=5, max_size=40)
+steps = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(1, 60)), min_size=60, max_size=200)
 
 
 class World:
