@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from cachepipe.contract.draws import Draw, label
 from cachepipe.models.openai import OpenAIModel
 from cachepipe.providers.exchange import questions_of
 from cachepipe.stores import DiskStore, MemoryStore
-from cachepipe.stores.base import Claim, Commit
+from cachepipe.stores.base import Claim, Commit, new_meta
 from cachepipe.typedefs import Request, Response
 
 _NAMESPACE, _SCOPE, _MODEL = "memory", "benchmark", "mock"
@@ -54,26 +55,32 @@ def _write(path: Path, lines: range) -> None:
         file.writelines(_line(number) + b"\n" for number in lines)
 
 
-async def fill(folder: Path, lines: int, base_url: str, payload: bytes) -> None:
-    """Write what a run of so many lines would have left in a cache, with the store's own verbs.
+async def fill(folder: Path, lines: Iterable[tuple[bytes, bytes]], base_url: str) -> None:
+    """Write what a run of a batch file would have left in a cache, with the store's own verbs.
 
-    Each line is answered with the same payload.
+    Args:
+        folder: the folder of the cache.
+        lines: the lines of the file, each with the payload of its answer.
+        base_url: where the answers come from.
     """
     model = OpenAIModel(_MODEL, base_url=base_url, api_key="none")
     settings = BatchSettings(model=_MODEL)
-    meta = {"at": 0.0, "call": "benchmark", "s": 0.0}
+    meta = new_meta("benchmark", 1.5, "benchmark", label(_NAMESPACE))
+    left = iter(lines)
     with contextlib.closing(DiskStore(folder)) as store:
-        for start in range(0, lines, _GROUP):
-            some = [
-                parse_line(_line(number), number, settings)
-                for number in range(start, min(start + _GROUP, lines))
-            ]
+        while some := list(itertools.islice(left, _GROUP)):
+            asked = [parse_line(line, number, settings) for number, (line, _) in enumerate(some)]
             questions = [
-                questions_of(line.api, line.asks, model.cache_scope, {}, scope=_SCOPE)[0] for line in some
+                questions_of(line.api, line.asks, model.cache_scope, {}, scope=_SCOPE)[0] for line in asked
             ]
             claims = [Claim(Draw(label(_NAMESPACE), each.key, "", 0), 1, each, "fill") for each in questions]
             await store.apply(claims)
-            await store.apply([Commit(each.key, 0, payload, meta) for each in questions])
+            await store.apply(
+                [
+                    Commit(each.key, 0, payload, meta)
+                    for each, (_, payload) in zip(questions, some, strict=True)
+                ]
+            )
 
 
 async def _payload(base_url: str) -> bytes:
@@ -126,7 +133,8 @@ class _Runs:
         if not (cache / "filled").exists():
             shutil.rmtree(cache, ignore_errors=True)
             url = self.server.base_url
-            await fill(cache, lines, url, await _payload(url))
+            payload = await _payload(url)
+            await fill(cache, ((_line(number), payload) for number in range(lines)), url)
             (cache / "filled").touch()
         return cache
 

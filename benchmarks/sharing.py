@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from benchmarks import data
 from benchmarks.harness import Count, Sizes, Tally, expect
 from benchmarks.memory import fill, peak_of
 from cachepipe import export, import_, sync
@@ -54,6 +55,13 @@ def _measure(name: str, folder: Path) -> None:
     print(orjson.dumps([samples, time.process_time() - begun]).decode())
 
 
+def _lines(number: int) -> Iterator[tuple[bytes, bytes]]:
+    """Iterate over the lines of a batch file of so many different questions, each with its answer."""
+    for each in range(number):
+        line = {"custom_id": str(each), "prompt": data.text(f"question {each}:", 900)}
+        yield orjson.dumps(line), orjson.dumps(data.text(f"answer {each}:"))
+
+
 class _Caches:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -63,7 +71,7 @@ class _Caches:
         folder = self._folder / str(samples)
         if not folder.exists():
             folder.mkdir()
-            await fill(folder / "cache", samples, _URL, b'"%b"' % (b"answer " * 150))
+            await fill(folder / "cache", _lines(samples), _URL)
         told, most = peak_of([sys.executable, "-m", "benchmarks.sharing", name, str(folder)])
         handled, seconds = orjson.loads(told)
         expect(handled == samples, f"{name} handled {handled} of {samples} samples")

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Self
 
 import orjson
 
-from cachepipe.wire import bills_prompt, token_counts
+from cachepipe.wire import bills_prompt, model_in, token_counts, usage_in
 from cachepipe.wire.usage import COUNTS
 
 NAMES: Final = (*COUNTS, "samples", "unknown")
@@ -54,7 +54,7 @@ class Usage(NamedTuple):
 
 def usage_of(sample: Mapping[str, Any]) -> Usage:
     """Return the usage of a stored sample."""
-    model, counts = sample.get("model"), token_counts(sample.get("usage"))
+    model, counts = model_in(sample), token_counts(usage_in(sample))
     known = {name: counts[name] or 0 for name in COUNTS}
     return Usage(
         model if isinstance(model, str) else None,
@@ -75,7 +75,7 @@ def noted(sample: Mapping[str, Any], url: str | None = None) -> dict[str, Any]:
         url: where the call went, unless the scope of the question says so.
     """
     usage = usage_of(sample)
-    reported = sample.get("usage")
+    reported = usage_in(sample)
     tier = sample.get("service_tier") or (reported.get("service_tier") if type(reported) is dict else None)
     note = {"tier": tier, "fingerprint": sample.get("system_fingerprint")}
     sold = {

@@ -14,7 +14,7 @@ from cachepipe.errors import CachepipeError
 from cachepipe.stores.base import DrawInfo, KeyInfo, Sample, StoredQuestion
 from cachepipe.values import Codec, shown
 
-_TEXTS: Final = ("messages", "prompt", "input", "hash")
+_TEXTS: Final = ("messages", "prompt", "input", "contents", "content", "hash")
 _OBJECTS: Final = {
     "chat.completion": "/chat/completions",
     "text_completion": "/completions",
@@ -22,6 +22,9 @@ _OBJECTS: Final = {
     "message": "/messages",
 }
 """What answers of providers call themselves, and where they come from."""
+
+
+_SAID: Final = frozenset({"content", "parts"})
 
 
 def document_of(question: StoredQuestion | None) -> Any:
@@ -110,11 +113,16 @@ def prompt_in(document: Any) -> str:
 def _last_said(value: Any) -> Any:
     """Return the content of the user's last message, else of the last message; other values unchanged."""
     if isinstance(value, list):
-        said = [item for item in value if isinstance(item, dict) and "content" in item]
+        said = [_with_content(item) for item in value if isinstance(item, dict) and {*item} & _SAID]
         users = [item for item in said if item.get("role") == "user"]
         if said:
             return (users or said)[-1]["content"]
-    return value
+    return _with_content(value)["content"] if isinstance(value, dict) and "parts" in value else value
+
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its content under OpenAI's name, if it has Gemini's."""
+    return message if "content" in message else {"role": "user", **message, "content": message["parts"]}
 
 
 def text_of(content: Any) -> str:

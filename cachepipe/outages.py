@@ -46,6 +46,16 @@ def is_connection_error(error: BaseException | None) -> bool:
     return not _KINDS.isdisjoint(base.__name__ for base in type(error).__mro__)
 
 
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status code of an adapter's error, whichever library it is from."""
+    for source in (error, getattr(error, "response", None)):
+        for name in ("status_code", "status", "code"):  # the last one is that of google-genai
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and 100 <= value < 600:
+                return value
+    return None
+
+
 def failed(error: BaseException, url: str = "", *, wait: float | None = None) -> None:
     """Report a call that failed, if it is the first of an outage.
 
@@ -93,8 +103,7 @@ def explain(error: BaseException) -> None:
 
 def advice_on(error: BaseException) -> str:
     """Return what is wrong with the URL of a call that got status 404; empty if unknown."""
-    status, code = getattr(error, "status_code", None), getattr(error, "code", None)
-    if status != 404 or "model" in str(code):
+    if status_of(error) != 404 or "model" in str(getattr(error, "code", None)):
         return ""
     return advice_for(url_of(error))
 

@@ -28,6 +28,8 @@ _DATED: Final = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 _MILLION: Final = 1_000_000
 _PRICED: Final = ("prompt", "cached", "completion")
 _FIELDS: Final = (*_PRICED, "max_tokens")
+_BATCHES: Final = "/batches"
+_OF_BATCHES: Final = 0.5  # what a batch costs, of the price of the same calls; it differs for few models
 
 HOW_TO_GIVE: Final = (
     'Give prices in a file, --prices FILE: {"MODEL": {"prompt": 0.15, "completion": 0.6, '
@@ -129,6 +131,11 @@ def unit_prices(model: str | None, url: str) -> UnitPrices | None:
     return UnitPrices(*known) if len(known) == len(each) else None
 
 
+def is_batch(url: str) -> bool:
+    """Return True for the URL at which batches are bought, as ``https://api.openai.com/v1/batches``."""
+    return url.partition("?")[0].endswith(_BATCHES)
+
+
 def cost_by_unit(counts: Mapping[str, int], price: UnitPrices | None) -> float | None:
     """Return the cost of tokens of many calls at unit prices, or None if they are unknown."""
     if price is None:
@@ -225,12 +232,17 @@ class Prices:
     def unit(self, model: str | None, url: str) -> UnitPrices | None:
         """Return the prices of a token of a small call, or None if they are unknown."""
         own = self._own(model)
-        return unit_prices(model, url) if own is None else own
+        found = unit_prices(model, url) if own is None else own
+        if found is None or not is_batch(url):
+            return found
+        return UnitPrices(*(price * _OF_BATCHES for price in found))
 
     def cost_of(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
         """Return the cost of the tokens of one call in US dollars, as the function `cost_of` does."""
         own = self._own(model)
-        return cost_of(counts, model, url) if own is None else cost_by_unit(counts, own)
+        if own is None and not is_batch(url):
+            return cost_of(counts, model, url)
+        return cost_by_unit(counts, self.unit(model, url))
 
     def cost_of_sum(self, counts: Mapping[str, int], model: str | None, url: str) -> float | None:
         """Return the cost of tokens in US dollars, as the function `cost_of_sum` does."""

@@ -1,7 +1,8 @@
 """Removes from caches what nobody needs any more, on record, and gives the disk space back.
 
 ``contract/removal.py`` decides what goes. Draws go first and samples later, in transactions of their own: so
-a process that is killed in between leaves samples that nobody has drawn, and nothing else.
+a process that is killed in between leaves samples that nobody has drawn, and nothing else. On a server, the
+transaction of each question is one of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import datetime as dt
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 
@@ -24,13 +25,26 @@ from cachepipe.differences import loaded
 from cachepipe.errors import StoreError
 from cachepipe.listings import known_scope, model_in
 from cachepipe.prices import Prices
-from cachepipe.stores import DiskStore, open_store
-from cachepipe.stores.base import Discard, Erase, Erased, RecordRemoval, Store, Withdraw, new_id
+from cachepipe.stores import open_store
+from cachepipe.stores.base import (
+    Discard,
+    Erase,
+    Erased,
+    PartlyApplied,
+    RecordRemoval,
+    Store,
+    Withdraw,
+    new_id,
+)
+from cachepipe.stores.remote import is_url
 
-_AT_ONCE: Final = 500  # questions that are removed from in one transaction
+_AT_ONCE: Final = 500  # questions that are removed from in one transaction, or samples of one question
+
+_T = TypeVar("_T")
+_Steps = list[tuple[Entry, Step]]
 
 Cache = str | os.PathLike[str] | Store
-"""A folder, or an open store."""
+"""A folder, the URL of a server, or an open store."""
 
 
 @dataclass(slots=True)
@@ -172,7 +186,8 @@ def _remove(
     dry_run: bool,
 ) -> Removal:
     store: Any
-    store, owned = open_store(cache, durability="full", read_only=dry_run or None)
+    on_server = isinstance(cache, str) and is_url(cache)
+    store, owned = open_store(cache, durability="process" if on_server else "full", read_only=dry_run or None)
     try:
         found = _steps(store, selection, fits)
         removal = Removal(selected)
@@ -198,32 +213,62 @@ def _perform(
     store: Any, found: Iterator[tuple[Entry, Step]], selection: Selection, removal: Removal
 ) -> Removal:
     name, at = new_id(), time.time()
-    apply = store.apply_and_wait
+
+    def record() -> None:
+        store.apply_and_wait([RecordRemoval(name, removal._document(at))])  # noqa: SLF001 - of this module
+
     why = f"cachepipe {told(removal.selected)}"
-    while batch := list(itertools.islice(found, _AT_ONCE)):
-        if not removal.questions:
-            apply([RecordRemoval(name, removal._document(at))])  # noqa: SLF001 - of this module
-        withdraws = [Withdraw(one.key, one.namespaces) for _, one in batch if one.namespaces]
-        if withdraws:
-            apply(withdraws)
-        done = batch
+    batch = list(itertools.islice(found, _AT_ONCE))
+    if batch:
+        record()
+    while batch:
+        done, refused = _withdrawn(store, batch)
         if selection.samples:
-            erases = [Erase(one.key, [each.index for each in one.unused], why) for _, one in batch]
-            done = _erased(batch, apply(erases))
+            done = _erased(store, done, why)
         for entry, one in done:
             removal._add(entry, one, erases=selection.samples)  # noqa: SLF001 - of this module
+        if refused is not None:
+            record()
+            raise refused
+        batch = list(itertools.islice(found, _AT_ONCE))
+        removal.done = not batch
+        record()
     removal.done = True
-    if removal.questions:
-        apply([RecordRemoval(name, removal._document(at))])  # noqa: SLF001 - of this module
     return removal
 
 
-def _erased(batch: list[tuple[Entry, Step]], results: list[Erased]) -> list[tuple[Entry, Step]]:
-    """Return what was done: samples that were drawn meanwhile stay."""
-    return [
-        (entry, one._replace(unused=[each for each in one.unused if each.index in {*result.indices}]))
-        for (entry, one), result in zip(batch, results, strict=True)
+def _withdrawn(store: Any, batch: _Steps) -> tuple[_Steps, StoreError | None]:
+    """Remove draws; return what was done, and the error if something was refused."""
+    asked = [(entry, one) for entry, one in batch if one.namespaces]
+    if not asked:
+        return batch, None
+    try:
+        store.apply_and_wait([Withdraw(one.key, one.namespaces) for _, one in asked])
+    except PartlyApplied as error:
+        results = error.results
+        refused = {one.key for (_, one), each in zip(asked, results, strict=True) if each is not None}
+        return [(entry, one) for entry, one in batch if one.key not in refused], StoreError(str(error))
+    return batch, None
+
+
+def _erased(store: Any, batch: _Steps, why: str) -> _Steps:
+    """Delete samples; return what was done: samples that were drawn meanwhile stay."""
+    pages = [
+        Erase(one.key, [each.index for each in page], why) for _, one in batch for page in _pages(one.unused)
     ]
+    gone: dict[str, set[int]] = {}
+    for some in _pages(pages):
+        erased: list[Erased] = store.apply_and_wait(some)
+        for page, result in zip(some, erased, strict=True):
+            gone.setdefault(page.key, set()).update(result.indices)
+    return [
+        (entry, one._replace(unused=[each for each in one.unused if each.index in gone.get(one.key, ())]))
+        for entry, one in batch
+    ]
+
+
+def _pages(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    return (items[at : at + _AT_ONCE] for at in range(0, len(items), _AT_ONCE))
 
 
 def told(selected: dict[str, Any]) -> str:
@@ -259,28 +304,33 @@ def discard(cache: Cache, key: str, index: int, why: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Compacted:
-    """The bytes of a cache's files, before and after it was compacted."""
+    """The bytes of a cache's files or tables, before and after it was compacted; None if it is not needed."""
 
-    before: int
-    after: int
+    before: int | None
+    after: int | None
 
 
 def compact(cache: str | os.PathLike[str]) -> Compacted:
-    """Give the disk space back that was freed in the files of a cache.
+    """Give the space back that was freed in a cache.
 
-    Others may read meanwhile. If the process is killed, the cache stays as it was.
+    The files of a folder are rewritten; others may read meanwhile, and if the process is killed, the cache
+    stays as it was. In PostgreSQL, what was freed is used for new rows; all may go on meanwhile. Valkey
+    frees what is deleted by itself.
 
     Args:
-        cache: the folder.
+        cache: the folder or the URL.
 
     Raises:
-        StoreError: when another process writes to the cache, or it is not a cache in a folder.
+        StoreError: when another process writes to the cache in a folder, or the server does not permit it.
     """
+    store: Any
     store, owned = open_store(cache)
     try:
-        if not isinstance(store, DiskStore):
-            raise StoreError(f"only a cache in a folder can be compacted; got {store.identity}")
-        return Compacted(*store.compact())
+        if not hasattr(type(store), "compact"):
+            raise StoreError(
+                f"only a cache in a folder or on a server can be compacted; got {store.identity}"
+            )
+        return Compacted(*(store.compact() or (None, None)))
     finally:
         if owned:
             store.close()

@@ -31,6 +31,7 @@ _CLIENTS: Final = {
     "openai": ("AsyncOpenAI", "OpenAI"),
     "together": ("AsyncTogether", "Together"),
     "anthropic": ("AsyncAnthropic", "Anthropic"),
+    "google": ("AsyncGemini", "Gemini"),
 }
 _NO_KEY: Final = "none-needed"
 _OLLAMA_PORT: Final = 11434
@@ -73,7 +74,7 @@ class Service:
         api_key: the API key; default is the value of the environment variable ``key_scheme``.
         key_scheme: the name of that variable; None if the endpoint needs no key.
         name: its display name; default is the host.
-        sdk: the SDK of its clients: ``"openai"``, ``"together"`` or ``"anthropic"``.
+        sdk: the SDK of its clients: ``"openai"``, ``"together"``, ``"anthropic"`` or ``"google"``.
         model: the default model of sessions.
         max_retries: the largest number of retries of a failed call. The SDK does not retry by itself.
         max_time: seconds after a call's first failure after which it is not retried.
@@ -342,6 +343,16 @@ class Services:
             options: as for `Service`.
         """
         return _service("Anthropic", "https://api.anthropic.com/v1", {"sdk": "anthropic", **options})
+
+    @staticmethod
+    def Gemini(**options: Any) -> Service:  # noqa: N802 - likewise
+        """Return Google's Gemini API; the key is in ``GEMINI_API_KEY``. Its clients are google-genai's.
+
+        Args:
+            options: as for `Service`.
+        """
+        url = "https://generativelanguage.googleapis.com"
+        return _service("Gemini", url, {"sdk": "google", **options})
 
     @staticmethod
     def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise

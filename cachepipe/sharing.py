@@ -25,6 +25,7 @@ from cachepipe.contract.draws import label, namespace_of
 from cachepipe.contract.entries import Addition, Entry, addition, joined, rescoped
 from cachepipe.contract.keys import digest
 from cachepipe.errors import ImportRefused, SecretsFound, StoreError
+from cachepipe.prefetch import prefetched
 from cachepipe.stores import DiskStore, cache_for, open_store
 from cachepipe.stores.base import Adopt, Adopted, Store
 from cachepipe.stores.bundles.manifest import Manifest
@@ -114,10 +115,15 @@ def slices(cache: Caches, namespaces: Collection[str | None] | None) -> Generato
     labels = None if namespaces is None else {label(name) for name in namespaces}
     with contextlib.ExitStack() as stack:
         caches: Any = cache if isinstance(cache, list | tuple) else [cache]
-        sources = [stack.enter_context(_opened(one)) for one in caches]
-        parts = [map(Entry.sliced, source.entries(labels), itertools.repeat(labels)) for source in sources]
-        entries = in_key_order(*(filter(None, each) for each in parts), key=attrgetter("key"))
-        for _, group in itertools.groupby(entries, attrgetter("key")):
+        sources = [stack.enter_context(opened(one)) for one in caches]
+        parts = [
+            filter(None, map(Entry.sliced, source.entries(labels), itertools.repeat(labels)))
+            for source in sources
+        ]
+        if len(parts) == 1:
+            yield from parts[0]
+            return
+        for _, group in itertools.groupby(in_key_order(*parts, key=attrgetter("key")), attrgetter("key")):
             yield reduce(lambda whole, entry: joined(whole, entry) or whole, group)
 
 
@@ -125,8 +131,9 @@ def _checked(entries: Iterable[Entry], namespaces: Collection[str | None] | None
     """Iterate over entries; raise an error at the end if a namespace has no draws."""
     missing = {label(name) for name in namespaces or ()}
     for entry in entries:
-        missing.difference_update(draw.namespace for draw in entry.draws)
-        missing.difference_update(entry.users)
+        if missing:
+            missing.difference_update(draw.namespace for draw in entry.draws)
+            missing.difference_update(entry.users)
         yield entry
     if missing:
         names = ", ".join(repr(namespace_of(name)) for name in sorted(missing))
@@ -138,10 +145,15 @@ def _all(store: Store | Bundle) -> Iterator[Entry]:
     return (found for entry in store.entries() if (found := entry.sliced()) is not None)
 
 
-def _counted(questions: Iterable[_Item], doing: str, progress: Progress) -> Iterator[_Item]:
-    for number, question in enumerate(questions, 1):
-        yield question
-        progress(doing, number)
+def _counted(
+    items: Iterable[_Item], doing: str, progress: Progress, size: Callable[[_Item], int] = lambda _: 1
+) -> Iterator[_Item]:
+    """Iterate over items of so many questions; tell how many questions are done."""
+    done = 0
+    for item in items:
+        yield item
+        done += size(item)
+        progress(doing, done)
 
 
 # Import, merge and sync.
@@ -215,7 +227,7 @@ def import_(
         ImportRefused: when a draw of the bundle has other samples in the cache; nothing was changed.
         StoreError: when the cache cannot be written.
     """
-    with contextlib.closing(Bundle(path)) as bundle, _opened(cache, write=True) as store:
+    with contextlib.closing(Bundle(path)) as bundle, opened(cache, write=True) as store:
         return _combine([bundle], [store], scope, progress)[0]
 
 
@@ -227,8 +239,8 @@ def merge(
 ) -> Counts:
     """Add what some caches or bundles hold to another cache; see `import_`."""
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(_opened(cache)) for cache in caches]
-        target = stack.enter_context(_opened(into, write=True))
+        sources = [stack.enter_context(opened(cache)) for cache in caches]
+        target = stack.enter_context(opened(into, write=True))
         return _combine(sources, [target], None, progress)[0]
 
 
@@ -240,7 +252,7 @@ def sync(one: Cache, other: Cache, *, progress: Progress = _unseen) -> tuple[Cou
     Returns:
         What the first one got, and what the second one got.
     """
-    with _opened(one, write=True) as first, _opened(other, write=True) as second:
+    with opened(one, write=True) as first, opened(other, write=True) as second:
         if first.identity == second.identity:
             raise StoreError("the two are one cache; name two different ones")
         found = _combine([first, second], [first, second], None, progress)
@@ -255,8 +267,9 @@ def _combine(
 ) -> list[Counts]:
     """Add what the sources hold to each target, if nothing contradicts; return what each got."""
     conflicts = _Conflicts()
-    for batch in _batches(_counted(_groups(sources, scope), "checking", progress)):
-        _check(targets, batch, conflicts)
+    with prefetched(_batches(_groups(sources, scope))) as batches:
+        for batch in _counted(batches, "checking", progress, len):
+            _check(targets, batch, conflicts)
     if conflicts.count:
         raise ImportRefused(
             conflicts.told,
@@ -264,9 +277,10 @@ def _combine(
             "Draw in another namespace in one of them, or import one as a bundle under another --scope",
         )
     counts = [Counts() for _ in targets]
-    for batch in _batches(_counted(_groups(sources, scope), "writing", progress)):
-        for target, count in zip(targets, counts, strict=True):
-            _add(target, batch, count)
+    with prefetched(_batches(_groups(sources, scope))) as batches:
+        for batch in _counted(batches, "writing", progress, len):
+            for target, count in zip(targets, counts, strict=True):
+                add(target, batch, count)
     return counts
 
 
@@ -287,13 +301,19 @@ def _check(targets: Sequence[Store], batch: list[list[Entry]], conflicts: _Confl
 def _groups(sources: Sequence[Store | Bundle], scope: Scopes | None) -> Iterator[list[Entry]]:
     """Iterate over what the sources hold of each question."""
     streams = [_rescoped(_all(source), scope) for source in sources]
+    if len(streams) == 1 and scope is None:
+        yield from ([entry] for entry in streams[0])
+        return
     for _, group in itertools.groupby(in_key_order(*streams, key=attrgetter("key")), attrgetter("key")):
         yield list(group)
 
 
 def _rescoped(entries: Iterator[Entry], scope: Scopes | None) -> Iterator[Entry]:
+    if scope is None:
+        yield from entries
+        return
     for entry in entries:
-        new = scope if scope is None or isinstance(scope, str) else scope.get(entry.scope or "")
+        new = scope if isinstance(scope, str) else scope.get(entry.scope or "")
         yield entry if new is None else rescoped(entry, new, digest(new, entry.document))
 
 
@@ -311,7 +331,7 @@ def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
         yield batch
 
 
-def _add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
+def add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
     """Add entries to a store in one transaction."""
     adopts = [Adopt(entry) for group in batch for entry in group]
     apply: Any = target.apply_and_wait  # type: ignore[attr-defined]  # all that is opened here has it
@@ -350,7 +370,7 @@ def unpacked(path: str | os.PathLike[str]) -> Iterator[DiskStore]:
     ):
         with contextlib.closing(DiskStore(folder)) as store:
             for batch in _batches([entry] for entry in bundle.entries()):
-                _add(store, batch, Counts())
+                add(store, batch, Counts())
         with contextlib.closing(_UnpackedBundle(folder, read_only=True)) as unpacked:
             unpacked.bundle = bundle.path
             yield unpacked
@@ -372,7 +392,7 @@ class _UnpackedBundle(DiskStore):
 
 
 @contextlib.contextmanager
-def _opened(cache: Cache, *, write: bool = False) -> Iterator[Any]:
+def opened(cache: Cache, *, write: bool = False) -> Iterator[Any]:
     """Open a cache or, for reading, a bundle; an open store stays open."""
     cache = cache_for(cache)
     if isinstance(cache, str | os.PathLike) and is_bundle(cache):

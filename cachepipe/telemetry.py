@@ -17,7 +17,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from cachepipe.errors import BadAnswer
-from cachepipe.wire.usage import token_counts
+from cachepipe.outages import status_of
+from cachepipe.wire.usage import model_in, token_counts, usage_in
 
 _OPERATIONS: Final = {
     "chat completions": "chat",
@@ -25,11 +26,14 @@ _OPERATIONS: Final = {
     "responses": "chat",
     "completions": "text_completion",
     "embeddings": "embeddings",
+    "generate content": "generate_content",
+    "embed content": "embeddings",
 }
 _PROVIDERS: Final = {
     "anthropic.com": "anthropic",
     "azure.com": "azure.ai.openai",
     "generativelanguage.googleapis.com": "gcp.gemini",
+    "aiplatform.googleapis.com": "gcp.vertex_ai",
     "cohere.ai": "cohere",
     "cohere.com": "cohere",
     "together.ai": "together_ai",
@@ -138,18 +142,18 @@ class CallSpan:
         seconds = time.perf_counter() - self._begun
         answer = answer or {}
         failure = _failure(error, answer)
-        tokens = token_counts(answer.get("usage"))
+        tokens, model = token_counts(usage_in(answer)), model_in(answer)
         told: dict[str, Any] = {
-            "gen_ai.response.id": answer.get("id"),
-            "gen_ai.response.model": answer.get("model"),
+            "gen_ai.response.id": answer.get("id", answer.get("responseId")),
+            "gen_ai.response.model": model,
             "gen_ai.response.finish_reasons": _reasons(answer),
             "gen_ai.usage.input_tokens": tokens["prompt_tokens"],
             "gen_ai.usage.output_tokens": tokens["completion_tokens"],
         }
         self._span.set_attributes({name: value for name, value in told.items() if value})
         shared = dict(self._shared)
-        if isinstance(answer.get("model"), str):
-            shared["gen_ai.response.model"] = answer["model"]
+        if isinstance(model, str):
+            shared["gen_ai.response.model"] = model
         if failure is not None:
             shared["error.type"] = failure
             self._span.set_attribute("error.type", failure)
@@ -196,14 +200,18 @@ def _failure(error: BaseException | None, answer: Mapping[str, Any]) -> str | No
     """Return the type of a call's failure: the status or the class of its error; None if it did not fail."""
     if error is None:
         return BadAnswer.__qualname__ if answer.get("error") else None
-    status = getattr(error, "status_code", None)
-    return str(status) if isinstance(status, int) else type(error).__qualname__
+    status = status_of(error)
+    return type(error).__qualname__ if status is None else str(status)
 
 
 def _reasons(answer: Mapping[str, Any]) -> list[str] | None:
     """Return why the samples of an answer ended, in the provider's words."""
-    choices = answer.get("choices")
+    choices = answer.get("choices", answer.get("candidates"))
     listed = choices if isinstance(choices, list) else []
-    given = [choice.get("finish_reason") for choice in listed if isinstance(choice, Mapping)]
+    given = [
+        choice.get("finish_reason", choice.get("finishReason"))
+        for choice in listed
+        if isinstance(choice, Mapping)
+    ]
     reasons = [reason for reason in [*given, answer.get("stop_reason")] if isinstance(reason, str)]
     return reasons or None

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[1] / "docs"
 _JQ = """\
 import json, sys
@@ -15,6 +17,27 @@ import jq
 for value in jq.compile(sys.argv[-1]).input_text(sys.stdin.read()):
     print(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
 """
+
+
+def examples_of(text):
+    """Return the examples of a page that print something, as parameters: the code, and what it prints."""
+    found = re.findall(r"<!-- example: ([\w-]+) -->\n```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL)
+    return [pytest.param(code, printed, id=name) for name, code, printed in found]
+
+
+def check_example(code, printed, folder, **environment):
+    """Run an example in a folder; it prints what the page shows, and warns of nothing."""
+    (folder / "caches").mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.stdout, ran.stderr, ran.returncode) == (printed, "", 0)
 
 
 class Page:

@@ -37,8 +37,8 @@ class BatchFileError(CachepipeError):
 def described(error: BaseException) -> tuple[str, str, dict[str, Any] | None]:
     """Return an error's code, its message, and the response if the provider sent one."""
     message = _writable(str(error)) or type(error).__name__
-    status, answer = getattr(error, "status_code", None), getattr(error, "response", None)
-    if isinstance(status, int) and answer is not None:
+    status, answer = outages.status_of(error), getattr(error, "response", None)
+    if status is not None and answer is not None:
         return _refusal(error, status, answer, message)
     if isinstance(error, CacheMiss):
         return "cache_miss", f"{error.reason}.", None

@@ -58,6 +58,24 @@ class Ids:
         return None if place == _NOWHERE else place
 
 
+def numbered(file: IO[bytes], limit: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Iterate over the lines of a file that are not blank, with their numbers, from the start.
+
+    Args:
+        file: the file.
+        limit: the largest number of lines.
+    """
+    file.seek(0)
+    count = 0
+    for number, line in enumerate(file, 1):
+        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if text.strip():
+            yield number, text
+            count += 1
+            if count == limit:
+                return
+
+
 class InputFile:
     """The batch file, read twice through one open file."""
 
@@ -103,7 +121,7 @@ class InputFile:
         problems: list[str] = []
         count = checksum = 0
         ids = Ids()
-        for number, text in self._numbered():
+        for number, text in numbered(self._file, self._settings.limit):
             if stop.asked or len(problems) == _SHOWN or (last is not None and number > last):
                 break
             count += 1
@@ -127,7 +145,7 @@ class InputFile:
             listed = "\n".join(problems)
             raise BatchFileError(f"{self.path} cannot be run, and nothing was asked{more}:\n{listed}")
         self._left, self._checksum = count, checksum
-        self._lines = self._numbered()
+        self._lines = numbered(self._file, self._settings.limit)
         return count
 
     async def next(self) -> Line | None:
@@ -160,18 +178,6 @@ class InputFile:
         if len(read) == self._left and self._seen == self._checksum:
             self._checksum = 0
         return read
-
-    def _numbered(self) -> Iterator[tuple[int, bytes]]:
-        """Iterate over the lines that are not blank, with their numbers, from the start."""
-        self._file.seek(0)
-        count = 0
-        for number, line in enumerate(self._file, 1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if text.strip():
-                yield number, text
-                count += 1
-                if count == self._settings.limit:
-                    return
 
 
 class _EarlierResults:

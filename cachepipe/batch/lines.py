@@ -74,7 +74,7 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
         ValueError: when it holds no valid request; the message says what was expected.
     """
     fields = _fields(text)
-    name, custom_id = _custom_id(fields, number)
+    name, custom_id = named(fields, number)
     api, body, used = _asked(fields)
     not_carried = {*used, name} - {"task_id"}
     carried = {field: value for field, value in fields.items() if field not in not_carried}
@@ -123,8 +123,12 @@ def _nests_deeper(value: Any, levels: int) -> bool:
     return not levels or any(_nests_deeper(item, levels - 1) for item in items)
 
 
-def _custom_id(fields: Mapping[str, Any], number: int) -> tuple[str | None, str]:
-    """Return the field with the id of a line, and the id; without such a field, None and the line number."""
+def named(fields: Mapping[str, Any], number: int) -> tuple[str | None, str]:
+    """Return the field with the id of a line, and the id; without such a field, None and the line number.
+
+    Raises:
+        LineError: when the id is neither a string nor a whole number.
+    """
     for name in ("custom_id", "id", "task_id"):
         value = fields.get(name)
         if value is None:

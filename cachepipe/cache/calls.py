@@ -11,6 +11,7 @@ from typing import Any
 from cachepipe.adapting import cut_of, has_request, hooks_of, limit_of
 from cachepipe.contract.demands import PATIENCE, Answered, Limit, answered, cut, largest, repeats
 from cachepipe.errors import ShortAnswer
+from cachepipe.outages import status_of
 from cachepipe.stage import Flight, Stage, ask_batch, payment_of, samples_of
 from cachepipe.stores.base import new_id
 from cachepipe.typedefs import Payment, Request
@@ -371,7 +372,7 @@ class Caller:
     def _failed(self, call: Call, error: BaseException) -> None:
         call.settled = True
         _detach(call)
-        if repeats(call.pieces, timed_out=_timed_out(error), status=_status_of(error)):
+        if repeats(call.pieces, timed_out=_timed_out(error), status=status_of(error)):
             self._limit.lower(largest(call.pieces))
             self._send_each(call.pieces)
             return
@@ -421,11 +422,6 @@ def _detach(call: Call) -> None:
 
 def _timed_out(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
-
-
-def _status_of(error: BaseException) -> object:
-    """Return the HTTP status code of an SDK's error, or None."""
-    return getattr(error, "status_code", getattr(error, "status", None))
 
 
 def withdraw(demand: Demand) -> None:

@@ -47,7 +47,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "compact": Entry("cachepipe.cli.manage:compact", "Give back the disk space that was freed."),
     "export": Entry("cachepipe.cli.share:export", "Write an experiment into one file, for others."),
     "replay": Entry("cachepipe.cli.replay:replay", "Run a program that gets its answers from such a file."),
-    "import": Entry("cachepipe.cli.share:import_", "Add such a file to a cache."),
+    "import": Entry("cachepipe.cli.share:import_", "Add such a file, a batch or a CacheSaver folder."),
     "merge": Entry("cachepipe.cli.share:merge", "Add what several caches hold to another one."),
     "sync": Entry("cachepipe.cli.share:sync", "Copy between two caches both ways."),
     "valkey": Entry("cachepipe.cli.valkey:valkey", "Run a Valkey server, as a cache for several machines."),

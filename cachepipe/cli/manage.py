@@ -1,10 +1,10 @@
-"""The commands `rm` and `prune`, which delete draws and samples, and `compact`, which frees disk space."""
+"""The commands `rm` and `prune`, which delete draws and samples, and `compact`, which frees space."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +22,7 @@ _BYTES: Final = {"": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 
 _REMOVAL_JSON: Final = """\b
 With --json:
-  folder                 the cache folder
+  folder                 the cache folder, or the URL of the server
   selected               the command and its options
   questions, draws       how many questions are concerned, and how many draws are removed
   samples, bytes         how many samples are deleted, and how much their content takes
@@ -93,10 +93,10 @@ def rm(
         raise Failure("expected --namespace NAME, or --no-namespace for requests without one")
     from cachepipe import removing  # noqa: PLC0415 - help needs no store
 
-    folder = _folder(cache)
+    found = common.existing_cache(cache)
     _removed(
-        folder,
-        lambda *, dry_run: removing.forget(folder, namespace, samples=samples, dry_run=dry_run),
+        found,
+        lambda *, dry_run: removing.forget(found, namespace, samples=samples, dry_run=dry_run),
         dry_run=dry_run,
         yes=yes,
         as_json=as_json,
@@ -150,13 +150,13 @@ def prune(
     if draws and not (older_than or larger_than or any(wanted.values())):
         raise Failure(
             "--draws needs at least one of --older-than, --namespace, --model, --scope and --larger-than; to "
-            "remove everything, delete the folder"
+            "remove everything, delete the folder, or the keys or the schema on the server"
         )
-    folder = _folder(cache)
+    found = common.existing_cache(cache)
     _removed(
-        folder,
+        found,
         lambda *, dry_run: removing.prune(
-            folder,
+            found,
             older_than=older_than,
             larger_than=None if larger_than is None else int(larger_than),
             draws=draws,
@@ -169,43 +169,36 @@ def prune(
     )
 
 
-def _folder(cache: str | None) -> Path:
-    """Return the folder of an existing cache."""
-    found = common.existing_cache(cache)
-    if not isinstance(found, Path):
-        raise Failure(
-            f"expected a cache in a folder; got the server {common.name_of(found)}. Draws and samples are "
-            "removed from folders only: `cachepipe export` writes what you want to keep into a file"
-        )
-    return found
-
-
 def _removed(
-    folder: Path, remove: Callable[..., Removal], *, dry_run: bool, yes: bool, as_json: bool
+    cache: Path | str, remove: Callable[..., Removal], *, dry_run: bool, yes: bool, as_json: bool
 ) -> None:
     """Say what is removed and what it cost, ask, and remove it."""
+    name = common.name_of(cache)
     removal = remove(dry_run=True)
     if not as_json:
-        _print(folder, removal)
+        _print(name, removal)
     if removal.questions and not dry_run:
         _ask(yes=yes)
         removal = remove(dry_run=False)
         if not as_json:
-            click.echo(f"Done. `cachepipe compact` gives the disk space back.{_later(removal)}")
+            click.echo(" ".join(["Done.", *_later(cache, removal)]))
     if as_json:
-        click.echo(json_text({"folder": str(folder), **removal.as_dict()}))
+        click.echo(json_text({"folder": name, **removal.as_dict()}))
 
 
-def _later(removal: Removal) -> str:
-    return f" {counted(removal.unused, 'sample')} that no draw has any more stay." if removal.unused else ""
+def _later(cache: Path | str, removal: Removal) -> Iterator[str]:
+    if isinstance(cache, Path):
+        yield "`cachepipe compact` gives the disk space back."
+    if removal.unused:
+        yield f"{counted(removal.unused, 'sample')} that no draw has any more stay."
 
 
-def _print(folder: Path, removal: Removal) -> None:
+def _print(name: str, removal: Removal) -> None:
     if not removal.questions:
-        click.echo(f"{folder} has nothing to remove")
+        click.echo(f"{name} has nothing to remove")
         return
     facts = [
-        ("cache", str(folder)),
+        ("cache", name),
         ("questions", f"{removal.questions:,}"),
         ("removes", f"{counted(removal.draws, 'draw')} and {counted(removal.samples, 'sample')}"),
     ]
@@ -241,17 +234,24 @@ def _asks() -> bool:
 
 @click.command()
 @common.cache_option
-@common.json_option('an object with "folder", "before" and "after" (bytes)')
+@common.json_option('an object with "folder", "before" and "after" (bytes, or null on Valkey)')
 def compact(*, cache: str | None, as_json: bool) -> None:
-    """Give back the disk space that was freed in the files of a cache folder.
+    """Give back the disk space that was freed in a cache.
 
-    Others may read meanwhile. The disk needs as much free space as the cache takes.
+    The files of a folder are rewritten. Others may read meanwhile, and the disk needs as much free space as
+    the cache takes. On PostgreSQL, this command runs VACUUM on the tables of the cache: new rows use the
+    space, and others may go on meanwhile. A Valkey server frees at once what is deleted.
     """
     from cachepipe import removing  # noqa: PLC0415 - help needs no store
 
-    folder = _folder(cache)
-    found = removing.compact(folder)
+    found = common.existing_cache(cache)
+    name, sizes = common.name_of(found), removing.compact(found)
     if as_json:
-        click.echo(json_text({"folder": str(folder), "before": found.before, "after": found.after}))
+        click.echo(json_text({"folder": name, "before": sizes.before, "after": sizes.after}))
+    elif sizes.before is None or sizes.after is None:
+        click.echo(
+            f"{name} has nothing to compact: the server frees at once what is deleted, and rewrites its "
+            "append-only file by itself (BGREWRITEAOF does so now)"
+        )
     else:
-        print_facts([("cache", str(folder)), ("before", size(found.before)), ("after", size(found.after))])
+        print_facts([("cache", name), ("before", size(sizes.before)), ("after", size(sizes.after))])

@@ -23,7 +23,7 @@ from cachepipe.cli.group import Failure
 if TYPE_CHECKING:
     from cachepipe.proxy.settings import Upstream
 
-_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY")
+_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY", "GEMINI_API_KEY")
 _OPENAI: Final = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # the second one is that of some frameworks
 _TOGETHER: Final = ("together.xyz", "together.ai")
 _NOT_FOUND: Final = 127  # the exit code of a shell
@@ -55,9 +55,10 @@ With --report, the file gets an object:
 def replay(*, bundle: str, command: tuple[str, ...], namespace: str | None, report: str | None) -> None:
     """Run a program that gets its answers from a bundle, or from a cache: no key, no network, no costs.
 
-    Programs with the SDKs of OpenAI, Anthropic and Together ask a proxy on this machine, by OPENAI_BASE_URL
-    and so on. In programs with cachepipe, every cache is the bundle and every mode is replay. The exit code
-    is that of the program. At the end, the command lists what was asked and is not in the bundle.
+    Programs with the SDKs of OpenAI, Anthropic, Google and Together ask a proxy on this machine, by
+    OPENAI_BASE_URL and so on. In programs with cachepipe, every cache is the bundle and every mode is replay.
+    The exit code is that of the program. At the end, the command lists what was asked and is not in the
+    bundle.
     """
     found = _located(bundle)
     with tempfile.TemporaryDirectory(prefix="cachepipe-") as folder:
@@ -125,7 +126,7 @@ def _environment(
         variables = {**dict.fromkeys(_KEYS, replaying.NO_KEY), **_base_urls(upstreams, urls.__getitem__)}
         replayed = replaying.Replay(cache, str(notes), {url: each.url for each, url in urls.items()})
         direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1")))
-        hidden = ("ANTHROPIC_AUTH_TOKEN", "CACHEPIPE_DISABLE")
+        hidden = ("ANTHROPIC_AUTH_TOKEN", "GOOGLE_API_KEY", "CACHEPIPE_DISABLE")
         inherited = {name: value for name, value in os.environ.items() if name not in hidden}
         yield {**inherited, **variables, **replayed.variable(), "NO_PROXY": direct, "no_proxy": direct}
 
@@ -161,6 +162,7 @@ def _base_urls(upstreams: Sequence[Upstream], url_of: Callable[[Upstream], str])
         **dict.fromkeys(_OPENAI, first),
         "TOGETHER_BASE_URL": together or first,
         "ANTHROPIC_BASE_URL": anthropic,
+        "GOOGLE_GEMINI_BASE_URL": [each for each in upstreams if each.kind == "gemini"],
     }
     return {name: chosen(each, name) for name, each in fitting.items()}
 

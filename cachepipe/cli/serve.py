@@ -192,7 +192,13 @@ def _name(place: int) -> str:
 def remembered(caches: Any) -> list[Upstream]:
     """Return the upstreams of the answers in a cache or in layers, the one with the most questions first."""
     from cachepipe.proxy.settings import Upstream  # noqa: PLC0415 - an extra
-    from cachepipe.wire import CHAT, MESSAGES, api_for  # noqa: PLC0415 - likewise
+    from cachepipe.wire import (  # noqa: PLC0415 - likewise
+        CHAT,
+        EMBED_CONTENT,
+        GENERATE_CONTENT,
+        MESSAGES,
+        api_for,
+    )
 
     scopes: Counter[str] = Counter()
     layers = caches if isinstance(caches, list) else [caches]
@@ -204,6 +210,9 @@ def remembered(caches: Any) -> list[Upstream]:
         url = scope.partition("?")[0]
         api = api_for("POST", url)
         if api is None or not url.startswith(("http://", "https://")):
+            continue
+        if api in (GENERATE_CONTENT, EMBED_CONTENT):
+            bases[url.rpartition("/v1")[0], "gemini"] += count
             continue
         theirs = api is MESSAGES
         ending = "/v1/messages" if theirs else "/chat/completions" if api is CHAT else url[url.rindex("/") :]

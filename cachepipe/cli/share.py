@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
 from cachepipe.cli import common
+from cachepipe.cli.batch_options import count, setting
 from cachepipe.cli.common import counted, json_text, print_facts
 from cachepipe.cli.group import Failure
 
 if TYPE_CHECKING:
+    from cachepipe.importers import Imported
     from cachepipe.sharing import Counts, Progress, Scopes
     from cachepipe.stores.bundles.manifest import Manifest
 
+Kind = Literal["bundle", "batch", "cachesaver"]
+"""What can be imported."""
+
 _EVERY: Final = 100  # questions to an update of the progress
+_SHOWN: Final = 20  # reasons that are listed
+_WIDTH: Final = 400  # columns of a reason
 
 
 @contextlib.contextmanager
@@ -31,9 +40,12 @@ def _progress() -> Iterator[Progress]:
         return
     with bar(transient=True) as progress:
         task = progress.add_task("reading", total=None, told="")
+        shown = ("", 0)
 
         def show(doing: str, done: int) -> None:
-            if done % _EVERY == 0:
+            nonlocal shown
+            if doing != shown[0] or done >= shown[1] + _EVERY:
+                shown = doing, done
                 progress.update(task, description=doing, completed=done)
 
         yield show
@@ -135,9 +147,26 @@ With --json:
 """
 
 
-@click.command("import", epilog=_COUNTS_JSON)
-@click.argument("bundle", metavar="FILE", type=click.Path())
+_IMPORT_JSON: Final = f"""{_COUNTS_JSON}
+With --requests, also:
+  found, taken           how many requests of the batch, or entries of the folder, there were and were taken
+  repeated               how many results were the same as another one
+  drawn_before           how many requests have drawn other samples in the namespace before
+  left                   a list of where, name and why, for what could not be taken
+
+The exit code is 1 if something could not be taken.
+"""
+
+
+@click.command("import", epilog=_IMPORT_JSON)
+@click.argument("sources", metavar="FILE...", nargs=-1, required=True, type=click.Path())
 @common.cache_option
+@click.option(
+    "--requests",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="The requests that FILE answers: the input of the batch, or what CacheSaver's program has asked.",
+)
 @click.option(
     "--scope",
     "scopes",
@@ -145,19 +174,141 @@ With --json:
     multiple=True,
     help="Put the questions, or those of one scope, under another scope. Repeat it for more scopes.",
 )
+@setting("base_url")
+@setting("namespace")
+@setting("model")
+@setting("temperature", type=float)
+@count("max_tokens")
 @common.json_option("an object of counts; see below")
-def import_(*, bundle: str, cache: str | None, scopes: tuple[str, ...], as_json: bool) -> None:
-    """Add a bundle to a cache, without renumbering or overwriting anything.
+def import_(
+    *,
+    sources: tuple[str, ...],
+    cache: str | None,
+    requests: str | None,
+    scopes: tuple[str, ...],
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Add a bundle, the results of a batch, or a CacheSaver folder to a cache.
 
-    The bundle is checked completely first. If a draw has other samples in the cache, nothing is changed. An
-    import that was stopped can be repeated.
+    FILE is a bundle; or, with --requests, the output of a batch and the file of its errors; or a folder of
+    CacheSaver. Nothing is renumbered or overwritten, and an import can be repeated. What cannot be taken is
+    listed with the reason.
+
+    A bundle is checked completely first. If a draw has other samples in the cache, nothing is changed. The
+    requests of a batch draw their results in --namespace, as `cachepipe run` with the same options would.
     """
-    from cachepipe import sharing  # noqa: PLC0415 - help needs no store
-
+    kind = _kind_of(sources, requests)
     found, _ = common.cache_in_use(cache)
+    given = {name: value for name, value in settings.items() if value is not None}
+    if kind == "bundle":
+        _refuse(given, "only requests of a batch or of CacheSaver need")
+        from cachepipe import sharing  # noqa: PLC0415 - help needs no store
+
+        with _progress() as progress:
+            counts = sharing.import_(sources[0], found, scope=_scopes(scopes), progress=progress)
+        _print({common.name_of(found): counts}, as_json=as_json)
+        return
+    if isinstance(scope := _scopes(scopes), dict):
+        raise Failure("with --requests, give one --scope NEW for all questions")
+    imported = _imported(kind, sources, requests or "", found, {**given, "scope": scope})
+    _print_imported(common.name_of(found if cache is None else cache), imported, as_json=as_json)
+    if imported.left:
+        sys.exit(1)
+
+
+def _imported(
+    kind: Kind, sources: tuple[str, ...], requests: str, cache: Path | str, settings: dict[str, Any]
+) -> Imported:
+    """Import the results of a batch, or a folder of CacheSaver."""
+    from cachepipe import importers  # noqa: PLC0415 - help needs no store
+
     with _progress() as progress:
-        counts = sharing.import_(bundle, found, scope=_scopes(scopes), progress=progress)
-    _print({common.name_of(found): counts}, as_json=as_json)
+        if kind == "batch":
+            return importers.import_batch(requests, sources, cache, progress=progress, **settings)
+        if "namespace" in settings:
+            raise Failure(
+                "CacheSaver does not store which namespace has used which samples, so leave out --namespace: "
+                "each namespace draws the samples from the front"
+            )
+        return importers.import_cachesaver(sources[0], requests, cache, progress=progress, **settings)
+
+
+def _kind_of(sources: Sequence[str], requests: str | None) -> Kind:
+    """Return what is to be imported.
+
+    Raises:
+        Failure: when it cannot be, with what to do.
+    """
+    first = sources[0]
+    if Path(first).is_dir():
+        return _kind_of_folder(sources, requests)
+    if not any(map(_is_text, sources)):
+        if requests is not None:
+            raise Failure(f"{first} is a bundle, which holds its requests; leave out --requests")
+        if len(sources) > 1:
+            raise Failure(f"import one bundle at a time; got {len(sources)}. `cachepipe merge` takes several")
+        return "bundle"
+    if requests is None:
+        raise Failure(
+            f"{first} looks like the results of a batch, which do not hold what was asked. Give the input of "
+            "the batch: --requests input.jsonl"
+        )
+    return "batch"
+
+
+def _kind_of_folder(sources: Sequence[str], requests: str | None) -> Kind:
+    from cachepipe.importers.cachesaver import check_folder  # noqa: PLC0415 - help needs no store
+
+    if len(sources) > 1:
+        raise Failure(f"import one folder at a time; got {len(sources)} names")
+    lists = check_folder(sources[0])
+    if requests is None:
+        raise Failure(
+            f"{sources[0]} is a folder of CacheSaver with {counted(lists, 'list')} of samples, which does "
+            "not hold what was asked. Give the requests that made it: --requests requests.jsonl"
+        )
+    return "cachesaver"
+
+
+def _is_text(source: str) -> bool:
+    """Return True if a file begins as JSON lines do."""
+    try:
+        with Path(source).open("rb") as file:
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+    except OSError:
+        return False
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    """Refuse options that have no meaning here."""
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise Failure(f"{why} {options}; leave them out")
+
+
+def _print_imported(cache: str, imported: Imported, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json_text({"cache": cache, **imported.as_dict()}))
+        return
+    count = imported.counts
+    facts = [
+        ("cache", cache),
+        ("taken", f"{imported.taken:,} of {imported.found:,}"),
+        ("added", f"{counted(count.samples, 'sample')} and {counted(count.draws, 'draw')}"),
+    ]
+    if imported.repeated:
+        facts.append(("repeated", f"{imported.repeated:,}, which were added once"))
+    if imported.drawn_before:
+        what = f"{counted(imported.drawn_before, 'request')} had drawn others; later draws get these"
+        facts.append(("drawn", what))
+    print_facts(facts)
+    if imported.left:
+        click.echo("\nNot taken, or not completely:")
+    for each in imported.left[:_SHOWN]:
+        click.echo(f"  {common.beginning(str(each), _WIDTH)}")
+    if len(imported.left) > _SHOWN:
+        click.echo(f"  and {len(imported.left) - _SHOWN:,} more; --json lists all")
 
 
 def _scopes(given: tuple[str, ...]) -> Scopes | None:
@@ -219,11 +370,11 @@ def _print(counts: dict[str, Counts], *, as_json: bool, many: bool = False) -> N
         found = [{"cache": name, **count.as_dict()} for name, count in counts.items()]
         click.echo(json_text(found if many else found[0]))
         return
-    for name, count in counts.items():
+    for name, got in counts.items():
         print_facts(
             [
                 ("cache", name),
-                ("added", f"{counted(count.samples, 'sample')} and {counted(count.draws, 'draw')}"),
-                ("questions", f"{count.new:,} new, {count.more:,} with more, {count.same:,} the same"),
+                ("added", f"{counted(got.samples, 'sample')} and {counted(got.draws, 'draw')}"),
+                ("questions", f"{got.new:,} new, {got.more:,} with more, {got.same:,} the same"),
             ]
         )

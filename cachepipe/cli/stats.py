@@ -143,9 +143,12 @@ def _removal(record: dict[str, Any], prices: Prices) -> dict[str, Any]:
 
 
 def _known(store: Listed, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
-    """Return the namespaces; those that only replay have no draws in the ledger."""
+    """Return the namespaces; those that only replay have no draws in the ledger.
+
+    Imported samples were generated for none of them, and count in the sums of the cache only.
+    """
     known = {label(info.namespace): info for info in store.namespaces()}
-    for name in sums:
+    for name in sums.keys() - {SHARED}:
         known.setdefault(name, NamespaceInfo(namespace_of(name), 0, 0, 0))
     return list(known.values())
 

@@ -105,6 +105,7 @@ def _verify_bundle(path: Path | str, progress: Progress) -> IntegrityReport:
 def _verify_server(url: str, *, repair: bool) -> tuple[IntegrityReport, IntegrityReport | None]:
     """Return what is wrong on a server and, if it was repaired, what was wrong before."""
     from cachepipe.stores import repair as repairs  # noqa: PLC0415 - help needs no store
+    from cachepipe.stores.remote.repair import write_notes  # noqa: PLC0415 - likewise
     from cachepipe.stores.remote.urls import open_url  # noqa: PLC0415 - likewise
     from cachepipe.stores.remote.verify import check  # noqa: PLC0415 - likewise
 
@@ -112,6 +113,7 @@ def _verify_server(url: str, *, repair: bool) -> tuple[IntegrityReport, Integrit
         report = check(store.session)
         if not repair or report.whole:
             return report, None
+        write_notes(store.session, sorted(report.notes))
         asyncio.run(repairs.discard(store, report))
         asyncio.run(repairs.list_again(store, report))
         return check(store.session), report

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from cachepipe.providers.info import Info as Info
     from cachepipe.sdk.anthropic import Anthropic as Anthropic
     from cachepipe.sdk.anthropic import AsyncAnthropic as AsyncAnthropic
+    from cachepipe.sdk.gemini import AsyncGemini as AsyncGemini
+    from cachepipe.sdk.gemini import Gemini as Gemini
     from cachepipe.sdk.openai import AsyncAzureOpenAI as AsyncAzureOpenAI
     from cachepipe.sdk.openai import AsyncOpenAI as AsyncOpenAI
     from cachepipe.sdk.openai import AzureOpenAI as AzureOpenAI
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "cachepipe.providers.info": ("Info",),
     "cachepipe.sdk.anthropic": ("Anthropic", "AsyncAnthropic"),
+    "cachepipe.sdk.gemini": ("AsyncGemini", "Gemini"),
     "cachepipe.sdk.openai": ("AsyncAzureOpenAI", "AsyncOpenAI", "AzureOpenAI", "OpenAI"),
     "cachepipe.sdk.together": ("AsyncTogether", "Together"),
 }

@@ -78,7 +78,7 @@ class Entry:
         samples: its samples, in order (see `ordered`).
         draws: the segments of each of its draws, in order of writing.
         users: the labels of the namespaces that use its shared draw.
-        used: the indices of the store that no other sample may get.
+        used: the indices of the store that no other sample may get; empty if the entry was read to be copied.
     """
 
     key: str
@@ -97,13 +97,13 @@ class Entry:
         Args:
             labels: the labels of the namespaces; None for all, and for samples that nobody has drawn.
         """
-        users = [label for label in self.users if labels is None or label in labels]
-        draws = {}
+        users, draws, samples = self.users, {}, self.samples
+        if labels is not None:
+            users = [label for label in users if label in labels]
         for draw, segments in self.draws.items():
             wanted = labels is None or (users if draw.shared else draw.namespace in labels)
             if wanted and (settled := _without_open_end(segments)):
                 draws[draw] = settled
-        samples = self.samples
         if labels is not None:
             drawn = {name for each in draws.values() for segment in each for name in segment.samples}
             samples = [sample for sample in samples if sample.id in drawn]
@@ -113,20 +113,23 @@ class Entry:
 
     def first_stamp(self) -> int:
         """Return the lowest stamp of its draws; 0 without draws."""
-        return min((segment.stamp for segments in self.draws.values() for segment in segments), default=0)
+        return min([segment.stamp for segments in self.draws.values() for segment in segments], default=0)
 
 
 def ordered(samples: Iterable[EntrySample]) -> list[EntrySample]:
     """Return samples in an order that is the same in every store and does not depend on their length (C5)."""
-    return sorted(samples, key=lambda sample: (sample.origin, sample.id))
+    found = list(samples)
+    if len(found) > 1:
+        found.sort(key=lambda sample: (sample.origin, sample.id))
+    return found
 
 
 def _without_open_end(segments: Sequence[EntrySegment]) -> list[EntrySegment]:
     """Return the segments of a draw, without those at its end that lack any sample: they may be undone."""
-    kept = list(segments)
-    while kept and kept[-1].samples and not any(kept[-1].samples):
-        kept.pop()
-    return kept
+    end = len(segments)
+    while end and segments[end - 1].samples and not any(segments[end - 1].samples):
+        end -= 1
+    return list(segments[:end])
 
 
 class Addition(NamedTuple):
@@ -162,7 +165,8 @@ def addition(ours: Entry | None, theirs: Entry) -> Addition:
         theirs: the entry, without an id that two draws of a namespace share.
     """
     if ours is None:
-        ours = Entry(theirs.key, theirs.scope, theirs.document)
+        more = [*theirs.draws.items()]
+        return _placed(Entry(theirs.key, theirs.scope, theirs.document), theirs.samples, more, theirs.users)
     known = {sample.id: sample for sample in ours.samples}
     altered = [sample.id for sample in theirs.samples if _is_altered(known.get(sample.id), sample)]
     drawn = {
@@ -172,7 +176,7 @@ def addition(ours: Entry | None, theirs: Entry) -> Addition:
         for name in segment.samples
         if name is not None
     }
-    more: list[tuple[Draw, list[EntrySegment]]] = []
+    more = []
     different: list[Draw] = []
     for draw, segments in theirs.draws.items():
         added = continued(ours.draws.get(draw, ()), segments)
@@ -183,18 +187,30 @@ def addition(ours: Entry | None, theirs: Entry) -> Addition:
             more.append((draw, added))
     if different or altered:
         return Addition(different=different, altered=altered)
+    new = [sample for sample in theirs.samples if sample.id not in known]
+    users = [label for label in theirs.users if label not in ours.users]
+    return _placed(ours, new, more, users)
+
+
+def _placed(
+    ours: Entry,
+    samples: Sequence[EntrySample],
+    continues: Sequence[tuple[Draw, list[EntrySegment]]],
+    users: Sequence[str],
+) -> Addition:
+    """Return what is added to an entry, with the indices of the store."""
     used = IntervalSet(ours.used)
-    new = _placed([sample for sample in theirs.samples if sample.id not in known], used)
+    new = _numbered(samples, used)
     indices = {sample.id: sample.index for sample in ours.samples}
-    indices.update((sample.id, index) for index, sample in new)
+    for index, sample in new:
+        indices[sample.id] = index
     segments_of = []
-    for draw, added in more:
+    for draw, added in continues:
         own = ours.draws.get(draw, ())
         number = own[-1].number + 1 if own else 0
         rows = [_row(number + at, each, indices, used) for at, each in enumerate(added)]
         segments_of.append((draw, rows))
-    users = [label for label in theirs.users if label not in ours.users]
-    return Addition(new, more, segments_of, users)
+    return Addition(new, continues, segments_of, users)
 
 
 def joined(ours: Entry | None, theirs: Entry) -> Entry | None:
@@ -282,7 +298,7 @@ def _missing(ours: Sequence[str | None], theirs: Sequence[str | None]) -> list[t
     ]
 
 
-def _placed(samples: Sequence[EntrySample], used: IntervalSet) -> list[tuple[int, EntrySample]]:
+def _numbered(samples: Sequence[EntrySample], used: IntervalSet) -> list[tuple[int, EntrySample]]:
     """Return the index of each new sample: its origin if that is free, else the lowest free one."""
     found: dict[str, int] = {}
     for sample in samples:

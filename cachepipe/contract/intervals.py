@@ -40,9 +40,11 @@ class IntervalSet:
     __slots__ = ("_starts", "_stops")
 
     def __init__(self, intervals: Iterable[Interval] = ()) -> None:
-        ordered = list(intervals)
-        self._starts = [start for start, _ in ordered]
-        self._stops = [stop for _, stop in ordered]
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        for start, stop in intervals:
+            self._starts.append(start)
+            self._stops.append(stop)
 
     def __iter__(self) -> Iterator[Interval]:
         return zip(self._starts, self._stops, strict=True)

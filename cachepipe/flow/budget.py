@@ -166,7 +166,7 @@ class Reservation:
             error: the error of a call that brought no answer; it counts nothing.
             samples: how many samples it has brought that are to be stored.
         """
-        cost = self._spending.budget.cost((answer or {}).get("usage"), *self._seller)
+        cost = self._spending.budget.cost(wire.usage_in(answer or {}), *self._seller)
         self.end_at(0.0 if error is not None else cost, samples)
 
     def end_at(self, cost: float | None, samples: int = 0) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import email.utils
+import json
 import math
 import re
 import time
@@ -33,23 +35,35 @@ class Hint(NamedTuple):
     reset: float
 
 
-def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status code of an adapter's error, whichever library it is from."""
-    for source in (error, getattr(error, "response", None)):
-        for name in ("status_code", "status"):
-            value = getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    return None
-
-
 def headers_of(error: BaseException | None) -> Mapping[str, Any] | None:
     """Return the headers about limits of the answer in an error, whichever library it is from."""
     for source in (getattr(error, "response", None), error):
         headers = getattr(source, "headers", None)
         if headers is not None and hasattr(headers, "items"):
-            return in_any_case(headers)
-    return None
+            return {**_retry_info(error), **in_any_case(headers)}
+    return _retry_info(error) or None
+
+
+def _retry_info(error: BaseException | None) -> dict[str, str]:
+    """Return the time to wait in an error of Google's, as the header that other providers send.
+
+    It is in the error's ``RetryInfo``: google-genai's errors hold the body as ``details``, the proxy's as
+    ``content``.
+    """
+    body = getattr(error, "details", None)
+    if body is None and b"google.rpc.RetryInfo" in (content := getattr(error, "content", b"") or b""):
+        with contextlib.suppress(ValueError):
+            body = json.loads(content)
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]
+    told = body.get("error", body) if isinstance(body, Mapping) else {}
+    details = told.get("details") if isinstance(told, Mapping) else None
+    for detail in details if isinstance(details, list) else ():
+        if isinstance(detail, Mapping) and str(detail.get("@type")).endswith("google.rpc.RetryInfo"):
+            seconds = _duration(str(detail.get("retryDelay")))
+            if seconds is not None:
+                return {"retry-after": f"{seconds:g}"}
+    return {}
 
 
 def in_any_case(headers: Any) -> Mapping[str, Any]:

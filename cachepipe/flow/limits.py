@@ -26,10 +26,10 @@ from cachepipe.errors import StoreError
 from cachepipe.flow.adaptive import Adaptive
 from cachepipe.flow.calls import FlowStats, LimitedModel, Slot, WaitingCall, holding
 from cachepipe.flow.clock import CLOCK, Alarm, Clock, call_on, running_loop
-from cachepipe.flow.headers import headers_of, hints, in_any_case, retry_after, status_of
+from cachepipe.flow.headers import headers_of, hints, in_any_case, retry_after
 from cachepipe.flow.shared import SharedQuotas, Taken
 from cachepipe.flow.windows import Quota, is_number, longest_wait, take_all
-from cachepipe.outages import is_connection_error
+from cachepipe.outages import is_connection_error, status_of
 
 _logger = logging.getLogger(__name__)
 _AGAIN = 0.005  # seconds until a failed write is tried again

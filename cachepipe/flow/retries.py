@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from cachepipe import context, outages
 from cachepipe.flow.clock import CLOCK, Clock
-from cachepipe.flow.headers import headers_of, retry_after, status_of
+from cachepipe.flow.headers import headers_of, retry_after
 
 _NEVER = frozenset({400, 401, 402, 403, 404, 405, 410, 411, 413, 414, 415, 422, 501, 505})
 _AGAIN = frozenset({408, 409, 425, 429})
@@ -34,7 +34,7 @@ def may_be_repeated(error: BaseException) -> bool:
     """
     if not isinstance(error, Exception):
         return False
-    status = status_of(error)
+    status = outages.status_of(error)
     if status is None:
         return outages.is_connection_error(error)
     if status in _NEVER or _code_of(error) in _SPENT:

@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,17 @@ _MEDIA = frozenset(
         *("input_audio", "audio_url", "file", "input_file", "document"),
     }
 )
+_GEMINI_MEDIA = frozenset({"inlineData", "inline_data", "fileData", "file_data"})
+_GEMINI_CONFIGS = ("generationConfig", "generation_config")
+_GEMINI_COUNTS = ("candidateCount", "candidate_count")
+_GEMINI_LIMITS = ("maxOutputTokens", "max_output_tokens")
 _LONG = 50_000
 """The characters of a text that are counted, because counting blocks the loop; the rest is assumed alike."""
 _MOST = 2**31  # samples or tokens; larger numbers are taken for this one
-_ASKED = ("messages", "prompt", "input", "system", "instructions", "tools", "response_format")
+_ASKED = (
+    *("messages", "prompt", "input", "system", "instructions", "tools", "response_format"),
+    *("contents", "content", "requests", "systemInstruction", "system_instruction"),  # Gemini's
+)
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_tokens_to_sample")
 
 
@@ -152,7 +159,8 @@ class Estimator:
         model = body.get("model")
         model = model if isinstance(model, str) else None
         if n is None:
-            n = max((size for name in ("n", "best_of") if (size := _count(body.get(name)))), default=1)
+            counts = [*map(body.get, ("n", "best_of")), *_configured(body, _GEMINI_COUNTS)]
+            n = max((size for count in counts if (size := _count(count))), default=1)
             n *= _prompts(body.get("prompt"))
         raw = float(sum(self._size(body.get(name)) for name in _ASKED))
         seen = self._seen.get(model) or _Seen()
@@ -165,7 +173,8 @@ class Estimator:
         if isinstance(value, str):
             return _IMAGE if value.startswith("data:") and ";base64," in value[:100] else self.count(value)
         if isinstance(value, Mapping):
-            return _IMAGE if value.get("type") in _MEDIA else _MESSAGE + sum(map(self._size, value.values()))
+            media = value.get("type") in _MEDIA or not _GEMINI_MEDIA.isdisjoint(value)
+            return _IMAGE if media else _MESSAGE + sum(map(self._size, value.values()))
         if isinstance(value, list | tuple):
             if set(map(type, value)) == {int}:
                 return len(value)  # a list of tokens
@@ -195,7 +204,14 @@ class Estimator:
 
 def limit_of(body: Mapping[str, Any]) -> int | None:
     """Return the largest number of tokens of an answer that a body asks for, or None."""
-    return next((value for name in _LIMITS if (value := _count(body.get(name)))), None)
+    limits = [*map(body.get, _LIMITS), *_configured(body, _GEMINI_LIMITS)]
+    return next((value for limit in limits if (value := _count(limit))), None)
+
+
+def _configured(body: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
+    """Return the settings of a body for Gemini that have one of these names."""
+    configs = [config for name in _GEMINI_CONFIGS if isinstance(config := body.get(name), Mapping)]
+    return [config[name] for config in configs for name in names if name in config]
 
 
 def _count(value: Any) -> int | None:

@@ -21,7 +21,6 @@ from typing import Any, Self
 import orjson
 
 from cachepipe import context, jsontext, loops, runs, wire
-from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -36,13 +35,14 @@ from cachepipe.contract.draws import (
     label,
 )
 from cachepipe.contract.flags import Asker, Groups, lone
-from cachepipe.contract.keys import Question, trimmed
+from cachepipe.contract.keys import Question
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
 from cachepipe.flow.budget import Budget, Reservations, Spending
 from cachepipe.flow.flow import Flow
+from cachepipe.outages import status_of
 from cachepipe.prices import TABLE, Prices
 from cachepipe.providers import info
-from cachepipe.providers.generation import Answer, Calls, Kept, Made, TooLarge, Unkept, in_parts
+from cachepipe.providers.generation import Answer, Calls, Kept, Made, TooLarge, Unkept, in_parts, packed
 from cachepipe.providers.lists import Lists
 from cachepipe.providers.responses import Received
 from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStream, ReplayedStream
@@ -119,15 +119,8 @@ class SharedStore:
         """Return what calls spend of a budget; all who have the same budget share it."""
         return self._spending.setdefault(id(budget), Spending(self.store, budget))
 
-    async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
-        """Wait for what is in flight on this loop, then close the store if it was opened here.
-
-        Args:
-            timeout: seconds after which the rest of a stream without a reader is given up.
-        """
-        if self.closed:
-            return
-        self.closed = True
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight on this loop; the argument is that of `close`."""
         recordings = list(self.recordings)
         for recording in recordings:
             recording.leave()
@@ -137,6 +130,17 @@ class SharedStore:
                 await cache.drain(loops.running())
         finally:
             timer.cancel()
+
+    async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight on this loop, then close the store if it was opened here.
+
+        Args:
+            timeout: seconds after which the rest of a stream without a reader is given up.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        await self.drain(timeout)
         runs.closed(self.store.identity, self)
         await self.deliveries.write()
         if self.owned:
@@ -696,7 +700,7 @@ class Exchange(Calls):
         """Return what the items that may share a call have in common; None if the question travels alone."""
         ask, listed = self.asks[place], self.api.listed
         item = None if listed is None else ask.question.get(listed)
-        if item is None or not ask.mergeable or not isinstance(item, str | list):
+        if item is None or not ask.mergeable or not isinstance(item, self.api.item_types):
             return None
         if self._kind is None:
             others = {name: value for name, value in ask.question.items() if name != listed}
@@ -707,22 +711,15 @@ class Exchange(Calls):
 
     def _packed(self, samples: Sequence[wire.Sample], made: Made) -> list[Kept]:
         """Return the samples of a call in the form in which they are stored."""
-        names = {
-            "request": made.arrived.response.headers.get(id_header(self.api)),
-            "asked": self.body.get("model"),
-        }
-        about = {name: value for name, value in names.items() if is_name(value)}
         url = wire.scope_of(self.url)
-        elsewhere = None if url == self.questions[0].scope else url
         try:
-            return [
-                Kept(
-                    _codec.encode(sample),
-                    trimmed(orjson.dumps({**about, **noted(sample, elsewhere)})),
-                    made.reserved,
-                )
-                for sample in samples
-            ]
+            return packed(
+                samples,
+                request=made.arrived.response.headers.get(id_header(self.api)),
+                asked=self.body.get("model"),
+                url=None if url == self.questions[0].scope else url,
+                reserved=made.reserved,
+            )
         except NotStorable:
             if made.reserved is not None:
                 made.reserved.stored(len(samples))
@@ -734,7 +731,7 @@ class Exchange(Calls):
         try:
             made, arrived = await self.begin(body, stream=True)
         except Exception as error:
-            if not added or getattr(error, "status_code", None) not in (400, 422):
+            if not added or status_of(error) not in (400, 422):
                 raise
             added = False  # not every server knows how to report usage: what counts is what its caller wrote
             made, arrived = await self.begin(self.body, stream=True)
@@ -756,7 +753,7 @@ class Exchange(Calls):
         registry = self.view.cache(self.mode).in_flight
         recording = self.recording(
             arrived.response,
-            self.api.recorder().within(self.most()),
+            self.api.recorder(ask=self.asks[0]).within(self.most()),
             hide_usage=hide_usage,
             awaited=partial(registry.anyone_waits_for, self.questions[0].key),
             cut=self.give_back,

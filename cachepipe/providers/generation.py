@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 import orjson
 
 from cachepipe import jsontext, telemetry, wire
+from cachepipe.accounting import is_name, noted
 from cachepipe.bounds import max_answer
+from cachepipe.contract.keys import trimmed
 from cachepipe.errors import CachepipeError
 from cachepipe.flow.budget import Reservation, Spending
 from cachepipe.flow.flow import Flow, Passage
@@ -54,6 +56,33 @@ class Kept(NamedTuple):
         name = orjson.loads(self.noted).get("request")
         # It may come from a received cache, and goes into a header.
         return name if isinstance(name, str) and name.isascii() and name.isprintable() else None
+
+
+def packed(
+    samples: Sequence[wire.Sample],
+    *,
+    request: Any = None,
+    asked: Any = None,
+    url: str | None = None,
+    reserved: Reservation | None = None,
+) -> list[Kept]:
+    """Return the samples of a call in the form in which they are stored.
+
+    Args:
+        samples: the samples.
+        request: the provider's id of the call.
+        asked: the model that was asked.
+        url: where the call went, unless the scope of the question says so.
+        reserved: what the call has reserved of a budget.
+
+    Raises:
+        NotStorable: when an equal sample could not be restored.
+    """
+    about = {name: value for name, value in (("request", request), ("asked", asked)) if is_name(value)}
+    return [
+        Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, url)})), reserved)
+        for sample in samples
+    ]
 
 
 class Answer(NamedTuple):
@@ -283,7 +312,7 @@ class Made:
         """
         if self.reserved is not None:
             self.reserved.end(answer, error=error, samples=samples)
-        usage = (answer or {}).get("usage")
+        usage = wire.usage_in(answer or {})
         if self._passage is not None:
             self._passage.end(usage=usage, headers=self._headers, error=error)
         if self._span is not None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cachepipe import loops
 from cachepipe.contract.demands import REFUSED
+from cachepipe.outages import status_of
 from cachepipe.providers.generation import TooLarge, Unkept
 from cachepipe.wire import MixedAnswer
 
 if TYPE_CHECKING:
     from cachepipe.providers.exchange import Exchange
 
-_MOST: Final = 2048  # the items that OpenAI takes in one call for embeddings
 _QUIET_TURNS: Final = 3  # a list is sent after this many turns of the loop without a new item
 
 
@@ -78,7 +78,7 @@ class Lists:
         kind: Hashable = exchange
         most = len(exchange.asks)
         if self._shared and (shared := exchange.list_kind(place)) is not None:
-            kind, most = ((exchange, place), 1) if self._mixed else (shared, _MOST)
+            kind, most = ((exchange, place), 1) if self._mixed else (shared, exchange.api.most_items)
         name = loop, n, kind
         group = self._open.get(name)
         if group is None or len(group.items) == most:
@@ -149,4 +149,4 @@ def _may_be_size(error: BaseException) -> bool:
     """Return True if a call may have failed because of its size, or of one bad item among good ones."""
     if isinstance(error, Unkept):
         return False
-    return "Timeout" in type(error).__name__ or getattr(error, "status_code", None) in REFUSED
+    return "Timeout" in type(error).__name__ or status_of(error) in REFUSED

@@ -7,7 +7,7 @@ stored is a hit on every other. `cachepipe serve` runs it; it needs ``pip instal
 
 from importlib import import_module
 
-for _needed in ("httptools", "httpx2", "prometheus_client", "uvicorn"):
+for _needed in ("aiohttp", "httptools", "httpx2", "prometheus_client", "uvicorn"):
     try:
         import_module(_needed)
     except ImportError as error:  # pragma: no cover - they are in the extra

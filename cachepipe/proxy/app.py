@@ -67,6 +67,16 @@ _FAILURES: Final = (
     (UnknownCost, 402, "unknown_cost"),
 )
 """The errors whose message is the answer, and its status and code."""
+_GOOGLE_STATUS: Final = {
+    401: "UNAUTHENTICATED",
+    402: "RESOURCE_EXHAUSTED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+"""Google's names of statuses."""
 
 
 class Proxy:
@@ -288,6 +298,8 @@ class Proxy:
         error: dict[str, Any] = {"type": kind, "message": refusal.message, "code": refusal.code}
         if http.route is not None and http.route.api is wire.MESSAGES:
             value = {"type": "error", "error": error}
+        elif http.route is not None and http.route.api in (wire.GENERATE_CONTENT, wire.EMBED_CONTENT):
+            value = {"error": _google_error(refusal)}
         else:
             value = {"error": {**error, "param": None}}
         await http.send_json(value, refusal.status, refusal.pairs)
@@ -362,7 +374,10 @@ class Proxy:
             for name in _KEY_HEADERS
             if name in http.named and name not in hop_by_hop
         }
-        pairs = upstream.credited(headers.of_question(http.headers))
+        own = headers.of_question(http.headers)
+        if api in (wire.GENERATE_CONTENT, wire.EMBED_CONTENT):
+            url, own = headers.with_key_of(url, own)
+        pairs = upstream.credited(own)
         caller = headers.caller_digest(upstream.name, pairs)
         scope = {name: http.scope[name] for name in ("method", "headers")}
         return ParsedHead(destination, upstream, api, url, key_headers, http.claimant, pairs, caller, scope)
@@ -384,6 +399,7 @@ class Proxy:
         if body is None:
             return None
         try:
+            body = dict(head.api.received(head.url, body))
             asks = head.api.split(body)
             if not asks or not all(ask.cacheable for ask in asks):
                 return None
@@ -466,3 +482,11 @@ class Proxy:
         self.counters.hit(namespace, key, index, sample[0], head.url)
         self.log.request("hit", "POST", head.destination, head.claimant, 200, begun, len(content), key=key)
         return one_hit(head.api, sample[0].made_by, key, index, content, duplicated=duplicated)
+
+
+def _google_error(refusal: Refusal) -> dict[str, Any]:
+    """Return an error as Google writes it."""
+    kind = "type.googleapis.com/google.rpc.ErrorInfo"
+    details = [{"@type": kind, "reason": refusal.code.upper(), "domain": "cachepipe"}]
+    status = _GOOGLE_STATUS.get(refusal.status, "INVALID_ARGUMENT" if refusal.status < 500 else "INTERNAL")
+    return {"code": refusal.status, "message": refusal.message, "status": status, "details": details}

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 Pairs = Sequence[tuple[bytes, bytes]]
 
@@ -40,7 +41,8 @@ _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # bytes that no serv
 _DECODABLE: Final = frozenset({b"gzip", b"deflate", b"identity", b""})
 _OURS: Final = b"x-cachepipe-"
 _NGINX: Final = b"x-accel-"  # commands for a server in front of this one
-KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
+GEMINI_KEY: Final = b"x-goog-api-key"
+KEYS: Final = frozenset({b"authorization", b"x-api-key", b"api-key", GEMINI_KEY})
 """The headers with a client's API key."""
 
 _OF_ONE_CALL: Final = frozenset(
@@ -81,6 +83,19 @@ def of_question(headers: Pairs) -> list[tuple[bytes, bytes]]:
     """Return the headers to send upstream with a question; the proxy writes the body and the answer."""
     left_out = (b"cookie", b"accept-encoding", b"content-type", b"idempotency-key", b"content-encoding")
     return [pair for pair in to_upstream(headers) if pair[0] not in left_out]
+
+
+def with_key_of(url: str, pairs: list[tuple[bytes, bytes]]) -> tuple[str, list[tuple[bytes, bytes]]]:
+    """Return a URL without the API key that Google takes in a query, and headers with that key."""
+    place, mark, query = url.partition("?")
+    parts = query.split("&")
+    keys = [part.partition("=")[2] for part in parts if part.partition("=")[0] == "key"]
+    if not keys:
+        return url, pairs
+    if not any(name == GEMINI_KEY for name, _ in pairs):
+        pairs = [*pairs, (GEMINI_KEY, unquote_to_bytes(keys[-1]))]
+    rest = "&".join(part for part in parts if part.partition("=")[0] != "key")
+    return f"{place}{mark}{rest}" if rest else place, pairs
 
 
 def from_upstream(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -13,7 +13,7 @@ from cachepipe.proxy.http_exchange import NEVER_AGAIN, ClientGone, HttpExchange,
 from cachepipe.proxy.settings import Upstream
 from cachepipe.proxy.upstream import UpstreamClient, UpstreamResponse
 
-_FREE: Final = ("/messages/count_tokens", "/files", "/uploads")
+_FREE: Final = ("/messages/count_tokens", ":countTokens", "/files", "/uploads")
 """The endings of paths whose requests generate nothing."""
 
 

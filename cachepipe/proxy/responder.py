@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from cachepipe.providers.generation import Answer
 from cachepipe.providers.responses import BodySource, Received
@@ -18,8 +18,6 @@ from cachepipe.proxy.upstream import ProxyExchange, UpstreamUnreachable
 
 if TYPE_CHECKING:
     from cachepipe.proxy.app import Proxy
-
-_EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 
 
 @dataclass(eq=False)
@@ -72,7 +70,7 @@ class AnswerSender:
         content, arrived = answer.content, answer.arrived
         if arrived is None:
             status = 200
-            pairs = headers.with_safety([_EVENTS if isinstance(content, BodySource) else JSON])
+            pairs = headers.with_safety([self._media_type() if isinstance(content, BodySource) else JSON])
             pairs += cache_headers.call_id(exchange.api, answer.made_by)
         else:
             status = arrived.response.status
@@ -87,6 +85,9 @@ class AnswerSender:
         responses = exchange.record.responses or ()
         self._count(responses)
         return _outcome([flag for response in responses for flag in response.cached or ()])
+
+    def _media_type(self) -> tuple[bytes, bytes]:
+        return b"content-type", self.exchange.api.media_type(self.exchange.asks[0]).encode()
 
     def _described(self, answer: Answer) -> cache_headers.Pairs:
         return cache_headers.describing(self.exchange, answer, stores=not self.proxy.store.read_only)
@@ -124,7 +125,10 @@ class AnswerSender:
         response = arrived.response
         whole = False
         try:
-            await http.start(response.status, headers.of_answer(response.pairs) + self._described(answer))
+            pairs = headers.of_answer(response.pairs) + self._described(answer)
+            if exchange.asks[0].transport.get("stream") == "json":  # the upstream always writes events
+                pairs = [self._media_type() if pair[0] == b"content-type" else pair for pair in pairs]
+            await http.start(response.status, pairs)
             whole = await http.stream(source.aread())
         except UpstreamUnreachable:
             http.facts["error"] = "upstream_broke_off"

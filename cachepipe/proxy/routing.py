@@ -13,6 +13,7 @@ from cachepipe.proxy.settings import ProxySettings, Upstream
 
 _ROUTES: Final = 4096  # paths whose routes are kept
 _MESSAGES: Final = re.compile(r"/v1/messages(/|$)")
+_GEMINI: Final = re.compile(r"/v[0-9][a-z0-9]*/(.*/)?(models|tunedModels)/[^/:]+:[A-Za-z]+")
 _OWN: Final = re.compile(r"/|/healthz|/readyz|/metrics|/cachepipe(/.*)?")
 
 
@@ -45,6 +46,7 @@ class Router:
         self._anthropic = next(
             (each for each in settings.upstreams if each.kind == "anthropic"), self._default
         )
+        self._gemini = next((each for each in settings.upstreams if each.kind == "gemini"), self._default)
         self.route = functools.lru_cache(_ROUTES)(self._route)
         """Return the route of a raw path; raise `paths.BadPath` if there is none."""
 
@@ -65,6 +67,8 @@ class Router:
     def _upstream(self, destination: Destination) -> Upstream:
         name = destination.upstream
         if name is None:
+            if _GEMINI.fullmatch(destination.rest):
+                return self._gemini
             return self._anthropic if _MESSAGES.match(destination.rest) else self._default
         if name not in self.upstreams:
             raise UnknownPath(f"there is no upstream {name!r}; there are {', '.join(self.upstreams)}")

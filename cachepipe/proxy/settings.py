@@ -21,11 +21,17 @@ from cachepipe.prices import Prices
 from cachepipe.proxy.headers import KEYS
 from cachepipe.typedefs import REPEATS, Repeat, check_replicate
 
-Kind = Literal["openai", "anthropic"]
+Kind = Literal["openai", "anthropic", "gemini"]
 LogLevel = Literal["all", "calls", "errors", "off"]
-_KEY_HEADERS: Final = {"openai": "authorization", "anthropic": "x-api-key"}
+_KEY_HEADERS: Final = {
+    "openai": "authorization",
+    "anthropic": "x-api-key",
+    "gemini": "x-goog-api-key",
+}
 """By kind, the header for the API key."""
 
+_HOSTS: Final = {"anthropic.com": "anthropic", "generativelanguage.googleapis.com": "gemini"}
+"""The kind of the upstreams at a host."""
 KINDS: Final = tuple(_KEY_HEADERS)
 LOGS: Final = ("all", "calls", "errors", "off")
 
@@ -48,8 +54,9 @@ class Upstream:
     Attributes:
         name: its name in paths (``/up/NAME/v1``), listings and metrics.
         url: its base URL, such as ``https://api.openai.com/v1``.
-        kind: its dialect, which decides how the API key is sent: ``"openai"`` or ``"anthropic"``. By default,
-            ``/v1/messages`` goes to the first upstream of the kind ``anthropic``.
+        kind: its dialect, which decides how the API key is sent: ``"openai"``, ``"anthropic"`` or
+            ``"gemini"``. By default, ``/v1/messages`` goes to the first upstream of the kind ``anthropic``,
+            and ``/v1/models/MODEL:METHOD``, in any version, to the first one of the kind ``gemini``.
         mount: the local path prefix that maps to ``url``: ``/v1`` if the URL has a path, else none.
         api_key: the API key to send; None if clients send their own.
         key_header: the header for the API key.
@@ -96,7 +103,7 @@ class Upstream:
         _check_form(_NAME, name, "an upstream's name is made of letters, digits, '_', '.' and '-'")
         parts = _url(what, url)
         if kind is None:
-            kind = "anthropic" if (parts.hostname or "").endswith("anthropic.com") else "openai"
+            kind = next((kind for host, kind in _HOSTS.items() if _is_at(parts.hostname, host)), "openai")
         if kind not in KINDS:
             raise BadSettings(f"{what}: kind is one of {', '.join(KINDS)}; got {kind!r}")
         if mount is None:
@@ -122,6 +129,11 @@ class Upstream:
         header = self.key_header.encode()
         pairs = [pair for pair in pairs if pair[0] not in KEYS and pair[0] != header]
         return [*pairs, (header, self.key_value.encode())]
+
+
+def _is_at(name: str | None, host: str) -> bool:
+    """Return True if a host name is a host or below it."""
+    return name is not None and (name == host or name.endswith(f".{host}"))
 
 
 def _flow(what: str, url: str, limits: Mapping[str, Any]) -> Flow:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
+import functools
+import io
+import urllib.request
+import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from http.cookiejar import DefaultCookiePolicy
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import httpx2 as httpx
+import aiohttp
+import httpx2
+from yarl import URL
 
 from cachepipe import jsontext, outages, wire
 from cachepipe.contract.draws import Retried
@@ -28,6 +32,9 @@ from cachepipe.typedefs import Mode
 _JSON: Final = (b"content-type", b"application/json")
 _PLAIN: Final = (b"accept-encoding", b"identity")  # compressed events would arrive in clumps
 _PACKED: Final = (b"accept-encoding", b"gzip, deflate")
+_OWN_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # of the HTTP library
+_LONGEST_HEADER: Final = 1 << 16
+_PIECE: Final = 1 << 20  # bytes that are decoded, or sent, at once
 
 
 class UpstreamRefusal(CachepipeError):  # noqa: N818 - names what it holds
@@ -59,28 +66,38 @@ class UpstreamTimeout(UpstreamUnreachable):
 class UpstreamResponse:
     """A response of an upstream with a body that is read as it comes; it counts as a call in flight."""
 
-    def __init__(self, response: Any, upstream: str, url: str, release: Callable[[], None]) -> None:
-        self.response = response
+    def __init__(
+        self, response: aiohttp.ClientResponse, upstream: str, url: str, release: Callable[[], None]
+    ) -> None:
+        self._response = response
         self.headers = response.headers
-        self.status: int = response.status_code
-        self.http_version: str = response.http_version
-        self.pairs: list[tuple[bytes, bytes]] = [(name.lower(), value) for name, value in self.headers.raw]
+        self.status: int = response.status
+        self.http_version: str = "HTTP/1.1"
+        self.pairs: list[tuple[bytes, bytes]] = [
+            (name.lower(), value) for name, value in response.raw_headers
+        ]
         """The headers as they came, by lower-case names."""
         self._place = upstream, url
         self._release = release
 
     def aiter_bytes(self) -> AsyncIterator[bytes]:
         """Iterate over the decoded body; if its encoding was not asked for, over the raw body."""
-        return self.aiter_raw() if headers.is_encoded(self.pairs) else self._read(self.response.aiter_bytes())
+        raw = self.aiter_raw()
+        return raw if headers.is_encoded(self.pairs) else self._decoded(raw)
 
-    def aiter_raw(self) -> AsyncIterator[bytes]:
+    async def aiter_raw(self) -> AsyncIterator[bytes]:
         """Iterate over the raw body."""
-        return self._read(self.response.aiter_raw())
-
-    async def _read(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async with _translated(*self._place):
-            async for chunk in chunks:
+        with _translated(*self._place):
+            async for chunk in self._response.content.iter_any():
                 yield chunk
+
+    async def _decoded(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        codings = [coding.strip().lower() for coding in self.headers.get("content-encoding", "").split(",")]
+        for coding in reversed(codings):
+            if coding in ("gzip", "deflate"):
+                chunks = _inflated(chunks, self._place)
+        async for chunk in chunks:
+            yield chunk
 
     async def aread(self, most: int) -> bytes | BodySource:
         """Return the body and close the response; for a body of more than ``most`` bytes, return a source."""
@@ -102,8 +119,7 @@ class UpstreamResponse:
     async def aclose(self) -> None:
         """Release the connection."""
         self._release()
-        with contextlib.suppress(httpx.HTTPError):
-            await self.response.aclose()
+        self._response.release()
 
 
 class _UnreadBody(BodySource):
@@ -133,24 +149,106 @@ class _UnreadBody(BodySource):
             self._closing = asyncio.get_running_loop().create_task(self._reader.aclose())
 
 
-@contextlib.asynccontextmanager
-async def _translated(upstream: str, url: str) -> AsyncIterator[None]:
+async def _inflated(chunks: AsyncIterator[bytes], place: tuple[str, str]) -> AsyncIterator[bytes]:
+    """Iterate over a body that was compressed by gzip or deflate, with a header or without."""
+    inflater: Any = None
+    async for chunk in chunks:
+        data = chunk
+        try:
+            if inflater is None:
+                inflater, data = _inflater(data)
+            while data and not inflater.eof:
+                yield inflater.decompress(data, _PIECE)
+                data = inflater.unconsumed_tail
+                if inflater.eof and inflater.unused_data:  # another member follows
+                    inflater, data = _inflater(inflater.unused_data)
+        except zlib.error as error:
+            raise _broken(place, error) from None
+    if inflater is not None and not inflater.eof:
+        raise _broken(place, EOFError("the compressed body is not complete"))
+
+
+def _inflater(data: bytes) -> tuple[Any, bytes]:
+    """Return a decompressor for a body that begins with some data, and the data."""
+    headed = data[:1] == b"\x1f" or (
+        data[0] & 15 == 8 and (len(data) < 2 or not int.from_bytes(data[:2]) % 31)
+    )
+    return zlib.decompressobj(zlib.MAX_WBITS | 32 if headed else -zlib.MAX_WBITS), data
+
+
+def _broken(place: tuple[str, str], error: BaseException) -> UpstreamUnreachable:
+    upstream, url = place
+    return UpstreamUnreachable(
+        f"the upstream {upstream!r} at {outages.public_url(url)} could not be reached, or closed the "
+        f"connection: {type(error).__name__}: {error}"
+    )
+
+
+@contextlib.contextmanager
+def _translated(upstream: str, url: str) -> Iterator[None]:
     """Turn an error of the connection into one of ours, which contains no header."""
-    where = f"the upstream {upstream!r} at {outages.public_url(url)}"
     try:
         yield
-    except httpx.TimeoutException as error:
+    except TimeoutError as error:
         outages.failed(error, url)
         raise UpstreamTimeout(
-            f"{where} took too long ({type(error).__name__}); try again, or raise --timeout"
+            f"the upstream {upstream!r} at {outages.public_url(url)} took too long ({type(error).__name__}); "
+            "try again, or raise --timeout"
         ) from None
-    except httpx.LocalProtocolError:  # its message may contain a key
-        raise UpstreamUnreachable(f"a header of this request cannot be sent to {where}") from None
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError) as error:
+    except (aiohttp.ClientError, OSError) as error:
         outages.failed(error, url)
+        raise _broken((upstream, url), error) from None
+    except ValueError:  # its message may contain a key
         raise UpstreamUnreachable(
-            f"{where} could not be reached, or closed the connection: {type(error).__name__}: {error}"
+            f"a header of this request cannot be sent to the upstream {upstream!r} at "
+            f"{outages.public_url(url)}"
         ) from None
+
+
+def _in_pieces(content: Any) -> Any:
+    """Return a body that does not stop the event loop while it is sent."""
+    return io.BytesIO(content) if content is not None and len(content) > _PIECE else content
+
+
+class _Upload:
+    """A body that is sent while its client still sends it.
+
+    Args:
+        content: the body.
+        limit: the time-out of the call. It is off while the client is awaited, who has its own time-out.
+        seconds: how long the upstream may take for each part.
+
+    Attributes:
+        error: the error of the client, whom the HTTP library mistakes for the upstream.
+    """
+
+    def __init__(self, content: AsyncIterator[bytes], limit: asyncio.Timeout, seconds: float) -> None:
+        self._content, self._limit, self._seconds = content, limit, seconds
+        self.error: Exception | None = None
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Iterate over the body."""
+        now = asyncio.get_running_loop().time
+        self._limit.reschedule(None)
+        try:
+            async for chunk in self._content:
+                self._limit.reschedule(now() + self._seconds)
+                yield chunk
+                self._limit.reschedule(None)
+        except Exception as error:
+            self.error = error
+            raise
+        finally:
+            self._limit.reschedule(now() + self._seconds)
+
+
+@functools.lru_cache(maxsize=64)
+def _proxy_of(scheme: str, host: str) -> str | None:
+    """Return the URL of the HTTP proxy that the environment names for a server, or None."""
+    if urllib.request.proxy_bypass(host):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(scheme) or proxies.get("all")
 
 
 class UpstreamClient:
@@ -158,14 +256,9 @@ class UpstreamClient:
 
     def __init__(self, settings: ProxySettings) -> None:
         self.most = settings.max_answer
-        limits = httpx.Limits(
-            max_connections=None, max_keepalive_connections=settings.max_calls, keepalive_expiry=30.0
-        )
-        timeout = httpx.Timeout(settings.timeout, connect=settings.connect_timeout, pool=None)
-        self._client = httpx.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
-        # A cookie jar would send the cookies of one client with the requests of another.
-        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._client.headers.clear()
+        self._settings = settings
+        self._trust = httpx2.create_ssl_context()  # what the SDKs trust
+        self._opened: aiohttp.ClientSession | None = None
         names = [upstream.name for upstream in settings.upstreams]
         self._slots = {name: asyncio.Semaphore(settings.max_calls) for name in names}
         self.calls = dict.fromkeys(names, 0)
@@ -190,9 +283,8 @@ class UpstreamClient:
         self.in_flight[name] += 1
         with contextlib.ExitStack() as stack:
             stack.callback(self._release, name)
-            async with _translated(name, url):
-                request = self._client.build_request(method, url, headers=list(pairs), content=content)
-                response = await self._client.send(request, stream=True)
+            with _translated(name, url):
+                response = await self._sent(method, url, pairs, content)
             outages.reached(url)
             release = stack.pop_all().close
         answer = UpstreamResponse(response, name, url, release)
@@ -203,13 +295,60 @@ class UpstreamClient:
             )
         return answer
 
+    async def _sent(
+        self,
+        method: str,
+        url: str,
+        pairs: Sequence[tuple[bytes, bytes]],
+        content: bytes | AsyncIterator[bytes] | None,
+    ) -> aiohttp.ClientResponse:
+        """Send a request, and return the answer once its head has come."""
+        address = URL(url, encoded=True)
+        seconds = self._settings.timeout
+        async with asyncio.timeout(self._settings.connect_timeout + seconds) as limit:
+            upload = (
+                None if content is None or isinstance(content, bytes) else _Upload(content, limit, seconds)
+            )
+            try:
+                return await self._session().request(
+                    method,
+                    address,
+                    headers=[(name.decode("latin-1"), headers.text_of(value)) for name, value in pairs],
+                    data=_in_pieces(content) if upload is None else upload.chunks(),
+                    proxy=_proxy_of(address.scheme, address.authority),
+                    skip_auto_headers=_OWN_HEADERS,
+                    allow_redirects=False,
+                )
+            except aiohttp.ClientError:
+                if upload is not None and upload.error is not None:
+                    raise upload.error from None
+                raise
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Return the connections; they belong to the event loop of the first call."""
+        if self._opened is None:
+            settings = self._settings
+            self._opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, ssl=self._trust),
+                # A cookie jar would send the cookies of one client with the requests of another.
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
+                ),
+                auto_decompress=False,
+                max_line_size=_LONGEST_HEADER,
+                max_field_size=_LONGEST_HEADER,
+            )
+        return self._opened
+
     def _release(self, name: str) -> None:
         self.in_flight[name] -= 1
         self._slots[name].release()
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        if self._opened is not None:
+            await self._opened.close()
 
 
 class ProxyExchange(Exchange):
@@ -271,8 +410,9 @@ class ProxyExchange(Exchange):
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""
         pairs = [*self.head.pairs, _JSON, _PLAIN if stream else _PACKED]
-        upstream, url = self.head.upstream, self.head.url
-        reader = await self._client.call(upstream, "POST", url, pairs, jsontext.dumps(body))
+        upstream = self.head.upstream
+        url, sent = self.api.sent(self.head.url, body)
+        reader = await self._client.call(upstream, "POST", url, pairs, jsontext.dumps(sent))
         if stream and 200 <= reader.status < 300:
             return Received(reader, {})
         content = await reader.aread(self.most())

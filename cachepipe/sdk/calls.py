@@ -74,8 +74,65 @@ def body_of(options: Any) -> dict[str, Any] | None:
     return dict(body)
 
 
-class ClientCall(Exchange):
-    """One call of a client that the cache may answer.
+def asks_of(api: wire.Api, body: Mapping[str, Any], *, stream: bool) -> tuple[wire.Ask, ...]:
+    """Return the asks of a call's body; none if the call goes to the provider without the cache.
+
+    Args:
+        api: the API of the call.
+        body: its body.
+        stream: whether the client returns a stream.
+    """
+    try:
+        asks = api.split(body)
+        check_size(asks)
+    except wire.BadRequest:
+        return ()  # the provider says what is wrong with it
+    except TooManySamples as error:
+        message = f"{error}. The call is sent to the provider unchanged, and its answer is not cached"
+        warnings.warn(message, NotStored, stacklevel=2)
+        return ()
+    return asks if asks[0].cacheable and asks[0].stream == stream else ()
+
+
+class SdkCall(Exchange):
+    """A call of a client that the cache may answer, through any SDK. Subclasses define `arguments`.
+
+    Args:
+        client: the client; its ``_receive`` makes a call through the SDK.
+        parts: the other arguments of `Exchange`.
+    """
+
+    def __init__(self, client: Any, **parts: Any) -> None:
+        self.client = client
+        self.context: contextvars.Context = contextvars.copy_context()
+        self.receive = client._receive  # noqa: SLF001 - it is ours
+        super().__init__(client._cachepipe, **parts)  # noqa: SLF001 - likewise
+
+    @classmethod
+    def check_order(cls, ordered: Ordered) -> Ordered:
+        """Return whether answers are handed over in order; a synchronous client refuses it."""
+        return ordered
+
+    def answer(self) -> Any:
+        """Return a coroutine that draws the samples and returns the answer."""
+        return self.drawn()
+
+    def own_context(self) -> contextvars.Context | None:
+        """Return a copy of the caller's context, in which the SDK makes its calls."""
+        return self.context.copy()
+
+    def send(self, body: Mapping[str, Any], *, stream: bool) -> Coroutine[Any, Any, Received]:
+        """Return a coroutine of what the SDK receives."""
+        received: Coroutine[Any, Any, Received] = self.receive(**self.arguments(body, stream=stream))
+        return received
+
+    def arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+        """Return the arguments with which the client makes a call of this body."""
+        raise NotImplementedError
+
+
+class ClientCall(SdkCall):
+    """One call of a client of one of the generated SDKs that the cache may answer.
 
     Args:
         client: the client.
@@ -96,14 +153,11 @@ class ClientCall(Exchange):
         stream_cls: Any = None,
         **parts: Any,
     ) -> None:
-        self.client = client
         self.cast_to = cast_to
         self.options = options
         self.stream_cls = stream_cls
-        self.context: contextvars.Context = contextvars.copy_context()
         self.kept = True  # whether the answer is one, in or from the cache
-        self.receive = client._receive  # noqa: SLF001 - it is ours
-        super().__init__(client._cachepipe, url=target.url, headers=target.headers, **parts)  # noqa: SLF001 - likewise
+        super().__init__(client, url=target.url, headers=target.headers, **parts)
 
     @classmethod
     def of(
@@ -118,16 +172,8 @@ class ClientCall(Exchange):
         body = None if api is None else body_of(options)
         if api is None or body is None:
             return None
-        try:
-            asks = api.split(body)
-            check_size(asks)
-        except wire.BadRequest:
-            return None  # the provider says what is wrong with it
-        except TooManySamples as error:
-            message = f"{error}. The call is sent to the provider unchanged, and its answer is not cached"
-            warnings.warn(message, NotStored, stacklevel=2)
-            return None
-        if not asks[0].cacheable or asks[0].stream != stream:
+        asks = asks_of(api, body, stream=stream)
+        if not asks:
             return None
         return cls(
             client,
@@ -145,11 +191,6 @@ class ClientCall(Exchange):
             ordered=cls.check_order(using.ordered_of(view.ordered)),
         )
 
-    @classmethod
-    def check_order(cls, ordered: Ordered) -> Ordered:
-        """Return whether answers are handed over in order; a synchronous client refuses it."""
-        return ordered
-
     @functools.cached_property
     def max_retries(self) -> int | None:  # type: ignore[override]  # made when it is asked for
         """How often a call is made again, if the call or its client says so."""
@@ -159,10 +200,6 @@ class ClientCall(Exchange):
     def spans(self) -> bool:  # type: ignore[override]  # likewise
         """Whether calls make spans here, because the SDK makes none."""
         return not internals.traces_itself(self.client)
-
-    def answer(self) -> Any:
-        """Return a coroutine that draws the samples and returns the answer."""
-        return self.drawn()
 
     def received(self, answer: Answer) -> Received:
         """Return an answer in the form that the SDK parses."""
@@ -181,16 +218,8 @@ class ClientCall(Exchange):
             info.note(arrived.response, self.record)
         return arrived
 
-    def own_context(self) -> contextvars.Context | None:
-        """Return a copy of the caller's context, in which the SDK makes its calls."""
-        return self.context.copy()
-
-    def send(self, body: Mapping[str, Any], *, stream: bool) -> Coroutine[Any, Any, Received]:
-        """Return a coroutine of what the SDK receives."""
-        received: Coroutine[Any, Any, Received] = self.receive(**self._arguments(body, stream=stream))
-        return received
-
-    def _arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+    def arguments(self, body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+        """Return the arguments of the client's ``_receive``; see `SdkCall.arguments`."""
         return {
             "cast_to": self.cast_to,
             "options": internals.with_body(self.options, body, once=self.view.service is not None),
@@ -199,7 +228,7 @@ class ClientCall(Exchange):
         }
 
 
-class SyncClientCall(ClientCall):
+class CallInThread(SdkCall):
     """A synchronous client's call: the cache runs on the portal's loop, the SDK in the caller's thread."""
 
     recording = SyncRecordedStream
@@ -260,7 +289,7 @@ class SyncClientCall(ClientCall):
         """Return what the SDK receives. A call that has begun is not stopped, and its answer is kept."""
         received: concurrent.futures.Future[Received] = concurrent.futures.Future()
         received.set_running_or_notify_cancel()  # so that it cannot be cancelled
-        arguments = self._arguments(body, stream=stream)
+        arguments = self.arguments(body, stream=stream)
 
         def job() -> None:
             try:
@@ -286,6 +315,10 @@ class SyncClientCall(ClientCall):
                     received.add_done_callback(_close)
                 if stream or waiter.done():
                     raise
+
+
+class SyncClientCall(CallInThread, ClientCall):
+    """A call of a synchronous client of one of the generated SDKs."""
 
 
 def _close(received: concurrent.futures.Future[Received]) -> None:

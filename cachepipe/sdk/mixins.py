@@ -58,24 +58,10 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         http.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
-class Cached(outages.OutageReports):
-    """Goes in front of a client's class, as `AsyncCached` or `SyncCached`.
-
-    Its methods are coroutines that serve both kinds of clients. In a synchronous client they never wait,
-    because what they await is there already, and `run_now` makes plain methods of them.
-
-    Attributes:
-        _call_class: the class of the client's calls.
-        _settled: returns an awaitable of the result of a step: of its coroutine, or of its result.
-        _within_limits: makes a call within the limits of a flow control; a step.
-        _read: reads the body of a response; a step.
-    """
+class Viewing:
+    """A client with a view of a cache."""
 
     _cachepipe: CacheView
-    _call_class: type[ClientCall]
-    _settled: Callable[[Any], Awaitable[Any]]
-    _within_limits: Callable[..., Any]
-    _read: Callable[[Any], Any]
 
     def in_namespace(self, namespace: str | None) -> Self:
         """Return this client in another namespace; the two share connections, cache and calls in flight."""
@@ -89,6 +75,25 @@ class Cached(outages.OutageReports):
         client: Any = self
         twin: Self = client.copy(cache=view)
         return twin
+
+
+class Cached(Viewing, outages.OutageReports):
+    """Goes in front of a client's class, as `AsyncCached` or `SyncCached`.
+
+    Its methods are coroutines that serve both kinds of clients. In a synchronous client they never wait,
+    because what they await is there already, and `run_now` makes plain methods of them.
+
+    Attributes:
+        _call_class: the class of the client's calls.
+        _settled: returns an awaitable of the result of a step: of its coroutine, or of its result.
+        _within_limits: makes a call within the limits of a flow control; a step.
+        _read: reads the body of a response; a step.
+    """
+
+    _call_class: type[ClientCall]
+    _settled: Callable[[Any], Awaitable[Any]]
+    _within_limits: Callable[..., Any]
+    _read: Callable[[Any], Any]
 
     async def request(
         self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
@@ -262,7 +267,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     copies = (signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
     missing: Any = next(taken["max_retries"].default for taken in copies if "max_retries" in taken)
     made = _constructor(kind, sdk, credentials, error)
-    _sign(made, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
+    sign_constructor(made, sdk, kind)
     kind.__init__ = made
     made = _copier(sdk, missing)
     may_miss = {name: hint if hint is Any else hint | type(missing) for name, hint in _OPTIONS.items()}
@@ -271,15 +276,18 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     fast_path.equip(kind, sdk)
 
 
+def sign_constructor(made: Callable[..., None], sdk: Any, kind: type) -> None:
+    """Give a constructor the signature of the SDK's, followed by our parameters."""
+    _sign(made, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
+
+
 def _constructor(
     kind: Any, sdk: Any, credentials: Mapping[str, str], error: type[Exception]
 ) -> Callable[..., None]:
     """Return a constructor with our parameters; the arguments are those of `equip`."""
 
     def construct(self: Any, **options: Any) -> None:
-        for name in _CACHESAVERS.keys() & options.keys():
-            raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
-        ours = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
+        ours = taken_from(options, kind)
         cache, service = ours.pop("cache"), ours["service"]
         view = cache if isinstance(cache, CacheView) else None
         self._call_class.check_order(ours["ordered"] if view is None else view.ordered)
@@ -293,6 +301,32 @@ def _constructor(
             http.ease_probes(self)
 
     return construct
+
+
+def taken_from(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Take our parameters out of a constructor's options, and return them with their defaults.
+
+    Raises:
+        TypeError: for a parameter of CacheSaver's clients, with what to write instead.
+    """
+    for name in _CACHESAVERS.keys() & options.keys():
+        raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
+    return {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
+
+
+def view_with(view: CacheView, changes: dict[str, Any]) -> CacheView:
+    """Return the view of a client's copy.
+
+    Args:
+        view: the view of the client.
+        changes: the parameters of ours that were given to ``copy``.
+    """
+    cache = changes.pop("cache", None)
+    if isinstance(cache, CacheView):
+        return cache
+    if cache is not None:
+        return CacheView.of(cache, **{name: getattr(view, name) for name in OURS[1:]} | changes)
+    return view.changed(**changes)
 
 
 def _begin_sdk(client: Any, sdk: Any, options: Any, placeholders: Any, error: type[Exception]) -> None:
@@ -318,13 +352,7 @@ def _copier(sdk: Any, missing: Any) -> Callable[..., Any]:
 
     def copy(self: Any, **options: Any) -> Any:
         changes = {name: value for name in OURS if (value := options.pop(name, missing)) is not missing}
-        cache, view = changes.pop("cache", None), self._cachepipe
-        if isinstance(cache, CacheView):
-            view = cache
-        elif cache is not None:
-            view = CacheView.of(cache, **{name: getattr(view, name) for name in OURS[1:]} | changes)
-        else:
-            view = view.changed(**changes)
+        view = view_with(self._cachepipe, changes)
         extra = {**options.pop("_extra_kwargs", {}), "cache": view}
         return sdk.copy(self, **options, _extra_kwargs=extra)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from cachepipe.providers.exchange import CacheView
 from cachepipe.replaying import NO_KEY
 from cachepipe.sdk import internals
-from cachepipe.sdk.mixins import AsyncCached, Cached, SyncCached, equip
+from cachepipe.sdk.mixins import AsyncCached, SyncCached, Viewing, equip
 from cachepipe.typedefs import Mode, Ordered, Repeat
 
 C = TypeVar("C")
@@ -34,8 +34,8 @@ def wrap(
     The original client is not changed. The copy is an instance of its class, with the same attributes.
 
     Args:
-        client: a client of the openai, together or anthropic package, of any class that sends its calls
-            unchanged: not the classes for Bedrock, Vertex and Google Cloud.
+        client: a client of the openai, together, anthropic or google-genai package, of any class that sends
+            its calls unchanged: not Anthropic's classes for Bedrock, Vertex and Google Cloud.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
@@ -51,6 +51,12 @@ def wrap(
         TypeError: for any other object, for a client with a cache, and for a client with a replaced method
             (by a tracing tool, for example), because the copy would not have the replacement.
     """
+    if internals.google_kind(type(client)):
+        gemini = importlib.import_module("cachepipe.sdk.gemini")
+        gemini.check_wrappable(client, ordered)
+        view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate, ordered, budget)
+        twin: C = gemini.viewing(client, view)
+        return twin
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
     internals.drop_resources(made, client)
@@ -61,26 +67,46 @@ def wrap(
     return wrapped
 
 
-def _checked(client: Any) -> Any:
-    kind: Any = type(client)
-    if isinstance(client, Cached):
+def check_uncached(client: Any) -> None:
+    """Refuse a client that has a cache.
+
+    Raises:
+        TypeError: when it has one.
+    """
+    if isinstance(client, Viewing):
         raise TypeError(
-            f"this {kind.__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
+            f"this {type(client).__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
         )
-    package = internals.package_of(kind)
-    if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
-        raise TypeError(
-            "wrap() takes a client of openai>=1.60, together>=2 or anthropic>=0.49; "
-            f"got {client!r:.200} of {kind.__module__}"
-        )
-    if package == "anthropic":
-        _anthropic().check_wrappable(kind)
-    name = internals.replaced(client)
+
+
+def check_unchanged(name: str | None) -> None:
+    """Refuse a client with a replaced method.
+
+    Args:
+        name: the name of the method, or None.
+
+    Raises:
+        TypeError: when there is one.
+    """
     if name is not None:
         raise TypeError(
             f"wrap() takes a client as its SDK made it; the method {name} of this one was replaced, and "
             "would be lost. Wrap the client first, then let the other tool have what wrap() returns"
         )
+
+
+def _checked(client: Any) -> Any:
+    kind: Any = type(client)
+    check_uncached(client)
+    package = internals.package_of(kind)
+    if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
+        raise TypeError(
+            "wrap() takes a client of openai>=1.60, together>=2, anthropic>=0.49 or google-genai>=3; "
+            f"got {client!r:.200} of {kind.__module__}"
+        )
+    if package == "anthropic":
+        _anthropic().check_wrappable(kind)
+    check_unchanged(internals.replaced(client))
     return kind
 
 

@@ -610,12 +610,16 @@ class Store(Protocol):
         """Return the first n samples of a draw whose samples are all stored, else None. Only reads."""
         ...
 
-    def look(self, claims: Sequence[Claim]) -> asyncio.Future[list[Grant | bool]] | None:
+    def look(self, claims: Sequence[Claim], *, urgent: bool) -> asyncio.Future[list[Grant | bool]] | None:
         """Look what claims would get, without waiting for what others write. Only reads.
+
+        Args:
+            claims: the claims.
+            urgent: whether answers wait for what is found.
 
         Returns:
             For each claim its grant if the draw is known: then it need not be claimed; else whether a sample
-            may be at hand. None if claims do not wait for a server.
+            may be at hand. None if claims do not wait for a server, or if it is better to claim at once.
         """
         ...
 

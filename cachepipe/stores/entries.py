@@ -55,42 +55,59 @@ def of_keys(ledger: sqlite3.Connection, shelf: sqlite3.Connection, keys: Sequenc
     Raises:
         DamagedCache: when a row is not what was written.
     """
-    questions = ledger.execute(f"{_KEYS}{_AMONG}", (orjson.dumps([*keys]).decode(),))
-    yield from _entries(ledger, shelf, questions)
+    wanted = sorted({*keys})
+    for at in range(0, len(wanted), _TOGETHER):
+        names = orjson.dumps(wanted[at : at + _TOGETHER]).decode()
+        yield from _entries(ledger, shelf, ledger.execute(f"{_KEYS}{_AMONG}", (names,)).fetchall(), sets=True)
 
 
 def entries(
     ledger: sqlite3.Connection, shelf: sqlite3.Connection, namespaces: Collection[str] | None, after: str
 ) -> Iterator[Entry]:
-    """Iterate over the entries of all questions; see ``Store.entries``."""
-    query, values = f"{_KEYS} WHERE key > ?1", [after]
+    """Iterate over the entries of all questions, to be copied; see ``Store.entries``.
+
+    What is in memory does not grow with their number.
+    """
+    query, values = f"{_KEYS} WHERE key > ?1", []
     if namespaces is not None:
         query += _DRAWN
         values.append(orjson.dumps([*namespaces]).decode())
-    yield from _entries(ledger, shelf, ledger.execute(f"{query} ORDER BY key", values))
+    query += f" ORDER BY key LIMIT {_TOGETHER}"
+    # Each page is a statement of its own: one that stays open would keep the logs of the files growing.
+    while page := ledger.execute(query, (after, *values)).fetchall():
+        yield from _entries(ledger, shelf, page, sets=False)
+        after = page[-1][1]
 
 
 def _entries(
-    ledger: sqlite3.Connection, shelf: sqlite3.Connection, questions: Iterator[Any]
+    ledger: sqlite3.Connection, shelf: sqlite3.Connection, page: Sequence[Any], *, sets: bool
 ) -> Iterator[Entry]:
-    """Iterate over the entries of questions; what is in memory does not grow with their number."""
-    while page := list(itertools.islice(questions, _TOGETHER)):
-        numbers = orjson.dumps([number for number, *_ in page]).decode()
-        names = orjson.dumps([key for _, key, *_ in page]).decode()
-        # The ledger first: whoever commits stores the sample before the ledger has it.
-        segments, listed, discards, users = (
-            _Rows(ledger.execute(query, (numbers,))) for query in (_SEGMENTS, _LISTED, _DISCARDS, _USERS)
-        )
-        samples = _Rows(shelf.execute(_SAMPLES, (names,)))
-        for place, (_, key, scope, document) in enumerate(page):
-            used = IntervalSet(row[1:] for row in listed.of(place))
-            found = _samples(key, samples.of(place), {row[1]: row[2] for row in discards.of(place)})
-            names_by_index = {sample.index: sample.id for sample in found}
-            for index in names_by_index:
+    """Iterate over the entries of the questions on a page, with the indices that are used if ``sets``."""
+    numbers = orjson.dumps([number for number, _, _, _ in page]).decode()
+    # The ledger first: whoever commits stores the sample before the ledger has it.
+    segments, discards, users = (
+        _Rows(ledger.execute(query, (numbers,))) for query in (_SEGMENTS, _DISCARDS, _USERS)
+    )
+    listed = _Rows(ledger.execute(_LISTED, (numbers,)) if sets else iter(()))
+    samples = _Rows(shelf.execute(_SAMPLES, (orjson.dumps([key for _, key, _, _ in page]).decode(),)))
+    for place, (_, key, scope, document) in enumerate(page):
+        why = {index: reason for _, index, reason in discards.of(place)}
+        found = []
+        for _, name, *row in samples.of(place):
+            index = name[len(key) + 1 :]
+            if index.isdecimal():
+                sample = read_sample(key, int(index), row, why)
+                if sample is not None:
+                    found.append(sample)
+        names = {sample.index: sample.id for sample in found}
+        rows = segments.of(place)
+        used = IntervalSet()
+        if sets:
+            used = IntervalSet((start, stop) for _, start, stop in listed.of(place))
+            for index in itertools.chain(names, (index for row in rows for index in tables.unpack(row[7]))):
                 used.add(index)
-            draws = _draws(key, segments.of(place), names_by_index, used)
-            labels = sorted(row[1] for row in users.of(place))
-            yield Entry(key, scope, document, ordered(found), draws, labels, used)
+        labels = sorted(label for _, label in users.of(place))
+        yield Entry(key, scope, document, ordered(found), _draws(key, rows, names), labels, used)
 
 
 class _Rows:
@@ -100,22 +117,15 @@ class _Rows:
         self._rows = rows
         self._next = next(rows, None)
 
-    def of(self, place: int) -> Iterator[Any]:
-        """Iterate over the rows of a question; they are asked for in the order of the places."""
-        while self._next is not None and self._next[0] == place:
-            row, self._next = self._next, next(self._rows, None)
-            yield row
-
-
-def _samples(key: str, rows: Iterator[Any], why: dict[int, str]) -> list[EntrySample]:
-    found = []
-    for _, name, *row in rows:
-        index = name[len(key) + 1 :]
-        if index.isdecimal():
-            sample = read_sample(key, int(index), row, why)
-            if sample is not None:
-                found.append(sample)
-    return found
+    def of(self, place: int) -> list[Any]:
+        """Return the rows of a question; they are asked for in the order of the places."""
+        found = []
+        row = self._next
+        while row is not None and row[0] == place:
+            found.append(row)
+            row = next(self._rows, None)
+        self._next = row
+        return found
 
 
 def read_sample(key: str, index: int, row: Any, why: dict[int, str]) -> EntrySample | None:
@@ -143,29 +153,19 @@ def read_sample(key: str, index: int, row: Any, why: dict[int, str]) -> EntrySam
     return EntrySample(name, origin, header, b"" if gone else payload, reason, index)
 
 
-def _draws(
-    key: str, rows: Iterator[Any], names: dict[int, str], used: IntervalSet
-) -> dict[Draw, list[EntrySegment]]:
-    """Return the segments of draws, in the order of the draws; add their indices to those that are used."""
+def _draws(key: str, rows: list[Any], names: dict[int, str]) -> dict[Draw, list[EntrySegment]]:
+    """Return the segments of draws, in the order of the draws."""
     found: dict[Draw, list[EntrySegment]] = {}
-    for whose, group in itertools.groupby(rows, key=lambda row: row[1:5]):
-        namespace, request_id, occurrence, replicate = whose
+    for _, namespace, request_id, occurrence, replicate, *row in rows:
+        number, position, indices, generated, stamp, digest, place = row
         draw = Draw(namespace, key, request_id, occurrence, replicate)
-        segments = []
-        for *_, number, position, indices, generated, stamp, digest, place in group:
-            tables.check_segment(draw, number, position, indices, stamp, digest, place)
-            chosen = tables.unpack(indices)
-            samples = tuple(map(names.get, chosen))
-            for index in chosen:
-                if index not in names:
-                    used.add(index)
-            segments.append(
-                EntrySegment(position, samples, stamp, generated, tables.read_place(place), number)
-            )
-        found[draw] = segments
+        tables.check_segment(draw, number, position, indices, stamp, digest, place)
+        samples = tuple(map(names.get, tables.unpack(indices)))
+        segment = EntrySegment(position, samples, stamp, generated, tables.read_place(place), number)
+        found.setdefault(draw, []).append(segment)
     return in_order(found)
 
 
 def in_order(draws: dict[Draw, list[EntrySegment]]) -> dict[Draw, list[EntrySegment]]:
     """Return draws in the order of their identities."""
-    return {draw: draws[draw] for draw in sorted(draws)}
+    return {draw: draws[draw] for draw in sorted(draws)} if len(draws) > 1 else draws

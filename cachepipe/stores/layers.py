@@ -146,7 +146,7 @@ class LayeredStore:
         self._look(draw.key)
         return self._memory.recall(draw, n)
 
-    def look(self, claims: Sequence[Claim]) -> None:
+    def look(self, claims: Sequence[Claim], *, urgent: bool) -> None:
         """Return None: a sample may be in a lower layer, and only a claim brings it up."""
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:

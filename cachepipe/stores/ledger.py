@@ -7,7 +7,7 @@ reads what is asked for, or more in advance, and writes what it is told to, all 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
@@ -15,15 +15,8 @@ from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet, MutableIndexSet
-from cachepipe.errors import DamagedCache, StoreError
+from cachepipe.errors import DamagedCache
 from cachepipe.stores.base import Claim, Sample
-
-
-def _only_in_folders() -> StoreError:
-    return StoreError(
-        "draws and samples are removed from caches in folders only; this cache is on a server. `cachepipe "
-        "export` writes what you want to keep into a file, which `cachepipe import` adds to a new server"
-    )
 
 
 class DrawView(ABC):
@@ -96,21 +89,24 @@ class KeyRows(ABC):
     def discard(self, index: int, why: str) -> None:
         """Mark a sample as discarded, and record why; keep its bytes, and the first reason."""
 
+    @abstractmethod
     def drawn(self) -> IntervalSet:
-        """Return the indices in all segments of draws, also in those that later ones override."""
-        raise _only_in_folders()
+        """Return the indices in all segments of draws, also in those that later ones override.
 
-    def withdraw(self, namespaces: Collection[str]) -> None:  # noqa: ARG002 - see engines of folders
-        """Delete the draws of namespaces, by their labels, and what they have taken and used.
-
-        Raises:
-            StoreError: when a live process has made one of these draws.
+        No draw is added before the transaction ends.
         """
-        raise _only_in_folders()
 
+    @abstractmethod
+    def makers(self, namespace: str) -> tuple[set[int], set[int]]:
+        """Return the leases that hold unfinished draws of a namespace, and those that made its draws."""
+
+    @abstractmethod
+    def withdraw(self, namespace: str) -> None:
+        """Delete the draws of a namespace, by its label, and what it has taken and used."""
+
+    @abstractmethod
     def users(self) -> list[str]:
         """Return the labels of the namespaces that use the shared draw."""
-        raise _only_in_folders()
 
 
 class DrawRows(DrawView, KeyRows):
@@ -268,13 +264,13 @@ class Ledger(ABC):
             False, and nothing has changed, unless this process generates all of them and none is stored.
         """
 
-    def erase(self, samples: Sequence[tuple[KeyRows, int, str]]) -> None:  # noqa: ARG002 - likewise
+    @abstractmethod
+    def erase(self, samples: Sequence[tuple[KeyRows, int, str]]) -> None:
         """Discard samples, each with its key and the reason; their headers stay, and their content goes."""
-        raise _only_in_folders()
 
-    def put_removal(self, name: str, document: bytes) -> None:  # noqa: ARG002 - likewise
+    @abstractmethod
+    def put_removal(self, name: str, document: bytes) -> None:
         """Write the record of what is removed, by its id."""
-        raise _only_in_folders()
 
     @abstractmethod
     def sums(self, run: str, namespace: str) -> Delivered:

@@ -22,7 +22,7 @@ from cachepipe.contract.allotment import (
     lowest_new,
     noted_place,
 )
-from cachepipe.contract.draws import SHARED, Draw, is_own
+from cachepipe.contract.draws import SHARED, Draw, is_own, namespace_of
 from cachepipe.contract.entries import NOBODY, Addition, Entry, EntrySample, addition
 from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union
 from cachepipe.contract.keys import trimmed
@@ -507,7 +507,20 @@ def _withdraw(ledger: Ledger, withdraw: Withdraw) -> None:
     rows, gone = ledger.key(withdraw.key), {*withdraw.namespaces}
     if not gone.issuperset(rows.users()):
         gone.discard(SHARED)
-    rows.withdraw(gone)
+    for namespace in sorted(gone):
+        _check_idle(ledger, rows, namespace)
+        rows.withdraw(namespace)
+
+
+def _check_idle(ledger: Ledger, rows: KeyRows, namespace: str) -> None:
+    """Raise an error if a live process has made one of a namespace's draws, or makes one now."""
+    holders, makers = rows.makers(namespace)
+    if any(_lives(ledger, lease) for lease in holders) or ledger.made_by_others(makers):
+        whose = "shared draws" if namespace == SHARED else f"the namespace {namespace_of(namespace)!r}"
+        raise StoreError(
+            f"a process that is running has drawn samples in {whose}; end it (a program, a notebook or a "
+            "proxy) before you remove its draws"
+        )
 
 
 def _erase_all(ledger: Ledger, erases: Sequence[Erase]) -> list[Erased]:

@@ -31,6 +31,9 @@ _PENDING: Final = (
     " FROM pending p JOIN keys k ON k.id = p.key"
 )
 
+NOTHING_SAYS_WHY: Final = "it was discarded, and nothing says why"
+"""The reason of a discard whose record is missing or damaged."""
+
 _AT_ONCE: Final = 500  # discards in one transaction
 
 
@@ -128,7 +131,7 @@ def _discards(store: Store, report: IntegrityReport) -> Iterator[Operation]:
             for index in range(start, stop):
                 yield Discard(key, index, "cachepipe verify found it missing")
     for key, index in report.discards:
-        yield Discard(key, index, "it was discarded, and nothing says why")
+        yield Discard(key, index, NOTHING_SAYS_WHY)
 
 
 async def list_again(store: Store, report: IntegrityReport) -> None:

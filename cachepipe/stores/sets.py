@@ -38,7 +38,7 @@ class SmallSet(IntervalSet):
         self._place = place
         self.label = label
         self.key = key
-        self.written = [row[:2] for row in rows]
+        self.written: list[Interval] = [row[:2] for row in rows] if rows else []
         self._changed = changed
         super().__init__(self.written)
 

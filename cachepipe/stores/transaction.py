@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -17,7 +17,7 @@ import orjson
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
-from cachepipe.contract.draws import SHARED, Draw, namespace_of
+from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, changes
 from cachepipe.contract.keys import Question
@@ -334,8 +334,9 @@ class SqlLedger(Ledger):
         number = self._asked(Question(entry.key, entry.scope, entry.document), entry.first_stamp() / 1e6)
         if number in self._new_keys:
             self.begun.add(number)
-            for owner in (LISTED, *{self.namespace(draw.namespace) for draw in entry.draws}):
-                self._remember(owner, number, entry.key, [])
+            self._remember(LISTED, number, entry.key, [])
+            for draw in entry.draws:
+                self._remember(self.namespace(draw.namespace), number, entry.key, [])
         return _Key(self, number, entry.key)
 
     def inserting(self, draw: Draw) -> DrawRows:
@@ -424,7 +425,7 @@ class SqlLedger(Ledger):
         new: list[tuple[int, int, int, int, bytes]] = []
         for place, known in self._changed.items():
             intervals = list(known)
-            old, added = changes(known.written, intervals)
+            old, added = changes(known.written, intervals) if known.written else ([], intervals)
             known.written = intervals
             gone += [(*place, stop) for _, stop in old]
             for start, stop in added:
@@ -620,33 +621,24 @@ class _Key(KeyRows):
         query = "SELECT n.label FROM uses u JOIN namespaces n ON n.id = u.namespace WHERE u.key = ?"
         return [label for (label,) in self._execute(query, self.number)]
 
-    def withdraw(self, namespaces: Collection[str]) -> None:
-        for label in namespaces:
-            namespace = self._in.namespace(label)
-            self._check_idle(namespace)
-            for table in ("segments", "holders", "firsts", "uses"):
-                query = f"DELETE FROM {table} WHERE key = ? AND namespace = ?"
-                self._execute(query, self.number, namespace)
-            self._execute("DELETE FROM intervals WHERE key = ? AND owner = ?", self.number, namespace)
-            self._in.drop_set(namespace, self.number)
-
-    def _check_idle(self, namespace: int) -> None:
-        """Raise an error if a live process has made one of a namespace's draws, or makes one now."""
+    def makers(self, namespace: str) -> tuple[set[int], set[int]]:
+        place = (self.number, self._in.namespace(namespace))
         query = "SELECT lease, token, standing, indices FROM segments WHERE key = ? AND namespace = ?"
-        found = self._execute(query, self.number, namespace).fetchall()
+        found = self._execute(query, *place).fetchall()
         query = "SELECT DISTINCT lease FROM holders WHERE key = ? AND namespace = ?"
-        held = {lease for (lease,) in self._execute(query, self.number, namespace)}
+        holders = {lease for (lease,) in self._execute(query, *place)}
         for lease, token, standing, indices in found:
             if token is not None and standing < len(unpack(indices)):
-                held.add(lease)
-        leases = {row[0] for row in found}
-        live = any(lease == self._in.own_lease or self._in.alive(lease) for lease in held)
-        if live or self._in.made_by_others(leases):
-            whose = namespace_of(self._in.label(namespace))
-            raise StoreError(
-                f"a process that is running has drawn samples in the namespace {whose!r}; end it (a program, "
-                "a notebook or a proxy) before you remove its draws"
-            )
+                holders.add(lease)
+        return holders, {row[0] for row in found}
+
+    def withdraw(self, namespace: str) -> None:
+        number = self._in.namespace(namespace)
+        place = (self.number, number)
+        for table in ("segments", "holders", "firsts", "uses"):
+            self._execute(f"DELETE FROM {table} WHERE key = ? AND namespace = ?", *place)
+        self._execute("DELETE FROM intervals WHERE key = ? AND owner = ?", *place)
+        self._in.drop_set(number, self.number)
 
     def pending(self, index: int) -> int | None:
         query = "SELECT lease FROM pending WHERE key = ? AND sample = ?"

@@ -59,6 +59,7 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "discard": ("a sample is discarded in one of the two files only", REPAIR),
     "lease": ("a sample is noted as being generated, but not in order", REPAIR),
     "first": ("the note of a draw's earliest namespace is wrong", REPAIR),
+    "change": ("the note of a question's last change is damaged", REPAIR),
     "bundle": ("the bundle is damaged, or is none", "get another copy of it"),
     "sums": ("a row of the sums of what was delivered is damaged", COPY),
 }
@@ -100,6 +101,7 @@ class IntegrityReport:
         unfinished: positions of draws without a sample, as killed runs leave them; the sample is generated
             when it is asked for.
         problems: by kind (see ``KINDS``).
+        notes: the keys on a server with notes that can be written anew from other rows.
     """
 
     counts: dict[str, int] = field(
@@ -113,11 +115,25 @@ class IntegrityReport:
     absent: list[Absent] = field(default_factory=list)
     unlisted: list[Stored] = field(default_factory=list)
     discards: list[Stored] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)
 
     @property
     def whole(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def join(self, other: IntegrityReport) -> None:
+        """Add what another check has found."""
+        for name, count in other.counts.items():
+            self.counts[name] += count
+        self.unfinished += other.unfinished
+        for kind, problem in other.problems.items():
+            for example in problem.examples:
+                self.add(kind, example, 0)
+            self.problems[kind].count += problem.count
+        for name in ("damaged", "absent", "unlisted", "discards"):
+            getattr(self, name).extend(getattr(other, name))
+        self.notes |= other.notes
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """Count a problem."""
@@ -390,15 +406,15 @@ class _Check:
         last = -1
         for start, stop, digest in rows:
             if not _encodable(key, name) or tables.interval_digest(name, key, start, stop) != digest:
-                self._report.add("set", f"question {key}, {_whose(name)}")
+                self._report.add("set", f"question {key}, {whose(name)}")
                 return None
             if not last < start < stop:
-                self._report.add("set", f"question {key}, {_whose(name)}: intervals overlap")
+                self._report.add("set", f"question {key}, {whose(name)}: intervals overlap")
                 return None
             last = stop
         query = "SELECT count(*) FROM intervals WHERE owner = ? AND key = ?"
         if self._one(self._ledger, query, (owner, number)) != len(rows):
-            self._report.add("hidden", f"a set of question {key}, {_whose(name)}")
+            self._report.add("hidden", f"a set of question {key}, {whose(name)}")
         return IntervalSet((start, stop) for start, stop, _ in rows)
 
     def _stored(self, key: str) -> list[int]:
@@ -419,7 +435,7 @@ class _Check:
         there = sorted({*question.stored, *question.pending})
         for start, stop in gaps(listed, there):
             self._report.absent.append(Absent(key, start, stop))
-            self._report.add("missing", _name(key, start, stop), stop - start)
+            self._report.add("missing", span(key, start, stop), stop - start)
         self._report.unlisted += [Stored(key, index) for index in question.stored if index not in listed]
         for index in question.pending:
             if index not in listed:
@@ -456,9 +472,9 @@ class _Check:
             holders = drawn.setdefault(namespace, {})
             for index in set[int]().union(*(indices for _, indices in parts)):
                 if holders.setdefault(index, place) != place:
-                    self._report.add("repeated", f"{question.key}/{index}, {_whose(draw.namespace)}")
+                    self._report.add("repeated", f"{question.key}/{index}, {whose(draw.namespace)}")
                 if taken is not None and index not in taken:
-                    self._report.add("unassigned", f"{question.key}/{index}, {_told(draw)}")
+                    self._report.add("unassigned", f"{question.key}/{index}, {told(draw)}")
             gone = {*laid(parts)}.difference(question.stored, question.pending)
             self._report.unfinished += sum(index not in listed for index in gone)
         found = self._one(self._ledger, "SELECT count(*) FROM segments WHERE key = ?", (question.number,))
@@ -474,8 +490,9 @@ class _Check:
             if taken is not None and namespace not in unsure:
                 known = sorted({*drawn.get(namespace, ()), *question.discarded})
                 for start, stop in gaps(taken, known):
-                    whose = _whose(self._labels[namespace])
-                    self._report.add("undrawn", f"{_name(question.key, start, stop)}, {whose}", stop - start)
+                    label = self._labels[namespace]
+                    example = f"{span(question.key, start, stop)}, {whose(label)}"
+                    self._report.add("undrawn", example, stop - start)
 
     def _draw(self, key: str, place: tuple[Any, ...]) -> Draw | None:
         """Return the draw of some rows; None if the ledger does not know its namespace."""
@@ -494,7 +511,7 @@ class _Check:
         except (DamagedCache, TypeError, ValueError):
             standing = False
         if not standing:
-            self._report.add("draw", _told(draw))
+            self._report.add("draw", told(draw))
         return standing
 
     def _check_leases_and_firsts(self) -> None:
@@ -524,7 +541,7 @@ class _Check:
                 except DamagedCache:
                     fits = False
                 if not fits:
-                    self._report.add("sums", f"{table}: run {row[0]}, {_whose(str(row[1]))}")
+                    self._report.add("sums", f"{table}: run {row[0]}, {whose(str(row[1]))}")
 
     # The samples.
 
@@ -646,11 +663,13 @@ def _encodable(*texts: Any) -> bool:
         return False
 
 
-def _name(key: str, start: int, stop: int) -> str:
+def span(key: str, start: int, stop: int) -> str:
+    """Return the samples of a key from an index on, below another one, for people."""
     return f"{key}/{start}" if stop == start + 1 else f"{key}/{start} to {stop - 1}"
 
 
-def _whose(written: str) -> str:
+def whose(written: str) -> str:
+    """Return whose a set of indices with a label is, for people."""
     if written == SHARED:
         return "for everybody"
     if not written:
@@ -659,8 +678,8 @@ def _whose(written: str) -> str:
     return "no namespace" if name is None else f"namespace {name!r}"
 
 
-def _told(draw: Draw) -> str:
+def told(draw: Draw) -> str:
     """Return a draw for people."""
     request = f", request {draw.request_id!r}" if draw.request_id else ""
     again = f", time {draw.occurrence + 1}" if draw.occurrence else ""
-    return f"question {draw.key}, {_whose(draw.namespace)}{request}{again}"
+    return f"question {draw.key}, {whose(draw.namespace)}{request}{again}"

@@ -38,6 +38,7 @@ from cachepipe.stores.base import (
     Committed,
     Discard,
     EndSum,
+    Erase,
     Grant,
     Note,
     Operation,
@@ -49,6 +50,7 @@ from cachepipe.stores.base import (
     Sample,
     Settle,
     Store,
+    Withdraw,
 )
 from cachepipe.stores.memory import MemoryStore
 from cachepipe.wire.usage import COUNTS
@@ -102,16 +104,25 @@ class StoreContract:
         result: Committed = self.apply(store, Commit(key, index, payload, {"call": "c"}))[0]
         return result
 
-    def leave(self, store: Store, draw: Draw, grant: Grant, *, complete: bool, token: str = "one") -> None:  # noqa: S107 - names a holder
-        """End a hold."""
-        self.apply(store, ReleaseHold(draw, token, grant.held, complete))
+    def leave(
+        self,
+        store: Store,
+        draw: Draw,
+        grant: Grant,
+        *,
+        complete: bool,
+        token: str = "one",  # noqa: S107 - names a holder
+        n: int = 0,
+    ) -> None:
+        """End a hold; ``n`` samples were received."""
+        self.apply(store, ReleaseHold(draw, token, grant.held, complete, n))
 
     def fill(self, store: Store, draw: Draw, n: int = 1, token: str = "one") -> Grant:  # noqa: S107 - names a holder
         """Claim, generate what is the claimant's to generate, and leave the draw complete."""
         grant = self.claim(store, draw, n, token=token)
         for index in grant.mine:
             self.commit(store, index, key=draw.key)
-        self.leave(store, draw, grant, complete=True, token=token)
+        self.leave(store, draw, grant, complete=True, token=token, n=n)
         return grant
 
     # Budgets.
@@ -738,6 +749,42 @@ class StoreContract:
         self.claim(store, drawn("a"), 1)
         with pytest.raises(StoreError, match="no sample 0"):
             self.apply(store, Discard(KEY, 0, "why not"))
+
+    # Removals.
+
+    def test_a_namespace_whose_draws_were_removed_draws_anew(self, store: Store) -> None:
+        """C1 and C2: the draws of others stay as they are, and are coupled to those that are left (C3)."""
+        for namespace in ("first", "second"):
+            self.fill(store, drawn("a", namespace=namespace), 2)
+        self.fill(store, drawn("b", namespace="first"), 2)
+        self.apply(store, Withdraw(KEY, [label("first")]))
+        assert store.recall(drawn("a", namespace="first"), 2) is None
+        recalled = store.recall(drawn("a", namespace="second"), 2)
+        assert recalled is not None
+        assert recalled.indices == [0, 1]
+        assert [info.draw.namespace for info in store.draws()] == [label("second")]
+        assert self.claim(store, drawn("b", namespace="first"), 1).indices == [0]
+        assert self.claim(store, drawn("a", namespace="third"), 2).indices == [0, 1]
+
+    def test_draws_that_are_under_way_are_not_removed(self, store: Store) -> None:
+        grant = self.claim(store, drawn("a", namespace="first"))
+        with pytest.raises(StoreError, match="end it"):
+            self.apply(store, Withdraw(KEY, [label("first")]))
+        self.commit(store, 0)
+        self.leave(store, drawn("a", namespace="first"), grant, complete=True)
+        assert store.recall(drawn("a", namespace="first"), 1) is not None
+
+    def test_a_sample_is_deleted_unless_a_draw_has_it_or_somebody_generates_it(self, store: Store) -> None:
+        """C1: no other sample gets its index."""
+        self.fill(store, drawn("a", namespace="first"), 2)
+        self.fill(store, drawn("a", namespace="second"), 1)
+        self.apply(store, Withdraw(KEY, [label("first")]))
+        self.claim(store, drawn("b", namespace="second"), 2)
+        self.commit(store, None, "an extra")
+        [erased] = self.apply(store, Erase(KEY, [0, 1, 2, 3, 4], "test"))
+        assert [*erased.indices] == [3]
+        assert [sample.index for sample in store.samples(KEY)] == [0, 1]
+        assert self.claim(store, drawn("c", namespace="second")).indices == [4]
 
     # Looking at a cache.
 

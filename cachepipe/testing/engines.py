@@ -89,6 +89,10 @@ class MemoryEngine:
             wanted += [name for name in there if name.startswith(PENDING)]
         return {name: there[name] for name in wanted if name in there}
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is read in a thread."""
+        return False
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current."""
         self._called()
@@ -111,6 +115,8 @@ class MemoryEngine:
         changed = any(
             current.get(name, b"")[:DIGEST] != (digest or b"") for name, digest in swap.expected.items()
         )
+        if swap.whole is not None:
+            changed = changed or swap.whole != sum(not name.startswith((SAMPLE, PENDING)) for name in there)
         if reserved or changed:
             if swap.fair and now >= until:
                 self._turns[swap.key] = (who, now + TURN)
@@ -216,6 +222,19 @@ class MemoryEngine:
                 if key.startswith(prefix)
             ]
         return iter(found)
+
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples or pending indices and no other row."""
+        with self._lock:
+            found = [
+                key
+                for key, there in self.rows.items()
+                if there and all(name.startswith((SAMPLE, PENDING)) for name in there)
+            ]
+        return iter(found)
+
+    def compact(self) -> None:
+        """Do nothing: what is deleted is gone."""
 
     def listen(self, changed: Callable[[str], None]) -> Callable[[], None]:
         """Call a function with each key that is woken."""

@@ -36,10 +36,11 @@ from cachepipe.wire.chat import CHAT
 from cachepipe.wire.completions import COMPLETIONS
 from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
+from cachepipe.wire.gemini import EMBED_CONTENT, GENERATE_CONTENT, METHODS
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
 from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder
-from cachepipe.wire.usage import token_counts
+from cachepipe.wire.usage import model_in, token_counts, usage_in
 
 __all__ = [
     "ANSWER_HEADERS",
@@ -47,6 +48,8 @@ __all__ = [
     "CHAT",
     "COMPLETIONS",
     "EMBEDDINGS",
+    "EMBED_CONTENT",
+    "GENERATE_CONTENT",
     "MESSAGES",
     "MODERATIONS",
     "RESPONSES",
@@ -67,13 +70,18 @@ __all__ = [
     "bills_prompt",
     "by_question",
     "marked",
+    "model_in",
     "named_scope",
     "question_document",
     "scope_of",
     "token_counts",
+    "usage_in",
 ]
 
-APIS: tuple[Api, ...] = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES)
+APIS: tuple[Api, ...] = (
+    *(CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES),
+    *(GENERATE_CONTENT, EMBED_CONTENT),
+)
 """Every API that can be cached."""
 
 _BY_ENDING: dict[str, Api] = {
@@ -101,7 +109,7 @@ def api_for(method: str, url: str) -> Api | None:
         return CHAT
     if parent in _OTHERS or (last == "messages" and "threads" in before):
         return None
-    return _BY_ENDING.get(last)
+    return _BY_ENDING.get(last) or METHODS.get(last.rpartition(":")[2] if ":" in last else "")
 
 
 @functools.lru_cache(maxsize=256)
@@ -137,5 +145,6 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
 
 def _ending(url: str) -> str:
     """Return the part of an endpoint's URL that follows the base URL."""
-    ending = url[url.rindex("/") :]
+    *_, folder, name = url.split("/")
+    ending = f"/{folder}/{name}" if ":" in name else f"/{name}"
     return "/chat/completions" if url.endswith("/chat/completions") else ending

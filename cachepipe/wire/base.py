@@ -23,7 +23,7 @@ from cachepipe import jsontext, replaying
 from cachepipe.contract.keys import AsWritten
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.sse import StreamRecorder
-from cachepipe.wire.usage import token_counts
+from cachepipe.wire.usage import model_in, token_counts, usage_in
 
 Body = Mapping[str, Any]
 """A JSON object in a request or an answer; it is only read."""
@@ -91,6 +91,17 @@ ANTHROPIC_TRANSPORT = frozenset(
 )
 """The transport fields of Anthropic's messages. The place of generation (``inference_geo``) counts."""
 
+GEMINI_TRANSPORT = frozenset(
+    {
+        "stream",  # not in bodies, but in URLs; see `cachepipe.wire.gemini`
+        "labels",  # labels in Google Cloud's bills
+        "serviceTier",  # price and speed of the same model
+        "service_tier",
+        "store",  # whether the provider's log keeps a copy
+    }
+)
+"""The transport fields of Gemini's generateContent."""
+
 _TOOL_SCHEMAS = frozenset({"parameters", "input_schema", "output_schema", "input_examples"})
 _WHOLE: frozenset[str] = frozenset()
 OPENAI_AS_WRITTEN = MappingProxyType(
@@ -134,6 +145,23 @@ ANTHROPIC_AS_WRITTEN = MappingProxyType(
 )
 """The same for Anthropic's messages."""
 
+_GEMINI_SCHEMAS = frozenset(
+    {
+        *("parameters", "parametersJsonSchema", "parameters_json_schema"),
+        *("response", "responseJsonSchema", "response_json_schema"),
+        *("responseSchema", "response_schema", "responseFormat", "response_format"),
+    }
+)
+GEMINI_AS_WRITTEN = MappingProxyType(
+    {
+        "tools": _GEMINI_SCHEMAS,
+        "generationConfig": _GEMINI_SCHEMAS,
+        "generation_config": _GEMINI_SCHEMAS,
+        "contents": frozenset({"args", "response"}),  # of function calls
+    }
+)
+"""The same for Gemini's generateContent, which takes names in either spelling."""
+
 ANSWER_HEADERS = ("anthropic-beta", "anthropic-version", "openai-beta")
 """The request headers that change the answer."""
 
@@ -156,6 +184,13 @@ _SECRET_PARAMETERS = frozenset(
 )
 _BY_DEPLOYMENT = frozenset({"/completions", "/chat/completions", "/embeddings"})
 """The endpoints of which Azure has one per deployment."""
+_ASK_ALIKE = MappingProxyType(
+    {"streamGenerateContent": "generateContent", "batchEmbedContents": "embedContent"}
+)
+"""The methods of Gemini's models that ask the same questions as another one."""
+_GEMINI_METHODS = frozenset({*_ASK_ALIKE, *_ASK_ALIKE.values()})
+_GEMINI_FORMS = frozenset({"alt", "$alt", "prettyprint", "$prettyprint"})
+"""The query parameters, in lower case, that decide how the answers of these methods are written."""
 _MOST_ITEMS = 10_000
 """The largest number of questions in one request; a request with more is not cached."""
 _MOST_COPIED = 16 << 20
@@ -203,6 +238,8 @@ class Api(ABC):
         transport: the names of the fields that are left out of the question.
         as_written: the parts of a body in which the order of mapping keys counts.
         listed: the field that may hold a list of questions, or None.
+        item_types: the types of its items that may share a call with those of other requests.
+        most_items: the largest number of items in one call.
         function: whether an answer is a function of its question.
     """
 
@@ -211,11 +248,25 @@ class Api(ABC):
     transport: ClassVar[frozenset[str]]
     as_written: ClassVar[AsWritten] = MappingProxyType({})
     listed: ClassVar[str | None] = None
+    item_types: ClassVar[tuple[type, ...]] = (str, list)
+    most_items: ClassVar[int] = 2048  # as OpenAI's embeddings have it
     function: ClassVar[bool] = False
     _streaming: ClassVar[frozenset[str]] = frozenset({"stream", "stream_options"})
 
     def __repr__(self) -> str:
         return f"<Api {self.name}>"
+
+    def received(self, url: str, body: Body) -> Body:  # noqa: ARG002 - for APIs whose URL says more
+        """Return the body of a request with what its URL says; this is the body of all other methods."""
+        return body
+
+    def sent(self, url: str, body: Body) -> tuple[str, Body]:
+        """Return the URL and the body of a call, from a request's URL and a body as `received` makes it."""
+        return url, body
+
+    def media_type(self, ask: Ask) -> str:  # noqa: ARG002 - for APIs with streams of another type
+        """Return the media type of a stream that answers an ask."""
+        return "text/event-stream; charset=utf-8"
 
     @abstractmethod
     def split(self, body: Body) -> tuple[Ask, ...]:
@@ -296,8 +347,12 @@ class Api(ABC):
             return unmarked_bytes(samples[0])
         return orjson.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
 
-    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - for APIs with streams
+    def recorder(self, questions: Sequence[Body] = (), ask: Ask | None = None) -> StreamRecorder:  # noqa: ARG002 - for APIs with streams
         """Return a new recorder for one event stream that answers these questions.
+
+        Args:
+            questions: the questions of the call, if it merged several.
+            ask: the ask of the reader, if the stream is passed on to one.
 
         Raises:
             BadRequest: when the API has no streams.
@@ -333,8 +388,8 @@ class Api(ABC):
         return {
             "text": jsontext.mended(text),
             "finish_reason": finish,
-            "model": sample.get("model"),
-            **token_counts(sample.get("usage")),
+            "model": model_in(sample),
+            **token_counts(usage_in(sample)),
         }
 
     def plain(self, sample: Sample) -> Any:
@@ -410,7 +465,7 @@ class OneAnswerApi(Api):
             )
         return [body]
 
-    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:  # noqa: ARG002 - one per call
+    def recorder(self, questions: Sequence[Body] = (), ask: Ask | None = None) -> StreamRecorder:  # noqa: ARG002 - one per call
         """Return a new recorder for one event stream; see `Api.recorder`."""
         return self._recorder(self.samples)
 
@@ -584,7 +639,12 @@ def question_document(
 
 
 SECRETS: Final = {
-    "tools": frozenset({"authorization", "headers"}),  # OpenAI's remote MCP servers
+    "tools": frozenset(
+        {
+            *("authorization", "headers"),  # OpenAI's remote MCP servers
+            *("mcpServers", "mcp_servers", "googleMaps", "google_maps", "retrieval"),  # Gemini's
+        }
+    ),
     "mcp_servers": frozenset({"authorization_token"}),  # Anthropic's
 }
 """The names of credentials in the mappings of a field. Only their digests are keyed and stored."""
@@ -612,6 +672,8 @@ def _digested(value: Any) -> Any:
         return {"sha256": hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()}
     if isinstance(value, Mapping):
         return {name: _digested(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_digested(item) for item in value]
     return value
 
 
@@ -627,7 +689,8 @@ def scope_of(url: str) -> str:
 
     A URL of a replay's proxy stands for that of the provider. Scheme and host are in lower case. The default
     port, the fragment, repeated and trailing slashes, user name and password, and query parameters with
-    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged.
+    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged. The methods of
+    Gemini that ask the same have one URL, without the parameters that decide how an answer is written.
 
     Raises:
         BadRequest: when the URL is not absolute.
@@ -649,9 +712,12 @@ def scope_of(url: str) -> str:
         .removesuffix(":")
     )
     path = re.sub("/{2,}", "/", parts.path).rstrip("/")
+    left_out = _SECRET_PARAMETERS
+    start, _, method = path.rpartition(":")
+    if method in _GEMINI_METHODS:
+        path = f"{start}:{_ASK_ALIKE.get(method, method)}"
+        left_out |= _GEMINI_FORMS
     query = "&".join(
-        pair
-        for pair in parts.query.split("&")
-        if unquote(pair.partition("=")[0]).lower() not in _SECRET_PARAMETERS
+        pair for pair in parts.query.split("&") if unquote(pair.partition("=")[0]).lower() not in left_out
     )
     return urlunsplit((scheme, host, path, query, ""))

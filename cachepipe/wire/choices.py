@@ -157,7 +157,7 @@ class ChoicesApi(Api):
             whole["usage"] = None  # a partial sum would look like the whole
         return whole
 
-    def recorder(self, questions: Sequence[Body] = ()) -> StreamRecorder:
+    def recorder(self, questions: Sequence[Body] = (), ask: Ask | None = None) -> StreamRecorder:  # noqa: ARG002 - all readers get events
         """Return a new recorder for one event stream; see `Api.recorder`."""
         return _ChoicesRecorder(self, questions)
 

@@ -3,7 +3,7 @@
 Providers report one usage per call. Fields named ``completion…`` or ``output…`` belong to the samples and are
 divided between them: exactly if the answer lists the tokens of each sample, else by length. Fields named
 ``prompt…`` or ``input…`` belong to the question, and every sample has all of them. The total of a sample is
-its prompt plus its share of the rest. Other fields, such as times, are copied.
+its prompt plus its share of the rest. Other fields, such as times, are copied. Gemini's names are known too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_OF_SAMPLE = ("completion", "output")
-_OF_QUESTION = ("prompt", "input")
+_OF_SAMPLE = ("completion", "output", "candidates", "thoughts")
+OF_QUESTION = ("prompt", "input", "cachedContent", "cacheTokens", "toolUse")
+"""The beginnings of the names of counts that belong to the question."""
+_TOTALS = {
+    "total_tokens": ("prompt_tokens",),
+    "totalTokenCount": ("promptTokenCount", "toolUsePromptTokenCount"),  # Gemini's
+}
+"""The names of totals, each with the counts in it that belong to the question."""
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
 """The names of the counts, for all providers."""
 
 Usage = Mapping[str, Any]
+
+
+def usage_in(answer: Mapping[str, Any]) -> Any:
+    """Return the usage that an answer reports, or None."""
+    return answer.get("usageMetadata") if answer.get("usage") is None else answer["usage"]
+
+
+def model_in(answer: Mapping[str, Any]) -> Any:
+    """Return the model that an answer names, or None."""
+    return answer.get("modelVersion") if answer.get("model") is None else answer["model"]
 
 
 def shares(total: int, weights: Sequence[int]) -> list[int]:
@@ -43,6 +59,8 @@ def _shared_out(value: Any, weights: Sequence[int]) -> list[Any]:
         return [value * weight / whole for weight in weights]
     if isinstance(value, Mapping):
         return _rows({name: _shared_out(item, weights) for name, item in value.items()}, len(weights))
+    if _by_modality(value):
+        return [list(row) for row in zip(*(_shared_out(item, weights) for item in value), strict=True)]
     return [value] * len(weights)
 
 
@@ -62,14 +80,14 @@ def split_usage(usage: Any, weights: Sequence[int], prompts: Sequence[int]) -> l
     if not isinstance(usage, Mapping):
         return [usage] * len(weights)
     per = len(weights) // len(prompts)
-    prompt = _integer(usage.get("prompt_tokens"))
     columns: dict[str, list[Any]] = {}
     for name, value in usage.items():
         if name.startswith(_OF_SAMPLE):
             columns[name] = _shared_out(value, weights)
-        elif name.startswith(_OF_QUESTION):
+        elif name.startswith(OF_QUESTION):
             columns[name] = [part for part in _shared_out(value, prompts) for _ in range(per)]
-        elif name == "total_tokens" and isinstance(value, int):
+        elif name in _TOTALS and isinstance(value, int):
+            prompt = _of_question(usage, name)
             rest = shares(prompt, prompts)
             own = shares(value - prompt, weights)
             columns[name] = [rest[i // per] + share for i, share in enumerate(own)]
@@ -89,17 +107,35 @@ def join_usage(usages: Sequence[Usage], per: int) -> dict[str, Any]:
     for number, usage in enumerate(usages[1:], start=1):
         first = number % per == 0
         for name, value in usage.items():
-            if name.startswith(_OF_SAMPLE) or (first and name.startswith(_OF_QUESTION)):
+            if name.startswith(_OF_SAMPLE) or (first and name.startswith(OF_QUESTION)):
                 joined[name] = _sum(joined.get(name), value)
-            elif name == "total_tokens":
-                prompt = 0 if first else _integer(usage.get("prompt_tokens"))
+            elif name in _TOTALS:
+                prompt = 0 if first else _of_question(usage, name)
                 joined[name] = _integer(joined.get(name)) + _integer(value) - prompt
     return joined
+
+
+def _of_question(usage: Usage, total: str) -> int:
+    """Return the part of a total that belongs to the question."""
+    return sum(_integer(usage.get(name)) for name in _TOTALS[total])
+
+
+def _by_modality(value: Any) -> bool:
+    """Return True for a list of Gemini's counts, one for each modality."""
+    return isinstance(value, list) and all(
+        isinstance(item, Mapping) and type(item.get("tokenCount")) is int for item in value
+    )
 
 
 def _sum(one: Any, other: Any) -> Any:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return {**other, **{name: _sum(value, other.get(name)) for name, value in one.items()}}
+    if _by_modality(one) and _by_modality(other):
+        sums = {item.get("modality"): dict(item) for item in one}
+        for item in other:
+            known = sums.setdefault(item.get("modality"), {**item, "tokenCount": 0})
+            known["tokenCount"] += item["tokenCount"]
+        return [*sums.values()]
     if _is_number(one) and _is_number(other):
         return one + other
     return other if one is None else one
@@ -117,9 +153,13 @@ def token_counts(usage: Any) -> dict[str, int | None]:
     """Return the counts of any provider's usage under the same names; a missing one is None.
 
     Anthropic's ``input_tokens`` do not include what its cache read and wrote; ``prompt_tokens`` here does.
+    Gemini's counts of the prompt and the candidates include neither the results of its tools nor thoughts;
+    ``prompt_tokens`` and ``completion_tokens`` here do.
     """
     if not isinstance(usage, Mapping):
         return dict.fromkeys(COUNTS)
+    if "promptTokenCount" in usage or "totalTokenCount" in usage:
+        return _of_gemini(usage)
     prompt = _first((usage,), "prompt_tokens", "input_tokens")
     completion = _first((usage,), "completion_tokens", "output_tokens")
     cached = _first((usage,), "cache_read_input_tokens", "prompt_cache_hit_tokens")
@@ -135,6 +175,17 @@ def token_counts(usage: Any) -> dict[str, int | None]:
     if total is None and (prompt is not None or completion is not None):
         total = (prompt or 0) + (completion or 0)
     return dict(zip(COUNTS, (prompt, completion, total, cached, reasoning), strict=True))
+
+
+def _of_gemini(usage: Usage) -> dict[str, int | None]:
+    """Return the counts of Gemini's usage, which leaves out those that are 0."""
+    prompt = _of_question(usage, "totalTokenCount")
+    thoughts = _integer(usage.get("thoughtsTokenCount"))
+    completion = _integer(usage.get("candidatesTokenCount")) + thoughts
+    total = usage.get("totalTokenCount")
+    total = total if isinstance(total, int) else prompt + completion
+    cached = _first((usage,), "cachedContentTokenCount")
+    return dict(zip(COUNTS, (prompt, completion, total, cached, thoughts), strict=True))
 
 
 def _first(parts: Sequence[Any], *names: str) -> int | None:

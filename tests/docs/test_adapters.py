@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from pages import DOCS, check_example, examples_of
 
 from cachepipe.typedefs import ModelHooks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
-EXAMPLES = re.findall(r"<!-- example: ([\w-]+) -->\n```python\n(.*?)```\n\n```\n(.*?)```", PAGE, re.DOTALL)
+PAGE = (DOCS / "adapters.md").read_text()
+EXAMPLES = examples_of(PAGE)
 
 
-@pytest.mark.parametrize(("code", "printed"), [pytest.param(c, p, id=name) for name, c, p in EXAMPLES])
+@pytest.mark.parametrize(("code", "printed"), EXAMPLES)
 def test_an_example_prints_what_the_page_shows(code, printed, tmp_path):
-    (tmp_path / "caches").mkdir()
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (ran.stdout, ran.stderr, ran.returncode) == (printed, "", 0)
+    check_example(code, printed, tmp_path)
 
 
 def test_the_page_names_every_hook_that_is_declared():

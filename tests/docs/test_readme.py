@@ -1,22 +1,22 @@
 """What the README says is what happens."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pages import check_example, examples_of
 
 from cachepipe.testing import MockServer, MockSettings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"<!-- example: ([\w-]+) -->\n```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+EXAMPLES = examples_of(README)
 
 
 def test_there_are_examples():
-    assert [name for name, _, _ in EXAMPLES] == [
+    assert [example.id for example in EXAMPLES] == [
         "one-import",
         "replicates",
         "completions",
@@ -26,21 +26,10 @@ def test_there_are_examples():
     assert README.count("```python") == len(EXAMPLES)
 
 
-@pytest.mark.parametrize(("code", "printed"), [pytest.param(c, p, id=name) for name, c, p in EXAMPLES])
+@pytest.mark.parametrize(("code", "printed"), EXAMPLES)
 def test_an_example_prints_what_the_readme_shows(code, printed, tmp_path):
-    (tmp_path / "caches").mkdir()
     with MockServer.in_thread(MockSettings(seed=1)) as server:
-        environment = {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "none"}
-        ran = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert (ran.stdout, ran.stderr, ran.returncode) == (printed, "", 0)
+        check_example(code, printed, tmp_path, OPENAI_BASE_URL=server.base_url, OPENAI_API_KEY="none")
 
 
 def test_every_command_of_the_readme_exists():

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cachepipe import OnlineAPI, Request, open_store
 from cachepipe.cli.group import cli
 from cachepipe.stores.remote.engine import Read, Swap
-from cachepipe.stores.remote.rows import pack
+from cachepipe.stores.remote.rows import FirstRow, pack
 from cachepipe.testing import ScriptedModel
 
 
@@ -163,6 +163,101 @@ def test_c12_verify_names_each_kind_of_damaged_row(run, url, field, kind):
     write(url, key, lambda rows: rows | {row: rows[row][:-1] + bytes([rows[row][-1] ^ 1])})
     [report] = lines(run("verify", "--json", code=1))
     assert kind in {one["kind"] for one in report["problems"]}
+
+
+def changed(name, content):
+    """Return a damage: a row with another content, and its digest."""
+    return lambda key, rows: rows | {name: pack(key, name, content)}
+
+
+def flipped(prefix):
+    """Return a damage: the last byte of the first row with a prefix is another one."""
+
+    def damage(_key, rows):
+        name = min(name for name in rows if name.startswith(prefix))
+        return rows | {name: rows[name][:-1] + bytes([rows[name][-1] ^ 1])}
+
+    return damage
+
+
+def drawn_twice(key, rows):
+    name = min(name for name in rows if name.startswith(b"d/r\0"))
+    other = name.replace(b"d/r\0", b"d/z\0")
+    return rows | {other: pack(key, other, rows[name][8:])}
+
+
+def swapped(key, rows):
+    """Return the rows, with the later namespace noted as the earlier one."""
+    [name] = [name for name in rows if name.startswith(b"o/")]
+    first = FirstRow.loads(key, name, rows[name][8:])
+    first.namespaces.reverse()
+    return rows | {name: pack(key, name, first.dumps(name))}
+
+
+def without(prefix):
+    return lambda _key, rows: {name: row for name, row in rows.items() if not name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "kinds", "repairs"),
+    [
+        (changed(b"t/=a", b"0-1"), {"unassigned": 1}, False),
+        (without(b"t/=a"), {"unassigned": 2}, False),
+        (changed(b"t/=a", b"0-3"), {"undrawn": 1}, False),
+        (changed(b"t/=none", b"0-1"), {"undrawn": 1}, False),
+        (changed(b"t/=a", b"1-2 0-1"), {"set": 1}, False),
+        (drawn_twice, {"repeated": 2, "first": 1}, False),
+        (flipped(b"d/"), {"draw": 1}, False),
+        (flipped(b"o/"), {"first": 1}, True),
+        (without(b"o/"), {"first": 1}, True),
+        (swapped, {"first": 1}, True),
+        (changed(b"p/9", b"7"), {"lease": 1}, True),
+        (changed(b"p/9", b"nobody"), {"lease": 2}, True),
+        (changed(b"w/1", b'[1,"bad"]'), {"discard": 1}, True),
+        (changed(b"w/1", b"{"), {"discard": 2}, True),
+        (changed(b"w/9", b'[1,"bad"]'), {"unknown": 1}, False),
+        (changed(b"c", b"many"), {"change": 1}, True),
+        (changed(b"u/=a", b"{}"), {"draw": 1}, False),
+        (changed(b"y/", b"1"), {"unknown": 1}, False),
+        (changed(b"q", b"{}"), {"question": 1}, False),
+        (without(b"k"), {"question": 1}, False),
+        (without((b"k", b"q", b"L", b"d/", b"t/", b"o/", b"c")), {"stray": 1}, False),
+    ],
+)
+def test_c12_verify_checks_each_clause_on_a_server(run, url, damage, kinds, repairs):
+    key = lines(run("ls", "--json"))[0]["key"]
+    write(url, key, lambda rows: damage(key, rows))
+    [report] = lines(run("verify", "--json", code=1))
+    assert {one["kind"]: one["count"] for one in report["problems"]} == kinds
+    [report] = lines(run("verify", "--json", "--repair", code=0 if repairs else 1))
+    assert report["whole"] == repairs
+    if repairs:
+        assert {one["kind"] for one in report["repaired"]} == kinds.keys()
+
+
+def test_c3_the_earliest_namespace_is_found_again_after_a_repair(run, url):
+    key = lines(run("ls", "--json"))[0]["key"]
+    write(url, key, lambda rows: swapped(key, rows))
+    run("verify", "--repair")
+    store, _ = open_store(url)
+    found = store.session.engine.rows_of(key)
+    [name] = [name for name in found if name.startswith(b"o/")]
+    first = FirstRow.loads(key, name, found[name][8:])
+    assert [label for _, label in first.namespaces] == ["=a", "=b"]
+    store.close()
+
+
+def test_c12_verify_counts_what_a_killed_run_left_unfinished(run, url):
+    key = lines(run("ls", "--json"))[0]["key"]
+
+    def lose(rows):
+        rows[b"L"] = pack(key, b"L", b"0-2")
+        del rows[b"s/2"]
+        return rows
+
+    write(url, key, lose)
+    [report] = lines(run("verify", "--json"))
+    assert (report["whole"], report["unfinished"]) == (True, 1)
 
 
 def test_a_cache_of_the_environment_may_be_a_url(url, monkeypatch):

@@ -177,7 +177,7 @@ async def test_an_import_that_was_stopped_can_be_repeated(tmp_path, monkeypatch)
     monkeypatch.setattr("cachepipe.sharing._BATCH", 7)
 
     def stop(doing, done):
-        if (doing, done) == ("writing", 20):
+        if (doing, done) == ("writing", 14):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -17,6 +17,15 @@ def test_tokens_cost_what_the_table_says_and_cached_ones_less():
     assert 0 < prices.cost_of({**COUNTS, "cached_tokens": 500}, "gpt-4o-mini", OPENAI) < cost
 
 
+def test_a_batch_costs_half_whoever_gives_the_price():
+    batches = "https://api.openai.com/v1/batches"
+    given = prices.Prices({"mine": {"prompt": 1, "completion": 3}})
+    for model in ("gpt-4o-mini", "mine"):
+        for cost in (given.cost_of, given.cost_of_sum):
+            assert cost(COUNTS, model, batches) == pytest.approx(cost(COUNTS, model, OPENAI) / 2)
+    assert given.cost_of(COUNTS, "no such model", batches) is None
+
+
 @pytest.mark.parametrize(
     ("counts", "model", "url"),
     [

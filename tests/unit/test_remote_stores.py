@@ -584,7 +584,12 @@ async def test_c11_an_answer_waits_for_claims_that_may_find_a_sample(engine, sto
     async with OnlineAPI(ScriptedModel(), store) as pipeline:
         await asyncio.gather(*[pipeline.request(Request(name)) for name in "ab"])
     looks = []
-    store.look = lambda claims: looks.append(claims) or RemoteStore.look(store, claims)
+
+    def look(claims, **options):
+        looks.append(claims)
+        return RemoteStore.look(store, claims, **options)
+
+    store.look = look
     async with OnlineAPI(ScriptedModel(), store) as pipeline:
         order = []
 
@@ -595,3 +600,24 @@ async def test_c11_an_answer_waits_for_claims_that_may_find_a_sample(engine, sto
         await asyncio.gather(ask("b", None), ask("a", "x"))
     assert order == [*"ab"], "a new draw of an earlier sample comes first"
     assert looks
+
+
+def test_c11_a_process_foretells_whether_its_new_draws_find_a_sample(start):
+    """It counts the draws of a namespace that had none when it first looked."""
+    here, there = start(), start()
+
+    def foretold(store, request_id):
+        return store.session.foretell([Claim(drawn(request_id), 1, asked(), "one")])
+
+    assert foretold(here, "a") is None, "nothing is known of the key"
+    assert here.session.look([Claim(drawn("a"), 1, asked(), "one")]) == [False]
+    fill(here, drawn("a"))
+    assert foretold(here, "b") == [False]
+    assert foretold(here, "b") is None, "it may have made this draw before"
+    assert foretold(here, "a") is None
+    fill(there, drawn("a", namespace="other"), 3)
+    fill(here, drawn("b"))
+    assert foretold(here, "c") == [True]
+    assert there.session.look([Claim(drawn("c"), 1, asked(), "one")]) == [True]
+    fill(there, drawn("c"))
+    assert foretold(there, "d") is None, "the namespace had draws before this process looked"

@@ -25,7 +25,7 @@ _EMPTY: Final = b"\x03\x00" + bytes(8)
 _TRAILER: Final = len(_EXTRA) + _FIELD.size + len(_EMPTY)
 _ENDS: Final = struct.Struct("<II")
 
-_LEVEL: Final = 6
+_LEVEL: Final = 4  # a third of the time of level 6, for 5 % more bytes
 _DENSE: Final = 100  # bytes of lines to a byte of the file; a chunk that is denser is stored as it is
 _SMALL: Final = 4 << 20  # bytes of lines up to which a chunk may have any density
 _MANIFEST: Final = 1 << 20  # bytes that any manifest may take

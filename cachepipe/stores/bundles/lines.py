@@ -16,17 +16,19 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from cachepipe.contract import keys
 from cachepipe.contract.draws import SHARED, Draw, label, namespace_of
-from cachepipe.contract.entries import Entry, EntrySample, EntrySegment
+from cachepipe.contract.entries import Entry, EntrySample, EntrySegment, ordered
 from cachepipe.contract.schedule import Place
 from cachepipe.errors import BundleError, StoreError
 
+_NEWLINE: Final = orjson.OPT_APPEND_NEWLINE
 _MOST: Final = 1 << 53  # numbers below it are the same in every reader of JSON
+_OURS: Final = f"{keys.FORMAT}-"
 _ID: Final = re.compile(r"[!#-\[\]-~]{1,200}")  # without quotes and backslashes
 _KEY: Final = re.compile(r"k[0-9]+-[0-9a-f]{64}")
 
@@ -34,46 +36,44 @@ _KEY: Final = re.compile(r"k[0-9]+-[0-9a-f]{64}")
 # Writing.
 
 
-def lines_of(entry: Entry, meta: list[dict[str, Any]] | None = None) -> Iterator[bytes]:
-    """Iterate over the lines of an entry.
+class EntryLines(NamedTuple):
+    """An entry as lines.
 
-    Args:
-        entry: the entry.
-        meta: gets the headers of its samples.
+    Attributes:
+        lines: the lines, each with its end.
+        document: the value of the document; None if a strict parser does not read it.
+        headers: the headers of the samples that a strict parser reads.
+    """
+
+    lines: list[bytes]
+    document: dict[str, Any] | None
+    headers: list[dict[str, Any]]
+
+
+def lines_of(entry: Entry) -> EntryLines:
+    """Return the lines of an entry.
 
     Raises:
         StoreError: when it holds a text that JSON in UTF-8 cannot represent.
     """
-    question = {"question": entry.key, "scope": entry.scope, "document": _embedded(entry.document)[0]}
+    written, document = _embedded(entry.document)
+    question = {"question": entry.key, "scope": entry.scope, "document": written}
     if entry.users:
         question["users"] = list(map(namespace_of, entry.users))
-    yield _dumps(question)
+    lines, headers = [question], []
     for sample in entry.samples:
         header, parsed = _embedded(sample.header)
-        if meta is not None and isinstance(parsed, dict):
-            meta.append(parsed)
+        if parsed is not None:
+            headers.append(parsed)
         line = {"sample": sample.id, "index": sample.origin, "header": header}
         if sample.discarded is not None:
             line["discarded"] = sample.discarded
         else:
-            line |= _value(sample.payload)
-        yield _dumps(line)
-    for draw, segments in entry.draws.items():
-        yield _dumps(
-            {
-                "draw": draw.request_id,
-                "namespace": SHARED if draw.shared else namespace_of(draw.namespace),
-                **({"shared": True} if draw.shared else {}),
-                "replicate": namespace_of(draw.replicate),
-                "occurrence": draw.occurrence,
-                "segments": [_segment(each) for each in segments],
-            }
-        )
-
-
-def _dumps(line: dict[str, Any]) -> bytes:
+            name, line[name] = _value(sample.payload)
+        lines.append(line)
+    lines += (_draw_line(*drawn) for drawn in entry.draws.items())
     try:
-        return orjson.dumps(line) + b"\n"
+        return EntryLines([orjson.dumps(line, option=_NEWLINE) for line in lines], document, headers)
     except TypeError as error:
         raise StoreError(
             f"a question cannot be exported: {error}. Its namespace, request id or scope holds half of a "
@@ -81,8 +81,23 @@ def _dumps(line: dict[str, Any]) -> bytes:
         ) from error
 
 
-def _embedded(text: bytes) -> tuple[Any, Any]:
-    """Return what stands for a text of JSON in a line, and its value: itself if its bytes come back."""
+def _draw_line(draw: Draw, segments: list[EntrySegment]) -> dict[str, Any]:
+    line: dict[str, Any] = {"draw": draw.request_id}
+    if draw.shared:
+        line |= {"namespace": SHARED, "shared": True}
+    else:
+        line["namespace"] = namespace_of(draw.namespace)
+    line["replicate"] = namespace_of(draw.replicate)
+    line["occurrence"] = draw.occurrence
+    line["segments"] = [
+        [position, samples, stamp, generated, place and [*place]]
+        for position, samples, stamp, generated, place, _ in segments
+    ]
+    return line
+
+
+def _embedded(text: bytes) -> tuple[Any, dict[str, Any] | None]:
+    """Return what stands for an object of JSON in a line, itself if its bytes come back; and its value."""
     try:
         value = orjson.loads(text)
         if type(value) is dict and orjson.dumps(value) == text:
@@ -92,21 +107,17 @@ def _embedded(text: bytes) -> tuple[Any, Any]:
     return text.decode(errors="surrogateescape"), None
 
 
-def _value(payload: bytes) -> dict[str, Any]:
+def _value(payload: bytes) -> tuple[str, Any]:
+    """Return the name and the value of the field that holds a payload."""
     try:
         if orjson.dumps(orjson.loads(payload)) == payload:
-            return {"value": orjson.Fragment(payload)}
+            return "value", orjson.Fragment(payload)
     except (TypeError, ValueError):
         pass
     try:
-        return {"text": payload.decode()}
+        return "text", payload.decode()
     except UnicodeDecodeError:
-        return {"base64": base64.b64encode(payload).decode()}
-
-
-def _segment(segment: EntrySegment) -> list[Any]:
-    place = None if segment.place is None else list(segment.place)
-    return [segment.position, list(segment.samples), segment.stamp, segment.generated, place]
+        return "base64", base64.b64encode(payload).decode()
 
 
 # Reading.
@@ -122,8 +133,12 @@ class Lines:
     def __init__(self, where: str) -> None:
         self._where = where
 
-    def entries(self, content: bytes) -> Iterator[Entry]:
+    def entries(self, content: bytes, *, checked: bool = False) -> Iterator[Entry]:
         """Iterate over the entries in the lines of a chunk.
+
+        Args:
+            content: the lines.
+            checked: whether these lines have been read before without an error.
 
         Raises:
             BundleError: when a line is not what cachepipe writes.
@@ -135,12 +150,18 @@ class Lines:
                 line = orjson.loads(text)
                 if "question" in line:
                     if entry is not None:
-                        yield _complete(entry)
-                    entry = _question(line)
+                        yield entry if checked else _complete(entry)
+                    entry = _question(line, checked=checked)
+                elif entry is None:
+                    raise ValueError("it comes before any question")  # noqa: TRY301 - as those of the parts
+                elif "sample" in line:
+                    entry.samples.append(_sample(line, checked=checked))
                 else:
-                    _add(entry, line)
+                    draw, segments = _draw(line, entry.key, checked=checked)
+                    _check(draw not in entry.draws, "the draw comes twice")
+                    entry.draws[draw] = segments
             if entry is not None:
-                yield _complete(entry)
+                yield entry if checked else _complete(entry)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._refused(text, error) from error
 
@@ -153,49 +174,38 @@ class Lines:
         return self.refused(ValueError(f"it has the line {text[:80]!r} ({told})"))
 
 
-def _add(entry: Entry | None, line: dict[str, Any]) -> None:
-    """Add the sample or the draw in a line to an entry."""
-    if entry is None:
-        raise ValueError("it comes before any question")
-    if "sample" in line:
-        entry.samples.append(_sample(line))
-        return
-    draw, segments = _draw(line, entry.key)
-    _check(draw not in entry.draws, "the draw comes twice")
-    entry.draws[draw] = segments
-
-
-def _question(line: dict[str, Any]) -> Entry:
+def _question(line: dict[str, Any], *, checked: bool) -> Entry:
     key, scope, document = line["question"], line["scope"], _text(line["document"])
-    _check(type(key) is str and _KEY.fullmatch(key) is not None, "the key has another form")
-    _check(scope is None or type(scope) is str, "the scope is not a string")
-    _check(not key.startswith(f"{keys.FORMAT}-") or keys.digest(scope, document) == key, "the key is another")
-    users = [_label(name) for name in line.get("users", ())]
-    _check(users == sorted({*users}), "the users are not in order")
+    users = [_label(name) for name in line["users"]] if "users" in line else []
+    if not checked:
+        _check(type(key) is str and _KEY.fullmatch(key) is not None, "the key has another form")
+        _check(scope is None or type(scope) is str, "the scope is not a string")
+        ours = key.startswith(_OURS)
+        _check(not ours or keys.digest(scope, document) == key, "the key is another")
+        _check(users == sorted({*users}), "the users are not in order")
     return Entry(key, scope, document, users=users)
 
 
-def _sample(line: dict[str, Any]) -> EntrySample:
-    name, header = line["sample"], line["header"]
-    _check(type(name) is str and _ID.fullmatch(name) is not None, "the id has another form")
+def _sample(line: dict[str, Any], *, checked: bool) -> EntrySample:
+    name, origin, header, why = line["sample"], line["index"], line["header"], line.get("discarded")
     text = _text(header)
-    known = header if type(header) is dict else orjson.loads(text)
-    _check(
-        text.startswith(b'{"id":"%b","stamp":' % name.encode())
-        and known["id"] == name
-        and "origin" not in known,
-        "the header is of another sample",
-    )
-    _number(known["stamp"])
-    why = line.get("discarded")
-    _check(why is None or type(why) is str, "the reason is not a string")
-    payload = b"" if why is not None else _payload(line)
-    return EntrySample(name, _number(line["index"]), text, payload, why)
+    if not checked:
+        _check(type(name) is str and _ID.fullmatch(name) is not None, "the id has another form")
+        known = header if type(header) is dict else orjson.loads(text)
+        _check(
+            text.startswith(b'{"id":"%b","stamp":' % name.encode())
+            and known["id"] == name
+            and "origin" not in known,
+            "the header is of another sample",
+        )
+        _check_numbers(known["stamp"], origin)
+        _check(why is None or type(why) is str, "the reason is not a string")
+    return EntrySample(name, origin, text, b"" if why is not None else _payload(line), why)
 
 
 def _payload(line: dict[str, Any]) -> bytes:
     if "value" in line:
-        return orjson.dumps(line["value"])
+        return _copied(orjson.dumps(line["value"]))
     if "text" in line:
         text: str = line["text"]
         return text.encode()
@@ -205,40 +215,50 @@ def _payload(line: dict[str, Any]) -> bytes:
         raise ValueError("it is not base64") from error
 
 
-def _draw(line: dict[str, Any], key: str) -> tuple[Draw, list[EntrySegment]]:
-    request_id = line["draw"]
-    _check(type(request_id) is str, "the request id is not a string")
+def _draw(line: dict[str, Any], key: str, *, checked: bool) -> tuple[Draw, list[EntrySegment]]:
+    request_id, occurrence = line["draw"], line["occurrence"]
     namespace = SHARED if line.get("shared") is True else _label(line["namespace"])
-    draw = Draw(namespace, key, request_id, _number(line["occurrence"]), _label(line["replicate"]))
-    segments, length = [], 0
-    for number, (position, names, stamp, generated, place) in enumerate(line["segments"]):
-        _check(_number(position) <= length, "a segment begins after the end of the draw")
-        _check(type(names) is list and all(name is None or type(name) is str for name in names), "no ids")
-        _check(_number(generated) <= len(names), "more samples generated than drawn")
-        noted = None if place is None else Place(*map(_number, place))
-        segments.append(EntrySegment(position, tuple(names), _number(stamp), generated, noted, number))
-        length = max(length, position + len(names))
-    _check(bool(segments), "the draw is empty")
+    draw = Draw(namespace, key, request_id, occurrence, _label(line["replicate"]))
+    segments = [
+        EntrySegment(
+            position, tuple(names), stamp, generated, None if place is None else Place(*place), number
+        )
+        for number, (position, names, stamp, generated, place) in enumerate(line["segments"])
+    ]
+    if not checked:
+        _check(type(request_id) is str, "the request id is not a string")
+        _check_numbers(occurrence)
+        _check(bool(segments), "the draw is empty")
+        _check(all(type(names) is list for _, names, *_ in line["segments"]), "it has no list of ids")
+        length = 0
+        for position, names, stamp, generated, place, _ in segments:
+            _check_numbers(position, stamp, generated, *(place or ()))
+            _check(position <= length, "a segment begins after the end of the draw")
+            _check(all(name is None or type(name) is str for name in names), "it has other things than ids")
+            _check(generated <= len(names), "more samples generated than drawn")
+            length = max(length, position + len(names))
     return draw, segments
 
 
 def _complete(entry: Entry) -> Entry:
     """Return an entry whose samples and draws fit together."""
-    order = [(sample.origin, sample.id) for sample in entry.samples]
-    _check(all(map(tuple.__lt__, order, order[1:])), "the samples are not in order")
-    known = {name for _, name in order}
-    _check(len(known) == len(order), "two samples have one id")
-    _check(list(entry.draws) == sorted(entry.draws), "the draws are not in order")
-    taken: set[tuple[str, str]] = set()
-    for draw, segments in entry.draws.items():
-        names = {name for segment in segments for name in segment.samples if name is not None}
-        _check(names <= known, "a draw has a sample that is not there")
-        mine = {(draw.namespace, name) for name in names}
-        _check(taken.isdisjoint(mine), "two draws of a namespace share a sample")
-        taken |= mine
+    samples, draws = entry.samples, entry.draws
+    known = {sample.id for sample in samples}
+    _check(len(known) == len(samples), "two samples have one id")
+    _check(samples == ordered(samples), "the samples are not in order")
+    _check(len(draws) < 2 or list(draws) == sorted(draws), "the draws are not in order")
+    taken: dict[str, set[str]] = {}
+    for draw, segments in draws.items():
+        mine: set[str] = set()
         for segment in segments:
-            present = [name for name in segment.samples if name is not None]
-            _check(len({*present}) == len(present), "a draw has a sample twice")
+            names = [name for name in segment.samples if name is not None]
+            new = {*names}
+            _check(len(new) == len(names), "a draw has a sample twice")
+            mine |= new
+        _check(mine <= known, "a draw has a sample that is not there")
+        others = taken.setdefault(draw.namespace, set())
+        _check(others.isdisjoint(mine), "two draws of a namespace share a sample")
+        others |= mine
     return entry
 
 
@@ -247,10 +267,10 @@ def _check(holds: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _number(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < _MOST:
-        raise ValueError(f"{value!r:.40} is not a number from 0 to 2**53")
-    return value
+def _check_numbers(*values: Any) -> None:
+    for value in values:
+        if type(value) is not int or not 0 <= value < _MOST:
+            raise ValueError(f"{value!r:.40} is not a number from 0 to 2**53")
 
 
 def _label(name: Any) -> str:
@@ -263,4 +283,9 @@ def _text(embedded: Any) -> bytes:
     if type(embedded) is str:
         return embedded.encode(errors="surrogateescape")
     _check(type(embedded) is dict, "it is not an object")
-    return orjson.dumps(embedded)
+    return _copied(orjson.dumps(embedded))
+
+
+def _copied(text: bytes) -> bytes:
+    """Return a copy, since orjson returns its output in a buffer that is many times larger."""
+    return b"%b" % text

@@ -139,14 +139,10 @@ class Tally:
         self._fingerprints: set[str] = set()
         self._content = hashlib.sha256()
 
-    def add(self, entry: Entry, headers: Iterable[Mapping[str, Any]], model: str | None) -> None:
+    def add(self, entry: Entry, headers: Iterable[Mapping[str, Any]], model: Any) -> None:
         """Count an entry, with the headers of its samples and the model that it asks."""
         found = self.manifest
-        discarded = sum(sample.discarded is not None for sample in entry.samples)
-        for name, count in zip(
-            _COUNTS, (1, len(entry.samples) - discarded, discarded, len(entry.draws)), strict=True
-        ):
-            found.counts[name] += count
+        add_counts(found.counts, entry)
         _count(found.scopes, entry.scope)
         _count(found.asked, model)
         for header in headers:
@@ -155,7 +151,8 @@ class Tally:
                 self._fingerprints.add(fingerprint)
             stamp = header.get("stamp")
             if type(stamp) is int:
-                found.first = min(found.first or stamp, stamp)
+                if stamp < found.first or not found.first:
+                    found.first = stamp
                 found.last = max(found.last, stamp)
 
     def add_lines(self, lines: bytes) -> None:
@@ -173,6 +170,14 @@ class Tally:
         found.content = self._content.hexdigest()
         found.chunks = chunks
         return found
+
+
+def add_counts(counts: dict[str, int], entry: Entry) -> None:
+    """Add an entry to the counts of a bundle."""
+    counts["questions"] += 1
+    counts["draws"] += len(entry.draws)
+    for sample in entry.samples:
+        counts["samples" if sample.discarded is None else "discarded"] += 1
 
 
 def _count(counts: dict[str, int], name: Any) -> None:

@@ -7,18 +7,19 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 from cachepipe.contract.entries import Entry
 from cachepipe.contract.keys import Question, digest
 from cachepipe.errors import BundleError
+from cachepipe.prefetch import prefetched
 from cachepipe.stores.base import StoredQuestion
 from cachepipe.stores.bundles import SUFFIX, container
 from cachepipe.stores.bundles.container import Chunk
 from cachepipe.stores.bundles.lines import Lines
-from cachepipe.stores.bundles.manifest import Manifest
+from cachepipe.stores.bundles.manifest import Manifest, add_counts
 
 _KEPT: Final = 8  # chunks whose entries are kept in memory
 
@@ -58,6 +59,7 @@ class Bundle:
         except BaseException:
             self._file.close()
             raise
+        self._checked = False  # whether all lines have been read
         self._firsts = [chunk.first for chunk in self.manifest.chunks]
         self.identity = f"bundle:{self.manifest.content}"
 
@@ -80,7 +82,9 @@ class Bundle:
         with self._lock:
             found = self._entries.get(place)
             if found is None:
-                found = {entry.key: entry for entry in self._chunk(self.manifest.chunks[place])}
+                chunk = self.manifest.chunks[place]
+                lines = container.read_chunk(self._file, chunk, self._where)
+                found = {entry.key: entry for entry in self._lines.entries(lines)}
                 self._entries[place] = found
                 if len(self._entries) > _KEPT:
                     self._entries.popitem(last=False)
@@ -100,7 +104,7 @@ class Bundle:
         return None
 
     def entries(self, namespaces: Collection[str] | None = None) -> Iterator[Entry]:
-        """Iterate over all entries, in the order of their keys.
+        """Iterate over all entries, in the order of their keys; each line is checked once.
 
         Args:
             namespaces: the labels of the wanted namespaces, for a store; here all entries are read.
@@ -109,28 +113,34 @@ class Bundle:
             BundleError: when the bundle is damaged; what came before is what was written.
         """
         del namespaces
+        with prefetched(map(self._read, self.manifest.chunks)) as chunks:
+            if not self._checked:
+                yield from self._check(chunks)
+                self._checked = True
+                return
+            for lines in chunks:
+                yield from self._lines.entries(lines, checked=True)
+
+    def _check(self, chunks: Iterable[bytes]) -> Iterator[Entry]:
+        """Iterate over all entries; raise an error unless all lines are what cachepipe writes."""
         counts = dict.fromkeys(self.manifest.counts, 0)
         content = hashlib.sha256()
         last = ""
-        for chunk in self.manifest.chunks:
-            with self._lock:
-                lines = container.read_chunk(self._file, chunk, self._where)
+        for lines in chunks:
             content.update(lines)
             for entry in self._lines.entries(lines):
                 if not last < entry.key:
                     raise self._lines.refused(ValueError(f"the question {entry.key} is not in order"))
                 last = entry.key
-                gone = sum(sample.discarded is not None for sample in entry.samples)
-                counts["questions"] += 1
-                counts["samples"] += len(entry.samples) - gone
-                counts["discarded"] += gone
-                counts["draws"] += len(entry.draws)
+                add_counts(counts, entry)
                 yield entry
         if counts != self.manifest.counts or content.hexdigest() != self.manifest.content:
             raise self._lines.refused(ValueError("its manifest says something else than its lines"))
 
-    def _chunk(self, chunk: Chunk) -> Iterator[Entry]:
-        return self._lines.entries(container.read_chunk(self._file, chunk, self._where))
+    def _read(self, chunk: Chunk) -> bytes:
+        """Return the lines of a chunk."""
+        with self._lock:
+            return container.read_chunk(self._file, chunk, self._where)
 
 
 def _check_chunks(chunks: list[Chunk], end: int, lines: Lines) -> None:

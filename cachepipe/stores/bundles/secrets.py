@@ -1,7 +1,7 @@
 """Looks for texts that should not be handed on: credentials, and private addresses.
 
-Each pattern begins with a literal text, which is looked for first: so most chunks cost one search of their
-bytes for each literal.
+Each pattern begins with a literal text. One expression finds all of these in one pass: it stops only at bytes
+that are rare in texts.
 """
 
 from __future__ import annotations
@@ -23,16 +23,23 @@ class _Pattern(NamedTuple):
     Attributes:
         kind: its name, for people.
         begins: the text that it begins with.
+        mark: the place in that text of the byte that is looked for.
         form: what it matches as a whole.
     """
 
     kind: str
     begins: bytes
+    mark: int
     form: re.Pattern[bytes]
 
 
+_RARE: Final = b"_-.:zKJSxBb"  # the first of these in a beginning is looked for
+
+
 def _pattern(kind: str, begins: str, rest: str) -> _Pattern:
-    return _Pattern(kind, begins.encode(), re.compile((re.escape(begins) + rest).encode()))
+    text = begins.encode()
+    mark = next(text.index(byte) for byte in _RARE if byte in text)
+    return _Pattern(kind, text, mark, re.compile((re.escape(begins) + rest).encode()))
 
 
 _PATTERNS: Final = (
@@ -71,21 +78,38 @@ _PATTERNS: Final = (
 _INSIDE: Final = re.compile(rb"[A-Za-z0-9_.-]")
 
 
+def _to_find(pattern: _Pattern) -> bytes:
+    """Return an expression for the mark of a pattern between what else the pattern begins with."""
+    text, mark = pattern.begins, pattern.mark
+    parts = text[mark : mark + 1], text[: mark + 1], text[mark + 1 :]
+    return b"%b(?<=%b)(?=%b)" % tuple(map(re.escape, parts))
+
+
+_ANY: Final = re.compile(b"|".join(dict.fromkeys(map(_to_find, _PATTERNS))))
+"""Matches the mark of any pattern."""
+_BY_MARK: Final[dict[int, list[_Pattern]]] = {}
+for _each in _PATTERNS:
+    _BY_MARK.setdefault(_each.begins[_each.mark], []).append(_each)
+
+
 def kinds_in(text: bytes) -> list[str]:
     """Return the kinds of secrets that a text seems to hold."""
-    return list(dict.fromkeys(pattern.kind for pattern in _PATTERNS if _holds(pattern, text)))
+    found: dict[str, None] = {}
+    for match in _ANY.finditer(text):
+        at = match.start()
+        for pattern in _BY_MARK[text[at]]:
+            if pattern.kind not in found and _holds(pattern, text, at - pattern.mark):
+                found[pattern.kind] = None
+    return list(found)
 
 
-def _holds(pattern: _Pattern, text: bytes) -> bool:
-    if pattern.begins not in text:
+def _holds(pattern: _Pattern, text: bytes, start: int) -> bool:
+    """Return True if a pattern matches at a place that is not inside a word."""
+    if start < 0 or not text.startswith(pattern.begins, start) or not pattern.form.match(text, start):
         return False
-    for match in pattern.form.finditer(text):
-        start = match.start()
-        if not start or (text[start - 1 : start] == b"n" and text[start - 2 : start - 1] == b"\\"):
-            return True  # at the beginning of a line, which JSON writes as \n
-        if pattern.begins == b"://" or not _INSIDE.match(text, start - 1):
-            return True
-    return False
+    if not start or (text[start - 1 : start] == b"n" and text[start - 2 : start - 1] == b"\\"):
+        return True  # at the beginning of a line, which JSON writes as \n
+    return pattern.begins == b"://" or not _INSIDE.match(text, start - 1)
 
 
 class Findings:

@@ -19,7 +19,7 @@ from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
 from cachepipe.stores import tables
 from cachepipe.stores.base import Claim, Sample, new_id, place_of
-from cachepipe.stores.ledger import DrawRows, DrawView, Ledger
+from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
 from cachepipe.stores.remote import entries, rows
 from cachepipe.stores.remote.engine import DIGEST, PENDING, SAMPLE, Read, Rows, Swap
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
@@ -104,6 +104,8 @@ class Book:
         self._firsts: dict[bytes, FirstRow] = {}
         self._changed: dict[bytes, Draw] = {}
         self._samples: dict[int, Sample | Discarded] = {}
+        self._all_shown = False
+        self._withdrawn = False
 
     # Reading.
 
@@ -113,6 +115,10 @@ class Book:
             return self._puts[name]
         if name in self._deletes:
             return None
+        return self._show(name)
+
+    def _show(self, name: bytes) -> bytes | None:
+        """Return the row of a field as it is; note that it was shown."""
         row = self._stored(name)
         # What a sample holds decides nothing; whether there is one does.
         if row is None or not name.startswith(SAMPLE):
@@ -175,6 +181,35 @@ class Book:
         found = {index: self.author(index) for index in rows.indices_in(names, PENDING)}
         return {index: lease for index, lease in found.items() if lease is not None}
 
+    def show_all(self) -> list[bytes]:
+        """Note that all rows but samples were shown, and that there are no others; return their fields."""
+        if not self._all_shown:
+            found = self.read_all()
+            agree = all(found.get(name) == row for name, row in self.known.items() if name[:2] != SAMPLE)
+            lately = self.lately and agree  # then all of it was so when it was read again
+            self.learn({**found})
+            self.lately, self._all_shown = lately, True
+            for name in self._names(self.known):
+                self._show(name)
+        return [
+            name
+            for name in self._names({**self.known, **self._puts, **dict.fromkeys(self._changed)})
+            if name in self._changed or self.row(name) is not None
+        ]
+
+    @staticmethod
+    def _names(names: Iterable[bytes]) -> list[bytes]:
+        return [name for name in names if not name.startswith((PENDING, SAMPLE))]
+
+    def draws(self) -> dict[Draw, DrawRow]:
+        """Return the rows of all draws."""
+        found = [rows.draw_of(self.name, name) for name in self.show_all() if name.startswith(rows.DRAW)]
+        return {draw: self.draw(draw) for draw in found}
+
+    def users(self) -> list[str]:
+        """Return the labels of the namespaces that use the shared draw."""
+        return [rows.decoded(name[len(rows.USE) :]) for name in self.show_all() if name.startswith(rows.USE)]
+
     # Writing.
 
     def put(self, name: bytes, content: bytes) -> None:
@@ -196,11 +231,32 @@ class Book:
         self.put_row(rows.numbered(SAMPLE, sample.index), rows.dump_sample(self.name, sample))
         self._samples[sample.index] = sample
 
+    def put_why(self, index: int, why: str) -> None:
+        """Record that and why a sample is discarded, unless that is recorded."""
+        name = rows.numbered(rows.WHY, index)
+        if self.row(name) is None:
+            self.put(name, rows.dump_why(self.process.now() / 1e6, why))
+
     def discard(self, index: int) -> None:
         """Mark a sample as discarded; keep its bytes."""
         name = rows.numbered(SAMPLE, index)
         self.put_row(name, rows.dump_discarded(self.name, index, self.row(name)))
         self._samples.pop(index, None)
+
+    def erase(self, index: int) -> None:
+        """Delete the content of a sample; keep its header."""
+        name = rows.numbered(SAMPLE, index)
+        self.put_row(name, rows.dump_erased(self.name, index, self.row(name)))
+        self._samples.pop(index, None)
+
+    def withdraw(self, namespace: str) -> None:
+        """Delete what a namespace has taken and used; its draws have no segments any more."""
+        self._withdrawn = True
+        taken = rows.taken_field(namespace)
+        self._sets.pop(taken, None)
+        for name in (taken, rows.USE + rows.encoded(namespace)):
+            if self.row(name) is not None:
+                self.delete(name)
 
     def change(self, draw: Draw) -> DrawRow:
         """Return the row of a draw, which is written in the end."""
@@ -239,15 +295,22 @@ class Book:
             return None
         wakes = any(name.startswith(PENDING) for name in self._deletes)
         changes = self._changes()
-        if changes:
-            self.row(rows.CHANGED)  # nobody else must change the key meanwhile
-        deletes = [*self._deletes]
-        return Swap(self.name, new_id().encode(), fair, self._shown, self._puts, deletes, wakes, changes)
+        if changes or self._changed:
+            self._show(rows.CHANGED)  # what was read must not be removed meanwhile, nor changed twice
+        deletes, whole = [*self._deletes], self._count() if self._all_shown else None
+        nonce = new_id().encode()
+        return Swap(self.name, nonce, fair, self._shown, self._puts, deletes, wakes, changes, whole)
+
+    def _count(self) -> int:
+        """Return how many rows there are but samples and pending indices."""
+        return sum(self._shown[name] is not None for name in self._names(self._shown))
 
     def _changes(self) -> bool:
         """Return True if a draw that may have been answered before is answered otherwise afterwards."""
         if any(self.known.get(name) is not None for name in self._puts if name.startswith(SAMPLE)):
-            return True  # it is discarded
+            return True  # it is discarded, or deleted
+        if self._withdrawn:
+            return True
         return any(self._answers_otherwise(name, draw) for name, draw in self._changed.items())
 
     def _answers_otherwise(self, name: bytes, draw: Draw) -> bool:
@@ -407,10 +470,40 @@ class _Rows(DrawRows):
         self._book.delete(rows.numbered(PENDING, index))
 
     def discard(self, index: int, why: str) -> None:
-        name = rows.numbered(rows.WHY, index)
-        if self._book.row(name) is None:
-            self._book.put(name, rows.dumps([self._book.process.now() / 1e6, why]))
+        self._book.put_why(index, why)
         self._book.discard(index)
+
+    def drawn(self) -> IntervalSet:
+        found = IntervalSet()
+        for row in self._book.draws().values():
+            for segment in row.segments.values():
+                for index in segment.indices:
+                    found.add(index)
+        return found
+
+    def makers(self, namespace: str) -> tuple[set[int], set[int]]:
+        holders: set[int] = set()
+        makers: set[int] = set()
+        current = self._book.process.current
+        for draw, row in self._book.draws().items():
+            if draw.namespace == namespace:
+                holders.update(current(lease) for _, lease, _ in row.holders)
+                for segment in row.segments.values():
+                    makers.add(current(segment.lease))
+                    if segment.token is not None and segment.standing < len(segment.indices):
+                        holders.add(current(segment.lease))
+        return holders, makers
+
+    def withdraw(self, namespace: str) -> None:
+        for draw, row in self._book.draws().items():
+            if draw.namespace == namespace:
+                own = _Rows(self._book, draw)
+                for segment in [*row.segments.values()]:
+                    own.drop(segment)
+        self._book.withdraw(namespace)
+
+    def users(self) -> list[str]:
+        return self._book.users()
 
     # The draw.
 
@@ -599,6 +692,16 @@ class _Ledger(Ledger):
             self._book.delete(rows.numbered(PENDING, sample.index))
             self._book.put_sample(sample)
         return True
+
+    # What is removed.
+
+    def erase(self, samples: Sequence[tuple[KeyRows, int, str]]) -> None:
+        for _, index, why in samples:  # the book has one key
+            self._book.put_why(index, why)
+            self._book.erase(index)
+
+    def put_removal(self, name: str, document: bytes) -> None:
+        self._book.put(rows.REMOVAL + name.encode(), document)
 
     # Sums: the key is a run.
 

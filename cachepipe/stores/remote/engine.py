@@ -84,6 +84,8 @@ class Swap:
         expected: the digest of each row that was read; None where there was no row.
         puts: the rows to write.
         deletes: the fields whose rows are deleted.
+        whole: how many rows the key has besides samples and pending indices, if that must be so too: then no
+            row was added that was not read.
         wakes: whether those who listen are told, as somebody may wait for what is written.
         changes: whether a draw that was answered before is answered otherwise afterwards; see `Changes`.
     """
@@ -96,6 +98,7 @@ class Swap:
     deletes: list[bytes] = field(default_factory=list)
     wakes: bool = False
     changes: bool = False
+    whole: int | None = None
 
 
 class Conflict(NamedTuple):
@@ -155,6 +158,18 @@ class Engine(Protocol):
         """Return the rows of each key, as of one moment per key."""
         ...
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:
+        """Read as `read` does, on the running event loop and without waiting.
+
+        Args:
+            reads: what is read.
+            then: gets the rows of each key in a later turn of the loop, or None if they could not be read.
+
+        Returns:
+            False if this is not possible now; then `read` is, in a thread.
+        """
+        ...
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 
@@ -212,6 +227,20 @@ class Engine(Protocol):
         """Iterate over the keys with a prefix, in any order, with all rows but the samples.
 
         A key that is written meanwhile may come twice.
+        """
+        ...
+
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples and no other row, or that `scan` misses."""
+        ...
+
+    def compact(self) -> tuple[int, int] | None:
+        """Give back the space of deleted rows; return the bytes before and after.
+
+        None if the engine does so by itself.
+
+        Raises:
+            StoreError: when that is not permitted.
         """
         ...
 

@@ -36,7 +36,7 @@ def entry(key: str, found: Rows, samples: Iterable[tuple[int, bytes]]) -> Entry:
         return rows.unpack(key, name, found[name])
 
     why = {
-        index: str(rows.loads(key, name, content(name))[1])
+        index: rows.load_why(key, name, content(name))[1]
         for index in rows.indices_in(found, rows.WHY)
         for name in [rows.numbered(rows.WHY, index)]
     }

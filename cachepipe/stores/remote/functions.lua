@@ -65,15 +65,16 @@ end
 
 -- swap: KEYS also has the receipt of the process, and the turn.
 -- ARGV: nonce, process, fair?, milliseconds of a turn, milliseconds of a receipt, channel, key,
--- count, fields and digests ..., count, fields and rows ..., fields to delete ...
+-- count of rows or -1 if that does not matter, count, fields and digests ..., count, fields and rows ..., fields to delete ...
 -- Returns {0} if it was performed, else {1} or, while it is another's turn, {2}, and the current rows.
 local function swap(keys, args)
   local nonce, who, fair = args[1], args[2], args[3] == '1'
   if redis.call('GET', keys[4]) == nonce then return {0} end
   local turn = redis.call('GET', keys[5])
   local reserved = fair and turn and turn ~= who
-  local at, rows, changed = 9, {}, false
-  for number = 1, tonumber(args[8]) do
+  local whole = tonumber(args[8])
+  local at, rows, changed = 10, {}, whole >= 0 and redis.call('HLEN', keys[1]) ~= whole
+  for number = 1, tonumber(args[9]) do
     local row = row_of(keys, args[at])
     rows[number] = row
     if (row and string.sub(row, 1, DIGEST) or '') ~= args[at + 1] then changed = true end

@@ -27,7 +27,7 @@ from cachepipe.stores.base import (
 from cachepipe.stores.remote import entries, rows
 from cachepipe.stores.remote.engine import PENDING, SAMPLE, Read, Rows
 from cachepipe.stores.remote.rows import DrawRow
-from cachepipe.stores.remote.session import RUN, Session
+from cachepipe.stores.remote.session import REMOVALS, RUN, Session
 
 _WHOLE: Final = 64  # characters that only a whole key has
 _PAGE: Final = 100  # samples that are read in one round trip
@@ -142,8 +142,8 @@ class Listing:
         """Iterate over the samples of a key that were discarded, by index."""
         one = self._key(key)
         for index in () if one is None else rows.indices_in(one.rows, rows.WHY):
-            at, why = one.json(rows.numbered(rows.WHY, index))  # type: ignore[union-attr]
-            yield DiscardInfo(index, at, why)
+            name = rows.numbered(rows.WHY, index)
+            yield DiscardInfo(index, *rows.load_why(key, name, one.content(name)))  # type: ignore[union-attr]
 
     def draws(self, key: str | None = None, namespace: str | None = None) -> Iterator[DrawInfo]:
         """Iterate over the ledger's draws, in order of creation; ``namespace`` is a label."""
@@ -224,8 +224,16 @@ class Listing:
         yield from self.entries_of(names)
 
     def removals(self) -> Iterator[dict[str, Any]]:
-        """Return no records: nothing is removed from a server."""
-        return iter(())
+        """Iterate over the records of what commands have removed, the oldest first."""
+        self._check()
+        key = f"{RUN}{REMOVALS}"
+        found = self.session.asked(lambda: self.session.engine.rows_of(key))
+        records = [
+            rows.loads(key, name, rows.unpack(key, name, row))
+            for name, row in found.items()
+            if name.startswith(rows.REMOVAL)
+        ]
+        return iter(sorted(records, key=lambda record: record["at"]))
 
     def totals(self) -> dict[str, int]:
         """Return how many keys, samples, pending samples, draws, namespaces and discards there are."""

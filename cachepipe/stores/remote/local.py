@@ -1,8 +1,9 @@
 """Copies of complete draws of a shared store on this machine, which are answered without a round trip.
 
 A complete draw is answered in the same way for ever, unless its key is changed: a sample is discarded, the
-draw is refreshed, or its place is noted. The store announces such changes (`Changes`), so a copy is used only
-if this process has asked for the changes since the current run began, and within the last few seconds.
+draw is refreshed or removed, or its place is noted. The store announces such changes (`Changes`), so a copy
+is used only if this process has asked for the changes since the current run began, and within the last few
+seconds.
 """
 
 from __future__ import annotations

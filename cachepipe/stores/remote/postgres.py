@@ -57,6 +57,7 @@ replaced, a lock is not free, or two transactions meet."""
 _BROKEN: Final = (psycopg.OperationalError, psycopg.InterfaceError, OSError)
 """What the client raises of itself, when a connection cannot be made or breaks."""
 _IDLE: Final = psycopg.pq.TransactionStatus.IDLE
+_TABLES: Final = ("keys", "ledger", "samples", "changes", "leases", "meta")
 _NO_CACHE: Final = (errors.UndefinedTable, errors.InvalidSchemaName)
 _REFUSED: Final = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist")
 """Parts of what a server says of a connection that it will always refuse."""
@@ -238,6 +239,10 @@ class PostgresEngine:
             found[number - 1][name] = row
         return found
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is read in a thread."""
+        return False
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 
@@ -254,11 +259,12 @@ class PostgresEngine:
             for name in swap.deletes:
                 deletes.add(number, name)
         answers = self._ask(
-            "select * from SCHEMA.swap(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            "select * from SCHEMA.swap(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
             [
                 _Texts(encoded(swap.key) for swap in swaps),
                 _Texts(swap.nonce for swap in swaps),
                 _Numbers(swap.fair for swap in swaps),
+                _Numbers(-1 if swap.whole is None else swap.whole for swap in swaps),
                 who,
                 TURN,
                 RECEIPT,
@@ -313,6 +319,48 @@ class PostgresEngine:
                 yield decoded(last), there
             if len(page) < _PAGE:
                 return
+
+    def strays(self) -> Iterator[str]:
+        """Iterate over the keys that have samples and no other row, or that `scan` misses."""
+        found = self._ask(
+            "select distinct s.key from SCHEMA.samples s "
+            "where not exists (select from SCHEMA.ledger l where l.key = s.key) union "
+            "select distinct l.key from SCHEMA.ledger l "
+            "where not exists (select from SCHEMA.keys k where k.key = l.key)"
+        )
+        for (key,) in found:
+            yield decoded(key)
+
+    def compact(self) -> tuple[int, int]:
+        """Make the space of deleted rows free for others; return the bytes of the tables before and after."""
+        before = self._size()
+        # The lock of a key that is gone; a swap that takes it meanwhile leaves a receipt.
+        self._ask(
+            "delete from SCHEMA.keys k where not exists (select from SCHEMA.ledger l where l.key = k.key) "
+            "and not exists (select from SCHEMA.samples s where s.key = k.key) and not exists ("
+            "select from jsonb_each(k.receipts) r where (r.value ->> 1)::float8 > SCHEMA.seconds() - %s)",
+            [RECEIPT],
+        )
+        warnings: list[str] = []
+        try:
+            with contextlib.closing(self._connect()) as connection:
+                connection.seconds = 0.0  # it may take long
+                connection.add_notice_handler(lambda notice: warnings.append(notice.message_primary or ""))
+                tables = ", ".join(f"SCHEMA.{name}" for name in _TABLES)
+                connection.execute(self._sql(f"vacuum (analyze) {tables}"))
+        except (psycopg.Error, OSError) as error:
+            raise self._ours(error) from None
+        if warnings:
+            raise StoreError(
+                f"the server at {self.where} has not compacted the cache: {warnings[0]}. The owner of its "
+                "tables may do so"
+            )
+        return before, self._size()
+
+    def _size(self) -> int:
+        sizes = " + ".join(["pg_total_relation_size(%s::regclass)"] * len(_TABLES))
+        [[size]] = self._ask(f"select {sizes}", [f"{self._name}.{name}" for name in _TABLES])
+        return int(size)
 
     # Changes.
 
@@ -485,7 +533,7 @@ class _NumbersDumper(Dumper):
     oid = 1007
 
     def dump(self, obj: _Numbers) -> bytes:
-        return _array(b"\0\0\0\x17", [number.to_bytes(4) for number in obj])
+        return _array(b"\0\0\0\x17", [number.to_bytes(4, signed=True) for number in obj])
 
 
 class _TextsDumper(Dumper):

@@ -107,10 +107,11 @@ begin
 end
 $$;
 
--- Performs swaps, each of another key; see engine.py. Expected digests are empty where there was no row.
+-- Performs swaps, each of another key; see engine.py. Expected digests are empty where there was no row, and
+-- the expected number of rows is -1 where it does not matter.
 -- Returns for each swap that wrote nothing its number and whether its key is reserved, then the current rows.
 create function SCHEMA.swap(
-  _keys bytea[], _nonces bytea[], _fair int[], _who bigint, _turn float8, _receipt float8,
+  _keys bytea[], _nonces bytea[], _fair int[], _wholes int[], _who bigint, _turn float8, _receipt float8,
   _of int[], _fields bytea[], _digests bytea[],
   _puts_of int[], _puts bytea[], _contents bytea[], _deletes_of int[], _deletes bytea[]
 ) returns table (number int, reserved boolean, field bytea, content bytea) language plpgsql volatile
@@ -143,6 +144,15 @@ begin
     left join SCHEMA.samples s on s.key = _keys[e.number] and s.field = e.field
     where coalesce(substring(coalesce(l.content, s.content), 1, 8), ''::bytea) <> e.digest
   );
+  if 0 <= any (_wholes) then
+    _changed := _changed || array(
+      select a.number::int from unnest(_keys, _wholes) with ordinality as a (key, whole, number)
+      where a.whole >= 0 and a.whole <> (
+        select count(*) from SCHEMA.ledger l
+        where l.key = a.key and not (l.field >= 'p/'::bytea and l.field < 'p0'::bytea)
+      )
+    );
+  end if;
   _states := array(  -- 0: performed before, 1: changed, 2: reserved, 3: to perform
     select case
       when k.receipts -> _who::text ->> 0 = encode(a.nonce, 'hex')

@@ -19,13 +19,14 @@ or was moved to another place, is refused when it is read. Samples have the form
 | ``m/NAMESPACE`` | the sums of a run, which is the key |
 | ``n/NUMBER`` | what a run has left unreported |
 | ``b/NAMESPACE`` | what was spent and reserved of the namespace's budget |
+| ``x/ID`` | what a command has removed |
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -55,6 +56,7 @@ USE: Final = b"u/"
 SUMS: Final = b"m/"
 UNREPORTED: Final = b"n/"
 BUDGET: Final = b"b/"
+REMOVAL: Final = b"x/"
 
 _FIELDS: Final = 4096  # fields of draws and namespaces that are remembered
 
@@ -242,6 +244,23 @@ class FirstRow:
     namespaces: list[tuple[int, str]] = field(default_factory=list)
     more: bool = False
 
+    @classmethod
+    def of(cls, begun: Iterable[tuple[int, str]]) -> FirstRow:
+        """Return the row for a draw with these lowest stamps and labels."""
+        found = sorted(begun)
+        return cls(found[:MOST_FIRST], len(found) > MOST_FIRST)
+
+    def agrees(self, begun: Collection[tuple[int, str]]) -> bool:
+        """Return True if the row says which of the namespaces with these lowest stamps are the earliest."""
+        named = {label for _, label in self.namespaces}
+        others = [one for one in begun if one[1] not in named]
+        return (
+            named <= {label for _, label in begun}
+            and self.namespaces == sorted(self.namespaces)
+            and (self.more or not others)
+            and not (self.namespaces and others and min(others) < self.namespaces[-1])
+        )
+
     def dumps(self, name: bytes) -> bytes:
         """Return the content of the row of a field; the draw to follow comes first, for the engine."""
         draws = [_draw_beside(name, label) for _, label in self.namespaces[:1]]
@@ -275,6 +294,20 @@ def load_change(key: str, row: bytes | None) -> int:
         raise _damaged(key, CHANGED) from error
 
 
+def dump_why(at: float, why: str) -> bytes:
+    """Return the content of the row that says when a sample was discarded, and why."""
+    return dumps([at, why])
+
+
+def load_why(key: str, name: bytes, content: bytes) -> tuple[float, str]:
+    """Return when a sample was discarded, and why."""
+    try:
+        at, why = loads(key, name, content)
+        return float(at), str(why)
+    except (ValueError, TypeError) as error:
+        raise _damaged(key, name) from error
+
+
 def dump_sample(key: str, sample: Sample) -> bytes:
     """Return the row of a sample."""
     return tables.sample_row(f"{key}/{sample.index}", sample)
@@ -293,6 +326,11 @@ def header_in(key: str, index: int, row: bytes) -> tuple[bytes, bool]:
 def dump_discarded(key: str, index: int, row: bytes | None) -> bytes:
     """Return the row of a sample that is discarded from now on."""
     return tables.discarded_row(f"{key}/{index}", row or b"")
+
+
+def dump_erased(key: str, index: int, row: bytes | None) -> bytes:
+    """Return the row of a sample that is deleted from now on; its header stays."""
+    return tables.erased_row(f"{key}/{index}", row or b"")
 
 
 def dump_lease(lease: int) -> bytes:

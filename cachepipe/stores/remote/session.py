@@ -6,6 +6,7 @@ are not, it decides again. The swap of one key does not wait for that of another
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -14,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
@@ -31,6 +32,7 @@ from cachepipe.stores.base import (
     Commit,
     Discard,
     EndSum,
+    Erase,
     Grant,
     Note,
     NotePlace,
@@ -42,6 +44,7 @@ from cachepipe.stores.base import (
     Reserve,
     Result,
     Settle,
+    Withdraw,
 )
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import Book, Known, StoredDraw, ledger
@@ -61,10 +64,13 @@ _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive cou
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
 _TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
+_BEGUN: Final = 4096  # namespaces of keys whose draws are counted
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
 BUDGETS: Final = "budgets"
 """Stands for a run in the key under which all budgets are."""
+REMOVALS: Final = "removals"
+"""Likewise for the records of what was removed."""
 RUN: Final = "~"
 """The beginning of the keys under which the sums of runs are; those of questions begin otherwise."""
 
@@ -73,6 +79,10 @@ _T = TypeVar("_T")
 
 class SessionEnded(StoreError):  # noqa: N818 - says what the session is
     """The session cannot be used any more."""
+
+
+class _WouldWait(Exception):  # noqa: N818 - says what it would do
+    """The engine must be asked, and the caller cannot wait."""
 
 
 class User(Protocol):
@@ -166,6 +176,7 @@ class Session:
         self._lock = threading.Lock()
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
+        self._made: OrderedDict[tuple[str, str], set[Draw]] = OrderedDict()
         self._lease: int | None = None
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
@@ -300,12 +311,7 @@ class Session:
 
     def ask_about(self, leases: Iterable[int]) -> None:
         """Find out, in one round trip, which other processes are alive, as far as that is not known."""
-        recent = time.monotonic() - _ALIVE_FOR
-        unknown = sorted(
-            lease
-            for lease in {*leases} - self._dead
-            if not self.is_own(lease) and self._others.get(lease, (None, 0.0))[1] < recent
-        )
+        unknown = self._unknown(leases)
         if not unknown:
             return
         for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
@@ -314,6 +320,15 @@ class Session:
                 self._others.pop(lease, None)
             else:
                 self._others[lease] = (Process(name), time.monotonic())
+
+    def _unknown(self, leases: Iterable[int]) -> list[int]:
+        """Return those of the leases of which it is not known whether their processes are alive."""
+        recent = time.monotonic() - _ALIVE_FOR
+        return sorted(
+            lease
+            for lease in {*leases} - self._dead
+            if not self.is_own(lease) and self._others.get(lease, (None, 0.0))[1] < recent
+        )
 
     # Reading.
 
@@ -377,6 +392,32 @@ class Session:
             if _only_reads(operation) and (grant := local.recall(operation.draw, operation.n)) is not None
         }
 
+    def edit(self, key: str, edit: Callable[[Book], None]) -> None:
+        """Change the rows of a key in another way than operations do; announce the change.
+
+        Args:
+            key: the key.
+            edit: changes the rows; it is called again if others change them meanwhile.
+
+        Raises:
+            StoreError: when others change them all the time.
+        """
+        read = Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED], pending=True)
+        with self._lock:
+            for _ in range(_TRIES):
+                [book] = self.books([read])
+                edit(book)
+                swap = book.swap(fair=False)
+                if swap is None:
+                    return
+                book.announced(self.announce([key])[0])
+                who = self.lease()
+                [conflict] = self.asked(lambda swap=swap, who=who: self.engine.swap([swap], who))  # type: ignore[misc]
+                self.remember(key, None)
+                if conflict is None:
+                    return
+        raise StoreError(f"key {key} is changed all the time by others; try again")
+
     def again(self, book: Book, current: Rows) -> Book:
         """Return the rows of a key whose swap has met a conflict.
 
@@ -385,6 +426,8 @@ class Session:
             current: those of them that exist.
         """
         known = {**book.known, **dict.fromkeys(book.shown), **current}
+        if known.get(rows.CHANGED) != book.known.get(rows.CHANGED):  # samples may be discarded or deleted
+            known = {name: row for name, row in known.items() if not name.startswith(SAMPLE)}
         read_all = partial(self._read_all, book.name)
         return Book(book.name, known, partial(self._read, book.name), read_all, self, whole=book.whole)
 
@@ -403,36 +446,90 @@ class Session:
 
     def look(self, claims: Sequence[Claim]) -> list[Grant | bool]:
         """Return for each claim its grant if the draw is known, else whether a sample may be at hand."""
-        reads: list[Read] = []
-        for claim in claims:
-            name = rows.draw_field(claim.draw)
-            fields = [rows.CHANGED, rows.LISTED, rows.taken_field(claim.draw.namespace), name]
-            reads.append(Read(claim.draw.key, fields, [name]))
+        reads = [*map(_look_at, claims)]
         pages = self.asked(lambda: self.engine.read(reads))
         return [self._looked(claim, page) for claim, page in zip(claims, pages, strict=True)]
 
-    def _looked(self, claim: Claim, found: Rows) -> Grant | bool:
+    def foretell(self, claims: Sequence[Claim]) -> list[bool] | None:
+        """Return for each claim whether a sample may be at hand, if no draw of them can be known; else None.
+
+        Nothing is read. If a namespace had no draw of a key when this process first looked, then the later
+        draws are its own, which it counts, or those of processes that are alive with it. Such a process may
+        have made the same draw, or may have stored a sample, since the rows of the key were last seen; then
+        the claim finds this.
+        """
+        found: list[bool] = []
+        for claim in claims:
+            draw = claim.draw
+            made, known = self._made.get((draw.key, draw.namespace)), self.remembered(draw.key)
+            if made is None or draw in made or rows.taken_field(draw.namespace) not in known:
+                return None
+            found.append(_has_free(draw, known))
+        for claim in claims:
+            self._made[claim.draw.key, claim.draw.namespace].add(claim.draw)
+        return found
+
+    def _count(self, draw: Draw, found: Rows) -> None:
+        """Count the draws of a namespace from now on, if it has none in the rows that were read."""
+        place = draw.key, draw.namespace
+        if rows.taken_field(draw.namespace) not in found and place not in self._made:
+            self._made[place] = set()
+            if len(self._made) > _BEGUN:
+                self._made.popitem(last=False)
+        self._made.get(place, set()).add(draw)
+
+    def look_soon(self, claims: Sequence[Claim], then: Callable[[list[Grant | bool] | None], object]) -> bool:
+        """Look as `look` does, on the running event loop and without waiting.
+
+        Args:
+            claims: the claims.
+            then: gets what `look` returns in a later turn of the loop; None if only `look` can find it out.
+
+        Returns:
+            False if this is not possible now.
+        """
+
+        def interpret(pages: list[Rows] | None) -> None:
+            found: list[Grant | bool] | None = None
+            if pages is not None:
+                # Whatever fails here is tried again by `look`, which may ask the engine for more.
+                with contextlib.suppress(StoreError, _WouldWait):
+                    found = [
+                        self._looked(claim, page, waits=False)
+                        for claim, page in zip(claims, pages, strict=True)
+                    ]
+            if found is not None:
+                self.expects_new = not any(isinstance(each, Grant) for each in found)
+            then(found)
+
+        return self.engine.read_soon([*map(_look_at, claims)], interpret)
+
+    def _looked(self, claim: Claim, found: Rows, *, waits: bool = True) -> Grant | bool:
         draw = claim.draw
         if rows.draw_field(draw) in found:
-            return self.recalled(draw, claim.n, found) or True
-        listed, taken = (
-            rows.load_set(draw.key, name, rows.unpack(draw.key, name, found[name]) if name in found else b"")
-            for name in (rows.LISTED, rows.taken_field(draw.namespace))
-        )
-        return lowest_listed_free(listed, taken) is not None
+            return self.recalled(draw, claim.n, found, waits=waits) or True
+        self._count(draw, found)
+        return _has_free(draw, found)
 
-    def recalled(self, draw: Draw, n: int, found: Rows) -> Grant | None:
+    def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
 
         Args:
             draw: the draw.
             n: how many samples.
             found: the row of the draw and those of its samples, read at one moment.
+            waits: whether to ask the engine which processes are alive.
+
+        Raises:
+            _WouldWait: when the engine must be asked, and is not.
         """
         stored = StoredDraw(draw, found, self)
         grant = operations.recall(stored, n) if stored.segments else None
         if grant is not None:
-            grant.shared = any(self.is_other(segment.lease) for segment in stored.segments)
+            leases = {segment.lease for segment in stored.segments}
+            if not waits and self._unknown(leases):
+                raise _WouldWait
+            grant.shared = any(map(self.is_other, leases))
             if self.local is not None:
                 self.local.keep(draw, found)
         return grant
@@ -651,6 +748,23 @@ class _Transaction:
         self._session.remember(key, None)
 
 
+def _has_free(draw: Draw, found: Mapping[bytes, bytes | None]) -> bool:
+    """Return True if a listed sample is free for a draw, by the rows of its key."""
+    listed, taken = (
+        rows.load_set(draw.key, name, b"" if row is None else rows.unpack(draw.key, name, row))
+        for name in (rows.LISTED, rows.taken_field(draw.namespace))
+        for row in [found.get(name)]
+    )
+    return lowest_listed_free(listed, taken) is not None
+
+
+def _look_at(claim: Claim) -> Read:
+    """Return what shows whether the draw of a claim is known, and else whether a sample may be at hand."""
+    draw = claim.draw
+    name = rows.draw_field(draw)
+    return Read(draw.key, [rows.CHANGED, rows.LISTED, rows.taken_field(draw.namespace), name], [name])
+
+
 def _only_reads(operation: Operation) -> TypeGuard[Claim]:
     """Return True for a claim that writes nothing if its draw is known."""
     return type(operation) is Claim and not operation.refresh and operation.user is None
@@ -658,7 +772,8 @@ def _only_reads(operation: Operation) -> TypeGuard[Claim]:
 
 def _may_change(operation: Operation) -> bool:
     """Return True if an operation may change what a claim behind it gets."""
-    return isinstance(operation, Discard | NotePlace) or (isinstance(operation, Claim) and operation.refresh)
+    changes = isinstance(operation, Discard | Erase | NotePlace | Withdraw)
+    return changes or (isinstance(operation, Claim) and operation.refresh)
 
 
 def key_of(operation: Operation) -> str:
@@ -668,7 +783,7 @@ def key_of(operation: Operation) -> str:
     if isinstance(operation, OfBudget):
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
-        return f"{RUN}{operation.id}"
+        return f"{RUN}{REMOVALS}"
     return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
 
 
@@ -691,28 +806,41 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
             case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
-            case NotePlace(draw=draw):
-                fields[rows.draw_field(draw)] = None
-            case Discard(index=index):
-                fields[rows.numbered(SAMPLE, index)] = None
-            case Adopt(entry=entry):
-                # The indices that its samples get if the question is new.
-                fields.update((rows.numbered(SAMPLE, sample.origin), None) for sample in entry.samples)
-                fields.update((name, None) for draw in entry.draws for name in _fields_of(draw))
-            case Reserve() | Settle() | BeginSum() | EndSum():
-                fields[rows.BUDGET + rows.encoded(operation.namespace)] = None
             case Note(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
                     fields[name] = None
             case _:
-                pass
+                fields.update(dict.fromkeys(_needed(operation)))
     if not fields and known:
         return None
     if session.expects_new:
         guesses = _likely(key, known, asked)
         fields.update(dict.fromkeys(rows.numbered(SAMPLE, index) for index in guesses))
     return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
+
+
+def _needed(operation: Operation) -> Iterable[bytes]:
+    """Return the fields that an operation needs, apart from claims and what is frequent beside them."""
+    match operation:
+        case NotePlace(draw=draw):
+            return [rows.draw_field(draw)]
+        case Discard(index=index):
+            return [rows.numbered(SAMPLE, index)]
+        case Erase(indices=indices):
+            return [rows.numbered(SAMPLE, index) for index in indices]
+        case Withdraw():
+            return [rows.CHANGED]  # what is remembered would not do
+        case Adopt(entry=entry):
+            # The indices that its samples get if the question is new.
+            samples = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
+            return samples + [name for draw in entry.draws for name in _fields_of(draw)]
+        case Reserve() | Settle() | BeginSum() | EndSum():
+            return [rows.BUDGET + rows.encoded(operation.namespace)]
+        case RecordRemoval(id=name):
+            return [rows.REMOVAL + name.encode()]
+        case _:
+            return []
 
 
 def _fields_of(draw: Draw) -> list[bytes]:

@@ -7,6 +7,8 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
@@ -34,6 +36,8 @@ from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.states import States
 from cachepipe.stores.writer import Writer
+
+_T = TypeVar("_T")
 
 _stores: weakref.WeakSet[RemoteStore] = weakref.WeakSet()
 
@@ -167,6 +171,18 @@ class RemoteStore(Queued, Listing):
             if settles:
                 self.write(settles)
 
+    def compact(self) -> tuple[int, int] | None:
+        """Give back the space of deleted rows, if the engine does not do so by itself.
+
+        Returns:
+            The bytes before and after, or None.
+
+        Raises:
+            StoreError: when that is not permitted.
+        """
+        self._check()
+        return self.session.asked(self.session.engine.compact)
+
     # Reading.
 
     def recall(self, draw: Draw, n: int) -> Grant | None:
@@ -182,9 +198,28 @@ class RemoteStore(Queued, Listing):
             return found
         return self.session.recall([(draw, n)])[0]
 
-    def look(self, claims: Sequence[Claim]) -> asyncio.Future[list[Grant | bool]]:
-        """Look what claims would get, in a thread of its own; see ``Store.look``."""
-        return self._awaited(self._looking, claims)
+    def look(self, claims: Sequence[Claim], *, urgent: bool) -> asyncio.Future[list[Grant | bool]] | None:
+        """Look what claims would get, on the event loop or in a thread of its own; see ``Store.look``."""
+        if not urgent and self.session.expects_new:
+            return None  # they must be claimed anyhow
+        self._check()
+        future: asyncio.Future[list[Grant | bool]] = asyncio.get_running_loop().create_future()
+        foretold = self.session.foretell(claims)
+        if foretold is not None:
+            future.set_result([*foretold])
+            return future
+
+        def looked(found: list[Grant | bool] | None) -> None:
+            if future.done():
+                return
+            if found is None:
+                self._awaited(self._looking, claims).add_done_callback(partial(_pass_on, future))
+            else:
+                future.set_result(found)
+
+        if self.session.look_soon(claims, looked):
+            return future
+        return self._awaited(self._looking, claims) if urgent else None
 
     def _copied(self, draw: Draw, n: int, *, waits: bool) -> Grant | None:
         """Return the samples of a draw from the copies on this machine, if it has them.
@@ -271,6 +306,18 @@ class _Looks:
 
     def tidy(self) -> None:
         """Do nothing."""
+
+
+def _pass_on(future: asyncio.Future[_T], done: asyncio.Future[_T]) -> None:
+    """Give a future the outcome of another one."""
+    if future.done():
+        return
+    if done.cancelled():
+        future.cancel()
+    elif (error := done.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(done.result())
 
 
 def _all_of(draw: Draw) -> Read:

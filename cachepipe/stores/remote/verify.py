@@ -13,7 +13,7 @@ from typing import Any, Final
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract import keys
 from cachepipe.contract.allotment import indices_of
-from cachepipe.contract.draws import SHARED
+from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import DamagedCache, UnsafeRow
 from cachepipe.stores.remote import rows
@@ -22,13 +22,19 @@ from cachepipe.stores.remote.listing import sample_indices
 from cachepipe.stores.remote.rows import DrawRow, FirstRow
 from cachepipe.stores.remote.session import RUN, Session
 from cachepipe.stores.tables import load_purse
-from cachepipe.stores.verify import Absent, IntegrityReport, Step, Stored, gaps
+from cachepipe.stores.verify import Absent, IntegrityReport, Step, Stored, gaps, span, told, whose
 
 _PAGE: Final = 100  # samples that are read in one round trip
+_NOTES: Final = frozenset({"lease", "discard", "change"})
+"""Kinds of damaged rows that are written anew from others."""
+_OF_RUNS: Final = (rows.SUMS, rows.UNREPORTED, rows.BUDGET, rows.REMOVAL)
+_OF_QUESTIONS: Final = (rows.TAKEN, rows.DRAW, rows.FIRST, PENDING, rows.WHY, rows.USE)
 
 
 def check(session: Session, step: Step = lambda: None) -> IntegrityReport:
     """Return what is wrong in a shared store.
+
+    A question with a problem is looked at twice, because others may write between two answers of the engine.
 
     Args:
         session: this process's use of the store.
@@ -39,8 +45,18 @@ def check(session: Session, step: Step = lambda: None) -> IntegrityReport:
     for key, found in session.engine.scan(""):
         if key not in seen:
             seen.add(key)
-            _Key(session, key, found, report).check()
+            one = _checked(session, key, found)
+            report.join(one if one.whole else _checked(session, key, session.engine.rows_of(key)))
             step()
+    for key in session.engine.strays():
+        report.add("stray", key)
+    return report
+
+
+def _checked(session: Session, key: str, found: Rows) -> IntegrityReport:
+    report = IntegrityReport()
+    if found:
+        _Key(session, key, found, report).check()
     return report
 
 
@@ -60,19 +76,45 @@ class _Key:
             self._each(rows.SUMS, self._check_sums, "sums")
             self._each(rows.UNREPORTED, self._check_unreported, "sums")
             self._each(rows.BUDGET, self._check_purse, "sums")
+            self._each(rows.REMOVAL, lambda name, content: rows.loads(self._key, name, content), "sums")
+            self._check_fields(_OF_RUNS)
             return
         self._report.counts["questions"] += 1
+        if rows.KNOWN not in self._rows:
+            self._report.add("question", f"{self._key}: its row is missing")
         self._each(rows.KNOWN, self._check_question, "question")
-        pending = {*rows.indices_in(self._rows, PENDING)}
+        self._each(rows.CHANGED, lambda name, _: rows.load_change(self._key, self._rows[name]), "change")
+        self._each(rows.USE, lambda name, content: float(rows.loads(self._key, name, content)), "draw")
         self._each(PENDING, lambda name, content: rows.load_lease(self._key, name, content), "lease")
-        self._each(rows.FIRST, lambda name, content: FirstRow.loads(self._key, name, content), "first")
-        self._each(rows.WHY, lambda name, content: rows.loads(self._key, name, content), "discard")
+        self._each(rows.WHY, lambda name, content: rows.load_why(self._key, name, content), "discard")
+        self._check_fields(_OF_QUESTIONS)
+        pending = {*rows.indices_in(self._rows, PENDING)}
+        stored = sample_indices(self._session, self._key)
         listed = self._set(rows.LISTED)
         if listed is not None:
-            if stray := sorted(index for index in pending if index not in listed):
-                self._report.add("lease", f"{self._key}: sample {stray[0]} is not listed", len(stray))
-            self._check_list(listed, pending)
-        self._check_draws()
+            for index in sorted(pending):
+                if index not in listed:
+                    self._notes("lease", f"{self._key}/{index}: it is not listed")
+            for index in sorted(self._discarded):
+                if index not in listed and index not in stored:
+                    self._report.add("unknown", f"{self._key}: sample {index} is discarded, and not listed")
+            self._check_list(listed, stored, pending)
+        self._check_draws(listed or IntervalSet(), {*stored, *pending})
+
+    def _notes(self, kind: str, example: str) -> None:
+        """Count a problem that is repaired by writing the notes of the key anew."""
+        self._report.add(kind, example)
+        self._report.notes.add(self._key)
+
+    def _check_fields(self, known: tuple[bytes, ...]) -> None:
+        for name in self._rows:
+            if not name.startswith(known) and name not in (
+                rows.KNOWN,
+                rows.QUESTION,
+                rows.LISTED,
+                rows.CHANGED,
+            ):
+                self._report.add("unknown", f"{self._key}: the row {rows.decoded(name)!r:.80}")
 
     def _each(self, prefix: bytes, read: Any, kind: str) -> None:
         """Check each row whose field has a prefix."""
@@ -81,17 +123,28 @@ class _Key:
                 try:
                     read(name, rows.unpack(self._key, name, row))
                 except DamagedCache as error:
-                    self._report.add(kind, str(error))
+                    (self._notes if kind in _NOTES else self._report.add)(kind, str(error))
+                except (ValueError, TypeError, LookupError, AttributeError):
+                    self._report.add(
+                        kind, f"{self._key}: the row {rows.decoded(name)!r} holds something else"
+                    )
 
     def _set(self, name: bytes) -> IntervalSet | None:
         """Return the set in a row; None if it is damaged."""
         try:
             row = self._rows.get(name)
             content = b"" if row is None else rows.unpack(self._key, name, row)
-            return rows.load_set(self._key, name, content)
+            found = rows.load_set(self._key, name, content)
         except DamagedCache as error:
             self._report.add("set", str(error))
             return None
+        last = -1
+        for start, stop in found:
+            if not last < start < stop:
+                self._report.add("set", f"{self._key}, {rows.decoded(name)!r:.80}: intervals overlap")
+                return None
+            last = stop
+        return found
 
     def _check_question(self, name: bytes, content: bytes) -> None:
         scope, _ = rows.loads(self._key, name, content)
@@ -111,9 +164,8 @@ class _Key:
 
     # Samples.
 
-    def _check_list(self, listed: IntervalSet, pending: set[int]) -> None:
+    def _check_list(self, listed: IntervalSet, stored: list[int], pending: set[int]) -> None:
         """Compare the list with what is stored; the work is bounded by what is stored."""
-        stored = sample_indices(self._session, self._key)
         for start, stop in gaps(listed, sorted({*stored, *pending})):
             self._report.add("missing", f"{self._key}/{start}", stop - start)
             self._report.absent.append(Absent(self._key, start, stop))
@@ -154,25 +206,83 @@ class _Key:
 
     # Draws.
 
-    def _check_draws(self) -> None:
-        drawn: dict[str, set[int]] = {}
-        for name, row in self._rows.items():
-            if not name.startswith(rows.DRAW):
-                continue
-            try:
-                draw = rows.draw_of(self._key, name)
-                found = DrawRow.loads(self._key, name, rows.unpack(self._key, name, row))
-            except DamagedCache as error:
-                self._report.add("draw", str(error))
+    def _check_draws(self, listed: IntervalSet, there: set[int]) -> None:
+        """Check the draws, and what their namespaces have taken (C1).
+
+        Args:
+            listed: the listed indices.
+            there: the indices that are stored or being generated.
+        """
+        drawn: dict[str, dict[int, Draw]] = {}
+        unsure: set[str] = set()
+        begun: dict[bytes, list[tuple[int, str]]] = {}
+        for name in [name for name in self._rows if name.startswith(rows.DRAW)]:
+            draw, row = self._draw(name)
+            if draw is None or row is None:
+                unsure.add("" if draw is None else draw.namespace)
                 continue
             self._report.counts["draws"] += 1
-            indices = {*indices_of(found.segments.values())}
-            known = drawn.setdefault(draw.namespace, set())
-            if twice := known & indices:
-                self._report.add("repeated", f"{self._key}/{min(twice)} in {draw.namespace!r}", len(twice))
-            known |= indices
-        for namespace, indices in drawn.items():
-            taken = self._set(rows.taken_field(namespace))
-            if taken is not None and (lost := sorted(index for index in indices if index not in taken)):
-                shown = "shared draws" if namespace == SHARED else repr(namespace)
-                self._report.add("unassigned", f"{self._key}/{lost[0]} in {shown}", len(lost))
+            holders = drawn.setdefault(draw.namespace, {})
+            for index in {index for segment in row.segments.values() for index in segment.indices}:
+                if holders.setdefault(index, draw) != draw:
+                    self._report.add("repeated", f"{self._key}/{index}, {whose(draw.namespace)}")
+            laid = {*indices_of(row.segments.values())}
+            self._report.unfinished += sum(index not in listed for index in laid - there)
+            if not draw.shared:
+                stamp = min(segment.stamp for segment in row.segments.values())
+                begun.setdefault(rows.first_field(draw), []).append((stamp, draw.namespace))
+        if "" not in unsure:
+            self._check_taken(drawn, unsure)
+        if not unsure:
+            self._check_firsts(begun)
+
+    def _draw(self, name: bytes) -> tuple[Draw | None, DrawRow | None]:
+        """Return the draw with a field and its row; None for what is damaged."""
+        draw = None
+        try:
+            draw = rows.draw_of(self._key, name)
+            content = rows.unpack(self._key, name, self._rows[name])
+            row = DrawRow.loads(self._key, name, content)
+            fits = row.segments and content == row.dumps()
+            standing = all(0 <= each.standing <= len(each.indices) for each in row.segments.values())
+        except (DamagedCache, ValueError, TypeError) as error:
+            self._report.add("draw", str(error))
+            return draw, None
+        if not (fits and standing):
+            self._report.add("draw", told(draw))
+            return draw, None
+        return draw, row
+
+    def _check_taken(self, drawn: dict[str, dict[int, Draw]], unsure: set[str]) -> None:
+        """Check that what a namespace has taken is what its draws have."""
+        labels = {rows.decoded(name[len(rows.TAKEN) :]) for name in self._rows if name.startswith(rows.TAKEN)}
+        for label in sorted({*labels, *drawn} - unsure):
+            taken, has = self._set(rows.taken_field(label)), drawn.get(label, {})
+            if taken is None:
+                continue
+            for index in sorted(has):
+                if index not in taken:
+                    self._report.add("unassigned", f"{self._key}/{index}, {told(has[index])}")
+            for start, stop in gaps(taken, sorted({*has, *self._discarded})):
+                self._report.add("undrawn", f"{span(self._key, start, stop)}, {whose(label)}", stop - start)
+
+    # The earliest namespaces of each draw (C3).
+
+    def _check_firsts(self, begun: dict[bytes, list[tuple[int, str]]]) -> None:
+        """Check the notes of the earliest namespaces against the draws.
+
+        Args:
+            begun: by the field of the note, the lowest stamp of the draw in each namespace.
+        """
+        names = {name for name in self._rows if name.startswith(rows.FIRST)}
+        for name in sorted(names | begun.keys()):
+            try:
+                row = self._rows.get(name)
+                first = FirstRow()
+                if row is not None:
+                    first = FirstRow.loads(self._key, name, rows.unpack(self._key, name, row))
+            except DamagedCache as error:
+                self._notes("first", str(error))
+                continue
+            if not first.agrees(begun.get(name, [])):
+                self._notes("first", f"{self._key}: the note {rows.decoded(name[len(rows.FIRST) :])!r:.80}")

@@ -1,4 +1,4 @@
-"""A model server on the loopback interface that speaks OpenAI's protocol and Anthropic's messages.
+"""A model server on the loopback interface that speaks OpenAI's protocol, Anthropic's messages and Gemini's.
 
 The n-gram model of `cachepipe.testing.ngram` answers; it is random and has a known distribution.
 Settings add latency, rate limits and the faults of real providers. The server counts what it
@@ -12,8 +12,8 @@ The modules, top to bottom:
 - `mock`: the server that tests use, and `run_server`.
 - `connection`, `traffic`: HTTP through h11, and the open connections. Only these wait for time to pass.
 - `responder`: which answer, error or fault a request gets. `faults`: how a fault changes an answer.
-- `dialects`: the endpoints. `chat`, `completions`, `responses`, `messages`, `embeddings`: the requests and
-  answers of each. `calls`, `answers`, `tools`, `schemas`, `refusals`: what they share.
+- `dialects`: the endpoints. `chat`, `completions`, `responses`, `messages`, `embeddings`, `gemini`: the
+  requests and answers of each. `calls`, `answers`, `tools`, `schemas`, `refusals`: what they share.
 - `settings`, `stats`: how the server behaves, and what it counts.
 
 The server imports nothing of cachepipe outside `cachepipe.testing`, so that it judges independently how

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import h11
 
+from cachepipe.testing.server.gemini import known_path
 from cachepipe.testing.server.refusals import RefusalError
 from cachepipe.testing.server.replies import HttpReply, HttpRequest, refused
 
@@ -153,7 +154,10 @@ class HttpConnection(asyncio.Protocol):
         asyncio.get_running_loop().call_later(_LINGER, self._transport.close)
 
     def _path(self) -> str:
-        return self._head.target.partition(b"?")[0].decode("ascii", "replace") if self._head else ""
+        return known_path(self._target().partition("?")[0])
+
+    def _target(self) -> str:
+        return self._head.target.decode("ascii", "replace") if self._head else ""
 
     def _dispatch(self) -> None:
         head = self._head
@@ -161,7 +165,9 @@ class HttpConnection(asyncio.Protocol):
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
-        request = HttpRequest(head.method.decode(), self._path(), self._headers, body, *self._arrived)
+        request = HttpRequest(
+            head.method.decode(), self._path(), self._headers, body, *self._arrived, self._target()
+        )
         reply = self._responder.reply(request)
         self._begun(request, reply)
         if reply.delay or reply.pace or (reply.held and not self._responder.running.is_set()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cachepipe.testing.server import chat, completions, messages, responses
+from cachepipe.testing.server import chat, completions, gemini, messages, responses
 from cachepipe.testing.server.answers import data_event
 from cachepipe.testing.server.refusals import RefusalError, error_object
 
@@ -28,7 +28,8 @@ def _error_event(refusal: RefusalError, _number: int) -> bytes:
 class Dialect(NamedTuple):
     """How an endpoint reads calls and writes answers and errors, whole or as streams.
 
-    An error in a stream also gets the number of events before it.
+    An error in a stream also gets the number of events before it. A dialect that says in its errors when to
+    try again sends no headers with it.
     """
 
     read: Callable[[Mapping[str, Any], Settings, NGramModel], ModelCall]
@@ -36,7 +37,12 @@ class Dialect(NamedTuple):
     stream: Callable[[ModelAnswer], EventStream]
     error: Callable[[RefusalError], dict[str, Any]] = error_object
     error_event: Callable[[RefusalError, int], bytes] = _error_event
+    error_headers: bool = True
 
+
+_GEMINI: Final = Dialect(
+    gemini.read, gemini.write, gemini.stream, gemini.error, gemini.error_event, error_headers=False
+)
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
     "/v1/chat/completions": Dialect(chat.read, chat.write, chat.stream),
@@ -47,6 +53,7 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
     "/v1/messages": Dialect(
         messages.read, messages.write, messages.stream, messages.error, messages.error_event
     ),
+    **dict.fromkeys((gemini.GENERATE, gemini.STREAM, gemini.COUNT, *gemini.EMBEDDINGS), _GEMINI),
 }
 
 

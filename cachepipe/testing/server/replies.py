@@ -19,7 +19,10 @@ _EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """One HTTP request, read to its end."""
+    """One HTTP request, read to its end.
+
+    The path has `{id}` in place of the model that a Gemini request names; the target is as it came.
+    """
 
     method: str
     path: str
@@ -27,6 +30,7 @@ class HttpRequest:
     body: bytes
     arrived: float
     since: float
+    target: str = ""
 
     def allow(self, *methods: str) -> None:
         """Raise `RefusalError` for other methods."""
@@ -78,14 +82,16 @@ def json_reply(value: object, status: int = 200) -> HttpReply:
     return HttpReply(status=status, parts=[orjson.dumps(value)], headers=[_JSON])
 
 
-def stream_reply(events: Sequence[bytes]) -> HttpReply:
-    """Return a reply that is a stream of these events."""
-    headers = [_EVENTS, (b"cache-control", b"no-cache")]
+def stream_reply(events: Sequence[bytes], *, array: bool = False) -> HttpReply:
+    """Return a reply that is a stream of these events, or of the parts of a JSON array."""
+    headers = [_JSON if array else _EVENTS, (b"cache-control", b"no-cache")]
     return HttpReply(status=200, parts=events, headers=headers, stream=True)
 
 
 def refused(path: str, refusal: RefusalError) -> HttpReply:
     """Return the error reply to a refused request, in the dialect of its path."""
-    reply = json_reply(dialect_of(path).error(refusal), refusal.status)
-    reply.headers += refusal.headers
+    dialect = dialect_of(path)
+    reply = json_reply(dialect.error(refusal), refusal.status)
+    if dialect.error_headers:
+        reply.headers += refusal.headers
     return reply

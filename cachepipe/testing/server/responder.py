@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import orjson
 
 from cachepipe.testing.ngram import generator
-from cachepipe.testing.server import embeddings
+from cachepipe.testing.server import embeddings, gemini
 from cachepipe.testing.server.answers import ModelAnswer, choice_of
 from cachepipe.testing.server.dialects import DIALECTS, EMBEDDINGS, MODELS
 from cachepipe.testing.server.faults import choices_left, events_left, reply_instead, spoil
@@ -156,11 +156,13 @@ class Responder:
             return
         bearer = request.headers.get(b"authorization", b"")
         given = bearer[7:] if bearer[:7].lower() == b"bearer " else request.headers.get(b"x-api-key", b"")
+        given = given or request.headers.get(b"x-goog-api-key") or _key_in(request.target)
         if not hmac.compare_digest(given.strip(), expected.encode()):
             raise RefusalError(
                 401,
                 "Expected the API key that the mock server was set up with, but got "
-                f"{'another one' if given else 'none'}. Send it as Authorization: Bearer, or as x-api-key.",
+                f"{'another one' if given else 'none'}. Send it as Authorization: Bearer, as x-api-key, or "
+                "as x-goog-api-key.",
                 code="invalid_api_key",
             )
 
@@ -253,13 +255,18 @@ class Responder:
         self, request: HttpRequest, settings: Settings, identity: str, fault: Fault | None
     ) -> HttpReply:
         body = request.json()
+        path = request.path
+        if path.startswith("/v1/models/"):
+            body = gemini.body_of(path, request.target, body)
         name = body.get("model")
         if not settings.any_model and isinstance(name, str) and name not in settings.models:
             raise _unknown_model(name, settings)
-        if request.path == EMBEDDINGS:
-            return self._embedded(body, settings, fault)
+        if path == EMBEDDINGS or path in gemini.EMBEDDINGS:
+            return self._embedded(body, settings, fault, path)
         dialect = DIALECTS[request.path]
         call = dialect.read(body, settings, self.model)
+        if path == gemini.COUNT:
+            return json_reply({"totalTokens": call.tokens_in})
         wanted = call.n * len(call.contexts)
         samples, tokens_out = self._samples(call, choices_left(wanted, fault))
         choices = [choice_of(call, sample) for sample in samples]
@@ -267,7 +274,8 @@ class Responder:
         self.stats.tokens_in += call.tokens_in
         if call.stream:
             self.stats.streams += 1
-            reply = stream_reply(events_left(dialect.stream(answer), fault, request.path))
+            events = events_left(dialect.stream(answer), fault, request.path)
+            reply = stream_reply(events, array=bool(body.get("array")))
             reply.broken = fault is not None and fault.kind == "cut"
             reply.pace = settings.stream_delay + settings.latency_per_token
         else:
@@ -277,10 +285,18 @@ class Responder:
         reply.n, reply.samples = wanted, len(samples)
         return reply
 
-    def _embedded(self, body: Mapping[str, Any], settings: Settings, fault: Fault | None) -> HttpReply:
-        call = embeddings.read(body, settings, self.model)
+    def _embedded(
+        self, body: Mapping[str, Any], settings: Settings, fault: Fault | None, path: str
+    ) -> HttpReply:
+        if path == EMBEDDINGS:
+            call = embeddings.read(body, settings, self.model)
+        else:
+            call = gemini.read_embeddings(body, settings, path)
         count = choices_left(len(call.texts), fault)
-        reply = json_reply(embeddings.write(call, count))
+        if path == EMBEDDINGS:
+            reply = json_reply(embeddings.write(call, count))
+        else:
+            reply = json_reply(gemini.write_embeddings(call, count, path))
         reply.n, reply.samples = len(call.texts), count
         self.stats.samples_generated += count
         self.stats.tokens_in += call.tokens_in
@@ -339,6 +355,11 @@ class _TokenBucket:
             self._level -= 1.0
             return 0.0
         return (1.0 - self._level) / self.rate
+
+
+def _key_in(target: str) -> bytes:
+    """Return the API key in the query of a request, as Google takes it."""
+    return parse_qs(target.partition("?")[2]).get("key", [""])[-1].encode()
 
 
 def _fault_of_header(value: bytes) -> Fault | None:

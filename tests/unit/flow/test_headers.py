@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import urllib.error
 
 import httpx
@@ -10,8 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepipe.flow.headers import Hint, headers_of, hints, retry_after
+from cachepipe.outages import status_of
+from cachepipe.proxy.upstream import UpstreamRefusal
 
 NOON = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
+
+
+class GoogleError(Exception):
+    """An error as google-genai raises it."""
+
+    code = 429
+    status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, *details):
+        self.details = {"error": {"code": 429, "status": self.status, "details": [*details]}}
+
+
+def test_the_time_to_wait_is_in_the_retry_info_of_googles_errors():
+    kind = "type.googleapis.com/google.rpc."
+    told = {"@type": f"{kind}RetryInfo", "retryDelay": "3.5s"}
+    error = GoogleError({"@type": f"{kind}QuotaFailure", "violations": []}, told)
+    assert status_of(error) == 429
+    assert retry_after(headers_of(error)) == 3.5
+    assert headers_of(GoogleError({"@type": f"{kind}RetryInfo", "retryDelay": "soon"})) is None
+    proxied = UpstreamRefusal("google", 429, [], json.dumps(error.details).encode())
+    assert retry_after(headers_of(proxied)) == 3.5
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from cachepipe.wire import (
     APIS,
     CHAT,
     COMPLETIONS,
+    EMBED_CONTENT,
     EMBEDDINGS,
+    GENERATE_CONTENT,
     MESSAGES,
     MODERATIONS,
     RESPONSES,
@@ -35,6 +37,8 @@ MINIMAL = {
     EMBEDDINGS: {"model": "m", "input": "hi"},
     MODERATIONS: {"model": "m", "input": "hi"},
     MESSAGES: {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]},
+    GENERATE_CONTENT: {"model": "m", "contents": [{"role": "user", "parts": [{"text": "hi"}]}]},
+    EMBED_CONTENT: {"model": "m", "content": {"parts": [{"text": "hi"}]}},
 }
 
 json_values = st.recursive(
@@ -212,9 +216,29 @@ def test_a_list_of_parts_is_one_input_to_a_moderation():
     assert [ask.question["input"] for ask in MODERATIONS.split({"input": ["a", "b"]})] == ["a", "b"]
 
 
+def said(*texts, role="model", **fields):
+    return {"role": role, "parts": [{"text": text, **fields} for text in texts]}
+
+
+def test_c9_what_gemini_said_in_chunks_counts_as_if_it_had_said_it_at_once():
+    user, signed = (
+        said("hi", role="user"),
+        {"role": "model", "parts": [{"text": "", "thoughtSignature": "s"}]},
+    )
+
+    def key(*contents):
+        return key_of(GENERATE_CONTENT, {"model": "m", "contents": [user, *contents, user]})
+
+    assert key(said("so "), said("it", " is"), said("")) == key(said("so it is"))
+    assert key(said("so ", thought=True), said("it is")) != key(said("so it is"))
+    assert key(said("so "), signed, said("it is")) != key(said("so "), said("it is"), signed)
+    assert key(said("so ", role="user"), said("it is", role="user")) != key(said("so it is", role="user"))
+
+
 @pytest.mark.parametrize("api", APIS, ids=str)
 def test_c1_only_embeddings_and_moderations_are_functions(api):
-    assert all(ask.function is (api in (EMBEDDINGS, MODERATIONS)) for ask in api.split(MINIMAL[api]))
+    functions = (EMBEDDINGS, MODERATIONS, EMBED_CONTENT)
+    assert all(ask.function is (api in functions) for ask in api.split(MINIMAL[api]))
 
 
 @pytest.mark.parametrize(

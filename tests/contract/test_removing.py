@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import random
 import sqlite3
 
 import pytest
 
 import cachepipe
-from cachepipe import DiskStore, MemoryStore, StoreError
+from cachepipe import MemoryStore, StoreError, open_store
 from cachepipe.contract.draws import SHARED, Draw, label
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question, digest, encode
 from cachepipe.removing import compact, discard, forget, prune
 from cachepipe.stores.base import Claim, Commit, Erase, ReleaseHold, new_meta
+from cachepipe.stores.queued import Queued
+from cachepipe.stores.remote.engine import Read, Swap
+from cachepipe.stores.remote.verify import check
 from cachepipe.stores.verify import verify
 from cachepipe.testing import MortalStore
 
@@ -30,7 +34,7 @@ class Caller:
     """A program that draws from a cache, and ends."""
 
     def __init__(self, folder):
-        self.store = DiskStore(folder)
+        self.store = open_store(folder)[0]
 
     def draw(self, namespace, request_id="", n=1, asked=None, *, text="answer", shared=False):
         asked = asked or question()
@@ -51,28 +55,58 @@ def calling(folder):
         yield caller
 
 
+def reading(cache):
+    return contextlib.closing(open_store(cache, read_only=True)[0])
+
+
+def contents(cache):
+    """Return all that is stored of samples, as text."""
+    if not isinstance(cache, str):
+        [rows] = sqlite3.connect(cache / "cache.db").execute("SELECT group_concat(value) FROM Cache")
+        return str(rows)
+    with reading(cache) as store:
+        key = question().key
+        fields = store.session.engine.samples_of(key)
+        return str(store.session.engine.read([Read(key, fields)]))
+
+
+def verified(cache):
+    """Return what a check finds in a folder or on a server."""
+    if not isinstance(cache, str):
+        return verify(cache)
+    with reading(cache) as store:
+        return check(store.session)
+
+
 def held(folder):
     """Return the draws of a cache, and its stored samples."""
-    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+    with reading(folder) as store:
         draws = {(info.draw.namespace, info.draw.request_id): info.indices for info in store.draws()}
         samples = [sample.index for info in store.keys(newest=True) for sample in store.samples(info.key)]
     return draws, samples
 
 
 def spent(folder):
-    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+    with reading(folder) as store:
         return sum(len(bought.header) > 0 for bought in store.bought()), sum(b.held for b in store.bought())
 
 
+@pytest.fixture(params=["folder", "valkey", "postgresql"])
+def cache(request, tmp_path):
+    """Give an empty cache in a folder, and on each server."""
+    if request.param == "folder":
+        return tmp_path / "cache"
+    return request.getfixturevalue(f"new_{request.param.removesuffix('ql')}_url")()
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(cache):
     """Give a cache in which two namespaces share some samples."""
-    folder = tmp_path / "cache"
-    with calling(folder) as caller:
+    with calling(cache) as caller:
         caller.draw("one", "a", 2)
         caller.draw("one", "b", 2)
         caller.draw("two", "a", 2)
-    return folder
+    return cache
 
 
 def test_a_namespace_is_forgotten_and_what_others_hold_stays(folder):
@@ -81,7 +115,7 @@ def test_a_namespace_is_forgotten_and_what_others_hold_stays(folder):
     assert removal.cost.counts()["samples"] == 2
     assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1, 2, 3])
     assert spent(folder) == (4, 2), "all of it was spent, and half of it is wasted now"
-    assert verify(folder).whole
+    assert verified(folder).whole
 
 
 def test_samples_that_nobody_holds_go_on_request_and_still_count_as_spent(folder):
@@ -89,10 +123,10 @@ def test_samples_that_nobody_holds_go_on_request_and_still_count_as_spent(folder
     assert (removal.draws, removal.samples, removal.unused, removal.size) == (2, 2, 0, 20)
     assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
     assert spent(folder) == (4, 2)
-    assert verify(folder).whole
-    [shelf] = sqlite3.connect(folder / "cache.db").execute("SELECT group_concat(value) FROM Cache").fetchall()
-    assert b"answer 0" in str(shelf).encode()
-    assert b"answer 3" not in str(shelf).encode()
+    assert verified(folder).whole
+    stored = contents(folder)
+    assert "answer 0" in stored
+    assert "answer 3" not in stored
 
 
 def test_c1_the_index_of_a_deleted_sample_is_not_used_again(folder):
@@ -101,13 +135,13 @@ def test_c1_the_index_of_a_deleted_sample_is_not_used_again(folder):
         assert caller.draw("two", "b", 2) == [4, 5]
         assert caller.draw("one", "a", 2) == [0, 1], "C3: it is coupled to the namespace that is left"
         assert caller.draw("one", "b", 2) == [4, 5]
-    assert verify(folder).whole
+    assert verified(folder).whole
 
 
 def test_c2_every_draw_that_stays_gets_what_it_got(folder):
     forget(folder, "one", samples=True)
     prune(folder)
-    with contextlib.closing(DiskStore(folder)) as store:
+    with contextlib.closing(open_store(folder)[0]) as store:
         grant = store.recall(Draw(label("two"), question().key, "a", 0), 2)
         assert [sample.payload for sample in grant.samples] == [b'"answer 0"', b'"answer 1"']
         assert store.replay(Draw(label("one"), question().key, "x", 0), 3, IntervalSet()) is None
@@ -139,7 +173,7 @@ def test_draws_are_removed_with_their_samples_and_those_of_others_stay(folder):
     removal = prune(folder, scope="https://api.example/v1", draws=True)
     assert (removal.draws, removal.samples) == (1, 2)
     assert held(folder) == ({}, [])
-    assert verify(folder).whole
+    assert verified(folder).whole
 
 
 @pytest.mark.parametrize(
@@ -165,15 +199,15 @@ def test_all_draws_are_removed_only_if_it_is_said_which(folder):
         prune(folder, draws=True)
 
 
-def test_a_shared_draw_goes_with_its_last_user(tmp_path):
-    with calling(tmp_path) as caller:
+def test_a_shared_draw_goes_with_its_last_user(cache):
+    with calling(cache) as caller:
         caller.draw("one", shared=True)
         caller.draw("two", shared=True)
-    assert forget(tmp_path, "one").draws == 0
-    assert held(tmp_path) == ({(SHARED, ""): (0,)}, [0])
-    assert forget(tmp_path, "two", samples=True).samples == 1
-    assert held(tmp_path) == ({}, [])
-    assert verify(tmp_path).whole
+    assert forget(cache, "one").draws == 0
+    assert held(cache) == ({(SHARED, ""): (0,)}, [0])
+    assert forget(cache, "two", samples=True).samples == 1
+    assert held(cache) == ({}, [])
+    assert verified(cache).whole
 
 
 def test_a_namespace_that_has_drawn_nothing_is_named_in_the_error(folder):
@@ -197,8 +231,8 @@ def test_the_draws_of_a_program_that_runs_are_not_removed(tmp_path):
     ours.close()
 
 
-def test_draws_of_requests_that_are_under_way_are_not_removed(tmp_path):
-    with calling(tmp_path) as caller:
+def test_draws_of_requests_that_are_under_way_are_not_removed(cache):
+    with calling(cache) as caller:
         asked = question()
         caller.store.apply_now([Claim(Draw(label("one"), asked.key, "", 0), 1, asked, "t")])
         with pytest.raises(StoreError, match="end it"):
@@ -215,8 +249,8 @@ def test_a_sample_that_is_drawn_meanwhile_stays(folder):
     assert held(folder)[1] == [0, 1, 2]
 
 
-def test_a_sample_that_is_generated_is_not_deleted(tmp_path):
-    with calling(tmp_path) as caller:
+def test_a_sample_that_is_generated_is_not_deleted(cache):
+    with calling(cache) as caller:
         asked = question()
         caller.store.apply_now([Claim(Draw(label("one"), asked.key, "", 0), 1, asked, "t")])
         assert caller.store.apply_now([Erase(asked.key, [0], "test")])[0].indices == []
@@ -225,7 +259,7 @@ def test_a_sample_that_is_generated_is_not_deleted(tmp_path):
 def test_a_removal_is_recorded_with_what_it_cost(folder):
     forget(folder, "one")
     prune(folder, older_than=-60)
-    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+    with reading(folder) as store:
         first, second = store.removals()
         [discarded, _] = store.discards(question().key)
     assert first["selected"] == {"command": "rm", "namespace": "one", "samples": False}
@@ -235,7 +269,7 @@ def test_a_removal_is_recorded_with_what_it_cost(folder):
 
 
 def test_a_stopped_removal_is_recorded_and_leaves_the_cache_whole(folder, monkeypatch):
-    apply, asked = DiskStore.apply_and_wait, []
+    apply, asked = Queued.apply_and_wait, []
 
     def stopped(store, operations):
         asked.append(type(operations[0]).__name__)
@@ -243,13 +277,13 @@ def test_a_stopped_removal_is_recorded_and_leaves_the_cache_whole(folder, monkey
             raise KeyboardInterrupt
         return apply(store, operations)
 
-    monkeypatch.setattr(DiskStore, "apply_and_wait", stopped)
+    monkeypatch.setattr(Queued, "apply_and_wait", stopped)
     with pytest.raises(KeyboardInterrupt):
         forget(folder, "one", samples=True)
     assert asked == ["RecordRemoval", "Withdraw", "Erase"]
     monkeypatch.undo()
-    assert verify(folder).whole
-    with contextlib.closing(DiskStore(folder, read_only=True)) as store:
+    assert verified(folder).whole
+    with reading(folder) as store:
         assert [record["done"] for record in store.removals()] == [False]
     assert prune(folder).samples == 2
     assert held(folder) == ({("=two", "a"): (0, 1)}, [0, 1])
@@ -266,9 +300,15 @@ def test_a_store_in_memory_is_pruned_too():
 
 def test_a_damaged_record_is_found(folder):
     forget(folder, "one")
-    with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as ledger, ledger:
-        ledger.execute("UPDATE removals SET document = '{}'")
-    assert verify(folder).problems.keys() == {"sums"}
+    if isinstance(folder, str):
+        with contextlib.closing(open_store(folder)[0]) as store:
+            engine, key = store.session.engine, "~removals"
+            [(name, row)] = engine.rows_of(key).items()
+            engine.swap([Swap(key, b"damage", puts={name: row[:-1] + b" "})], 1)
+    else:
+        with contextlib.closing(sqlite3.connect(folder / "ledger.cache.db")) as ledger, ledger:
+            ledger.execute("UPDATE removals SET document = '{}'")
+    assert verified(folder).problems.keys() == {"sums"}
 
 
 def test_a_sample_is_discarded_from_python(folder):
@@ -280,19 +320,30 @@ def test_a_sample_is_discarded_from_python(folder):
         discard(folder, question().key, 9, "no")
 
 
-def test_space_is_given_back_beside_readers(tmp_path):
-    with calling(tmp_path) as caller:
-        for each in range(20):
-            caller.draw("one", asked=question(str(each)), text="x" * 20_000)
-        caller.draw("two", asked=question("kept"))
-    prune(tmp_path, namespace="one", draws=True)
-    with contextlib.closing(DiskStore(tmp_path, read_only=True)) as reader:
+def test_space_is_given_back_beside_readers(cache):
+    def fill():
+        with calling(cache) as caller:
+            for each in range(10):
+                caller.draw(
+                    "one", asked=question(str(each)), text=random.Random(each).randbytes(20_000).hex()
+                )
+            caller.draw("two", asked=question("kept"))
+        prune(cache, namespace="one", draws=True)
+
+    fill()
+    with reading(cache) as reader:
         assert reader.totals()["samples"] == 1
-        found = compact(tmp_path)
+        found = compact(cache)
         assert reader.totals()["samples"] == 1
         assert len(list(reader.samples(question("kept").key))) == 1
-    assert found.after < found.before
-    assert verify(tmp_path).whole
+    if str(cache).startswith("valkey:"):
+        assert (found.before, found.after) == (None, None), "the server frees by itself what is deleted"
+    elif isinstance(cache, str):
+        fill()
+        assert compact(cache).after < found.after + 200_000, "the space is used for what is new"
+    else:
+        assert found.after < found.before
+    assert verified(cache).whole
 
 
 def test_a_cache_that_another_process_writes_is_not_compacted(tmp_path):

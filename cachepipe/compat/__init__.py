@@ -1,0 +1,1 @@
+"""Import paths of other libraries, for programs that were written for them."""

@@ -1,0 +1,1 @@
+"""CacheSaver's clients, one module a provider, each imported when it is first used."""
