@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import orjson
 
-from cachepipe import context, jsontext, loops, runs, wire
+from cachepipe import context, loops, runs, wire
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -353,7 +353,7 @@ def body_from(api: wire.Api, ask: wire.Ask, samples: Sequence[Kept]) -> bytes:
     payloads = [sample.payload for sample in samples]
     for payload in payloads:
         if _MARKED in payload:
-            return jsontext.dumps(api.answer([sample.value for sample in samples], ask))
+            return api.written(api.answer([sample.value for sample in samples], ask))
     return api.answer_bytes(payloads, ask)
 
 

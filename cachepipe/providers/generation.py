@@ -80,7 +80,7 @@ def packed(
     """
     about = {name: value for name, value in (("request", request), ("asked", asked)) if is_name(value)}
     return [
-        Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, url)})), reserved)
+        Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, url, asked)})), reserved)
         for sample in samples
     ]
 

@@ -291,7 +291,7 @@ def segment_digest(
     return xxh3_64_digest(text.encode("utf-8", "surrogatepass"))
 
 
-def segments_of(draw: Draw, rows: Iterable[SegmentRow]) -> list[Segment]:
+def segments_of(draw: Draw, rows: Iterable[SegmentRow | tuple[Any, ...]]) -> list[Segment]:
     """Return the segments in the rows of a draw.
 
     Raises:
