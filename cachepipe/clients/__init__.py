@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from cachepipe.sdk.anthropic import AsyncAnthropic as AsyncAnthropic
     from cachepipe.sdk.gemini import AsyncGemini as AsyncGemini
     from cachepipe.sdk.gemini import Gemini as Gemini
+    from cachepipe.sdk.huggingface import AsyncHuggingFace as AsyncHuggingFace
+    from cachepipe.sdk.huggingface import HuggingFace as HuggingFace
     from cachepipe.sdk.openai import AsyncAzureOpenAI as AsyncAzureOpenAI
     from cachepipe.sdk.openai import AsyncOpenAI as AsyncOpenAI
     from cachepipe.sdk.openai import AzureOpenAI as AzureOpenAI
@@ -23,6 +25,7 @@ _NAMES = {
     "cachepipe.providers.info": ("Info",),
     "cachepipe.sdk.anthropic": ("Anthropic", "AsyncAnthropic"),
     "cachepipe.sdk.gemini": ("AsyncGemini", "Gemini"),
+    "cachepipe.sdk.huggingface": ("AsyncHuggingFace", "HuggingFace"),
     "cachepipe.sdk.openai": ("AsyncAzureOpenAI", "AsyncOpenAI", "AzureOpenAI", "OpenAI"),
     "cachepipe.sdk.together": ("AsyncTogether", "Together"),
 }

@@ -266,7 +266,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     """
     copies = (signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
     missing: Any = next(taken["max_retries"].default for taken in copies if "max_retries" in taken)
-    made = _constructor(kind, sdk, credentials, error)
+    made = _constructor(sdk, credentials, error)
     sign_constructor(made, sdk, kind)
     kind.__init__ = made
     made = _copier(sdk, missing)
@@ -281,13 +281,11 @@ def sign_constructor(made: Callable[..., None], sdk: Any, kind: type) -> None:
     _sign(made, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
 
 
-def _constructor(
-    kind: Any, sdk: Any, credentials: Mapping[str, str], error: type[Exception]
-) -> Callable[..., None]:
+def _constructor(sdk: Any, credentials: Mapping[str, str], error: type[Exception]) -> Callable[..., None]:
     """Return a constructor with our parameters; the arguments are those of `equip`."""
 
     def construct(self: Any, **options: Any) -> None:
-        ours = taken_from(options, kind)
+        ours = taken_from(options, type(self))
         cache, service = ours.pop("cache"), ours["service"]
         view = cache if isinstance(cache, CacheView) else None
         self._call_class.check_order(ours["ordered"] if view is None else view.ordered)

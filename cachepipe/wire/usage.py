@@ -27,7 +27,26 @@ Usage = Mapping[str, Any]
 
 def usage_in(answer: Mapping[str, Any]) -> Any:
     """Return the usage that an answer reports, or None."""
-    return answer.get("usageMetadata") if answer.get("usage") is None else answer["usage"]
+    if answer.get("usage") is not None:
+        return answer["usage"]
+    if "usageMetadata" in answer:
+        return answer["usageMetadata"]
+    return _of_details(answer.get("details"))
+
+
+def _of_details(details: Any) -> dict[str, int] | None:
+    """Return the usage in the details of a text that a server of Hugging Face's has generated.
+
+    It is None if a part is missing. A stream reports the length of the prompt; any other
+    answer lists the tokens of the prompt, if the request wants that.
+    """
+    if not isinstance(details, Mapping) or type(details.get("generated_tokens")) is not int:
+        return None
+    prefill = details.get("prefill")
+    prompt = details.get("input_length") or (len(prefill) if isinstance(prefill, list) else 0)
+    if type(prompt) is not int or not prompt:
+        return None
+    return {"prompt_tokens": prompt, "completion_tokens": details["generated_tokens"]}
 
 
 def model_in(answer: Mapping[str, Any]) -> Any:

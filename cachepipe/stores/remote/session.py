@@ -27,13 +27,16 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Adopt,
+    BeginSum,
     Claim,
     Commit,
     Discard,
+    EndSum,
     Erase,
     Grant,
     Note,
     NotePlace,
+    OfBudget,
     Operation,
     Process,
     RecordRemoval,
@@ -802,7 +805,7 @@ def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
-    if isinstance(operation, Reserve | Settle):
+    if isinstance(operation, OfBudget):
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
         return f"{RUN}{REMOVALS}"
@@ -857,8 +860,8 @@ def _needed(operation: Operation) -> Iterable[bytes]:
             # The indices that its samples get if the question is new.
             samples = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
             return samples + [name for draw in entry.draws for name in _fields_of(draw)]
-        case Reserve(namespace=namespace) | Settle(namespace=namespace):
-            return [rows.BUDGET + rows.encoded(namespace)]
+        case Reserve() | Settle() | BeginSum() | EndSum():
+            return [rows.BUDGET + rows.encoded(operation.namespace)]
         case RecordRemoval(id=name):
             return [rows.REMOVAL + name.encode()]
         case _:
