@@ -130,7 +130,13 @@ class StoreLocked(StoreUnavailable):
 
 
 class StoreUnreachable(StoreUnavailable):
-    """The server of a shared store has not answered for too long."""
+    """The server of a shared store has not answered for too long.
+
+    Attributes:
+        kept: whether the samples that it did not take are kept on this machine until it answers.
+    """
+
+    kept: bool = False
 
 
 class FormatError(StoreError):

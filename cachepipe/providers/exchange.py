@@ -37,12 +37,12 @@ from cachepipe.contract.draws import (
 from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.keys import Question
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
-from cachepipe.flow.budget import Budget, Spending
+from cachepipe.flow.budget import Budget, Reservations, Spending
 from cachepipe.flow.flow import Flow
 from cachepipe.outages import status_of
 from cachepipe.prices import TABLE, Prices
 from cachepipe.providers import info, presets
-from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts, packed
+from cachepipe.providers.generation import Answer, Calls, Kept, Made, TooLarge, Unkept, in_parts, packed
 from cachepipe.providers.lists import Lists
 from cachepipe.providers.responses import Received
 from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStream, ReplayedStream
@@ -79,7 +79,9 @@ class _Model:
 
     async def request(self, request: Any) -> Response:
         """Return the samples of a call for the request."""
-        return Response(await request.exchange.generate(request))
+        response = Response(await request.exchange.generate(request))
+        response.payment = Reservations.of([sample.reserved for sample in response.data])
+        return response
 
     @staticmethod
     def context_of(request: Any) -> contextvars.Context | None:
@@ -709,12 +711,12 @@ class Exchange(Calls):
 
     async def called(self, asks: Sequence[wire.Ask], n: int) -> Sequence[Any]:
         """Return the samples of one call as they are stored, n for each of the asks; see `Calls.call`."""
-        samples, arrived = await self.call(asks, n)
+        samples, made = await self.call(asks, n)
         try:
-            kept = self._packed(samples, arrived)
+            kept = self._packed(samples, made)
         except NotStorable as error:
-            raise Unkept(arrived, error) from error
-        self.brought.append((arrived, kept))
+            raise Unkept(made.arrived, error) from error
+        self.brought.append((made.arrived, kept))
         return kept
 
     def list_kind(self, place: int) -> Hashable:
@@ -730,15 +732,21 @@ class Exchange(Calls):
             self._kind = self.claimant, shared.key
         return self._kind, type(item)
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], made: Made) -> list[Kept]:
         """Return the samples of a call in the form in which they are stored."""
         url = wire.scope_of(self.url)
-        return packed(
-            samples,
-            request=arrived.response.headers.get(id_header(self.api)),
-            asked=self.body.get("model"),
-            url=None if url == self.questions[0].scope else url,
-        )
+        try:
+            return packed(
+                samples,
+                request=made.arrived.response.headers.get(id_header(self.api)),
+                asked=self.body.get("model"),
+                url=None if url == self.questions[0].scope else url,
+                reserved=made.reserved,
+            )
+        except NotStorable:
+            if made.reserved is not None:
+                made.reserved.stored(len(samples))
+            raise
 
     async def _recorded(self, live: asyncio.Future[tuple[RecordedStream, Received]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""
@@ -755,8 +763,8 @@ class Exchange(Calls):
         except BaseException as error:
             made.end(error=error)
             raise
-        made.end(self.api.answer(samples, self.asks[0]))
-        return self._packed(samples, arrived)
+        made.end(self.api.answer(samples, self.asks[0]), samples=len(samples))
+        return self._packed(samples, made)
 
     async def _recorded_samples(
         self,
