@@ -148,6 +148,7 @@ With --json:
 
 
 _IMPORT_JSON: Final = f"""{_COUNTS_JSON}
+\b
 With --requests, also:
   found, taken           how many requests of the batch, or entries of the folder, there were and were taken
   repeated               how many results were the same as another one

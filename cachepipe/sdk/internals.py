@@ -1,13 +1,15 @@
 """The internals of the SDKs: this is the only module that uses their private names.
 
-One generator makes all of the SDKs. They have in common: ``request(cast_to, options, *, stream,
-stream_cls)``, which all resources call; ``_process_response(...)``, its last step, which makes models,
-streams and raw responses from an HTTP response; ``_maybe_override_cast_to``; the HTTP client ``_client``; and
-the default headers that the caller gave, ``_custom_headers``.
+One generator makes all of the SDKs but Hugging Face's, for which see `HUB_NAMES`. They have in common:
+``request(cast_to, options, *, stream, stream_cls)``, which all resources call; ``_process_response(...)``,
+its last step, which makes models, streams and raw responses from an HTTP response;
+``_maybe_override_cast_to``; the HTTP client ``_client``; and the default headers that the caller gave,
+``_custom_headers``.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib
 import inspect
@@ -23,7 +25,12 @@ NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 ATTRIBUTES = ("_client", "_custom_headers")
 """The attributes of an SDK's client that the cached clients use."""
 
-_ERRORS = {"openai": "OpenAIError", "together": "TogetherError", "anthropic": "AnthropicError"}
+_ERRORS = {
+    "openai": "OpenAIError",
+    "together": "TogetherError",
+    "anthropic": "AnthropicError",
+    "groq": "GroqError",
+}
 """The SDKs, and the base classes of their errors."""
 
 _USUAL_RETRIES = 2
@@ -49,6 +56,55 @@ def error_of(kind: Any) -> type[Exception]:
     package = package_of(kind)
     error: type[Exception] = getattr(importlib.import_module(package), _ERRORS[package])
     return error
+
+
+HUB_NAMES = ("_inner_post", "close", "chat_completion", "text_generation", "feature_extraction")
+"""The methods of Hugging Face's clients that the cached clients use.
+
+All tasks call ``_inner_post(request_parameters, stream=…)``, which sends the request and returns
+the body, or the lines of a stream. ``AsyncInferenceClient`` also has ``_get_async_client``.
+"""
+HUB_FIELDS = ("url", "task", "json", "data", "headers")
+"""The fields of ``request_parameters``, a dataclass, that the cached clients use."""
+
+hub_responses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "cachepipe_hub_responses", default=None
+)
+"""Gets the HTTP responses to a call of Hugging Face's clients, which return no more than the body."""
+
+
+def is_hub_client(kind: Any) -> bool:
+    """Return True if a class is one of Hugging Face's clients for inference."""
+    return any(base.__module__.startswith("huggingface_hub.inference.") for base in kind.__mro__)
+
+
+def is_async_hub_client(kind: Any) -> bool:
+    """Return True if a class of Hugging Face's is the asynchronous one."""
+    return inspect.iscoroutinefunction(kind._inner_post)  # noqa: SLF001 - this is the place
+
+
+def hub_post(sdk: Any, parameters: Any, *, stream: bool) -> Any:
+    """Have Hugging Face's SDK make a call; ``sdk`` is what ``super()`` returns in a client's class."""
+    return sdk._inner_post(parameters, stream=stream)  # noqa: SLF001 - this is the place
+
+
+async def hub_session(client: Any) -> Any:
+    """Return the HTTP client of an asynchronous client of Hugging Face's."""
+    return await client._get_async_client()  # noqa: SLF001 - this is the place
+
+
+def hub_library() -> Any:
+    """Return the HTTP library of Hugging Face's SDK, ``httpx2`` or ``httpx``."""
+    errors: Any = importlib.import_module("huggingface_hub.errors")
+    roots = (base.__module__.partition(".")[0] for base in errors.HfHubHTTPError.__mro__)
+    return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
+
+
+def observe(session: Any, hook: Any) -> None:
+    """Make an HTTP client call a hook with each response. To repeat this changes nothing."""
+    hooks = session.event_hooks["response"]
+    if hook not in hooks:
+        hooks.append(hook)
 
 
 def drop_resources(client: Any, original: Any) -> None:

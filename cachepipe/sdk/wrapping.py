@@ -34,8 +34,9 @@ def wrap(
     The original client is not changed. The copy is an instance of its class, with the same attributes.
 
     Args:
-        client: a client of the openai, together, anthropic or google-genai package, of any class that sends
-            its calls unchanged: not Anthropic's classes for Bedrock, Vertex and Google Cloud.
+        client: a client of the openai, together, groq, anthropic or google-genai package, of any class that
+            sends its calls unchanged (not Anthropic's classes for Bedrock, Vertex and Google Cloud), or one
+            of huggingface_hub's for inference.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
@@ -59,7 +60,8 @@ def wrap(
         return twin
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
-    internals.drop_resources(made, client)
+    if not internals.is_hub_client(type(client)):
+        internals.drop_resources(made, client)
     made._call_class.check_order(ordered)  # noqa: SLF001 - it is ours
     view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate, ordered, budget)
     made._cachepipe = view  # noqa: SLF001 - it is ours
@@ -98,10 +100,14 @@ def check_unchanged(name: str | None) -> None:
 def _checked(client: Any) -> Any:
     kind: Any = type(client)
     check_uncached(client)
+    if internals.is_hub_client(kind):
+        check_unchanged(next((name for name in internals.HUB_NAMES if name in vars(client)), None))
+        return kind
     package = internals.package_of(kind)
     if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
         raise TypeError(
-            "wrap() takes a client of openai>=1.60, together>=2, anthropic>=0.49 or google-genai>=3; "
+            "wrap() takes a client of openai>=1.60, together>=2, groq>=1, anthropic>=0.49, google-genai>=3 "
+            "or huggingface_hub>=1; "
             f"got {client!r:.200} of {kind.__module__}"
         )
     if package == "anthropic":
@@ -118,6 +124,8 @@ def _anthropic() -> Any:
 @functools.lru_cache(maxsize=64)
 def _cached_class(kind: Any) -> Any:
     """Return the cached subclass of a client class."""
+    if internals.is_hub_client(kind):
+        return importlib.import_module("cachepipe.sdk.huggingface").cached_class(kind)
     asynchronous = inspect.iscoroutinefunction(kind.request)
     mixin: Any = AsyncCached if asynchronous else SyncCached
     credentials: dict[str, Any] = {"api_key": NO_KEY}
