@@ -350,18 +350,20 @@ def add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
 
 
 @contextlib.contextmanager
-def unpacked(path: str | os.PathLike[str]) -> Iterator[DiskStore]:
+def unpacked(path: str | os.PathLike[str], *, progress: Progress = _unseen) -> Iterator[DiskStore]:
     """Open what a bundle holds as a store that is only read, in a temporary folder.
 
     Args:
         path: the bundle.
+        progress: gets how many questions are unpacked.
 
     Raises:
         BundleError: when the file is not a bundle, or is damaged.
     """
     with contextlib.closing(Bundle(path)) as bundle, scratch_folder() as folder:
         with contextlib.closing(DiskStore(folder)) as store:
-            for batch in _batches([entry] for entry in bundle.entries()):
+            batches = _batches([entry] for entry in bundle.entries())
+            for batch in _counted(batches, "unpacking", progress, len):
                 add(store, batch, Counts())
         with contextlib.closing(_UnpackedBundle(folder, read_only=True)) as unpacked:
             unpacked.bundle = bundle.path
