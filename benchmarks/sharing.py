@@ -13,6 +13,7 @@ with all questions, the first half of which another cache has answered.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,6 +33,7 @@ _URL = "http://127.0.0.1:1/v1"  # nobody calls it
 _STEPS = ("export", "import", "verify", "plan", "import again", "sync", "sync again")
 _QUARTER = ("import again", "sync", "sync again")
 _GOALS = {"export": 10_000, "import": 10_000, "verify": 20_000, "plan": 200_000 / 60}  # questions per second
+_MADE = {"import": ("imported",), "sync": ("synced",)}
 _COLUMNS = ["peak, MB", "a second", "a second of processor"]
 
 
@@ -39,7 +41,7 @@ def _step(name: str, folder: Path) -> int:
     """Do one step; return how many samples it handled."""
     cache, bundle = folder / "cache", folder / "cache.cachepipe"
     steps: dict[str, Callable[[], int]] = {
-        "export": lambda: export(cache, bundle).counts["samples"],
+        "export": lambda: export(cache, bundle, overwrite=True).counts["samples"],
         "import": lambda: import_(bundle, folder / "imported").samples,
         "import again": lambda: import_(bundle, folder / "imported").same,
         "sync": lambda: sync(cache, folder / "synced")[1].samples,
@@ -84,6 +86,15 @@ def _lines(number: int) -> Iterator[tuple[bytes, bytes]]:
         yield orjson.dumps(line), orjson.dumps(data.text(f"answer {each}:"))
 
 
+async def _filled(cache: Path, questions: int) -> None:
+    """Make a cache that has answered so many questions, unless it is there."""
+    done = cache.with_suffix(".filled")
+    if not done.exists():
+        shutil.rmtree(cache, ignore_errors=True)
+        await fill(cache, _lines(questions), _URL)
+        done.touch()
+
+
 class _Caches:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -91,13 +102,13 @@ class _Caches:
     async def figures(self, name: str, questions: int) -> dict[str, float]:
         """Return the figures of a step; the steps before it have been done."""
         folder = self._folder / str(questions)
-        if not folder.exists():
-            folder.mkdir()
-            await fill(folder / "cache", _lines(questions), _URL)
+        await _filled(folder / "cache", questions)
         if name == "plan":
-            await fill(folder / "half", _lines(questions // 2), _URL)
+            await _filled(folder / "half", questions // 2)
             with (folder / "in.jsonl").open("wb") as file:
                 file.writelines(b"%b\n" % line for line, _ in _lines(questions))
+        for left in _MADE.get(name, ()):  # by a run before, whose caches are used again
+            shutil.rmtree(folder / left, ignore_errors=True)
         if name in _QUARTER and not (folder / "imported").exists():
             for before in ("export", "import"):
                 _step(before, folder)
@@ -112,7 +123,7 @@ class _Caches:
 @contextlib.asynccontextmanager
 async def tables(sizes: Sizes, folder: Path) -> AsyncIterator[list[Tally]]:
     """Yield a tally of each step."""
-    caches = _Caches(folder)
+    caches = _Caches(folder if sizes.keep is None or sizes.check else sizes.keep / "sharing")
     many = sizes.pick(sizes.size or 200_000, 400)
     yield [
         Tally(
