@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 from cachepipe import context, jsontext, loops, outages, wire
 from cachepipe.accounting import Account, usage_of
-from cachepipe.providers.generation import Calls, Unkept
+from cachepipe.providers.generation import Calls, Made, Unkept
 from cachepipe.providers.responses import Received
 
 _GOOGLE: Final = "https://generativelanguage.googleapis.com"
@@ -265,15 +265,15 @@ class SdkCalls(Calls):
         """Return no limit: the SDK has read the whole answer already, which may be that of a long list."""
         return sys.maxsize
 
-    async def paid(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Received]:
+    async def paid(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Made]:
         """Make one call as `Calls.call` does, and count what it has cost.
 
         Raises:
             BadAnswer: when the response is not an answer.
         """
         try:
-            samples, arrived = await self.call(asks, n)
+            samples, made = await self.call(asks, n)
         except Unkept as unkept:
             raise unkept.error from unkept.error.__cause__
         self.connection.spent.spend(map(usage_of, samples), self.url)
-        return samples, arrived
+        return samples, made
