@@ -11,10 +11,8 @@ import filecmp
 import itertools
 import os
 import secrets
-import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import reduce
 from heapq import merge as in_key_order
 from importlib.metadata import version
 from operator import attrgetter
@@ -32,6 +30,8 @@ from cachepipe.stores.bundles.manifest import Manifest
 from cachepipe.stores.bundles.reader import Bundle, is_bundle
 from cachepipe.stores.bundles.secrets import Findings
 from cachepipe.stores.bundles.writer import Writer
+from cachepipe.stores.layers import entries_of_all
+from cachepipe.stores.scratch import scratch_folder
 
 _BATCH: Final = 500  # entries that are written in one transaction
 _BYTES: Final = 8 << 20  # bytes of their samples
@@ -116,15 +116,7 @@ def slices(cache: Caches, namespaces: Collection[str | None] | None) -> Generato
     with contextlib.ExitStack() as stack:
         caches: Any = cache if isinstance(cache, list | tuple) else [cache]
         sources = [stack.enter_context(opened(one)) for one in caches]
-        parts = [
-            filter(None, map(Entry.sliced, source.entries(labels), itertools.repeat(labels)))
-            for source in sources
-        ]
-        if len(parts) == 1:
-            yield from parts[0]
-            return
-        for _, group in itertools.groupby(in_key_order(*parts, key=attrgetter("key")), attrgetter("key")):
-            yield reduce(lambda whole, entry: joined(whole, entry) or whole, group)
+        yield from entries_of_all(sources, labels)
 
 
 def _checked(entries: Iterable[Entry], namespaces: Collection[str | None] | None) -> Iterator[Entry]:
@@ -364,10 +356,7 @@ def unpacked(path: str | os.PathLike[str]) -> Iterator[DiskStore]:
     Raises:
         BundleError: when the file is not a bundle, or is damaged.
     """
-    with (
-        contextlib.closing(Bundle(path)) as bundle,
-        tempfile.TemporaryDirectory(prefix="cachepipe-bundle-") as folder,
-    ):
+    with contextlib.closing(Bundle(path)) as bundle, scratch_folder() as folder:
         with contextlib.closing(DiskStore(folder)) as store:
             for batch in _batches([entry] for entry in bundle.entries()):
                 add(store, batch, Counts())

@@ -216,7 +216,8 @@ class WriteQueue:
 
     def rescue(self) -> None:
         """Write the queued operations without a loop, except claims: nobody is left to use them."""
-        left = [item.operation for item in self._operations if type(item.operation) is not Claim]
+        items = list(self._operations)  # until they are written: what they reserve ends after them
+        left = [item.operation for item in items if type(item.operation) is not Claim]
         self._operations.clear()
         self._claiming.clear()
         self._held.clear()

@@ -20,7 +20,7 @@ from cachepipe import jsontext, outages, wire
 from cachepipe.contract.draws import Retried
 from cachepipe.errors import CachepipeError
 from cachepipe.providers.exchange import CacheView, Exchange
-from cachepipe.providers.generation import Kept
+from cachepipe.providers.generation import Kept, Made
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
 from cachepipe.proxy.body_cache import ParsedBody
@@ -402,10 +402,10 @@ class ProxyExchange(Exchange):
     def keep(self) -> None:
         """Keep the body without copying it: it was read from the wire, so nothing else can change it."""
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], made: Made) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
         self._spend(self.claimant.namespace, samples, self.head.url)
-        return super()._packed(samples, arrived)
+        return super()._packed(samples, made)
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""

@@ -23,7 +23,7 @@ from cachepipe.contract.allotment import (
     noted_place,
 )
 from cachepipe.contract.draws import SHARED, Draw, is_own, namespace_of
-from cachepipe.contract.entries import Addition, Entry, EntrySample, addition
+from cachepipe.contract.entries import NOBODY, Addition, Entry, EntrySample, addition
 from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
@@ -32,10 +32,12 @@ from cachepipe.stores.base import (
     Adopt,
     Adopted,
     Ahead,
+    BeginSum,
     Claim,
     Commit,
     Committed,
     Discard,
+    EndSum,
     Erase,
     Erased,
     Foreseen,
@@ -52,6 +54,7 @@ from cachepipe.stores.base import (
     Sample,
     Seize,
     Settle,
+    SumBegun,
     Withdraw,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
@@ -565,20 +568,34 @@ def _note(ledger: Ledger, note: Note) -> None:
 
 def _reserve(ledger: Ledger, reserve: Reserve) -> Reserved:
     purse, own = ledger.purse(reserve.namespace), ledger.lease()
-    dead = [lease for lease in purse.held if lease != own and not ledger.alive(lease)]
-    for lease in dead:
-        del purse.held[lease]
-    if reserve.summed is not None:
-        purse.sum_up(reserve.summed, alone={*purse.held} <= {own})
-    granted = not dead and purse.reserve(own, reserve.amount, reserve.limit)
+    lost = bool(purse.of_dead(partial(_lives, ledger)))
+    granted = not lost and purse.reserve(reserve.call, own, reserve.amount, reserve.limit)
     ledger.put_purse(reserve.namespace, purse)
-    return Reserved(granted, purse.spent, purse.reserved, purse.settled, bool(dead))
+    return Reserved(granted, purse.spent, purse.reserved, lost)
 
 
 def _settle(ledger: Ledger, settle: Settle) -> None:
     purse = ledger.purse(settle.namespace)
-    purse.settle(ledger.lease(), settle.reserved, settle.spent)
+    purse.settle(settle.call, settle.spent)
     ledger.put_purse(settle.namespace, purse)
+
+
+def _begin_sum(ledger: Ledger, begin: BeginSum) -> SumBegun:
+    purse = ledger.purse(begin.namespace)
+    ended = purse.of_dead(partial(_lives, ledger))
+    calls = purse.begin_sum(begin.name, ledger.lease())
+    ledger.put_purse(begin.namespace, purse)
+    return SumBegun(calls, ended)
+
+
+def _end_sum(ledger: Ledger, end: EndSum) -> None:
+    purse, own = ledger.purse(end.namespace), ledger.lease()
+    if end.found is None:
+        purse.drop_sum(end.name)
+    else:
+        alone = {lease for lease, _ in purse.held.values()} <= {own, NOBODY}
+        purse.end_sum(end.name, *end.found, end.ended, alone=alone)
+    ledger.put_purse(end.namespace, purse)
 
 
 _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
@@ -593,5 +610,7 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     NotePlace: _note_place,
     Reserve: _reserve,
     Settle: _settle,
+    BeginSum: _begin_sum,
+    EndSum: _end_sum,
 }
 """What performs each operation; commits that follow one another are performed together."""

@@ -24,7 +24,7 @@ from cachepipe.proxy.settings import ProxySettings
 from cachepipe.stores.base import Discard
 from cachepipe.stores.remote import checks
 from cachepipe.stores.remote.checks import Unfit, faults
-from cachepipe.stores.remote.engine import Unreachable
+from cachepipe.stores.remote.engine import Read, Swap, Unreachable
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.valkey import ValkeyEngine
 from cachepipe.stores.remote.verify import check
@@ -221,6 +221,19 @@ async def test_c4_a_sample_of_another_process_is_noticed_without_polling(start, 
     assert answers[0].data == answers[1].data
     assert [answer.cached for answer in answers] == [[False], [True]]
     there.close()
+
+
+def test_a_key_is_read_in_turn_by_one_process_until_it_swaps(start):
+    store, _ = open_store(start().url("&local=off"))
+    engine = store.session.engine
+    read, swap = Read("k", [b"x"]), Swap("k", b"1", fair=True, puts={b"x": b"12345678new"})
+    assert engine.read_in_turn(read, 1) == {}
+    assert engine.read_in_turn(read, 2) is None
+    assert engine.read_in_turn(read, 1) == {}
+    assert engine.swap([swap], 1) == [None]
+    assert engine.read_in_turn(read, 2) == swap.puts
+    assert engine.read_in_turn(read, 1) is None
+    store.close()
 
 
 @pytest.mark.anyio

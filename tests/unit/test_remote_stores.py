@@ -238,6 +238,33 @@ def test_the_loser_of_a_race_has_its_turn_before_others(engine, clock, store):
     assert engine.swap([later], who=2) == [None], "a turn ends by itself"
 
 
+def test_who_lost_a_race_reads_in_its_turn_the_next_time(engine, start):
+    """So it decides once on rows that nobody swaps meanwhile; while it is another's turn, it only looks."""
+    pauses, others = [], []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            fill(there, drawn("theirs, too"))
+
+    here, there = start(sleep=wait), start()
+    fill(here, drawn("first"))
+
+    def overtake(_):
+        engine.before_swap = None
+        fill(there, drawn("theirs"))
+
+    engine.before_swap = overtake
+    fill(here, drawn("lost"))
+    assert engine.read_in_turn(Read(KEY, []), there.session.lease()) == {}
+    engine.before_swap = others.append
+    assert claim(here, drawn("in turn")).mine == [4]
+    assert len(pauses) == 3
+    assert [len(swaps) for swaps in others] == [1, 1, 1], "two of the other process, and one of its own"
+    engine.before_swap = None
+    assert engine.read_in_turn(Read(KEY, []), there.session.lease()) == {}, "the swap has ended the turn"
+
+
 def test_a_server_that_starts_is_waited_for_longer_than_one_of_which_there_is_no_sign():
     answers = [Unreachable("it starts", there=True), Unreachable("it starts", there=True)]
 

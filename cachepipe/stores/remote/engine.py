@@ -170,6 +170,20 @@ class Engine(Protocol):
         """
         ...
 
+    def read_in_turn(self, read: Read, who: int) -> Rows | None:
+        """Reserve a key for `TURN` seconds or until the process swaps it, and read as `read` does.
+
+        An engine may also just read.
+
+        Args:
+            read: what is read.
+            who: the lease of the process.
+
+        Returns:
+            The rows; None while the key is reserved for another process.
+        """
+        ...
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 

@@ -243,6 +243,10 @@ class PostgresEngine:
         """Return False: it is read in a thread."""
         return False
 
+    def read_in_turn(self, read: Read, who: int) -> Rows | None:  # noqa: ARG002 - see below
+        """Read: swaps of a key wait for each other in the server."""
+        return self.read([read])[0]
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 

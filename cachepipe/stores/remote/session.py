@@ -27,13 +27,16 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Adopt,
+    BeginSum,
     Claim,
     Commit,
     Discard,
+    EndSum,
     Erase,
     Grant,
     Note,
     NotePlace,
+    OfBudget,
     Operation,
     Process,
     RecordRemoval,
@@ -61,6 +64,7 @@ _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive cou
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
 _TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
+_CONTENDED: Final = 1.0  # seconds for which a key counts as contended after a process has lost a race for it
 _BEGUN: Final = 4096  # namespaces of keys whose draws are counted
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
@@ -173,6 +177,7 @@ class Session:
         self._lock = threading.Lock()
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
+        self._contended: OrderedDict[str, float] = OrderedDict()  # until when, by key
         self._made: OrderedDict[tuple[str, str], set[Draw]] = OrderedDict()
         self._lease: int | None = None
         self.last_lease = 0
@@ -353,6 +358,27 @@ class Session:
         """Return the rows of keys, read in one round trip."""
         pages = self.asked(lambda: self.engine.read(reads))
         return [self.book(read.key, page, read.fields) for read, page in zip(reads, pages, strict=True)]
+
+    def read_to_write(self, reads: Sequence[Read]) -> list[Rows]:
+        """Return the rows of keys that are probably to be swapped, read in one round trip.
+
+        A key that is contended is first reserved, as a decision on its rows would be in vain if another
+        process swapped them meanwhile. Only one is: nobody waits for a key while it keeps others waiting.
+        """
+        contended = len(reads) == 1 and self._contended.get(reads[0].key, 0.0) > time.monotonic()
+        while contended:
+            page = self.asked(lambda: self.engine.read_in_turn(reads[0], self.lease()))
+            if page is not None:
+                return [page]
+            self.pause()
+        return self.asked(lambda: self.engine.read(reads))
+
+    def lost_race(self, key: str) -> None:
+        """Note that another process has swapped a key meanwhile, or has reserved it."""
+        self._contended[key] = time.monotonic() + _CONTENDED
+        self._contended.move_to_end(key)
+        if len(self._contended) > _REMEMBERED:
+            self._contended.popitem(last=False)
 
     # Transactions.
 
@@ -613,12 +639,12 @@ class _Transaction:
                 fields = [*dict.fromkeys([rows.draw_field(claim.draw) for claim in claims])]  # type: ignore[union-attr]  # all are claims
                 reads.append(Read(key, [rows.CHANGED, *fields], fields))
         if reads:
-            self._read(reads)
+            session = self._session
+            self._read(reads, session.asked(lambda: session.engine.read(reads)))
 
-    def _read(self, reads: Sequence[Read]) -> list[tuple[Read, Rows]]:
-        """Read rows; grant the claims of known draws, and return what was read of the other keys."""
+    def _read(self, reads: Sequence[Read], pages: Sequence[Rows]) -> list[tuple[Read, Rows]]:
+        """Grant the claims of known draws; return what was read of the other keys."""
         session = self._session
-        pages = session.asked(lambda: session.engine.read(reads))
         found = [each for each in zip(reads, pages, strict=True) if not self._granted(*each)]
         session.expects_new = any(type(each) is Claim for read, _ in found for each in self._of(read.key))
         return found
@@ -652,8 +678,9 @@ class _Transaction:
                 reads.append(read)
         if reads:
             guessed = session.expects_new
+            pages = session.read_to_write(reads)
             read_now = {
-                read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads)
+                read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads, pages)
             }
             self._read_more(read_now, guessed=guessed)
             books |= read_now
@@ -712,6 +739,7 @@ class _Transaction:
                 del swaps[key]  # whatever happens to the others
                 continue
             waits = waits or conflict.wait
+            session.lost_race(key)
             if (next_swap := self._again(session.again(book, conflict.rows))) is not None:
                 again[key] = next_swap
         if waits:
@@ -777,7 +805,7 @@ def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
-    if isinstance(operation, Reserve | Settle):
+    if isinstance(operation, OfBudget):
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
         return f"{RUN}{REMOVALS}"
@@ -832,8 +860,8 @@ def _needed(operation: Operation) -> Iterable[bytes]:
             # The indices that its samples get if the question is new.
             samples = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
             return samples + [name for draw in entry.draws for name in _fields_of(draw)]
-        case Reserve(namespace=namespace) | Settle(namespace=namespace):
-            return [rows.BUDGET + rows.encoded(namespace)]
+        case Reserve() | Settle() | BeginSum() | EndSum():
+            return [rows.BUDGET + rows.encoded(operation.namespace)]
         case RecordRemoval(id=name):
             return [rows.REMOVAL + name.encode()]
         case _:

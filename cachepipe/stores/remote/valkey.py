@@ -309,6 +309,13 @@ class ValkeyEngine:
             for read in reads
         ]
 
+    def read_in_turn(self, read: Read, who: int) -> Rows | None:
+        """Reserve a key for a process, and read; return None while it is reserved for another process."""
+        turn = self._names(read.key)[0][:-1] + b"t"
+        reserve: Command = ("SET", turn, who, "NX", "GET", "PX", int(TURN * 1000))
+        holder, *answers = self._called([reserve, *self._reading([read])])
+        return _pages([read], answers)[0] if holder is None or int(holder) == who else None
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it."""
         commands: list[Command] = []
