@@ -375,12 +375,12 @@ def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
     if samples and not ledger.put(samples):
         raise StoreError("another process has written samples of the same questions meanwhile; try again")
     return [
-        _adopt(ledger, entry, add)._replace(new=ours is None)
+        _adopt(ledger, entry, add, new=ours is None)
         for ours, entry, add in zip(held, entries, added, strict=True)
     ]
 
 
-def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
+def _adopt(ledger: Ledger, entry: Entry, add: Addition, *, new: bool) -> Adopted:
     """Add what an entry has beyond its samples."""
     changes = bool(add.samples or add.segments or add.users)
     if changes:
@@ -397,7 +397,7 @@ def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
             shared = ledger.draw(Draw(SHARED, entry.key, "", 0))
             for user in add.users:
                 shared.use(user)
-    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, changed=changes)
+    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, new, changes)
 
 
 def adopted_sample(sample: EntrySample, index: int) -> Sample:
