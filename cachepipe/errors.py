@@ -225,8 +225,8 @@ class CachepipeWarning(UserWarning):
 
 _NOT_CALLERS: Final = frozenset(
     {"anthropic", "anyio", "asyncio", "cachepipe", "concurrent", "contextlib", "contextvars", "diskcache"}
-    | {"functools", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "openai", "threading"}
-    | {"together", "uvloop"}
+    | {"functools", "groq", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "openai"}
+    | {"threading", "together", "uvloop"}
 )
 """The packages between the user's code and a warning."""
 

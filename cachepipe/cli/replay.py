@@ -22,9 +22,11 @@ from cachepipe.cli.group import Failure
 if TYPE_CHECKING:
     from cachepipe.proxy.settings import Upstream
 
-_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY", "GEMINI_API_KEY")
+_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY", "GEMINI_API_KEY", "GROQ_API_KEY")
 _OPENAI: Final = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # the second one is that of some frameworks
 _TOGETHER: Final = ("together.xyz", "together.ai")
+_GROQ: Final = "/openai/v1"
+"""What Groq's SDK writes into its paths."""
 _NOT_FOUND: Final = 127  # the exit code of a shell
 _SHOWN: Final = 20  # misses that are listed
 _WIDTH: Final = 60  # columns of a prompt
@@ -80,7 +82,7 @@ def replay(
     FILE is a bundle, a cache folder or a URL. Several of them answer together; where they contradict each
     other, the first one counts.
 
-    Programs with the SDKs of OpenAI, Anthropic, Google and Together ask a proxy on this machine, by
+    Programs with the SDKs of OpenAI, Anthropic, Google, Together and Groq ask a proxy on this machine, by
     OPENAI_BASE_URL and so on. In programs with cachepipe, every cache is FILE and every mode is replay.
     The exit code is that of the program. At the end, the command lists what was asked and is not
     stored.
@@ -188,14 +190,17 @@ def _base_urls(upstreams: Sequence[Upstream], url_of: Callable[[Upstream], str])
     openai = [each for each in upstreams if each.kind == "openai"]
     together = [each for each in openai if is_at(each, *_TOGETHER)]
     first = sorted(openai, key=lambda each: (not is_at(each, "api.openai.com"), each in together))
+    groq = [each for each in openai if each.mount == _GROQ]
     anthropic = [each for each in upstreams if each.kind == "anthropic"]
     fitting = {
         **dict.fromkeys(_OPENAI, first),
         "TOGETHER_BASE_URL": together or first,
         "ANTHROPIC_BASE_URL": anthropic,
+        "GROQ_BASE_URL": groq or first,
         "GOOGLE_GEMINI_BASE_URL": [each for each in upstreams if each.kind == "gemini"],
     }
-    return {name: chosen(each, name) for name, each in fitting.items()}
+    urls = {name: chosen(each, name) for name, each in fitting.items()}
+    return {**urls, "GROQ_BASE_URL": urls["GROQ_BASE_URL"].removesuffix(_GROQ)}
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:

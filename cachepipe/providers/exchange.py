@@ -41,7 +41,7 @@ from cachepipe.flow.budget import Budget, Reservations, Spending
 from cachepipe.flow.flow import Flow
 from cachepipe.outages import status_of
 from cachepipe.prices import TABLE, Prices
-from cachepipe.providers import info
+from cachepipe.providers import info, presets
 from cachepipe.providers.generation import Answer, Calls, Kept, Made, TooLarge, Unkept, in_parts, packed
 from cachepipe.providers.lists import Lists
 from cachepipe.providers.responses import Received
@@ -320,6 +320,25 @@ def check_size(asks: Sequence[wire.Ask], most: int | None = None) -> None:
     check_n(asks[0].n, len(asks), most)
 
 
+def limit_of(api: wire.Api, ask: wire.Ask, url: str, most: int | None = None) -> int:
+    """Return the largest number of samples of one call.
+
+    A request with a seed is sent as its caller wrote it, since its samples would be equal in calls of their
+    own.
+
+    Args:
+        api: the API.
+        ask: the question.
+        url: where the call goes.
+        most: the number that the client's provider honours, if it is known.
+    """
+    if not ask.mergeable:
+        return api.max_n
+    known = presets.at(wire.scope_of(url))
+    limits = (api.max_n, most, None if known is None else known.max_n)
+    return min(limit for limit in limits if limit is not None)
+
+
 def questions_of(
     api: wire.Api,
     asks: Sequence[wire.Ask],
@@ -328,13 +347,14 @@ def questions_of(
     *,
     scope: str | None = None,
     alone: bool = False,
+    max_n: int | None = None,
 ) -> list[Question]:
     """Return the questions of a request with their keys; the arguments are those of `Exchange`.
 
     Raises:
         UnkeyableValue: when no stable key can be made from one of its values.
     """
-    alone = alone or api.max_n == 1 or len(asks) > 1
+    alone = alone or len(asks) > 1 or limit_of(api, asks[0], url, max_n) == 1
     scope, named = wire.named_scope(scope, wire.scope_of(url), api)
     return [
         keys.provider_question(
@@ -378,7 +398,7 @@ class Exchange(Calls):
         run: the run that it belongs to; by default the current one.
         counter: counts the occurrences of equal requests; by default the run.
         lists: sends the items of lists; by default only this request's own items share calls.
-        max_n: the largest number of samples of one call; default is the API's.
+        max_n: the largest number of samples of one call; default is that of the API or of a known provider.
         ordered: whether the answer is handed over in its turn.
     """
 
@@ -418,7 +438,7 @@ class Exchange(Calls):
         self.run = run
         self.counter = counter
         self.lists = lists
-        self.max_n = api.max_n if max_n is None else min(max_n, api.max_n)
+        self.max_n = limit_of(api, asks[0], url, max_n)
         self.given_back = (
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
@@ -427,7 +447,9 @@ class Exchange(Calls):
         self._snapped = False
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
-        self.questions = questions or questions_of(api, asks, url, headers, scope=view.scope, alone=alone)
+        self.questions = questions or questions_of(
+            api, asks, url, headers, scope=view.scope, alone=alone, max_n=max_n
+        )
         self.record = info.Record(self.questions, claimant, url, view.prices)
 
     def own_context(self) -> contextvars.Context | None:
@@ -669,7 +691,8 @@ class Exchange(Calls):
     async def generate(self, asked: Asked) -> Sequence[Any]:
         """Return the samples of a call for one of the questions."""
         live = self.live
-        if live is not None and asked.own and len(self.asks) == 1 and not live.done():
+        whole = asked.own and len(self.asks) == 1 and asked.n <= self.max_n
+        if live is not None and whole and not live.done():
             return await self._recorded(live)
         try:
             return await in_parts(partial(self._generated, asked.place), asked.n, self.max_n)

@@ -157,7 +157,8 @@ class ClientCall(SdkCall):
         self.options = options
         self.stream_cls = stream_cls
         self.kept = True  # whether the answer is one, in or from the cache
-        super().__init__(client, url=target.url, headers=target.headers, **parts)
+        limit = client._max_n  # noqa: SLF001 - it is ours
+        super().__init__(client, url=target.url, headers=target.headers, max_n=limit, **parts)
 
     @classmethod
     def of(

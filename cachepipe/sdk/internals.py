@@ -25,7 +25,12 @@ NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 ATTRIBUTES = ("_client", "_custom_headers")
 """The attributes of an SDK's client that the cached clients use."""
 
-_ERRORS = {"openai": "OpenAIError", "together": "TogetherError", "anthropic": "AnthropicError"}
+_ERRORS = {
+    "openai": "OpenAIError",
+    "together": "TogetherError",
+    "anthropic": "AnthropicError",
+    "groq": "GroqError",
+}
 """The SDKs, and the base classes of their errors."""
 
 _USUAL_RETRIES = 2

@@ -11,15 +11,16 @@ import sys
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from inspect import signature
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from cachepipe import context, outages, wire
 from cachepipe.errors import UnknownCost
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.portal import in_portal, run_now, submit
-from cachepipe.providers import info
+from cachepipe.providers import info, presets
 from cachepipe.providers.exchange import CLOSING_SECONDS, CacheView
 from cachepipe.providers.generation import Answer
+from cachepipe.providers.presets import Preset
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.sdk import fast_path, http, internals
 from cachepipe.sdk.calls import ClientCall, SyncClientCall, body_of, receiving
@@ -41,6 +42,9 @@ _CACHESAVERS: Final = {
 }
 """The parameters of CacheSaver's clients, and what to write instead."""
 
+_OPENAIS: Final = ("organization", "project")
+"""The parameters that OpenAI's SDK takes from the environment, and that no other provider may learn."""
+
 _responses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
     "cachepipe_responses", default=None
 )
@@ -59,9 +63,19 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
 
 
 class Viewing:
-    """A client with a view of a cache."""
+    """A client with a view of a cache.
 
+    Attributes:
+        _preset: the provider that the class is for; None for any.
+    """
+
+    _preset: ClassVar[Preset | None] = None
     _cachepipe: CacheView
+
+    @property
+    def _max_n(self) -> int | None:
+        """The largest ``n`` that the provider honours, if it is known."""
+        return None if self._preset is None else self._preset.max_n
 
     def in_namespace(self, namespace: str | None) -> Self:
         """Return this client in another namespace; the two share connections, cache and calls in flight."""
@@ -273,6 +287,7 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     may_miss = {name: hint if hint is Any else hint | type(missing) for name, hint in _OPTIONS.items()}
     _sign(made, sdk.copy, {name: (hint, missing) for name, hint in may_miss.items()}, kind)
     kind.copy = kind.with_options = made
+    kind._preset = presets.of_sdk(internals.package_of(sdk))  # noqa: SLF001 - it is ours
     fast_path.equip(kind, sdk)
 
 
@@ -293,7 +308,13 @@ def _constructor(sdk: Any, credentials: Mapping[str, str], error: type[Exception
         if view is None and hasattr(service, "client_options"):
             its = service.client_options(internals.package_of(sdk), replays=replays)
             options = _with_service(options, its)
-        _begin_sdk(self, sdk, options, credentials if replays else {}, error)
+        preset = self._preset
+        if preset is None or preset.sdk != "openai":
+            _begin_sdk(self, sdk, options, credentials if replays else {}, error)
+        else:
+            sdk.__init__(self, **_with_preset(options, preset, error, replays=replays))
+            for name in _OPENAIS:
+                setattr(self, name, options.get(name))
         self._cachepipe = CacheView.of(cache, **ours) if view is None else view
         if options.get("http_client") is None:
             http.ease_probes(self)
@@ -335,6 +356,28 @@ def _begin_sdk(client: Any, sdk: Any, options: Any, placeholders: Any, error: ty
         if not placeholders or any(options.get(name) is not None for name in placeholders):
             raise
         sdk.__init__(client, **{**options, **placeholders})
+
+
+def _with_preset(
+    options: Mapping[str, Any], preset: Preset, error: type[Exception], *, replays: bool
+) -> dict[str, Any]:
+    """Return the options of a client of OpenAI's SDK for another provider.
+
+    Args:
+        options: the options that the caller gave.
+        preset: the provider.
+        error: what the SDK raises for a client without credentials.
+        replays: whether the client will make no calls, so that it needs no key.
+    """
+    made = {**options}
+    if made.get("base_url") is None:
+        made["base_url"] = preset.base_url
+    if made.get("api_key") is None:  # the SDK would take OpenAI's key
+        try:
+            made["api_key"] = preset.found_key(needed=not replays)
+        except ValueError as missing:
+            raise error(str(missing)) from None
+    return made
 
 
 def _with_service(options: Mapping[str, Any], its: dict[str, Any]) -> dict[str, Any]:

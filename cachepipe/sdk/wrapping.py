@@ -34,9 +34,9 @@ def wrap(
     The original client is not changed. The copy is an instance of its class, with the same attributes.
 
     Args:
-        client: a client of the openai, together, anthropic or google-genai package, of any class that sends
-            its calls unchanged (not Anthropic's classes for Bedrock, Vertex and Google Cloud), or one of
-            huggingface_hub's for inference.
+        client: a client of the openai, together, groq, anthropic or google-genai package, of any class that
+            sends its calls unchanged (not Anthropic's classes for Bedrock, Vertex and Google Cloud), or one
+            of huggingface_hub's for inference.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
@@ -106,8 +106,8 @@ def _checked(client: Any) -> Any:
     package = internals.package_of(kind)
     if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
         raise TypeError(
-            "wrap() takes a client of openai>=1.60, together>=2, anthropic>=0.49, google-genai>=3 or "
-            "huggingface_hub>=1; "
+            "wrap() takes a client of openai>=1.60, together>=2, groq>=1, anthropic>=0.49, google-genai>=3 "
+            "or huggingface_hub>=1; "
             f"got {client!r:.200} of {kind.__module__}"
         )
     if package == "anthropic":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from offline import close_network
 
 import cachepipe
 from cachepipe.clients import Anthropic, OpenAI
@@ -76,7 +77,8 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def replay(bundle, tmp_path):
-    """A function that replays a program in an empty folder, without keys."""
+    """A function that replays a program in an empty folder, without keys and with the network closed."""
+    closed, tried = close_network(tmp_path.with_name(f"{tmp_path.name}-guard"))
 
     def started(program, *arguments, options=(), files=()):
         hidden = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "CACHEPIPE_DIR")
@@ -95,7 +97,7 @@ def replay(bundle, tmp_path):
         return subprocess.Popen(
             [*map(str, command)],
             cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if name not in hidden},
+            env={name: value for name, value in os.environ.items() if name not in hidden} | closed,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -108,7 +110,8 @@ def replay(bundle, tmp_path):
         return process.returncode, out, err
 
     run.started = started
-    return run
+    yield run
+    assert tried.read_text() == ""
 
 
 def test_a_program_of_a_plain_sdk_gets_the_same_answers(bundle, replay):

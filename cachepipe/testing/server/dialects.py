@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cachepipe.testing.server import chat, completions, embeddings, gemini, inference, messages, responses
+from cachepipe.testing.server import (
+    chat,
+    completions,
+    embeddings,
+    gemini,
+    groq,
+    inference,
+    messages,
+    responses,
+)
 from cachepipe.testing.server.answers import data_event
 from cachepipe.testing.server.refusals import RefusalError, error_object
 
@@ -16,10 +25,12 @@ if TYPE_CHECKING:
     from cachepipe.testing.server.embeddings import EmbeddingCall
     from cachepipe.testing.server.settings import Settings
 
-__all__ = ["DIALECTS", "EMBEDDERS", "EMBEDDINGS", "MODELS", "Dialect", "dialect_of"]
+__all__ = ["DIALECTS", "EMBEDDERS", "EMBEDDINGS", "MODELS", "Dialect", "dialect_of", "unprefixed"]
 
 EMBEDDINGS: Final = "/v1/embeddings"
 MODELS: Final = "/v1/models"
+_GROQ: Final = "/openai"
+"""What Groq has before `/v1`."""
 
 
 def _error_event(refusal: RefusalError, _number: int) -> bytes:
@@ -30,7 +41,7 @@ class Dialect(NamedTuple):
     """How an endpoint reads calls and writes answers and errors, whole or as streams.
 
     An error in a stream also gets the number of events before it. A dialect that says in its errors when to
-    try again sends no headers with it.
+    try again sends no headers with it. `headers` are those of every answer.
     """
 
     read: Callable[[Mapping[str, Any], Settings, NGramModel], ModelCall]
@@ -39,6 +50,7 @@ class Dialect(NamedTuple):
     error: Callable[[RefusalError], dict[str, Any]] = error_object
     error_event: Callable[[RefusalError, int], bytes] = _error_event
     error_headers: bool = True
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 _GEMINI: Final = Dialect(
@@ -57,6 +69,9 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
     ),
     "/v1/messages": Dialect(
         messages.read, messages.write, messages.stream, messages.error, messages.error_event
+    ),
+    f"{_GROQ}/v1/chat/completions": Dialect(
+        groq.read, groq.write, groq.stream, groq.error, groq.error_event, headers=groq.HEADERS
     ),
     **dict.fromkeys((gemini.GENERATE, gemini.STREAM, gemini.COUNT, *gemini.EMBEDDINGS), _GEMINI),
     **dict.fromkeys((*inference.WHOLE, *inference.EMBEDDINGS), _INFERENCE),
@@ -91,6 +106,11 @@ EMBEDDERS: Final[Mapping[str, Embedder]] = {
         ),
     ),
 }
+
+
+def unprefixed(path: str) -> str:
+    """Return a path without Groq's prefix, for the endpoints that are the same behind it."""
+    return path.removeprefix(_GROQ)
 
 
 def dialect_of(path: str) -> Dialect:

@@ -22,7 +22,7 @@ import orjson
 from cachepipe.testing.ngram import generator
 from cachepipe.testing.server import gemini, inference
 from cachepipe.testing.server.answers import ModelAnswer, choice_of
-from cachepipe.testing.server.dialects import DIALECTS, EMBEDDERS, EMBEDDINGS, MODELS
+from cachepipe.testing.server.dialects import DIALECTS, EMBEDDERS, EMBEDDINGS, MODELS, unprefixed
 from cachepipe.testing.server.faults import choices_left, events_left, reply_instead, spoil
 from cachepipe.testing.server.refusals import RefusalError, retry_after
 from cachepipe.testing.server.replies import HttpReply, HttpRequest, json_reply, refused, stream_reply
@@ -121,9 +121,9 @@ class Responder:
     # -- routes -------------------------------------------------------------------------------------
 
     def _routed(self, request: HttpRequest, identity: str) -> HttpReply:
-        path = request.path
         self._authorise(request)
-        if path in DIALECTS or path == EMBEDDINGS:
+        path = unprefixed(request.path)
+        if request.path in DIALECTS or path == EMBEDDINGS:
             request.allow("POST")
             return self._modelled(request, identity)
         if path == MODELS or path.startswith(f"{MODELS}/"):
@@ -255,7 +255,7 @@ class Responder:
         self, request: HttpRequest, settings: Settings, identity: str, fault: Fault | None
     ) -> HttpReply:
         body = request.json()
-        path = request.path
+        path = unprefixed(request.path)
         if path.startswith("/v1/models/"):
             body = gemini.body_of(path, request.target, body)
         elif path in inference.PATHS:
@@ -284,6 +284,7 @@ class Responder:
             longest = max((len(sample.tokens) for sample in samples), default=0)
             reply = json_reply(dialect.write(answer))
             reply.delay = settings.latency + longest * settings.latency_per_token
+        reply.headers += dialect.headers
         reply.n, reply.samples = wanted, len(samples)
         return reply
 
@@ -378,6 +379,6 @@ def _unknown_model(name: str, settings: Settings) -> RefusalError:
 
 
 def _unknown_path(request: HttpRequest) -> RefusalError:
-    known = ", ".join([*DIALECTS, EMBEDDINGS, MODELS, "/mock/stats", "/mock/settings", "/mock/reset"])
-    told = f"There is nothing at {request.method} {request.path}. Known paths: {known}."
+    whole = [path for path in (*DIALECTS, EMBEDDINGS, MODELS) if path.startswith("/v1/") and "{" not in path]
+    told = f"There is nothing at {request.method} {request.path}. Known paths: {', '.join(whole)} …"
     return RefusalError(404, told, code="unknown_url")
