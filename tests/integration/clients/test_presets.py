@@ -31,13 +31,13 @@ from cachepipe.testing import MockServer, MockSettings
 HELLO = [{"role": "user", "content": "Write a function that sorts a list."}]
 KEY = "sk-mine-0123456789"
 ROWS = {
-    "Cerebras": ("https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", None),
+    "Cerebras": ("https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", 1),
     "DeepInfra": ("https://api.deepinfra.com/v1/openai", "DEEPINFRA_API_KEY", None),
     "DeepSeek": ("https://api.deepseek.com", "DEEPSEEK_API_KEY", 1),
     "Fireworks": ("https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY", None),
     "LMStudio": ("http://localhost:1234/v1", "LMSTUDIO_API_KEY", 1),
     "Mistral": ("https://api.mistral.ai/v1", "MISTRAL_API_KEY", None),
-    "Moonshot": ("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", None),
+    "Moonshot": ("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", 5),
     "NVIDIA": ("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", None),
     "Ollama": ("http://localhost:11434/v1", "OLLAMA_API_KEY", 1),
     "OpenRouter": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", None),
