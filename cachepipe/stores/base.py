@@ -281,6 +281,29 @@ class Erased(NamedTuple):
 
 
 @dataclass(slots=True)
+class Drop:
+    """Delete a question of which no draw and no sample is left, with all that is noted of it.
+
+    Attributes:
+        key: the key of the question.
+        indices: the indices of its samples, which are all deleted or discarded.
+    """
+
+    key: str
+    indices: Sequence[int]
+
+
+class Dropped(NamedTuple):
+    """What became of a question.
+
+    Attributes:
+        gone: whether it was deleted. If not, it is used, or it is deleted when the operation is repeated.
+    """
+
+    gone: bool
+
+
+@dataclass(slots=True)
 class RecordRemoval:
     """Record what a command removes; a later record with the same id replaces it.
 
@@ -421,6 +444,7 @@ Operation = (
     | Discard
     | Withdraw
     | Erase
+    | Drop
     | RecordRemoval
     | Note
     | NotePlace
@@ -428,7 +452,7 @@ Operation = (
     | Settle
     | Adopt
 )
-Result = Grant | Committed | Reserved | Adopted | Erased | None
+Result = Grant | Committed | Reserved | Adopted | Erased | Dropped | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state
@@ -631,6 +655,10 @@ class Store(Protocol):
 
     def sums(self) -> Iterator[Note]:
         """Iterate over the sums of the runs, and over what they have left unreported."""
+        ...
+
+    def removals(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the records of what commands have removed, in order of time."""
         ...
 
     def bought(self) -> Iterator[Bought]:

@@ -86,6 +86,7 @@ class LayeredStore:
         self.keys, self.question = seen.keys, seen.question
         self.sample, self.samples, self.draws = seen.sample, seen.samples, seen.draws
         self.namespaces, self.sums, self.bought = seen.namespaces, seen.sums, seen.bought
+        self.removals = seen.removals
         self.entry, self.entries, self.entries_of = seen.entry, seen.entries, seen.entries_of
 
     def __repr__(self) -> str:

@@ -15,13 +15,13 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from cachepipe.accounting import Statement, sold_in, usage_sold
+from cachepipe.accounting import Account, Statement, sold_in, usage_sold
 from cachepipe.contract.draws import label
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import Grant, Note, Store
@@ -275,7 +275,7 @@ def run_statements(store: Store) -> list[RunStatement]:
             found[place] = RunStatement(run, namespace)
         return found[place]
 
-    for note in store.sums():
+    for note in itertools.chain(store.sums(), removed(store)):
         statement = of(note.run, note.namespace).statement
         statement.delivered.join(note.delivered)
         statement.spent.join(note.delivered.unstored)
@@ -285,7 +285,7 @@ def run_statements(store: Store) -> list[RunStatement]:
     bought = store.bought()
     while each := list(itertools.islice(bought, MOST)):
         for scope, header, held in each:
-            run, namespace, stamp = _made_for(header)
+            run, namespace, stamp = made_for(header)
             waiting.setdefault((run, namespace, scope, held), []).append(header)
             if stamp is not None:
                 stamps.setdefault((run, namespace), []).append(stamp)
@@ -301,7 +301,29 @@ def run_statements(store: Store) -> list[RunStatement]:
     return sorted(found.values(), key=lambda run: run.first or 0.0)
 
 
-def _made_for(header: bytes) -> tuple[str, str, float | None]:
+def removed(store: Store) -> Iterator[Note]:
+    """Iterate over what the samples of deleted questions have cost, from the records of the removals."""
+    for record in store.removals():
+        for run, namespace, account in (*record["spent"], *deleted_by(store, record)):
+            yield Note(run, namespace, unreported=Account.of(account))
+
+
+def deleted_by(store: Store, record: Mapping[str, Any]) -> list[list[Any]]:
+    """Return what the questions have cost that a command noted last, as far as it has deleted them.
+
+    Args:
+        store: the store.
+        record: the record of the command, which was perhaps stopped.
+    """
+    gone: list[list[Any]] = []
+    for key, name, sums in record["deleting"]:
+        entry = store.entry(key)
+        if entry is None or all(sample.id != name for sample in entry.samples):
+            gone += sums
+    return gone
+
+
+def made_for(header: bytes) -> tuple[str, str, float | None]:
     """Return the run and the label of the namespace that a sample was generated for, and when it was stored.
 
     The label is that of None if nothing says so.
