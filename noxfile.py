@@ -4,6 +4,7 @@
     nox -s sdks                the clients' tests on each set of SDKs
     nox -s "frameworks(dspy)"  the tests of one framework on our clients; `nox -l` lists them all
     nox -s ray                 the tests of Ray's workers, on a cluster of two local nodes
+    nox -s suites              the tests that groq's authors wrote, with its clients and with ours
     nox -s types               what pyright makes of code on our clients (mypy reads it with the package)
 
 Each has an environment of its own because they do not go together: litellm, under DSPy, wants openai 2.
@@ -53,7 +54,7 @@ FRAMEWORKS = {
 @nox.parametrize("sdks", [nox.param(what, id=name) for name, what in SDKS.items()])
 def sdks(session: nox.Session, sdks: tuple[str, ...]) -> None:
     """Run the clients' tests on other versions of the SDKs."""
-    session.install("-e", ".[anthropic,test]", *sdks)
+    session.install("-e", ".[anthropic,gemini,groq,test]", *sdks)
     session.run("pytest", "-q", *ON_THE_SDKS, *session.posargs, env={"TOGETHER_NO_BANNER": "1"})
 
 
@@ -77,7 +78,23 @@ def ray(session: nox.Session) -> None:
 
 
 @nox.session
+def suites(session: nox.Session) -> None:
+    """Run the tests that groq's authors wrote with its clients and with ours, and compare the outcomes."""
+    theirs = (
+        "dirty-equals",
+        "importlib-metadata",
+        "pytest-asyncio",
+        "pytest-xdist",
+        "respx",
+        "rich",
+        "time-machine",
+    )
+    session.install("-e", ".[groq]", "groq[aiohttp]", "nest-asyncio", "pip", "pytest", *theirs)
+    session.run("python", "tests/suites.py", "groq")
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Let pyright read code that uses the clients in place of the SDKs'."""
-    session.install("-e", ".[anthropic]", "pyright")
+    session.install("-e", ".[anthropic,gemini,groq]", "pyright")
     session.run("pyright", "tests/typing")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import subprocess
 import sys
@@ -52,15 +51,15 @@ async def draw(url: str, name: str, *, ordered: bool) -> None:
             text, count, in_flight = json.loads(line)
             left = iter(range(count))
             texts: list[str] = []
+            question = data.question(text)
 
-            async def work(asked: str, numbers: Iterator[int], found: list[str]) -> None:
-                request = data.request(data.question(asked))
+            async def work(asked: dict[str, Any], numbers: Iterator[int], found: list[str]) -> None:
                 for number in numbers:
-                    each = dataclasses.replace(request, request_id=f"{name} {number}", namespace="one")
+                    each = data.request(asked, request_id=f"{name} {number}", namespace="one")
                     found += (await pipeline.request(each)).data
 
             start = time.perf_counter()
-            await asyncio.gather(*[work(text, left, texts) for _ in range(in_flight)])
+            await asyncio.gather(*[work(question, left, texts) for _ in range(in_flight)])
             print(json.dumps([time.perf_counter() - start, texts]), flush=True)
 
 

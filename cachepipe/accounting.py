@@ -67,19 +67,21 @@ def _are_counts(values: Sequence[Any]) -> bool:
     return all(type(value) is int and 0 <= value < _MOST for value in values)
 
 
-def noted(sample: Mapping[str, Any], url: str | None = None) -> dict[str, Any]:
+def noted(sample: Mapping[str, Any], url: str | None = None, asked: Any = None) -> dict[str, Any]:
     """Return what is recorded beside a provider's sample: what it has used, and what may decide its price.
 
     Args:
         sample: the sample.
         url: where the call went, unless the scope of the question says so.
+        asked: the model that was asked, for answers that name none.
     """
     usage = usage_of(sample)
+    model = asked if usage.model is None else usage.model
     reported = usage_in(sample)
     tier = sample.get("service_tier") or (reported.get("service_tier") if type(reported) is dict else None)
     note = {"tier": tier, "fingerprint": sample.get("system_fingerprint")}
     sold = {
-        "model": usage.model if is_name(usage.model) else None,
+        "model": model if is_name(model) else None,
         "url": url,
         "first": None if usage.first else False,
         "usage": None if usage.counts is None else [*usage.counts.values()],

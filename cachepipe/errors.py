@@ -130,7 +130,13 @@ class StoreLocked(StoreUnavailable):
 
 
 class StoreUnreachable(StoreUnavailable):
-    """The server of a shared store has not answered for too long."""
+    """The server of a shared store has not answered for too long.
+
+    Attributes:
+        kept: whether the samples that it did not take are kept on this machine until it answers.
+    """
+
+    kept: bool = False
 
 
 class FormatError(StoreError):
@@ -219,7 +225,8 @@ class CachepipeWarning(UserWarning):
 
 _NOT_CALLERS: Final = frozenset(
     {"anthropic", "anyio", "asyncio", "cachepipe", "concurrent", "contextlib", "contextvars", "diskcache"}
-    | {"functools", "httpcore", "httpcore2", "httpx", "httpx2", "openai", "threading", "together", "uvloop"}
+    | {"functools", "groq", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "openai"}
+    | {"threading", "together", "uvloop"}
 )
 """The packages between the user's code and a warning."""
 

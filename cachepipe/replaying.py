@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -25,14 +25,19 @@ class Replay(NamedTuple):
     """A replay.
 
     Attributes:
-        cache: the bundle, the folder or the URL that answers.
+        caches: the bundles, folders and URLs that answer, the first one first.
         misses: the file that gets a line of JSON for each miss.
         bases: the base URL of a provider by that of the proxy which stands for it.
     """
 
-    cache: str
+    caches: Sequence[str]
     misses: str
     bases: Mapping[str, str]
+
+    @property
+    def cache(self) -> str | list[str]:
+        """What answers, as `open_store` takes it."""
+        return self.caches[0] if len(self.caches) == 1 else list(self.caches)
 
     def variable(self) -> dict[str, str]:
         """Return the environment variable for the program."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import functools
 import os
 import sys
 import weakref
@@ -24,6 +25,8 @@ from cachepipe.flow import Clock, Estimator, FlowStats, Limits, Quota, Retries
 from cachepipe.flow.clock import CLOCK
 from cachepipe.flow.flow import Flow
 from cachepipe.portal import submit
+from cachepipe.providers import presets
+from cachepipe.providers.presets import NO_KEY, Preset
 from cachepipe.stores import Store
 from cachepipe.typedefs import Mode, Repeat, describes
 
@@ -31,11 +34,11 @@ _CLIENTS: Final = {
     "openai": ("AsyncOpenAI", "OpenAI"),
     "together": ("AsyncTogether", "Together"),
     "anthropic": ("AsyncAnthropic", "Anthropic"),
+    "groq": ("AsyncGroq", "Groq"),
+    "google": ("AsyncGemini", "Gemini"),
 }
-_NO_KEY: Final = "none-needed"
-_OLLAMA_PORT: Final = 11434
-_WITH_VERSION: Final = frozenset({"openai"})
-"""The SDKs with /v1 in their base URL; the others add it to the path."""
+_PREFIXES: Final = {**{preset.sdk: preset.prefix for preset in presets.PRESETS.values()}, "google": "/v1"}
+"""By SDK, the end of the base URL that it writes into its paths; Google's writes another version there."""
 
 
 class LimitOptions(TypedDict, total=False):
@@ -73,7 +76,8 @@ class Service:
         api_key: the API key; default is the value of the environment variable ``key_scheme``.
         key_scheme: the name of that variable; None if the endpoint needs no key.
         name: its display name; default is the host.
-        sdk: the SDK of its clients: ``"openai"``, ``"together"`` or ``"anthropic"``.
+        sdk: the SDK of its clients: ``"openai"``, ``"together"``, ``"anthropic"``, ``"groq"`` or
+            ``"google"``.
         model: the default model of sessions.
         max_retries: the largest number of retries of a failed call. The SDK does not retry by itself.
         max_time: seconds after a call's first failure after which it is not retried.
@@ -179,10 +183,9 @@ class Service:
         Raises:
             ValueError: when there is no key, and one is needed.
         """
-        url = self.base_url if sdk in _WITH_VERSION else self.base_url.removesuffix("/v1")
-        options: dict[str, Any] = {"base_url": url}
+        options: dict[str, Any] = {"base_url": self.base_url.removesuffix(_PREFIXES[sdk])}
         if self._basic is not None:
-            return {**options, "api_key": _NO_KEY, "default_headers": {"Authorization": self._basic}}
+            return {**options, "api_key": NO_KEY, "default_headers": {"Authorization": self._basic}}
         key = stripped(self._api_key)
         if key is None and self.key_scheme is not None:
             key = stripped(os.environ.get(self.key_scheme))
@@ -191,7 +194,7 @@ class Service:
                     f"{self.name} needs a key: set the environment variable {self.key_scheme}, "
                     "or pass api_key=, or the name of another variable as key_scheme="
                 )
-        return {**options, "api_key": key or _NO_KEY}
+        return {**options, "api_key": key or NO_KEY}
 
     def lent(self, cache: Store, mode: Mode, repeat: Repeat, sdk: str | None = None) -> Any:
         """Return the shared client of sessions and completions for a store; on the portal's loop only.
@@ -304,55 +307,28 @@ def _parted(url: str) -> tuple[str, str | None]:
     return bare, f"Basic {base64.b64encode(credentials).decode()}"
 
 
-class Services:
-    """The known endpoints. Each takes the parameters of `Service`, with default limits."""
+class _Known(type):
+    """Makes an attribute of each known provider: a function that returns its service."""
 
-    @staticmethod
-    def OpenAI(**options: Any) -> Service:  # noqa: N802 - a name, as the providers write it
-        """Return OpenAI, or the endpoint in ``OPENAI_BASE_URL``; the key is in ``OPENAI_API_KEY``.
+    def __getattr__(cls, name: str) -> Callable[..., Service]:
+        preset = presets.PRESETS.get(name)
+        if preset is None:
+            known = ", ".join(presets.PRESETS)
+            raise AttributeError(f"there is no service {name!r}; there are {known} and custom(base_url)")
+        made = functools.partial(_service, preset)
+        made.__doc__ = f"Return {name}, at ``{preset.url}``; the key is in ``{preset.key}``."
+        return made
 
-        Args:
-            options: as for `Service`.
-        """
-        return _service("OpenAI", "https://api.openai.com/v1", options, "gpt-4-1106-preview")
+    def __dir__(cls) -> list[str]:
+        return [*super().__dir__(), *presets.PRESETS]
 
-    @staticmethod
-    def OpenRouter(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return OpenRouter; the key is in ``OPENROUTER_API_KEY``.
 
-        Args:
-            options: as for `Service`.
-        """
-        return _service("OpenRouter", "https://openrouter.ai/api/v1", options, "openai/gpt-4-1106-preview")
+class Services(metaclass=_Known):
+    """The known providers, such as ``Services.OpenAI()``; each takes the parameters of `Service`.
 
-    @staticmethod
-    def Together(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Together; the key is in ``TOGETHER_API_KEY``.
-
-        Args:
-            options: as for `Service`.
-        """
-        return _service("Together", "https://api.together.xyz/v1", options)
-
-    @staticmethod
-    def Anthropic(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Anthropic; the key is in ``ANTHROPIC_API_KEY``. Its clients are Anthropic's.
-
-        Args:
-            options: as for `Service`.
-        """
-        return _service("Anthropic", "https://api.anthropic.com/v1", {"sdk": "anthropic", **options})
-
-    @staticmethod
-    def Ollama(**options: Any) -> Service:  # noqa: N802 - likewise
-        """Return Ollama on this machine, or at ``OLLAMA_HOST``; it has no key and no quota.
-
-        Args:
-            options: as for `Service`.
-        """
-        free = {"max_requests": None, "max_tokens": None, "key_scheme": None}
-        url = ollama_url(os.environ.get("OLLAMA_HOST") or "localhost")
-        return Service(**{"name": "Ollama", "base_url": url, **free, **options})
+    The API key is in the provider's own environment variable, such as ``OPENROUTER_API_KEY``. A variable such
+    as ``OPENROUTER_BASE_URL`` names another server. Servers that need no key have no quota by default.
+    """
 
     @staticmethod
     def custom(base_url: str, **options: Any) -> Service:
@@ -365,29 +341,15 @@ class Services:
         return Service(base_url, **options)
 
 
-def ollama_url(host: str, secret: str | None = None) -> str:
-    """Return the base URL of an Ollama server.
-
-    Args:
-        host: as in ``OLLAMA_HOST``: a host, ``host:port``, or a URL.
-        secret: the credentials of a gateway in front of it, as ``user:key``; it speaks HTTPS.
-    """
-    scheme, separator, place = host.rpartition("://")
-    place = place.rstrip("/").removesuffix("/v1")
-    if not separator:
-        scheme = "http" if secret is None else "https"
-        if secret is None and ":" not in place:
-            place = f"{place}:{_OLLAMA_PORT}"
-    if secret is not None and "@" not in place:
-        place = f"{secret}@{place}"
-    return f"{scheme}://{place}/v1"
-
-
-def _service(name: str, url: str, options: Mapping[str, Any], model: str | None = None) -> Service:
-    """Return a service with the defaults of a provider; its own variable may name another URL."""
-    prefix = name.upper()
-    url = os.environ.get(f"{prefix}_BASE_URL") or url
-    if prefix in ("TOGETHER", "ANTHROPIC") and not urlsplit(url).path.rstrip("/"):
-        url = f"{url.rstrip('/')}/v1"  # as their SDKs do
-    known = {"base_url": url, "key_scheme": f"{prefix}_API_KEY", "name": name, "model": model}
+def _service(preset: Preset, **options: Any) -> Service:
+    """Return a service with the defaults of a provider."""
+    url = preset.base_url
+    if preset.prefix and not urlsplit(url).path.rstrip("/"):
+        url += preset.prefix  # as its own SDK does
+    known: dict[str, Any] = {"base_url": url, "name": preset.name, "model": preset.model}
+    known["sdk"] = preset.protocol
+    if preset.needs_key:
+        known["key_scheme"] = preset.key
+    else:
+        known |= {"max_requests": None, "max_tokens": None, "api_key": preset.api_key}
     return Service(**{**known, **options})

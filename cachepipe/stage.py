@@ -16,7 +16,7 @@ from cachepipe.adapting import (
     scope_of,
 )
 from cachepipe.errors import BadAnswer, BatchMismatch, StageClosed
-from cachepipe.typedefs import Arrived, Batch, Request, Response, Ticket
+from cachepipe.typedefs import Arrived, Batch, Payment, Request, Response, Ticket
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -294,3 +294,8 @@ def samples_of(answer: Any) -> list[Any]:
     if isinstance(data, str | bytes | dict) or not isinstance(data, Iterable):
         raise BadAnswer(f"a model returns Response(data=[one item per sample]); got {answer!r:.200}")
     return list(data)
+
+
+def payment_of(answer: Any) -> Payment | None:
+    """Return what the calls of an answer have reserved of a budget; None if that is nothing."""
+    return answer.payment if isinstance(answer, Response) else None

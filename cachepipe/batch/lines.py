@@ -21,6 +21,8 @@ SETTINGS: Final = frozenset(
 """The fields that are part of what a line with a prompt or messages asks."""
 
 _DEEPEST: Final = 250  # levels of a line
+_GEMINI: Final = (wire.GENERATE_CONTENT, wire.EMBED_CONTENT)
+_CONFIGS: Final = ("generationConfig", "generation_config")  # where the settings are in a body for Gemini
 _LIMITS: Final = frozenset({"max_tokens", "max_completion_tokens"})  # a line that has one gets no other
 _COMPLETION: Final = {name: name for name in ("model", "temperature", "seed", "max_tokens")}
 _SETTINGS_OF: Final[Mapping[wire.Api, Mapping[str, str]]] = {
@@ -29,6 +31,8 @@ _SETTINGS_OF: Final[Mapping[wire.Api, Mapping[str, str]]] = {
     wire.RESPONSES: {"model": "model", "temperature": "temperature", "max_output_tokens": "max_tokens"},
     wire.EMBEDDINGS: {"model": "model"},
     wire.MODERATIONS: {"model": "model"},
+    wire.GENERATE_CONTENT: {"temperature": "temperature", "maxOutputTokens": "max_tokens", "seed": "seed"},
+    wire.EMBED_CONTENT: {},
 }
 """The fields that a run's settings fill in, by API, each with the name of the setting."""
 
@@ -46,6 +50,7 @@ class Line:
         custom_id: its name, which no other line of the file has.
         named: whether the line gives that name; otherwise it is the line's number.
         api: the API that it asks.
+        url: the path that it asks; an empty one for a line that gives none.
         body: the body of the request.
         asks: the questions in the body.
         carried: fields that are copied to its result.
@@ -56,6 +61,7 @@ class Line:
     custom_id: str
     named: bool
     api: wire.Api
+    url: str
     body: Mapping[str, Any]
     asks: tuple[wire.Ask, ...]
     carried: Mapping[str, Any]
@@ -78,6 +84,7 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
     api, body, used = _asked(fields)
     not_carried = {*used, name} - {"task_id"}
     carried = {field: value for field, value in fields.items() if field not in not_carried}
+    url = fields["url"] if "url" in used else ""
     _fill(settings, api, body)
     if "model" not in body and api is not wire.MODERATIONS:
         raise LineError("it names no model, and --model is not given")
@@ -92,7 +99,7 @@ def parse_line(text: bytes, number: int, settings: BatchSettings) -> Line:
         check_n(asks[0].n, len(asks))
     except TooManySamples as error:  # it is this line's result
         refusal, asks = error, tuple(ask._replace(n=1) for ask in asks)
-    return Line(number, custom_id, name is not None, api, body, asks, carried, refusal)
+    return Line(number, custom_id, name is not None, api, url, body, asks, carried, refusal)
 
 
 def _fields(text: bytes) -> dict[str, Any]:
@@ -145,7 +152,8 @@ def _asked(fields: Mapping[str, Any]) -> tuple[wire.Api, dict[str, Any], frozens
         body = fields.get("body")
         if not isinstance(body, dict):
             raise LineError(f"its body must be a JSON object; got {body!r:.80}")
-        return _api(fields), dict(body), frozenset({"method", "url", "body"})
+        api = _api(fields)
+        return api, dict(api.received(fields["url"], body)), frozenset({"method", "url", "body"})
     body = {name: value for name, value in fields.items() if name in SETTINGS and value is not None}
     name, body["messages"] = _messages(fields)
     return wire.CHAT, body, frozenset({name})
@@ -175,19 +183,26 @@ def _api(fields: Mapping[str, Any]) -> wire.Api:
         raise LineError(f"method must be POST; got {method!r:.80}")
     is_path = isinstance(url, str) and url.startswith("/") and "?" not in url
     api = wire.api_for("POST", url) if isinstance(url, str) and is_path else None
-    if api is None or api not in ENDPOINTS:
+    if api is None or (api not in ENDPOINTS and api not in _GEMINI):
         known = ", ".join(f"/v1{endpoint}" for endpoint in ENDPOINTS.values())
+        known += ", or /v1beta/models/MODEL:generateContent or :embedContent for Gemini"
         raise LineError(f"url must be one of {known}; got {url!r:.80}. The server is --base-url")
     return api
 
 
 def _fill(settings: BatchSettings, api: wire.Api, body: dict[str, Any]) -> None:
     """Add the settings of the run that a body lacks, where the API has them."""
-    limited = not _LIMITS.isdisjoint(body)
-    for name, setting in _SETTINGS_OF[api].items():
-        value = getattr(settings, setting)
-        if value is not None and not (limited and name in _LIMITS):
-            body.setdefault(name, value)
+    if api is wire.GENERATE_CONTENT:
+        place = next((name for name in _CONFIGS if name in body), _CONFIGS[0])
+        given = body.get(place) or {}
+        if not isinstance(given, dict):
+            raise LineError(f"{place} must be a JSON object; got {given!r:.80}")
+        body[place] = config = dict(given)
+        _add(settings, api, config)
+        if settings.n != 1 and not {"candidateCount", "candidate_count"} & config.keys():
+            config["candidateCount"] = settings.n
+        return
+    _add(settings, api, body)
     if settings.n == 1 or api.function:
         return
     if api.max_n == 1:
@@ -197,3 +212,12 @@ def _fill(settings: BatchSettings, api: wire.Api, body: dict[str, Any]) -> None:
         )
     if body.get("n") is None:
         body["n"] = settings.n
+
+
+def _add(settings: BatchSettings, api: wire.Api, fields: dict[str, Any]) -> None:
+    """Add the settings of the run that fields of a body lack."""
+    limited = not _LIMITS.isdisjoint(fields)
+    for name, setting in _SETTINGS_OF[api].items():
+        value = getattr(settings, setting)
+        if value is not None and not (limited and name in _LIMITS):
+            fields.setdefault(name, value)

@@ -22,6 +22,7 @@ from cachepipe.batch.settings import BatchSettings
 from cachepipe.models.connection import ConnectionSettings
 from cachepipe.models.openai import OpenAIModel
 from cachepipe.prices import Prices
+from cachepipe.providers import presets
 from cachepipe.stores import MemoryStore, open_store, switched_off
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Mode, Response
@@ -86,6 +87,11 @@ def model_of(settings: BatchSettings) -> OpenAIModel:
     connection: dict[str, Any] = {
         name: getattr(settings, name) for name in ConnectionSettings.__annotations__
     }
+    preset = presets.named(settings.base_url or "")
+    if preset is not None:
+        connection["base_url"] = preset.base_url
+        if settings.api_key is None:  # the SDK would take OpenAI's key
+            connection["api_key"] = preset.found_key(needed=settings.mode != "replay")
     return OpenAIModel(settings.model, max_n=settings.max_n, **connection)
 
 
@@ -98,9 +104,11 @@ def _store(cache: Any, mode: Mode, durability: str) -> tuple[Store, bool]:
 
 def _secrets(settings: BatchSettings) -> Secrets:
     """Return the credentials that results must not contain."""
+    preset = presets.named(settings.base_url or "")
+    kept = [settings.api_key, os.environ.get("OPENAI_API_KEY"), None if preset is None else preset.api_key]
     return Secrets(
         [settings.base_url, os.environ.get("OPENAI_BASE_URL")],
-        [settings.api_key, os.environ.get("OPENAI_API_KEY"), getattr(settings.client, "api_key", None)],
+        [*kept, getattr(settings.client, "api_key", None)],
     )
 
 

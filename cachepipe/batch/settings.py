@@ -45,7 +45,9 @@ class BatchSettings:
 
     model: Annotated[str | None, "Default model for lines without a model."] = None
     base_url: Annotated[
-        str | None, "The base URL of the API, such as http://localhost:8000/v1.  [default: OpenAI's]"
+        str | None,
+        "The base URL of the API, such as http://localhost:8000/v1, or the name of a known provider, such as "
+        "openrouter.  [default: OpenAI's]",
     ] = None
     api_key: Annotated[
         str | None, "The API key; an empty one for a server that needs none. Replays need no key."

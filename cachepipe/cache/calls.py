@@ -12,9 +12,9 @@ from cachepipe.adapting import cut_of, has_request, hooks_of, limit_of
 from cachepipe.contract.demands import PATIENCE, Answered, Limit, answered, cut, largest, repeats
 from cachepipe.errors import ShortAnswer
 from cachepipe.outages import status_of
-from cachepipe.stage import Flight, Stage, ask_batch, samples_of
+from cachepipe.stage import Flight, Stage, ask_batch, payment_of, samples_of
 from cachepipe.stores.base import new_id
-from cachepipe.typedefs import Request
+from cachepipe.typedefs import Payment, Request
 
 _STEP = 0.05  # seconds after which closing sends again what the stages below have queued
 
@@ -59,13 +59,20 @@ Piece = tuple[Demand, Sequence[int]]
 
 
 class Call:
-    """One call to the model: its id, its demands, its number of samples, and how to withdraw it."""
+    """One call to the model: its id, its demands, its number of samples, and how to withdraw it.
+
+    Attributes:
+        payment: what its answer has reserved of a budget, until its samples are stored.
+        owed: how many of its samples are being stored, and one more while they are handed out.
+    """
 
     __slots__ = (
         "begun",
         "empty",
         "flight",
         "id",
+        "owed",
+        "payment",
         "pieces",
         "seconds",
         "settled",
@@ -85,6 +92,14 @@ class Call:
         self.task: asyncio.Task[None] | None = None
         self.ticket: Any = None
         self.flight: Flight | None = None
+        self.payment: Payment | None = None
+        self.owed = 1
+
+    def stored(self, _result: object = None) -> None:
+        """Learn that a sample is stored, or could not be; the last one ends what was reserved."""
+        self.owed -= 1
+        if not self.owed and self.payment is not None:
+            self.payment.stored()
 
     @property
     def request(self) -> Request:
@@ -264,6 +279,7 @@ class Caller:
             raise
         self.in_flight -= total
         call.seconds = time.perf_counter() - begun
+        call.payment = payment_of(answer)
         self._answered(call, values)
 
     async def _batch(self, calls: list[Call]) -> None:
@@ -306,6 +322,7 @@ class Caller:
         except Exception as error:  # noqa: BLE001 - it belongs to those who needed this call
             self._failed(call, error)
         else:
+            call.payment = payment_of(answer)
             self._answered(call, values)
 
     def _begin(self, total: int, calls: int = 1) -> None:
@@ -316,6 +333,10 @@ class Caller:
         """Hand out the samples of a call, and ask again for those that are missing."""
         call.settled = True
         self.generated += len(values)
+        self._hand_out(call, values)
+        call.stored()
+
+    def _hand_out(self, call: Call, values: list[Any]) -> None:
         if len(values) == call.total and not call.merged:
             demand, slots = call.pieces[0]
             demand.calls.discard(call)

@@ -24,7 +24,15 @@ from cachepipe.contract.draws import Claims, Counter, Draw, give_back, label
 from cachepipe.contract.keys import Question
 from cachepipe.contract.lifecycle import DrawState, Effects
 from cachepipe.contract.schedule import Place
-from cachepipe.errors import FreshIds, NotStored, RepeatedCell, SharedDraw, SharedReplicates, warn
+from cachepipe.errors import (
+    FreshIds,
+    NotStored,
+    RepeatedCell,
+    SharedDraw,
+    SharedReplicates,
+    StoreUnreachable,
+    warn,
+)
 from cachepipe.stores.base import (
     Claim,
     Commit,
@@ -37,7 +45,7 @@ from cachepipe.stores.base import (
     new_meta,
     place_of,
 )
-from cachepipe.stores.sums import Delivery, is_stored
+from cachepipe.stores.sums import KEPT, Delivery, is_stored
 from cachepipe.typedefs import Request, Response
 
 if TYPE_CHECKING:
@@ -248,23 +256,30 @@ class Drawing:
         except Exception as error:  # noqa: BLE001 - whatever error the encoder raises, the value is paid for
             self._unstored(index, value, b"", error)
             return
-        self.queue.put(commit, self._committed, index, value, commit.meta)
+        call.owed += 1
+        self.queue.put(commit, self._committed, index, value, call, commit.meta)
 
     def commit_of(self, index: int | None, value: Any, call: Call) -> Commit:
         """Return the operation that stores a value, with the bytes and notes of the model's adapter."""
         cache, key = self.cache, self.question.key
         run = "" if self.run is None else self.run.name
         meta = new_meta(call.id, call.seconds, run, self.user)
+        if call.payment is not None:
+            meta["reserved"] = [*call.payment.calls]
         if cache.pack is None:
             return Commit(key, index, cache.codec.encode(value), meta)
         payload, noted = cache.pack(value)
         return Commit(key, index, payload, {**meta, **noted})
 
     def _committed(
-        self, index: int, value: Any, meta: Mapping[str, Any], result: Committed | Exception
+        self, index: int, value: Any, call: Call, meta: Mapping[str, Any], result: Committed | Exception
     ) -> None:
+        call.stored()
         if isinstance(result, Exception):
-            self._unstored(index, value, orjson.dumps(meta), result)
+            header = orjson.dumps(meta)
+            if isinstance(result, StoreUnreachable) and result.kept:
+                header = KEPT + header[1:]
+            self._unstored(index, value, header, result)
             return
         self.perform(self.state.committed(index, kept=result.kept), [result.sample])
         if result.kept:
@@ -517,7 +532,8 @@ def keep_extra(demand: Demand, values: list[Any], call: Call) -> None:
             commit = drawing.commit_of(None, value, call)
         except Exception:  # noqa: BLE001, S112 - nobody asked for it
             continue
-        drawing.queue.put(commit, unheard)
+        call.owed += 1
+        drawing.queue.put(commit, call.stored)
 
 
 def respond(

@@ -22,6 +22,7 @@ MANY = 1000
 """If a draw has more samples than this, the store's thread even reads them."""
 _BYTES = 1 << 20  # the largest weight of operations that the loop's own thread writes at once
 _LOOK = 0.01  # seconds between looks at samples that other processes generate
+_GATHER = 0.02  # seconds for which claims that find no sample are gathered while answers are handed over
 _INLINE = 128  # operations that may be written on the loop's own thread at once
 
 
@@ -94,6 +95,8 @@ class WriteQueue:
         self._operations: deque[_Queued] = deque()
         self._claiming: dict[Hashable, int] = {}  # how many draws of a key are queued
         self._sent: list[list[_Queued]] = []
+        self._lacking: list[_Queued] = []  # claims that are known to find no sample, to be written together
+        self._gathered: asyncio.TimerHandle | None = None  # ends their gathering
         self._first: object = None
         self._at_once = False
         self._handles = own_handles(loop)
@@ -213,7 +216,8 @@ class WriteQueue:
 
     def rescue(self) -> None:
         """Write the queued operations without a loop, except claims: nobody is left to use them."""
-        left = [item.operation for item in self._operations if type(item.operation) is not Claim]
+        items = list(self._operations)  # until they are written: what they reserve ends after them
+        left = [item.operation for item in items if type(item.operation) is not Claim]
         self._operations.clear()
         self._claiming.clear()
         self._held.clear()
@@ -266,14 +270,16 @@ class WriteQueue:
         return grant is not None
 
     def _look(self, batch: list[_Queued]) -> list[_Queued]:
-        """Look what the store has for claims while answers wait for them; return what is to be written.
+        """Look what the store has for claims; return what is to be written at once.
 
-        Otherwise each claim would hold up these answers, and so the next claims, until it is written.
+        While answers wait for claims, each would hold up these answers, and so the next claims, until it is
+        written.
         """
-        claims = [item for item in batch if item.lacking is not None and _may_be_known(item.operation)]
-        if not claims or not self.line.is_crowded:
+        claims = [item for item in batch if _may_be_known(item.operation)]
+        if not claims:
             return batch
-        looked = self.store.look([item.operation for item in claims])  # type: ignore[misc]  # all are claims
+        urgent = self.line.is_crowded and any(item.lacking is not None for item in claims)
+        looked = self.store.look([item.operation for item in claims], urgent=urgent)  # type: ignore[misc]  # all are claims
         if looked is None:
             return batch
         self._sent.append(claims)
@@ -297,11 +303,26 @@ class WriteQueue:
             if isinstance(grant, Grant):
                 self._tell(item, grant)
                 continue
-            if not grant and item.lacking is not None:
-                item.lacking()
-            left.append(item)
+            if grant or item.lacking is None:
+                left.append(item)
+                continue
+            self._lacking.append(item)
+            item.lacking()
         if left:
             self._hand_over(left)
+        if self._lacking and not self.line.has_answers:
+            self._claim_lacking()
+        elif self._lacking and self._gathered is None:
+            self._gathered = self.loop.call_later(_GATHER, self._claim_lacking)
+
+    def _claim_lacking(self) -> None:
+        """Write the claims that are known to find no sample."""
+        if self._gathered is not None:
+            self._gathered.cancel()
+            self._gathered = None
+        batch, self._lacking = self._lacking, []
+        if batch:
+            self._hand_over(batch)
 
     def _hand_over(self, batch: list[_Queued]) -> None:
         """Pass a batch to the store's thread now: a loop that is ending may not begin tasks any more."""
@@ -343,7 +364,7 @@ class WriteQueue:
         """Return True if draws of a key are queued or being granted. Thread-safe."""
         if key in self._claiming:
             return True
-        sent = [item.operation for batch in list(self._sent) for item in list(batch)]
+        sent = [item.operation for batch in [*self._sent, self._lacking] for item in list(batch)]
         return any(type(operation) is Claim and operation.draw.key == key for operation in sent)
 
     @property
@@ -352,12 +373,15 @@ class WriteQueue:
         return not self._operations
 
     def _busy(self) -> bool:
-        waiting = self._operations or self.writes or self.demands or self.delayed or self.strangers
+        waiting = (
+            self._operations or self._lacking or self.writes or self.demands or self.delayed or self.strangers
+        )
         return bool(waiting) or self.caller.busy
 
     async def drain(self) -> None:
         """Wait until everything queued is written and no call is in flight; end the window at once."""
         while self._busy():
+            self._claim_lacking()
             self.want_delayed()
             self.demands.cut()
             if self.writes:

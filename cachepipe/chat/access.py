@@ -19,9 +19,10 @@ from cachepipe.chat.kept import kept_store, located, on_portal, own_client, wrap
 from cachepipe.chat.options import NAMES
 from cachepipe.context import Inherited
 from cachepipe.portal import in_portal
+from cachepipe.providers.presets import ollama_url
 from cachepipe.sdk import internals
 from cachepipe.sdk.mixins import AsyncCached, SyncCached
-from cachepipe.services import Service, ollama_url, stripped
+from cachepipe.services import Service, stripped
 from cachepipe.typedefs import REPEATS, Repeat
 
 T = TypeVar("T")
@@ -159,7 +160,7 @@ class Access:
 
     def _with_cache(self, client: Any) -> Any:
         """Return the caller's client with a cache: an SDK's client gets one, others have their own."""
-        _check_completes(client, "client= takes a client of openai, together or cachepipe.clients")
+        _check_completes(client, "client= takes a client of openai, together, groq or cachepipe.clients")
         if not keeps_cache(client):
             return wrapped(client, self._cache, self._repeat)
         if self._cache is not None or (self._repeat is not None and not is_cached(client)):

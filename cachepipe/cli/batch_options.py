@@ -11,6 +11,7 @@ import click
 
 from cachepipe.batch.settings import HELP, BatchSettings
 from cachepipe.cli.common import Command, layers_option
+from cachepipe.providers import presets
 from cachepipe.typedefs import MODES, REPEATS
 
 _NUMBER: Final = re.compile("0|[1-9][0-9]{0,17}")
@@ -31,9 +32,19 @@ def _replicate(text: str) -> str | int:
     return int(text) if _NUMBER.fullmatch(text) else text
 
 
+def _check_provider(_context: click.Context, _option: click.Parameter, given: str | None) -> str | None:
+    """Return a base URL or the name of a provider unchanged."""
+    if given is not None:
+        try:
+            presets.located(given)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.") from error
+    return given
+
+
 _ASKING: Final = (
     setting("model"),
-    setting("base_url"),
+    setting("base_url", callback=_check_provider, metavar="URL|NAME"),
     count("n", default=BatchSettings.n, show_default=True),
     setting("namespace"),
     setting("replicate", type=_replicate, metavar="NAME"),

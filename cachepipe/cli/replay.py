@@ -1,4 +1,4 @@
-"""The command `replay`: it runs a program, and answers its requests from a bundle or a cache."""
+"""The command `replay`: it runs a program, and answers its requests from bundles and caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,11 @@ from cachepipe.cli.group import Failure
 if TYPE_CHECKING:
     from cachepipe.proxy.settings import Upstream
 
-_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY", "GEMINI_API_KEY")
+_KEYS: Final = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "TOGETHER_API_KEY", "GEMINI_API_KEY", "GROQ_API_KEY")
 _OPENAI: Final = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # the second one is that of some frameworks
 _TOGETHER: Final = ("together.xyz", "together.ai")
+_GROQ: Final = "/openai/v1"
+"""What Groq's SDK writes into its paths."""
 _NOT_FOUND: Final = 127  # the exit code of a shell
 _SHOWN: Final = 20  # misses that are listed
 _WIDTH: Final = 60  # columns of a prompt
@@ -39,35 +40,63 @@ With --report, the file gets an object:
 """
 
 
-@click.command(epilog=_EPILOG)
-@click.argument("bundle", metavar="FILE", type=click.Path())
-@click.argument("command", metavar="-- COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+class _Replay(click.Command):
+    """A command whose arguments end at ``--``; what follows is the program to run."""
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Return the parts of the usage line."""
+        return [*super().collect_usage_pieces(ctx), "--", "COMMAND..."]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take the program from the arguments.
+
+        Raises:
+            UsageError: when there is none.
+        """
+        end = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[end + 1 :]
+        rest = super().parse_args(ctx, args[:end])
+        if not ctx.obj and not ctx.resilient_parsing:
+            raise click.UsageError("Put -- and the program to run after the files.", ctx)
+        return rest
+
+
+@click.command(cls=_Replay, epilog=_EPILOG)
+@click.argument("sources", metavar="FILE...", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--namespace",
-    help="The namespace of requests that name none. Default: the bundle's namespace, if it has only one.",
+    help="The namespace of requests that name none. Default: that of the files, if they have only one.",
 )
 @click.option(
     "--report",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="Write what was asked and is not in the bundle to this file, as JSON.",
+    help="Write what was asked and is not stored to this file, as JSON.",
 )
-def replay(*, bundle: str, command: tuple[str, ...], namespace: str | None, report: str | None) -> None:
-    """Run a program that gets its answers from a bundle, or from a cache: no key, no network, no costs.
+@click.pass_obj
+def replay(
+    command: list[str], *, sources: tuple[str, ...], namespace: str | None, report: str | None
+) -> None:
+    """Run a program that gets its answers from bundles or caches: no key, no network, no costs.
 
-    Programs with the SDKs of OpenAI, Anthropic, Google and Together ask a proxy on this machine, by
-    OPENAI_BASE_URL and so on. In programs with cachepipe, every cache is the bundle and every mode is replay.
-    The exit code is that of the program. At the end, the command lists what was asked and is not in the
-    bundle.
+    FILE is a bundle, a cache folder or a URL. Several of them answer together; where they contradict each
+    other, the first one counts.
+
+    Programs with the SDKs of OpenAI, Anthropic, Google, Together and Groq ask a proxy on this machine, by
+    OPENAI_BASE_URL and so on. In programs with cachepipe, every cache is FILE and every mode is replay.
+    The exit code is that of the program. At the end, the command lists what was asked and is not
+    stored.
     """
-    found = _located(bundle)
-    with tempfile.TemporaryDirectory(prefix="cachepipe-") as folder:
-        notes = Path(folder, "misses.jsonl")
+    from cachepipe.stores.scratch import scratch_folder  # noqa: PLC0415 - help needs no store
+
+    found = [*map(_located, sources)]
+    with scratch_folder() as folder:
+        notes = folder / "misses.jsonl"
         refused: Counter[tuple[str, str]] = Counter()
         with _environment(found, namespace, notes, refused) as environment:
             code = _run(command, environment)
         misses = _misses(notes)
-    _tell(bundle, misses, refused)
+    _tell(", ".join(map(common.name_of, sources)), misses, refused)
     if report is not None:
         told = [{"method": method, "path": path, "times": times} for (method, path), times in refused.items()]
         text = common.json_text({"exit_code": code, "misses": misses, "refused": told})
@@ -93,9 +122,9 @@ def _located(bundle: str) -> str:
 
 @contextlib.contextmanager
 def _environment(
-    cache: str, namespace: str | None, notes: Path, refused: Counter[tuple[str, str]]
+    caches: Sequence[str], namespace: str | None, notes: Path, refused: Counter[tuple[str, str]]
 ) -> Iterator[dict[str, str]]:
-    """Serve a cache, and yield the environment of a program that gets its answers from it."""
+    """Serve caches, and yield the environment of a program that gets its answers from them."""
     from cachepipe import replaying  # noqa: PLC0415 - help needs none of it
     from cachepipe.cli.serve import remembered  # noqa: PLC0415 - likewise
 
@@ -106,13 +135,13 @@ def _environment(
         raise Failure(str(error)) from error
 
     unknown = Upstream.of("unknown", "http://provider.invalid/v1")  # for caches without a provider's answers
-    upstreams = tuple(remembered(cache)) or (unknown,)
+    upstreams = tuple(remembered([*caches])) or (unknown,)
     settings = ProxySettings(
         upstreams,
-        cache,
+        caches[0] if len(caches) == 1 else [*caches],
         port=0,
         replay=True,
-        namespace=_only_namespace(cache) if namespace is None else namespace,
+        namespace=_only_namespace(caches) if namespace is None else namespace,
         log="errors",
         shutdown_timeout=5.0,
     )
@@ -124,24 +153,28 @@ def _environment(
     with replaying.noting(str(notes)), server.running(settings, log) as running:
         urls = {each: f"{running.url}/up/{each.name}{each.mount}" for each in upstreams}
         variables = {**dict.fromkeys(_KEYS, replaying.NO_KEY), **_base_urls(upstreams, urls.__getitem__)}
-        replayed = replaying.Replay(cache, str(notes), {url: each.url for each, url in urls.items()})
+        replayed = replaying.Replay(caches, str(notes), {url: each.url for each, url in urls.items()})
         direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1")))
         hidden = ("ANTHROPIC_AUTH_TOKEN", "GOOGLE_API_KEY", "CACHEPIPE_DISABLE")
         inherited = {name: value for name, value in os.environ.items() if name not in hidden}
         yield {**inherited, **variables, **replayed.variable(), "NO_PROXY": direct, "no_proxy": direct}
 
 
-def _only_namespace(cache: str) -> str | None:
-    """Return the namespace of a cache or a bundle that has only one; else None."""
+def _only_namespace(caches: Sequence[str]) -> str | None:
+    """Return the namespace of caches and bundles that have only one together; else None."""
+    names = {name for cache in caches for name in _namespaces(cache)}
+    return names.pop() if len(names) == 1 else None
+
+
+def _namespaces(cache: str) -> Sequence[str | None]:
+    """Return the namespaces of a cache or a bundle."""
     from cachepipe.stores.bundles.reader import Bundle, is_bundle  # noqa: PLC0415 - help needs no store
 
     if is_bundle(cache):
         with contextlib.closing(Bundle(cache)) as bundle:
-            names = bundle.manifest.namespaces or []
-    else:
-        with common.opened(cache) as store:
-            names = [info.namespace for info in store.namespaces()]
-    return names[0] if len(names) == 1 else None
+            return bundle.manifest.namespaces or []
+    with common.opened(cache) as store:
+        return [info.namespace for info in store.namespaces()]
 
 
 def _base_urls(upstreams: Sequence[Upstream], url_of: Callable[[Upstream], str]) -> dict[str, str]:
@@ -157,14 +190,17 @@ def _base_urls(upstreams: Sequence[Upstream], url_of: Callable[[Upstream], str])
     openai = [each for each in upstreams if each.kind == "openai"]
     together = [each for each in openai if is_at(each, *_TOGETHER)]
     first = sorted(openai, key=lambda each: (not is_at(each, "api.openai.com"), each in together))
+    groq = [each for each in openai if each.mount == _GROQ]
     anthropic = [each for each in upstreams if each.kind == "anthropic"]
     fitting = {
         **dict.fromkeys(_OPENAI, first),
         "TOGETHER_BASE_URL": together or first,
         "ANTHROPIC_BASE_URL": anthropic,
+        "GROQ_BASE_URL": groq or first,
         "GOOGLE_GEMINI_BASE_URL": [each for each in upstreams if each.kind == "gemini"],
     }
-    return {name: chosen(each, name) for name, each in fitting.items()}
+    urls = {name: chosen(each, name) for name, each in fitting.items()}
+    return {**urls, "GROQ_BASE_URL": urls["GROQ_BASE_URL"].removesuffix(_GROQ)}
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -23,6 +23,7 @@ from cachepipe.cli.common import exists, json_text, layers_in_use, money, name_o
 from cachepipe.cli.group import Failure
 from cachepipe.cli.plan import print_plan
 from cachepipe.errors import CachepipeError, CachepipeWarning
+from cachepipe.providers import presets
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
@@ -75,10 +76,9 @@ Run the same command again to continue: answers that were paid for are not asked
 @asking
 @click.option(
     "--api-key-env",
-    default="OPENAI_API_KEY",
-    show_default=True,
     metavar="NAME",
-    help="The environment variable that holds the API key.",
+    help="The environment variable that holds the API key.  [default: OPENAI_API_KEY, or that of the "
+    "provider that --base-url names]",
 )
 @count("max_retries", "--retries", least=0)
 @setting("timeout", type=click.FloatRange(min=0, min_open=True))
@@ -134,12 +134,13 @@ def _run(context: click.Context, options: dict[str, Any]) -> int:
 
 def _key(options: dict[str, Any], mode: str) -> str:
     """Return the API key; an empty one if the server needs none."""
-    name = options["api_key_env"]
+    preset = presets.named(options["base_url"] or "")
+    name = options["api_key_env"] or ("OPENAI_API_KEY" if preset is None else preset.key)
     key = os.environ.get(name)
-    if key is not None or mode == "replay":
+    if key is not None or mode == "replay" or (preset is not None and not preset.needs_key):
         return key or ""
     elsewhere = options["base_url"] or os.environ.get("OPENAI_BASE_URL")
-    if not elsewhere or name != "OPENAI_API_KEY":
+    if preset is not None or not elsewhere or name != "OPENAI_API_KEY":
         raise click.UsageError(
             f"The environment variable {name} is not set. Put the API key into it, or nothing "
             f"({name}=) for a server that needs none."

@@ -28,6 +28,7 @@ from cachepipe.cli.common import (
     write_url,
 )
 from cachepipe.cli.group import Failure
+from cachepipe.providers import presets
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class _Mebibytes(click.IntRange):
     "upstreams",
     metavar="[NAME=]URL",
     multiple=True,
-    help="The base URL of a provider, such as https://api.openai.com/v1. Can be repeated, with names; the "
-    "first is the default.",
+    help="The base URL of a provider, such as https://api.openai.com/v1, or the name of a known one, such as "
+    "openrouter. Can be repeated, with names; the first is the default.",
 )
 @layers_option
 @click.option("--config", type=click.Path(dir_okay=False), help="A TOML file; options override it.")
@@ -175,7 +176,9 @@ def _with_upstreams(chosen: ProxySettings, texts: tuple[str, ...], key_env: str 
     made = []
     for place, text in enumerate(texts):
         name, url = settings.name_and_url(text)
-        made.append(settings.Upstream.of(name or _name(place), url, api_key=None if place else key))
+        preset = presets.named(url)
+        name = name or (_name(place) if preset is None else preset.name.lower())
+        made.append(settings.Upstream.of(name, url, api_key=None if place else key))
     chosen = settings.with_upstreams(chosen, made)
     if key is None or made:
         return chosen

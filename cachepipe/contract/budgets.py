@@ -1,17 +1,25 @@
 """How much of a budget is left: what was spent, and what calls in flight have reserved.
 
-Amounts are whole nano-dollars. ``spent`` is what the stored rows of a namespace sum up to, plus what was
-settled since they were summed. A reservation belongs to the lease of its process, and ends with it; then the
-rows are summed again, because that process may have stored samples that it has not settled.
+Amounts are whole nano-dollars. A call reserves an amount, and its reservation is settled when its samples
+are stored. So at every moment the stored rows and the reservations are at least what was spent. A sum of the
+rows takes time, while calls go on. Each row names the calls that reserved for it, so that the sum counts a
+call once that is settled meanwhile, or not yet. A reservation belongs to the lease of its process. When that
+process has ended, the rows must be summed again, because it may have stored samples that it has not settled.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+
+from cachepipe.contract.entries import NOBODY
 
 NANO = 1_000_000_000
 """Nano-dollars in a dollar."""
+
+RowCost = tuple[Sequence[str], int]
+"""The calls that reserved for some rows, and what the rows have cost."""
 
 
 def nanos(dollars: float) -> int:
@@ -24,44 +32,91 @@ class Purse:
     """What a namespace has spent and reserved.
 
     Attributes:
-        summed: what the rows summed up to, less what had been settled when the sum began.
-        settled: what calls have settled, over all processes and time.
-        held: what the calls in flight of each process have reserved, by lease.
+        counted: what was spent, less ``recent``.
+        held: what calls have reserved, by call: the lease of its process, and the amount.
+        recent: what the calls have cost that were settled while a sum was under way, by call.
+        sums: the sums of the rows that are under way, and the lease of the process of each.
     """
 
-    summed: int = 0
-    settled: int = 0
-    held: dict[int, int] = field(default_factory=dict)
+    counted: int = 0
+    held: dict[str, tuple[int, int]] = field(default_factory=dict)
+    recent: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, int] = field(default_factory=dict)
 
     @property
     def spent(self) -> int:
         """What was spent."""
-        return self.summed + self.settled
+        return self.counted + sum(self.recent.values())
 
     @property
     def reserved(self) -> int:
         """What calls in flight have reserved."""
-        return sum(self.held.values())
+        return sum(amount for _, amount in self.held.values())
 
-    def sum_up(self, found: int, *, alone: bool) -> None:
-        """Take the sum of the rows; where others spend too, it only raises what is spent.
-
-        Args:
-            found: the sum, less what had been settled before the rows were read.
-            alone: whether no other process has reserved anything.
-        """
-        self.summed = found if alone else max(found, self.summed)
-
-    def settle(self, lease: int, reserved: int, spent: int) -> None:
-        """End a reservation, and note what its call has cost."""
-        self.settled += spent
-        left = self.held.pop(lease, 0) - reserved
-        if left > 0:
-            self.held[lease] = left
-
-    def reserve(self, lease: int, amount: int, limit: int) -> bool:
+    def reserve(self, call: str, lease: int, amount: int, limit: int) -> bool:
         """Reserve an amount if it fits within the limit; return whether it was reserved."""
         if self.spent + self.reserved + amount > limit:
             return False
-        self.held[lease] = self.held.get(lease, 0) + amount
+        if amount:
+            self.held[call] = (lease, amount)
         return True
+
+    def settle(self, call: str, spent: int) -> None:
+        """Replace the reservation of a call by what the call has cost.
+
+        If its process was taken for dead, a sum may have counted its rows or not: the cost is then held for a
+        dead process, so that the rows are summed again.
+        """
+        if call in self.held and self.held[call][0] != NOBODY:
+            del self.held[call]
+            self.recent[call] = spent
+            self._fold()
+        elif spent and call not in self.recent:
+            self.held[call] = (NOBODY, spent)
+
+    def of_dead(self, alive: Callable[[int], bool]) -> list[str]:
+        """Forget the sums of dead processes; return the calls of dead processes that hold something."""
+        self.sums = {name: lease for name, lease in self.sums.items() if alive(lease)}
+        self._fold()
+        dead = {lease for lease, _ in self.held.values() if not alive(lease)}
+        return [call for call, (lease, _) in self.held.items() if lease in dead]
+
+    def begin_sum(self, name: str, lease: int) -> list[str]:
+        """Note that a sum of the rows begins; return the calls whose rows the sum must tell apart.
+
+        It must also tell apart the rows that are written from now on.
+        """
+        self.sums[name] = lease
+        return [*self.held, *self.recent]
+
+    def end_sum(
+        self, name: str, rest: int, apart: Sequence[RowCost], ended: Collection[str], *, alone: bool
+    ) -> None:
+        """Take a sum of the rows.
+
+        Where others spend too it only raises what is spent, because what could not be stored is noted late.
+
+        Args:
+            name: the sum.
+            rest: what all rows have cost that are not told apart.
+            apart: what the others have cost, by the calls that reserved for them.
+            ended: the calls whose processes were dead when the sum began: they hold nothing any more.
+            alone: whether no other process has reserved anything.
+        """
+        for call in ended:
+            self.held.pop(call, None)
+        open_calls = self.held.keys() | self.recent.keys()
+        found = rest + sum(cost for calls, cost in apart if open_calls.isdisjoint(calls))
+        self.counted = found if alone else max(found, self.counted)
+        self.drop_sum(name)
+
+    def drop_sum(self, name: str) -> None:
+        """Note that a sum has ended."""
+        self.sums.pop(name, None)
+        self._fold()
+
+    def _fold(self) -> None:
+        """Forget which calls were settled, unless a sum is under way."""
+        if not self.sums:
+            self.counted = self.spent
+            self.recent.clear()

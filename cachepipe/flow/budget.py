@@ -1,30 +1,50 @@
 """Budgets: a call is made only if what it may cost at most is left of its namespace's budget.
 
-Before a call, its prompt and the largest answer are reserved in the store; after it, the reservation is
-replaced by what the call has cost. What was spent is summed from the stored rows (C6) when a process makes
-its first call, so it survives kills. The processes that share a store share its budgets. Hits are never
-refused.
+Before a call, its prompt and the largest answer are reserved in the store; once its samples are stored, the
+reservation is replaced by what the call has cost. What was spent is summed from the stored rows (C6) when a
+process makes its first call, so it survives kills. The processes that share a store share its budgets. Hits
+are never refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import time
 import weakref
-from collections.abc import Mapping
-from typing import Any, Final
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cachepipe import wire
-from cachepipe.accounting import Seller
+from cachepipe.accounting import Account, Seller
 from cachepipe.contract.budgets import NANO, nanos
 from cachepipe.contract.draws import label
 from cachepipe.errors import BudgetExceeded, StoreError, UnknownCost
 from cachepipe.flow.clock import CLOCK, Clock
 from cachepipe.flow.tokens import Estimator, limit_of
 from cachepipe.prices import HOW_TO_GIVE, Prices
-from cachepipe.stores.base import Reserve, Reserved, Settle, Store
-from cachepipe.stores.sums import statements
+from cachepipe.stores.base import (
+    BeginSum,
+    EndSum,
+    Operation,
+    Reserve,
+    Reserved,
+    RowSum,
+    Settle,
+    Store,
+    SumBegun,
+    new_id,
+)
+from cachepipe.stores.sums import deliveries_of, spent_rows
 
+if TYPE_CHECKING:
+    from typing import Self
+
+_Result = TypeVar("_Result", Reserved, SumBegun)
+_SKEW: Final = 3600.0  # seconds by which the clocks of machines may differ
 _PAUSES: Final = (0.02, 0.5)  # seconds between two looks at a budget that calls in flight use up: first, last
 
 
@@ -110,31 +130,101 @@ class Budget:
 
 
 class Reservation:
-    """What is reserved for a call that has not ended."""
+    """What is reserved for a call: until the call has ended and its samples are stored.
+
+    If it is dropped before, it is settled then.
+
+    Attributes:
+        call: identifies the call.
+    """
 
     def __init__(self, spending: Spending, namespace: str, amount: int, seller: Seller) -> None:
+        self.call = new_id()
         self._spending = spending
         self._namespace = namespace
         self._amount = amount
         self._seller = seller
-        self._ended = False
+        self._spent: int | None = None  # None while the call goes on
+        self._owed = 0  # samples that are not stored yet, less those that were stored before the call ended
+        self._settled = False
 
-    def end(self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None) -> None:
-        """Replace the reservation by what the call has cost; only the first time counts.
+    def __repr__(self) -> str:
+        return f"<Reservation of {self._amount / NANO} US dollars>"
+
+    def __del__(self) -> None:
+        if not self._settled:
+            with contextlib.suppress(Exception):  # the interpreter may be ending
+                settle(filter(None, [self._settlement()]))
+
+    def end(
+        self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None, samples: int = 0
+    ) -> None:
+        """Note what the call has cost; only the first time counts.
 
         Args:
             answer: the answer; without its usage, the call counts with all that was reserved.
             error: the error of a call that brought no answer; it counts nothing.
+            samples: how many samples it has brought that are to be stored.
         """
         cost = self._spending.budget.cost(wire.usage_in(answer or {}), *self._seller)
-        self.end_at(0.0 if error is not None else cost)
+        self.end_at(0.0 if error is not None else cost, samples)
 
-    def end_at(self, cost: float | None) -> None:
-        """Replace the reservation by a cost in US dollars; by all of it if the cost is unknown."""
-        if not self._ended:
-            self._ended = True
-            spent = self._amount if cost is None else nanos(cost)
-            self._spending.settle(Settle(self._namespace, self._amount, spent))
+    def end_at(self, cost: float | None, samples: int = 0) -> None:
+        """Note what the call has cost in US dollars; all that was reserved if that is unknown."""
+        if self._spent is None:
+            self._spent = self._amount if cost is None else nanos(cost)
+            self.stored(-samples)
+
+    def refused(self) -> None:
+        """Learn that nothing was reserved."""
+        self._settled = True
+
+    def stored(self, samples: int) -> None:
+        """Learn that samples of the call are stored, or will not be."""
+        settle(filter(None, [self.less(samples)]))
+
+    def less(self, samples: int) -> tuple[Spending, Settle] | None:
+        """Learn that samples are stored, or will not be; return what settles the call, if these were all."""
+        self._owed -= samples
+        return None if self._spent is None or self._owed > 0 else self._settlement()
+
+    def _settlement(self) -> tuple[Spending, Settle] | None:
+        if self._settled:
+            return None
+        self._settled = True
+        return self._spending, Settle(self._namespace, self.call, self._spent or 0)
+
+
+def settle(settlements: Iterable[tuple[Spending, Settle]]) -> None:
+    """Settle calls in the background; those of one store in one transaction."""
+    by_spending: dict[Spending, list[Settle]] = {}
+    for spending, one in settlements:
+        by_spending.setdefault(spending, []).append(one)
+    for spending, some in by_spending.items():
+        spending.settle(some)
+
+
+class Reservations:
+    """What the calls of an answer have reserved, until its samples are stored: a `Payment`.
+
+    Args:
+        reservations: for each sample of the answer, the reservation of the call that brought it.
+    """
+
+    def __init__(self, reservations: Iterable[Reservation]) -> None:
+        self._samples = Counter(reservations)
+        self.calls = [reservation.call for reservation in self._samples]
+
+    @classmethod
+    def of(cls, reservations: Iterable[Reservation | None]) -> Self | None:
+        """Return what was reserved for samples; None if that is nothing."""
+        known = [reservation for reservation in reservations if reservation is not None]
+        return cls(known) if known else None
+
+    def stored(self) -> None:
+        """Learn that the samples of the answer are stored, or that they will not be."""
+        samples, self._samples = self._samples, Counter()
+        settle(filter(None, [reservation.less(count) for reservation, count in samples.items()]))
 
 
 class Spending:
@@ -201,40 +291,55 @@ class Spending:
         async with heads.setdefault(name, asyncio.Lock()):  # the first in line looks, the others wait
             pause = _PAUSES[0]
             while True:
-                state = await self._asked(name, amount, nanos(limit))
+                reservation = Reservation(self, name, amount, seller)
+                try:
+                    state = await self._asked(Reserve(name, reservation.call, amount, nanos(limit)))
+                except BaseException:
+                    reservation.end_at(0.0)  # it may have been granted
+                    raise
                 if state.granted:
-                    return Reservation(self, name, amount, seller)
+                    return reservation
+                reservation.refused()
                 if state.spent + amount > nanos(limit):
                     raise BudgetExceeded(namespace, limit, state.spent / NANO, most)
                 await self._clock.sleep(pause)
                 pause = min(2 * pause, _PAUSES[1])
 
-    async def _asked(self, name: str, amount: int, limit: int) -> Reserved:
+    async def _asked(self, reserve: Reserve) -> Reserved:
         """Ask the store for an amount; sum the rows first, where that is due."""
-        if name in self._summed:
-            state = await self._apply(Reserve(name, amount, limit))
+        name = reserve.namespace
+        if name not in self._summed:
+            await self._sum_up(name)
+            self._summed.add(name)
+        while True:
+            state = _one(Reserved, await self._store.apply([reserve]))
             if not state.lost:
                 return state
-        before = await self._apply(Reserve(name, 0, 0))
-        while before.lost:
-            before = await self._apply(Reserve(name, 0, 0))
-        spent = await asyncio.get_running_loop().run_in_executor(None, self._spent, name)
-        state = await self._apply(Reserve(name, amount, limit, summed=spent - before.settled))
-        self._summed.add(name)
-        return state
+            await self._sum_up(name)
 
-    async def _apply(self, reserve: Reserve) -> Reserved:
-        [state] = await self._store.apply([reserve])
-        if not isinstance(state, Reserved):
-            raise TypeError(f"a store returned {state!r:.80} for a reservation")
-        return state
+    async def _sum_up(self, name: str) -> None:
+        """Sum the rows of a namespace up, while other calls may go on."""
+        await deliveries_of(self._store).write()  # it has what could not be stored
+        since, ended = time.time() - _SKEW, EndSum(name, new_id())
+        try:
+            begun = _one(SumBegun, await self._store.apply([BeginSum(name, ended.name)]))
+            summed = partial(self._summed_rows, name, begun.calls, since)
+            ended.found = await asyncio.get_running_loop().run_in_executor(None, summed)
+            ended.ended = begun.ended
+            await self._store.apply([ended])
+        except BaseException:
+            self._apply_soon([EndSum(name, ended.name)])
+            raise
 
-    def _spent(self, name: str) -> int:
-        """Return what the stored rows of a namespace sum up to."""
-        statement = statements(self._store).get(name)
-        if statement is None:
-            return 0
-        cost, unpriced = statement.spent.cost(self.budget.prices.cost_of_sum)
+    def _summed_rows(self, name: str, calls: Collection[str], since: float) -> RowSum:
+        """Return what the stored rows of a namespace have cost."""
+        found = spent_rows(self._store, name, calls, since)
+        rest = self._cost(found.rest)
+        return RowSum(rest, [(calls, self._cost(account)) for calls, account in found.apart.items()])
+
+    def _cost(self, account: Account) -> int:
+        """Return the cost of rows in nano-dollars."""
+        cost, unpriced = account.cost(self.budget.prices.cost_of_sum)
         if unpriced:
             raise UnknownCost(
                 f"{unpriced} stored samples of the namespace have no known cost, so its budget cannot be "
@@ -242,9 +347,18 @@ class Spending:
             )
         return nanos(cost or 0.0)
 
-    def settle(self, settle: Settle) -> None:
-        """End a reservation in the background."""
-        try:
-            self._store.apply_soon([settle])
-        except StoreError:
-            return  # it was closed: the reservation ends with the process
+    def settle(self, settlements: Sequence[Settle]) -> None:
+        """Settle calls in the background."""
+        self._apply_soon(settlements)
+
+    def _apply_soon(self, operations: Sequence[Operation]) -> None:
+        with contextlib.suppress(StoreError):  # it was closed: what is reserved ends with the process
+            self._store.apply_soon(operations)
+
+
+def _one(kind: type[_Result], results: Sequence[object]) -> _Result:
+    """Return the one result of an operation."""
+    [result] = results
+    if not isinstance(result, kind):
+        raise TypeError(f"a store returned {result!r:.80} instead of a {kind.__name__}")
+    return result

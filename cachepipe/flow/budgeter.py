@@ -10,7 +10,7 @@ from typing import Any
 
 from cachepipe.accounting import Account, usage_of
 from cachepipe.adapting import has_batch, name_of
-from cachepipe.flow.budget import Budget, Reservation, Spending
+from cachepipe.flow.budget import Budget, Reservation, Reservations, Spending
 from cachepipe.stage import Stage, adapter_of, ask, ask_batch, each, given
 from cachepipe.stores.base import Store
 from cachepipe.typedefs import Arrived, Batch, Request, Response, field_names
@@ -52,7 +52,7 @@ class AsyncBudgeter(Stage):
         held = await self._hold([request])
         answers: list[Response] = []
         try:
-            answers.append(await ask(self.model, request))
+            answers.append(_paid(await ask(self.model, request), held.get(request.namespace)))
         finally:
             self._end(held, [request], answers)
         return answers[0]
@@ -65,12 +65,18 @@ class AsyncBudgeter(Stage):
         if not has_batch(self._adapter):
             return given(await each(self.request, batch.requests, arrived), return_exceptions)
         held = await self._hold(batch.requests)
-        answers: Sequence[Any] = ()
+        came: dict[int, Any] = {}
+
+        def take(place: int, answer: Any) -> None:
+            came[place] = answer = _paid(answer, held.get(batch.requests[place].namespace))
+            if arrived is not None:
+                arrived(place, answer)
+
         try:
-            answers = await ask_batch(self.model, batch.requests, arrived)
+            await ask_batch(self.model, batch.requests, take)
         finally:
-            self._end(held, batch.requests, answers)
-        return given(answers, return_exceptions)
+            self._end(held, [batch.requests[place] for place in came], [*came.values()])
+        return given([came[place] for place in range(len(batch))], return_exceptions)
 
     async def _hold(self, requests: Sequence[Request]) -> dict[str | None, Reservation | None]:
         """Reserve what a call may cost at most, by namespace."""
@@ -103,13 +109,14 @@ class AsyncBudgeter(Stage):
         for namespace, reservation in held.items():
             if reservation is None:
                 continue
-            spent = Account()
+            spent, brought = Account(), 0
             for request, answer in zip(requests, answers, strict=False):
                 if request.namespace == namespace and isinstance(answer, Response):
+                    brought += len(answer.data)
                     mappings = [sample if isinstance(sample, dict) else {} for sample in answer.data]
                     spent.spend(map(usage_of, mappings), self._url)
             cost, unpriced = spent.cost(self.budget.prices.cost_of_sum)
-            reservation.end_at(None if unpriced else cost)
+            reservation.end_at(None if unpriced else cost, brought)
 
     def _body(self, request: Request) -> Mapping[str, Any]:
         """Return what decides the cost of a request."""
@@ -118,3 +125,12 @@ class AsyncBudgeter(Stage):
             fields |= request.prompt
         fields["model"] = fields.get("model") or name_of(self._adapter)
         return fields
+
+
+def _paid(answer: Any, reservation: Reservation | None) -> Any:
+    """Return an answer with what was reserved for it, until its samples are stored."""
+    if reservation is None or not isinstance(answer, Response):
+        return answer
+    paid = answer._replace()
+    paid.payment = Reservations.of([reservation] * len(answer.data))
+    return paid

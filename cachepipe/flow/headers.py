@@ -13,8 +13,20 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_FORMS = ("x-ratelimit-{}-{kind}", "anthropic-ratelimit-{kind}-{}", "x-ratelimit-{}")
-"""The names of headers, by what they say (``limit``, ``remaining``, ``reset``) and of which quota."""
+_ALONE = "x-ratelimit-{}"
+_MINUTE = 60.0
+_FORMS = (
+    ("requests", "x-ratelimit-{}-requests", None),  # OpenAI, Groq, xAI
+    ("tokens", "x-ratelimit-{}-tokens", None),
+    ("requests", "anthropic-ratelimit-requests-{}", None),
+    ("tokens", "anthropic-ratelimit-tokens-{}", None),
+    ("requests", "x-ratelimit-{}-req-minute", _MINUTE),  # Mistral, which does not say when it is reset
+    ("requests", "x-ratelimit-{}-requests-minute", _MINUTE),
+    ("tokens", "x-ratelimit-{}-tokens-minute", _MINUTE),  # Mistral, Cerebras
+    ("requests", "x-ratelimit-{}-requests-day", None),  # Cerebras
+    ("requests", _ALONE, None),  # OpenRouter, Together
+)
+"""What headers say (``limit``, ``remaining``, ``reset``), and the time of a reset that they leave out."""
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _LONGEST = 86400.0  # seconds; a longer time is taken for this one
 
@@ -106,24 +118,26 @@ def hints(headers: Mapping[str, Any] | None, wall: float | None = None) -> list[
     """Return what the headers of an answer say about what is left of quotas.
 
     It reads OpenAI's ``x-ratelimit-remaining-requests`` and ``…-tokens``, which other providers use too;
-    Anthropic's ``anthropic-ratelimit-requests-remaining``; and ``x-ratelimit-remaining`` alone.
+    Anthropic's ``anthropic-ratelimit-requests-remaining``; the same with the window in the name, as Mistral
+    and Cerebras write it; and ``x-ratelimit-remaining`` alone.
     """
     if headers is None:
         return []
     found: dict[str, Hint] = {}
-    for form in _FORMS:
-        for kind in ("requests", "tokens") if "{kind}" in form else ("requests",) if not found else ():
-            hint = _hint(headers, kind, form, wall)
-            if hint is not None:
-                found.setdefault(kind, hint)
+    for kind, form, window in _FORMS:
+        if kind in found or (form == _ALONE and found):
+            continue
+        hint = _hint(headers, kind, form, window, wall)
+        if hint is not None:
+            found[kind] = hint
     return list(found.values())
 
 
-def _hint(headers: Mapping[str, Any], kind: str, form: str, wall: float | None) -> Hint | None:
-    limit, remaining, reset = (
-        headers.get(form.format(what, kind=kind)) for what in ("limit", "remaining", "reset")
-    )
-    left, seconds = _number(remaining), _reset(reset, wall)
+def _hint(
+    headers: Mapping[str, Any], kind: str, form: str, window: float | None, wall: float | None
+) -> Hint | None:
+    limit, remaining, reset = (headers.get(form.format(what)) for what in ("limit", "remaining", "reset"))
+    left, seconds = _number(remaining), window if reset is None else _reset(reset, wall)
     return None if left is None or seconds is None else Hint(kind, _number(limit), left, seconds)
 
 

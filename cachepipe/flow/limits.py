@@ -37,7 +37,7 @@ _COLD = 5.0  # seconds that a request may take to arrive before the first answer
 _WITHIN = 2  # the rank of a call that is made within another one
 _NOTABLE = 60.0  # seconds of a pause that is logged, because the program may seem to hang
 _TICK = 1e-6  # seconds of the shortest wait; rounding may turn a shorter one into none
-_OVERLOADED = frozenset({408, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+_OVERLOADED = frozenset({408, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 class Limits:

@@ -11,7 +11,7 @@ items of a batch, and reads the provider's headers.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from cachepipe import context, outages
@@ -19,7 +19,7 @@ from cachepipe.flow.clock import CLOCK, Clock
 from cachepipe.flow.headers import headers_of, retry_after
 
 _NEVER = frozenset({400, 401, 402, 403, 404, 405, 410, 411, 413, 414, 415, 422, 501, 505})
-_AGAIN = frozenset({408, 409, 425, 429})
+_AGAIN = frozenset({408, 409, 425, 429, 498})  # the last: Groq has no capacity left for its flex tier
 _SPENT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 
 T = TypeVar("T")
@@ -29,8 +29,8 @@ def may_be_repeated(error: BaseException) -> bool:
     """Return True if a call that failed with this error may succeed when it is repeated.
 
     Errors 400, 401, 403, 404 and 422 are never repeated, and neither is a 429 which says that the budget is
-    used up. Errors 408, 409, 429, server errors and calls without an answer are repeated, unless the answer's
-    ``x-should-retry`` says otherwise.
+    used up. Errors 408, 409, 429, 498, server errors and calls without an answer are repeated, unless the
+    answer's ``x-should-retry`` says otherwise.
     """
     if not isinstance(error, Exception):
         return False
@@ -47,7 +47,10 @@ def may_be_repeated(error: BaseException) -> bool:
 
 
 def _code_of(error: BaseException) -> Any:
-    code = getattr(error, "code", None)
+    code, body = getattr(error, "code", None), getattr(error, "body", None)
+    if code is None and isinstance(body, Mapping):  # the errors of Groq and Together have no attribute for it
+        told = body.get("error", body)
+        code = told.get("code") if isinstance(told, Mapping) else None
     return code if isinstance(code, str) else None
 
 

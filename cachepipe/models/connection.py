@@ -14,9 +14,11 @@ from urllib.parse import urlencode
 
 from cachepipe import context, jsontext, loops, outages, wire
 from cachepipe.accounting import Account, usage_of
-from cachepipe.providers.generation import Calls, Unkept
+from cachepipe.providers.generation import Calls, Made, Unkept
 from cachepipe.providers.responses import Received
 
+_GOOGLE: Final = "https://generativelanguage.googleapis.com"
+_GOOGLE_KEYS: Final = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 _NO_KEY: Final = "EMPTY"  # for servers that need no key; the SDK would refuse to send none
 
 
@@ -77,6 +79,7 @@ class Connection:
         self._by_loop: dict[asyncio.AbstractEventLoop, Any] = {}
         self._api_key = given.pop("api_key", None)
         base_url = given.pop("base_url", None) or os.environ.get("OPENAI_BASE_URL")
+        self._is_named = base_url is not None or client is not None
         self._base_url = base_url or "https://api.openai.com/v1"
         self._settings = given
         self._query = ""
@@ -100,8 +103,21 @@ class Connection:
         self.headers = wire.answer_headers(headers)
         self._azure = client if wire.azure_kinds(client) else None
 
+    def place_of(self, path: str) -> str:
+        """Return where Gemini's API is: a path below the base URL, or Google's URL if no base URL is given.
+
+        Args:
+            path: its path, with the version, which a base URL may end with too.
+        """
+        if not self._is_named:
+            return _GOOGLE + path
+        version = "/" + path.split("/", 2)[1]
+        return path.removeprefix(version) if self._base_url.rstrip("/").endswith(version) else path
+
     def scope_of(self, endpoint: str, model: Any) -> str:
         """Return the full URL of an endpoint without credentials."""
+        if "://" in endpoint:
+            return wire.scope_of(endpoint + self._query)
         if self._azure is None:
             return wire.scope_of(f"{self._base_url.rstrip('/')}{endpoint}{self._query}")
         return wire.scope_of(wire.azure_url(self._base_url, endpoint, model, self._azure) + self._query)
@@ -115,7 +131,9 @@ class Connection:
             self._answer_class = importlib.import_module(library).Response
         self.calls += 1
         attempt = context.attempt.get()
-        options = {"max_retries": 0} if attempt is not None and attempt.sole else {}
+        options: dict[str, Any] = {"max_retries": 0} if attempt is not None and attempt.sole else {}
+        if wire.api_for("POST", endpoint) in (wire.GENERATE_CONTENT, wire.EMBED_CONTENT):
+            options["headers"] = self._google_headers(client)
         sent: dict[str, Any] = {"cast_to": self._answer_class, "options": options}
         try:
             with self._uncached():
@@ -130,6 +148,13 @@ class Connection:
         if attempt is not None:
             attempt.headers = answer.headers
         return Received(answer, {}, answer.content)
+
+    def _google_headers(self, client: Any) -> dict[str, Any]:
+        """Return the headers of a call to Gemini: its own key, and not that of OpenAI."""
+        named = next(filter(None, map(os.environ.get, _GOOGLE_KEYS)), None)
+        key = self._api_key or (named if self._client is None else client.api_key)
+        absent = importlib.import_module(f"{self.package}._types").Omit()
+        return {"x-goog-api-key": key or absent, "Authorization": absent}
 
     def _uncached(self) -> contextlib.AbstractContextManager[None]:
         """Make the caller's client bypass its own cache, unless it only replays.
@@ -155,6 +180,8 @@ class Connection:
     def _made(self, sdk: Any) -> Any:
         """Return a new client."""
         key = os.environ.get("OPENAI_API_KEY") if self._api_key is None else self._api_key
+        if key is None and any(map(os.environ.get, _GOOGLE_KEYS)):
+            key = _NO_KEY  # all lines may be Gemini's
         return self._client_of(sdk, self._base_url, key)
 
     def _client_of(self, sdk: Any, base_url: str | None, api_key: str | None) -> Any:
@@ -232,21 +259,21 @@ class SdkCalls(Calls):
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:  # noqa: ARG002 - it never streams
         """Make a call; its error is the SDK's own."""
-        return await self.connection.post(self.endpoint, body)
+        return await self.connection.post(*self.api.sent(self.endpoint, body))
 
     def most(self) -> int:
         """Return no limit: the SDK has read the whole answer already, which may be that of a long list."""
         return sys.maxsize
 
-    async def paid(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Received]:
+    async def paid(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Made]:
         """Make one call as `Calls.call` does, and count what it has cost.
 
         Raises:
             BadAnswer: when the response is not an answer.
         """
         try:
-            samples, arrived = await self.call(asks, n)
+            samples, made = await self.call(asks, n)
         except Unkept as unkept:
             raise unkept.error from unkept.error.__cause__
         self.connection.spent.spend(map(usage_of, samples), self.url)
-        return samples, arrived
+        return samples, made

@@ -16,6 +16,7 @@ from cachepipe.accounting import Account
 from cachepipe.contract.keys import Question
 from cachepipe.models.connection import Connection, ConnectionSettings, SdkCalls
 from cachepipe.models.samples import ProviderSamples, fields_of
+from cachepipe.providers import presets
 from cachepipe.providers.exchange import questions_of
 from cachepipe.providers.generation import in_parts
 from cachepipe.typedefs import Request, Response
@@ -63,8 +64,8 @@ class OpenAIModel(ProviderSamples):
     Args:
         model: the name of the model, for requests that have no field of that name.
         endpoint: the path of the calls below the base URL.
-        max_n: the largest number of samples that the server returns in one call; default is OpenAI's own
-            limit.
+        max_n: the largest number of samples that the server returns in one call; default is that of
+            the provider.
         raw: whether ``Response.data`` holds samples as they are stored, mappings in the form of whole
             answers. By default it holds their text, an embedding's vector (a list of numbers), a
             moderation's result.
@@ -109,8 +110,10 @@ class OpenAIModel(ProviderSamples):
     def _set_endpoint(self, endpoint: str) -> None:
         self.endpoint = self._path(endpoint)
         self.api = _api_of(self.endpoint)
-        self.max_n = self.api.max_n if self._limit is None else min(self._limit, self.api.max_n)
         self.cache_scope = self.connection.scope_of(self.endpoint, self.model)
+        known = presets.at(self.cache_scope)
+        limits = (self.api.max_n, self._limit, None if known is None else known.max_n)
+        self.max_n = min(limit for limit in limits if limit is not None)
 
     def _path(self, endpoint: str) -> str:
         """Return an endpoint as the SDK's own resources write it, with one leading slash."""

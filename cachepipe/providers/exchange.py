@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import orjson
 
-from cachepipe import context, jsontext, loops, runs, wire
+from cachepipe import context, loops, runs, wire
 from cachepipe.bounds import check_n
 from cachepipe.cache.cache import Cache, Found, responses_of
 from cachepipe.cache.drawing import Drawing, outcomes
@@ -37,12 +37,12 @@ from cachepipe.contract.draws import (
 from cachepipe.contract.flags import Asker, Groups, lone
 from cachepipe.contract.keys import Question
 from cachepipe.errors import CacheMiss, NotStorable, ShortAnswer
-from cachepipe.flow.budget import Budget, Spending
+from cachepipe.flow.budget import Budget, Reservations, Spending
 from cachepipe.flow.flow import Flow
 from cachepipe.outages import status_of
 from cachepipe.prices import TABLE, Prices
-from cachepipe.providers import info
-from cachepipe.providers.generation import Answer, Calls, Kept, TooLarge, Unkept, in_parts, packed
+from cachepipe.providers import info, presets
+from cachepipe.providers.generation import Answer, Calls, Kept, Made, TooLarge, Unkept, in_parts, packed
 from cachepipe.providers.lists import Lists
 from cachepipe.providers.responses import Received
 from cachepipe.providers.stream_recorder import AsyncRecordedStream, RecordedStream, ReplayedStream
@@ -79,7 +79,9 @@ class _Model:
 
     async def request(self, request: Any) -> Response:
         """Return the samples of a call for the request."""
-        return Response(await request.exchange.generate(request))
+        response = Response(await request.exchange.generate(request))
+        response.payment = Reservations.of([sample.reserved for sample in response.data])
+        return response
 
     @staticmethod
     def context_of(request: Any) -> contextvars.Context | None:
@@ -117,15 +119,8 @@ class SharedStore:
         """Return what calls spend of a budget; all who have the same budget share it."""
         return self._spending.setdefault(id(budget), Spending(self.store, budget))
 
-    async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
-        """Wait for what is in flight on this loop, then close the store if it was opened here.
-
-        Args:
-            timeout: seconds after which the rest of a stream without a reader is given up.
-        """
-        if self.closed:
-            return
-        self.closed = True
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight on this loop; the argument is that of `close`."""
         recordings = list(self.recordings)
         for recording in recordings:
             recording.leave()
@@ -135,6 +130,17 @@ class SharedStore:
                 await cache.drain(loops.running())
         finally:
             timer.cancel()
+
+    async def close(self, timeout: float = CLOSING_SECONDS) -> None:  # noqa: ASYNC109 - it bounds a part only
+        """Wait for what is in flight on this loop, then close the store if it was opened here.
+
+        Args:
+            timeout: seconds after which the rest of a stream without a reader is given up.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        await self.drain(timeout)
         runs.closed(self.store.identity, self)
         await self.deliveries.write()
         if self.owned:
@@ -314,6 +320,25 @@ def check_size(asks: Sequence[wire.Ask], most: int | None = None) -> None:
     check_n(asks[0].n, len(asks), most)
 
 
+def limit_of(api: wire.Api, ask: wire.Ask, url: str, most: int | None = None) -> int:
+    """Return the largest number of samples of one call.
+
+    A request with a seed is sent as its caller wrote it, since its samples would be equal in calls of their
+    own.
+
+    Args:
+        api: the API.
+        ask: the question.
+        url: where the call goes.
+        most: the number that the client's provider honours, if it is known.
+    """
+    if not ask.mergeable:
+        return api.max_n
+    known = presets.at(wire.scope_of(url))
+    limits = (api.max_n, most, None if known is None else known.max_n)
+    return min(limit for limit in limits if limit is not None)
+
+
 def questions_of(
     api: wire.Api,
     asks: Sequence[wire.Ask],
@@ -322,13 +347,14 @@ def questions_of(
     *,
     scope: str | None = None,
     alone: bool = False,
+    max_n: int | None = None,
 ) -> list[Question]:
     """Return the questions of a request with their keys; the arguments are those of `Exchange`.
 
     Raises:
         UnkeyableValue: when no stable key can be made from one of its values.
     """
-    alone = alone or api.max_n == 1 or len(asks) > 1
+    alone = alone or len(asks) > 1 or limit_of(api, asks[0], url, max_n) == 1
     scope, named = wire.named_scope(scope, wire.scope_of(url), api)
     return [
         keys.provider_question(
@@ -347,7 +373,7 @@ def body_from(api: wire.Api, ask: wire.Ask, samples: Sequence[Kept]) -> bytes:
     payloads = [sample.payload for sample in samples]
     for payload in payloads:
         if _MARKED in payload:
-            return jsontext.dumps(api.answer([sample.value for sample in samples], ask))
+            return api.written(api.answer([sample.value for sample in samples], ask))
     return api.answer_bytes(payloads, ask)
 
 
@@ -372,7 +398,7 @@ class Exchange(Calls):
         run: the run that it belongs to; by default the current one.
         counter: counts the occurrences of equal requests; by default the run.
         lists: sends the items of lists; by default only this request's own items share calls.
-        max_n: the largest number of samples of one call; default is the API's.
+        max_n: the largest number of samples of one call; default is that of the API or of a known provider.
         ordered: whether the answer is handed over in its turn.
     """
 
@@ -412,7 +438,7 @@ class Exchange(Calls):
         self.run = run
         self.counter = counter
         self.lists = lists
-        self.max_n = api.max_n if max_n is None else min(max_n, api.max_n)
+        self.max_n = limit_of(api, asks[0], url, max_n)
         self.given_back = (
             False  # whether the reader of the stream was cut off, so that its retry is this draw
         )
@@ -421,7 +447,9 @@ class Exchange(Calls):
         self._snapped = False
         self._kind: Hashable = None  # what the items that may share a call have in common
         self.over = False  # nobody takes what a call brings any more
-        self.questions = questions or questions_of(api, asks, url, headers, scope=view.scope, alone=alone)
+        self.questions = questions or questions_of(
+            api, asks, url, headers, scope=view.scope, alone=alone, max_n=max_n
+        )
         self.record = info.Record(self.questions, claimant, url, view.prices)
 
     def own_context(self) -> contextvars.Context | None:
@@ -663,7 +691,8 @@ class Exchange(Calls):
     async def generate(self, asked: Asked) -> Sequence[Any]:
         """Return the samples of a call for one of the questions."""
         live = self.live
-        if live is not None and asked.own and len(self.asks) == 1 and not live.done():
+        whole = asked.own and len(self.asks) == 1 and asked.n <= self.max_n
+        if live is not None and whole and not live.done():
             return await self._recorded(live)
         try:
             return await in_parts(partial(self._generated, asked.place), asked.n, self.max_n)
@@ -682,12 +711,12 @@ class Exchange(Calls):
 
     async def called(self, asks: Sequence[wire.Ask], n: int) -> Sequence[Any]:
         """Return the samples of one call as they are stored, n for each of the asks; see `Calls.call`."""
-        samples, arrived = await self.call(asks, n)
+        samples, made = await self.call(asks, n)
         try:
-            kept = self._packed(samples, arrived)
+            kept = self._packed(samples, made)
         except NotStorable as error:
-            raise Unkept(arrived, error) from error
-        self.brought.append((arrived, kept))
+            raise Unkept(made.arrived, error) from error
+        self.brought.append((made.arrived, kept))
         return kept
 
     def list_kind(self, place: int) -> Hashable:
@@ -703,15 +732,21 @@ class Exchange(Calls):
             self._kind = self.claimant, shared.key
         return self._kind, type(item)
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], made: Made) -> list[Kept]:
         """Return the samples of a call in the form in which they are stored."""
         url = wire.scope_of(self.url)
-        return packed(
-            samples,
-            request=arrived.response.headers.get(id_header(self.api)),
-            asked=self.body.get("model"),
-            url=None if url == self.questions[0].scope else url,
-        )
+        try:
+            return packed(
+                samples,
+                request=made.arrived.response.headers.get(id_header(self.api)),
+                asked=self.body.get("model"),
+                url=None if url == self.questions[0].scope else url,
+                reserved=made.reserved,
+            )
+        except NotStorable:
+            if made.reserved is not None:
+                made.reserved.stored(len(samples))
+            raise
 
     async def _recorded(self, live: asyncio.Future[tuple[RecordedStream, Received]]) -> list[Any]:
         """Return the samples of the caller's own stream when it has come to its end."""
@@ -728,8 +763,8 @@ class Exchange(Calls):
         except BaseException as error:
             made.end(error=error)
             raise
-        made.end(self.api.answer(samples, self.asks[0]))
-        return self._packed(samples, arrived)
+        made.end(self.api.answer(samples, self.asks[0]), samples=len(samples))
+        return self._packed(samples, made)
 
     async def _recorded_samples(
         self,

@@ -35,10 +35,12 @@ class Kept(NamedTuple):
     Attributes:
         payload: its JSON, in the cache's own spelling.
         noted: JSON of the facts stored with it, or nothing.
+        reserved: what its call has reserved of a budget, until it is stored.
     """
 
     payload: bytes
     noted: bytes = b""
+    reserved: Reservation | None = None
 
     @property
     def value(self) -> wire.Sample:
@@ -57,7 +59,12 @@ class Kept(NamedTuple):
 
 
 def packed(
-    samples: Sequence[wire.Sample], *, request: Any = None, asked: Any = None, url: str | None = None
+    samples: Sequence[wire.Sample],
+    *,
+    request: Any = None,
+    asked: Any = None,
+    url: str | None = None,
+    reserved: Reservation | None = None,
 ) -> list[Kept]:
     """Return the samples of a call in the form in which they are stored.
 
@@ -66,13 +73,14 @@ def packed(
         request: the provider's id of the call.
         asked: the model that was asked.
         url: where the call went, unless the scope of the question says so.
+        reserved: what the call has reserved of a budget.
 
     Raises:
         NotStorable: when an equal sample could not be restored.
     """
     about = {name: value for name, value in (("request", request), ("asked", asked)) if is_name(value)}
     return [
-        Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, url)})))
+        Kept(_codec.encode(sample), trimmed(orjson.dumps({**about, **noted(sample, url, asked)})), reserved)
         for sample in samples
     ]
 
@@ -191,8 +199,8 @@ class Calls:
         """Return the largest size in bytes of an answer that is kept; larger ones are only handed on."""
         return max_answer()
 
-    async def call(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Received]:
-        """Make one call; return its samples, n for each of the asks, and the response.
+    async def call(self, asks: Sequence[wire.Ask], n: int) -> tuple[list[wire.Sample], Made]:
+        """Make one call; return its samples, n for each of the asks, and the call.
 
         Args:
             asks: questions of this request, or of others that differ from it in their item only.
@@ -210,14 +218,15 @@ class Calls:
         if isinstance(content, BodySource) or len(content) > most:
             made.end()
             raise TooLarge(arrived, most)
-        made.end_with(content)
         try:
             samples = self.api.samples(content, questions if len(asks) > 1 else ())
             if len(asks) > 1:
                 wire.by_question(samples, len(asks), n)
         except wire.BadAnswer as error:
+            made.end_with(content)
             raise Unkept(arrived, error) from error
-        return samples, arrived
+        made.end_with(content, len(samples))
+        return samples, made
 
     async def begin(self, body: Mapping[str, Any], *, stream: bool) -> tuple[Made, Received]:
         """Make a call, scheduled and retried by the flow control if there is one.
@@ -279,6 +288,7 @@ class Made:
     """A call upstream with an answer that has begun to arrive, until its end is reported.
 
     Attributes:
+        arrived: the response.
         reserved: what was reserved for it, if a budget bounds it.
     """
 
@@ -287,20 +297,29 @@ class Made:
     def __init__(self, passage: Passage | None, span: telemetry.CallSpan | None, arrived: Received) -> None:
         self._passage = passage
         self._span = span
+        self.arrived = arrived
         self._headers = getattr(arrived.response, "headers", None)
 
-    def end(self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None) -> None:
-        """Report its end to the budget, the flow control and the telemetry, if there are any."""
+    def end(
+        self, answer: Mapping[str, Any] | None = None, *, error: BaseException | None = None, samples: int = 0
+    ) -> None:
+        """Report its end to the budget, the flow control and the telemetry, if there are any.
+
+        Args:
+            answer: the answer.
+            error: the error of a call that brought none.
+            samples: how many samples it has brought that are to be stored.
+        """
         if self.reserved is not None:
-            self.reserved.end(answer, error=error)
+            self.reserved.end(answer, error=error, samples=samples)
         usage = wire.usage_in(answer or {})
         if self._passage is not None:
             self._passage.end(usage=usage, headers=self._headers, error=error)
         if self._span is not None:
             self._span.end(answer, error=error)
 
-    def end_with(self, content: bytes) -> None:
-        """Report its end with an answer in raw form."""
+    def end_with(self, content: bytes, samples: int = 0) -> None:
+        """Report its end with an answer in raw form; see `end`."""
         if self._passage is None and self._span is None and self.reserved is None:
             return
         try:
@@ -309,7 +328,7 @@ class Made:
             answer = None
         if not isinstance(answer, dict) and self._span is not None:
             self._span.end(error=wire.BadAnswer("the answer is not a JSON object"))
-        self.end(answer if isinstance(answer, dict) else None)
+        self.end(answer if isinstance(answer, dict) else None, samples=samples)
 
 
 async def in_parts(call: Callable[[int], Awaitable[Sequence[S]]], n: int, limit: int) -> Sequence[S]:

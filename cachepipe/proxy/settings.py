@@ -18,6 +18,7 @@ from cachepipe.errors import CachepipeError
 from cachepipe.flow import Budget, Limits, Quota, Retries
 from cachepipe.flow.flow import Flow
 from cachepipe.prices import Prices
+from cachepipe.providers import presets
 from cachepipe.proxy.headers import KEYS
 from cachepipe.typedefs import REPEATS, Repeat, check_replicate
 
@@ -57,7 +58,8 @@ class Upstream:
         kind: its dialect, which decides how the API key is sent: ``"openai"``, ``"anthropic"`` or
             ``"gemini"``. By default, ``/v1/messages`` goes to the first upstream of the kind ``anthropic``,
             and ``/v1/models/MODEL:METHOD``, in any version, to the first one of the kind ``gemini``.
-        mount: the local path prefix that maps to ``url``: ``/v1`` if the URL has a path, else none.
+        mount: the local path prefix that maps to ``url``: ``/v1`` if the URL has a path, else none; for Groq
+            ``/openai/v1``, as its SDK writes it.
         api_key: the API key to send; None if clients send their own.
         key_header: the header for the API key.
         flow: limits for calls that the cache cannot answer, or None; what passes through is not limited.
@@ -87,7 +89,7 @@ class Upstream:
 
         Args:
             name: its name.
-            url: its base URL.
+            url: its base URL, or the name of a known provider, such as ``openrouter``.
             kind: its dialect.
             mount: the local path prefix.
             api_key: the API key to send.
@@ -101,13 +103,19 @@ class Upstream:
         """
         what = f"the upstream {name!r}"
         _check_form(_NAME, name, "an upstream's name is made of letters, digits, '_', '.' and '-'")
+        if isinstance(url, str):
+            try:
+                url = presets.located(url)
+            except ValueError as error:
+                raise BadSettings(f"{what}: {error}") from error
         parts = _url(what, url)
         if kind is None:
             kind = next((kind for host, kind in _HOSTS.items() if _is_at(parts.hostname, host)), "openai")
         if kind not in KINDS:
             raise BadSettings(f"{what}: kind is one of {', '.join(KINDS)}; got {kind!r}")
         if mount is None:
-            mount = "/v1" if parts.path.strip("/") else ""
+            known = presets.at(url.rstrip("/"))
+            mount = (known and known.prefix) or ("/v1" if parts.path.strip("/") else "")
         mount = mount.rstrip("/")
         _check_form(_MOUNT, mount, f"{what}: mount is a path such as /v1")
         header = key_header or _KEY_HEADERS[kind]

@@ -20,7 +20,7 @@ from cachepipe import jsontext, outages, wire
 from cachepipe.contract.draws import Retried
 from cachepipe.errors import CachepipeError
 from cachepipe.providers.exchange import CacheView, Exchange
-from cachepipe.providers.generation import Kept
+from cachepipe.providers.generation import Kept, Made
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.proxy import headers
 from cachepipe.proxy.body_cache import ParsedBody
@@ -257,6 +257,7 @@ class UpstreamClient:
     def __init__(self, settings: ProxySettings) -> None:
         self.most = settings.max_answer
         self._settings = settings
+        self._trust = httpx2.create_ssl_context()  # what the SDKs trust
         self._opened: aiohttp.ClientSession | None = None
         names = [upstream.name for upstream in settings.upstreams]
         self._slots = {name: asyncio.Semaphore(settings.max_calls) for name in names}
@@ -328,9 +329,7 @@ class UpstreamClient:
         if self._opened is None:
             settings = self._settings
             self._opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=0, keepalive_timeout=30.0, ssl=httpx2.create_ssl_context()
-                ),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, ssl=self._trust),
                 # A cookie jar would send the cookies of one client with the requests of another.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(
@@ -403,10 +402,10 @@ class ProxyExchange(Exchange):
     def keep(self) -> None:
         """Keep the body without copying it: it was read from the wire, so nothing else can change it."""
 
-    def _packed(self, samples: Sequence[wire.Sample], arrived: Received) -> list[Kept]:
+    def _packed(self, samples: Sequence[wire.Sample], made: Made) -> list[Kept]:
         """Count the samples of a call, and return them in the form in which they are stored."""
         self._spend(self.claimant.namespace, samples, self.head.url)
-        return super()._packed(samples, arrived)
+        return super()._packed(samples, made)
 
     async def send(self, body: Mapping[str, Any], *, stream: bool) -> Received:
         """Make a call with this request's own headers."""

@@ -74,6 +74,26 @@ def body_of(options: Any) -> dict[str, Any] | None:
     return dict(body)
 
 
+def asks_of(api: wire.Api, body: Mapping[str, Any], *, stream: bool) -> tuple[wire.Ask, ...]:
+    """Return the asks of a call's body; none if the call goes to the provider without the cache.
+
+    Args:
+        api: the API of the call.
+        body: its body.
+        stream: whether the client returns a stream.
+    """
+    try:
+        asks = api.split(body)
+        check_size(asks)
+    except wire.BadRequest:
+        return ()  # the provider says what is wrong with it
+    except TooManySamples as error:
+        message = f"{error}. The call is sent to the provider unchanged, and its answer is not cached"
+        warnings.warn(message, NotStored, stacklevel=2)
+        return ()
+    return asks if asks[0].cacheable and asks[0].stream == stream else ()
+
+
 class SdkCall(Exchange):
     """A call of a client that the cache may answer, through any SDK. Subclasses define `arguments`.
 
@@ -137,7 +157,8 @@ class ClientCall(SdkCall):
         self.options = options
         self.stream_cls = stream_cls
         self.kept = True  # whether the answer is one, in or from the cache
-        super().__init__(client, url=target.url, headers=target.headers, **parts)
+        limit = client._max_n  # noqa: SLF001 - it is ours
+        super().__init__(client, url=target.url, headers=target.headers, max_n=limit, **parts)
 
     @classmethod
     def of(
@@ -152,16 +173,8 @@ class ClientCall(SdkCall):
         body = None if api is None else body_of(options)
         if api is None or body is None:
             return None
-        try:
-            asks = api.split(body)
-            check_size(asks)
-        except wire.BadRequest:
-            return None  # the provider says what is wrong with it
-        except TooManySamples as error:
-            message = f"{error}. The call is sent to the provider unchanged, and its answer is not cached"
-            warnings.warn(message, NotStored, stacklevel=2)
-            return None
-        if not asks[0].cacheable or asks[0].stream != stream:
+        asks = asks_of(api, body, stream=stream)
+        if not asks:
             return None
         return cls(
             client,

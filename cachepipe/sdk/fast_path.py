@@ -155,7 +155,8 @@ def _begin(client: Any, shape: CallShape, given: Mapping[str, Any]) -> Any:
     if not asks:
         return None
     target = internals.known_target(client, shape.options, body)
-    questions = questions_of(api, asks, target.url, target.headers, scope=view.scope)
+    limit = client._max_n  # noqa: SLF001 - it is ours
+    questions = questions_of(api, asks, target.url, target.headers, scope=view.scope, max_n=limit)
     claimant = using.claimant(view.namespace, view.replicate)
     asked = [(question, asks[0].n) for question in questions]
     ordered = kind.check_order(using.ordered_of(view.ordered))

@@ -62,9 +62,22 @@ def made_response(
             content = BodySource([content])
         else:
             headers["content-type"] = "text/event-stream; charset=utf-8"
-        response = library.Response(200, headers=headers, stream=_body(client, content), request=request)
-        _watch_closing(response, content.closing)
+        response = streaming(library, content, _is_async(client), headers=headers, request=request)
     response.elapsed = dt.timedelta(0)
+    return response
+
+
+def streaming(library: Any, source: BodySource, asynchronous: bool, **parts: Any) -> Any:
+    """Return a response with status 200 whose body is a source.
+
+    Args:
+        library: the HTTP library.
+        source: its body.
+        asynchronous: whether it is read on an event loop.
+        parts: the other arguments of the library's ``Response``.
+    """
+    response = library.Response(200, stream=_body_class(library, asynchronous)(source), **parts)
+    _watch_closing(response, source.closing)
     return response
 
 
@@ -185,8 +198,11 @@ def _body_class(library: Any, asynchronous: bool) -> Callable[..., Any]:
 
 
 def _body(client: Any, *arguments: Any) -> Any:
-    library = library_of(client)
-    return _body_class(library, isinstance(http_of(client), library.AsyncClient))(*arguments)
+    return _body_class(library_of(client), _is_async(client))(*arguments)
+
+
+def _is_async(client: Any) -> bool:
+    return isinstance(http_of(client), library_of(client).AsyncClient)
 
 
 def ease_probes(client: Any) -> None:
@@ -226,3 +242,34 @@ def _eased(stream: Any) -> Any:
 
     stream.get_extra_info, stream.start_tls = get_extra_info, started_tls
     return stream
+
+
+class ForeignResponse:
+    """A streamed response of requests or aiohttp, with the methods of the other HTTP libraries."""
+
+    http_version = "HTTP/1.1"
+
+    def __init__(self, response: Any) -> None:
+        self.response = response
+        self.headers = response.headers
+        self.is_closed = False
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        """Iterate over the body in a thread."""
+        chunks: Iterator[bytes] = self.response.iter_content(chunk_size=512)  # as google-genai reads it
+        return chunks
+
+    async def aiter_bytes(self) -> AsyncIterator[bytes]:
+        """Iterate over the body on a loop."""
+        async for chunk in self.response.content.iter_any():
+            yield chunk
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.is_closed = True
+        self.response.close()
+
+    async def aclose(self) -> None:
+        """Release the connection; aiohttp closes it unless the body was read to its end."""
+        self.is_closed = True
+        self.response.release()

@@ -1,13 +1,15 @@
 """The internals of the SDKs: this is the only module that uses their private names.
 
-One generator makes all of the SDKs. They have in common: ``request(cast_to, options, *, stream,
-stream_cls)``, which all resources call; ``_process_response(...)``, its last step, which makes models,
-streams and raw responses from an HTTP response; ``_maybe_override_cast_to``; the HTTP client ``_client``; and
-the default headers that the caller gave, ``_custom_headers``.
+One generator makes all of the SDKs but Hugging Face's, for which see `HUB_NAMES`. They have in common:
+``request(cast_to, options, *, stream, stream_cls)``, which all resources call; ``_process_response(...)``,
+its last step, which makes models, streams and raw responses from an HTTP response;
+``_maybe_override_cast_to``; the HTTP client ``_client``; and the default headers that the caller gave,
+``_custom_headers``.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib
 import inspect
@@ -23,7 +25,12 @@ NAMES = ("request", "copy", "_process_response", "_maybe_override_cast_to")
 ATTRIBUTES = ("_client", "_custom_headers")
 """The attributes of an SDK's client that the cached clients use."""
 
-_ERRORS = {"openai": "OpenAIError", "together": "TogetherError", "anthropic": "AnthropicError"}
+_ERRORS = {
+    "openai": "OpenAIError",
+    "together": "TogetherError",
+    "anthropic": "AnthropicError",
+    "groq": "GroqError",
+}
 """The SDKs, and the base classes of their errors."""
 
 _USUAL_RETRIES = 2
@@ -49,6 +56,55 @@ def error_of(kind: Any) -> type[Exception]:
     package = package_of(kind)
     error: type[Exception] = getattr(importlib.import_module(package), _ERRORS[package])
     return error
+
+
+HUB_NAMES = ("_inner_post", "close", "chat_completion", "text_generation", "feature_extraction")
+"""The methods of Hugging Face's clients that the cached clients use.
+
+All tasks call ``_inner_post(request_parameters, stream=…)``, which sends the request and returns
+the body, or the lines of a stream. ``AsyncInferenceClient`` also has ``_get_async_client``.
+"""
+HUB_FIELDS = ("url", "task", "json", "data", "headers")
+"""The fields of ``request_parameters``, a dataclass, that the cached clients use."""
+
+hub_responses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "cachepipe_hub_responses", default=None
+)
+"""Gets the HTTP responses to a call of Hugging Face's clients, which return no more than the body."""
+
+
+def is_hub_client(kind: Any) -> bool:
+    """Return True if a class is one of Hugging Face's clients for inference."""
+    return any(base.__module__.startswith("huggingface_hub.inference.") for base in kind.__mro__)
+
+
+def is_async_hub_client(kind: Any) -> bool:
+    """Return True if a class of Hugging Face's is the asynchronous one."""
+    return inspect.iscoroutinefunction(kind._inner_post)  # noqa: SLF001 - this is the place
+
+
+def hub_post(sdk: Any, parameters: Any, *, stream: bool) -> Any:
+    """Have Hugging Face's SDK make a call; ``sdk`` is what ``super()`` returns in a client's class."""
+    return sdk._inner_post(parameters, stream=stream)  # noqa: SLF001 - this is the place
+
+
+async def hub_session(client: Any) -> Any:
+    """Return the HTTP client of an asynchronous client of Hugging Face's."""
+    return await client._get_async_client()  # noqa: SLF001 - this is the place
+
+
+def hub_library() -> Any:
+    """Return the HTTP library of Hugging Face's SDK, ``httpx2`` or ``httpx``."""
+    errors: Any = importlib.import_module("huggingface_hub.errors")
+    roots = (base.__module__.partition(".")[0] for base in errors.HfHubHTTPError.__mro__)
+    return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
+
+
+def observe(session: Any, hook: Any) -> None:
+    """Make an HTTP client call a hook with each response. To repeat this changes nothing."""
+    hooks = session.event_hooks["response"]
+    if hook not in hooks:
+        hooks.append(hook)
 
 
 def drop_resources(client: Any, original: Any) -> None:
@@ -323,3 +379,91 @@ def _is_azure(kind: Any) -> bool:
 def _is_given(value: Any) -> bool:
     """Return True if a value is not one of the SDKs' values for "not given"."""
     return value is not None and type(value).__name__ not in _ABSENT
+
+
+# google-genai, which is not generated: a client and its parts share an object that makes the HTTP calls.
+
+GOOGLE = "google.genai"
+"""The package of Google's SDK."""
+GOOGLE_NAMES = (
+    "_request",
+    "_async_request",
+    "request_streamed",
+    "async_request_streamed",
+    "_verify_response",
+)
+"""The methods of the object that makes the calls that cached clients override.
+
+The first two send a prepared request, with the SDK's own retries, and return its ``HttpResponse``. The next
+two return the chunks of a stream, and the last one sees each parsed answer before it is returned.
+"""
+
+
+def google_kind(kind: type) -> str:
+    """Return ``"Client"`` or ``"AsyncClient"`` for a class of google-genai's clients, else nothing."""
+    names = (base.__name__ for base in kind.__mro__ if base.__module__ == f"{GOOGLE}.client")
+    return next((name for name in names if name in ("Client", "AsyncClient")), "")
+
+
+def api_of(client: Any) -> Any:
+    """Return the object of a client that makes its HTTP calls."""
+    return client._api_client  # noqa: SLF001 - this is the place
+
+
+def rebound(part: Any, old: Any, new: Any) -> Any:
+    """Return a copy of a client, or of a part of one, whose calls another object makes."""
+    twin = object.__new__(type(part))
+    for name, value in vars(part).items():
+        if value is old:
+            vars(twin)[name] = new
+        else:
+            vars(twin)[name] = rebound(value, old, new) if _calls_through(value, old) else value
+    return twin
+
+
+def replaced_in(client: Any) -> str | None:
+    """Return the dotted name of a method that was replaced on a client or its parts, if any."""
+    api = api_of(client)
+    parts = {name: value for name, value in vars(client).items() if _calls_through(value, api)}
+    for place, owner in {"": client, "_api_client": api, **parts}.items():
+        for name in vars(owner):
+            if inspect.isfunction(getattr(type(owner), name, None)):
+                return f"{place.lstrip('_')}.{name}".lstrip(".")
+    return None
+
+
+def _calls_through(value: Any, api: Any) -> bool:
+    return getattr(value, "__dict__", {}).get("_api_client") is api
+
+
+def google_library(api: Any) -> Any:
+    """Return the HTTP library that google-genai runs on, ``httpx2`` or ``httpx``."""
+    kind = type(api._httpx_client)  # noqa: SLF001 - this is the place
+    roots = (base.__module__.partition(".")[0] for base in kind.__mro__)
+    return importlib.import_module(next(root for root in roots if root in ("httpx2", "httpx")))
+
+
+def google_once(sdk: Any, asynchronous: bool) -> Any:
+    """Return the method of google-genai that makes one attempt; ``sdk`` is what ``super()`` returns."""
+    once = sdk._async_request_once if asynchronous else sdk._request_once  # noqa: SLF001 - this is the place
+    if "implicit_retry" in inspect.signature(once).parameters:
+        return functools.partial(once, implicit_retry=False)
+    return once
+
+
+def google_retries(api: Any, http_options: Any) -> int | None:
+    """Return how often a call may be retried, if the call or its client sets that."""
+    for options in (http_options, api._http_options):  # noqa: SLF001 - this is the place
+        retries = options.get("retry_options") if isinstance(options, Mapping) else None
+        retries = getattr(options, "retry_options", retries)
+        attempts = retries.get("attempts") if isinstance(retries, Mapping) else None
+        attempts = getattr(retries, "attempts", attempts)
+        if isinstance(attempts, int):
+            return max(attempts, 1) - 1
+    return None
+
+
+def google_response(headers: Any, body: Any) -> Any:
+    """Return google-genai's own response, from its headers and an HTTP response or a list of texts."""
+    module: Any = importlib.import_module(f"{GOOGLE}._api_client")
+    return module.HttpResponse(headers, body)

@@ -11,15 +11,16 @@ import sys
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from inspect import signature
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from cachepipe import context, outages, wire
 from cachepipe.errors import UnknownCost
 from cachepipe.flow.flow import Flow, Passage
 from cachepipe.portal import in_portal, run_now, submit
-from cachepipe.providers import info
+from cachepipe.providers import info, presets
 from cachepipe.providers.exchange import CLOSING_SECONDS, CacheView
 from cachepipe.providers.generation import Answer
+from cachepipe.providers.presets import Preset
 from cachepipe.providers.responses import BodySource, Received
 from cachepipe.sdk import fast_path, http, internals
 from cachepipe.sdk.calls import ClientCall, SyncClientCall, body_of, receiving
@@ -41,6 +42,9 @@ _CACHESAVERS: Final = {
 }
 """The parameters of CacheSaver's clients, and what to write instead."""
 
+_OPENAIS: Final = ("organization", "project")
+"""The parameters that OpenAI's SDK takes from the environment, and that no other provider may learn."""
+
 _responses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
     "cachepipe_responses", default=None
 )
@@ -58,24 +62,20 @@ def _end(passage: Passage, responses: Sequence[Any], result: Any) -> None:
         http.when_read(response, functools.partial(passage.end, usage=usage, headers=headers))
 
 
-class Cached(outages.OutageReports):
-    """Goes in front of a client's class, as `AsyncCached` or `SyncCached`.
-
-    Its methods are coroutines that serve both kinds of clients. In a synchronous client they never wait,
-    because what they await is there already, and `run_now` makes plain methods of them.
+class Viewing:
+    """A client with a view of a cache.
 
     Attributes:
-        _call_class: the class of the client's calls.
-        _settled: returns an awaitable of the result of a step: of its coroutine, or of its result.
-        _within_limits: makes a call within the limits of a flow control; a step.
-        _read: reads the body of a response; a step.
+        _preset: the provider that the class is for; None for any.
     """
 
+    _preset: ClassVar[Preset | None] = None
     _cachepipe: CacheView
-    _call_class: type[ClientCall]
-    _settled: Callable[[Any], Awaitable[Any]]
-    _within_limits: Callable[..., Any]
-    _read: Callable[[Any], Any]
+
+    @property
+    def _max_n(self) -> int | None:
+        """The largest ``n`` that the provider honours, if it is known."""
+        return None if self._preset is None else self._preset.max_n
 
     def in_namespace(self, namespace: str | None) -> Self:
         """Return this client in another namespace; the two share connections, cache and calls in flight."""
@@ -89,6 +89,25 @@ class Cached(outages.OutageReports):
         client: Any = self
         twin: Self = client.copy(cache=view)
         return twin
+
+
+class Cached(Viewing, outages.OutageReports):
+    """Goes in front of a client's class, as `AsyncCached` or `SyncCached`.
+
+    Its methods are coroutines that serve both kinds of clients. In a synchronous client they never wait,
+    because what they await is there already, and `run_now` makes plain methods of them.
+
+    Attributes:
+        _call_class: the class of the client's calls.
+        _settled: returns an awaitable of the result of a step: of its coroutine, or of its result.
+        _within_limits: makes a call within the limits of a flow control; a step.
+        _read: reads the body of a response; a step.
+    """
+
+    _call_class: type[ClientCall]
+    _settled: Callable[[Any], Awaitable[Any]]
+    _within_limits: Callable[..., Any]
+    _read: Callable[[Any], Any]
 
     async def request(
         self, cast_to: Any, options: Any, *, stream: bool = False, stream_cls: Any = None
@@ -261,25 +280,27 @@ def equip(kind: Any, sdk: Any, *, credentials: Mapping[str, str], error: type[Ex
     """
     copies = (signature(base.copy).parameters for base in sdk.__mro__)  # a subclass may take anything
     missing: Any = next(taken["max_retries"].default for taken in copies if "max_retries" in taken)
-    made = _constructor(kind, sdk, credentials, error)
-    _sign(made, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
+    made = _constructor(sdk, credentials, error)
+    sign_constructor(made, sdk, kind)
     kind.__init__ = made
     made = _copier(sdk, missing)
     may_miss = {name: hint if hint is Any else hint | type(missing) for name, hint in _OPTIONS.items()}
     _sign(made, sdk.copy, {name: (hint, missing) for name, hint in may_miss.items()}, kind)
     kind.copy = kind.with_options = made
+    kind._preset = presets.of_sdk(internals.package_of(sdk))  # noqa: SLF001 - it is ours
     fast_path.equip(kind, sdk)
 
 
-def _constructor(
-    kind: Any, sdk: Any, credentials: Mapping[str, str], error: type[Exception]
-) -> Callable[..., None]:
+def sign_constructor(made: Callable[..., None], sdk: Any, kind: type) -> None:
+    """Give a constructor the signature of the SDK's, followed by our parameters."""
+    _sign(made, sdk.__init__, {name: (hint, _DEFAULTS[name]) for name, hint in _OPTIONS.items()}, kind)
+
+
+def _constructor(sdk: Any, credentials: Mapping[str, str], error: type[Exception]) -> Callable[..., None]:
     """Return a constructor with our parameters; the arguments are those of `equip`."""
 
     def construct(self: Any, **options: Any) -> None:
-        for name in _CACHESAVERS.keys() & options.keys():
-            raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
-        ours = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
+        ours = taken_from(options, type(self))
         cache, service = ours.pop("cache"), ours["service"]
         view = cache if isinstance(cache, CacheView) else None
         self._call_class.check_order(ours["ordered"] if view is None else view.ordered)
@@ -287,12 +308,44 @@ def _constructor(
         if view is None and hasattr(service, "client_options"):
             its = service.client_options(internals.package_of(sdk), replays=replays)
             options = _with_service(options, its)
-        _begin_sdk(self, sdk, options, credentials if replays else {}, error)
+        preset = self._preset
+        if preset is None or preset.sdk != "openai":
+            _begin_sdk(self, sdk, options, credentials if replays else {}, error)
+        else:
+            sdk.__init__(self, **_with_preset(options, preset, error, replays=replays))
+            for name in _OPENAIS:
+                setattr(self, name, options.get(name))
         self._cachepipe = CacheView.of(cache, **ours) if view is None else view
         if options.get("http_client") is None:
             http.ease_probes(self)
 
     return construct
+
+
+def taken_from(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Take our parameters out of a constructor's options, and return them with their defaults.
+
+    Raises:
+        TypeError: for a parameter of CacheSaver's clients, with what to write instead.
+    """
+    for name in _CACHESAVERS.keys() & options.keys():
+        raise TypeError(f"{kind.__name__} takes no {name}=; {_CACHESAVERS[name]}")
+    return {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
+
+
+def view_with(view: CacheView, changes: dict[str, Any]) -> CacheView:
+    """Return the view of a client's copy.
+
+    Args:
+        view: the view of the client.
+        changes: the parameters of ours that were given to ``copy``.
+    """
+    cache = changes.pop("cache", None)
+    if isinstance(cache, CacheView):
+        return cache
+    if cache is not None:
+        return CacheView.of(cache, **{name: getattr(view, name) for name in OURS[1:]} | changes)
+    return view.changed(**changes)
 
 
 def _begin_sdk(client: Any, sdk: Any, options: Any, placeholders: Any, error: type[Exception]) -> None:
@@ -303,6 +356,28 @@ def _begin_sdk(client: Any, sdk: Any, options: Any, placeholders: Any, error: ty
         if not placeholders or any(options.get(name) is not None for name in placeholders):
             raise
         sdk.__init__(client, **{**options, **placeholders})
+
+
+def _with_preset(
+    options: Mapping[str, Any], preset: Preset, error: type[Exception], *, replays: bool
+) -> dict[str, Any]:
+    """Return the options of a client of OpenAI's SDK for another provider.
+
+    Args:
+        options: the options that the caller gave.
+        preset: the provider.
+        error: what the SDK raises for a client without credentials.
+        replays: whether the client will make no calls, so that it needs no key.
+    """
+    made = {**options}
+    if made.get("base_url") is None:
+        made["base_url"] = preset.base_url
+    if made.get("api_key") is None:  # the SDK would take OpenAI's key
+        try:
+            made["api_key"] = preset.found_key(needed=not replays)
+        except ValueError as missing:
+            raise error(str(missing)) from None
+    return made
 
 
 def _with_service(options: Mapping[str, Any], its: dict[str, Any]) -> dict[str, Any]:
@@ -318,13 +393,7 @@ def _copier(sdk: Any, missing: Any) -> Callable[..., Any]:
 
     def copy(self: Any, **options: Any) -> Any:
         changes = {name: value for name in OURS if (value := options.pop(name, missing)) is not missing}
-        cache, view = changes.pop("cache", None), self._cachepipe
-        if isinstance(cache, CacheView):
-            view = cache
-        elif cache is not None:
-            view = CacheView.of(cache, **{name: getattr(view, name) for name in OURS[1:]} | changes)
-        else:
-            view = view.changed(**changes)
+        view = view_with(self._cachepipe, changes)
         extra = {**options.pop("_extra_kwargs", {}), "cache": view}
         return sdk.copy(self, **options, _extra_kwargs=extra)
 

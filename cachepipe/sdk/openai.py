@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import openai
 
+from cachepipe.providers import presets
 from cachepipe.replaying import NO_KEY
 from cachepipe.sdk.mixins import AsyncCached, SyncCached, equip
 from cachepipe.sdk.options import ClientOptions, CopyOptions
@@ -111,6 +112,28 @@ class AzureOpenAI(SyncCached, openai.AzureOpenAI):
     if TYPE_CHECKING:
 
         def __init__(self, **options: Unpack[_AzureOptions[str]]) -> None: ...
+
+
+def preset_class(name: str) -> type[Any]:
+    """Return a new class of clients of an OpenAI-compatible provider.
+
+    Args:
+        name: the name of the class: that of a row of `presets`, or the same with ``Async`` in front.
+
+    Raises:
+        AttributeError: when there is none.
+    """
+    preset = presets.compatible().get(name)
+    if preset is None:
+        raise AttributeError(f"there is no client {name!r}; there are {', '.join(presets.compatible())}")
+    base = AsyncOpenAI if name.startswith("Async") else OpenAI
+    needed = "" if preset.needs_key else " if it needs one"
+    doc = (
+        f"`{base.__name__}` for {preset.name}: at ``{preset.url}`` or ``{preset.variable}``, "
+        f"with the key in ``{preset.key}``{needed}."
+    )
+    about = {"_preset": preset, "__doc__": doc, "__module__": "cachepipe.clients", "__qualname__": name}
+    return type(name, (base,), about)
 
 
 for _kind, _sdk in (

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from cachepipe.providers.exchange import CacheView
 from cachepipe.replaying import NO_KEY
 from cachepipe.sdk import internals
-from cachepipe.sdk.mixins import AsyncCached, Cached, SyncCached, equip
+from cachepipe.sdk.mixins import AsyncCached, SyncCached, Viewing, equip
 from cachepipe.typedefs import Mode, Ordered, Repeat
 
 C = TypeVar("C")
@@ -34,8 +34,9 @@ def wrap(
     The original client is not changed. The copy is an instance of its class, with the same attributes.
 
     Args:
-        client: a client of the openai, together or anthropic package, of any class that sends its calls
-            unchanged: not the classes for Bedrock, Vertex and Google Cloud.
+        client: a client of the openai, together, groq, anthropic or google-genai package, of any class that
+            sends its calls unchanged (not Anthropic's classes for Bedrock, Vertex and Google Cloud), or one
+            of huggingface_hub's for inference.
         cache: a folder, a ``diskcache.Cache``, a store, or None for the default folder.
         namespace: the unit within which samples are independent, in practice one experiment.
         mode: ``"read-write"``, ``"replay"``, ``"refresh"`` or ``"bypass"``.
@@ -51,9 +52,16 @@ def wrap(
         TypeError: for any other object, for a client with a cache, and for a client with a replaced method
             (by a tracing tool, for example), because the copy would not have the replacement.
     """
+    if internals.google_kind(type(client)):
+        gemini = importlib.import_module("cachepipe.sdk.gemini")
+        gemini.check_wrappable(client, ordered)
+        view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate, ordered, budget)
+        twin: C = gemini.viewing(client, view)
+        return twin
     made: Any = object.__new__(_cached_class(_checked(client)))
     vars(made).update(vars(client))
-    internals.drop_resources(made, client)
+    if not internals.is_hub_client(type(client)):
+        internals.drop_resources(made, client)
     made._call_class.check_order(ordered)  # noqa: SLF001 - it is ours
     view = CacheView.of(cache, namespace, mode, scope, repeat, service, replicate, ordered, budget)
     made._cachepipe = view  # noqa: SLF001 - it is ours
@@ -61,26 +69,50 @@ def wrap(
     return wrapped
 
 
-def _checked(client: Any) -> Any:
-    kind: Any = type(client)
-    if isinstance(client, Cached):
+def check_uncached(client: Any) -> None:
+    """Refuse a client that has a cache.
+
+    Raises:
+        TypeError: when it has one.
+    """
+    if isinstance(client, Viewing):
         raise TypeError(
-            f"this {kind.__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
+            f"this {type(client).__name__} has a cache already; use its copy(cache=...) or in_namespace(...)"
         )
-    package = internals.package_of(kind)
-    if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
-        raise TypeError(
-            "wrap() takes a client of openai>=1.60, together>=2 or anthropic>=0.49; "
-            f"got {client!r:.200} of {kind.__module__}"
-        )
-    if package == "anthropic":
-        _anthropic().check_wrappable(kind)
-    name = internals.replaced(client)
+
+
+def check_unchanged(name: str | None) -> None:
+    """Refuse a client with a replaced method.
+
+    Args:
+        name: the name of the method, or None.
+
+    Raises:
+        TypeError: when there is one.
+    """
     if name is not None:
         raise TypeError(
             f"wrap() takes a client as its SDK made it; the method {name} of this one was replaced, and "
             "would be lost. Wrap the client first, then let the other tool have what wrap() returns"
         )
+
+
+def _checked(client: Any) -> Any:
+    kind: Any = type(client)
+    check_uncached(client)
+    if internals.is_hub_client(kind):
+        check_unchanged(next((name for name in internals.HUB_NAMES if name in vars(client)), None))
+        return kind
+    package = internals.package_of(kind)
+    if not package or not all(callable(getattr(kind, name, None)) for name in internals.NAMES):
+        raise TypeError(
+            "wrap() takes a client of openai>=1.60, together>=2, groq>=1, anthropic>=0.49, google-genai>=3 "
+            "or huggingface_hub>=1; "
+            f"got {client!r:.200} of {kind.__module__}"
+        )
+    if package == "anthropic":
+        _anthropic().check_wrappable(kind)
+    check_unchanged(internals.replaced(client))
     return kind
 
 
@@ -92,6 +124,8 @@ def _anthropic() -> Any:
 @functools.lru_cache(maxsize=64)
 def _cached_class(kind: Any) -> Any:
     """Return the cached subclass of a client class."""
+    if internals.is_hub_client(kind):
+        return importlib.import_module("cachepipe.sdk.huggingface").cached_class(kind)
     asynchronous = inspect.iscoroutinefunction(kind.request)
     mixin: Any = AsyncCached if asynchronous else SyncCached
     credentials: dict[str, Any] = {"api_key": NO_KEY}

@@ -74,9 +74,15 @@ def open_store(
     Returns:
         The store, and whether this function opened it, so that the caller must close it.
     """
-    cache = cache_for(cache)
     if replaying.CURRENT is not None:
         read_only = True
+    return _open(cache_for(cache), durability, wait_for_others, read_only)
+
+
+def _open(
+    cache: Any, durability: str, wait_for_others: float | None, read_only: bool | None
+) -> tuple[Store, bool]:
+    """Return the store for what `cache_for` has returned, as `open_store` does."""
     if hasattr(type(cache), "apply_now"):
         return cache, False
     if isinstance(cache, list | tuple) or (
@@ -85,12 +91,8 @@ def open_store(
         from cachepipe.stores.layers import open_layers  # noqa: PLC0415 - only when it is needed
 
         def open_one(one: Any, write: bool) -> tuple[Store, bool]:
-            return open_store(
-                one,
-                durability=durability,
-                wait_for_others=wait_for_others,
-                read_only=read_only if write else True,
-            )
+            one = one if replaying.CURRENT is not None else cache_for(one)
+            return _open(one, durability, wait_for_others, read_only if write else True)
 
         return open_layers(cache if isinstance(cache, list | tuple) else [cache], open_one), True
     if isinstance(cache, str) and is_url(cache):

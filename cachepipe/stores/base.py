@@ -19,6 +19,7 @@ import orjson
 
 from cachepipe import forks
 from cachepipe.accounting import Account, Delivered
+from cachepipe.contract.budgets import RowCost
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.entries import Entry
 from cachepipe.contract.intervals import IntervalSet
@@ -390,16 +391,15 @@ class Reserve:
 
     Attributes:
         namespace: the label of the namespace.
-        amount: how much is reserved.
+        call: identifies the call.
+        amount: how much is reserved; 0 only returns the state.
         limit: the budget.
-        summed: what the rows sum up to, less what had been settled before they were read; None if they were
-            not summed.
     """
 
     namespace: str
+    call: str
     amount: int
     limit: int
-    summed: int | None = None
 
 
 class Reserved(NamedTuple):
@@ -409,30 +409,87 @@ class Reserved(NamedTuple):
         granted: whether the amount was reserved.
         spent: what was spent.
         reserved: what calls in flight have reserved.
-        settled: what calls have settled so far.
-        lost: whether a process has ended with reservations; the rows must then be summed again.
+        lost: whether a process has ended with reservations; nothing is granted until the rows have been
+            summed again.
     """
 
     granted: bool
     spent: int
     reserved: int
-    settled: int
     lost: bool
 
 
 @dataclass(slots=True)
 class Settle:
-    """End a reservation, and note what its call has cost; amounts are nano-dollars.
+    """Replace the reservation of a call by what it has cost; its samples must be stored before.
 
     Attributes:
         namespace: the label of the namespace.
-        reserved: what was reserved.
-        spent: what the call has cost.
+        call: identifies the call.
+        spent: what it has cost, in nano-dollars.
     """
 
     namespace: str
-    reserved: int
+    call: str
     spent: int
+
+
+@dataclass(slots=True)
+class BeginSum:
+    """Begin to sum up what the rows of a namespace have cost; see `cachepipe.contract.budgets.Purse`.
+
+    Attributes:
+        namespace: the label of the namespace.
+        name: identifies the sum.
+    """
+
+    namespace: str
+    name: str
+
+
+class SumBegun(NamedTuple):
+    """What a sum of rows must know.
+
+    Attributes:
+        calls: the calls whose rows it must tell apart.
+        ended: those of them whose processes have ended.
+    """
+
+    calls: Collection[str]
+    ended: Collection[str]
+
+
+class RowSum(NamedTuple):
+    """What the rows of a namespace have cost, in nano-dollars.
+
+    Attributes:
+        rest: what all rows have cost that are not told apart.
+        apart: what the others have cost, by the calls that reserved for them.
+    """
+
+    rest: int
+    apart: Sequence[RowCost]
+
+
+@dataclass(slots=True)
+class EndSum:
+    """Take a sum of the rows of a namespace.
+
+    Attributes:
+        namespace: the label of the namespace.
+        name: identifies the sum.
+        found: the sum; None if the rows could not be summed.
+        ended: what `SumBegun` has returned.
+    """
+
+    namespace: str
+    name: str
+    found: RowSum | None = None
+    ended: Collection[str] = ()
+
+
+OfBudget = Reserve | Settle | BeginSum | EndSum
+"""The operations on the budget of a namespace."""
 
 
 Operation = (
@@ -448,11 +505,10 @@ Operation = (
     | RecordRemoval
     | Note
     | NotePlace
-    | Reserve
-    | Settle
+    | OfBudget
     | Adopt
 )
-Result = Grant | Committed | Reserved | Adopted | Erased | Dropped | None
+Result = Grant | Committed | Reserved | SumBegun | Adopted | Erased | Dropped | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state
@@ -578,12 +634,16 @@ class Store(Protocol):
         """Return the first n samples of a draw whose samples are all stored, else None. Only reads."""
         ...
 
-    def look(self, claims: Sequence[Claim]) -> asyncio.Future[list[Grant | bool]] | None:
+    def look(self, claims: Sequence[Claim], *, urgent: bool) -> asyncio.Future[list[Grant | bool]] | None:
         """Look what claims would get, without waiting for what others write. Only reads.
+
+        Args:
+            claims: the claims.
+            urgent: whether answers wait for what is found.
 
         Returns:
             For each claim its grant if the draw is known: then it need not be claimed; else whether a sample
-            may be at hand. None if claims do not wait for a server.
+            may be at hand. None if claims do not wait for a server, or if it is better to claim at once.
         """
         ...
 

@@ -4,18 +4,25 @@ There is one logic: when a key is first claimed, what the lower layers hold of i
 in the same transaction and by the rules of ``contract/entries.py``. So hits come from every layer, new
 samples go to the upper store, and no sample of a lower layer is given twice. Where nothing may be written, a
 store in memory takes the place of the upper one.
+
+What is only looked at is added to another store in memory. When that has grown to its bound, it is emptied;
+what is then asked for is read again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Sequence
+from functools import reduce
+from heapq import merge as in_key_order
+from operator import attrgetter
+from typing import Any, Final, Protocol
 
 from cachepipe.contract.draws import Draw
-from cachepipe.contract.entries import Entry
+from cachepipe.contract.entries import Entry, joined
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.contract.keys import Question
 from cachepipe.errors import LayerIgnored, NoCache, StoreError, warn
@@ -36,6 +43,10 @@ from cachepipe.stores.bundles.reader import Bundle, is_bundle
 from cachepipe.stores.memory import MemoryStore
 from cachepipe.stores.misses import nearest
 
+_MOST: Final = 32 << 20  # bytes of what was looked at that are kept in memory
+_ROW: Final = 1 << 10  # bytes that a question, a sample or a draw takes beside its content
+_KEYS: Final = 100_000  # keys of which it is remembered that they were brought up
+
 
 class Layer(Protocol):
     """What is read: a store, or a bundle."""
@@ -55,6 +66,11 @@ class Layer(Protocol):
         ...
 
 
+def _of_shown(name: str) -> Any:
+    """Return a property: the method of the store that listings show."""
+    return property(lambda store: getattr(store._shown, name))  # noqa: SLF001 - it is its own
+
+
 class LayeredStore:
     """A store above layers that are only read.
 
@@ -70,24 +86,31 @@ class LayeredStore:
         self._below = layers
         self._owned = owned
         self._memory = MemoryStore()
+        self._seen = MemoryStore()
         self._lock = threading.Lock()
         self._looked: set[str] = set()
+        self._size = 0
         self._adopted: set[str] = set()
         self.read_only = top is None
         self.why_read_only = "it consists of caches and bundles that are only read" if top is None else ""
-        seen = self._memory if top is None else top
         self.where = ", ".join(_where(each) for each in self._layers)
         self.identity = (
-            seen.identity if top is not None else f"layers:{'+'.join(each.identity for each in layers)}"
+            top.identity if top is not None else f"layers:{'+'.join(each.identity for each in layers)}"
         )
-        self.wait_for_others = seen.wait_for_others
-        # What is generated, and listings, concern the upper store.
-        self.status, self.generator, self.listen = seen.status, seen.generator, seen.listen
-        self.keys, self.question = seen.keys, seen.question
-        self.sample, self.samples, self.draws = seen.sample, seen.samples, seen.draws
-        self.namespaces, self.sums, self.bought = seen.namespaces, seen.sums, seen.bought
-        self.removals = seen.removals
-        self.entry, self.entries, self.entries_of = seen.entry, seen.entries, seen.entries_of
+        self.wait_for_others = self._shown.wait_for_others
+
+    @property
+    def _shown(self) -> Any:
+        """The store that listings show: the upper one, else what was looked at."""
+        return self._seen if self._top is None else self._top
+
+    # What is generated, and listings, concern the upper store.
+    status, generator, listen = _of_shown("status"), _of_shown("generator"), _of_shown("listen")
+    keys, question = _of_shown("keys"), _of_shown("question")
+    sample, samples, draws = _of_shown("sample"), _of_shown("samples"), _of_shown("draws")
+    namespaces, sums, bought = _of_shown("namespaces"), _of_shown("sums"), _of_shown("bought")
+    removals = _of_shown("removals")
+    entry, entries_of = _of_shown("entry"), _of_shown("entries_of")
 
     def __repr__(self) -> str:
         return f"<LayeredStore {self._top!r} above {list(self._below)!r}>"
@@ -122,6 +145,8 @@ class LayeredStore:
     def _adoptions(self, operations: Sequence[Operation]) -> list[Adopt]:
         """Return what adds the layers below to the keys that are claimed."""
         keys = {operation.draw.key: None for operation in operations if type(operation) is Claim}
+        if len(self._adopted) > _KEYS:
+            self._adopted.clear()  # what is brought up again is there already
         adopts: list[Adopt] = []
         for key in keys:
             if key not in self._adopted:
@@ -144,41 +169,91 @@ class LayeredStore:
         """Return the first n samples of a draw whose samples are all stored in the upper store, else None."""
         if self._top is not None:
             return self._top.recall(draw, n)
-        self._look(draw.key)
-        return self._memory.recall(draw, n)
+        with self._lock:
+            self._look([draw.key])
+            return self._seen.recall(draw, n)
 
-    def look(self, claims: Sequence[Claim]) -> None:
+    def look(self, claims: Sequence[Claim], *, urgent: bool) -> None:
         """Return None: a sample may be in a lower layer, and only a claim brings it up."""
 
     def replay(self, draw: Draw, n: int, taken: IntervalSet) -> Grant | None:
         """Return what a claim would get if all of its samples are stored in some layer, else None."""
-        self._look(draw.key)
-        return self._memory.replay(draw, n, taken)
+        with self._lock:
+            self._look([draw.key])
+            return self._seen.replay(draw, n, taken)
 
     def foresee(self, wanted: Sequence[tuple[Draw, int, Ahead]], *, refresh: bool = False) -> list[Foreseen]:
         """Return what claims would get, in order; nothing is written."""
-        for draw, _, _ in wanted:
-            self._look(draw.key)
-        return self._memory.foresee(wanted, refresh=refresh)
+        with self._lock:
+            self._look([draw.key for draw, _, _ in wanted])
+            return self._seen.foresee(wanted, refresh=refresh)
+
+    def entries(self, namespaces: Collection[str] | None = None, *, after: str = "") -> Iterator[Entry]:
+        """Iterate over the entries of all questions of the upper store; without one, of all layers.
+
+        Args:
+            namespaces: the labels of namespaces; only questions that one of them has drawn.
+            after: only keys after this one.
+        """
+        if self._top is not None:
+            return self._top.entries(namespaces, after=after)
+        return (entry for entry in entries_of_all(self._layers, namespaces) if entry.key > after)
 
     def similar(self, question: Question) -> StoredQuestion | None:
         """Return the stored question of any layer that differs least; None if none is similar."""
         return nearest(question, filter(None, [each.similar(question) for each in self._layers]))
 
-    def _look(self, key: str) -> None:
-        """Add what all layers hold of a key to the store in memory."""
-        with self._lock:
+    def _look(self, keys: Iterable[str]) -> None:
+        """Add what all layers hold of keys to what was looked at, and bound that. The lock is held."""
+        if self._size > _MOST:
+            self._seen.close()
+            self._seen = MemoryStore()
+            self._looked.clear()
+            self._size = 0
+        for key in keys:
             if key in self._looked and self._top is None:
-                return
+                continue
             for entry in _entries(self._layers, key):
-                _check(adopt := Adopt(entry), self._memory.write([adopt])[0])
+                result = self._seen.write([adopt := Adopt(entry)])[0]
+                _check(adopt, result)
+                if isinstance(result, Adopted) and result.changed:
+                    self._size += _size(entry)
             self._looked.add(key)
+            self._size += _ROW
 
     def close(self) -> None:
         """Close what was opened for this store."""
         self._memory.close()
+        with self._lock:
+            self._seen.close()
         for each in self._owned:
             each.close()
+
+
+def entries_of_all(sources: Sequence[Any], namespaces: Collection[str] | None) -> Generator[Entry]:
+    """Iterate over what stores and bundles hold together of each question, in the order of the keys.
+
+    Where they contradict each other, the first one counts.
+
+    Args:
+        sources: the stores and bundles.
+        namespaces: the labels of the namespaces that the entries replay; None for everything.
+    """
+    parts = [
+        filter(None, map(Entry.sliced, source.entries(namespaces), itertools.repeat(namespaces)))
+        for source in sources
+    ]
+    if len(parts) == 1:
+        yield from parts[0]
+        return
+    for _, group in itertools.groupby(in_key_order(*parts, key=attrgetter("key")), attrgetter("key")):
+        yield reduce(lambda whole, entry: joined(whole, entry) or whole, group)
+
+
+def _size(entry: Entry) -> int:
+    """Return about how many bytes an entry takes in memory."""
+    samples = sum(_ROW + len(sample.header) + len(sample.payload) for sample in entry.samples)
+    return len(entry.document) + samples + _ROW * len(entry.draws)
 
 
 def open_layers(caches: Sequence[Any], open_one: Callable[[Any, bool], tuple[Store, bool]]) -> LayeredStore:

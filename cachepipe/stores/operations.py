@@ -23,7 +23,7 @@ from cachepipe.contract.allotment import (
     noted_place,
 )
 from cachepipe.contract.draws import SHARED, Draw, is_own, namespace_of
-from cachepipe.contract.entries import Addition, Entry, EntrySample, addition
+from cachepipe.contract.entries import NOBODY, Addition, Entry, EntrySample, addition
 from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, intervals_of
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
@@ -32,12 +32,14 @@ from cachepipe.stores.base import (
     Adopt,
     Adopted,
     Ahead,
+    BeginSum,
     Claim,
     Commit,
     Committed,
     Discard,
     Drop,
     Dropped,
+    EndSum,
     Erase,
     Erased,
     Foreseen,
@@ -54,6 +56,7 @@ from cachepipe.stores.base import (
     Sample,
     Seize,
     Settle,
+    SumBegun,
     Withdraw,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
@@ -379,12 +382,12 @@ def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
     if samples and not ledger.put(samples):
         raise StoreError("another process has written samples of the same questions meanwhile; try again")
     return [
-        _adopt(ledger, entry, add)._replace(new=ours is None)
+        _adopt(ledger, entry, add, new=ours is None)
         for ours, entry, add in zip(held, entries, added, strict=True)
     ]
 
 
-def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
+def _adopt(ledger: Ledger, entry: Entry, add: Addition, *, new: bool) -> Adopted:
     """Add what an entry has beyond its samples."""
     changes = bool(add.samples or add.segments or add.users)
     if changes:
@@ -401,7 +404,7 @@ def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
             shared = ledger.draw(Draw(SHARED, entry.key, "", 0))
             for user in add.users:
                 shared.use(user)
-    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, changed=changes)
+    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, new, changes)
 
 
 def adopted_sample(sample: EntrySample, index: int) -> Sample:
@@ -593,20 +596,34 @@ def _note(ledger: Ledger, note: Note) -> None:
 
 def _reserve(ledger: Ledger, reserve: Reserve) -> Reserved:
     purse, own = ledger.purse(reserve.namespace), ledger.lease()
-    dead = [lease for lease in purse.held if lease != own and not ledger.alive(lease)]
-    for lease in dead:
-        del purse.held[lease]
-    if reserve.summed is not None:
-        purse.sum_up(reserve.summed, alone={*purse.held} <= {own})
-    granted = not dead and purse.reserve(own, reserve.amount, reserve.limit)
+    lost = bool(purse.of_dead(partial(_lives, ledger)))
+    granted = not lost and purse.reserve(reserve.call, own, reserve.amount, reserve.limit)
     ledger.put_purse(reserve.namespace, purse)
-    return Reserved(granted, purse.spent, purse.reserved, purse.settled, bool(dead))
+    return Reserved(granted, purse.spent, purse.reserved, lost)
 
 
 def _settle(ledger: Ledger, settle: Settle) -> None:
     purse = ledger.purse(settle.namespace)
-    purse.settle(ledger.lease(), settle.reserved, settle.spent)
+    purse.settle(settle.call, settle.spent)
     ledger.put_purse(settle.namespace, purse)
+
+
+def _begin_sum(ledger: Ledger, begin: BeginSum) -> SumBegun:
+    purse = ledger.purse(begin.namespace)
+    ended = purse.of_dead(partial(_lives, ledger))
+    calls = purse.begin_sum(begin.name, ledger.lease())
+    ledger.put_purse(begin.namespace, purse)
+    return SumBegun(calls, ended)
+
+
+def _end_sum(ledger: Ledger, end: EndSum) -> None:
+    purse, own = ledger.purse(end.namespace), ledger.lease()
+    if end.found is None:
+        purse.drop_sum(end.name)
+    else:
+        alone = {lease for lease, _ in purse.held.values()} <= {own, NOBODY}
+        purse.end_sum(end.name, *end.found, end.ended, alone=alone)
+    ledger.put_purse(end.namespace, purse)
 
 
 _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
@@ -621,5 +638,7 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     NotePlace: _note_place,
     Reserve: _reserve,
     Settle: _settle,
+    BeginSum: _begin_sum,
+    EndSum: _end_sum,
 }
 """What performs each operation; commits that follow one another are performed together."""

@@ -122,7 +122,7 @@ class Queued:
                 if result.held:
                     back.append(ReleaseHold(operation.draw, operation.token, result.held, complete=False))
             if isinstance(operation, Reserve) and isinstance(result, Reserved) and result.granted:
-                back.append(Settle(operation.namespace, operation.amount, 0))
+                back.append(Settle(operation.namespace, operation.call, 0))
         if back:
             self.apply_soon(back)
 

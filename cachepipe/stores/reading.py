@@ -309,7 +309,7 @@ class SqlReader:
                 states.append("free")
         return states
 
-    def look(self, claims: Sequence[Claim]) -> None:
+    def look(self, claims: Sequence[Claim], *, urgent: bool) -> None:
         """Return None: a claim does not wait for a server."""
 
     def listen(self, changed: Callable[[], None]) -> None:

@@ -15,13 +15,13 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from cachepipe.accounting import Account, Statement, sold_in, usage_sold
+from cachepipe.accounting import Account, Statement, is_name, sold_in, usage_sold
 from cachepipe.contract.draws import label
 from cachepipe.errors import StoreError
 from cachepipe.stores.base import Grant, Note, Store
@@ -31,6 +31,9 @@ SECONDS: Final = 2.0
 MOST: Final = 4096
 """When this many deliveries have gathered, they are summed at once."""
 _STORED: Final = b'"stamp":'  # what only the header of a stored sample has
+KEPT: Final = b'{"kept":true,'
+"""The beginning of the header of a sample that is kept on this machine until its store answers."""
+_RESERVED: Final = b'"reserved":['  # in the header of a sample whose call has reserved a part of a budget
 
 _T = TypeVar("_T")
 What = Literal["delivered", "taken back", "lost"]
@@ -63,8 +66,8 @@ _Place = tuple[str, str, str | None]
 
 
 def is_stored(header: bytes) -> bool:
-    """Return True if a header is that of a stored sample."""
-    return _STORED in header
+    """Return True if a header is that of a sample that is stored, or is kept until it can be."""
+    return _STORED in header or header.startswith(KEPT)
 
 
 class Deliveries:
@@ -299,6 +302,68 @@ def run_statements(store: Store) -> list[RunStatement]:
         waiting.clear()
         stamps.clear()
     return sorted(found.values(), key=lambda run: run.first or 0.0)
+
+
+class SpentRows(NamedTuple):
+    """What the rows of a namespace have cost.
+
+    Attributes:
+        rest: the sums of the rows that are not told apart.
+        apart: those of the others, by the calls that reserved for them.
+    """
+
+    rest: Account
+    apart: dict[tuple[str, ...], Account]
+
+
+def spent_rows(store: Store, namespace: str, calls: Collection[str], since: float) -> SpentRows:
+    """Return what was spent in a namespace.
+
+    Args:
+        store: the store.
+        namespace: the label of the namespace.
+        calls: the calls whose rows are told apart, of those that have reserved something.
+        since: seconds since 1970; rows that were written later are told apart too.
+
+    Raises:
+        DamagedCache: when the sums are not what was written.
+    """
+    found = SpentRows(Account(), {})
+    for note in store.sums():
+        if note.namespace == namespace:
+            found.rest.join(note.delivered.unstored)
+            found.rest.join(note.unreported)
+    calls = frozenset(calls)
+    waiting: dict[str | None, list[bytes]] = {}
+    bought = store.bought()
+    while each := list(itertools.islice(bought, MOST)):
+        for scope, header, _ in each:
+            _, whose, stamp = made_for(header)
+            if whose != namespace:
+                continue
+            reserved = reserved_for(header)
+            if reserved and ((stamp or 0.0) >= since or not calls.isdisjoint(reserved)):
+                found.apart.setdefault(reserved, Account()).add_all([header], scope or "")
+            else:
+                waiting.setdefault(scope, []).append(header)
+        for scope, headers in waiting.items():
+            found.rest.add_all(headers, scope or "")
+        waiting.clear()
+    for note in removed(store):  # last: what is deleted meanwhile counts twice rather than never
+        if note.namespace == namespace:
+            found.rest.join(note.unreported)
+    return found
+
+
+def reserved_for(header: bytes) -> tuple[str, ...]:
+    """Return the calls that reserved a part of a budget for a stored sample."""
+    if _RESERVED not in header:
+        return ()
+    try:
+        calls = orjson.loads(header).get("reserved")
+    except (ValueError, AttributeError):
+        return ()
+    return tuple(filter(is_name, calls)) if isinstance(calls, list) else ()
 
 
 def removed(store: Store) -> Iterator[Note]:

@@ -296,7 +296,7 @@ def segment_digest(
     return xxh3_64_digest(text.encode("utf-8", "surrogatepass"))
 
 
-def segments_of(draw: Draw, rows: Iterable[SegmentRow]) -> list[Segment]:
+def segments_of(draw: Draw, rows: Iterable[SegmentRow | tuple[Any, ...]]) -> list[Segment]:
     """Return the segments in the rows of a draw.
 
     Raises:
@@ -398,7 +398,8 @@ def read_sums(
 
 def dump_purse(purse: Purse) -> bytes:
     """Return the document of a row of a budget."""
-    return orjson.dumps([purse.summed, purse.settled, list(purse.held.items())])
+    held = [[call, *whose] for call, whose in purse.held.items()]
+    return orjson.dumps([purse.counted, held, [*purse.recent.items()], [*purse.sums.items()]])
 
 
 def load_purse(document: bytes) -> Purse:
@@ -407,8 +408,13 @@ def load_purse(document: bytes) -> Purse:
     Raises:
         ValueError: when it is something else.
     """
-    summed, settled, held = orjson.loads(document)
-    return Purse(int(summed), int(settled), {int(lease): int(amount) for lease, amount in held})
+    counted, held, recent, sums = orjson.loads(document)
+    return Purse(
+        int(counted),
+        {str(call): (int(lease), int(amount)) for call, lease, amount in held},
+        {str(call): int(spent) for call, spent in recent},
+        {str(name): int(lease) for name, lease in sums},
+    )
 
 
 # Samples.

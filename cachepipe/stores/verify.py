@@ -7,6 +7,7 @@ while other processes use the cache. Its memory grows with the rows of one quest
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import orjson
 
 from cachepipe.accounting import Account, Delivered
 from cachepipe.contract import keys
-from cachepipe.contract.allotment import DISCARDED, laid
+from cachepipe.contract.allotment import DISCARDED, Segment, indices_of
 from cachepipe.contract.draws import SHARED, Draw, namespace_of
 from cachepipe.contract.intervals import Interval, IntervalSet
 from cachepipe.errors import DamagedCache, FormatError, StoreError, UnsafeRow
@@ -26,7 +27,7 @@ from cachepipe.stores import identity, tables
 from cachepipe.stores.disk import connect_to_read
 from cachepipe.stores.folders import check_files
 from cachepipe.stores.received import check_format, check_ledger, check_shelf
-from cachepipe.stores.tables import LISTED, SegmentRow, unpack
+from cachepipe.stores.tables import LISTED
 
 _EXAMPLES: Final = 10  # of each kind of problem
 _STEP: Final = 1000  # rows to a step of the progress
@@ -182,7 +183,7 @@ def _opened(folder: Path) -> Iterator[tuple[sqlite3.Connection, sqlite3.Connecti
             connection, _ = connect_to_read(folder / name)
             stack.enter_context(contextlib.closing(connection))
             connection.execute("PRAGMA query_only = 1")
-            connection.text_factory = lambda text: text.decode(errors="surrogateescape")
+            connection.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
             pair.append(connection)
         yield pair[0], pair[1]
 
@@ -237,12 +238,16 @@ class _Rows:
     def of(self, key: float) -> list[tuple[Any, ...]]:
         """Return the rows of a question; those before them belong to none, or lie out of order."""
         found = []
-        while self._next is not None and not (type(self._next[0]) is int and self._next[0] > key):
-            if self._next[0] == key:
-                found.append(self._next)
+        row = self._next
+        while row is not None:
+            if row[0] == key:
+                found.append(row)
+            elif type(row[0]) is int and row[0] > key:
+                break
             else:
-                self._stray(self._next)
-            self._next = self._cursor.fetchone()
+                self._stray(row)
+            row = self._cursor.fetchone()
+        self._next = row
         return found
 
     def finish(self) -> None:
@@ -251,13 +256,13 @@ class _Rows:
 
 
 class _Question(NamedTuple):
-    """A question, with what the check reads of it."""
+    """A question, with what the check reads of it; ``segments`` is the number that look-ups find."""
 
-    number: int
     key: str
     listed: IntervalSet | None
     taken: dict[int, IntervalSet | None]
-    stored: list[int]
+    segments: int
+    stored: set[int]
     pending: set[int]
     discarded: set[int]
 
@@ -319,9 +324,11 @@ class _Check:
         row = connection.execute(query, values).fetchone()
         return None if row is None else row[0]
 
-    def _passed(self) -> None:
-        self._rows += 1
-        if self._rows % _STEP == 0:
+    def _passed(self, rows: int) -> None:
+        """Count rows that are checked."""
+        self._rows += rows
+        while self._rows >= _STEP:
+            self._rows -= _STEP
             self._step()
 
     def _check_files(self) -> None:
@@ -349,81 +356,73 @@ class _Check:
             " token, stamp, standing, digest, place FROM segments"
             " ORDER BY key, request_id, occurrence, replicate, namespace, number"
         )
-        intervals = table("SELECT key, owner, start, stop, digest FROM intervals ORDER BY key, owner, stop")
+        intervals = table(
+            "SELECT key, owner, start, stop, digest,"
+            " (SELECT count(*) FROM intervals i WHERE i.owner = t.owner AND i.key = t.key)"
+            " FROM intervals AS t ORDER BY key, owner, stop"
+        )
         pending = table("SELECT key, sample FROM pending ORDER BY key, sample")
         discards = table("SELECT key, sample FROM discards ORDER BY key, sample")
-        for number, key, scope, document, at in self._ledger.execute(
-            "SELECT id, key, scope, document, at FROM keys ORDER BY id"
-        ):
-            self._report.counts["questions"] += 1
-            if not self._is_question(number, key, scope, document) or type(at) is not float:
-                self._report.add("question", str(key))
-            question = self._question(
-                number, str(key), intervals.of(number), pending.of(number), discards.of(number)
-            )
-            self._check_list(question)
-            self._check_draws(question, segments.of(number))
+        questions = self._ledger.execute(_QUESTIONS)
+        names = self._ledger.execute("SELECT key FROM keys ORDER BY id")
+        while page := names.fetchmany(_TOGETHER):
+            self._report.counts["questions"] += len(page)
+            wanted = orjson.dumps([key if _encodable(key) else "" for (key,) in page]).decode()
+            stored = _Rows(self._shelf.execute(_STORED, (wanted,)), lambda _: None)
+            for place, (number, key, *rest, found) in zip(range(len(page)), questions, strict=False):
+                self._check_question(number, key, *rest)
+                listed, taken = self._sets(str(key), intervals.of(number))
+                question = _Question(
+                    str(key),
+                    listed,
+                    taken,
+                    found,
+                    {int(name[2]) for row in stored.of(place) if (name := _NAME.fullmatch(row[1]))},
+                    {index for _, index in pending.of(number)},
+                    {index for _, index in discards.of(number)},
+                )
+                self._report.counts["discarded"] += len(question.discarded)
+                self._check_list(question)
+                self._check_draws(question, segments.of(number))
         for rows in (segments, intervals, pending, discards):
             rows.finish()
 
-    def _is_question(self, number: int, key: Any, scope: Any, document: Any) -> bool:
-        """Return True if a document gives its key; report one that look-ups do not find."""
-        if type(key) is not str or type(document) is not bytes or not _encodable(key):
-            return False
-        if self._one(self._ledger, "SELECT id FROM keys WHERE key = ?", (key,)) != number:
+    def _check_question(self, number: int, key: Any, scope: Any, document: Any, at: Any, found: Any) -> None:
+        """Check that a document gives its key, and that look-ups find the question."""
+        fits = type(document) is bytes and type(at) is float and _encodable(key)
+        if fits and found != number:
             self._report.add("hidden", f"question {key}")
-        return (scope is None or _encodable(scope)) and keys.digest(scope, document) == key
+        if not fits or not (scope is None or _encodable(scope)) or keys.digest(scope, document) != key:
+            self._report.add("question", str(key))
 
-    def _question(
-        self,
-        number: int,
-        key: str,
-        intervals: list[tuple[Any, ...]],
-        pending: list[tuple[Any, ...]],
-        discards: list[tuple[Any, ...]],
-    ) -> _Question:
-        owned: dict[int, list[tuple[Any, ...]]] = {LISTED: []}
-        for _, owner, *interval in intervals:
-            owned.setdefault(owner, []).append(tuple(interval))
-        sets = {owner: self._set(number, key, owner, rows) for owner, rows in owned.items()}
-        self._report.counts["discarded"] += len(discards)
-        return _Question(
-            number,
-            key,
-            sets.pop(LISTED),
-            sets,
-            self._stored(key),
-            {row[1] for row in pending},
-            {row[1] for row in discards},
-        )
+    def _sets(
+        self, key: str, rows: list[tuple[Any, ...]]
+    ) -> tuple[IntervalSet | None, dict[int, IntervalSet | None]]:
+        """Return the list of a question, and what its namespaces have taken; None for damaged ones."""
+        owned: dict[int, list[tuple[Any, ...]]] = {}
+        for row in rows:
+            owned.setdefault(row[1], []).append(row[2:])
+        sets = {owner: self._set(key, owner, each) for owner, each in owned.items()}
+        return sets.pop(LISTED, IntervalSet()), sets
 
-    def _set(self, number: int, key: str, owner: int, rows: list[tuple[Any, ...]]) -> IntervalSet | None:
+    def _set(self, key: str, owner: int, rows: list[tuple[Any, ...]]) -> IntervalSet | None:
         """Return a set of indices; None for one that is damaged."""
         name = self._labels.get(owner)
         if name is None:
             self._report.add("unknown", f"intervals: namespace number {owner!r} of question {key}", len(rows))
             return None
         last = -1
-        for start, stop, digest in rows:
-            if not _encodable(key, name) or tables.interval_digest(name, key, start, stop) != digest:
+        for start, stop, digest, _ in rows:
+            if tables.interval_digest(name, key, start, stop) != digest:
                 self._report.add("set", f"question {key}, {whose(name)}")
                 return None
             if not last < start < stop:
                 self._report.add("set", f"question {key}, {whose(name)}: intervals overlap")
                 return None
             last = stop
-        query = "SELECT count(*) FROM intervals WHERE owner = ? AND key = ?"
-        if self._one(self._ledger, query, (owner, number)) != len(rows):
+        if rows[0][3] != len(rows):
             self._report.add("hidden", f"a set of question {key}, {whose(name)}")
-        return IntervalSet((start, stop) for start, stop, _ in rows)
-
-    def _stored(self, key: str) -> list[int]:
-        """Return the indices of a question's stored samples, as look-ups find them."""
-        if not _encodable(key):
-            return []
-        query = "SELECT key FROM Cache WHERE raw = 1 AND key > ? AND key < ?"
-        names = (_NAME.fullmatch(str(name)) for (name,) in self._shelf.execute(query, (f"{key}/", f"{key}0")))
-        return sorted(int(name[2]) for name in names if name is not None)
+        return IntervalSet([row[:2] for row in rows])
 
     def _check_list(self, question: _Question) -> None:
         """Check that what is listed is stored or pending, and the other way round."""
@@ -432,14 +431,16 @@ class _Check:
             self._check_discarded(question, index)
         if listed is None:
             return
-        there = sorted({*question.stored, *question.pending})
+        there = sorted(question.stored | question.pending)
         for start, stop in gaps(listed, there):
             self._report.absent.append(Absent(key, start, stop))
             self._report.add("missing", span(key, start, stop), stop - start)
-        self._report.unlisted += [Stored(key, index) for index in question.stored if index not in listed]
-        for index in question.pending:
+        for index in there:
             if index not in listed:
-                self._report.add("lease", f"{key}/{index}: it is not listed")
+                if index in question.stored:
+                    self._report.unlisted.append(Stored(key, index))
+                if index in question.pending:
+                    self._report.add("lease", f"{key}/{index}: it is not listed")
 
     def _check_discarded(self, question: _Question, index: int) -> None:
         """Check that a sample that is discarded on record is marked so."""
@@ -455,31 +456,34 @@ class _Check:
         """Check the draws of a question, and what its namespaces have taken (C1)."""
         drawn: dict[int, dict[int, tuple[Any, ...]]] = {}
         unsure: set[int] = set()
-        listed = question.listed or IntervalSet()
-        draws: dict[tuple[Any, ...], list[SegmentRow]] = {}
+        listed = question.listed or _NOTHING
+        draws: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         for row in rows:
-            self._passed()
-            draws.setdefault(row[1:5], []).append(SegmentRow._make(row[4:]))
+            draws.setdefault(row[1:5], []).append(row[4:])
+        self._passed(len(rows))
         self._report.counts["draws"] += len(draws)
-        for place, segments in draws.items():
+        for place, written in draws.items():
             namespace = place[3]
             draw = self._draw(question.key, place)
-            if draw is None or not self._are_segments(draw, segments):
+            segments = None if draw is None else self._segments(draw, written)
+            if draw is None or segments is None:
                 unsure.add(namespace)
                 continue
-            parts = [(segment.position, unpack(segment.indices)) for segment in segments]
-            taken = question.taken.get(namespace, IntervalSet())
+            taken = question.taken.get(namespace, _NOTHING)
             holders = drawn.setdefault(namespace, {})
-            for index in set[int]().union(*(indices for _, indices in parts)):
+            whole = len(segments) == 1 and not segments[0].position
+            indices = segments[0].indices if whole else indices_of(segments)
+            for index in indices if whole else {index for segment in segments for index in segment.indices}:
                 if holders.setdefault(index, place) != place:
                     self._report.add("repeated", f"{question.key}/{index}, {whose(draw.namespace)}")
                 if taken is not None and index not in taken:
                     self._report.add("unassigned", f"{question.key}/{index}, {told(draw)}")
-            gone = {*laid(parts)}.difference(question.stored, question.pending)
-            self._report.unfinished += sum(index not in listed for index in gone)
-        found = self._one(self._ledger, "SELECT count(*) FROM segments WHERE key = ?", (question.number,))
-        if found != len(rows):
-            self._report.add("hidden", f"draws of question {question.key}", abs(found - len(rows)))
+            for index in indices:
+                if index not in question.stored and index not in question.pending and index not in listed:
+                    self._report.unfinished += 1
+        if question.segments != len(rows):
+            hidden = abs(question.segments - len(rows))
+            self._report.add("hidden", f"draws of question {question.key}", hidden)
         self._check_taken(question, drawn, unsure)
 
     def _check_taken(
@@ -488,7 +492,7 @@ class _Check:
         """Check that some draw of a namespace has each sample that the namespace has taken."""
         for namespace, taken in question.taken.items():
             if taken is not None and namespace not in unsure:
-                known = sorted({*drawn.get(namespace, ()), *question.discarded})
+                known = sorted(question.discarded.union(drawn.get(namespace, ())))
                 for start, stop in gaps(taken, known):
                     label = self._labels[namespace]
                     example = f"{span(question.key, start, stop)}, {whose(label)}"
@@ -503,16 +507,14 @@ class _Check:
             return None
         return Draw(name, key, request_id, occurrence, replicate)
 
-    def _are_segments(self, draw: Draw, segments: list[SegmentRow]) -> bool:
-        """Return True if the rows of a draw are what was written."""
-        try:
-            found = tables.segments_of(draw, segments)
-            standing = all(0 <= segment.standing <= len(segment.indices) for segment in found)
-        except (DamagedCache, TypeError, ValueError):
-            standing = False
-        if not standing:
-            self._report.add("draw", told(draw))
-        return standing
+    def _segments(self, draw: Draw, rows: list[tuple[Any, ...]]) -> list[Segment] | None:
+        """Return the segments of a draw; None if its rows are not what was written."""
+        with contextlib.suppress(DamagedCache, TypeError, ValueError):
+            segments = tables.segments_of(draw, rows)
+            if all(0 <= segment.standing <= len(segment.indices) for segment in segments):
+                return segments
+        self._report.add("draw", told(draw))
+        return None
 
     def _check_leases_and_firsts(self) -> None:
         key = "(SELECT k.key FROM keys k WHERE k.id = t.key)"
@@ -534,7 +536,7 @@ class _Check:
         for table, about, loads in loaded:
             rows = self._ledger.execute(f"SELECT {about}, document, digest FROM {table}")
             for stamp, *row in rows:
-                self._passed()
+                self._passed(1)
                 try:
                     tables.read_sums(loads, *row)
                     fits = type(stamp) is int and _encodable(*row[:2])
@@ -547,31 +549,37 @@ class _Check:
 
     def _check_samples(self) -> None:
         """Check each row of the file of samples, in the order of the table itself."""
-        query = "SELECT rowid, key, raw, mode, filename, value FROM Cache NOT INDEXED ORDER BY rowid"
-        for rowid, written, raw, *row in self._shelf.execute(query):
-            self._passed()
+        some: list[Stored] = []
+        for rowid, written, raw, found, *row in self._shelf.execute(_ALL_STORED):
+            self._passed(1)
             match = _NAME.fullmatch(written) if raw == 1 and _encodable(written) else None
             if match is None:
                 self._report.foreign += 1
                 continue
             sample = Stored(match[1], int(match[2]))
-            if (
-                self._one(self._shelf, "SELECT rowid FROM Cache WHERE key = ? AND raw = 1", (written,))
-                != rowid
-            ):
+            if found != rowid:
                 self._report.add("hidden", f"sample {written}")
-            if self._one(self._ledger, "SELECT 1 FROM keys WHERE key = ?", (sample.key,)) is None:
-                self._report.unlisted.append(sample)
+            some.append(sample)
+            if len(some) == _TOGETHER:
+                self._check_keys(some)
+                some.clear()
             try:
-                state = tables.parse_sample(*sample, *row)
+                _, gone = tables.header_of(*sample, *row)
             except (DamagedCache, UnsafeRow):
                 self._report.damaged.append(sample)
                 self._report.add("sample", written)
                 continue
-            if state is not DISCARDED:
+            if not gone:
                 self._report.counts["samples"] += 1
             elif not self._on_record(sample):
                 self._report.discards.append(sample)
+        self._check_keys(some)
+
+    def _check_keys(self, samples: list[Stored]) -> None:
+        """Note the samples of questions that the ledger does not know."""
+        names = orjson.dumps([sample.key for sample in samples]).decode()
+        unknown = {key for (key,) in self._ledger.execute(_UNKNOWN, (names,))}
+        self._report.unlisted += [sample for sample in samples if sample.key in unknown]
 
     def _on_record(self, sample: Stored) -> bool:
         query = "SELECT 1 FROM discards WHERE key = (SELECT id FROM keys WHERE key = ?) AND sample = ?"
@@ -622,6 +630,28 @@ class _Check:
         return {Stored(name[1], int(name[2])) for name in found if name is not None}
 
 
+_TOGETHER: Final = 256  # questions or samples whose rows in the other file one statement looks up
+_NOTHING: Final = IntervalSet()
+
+# With what look-ups find of a row beside the row itself.
+
+_QUESTIONS: Final = (
+    "SELECT id, key, scope, document, at, (SELECT i.id FROM keys i WHERE i.key = k.key),"
+    " (SELECT count(*) FROM segments s WHERE s.key = k.id) FROM keys k ORDER BY id"
+)
+_ALL_STORED: Final = (
+    "SELECT rowid, key, raw, (SELECT i.rowid FROM Cache i WHERE i.key = c.key AND i.raw = 1),"
+    " mode, filename, value FROM Cache AS c NOT INDEXED ORDER BY rowid"
+)
+_STORED: Final = (
+    "SELECT j.key, c.key FROM json_each(?) j CROSS JOIN Cache c INDEXED BY Cache_key_raw"
+    " ON c.raw = 1 AND c.key > j.value || '/' AND c.key < j.value || '0' ORDER BY j.key"
+)
+"""The names of the samples of some questions, as look-ups find them, with the place of the question."""
+_UNKNOWN: Final = (
+    "SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM keys WHERE keys.key = value)"
+)
+
 ODD_SEGMENTS: Final = (
     "segments AS t WHERE typeof(lease) != 'integer' OR typeof(generated) != 'integer'"
     " OR typeof(token) NOT IN ('null', 'text')"
@@ -658,9 +688,14 @@ def gaps(intervals: Iterable[Interval], present: Sequence[int]) -> Iterator[Inte
 def _encodable(*texts: Any) -> bool:
     """Return True if values are texts that can be looked up; text that is not UTF-8 in the file is not."""
     try:
-        return all(type(text) is str and text.encode() is not None for text in texts)
+        for text in texts:
+            if type(text) is not str:
+                return False
+            if not text.isascii():
+                text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def span(key: str, start: int, stop: int) -> str:

@@ -32,10 +32,12 @@ from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
     Adopt,
     Ahead,
+    BeginSum,
     Claim,
     Commit,
     Committed,
     Discard,
+    EndSum,
     Erase,
     Grant,
     Note,
@@ -44,6 +46,7 @@ from cachepipe.stores.base import (
     ReleaseLease,
     Reserve,
     Result,
+    RowSum,
     Sample,
     Settle,
     Store,
@@ -125,16 +128,38 @@ class StoreContract:
     # Budgets.
 
     def test_what_is_reserved_and_spent_never_exceeds_a_budget(self, store: Store) -> None:
-        first = self.apply(store, Reserve("=x", 60, 100))[0]
+        first = self.apply(store, Reserve("=x", "one", 60, 100))[0]
         assert (first.granted, first.spent, first.reserved, first.lost) == (True, 0, 60, False)
-        second = self.apply(store, Reserve("=x", 60, 100))[0]
+        second = self.apply(store, Reserve("=x", "two", 60, 100))[0]
         assert (second.granted, second.reserved) == (False, 60)
-        assert self.apply(store, Reserve("=y", 100, 100))[0].granted
-        self.apply(store, Settle("=x", 60, 30))
-        third = self.apply(store, Reserve("=x", 60, 100))[0]
-        assert (third.granted, third.spent, third.reserved, third.settled) == (True, 30, 60, 30)
-        summed = self.apply(store, Reserve("=x", 0, 100, summed=5))[0]
-        assert (summed.granted, summed.spent) == (True, 35)
+        assert self.apply(store, Reserve("=y", "three", 100, 100))[0].granted
+        self.apply(store, Settle("=x", "one", 30))
+        third = self.apply(store, Reserve("=x", "two", 60, 100))[0]
+        assert (third.granted, third.spent, third.reserved) == (True, 30, 60)
+
+    def test_a_sum_of_the_rows_counts_each_call_once_that_goes_on_meanwhile(self, store: Store) -> None:
+        self.apply(store, *(Reserve("=x", call, 10, 100) for call in ("before", "during", "later")))
+        self.apply(store, Settle("=x", "before", 5))
+        begun = self.apply(store, BeginSum("=x", "a sum"))[0]
+        assert ({*begun.calls}, [*begun.ended]) == ({"during", "later"}, [])
+        self.apply(store, Settle("=x", "during", 6))
+        apart = [(("during",), 6), (("later",), 7)]  # both have stored their samples
+        self.apply(store, EndSum("=x", "a sum", RowSum(5, apart)))
+        state = self.apply(store, Reserve("=x", "", 0, 100))[0]
+        assert (state.spent, state.reserved) == (11, 10)
+        self.apply(store, Settle("=x", "later", 7))
+        state = self.apply(store, Reserve("=x", "", 0, 100))[0]
+        assert (state.spent, state.reserved, state.lost) == (18, 0, False)
+
+    def test_a_call_that_was_taken_for_lost_counts_once_when_it_ends_after_all(self, store: Store) -> None:
+        self.apply(store, Settle("=x", "unknown", 7), Settle("=x", "released", 0))
+        lost = self.apply(store, Reserve("=x", "new", 10, 100))[0]
+        assert (lost.granted, lost.lost, lost.reserved) == (False, True, 7)
+        begun = self.apply(store, BeginSum("=x", "a sum"))[0]
+        assert [*begun.ended] == ["unknown"]
+        self.apply(store, EndSum("=x", "a sum", RowSum(3, [(("unknown",), 7)]), begun.ended))
+        state = self.apply(store, Reserve("=x", "new", 10, 100))[0]
+        assert (state.granted, state.spent, state.reserved) == (True, 10, 10)
 
     # Claims.
 

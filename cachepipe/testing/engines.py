@@ -89,6 +89,22 @@ class MemoryEngine:
             wanted += [name for name in there if name.startswith(PENDING)]
         return {name: there[name] for name in wanted if name in there}
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is read in a thread."""
+        return False
+
+    def read_in_turn(self, read: Read, who: int) -> Rows | None:
+        """Reserve a key for a process, and read; return None while it is reserved for another process."""
+        self._called()
+        with self._lock:
+            now = self._clock()
+            holder, until = self._turns.get(read.key, (who, 0.0))
+            if now >= until:
+                self._turns[read.key] = (who, now + TURN)
+            elif holder != who:
+                return None
+            return self._read(read)
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current."""
         self._called()

@@ -37,9 +37,10 @@ from cachepipe.wire.completions import COMPLETIONS
 from cachepipe.wire.embeddings import EMBEDDINGS, MODERATIONS
 from cachepipe.wire.errors import BadAnswer, BadRequest, MixedAnswer
 from cachepipe.wire.gemini import EMBED_CONTENT, GENERATE_CONTENT, METHODS
+from cachepipe.wire.inference import FEATURE_EXTRACTION, GENERATE_TEXT, TEXT_GENERATION, inference_at
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
-from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder
+from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder, pieces
 from cachepipe.wire.usage import model_in, token_counts, usage_in
 
 __all__ = [
@@ -49,10 +50,13 @@ __all__ = [
     "COMPLETIONS",
     "EMBEDDINGS",
     "EMBED_CONTENT",
+    "FEATURE_EXTRACTION",
     "GENERATE_CONTENT",
+    "GENERATE_TEXT",
     "MESSAGES",
     "MODERATIONS",
     "RESPONSES",
+    "TEXT_GENERATION",
     "Api",
     "Ask",
     "BadAnswer",
@@ -72,6 +76,7 @@ __all__ = [
     "marked",
     "model_in",
     "named_scope",
+    "pieces",
     "question_document",
     "scope_of",
     "token_counts",
@@ -80,10 +85,13 @@ __all__ = [
 
 APIS: tuple[Api, ...] = (
     *(CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, MODERATIONS, MESSAGES),
+    *(TEXT_GENERATION, GENERATE_TEXT, FEATURE_EXTRACTION),
     *(GENERATE_CONTENT, EMBED_CONTENT),
 )
 """Every API that can be cached."""
 
+_HUBS = (TEXT_GENERATION, GENERATE_TEXT, FEATURE_EXTRACTION)
+"""The APIs that also have other paths than those by which they are known, so that documents name them."""
 _BY_ENDING: dict[str, Api] = {
     "completions": COMPLETIONS,
     "responses": RESPONSES,
@@ -109,7 +117,8 @@ def api_for(method: str, url: str) -> Api | None:
         return CHAT
     if parent in _OTHERS or (last == "messages" and "threads" in before):
         return None
-    return _BY_ENDING.get(last) or METHODS.get(last.rpartition(":")[2] if ":" in last else "")
+    method = last.rpartition(":")[2] if ":" in last else ""
+    return _BY_ENDING.get(last) or METHODS.get(method) or inference_at([*before, last])
 
 
 @functools.lru_cache(maxsize=256)
@@ -129,11 +138,13 @@ def named_scope(scope: str | None, here: str, api: Api) -> tuple[str, Api | None
         BadRequest: when the scope is a URL that cannot be read.
     """
     if scope is None or scope == here:
-        return here, None
+        return here, None if api_for("POST", here) is api else api
     if not scope.lower().startswith(("http://", "https://")):
         return scope, None if api.name == "chat completions" else api
     url, mark, query = scope_of(scope).partition("?")
     known = api_for("POST", url)
+    if known is not api and api in _HUBS:
+        return f"{url}{mark}{query}", api
     if known is not api:
         base = url if known is None else url.removesuffix(_ending(url))
         ending = _ending(here.partition("?")[0])

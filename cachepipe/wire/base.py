@@ -347,6 +347,10 @@ class Api(ABC):
             return unmarked_bytes(samples[0])
         return orjson.dumps(self.answer([orjson.loads(sample) for sample in samples], ask))
 
+    def written(self, answer: Any) -> bytes:
+        """Return the JSON of an answer that `answer` has made, as the provider writes it."""
+        return jsontext.dumps(answer)
+
     def recorder(self, questions: Sequence[Body] = (), ask: Ask | None = None) -> StreamRecorder:  # noqa: ARG002 - for APIs with streams
         """Return a new recorder for one event stream that answers these questions.
 
@@ -428,7 +432,7 @@ class Api(ABC):
         if items is None:
             reason = f"its {name} is a list of a form that cannot be told apart"
             return (Ask(question, cacheable=False, reason=reason, **facts),)
-        if len(items) > 1 and _too_much(question, name, len(items)):
+        if len(items) > 1 and is_too_much(question, name, len(items)):
             reason = f"its {name} lists too much: each item is a question of its own"
             return (Ask(question, cacheable=False, reason=reason, **facts),)
         return tuple(Ask({**question, name: item}, **facts) for item in items)
@@ -478,7 +482,7 @@ class OneAnswerApi(Api):
         """Raise `BadAnswer` if the status of an answer is not that of a complete answer."""
 
 
-def _too_much(question: Body, name: str, items: int) -> bool:
+def is_too_much(question: Body, name: str, items: int) -> bool:
     """Return True if so many questions would cost much more than the request that lists them."""
     if items > _MOST_ITEMS:
         return True
@@ -689,8 +693,9 @@ def scope_of(url: str) -> str:
 
     A URL of a replay's proxy stands for that of the provider. Scheme and host are in lower case. The default
     port, the fragment, repeated and trailing slashes, user name and password, and query parameters with
-    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged. The methods of
-    Gemini that ask the same have one URL, without the parameters that decide how an answer is written.
+    credentials (``api-key``, ``sig`` …) are left out. The rest of the query is unchanged. Methods of Gemini's
+    and routes of Hugging Face's servers that ask the same have one URL, without the parameters that decide
+    how an answer is written.
 
     Raises:
         BadRequest: when the URL is not absolute.
@@ -714,6 +719,8 @@ def scope_of(url: str) -> str:
     path = re.sub("/{2,}", "/", parts.path).rstrip("/")
     left_out = _SECRET_PARAMETERS
     start, _, method = path.rpartition(":")
+    if path.endswith("/generate_stream"):  # of Hugging Face's servers
+        path = path.removesuffix("_stream")
     if method in _GEMINI_METHODS:
         path = f"{start}:{_ASK_ALIKE.get(method, method)}"
         left_out |= _GEMINI_FORMS

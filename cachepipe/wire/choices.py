@@ -50,6 +50,8 @@ _CONTENTS = frozenset({"delta", "message", "text"})
 """The fields of a streamed choice with its content, or with a copy, such as Perplexity's ``message``."""
 _NOT_COPIED = _CONTENTS | {"index"}
 _IN_EVERY_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier"})
+_GROQ = "x_groq"
+"""Groq's own field: the id of a request, and the usage of a stream in its last chunk with a choice."""
 
 
 class ChoicesApi(Api):
@@ -173,11 +175,19 @@ class ChoicesApi(Api):
             head["usage"] = usual["usage"] = None
         begin = b"data: " + jsontext.dumps({**head, "choices": []})[:-2]
         rest = b"data: " + jsontext.dumps({**usual, "choices": []})[:-2]
-        for turn in zip_longest(*map(self._chunks, choices)):
-            for index, chunk in enumerate(turn):
-                if chunk is not None:
-                    yield begin + jsontext.dumps({"index": index, **chunk}) + b"]}\n\n"
-                    begin = rest
+        chunks = [
+            {"index": index, **chunk}
+            for turn in zip_longest(*map(self._chunks, choices))
+            for index, chunk in enumerate(turn)
+            if chunk is not None
+        ]
+        for chunk in chunks[:-1]:
+            yield begin + jsontext.dumps(chunk) + b"]}\n\n"
+            begin = rest
+        if isinstance(head.get(_GROQ), Mapping) and usage is not None:
+            yield data_event({**usual, "choices": chunks[-1:], _GROQ: {**head[_GROQ], "usage": usage}})
+        else:
+            yield begin + jsontext.dumps(chunks[-1]) + b"]}\n\n"
         if ask.include_usage and usage is not None:
             yield data_event({**usual, "choices": [], "usage": usage})
         yield DONE
@@ -239,6 +249,11 @@ class _ChoicesRecorder(StreamRecorder):
         choices = chunk.pop("choices", None) or []
         usage = chunk.pop("usage", None)
         chunk.pop("obfuscation", None)
+        groq = chunk.get(_GROQ)
+        if isinstance(groq, dict):
+            if groq.get("error"):
+                raise BadAnswer(f"the stream was stopped early: {groq['error']!r:.500}")
+            self._usage = groq.pop("usage", None) or self._usage
         if sum(part.get("index") is None for part in choices) > 1:
             raise BadAnswer("several choices of a chunk have no index; they cannot be told apart")
         for part in choices:

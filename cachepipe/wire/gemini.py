@@ -8,6 +8,7 @@ the other APIs: ``streamGenerateContent`` is the same question as ``generateCont
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote
@@ -276,6 +277,9 @@ class GenerateContentApi(_PathApi):
                 question[name] = rest
             else:  # the SDK writes an empty one where nothing is set
                 del question[name]
+        contents = question.get("contents")
+        if isinstance(contents, list | tuple):
+            question["contents"] = _with_whole_texts(contents)
         reason = self._reason(body)
         stream = bool(transport.get("stream"))
         return (
@@ -376,6 +380,32 @@ class GenerateContentApi(_PathApi):
             elif isinstance(call, Mapping):
                 texts.append(f"{call.get('name')}({jsontext.dumps(call.get('args') or {}).decode()})")
         return "".join(texts), candidate.get("finishReason")
+
+
+def _with_whole_texts(contents: Sequence[Any]) -> list[Any]:
+    """Return contents in which what the model said in pieces is whole.
+
+    Chats keep each chunk of a stream as a content of its own and send them in their next request. A replayed
+    stream has other chunks, so consecutive contents of the model count as one, as in recorded streams.
+    """
+    whole: list[Any] = []
+    for is_said, group in itertools.groupby(contents, _is_said):
+        if not is_said:
+            whole.extend(group)
+            continue
+        candidate = _Candidate()
+        for content in group:
+            candidate.add({"content": content})
+        whole.append(candidate.whole()["content"])
+    return whole
+
+
+def _is_said(content: Any) -> bool:
+    """Return True for a content of the model with nothing but a list of parts."""
+    if not isinstance(content, Mapping) or content.keys() != {"role", "parts"}:
+        return False
+    parts = content["parts"]
+    return content["role"] == "model" and isinstance(parts, list) and objects(parts) == parts
 
 
 def _nothing(body: Mapping[str, Any]) -> str:

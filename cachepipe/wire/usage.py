@@ -3,7 +3,8 @@
 Providers report one usage per call. Fields named ``completion…`` or ``output…`` belong to the samples and are
 divided between them: exactly if the answer lists the tokens of each sample, else by length. Fields named
 ``prompt…`` or ``input…`` belong to the question, and every sample has all of them. The total of a sample is
-its prompt plus its share of the rest. Other fields, such as times, are copied. Gemini's names are known too.
+its prompt plus its share of the rest. A cost in money is divided like a completion, because it is that of
+the whole call. Other fields, such as times, are copied. Gemini's names are known too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _OF_SAMPLE = ("completion", "output", "candidates", "thoughts")
+_COSTS = frozenset({"cost", "cost_details", "cost_in_usd_ticks", "estimated_cost"})
+"""What a call has cost, as OpenRouter, Perplexity, xAI and DeepInfra report it."""
 OF_QUESTION = ("prompt", "input", "cachedContent", "cacheTokens", "toolUse")
 """The beginnings of the names of counts that belong to the question."""
 _TOTALS = {
@@ -27,7 +30,26 @@ Usage = Mapping[str, Any]
 
 def usage_in(answer: Mapping[str, Any]) -> Any:
     """Return the usage that an answer reports, or None."""
-    return answer.get("usageMetadata") if answer.get("usage") is None else answer["usage"]
+    if answer.get("usage") is not None:
+        return answer["usage"]
+    if "usageMetadata" in answer:
+        return answer["usageMetadata"]
+    return _of_details(answer.get("details"))
+
+
+def _of_details(details: Any) -> dict[str, int] | None:
+    """Return the usage in the details of a text that a server of Hugging Face's has generated.
+
+    It is None if a part is missing. A stream reports the length of the prompt; any other
+    answer lists the tokens of the prompt, if the request wants that.
+    """
+    if not isinstance(details, Mapping) or type(details.get("generated_tokens")) is not int:
+        return None
+    prefill = details.get("prefill")
+    prompt = details.get("input_length") or (len(prefill) if isinstance(prefill, list) else 0)
+    if type(prompt) is not int or not prompt:
+        return None
+    return {"prompt_tokens": prompt, "completion_tokens": details["generated_tokens"]}
 
 
 def model_in(answer: Mapping[str, Any]) -> Any:
@@ -82,7 +104,7 @@ def split_usage(usage: Any, weights: Sequence[int], prompts: Sequence[int]) -> l
     per = len(weights) // len(prompts)
     columns: dict[str, list[Any]] = {}
     for name, value in usage.items():
-        if name.startswith(_OF_SAMPLE):
+        if name.startswith(_OF_SAMPLE) or name in _COSTS:
             columns[name] = _shared_out(value, weights)
         elif name.startswith(OF_QUESTION):
             columns[name] = [part for part in _shared_out(value, prompts) for _ in range(per)]
@@ -107,7 +129,7 @@ def join_usage(usages: Sequence[Usage], per: int) -> dict[str, Any]:
     for number, usage in enumerate(usages[1:], start=1):
         first = number % per == 0
         for name, value in usage.items():
-            if name.startswith(_OF_SAMPLE) or (first and name.startswith(OF_QUESTION)):
+            if name.startswith(_OF_SAMPLE) or name in _COSTS or (first and name.startswith(OF_QUESTION)):
                 joined[name] = _sum(joined.get(name), value)
             elif name in _TOTALS:
                 prompt = 0 if first else _of_question(usage, name)

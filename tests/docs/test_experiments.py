@@ -6,12 +6,14 @@ import os
 import subprocess
 
 import pytest
+from offline import close_network
 from pages import Page, path_of
 
 from cachepipe.testing import MockServer, MockSettings
 
 PAGE = Page("experiments.md")
 URL = "http://localhost:8000/v1"
+ELSEWHERE = "python -c 'import socket; socket.create_connection((\"192.0.2.1\", 80))'"
 
 
 @pytest.fixture
@@ -23,12 +25,12 @@ def walk(tmp_path):
         "PATH": path_of(tmp_path / "programs")
     }
 
-    def run(url, *commands):
+    def run(url, *commands, **more):
         script = "\n".join(["exec 2>&1", *commands]).replace(URL, url)
         done = subprocess.run(
             ["bash", "-c", script],
             cwd=tmp_path,
-            env=env,
+            env=env | more,
             capture_output=True,
             text=True,
             timeout=200,
@@ -39,14 +41,21 @@ def walk(tmp_path):
     return run
 
 
-def test_the_walk_through_prints_what_the_page_shows(walk):
+def test_the_walk_through_prints_what_the_page_shows(walk, tmp_path):
     with MockServer.in_thread(MockSettings(seed=1)) as server:
         url = server.base_url
         commands, shown = PAGE.session("run")
         assert walk(url, PAGE.block("example: setup"), *commands) == shown
-    commands, shown = PAGE.session("replay")  # the provider has ended
-    assert walk(url, PAGE.block("example: setup"), *commands) == shown
+    commands, shown = PAGE.session("replay")  # the provider has ended, and the network is closed
+    closed, tried = close_network(tmp_path / "guard")
+    assert walk(url, PAGE.block("example: setup"), *commands, **closed) == shown
+    assert tried.read_text() == ""
+    assert "ConnectionRefusedError: the network is closed" in walk(url, ELSEWHERE, **closed)[-1]
+    assert tried.read_text() == "socket.getaddrinfo 192.0.2.1\n"
     port = int(url.rpartition(":")[2].partition("/")[0])
     with MockServer.in_thread(MockSettings(seed=1), port=port):
         commands, shown = PAGE.session("merge")
         assert walk(url, PAGE.block("example: setup"), "cd caches", *commands) == shown
+    commands, shown = PAGE.session("prune")
+    assert walk(url, *commands, **closed) == shown
+    assert tried.read_text() == "socket.getaddrinfo 192.0.2.1\n"

@@ -12,6 +12,8 @@ import httpx
 import openai
 import pytest
 
+from cachepipe.testing import MockServer, MockSettings
+
 
 def _response(answer):
     if isinstance(answer, BaseException):
@@ -25,6 +27,22 @@ def _response(answer):
     events = [json.dumps({**chunk, "choices": [{"index": 0, **choice}]}) for choice in answer]
     stream = "".join(f"data: {event}\n\n" for event in (*events, "[DONE]"))
     return httpx.Response(200, text=stream, headers={"content-type": "text/event-stream"})
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A mock server whose answers have 50 tokens at most."""
+    with MockServer.in_thread(MockSettings(seed=1, max_tokens=50)) as running:
+        yield running
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path, server):
+    """The working folder is empty, and the default endpoint is that of the mock server."""
+    monkeypatch.delenv("CACHEPIPE_DIR", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

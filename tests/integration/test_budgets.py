@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -18,31 +20,26 @@ from cachepipe import Budget, BudgetExceeded, MemoryStore, OnlineAPI, Prices, Un
 from cachepipe.batch import run_file
 from cachepipe.cli.group import cli
 from cachepipe.clients import AsyncOpenAI, OpenAI
-from cachepipe.contract.budgets import Purse
+from cachepipe.contract.budgets import Purse, nanos
 from cachepipe.flow.budget import Spending
 from cachepipe.models import OpenAIModel
 from cachepipe.proxy.settings import BadSettings, ProxySettings, Upstream, from_file
 from cachepipe.stores import tables
+from cachepipe.stores.base import Reserve
 from cachepipe.stores.sums import statements
-from cachepipe.testing import MockServer, MockSettings, ScriptedModel
+from cachepipe.testing import ScriptedModel
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 GIVEN = {"ngram-1": {"prompt": 1.0, "completion": 100.0, "max_tokens": 50}}
 PRICES = Prices(GIVEN)
+LOOK = Reserve("=x", "a look", 0, 10**12)
 CALL = 50 * 100e-6  # what an answer costs at most, in dollars
 
 
-@pytest.fixture(scope="module")
-def server():
-    with MockServer.in_thread(MockSettings(seed=1)) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path, server):
-    monkeypatch.delenv("CACHEPIPE_DIR", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-    monkeypatch.chdir(tmp_path)
+async def state_of(store):
+    """What is spent and reserved of the budget of the namespace x."""
+    return (await store.apply([LOOK]))[0]
 
 
 def spent(store, namespace="=x"):
@@ -113,8 +110,7 @@ async def test_a_stream_is_settled_with_what_it_has_used(stream):
         answer = await ask(client, stream=stream)
         if stream:
             assert [event async for event in answer]
-        spending = client._cachepipe.spending
-        state = await spending._asked("=x", 0, 10**12)
+        state = await state_of(store)
     assert state.reserved == 0
     assert state.spent / 1e9 == pytest.approx(spent(store))
 
@@ -134,8 +130,9 @@ async def test_what_is_unknown_is_refused_unless_it_is_given():
 
 @pytest.mark.anyio
 async def test_a_call_that_fails_costs_nothing(server):
+    store = MemoryStore()
     async with AsyncOpenAI(
-        cache=MemoryStore(),
+        cache=store,
         namespace="x",
         budget=Budget(5, prices=PRICES),
         base_url="http://127.0.0.1:9/v1",
@@ -143,7 +140,7 @@ async def test_a_call_that_fails_costs_nothing(server):
     ) as client:
         with pytest.raises(Exception, match="onnection"):
             await ask(client)
-        state = await client._cachepipe.spending._asked("=x", 0, 10**12)
+    state = await state_of(store)
     assert (state.spent, state.reserved) == (0, 0)
 
 
@@ -155,12 +152,12 @@ async def test_a_budget_survives_a_kill_whose_reservation_ends_with_its_process(
         await ask(client)
     ledger = sqlite3.connect(tmp_path / "cache" / "ledger.cache.db")
     ledger.execute("INSERT INTO leases(id, name, at) VALUES(77, '0-dead', 0)")
-    document = tables.dump_purse(Purse(0, 0, {77: 10**12}))
+    document = tables.dump_purse(Purse(held={"a call": (77, 10**12)}))
     digest = tables.sums_digest(tables.BUDGET, "=x", document)
     ledger.execute("INSERT OR REPLACE INTO budgets VALUES(?, ?, ?)", ("=x", document, digest))
     ledger.commit()
     ledger.close()
-    state = await Spending(store, budget)._asked("=x", 0, 10**12)
+    state = await Spending(store, budget)._asked(LOOK)
     assert state.reserved == 0
     assert state.spent / 1e9 == pytest.approx(spent(store), abs=1e-9)
     store.close()
@@ -184,72 +181,122 @@ async def test_processes_share_a_budget_on_any_engine(engine, request):
             store.close()
 
 
-SPENDER = """
-import asyncio, json, sys
+SPENDERS = """
+import asyncio, json, os, sys, traceback
+import openai.resources.chat.completions, psycopg, valkey  # once, for all
 from cachepipe import Budget, BudgetExceeded, Prices
 from cachepipe.clients import AsyncOpenAI
 
-async def main(cache, given, usd, first, count):
-    budget = Budget(float(usd), prices=Prices(json.loads(given)))
-    async with AsyncOpenAI(cache=cache, namespace="x", budget=budget, max_retries=0) as client:
+async def main(cache, given, usd, url, first, count):
+    budget = Budget(usd, prices=Prices(given))
+    options = {"api_key": "none", "base_url": url, "max_retries": 0}
+    async with AsyncOpenAI(cache=cache, namespace="x", budget=budget, **options) as client:
         asked = [
             client.chat.completions.create(
                 model="ngram-1", messages=[{"role": "user", "content": f"question {n}"}], max_tokens=50
             )
-            for n in range(int(first), int(first) + int(count))
+            for n in range(first, first + count)
         ]
         found = await asyncio.gather(*asked, return_exceptions=True)
     for one in found:
         if isinstance(one, Exception) and not isinstance(one, BudgetExceeded):
             raise one
-    print(sum(not isinstance(one, Exception) for one in found))
+    return sum(not isinstance(one, Exception) for one in found)
 
-asyncio.run(main(*sys.argv[1:]))
+children = []
+for line in sys.stdin:  # each line is a process; an empty one waits for them
+    if not line.strip():
+        for child in children:
+            os.waitpid(child, 0)
+        children.clear()
+        print(flush=True)
+        continue
+    if child := os.fork():
+        children.append(child)
+        print(child, flush=True)
+        continue
+    code, result = 1, os.open(sys.argv[1] + f"/{os.getpid()}", os.O_CREAT | os.O_WRONLY)
+    try:
+        os.write(result, b"%d" % asyncio.run(main(*json.loads(line))))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 """
 
 
-def spender(cache, usd, first, count):
-    """A process that asks some questions at once and prints how many were answered."""
-    words = [cache, json.dumps(GIVEN), usd, first, count]
-    return subprocess.Popen(
-        [sys.executable, "-c", SPENDER, *map(str, words)], stdout=subprocess.PIPE, text=True
-    )
+class Spenders:
+    """Processes that ask some questions at once."""
+
+    def __init__(self, folder):
+        self._folder = folder
+        words = [sys.executable, "-c", SPENDERS, str(folder)]
+        self._parent = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, cache, usd, url, first, count):
+        """Start a process; return its number."""
+        print(json.dumps([cache, GIVEN, usd, url, first, count]), file=self._parent.stdin, flush=True)
+        return int(self._parent.stdout.readline())
+
+    def join(self):
+        """Wait until all have ended."""
+        print(file=self._parent.stdin, flush=True)
+        self._parent.stdout.readline()
+
+    def close(self):
+        """End the process that starts them."""
+        self._parent.communicate()
+
+    def answered(self, process):
+        """Return how many questions a process had answered when it ended."""
+        return int((self._folder / str(process)).read_text())
 
 
-def paid_in(cache):
-    """How many samples a cache holds, and what they cost."""
-    store = cachepipe.DiskStore(cache, read_only=True)
-    try:
-        return store.totals()["samples"], spent(store)
-    finally:
-        store.close()
+@pytest.fixture(scope="module")
+def spenders(tmp_path_factory):
+    """Starts processes."""
+    made = Spenders(tmp_path_factory.mktemp("answered"))
+    yield made
+    made.close()
 
 
-def test_processes_do_not_overspend_and_go_on_when_one_is_killed_with_reservations(tmp_path):
-    cache, limit, asked = str(tmp_path / "cache"), 4 * CALL, 20
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patch:
-        silent.settimeout(60)
-        patch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
-        killed = spender(cache, limit, 1000, asked)
+@pytest.fixture(params=["disk", "valkey", "postgres"])
+def shared_cache(request, tmp_path):
+    """A folder, and the URL of a cache on each server, where the lease of a dead process ends soon."""
+    if request.param == "disk":
+        return str(tmp_path / "cache")
+    return request.getfixturevalue(f"new_{request.param}_url")() + "&lease=0.4"
+
+
+@pytest.mark.anyio
+async def test_processes_do_not_overspend_and_go_on_when_one_is_killed_with_reservations(
+    shared_cache, server, spenders
+):
+    limit, asked = 4 * CALL, 12
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(20)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        killed = spenders.start(shared_cache, limit, url, 1000, asked)
         calls = [silent.accept()[0] for _ in range(2)]
-        killed.kill()
-        killed.communicate()
+        running = [spenders.start(shared_cache, limit, server.base_url, first, asked) for first in (0, asked)]
+        os.kill(killed, signal.SIGKILL)
+        await asyncio.to_thread(spenders.join)
         for call in calls:
             call.close()
-    running = [spender(cache, limit, first, asked) for first in (0, asked)]
-    answered = [int(process.communicate(timeout=60)[0]) for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert 0 < sum(answered) < 2 * asked
-    samples, paid = paid_in(cache)
-    assert (samples, paid <= limit) == (sum(answered), True)
-    # While several processes spend, a call that ends during a sum may count twice; alone, the sum is exact.
-    alone = spender(cache, limit, 0, 2 * asked)
-    assert sum(answered) <= int(alone.communicate(timeout=60)[0]) < 2 * asked
-    _, paid = paid_in(cache)
-    assert limit - 1.1 * CALL < paid <= limit
-    more = spender(cache, 2 * limit, 0, 2 * asked)
-    assert int(more.communicate(timeout=60)[0]) > sum(answered)
-    assert [alone.returncode, more.returncode] == [0, 0]
+    answered = sum(map(spenders.answered, running))
+    assert 0 < answered < 2 * asked
+    store, _ = cachepipe.open_store(shared_cache)
+    assert (store.totals()["samples"], spent(store) <= limit) == (answered, True)
+    assert limit - 1.1 * CALL < spent(store), "nothing is counted twice, so no call that fits was refused"
+    before = await state_of(store)
+    assert (before.reserved, before.spent) == (0, pytest.approx(nanos(spent(store)), abs=answered))
+    async with AsyncOpenAI(cache=store, namespace="x", budget=Budget(2 * limit, prices=PRICES)) as client:
+        asking = (ask(client, f"question {number}", max_tokens=50) for number in range(2 * asked))
+        more = await asyncio.gather(*asking, return_exceptions=True)
+    assert sum(not is_error(answer) for answer in more) > answered
+    assert limit < spent(store) <= 2 * limit
+    store.close()
 
 
 def test_run_stops_at_max_cost_and_goes_on_with_more(server):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 from pathlib import Path
 
 import pytest
-from valkeys import ValkeyCluster
 
 pytest.register_assert_rewrite("cachepipe.testing.contract")
 
@@ -21,27 +19,14 @@ PAGE = (Path(__file__).parents[2] / "docs/servers.md").read_text()
 ACL = re.findall(r"^ACL SETUSER .*$", PAGE, re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A cluster of three primaries with a replica each."""
-    made = ValkeyCluster(tmp_path_factory.mktemp("cluster"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def new_url(cluster):
-    return lambda: cluster.url(str(random.randrange(10**9)))
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the server at .* confirms samples that no replica has")
 class TestClusterStore(StoreContract):
     """The store that machines share, on a cluster."""
 
     @pytest.fixture(autouse=True)
-    def url(self, new_url):
-        self.url = new_url()
+    def url(self, new_cluster_url):
+        self.url = new_cluster_url()
 
     def make_store(self, tmp_path):
         return open_store(self.url)[0]
@@ -50,8 +35,8 @@ class TestClusterStore(StoreContract):
 @pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.filterwarnings("ignore:the server at .* confirms samples that no replica has")
-async def test_c2_a_failover_with_the_replica_in_step_loses_nothing(cluster, new_url):
-    url, model = new_url(), ScriptedModel(cache_scope="m")
+async def test_c2_a_failover_with_the_replica_in_step_loses_nothing(cluster, new_cluster_url):
+    url, model = new_cluster_url(), ScriptedModel(cache_scope="m")
 
     async def ask(pipeline, wave):
         places = [(f"q{number}", f"{wave}") for number in range(60)]

@@ -12,7 +12,8 @@ from cachepipe import Budget, BudgetExceeded, CacheMiss, MemoryStore, OnlineAPI,
 from cachepipe.clients import AsyncOpenAI, OpenAI
 from cachepipe.experiments import COLUMNS
 from cachepipe.models import OpenAIModel
-from cachepipe.testing import MockServer, MockSettings
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 GIVEN = {"ngram-1": {"prompt": 1.0, "completion": 100.0, "max_tokens": 50}}
 PRICES = Prices(GIVEN)
@@ -30,20 +31,6 @@ class Counter:
     async def request(self, request):
         first, self.count = self.count, self.count + request.n
         return Response([*range(first, self.count)])
-
-
-@pytest.fixture(scope="module")
-def server():
-    with MockServer.in_thread(MockSettings(seed=1)) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path, server):
-    monkeypatch.delenv("CACHEPIPE_DIR", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-    monkeypatch.chdir(tmp_path)
 
 
 def ask(client, text="hi", **options):

@@ -12,22 +12,11 @@ from click.testing import CliRunner
 from cachepipe import MemoryStore
 from cachepipe.batch import BatchFileError, explain_request
 from cachepipe.cli.group import cli
-from cachepipe.testing import MockServer, MockSettings
-
-
-@pytest.fixture(scope="module")
-def server():
-    with MockServer.in_thread(MockSettings(seed=1)) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path, server):
+def asked_before(environment):
     """A folder of the test's own with a cache that has answered two equal lines and another."""
-    monkeypatch.delenv("CACHEPIPE_DIR", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-    monkeypatch.chdir(tmp_path)
     write("Today is 2026-12-01. Hi", "b", "b")
     invoke("run", "in.jsonl", "-o", "out.jsonl", "--namespace", "x", "-q")
 

@@ -17,23 +17,10 @@ from cachepipe.proxy.server import running
 from cachepipe.proxy.settings import ProxySettings, Upstream, from_file
 from cachepipe.sharing import export
 from cachepipe.stores import DiskStore
-from cachepipe.testing import MockServer
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 OLD, NEW = "Which city is the capital of France?", "Which one is that of Peru?"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with MockServer.in_thread() as started:
-        yield started
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path, server):
-    monkeypatch.delenv("CACHEPIPE_DIR", raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-    monkeypatch.chdir(tmp_path)
 
 
 def body(text):

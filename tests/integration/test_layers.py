@@ -6,7 +6,8 @@ import pytest
 
 from cachepipe import CacheMiss, DiskStore, OnlineAPI, Request, Response, StoreError
 from cachepipe.errors import LayerIgnored
-from cachepipe.sharing import export
+from cachepipe.sharing import export, slices
+from cachepipe.stores import open_store
 from cachepipe.stores.verify import verify
 
 pytestmark = pytest.mark.anyio
@@ -118,3 +119,26 @@ async def test_no_layers_and_missing_layers_are_errors(tmp_path):
         OnlineAPI(Model(), [tmp_path / "mine", tmp_path / "paper.cachepipe"])
     with pytest.raises(StoreError, match="does not exist"):
         OnlineAPI(Model(), [tmp_path / "mine", tmp_path / "nothing"])
+
+
+async def test_c12_what_a_replay_has_looked_at_is_bounded_and_read_again(lower, tmp_path, monkeypatch):
+    monkeypatch.setattr("cachepipe.stores.layers._MOST", 20_000)
+    below, answers = lower
+    prompts = list(map(str, range(40)))
+    more, _ = await ask(tmp_path / "more", "paper", *prompts)
+    store, _ = open_store([below, tmp_path / "more"], read_only=True)
+    for _ in range(2):
+        assert await ask(store, "paper", *prompts, "b", "a", mode="replay") == (more + answers[::-1], 0)
+        assert len([*store.keys()]) < 20
+    assert len([*store.entries()]) == 42
+    store.close()
+
+
+async def test_experiments_see_all_layers_of_a_replay(lower, tmp_path):
+    below, answers = lower
+    more, _ = await ask(tmp_path / "more", "paper", "a", "c", n=1)
+    store, _ = open_store([tmp_path / "nothing", below, tmp_path / "more"], read_only=True)
+    found = [each.key for each in slices(store, ["paper"])]
+    store.close()
+    assert (len(found), found) == (3, sorted(found))
+    assert more != answers

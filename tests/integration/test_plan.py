@@ -12,25 +12,14 @@ from click.testing import CliRunner
 from cachepipe import MemoryStore
 from cachepipe.batch import BatchFileError, plan_file
 from cachepipe.cli.group import cli
-from cachepipe.testing import MockServer, MockSettings
 
 PRICES = {"ngram-1": {"prompt": 1.0, "completion": 2.0, "max_tokens": 500}}
 
 
-@pytest.fixture(scope="module")
-def server():
-    with MockServer.in_thread(MockSettings(seed=1)) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path, server):
-    """A folder of the test's own, the server, and prices."""
-    for name in ("CACHEPIPE_DIR", "CACHEPIPE_DISABLE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-    monkeypatch.chdir(tmp_path)
+def prices(environment, monkeypatch, tmp_path):
+    """A folder of the test's own with prices."""
+    monkeypatch.delenv("CACHEPIPE_DISABLE", raising=False)
     (tmp_path / "prices.json").write_text(json.dumps(PRICES))
 
 
@@ -196,3 +185,10 @@ def test_a_plan_of_a_shared_cache_and_of_one_that_is_not_there(engine, request):
     ran("--cache", url, "--limit", "2")
     plan = planned("--cache", url)
     assert (plan["hits"], plan["to_buy"], plan["new_questions"]) == (2, 1, 0)
+
+
+def test_a_plan_tells_each_line_that_it_has_read():
+    write("a", "b", "c")
+    lines = []
+    plan_file("in.jsonl", model="ngram-1", cache=MemoryStore(), progress=lines.append)
+    assert lines == [1, 2, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,9 +10,11 @@ import subprocess
 import sys
 
 import pytest
+from offline import close_network
 
 import cachepipe
 from cachepipe.clients import Anthropic, OpenAI
+from cachepipe.stores.bundles.reader import Bundle
 from cachepipe.testing import MockServer, MockSettings
 
 PLAIN = """
@@ -74,9 +77,10 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def replay(bundle, tmp_path):
-    """A function that replays a program in an empty folder, without keys."""
+    """A function that replays a program in an empty folder, without keys and with the network closed."""
+    closed, tried = close_network(tmp_path.with_name(f"{tmp_path.name}-guard"))
 
-    def started(program, *arguments, options=()):
+    def started(program, *arguments, options=(), files=()):
         hidden = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "CACHEPIPE_DIR")
         command = [
             sys.executable,
@@ -85,6 +89,7 @@ def replay(bundle, tmp_path):
             "replay",
             *options,
             bundle[0],
+            *files,
             "--",
             *program,
             *arguments,
@@ -92,20 +97,21 @@ def replay(bundle, tmp_path):
         return subprocess.Popen(
             [*map(str, command)],
             cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if name not in hidden},
+            env={name: value for name, value in os.environ.items() if name not in hidden} | closed,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(program, *arguments, options=()):
-        process = started([sys.executable, "-c", program], *arguments, options=options)
+    def run(program, *arguments, **how):
+        process = started([sys.executable, "-c", program], *arguments, **how)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
     run.started = started
-    return run
+    yield run
+    assert tried.read_text() == ""
 
 
 def test_a_program_of_a_plain_sdk_gets_the_same_answers(bundle, replay):
@@ -136,6 +142,33 @@ def test_what_the_bundle_lacks_is_told_at_the_end(replay, program, tmp_path):
     told = {name: miss[name] for name in ("namespace", "model", "prompt", "times")}
     assert told == {"namespace": "run-1", "model": "ngram-1", "prompt": "something else", "times": 1}
     assert (report["exit_code"], report["refused"]) == (1, [])
+
+
+@pytest.mark.parametrize("program", [PLAIN, OWN])
+def test_several_bundles_and_folders_answer_together(bundle, replay, program, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colleague")
+    with MockServer.in_thread(MockSettings(seed=2)) as server:
+        options = {"cache": folder / "theirs", "namespace": "run-1", "api_key": "x"}
+        with OpenAI(base_url=server.base_url, **options) as client:
+            messages = [{"role": "user", "content": "theirs"}]
+            answer = client.chat.completions.create(model="ngram-1", messages=messages)
+    # Both servers were on this machine, so the second cache is put under the scope of the first.
+    cachepipe.export(folder / "theirs", folder / "theirs.cachepipe", allow_secrets=True)
+    with contextlib.closing(Bundle(bundle[0])) as paper:
+        scope = next(each for each in paper.manifest.scopes if each.endswith("/chat/completions"))
+    cachepipe.import_(folder / "theirs.cachepipe", folder / "moved", scope=scope)
+    code, out, err = replay(program, "a", "theirs", files=[folder / "moved"])
+    lines = out.splitlines()
+    assert (code, lines[:2]) == (0, [bundle[1][0], answer.choices[0].message.content]), err
+    assert "paper.cachepipe, " in err
+    if program == OWN:
+        assert lines[2] == "5 rows"
+
+
+def test_a_program_must_follow_the_files(replay):
+    process = replay.started([])
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Put -- and the program to run after the files" in err) == (2, True)
 
 
 def test_keys_of_the_environment_do_not_reach_the_program(replay, monkeypatch):

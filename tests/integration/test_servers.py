@@ -15,7 +15,7 @@ import pytest
 from valkey import exceptions
 from valkeys import ValkeyNode
 
-from cachepipe import NotStored, OnlineAPI, Request, StoreError, open_store
+from cachepipe import NotStored, OnlineAPI, Request, StoreError, open_store, run
 from cachepipe.batch.settings import BatchSettings
 from cachepipe.cache import others
 from cachepipe.cli.common import name_of
@@ -24,7 +24,7 @@ from cachepipe.proxy.settings import ProxySettings
 from cachepipe.stores.base import Discard
 from cachepipe.stores.remote import checks
 from cachepipe.stores.remote.checks import Unfit, faults
-from cachepipe.stores.remote.engine import Unreachable
+from cachepipe.stores.remote.engine import Read, Swap, Unreachable
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.valkey import ValkeyEngine
 from cachepipe.stores.remote.verify import check
@@ -221,6 +221,51 @@ async def test_c4_a_sample_of_another_process_is_noticed_without_polling(start, 
     assert answers[0].data == answers[1].data
     assert [answer.cached for answer in answers] == [[False], [True]]
     there.close()
+
+
+def test_a_key_is_read_in_turn_by_one_process_until_it_swaps(start):
+    store, _ = open_store(start().url("&local=off"))
+    engine = store.session.engine
+    read, swap = Read("k", [b"x"]), Swap("k", b"1", fair=True, puts={b"x": b"12345678new"})
+    assert engine.read_in_turn(read, 1) == {}
+    assert engine.read_in_turn(read, 2) is None
+    assert engine.read_in_turn(read, 1) == {}
+    assert engine.swap([swap], 1) == [None]
+    assert engine.read_in_turn(read, 2) == swap.puts
+    assert engine.read_in_turn(read, 1) is None
+    store.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("away", ["no", "restarted", "late"])
+async def test_c2_known_draws_are_read_on_the_event_loop_or_else_in_a_thread(start, monkeypatch, away):
+    server = start()
+    read, reads = ValkeyEngine.read, []
+    monkeypatch.setattr(
+        ValkeyEngine, "read", lambda engine, found: reads.append(found) or read(engine, found)
+    )
+    store, _ = open_store(server.url("&timeout=0.2&local=off"))
+    async with OnlineAPI(ScriptedModel(cache_scope="m"), store) as pipeline:
+        first = await ask(pipeline, "a", "b")
+        on_loop = store.session.engine._on_loops.of(asyncio.get_running_loop())
+        async with asyncio.timeout(5):
+            while not on_loop.ready:  # noqa: ASYNC110 - a thread connects
+                await asyncio.sleep(0.001)
+        store.session.expects_new = False
+        reads.clear()
+        if away == "restarted":
+            server.kill()
+            server.start()
+        if away == "late":
+            with server.client() as client:
+                client.execute_command("CLIENT", "PAUSE", 400, "ALL")
+        with run():
+            again = await ask(pipeline, "a", "b")
+        in_a_thread = any(not read.key.startswith("~") for found in reads for read in found)
+    assert [one.data for one in again] == [one.data for one in first]
+    assert all(one.cached == [True] for one in again)
+    assert in_a_thread == (away != "no")
+    store.close()
 
 
 UNCLOSED = """

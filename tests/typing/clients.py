@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import assert_type
 
 import anthropic
+import groq
 import openai
 import together
 from anthropic.types import Message
@@ -34,9 +35,13 @@ async def stand_in_for_the_sdks() -> None:
     one: openai.OpenAI = clients.OpenAI(cache="caches/exp", scope="s", api_key=lambda: "k")
     two: together.Together = clients.Together(cache="caches/exp")
     three: anthropic.Anthropic = clients.Anthropic(cache="caches/exp")
-    for client in (first, azure, second, third):
+    fourth: groq.AsyncGroq = clients.AsyncGroq(cache="caches/exp", namespace="run-1", timeout=5)
+    fifth: openai.AsyncOpenAI = clients.AsyncOpenRouter(cache="caches/exp", organization="o")
+    four: groq.Groq = clients.Groq(cache="caches/exp", api_key="k")
+    five: openai.OpenAI = clients.VLLM(cache="caches/exp", base_url="http://box/v1")
+    for client in (first, azure, second, third, fourth, fifth):
         await client.close()
-    for each in (one, two, three):
+    for each in (one, two, three, four, five):
         each.close()
 
 
@@ -58,6 +63,7 @@ async def keep_the_types_of_answers(client: clients.AsyncOpenAI, claude: clients
 def keep_the_types_of_clients(client: clients.OpenAI, plain: openai.AsyncOpenAI) -> None:
     assert_type(client.in_namespace("run-2").in_replicate(3), clients.OpenAI)
     assert_type(client.copy(namespace="run-2", timeout=5), clients.OpenAI)
+    assert_type(clients.XAI().with_options(namespace="run-2"), clients.XAI)
     assert_type(client.with_options(max_retries=0, replicate="3", mode="refresh"), clients.OpenAI)
     assert_type(cachepipe.wrap(plain, cache="caches/exp", namespace="run-1", replicate=3), openai.AsyncOpenAI)
     with client as opened:
@@ -75,3 +81,4 @@ def tell_about_answers(client: clients.OpenAI) -> None:
 def refuse_what_is_wrong() -> None:
     clients.OpenAI(cache="caches/exp", mode="reed")  # type: ignore[arg-type]
     clients.OpenAI(caches="caches/exp")  # type: ignore[call-arg]
+    clients.Ollama(cachedir="caches/exp")  # type: ignore[call-arg]

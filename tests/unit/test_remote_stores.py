@@ -238,6 +238,33 @@ def test_the_loser_of_a_race_has_its_turn_before_others(engine, clock, store):
     assert engine.swap([later], who=2) == [None], "a turn ends by itself"
 
 
+def test_who_lost_a_race_reads_in_its_turn_the_next_time(engine, start):
+    """So it decides once on rows that nobody swaps meanwhile; while it is another's turn, it only looks."""
+    pauses, others = [], []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            fill(there, drawn("theirs, too"))
+
+    here, there = start(sleep=wait), start()
+    fill(here, drawn("first"))
+
+    def overtake(_):
+        engine.before_swap = None
+        fill(there, drawn("theirs"))
+
+    engine.before_swap = overtake
+    fill(here, drawn("lost"))
+    assert engine.read_in_turn(Read(KEY, []), there.session.lease()) == {}
+    engine.before_swap = others.append
+    assert claim(here, drawn("in turn")).mine == [4]
+    assert len(pauses) == 3
+    assert [len(swaps) for swaps in others] == [1, 1, 1], "two of the other process, and one of its own"
+    engine.before_swap = None
+    assert engine.read_in_turn(Read(KEY, []), there.session.lease()) == {}, "the swap has ended the turn"
+
+
 def test_a_server_that_starts_is_waited_for_longer_than_one_of_which_there_is_no_sign():
     answers = [Unreachable("it starts", there=True), Unreachable("it starts", there=True)]
 
@@ -584,7 +611,12 @@ async def test_c11_an_answer_waits_for_claims_that_may_find_a_sample(engine, sto
     async with OnlineAPI(ScriptedModel(), store) as pipeline:
         await asyncio.gather(*[pipeline.request(Request(name)) for name in "ab"])
     looks = []
-    store.look = lambda claims: looks.append(claims) or RemoteStore.look(store, claims)
+
+    def look(claims, **options):
+        looks.append(claims)
+        return RemoteStore.look(store, claims, **options)
+
+    store.look = look
     async with OnlineAPI(ScriptedModel(), store) as pipeline:
         order = []
 
@@ -595,3 +627,24 @@ async def test_c11_an_answer_waits_for_claims_that_may_find_a_sample(engine, sto
         await asyncio.gather(ask("b", None), ask("a", "x"))
     assert order == [*"ab"], "a new draw of an earlier sample comes first"
     assert looks
+
+
+def test_c11_a_process_foretells_whether_its_new_draws_find_a_sample(start):
+    """It counts the draws of a namespace that had none when it first looked."""
+    here, there = start(), start()
+
+    def foretold(store, request_id):
+        return store.session.foretell([Claim(drawn(request_id), 1, asked(), "one")])
+
+    assert foretold(here, "a") is None, "nothing is known of the key"
+    assert here.session.look([Claim(drawn("a"), 1, asked(), "one")]) == [False]
+    fill(here, drawn("a"))
+    assert foretold(here, "b") == [False]
+    assert foretold(here, "b") is None, "it may have made this draw before"
+    assert foretold(here, "a") is None
+    fill(there, drawn("a", namespace="other"), 3)
+    fill(here, drawn("b"))
+    assert foretold(here, "c") == [True]
+    assert there.session.look([Claim(drawn("c"), 1, asked(), "one")]) == [True]
+    fill(there, drawn("c"))
+    assert foretold(there, "d") is None, "the namespace had draws before this process looked"

@@ -479,8 +479,8 @@ def test_a_repair_while_a_process_uses_the_cache_is_seen_by_it(original, cache):
 
 def test_c12_a_damaged_row_of_a_budget_is_found(tmp_path):
     with contextlib.closing(DiskStore(tmp_path)) as store:
-        store.apply_now([Reserve("=x", 5, 100)])
+        store.apply_now([Reserve("=x", "a call", 5, 100)])
     ledger = sqlite3.connect(tmp_path / "ledger.cache.db", isolation_level=None)
-    ledger.execute("UPDATE budgets SET document = '[0,0,[]]'")
+    ledger.execute("UPDATE budgets SET document = '[0,[],[],[]]'")
     ledger.close()
     assert [*verify(tmp_path).problems] == ["sums"]

@@ -33,7 +33,7 @@ class Away:
     def recall(self, _draw, _n):
         return None
 
-    def look(self, _claims):
+    def look(self, _claims, *, urgent):
         looked = asyncio.get_running_loop().create_future()
         looked.set_exception(StoreUnreachable("the store has not answered for 30 s"))
         return looked

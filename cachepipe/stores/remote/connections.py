@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 LISTENS = 1.0
@@ -54,7 +54,7 @@ class Connections(Generic[_C]):
 
     def inherit(self) -> None:
         """Begin again in a forked child; its parent goes on to use the connections."""
-        _inherited.extend(self._idle)
+        keep_open(self._idle)
         self._idle = []
 
     def close(self) -> None:
@@ -70,6 +70,11 @@ class Connections(Generic[_C]):
 
 _inherited: list[Connection] = []
 """Connections of the parent of a forked child: closing them here would say so to the server."""
+
+
+def keep_open(connections: Iterable[Connection]) -> None:
+    """Never close the connections of the parent of a forked child."""
+    _inherited.extend(connections)
 
 
 def listen(hear: Callable[[threading.Event], None], *errors: type[Exception]) -> Callable[[], None]:

@@ -158,6 +158,32 @@ class Engine(Protocol):
         """Return the rows of each key, as of one moment per key."""
         ...
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:
+        """Read as `read` does, on the running event loop and without waiting.
+
+        Args:
+            reads: what is read.
+            then: gets the rows of each key in a later turn of the loop, or None if they could not be read.
+
+        Returns:
+            False if this is not possible now; then `read` is, in a thread.
+        """
+        ...
+
+    def read_in_turn(self, read: Read, who: int) -> Rows | None:
+        """Reserve a key for `TURN` seconds or until the process swaps it, and read as `read` does.
+
+        An engine may also just read.
+
+        Args:
+            read: what is read.
+            who: the lease of the process.
+
+        Returns:
+            The rows; None while the key is reserved for another process.
+        """
+        ...
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 

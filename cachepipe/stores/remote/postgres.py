@@ -239,6 +239,14 @@ class PostgresEngine:
             found[number - 1][name] = row
         return found
 
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:  # noqa: ARG002 - see below
+        """Return False: it is read in a thread."""
+        return False
+
+    def read_in_turn(self, read: Read, who: int) -> Rows | None:  # noqa: ARG002 - see below
+        """Read: swaps of a key wait for each other in the server."""
+        return self.read([read])[0]
+
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it.
 

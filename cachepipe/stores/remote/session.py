@@ -6,6 +6,7 @@ are not, it decides again. The swap of one key does not wait for that of another
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -14,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
@@ -26,14 +27,17 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Adopt,
+    BeginSum,
     Claim,
     Commit,
     Discard,
     Drop,
+    EndSum,
     Erase,
     Grant,
     Note,
     NotePlace,
+    OfBudget,
     Operation,
     Process,
     RecordRemoval,
@@ -61,6 +65,8 @@ _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive cou
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
 _TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
+_CONTENDED: Final = 1.0  # seconds for which a key counts as contended after a process has lost a race for it
+_BEGUN: Final = 4096  # namespaces of keys whose draws are counted
 _TRIES: Final = 20  # times that an error is checked on rows of one moment
 
 BUDGETS: Final = "budgets"
@@ -75,6 +81,10 @@ _T = TypeVar("_T")
 
 class SessionEnded(StoreError):  # noqa: N818 - says what the session is
     """The session cannot be used any more."""
+
+
+class _WouldWait(Exception):  # noqa: N818 - says what it would do
+    """The engine must be asked, and the caller cannot wait."""
 
 
 class User(Protocol):
@@ -168,6 +178,8 @@ class Session:
         self._lock = threading.Lock()
         self._leasing = threading.Lock()
         self._remembered: OrderedDict[str, Known] = OrderedDict()
+        self._contended: OrderedDict[str, float] = OrderedDict()  # until when, by key
+        self._made: OrderedDict[tuple[str, str], set[Draw]] = OrderedDict()
         self._lease: int | None = None
         self.last_lease = 0
         self._before: set[int] = set()  # leases of this process that have ended
@@ -302,12 +314,7 @@ class Session:
 
     def ask_about(self, leases: Iterable[int]) -> None:
         """Find out, in one round trip, which other processes are alive, as far as that is not known."""
-        recent = time.monotonic() - _ALIVE_FOR
-        unknown = sorted(
-            lease
-            for lease in {*leases} - self._dead
-            if not self.is_own(lease) and self._others.get(lease, (None, 0.0))[1] < recent
-        )
+        unknown = self._unknown(leases)
         if not unknown:
             return
         for lease, name in zip(unknown, self.asked(lambda: self.engine.holders(unknown)), strict=True):
@@ -316,6 +323,15 @@ class Session:
                 self._others.pop(lease, None)
             else:
                 self._others[lease] = (Process(name), time.monotonic())
+
+    def _unknown(self, leases: Iterable[int]) -> list[int]:
+        """Return those of the leases of which it is not known whether their processes are alive."""
+        recent = time.monotonic() - _ALIVE_FOR
+        return sorted(
+            lease
+            for lease in {*leases} - self._dead
+            if not self.is_own(lease) and self._others.get(lease, (None, 0.0))[1] < recent
+        )
 
     # Reading.
 
@@ -343,6 +359,27 @@ class Session:
         """Return the rows of keys, read in one round trip."""
         pages = self.asked(lambda: self.engine.read(reads))
         return [self.book(read.key, page, read.fields) for read, page in zip(reads, pages, strict=True)]
+
+    def read_to_write(self, reads: Sequence[Read]) -> list[Rows]:
+        """Return the rows of keys that are probably to be swapped, read in one round trip.
+
+        A key that is contended is first reserved, as a decision on its rows would be in vain if another
+        process swapped them meanwhile. Only one is: nobody waits for a key while it keeps others waiting.
+        """
+        contended = len(reads) == 1 and self._contended.get(reads[0].key, 0.0) > time.monotonic()
+        while contended:
+            page = self.asked(lambda: self.engine.read_in_turn(reads[0], self.lease()))
+            if page is not None:
+                return [page]
+            self.pause()
+        return self.asked(lambda: self.engine.read(reads))
+
+    def lost_race(self, key: str) -> None:
+        """Note that another process has swapped a key meanwhile, or has reserved it."""
+        self._contended[key] = time.monotonic() + _CONTENDED
+        self._contended.move_to_end(key)
+        if len(self._contended) > _REMEMBERED:
+            self._contended.popitem(last=False)
 
     # Transactions.
 
@@ -433,36 +470,90 @@ class Session:
 
     def look(self, claims: Sequence[Claim]) -> list[Grant | bool]:
         """Return for each claim its grant if the draw is known, else whether a sample may be at hand."""
-        reads: list[Read] = []
-        for claim in claims:
-            name = rows.draw_field(claim.draw)
-            fields = [rows.CHANGED, rows.LISTED, rows.taken_field(claim.draw.namespace), name]
-            reads.append(Read(claim.draw.key, fields, [name]))
+        reads = [*map(_look_at, claims)]
         pages = self.asked(lambda: self.engine.read(reads))
         return [self._looked(claim, page) for claim, page in zip(claims, pages, strict=True)]
 
-    def _looked(self, claim: Claim, found: Rows) -> Grant | bool:
+    def foretell(self, claims: Sequence[Claim]) -> list[bool] | None:
+        """Return for each claim whether a sample may be at hand, if no draw of them can be known; else None.
+
+        Nothing is read. If a namespace had no draw of a key when this process first looked, then the later
+        draws are its own, which it counts, or those of processes that are alive with it. Such a process may
+        have made the same draw, or may have stored a sample, since the rows of the key were last seen; then
+        the claim finds this.
+        """
+        found: list[bool] = []
+        for claim in claims:
+            draw = claim.draw
+            made, known = self._made.get((draw.key, draw.namespace)), self.remembered(draw.key)
+            if made is None or draw in made or rows.taken_field(draw.namespace) not in known:
+                return None
+            found.append(_has_free(draw, known))
+        for claim in claims:
+            self._made[claim.draw.key, claim.draw.namespace].add(claim.draw)
+        return found
+
+    def _count(self, draw: Draw, found: Rows) -> None:
+        """Count the draws of a namespace from now on, if it has none in the rows that were read."""
+        place = draw.key, draw.namespace
+        if rows.taken_field(draw.namespace) not in found and place not in self._made:
+            self._made[place] = set()
+            if len(self._made) > _BEGUN:
+                self._made.popitem(last=False)
+        self._made.get(place, set()).add(draw)
+
+    def look_soon(self, claims: Sequence[Claim], then: Callable[[list[Grant | bool] | None], object]) -> bool:
+        """Look as `look` does, on the running event loop and without waiting.
+
+        Args:
+            claims: the claims.
+            then: gets what `look` returns in a later turn of the loop; None if only `look` can find it out.
+
+        Returns:
+            False if this is not possible now.
+        """
+
+        def interpret(pages: list[Rows] | None) -> None:
+            found: list[Grant | bool] | None = None
+            if pages is not None:
+                # Whatever fails here is tried again by `look`, which may ask the engine for more.
+                with contextlib.suppress(StoreError, _WouldWait):
+                    found = [
+                        self._looked(claim, page, waits=False)
+                        for claim, page in zip(claims, pages, strict=True)
+                    ]
+            if found is not None:
+                self.expects_new = not any(isinstance(each, Grant) for each in found)
+            then(found)
+
+        return self.engine.read_soon([*map(_look_at, claims)], interpret)
+
+    def _looked(self, claim: Claim, found: Rows, *, waits: bool = True) -> Grant | bool:
         draw = claim.draw
         if rows.draw_field(draw) in found:
-            return self.recalled(draw, claim.n, found) or True
-        listed, taken = (
-            rows.load_set(draw.key, name, rows.unpack(draw.key, name, found[name]) if name in found else b"")
-            for name in (rows.LISTED, rows.taken_field(draw.namespace))
-        )
-        return lowest_listed_free(listed, taken) is not None
+            return self.recalled(draw, claim.n, found, waits=waits) or True
+        self._count(draw, found)
+        return _has_free(draw, found)
 
-    def recalled(self, draw: Draw, n: int, found: Rows) -> Grant | None:
+    def recalled(self, draw: Draw, n: int, found: Rows, *, waits: bool = True) -> Grant | None:
         """Return the first n samples of a draw whose samples are all stored, else None.
 
         Args:
             draw: the draw.
             n: how many samples.
             found: the row of the draw and those of its samples, read at one moment.
+            waits: whether to ask the engine which processes are alive.
+
+        Raises:
+            _WouldWait: when the engine must be asked, and is not.
         """
         stored = StoredDraw(draw, found, self)
         grant = operations.recall(stored, n) if stored.segments else None
         if grant is not None:
-            grant.shared = any(self.is_other(segment.lease) for segment in stored.segments)
+            leases = {segment.lease for segment in stored.segments}
+            if not waits and self._unknown(leases):
+                raise _WouldWait
+            grant.shared = any(map(self.is_other, leases))
             if self.local is not None:
                 self.local.keep(draw, found)
         return grant
@@ -549,12 +640,12 @@ class _Transaction:
                 fields = [*dict.fromkeys([rows.draw_field(claim.draw) for claim in claims])]  # type: ignore[union-attr]  # all are claims
                 reads.append(Read(key, [rows.CHANGED, *fields], fields))
         if reads:
-            self._read(reads)
+            session = self._session
+            self._read(reads, session.asked(lambda: session.engine.read(reads)))
 
-    def _read(self, reads: Sequence[Read]) -> list[tuple[Read, Rows]]:
-        """Read rows; grant the claims of known draws, and return what was read of the other keys."""
+    def _read(self, reads: Sequence[Read], pages: Sequence[Rows]) -> list[tuple[Read, Rows]]:
+        """Grant the claims of known draws; return what was read of the other keys."""
         session = self._session
-        pages = session.asked(lambda: session.engine.read(reads))
         found = [each for each in zip(reads, pages, strict=True) if not self._granted(*each)]
         session.expects_new = any(type(each) is Claim for read, _ in found for each in self._of(read.key))
         return found
@@ -588,8 +679,9 @@ class _Transaction:
                 reads.append(read)
         if reads:
             guessed = session.expects_new
+            pages = session.read_to_write(reads)
             read_now = {
-                read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads)
+                read.key: session.book(read.key, page, read.fields) for read, page in self._read(reads, pages)
             }
             self._read_more(read_now, guessed=guessed)
             books |= read_now
@@ -648,6 +740,7 @@ class _Transaction:
                 del swaps[key]  # whatever happens to the others
                 continue
             waits = waits or conflict.wait
+            session.lost_race(key)
             if (next_swap := self._again(session.again(book, conflict.rows))) is not None:
                 again[key] = next_swap
         if waits:
@@ -681,6 +774,23 @@ class _Transaction:
         self._session.remember(key, None)
 
 
+def _has_free(draw: Draw, found: Mapping[bytes, bytes | None]) -> bool:
+    """Return True if a listed sample is free for a draw, by the rows of its key."""
+    listed, taken = (
+        rows.load_set(draw.key, name, b"" if row is None else rows.unpack(draw.key, name, row))
+        for name in (rows.LISTED, rows.taken_field(draw.namespace))
+        for row in [found.get(name)]
+    )
+    return lowest_listed_free(listed, taken) is not None
+
+
+def _look_at(claim: Claim) -> Read:
+    """Return what shows whether the draw of a claim is known, and else whether a sample may be at hand."""
+    draw = claim.draw
+    name = rows.draw_field(draw)
+    return Read(draw.key, [rows.CHANGED, rows.LISTED, rows.taken_field(draw.namespace), name], [name])
+
+
 def _only_reads(operation: Operation) -> TypeGuard[Claim]:
     """Return True for a claim that writes nothing if its draw is known."""
     return type(operation) is Claim and not operation.refresh and operation.user is None
@@ -696,7 +806,7 @@ def key_of(operation: Operation) -> str:
     """Return the key whose rows an operation changes; the sums of a run have one of their own."""
     if isinstance(operation, Claim | ReleaseHold | NotePlace):
         return operation.draw.key
-    if isinstance(operation, Reserve | Settle):
+    if isinstance(operation, OfBudget):
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
         return f"{RUN}{REMOVALS}"
@@ -752,8 +862,8 @@ def _needed(operation: Operation) -> list[bytes]:
             # The indices that its samples get if the question is new.
             fields = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
             fields += [name for draw in entry.draws for name in _fields_of(draw)]
-        case Reserve(namespace=namespace) | Settle(namespace=namespace):
-            fields = [rows.BUDGET + rows.encoded(namespace)]
+        case Reserve() | Settle() | BeginSum() | EndSum():
+            fields = [rows.BUDGET + rows.encoded(operation.namespace)]
         case RecordRemoval(id=name):
             fields = [rows.REMOVAL + name.encode()]
     return fields

@@ -7,12 +7,25 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.intervals import IntervalSet
 from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
-from cachepipe.stores.base import Ahead, Claim, Commit, Foreseen, Grant, Operation, Process, Result, State
+from cachepipe.stores.base import (
+    Ahead,
+    Claim,
+    Commit,
+    Foreseen,
+    Grant,
+    Operation,
+    Process,
+    Result,
+    Settle,
+    State,
+)
 from cachepipe.stores.queued import Queued, error_in
 from cachepipe.stores.remote import rows
 from cachepipe.stores.remote.book import view
@@ -23,6 +36,8 @@ from cachepipe.stores.remote.session import Session
 from cachepipe.stores.remote.spool import Spool
 from cachepipe.stores.remote.states import States
 from cachepipe.stores.writer import Writer
+
+_T = TypeVar("_T")
 
 _stores: weakref.WeakSet[RemoteStore] = weakref.WeakSet()
 
@@ -57,6 +72,7 @@ class RemoteStore(Queued, Listing):
         self._looking = Writer(_Looks(session), "cachepipe-looks")
         self._states = States(session)
         self._spool = Spool(self.identity)
+        self._unsettled: list[Settle] = []  # they wait until the samples that are kept here are stored
         _stores.add(self)
         self._opens()
         if not read_only and self._spool:
@@ -78,6 +94,7 @@ class RemoteStore(Queued, Listing):
         self._writer = Writer(self)
         self._looking = Writer(_Looks(self.session), "cachepipe-looks")
         self._states = States(self.session)
+        self._unsettled = []  # the parent settles its own
 
     def _check(self) -> None:
         if self._closed:
@@ -102,6 +119,9 @@ class RemoteStore(Queued, Listing):
         """Apply the operations, those of one key as one transaction, in the calling thread."""
         if self.read_only:
             raise StoreError(f"the cache {self.where} cannot be written: {self.why_read_only}")
+        if all(type(operation) is Settle for operation in operations) and self._spool:
+            self._unsettled += operations  # type: ignore[arg-type]  # all are
+            return [None] * len(operations)
         try:
             results = self.session.transact(operations)
         except StoreUnreachable as error:
@@ -112,21 +132,25 @@ class RemoteStore(Queued, Listing):
     def _spooled(
         self, operations: Sequence[Operation], results: Sequence[Result | StoreError]
     ) -> StoreUnreachable:
-        """Keep the samples of commits that the engine did not take on this machine; return the error."""
-        lost = [result for result in results if isinstance(result, StoreUnreachable)]
-        error = lost[0] if lost else StoreUnreachable()
-        commits = [
-            operation
-            for operation, result in zip(operations, results, strict=True)
-            if type(operation) is Commit and isinstance(result, StoreUnreachable)
-        ]
+        """Keep on this machine the samples that the engine did not take, and what settles calls.
+
+        Returns:
+            The error.
+        """
+        pairs = zip(operations, results, strict=True)
+        lost = [(operation, result) for operation, result in pairs if isinstance(result, StoreUnreachable)]
+        error = lost[0][1] if lost else StoreUnreachable()
+        commits = [operation for operation, _ in lost if type(operation) is Commit]
+        self._unsettled += [operation for operation, _ in lost if type(operation) is Settle]
         if not commits:
             return error
         try:
             path = self._spool.put(commits, self.session.last_lease)
         except OSError as refused:
             return StoreUnreachable(f"{error}; nor could its samples be kept on this machine: {refused}")
-        return StoreUnreachable(f"{error}. Its samples are kept in {path} until the store answers")
+        error = StoreUnreachable(f"{error}. Its samples are kept in {path} until the store answers")
+        error.kept = True
+        return error
 
     def reached(self) -> None:
         """Learn that the engine answers again."""
@@ -138,11 +162,14 @@ class RemoteStore(Queued, Listing):
             return
         with contextlib.suppress(Unreachable, StoreError):
             mend(self.session)
-        if not self._spool:
+        if not (self._spool or self._unsettled):
             return
         with contextlib.suppress(Unreachable, StoreError, OSError):
             self.session.engine.now()
             self._spool.empty(self.session.commit_for, self.ids)
+            settles, self._unsettled = self._unsettled, []
+            if settles:
+                self.write(settles)
 
     def compact(self) -> tuple[int, int] | None:
         """Give back the space of deleted rows, if the engine does not do so by itself.
@@ -171,9 +198,28 @@ class RemoteStore(Queued, Listing):
             return found
         return self.session.recall([(draw, n)])[0]
 
-    def look(self, claims: Sequence[Claim]) -> asyncio.Future[list[Grant | bool]]:
-        """Look what claims would get, in a thread of its own; see ``Store.look``."""
-        return self._awaited(self._looking, claims)
+    def look(self, claims: Sequence[Claim], *, urgent: bool) -> asyncio.Future[list[Grant | bool]] | None:
+        """Look what claims would get, on the event loop or in a thread of its own; see ``Store.look``."""
+        if not urgent and self.session.expects_new:
+            return None  # they must be claimed anyhow
+        self._check()
+        future: asyncio.Future[list[Grant | bool]] = asyncio.get_running_loop().create_future()
+        foretold = self.session.foretell(claims)
+        if foretold is not None:
+            future.set_result([*foretold])
+            return future
+
+        def looked(found: list[Grant | bool] | None) -> None:
+            if future.done():
+                return
+            if found is None:
+                self._awaited(self._looking, claims).add_done_callback(partial(_pass_on, future))
+            else:
+                future.set_result(found)
+
+        if self.session.look_soon(claims, looked):
+            return future
+        return self._awaited(self._looking, claims) if urgent else None
 
     def _copied(self, draw: Draw, n: int, *, waits: bool) -> Grant | None:
         """Return the samples of a draw from the copies on this machine, if it has them.
@@ -260,6 +306,18 @@ class _Looks:
 
     def tidy(self) -> None:
         """Do nothing."""
+
+
+def _pass_on(future: asyncio.Future[_T], done: asyncio.Future[_T]) -> None:
+    """Give a future the outcome of another one."""
+    if future.done():
+        return
+    if done.cancelled():
+        future.cancel()
+    elif (error := done.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(done.result())
 
 
 def _all_of(draw: Draw) -> Read:

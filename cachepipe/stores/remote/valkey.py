@@ -6,6 +6,7 @@ the server, `functions.lua`, compare and set them.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import secrets
@@ -17,8 +18,9 @@ from itertools import islice
 from typing import Any, Final
 
 from cachepipe.errors import FormatError, StoreError
+from cachepipe.loops import PerLoop
 from cachepipe.stores.remote.checks import SETTINGS, Unfit, faults, tls_fault, warn_once
-from cachepipe.stores.remote.connections import LISTENS, Connections, listen
+from cachepipe.stores.remote.connections import LISTENS, Connections, keep_open, listen
 from cachepipe.stores.remote.engine import (
     CHANGES,
     RECEIPT,
@@ -33,9 +35,11 @@ from cachepipe.stores.remote.engine import (
     Unreachable,
     no_cache,
 )
+from cachepipe.stores.remote.on_loop import LoopConnection
 from cachepipe.stores.remote.rows import decoded, encoded
 
 try:
+    from libvalkey import Reader, pack_command
     from valkey import Valkey, exceptions
     from valkey.backoff import NoBackoff
     from valkey.cluster import ClusterNode, ClusterPipeline, ValkeyCluster
@@ -51,6 +55,7 @@ _SWAP: Final = "cachepipe1_swap"
 _AT_ONCE: Final = 1000  # commands that travel together
 _PAGE: Final = 100  # keys whose rows are read in one round trip
 _SCANNED: Final = 1000  # keys that the server looks at in one step of a scan
+_LATE: Final = 5.0  # seconds after which a server is late that may take as long as it wants
 _HISTORY: Final = "replication"
 """What a server says of its history of writes: one that was started, restored or took over has another."""
 _GLOB: Final = re.compile(rb"([*?\[\]\\])")
@@ -118,6 +123,7 @@ class ValkeyEngine:
     ) -> None:
         self._client = client
         self._wires = None if isinstance(client, ValkeyCluster) else Connections(partial(_Wire, client))
+        self._begin_loops()
         self.where = where
         self._prefix = encoded(prefix)
         self._meta = self._prefix + b":meta"
@@ -129,6 +135,13 @@ class ValkeyEngine:
 
     def __repr__(self) -> str:
         return f"<ValkeyEngine {self.where}>"
+
+    def _begin_loops(self) -> None:
+        self._on_loops = PerLoop(self._on_loop, LoopConnection.close)
+
+    def _on_loop(self, loop: asyncio.AbstractEventLoop) -> LoopConnection:
+        options = self._client.connection_pool.connection_kwargs
+        return LoopConnection(loop, partial(_Wire, self._client), options.get("socket_timeout") or _LATE)
 
     # Opening.
 
@@ -273,14 +286,35 @@ class ValkeyEngine:
 
     def read(self, reads: Sequence[Read]) -> list[Rows]:
         """Return the rows of each key, as of one moment per key."""
-        commands: list[Command] = []
-        for read in reads:
-            arguments: Command = (int(read.pending), len(read.follow), *read.follow, *read.fields)
-            commands.append(("FCALL", _READ, 3, *self._names(read.key), *arguments))
+        return _pages(reads, self._called(self._reading(reads)))
+
+    def read_soon(self, reads: Sequence[Read], then: Callable[[list[Rows] | None], object]) -> bool:
+        """Read on the running event loop, as `read` does; see ``Engine.read_soon``."""
+        if self._wires is None or len(reads) > _AT_ONCE:
+            return False
+        on_loop = self._on_loops.of(asyncio.get_running_loop())
+        if not on_loop.ready:
+            return False
+        packed = _packed(self._reading(reads))
+        on_loop.ask(packed, len(reads), lambda answers: then(answers and _pages(reads, answers)))
+        return True
+
+    def _reading(self, reads: Sequence[Read]) -> list[Command]:
         return [
-            _rows(read.fields, rows) | _paired(more)
-            for read, (rows, more) in zip(reads, self._called(commands), strict=True)
+            (
+                *("FCALL", _READ, 3, *self._names(read.key), int(read.pending), len(read.follow)),
+                *read.follow,
+                *read.fields,
+            )
+            for read in reads
         ]
+
+    def read_in_turn(self, read: Read, who: int) -> Rows | None:
+        """Reserve a key for a process, and read; return None while it is reserved for another process."""
+        turn = self._names(read.key)[0][:-1] + b"t"
+        reserve: Command = ("SET", turn, who, "NX", "GET", "PX", int(TURN * 1000))
+        holder, *answers = self._called([reserve, *self._reading([read])])
+        return _pages([read], answers)[0] if holder is None or int(holder) == who else None
 
     def swap(self, swaps: Sequence[Swap], who: int) -> list[Conflict | None]:
         """Perform each swap whose expected rows are current, as a whole; return None for it."""
@@ -447,11 +481,15 @@ class ValkeyEngine:
         """Begin again in a forked child; the client itself makes new connections there."""
         if self._wires is not None:
             self._wires.inherit()
+            keep_open(self._on_loops.all())
+            self._begin_loops()
 
     def close(self) -> None:
         """Close the connections."""
         if self._wires is not None:
             self._wires.close()
+            for on_loop in self._on_loops.all():
+                on_loop.close()
         with contextlib.suppress(exceptions.ValkeyError, OSError):
             self._client.close()
 
@@ -481,10 +519,18 @@ class _Wire:
 
     def told(self, commands: Sequence[Command]) -> list[Any]:
         """Return the answer to each command, or the error that the server answers."""
-        pack = self._connection.pack_command
-        packed = [part for command in commands for part in pack(*command)]
-        self._connection.send_packed_command([b"".join(packed)], check_health=False)
+        self._connection.send_packed_command([_packed(commands)], check_health=False)
         return [self._answer() for _ in commands]
+
+    @property
+    def socket(self) -> Any:
+        """The socket, or None."""
+        return getattr(self._connection, "_sock", None)
+
+    @staticmethod
+    def reader() -> Any:
+        """Return a parser of answers."""
+        return Reader()
 
     def _answer(self) -> Any:
         try:
@@ -495,6 +541,16 @@ class _Wire:
     def close(self) -> None:
         """Close the connection."""
         self._connection.disconnect()
+
+
+def _packed(commands: Sequence[Command]) -> bytes:
+    return b"".join(map(pack_command, commands))
+
+
+def _pages(reads: Sequence[Read], answers: Sequence[Any]) -> list[Rows]:
+    return [
+        _rows(read.fields, rows) | _paired(more) for read, (rows, more) in zip(reads, answers, strict=True)
+    ]
 
 
 def _pipelined(commands: Sequence[Command], client: Client) -> list[Any]:

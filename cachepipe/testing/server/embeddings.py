@@ -20,13 +20,14 @@ __all__ = ["EmbeddingCall", "read", "write"]
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCall:
-    """The texts to embed."""
+    """The texts to embed. `alone` is set if the answer is one vector and not a list."""
 
     model: str
     texts: Sequence[str]
     tokens_in: int
     size: int
-    base64: bool
+    base64: bool = False
+    alone: bool = False
 
 
 def read(body: Mapping[str, Any], settings: Settings, model: NGramModel) -> EmbeddingCall:

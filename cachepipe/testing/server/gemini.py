@@ -258,7 +258,7 @@ def read_embeddings(body: Mapping[str, Any], settings: Settings, path: str) -> E
     texts = [_text_of(_object(request).get("content")) for request in requests]
     size = integer(requests[0], "outputDimensionality", 1, 4096, settings.dimensions)
     tokens = sum(len(tokenise(text)) for text in texts)
-    return EmbeddingCall(body["model"], texts, tokens, size or settings.dimensions, base64=False)
+    return EmbeddingCall(body["model"], texts, tokens, size or settings.dimensions)
 
 
 def _text_of(content: Any) -> str:

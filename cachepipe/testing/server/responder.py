@@ -20,9 +20,9 @@ from urllib.parse import parse_qs, unquote
 import orjson
 
 from cachepipe.testing.ngram import generator
-from cachepipe.testing.server import embeddings, gemini
+from cachepipe.testing.server import gemini, inference
 from cachepipe.testing.server.answers import ModelAnswer, choice_of
-from cachepipe.testing.server.dialects import DIALECTS, EMBEDDINGS, MODELS
+from cachepipe.testing.server.dialects import DIALECTS, EMBEDDERS, EMBEDDINGS, MODELS, unprefixed
 from cachepipe.testing.server.faults import choices_left, events_left, reply_instead, spoil
 from cachepipe.testing.server.refusals import RefusalError, retry_after
 from cachepipe.testing.server.replies import HttpReply, HttpRequest, json_reply, refused, stream_reply
@@ -121,9 +121,9 @@ class Responder:
     # -- routes -------------------------------------------------------------------------------------
 
     def _routed(self, request: HttpRequest, identity: str) -> HttpReply:
-        path = request.path
         self._authorise(request)
-        if path in DIALECTS or path == EMBEDDINGS:
+        path = unprefixed(request.path)
+        if request.path in DIALECTS or path == EMBEDDINGS:
             request.allow("POST")
             return self._modelled(request, identity)
         if path == MODELS or path.startswith(f"{MODELS}/"):
@@ -255,13 +255,15 @@ class Responder:
         self, request: HttpRequest, settings: Settings, identity: str, fault: Fault | None
     ) -> HttpReply:
         body = request.json()
-        path = request.path
+        path = unprefixed(request.path)
         if path.startswith("/v1/models/"):
             body = gemini.body_of(path, request.target, body)
+        elif path in inference.PATHS:
+            body = inference.body_of(path, request.target, body)
         name = body.get("model")
         if not settings.any_model and isinstance(name, str) and name not in settings.models:
             raise _unknown_model(name, settings)
-        if path == EMBEDDINGS or path in gemini.EMBEDDINGS:
+        if path in EMBEDDERS:
             return self._embedded(body, settings, fault, path)
         dialect = DIALECTS[request.path]
         call = dialect.read(body, settings, self.model)
@@ -282,21 +284,17 @@ class Responder:
             longest = max((len(sample.tokens) for sample in samples), default=0)
             reply = json_reply(dialect.write(answer))
             reply.delay = settings.latency + longest * settings.latency_per_token
+        reply.headers += dialect.headers
         reply.n, reply.samples = wanted, len(samples)
         return reply
 
     def _embedded(
         self, body: Mapping[str, Any], settings: Settings, fault: Fault | None, path: str
     ) -> HttpReply:
-        if path == EMBEDDINGS:
-            call = embeddings.read(body, settings, self.model)
-        else:
-            call = gemini.read_embeddings(body, settings, path)
+        embedder = EMBEDDERS[path]
+        call = embedder.read(body, settings, self.model, path)
         count = choices_left(len(call.texts), fault)
-        if path == EMBEDDINGS:
-            reply = json_reply(embeddings.write(call, count))
-        else:
-            reply = json_reply(gemini.write_embeddings(call, count, path))
+        reply = json_reply(embedder.write(call, count, path))
         reply.n, reply.samples = len(call.texts), count
         self.stats.samples_generated += count
         self.stats.tokens_in += call.tokens_in

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from cachepipe.testing.server.dialects import DIALECTS, EMBEDDINGS, MODELS
+from cachepipe.testing.server.dialects import DIALECTS, EMBEDDINGS, MODELS, unprefixed
 from cachepipe.testing.server.stats import LogEntry, MockStats
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Traffic:
         if _controls(request):
             return
         stats, path = self.stats, request.path
+        if path not in _KNOWN:
+            path = unprefixed(path)
         if path not in _KNOWN:
             path = f"{MODELS}/{{id}}" if path.startswith(f"{MODELS}/") else "other"
         stats.in_flight -= 1

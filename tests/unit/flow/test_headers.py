@@ -90,6 +90,27 @@ def test_how_long_to_wait(headers, seconds):
         ),
         ({"x-ratelimit-remaining": "3", "x-ratelimit-reset": "1800000002"}, Hint("requests", None, 3, 2)),
         ({"x-ratelimit-remaining": "3", "x-ratelimit-reset": "12"}, Hint("requests", None, 3, 12)),
+        (  # Mistral says no time
+            {"x-ratelimit-limit-req-minute": "720", "x-ratelimit-remaining-req-minute": "0"},
+            Hint("requests", 720, 0, 60),
+        ),
+        ({"x-ratelimit-remaining-tokens-minute": "4999911"}, Hint("tokens", None, 4999911, 60)),
+        (  # Cerebras
+            {
+                "x-ratelimit-limit-requests-day": "14400",
+                "x-ratelimit-remaining-requests-day": "14399",
+                "x-ratelimit-reset-requests-day": "33011.5",
+            },
+            Hint("requests", 14400, 14399, 33011.5),
+        ),
+        (  # Groq
+            {
+                "x-ratelimit-limit-requests": "14400",
+                "x-ratelimit-remaining-requests": "14370",
+                "x-ratelimit-reset-requests": "2m59.5s",
+            },
+            Hint("requests", 14400, 14370, 179.5),
+        ),
     ],
 )
 def test_what_is_left(headers, hint):

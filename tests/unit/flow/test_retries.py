@@ -23,13 +23,20 @@ class StatusError(Exception):
         self.response = httpx.Response(status_code, headers=headers)
 
 
+def groq_error(status_code, code):
+    """An error of an SDK that keeps the code in the body only."""
+    error = StatusError(status_code)
+    error.code, error.body = None, {"error": {"message": "no", "type": "tokens", "code": code}}
+    return error
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_what_must_not_be_repeated_is_not_whatever_the_server_advises(status):
     assert not may_be_repeated(StatusError(status))
     assert not may_be_repeated(StatusError(status, x_should_retry="true"))
 
 
-@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+@pytest.mark.parametrize("status", [408, 409, 429, 498, 500, 502, 503, 504, 529])
 def test_what_may_pass_is_repeated_unless_the_server_advises_against(status):
     assert may_be_repeated(StatusError(status))
     assert not may_be_repeated(StatusError(status, x_should_retry="false"))
@@ -48,6 +55,8 @@ def test_what_may_pass_is_repeated_unless_the_server_advises_against(status):
         (asyncio.CancelledError(), False),
         (KeyboardInterrupt(), False),
         (StatusError(429, "insufficient_quota"), False),
+        (groq_error(429, "insufficient_quota"), False),
+        (groq_error(429, "rate_limit_exceeded"), True),
         (StatusError(418), False),
         (StatusError(418, x_should_retry="true"), True),
     ],

@@ -19,10 +19,13 @@ from cachepipe.wire import (
     COMPLETIONS,
     EMBED_CONTENT,
     EMBEDDINGS,
+    FEATURE_EXTRACTION,
     GENERATE_CONTENT,
+    GENERATE_TEXT,
     MESSAGES,
     MODERATIONS,
     RESPONSES,
+    TEXT_GENERATION,
     BadRequest,
     api_for,
     question_document,
@@ -39,6 +42,9 @@ MINIMAL = {
     MESSAGES: {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]},
     GENERATE_CONTENT: {"model": "m", "contents": [{"role": "user", "parts": [{"text": "hi"}]}]},
     EMBED_CONTENT: {"model": "m", "content": {"parts": [{"text": "hi"}]}},
+    TEXT_GENERATION: {"inputs": "hi", "parameters": {}},
+    GENERATE_TEXT: {"inputs": "hi", "parameters": {}},
+    FEATURE_EXTRACTION: {"inputs": "hi"},
 }
 
 json_values = st.recursive(
@@ -127,7 +133,7 @@ def test_c9_any_change_but_of_transport_fields_and_n_changes_the_question(api, d
         return
     same = name in body and body[name] == value and type(body[name]) is type(value)
     same = same or (api is RESPONSES and name == "store" and value in (None, True))  # as where it is absent
-    listed = name == api.listed and value in ([body[name]], (body[name],))
+    listed = name == api.listed and api is not FEATURE_EXTRACTION and value in ([body[name]], (body[name],))
     assert (key_of(api, changed) == before) is (same or listed)
 
 
@@ -216,9 +222,28 @@ def test_a_list_of_parts_is_one_input_to_a_moderation():
     assert [ask.question["input"] for ask in MODERATIONS.split({"input": ["a", "b"]})] == ["a", "b"]
 
 
+def said(*texts, role="model", **fields):
+    return {"role": role, "parts": [{"text": text, **fields} for text in texts]}
+
+
+def test_c9_what_gemini_said_in_chunks_counts_as_if_it_had_said_it_at_once():
+    user, signed = (
+        said("hi", role="user"),
+        {"role": "model", "parts": [{"text": "", "thoughtSignature": "s"}]},
+    )
+
+    def key(*contents):
+        return key_of(GENERATE_CONTENT, {"model": "m", "contents": [user, *contents, user]})
+
+    assert key(said("so "), said("it", " is"), said("")) == key(said("so it is"))
+    assert key(said("so ", thought=True), said("it is")) != key(said("so it is"))
+    assert key(said("so "), signed, said("it is")) != key(said("so "), said("it is"), signed)
+    assert key(said("so ", role="user"), said("it is", role="user")) != key(said("so it is", role="user"))
+
+
 @pytest.mark.parametrize("api", APIS, ids=str)
 def test_c1_only_embeddings_and_moderations_are_functions(api):
-    functions = (EMBEDDINGS, MODERATIONS, EMBED_CONTENT)
+    functions = (EMBEDDINGS, MODERATIONS, EMBED_CONTENT, FEATURE_EXTRACTION)
     assert all(ask.function is (api in functions) for ask in api.split(MINIMAL[api]))
 
 
@@ -473,6 +498,7 @@ SHOWN = [
     (CHAT, lambda s: {"structured_outputs": {"json": s}}),
     (CHAT, lambda s: {"nvext": {"guided_json": s}}),
     (CHAT, lambda s: {"grammar": {"type": "json", "value": s}}),
+    (TEXT_GENERATION, lambda s: {"parameters": {"grammar": {"type": "json", "value": s}}}),
     (CHAT, lambda s: {"tools": [{"name": "f", "input_schema": s}]}),
     (CHAT, lambda s: {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": s}}]}]}),
     (COMPLETIONS, lambda s: {"guided_json": s}),

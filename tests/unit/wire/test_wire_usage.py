@@ -143,3 +143,21 @@ def test_a_total_that_is_no_sum_comes_back_as_it_was(total, prompt, completion):
     """Some servers count reasoning in the total only."""
     usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
     assert join_usage(split_usage(usage, [1, 5, 2], [1]), 3) == usage
+
+
+def test_the_cost_of_a_call_is_divided_between_its_samples_and_adds_up_again():
+    usage = {
+        "prompt_tokens": 10,
+        "completion_tokens": 40,
+        "total_tokens": 50,
+        "cost": 0.5,
+        "cost_details": {"upstream_inference_cost": 0.25, "byok": None},
+    }
+    one, two = split_usage(usage, [1, 3], [1])
+    assert (one["cost"], two["cost"]) == (0.125, 0.375)
+    assert one["cost_details"] == {"upstream_inference_cost": 0.0625, "byok": None}
+    assert join_usage([one, two], 2) == usage
+    assert split_usage({"cost_in_usd_ticks": 7}, [1, 1], [1]) == [
+        {"cost_in_usd_ticks": 3},
+        {"cost_in_usd_ticks": 4},
+    ]
