@@ -31,6 +31,7 @@ from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
     Adopt,
     Adopted,
+    AdoptSums,
     Ahead,
     BeginSum,
     Claim,
@@ -582,13 +583,15 @@ def _note_place(ledger: Ledger, note: NotePlace) -> None:
 
 
 def _note(ledger: Ledger, note: Note) -> None:
-    place = (note.run, note.namespace)
-    if note.unreported.sold:
-        ledger.add_unreported(*place, note.unreported)
-    if note.delivered.as_asked.sold:
-        sums = ledger.sums(*place)
-        sums.join(note.delivered)
-        ledger.put_sums(*place, sums)
+    if note.unreported.sold or note.delivered.as_asked.sold:
+        sums = ledger.sums(note.run, note.namespace)
+        sums.add(note.delivered, note.unreported)
+        ledger.put_sums(note.run, note.namespace, sums)
+
+
+def _adopt_sums(ledger: Ledger, adopt: AdoptSums) -> None:
+    if adopt.sums.notes > ledger.sums(adopt.run, adopt.namespace).notes:
+        ledger.put_sums(adopt.run, adopt.namespace, adopt.sums)
 
 
 # Budgets.
@@ -635,6 +638,7 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Withdraw: _withdraw,
     RecordRemoval: _record_removal,
     Note: _note,
+    AdoptSums: _adopt_sums,
     NotePlace: _note_place,
     Reserve: _reserve,
     Settle: _settle,

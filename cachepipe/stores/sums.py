@@ -21,10 +21,10 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import orjson
 
-from cachepipe.accounting import Account, Statement, is_name, sold_in, usage_sold
+from cachepipe.accounting import Account, RunSums, Statement, is_name, sold_in, usage_sold
 from cachepipe.contract.draws import label
 from cachepipe.errors import StoreError
-from cachepipe.stores.base import Grant, Note, Store
+from cachepipe.stores.base import AdoptSums, Grant, Note, Store
 
 SECONDS: Final = 2.0
 """How long after a delivery the sums are written."""
@@ -278,11 +278,11 @@ def run_statements(store: Store) -> list[RunStatement]:
             found[place] = RunStatement(run, namespace)
         return found[place]
 
-    for note in itertools.chain(store.sums(), removed(store)):
-        statement = of(note.run, note.namespace).statement
-        statement.delivered.join(note.delivered)
-        statement.spent.join(note.delivered.unstored)
-        statement.spent.join(note.unreported)
+    for noted in itertools.chain(store.sums(), removed(store)):
+        statement = of(noted.run, noted.namespace).statement
+        statement.delivered.join(noted.sums.delivered)
+        statement.spent.join(noted.sums.delivered.unstored)
+        statement.spent.join(noted.sums.unreported)
     waiting: dict[tuple[str, str, str | None, bool], list[bytes]] = {}
     stamps: dict[tuple[str, str], list[float]] = {}
     bought = store.bought()
@@ -329,10 +329,10 @@ def spent_rows(store: Store, namespace: str, calls: Collection[str], since: floa
         DamagedCache: when the sums are not what was written.
     """
     found = SpentRows(Account(), {})
-    for note in store.sums():
-        if note.namespace == namespace:
-            found.rest.join(note.delivered.unstored)
-            found.rest.join(note.unreported)
+    for noted in store.sums():
+        if noted.namespace == namespace:
+            found.rest.join(noted.sums.delivered.unstored)
+            found.rest.join(noted.sums.unreported)
     calls = frozenset(calls)
     waiting: dict[str | None, list[bytes]] = {}
     bought = store.bought()
@@ -349,9 +349,9 @@ def spent_rows(store: Store, namespace: str, calls: Collection[str], since: floa
         for scope, headers in waiting.items():
             found.rest.add_all(headers, scope or "")
         waiting.clear()
-    for note in removed(store):  # last: what is deleted meanwhile counts twice rather than never
-        if note.namespace == namespace:
-            found.rest.join(note.unreported)
+    for noted in removed(store):  # last: what is deleted meanwhile counts twice rather than never
+        if noted.namespace == namespace:
+            found.rest.join(noted.sums.unreported)
     return found
 
 
@@ -366,11 +366,11 @@ def reserved_for(header: bytes) -> tuple[str, ...]:
     return tuple(filter(is_name, calls)) if isinstance(calls, list) else ()
 
 
-def removed(store: Store) -> Iterator[Note]:
+def removed(store: Store) -> Iterator[AdoptSums]:
     """Iterate over what the samples of deleted questions have cost, from the records of the removals."""
     for record in store.removals():
         for run, namespace, account in (*record["spent"], *deleted_by(store, record)):
-            yield Note(run, namespace, unreported=Account.of(account))
+            yield AdoptSums(run, namespace, RunSums(unreported=Account.of(account)))
 
 
 def deleted_by(store: Store, record: Mapping[str, Any]) -> list[list[Any]]:

@@ -27,6 +27,7 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Adopt,
+    AdoptSums,
     BeginSum,
     Claim,
     Commit,
@@ -810,7 +811,7 @@ def key_of(operation: Operation) -> str:
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
         return f"{RUN}{REMOVALS}"
-    return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
+    return f"{RUN}{operation.run}" if isinstance(operation, Note | AdoptSums) else operation.key
 
 
 def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None:
@@ -832,7 +833,7 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
             case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
-            case Note(namespace=namespace):
+            case Note(namespace=namespace) | AdoptSums(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
                     fields[name] = None
