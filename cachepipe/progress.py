@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _WIDTH: Final = 40  # characters of the bar in a notebook
 _REFRESH: Final = 0.1  # seconds
+_EVERY: Final = 100  # items to an update of a count
 BAR_FROM: Final = 64
 """The columns of the narrowest terminal with a bar."""
 
@@ -56,6 +57,31 @@ def shown(total: int, label: str, *, show: bool = True) -> Iterator[Tick]:
     with bar() as progress:
         task = progress.add_task(label, total=total, told="")
         yield _Counter(lambda done, told: progress.update(task, completed=done, told=told))
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Callable[[str, int], None]]:
+    """Show what is being done, and how many items are done, on a terminal.
+
+    Returns:
+        What is called with both. Outside terminals, nothing is shown.
+    """
+    from rich.console import Console  # noqa: PLC0415 - only when it is needed
+
+    if not Console(stderr=True).is_terminal:
+        yield lambda _doing, _done: None
+        return
+    with bar(transient=True) as progress:
+        task = progress.add_task("reading", total=None, told="")
+        last = ("", 0)
+
+        def show(doing: str, done: int) -> None:
+            nonlocal last
+            if doing != last[0] or done >= last[1] + _EVERY:
+                last = doing, done
+                progress.update(task, description=doing, completed=done)
+
+        yield show
 
 
 def bar(*, transient: bool = False) -> Progress:

@@ -273,7 +273,20 @@ def _combine(
         for batch in _counted(batches, "writing", progress, len):
             for target, count in zip(targets, counts, strict=True):
                 add(target, batch, count)
+    _add_sums(sources, targets)
     return counts
+
+
+def _add_sums(sources: Sequence[Store | Bundle], targets: Sequence[Store]) -> None:
+    """Add what the runs of caches have noted to each target; bundles hold nothing of it."""
+    for source in sources:
+        if isinstance(source, Bundle):
+            continue
+        sums = iter(source.sums())
+        while some := list(itertools.islice(sums, _BATCH)):
+            for target in targets:
+                if target.identity != source.identity:
+                    target.apply_and_wait(some)  # type: ignore[attr-defined]  # all that is opened here has it
 
 
 def _check(targets: Sequence[Store], batch: list[list[Entry]], conflicts: _Conflicts) -> None:
@@ -281,7 +294,7 @@ def _check(targets: Sequence[Store], batch: list[list[Entry]], conflicts: _Confl
     keys = [group[0].key for group in batch]
     held = [{entry.key: entry for entry in target.entries_of(keys)} for target in targets]
     for key, group in zip(keys, batch, strict=True):
-        whole, *others = *(each[key] for each in held if key in each), *group
+        whole, *others = *[each[key] for each in held if key in each], *group
         for entry in others:
             found = joined(whole, entry)
             if found is None:
@@ -315,7 +328,7 @@ def _batches(groups: Iterator[list[Entry]]) -> Iterator[list[list[Entry]]]:
     size = 0
     for group in groups:
         batch.append(group)
-        size += sum(len(sample.payload) for entry in group for sample in entry.samples)
+        size += sum([len(sample.payload) for entry in group for sample in entry.samples])
         if len(batch) >= _BATCH or size >= _BYTES:
             yield batch
             batch, size = [], 0
@@ -329,36 +342,41 @@ def add(target: Store, batch: list[list[Entry]], counts: Counts) -> None:
     apply: Any = target.apply_and_wait  # type: ignore[attr-defined]  # all that is opened here has it
     results = iter(apply(adopts))
     for group in batch:
-        found = [next(results) for _ in group]
-        if any(result.different or result.altered for result in found):
-            raise StoreError(
-                f"the cache was changed meanwhile, and now contradicts what is added of {group[0].key}. What "
-                "came before was added; try again to see what contradicts"
-            )
+        changed = new = False
+        for _ in group:
+            result = next(results)
+            if result.different or result.altered:
+                raise StoreError(
+                    f"the cache was changed meanwhile, and now contradicts what is added of {group[0].key}. "
+                    "What came before was added; try again to see what contradicts"
+                )
+            counts.samples += result.samples
+            counts.draws += result.draws
+            changed, new = changed or result.changed, new or result.new
         counts.questions += 1
-        counts.samples += sum(result.samples for result in found)
-        counts.draws += sum(result.draws for result in found)
-        if not any(result.changed for result in found):
+        if not changed:
             counts.same += 1
-        elif any(result.new for result in found):
+        elif new:
             counts.new += 1
         else:
             counts.more += 1
 
 
 @contextlib.contextmanager
-def unpacked(path: str | os.PathLike[str]) -> Iterator[DiskStore]:
+def unpacked(path: str | os.PathLike[str], *, progress: Progress = _unseen) -> Iterator[DiskStore]:
     """Open what a bundle holds as a store that is only read, in a temporary folder.
 
     Args:
         path: the bundle.
+        progress: gets how many questions are unpacked.
 
     Raises:
         BundleError: when the file is not a bundle, or is damaged.
     """
     with contextlib.closing(Bundle(path)) as bundle, scratch_folder() as folder:
         with contextlib.closing(DiskStore(folder)) as store:
-            for batch in _batches([entry] for entry in bundle.entries()):
+            batches = _batches([entry] for entry in bundle.entries())
+            for batch in _counted(batches, "unpacking", progress, len):
                 add(store, batch, Counts())
         with contextlib.closing(_UnpackedBundle(folder, read_only=True)) as unpacked:
             unpacked.bundle = bundle.path

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -68,6 +68,7 @@ def plan_file(
     *,
     requests_per_minute: float | None = None,
     tokens_per_minute: float | None = None,
+    progress: Callable[[int], object] | None = None,
     **changes: Any,
 ) -> Plan:
     """Return what `run_file` would do with the same arguments. Calls no model, and changes nothing.
@@ -77,6 +78,7 @@ def plan_file(
         settings: the settings of the run.
         requests_per_minute: the calls per minute that the service allows, for the duration.
         tokens_per_minute: the tokens per minute that it allows, for the duration.
+        progress: called with the number of each line of the file, in order.
         changes: settings to change; `BatchSettings` lists them.
 
     Raises:
@@ -95,7 +97,13 @@ def plan_file(
         store, owned = opened(settings)
         try:
             planner = _Planner(store, settings)
-            lines.check(settings.stop, planner.take)
+
+            def take(line: Line) -> None:
+                planner.take(line)
+                if progress is not None:
+                    progress(line.number)
+
+            lines.check(settings.stop, take)
             return planner.plan(rate)
         finally:
             if owned:

@@ -11,6 +11,7 @@ from cachepipe.batch.settings import BatchSettings
 from cachepipe.cli import common
 from cachepipe.cli.batch_options import asking, mode_of, planning, settings_in
 from cachepipe.cli.common import dollars, json_text, layers_in_use, share
+from cachepipe.progress import counting
 from cachepipe.terminal import visible
 
 if TYPE_CHECKING:
@@ -64,12 +65,14 @@ def print_plan(options: dict[str, Any]) -> None:
         settings = BatchSettings(**{**given, "cache": cache, "mode": mode_of(options), "api_key": ""})
     except ValueError as error:
         raise click.UsageError(f"{error}.") from error
-    found = plan_file(
-        options["requests"],
-        settings,
-        requests_per_minute=options["requests_per_minute"],
-        tokens_per_minute=options["tokens_per_minute"],
-    )
+    with counting() as progress:
+        found = plan_file(
+            options["requests"],
+            settings,
+            requests_per_minute=options["requests_per_minute"],
+            tokens_per_minute=options["tokens_per_minute"],
+            progress=lambda line: progress("planning", line),
+        )
     if options["as_json"]:
         click.echo(json_text(found.as_dict()))
     else:

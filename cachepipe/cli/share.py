@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,41 +13,18 @@ from cachepipe.cli import common
 from cachepipe.cli.batch_options import count, setting
 from cachepipe.cli.common import counted, json_text, print_facts
 from cachepipe.cli.group import Failure
+from cachepipe.progress import counting
 
 if TYPE_CHECKING:
     from cachepipe.importers import Imported
-    from cachepipe.sharing import Counts, Progress, Scopes
+    from cachepipe.sharing import Counts, Scopes
     from cachepipe.stores.bundles.manifest import Manifest
 
 Kind = Literal["bundle", "batch", "cachesaver"]
 """What can be imported."""
 
-_EVERY: Final = 100  # questions to an update of the progress
 _SHOWN: Final = 20  # reasons that are listed
 _WIDTH: Final = 400  # columns of a reason
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show what is being done, and how many questions are done, on a terminal."""
-    from rich.console import Console  # noqa: PLC0415 - only when it is needed
-
-    from cachepipe.progress import bar  # noqa: PLC0415 - likewise
-
-    if not Console(stderr=True).is_terminal:
-        yield lambda _doing, _done: None
-        return
-    with bar(transient=True) as progress:
-        task = progress.add_task("reading", total=None, told="")
-        shown = ("", 0)
-
-        def show(doing: str, done: int) -> None:
-            nonlocal shown
-            if doing != shown[0] or done >= shown[1] + _EVERY:
-                shown = doing, done
-                progress.update(task, description=doing, completed=done)
-
-        yield show
 
 
 # export
@@ -97,7 +73,7 @@ def export(
     from cachepipe import sharing  # noqa: PLC0415 - help needs no store
 
     wanted: list[str | None] | None = [*namespaces, *([None] if no_namespace else [])] or None
-    with common.opened(cache) as store, _progress() as progress:
+    with common.opened(cache) as store, counting() as progress:
         manifest = sharing.export(
             store,
             output,
@@ -206,7 +182,7 @@ def import_(
         _refuse(given, "only requests of a batch or of CacheSaver need")
         from cachepipe import sharing  # noqa: PLC0415 - help needs no store
 
-        with _progress() as progress:
+        with counting() as progress:
             counts = sharing.import_(sources[0], found, scope=_scopes(scopes), progress=progress)
         _print({common.name_of(found): counts}, as_json=as_json)
         return
@@ -224,7 +200,7 @@ def _imported(
     """Import the results of a batch, or a folder of CacheSaver."""
     from cachepipe import importers  # noqa: PLC0415 - help needs no store
 
-    with _progress() as progress:
+    with counting() as progress:
         if kind == "batch":
             return importers.import_batch(requests, sources, cache, progress=progress, **settings)
         if "namespace" in settings:
@@ -341,7 +317,7 @@ def merge(*, caches: tuple[str, ...], output: str, as_json: bool) -> None:
     """
     from cachepipe import sharing  # noqa: PLC0415 - help needs no store
 
-    with _progress() as progress:
+    with counting() as progress:
         counts = sharing.merge([*map(_existing, caches)], common.cache_in_use(output)[0], progress=progress)
     _print({output: counts}, as_json=as_json)
 
@@ -357,7 +333,7 @@ def sync(*, one: str, other: str, as_json: bool) -> None:
     """
     from cachepipe import sharing  # noqa: PLC0415 - help needs no store
 
-    with _progress() as progress:
+    with counting() as progress:
         found = sharing.sync(_existing(one), _existing(other), progress=progress)
     _print(dict(zip(map(common.name_of, (one, other)), found, strict=True)), as_json=as_json, many=True)
 

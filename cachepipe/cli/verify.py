@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ from cachepipe.cli.common import counted, json_text, print_facts
 from cachepipe.cli.group import Failure
 from cachepipe.cli.inspect import found_key
 from cachepipe.errors import BundleError
+from cachepipe.progress import counting
 from cachepipe.stores.base import Discard
 from cachepipe.terminal import visible
 
@@ -92,7 +94,9 @@ def _verify_bundle(path: Path | str, progress: Progress) -> IntegrityReport:
     from cachepipe.stores.verify import IntegrityReport, verify  # noqa: PLC0415 - likewise
 
     try:
-        with sharing.unpacked(path) as store:
+        with contextlib.ExitStack() as stack:
+            with counting() as told:
+                store = stack.enter_context(sharing.unpacked(path, progress=told))
             return verify(store.folder, progress)
     except BundleError as error:
         if isinstance(error.__cause__, OSError):  # it cannot be read
@@ -110,7 +114,9 @@ def _verify_server(url: str, *, repair: bool) -> tuple[IntegrityReport, Integrit
     from cachepipe.stores.remote.verify import check  # noqa: PLC0415 - likewise
 
     with contextlib.closing(open_url(url, read_only=not repair)) as store:
-        report = check(store.session)
+        done = itertools.count(1)
+        with counting() as told:
+            report = check(store.session, lambda: told("checking", next(done)))
         if not repair or report.whole:
             return report, None
         write_notes(store.session, sorted(report.notes))

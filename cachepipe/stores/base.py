@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import orjson
 
 from cachepipe import forks
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import Account, Delivered, RunSums
 from cachepipe.contract.budgets import RowCost
 from cachepipe.contract.draws import Draw
 from cachepipe.contract.entries import Entry
@@ -312,6 +312,21 @@ class Note:
 
 
 @dataclass(slots=True)
+class AdoptSums:
+    """Take what a run has noted in a namespace of another cache, unless the store has a later copy.
+
+    Attributes:
+        run: the name of the run.
+        namespace: the label of the namespace.
+        sums: what it has noted.
+    """
+
+    run: str
+    namespace: str
+    sums: RunSums
+
+
+@dataclass(slots=True)
 class NotePlace:
     """Note the place in the schedule at which a draw was handed over (C11).
 
@@ -480,6 +495,7 @@ Operation = (
     | Erase
     | RecordRemoval
     | Note
+    | AdoptSums
     | NotePlace
     | OfBudget
     | Adopt
@@ -689,8 +705,8 @@ class Store(Protocol):
         """Iterate over the namespaces, in order of their first draw."""
         ...
 
-    def sums(self) -> Iterator[Note]:
-        """Iterate over the sums of the runs, and over what they have left unreported."""
+    def sums(self) -> Iterator[AdoptSums]:
+        """Iterate over what the runs have noted, as another cache takes it."""
         ...
 
     def bought(self) -> Iterator[Bought]:

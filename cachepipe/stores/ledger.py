@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import Draw
@@ -273,16 +273,12 @@ class Ledger(ABC):
         """Write the record of what is removed, by its id."""
 
     @abstractmethod
-    def sums(self, run: str, namespace: str) -> Delivered:
-        """Return the sums of what a run has delivered in a namespace, by its label."""
+    def sums(self, run: str, namespace: str) -> RunSums:
+        """Return what a run has noted in a namespace, by its label."""
 
     @abstractmethod
-    def put_sums(self, run: str, namespace: str, sums: Delivered) -> None:
+    def put_sums(self, run: str, namespace: str, sums: RunSums) -> None:
         """Write these sums."""
-
-    @abstractmethod
-    def add_unreported(self, run: str, namespace: str, account: Account) -> None:
-        """Add samples that were neither stored nor delivered."""
 
     @abstractmethod
     def purse(self, namespace: str) -> Purse:

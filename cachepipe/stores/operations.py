@@ -31,6 +31,7 @@ from cachepipe.errors import StoreError
 from cachepipe.stores.base import (
     Adopt,
     Adopted,
+    AdoptSums,
     Ahead,
     BeginSum,
     Claim,
@@ -375,12 +376,12 @@ def _adopt_keys(ledger: Ledger, entries: Sequence[Entry]) -> list[Adopted]:
     if samples and not ledger.put(samples):
         raise StoreError("another process has written samples of the same questions meanwhile; try again")
     return [
-        _adopt(ledger, entry, add)._replace(new=ours is None)
+        _adopt(ledger, entry, add, new=ours is None)
         for ours, entry, add in zip(held, entries, added, strict=True)
     ]
 
 
-def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
+def _adopt(ledger: Ledger, entry: Entry, add: Addition, *, new: bool) -> Adopted:
     """Add what an entry has beyond its samples."""
     changes = bool(add.samples or add.segments or add.users)
     if changes:
@@ -397,7 +398,7 @@ def _adopt(ledger: Ledger, entry: Entry, add: Addition) -> Adopted:
             shared = ledger.draw(Draw(SHARED, entry.key, "", 0))
             for user in add.users:
                 shared.use(user)
-    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, changed=changes)
+    return Adopted(len(add.samples), len(add.segments), add.different, add.altered, new, changes)
 
 
 def adopted_sample(sample: EntrySample, index: int) -> Sample:
@@ -554,13 +555,15 @@ def _note_place(ledger: Ledger, note: NotePlace) -> None:
 
 
 def _note(ledger: Ledger, note: Note) -> None:
-    place = (note.run, note.namespace)
-    if note.unreported.sold:
-        ledger.add_unreported(*place, note.unreported)
-    if note.delivered.as_asked.sold:
-        sums = ledger.sums(*place)
-        sums.join(note.delivered)
-        ledger.put_sums(*place, sums)
+    if note.unreported.sold or note.delivered.as_asked.sold:
+        sums = ledger.sums(note.run, note.namespace)
+        sums.add(note.delivered, note.unreported)
+        ledger.put_sums(note.run, note.namespace, sums)
+
+
+def _adopt_sums(ledger: Ledger, adopt: AdoptSums) -> None:
+    if adopt.sums.notes > ledger.sums(adopt.run, adopt.namespace).notes:
+        ledger.put_sums(adopt.run, adopt.namespace, adopt.sums)
 
 
 # Budgets.
@@ -607,6 +610,7 @@ _PERFORM: dict[type[Operation], Callable[[Ledger, Any], Result]] = {
     Withdraw: _withdraw,
     RecordRemoval: _record_removal,
     Note: _note,
+    AdoptSums: _adopt_sums,
     NotePlace: _note_place,
     Reserve: _reserve,
     Settle: _settle,

@@ -278,11 +278,11 @@ def run_statements(store: Store) -> list[RunStatement]:
             found[place] = RunStatement(run, namespace)
         return found[place]
 
-    for note in store.sums():
-        statement = of(note.run, note.namespace).statement
-        statement.delivered.join(note.delivered)
-        statement.spent.join(note.delivered.unstored)
-        statement.spent.join(note.unreported)
+    for noted in store.sums():
+        statement = of(noted.run, noted.namespace).statement
+        statement.delivered.join(noted.sums.delivered)
+        statement.spent.join(noted.sums.delivered.unstored)
+        statement.spent.join(noted.sums.unreported)
     waiting: dict[tuple[str, str, str | None, bool], list[bytes]] = {}
     stamps: dict[tuple[str, str], list[float]] = {}
     bought = store.bought()
@@ -329,10 +329,10 @@ def spent_rows(store: Store, namespace: str, calls: Collection[str], since: floa
         DamagedCache: when the sums are not what was written.
     """
     found = SpentRows(Account(), {})
-    for note in store.sums():
-        if note.namespace == namespace:
-            found.rest.join(note.delivered.unstored)
-            found.rest.join(note.unreported)
+    for noted in store.sums():
+        if noted.namespace == namespace:
+            found.rest.join(noted.sums.delivered.unstored)
+            found.rest.join(noted.sums.unreported)
     calls = frozenset(calls)
     waiting: dict[str | None, list[bytes]] = {}
     bought = store.bought()

@@ -78,14 +78,11 @@ CREATE TABLE IF NOT EXISTS uses(
 CREATE TABLE IF NOT EXISTS discards(
     key INTEGER NOT NULL, sample INTEGER NOT NULL, at REAL NOT NULL, why TEXT NOT NULL,
     PRIMARY KEY(key, sample)) WITHOUT ROWID;
--- Per run and label of a namespace, the sums of the delivered samples (C6), as JSON.
+-- Per run and label of a namespace, what the run has noted (C6): the sums of what was delivered, and of what
+-- was generated, not stored and not delivered; as JSON.
 CREATE TABLE IF NOT EXISTS sums(
     run TEXT NOT NULL, namespace TEXT NOT NULL, stamp INTEGER NOT NULL, document BLOB NOT NULL,
     digest BLOB NOT NULL, PRIMARY KEY(run, namespace)) WITHOUT ROWID;
--- Parts of calls that are not stored and reached no request (C6), as JSON.
-CREATE TABLE IF NOT EXISTS unreported(
-    stamp INTEGER PRIMARY KEY, run TEXT NOT NULL, namespace TEXT NOT NULL, document BLOB NOT NULL,
-    digest BLOB NOT NULL);
 -- Per label of a namespace, what was spent and reserved of its budget, as JSON.
 CREATE TABLE IF NOT EXISTS budgets(
     namespace TEXT PRIMARY KEY, document BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;

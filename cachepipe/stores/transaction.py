@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
@@ -346,24 +346,17 @@ class SqlLedger(Ledger):
 
     # Sums.
 
-    def sums(self, run: str, namespace: str) -> Delivered:
-        """Return the sums of what a run has delivered in a namespace, by its label."""
+    def sums(self, run: str, namespace: str) -> RunSums:
+        """Return what a run has noted in a namespace, by its label."""
         query = "SELECT document, digest FROM sums WHERE run = ? AND namespace = ?"
         found = self.ledger.execute(query, (run, namespace)).fetchone()
-        return tables.read_sums(Delivered.loads, run, namespace, *found) if found else Delivered()
+        return tables.read_sums(RunSums.loads, run, namespace, *found) if found else RunSums()
 
-    def put_sums(self, run: str, namespace: str, sums: Delivered) -> None:
+    def put_sums(self, run: str, namespace: str, sums: RunSums) -> None:
         """Write these sums."""
         document = sums.dumps()
         digest = tables.sums_digest(run, namespace, document)
         self.ledger.execute(tables.ADD_SUMS, (run, namespace, self.stamp(), document, digest))
-
-    def add_unreported(self, run: str, namespace: str, account: Account) -> None:
-        """Add samples that were neither stored nor delivered."""
-        document = account.dumps()
-        digest = tables.sums_digest(run, namespace, document)
-        row = (self.stamp(), run, namespace, document, digest)
-        self.ledger.execute("INSERT INTO unreported VALUES(?, ?, ?, ?, ?)", row)
 
     def purse(self, namespace: str) -> Purse:
         """Return what a namespace, by its label, has spent of its budget."""

@@ -40,7 +40,7 @@ from cachepipe.wire.gemini import EMBED_CONTENT, GENERATE_CONTENT, METHODS
 from cachepipe.wire.inference import FEATURE_EXTRACTION, GENERATE_TEXT, TEXT_GENERATION, inference_at
 from cachepipe.wire.messages import MESSAGES
 from cachepipe.wire.responses import RESPONSES
-from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder
+from cachepipe.wire.sse import EventReader, StreamEvent, StreamRecorder, pieces
 from cachepipe.wire.usage import model_in, token_counts, usage_in
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "marked",
     "model_in",
     "named_scope",
+    "pieces",
     "question_document",
     "scope_of",
     "token_counts",

@@ -185,3 +185,10 @@ def test_a_plan_of_a_shared_cache_and_of_one_that_is_not_there(engine, request):
     ran("--cache", url, "--limit", "2")
     plan = planned("--cache", url)
     assert (plan["hits"], plan["to_buy"], plan["new_questions"]) == (2, 1, 0)
+
+
+def test_a_plan_tells_each_line_that_it_has_read():
+    write("a", "b", "c")
+    lines = []
+    plan_file("in.jsonl", model="ngram-1", cache=MemoryStore(), progress=lines.append)
+    assert lines == [1, 2, 3]

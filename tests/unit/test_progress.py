@@ -96,3 +96,21 @@ def test_a_pipe_gets_nothing(put):
     with progress.shown(3, "completions") as tick:
         tick(cached=True)
     assert pipe.getvalue() == ""
+
+
+def test_a_terminal_shows_what_is_being_done_and_how_many_are_done(put):
+    terminal = put(Terminal())
+    with progress.counting() as told:
+        told("checking", 500)
+        told("checking", 501)  # too few more to be worth an update
+        told("writing", 7)
+    shown = terminal.getvalue()
+    assert "writing" in shown
+    assert "7/?" in shown
+
+
+def test_counting_shows_nothing_outside_terminals(put):
+    stream = put(io.StringIO())
+    with progress.counting() as told:
+        told("checking", 500)
+    assert stream.getvalue() == ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from cachepipe.accounting import Account, Delivered
+from cachepipe.accounting import RunSums
 from cachepipe.contract.allotment import Discarded, Segment, answers_alike
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
@@ -705,21 +705,13 @@ class _Ledger(Ledger):
 
     # Sums: the key is a run.
 
-    def sums(self, run: str, namespace: str) -> Delivered:  # noqa: ARG002 - the book has one run
+    def sums(self, run: str, namespace: str) -> RunSums:  # noqa: ARG002 - the book has one run
         name = rows.SUMS + rows.encoded(namespace)
         content = self._book.content(name)
-        return (
-            Delivered()
-            if content is None
-            else rows.load_sums(Delivered.loads, self._book.name, name, content)
-        )
+        return RunSums() if content is None else rows.load_sums(RunSums.loads, self._book.name, name, content)
 
-    def put_sums(self, run: str, namespace: str, sums: Delivered) -> None:  # noqa: ARG002 - likewise
+    def put_sums(self, run: str, namespace: str, sums: RunSums) -> None:  # noqa: ARG002 - likewise
         self._book.put(rows.SUMS + rows.encoded(namespace), sums.dumps())
-
-    def add_unreported(self, run: str, namespace: str, account: Account) -> None:  # noqa: ARG002 - likewise
-        name = rows.UNREPORTED + new_id().encode()
-        self._book.put(name, rows.dumps([namespace, account.dumps().decode()]))
 
     # Budgets: all are under one key.
 

@@ -27,6 +27,7 @@ from cachepipe.errors import StoreError, StoreUnreachable
 from cachepipe.stores import operations
 from cachepipe.stores.base import (
     Adopt,
+    AdoptSums,
     BeginSum,
     Claim,
     Commit,
@@ -62,7 +63,7 @@ PATIENCE: Final = 30.0
 _REMEMBERED: Final = 4096  # keys whose rows are remembered
 _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive counts as alive
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
-_TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
+_TURN: Final = 0.001  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
 _CONTENDED: Final = 1.0  # seconds for which a key counts as contended after a process has lost a race for it
 _BEGUN: Final = 4096  # namespaces of keys whose draws are counted
@@ -612,6 +613,8 @@ class _Transaction:
         session = self._session
         if not session.expects_new:
             self._grant_known()
+            if not self._places:
+                return self._results
         decided = [self._decide(book) for book in self._begin()]
         swaps = {book.name: (book, swap) for book, swap in decided if swap is not None}
         for book, swap in decided:
@@ -809,7 +812,7 @@ def key_of(operation: Operation) -> str:
         return f"{RUN}{BUDGETS}"
     if isinstance(operation, RecordRemoval):
         return f"{RUN}{REMOVALS}"
-    return f"{RUN}{operation.run}" if isinstance(operation, Note) else operation.key
+    return f"{RUN}{operation.run}" if isinstance(operation, Note | AdoptSums) else operation.key
 
 
 def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None:
@@ -831,7 +834,7 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
             case ReleaseHold(draw=draw):
                 fields.update(dict.fromkeys((rows.draw_field(draw), rows.taken_field(draw.namespace))))
                 follow[rows.draw_field(draw)] = None
-            case Note(namespace=namespace):
+            case Note(namespace=namespace) | AdoptSums(namespace=namespace):
                 name = rows.SUMS + rows.encoded(namespace)
                 if name not in known:
                     fields[name] = None

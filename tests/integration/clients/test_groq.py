@@ -259,3 +259,13 @@ def test_the_sdk_still_has_what_the_clients_stand_on(name):
         assert callable(getattr(kind, name)), name
     for name in ATTRIBUTES:
         assert hasattr(client, name), name
+
+
+def test_programs_with_groqs_sdk_are_replayed_at_its_own_upstream():
+    from cachepipe.cli.replay import _base_urls  # noqa: PLC0415
+    from cachepipe.proxy.settings import Upstream  # noqa: PLC0415
+
+    upstreams = (Upstream.of("a", "https://api.openai.com/v1"), Upstream.of("b", "groq"))
+    urls = _base_urls(upstreams, lambda upstream: f"http://proxy/up/{upstream.name}{upstream.mount}")
+    assert urls["GROQ_BASE_URL"] == "http://proxy/up/b"
+    assert urls["OPENAI_BASE_URL"] == "http://proxy/up/a/v1"
