@@ -64,7 +64,7 @@ PATIENCE: Final = 30.0
 _REMEMBERED: Final = 4096  # keys whose rows are remembered
 _ALIVE_FOR: Final = 0.25  # seconds for which a process that was found alive counts as alive
 _PAUSES: Final = (0.02, 1.0)  # seconds between two tries of an engine that does not answer: first, last
-_TURN: Final = 0.002  # seconds between two tries of a key that is reserved for another process
+_TURN: Final = 0.001  # seconds between two tries of a key that is reserved for another process
 _GUESSES: Final = 64  # samples that are read ahead for the claims of a key and namespace
 _CONTENDED: Final = 1.0  # seconds for which a key counts as contended after a process has lost a race for it
 _BEGUN: Final = 4096  # namespaces of keys whose draws are counted
@@ -614,6 +614,8 @@ class _Transaction:
         session = self._session
         if not session.expects_new:
             self._grant_known()
+            if not self._places:
+                return self._results
         decided = [self._decide(book) for book in self._begin()]
         swaps = {book.name: (book, swap) for book, swap in decided if swap is not None}
         for book, swap in decided:

@@ -113,6 +113,9 @@ def test_a_row_is_a_client_a_service_and_a_scope(name, monkeypatch):
         assert inspect.signature(kind) == inspect.signature(base)
     service = getattr(Services, name)()
     assert (service.base_url, service.name, service.client_options()["api_key"]) == (url, name, KEY)
+    own = service.sync_client(MemoryStore())
+    assert type(own) is getattr(clients, name)
+    assert (str(own.base_url).rstrip("/"), own.api_key, own.organization) == (url, KEY, None)
     assert presets.at(f"{url}/chat/completions") is row
     assert OpenAIModel("m", base_url=url, api_key="k").max_n == (most or wire.CHAT.max_n)
     assert Upstream.of("here", name.lower()).url == url
