@@ -32,6 +32,7 @@ from cachepipe.stores.base import (
     Claim,
     Commit,
     Discard,
+    Drop,
     EndSum,
     Erase,
     Grant,
@@ -841,27 +842,27 @@ def _plan(session: Session, key: str, asked: Sequence[Operation]) -> Read | None
     return Read(key, [rows.KNOWN, rows.LISTED, rows.CHANGED, *fields], [*follow], pending=True)
 
 
-def _needed(operation: Operation) -> Iterable[bytes]:
+def _needed(operation: Operation) -> list[bytes]:
     """Return the fields that an operation needs, apart from claims and what is frequent beside them."""
+    fields: list[bytes] = []
     match operation:
         case NotePlace(draw=draw):
-            return [rows.draw_field(draw)]
+            fields = [rows.draw_field(draw)]
         case Discard(index=index):
-            return [rows.numbered(SAMPLE, index)]
-        case Erase(indices=indices):
-            return [rows.numbered(SAMPLE, index) for index in indices]
+            fields = [rows.numbered(SAMPLE, index)]
+        case Erase(indices=indices) | Drop(indices=indices):
+            fields = [rows.CHANGED, *(rows.numbered(SAMPLE, index) for index in indices)]
         case Withdraw():
-            return [rows.CHANGED]  # what is remembered would not do
+            fields = [rows.CHANGED]  # what is remembered would not do
         case Adopt(entry=entry):
             # The indices that its samples get if the question is new.
-            samples = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
-            return samples + [name for draw in entry.draws for name in _fields_of(draw)]
+            fields = [rows.numbered(SAMPLE, sample.origin) for sample in entry.samples]
+            fields += [name for draw in entry.draws for name in _fields_of(draw)]
         case Reserve() | Settle() | BeginSum() | EndSum():
-            return [rows.BUDGET + rows.encoded(operation.namespace)]
+            fields = [rows.BUDGET + rows.encoded(operation.namespace)]
         case RecordRemoval(id=name):
-            return [rows.REMOVAL + name.encode()]
-        case _:
-            return []
+            fields = [rows.REMOVAL + name.encode()]
+    return fields
 
 
 def _fields_of(draw: Draw) -> list[bytes]:
