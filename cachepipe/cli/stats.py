@@ -45,7 +45,7 @@ With --json:
   runs                   with --runs a list of run, namespace, first, last (when its first and last sample was
                          stored, in seconds since 1970, or null), requests, and the sums; else null
   removals               a list of what `rm` and `prune` have removed: at, selected, questions, draws,
-                         samples, bytes, unused, cost, done (see `cachepipe prune --help`)
+                         samples, bytes, unused, questions_deleted, cost, done (see `cachepipe prune --help`)
   scopes                 with --scopes a list of scope, keys, samples, pending; else null
 Each sum has samples, unknown (samples without usage, in no count of tokens), prompt_tokens,
 completion_tokens, total_tokens, cached_tokens, reasoning_tokens, cost (US dollars, or null), unpriced.
@@ -139,7 +139,8 @@ def _figures(store: Listed, sums: Mapping[str, Statement], prices: Prices, *, sc
 
 
 def _removal(record: dict[str, Any], prices: Prices) -> dict[str, Any]:
-    return {**record, "cost": Account.of(record["cost"]).as_dict(prices.cost_of_sum)}
+    told = {name: fact for name, fact in record.items() if name not in ("id", "spent", "deleting")}
+    return {**told, "cost": Account.of(record["cost"]).as_dict(prices.cost_of_sum)}
 
 
 def _known(store: Listed, sums: Mapping[str, Statement]) -> list[NamespaceInfo]:
