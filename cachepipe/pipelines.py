@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 from cachepipe import context
 from cachepipe.adapting import has_request
 from cachepipe.cache.cache import Stats
+from cachepipe.contract.keys import Question
 from cachepipe.stage import Stage
 from cachepipe.stages.batcher import AsyncBatcher
 from cachepipe.stages.cacher import AsyncCacher
@@ -105,9 +106,13 @@ class Pipeline(Stage):
             raise TypeError(f"batch_request takes a Batch; got {batch!r:.200}. Write Batch([...])")
         return await self._head.batch_request(batch, return_exceptions=return_exceptions)
 
+    def question(self, request: Request) -> Question:
+        """Return what a request asks, with its key."""
+        return self._cacher.question(request)
+
     def key(self, request: Request) -> str:
         """Return the key of a request's question."""
-        return self._cacher.question(request).key
+        return self.question(request).key
 
     def stats(self) -> Stats:
         """Return the figures since the pipeline was opened: hits, misses, merged, generated and more."""

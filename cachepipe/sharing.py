@@ -273,7 +273,20 @@ def _combine(
         for batch in _counted(batches, "writing", progress, len):
             for target, count in zip(targets, counts, strict=True):
                 add(target, batch, count)
+    _add_sums(sources, targets)
     return counts
+
+
+def _add_sums(sources: Sequence[Store | Bundle], targets: Sequence[Store]) -> None:
+    """Add what the runs of caches have noted to each target; bundles hold nothing of it."""
+    for source in sources:
+        if isinstance(source, Bundle):
+            continue
+        sums = iter(source.sums())
+        while some := list(itertools.islice(sums, _BATCH)):
+            for target in targets:
+                if target.identity != source.identity:
+                    target.apply_and_wait(some)  # type: ignore[attr-defined]  # all that is opened here has it
 
 
 def _check(targets: Sequence[Store], batch: list[list[Entry]], conflicts: _Conflicts) -> None:

@@ -8,6 +8,8 @@ from cachepipe import lazy
 from cachepipe.providers import presets
 
 if TYPE_CHECKING:
+    from cachepipe.models.hf_transformers import AsyncHFTransformers as AsyncHFTransformers
+    from cachepipe.models.hf_transformers import HFTransformers as HFTransformers
     from cachepipe.providers.info import Info as Info
     from cachepipe.sdk.anthropic import Anthropic as Anthropic
     from cachepipe.sdk.anthropic import AsyncAnthropic as AsyncAnthropic
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from cachepipe.sdk.together import Together as Together
 
 _NAMES = {
+    "cachepipe.models.hf_transformers": ("AsyncHFTransformers", "HFTransformers"),
     "cachepipe.providers.info": ("Info",),
     "cachepipe.sdk.anthropic": ("Anthropic", "AsyncAnthropic"),
     "cachepipe.sdk.gemini": ("AsyncGemini", "Gemini"),

@@ -82,6 +82,7 @@ def import_batch(
         StoreError: when the cache cannot be written.
     """
     settings = replace(settings or BatchSettings(), **changes)
+    settings = replace(settings, mode="replay")  # which needs no key
     if settings.replicates is not None:
         raise ValueError("a batch is one replicate; name it with replicate=, and leave out replicates=")
     imported = Imported()

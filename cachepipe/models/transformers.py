@@ -87,13 +87,14 @@ class _Text:
 class TransformersModel(ProviderSamples):
     """A causal language model of ``transformers``: it generates the samples of a batch together.
 
-    The model continues a prompt that is a string; the tokenizer's chat template turns a list of messages into
-    a prompt. The other fields of a request, unless they are None, are ``max_tokens``, ``stop`` (texts that
-    end an answer and are not part of it), ``seed``, and parameters of ``transformers.GenerationConfig`` such
-    as ``temperature``, ``top_p`` and ``top_k``. The model's ``generation_config`` gives the defaults, except
-    that answers are always sampled; with ``temperature=0`` the model takes the most likely token. Every
-    sample is independent of the rest of its batch. A request with a seed gets a call of its own, which begins
-    from the seed: repeated calls for a question give the same samples, so ask for all of them at once.
+    The model continues a prompt that is a string or a list of token ids; the tokenizer's chat template turns
+    a list of messages into a prompt. The other fields of a request, unless they are None, are ``max_tokens``,
+    ``stop`` (texts that end an answer and are not part of it), ``seed``, and parameters of
+    ``transformers.GenerationConfig`` such as ``temperature``, ``top_p`` and ``top_k``. The model's
+    ``generation_config`` gives the defaults, except that answers are always sampled; with ``temperature=0``
+    the model takes the most likely token. Every sample is independent of the rest of its batch. A request
+    with a seed gets a call of its own, which begins from the seed: repeated calls for a question give the
+    same samples, so ask for all of them at once.
 
     Use it with ``LocalAPI``; its ``batch_size`` is the number of samples that are generated together.
 
@@ -225,7 +226,9 @@ class TransformersModel(ProviderSamples):
 
     def _prompt_tokens(self, body: wire.Body) -> list[int]:
         """Return the tokens of a prompt, at least one."""
-        if "prompt" in body:
+        if isinstance(body.get("prompt"), list):
+            tokens = body["prompt"]
+        elif "prompt" in body:
             tokens = self._tokenizer(body["prompt"])["input_ids"]
         elif getattr(self._tokenizer, "chat_template", None) is None:
             raise wire.BadRequest(f"{self.name} has no chat template; its prompts are strings")
@@ -396,9 +399,13 @@ def _asked(prompt: Any) -> dict[str, Any]:
     """Return the field of a body that holds a prompt."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
+    if isinstance(prompt, list | tuple) and prompt and all(type(token) is int for token in prompt):
+        return {"prompt": list(prompt)}
     if isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt):
         return {"messages": [dict(message) for message in prompt]}
-    raise wire.BadRequest(f"a prompt is a string or a list of messages; got {prompt!r:.200}")
+    raise wire.BadRequest(
+        f"a prompt is a string, a list of token ids or a list of messages; got {prompt!r:.200}"
+    )
 
 
 def _is_setting(name: str) -> bool:

@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import importlib
 import sys
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -485,6 +486,10 @@ def _with_service(options: Mapping[str, Any], its: Mapping[str, Any]) -> dict[st
 
 def _equip(api: Any, view: CacheView) -> None:
     """Give a cache to the object that makes a client's calls."""
+    if view.service is not None:
+        # The service's token counter may import it in a thread, and google-genai reads half of it meanwhile.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("requests")
     api._cachepipe, api._cachepipe_halves = view, set()  # noqa: SLF001 - it is ours
     _make_cached(api)
 

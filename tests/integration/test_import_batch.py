@@ -8,15 +8,18 @@ import orjson
 import pytest
 from click.testing import CliRunner
 
-from cachepipe import DiskStore
+from cachepipe import DiskStore, MemoryStore
 from cachepipe.batch import BatchFileError, run_file
 from cachepipe.cli.group import cli
 from cachepipe.clients import OpenAI
 from cachepipe.importers import import_batch
 from cachepipe.prices import Prices
 from cachepipe.sharing import merge
+from cachepipe.stores.remote.session import Session
+from cachepipe.stores.remote.store import RemoteStore
 from cachepipe.stores.sums import statements
 from cachepipe.stores.verify import verify
+from cachepipe.testing import MemoryEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -244,6 +247,24 @@ async def test_another_scope_is_that_of_another_server(batch, tmp_path):
     import_batch(*batch, tmp_path / "cache", base_url="http://gpu-7:8000/v1")
     _, report = await ran(tmp_path, TAKEN, cache=tmp_path / "cache", base_url="http://gpu-7:8000/v1")
     assert (report.calls, report.failed) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["memory", "server"])
+async def test_every_kind_of_store_takes_a_batch(batch, tmp_path, kind):
+    store = MemoryStore() if kind == "memory" else RemoteStore(Session(MemoryEngine(), renews=False))
+    assert import_batch(*batch, store, namespace="exp").counts.samples == 6
+    assert import_batch(*batch, store, namespace="exp").counts.same == 4
+    _, report = await ran(tmp_path, TAKEN, cache=store, namespace="exp", base_url="https://api.openai.com/v1")
+    assert (report.calls, report.failed, report.hits) == (0, 0, 6)
+    store.close()
+
+
+async def test_a_known_provider_needs_no_key_for_an_import(batch, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENROUTER_API_KEY", raising=False)
+    assert import_batch(*batch, tmp_path / "cache", base_url="openrouter").taken == 4
+    store = DiskStore(tmp_path / "cache", read_only=True)
+    assert {info.scope.partition("/api/")[0] for info in store.keys()} == {"https://openrouter.ai"}  # noqa: SIM118 - a store is no mapping
+    store.close()
 
 
 async def test_c6_a_batch_costs_half_and_no_budget_pays_for_it(batch, tmp_path):

@@ -182,11 +182,6 @@ DAMAGE = {
         {"sums"},
     ),
     "sums without a stamp": (LEDGER, "UPDATE sums SET stamp = 'x'", {"sums"}),
-    "an unreported call": (
-        LEDGER,
-        "INSERT INTO unreported SELECT 1, run, namespace, document, digest FROM sums LIMIT 1",
-        {"sums"},
-    ),
     "a sample that is gone": (SHELF, "DELETE FROM Cache WHERE rowid = 5", {"missing"}),
     "other bytes of a sample": (
         SHELF,

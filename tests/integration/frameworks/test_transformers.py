@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cachepipe import Batch, LocalAPI, MemoryStore, Request, wire
 from cachepipe.accounting import Account, usage_of
+from cachepipe.clients import AsyncHFTransformers, HFTransformers
 from cachepipe.models import TransformersModel
 from cachepipe.models.transformers import _Text
 
@@ -261,7 +262,7 @@ class Odd(Asked):
         (Asked("x" * 125), "do not fit into the 128 positions"),
         (Asked("Hi", max_tokens=0), "at least 1"),
         (Asked("Hi", seed="one"), "whole number"),
-        (Asked(7), "string or a list of messages"),
+        (Asked(7), "list of token ids or a list of messages"),
         (Odd("Hi", num_beams=2), "num_beams"),
         (Odd("Hi", wishes="none"), "wishes"),
         (Odd("Hi", pad_token_id=1), "pad_token_id"),
@@ -341,3 +342,41 @@ def test_c9_the_order_in_the_arguments_of_a_tool_call_counts(model):
 
     assert key_of({"a": 1, "b": 2}) != key_of({"b": 2, "a": 1})
     assert key_of({"a": 1}, content="", name="x") == key_of({"a": 1}, name="x", content="")
+
+
+async def test_a_client_speaks_as_openais_sdk_does(network, tokenizer):
+    options = {"name": "tiny", "max_new_tokens": 6, "batch_size": 8, "timeout": 5}
+    messages = [{"role": "user", "content": "Hi"}]
+    async with AsyncHFTransformers(network, tokenizer, cache=MemoryStore(), **options) as client:
+        created = client.chat.completions.create
+        pair = await asyncio.gather(created(messages=messages, n=3), client.generate("Hi", n=5))
+        assert client.model.calls == 1  # their settings are equal
+        texts = [choice.message.content for choice in pair[0].choices]
+        assert len(set(texts)) == 3
+        again = client.in_namespace("b")
+        assert (await again.chat.completions.create(messages=messages, n=3)).choices == pair[0].choices
+        stream = await again.in_namespace("c").chat.completions.create(messages=messages, stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == texts[0]
+        tokens = tokenizer("Hi", return_tensors="pt")
+        alone = await client.generate(tokens, temperature=0)
+        assert alone == await client.generate("Hi", temperature=0)
+        assert await again.generate(tokens, temperature=0) == alone
+        with pytest.raises(wire.BadRequest, match="num_beams"):
+            await client.generate("Hi", num_beams=2)
+
+
+def test_a_synchronous_client_loads_a_model_by_name(network, tokenizer, tmp_path):
+    network.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    texts = []
+    for _ in range(2):
+        with HFTransformers(
+            model_name=str(tmp_path / "tiny"), cache=tmp_path / "cache", namespace="a", batch_size=2
+        ) as client:
+            create = client.chat.completions.create
+            answer = create(messages=[{"role": "user", "content": "Hi"}], max_new_tokens=4, n=2)
+            texts.append([choice.message.content for choice in answer.choices])
+            texts.append(client.generate("Hi", max_new_tokens=4))
+            calls = client.model.calls
+    assert texts[:2] == texts[2:]
+    assert calls == 0
