@@ -282,6 +282,29 @@ class Erased(NamedTuple):
 
 
 @dataclass(slots=True)
+class Drop:
+    """Delete a question of which no draw and no sample is left, with all that is noted of it.
+
+    Attributes:
+        key: the key of the question.
+        indices: the indices of its samples, which are all deleted or discarded.
+    """
+
+    key: str
+    indices: Sequence[int]
+
+
+class Dropped(NamedTuple):
+    """What became of a question.
+
+    Attributes:
+        gone: whether it was deleted. If not, it is used, or it is deleted when the operation is repeated.
+    """
+
+    gone: bool
+
+
+@dataclass(slots=True)
 class RecordRemoval:
     """Record what a command removes; a later record with the same id replaces it.
 
@@ -493,6 +516,7 @@ Operation = (
     | Discard
     | Withdraw
     | Erase
+    | Drop
     | RecordRemoval
     | Note
     | AdoptSums
@@ -500,7 +524,7 @@ Operation = (
     | OfBudget
     | Adopt
 )
-Result = Grant | Committed | Reserved | SumBegun | Adopted | Erased | None
+Result = Grant | Committed | Reserved | SumBegun | Adopted | Erased | Dropped | None
 
 
 class PartlyApplied(StoreError):  # noqa: N818 - names the state
@@ -707,6 +731,10 @@ class Store(Protocol):
 
     def sums(self) -> Iterator[AdoptSums]:
         """Iterate over what the runs have noted, as another cache takes it."""
+        ...
+
+    def removals(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the records of what commands have removed, in order of time."""
         ...
 
     def bought(self) -> Iterator[Bought]:

@@ -269,6 +269,10 @@ class Ledger(ABC):
         """Discard samples, each with its key and the reason; their headers stay, and their content goes."""
 
     @abstractmethod
+    def delete(self, keys: Sequence[KeyRows]) -> list[bool]:
+        """Delete all rows of keys that have no draws; return for each whether that was possible now."""
+
+    @abstractmethod
     def put_removal(self, name: str, document: bytes) -> None:
         """Write the record of what is removed, by its id."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -24,7 +24,7 @@ from cachepipe.contract.allotment import (
 )
 from cachepipe.contract.draws import SHARED, Draw, is_own, namespace_of
 from cachepipe.contract.entries import NOBODY, Addition, Entry, EntrySample, addition
-from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union
+from cachepipe.contract.intervals import IntervalSet, MutableIndexSet, Union, intervals_of
 from cachepipe.contract.keys import trimmed
 from cachepipe.contract.undoing import fallen, settled
 from cachepipe.errors import StoreError
@@ -38,6 +38,8 @@ from cachepipe.stores.base import (
     Commit,
     Committed,
     Discard,
+    Drop,
+    Dropped,
     EndSum,
     Erase,
     Erased,
@@ -59,6 +61,9 @@ from cachepipe.stores.base import (
     Withdraw,
 )
 from cachepipe.stores.ledger import DrawRows, DrawView, KeyRows, Ledger
+
+_MOST_MISSING: Final = 100_000
+"""The most listed samples that may be missing: a ledger that lists more is hardly a real one."""
 
 
 def perform(ledger: Ledger, operations: Sequence[Operation]) -> list[Result]:
@@ -92,6 +97,8 @@ def _perform_all(ledger: Ledger, kind: type[Operation], operations: Sequence[Any
         return list(_commit_all(ledger, operations))
     if kind is Erase:
         return list(_erase_all(ledger, operations))
+    if kind is Drop:
+        return list(_drop_all(ledger, operations))
     if kind is Adopt:
         return list(_adopt_all(ledger, operations))
     performed = _PERFORM[kind]
@@ -540,6 +547,27 @@ def _erase_all(ledger: Ledger, erases: Sequence[Erase]) -> list[Erased]:
         found.append(Erased(free))
     ledger.erase(samples)
     return found
+
+
+def _drop_all(ledger: Ledger, drops: Sequence[Drop]) -> list[Dropped]:
+    """Delete the questions of which nothing is left."""
+    keys = [ledger.key(drop.key) for drop in drops]
+    empty = [rows for rows, drop in zip(keys, drops, strict=True) if _is_empty(rows, drop)]
+    gone = {rows.name for rows, done in zip(empty, ledger.delete(empty), strict=True) if done}
+    return [Dropped(drop.key in gone) for drop in drops]
+
+
+def _is_empty(rows: KeyRows, drop: Drop) -> bool:
+    """Return True if a question has no draw, and no sample that is stored or being generated."""
+    listed = list(intervals_of(rows.listed))
+    many = sum(stop - start for start, stop in listed) > len(drop.indices) + _MOST_MISSING
+    if many or rows.users() or rows.drawn().interval_at(0) is not None:
+        return False
+    return not any(
+        isinstance(rows.sample(index), Sample) or rows.pending(index) is not None
+        for interval in listed
+        for index in range(*interval)
+    )
 
 
 def _record_removal(ledger: Ledger, record: RecordRemoval) -> None:

@@ -254,6 +254,7 @@ class SqlReader:
             StoreError: when the files cannot be read.
         """
         ledger, shelf = self._readable()
+        self._key_ids.pop(draw.key, None)  # the question may have been deleted and asked anew
         key = self._key_id(ledger, draw.key)
         if key is None:
             return None

@@ -190,6 +190,11 @@ GET_DAMAGED = (
     " CAST(value AS BLOB) FROM Cache WHERE key = ? AND raw = 1"
 )
 """Like ``GET``, for rows that may hold anything; those that no sample has come without a mode."""
+EARLIER = (
+    "SELECT key FROM Cache WHERE raw = 1 AND key GLOB 'k[0-9]*-*/*'"
+    " AND rowid < (SELECT rowid FROM Cache WHERE key = ? AND raw = 1) ORDER BY rowid DESC"
+)
+"""The names of samples that were stored before one, the latest first."""
 SAMPLES = (
     "SELECT j.value, c.mode, c.filename, c.value FROM json_each(?) j"
     " CROSS JOIN Cache c ON c.key = j.value AND c.raw = 1"

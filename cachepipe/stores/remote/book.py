@@ -14,7 +14,7 @@ from cachepipe.contract.allotment import Discarded, Segment, answers_alike
 from cachepipe.contract.budgets import Purse
 from cachepipe.contract.draws import SHARED, Draw
 from cachepipe.contract.entries import Entry
-from cachepipe.contract.intervals import Interval, IntervalSet, Union
+from cachepipe.contract.intervals import Interval, IntervalSet, Union, intervals_of
 from cachepipe.contract.schedule import LAST
 from cachepipe.errors import StoreError
 from cachepipe.stores import tables
@@ -248,6 +248,18 @@ class Book:
         name = rows.numbered(SAMPLE, index)
         self.put_row(name, rows.dump_erased(self.name, index, self.row(name)))
         self._samples.pop(index, None)
+
+    def delete_all(self) -> None:
+        """Delete all rows: there are no draws."""
+        listed = [index for each in intervals_of(self.indices(rows.LISTED)) for index in range(*each)]
+        names = [*self.show_all(), *(rows.numbered(SAMPLE, index) for index in listed)]
+        self._sets.clear()
+        self._draws.clear()
+        self._firsts.clear()
+        self._changed.clear()
+        self._samples.clear()
+        for name in names:
+            self.delete(name)
 
     def withdraw(self, namespace: str) -> None:
         """Delete what a namespace has taken and used; its draws have no segments any more."""
@@ -699,6 +711,11 @@ class _Ledger(Ledger):
         for _, index, why in samples:  # the book has one key
             self._book.put_why(index, why)
             self._book.erase(index)
+
+    def delete(self, keys: Sequence[KeyRows]) -> list[bool]:
+        for _ in keys:  # the book has one key
+            self._book.delete_all()
+        return [True] * len(keys)
 
     def put_removal(self, name: str, document: bytes) -> None:
         self._book.put(rows.REMOVAL + name.encode(), document)
